@@ -1,0 +1,1 @@
+"""Building instruction data from COCO-format annotations."""

@@ -1,0 +1,16 @@
+"""Token ids that are ours, not a tokenizer's; they have this one home."""
+
+from typing import Final
+
+IGNORE_INDEX: Final = -100
+"""Label of a position that carries no loss (torch's `cross_entropy` default)."""
+
+IMAGE_TOKEN_ID: Final = -200
+"""Id of an image placeholder (LLaVA's IMAGE_TOKEN_INDEX, `llava/constants.py`).
+
+One per image in a rendered record, one per image feature after expansion. It is negative, so no
+tokenizer and no text can produce it.
+"""
+
+IMAGE_PLACEHOLDER: Final = "<image>"
+"""How LLaVA-form records spell an image inside a human turn."""

@@ -1,0 +1,1 @@
+"""Records in, supervised token sequences and pixels out; knows no model."""

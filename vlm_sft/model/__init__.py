@@ -1,0 +1,1 @@
+"""Vision tower, projector and language model as one module; knows no record and no tokenizer."""
