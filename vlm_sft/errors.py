@@ -56,7 +56,8 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except BrokenPipeError:
         code = 141
     except OSError as error:
-        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        place = error.filename or "input/output"
+        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was saved is complete", file=sys.stderr)

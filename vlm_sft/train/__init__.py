@@ -1,1 +1,1 @@
-"""The training loop, its loss, optimiser, checkpoints and metrics; knows no LoRA and no template."""
+"""Training loop, loss, optimiser, checkpoints, metrics; knows no LoRA and no template."""
