@@ -1,0 +1,394 @@
+"""Chat templates as data: where the turns of a conversation go, and what is control."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from vlm_sft.data.conversation import Role
+from vlm_sft.errors import UserError
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """Text that the template writes; control tokens that it names count as such."""
+
+    text: str
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a turn's own text and pictures."""
+
+    turn: int
+    supervised: bool = False
+
+
+TemplatePiece = TemplateText | Slot
+
+
+class ChatTemplate(Protocol):
+    """Where turns go. The pieces depend on the roles alone, never on what the turns say."""
+
+    name: str
+    images_only_users: bool
+    """The template throws the users' words away and keeps their pictures (LLaVA's `plain`)."""
+    begins_text: bool
+    """The first run of text is tokenised as the start of a text, even behind BOS."""
+    stop: str
+    """The text of the control token that ends an answer."""
+    default_system: str | None
+    """System text for conversations that bring none."""
+
+    def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
+        """The sequence for these turns; with the generation prompt last when no answer is."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that `template_from_description` turns back into this template."""
+        ...
+
+    def to_jinja(self) -> str:
+        """A `chat_template` for transformers that writes the same text for the same turns."""
+        ...
+
+
+class _Affixes(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefix: str = ""
+    suffix: str = ""
+
+
+class _UserAffixes(_Affixes):
+    images_only: bool = False
+
+
+class _AssistantAffixes(_Affixes):
+    answer_prefix: str = ""
+    """Supervised text between the generation prompt and the answer (Vicuna's space)."""
+    stop: str = "{eos}"
+
+
+class TemplateFile(BaseModel):
+    """A template file: text around each role's turns; `{bos}` and `{eos}` name the tokenizer's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str
+    begin: str = ""
+    begins_text: bool = False
+    default_system: str | None = None
+    system: _Affixes | None = None
+    user: _UserAffixes = _UserAffixes()
+    assistant: _AssistantAffixes = _AssistantAffixes()
+    max_exchanges: int | None = None
+
+
+class FileTemplate:
+    """A template read from YAML.
+
+    Args:
+        file: The checked file.
+        bos: What `{bos}` stands for; "" where the tokenizer has none.
+        eos: What `{eos}` stands for.
+    """
+
+    def __init__(self, file: TemplateFile, *, bos: str, eos: str) -> None:
+        self._file, self._bos, self._eos = file, bos, eos
+        self.name = file.name
+        self.images_only_users = file.user.images_only
+        self.begins_text = file.begins_text
+        self.default_system = file.default_system
+        self.stop = self._fill(file.assistant.stop)
+
+    def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
+        self._check(roles)
+        file, fill = self._file, self._fill
+        pieces: list[TemplatePiece] = [TemplateText(fill(file.begin))]
+        for turn, role in enumerate(roles):
+            if role == "assistant":
+                answer = file.assistant
+                pieces += [
+                    TemplateText(fill(answer.prefix)),
+                    TemplateText(fill(answer.answer_prefix), supervised=True),
+                    Slot(turn, supervised=True),
+                    TemplateText(self.stop, supervised=True),
+                ]
+                pieces.append(TemplateText(fill(answer.suffix)))
+                continue
+            around = file.system if role == "system" else file.user
+            assert around is not None
+            pieces += [
+                TemplateText(fill(around.prefix)),
+                Slot(turn),
+                TemplateText(fill(around.suffix)),
+            ]
+        if roles[-1] != "assistant":
+            pieces.append(TemplateText(fill(file.assistant.prefix)))
+        return tuple(p for p in pieces if isinstance(p, Slot) or p.text)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "file",
+            "file": self._file.model_dump(mode="json"),
+            "bos": self._bos,
+            "eos": self._eos,
+        }
+
+    def to_jinja(self) -> str:
+        file = self._file
+        return IMAGE_PARTS_PRELUDE + _jinja_body(
+            file, {k: self._fill(v) for k, v in _texts(file).items()}
+        )
+
+    def _fill(self, text: str) -> str:
+        return text.replace("{bos}", self._bos).replace("{eos}", self._eos)
+
+    def _check(self, roles: Sequence[Role]) -> None:
+        if "system" in roles and self._file.system is None:
+            raise UserError(
+                f"template {self.name!r} has no place for a system message; remove it or choose "
+                "another template"
+            )
+        limit = self._file.max_exchanges
+        if limit is not None and sum(role == "user" for role in roles) > limit:
+            raise UserError(
+                f"template {self.name!r} takes {limit} question and answer a record, found "
+                f"{sum(role == 'user' for role in roles)}; choose a chat template"
+            )
+
+
+class JinjaTemplate:
+    """A model's own chat template, used without its text ever seeing the user's words.
+
+    The template is rendered with a marker for each turn's content and cut at the markers, so that
+    words can neither become control text nor change how the template behaves. Differences from
+    `apply_chat_template`: contents are never trimmed, and conditions on contents see the marker.
+
+    Args:
+        tokenizer: Its `chat_template` is used.
+
+    Raises:
+        UserError: There is none.
+    """
+
+    images_only_users = False
+    begins_text = False
+    default_system: str | None = None
+    name = "auto"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                "data.template is 'auto' but the tokenizer has no chat template of its own; "
+                f"choose one of {', '.join(builtin_templates())}"
+            )
+        self._tokenizer = tokenizer
+        self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
+        self.stop = self._find_stop()
+
+    def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
+        return self._cached(tuple(roles))
+
+    def _pieces(self, roles: tuple[Role, ...]) -> tuple[TemplatePiece, ...]:
+        text = self._render(roles, generate=roles[-1] != "assistant")
+        pieces: list[TemplatePiece] = []
+        rest = text
+        for turn, role in enumerate(roles):
+            before, found, rest = rest.partition(_marker(turn))
+            if not found or _marker(turn) in rest:
+                raise UserError(
+                    f"the model's own chat template does not write the {role} message exactly "
+                    "once; choose one of " + ", ".join(builtin_templates())
+                )
+            if role != "assistant":
+                pieces += [TemplateText(before), Slot(turn)]
+                continue
+            pieces += self._answer(roles, turn, text, before)
+            if not rest.startswith(self.stop):
+                raise UserError(
+                    f"the model's own chat template ends an answer with {rest[:40]!r} here and "
+                    f"with {self.stop!r} elsewhere; choose one of " + ", ".join(builtin_templates())
+                )
+            rest = rest.removeprefix(self.stop)
+        pieces.append(TemplateText(rest))
+        return tuple(p for p in pieces if isinstance(p, Slot) or p.text)
+
+    def _answer(
+        self, roles: tuple[Role, ...], turn: int, text: str, before: str
+    ) -> list[TemplatePiece]:
+        """Header, anything the model itself must write before its answer, answer, stop."""
+        prompt = self._render(roles[:turn], generate=True)
+        if not text.startswith(prompt):
+            raise UserError(
+                "the model's own chat template gives a generation prompt that its training text "
+                f"does not begin with (prompt ends {prompt[-60:]!r}); choose one of "
+                + ", ".join(builtin_templates())
+            )
+        start = text.index(_marker(turn))
+        header_length = len(before) - (start - len(prompt))
+        return [
+            TemplateText(before[:header_length]),
+            TemplateText(before[header_length:], supervised=True),
+            Slot(turn, supervised=True),
+            TemplateText(self.stop, supervised=True),
+        ]
+
+    def _find_stop(self) -> str:
+        text = self._render(("user", "assistant", "user", "assistant"), generate=False)
+        after_first = text.partition(_marker(1))[2]
+        control = sorted(map(str, self._tokenizer.added_tokens_decoder.values()), key=len)
+        for token in reversed(control):
+            if after_first.startswith(token):
+                return token
+        raise UserError(
+            "the model's own chat template writes no control token right behind an answer (found "
+            f"{after_first[:40]!r}), so the model could not learn to stop; choose one of "
+            + ", ".join(builtin_templates())
+        )
+
+    def _render(self, roles: Sequence[Role], *, generate: bool) -> str:
+        messages = [{"role": role, "content": _marker(i)} for i, role in enumerate(roles)]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generate
+                )
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the model's own chat template refuses the roles {', '.join(roles)}: {reason}"
+            ) from None
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
+
+    def to_jinja(self) -> str:
+        return IMAGE_PARTS_PRELUDE + str(self._tokenizer.chat_template)
+
+
+def _marker(turn: int) -> str:
+    return f"vlmsftTurn{turn:04d}Content"
+
+
+def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """A template by built-in name, by YAML file, or the tokenizer's own (`auto`).
+
+    Raises:
+        UserError: No such template, a faulty file, or a control token it names is missing.
+    """
+    if name == "auto":
+        return JinjaTemplate(tokenizer)
+    if name in builtin_templates():
+        text = (resources.files("vlm_sft.data") / "templates" / f"{name}.yaml").read_text("utf-8")
+    elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        text = Path(name).read_text("utf-8")
+    else:
+        raise UserError(
+            f"data.template: no template {name!r}; expected 'auto', a YAML file, or one of "
+            + ", ".join(builtin_templates())
+        )
+    try:
+        file = TemplateFile.model_validate(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"template {name}: {reason}") from None
+    return _fitted(file, tokenizer)
+
+
+def template_from_description(
+    description: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> ChatTemplate:
+    """The template that a checkpoint's `template.json` describes."""
+    if description["kind"] == "jinja":
+        tokenizer.chat_template = description["chat_template"]
+        return JinjaTemplate(tokenizer)
+    file = TemplateFile.model_validate(description["file"])
+    return FileTemplate(file, bos=description["bos"], eos=description["eos"])
+
+
+def builtin_templates() -> list[str]:
+    """Names of the templates that come with the package."""
+    folder = resources.files("vlm_sft.data") / "templates"
+    return sorted(e.name[:-5] for e in folder.iterdir() if e.name.endswith(".yaml"))
+
+
+def _fitted(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTemplate:
+    template = FileTemplate(file, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if template.stop not in known:
+        raise UserError(
+            f"template {file.name!r} ends answers with the control token {template.stop!r}, which "
+            "this tokenizer does not have; choose another template or add the token"
+        )
+    return template
+
+
+def _texts(file: TemplateFile) -> dict[str, str]:
+    flat = {"begin": file.begin}
+    for role in ("system", "user", "assistant"):
+        section = getattr(file, role)
+        for key, value in (section.model_dump() if section is not None else {}).items():
+            if isinstance(value, str):
+                flat[f"{role}_{key}"] = value
+    return flat
+
+
+IMAGE_PARTS_PRELUDE = (
+    "{%- set ns = namespace(messages=[]) -%}"
+    "{%- for m in messages -%}"
+    "{%- if m['content'] is string -%}{%- set c = m['content'] -%}"
+    "{%- else -%}{%- set p = namespace(text='') -%}"
+    "{%- for part in m['content'] -%}"
+    "{%- set p.text = p.text + ('<image>' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}{%- set c = p.text -%}{%- endif -%}"
+    "{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': c}] -%}"
+    "{%- endfor -%}{%- set messages = ns.messages -%}"
+)
+"""Jinja that turns lists of text and image parts into text with `<image>`, as processors expect."""
+
+
+def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
+    quoted = {key: _quote(value) for key, value in texts.items()}
+    user = "m['content']"
+    if file.user.images_only:
+        user = "'<image>' * (m['content'].split('<image>') | length - 1)"
+    system = ""
+    if file.system is not None:
+        system = (
+            "{%- if m['role'] == 'system' -%}"
+            f"{{{{- {quoted['system_prefix']} + m['content'] + {quoted['system_suffix']} -}}}}"
+            "{%- endif -%}"
+        )
+    if file.system is not None and file.default_system is not None:
+        system = (
+            "{%- if loop.first and m['role'] != 'system' -%}{{- "
+            f"{quoted['system_prefix']} + {_quote(file.default_system)} + {quoted['system_suffix']}"
+            " -}}{%- endif -%}"
+        ) + system
+    return (
+        f"{{{{- {quoted['begin']} -}}}}"
+        "{%- for m in messages -%}" + system + "{%- if m['role'] == 'user' -%}"
+        f"{{{{- {quoted['user_prefix']} + {user} + {quoted['user_suffix']} -}}}}"
+        "{%- elif m['role'] == 'assistant' -%}"
+        f"{{{{- {quoted['assistant_prefix']} + {quoted['assistant_answer_prefix']} + m['content']"
+        f" + {quoted['assistant_stop']} -}}}}"
+        f"{{{{- {quoted['assistant_suffix']} -}}}}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {quoted['assistant_prefix']} -}}}}{{%- endif -%}}"
+    )
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
