@@ -1,9 +1,41 @@
 """Picture files to pixels: one contract for every format, mode, rotation, alpha and bit depth."""
 
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Final, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from torch import Tensor
+
+from vlm_sft.data.conversation import ImageSource
+from vlm_sft.errors import ImageError
 
 Aspect = Literal["pad", "crop"]
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded, told by content and not by name. Others (EPS, WMF, ...) may run programs."""
+
+MAX_PIXELS: Final = 120_000_000
+"""Larger pictures are refused from their header, before anything is decoded."""
+
+MAX_SIDE: Final = 65_535
+"""Longest side in pixels, which is JPEG's own limit."""
+
+_PLAIN_CANVAS: Final = 4096
+"""Up to this side the padded square is made whole; beyond it, one axis at a time."""
+
+_LONG_STRIP: Final = 64
+"""Up to this aspect ratio the whole picture is resized and then cropped, as CLIPImageProcessor
+does; beyond it only what the square shows, since a 1 x N strip would become N times the square.
+(The two differ by a few levels of 255: Pillow rounds between its two passes.)"""
 
 
 @dataclass(frozen=True)
@@ -21,3 +53,222 @@ class ImageSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """The picture as 8-bit RGB, fully decoded and upright.
+
+    First frame of animations and multi-page files; EXIF orientation applied; alpha composited on
+    white, so that colours hidden under it never show; 16-bit and float greys scaled, not clipped;
+    CMYK and LAB converted without a device profile.
+
+    Raises:
+        ImageError: `image_missing`, `image_not_file` (folder, pipe, device), `image_unreadable`
+            (permissions, disk), `image_format` (none of FORMATS), `image_too_large` (over
+            MAX_PIXELS or MAX_SIDE), `image_broken` (truncated or corrupt).
+    """
+    name = f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    with _open_bytes(source, name) as file, _strict_pillow():
+        image = _read_header(file, name)
+        return _decode(image, name)
+
+
+def to_pixels(image: Image.Image, spec: ImageSpec, aspect: Aspect) -> Tensor:
+    """A picture from `open_image` as a tower's input, float32 [3, size, size], normalised.
+
+    `pad` puts the whole picture on a square of colour int(255 * mean), offset floor((max - min) /
+    2), and resizes it (LLaVA `llava/mm_utils.py:expand2square`). `crop` resizes the short side to
+    `size` and takes the centre square (CLIPImageProcessor; LLaVA-1.5 stage 1).
+    """
+    resample = Image.Resampling[spec.interpolation.upper()]
+    fit = _pad if aspect == "pad" else _crop
+    pixels = torch.from_numpy(np.array(fit(image, spec, resample)))
+    mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+    normalised = (pixels.float() / 255 - mean) / std
+    return normalised.permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def _open_bytes(source: ImageSource, name: str) -> Iterator[IO[bytes]]:
+    if isinstance(source, bytes):
+        yield BytesIO(source)
+        return
+    descriptor = _open_regular(source, name)
+    with os.fdopen(descriptor, "rb") as file:
+        _refuse_special(os.fstat(descriptor).st_mode, name)
+        yield file
+
+
+def _open_regular(path: Path, name: str) -> int:
+    """A descriptor; opening must not wait for a pipe's writer nor wake a device."""
+    try:
+        _refuse_special(path.stat().st_mode, name)
+        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError("image_missing", f"{name}: no such picture") from None
+    except (OSError, ValueError) as error:
+        text = getattr(error, "strerror", None) or str(error)
+        raise ImageError("image_unreadable", f"{name}: cannot be read: {text}") from None
+
+
+def _refuse_special(mode: int, name: str) -> None:
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise ImageError("image_not_file", f"{name}: expected a picture file, found {found}")
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Truncated files stay errors whatever another library asked for; warnings are no news here."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _read_header(file: IO[bytes], name: str) -> Image.Image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise _too_large(name) from None
+    except UnidentifiedImageError:
+        raise ImageError("image_format", f"{name}: {_unknown_content(file)}") from None
+    except MemoryError:
+        raise _too_large(name) from None
+    except Exception as error:  # Pillow's readers raise whatever a damaged header makes them
+        raise _broken(name, error) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise _too_large(name, f"{width} x {height} pixels")
+    if width * height == 0:
+        raise ImageError("image_broken", f"{name}: a picture of {width} x {height} pixels")
+    return image
+
+
+def _unknown_content(file: IO[bytes]) -> str:
+    file.seek(0)
+    head = file.read(16)
+    if not head:
+        return "the file is empty; it should be a picture"
+    return f"not a picture of {', '.join(FORMATS)} (it begins with {head!r})"
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return _upright(_to_rgb(image), image)
+    except ImageError:
+        raise
+    except MemoryError:
+        raise _too_large(name) from None
+    except Exception as error:  # as above: decoders have no common error type
+        raise _broken(name, error) from None
+
+
+def _too_large(name: str, found: str = "a header that asks for too much memory") -> ImageError:
+    limits = f"at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side are accepted"
+    return ImageError("image_too_large", f"{name}: {found}; {limits}; shrink it")
+
+
+def _broken(name: str, error: Exception) -> ImageError:
+    return ImageError("image_broken", f"{name}: truncated or corrupt picture: {error}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_of_any_depth(image)
+    if image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None
+        return converted
+    return image.convert("RGB")
+
+
+def _grey_of_any_depth(image: Image.Image) -> Image.Image:
+    """Grey with its range scaled to 0..255 (Pillow's own conversion clips at 255).
+
+    16-bit modes have the range 0..65535. 32-bit and float modes state none: it is the smallest of
+    0..1 (float), 0..255 and 0..65535 that holds every value, else the values' own minimum to
+    maximum.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("values that are not numbers")
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range(values, image.mode)
+    grey = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _range(values: np.ndarray, mode: str) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    for full in (1.0, 255.0, 65535.0)[0 if mode == "F" else 1 :]:
+        if low >= 0 and high <= full:
+            return 0.0, full
+    return low, max(high, low + 1)
+
+
+_TURNS: Final[dict[object, Image.Transpose]] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
+    """Turn by the EXIF orientation; EXIF that cannot be read leaves the picture as it is.
+
+    `ImageOps.exif_transpose` also rewrites the whole EXIF block, and fails on pictures that are
+    fine but for a damaged tag in it.
+    """
+    try:
+        orientation = original.getexif().get(0x0112)
+    except Exception:  # damaged metadata must not cost a good picture
+        orientation = None
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _crop(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Image.Image:
+    size = spec.size
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    if max(width, height) <= _LONG_STRIP * size:
+        whole = image.resize((width, height), resample)
+        return whole.crop((left, top, left + size, top + size))
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), resample, box=box)
+
+
+def _pad(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Image.Image:
+    (width, height), side, size = image.size, max(image.size), spec.size
+    red, green, blue = (int(255 * value) for value in spec.mean)
+    offset = ((side - width) // 2, (side - height) // 2)
+    canvas_size = (side, side)
+    if side > _PLAIN_CANVAS:  # the long axis first: the square itself could take gigabytes
+        wide = width >= height
+        image = image.resize((size, height) if wide else (width, size), resample)
+        canvas_size = (size, side) if wide else (side, size)
+        offset = (0, offset[1]) if wide else (offset[0], 0)
+    canvas = Image.new("RGB", canvas_size, (red, green, blue))
+    canvas.paste(image, offset)
+    return canvas.resize((size, size), resample)
