@@ -1,0 +1,116 @@
+"""From configuration to model: the one place that knows how the parts' sizes fit together."""
+
+import copy
+import importlib.util
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig
+from vlm_sft.errors import UserError
+from vlm_sft.model.pretrained import load_pretrained, one_line
+from vlm_sft.model.projector import build_projector
+from vlm_sft.model.vision import build_vision_tower, cast_floating
+from vlm_sft.model.vlm import VisionLanguageModel, check_head
+
+_WHERE = "model.language_model"
+
+
+def build_model(
+    config: ModelConfig, *, dtype: torch.dtype, seed: int, lora: LoraConfig | None = None
+) -> VisionLanguageModel:
+    """The whole model on the CPU, everything frozen; `parts.set_trainable` thaws what trains.
+
+    Args:
+        config: Tower, projector and language model.
+        dtype: Of the tower and the language model; projector and adapters are float32.
+        seed: Of everything drawn at random: projector, adapters, models built from `config`.
+        lora: Adapters for the language model, or None.
+
+    Raises:
+        UserError: If a part cannot be loaded or built.
+    """
+    language_model = build_language_model(config.language_model, dtype=dtype, seed=seed)
+    tower = build_vision_tower(config.vision_tower, dtype=dtype, seed=seed)
+    hidden = language_model.get_input_embeddings().weight.shape[1]
+    projector = build_projector(config.projector_type, tower.width, hidden, seed=seed)
+    model = VisionLanguageModel(tower, projector, language_model)
+    if lora is not None:
+        from vlm_sft.model.lora import add_lora  # peft is needed by LoRA runs only
+
+        add_lora(model, lora, seed=seed)
+    model.requires_grad_(False)
+    return model
+
+
+def build_language_model(
+    config: LanguageModelConfig, *, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """Load a causal language model in `dtype`, or draw one from `seed` out of a configuration.
+
+    Raises:
+        UserError: If the folder or the hub name cannot be loaded, or tensors are missing in it.
+    """
+    attention = choose_attention(config.attn_implementation, dtype)
+    if config.config is not None:
+        model = _random(dict(config.config), attention, seed)
+        cast_floating(model, dtype)
+    else:
+        assert config.name is not None
+        model = _pretrained(config.name, attention, dtype)
+    check_head(model)
+    return model
+
+
+def choose_attention(name: str, dtype: torch.dtype) -> str | None:
+    """The attention by its name in transformers; None leaves SDPA-or-eager to transformers.
+
+    `auto` is flash-attention where it is installed, a CUDA device is there and the numbers are
+    16 bits wide (it knows no others).
+    """
+    if name != "auto":
+        return name
+    sixteen_bits = dtype in (torch.bfloat16, torch.float16)
+    if sixteen_bits and torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return None
+
+
+def _random(tree: dict[str, Any], attention: str | None, seed: int) -> PreTrainedModel:
+    model_type = tree.pop("model_type", None)
+    if model_type is None:
+        raise UserError(f"{_WHERE}.config: key 'model_type' is missing; add it, e.g. llama")
+    try:
+        config = AutoConfig.for_model(model_type, **copy.deepcopy(tree))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cast(
+                PreTrainedModel,
+                AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, dtype=torch.float32
+                ),
+            )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{_WHERE}.config: {one_line(error)}") from None
+
+
+def _pretrained(name: str, attention: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    where = f"{_WHERE}.name"
+    config: PretrainedConfig = load_pretrained(AutoConfig.from_pretrained, name, where)
+    model, info = load_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        where,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{where}: {name} lacks {len(missing)} tensors of its {config.model_type} model, the "
+            f"first being {missing[0]}; take a complete folder"
+        )
+    return cast(PreTrainedModel, model)

@@ -1,0 +1,46 @@
+"""Loading from a folder or the hub, with one sentence when it cannot be done."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm_sft.errors import UserError
+
+
+def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: Any) -> Any:
+    """`load(name, **kwargs)` (a `from_pretrained`), its failures told in one sentence.
+
+    Args:
+        load: A `from_pretrained` of transformers.
+        name: A local folder or a hub name.
+        where: The configuration key that held the name.
+        kwargs: Handed on.
+
+    Raises:
+        UserError: If the folder does not exist, is incomplete, or the hub cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if _looks_like_path(name) and not folder.is_dir():
+        raise UserError(f"{where}: no such folder {name!r}; give a model folder or a hub name")
+    source = str(folder) if folder.is_dir() else name
+    try:
+        return load(source, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        if folder.is_dir():
+            raise UserError(
+                f"{where}: cannot load the folder {name!r}: {one_line(error)}"
+            ) from None
+        raise UserError(
+            f"{where}: no such folder {name!r}, and it could not be had from the hub under that "
+            f"name: {one_line(error)}"
+        ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence or so of a library's message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or "\\" in name

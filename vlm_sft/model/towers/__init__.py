@@ -1,0 +1,1 @@
+"""Loaders of the three libraries that vision encoders come from."""

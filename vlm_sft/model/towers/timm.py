@@ -1,0 +1,213 @@
+"""Vision encoders of timm: ViTs as tokens, convolutional nets as their feature map row by row."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Final, cast
+
+import timm
+import timm.data
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from vlm_sft.config import VisionTowerConfig
+from vlm_sft.data.images import ImageSpec
+from vlm_sft.errors import UserError
+from vlm_sft.model.pretrained import one_line
+from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
+
+_WHERE: Final = "model.vision_tower"
+
+
+def load(config: VisionTowerConfig) -> LoadedEncoder:
+    """Load or build a timm model without its classifier.
+
+    Raises:
+        UserError: If the name is unknown, or the weights are missing or of another model.
+    """
+    if config.config is not None:
+        if config.weights is not None:
+            raise UserError(f"{_WHERE}.weights: `config` draws random weights; remove one of both")
+        tree = dict(config.config)
+        architecture = tree.pop("architecture", None)
+        if architecture is None:
+            raise UserError(f"{_WHERE}.config: key 'architecture' is missing; add a timm name")
+        overlay = tree.pop("pretrained_cfg", None)
+        model = _create(architecture, config.image_size, overlay, tree)
+    elif Path(cast(str, config.name)).expanduser().is_dir():
+        model = _from_folder(Path(cast(str, config.name)).expanduser(), config)
+    else:
+        model = _by_name(cast(str, config.name), config)
+    return LoadedEncoder(model, timm_source(model), _image_spec(model, config.image_size))
+
+
+def timm_source(model: nn.Module) -> FeatureSource:
+    """Tokens of a ViT-like model (`blocks` and `num_prefix_tokens`), else feature maps."""
+    blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)
+    if prefix is not None and isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        return BlockStates(_blocks, len(blocks), prefix)
+    return FeatureMaps(len(getattr(model, "feature_info", ())))
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """States of a convolutional (or hierarchical) net: its stages, then its final feature map.
+
+    The last state, -1, is the output of `forward_features`; before it come the stages that timm's
+    `features_only` would give. Each map `[N, C, h, w]` is read row by row as `[N, h * w, C]`.
+    """
+
+    num_stages: int
+    num_prefix_tokens: int = 0
+
+    @property
+    def num_states(self) -> int:
+        """Stages and the final map."""
+        return self.num_stages + 1
+
+    def states(
+        self, encoder: nn.Module, pixel_values: Tensor, indices: Sequence[int]
+    ) -> list[Tensor]:
+        """See `FeatureSource`."""
+        model, last = cast(Any, encoder), self.num_stages
+        stages = sorted(set(indices) - {last})
+        found: dict[int, Tensor] = {}
+        if stages:
+            maps = model.forward_intermediates(
+                pixel_values, indices=stages, intermediates_only=True, output_fmt="NCHW"
+            )
+            found = dict(zip(stages, maps, strict=True))
+        if last in indices:
+            final = model.forward_features(pixel_values)
+            if final.dim() == 3:  # already tokens
+                return [final if i == last else _rows(found[i]) for i in indices]
+            channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+            found[last] = final.permute(0, 3, 1, 2) if channels_last else final
+        return [_rows(found[index]) for index in indices]
+
+
+def _rows(feature_map: Tensor) -> Tensor:
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+def _blocks(model: nn.Module) -> Sequence[nn.Module]:
+    return list(cast(Any, model).blocks)
+
+
+def _by_name(name: str, config: VisionTowerConfig) -> Any:
+    if config.weights is None:
+        try:
+            return _create(name, config.image_size, None, {}, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{_WHERE}.name: the weights of {name!r} could not be had: {one_line(error)}; give "
+                "a state-dict file as model.vision_tower.weights"
+            ) from None
+    model = _create(name, config.image_size, None, {})
+    _load_weights(model, Path(config.weights).expanduser(), f"{_WHERE}.weights")
+    return model
+
+
+def _from_folder(folder: Path, config: VisionTowerConfig) -> Any:
+    if config.weights is not None:
+        raise UserError(f"{_WHERE}.weights: the folder in `name` has its own; remove `weights`")
+    where = f"{_WHERE}.name"
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = saved["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{where}: {folder} has no timm config.json with an 'architecture'; expected that and "
+            "model.safetensors, as timm saves a model"
+        ) from None
+    model_args = {k: v for k, v in saved.get("model_args", {}).items() if k != "num_classes"}
+    model = _create(architecture, config.image_size, saved.get("pretrained_cfg"), model_args)
+    _load_weights(model, folder / "model.safetensors", where)
+    return model
+
+
+def _create(
+    architecture: str,
+    image_size: int | None,
+    pretrained_cfg: Mapping[str, Any] | None,
+    arguments: Mapping[str, Any],
+    *,
+    pretrained: bool = False,
+) -> Any:
+    if not architecture.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{_WHERE}: timm has no model {architecture!r}{hint}")
+    keywords: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, **arguments}
+    if pretrained_cfg is not None:
+        keywords["pretrained_cfg_overlay"] = dict(pretrained_cfg)
+    if image_size is not None:
+        try:
+            return timm.create_model(architecture, img_size=image_size, **keywords)
+        except TypeError:
+            pass  # a net without a position table takes any size
+    try:
+        return timm.create_model(architecture, **keywords)
+    except TypeError as error:
+        raise UserError(f"{_WHERE}.config: timm's {architecture}: {one_line(error)}") from None
+
+
+def _load_weights(model: Any, path: Path, where: str) -> None:
+    state = _read_state(path, where)
+    table = state.get("pos_embed")
+    expected = getattr(model, "pos_embed", None)
+    if table is not None and expected is not None and table.shape != expected.shape:
+        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        grid = model.patch_embed.grid_size
+        state["pos_embed"] = resample_abs_pos_embed(table, grid, num_prefix_tokens=prefix)
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{where}: {path} is of another model: {one_line(error)}") from None
+    unexpected = [key for key in result.unexpected_keys if not _is_classifier(key, model)]
+    if result.missing_keys or unexpected:
+        first = (result.missing_keys or unexpected)[0]
+        raise UserError(
+            f"{where}: {path} is of another model: {len(result.missing_keys)} tensors missing and "
+            f"{len(unexpected)} unknown, the first being {first}"
+        )
+
+
+def _read_state(path: Path, where: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{where}: no such file {str(path)!r}; give a .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        raise UserError(f"{where}: {path} cannot be read as weights: {one_line(error)}") from None
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{where}: {path} holds no state dict; save model.state_dict()")
+    return dict(state)
+
+
+def _is_classifier(key: str, model: Any) -> bool:
+    names = model.pretrained_cfg.get("classifier", "head") or "head"
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return key.startswith(tuple(f"{name}." for name in names))
+
+
+def _image_spec(model: nn.Module, image_size: int | None) -> ImageSpec:
+    data = timm.data.resolve_model_data_config(model)
+    red, green, blue = (float(value) for value in data["mean"])
+    std = tuple(float(value) for value in data["std"])
+    size = image_size or _fixed_size(model) or data["input_size"][-1]
+    return ImageSpec(size, (red, green, blue), (std[0], std[1], std[2]), data["interpolation"])
+
+
+def _fixed_size(model: nn.Module) -> int | None:
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return int(size[0]) if isinstance(size, Sequence) else None

@@ -1,0 +1,199 @@
+"""Vision encoders of transformers: CLIP, SigLIP, DINOv2, by folder, hub name or configuration."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BaseImageProcessor,
+    CLIPVisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from vlm_sft.config import VisionTowerConfig
+from vlm_sft.data.images import ImageSpec
+from vlm_sft.errors import UserError
+from vlm_sft.model.pretrained import load_pretrained, one_line
+from vlm_sft.model.vision import BlockStates, LoadedEncoder
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+_VISION_PART: Final = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""A whole two-tower folder gives its vision part."""
+
+_CLASSES: Final[dict[str, Any]] = {
+    "clip_vision_model": CLIPVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "dinov2": AutoModel,
+    "dinov2_with_registers": AutoModel,
+}
+_PREFIX_TOKENS: Final = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
+_NORMALISATION: Final = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+_RESAMPLING: Final[dict[int, Interpolation]] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+}
+
+
+def load(config: VisionTowerConfig) -> LoadedEncoder:
+    """Load or build an encoder; the global random generator is used for random weights.
+
+    Raises:
+        UserError: If the folder is missing, incomplete, or of a family that is not supported.
+    """
+    if config.weights is not None:
+        raise UserError(
+            "model.vision_tower.weights: transformers towers take their weights from the folder "
+            "in model.vision_tower.name; remove `weights`"
+        )
+    if config.config is not None:
+        encoder, preprocessing = _random(dict(config.config)), dict[str, Any]()
+    else:
+        assert config.name is not None
+        encoder, preprocessing = _pretrained(config.name), _preprocessing(config.name)
+    encoder_config = encoder.config
+    kind = encoder_config.model_type
+    image_spec = _image_spec(kind, encoder_config, preprocessing, config.image_size)
+    if kind in ("clip_vision_model", "siglip_vision_model"):
+        resize_positions(encoder, image_spec.size)
+    prefix = _PREFIX_TOKENS.get(kind, 1 + getattr(encoder_config, "num_register_tokens", 0))
+    blocks = BlockStates(transformer_blocks, encoder_config.num_hidden_layers, prefix)
+    return LoadedEncoder(encoder, blocks, image_spec)
+
+
+def transformer_blocks(encoder: nn.Module) -> Sequence[nn.Module]:
+    """The encoder's stack of layers: its one module list of `num_hidden_layers` entries."""
+    depth = cast(PretrainedConfig, encoder.config).num_hidden_layers
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise AssertionError(f"{type(encoder).__name__} has no stack of {depth} layers")
+
+
+def resize_positions(encoder: PreTrainedModel, size: int) -> None:
+    """Make a CLIP or SigLIP encoder take `size` x `size` pictures.
+
+    The position table is interpolated once (bicubic, as transformers' own
+    `interpolate_pos_encoding` does at every call), so that the encoder is afterwards an ordinary
+    one of that size.
+    """
+    config = encoder.config
+    if size == config.image_size:
+        return
+    if size < config.patch_size:
+        raise UserError(
+            f"model.vision_tower.image_size: found {size}, expected at least one patch of "
+            f"{config.patch_size} pixels"
+        )
+    embeddings = next(m for m in encoder.modules() if hasattr(m, "interpolate_pos_encoding"))
+    prefix = _PREFIX_TOKENS[config.model_type]
+    tokens = (size // config.patch_size) ** 2 + prefix
+    with torch.no_grad():
+        row = torch.zeros(1, tokens, config.hidden_size)
+        table = embeddings.interpolate_pos_encoding(row, size, size).reshape(tokens, -1)
+        embeddings.position_embedding = nn.Embedding(
+            tokens, config.hidden_size, _weight=table.clone()
+        )
+    embeddings.position_ids = torch.arange(tokens).expand((1, -1))
+    embeddings.num_patches, embeddings.num_positions = tokens - prefix, tokens
+    config.image_size = embeddings.image_size = size
+
+
+def _random(tree: dict[str, Any]) -> PreTrainedModel:
+    model_type = tree.pop("model_type", None)
+    model_type = _VISION_PART.get(model_type, model_type)
+    if model_type not in _CLASSES:
+        raise UserError(
+            f"model.vision_tower.config.model_type: found {model_type!r}, expected one of "
+            f"{', '.join(_CLASSES)}"
+        )
+    try:
+        config = AutoConfig.for_model(model_type, **copy.deepcopy(tree))
+        model_class = _CLASSES[model_type]
+        if model_class is AutoModel:
+            return AutoModel.from_config(config)
+        return model_class(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.vision_tower.config: {one_line(error)}") from None
+
+
+def _pretrained(name: str) -> PreTrainedModel:
+    where = "model.vision_tower.name"
+    config = load_pretrained(AutoConfig.from_pretrained, name, where)
+    kind = _VISION_PART.get(config.model_type, config.model_type)
+    if kind not in _CLASSES:
+        raise UserError(
+            f"{where}: {name} holds a {config.model_type!r} model, expected one of "
+            f"{', '.join([*_VISION_PART, *_CLASSES])}"
+        )
+    encoder, info = load_pretrained(
+        _CLASSES[kind].from_pretrained, name, where, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{where}: {name} lacks {len(missing)} tensors of its {kind} encoder, the first "
+            f"being {missing[0]}; take a complete folder"
+        )
+    return cast(PreTrainedModel, encoder)
+
+
+def _preprocessing(name: str) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], BaseImageProcessor.get_image_processor_dict(name)[0])
+    except OSError:
+        if Path(name).is_dir():
+            return {}
+        raise UserError(
+            f"model.vision_tower.name: {name} has no preprocessor_config.json; download it "
+            "beside the weights"
+        ) from None
+
+
+def _image_spec(
+    kind: str, config: PretrainedConfig, preprocessing: dict[str, Any], image_size: int | None
+) -> ImageSpec:
+    mean, std = _NORMALISATION[kind]
+    size = config.image_size
+    if kind.startswith("dinov2"):  # trained at 518, used at what its preprocessing crops to
+        size = _side(preprocessing.get("crop_size") or preprocessing.get("size")) or size
+    resample = preprocessing.get("resample", 3)
+    return ImageSpec(
+        size=image_size or size,
+        mean=_triple(preprocessing.get("image_mean", mean)),
+        std=_triple(preprocessing.get("image_std", std)),
+        interpolation=_RESAMPLING[int(resample)],
+    )
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, dict):
+        return cast("int | None", size.get("height", size.get("shortest_edge")))
+    return cast("int | None", size)
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

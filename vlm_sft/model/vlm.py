@@ -1,0 +1,254 @@
+"""The vision-language model: tower, projector and language model, and the loss where it counts."""
+
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.errors import UserError
+from vlm_sft.model.vision import VisionTower
+
+HEAD_CHUNK: Final = 2048
+"""Supervised positions that go through the head at once; bounds the memory of their logits."""
+
+
+@dataclass(frozen=True)
+class VlmOutput:
+    """What one forward pass gives.
+
+    Attributes:
+        loss_sum: Cross-entropy summed over all supervised tokens, float32, with gradient.
+        num_targets: Number of supervised tokens, int64 scalar.
+        per_record_loss: Summed cross-entropy of each record `[B]`, float32, without gradient.
+        logits: `[B, T, V]`, only when no labels were given.
+    """
+
+    loss_sum: Tensor
+    num_targets: Tensor
+    per_record_loss: Tensor
+    logits: Tensor | None = None
+
+
+class VisionLanguageModel(nn.Module):
+    """LLaVA's composition (arXiv 2304.08485, section 4.1): tower, projector, language model.
+
+    The submodules carry the names of `LlavaForConditionalGeneration`.
+    """
+
+    def __init__(
+        self,
+        vision_tower: VisionTower,
+        multi_modal_projector: nn.Module,
+        language_model: PreTrainedModel | nn.Module,
+    ) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = multi_modal_projector
+        self.language_model = language_model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+    ) -> VlmOutput:
+        """Loss of a right-padded batch, or its logits when `labels` is None.
+
+        Args:
+            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
+            attention_mask: `[B, T]`, false (0) on padding.
+            labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
+            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+
+        Raises:
+            UserError: If placeholders and pictures do not match, naming both counts.
+        """
+        embeds = self.embed(input_ids, pixel_values)
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            embeds = embeds + self._constant_picture(embeds)
+        hidden = decoder_of(self.language_model)(
+            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        if labels is None:
+            none = hidden.new_zeros((), dtype=torch.float32)
+            count = torch.zeros((), dtype=torch.int64, device=hidden.device)
+            return VlmOutput(none, count, none.expand(len(hidden)), self._logits(hidden))
+        return self._loss(hidden, labels)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Embeddings `[B, T, D]` of the language model, image embeddings in their places.
+
+        Raises:
+            UserError: If placeholders and pictures do not match, naming both counts.
+        """
+        is_image = input_ids == IMAGE_TOKEN_ID
+        table = causal_lm(self.language_model).get_input_embeddings()
+        embeds = cast(Tensor, table(input_ids.masked_fill(is_image, 0)))
+        num_pictures = 0 if pixel_values is None else pixel_values.shape[0]
+        self._check_counts(is_image, num_pictures)
+        if pixel_values is None or num_pictures == 0:
+            return embeds
+        images = self._image_embeds(pixel_values).to(embeds.dtype)
+        return embeds.masked_scatter(is_image.unsqueeze(-1), images)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        **generation_kwargs: Any,
+    ) -> Tensor:
+        """Ids of the answers only, `[B, new tokens]`; prompts padded on the left.
+
+        `generation_kwargs` go to transformers' `generate`.
+        """
+        if attention_mask.shape[0] > 1 and not bool(attention_mask[:, -1].all()):
+            raise UserError(
+                "generate: a batch of prompts must be padded on the left, not the right"
+            )
+        embeds = self.embed(input_ids, pixel_values)
+        generate = cast(Any, self.language_model).generate
+        return cast(
+            Tensor,
+            generate(
+                inputs_embeds=embeds, attention_mask=attention_mask.long(), **generation_kwargs
+            ),
+        )
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the language model's layers in the backward pass instead of keeping them.
+
+        The non-reentrant kind: it needs no gradient at its input, so frozen embeddings and
+        text-only batches work unchanged.
+        """
+        causal_lm(self.language_model).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    def _image_embeds(self, pixel_values: Tensor) -> Tensor:
+        features = self.vision_tower(pixel_values)
+        dtype = next(self.multi_modal_projector.parameters()).dtype
+        return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
+
+    def _constant_picture(self, embeds: Tensor) -> Tensor:
+        """Exactly zero, through tower and projector: every process has the same graph.
+
+        Without it a process whose batch has no picture hangs or fails under FSDP and ZeRO, and in
+        stage 1 a text-only batch would have no gradient path at all.
+        """
+        size = self.vision_tower.image_spec.size
+        images = self._image_embeds(embeds.new_zeros(1, 3, size, size))
+        return (images.sum() * 0.0).to(embeds.dtype)
+
+    def _check_counts(self, is_image: Tensor, num_pictures: int) -> None:
+        tokens = self.vision_tower.num_tokens
+        rows = is_image.sum(dim=1).tolist()
+        if sum(rows) != num_pictures * tokens:
+            raise UserError(
+                f"found {sum(rows)} image placeholders for {num_pictures} pictures of {tokens} "
+                f"tokens each, expected {num_pictures * tokens}; give one picture for every "
+                f"{tokens} placeholders"
+            )
+        for row, count in enumerate(rows):
+            if count % tokens:
+                raise UserError(
+                    f"row {row} of the batch has {count} image placeholders, expected a multiple "
+                    f"of {tokens}, the tokens of one picture"
+                )
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> VlmOutput:
+        shifted = labels[:, 1:]
+        rows, columns = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
+        states, targets = hidden[rows, columns], shifted[rows, columns]
+        losses = self._token_losses(states, targets)
+        per_record = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
+        per_record = per_record.index_add(0, rows, losses.detach())
+        count = torch.tensor(len(rows), dtype=torch.int64, device=hidden.device)
+        return VlmOutput(losses.sum(), count, per_record)
+
+    def _token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each supervised position, float32 `[num_targets]`.
+
+        With no target the empty row still goes through the head, so that the sum is exactly 0
+        and its graph the same. Several chunks are recomputed in the backward pass, so that the
+        logits of only one are ever in memory.
+        """
+        count = len(targets)
+        if count <= HEAD_CHUNK:
+            return self._chunk_loss(states, targets)
+        chunks: list[Tensor] = [
+            checkpoint(
+                self._chunk_loss,
+                states[start : start + HEAD_CHUNK],
+                targets[start : start + HEAD_CHUNK],
+                use_reentrant=False,
+            )
+            for start in range(0, count, HEAD_CHUNK)
+        ]
+        return torch.cat(chunks)
+
+    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        logits = self._logits(states).float()
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return head_logits(self.language_model, hidden)
+
+
+def causal_lm(language_model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, out of peft's wrapper if it is in one."""
+    get_base_model = getattr(language_model, "get_base_model", None)
+    return cast(PreTrainedModel, get_base_model() if get_base_model else language_model)
+
+
+def decoder_of(language_model: nn.Module) -> nn.Module:
+    """The causal language model without its head."""
+    model = causal_lm(language_model)
+    return cast(nn.Module, model.get_decoder() or model.base_model)
+
+
+def head_logits(language_model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits of hidden states `[..., D]`, scaled and capped as the model's own forward does.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 squashes with
+    `final_logit_softcapping`.
+    """
+    model = causal_lm(language_model)
+    config = model.config.get_text_config()
+    logits = cast(Tensor, cast(nn.Module, model.get_output_embeddings())(hidden))
+    if getattr(config, "logit_scale", None) is not None:
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@torch.no_grad()
+def check_head(language_model: PreTrainedModel) -> None:
+    """Prove on three tokens that `head_logits` is what the model itself computes.
+
+    Raises:
+        UserError: If the model does something else to its logits, so that the loss would be wrong.
+    """
+    embeddings = cast(nn.Module, language_model.get_input_embeddings())
+    device = next(embeddings.parameters()).device
+    ids = torch.arange(3, device=device).unsqueeze(0)
+    training = language_model.training
+    language_model.eval()
+    expected = language_model(input_ids=ids, use_cache=False).logits
+    hidden = decoder_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state
+    found = head_logits(language_model, hidden)
+    language_model.train(training)
+    if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"model.language_model: {type(language_model).__name__} computes its logits in a way "
+            f"that is not known here (off by {(found - expected).abs().max().item():.2g}), so the "
+            "loss would be wrong; take a model of another family"
+        )
