@@ -1,0 +1,332 @@
+"""Files of records to examples; every record is rendered, measured and accounted for at start."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vlm_sft.config import DataConfig, DataFile
+from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.data.conversation import (
+    Conversation,
+    ImagePart,
+    ImageSource,
+    TextPart,
+    Turn,
+)
+from vlm_sft.data.formats import open_records
+from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.ledger import Bucket, Ledger
+from vlm_sft.data.spool import Spool, SpoolRef
+from vlm_sft.errors import ImageError, RecordError, UserError
+from vlm_sft.progress import track
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record, ready for a batch.
+
+    Attributes:
+        record_id: The record's id.
+        input_ids: [T] int64; `IMAGE_TOKEN_ID` once for each image feature.
+        labels: [T] int64, unshifted; `IGNORE_INDEX` where there is no loss, always on pictures.
+        pixel_values: [n, 3, H, W] float32, the pictures in reading order; n may be 0.
+    """
+
+    record_id: str
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+
+
+class RenderedRecord(Protocol):
+    """Ids and labels of equal length, one `IMAGE_TOKEN_ID` a picture."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+
+    @property
+    def labels(self) -> list[int]: ...
+
+
+class RecordRenderer(Protocol):
+    """Makes ids and labels of a conversation (`data/masking.py`)."""
+
+    def render(self, conversation: Conversation) -> RenderedRecord: ...
+
+
+class SupervisedDataset(Dataset[Example]):
+    """All usable records of some files as `Example`s.
+
+    Construction reads and renders every record once and looks for its pictures' files; ids and
+    labels stay in compact arrays, texts and embedded pictures in a temporary file. Pictures are
+    opened by indexing.
+
+    Args:
+        files: What to read, in order.
+        renderer: Makes ids and labels; its RecordErrors are handled like the reader's.
+        image_spec: What the tower wants.
+        num_image_tokens: Features the tower gives for a picture.
+        config: Length limit and policy, what to do with faulty records, picture aspect.
+        ledger: Gets one entry for every record of the files.
+
+    Raises:
+        RecordError: With `on_error: stop`, the first record that cannot be used.
+        UserError: A file cannot be read, or no record is left.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[DataFile],
+        renderer: RecordRenderer,
+        image_spec: ImageSpec,
+        *,
+        num_image_tokens: int,
+        config: DataConfig,
+        ledger: Ledger,
+    ) -> None:
+        self.num_input_records = 0
+        self.record_ids: list[str] = []
+        self.lengths: list[int] = []
+        """Tokens of each record, image tokens included."""
+        self.weights: list[float] = []
+        """How often each record is seen in an epoch."""
+        self.has_image: list[bool] = []
+        self._renderer, self._image_spec = renderer, image_spec
+        self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
+        self._wheres: list[str] = []
+        self._pictures: list[tuple[str | SpoolRef, ...]] = []
+        self._turns: list[SpoolRef] = []
+        self._spool = Spool()
+        self._digest = hashlib.sha256()
+        self._read(files)
+
+    def __len__(self) -> int:
+        return len(self.record_ids)
+
+    def __getitem__(self, index: int) -> Example:
+        """The example; raises RecordError naming record and file if a picture is broken."""
+        ids, labels = self._expanded(index)
+        return Example(
+            record_id=self.record_ids[index],
+            input_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
+            pixel_values=self._pixels(index),
+        )
+
+    def conversation(self, index: int) -> Conversation:
+        """The record as it is trained on, after turns were dropped."""
+        turns = tuple(map(_turn_from_json, json.loads(self._spool.read(self._turns[index]))))
+        images = tuple(self._source(picture) for picture in self._pictures[index])
+        return Conversation(self.record_ids[index], turns, images, self._wheres[index])
+
+    def fingerprint(self) -> str:
+        """sha256 over all ids, labels and pictures' places (or bytes), in order."""
+        return self._digest.hexdigest()
+
+    def broken_pictures(self) -> list[RecordError]:
+        """Open every picture in full; an error for each record that has a broken one."""
+        errors = []
+        for index in track(range(len(self)), description="opening pictures"):
+            try:
+                for picture in self._pictures[index]:
+                    self._open(index, picture)
+            except RecordError as error:
+                errors.append(error)
+        return errors
+
+    # --- reading
+
+    def _read(self, files: Sequence[DataFile]) -> None:
+        ids, flags, starts = array("i"), array("b"), array("q", [0])
+        entries = len(self._ledger.entries)
+        for file in files:
+            records = open_records(file)
+            description = f"reading {Path(file.path).name}"
+            for record in track(records.conversations, records.total, description):
+                self.num_input_records += 1
+                fitted = self._fit(record)
+                if fitted is not None:
+                    self._keep(*fitted, file.weight)
+                    ids.extend(fitted[1].input_ids)
+                    flags.extend(label != IGNORE_INDEX for label in fitted[1].labels)
+                    starts.append(len(ids))
+        self._spool.flush()
+        self._ids = np.array(ids, dtype=np.int32)
+        self._supervised = np.array(flags, dtype=np.bool_)
+        self._starts = np.array(starts, dtype=np.int64)
+        self._ledger.add_up(entries + self.num_input_records)
+        if not self.record_ids:
+            names = ", ".join(file.path for file in files)
+            raise UserError(f"{names}: no record to train on; {self._ledger.summary()}")
+
+    def _fit(self, record: Conversation | RecordError) -> tuple[Conversation, "_Rendering"] | None:
+        """The record as it will be trained on; None if it is not. Makes its ledger entry."""
+        if isinstance(record, RecordError):
+            self._fault(record)
+            return None
+        try:
+            self._look_for_pictures(record)
+            rendering = self._render(record)
+            kept, rendering = self._shorten(record, rendering)
+        except _TooLong as long:
+            self._leave_out(record, "too_long", str(long))
+            return None
+        except RecordError as error:
+            self._fault(error)
+            return None
+        if not rendering.num_targets:
+            self._leave_out(record, "no_targets", "no supervised token is left to train on")
+            return None
+        dropped = len(record.turns) - len(kept.turns)
+        bucket: Bucket = "turns_dropped" if dropped else "trained"
+        message = f"{dropped} of {len(record.turns)} turns dropped" if dropped else ""
+        reason = "too_long" if dropped else ""
+        self._ledger.add(record.id, record.where, bucket, reason, message)
+        return kept, rendering
+
+    def _fault(self, error: RecordError) -> None:
+        if self._config.on_error == "stop":
+            raise error
+        self._ledger.quarantine(error)
+
+    def _leave_out(self, record: Conversation, reason: str, message: str) -> None:
+        self._ledger.add(record.id, record.where, "skipped", reason, message)
+
+    def _look_for_pictures(self, record: Conversation) -> None:
+        for source in record.images:
+            if not isinstance(source, bytes) and not _is_file(source):
+                raise RecordError(
+                    "image_missing",
+                    f"no picture file {source}; check the name and `image_root`",
+                    record_id=record.id,
+                    where=record.where,
+                )
+
+    def _render(self, record: Conversation) -> "_Rendering":
+        rendered = self._renderer.render(record)
+        ids, labels = rendered.input_ids, list(rendered.labels)
+        if labels:
+            labels[0] = IGNORE_INDEX  # nothing comes before it that could predict it
+        num_images = ids.count(IMAGE_TOKEN_ID)
+        assert len(ids) == len(labels) and num_images == len(record.images)
+        return _Rendering(ids, labels, len(ids) + num_images * (self._num_image_tokens - 1))
+
+    def _shorten(
+        self, record: Conversation, rendering: "_Rendering"
+    ) -> tuple[Conversation, "_Rendering"]:
+        limit, policy = self._config.max_length, self._config.length_policy
+        kept, first = record, 1 if record.turns[0].role == "system" else 0
+        while policy == "drop_turns" and rendering.length > limit and len(kept.turns) > first + 2:
+            kept = _without_last_exchange(kept)
+            rendering = self._render(kept)
+        if rendering.length <= limit:
+            return kept, rendering
+        what = "its first question and answer take" if policy == "drop_turns" else "takes"
+        message = f"{what} {rendering.length:,} tokens, `max_length` is {limit:,}"
+        if policy != "error":
+            raise _TooLong(message)
+        message += "; raise it, or choose `length_policy: drop_turns` or `skip`"
+        raise RecordError("too_long", message, record_id=record.id, where=record.where)
+
+    def _keep(self, record: Conversation, rendering: "_Rendering", weight: float) -> None:
+        self.record_ids.append(record.id)
+        self.lengths.append(rendering.length)
+        self.weights.append(weight)
+        self.has_image.append(bool(record.images))
+        self._wheres.append(record.where)
+        self._turns.append(self._spool.append(_turns_to_json(record.turns)))
+        self._pictures.append(
+            tuple(
+                self._spool.append(source) if isinstance(source, bytes) else str(source)
+                for source in record.images
+            )
+        )
+        pictures = [hashlib.sha256(_as_bytes(source)).hexdigest() for source in record.images]
+        line = json.dumps([rendering.input_ids, rendering.labels, pictures])
+        self._digest.update(line.encode() + b"\n")
+
+    # --- looking
+
+    def _expanded(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels, each placeholder repeated for its picture's features."""
+        part = slice(self._starts[index], self._starts[index + 1])
+        ids = self._ids[part].astype(np.int64)
+        is_image = ids == IMAGE_TOKEN_ID
+        labels = np.where(self._supervised[part] & ~is_image, ids, IGNORE_INDEX)
+        times = np.where(is_image, self._num_image_tokens, 1)
+        return np.repeat(ids, times), np.repeat(labels, times)
+
+    def _pixels(self, index: int) -> Tensor:
+        spec, aspect = self._image_spec, self._config.image_aspect
+        pictures = self._pictures[index]
+        if not pictures:
+            return torch.empty(0, 3, spec.size, spec.size)
+        images = (self._open(index, picture) for picture in pictures)
+        return torch.stack([to_pixels(image, spec, aspect) for image in images])
+
+    def _open(self, index: int, picture: str | SpoolRef) -> Image.Image:
+        try:
+            return open_image(self._source(picture))
+        except ImageError as error:
+            record_id, where = self.record_ids[index], self._wheres[index]
+            raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
+
+    def _source(self, picture: str | SpoolRef) -> ImageSource:
+        return self._spool.read(picture) if isinstance(picture, SpoolRef) else Path(picture)
+
+
+@dataclass(frozen=True)
+class _Rendering:
+    input_ids: list[int]
+    labels: list[int]
+    length: int
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+
+class _TooLong(Exception):
+    """The record is left out by the length policy."""
+
+
+def _without_last_exchange(record: Conversation) -> Conversation:
+    """The conversation without its last question and answer and the pictures in them."""
+    turns = record.turns[:-2]
+    num_images = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
+    return Conversation(record.id, turns, record.images[:num_images], record.where)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or of characters no name can have
+        return False
+
+
+def _as_bytes(source: ImageSource) -> bytes:
+    return source if isinstance(source, bytes) else str(source).encode()
+
+
+def _turns_to_json(turns: Sequence[Turn]) -> bytes:
+    plain = [
+        [t.role, t.supervised, [p.text if isinstance(p, TextPart) else p.index for p in t.parts]]
+        for t in turns
+    ]
+    return json.dumps(plain).encode()
+
+
+def _turn_from_json(plain: list[Any]) -> Turn:
+    role, supervised, parts = plain
+    made = (TextPart(part) if isinstance(part, str) else ImagePart(part) for part in parts)
+    return Turn(role, tuple(made), supervised)

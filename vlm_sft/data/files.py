@@ -1,0 +1,316 @@
+"""Files of raw records, each with its place: JSON, JSONL, Parquet, `datasets` folders."""
+
+import json
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+from vlm_sft.errors import RecordError, UserError
+
+MAX_LINE_BYTES: Final = 64 * 2**20
+"""A longer line of JSONL is one bad record, and is passed over without being held in memory."""
+
+_ROWS_AT_ONCE: Final = 16
+_SPACE: Final = re.compile(r"[ \t\r\n]*")
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One record as the file has it.
+
+    Attributes:
+        value: What was parsed, of any type.
+        where: `file:line` (lines from 1) or `file[index]`.
+        fallback_id: `line-N` or `index-N`, for records without an id.
+    """
+
+    value: Any
+    where: str
+    fallback_id: str
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """An opened file: how many records it has at most, and an iterator over them, once."""
+
+    total: int
+    records: Iterator[RawRecord | RecordError]
+
+
+def open_record_file(path: Path) -> RecordFile:
+    """Open a file or folder of records by what it is: `.jsonl` line by line, `.json` a list, ...
+
+    A line that is no JSON comes as a RecordError and the reading goes on; JSONL, Parquet and
+    `datasets` folders are read in flat memory.
+
+    Raises:
+        UserError: The file is missing, of no known kind, or damaged as a whole (with line and
+            column for JSON).
+    """
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such data file; check `path` under `data`") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if start.startswith(b"PAR1"):
+        return _open_parquet([path])
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _open_lines(path)
+    first = start.removeprefix(_BOM).lstrip()[:1]
+    if first in (b"[", b""):
+        return _open_list(path)
+    if first == b"{" and _first_line_is_json(path):
+        return _open_lines(path)
+    raise UserError(
+        f"{path}: expected a JSON list of records, one JSON record a line, or Parquet, found a "
+        f"file that begins with {start[:20]!r}"
+    )
+
+
+def _first_line_is_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        line = file.readline(MAX_LINE_BYTES).removeprefix(_BOM)
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+# --- one JSON value a line
+
+
+def _open_lines(path: Path) -> RecordFile:
+    total, last = 0, b"\n"
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            total += block.count(b"\n")
+            last = block[-1:]
+    return RecordFile(total + (last != b"\n"), _read_lines(path))
+
+
+def _read_lines(path: Path) -> Iterator[RawRecord | RecordError]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            where, fallback_id = f"{path}:{number}", f"line-{number}"
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(file)
+                message = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+                yield RecordError("line_too_long", message, record_id=fallback_id, where=where)
+                continue
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if not line.strip():
+                continue
+            try:
+                yield RawRecord(_parse_line(line), where, fallback_id)
+            except _NotARecord as error:
+                yield RecordError(error.reason, str(error), record_id=fallback_id, where=where)
+
+
+def _skip_line(file: IO[bytes]) -> None:
+    while block := file.readline(2**20):
+        if block.endswith(b"\n"):
+            return
+
+
+class _NotARecord(ValueError):
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+        raise _NotARecord("not_utf8", message) from None
+    return _parse(text)
+
+
+def _parse(text: str, start: int | None = None) -> Any:
+    """The text's one JSON value, or the value that begins at `start`; strictly JSON."""
+    try:
+        return _STRICT.decode(text) if start is None else _STRICT.raw_decode(text, start)[0]
+    except _NotARecord:
+        raise
+    except json.JSONDecodeError as error:
+        message = f"not valid JSON at column {error.colno}: {error.msg}{_hint(text, error.pos)}"
+        raise _NotARecord("json_syntax", message) from None
+    except RecursionError:
+        raise _NotARecord("json_depth", "JSON nested too deeply to be a record") from None
+    except ValueError as error:
+        raise _NotARecord("json_syntax", f"not valid JSON: {error}") from None
+
+
+def _hint(text: str, position: int) -> str:
+    if text[:position].rstrip().endswith(",") and text[position : position + 1] in ("]", "}"):
+        return " (remove the comma before the closing bracket)"
+    return ""
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise _NotARecord("json_duplicate_key", f"the key {key!r} appears twice in one object")
+    return table
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _NotARecord("json_nan", f"the number {name} is not JSON")
+
+
+_STRICT: Final = json.JSONDecoder(
+    object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+)
+_FAST: Final = json.JSONDecoder(parse_int=str, parse_float=str)
+
+
+# --- one JSON list
+
+
+def _open_list(path: Path) -> RecordFile:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        message = f"{path}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8"
+        raise UserError(message) from None
+    del data
+    starts = _list_starts(path, text) if text.strip() else array("q")
+    return RecordFile(len(starts), _read_list(path, text, starts))
+
+
+def _list_starts(path: Path, text: str) -> "array[int]":
+    """Where each item of the top-level list begins; proves the file's syntax on the way."""
+    starts = array("q")
+    position = _after_space(text, text.index("[") + 1)
+    if text[position : position + 1] != "]":
+        while True:
+            starts.append(position)
+            position = _after_space(text, _item_end(path, text, position, len(starts) - 1))
+            mark = text[position : position + 1]
+            if mark == "]":
+                break
+            if mark != ",":
+                raise _syntax_error(path, text, position, "expected ',' or ']' after a record")
+            position = _after_space(text, position + 1)
+    position = _after_space(text, position + 1)
+    if position != len(text):
+        raise _syntax_error(path, text, position, "expected nothing after the list's end")
+    return starts
+
+
+def _item_end(path: Path, text: str, start: int, index: int) -> int:
+    try:
+        return _FAST.raw_decode(text, start)[1]
+    except json.JSONDecodeError as error:
+        problem = error.msg + _hint(text, error.pos)
+        raise _syntax_error(path, text, error.pos, problem) from None
+    except RecursionError:
+        message = f"{path}[{index}]: JSON nested too deeply to be a record; mend or remove it"
+        raise UserError(message) from None
+
+
+def _syntax_error(path: Path, text: str, position: int, problem: str) -> UserError:
+    line = text.count("\n", 0, position) + 1
+    column = position - (text.rfind("\n", 0, position) + 1) + 1
+    return UserError(f"{path}:{line}:{column}: not valid JSON: {problem}")
+
+
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _read_list(path: Path, text: str, starts: "array[int]") -> Iterator[RawRecord | RecordError]:
+    for index, start in enumerate(starts):
+        where, fallback_id = f"{path}[{index}]", f"index-{index}"
+        try:
+            yield RawRecord(_parse(text, start), where, fallback_id)
+        except _NotARecord as error:
+            yield RecordError(error.reason, str(error), record_id=fallback_id, where=where)
+
+
+# --- tables
+
+
+def _open_folder(path: Path) -> RecordFile:
+    if (path / "dataset_dict.json").exists():
+        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise UserError(
+            f"{path}: a `datasets` folder with splits ({', '.join(splits)}); name one of them, "
+            f"e.g. {path / splits[0] if splits else path}"
+        )
+    if (path / "state.json").exists():
+        return _open_datasets_folder(path)
+    files = sorted(path.glob("*.parquet"))
+    if files:
+        return _open_parquet(files)
+    raise UserError(
+        f"{path}: expected a data file, a folder of Parquet files, or a folder that "
+        "`datasets` saved (save_to_disk)"
+    )
+
+
+def _open_parquet(paths: list[Path]) -> RecordFile:
+    from pyarrow import parquet
+
+    try:
+        total = sum(parquet.ParquetFile(path).metadata.num_rows for path in paths)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{paths[0]}: damaged Parquet file: {_first_line(error)}") from None
+    return RecordFile(total, _read_parquet(paths))
+
+
+def _read_parquet(paths: list[Path]) -> Iterator[RawRecord | RecordError]:
+    from pyarrow import parquet
+
+    for path in paths:
+        index = 0
+        try:
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    yield RawRecord(row, f"{path}[{index}]", f"index-{index}")
+                    index += 1
+        except (OSError, ValueError) as error:
+            message = f"{path}[{index}]: damaged Parquet file: {_first_line(error)}"
+            raise UserError(message) from None
+
+
+def _open_datasets_folder(path: Path) -> RecordFile:
+    import datasets
+
+    try:
+        # Arrow rows keep a picture as its bytes and path; other formats would decode it here.
+        table = datasets.load_from_disk(str(path)).with_format("arrow")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged `datasets` folder: {_first_line(error)}") from None
+    return RecordFile(len(table), _read_dataset(path, table))
+
+
+def _read_dataset(path: Path, table: Any) -> Iterator[RawRecord | RecordError]:
+    index = 0
+    for batch in table.iter(batch_size=_ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            yield RawRecord(row, f"{path}[{index}]", f"index-{index}")
+            index += 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

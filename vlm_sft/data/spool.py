@@ -1,0 +1,60 @@
+"""Bytes kept in a temporary file while a run lasts, so that records need no memory."""
+
+import os
+import tempfile
+import weakref
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+
+class SpoolRef(NamedTuple):
+    """Where bytes lie in a spool."""
+
+    offset: int
+    length: int
+
+
+class Spool:
+    """Append bytes, read them back by reference from this process, its forks or its pickles.
+
+    The file lies in the system's temporary folder (`TMPDIR`) and goes with the object that made it.
+    """
+
+    def __init__(self) -> None:
+        descriptor, self.path = tempfile.mkstemp(prefix="vlm-sft-", suffix=".spool")
+        self._writer = os.fdopen(descriptor, "wb")
+        self._end = 0
+        self._reader: int | None = None
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+    def append(self, data: bytes) -> SpoolRef:
+        """Keep `data`."""
+        ref = SpoolRef(self._end, len(data))
+        self._writer.write(data)
+        self._end += len(data)
+        return ref
+
+    def flush(self) -> None:
+        """Make all that was appended readable; call it once, after the last `append`."""
+        self._writer.close()
+
+    def read(self, ref: SpoolRef) -> bytes:
+        """The bytes at `ref`, after `flush`."""
+        if self._reader is None:
+            self._reader = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, _close, self._reader)
+        return os.pread(self._reader, ref.length, ref.offset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_reader": None}
+
+
+def _close(descriptor: int) -> None:
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner:
+        with suppress(OSError):
+            os.unlink(path)
