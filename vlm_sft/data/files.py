@@ -60,10 +60,10 @@ def open_record_file(path: Path) -> RecordFile:
         raise UserError(f"{path}: no such data file; check `path` under `data`") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if start.startswith(b"PAR1"):
-        return _open_parquet([path])
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _open_lines(path)
+    if start.startswith(b"PAR1"):
+        return _open_parquet([path])
     first = start.removeprefix(_BOM).lstrip()[:1]
     if first in (b"[", b""):
         return _open_list(path)
