@@ -1,0 +1,12 @@
+"""The words of captions, questions and answers, as JSON beside this file."""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@cache
+def load(name: str) -> Any:
+    """The content of `wording/<name>.json`; read once in a process, not to be changed."""
+    return json.loads(files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
