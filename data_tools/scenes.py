@@ -98,7 +98,7 @@ def compose(settings: SceneSettings, index: int) -> Scene:
             crowds.add(group)
             _add_crowd(canvas, layers, settings, category, group, rng)
             continue
-        scale = float(np.exp(rng.uniform(np.log(0.14), np.log(0.5))))
+        scale = float(np.exp(rng.uniform(np.log(0.2), np.log(0.55))))
         for _ in range(_how_many(settings.max_instances, rng)):
             _add(canvas, layers, settings, category, group, scale * rng.uniform(0.85, 1.15), rng)
     buffer = io.BytesIO()
