@@ -1,0 +1,321 @@
+"""From a run's configuration to the objects that carry it out, in the order they can fail."""
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from vlm_sft.config import DataFile, RunConfig, load_config
+from vlm_sft.constants import IMAGE_TOKEN_ID
+from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.formats import read_records
+from vlm_sft.data.images import open_image, to_pixels
+from vlm_sft.data.ledger import Ledger
+from vlm_sft.data.masking import Renderer
+from vlm_sft.data.sampling import StepSampler
+from vlm_sft.data.template import load_template
+from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.errors import ConfigError, ImageError, RecordError
+from vlm_sft.model.build import build_model
+from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.parts_on_disk import (
+    base_identity,
+    checkpoint_components,
+    dtype_of,
+    frozen_digests,
+    load_projector,
+)
+from vlm_sft.train.checkpoint import CheckpointStore
+from vlm_sft.train.loop import Hooks, Plan, Trainer, say_on_stderr
+
+HEAD_RECORDS = 16
+"""Records of each file that are read, rendered and opened before the model is loaded."""
+
+MAX_ANSWER_TOKENS = 64
+"""Length of the answers that are generated during training."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """The tokenizer and the renderer that every text of a run goes through."""
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up shorter sequences; never seen by the loss or by attention."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out records with the account of what became of each."""
+
+    train: SupervisedDataset
+    train_ledger: Ledger
+    eval: SupervisedDataset | None
+    eval_ledger: Ledger | None
+
+    def write_ledgers(self, output_dir: Path) -> None:
+        """Write `ledger.jsonl`, and `ledger_eval.jsonl` for the held-out records."""
+        self.train_ledger.write(output_dir / "ledger.jsonl")
+        if self.eval_ledger is not None:
+            self.eval_ledger.write(output_dir / "ledger_eval.jsonl")
+
+    def summary(self) -> str:
+        """A line for each ledger."""
+        lines = [f"training data: {self.train_ledger.summary()}"]
+        if self.eval_ledger is not None:
+            lines.append(f"held-out data: {self.eval_ledger.summary()}")
+        return "\n".join(lines)
+
+
+def config_from_command_line(argv: Sequence[str], *, prog: str, about: str, more: str) -> RunConfig:
+    """`CONFIG.yaml [key.path=value ...]` to a checked configuration; `--help` prints and exits."""
+    parser = run_parser(prog, about, more)
+    arguments = parser.parse_args(argv)
+    return load_config(arguments.config, arguments.overrides)
+
+
+def run_parser(prog: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """A parser for a configuration file and its overrides."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a run's configuration, see configs/")
+    parser.add_argument(
+        "overrides",
+        metavar="key.path=value",
+        nargs="*",
+        help="values that replace the file's, e.g. train.max_steps=10",
+    )
+    return parser
+
+
+def require_language_model_rate(config: RunConfig) -> None:
+    """Refuse a stage 2 whose language model would silently have the learning rate 0.
+
+    Raises:
+        ConfigError: `optim.learning_rate.language_model` was not given.
+    """
+    if "language_model" not in config.optim.learning_rate.model_fields_set:
+        raise ConfigError(
+            "optim.learning_rate.language_model is missing, but stage 2 trains the language "
+            "model or its adapters; give it, e.g. 2e-5 in full or 2e-4 with lora"
+        )
+
+
+def load_language(config: RunConfig) -> Language:
+    """Tokenizer, template, and the renderer made of both.
+
+    Raises:
+        UserError: The tokenizer or the template cannot be loaded, or they do not fit.
+    """
+    tokenizer = load_tokenizer(config.model.language_model)
+    template = load_template(config.data.template, tokenizer)
+    return Language(tokenizer, Renderer(template, tokenizer, default_system=config.data.system))
+
+
+def check_data_head(config: RunConfig, renderer: Renderer) -> None:
+    """Read, render and open the pictures of each file's first records, before any model is loaded.
+
+    Raises:
+        UserError: A file cannot be read.
+        RecordError: A record cannot be used and `data.on_error` is `stop`.
+    """
+    for file in [*config.data.train, *config.data.eval]:
+        for record in islice(read_records(file), HEAD_RECORDS):
+            error = record_fault(record, renderer)
+            if error is not None and config.data.on_error == "stop":
+                raise error
+
+
+def record_fault(record: Conversation | RecordError, renderer: Renderer) -> RecordError | None:
+    """What is wrong with a record: its form, its rendering or one of its pictures."""
+    if isinstance(record, RecordError):
+        return record
+    try:
+        renderer.render(record)
+        for source in record.images:
+            open_image(source)
+    except RecordError as error:
+        return error
+    except ImageError as error:
+        return RecordError(error.reason, str(error), record_id=record.id, where=record.where)
+    return None
+
+
+def load_model(config: RunConfig, trainable: Set[str]) -> tuple[VisionLanguageModel, dict[str, Any]]:
+    """The model with its trainable parts thawed, and the identity of the base it starts from.
+
+    Raises:
+        UserError: A part cannot be built.
+        CheckpointError: `projector` is no checkpoint, or of another model.
+    """
+    model = build_model(
+        config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora
+    )
+    identity = base_identity(config, model)
+    if config.projector is not None:
+        load_projector(model, Path(config.projector), identity)
+    set_trainable(model, trainable)
+    return model, identity
+
+
+def load_data(config: RunConfig, renderer: Renderer, model: VisionLanguageModel) -> Data:
+    """Read and render all records; see `SupervisedDataset`."""
+
+    def load(files: list[DataFile], ledger: Ledger) -> SupervisedDataset:
+        return SupervisedDataset(
+            files,
+            renderer,
+            model.vision_tower.image_spec,
+            num_image_tokens=model.vision_tower.num_tokens,
+            config=config.data,
+            ledger=ledger,
+        )
+
+    train_ledger = Ledger()
+    train = load(config.data.train, train_ledger)
+    if not config.data.eval:
+        return Data(train, train_ledger, None, None)
+    eval_ledger = Ledger()
+    return Data(train, train_ledger, load(config.data.eval, eval_ledger), eval_ledger)
+
+
+def make_trainer(
+    config: RunConfig,
+    stage: str,
+    accelerator: Accelerator,
+    language: Language,
+    model: VisionLanguageModel,
+    identity: dict[str, Any],
+    data: Data,
+) -> Trainer:
+    """Everything wired together; `Trainer.run` does the rest."""
+    parts = named_parts(model)
+    trainable = {part for part, named in parts.items() if any(p.requires_grad for _, p in named)}
+    store = CheckpointStore(
+        Path(config.output_dir),
+        checkpoint_components(config, model, language.tokenizer, language.renderer, trainable),
+        facts={
+            "stage": stage,
+            "base_model": identity,
+            "data_fingerprint": data.train.fingerprint(),
+        },
+        keep=config.train.keep_checkpoints,
+        say=say_on_stderr,
+    )
+    answers: Callable[[], list[dict[str, Any]]] | None = None
+    if data.eval is not None and config.train.eval_samples:
+        answers = Answers(config, language, model, data.eval)
+    return Trainer(
+        model=model,
+        accelerator=accelerator,
+        plan=make_plan(config, language, data.train),
+        hooks=Hooks(parts, lambda: frozen_digests(model), answers),
+        store=store,
+        train_data=data.train,
+        eval_data=data.eval,
+    )
+
+
+def make_plan(config: RunConfig, language: Language, train: SupervisedDataset) -> Plan:
+    """How many steps, and which records in each."""
+    sampler = StepSampler(
+        train.weights,
+        batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        lengths=train.lengths if config.train.group_by_length else None,
+        has_image=train.has_image if config.train.group_by_length else None,
+    )
+    steps = sampler.total_steps(config.train.epochs)
+    if config.train.max_steps is not None:
+        steps = min(steps, config.train.max_steps)
+    return Plan(
+        output_dir=Path(config.output_dir),
+        seed=config.seed,
+        total_steps=steps,
+        records_of_step=sampler.step_indices,
+        epoch_of_step=sampler.epoch_of,
+        pad_token_id=language.pad_token_id,
+        num_workers=config.data.num_workers,
+        train=config.train,
+        optim=config.optim,
+    )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The model's greedy answers to the first question of a few held-out records."""
+
+    config: RunConfig
+    language: Language
+    model: VisionLanguageModel
+    data: SupervisedDataset
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Rows of `id`, `question`, `answer`, `expected`; the records are spread over the set."""
+        count = min(self.config.train.eval_samples, len(self.data))
+        return [self._row(i * len(self.data) // count) for i in range(count)]
+
+    def _row(self, index: int) -> dict[str, Any]:
+        conversation = self.data.conversation(index)
+        first = next(i for i, t in enumerate(conversation.turns) if t.role == "assistant")
+        turns = conversation.turns[:first]
+        num_images = len(list(Conversation("", turns).image_parts()))
+        asked = Conversation(conversation.id, turns, conversation.images[:num_images])
+        return {
+            "id": conversation.id,
+            "question": turns[-1].text if turns else "",
+            "answer": self._answer(asked),
+            "expected": conversation.turns[first].text,
+        }
+
+    def _answer(self, asked: Conversation) -> str:
+        tower, tokenizer = self.model.vision_tower, self.language.tokenizer
+        device = tower.device
+        ids = [
+            token
+            for placed in self.language.renderer.prompt(asked)
+            for token in [placed] * (tower.num_tokens if placed == IMAGE_TOKEN_ID else 1)
+        ]
+        input_ids = torch.tensor([ids], device=device)
+        pixels = [
+            to_pixels(open_image(source), tower.image_spec, self.config.data.image_aspect)
+            for source in asked.images
+        ]
+        generated = self.model.generate(
+            input_ids,
+            torch.ones_like(input_ids),
+            torch.stack(pixels).to(device) if pixels else None,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            eos_token_id=list(self.language.renderer.stop_token_ids),
+            pad_token_id=self.language.pad_token_id,
+        )
+        return str(tokenizer.decode(generated[0], skip_special_tokens=True)).strip()
+
+
+def write_report(output_dir: Path) -> None:
+    """Write the run's `report.html` where this installation has the report's module."""
+    if importlib.util.find_spec("vlm_sft.report") is not None:
+        path = importlib.import_module("vlm_sft.report").write_run_report(output_dir)
+        say_on_stderr(f"report: {path}")

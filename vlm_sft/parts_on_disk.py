@@ -1,0 +1,199 @@
+"""What a checkpoint is made of, and how each piece is written and read back strictly."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vlm_sft.atomic import write_json, write_text
+from vlm_sft.config import RunConfig, dump_config
+from vlm_sft.data.masking import Renderer
+from vlm_sft.errors import CheckpointError
+from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
+from vlm_sft.model.parts import named_parts
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.train.checkpoint import (
+    Component,
+    check_tensors,
+    copy_tensors,
+    load_tensors,
+    read_manifest,
+    save_tensors,
+)
+
+PROJECTOR = "projector.safetensors"
+ADAPTER = "adapter"
+LANGUAGE_MODEL = "language_model"
+
+
+def checkpoint_components(
+    config: RunConfig,
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    trainable: Set[str],
+) -> dict[str, Component]:
+    """Everything that a checkpoint holds, the optimiser apart.
+
+    Frozen parts are not among it: they are named by the configuration and known by their digest.
+    """
+    components = {
+        "config": Component(lambda f: write_text(f / "config.yaml", dump_config(config))),
+        "projector": Component(
+            lambda f: save_tensors(f / PROJECTOR, model.multi_modal_projector.state_dict()),
+            lambda f: _read_projector(model, f),
+        ),
+        "tokenizer": Component(lambda f: _write_tokenizer(tokenizer, f)),
+        "template": Component(lambda f: write_json(f / "template.json", renderer.describe())),
+        "processor": Component(
+            lambda f: write_json(f / "processor.json", processor_settings(config, model))
+        ),
+    }
+    if "adapter" in trainable:
+        components["adapter"] = Component(
+            lambda f: _write_adapter(model, f), lambda f: read_adapter(model, f)
+        )
+    if "language_model" in trainable:
+        components["language_model"] = Component(
+            lambda f: causal_lm(model.language_model).save_pretrained(f / LANGUAGE_MODEL),
+            lambda f: read_language_model(model, f),
+        )
+    return components
+
+
+def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:
+    """`processor.json`: how pictures become pixels, and how many tokens each takes."""
+    return {
+        "image_spec": dataclasses.asdict(model.vision_tower.image_spec),
+        "image_aspect": config.data.image_aspect,
+        "num_image_tokens": model.vision_tower.num_tokens,
+    }
+
+
+def base_identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:
+    """Which frozen tower, which of its features, and which language model a run starts from.
+
+    Sampled digests of weights and shapes, so that a moved folder is the same model and another
+    model under the same name is not. Call it before anything is loaded into the model.
+    """
+    tower = config.model.vision_tower
+    return {
+        "vision_tower": sample_digest(named_state(model.vision_tower.encoder)),
+        "features": {
+            "feature_layers": list(tower.feature_layers),
+            "feature_select": tower.feature_select,
+            "grid_pool": tower.grid_pool,
+            "image_size": model.vision_tower.image_spec.size,
+        },
+        "language_model": sample_digest(_base_parameters(model)),
+    }
+
+
+def frozen_digests(model: VisionLanguageModel) -> dict[str, str]:
+    """sha256 over every byte of each part that must not move."""
+    digests = {"vision_tower": model.vision_tower.digest()}
+    for part, named in named_parts(model).items():
+        if part != "vision_tower" and named and not any(p.requires_grad for _, p in named):
+            digests[part] = tensors_digest(named)
+    return digests
+
+
+def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str, Any]) -> None:
+    """Start from the projector of another checkpoint, e.g. that of stage 1.
+
+    Raises:
+        CheckpointError: No checkpoint there; it was trained with another tower, other features or
+            another language model; or its shapes differ (tensor and both shapes are named).
+    """
+    manifest = read_manifest(folder)
+    _read_projector(model, folder)
+    found = manifest.get("base_model", {})
+    for key, what in (
+        ("vision_tower", "vision tower"),
+        ("features", "choice of vision features"),
+        ("language_model", "language model"),
+    ):
+        if found.get(key) != identity[key]:
+            raise CheckpointError(
+                f"projector={folder}: it was trained with another {what} "
+                f"({_brief(found.get(key))}, here {_brief(identity[key])}); use the model section "
+                "of the configuration that trained it"
+            )
+
+
+def read_adapter(model: VisionLanguageModel, folder: Path) -> None:
+    """Load `adapter/` into the LoRA matrices that are already in the model, strictly.
+
+    Raises:
+        CheckpointError: A tensor is missing, too many, or of another shape.
+    """
+    wrapped = cast(peft.PeftModel, model.language_model)
+    path = folder / ADAPTER / "adapter_model.safetensors"
+    found = load_tensors(path)
+    check_tensors(found, get_peft_model_state_dict(wrapped, save_embedding_layers=False), path)
+    set_peft_model_state_dict(wrapped, found)
+
+
+def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
+    """Load `language_model/` into the live language model, strictly.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or a tensor is missing, too many, or of another shape.
+    """
+    live = causal_lm(model.language_model)
+    place = folder / LANGUAGE_MODEL
+    dtype = next(live.parameters()).dtype
+    try:
+        loaded, info = type(live).from_pretrained(
+            place, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{place}: cannot be loaded: {reason}") from None
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    if wrong:
+        raise CheckpointError(
+            f"{place}: {len(wrong)} tensors are missing, too many or of another shape, the first "
+            f"being {sorted(wrong)[0]}; it was made for another model"
+        )
+    copy_tensors(dict(loaded.named_parameters()), dict(live.named_parameters()), place)
+
+
+def _read_projector(model: VisionLanguageModel, folder: Path) -> None:
+    path = folder / PROJECTOR
+    copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
+
+
+def _write_adapter(model: VisionLanguageModel, folder: Path) -> None:
+    wrapped = cast(peft.PeftModel, model.language_model)
+    wrapped.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The language model's own parameters under the names they have without adapters."""
+    live: PreTrainedModel = causal_lm(model.language_model)
+    for name, parameter in live.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter
+
+
+def _brief(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else json.dumps(value)
+
+
+def dtype_of(config: RunConfig) -> torch.dtype:
+    """The dtype that frozen weights are held in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+        config.train.precision
+    ]

@@ -1,0 +1,95 @@
+"""What both stages do around their own decisions: folder, processes, training, farewell."""
+
+from collections.abc import Set
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from vlm_sft.assemble import (
+    check_data_head,
+    load_data,
+    load_language,
+    load_model,
+    make_trainer,
+    write_report,
+)
+from vlm_sft.config import RunConfig
+from vlm_sft.run_folder import locked, settle_config
+from vlm_sft.train.checkpoint import CheckpointStore
+from vlm_sft.train.distributed import make_accelerator, on_main
+from vlm_sft.train.loop import Outcome, say_on_stderr
+from vlm_sft.train.metrics import require_trackers, start_trackers
+from vlm_sft.train.signals import exit_code
+
+
+def run_stage(config: RunConfig, *, stage: str, trainable: Set[str]) -> int:
+    """Train `trainable` as `config` says, from the newest checkpoint of its folder if it has one.
+
+    Returns the exit code: 0 when finished (now or before), 128 + signal when asked to stop.
+
+    Raises:
+        UserError: With one sentence; see the functions called.
+        KeyboardInterrupt: After Ctrl-C, once everything is saved.
+    """
+    require_trackers(config.train.trackers)
+    output_dir = Path(config.output_dir)
+    accelerator = make_accelerator(
+        config.train.precision,
+        trackers=list(config.train.trackers),
+        project_dir=str(output_dir / "trackers"),
+    )
+    with locked(output_dir, enabled=accelerator.is_main_process):
+        if on_main(accelerator, lambda: _is_finished(config)):
+            return 0
+        outcome = _train(config, stage, trainable, accelerator)
+        accelerator.end_training()
+        if outcome.stopped_by is None:
+            if accelerator.is_main_process:
+                write_report(output_dir)
+            return 0
+    return _farewell(outcome, say=accelerator.is_main_process)
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Settle the folder's configuration; say so if its run is done."""
+    store = CheckpointStore(Path(config.output_dir), {}, say=say_on_stderr)
+    has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
+    settle_config(config, has_checkpoints=has_checkpoints)
+    final = store.finished()
+    if final is not None:
+        say_on_stderr(f"finished before: {final.folder} (step {final.step})")
+    return final is not None
+
+
+def _train(
+    config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator
+) -> Outcome:
+    main = accelerator.is_main_process
+    language = load_language(config)
+    check_data_head(config, language.renderer)
+    model, identity = load_model(config, trainable)
+    data = load_data(config, language.renderer, model)
+    if main:
+        data.write_ledgers(Path(config.output_dir))
+        say_on_stderr(data.summary())
+    trainer = make_trainer(config, stage, accelerator, language, model, identity, data)
+    start_trackers(accelerator, config.model_dump(mode="json"), "vlm_sft")
+    outcome = trainer.run()
+    if main:
+        say_on_stderr(data.summary())
+        if outcome.stopped_by is None and outcome.checkpoint is not None:
+            say_on_stderr(f"finished: {outcome.checkpoint.folder} (step {outcome.step})")
+    return outcome
+
+
+def _farewell(outcome: Outcome, *, say: bool) -> int:
+    assert outcome.stopped_by is not None
+    if say and outcome.checkpoint is not None:
+        say_on_stderr(
+            f"stopped by {outcome.stopped_by.name} after step {outcome.step}; saved in "
+            f"{outcome.checkpoint.folder}; the same command goes on from there"
+        )
+    code = exit_code(outcome.stopped_by)
+    if code == 130:
+        raise KeyboardInterrupt
+    return code

@@ -1,0 +1,371 @@
+"""Checkpoints: folders of safetensors and JSON that are complete and proven, or absent."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlm_sft.atomic import sync_folder, write_json
+from vlm_sft.errors import CheckpointError
+
+FORMAT = 1
+"""Version of the folder's layout; a newer one is refused."""
+
+MANIFEST = "manifest.json"
+LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A piece of a checkpoint that knows how to write itself and read itself back.
+
+    Attributes:
+        write: Writes its files into a checkpoint folder.
+        read: Reads them back into the live objects, strictly (every name, every shape); None for
+            what is only written (configuration, tokenizer).
+    """
+
+    write: Callable[[Path], None]
+    read: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint whose files were found to have the content that they were given."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return int(self.manifest["step"])
+
+
+@dataclass
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        output_dir: The run folder; checkpoints lie in `checkpoints/step-N`, the last in `final`.
+        components: What a checkpoint is made of, by name.
+        facts: Plain values for every manifest (stage, base-model identity, data fingerprint).
+        keep: Step checkpoints left after a save.
+        num_bytes: About how large a checkpoint is, for the free-space check; 0 leaves it out.
+        say: Where lines for the user go.
+    """
+
+    output_dir: Path
+    components: Mapping[str, Component]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    keep: int = 2
+    num_bytes: int = 0
+    say: Callable[[str], None] = print
+
+    @property
+    def steps_dir(self) -> Path:
+        """Where the step checkpoints lie."""
+        return self.output_dir / "checkpoints"
+
+    @property
+    def final_dir(self) -> Path:
+        """Where the finished run's checkpoint lies."""
+        return self.output_dir / "final"
+
+    def save(self, position: Mapping[str, Any]) -> Checkpoint:
+        """Write `checkpoints/step-N`, prove it, then drop the oldest beyond `keep`.
+
+        Args:
+            position: `step` and whatever else says where in the data the run is.
+
+        Raises:
+            CheckpointError: Too little free space, or what was written does not read back.
+            OSError: The disk refused; older checkpoints are untouched.
+        """
+        require_space(self.output_dir, self.num_bytes)
+        folder = self.steps_dir / step_name(int(position["step"]))
+        write_checkpoint(folder, self.components, {**self.facts, **position})
+        checkpoint = verify(folder)
+        for old in self.step_folders()[self.keep :]:
+            remove(old)
+        return checkpoint
+
+    def finish(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Make `final/` a complete copy of `checkpoint`, by hard links where the disk has them."""
+        building = _temporary(self.final_dir)
+        shutil.copytree(checkpoint.folder, building, copy_function=_link_or_copy)
+        _move_into_place(building, self.final_dir)
+        return verify(self.final_dir)
+
+    def finished(self) -> Checkpoint | None:
+        """The complete `final/` of a finished run, else None; a damaged one is named."""
+        if not self.final_dir.exists():
+            return None
+        try:
+            return verify(self.final_dir)
+        except CheckpointError as error:
+            self.say(f"not used: {error}")
+            return None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest step checkpoint that is complete; None in a run that has none yet.
+
+        Damaged ones are named and passed over; leftovers of an interrupted save are removed.
+
+        Raises:
+            CheckpointError: There are checkpoints and all of them are damaged.
+        """
+        for leftover in [*self.output_dir.glob(".*.tmp"), *self.steps_dir.glob(".*.tmp")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        folders = self.step_folders()
+        for folder in folders:
+            try:
+                return verify(folder)
+            except CheckpointError as error:
+                self.say(f"passed over: {error}")
+        if folders:
+            raise CheckpointError(
+                f"{self.steps_dir}: none of the {len(folders)} checkpoints is complete; delete "
+                "that folder to start the run over, or copy a good checkpoint back"
+            )
+        return None
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Read every component back.
+
+        Raises:
+            CheckpointError: The checkpoint is of another stage, model, or data, or a tensor is
+                missing, too many, or of another shape.
+        """
+        for name, expected in self.facts.items():
+            found = checkpoint.manifest.get(name)
+            if found != expected:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {name.replace('_', ' ')} is {_short(found)}, but this "
+                    f"run's is {_short(expected)}; resume with what the checkpoint was made from, "
+                    "or choose another output_dir"
+                )
+        for component in self.components.values():
+            if component.read is not None:
+                component.read(checkpoint.folder)
+
+    def step_folders(self) -> list[Path]:
+        """Step checkpoints, complete or not, newest first."""
+        found = [f for f in self.steps_dir.glob("step-*") if f.name[5:].isdigit() and f.is_dir()]
+        return sorted(found, key=lambda folder: int(folder.name[5:]), reverse=True)
+
+
+def step_name(step: int) -> str:
+    """`step-00000100` for step 100."""
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(
+    folder: Path, components: Mapping[str, Component], facts: Mapping[str, Any]
+) -> None:
+    """Write a complete checkpoint folder: all files, then the manifest, then the rename.
+
+    Everything is on the disk before the folder gets its name; a folder of that name is replaced.
+    """
+    building = _temporary(folder)
+    building.mkdir(parents=True)
+    try:
+        for component in components.values():
+            component.write(building)
+        files = {str(path.relative_to(building)): _sha256(path) for path in _files(building)}
+        manifest = {
+            "format": FORMAT,
+            **facts,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "libraries": {name: version(name) for name in LIBRARIES},
+            "files": files,
+        }
+        write_json(building / MANIFEST, manifest)
+        _sync_tree(building)
+        _move_into_place(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read the manifest and compare every file with its hash.
+
+    Raises:
+        CheckpointError: No manifest, a newer format, a file missing, too many, or changed.
+    """
+    manifest = read_manifest(folder)
+    recorded: dict[str, str] = manifest["files"]
+    present = {str(path.relative_to(folder)): path for path in _files(folder)}
+    present.pop(MANIFEST, None)
+    if missing := sorted(recorded.keys() - present.keys()):
+        raise CheckpointError(f"{folder}: {missing[0]} is missing; the checkpoint is incomplete")
+    if extra := sorted(present.keys() - recorded.keys()):
+        raise CheckpointError(f"{folder}: {extra[0]} is not in its manifest; remove that file")
+    for name, path in present.items():
+        if _sha256(path) != recorded[name]:
+            raise CheckpointError(
+                f"{folder}: {name} has changed since it was written (its sha256 differs)"
+            )
+    return Checkpoint(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, without looking at its other files.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, or of a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}, so this is not a complete checkpoint; give a folder like "
+            "RUN/final or RUN/checkpoints/step-00000100"
+        ) from None
+    except ValueError:
+        raise CheckpointError(f"{path}: not valid JSON; the checkpoint is damaged") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path}: not a checkpoint's manifest; the checkpoint is damaged")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format')!r}, but this version reads {FORMAT}; use the "
+            "version of vlm-sft that wrote it"
+        )
+    return manifest
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, from any device, in the order of their names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    save_file(held, str(path))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Raises:
+        CheckpointError: The file is missing or not whole.
+    """
+    try:
+        return load_file(str(path))  # type: ignore[no-any-return]
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
+def copy_tensors(
+    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str | Path
+) -> None:
+    """Copy tensors by name into live ones, after checking all names and shapes.
+
+    Raises:
+        CheckpointError: A tensor is missing, too many, or of another shape; nothing was copied.
+    """
+    check_tensors(found, wanted, where)
+    with torch.no_grad():
+        for name, target in wanted.items():
+            target.copy_(found[name])
+
+
+def check_tensors(
+    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str | Path
+) -> None:
+    """Refuse missing and unexpected names and differing shapes, naming tensor and both shapes."""
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise CheckpointError(
+            f"{where}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} are); it "
+            "was made for another model"
+        )
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise CheckpointError(
+            f"{where}: tensor {extra[0]!r} is not in this model ({len(extra)} such); it was made "
+            "for another model"
+        )
+    for name, target in wanted.items():
+        if found[name].shape != target.shape:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} is {_shape(found[name])}, but this model's is "
+                f"{_shape(target)}; use the tower, projector_type and language model that it was "
+                "trained with"
+            )
+
+
+def require_space(place: Path, num_bytes: int) -> None:
+    """Refuse to begin a write that the disk has no room for.
+
+    Raises:
+        CheckpointError: With the space that is free and the space that is needed.
+    """
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{place}: {free / 1e9:.1f} GB free, but a checkpoint takes about "
+            f"{num_bytes / 1e9:.1f} GB; free some space or choose another output_dir"
+        )
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, out of sight first so that a kill never leaves half of it under its name."""
+    trash = _temporary(folder)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def _move_into_place(building: Path, folder: Path) -> None:
+    if folder.exists():
+        remove(folder)
+    os.rename(building, folder)
+    sync_folder(folder.parent)
+
+
+def _temporary(folder: Path) -> Path:
+    """A hidden sibling that no other use has; `newest` sweeps what a kill leaves of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.parent / f".{folder.name}.{os.urandom(4).hex()}.tmp"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for below in [path for path in folder.rglob("*") if path.is_dir()]:
+        sync_folder(below)
+    sync_folder(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else text[:197] + "..."

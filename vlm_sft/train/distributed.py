@@ -1,0 +1,71 @@
+"""Processes of a run: how they are set up, and how they share a result or an error."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import broadcast_object_list as broadcast_objects
+
+from vlm_sft.errors import CheckpointError, UserError
+
+Value = TypeVar("Value")
+
+
+def make_accelerator(
+    precision: Literal["bf16", "fp16", "fp32"],
+    *,
+    trackers: list[str] | None = None,
+    project_dir: str | None = None,
+) -> Accelerator:
+    """This process's device and its place among the others, from the launcher's environment.
+
+    One process without a launcher; several under `torchrun` or `accelerate launch`.
+
+    Raises:
+        UserError: fp16 where no GPU is, or bf16 on a GPU that has none.
+    """
+    has_gpu = torch.accelerator.is_available()
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs an NVIDIA or AMD GPU; use fp32 or bf16 here")
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("train.precision: this GPU has no bf16; use fp16 or fp32")
+    return Accelerator(
+        cpu=not has_gpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
+    """Do `action` in the first process alone and give its result to all.
+
+    A user error or a failed write is raised in every process, so that none waits for the others.
+    """
+    if accelerator.num_processes == 1:
+        return action()
+    shared: list[Any] = [None, None]
+    caught: BaseException | None = None
+    if accelerator.is_main_process:
+        try:
+            shared[0] = action()
+        except (UserError, OSError) as error:
+            caught = error
+            shared[1] = (isinstance(error, CheckpointError), str(error))
+    broadcast_objects(shared)
+    if caught is not None:
+        raise caught
+    if shared[1] is not None:
+        damaged, message = shared[1]
+        raise (CheckpointError if damaged else UserError)(message)
+    return shared[0]  # type: ignore[no-any-return]
+
+
+def total(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of `values` over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values, reduction="sum")

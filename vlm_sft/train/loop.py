@@ -1,0 +1,413 @@
+"""The training loop: every step's batches, their gradient, the update, and what is written down."""
+
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vlm_sft.config import OptimConfig, TrainConfig
+from vlm_sft.data.collate import Batch
+from vlm_sft.errors import UserError
+from vlm_sft.train.batches import Examples, LazySteps, load_steps, split
+from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
+from vlm_sft.train.distributed import on_main, total
+from vlm_sft.train.metrics import (
+    LiveLine,
+    MetricsFile,
+    Speed,
+    memory_bytes,
+    tracker_values,
+)
+from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set_rates
+from vlm_sft.train.optimizer_state import optimizer_component
+from vlm_sft.train.preflight import (
+    Parts,
+    parts_table,
+    print_table,
+    rehearse_saving,
+    require_gradients,
+    require_unchanged,
+)
+from vlm_sft.train.signals import StopRequest
+from vlm_sft.train.step import (
+    StepGradient,
+    accumulate_gradient,
+    forward,
+    refuse_non_finite,
+    step_seed,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do, apart from the objects that do it.
+
+    Attributes:
+        output_dir: The run folder.
+        seed: Of dropout; data order has its own, inside `records_of_step`.
+        total_steps: Optimiser steps of the whole run.
+        records_of_step: The records of a step (from 0), a pure function.
+        epoch_of_step: Epochs gone after so many steps.
+        pad_token_id: Fills up shorter sequences.
+        num_workers: Processes that load records ahead.
+    """
+
+    output_dir: Path
+    seed: int
+    total_steps: int
+    records_of_step: Callable[[int], Sequence[int]]
+    epoch_of_step: Callable[[int], float]
+    pad_token_id: int
+    num_workers: int
+    train: TrainConfig
+    optim: OptimConfig
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop asks of those who know more than it does.
+
+    Attributes:
+        parts: The model's parameters by part.
+        frozen_digests: Fingerprints of the parts that must not move, worked out anew.
+        answers: Answers of the model to a few held-out records, as plain rows; None: no samples.
+    """
+
+    parts: Parts
+    frozen_digests: Callable[[], dict[str, str]]
+    answers: Callable[[], list[dict[str, Any]]] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: Optimiser steps done.
+        checkpoint: The newest one; `final/` when the run is finished.
+        stopped_by: The signal that ended the run early, or None.
+    """
+
+    step: int
+    checkpoint: Checkpoint | None
+    stopped_by: signal.Signals | None = None
+
+
+@dataclass
+class Trainer:
+    """One run: start or resume, train, evaluate, save, finish.
+
+    Args:
+        model: The whole model; what has `requires_grad` is trained.
+        accelerator: Device, precision and processes.
+        plan: What to do.
+        hooks: Parts, fingerprints, generated answers.
+        store: Where checkpoints go; the optimiser's own component is added here.
+        train_data: Records to learn from.
+        eval_data: Held-out records, or None.
+    """
+
+    model: nn.Module
+    accelerator: Accelerator
+    plan: Plan
+    hooks: Hooks
+    store: CheckpointStore
+    train_data: Examples
+    eval_data: Examples | None = None
+    step: int = field(default=0, init=False)
+
+    def run(self) -> Outcome:
+        """Train to the end, or until a signal asks to stop.
+
+        Raises:
+            UserError: Nothing learns, a loss is not finite, a frozen part moved.
+            CheckpointError: The run's checkpoints cannot be used or written.
+        """
+        self._prepare()
+        resumed = on_main(self.accelerator, self._newest)
+        if resumed is None:
+            on_main(self.accelerator, self._rehearse)
+            self._frozen = self.hooks.frozen_digests()
+        else:
+            self._resume(resumed)
+        self._open_records()
+        with StopRequest() as request, self._live:
+            while self.step < self.plan.total_steps:
+                asked = self._train_until_save(request)
+                checkpoint = self._save()
+                if asked and self.step < self.plan.total_steps:
+                    by = request.received or signal.SIGTERM
+                    return Outcome(self.step, checkpoint, by)
+        return self._finish()
+
+    def _prepare(self) -> None:
+        """Device, precision and optimiser; the table of what learns."""
+        config = self.plan.train
+        if config.gradient_checkpointing:
+            cast(Any, self.model).enable_gradient_checkpointing()
+        self.model.train()
+        self._wrapped = self.accelerator.prepare(self.model)
+        self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim)
+        rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
+        table = parts_table(self.hooks.parts, rates)
+        if self.accelerator.is_main_process:
+            print_table(table)
+        self._scaler = cast("torch.amp.GradScaler | None", self.accelerator.scaler)
+        components: dict[str, Component] = {
+            **self.store.components,
+            "optimizer": optimizer_component(self.optimizer, self._scaler),
+        }
+        self.store.components = components
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.store.num_bytes = 3 * sum(p.numel() * p.element_size() for p in self._parameters)
+
+    def _newest(self) -> Checkpoint | None:
+        self.plan.output_dir.mkdir(parents=True, exist_ok=True)
+        return self.store.newest()
+
+    def _rehearse(self) -> None:
+        trained = [
+            (name, parameter)
+            for named in self.hooks.parts.values()
+            for name, parameter in named
+            if parameter.requires_grad
+        ]
+        rehearse_saving(self.plan.output_dir, self.store.components, trained)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        self.store.load(checkpoint)
+        self.step = checkpoint.step
+        self._frozen = dict(checkpoint.manifest["frozen"])
+        require_unchanged(self._frozen, self.hooks.frozen_digests())
+        if self.accelerator.is_main_process:
+            self.store.say(f"going on from {checkpoint.folder} (step {self.step})")
+
+    def _open_records(self) -> None:
+        """Files and line that the run reports on."""
+        main, folder = self.accelerator.is_main_process, self.plan.output_dir
+        self._metrics = MetricsFile(folder / "metrics.jsonl", last_step=self.step) if main else None
+        self._samples = MetricsFile(folder / "samples.jsonl", last_step=self.step) if main else None
+        self._live = LiveLine(self.plan.total_steps, self.step, enabled=main)
+        self._speed = Speed()
+
+    def _train_until_save(self, request: StopRequest) -> bool:
+        """Train up to the next step that is saved; whether a process was asked to stop."""
+        every = self.plan.train.save_every_steps
+        last = min(self.plan.total_steps, (self.step // every + 1) * every)
+        for batches in self._batches_from(self.step, self.plan.total_steps):
+            gradient = self._train_step(batches, stop=request.received is not None)
+            self._maybe_evaluate()
+            if gradient.stop:
+                return True
+            if self.step == last and last < self.plan.total_steps:
+                self._save()
+                last = min(self.plan.total_steps, last + every)
+        return False
+
+    def _batches_from(self, first: int, last: int) -> Any:
+        steps = LazySteps(first, last, self._micro_batches)
+        return load_steps(
+            self.train_data,
+            steps,
+            pad_token_id=self.plan.pad_token_id,
+            num_workers=self.plan.num_workers,
+        )
+
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        return split(
+            self.plan.records_of_step(step),
+            self.plan.train.micro_batch_size,
+            world_size=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+        )
+
+    def _train_step(self, batches: list[Batch], *, stop: bool) -> StepGradient:
+        """Gradient, checks, update, and a row of metrics."""
+        self.optimizer.zero_grad(set_to_none=True)
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        gradient = accumulate_gradient(
+            self._wrapped,
+            batches,
+            self.accelerator,
+            stop=stop,
+            seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
+        )
+        norm = self._checked_norm(gradient)
+        factor = rate_factor(
+            self.step, total_steps=self.plan.total_steps, config=self.plan.optim
+        )
+        rates = set_rates(self.optimizer, factor)
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.step += 1
+        self._speed.add(gradient.num_records, gradient.num_targets)
+        self._write_step(gradient, norm, rates)
+        return gradient
+
+    def _checked_norm(self, gradient: StepGradient) -> torch.Tensor:
+        """The gradient's norm before clipping, after proving that it may be applied."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        if gradient.num_targets == 0:
+            self._live.say(
+                f"step {self.step + 1}: none of its {gradient.num_records} records has a "
+                "supervised token, so it adds nothing"
+            )
+        elif not getattr(self, "_gradients_seen", False) and torch.isfinite(gradient.loss_sum):
+            require_gradients(self.hooks.parts)
+            self._gradients_seen = True
+        norm = gradient_norm(self._parameters, self.plan.optim.max_grad_norm)
+        if self._scaler is not None and torch.isfinite(gradient.loss_sum):
+            return self._tolerated_overflow(norm)
+        refuse_non_finite(gradient, norm, self.accelerator, step=self.step + 1)
+        return norm
+
+    def _tolerated_overflow(self, norm: torch.Tensor) -> torch.Tensor:
+        """In fp16 an overflow of the scaled gradient is met by a smaller scale, down to 1."""
+        assert self._scaler is not None
+        if not torch.isfinite(norm):
+            scale = self._scaler.get_scale()
+            if scale <= 1:
+                raise UserError(
+                    f"step {self.step + 1}: the gradient overflows fp16 even unscaled; use bf16 "
+                    "or fp32 (the weights are those before this step)"
+                )
+            self._live.say(
+                f"step {self.step + 1}: the fp16 gradient overflowed at loss scale {scale:g}; the "
+                "update is left out and the scale made smaller"
+            )
+        return norm
+
+    def _write_step(
+        self, gradient: StepGradient, norm: torch.Tensor, rates: Mapping[str, float]
+    ) -> None:
+        last = self.step == self.plan.total_steps
+        if self.step % self.plan.train.log_every_steps and not last:
+            return
+        row: dict[str, Any] = {
+            "step": self.step,
+            "epoch": round(self.plan.epoch_of_step(self.step), 6),
+            "loss": gradient.loss,
+            "learning_rate": dict(rates),
+            "grad_norm": float(norm),
+            **self._speed.read(),
+            "num_targets": gradient.num_targets,
+            "memory_bytes": memory_bytes(self.accelerator.device),
+        }
+        self._record(row)
+        self._live.show(row)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(row)
+        self.accelerator.log(tracker_values(row), step=self.step)
+
+    def _maybe_evaluate(self) -> None:
+        every = self.plan.train.eval_every_steps
+        last = self.step == self.plan.total_steps
+        if self.eval_data is None or not (last or (every and self.step % every == 0)):
+            return
+        loss, num_targets = evaluate(
+            self.model,
+            self.eval_data,
+            self.accelerator,
+            micro_batch_size=self.plan.train.micro_batch_size,
+            pad_token_id=self.plan.pad_token_id,
+            num_workers=self.plan.num_workers,
+        )
+        self._record(
+            {
+                "step": self.step,
+                "epoch": round(self.plan.epoch_of_step(self.step), 6),
+                "eval_loss": loss,
+                "eval_num_targets": num_targets,
+            }
+        )
+        self._live.say(
+            f"step {self.step}: held-out loss {loss:.4f} over {num_targets:,} tokens"
+        )
+        self._write_answers()
+        self.model.train()
+        self._speed = Speed()
+
+    def _write_answers(self) -> None:
+        if self._samples is None or self.hooks.answers is None:
+            return
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            rows = self.hooks.answers()
+        for row in rows:
+            self._samples.write({"step": self.step, **row})
+            self._live.say(f"  {row['id']}: {row['question']!r} -> {row['answer']!r}")
+
+    def _save(self) -> Checkpoint:
+        position = {
+            "step": self.step,
+            "total_steps": self.plan.total_steps,
+            "epoch": self.plan.epoch_of_step(self.step),
+            "frozen": self._frozen,
+        }
+        return on_main(self.accelerator, lambda: self.store.save(position))
+
+    def _finish(self) -> Outcome:
+        """Prove that what was frozen stayed so, then give the last checkpoint its final name."""
+        require_unchanged(self._frozen, self.hooks.frozen_digests())
+        final = on_main(self.accelerator, self._finish_on_main)
+        self.accelerator.wait_for_everyone()
+        return Outcome(self.step, final)
+
+    def _finish_on_main(self) -> Checkpoint:
+        newest = self.store.newest()
+        if newest is None or newest.step != self.plan.total_steps:
+            newest = self.store.save(
+                {"step": self.step, "total_steps": self.plan.total_steps, "frozen": self._frozen}
+            )
+        return self.store.finish(newest)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    examples: Examples,
+    accelerator: Accelerator,
+    *,
+    micro_batch_size: int,
+    pad_token_id: int,
+    num_workers: int,
+) -> tuple[float, int]:
+    """Mean loss (nats) of a supervised token over all `examples`, and the number of such tokens.
+
+    Leaves the model in eval mode. 0.0 where nothing is supervised.
+    """
+    mine = split(
+        range(len(examples)),
+        micro_batch_size,
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+    count = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    steps = [[micro_batch] for micro_batch in mine]
+    batches = load_steps(examples, steps, pad_token_id=pad_token_id, num_workers=num_workers)
+    with accelerator.autocast():
+        for (batch,) in batches:
+            output = forward(model, batch, accelerator.device)
+            loss += output.loss_sum
+            count += output.num_targets
+    targets = int(total(accelerator, count))
+    return float(total(accelerator, loss)) / max(1, targets), targets
+
+
+def say_on_stderr(text: str) -> None:
+    """A line for the user."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,86 @@
+"""AdamW with one learning rate a part, and a schedule that is a pure function of the step."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_sft.config import LearningRates, OptimConfig
+
+NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+def build_optimizer(
+    parts: Mapping[str, NamedParameters], config: OptimConfig
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of every part.
+
+    Each parameter group carries `part` (its part's name), `peak_lr` and `names` (its parameters'
+    names, in order). Vectors (biases, norms) are not decayed, as in transformers' Trainer.
+
+    Args:
+        parts: For each part its named parameters; frozen ones are left out.
+        config: Rates, decay, betas, epsilon.
+    """
+    groups: list[dict[str, Any]] = []
+    for part, named in parts.items():
+        trainable = [(name, p) for name, p in named if p.requires_grad]
+        for decayed in (True, False):
+            chosen = [(name, p) for name, p in trainable if (p.ndim >= 2) == decayed]
+            if chosen:
+                rate = peak_rate(part, config.learning_rate)
+                groups.append(
+                    {
+                        "params": [p for _, p in chosen],
+                        "names": [name for name, _ in chosen],
+                        "part": part,
+                        "lr": rate,
+                        "peak_lr": rate,
+                        "weight_decay": config.weight_decay if decayed else 0.0,
+                    }
+                )
+    fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=True if fused else None
+    )
+
+
+def peak_rate(part: str, rates: LearningRates) -> float:
+    """The peak learning rate of a part; adapters take the language model's."""
+    return rates.projector if part == "projector" else rates.language_model
+
+
+def rate_factor(step: int, *, total_steps: int, config: OptimConfig) -> float:
+    """What the peak rate is multiplied by in optimiser step `step`, counted from 0.
+
+    Warm-up is linear over `ceil(warmup_ratio * total_steps)` steps and the peak is reached in the
+    last of them; then a half cosine or a line falls towards 0, which the step after the last would
+    have. transformers' schedule is the same one step later: its first step has rate 0.
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.schedule == "linear" else 1.0
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Give every group its peak rate times `factor`; returns the rate of each part."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return {group["part"]: group["lr"] for group in optimizer.param_groups}
+
+
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float | None
+) -> torch.Tensor:
+    """Global 2-norm of the gradients before clipping (scalar tensor); clips them if asked to."""
+    parameters = list(parameters)
+    if max_norm is None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -1,0 +1,117 @@
+"""What is proven before and after a run: what learns, what must not move, that saving works."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.train.checkpoint import Component, remove, verify, write_checkpoint
+from vlm_sft.train.optim import NamedParameters
+
+Parts = Mapping[str, NamedParameters]
+
+
+def parts_table(parts: Parts, rates: Mapping[str, float]) -> Table:
+    """A line for every part: trainable or frozen, parameters, dtype, peak learning rate.
+
+    Raises:
+        UserError: Nothing is trainable.
+    """
+    table = Table(title="parts of the model")
+    for column in ("part", "state", "parameters", "dtype", "peak learning rate"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for part, named in parts.items():
+        if not named:
+            continue
+        learns = is_trainable(named)
+        count = sum(parameter.numel() for _, parameter in named)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})
+        rate = f"{rates[part]:.2e}" if learns else "-"
+        state = "trainable" if learns else "frozen"
+        table.add_row(part, state, f"{count:,}", ", ".join(dtypes), rate)
+    if not any(is_trainable(named) for named in parts.values()):
+        raise UserError("nothing is trainable: every part of the model is frozen")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print to stderr, at least wide enough for all columns."""
+    console = Console(stderr=True)
+    if console.width < 90:
+        console.width = 90
+    console.print(table)
+
+
+def is_trainable(named: NamedParameters) -> bool:
+    """Whether any parameter of a part learns."""
+    return any(parameter.requires_grad for _, parameter in named)
+
+
+def require_gradients(parts: Parts) -> None:
+    """After the first backward pass: every trainable part must have a gradient somewhere.
+
+    Raises:
+        UserError: Naming the part, so that hours are not spent on weights that stay as they are.
+    """
+    for part, named in parts.items():
+        gradients = [p.grad for _, p in named if p.requires_grad]
+        if gradients and not any(g is not None and bool(g.any()) for g in gradients):
+            raise UserError(
+                f"{part} is trainable but has no gradient after the first step, so it would never "
+                "learn; its outputs do not reach the loss - check the masks with vlm_sft.show"
+            )
+
+
+def rehearse_saving(
+    output_dir: Path,
+    components: Mapping[str, Component],
+    tensors: Sequence[tuple[str, nn.Parameter]],
+) -> None:
+    """Save a checkpoint into a folder of its own, read it back, compare bit by bit, remove it.
+
+    The live weights are wiped before they are read back, so what is compared comes from the disk.
+
+    Raises:
+        CheckpointError: A tensor came back changed or could not be read.
+        OSError: The place cannot be written.
+    """
+    folder = output_dir / ".rehearsal.tmp"
+    kept = [parameter.detach().clone() for _, parameter in tensors]
+    write_checkpoint(folder, components, {"step": 0, "rehearsal": True})
+    try:
+        verify(folder)
+        with torch.no_grad():
+            for _, parameter in tensors:
+                parameter.zero_()
+        for component in components.values():
+            if component.read is not None:
+                component.read(folder)
+        for (name, parameter), before in zip(tensors, kept, strict=True):
+            if not torch.equal(parameter, before):
+                raise CheckpointError(
+                    f"{folder}: rehearsal of saving: {name} did not come back as it was saved; "
+                    "the checkpoints of this run could not be trusted"
+                )
+    finally:
+        with torch.no_grad():
+            for (_, parameter), before in zip(tensors, kept, strict=True):
+                parameter.copy_(before)
+        remove(folder)
+
+
+def require_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Compare the frozen parts' fingerprints of the run's start and end.
+
+    Raises:
+        UserError: A frozen part moved.
+    """
+    for part, digest in before.items():
+        if after[part] != digest:
+            raise UserError(
+                f"{part} is frozen but its weights changed during the run (sha256 {digest[:12]} "
+                f"became {after[part][:12]}); the result cannot be trusted"
+            )
