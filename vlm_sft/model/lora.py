@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -34,7 +35,9 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> No
         target_modules=paths,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft 0.19 still asks transformers 5.2x for this under its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(language_model, peft_config, autocast_adapter_dtype=True)
     for name, parameter in wrapped.named_parameters():

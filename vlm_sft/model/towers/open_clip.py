@@ -121,7 +121,10 @@ def _random(tree: dict[str, Any], config: VisionTowerConfig) -> tuple[Any, dict[
         text_cfg=open_clip.CLIPTextCfg(**_TINY_TEXT),
         quick_gelu=bool(tree.get("quick_gelu", False)),
     )
-    return model.visual, preprocessing
+    visual: Any = model.visual
+    if isinstance(visual, TimmModel) and "image_size" in vision:
+        visual.set_input_size(vision["image_size"])
+    return visual, preprocessing
 
 
 def _pretrained(config: VisionTowerConfig) -> tuple[Any, dict[str, Any]]:
