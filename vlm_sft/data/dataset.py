@@ -107,8 +107,9 @@ class SupervisedDataset(Dataset[Example]):
         self._pictures: list[tuple[str | SpoolRef, ...]] = []
         self._turns: list[SpoolRef] = []
         self._spool = Spool()
-        self._digest = hashlib.sha256()
-        self._read(files)
+        digest = hashlib.sha256()
+        self._read(files, digest)
+        self._fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -123,6 +124,10 @@ class SupervisedDataset(Dataset[Example]):
             pixel_values=self._pixels(index),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader's worker needs, which is neither tokenizer nor ledger."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_renderer", "_ledger")}
+
     def conversation(self, index: int) -> Conversation:
         """The record as it is trained on, after turns were dropped."""
         turns = tuple(map(_turn_from_json, json.loads(self._spool.read(self._turns[index]))))
@@ -131,7 +136,7 @@ class SupervisedDataset(Dataset[Example]):
 
     def fingerprint(self) -> str:
         """sha256 over all ids, labels and pictures' places (or bytes), in order."""
-        return self._digest.hexdigest()
+        return self._fingerprint
 
     def broken_pictures(self) -> list[RecordError]:
         """Open every picture in full; an error for each record that has a broken one."""
@@ -146,7 +151,7 @@ class SupervisedDataset(Dataset[Example]):
 
     # --- reading
 
-    def _read(self, files: Sequence[DataFile]) -> None:
+    def _read(self, files: Sequence[DataFile], digest: "hashlib._Hash") -> None:
         ids, flags, starts = array("i"), array("b"), array("q", [0])
         entries = len(self._ledger.entries)
         for file in files:
@@ -157,6 +162,7 @@ class SupervisedDataset(Dataset[Example]):
                 fitted = self._fit(record)
                 if fitted is not None:
                     self._keep(*fitted, file.weight)
+                    digest.update(_identity(*fitted))
                     ids.extend(fitted[1].input_ids)
                     flags.extend(label != IGNORE_INDEX for label in fitted[1].labels)
                     starts.append(len(ids))
@@ -251,9 +257,6 @@ class SupervisedDataset(Dataset[Example]):
                 for source in record.images
             )
         )
-        pictures = [hashlib.sha256(_as_bytes(source)).hexdigest() for source in record.images]
-        line = json.dumps([rendering.input_ids, rendering.labels, pictures])
-        self._digest.update(line.encode() + b"\n")
 
     # --- looking
 
@@ -314,8 +317,11 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _as_bytes(source: ImageSource) -> bytes:
-    return source if isinstance(source, bytes) else str(source).encode()
+def _identity(record: Conversation, rendering: _Rendering) -> bytes:
+    """What of a record a training run depends on, as one line."""
+    places = (s if isinstance(s, bytes) else str(s).encode() for s in record.images)
+    pictures = [hashlib.sha256(place).hexdigest() for place in places]
+    return json.dumps([rendering.input_ids, rendering.labels, pictures]).encode() + b"\n"
 
 
 def _turns_to_json(turns: Sequence[Turn]) -> bytes:

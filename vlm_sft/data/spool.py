@@ -4,7 +4,7 @@ import os
 import tempfile
 import weakref
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 
 class SpoolRef(NamedTuple):
@@ -25,7 +25,7 @@ class Spool:
         self._writer = os.fdopen(descriptor, "wb")
         self._end = 0
         self._reader: int | None = None
-        weakref.finalize(self, _remove, self.path, os.getpid())
+        weakref.finalize(self, _remove, self.path, self._writer, os.getpid())
 
     def append(self, data: bytes) -> SpoolRef:
         """Keep `data`."""
@@ -54,7 +54,9 @@ def _close(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _remove(path: str, owner: int) -> None:
+def _remove(path: str, writer: IO[bytes], owner: int) -> None:
     if os.getpid() == owner:
+        with suppress(OSError):
+            writer.close()
         with suppress(OSError):
             os.unlink(path)
