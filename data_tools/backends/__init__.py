@@ -1,0 +1,33 @@
+"""Who writes the conversations: rules today, other teachers beside them.
+
+A backend is given an index of pictures and yields exchanges; files, ids and checks are not its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from data_tools.coco import CocoIndex, Picture
+from data_tools.records import Exchange
+
+
+class Backend(Protocol):
+    """What `build_coco` asks of a backend. Every answer must follow from the annotations."""
+
+    def captions(self, picture: Picture, limit: int | None) -> Sequence[Exchange]:
+        """Caption pairs for stage 1, at most `limit`."""
+
+    def conversation(self, picture: Picture, turns: int) -> Sequence[Exchange]:
+        """One conversation for stage 2, about `turns` questions; empty if nothing is known."""
+
+    def probes(
+        self, pictures: Sequence[Picture], family: str, per_picture: int
+    ) -> Mapping[int, Sequence[Exchange]]:
+        """Balanced single questions of one family, by image id."""
+
+
+def make_backend(name: str, index: CocoIndex, seed: int, answers: str) -> Backend:
+    """The backend of that name; `name` has been checked by the command line."""
+    from data_tools.backends.rules import RulesBackend
+
+    assert name == "rules" and answers in ("short", "sentence")
+    return RulesBackend(index, seed, "short" if answers == "short" else "sentence")

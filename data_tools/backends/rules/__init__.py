@@ -1,0 +1,99 @@
+"""Conversations by rules alone: every answer is read off the annotations, none is guessed."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from data_tools import wording
+from data_tools.backends.rules import counting, places
+from data_tools.backends.rules.balance import level
+from data_tools.backends.rules.existence import ExistenceRules
+from data_tools.backends.rules.phrases import Speaker
+from data_tools.coco import CocoIndex, Picture
+from data_tools.records import AnswerStyle, Exchange
+
+__all__ = ["RulesBackend"]
+
+_CAPTIONS, _TURNS, _PROBES = 1, 2, 3  # so that one picture's purposes draw different numbers
+
+
+class RulesBackend:
+    """Questions about presence, number and place, with captions as descriptions.
+
+    Pictures are to be asked for in one fixed order: which absent category is asked for depends on
+    what was asked before, so that no category's name gives the answer away.
+    """
+
+    def __init__(self, index: CocoIndex, seed: int, answers: AnswerStyle) -> None:
+        self._seed = seed
+        self._answers: AnswerStyle = answers
+        self._index = index
+        self._existence = ExistenceRules(index)
+
+    def captions(self, picture: Picture, limit: int | None) -> Sequence[Exchange]:
+        rng = self._rng(picture, _CAPTIONS)
+        order = rng.permutation(len(picture.captions))[:limit]
+        speaker = Speaker(rng, self._answers)
+        return [
+            Exchange("caption", speaker.pick(wording.load("questions")["caption"]), caption)
+            for caption in (picture.captions[i] for i in sorted(order))
+        ]
+
+    def conversation(self, picture: Picture, turns: int) -> Sequence[Exchange]:
+        rng = self._rng(picture, _TURNS)
+        speaker = Speaker(rng, self._answers)
+        description = _description(picture, speaker)
+        room = turns - len(description)
+        pairs = max(1, (room + 1) // 4) if room > 0 else 0
+        exchanges = self._existence.ask(picture, pairs, speaker)
+        others: list[Sequence[Exchange]] = [
+            counting.ask(picture, speaker),
+            places.halves(picture, speaker),
+            places.relations(picture, speaker),
+        ]
+        exchanges += _in_turn(others, max(0, room - len(exchanges)), rng)
+        mixed = [exchanges[i] for i in rng.permutation(len(exchanges))]
+        return [*description, *mixed] if rng.random() < 0.5 else [*mixed, *description]
+
+    def probes(
+        self, pictures: Sequence[Picture], family: str, per_picture: int
+    ) -> Mapping[int, Sequence[Exchange]]:
+        existence = ExistenceRules(self._index)
+        ask: dict[str, Callable[[Picture, Speaker], Sequence[Exchange]]] = {
+            "existence": lambda picture, speaker: existence.ask(
+                picture, max(1, per_picture // 2), speaker
+            ),
+            "counting": counting.ask,
+            "halves": places.halves,
+        }
+        found: dict[int, Sequence[Exchange]] = {}
+        for picture in pictures:
+            speaker = Speaker(self._rng(picture, _PROBES), self._answers)
+            found[picture.id] = ask[family](picture, speaker)
+        if family == "existence":
+            return found
+        rng = np.random.default_rng([self._seed, _PROBES])
+        return level(found, per_picture, rng)
+
+    def _rng(self, picture: Picture, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, picture.id, purpose])
+
+
+def _description(picture: Picture, speaker: Speaker) -> list[Exchange]:
+    if not picture.captions:
+        return []
+    question = speaker.pick(wording.load("questions")["description"])
+    return [Exchange("description", question, speaker.pick(picture.captions))]
+
+
+def _in_turn(
+    families: Sequence[Sequence[Exchange]], room: int, rng: np.random.Generator
+) -> list[Exchange]:
+    """Up to `room` exchanges, taken from each family in turn, no question about a thing twice."""
+    chosen: list[Exchange] = []
+    queues = [[family[i] for i in rng.permutation(len(family))] for family in families]
+    while len(chosen) < room and any(queues):
+        for queue in queues:
+            if queue and len(chosen) < room:
+                chosen.append(queue.pop())
+    return chosen

@@ -1,0 +1,34 @@
+"""How many? Only of what is drawn object by object: a category with a crowd region is not asked."""
+
+from typing import Final
+
+from data_tools import wording, words
+from data_tools.backends.rules.phrases import Speaker
+from data_tools.coco import Picture
+from data_tools.records import Exchange
+
+MOST: Final = 8
+"""More objects than this are not asked for: annotators stop counting."""
+
+
+def ask(picture: Picture, speaker: Speaker) -> list[Exchange]:
+    """One question for each category that can be counted."""
+    texts = wording.load("questions")["counting"]
+    exchanges = []
+    for name in picture.categories:
+        boxes = picture.of(name)
+        if any(box.crowd for box in boxes) or len(boxes) > MOST:
+            continue
+        number = words.number(len(boxes))
+        sentences = texts["one"] if len(boxes) == 1 else texts["several"]
+        exchanges.append(
+            Exchange(
+                family="counting",
+                question=speaker.say(texts["questions"], name),
+                reply=speaker.reply(number, sentences, name),
+                answer=number,
+                category=name,
+                kind="counting",
+            )
+        )
+    return exchanges

@@ -1,0 +1,277 @@
+"""Turn COCO annotations into conversations of LLaVA's form, by rules and without a language model.
+
+Writes stage1.json (caption pairs), stage2.json (conversations of several turns) and build.json
+(what was made of what). With --eval-share or --probes it also writes existence.json, counting.json
+and halves.json: single questions with their bare answers, for measuring.
+"""
+
+import argparse
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from data_tools.backends import Backend, make_backend
+from data_tools.coco import CocoIndex, Picture, check_pictures, read_coco
+from data_tools.records import Exchange, conversation, probe
+from vlm_sft.atomic import write_json
+from vlm_sft.errors import UserError, run_command
+from vlm_sft.progress import track
+
+EXAMPLES = """examples:
+  python -m data_tools.build_coco --instances annotations/instances_train2017.json \\
+      --captions annotations/captions_train2017.json --images train2017 --out built --seed 0
+  python -m data_tools.build_coco --instances I.json --captions C.json --images images \\
+      --out built --seed 0 --eval-share 0.1 --answers sentence --turns 6
+  python -m data_tools.build_coco --instances I.json --captions C.json --images images \\
+      --seed 0 --only existence --probes 6 --out-file existence.json
+"""
+
+PROBE_FAMILIES: Final = ("existence", "counting", "halves")
+FAMILIES: Final = ("stage1", "stage2", *PROBE_FAMILIES)
+DEFAULT_PROBES: Final = 6
+
+
+@dataclass
+class _Output:
+    """What one file will hold, and what to tell about it."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts by family, kind and answer; for existence also what names alone give away."""
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        for exchange in self.exchanges:
+            if exchange.answer:
+                answers[exchange.kind][exchange.answer] += 1
+        told: dict[str, Any] = {
+            "records": len(self.records),
+            "questions": len(self.exchanges),
+            "families": dict(sorted(Counter(e.family for e in self.exchanges).items())),
+            "answers": {kind: dict(sorted(count.items())) for kind, count in answers.items()},
+        }
+        existence = [e for e in self.exchanges if e.family == "existence"]
+        if existence:
+            told["existence_by_category_alone"] = round(_best_by_category(existence), 4)
+        return told
+
+
+def main(argv: Sequence[str]) -> int:
+    """Build the files `argv` asks for; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    _check(arguments)
+    inputs = {
+        name: Path(value)
+        for name in ("instances", "captions")
+        if (value := getattr(arguments, name)) is not None
+    }
+    index = read_coco(inputs.get("instances"), inputs.get("captions"))
+    check_pictures(index.pictures, Path(arguments.images))
+    train, held_out = _split(index, arguments.seed, arguments.eval_share)
+    backend = make_backend(arguments.backend, index, arguments.seed, arguments.answers)
+    outputs = _outputs(arguments, backend, train, held_out)
+    receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), outputs)
+    if arguments.out_file:
+        [output] = outputs.values()
+        write_json(arguments.out_file, output.records)
+    else:
+        for name, output in outputs.items():
+            write_json(Path(arguments.out) / f"{name}.json", output.records)
+        write_json(Path(arguments.out) / "build.json", receipt)
+    print("\n".join(_table(receipt)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.build_coco",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--instances", help="COCO's instances_*.json: boxes")
+    parser.add_argument("--captions", help="COCO's captions_*.json")
+    parser.add_argument("--images", required=True, help="folder of the pictures")
+    parser.add_argument("--out", help="folder to write")
+    parser.add_argument("--backend", choices=["rules"], default="rules")
+    parser.add_argument("--seed", type=int, required=True, help="0 or more")
+    parser.add_argument(
+        "--answers", choices=["short", "sentence"], default="short", help="'Yes.' or a sentence"
+    )
+    parser.add_argument("--turns", type=int, default=8, help="questions a conversation (8)")
+    parser.add_argument(
+        "--captions-per-picture", type=int, help="stage-1 pairs a picture (all captions)"
+    )
+    parser.add_argument(
+        "--eval-share", type=float, default=0.0, help="share of pictures set aside, 0..0.9 (0)"
+    )
+    parser.add_argument(
+        "--probes",
+        type=int,
+        help=f"single questions a picture and family, on the pictures set aside, or on all with "
+        f"--eval-share 0 (default: {DEFAULT_PROBES} where pictures are set aside, else none)",
+    )
+    parser.add_argument("--only", choices=FAMILIES, help="make one file only")
+    parser.add_argument("--out-file", help="with --only: where that file goes, without build.json")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.instances is None and arguments.captions is None:
+        raise UserError("give --instances, --captions or both: there is nothing to build from")
+    if (arguments.out is None) == (arguments.out_file is None):
+        raise UserError("give either --out FOLDER, or --only FAMILY with --out-file FILE")
+    if arguments.out_file is not None and arguments.only is None:
+        raise UserError("--out-file holds one file: say which with --only")
+    limits = (
+        ("--seed", arguments.seed, 0, 2**63),
+        ("--turns", arguments.turns, 1, 100),
+        ("--captions-per-picture", arguments.captions_per_picture, 1, 1000),
+        ("--eval-share", arguments.eval_share, 0, 0.9),
+        ("--probes", arguments.probes, 2, 100),
+    )
+    for name, value, low, high in limits:
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name}: found {value}, expected {low} to {high}")
+
+
+def _split(
+    index: CocoIndex, seed: int, eval_share: float
+) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:
+    """Pictures to train on and pictures set aside; a picture's side depends on its id and seed."""
+    aside = {
+        picture.id
+        for picture in index.pictures
+        if np.random.default_rng([seed, picture.id, 0]).random() < eval_share
+    }
+    return (
+        tuple(picture for picture in index.pictures if picture.id not in aside),
+        tuple(picture for picture in index.pictures if picture.id in aside),
+    )
+
+
+def _outputs(
+    arguments: argparse.Namespace,
+    backend: Backend,
+    train: Sequence[Picture],
+    held_out: Sequence[Picture],
+) -> dict[str, _Output]:
+    """The files by their names without ending; pictures set aside never reach the first two."""
+    wanted = [arguments.only] if arguments.only else list(FAMILIES)
+    outputs: dict[str, _Output] = {}
+    for prefix, pictures in (("", train), ("eval_", held_out)):
+        if prefix and not pictures:
+            continue
+        for name in ("stage1", "stage2"):
+            if name in wanted and not (prefix and arguments.out_file):
+                outputs[prefix + name] = _stage(name, arguments, backend, pictures)
+    per_picture = arguments.probes
+    if per_picture is None and (held_out or arguments.only in PROBE_FAMILIES):
+        per_picture = DEFAULT_PROBES
+    if per_picture is not None:
+        for family in PROBE_FAMILIES:
+            if family in wanted:
+                outputs[family] = _probes(family, backend, held_out or train, per_picture)
+    return outputs
+
+
+def _stage(
+    name: str, arguments: argparse.Namespace, backend: Backend, pictures: Sequence[Picture]
+) -> _Output:
+    output = _Output()
+    for picture in track(pictures, description=f"building {name}"):
+        if name == "stage1":
+            exchanges = backend.captions(picture, arguments.captions_per_picture)
+            records = [[exchange] for exchange in exchanges]
+        else:
+            exchanges = backend.conversation(picture, arguments.turns)
+            records = [list(exchanges)] if exchanges else []
+        for number, turns in enumerate(records):
+            label = "caption" if name == "stage1" else "conversation"
+            record_id = f"{picture.id:012d}-{label}-{number}"
+            output.records.append(conversation(record_id, picture.file_name, turns))
+        output.exchanges.extend(exchanges)
+    return output
+
+
+def _probes(
+    family: str, backend: Backend, pictures: Sequence[Picture], per_picture: int
+) -> _Output:
+    output = _Output()
+    found = backend.probes(pictures, family, per_picture)
+    for picture in pictures:
+        for number, exchange in enumerate(found[picture.id]):
+            record_id = f"{picture.id:012d}-{family}-{number}"
+            output.records.append(probe(record_id, picture.file_name, exchange))
+            output.exchanges.append(exchange)
+    return output
+
+
+def _best_by_category(exchanges: Sequence[Exchange]) -> float:
+    """Accuracy of one who never sees the picture but knows each category's commoner answer."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for exchange in exchanges:
+        counts[exchange.category][exchange.answer] += 1
+    return sum(max(count.values()) for count in counts.values()) / len(exchanges)
+
+
+def _receipt(
+    arguments: argparse.Namespace,
+    index: CocoIndex,
+    inputs: dict[str, Path],
+    split: tuple[int, int],
+    outputs: dict[str, _Output],
+) -> dict[str, Any]:
+    pictures = index.pictures
+    return {
+        "command": "data_tools.build_coco",
+        "backend": arguments.backend,
+        "seed": arguments.seed,
+        "answers": arguments.answers,
+        "turns": arguments.turns,
+        "eval_share": arguments.eval_share,
+        "inputs": {
+            name: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for name, path in inputs.items()
+        },
+        "pictures": {
+            "all": len(pictures),
+            "train": split[0],
+            "set_aside": split[1],
+            "without_captions": sum(not picture.captions for picture in pictures),
+            "without_boxes": sum(not picture.boxes for picture in pictures),
+        },
+        "files": {f"{name}.json": output.summary() for name, output in outputs.items()},
+    }
+
+
+def _table(receipt: dict[str, Any]) -> Iterator[str]:
+    pictures = receipt["pictures"]
+    yield (
+        f"{pictures['all']} pictures: {pictures['train']} to train on, "
+        f"{pictures['set_aside']} set aside"
+    )
+    if pictures["without_boxes"]:
+        yield (
+            f"{pictures['without_boxes']} pictures have no boxes: what is absent from them is "
+            "unknown, so they give captions only"
+        )
+    if pictures["without_captions"]:
+        yield f"{pictures['without_captions']} pictures have no captions: no descriptions of them"
+    yield f"{'file':<20} {'records':>8} {'questions':>10}  families"
+    for name, told in receipt["files"].items():
+        families = ", ".join(f"{family} {count}" for family, count in told["families"].items())
+        yield f"{name:<20} {told['records']:>8} {told['questions']:>10}  {families}"
+        if "existence_by_category_alone" in told:
+            share = told["existence_by_category_alone"]
+            yield f"{'':<20} existence guessed from the category's name alone: {share:.1%}"
+
+
+if __name__ == "__main__":
+    run_command(main)
