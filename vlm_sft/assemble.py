@@ -162,16 +162,16 @@ def record_fault(record: Conversation | RecordError, renderer: Renderer) -> Reco
     return None
 
 
-def load_model(config: RunConfig, trainable: Set[str]) -> tuple[VisionLanguageModel, dict[str, Any]]:
+def load_model(
+    config: RunConfig, trainable: Set[str]
+) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """The model with its trainable parts thawed, and the identity of the base it starts from.
 
     Raises:
         UserError: A part cannot be built.
         CheckpointError: `projector` is no checkpoint, or of another model.
     """
-    model = build_model(
-        config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora
-    )
+    model = build_model(config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora)
     identity = base_identity(config, model)
     if config.projector is not None:
         load_projector(model, Path(config.projector), identity)

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, cast
 
-import peft
 import torch
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -134,7 +132,9 @@ def read_adapter(model: VisionLanguageModel, folder: Path) -> None:
     Raises:
         CheckpointError: A tensor is missing, too many, or of another shape.
     """
-    wrapped = cast(peft.PeftModel, model.language_model)
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    wrapped = cast(Any, model.language_model)
     path = folder / ADAPTER / "adapter_model.safetensors"
     found = load_tensors(path)
     check_tensors(found, get_peft_model_state_dict(wrapped, save_embedding_layers=False), path)
@@ -172,7 +172,7 @@ def _read_projector(model: VisionLanguageModel, folder: Path) -> None:
 
 
 def _write_adapter(model: VisionLanguageModel, folder: Path) -> None:
-    wrapped = cast(peft.PeftModel, model.language_model)
+    wrapped = cast(Any, model.language_model)
     wrapped.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
 
 

@@ -1,10 +1,9 @@
-"""The micro-batches of every step for one process, loaded ahead by workers in an order set by the
-step alone."""
+"""The micro-batches of every step for one process, loaded ahead in an order set by the step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -142,5 +141,5 @@ def _unwrap(item: Batch | _Failure) -> Batch:
     return item
 
 
-def _same(item: Batch | _Failure) -> Batch | _Failure:
+def _same(item: Any) -> Any:
     return item

@@ -259,7 +259,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: The file is missing or not whole.
     """
     try:
-        return load_file(str(path))  # type: ignore[no-any-return]
+        return load_file(str(path))
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None
 

@@ -1,7 +1,7 @@
 """Processes of a run: how they are set up, and how they share a result or an error."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -61,7 +61,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
     if shared[1] is not None:
         damaged, message = shared[1]
         raise (CheckpointError if damaged else UserError)(message)
-    return shared[0]  # type: ignore[no-any-return]
+    return cast(Value, shared[0])
 
 
 def total(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

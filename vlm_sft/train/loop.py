@@ -239,9 +239,7 @@ class Trainer:
             seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
         )
         norm = self._checked_norm(gradient)
-        factor = rate_factor(
-            self.step, total_steps=self.plan.total_steps, config=self.plan.optim
-        )
+        factor = rate_factor(self.step, total_steps=self.plan.total_steps, config=self.plan.optim)
         rates = set_rates(self.optimizer, factor)
         if self._scaler is None:
             self.optimizer.step()
@@ -332,9 +330,7 @@ class Trainer:
                 "eval_num_targets": num_targets,
             }
         )
-        self._live.say(
-            f"step {self.step}: held-out loss {loss:.4f} over {num_targets:,} tokens"
-        )
+        self._live.say(f"step {self.step}: held-out loss {loss:.4f} over {num_targets:,} tokens")
         self._write_answers()
         self.model.train()
         self._speed = Speed()

@@ -12,9 +12,7 @@ from vlm_sft.config import LearningRates, OptimConfig
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(
-    parts: Mapping[str, NamedParameters], config: OptimConfig
-) -> torch.optim.AdamW:
+def build_optimizer(parts: Mapping[str, NamedParameters], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of every part.
 
     Each parameter group carries `part` (its part's name), `peak_lr` and `names` (its parameters'
@@ -75,9 +73,7 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, floa
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
-def gradient_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float | None
-) -> torch.Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
     """Global 2-norm of the gradients before clipping (scalar tensor); clips them if asked to."""
     parameters = list(parameters)
     if max_norm is None:

@@ -1,0 +1,231 @@
+"""Everything that can fail later in a run, now: all records, pictures, masks, model and saving."""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlm_sft.assemble import (
+    Data,
+    Language,
+    load_data,
+    load_language,
+    load_model,
+    make_plan,
+    record_fault,
+    run_parser,
+)
+from vlm_sft.config import DataFile, RunConfig, load_config
+from vlm_sft.data.formats import open_records
+from vlm_sft.data.ledger import Entry
+from vlm_sft.errors import RecordError, UserError, run_command
+from vlm_sft.model.parts import named_parts
+from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.parts_on_disk import checkpoint_components
+from vlm_sft.progress import track
+from vlm_sft.train.checkpoint import require_space
+from vlm_sft.train.optim import peak_rate
+from vlm_sft.train.preflight import is_trainable, parts_table, print_table, rehearse_saving
+
+ABOUT = """\
+Read and render every record, open every picture in full, build the model, rehearse saving.
+
+Lists all records that cannot be used, not only the first. Exit code 0: the run can start; 2: it
+cannot, or it would leave records out."""
+
+EXAMPLES = """\
+examples:
+  python -m vlm_sft.check configs/tiny/stage1.yaml
+  python -m vlm_sft.check my.yaml data.max_length=1024
+  python -m vlm_sft.check my.yaml --no-model      (data only, no weights needed)"""
+
+SHOWN = 20
+"""Bad records that are printed; the rest is counted."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check a configuration's data and model; returns 0 or 2."""
+    parser = run_parser("python -m vlm_sft.check", ABOUT, EXAMPLES)
+    parser.add_argument(
+        "--no-model", action="store_true", help="leave the model out: data and pictures only"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    verdict = Verdict()
+    language = load_language(config)
+    num_bad = check_records(config, language, verdict)
+    if not arguments.no_model:
+        check_model(config, language, verdict, records_are_good=not num_bad)
+    verdict.print()
+    return 0 if verdict.good else 2
+
+
+class Verdict:
+    """The lines of the result: what was looked at, whether it is good, and a few words."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, bool, str]] = []
+
+    @property
+    def good(self) -> bool:
+        """Whether everything is."""
+        return all(good for _, good, _ in self.lines)
+
+    def add(self, what: str, good: bool, words: str) -> None:
+        """Add a line."""
+        self.lines.append((what, good, words))
+
+    def print(self) -> None:
+        """One table on stdout, and one line that sums it up."""
+        table = Table(title="check", show_header=False)
+        for what, good, words in self.lines:
+            table.add_row(Text(what), "good" if good else "BAD", Text(words))
+        console = Console(file=sys.stdout)
+        if not console.is_terminal:
+            console.width = 120
+        console.print(table)
+        console.print("the run can start" if self.good else "the run cannot start as it is")
+
+
+def check_records(config: RunConfig, language: Language, verdict: Verdict) -> int:
+    """Read, render and open every record of every file; prints the bad ones, returns how many."""
+    total_bad = 0
+    for name, files in (("training data", config.data.train), ("held-out data", config.data.eval)):
+        for file in files:
+            count, bad = 0, 0
+            for error in _faults(file, language):
+                count += 1
+                if error is None:
+                    continue
+                bad += 1
+                if total_bad + bad <= SHOWN:
+                    print(f"bad record: {error}", file=sys.stderr)
+            total_bad += bad
+            kept_out = bad and config.data.on_error == "quarantine"
+            words = f"{count - bad:,} of {count:,} records can be used"
+            if kept_out:
+                words += f"; the run would leave {bad:,} out (data.on_error: quarantine)"
+            verdict.add(f"{name} {Path(file.path).name}", not bad, words)
+    if total_bad > SHOWN:
+        print(f"... and {total_bad - SHOWN:,} more bad records", file=sys.stderr)
+    return total_bad
+
+
+def _faults(file: DataFile, language: Language) -> Iterator[RecordError | None]:
+    records = open_records(file)
+    described = f"checking {Path(file.path).name}"
+    for record in track(records.conversations, records.total, described):
+        yield record_fault(record, language.renderer)
+
+
+def check_model(
+    config: RunConfig, language: Language, verdict: Verdict, *, records_are_good: bool
+) -> None:
+    """Build the model, fit the records to it, rehearse a save, estimate memory."""
+    trainable = trainable_parts(config)
+    model, _ = load_model(config, trainable)
+    parts = named_parts(model)
+    rates = {part: peak_rate(part, config.optim.learning_rate) for part in parts}
+    print_table(parts_table(parts, rates))
+    tower = model.vision_tower
+    verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} a picture")
+    if records_are_good:
+        _check_lengths(config, language, model, verdict)
+    _check_saving(config, language, model, trainable, verdict)
+    verdict.add("memory", True, memory_estimate(model))
+
+
+def trainable_parts(config: RunConfig) -> set[str]:
+    """What the stage that this configuration is for would train.
+
+    A language-model rate makes it stage 2, as does `lora`.
+    """
+    if config.lora is not None:
+        return {"projector", "adapter"}
+    return {"projector", "language_model"} if _has_language_rate(config) else {"projector"}
+
+
+def _has_language_rate(config: RunConfig) -> bool:
+    return "language_model" in config.optim.learning_rate.model_fields_set
+
+
+def _check_lengths(
+    config: RunConfig, language: Language, model: VisionLanguageModel, verdict: Verdict
+) -> None:
+    listing = config.data.model_copy(update={"on_error": "quarantine"})
+    try:
+        data = load_data(config.model_copy(update={"data": listing}), language.renderer, model)
+    except UserError as error:
+        verdict.add("lengths", False, str(error))
+        return
+    errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
+    for entry in errors[:SHOWN]:
+        print(f"bad record: {entry.message}", file=sys.stderr)
+    longest, plan = max(data.train.lengths), make_plan(config, language, data.train)
+    words = f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
+    if errors:
+        words += f"; {len(errors):,} records do not fit"
+    verdict.add("lengths", not errors, words)
+    verdict.add("ledger", True, data.summary())
+
+
+def _entries(data: Data) -> list[Entry]:
+    ledgers = [data.train_ledger, *([data.eval_ledger] if data.eval_ledger else [])]
+    return [entry for ledger in ledgers for entry in ledger.entries]
+
+
+def _check_saving(
+    config: RunConfig,
+    language: Language,
+    model: VisionLanguageModel,
+    trainable: set[str],
+    verdict: Verdict,
+) -> None:
+    output_dir = _existing_parent(Path(config.output_dir))
+    trained = [
+        (name, p) for named in named_parts(model).values() for name, p in named if p.requires_grad
+    ]
+    size = 3 * sum(p.numel() * p.element_size() for _, p in trained)
+    try:
+        require_space(output_dir, size)
+        with tempfile.TemporaryDirectory(dir=output_dir, prefix=".check-") as place:
+            components = checkpoint_components(
+                config, model, language.tokenizer, language.renderer, trainable
+            )
+            rehearse_saving(Path(place), components, trained)
+    except (UserError, OSError) as error:
+        verdict.add("saving", False, str(error))
+        return
+    verdict.add("saving", True, f"a checkpoint (about {size / 1e9:.2f} GB) was saved and read back")
+
+
+def memory_estimate(model: VisionLanguageModel) -> str:
+    """Bytes for weights, gradients and AdamW's moments; activations come on top."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    learning = sum(
+        p.numel() * p.element_size()
+        for named in named_parts(model).values()
+        if is_trainable(named)
+        for _, p in named
+    )
+    return (
+        f"{(weights + 3 * learning) / 1e9:.2f} GB a process for weights ({weights / 1e9:.2f}), "
+        f"gradients and AdamW ({3 * learning / 1e9:.2f}); activations come on top"
+    )
+
+
+def _existing_parent(folder: Path) -> Path:
+    """The nearest folder at or above `folder` that exists."""
+    while not folder.is_dir():
+        if folder == folder.parent:
+            raise UserError(f"output_dir {folder}: no folder above it exists")
+        folder = folder.parent
+    return folder
+
+
+if __name__ == "__main__":
+    run_command(main)
