@@ -1,5 +1,6 @@
 import os
 import socket
+import struct
 import time
 from io import BytesIO
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPImageProcessorPil
 
 from vlm_sft.data import images
@@ -143,6 +145,24 @@ def test_the_pixel_cap_is_read_from_the_header_before_decoding(monkeypatch):
     assert refused(bomb) == "image_too_large"
     assert refused(encode(Image.new("1", (70_000, 1)), "PNG")) == "image_too_large"
     assert refused(encode(Image.new("1", (20_000, 20_000)), "PNG")) == "image_too_large"
+
+
+def test_bombs_in_metadata_and_frames_take_neither_time_nor_memory():
+    small = Image.new("RGB", (8, 4), "red")
+    texts = PngInfo()
+    texts.add_text("comment", "x" * 20_000_000, zip=True)
+    loop = struct.pack("<HHII", 0x8769, 4, 1, 8) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + loop + struct.pack("<I", 8)
+    frames = [Image.new("L", (8, 8), i % 256) for i in range(1000)]
+    animation = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    screen = bytearray(encode(small, "GIF"))
+    screen[6:10] = b"\xff\xff\xff\xff"
+    start = time.monotonic()
+    assert refused(encode(small, "PNG", pnginfo=texts)) == "image_broken"
+    assert open_image(encode(small, "JPEG", exif=exif)).size == (4, 8)
+    assert first_pixel(animation) == (0, 0, 0)
+    assert refused(bytes(screen)) == "image_too_large"
+    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])

@@ -318,10 +318,13 @@ def _is_file(path: Path) -> bool:
 
 
 def _identity(record: Conversation, rendering: _Rendering) -> bytes:
-    """What of a record a training run depends on, as one line."""
+    """What of a record a training run depends on."""
     places = (s if isinstance(s, bytes) else str(s).encode() for s in record.images)
     pictures = [hashlib.sha256(place).hexdigest() for place in places]
-    return json.dumps([rendering.input_ids, rendering.labels, pictures]).encode() + b"\n"
+    head = json.dumps([len(rendering.input_ids), pictures]).encode()
+    return head + b"".join(
+        array("i", ids).tobytes() for ids in (rendering.input_ids, rendering.labels)
+    )
 
 
 def _turns_to_json(turns: Sequence[Turn]) -> bytes:
