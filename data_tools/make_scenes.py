@@ -19,6 +19,9 @@ from vlm_sft.progress import track
 FORMAT = 1
 """Raised when the same settings would give other pictures."""
 
+MAX_OBJECTS = 4
+"""Most categories in a picture, where not told."""
+
 EXAMPLES = """examples:
   python -m data_tools.make_scenes --out scenes/train --artist openmoji --count 2000 --seed 1
   python -m data_tools.make_scenes --out scenes/unseen --artist twemoji --count 300 --seed 2 \\
@@ -71,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", required=True, type=int, help="0 or more")
     parser.add_argument("--categories", help="names (dog,cat,...) or a JSON file; default: all")
     parser.add_argument("--min-objects", type=int, default=1, help="fewest categories (1)")
-    parser.add_argument("--max-objects", type=int, default=4, help="most categories (4)")
+    parser.add_argument("--max-objects", type=int, help="most categories (4, or all if fewer)")
     parser.add_argument("--max-instances", type=int, default=3, help="most of a category (3)")
     parser.add_argument(
         "--max-side", type=int, default=COCO_MAX_SIDE, help="longer side in pixels (640, as COCO)"
@@ -90,11 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(arguments: argparse.Namespace) -> SceneSettings:
     categories = art.load_categories(arguments.categories)
+    max_objects = arguments.max_objects
+    if max_objects is None:
+        max_objects = min(max(MAX_OBJECTS, arguments.min_objects), len(categories))
     limits = (
         ("--count", arguments.count, 1, 999_999_999_999),
         ("--seed", arguments.seed, 0, 2**63),
         ("--min-objects", arguments.min_objects, 1, len(categories)),
-        ("--max-objects", arguments.max_objects, arguments.min_objects, len(categories)),
+        ("--max-objects", max_objects, arguments.min_objects, len(categories)),
         ("--max-instances", arguments.max_instances, 1, 20),
         ("--max-side", arguments.max_side, 96, 4096),
         ("--augment", arguments.augment, 0, 1),
@@ -109,7 +115,7 @@ def _settings(arguments: argparse.Namespace) -> SceneSettings:
         seed=arguments.seed,
         categories=categories,
         min_objects=arguments.min_objects,
-        max_objects=arguments.max_objects,
+        max_objects=max_objects,
         max_instances=arguments.max_instances,
         max_side=arguments.max_side,
         augment=arguments.augment,

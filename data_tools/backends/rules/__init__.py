@@ -47,12 +47,12 @@ class RulesBackend:
         pairs = max(1, (room + 1) // 4) if room > 0 else 0
         exchanges = self._existence.ask(picture, pairs, speaker)
         others: list[Sequence[Exchange]] = [
-            counting.ask(picture, speaker),
-            places.halves(picture, speaker),
-            places.relations(picture, speaker),
+            counting.rarest_last(counting.ask(picture, speaker), rng),
+            _shuffled(places.halves(picture, speaker), rng),
+            _shuffled(places.relations(picture, speaker), rng),
         ]
-        exchanges += _in_turn(others, max(0, room - len(exchanges)), rng)
-        mixed = [exchanges[i] for i in rng.permutation(len(exchanges))]
+        exchanges += _in_turn(others, max(0, room - len(exchanges)))
+        mixed = _shuffled(exchanges, rng)
         return [*description, *mixed] if rng.random() < 0.5 else [*mixed, *description]
 
     def probes(
@@ -86,12 +86,14 @@ def _description(picture: Picture, speaker: Speaker) -> list[Exchange]:
     return [Exchange("description", question, speaker.pick(picture.captions))]
 
 
-def _in_turn(
-    families: Sequence[Sequence[Exchange]], room: int, rng: np.random.Generator
-) -> list[Exchange]:
-    """Up to `room` exchanges, taken from each family in turn, no question about a thing twice."""
+def _shuffled(exchanges: Sequence[Exchange], rng: np.random.Generator) -> list[Exchange]:
+    return [exchanges[i] for i in rng.permutation(len(exchanges))]
+
+
+def _in_turn(families: Sequence[Sequence[Exchange]], room: int) -> list[Exchange]:
+    """Up to `room` exchanges, taken from the end of each family in turn."""
     chosen: list[Exchange] = []
-    queues = [[family[i] for i in rng.permutation(len(family))] for family in families]
+    queues = [list(family) for family in families]
     while len(chosen) < room and any(queues):
         for queue in queues:
             if queue and len(chosen) < room:

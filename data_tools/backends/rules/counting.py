@@ -1,6 +1,9 @@
 """How many? Only of what is drawn object by object: a category with a crowd region is not asked."""
 
+from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
 
 from data_tools import wording, words
 from data_tools.backends.rules.phrases import Speaker
@@ -32,3 +35,11 @@ def ask(picture: Picture, speaker: Speaker) -> list[Exchange]:
             )
         )
     return exchanges
+
+
+def rarest_last(exchanges: Sequence[Exchange], rng: np.random.Generator) -> list[Exchange]:
+    """In random order, with larger numbers, which are rarer, likelier to stand at the end."""
+    keys = [
+        float(rng.random()) * (1.0 if exchange.answer == "one" else 3.0) for exchange in exchanges
+    ]
+    return [exchanges[i] for i in np.argsort(keys, kind="stable")]

@@ -1,0 +1,262 @@
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_tools import build_coco, words
+from data_tools.backends.rules import RulesBackend
+from data_tools.coco import Box, CocoIndex, Picture
+from tests.data_tools.coco_files import CATEGORIES, arguments, write_coco
+from vlm_sft.errors import UserError
+
+
+def _read(files: dict[str, Path], name: str) -> Any:
+    return json.loads((files["out"] / f"{name}.json").read_text())
+
+
+def test_one_dog_left_and_two_cats_right_give_exactly_what_can_be_said_of_them(
+    tmp_path: Path,
+) -> None:
+    files = write_coco(
+        tmp_path,
+        {
+            7: [
+                ("dog", [10, 10, 40, 30], 0),
+                ("cat", [120, 60, 30, 30], 0),
+                ("cat", [160, 60, 30, 30], 0),
+            ]
+        },
+        {7: ["A dog and two cats."]},
+    )
+    assert build_coco.main(arguments(files, "--turns", "20")) == 0
+    assert _read(files, "stage1")[0]["conversations"][1] == {
+        "from": "gpt",
+        "value": "A dog and two cats.",
+    }
+    [record] = _read(files, "stage2")
+    assert record["id"] == "000000000007-conversation-0"
+    assert record["image"] == "000000000007.jpg"
+    values = [turn["value"] for turn in record["conversations"]]
+    questions, answers = values[::2], values[1::2]
+    assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * len(questions)
+    assert questions[0].startswith("<image>\n")
+    assert not any("<image>" in question for question in questions[1:])
+    said = dict(
+        zip((question.removeprefix("<image>\n") for question in questions), answers, strict=True)
+    )
+    counts = [said[q] for q in said if "cats" in q and ("many" in q or "number" in q)]
+    assert counts == ["Two."]
+    assert [said[q] for q in said if "left" in q and "dog" in q] == ["Left."]
+    assert [said[q] for q in said if "top" in q and "dog" in q] == ["Top."]
+    assert not any("left" in q and "cat" in q for q in said), "no one cat is meant"
+    assert Counter(said.values())["Yes."] == Counter(said.values())["No."] == 2
+
+
+def test_an_object_across_the_middle_is_not_asked_for_its_half(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [60, 20, 80, 60], 0)]})
+    build_coco.main(arguments(files, "--turns", "20"))
+    text = json.dumps(_read(files, "stage2"))
+    assert "half" not in text and "side" not in text
+
+
+def test_crowds_are_not_counted_but_exist(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 90, 40], 1), ("dog", [120, 0, 30, 40], 0)]})
+    build_coco.main(arguments(files, "--turns", "20"))
+    kinds = _read(files, "build")["files"]["stage2.json"]["families"]
+    assert kinds == {"description": 1, "existence": 2}
+
+
+def test_a_picture_without_boxes_gives_captions_and_never_a_no(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(tmp_path, {1: [], 2: [("dog", [0, 0, 50, 50], 0)]}, {1: ["Fog."]})
+    build_coco.main(arguments(files, "--probes", "6"))
+    [first, _] = _read(files, "stage2")
+    assert [turn["value"] for turn in first["conversations"]][1:] == ["Fog."]
+    assert {record["image"] for record in _read(files, "existence")} == {"000000000002.jpg"}
+    assert "1 pictures have no boxes" in capsys.readouterr().out
+
+
+def test_what_a_caption_speaks_of_is_never_denied(tmp_path: Path) -> None:
+    caption = "A puppy, a taxi, some apples, a kitten and a mug."
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]}, {1: [caption]})
+    build_coco.main(arguments(files, "--probes", "6"))
+    asked = {record["category"]: record["answer"] for record in _read(files, "existence")}
+    assert asked == {"dog": "yes", "bus": "no"}
+
+
+def test_whole_sentences_are_answers_on_wish(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("apple", [10, 10, 40, 30], 0)]})
+    build_coco.main(arguments(files, "--answers", "sentence", "--turns", "20"))
+    text = json.dumps(_read(files, "stage2"))
+    assert "There is one apple in the picture." in text
+    assert "The apple is in the left half of the picture." in text
+    assert "Yes." not in text
+
+
+boxes = st.builds(
+    Box,
+    category=st.sampled_from(CATEGORIES),
+    left=st.integers(0, 150).map(float),
+    top=st.integers(0, 60).map(float),
+    width=st.integers(1, 50).map(float),
+    height=st.integers(1, 40).map(float),
+    crowd=st.booleans(),
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.lists(boxes, max_size=6), min_size=1, max_size=6),
+    st.integers(0, 1000),
+    st.integers(1, 12),
+)
+def test_every_answer_follows_from_the_boxes(
+    scenes: list[list[Box]], seed: int, turns: int
+) -> None:
+    pictures = tuple(
+        Picture(i, f"{i}.jpg", 200, 100, (), tuple(scene)) for i, scene in enumerate(scenes)
+    )
+    backend = RulesBackend(CocoIndex(pictures, CATEGORIES), seed, "short")
+    for picture in pictures:
+        exchanges = backend.conversation(picture, turns)
+        assert len({(e.question, e.category) for e in exchanges}) == len(exchanges)
+        existence = [e.answer for e in exchanges if e.family == "existence"]
+        assert existence.count("yes") == existence.count("no")
+        assert exchanges == [] or picture.boxes
+        for e in exchanges:
+            found = picture.of(e.category)
+            if e.family == "existence":
+                assert (e.answer == "yes") == bool(found)
+                continue
+            assert not any(box.crowd for box in found)
+            if e.family == "counting":
+                assert e.answer == words.number(len(found))
+                continue
+            [box] = found
+            if e.kind == "horizontal_half":
+                assert box.right < 100 if e.answer == "left" else box.left > 100
+            elif e.kind == "vertical_half":
+                assert box.bottom < 50 if e.answer == "top" else box.top > 50
+
+
+def _many_scenes(count: int) -> dict[int, list[tuple[str, list[float], int]]]:
+    return {
+        i: [
+            (CATEGORIES[(i * k) % 6 if k < 3 else i % 4], [10.0 * k + i % 50, 10.0 * k, 30, 20], 0)
+            for k in range(1, 2 + i % 4)
+        ]
+        for i in range(1, count + 1)
+    }
+
+
+def test_answers_are_balanced_and_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, _many_scenes(60))
+    build_coco.main(arguments(files, "--eval-share", "0.3"))
+    names = ("stage1", "stage2", "existence", "counting", "halves", "build")
+    first = {name: (files["out"] / f"{name}.json").read_bytes() for name in names}
+    build_coco.main(arguments(files, "--eval-share", "0.3"))
+    assert first == {name: (files["out"] / f"{name}.json").read_bytes() for name in names}
+    told = _read(files, "build")["files"]["existence.json"]
+    kinds = told["answers"]
+    assert kinds["positive"]["yes"] == sum(
+        kinds[kind]["no"] for kind in ("random", "popular", "adversarial")
+    )
+    numbers = [kinds[kind]["no"] for kind in ("random", "popular", "adversarial")]
+    assert max(numbers) - min(numbers) <= 1
+    for name in ("counting", "halves"):
+        for counts in _read(files, "build")["files"][f"{name}.json"]["answers"].values():
+            assert len(set(counts.values())) == 1
+    ids = [record["id"] for name in names[:5] for record in _read(files, name)]
+    assert len(ids) == len(set(ids))
+    trained = {r["image"] for name in ("stage1", "stage2") for r in _read(files, name)}
+    measured = {r["image"] for name in names[2:5] for r in _read(files, name)}
+    assert trained and measured and not trained & measured
+
+
+def test_only_writes_one_file_of_probes(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, _many_scenes(10))
+    del files["out"]
+    target = tmp_path / "probes.json"
+    line = arguments(files, "--only", "existence", "--probes", "2", "--out-file", str(target))
+    assert build_coco.main(line) == 0
+    records = json.loads(target.read_text())
+    assert set(records[0]) == {"id", "image", "question", "answer", "category", "kind"}
+    assert Counter(record["answer"] for record in records) == {"yes": 10, "no": 10}
+    assert not (tmp_path / "out").exists()
+
+
+def _break(name: str, document: dict[str, Any]) -> None:
+    entry = document["annotations"][0]
+    match name:
+        case "degenerate":
+            entry["bbox"] = [0, 0, 0, 5]
+        case "outside":
+            entry["bbox"] = [190, 0, 50, 5]
+        case "not numbers":
+            entry["bbox"] = [1, 2, 3]
+        case "unknown image":
+            entry["image_id"] = 99
+        case "unknown category":
+            entry["category_id"] = 99
+        case "twice":
+            document["annotations"].append(entry)
+        case "size":
+            document["images"][0]["width"] = 300
+        case "no list":
+            document["categories"] = None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("degenerate", "annotation 1: bbox .* has no area"),
+        ("outside", "annotation 1: bbox .* leaves its picture of 200 x 100"),
+        ("not numbers", "expected four numbers"),
+        ("unknown image", "image_id 99 is not among"),
+        ("unknown category", "category_id 99 is not among"),
+        ("twice", "annotation id 1 stands twice"),
+        ("size", "width is 300 here and 200 in the captions file"),
+        ("no list", "a list 'categories'"),
+    ],
+)
+def test_wrong_annotations_are_told_in_one_sentence(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
+    document = json.loads(files["instances"].read_text())
+    _break(name, document)
+    files["instances"].write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message):
+        build_coco.main(arguments(files))
+    assert not files["out"].exists()
+
+
+def test_missing_pictures_and_broken_json_are_named(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
+    (files["images"] / "000000000001.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 annotated pictures are not there \(000000000001.jpg\)"):
+        build_coco.main(arguments(files))
+    files["captions"].write_text("{")
+    with pytest.raises(UserError, match=r"captions\.json: is not valid JSON"):
+        build_coco.main(arguments(files))
+
+
+@pytest.mark.skipif("VLM_SFT_COCO_DIR" not in os.environ, reason="VLM_SFT_COCO_DIR is not set")
+def test_real_coco_files_are_built(tmp_path: Path) -> None:
+    root = Path(os.environ["VLM_SFT_COCO_DIR"])
+    [instances] = sorted((root / "annotations").glob("instances_*.json"))[:1]
+    [captions] = sorted((root / "annotations").glob("captions_*.json"))[:1]
+    files = {
+        "instances": instances,
+        "captions": captions,
+        "images": root / "images",
+        "out": tmp_path / "out",
+    }
+    assert build_coco.main(arguments(files, "--eval-share", "0.2")) == 0
+    assert len(_read(files, "stage2")) > 10

@@ -1,0 +1,193 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from data_tools import art, backgrounds, make_scenes, masks, scene_captions, words
+from data_tools.scenes import Scene, SceneSettings, compose, scene_rng
+from vlm_sft.errors import UserError
+
+pytest.importorskip("resvg_py", reason="needs the extra 'demo'")
+
+
+def _settings(artist: str = "openmoji", **changes: Any) -> SceneSettings:
+    values = {"artist": artist, "seed": 3, "max_side": 160, "categories": art.load_categories()}
+    return SceneSettings(**(values | changes))
+
+
+def _scenes(count: int, **changes: Any) -> list[Scene]:
+    chosen = _settings(**changes)
+    return [compose(chosen, index) for index in range(1, count + 1)]
+
+
+def _line(out: Path, *extra: str) -> list[str]:
+    fixed = ["--artist", "twemoji", "--count", "4", "--seed", "1", "--max-side", "128"]
+    return ["--out", str(out), *fixed, "--workers", "1", *extra]
+
+
+@pytest.mark.parametrize("artist", sorted(art.ARTISTS))
+def test_every_category_is_drawn_by_both_artists(artist: str) -> None:
+    categories = art.load_categories()
+    art.check_drawings(art.ARTISTS[artist], categories)
+    assert len(categories) >= 24
+    for category in categories:
+        for code in category.code_points:
+            solid = np.asarray(art.glyph(artist, code, 64).getchannel("A")) > 127
+            assert solid.mean() > 0.1
+
+
+def test_masks_of_different_objects_share_no_pixel_and_lie_in_the_picture() -> None:
+    for scene in _scenes(12):
+        total = np.zeros((scene.height, scene.width), dtype=int)
+        for instance in scene.instances:
+            assert instance.mask.shape == (scene.height, scene.width)
+            assert instance.mask.any()
+            total += instance.mask
+        assert total.max(initial=0) <= 1
+        assert scene.instances, "a picture shows something"
+
+
+def test_what_is_drawn_is_what_the_masks_say() -> None:
+    """A scene with objects and without differs in the masks' pixels, and hardly elsewhere."""
+    chosen = _settings(max_side=320)
+    for index in range(1, 5):
+        scene = compose(chosen, index)
+        rng = scene_rng(chosen.seed, index)
+        rng.integers(9)  # the size
+        _, empty = backgrounds.paint(scene.width, scene.height, rng)
+        drawn = np.asarray(Image.open(io.BytesIO(scene.jpeg)), dtype=int)
+        changed = np.abs(drawn - np.asarray(empty, dtype=int)).max(axis=2) > 40
+        mask = np.logical_or.reduce([instance.mask for instance in scene.instances])
+        assert changed[mask].mean() > 0.5
+        assert changed[~mask].mean() < 0.05
+
+
+def test_captions_name_all_and_only_what_is_there() -> None:
+    names = [category.name for category in art.load_categories()]
+    for scene in _scenes(25, max_instances=3):
+        captions = scene_captions.describe(scene, scene_rng(3, scene.index, 1))
+        assert len(captions) == 5 == len(set(captions))
+        there = [instance.category.name for instance in scene.instances]
+        crowds = {i.category.name for i in scene.instances if i.crowd}
+        for caption in captions:
+            for name in names:
+                said = f" {name} " in f" {caption.lower()} ".translate(_PUNCTUATION) or (
+                    f" {words.plural(name)} " in f" {caption.lower()} ".translate(_PUNCTUATION)
+                )
+                assert not said or name in there, caption
+        full = [c for c in captions if " left " not in c]
+        assert len(full) >= 4
+        for caption in full:
+            for name in set(there) - crowds:
+                assert words.counted(name, there.count(name)) in caption.lower()
+
+
+_PUNCTUATION = str.maketrans(",.", "  ")
+
+
+def test_a_crowd_is_one_annotation_with_run_lengths(tmp_path: Path) -> None:
+    out = tmp_path / "scenes"
+    make_scenes.main(_line(out, "--crowd-share", "1", "--categories", "dog,cat"))
+    document = json.loads((out / "annotations" / "instances_twemoji.json").read_text())
+    crowds = [entry for entry in document["annotations"] if entry["iscrowd"]]
+    assert crowds
+    for entry in crowds:
+        counts = entry["segmentation"]["counts"]
+        height, width = entry["segmentation"]["size"]
+        assert sum(counts) == height * width
+        assert sum(counts[1::2]) == entry["area"]
+
+
+def test_files_have_cocos_form_and_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    for name, workers in (("one", "1"), ("two", "2")):
+        assert make_scenes.main([*_line(tmp_path / name), "--workers", workers]) == 0
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 4 + 4  # pictures; instances, captions, settings, attribution
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    document = json.loads((tmp_path / "one/annotations/instances_twemoji.json").read_text())
+    assert set(document) == {"info", "licenses", "images", "annotations", "categories"}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in document["images"]}
+    for image in document["images"]:
+        with Image.open(tmp_path / "one" / "images" / image["file_name"]) as picture:
+            assert picture.size == sizes[image["id"]]
+            assert max(picture.size) <= 128
+    for entry in document["annotations"]:
+        left, top, width, height = entry["bbox"]
+        assert left >= 0 and top >= 0
+        assert left + width <= sizes[entry["image_id"]][0]
+        assert top + height <= sizes[entry["image_id"]][1]
+        assert 0 < entry["area"] <= width * height
+    captions = json.loads((tmp_path / "one/annotations/captions_twemoji.json").read_text())
+    assert len(captions["annotations"]) == 20
+    assert "CC BY 4.0" in (tmp_path / "one" / "ATTRIBUTION.md").read_text()
+
+
+def test_a_finished_folder_says_so_and_other_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scenes"
+    make_scenes.main(_line(out))
+    before = (out / "settings.json").stat().st_mtime_ns
+    assert make_scenes.main(_line(out)) == 0
+    assert "done already" in capsys.readouterr().out
+    assert (out / "settings.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="other settings \\(augment differ\\)"):
+        make_scenes.main(_line(out, "--augment", "0"))
+    (out / "images" / "000000000002.jpg").unlink()
+    make_scenes.main(_line(out))
+    assert (out / "images" / "000000000002.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--categories", "dog,unicorn"), "'unicorn' is not in the table"),
+        (("--augment", "2"), "--augment: found 2.0, expected 0 to 1"),
+        (("--min-objects", "5", "--max-objects", "4"), "--max-objects: found 4, expected 5 to 24"),
+    ],
+)
+def test_wrong_settings_are_told(tmp_path: Path, extra: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_scenes.main(_line(tmp_path / "scenes", *extra))
+
+
+_masks = hnp.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)))
+
+
+@given(_masks)
+def test_run_lengths_come_back_as_the_mask(mask: NDArray[np.bool_]) -> None:
+    told = masks.run_lengths(mask)
+    values = np.arange(len(told["counts"])) % 2 == 1
+    flat = np.repeat(values, told["counts"])
+    assert (flat.reshape(told["size"], order="F") == mask).all()
+
+
+@settings(deadline=None)
+@given(_masks.filter(lambda mask: bool(mask.any())))
+def test_polygons_stay_in_the_box_and_cover_the_mask(mask: NDArray[np.bool_]) -> None:
+    left, top, width, height = masks.box(mask)
+    assert mask[int(top) : int(top + height), int(left) : int(left + width)].sum() == mask.sum()
+    for outline in masks.polygons(mask):
+        assert len(outline) >= 6 and len(outline) % 2 == 0
+        assert left <= min(outline[::2]) and max(outline[::2]) <= left + width
+        assert top <= min(outline[1::2]) and max(outline[1::2]) <= top + height
+
+
+def test_a_discs_polygon_has_nearly_its_area_and_few_corners() -> None:
+    canvas = Image.new("1", (100, 90))
+    ImageDraw.Draw(canvas).ellipse((10, 20, 70, 80), fill=1)
+    mask = np.asarray(canvas)
+    [outline] = masks.polygons(mask)
+    x, y = np.array(outline[::2]), np.array(outline[1::2])
+    area = abs(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
+    assert area == pytest.approx(mask.sum(), rel=0.03)
+    assert len(x) < 60
