@@ -1,0 +1,179 @@
+"""How far a measured share or difference can be trusted, when questions share pictures."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+BOOTSTRAP_SAMPLES = 4000
+"""Resamples of an interval; the 2.5 % tail then rests on about 100 of them."""
+
+Numbers = NDArray[np.float64]
+
+Statistic = Callable[[Numbers], Numbers]
+"""Cluster weights `[samples, clusters]` to `[samples]`."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate between two bounds."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """`0.912 [0.890, 0.931]`."""
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Plain values for JSON; a bound that does not exist is None."""
+        values = {"estimate": self.estimate, "low": self.low, "high": self.high}
+        return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+def cluster_bootstrap_interval(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> Interval:
+    """Mean of `values` with a percentile interval over resampled clusters.
+
+    Whole clusters (pictures) are drawn with replacement and the ratio of sums is taken, so values
+    of one picture may depend on each other. With few clusters it is a little too narrow: below
+    about 30, read it with care. All values equal, or a single cluster: see `interval_of_shares`.
+
+    Args:
+        values: One number an observation.
+        clusters: The cluster of each observation.
+        seed: Of the resampling.
+        confidence: In (0, 1).
+        samples: Number of resamples.
+
+    Raises:
+        ValueError: No values, or lengths that differ.
+    """
+    ones = [1.0] * len(values)
+    return cluster_bootstrap_ratio(
+        values, ones, clusters, seed=seed, confidence=confidence, samples=samples
+    )
+
+
+def cluster_bootstrap_ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> Interval:
+    """Sum of numerators over sum of denominators, e.g. loss a token, clustered as above."""
+    if not len(numerators) == len(denominators) == len(clusters):
+        raise ValueError("numerators, denominators and clusters must have one length")
+    sums = _cluster_sums(clusters, [numerators, denominators])
+    above, below = sums[:, 0], sums[:, 1]
+
+    def ratio(weights: Numbers) -> Numbers:
+        return np.asarray((weights @ above) / (weights @ below), dtype=np.float64)
+
+    return _percentiles(ratio, len(sums), seed, confidence, samples)
+
+
+def balanced_accuracy_interval(
+    correct: Sequence[bool],
+    truths: Sequence[str],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> Interval:
+    """Mean over the true answers of the share answered rightly; chance is 1 / number of answers.
+
+    A resample that lacks an answer altogether is taken over those that it has.
+    """
+    names = sorted(set(truths))
+    columns: list[Sequence[float]] = []
+    for name in names:
+        columns.append([float(c and t == name) for c, t in zip(correct, truths, strict=True)])
+        columns.append([float(t == name) for t in truths])
+    sums = _cluster_sums(clusters, columns)
+
+    def balanced(weights: Numbers) -> Numbers:
+        right, asked = weights @ sums[:, 0::2], weights @ sums[:, 1::2]
+        shares = np.divide(right, asked, out=np.full_like(right, np.nan), where=asked > 0)
+        return np.asarray(np.nanmean(shares, axis=1), dtype=np.float64)
+
+    return _percentiles(balanced, len(sums), seed, confidence, samples)
+
+
+def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a share (1927), for independent trials."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} successes of {trials} trials: no share")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
+    half /= 1 + z * z / trials
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == trials else middle + half
+    return Interval(share, low, high)
+
+
+def interval_of_shares(
+    correct: Sequence[bool],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+) -> Interval:
+    """Share of true values, clustered; Wilson's over pictures where all values are equal.
+
+    A bootstrap of equal values has no width at all, which would claim certainty. The number of
+    pictures then stands for the number of trials: the careful choice.
+    """
+    if not correct:
+        raise ValueError("no values: an interval needs at least one")
+    if all(correct) or not any(correct):
+        trials = len(set(clusters))
+        return wilson_interval(trials if correct[0] else 0, trials, confidence=confidence)
+    values = [float(value) for value in correct]
+    return cluster_bootstrap_interval(values, clusters, seed=seed, confidence=confidence)
+
+
+def _cluster_sums(clusters: Sequence[Hashable], columns: Sequence[Sequence[float]]) -> Numbers:
+    """Sums of each column within each cluster, `[clusters, columns]`."""
+    if not clusters:
+        raise ValueError("no values: an interval needs at least one")
+    if any(len(column) != len(clusters) for column in columns):
+        raise ValueError("every value needs a cluster")
+    index = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    rows = np.array([index[name] for name in clusters])
+    sums = np.zeros((len(index), len(columns)))
+    np.add.at(sums, rows, np.array(columns, dtype=np.float64).T)
+    return sums
+
+
+def _percentiles(
+    statistic: Statistic, num_clusters: int, seed: int, confidence: float, samples: int
+) -> Interval:
+    estimate = float(statistic(np.ones((1, num_clusters)))[0])
+    generator = np.random.default_rng(seed)
+    chance = np.full(num_clusters, 1 / num_clusters)
+    found: list[Numbers] = []
+    block = max(1, 2_000_000 // num_clusters)
+    for start in range(0, samples, block):
+        count = min(block, samples - start)
+        weights = generator.multinomial(num_clusters, chance, size=count).astype(np.float64)
+        found.append(statistic(weights))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high))
