@@ -64,9 +64,10 @@ def build_projector(projector_type: str, width: int, hidden: int, *, seed: int) 
             f"model.projector_type: found {projector_type!r}, expected 'linear' or 'mlpNx_gelu' "
             "(mlp2x_gelu is LLaVA-1.5's)"
         )
-    projector = (
-        MlpProjector(width, hidden, int(match[1])) if match else LinearProjector(width, hidden)
-    )
+    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation is thrown away
+        projector: nn.Module = (
+            MlpProjector(width, hidden, int(match[1])) if match else LinearProjector(width, hidden)
+        )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in projector.named_parameters():
         fan_in = width if name in _FIRST_LAYER else hidden

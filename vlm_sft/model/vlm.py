@@ -127,9 +127,12 @@ class VisionLanguageModel(nn.Module):
         The non-reentrant kind: it needs no gradient at its input, so frozen embeddings and
         text-only batches work unchanged.
         """
-        causal_lm(self.language_model).gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model: Any = causal_lm(self.language_model)
+        reentrant = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=reentrant)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
 
     def _image_embeds(self, pixel_values: Tensor) -> Tensor:
         features = self.vision_tower(pixel_values)

@@ -149,7 +149,7 @@ def _create(
         keywords["pretrained_cfg_overlay"] = dict(pretrained_cfg)
     if image_size is not None:
         try:
-            return timm.create_model(architecture, img_size=image_size, **keywords)
+            return timm.create_model(architecture, **{**keywords, "img_size": image_size})
         except TypeError:
             pass  # a net without a position table takes any size
     try:

@@ -1,0 +1,254 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.model.tiny import COHERE, GEMMA2, GRANITE, LLAMA, TOKENS, pictures, rows, tiny_model
+from vlm_sft.config import LoraConfig
+from vlm_sft.constants import IGNORE_INDEX
+from vlm_sft.errors import UserError
+from vlm_sft.model import vlm as vlm_module
+from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.vlm import VisionLanguageModel, check_head
+
+LORA = LoraConfig(r=2, dropout=0.0)
+
+
+def reference_loss(model: VisionLanguageModel, batch: Any, pixels: Tensor | None) -> Tensor:
+    """Summed loss the plain way: the language model's own logits everywhere, then shift."""
+    ids, mask, labels = batch
+    embeds = model.embed(ids, pixels)
+    logits = model.language_model(inputs_embeds=embeds, attention_mask=mask.long()).logits.float()
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1),
+        labels[:, 1:].flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
+
+
+@pytest.mark.parametrize("language_model", [LLAMA, GEMMA2, COHERE, GRANITE])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_loss_is_that_of_the_language_models_own_logits(
+    language_model: dict[str, Any], lora: LoraConfig | None
+) -> None:
+    model = tiny_model(language_model=language_model, lora=lora)
+    batch = rows([5, -1, 6, 100, 101], [7, 102, -1, -1, 8, 103], [9, 104, 105])
+    output = model(*batch, pictures(3))
+    expected = reference_loss(model, batch, pictures(3))
+    assert torch.allclose(output.loss_sum, expected, rtol=1e-5)
+    assert output.loss_sum.dtype == torch.float32
+    assert output.num_targets.item() == 6
+    assert torch.allclose(output.per_record_loss.sum(), output.loss_sum)
+    assert output.per_record_loss.shape == (3,)
+    assert output.logits is None
+
+
+def test_loss_in_several_chunks_has_the_same_value_and_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = rows([5, -1, 6, 100, 101, 102, 103, 104], [9, 104, 105])
+    found = []
+    for chunk in (2048, 3):
+        monkeypatch.setattr(vlm_module, "HEAD_CHUNK", chunk)
+        model = tiny_model()
+        set_trainable(model, {"projector", "language_model"})
+        output = model(*batch, pictures(1))
+        output.loss_sum.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((output.loss_sum, gradients))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], atol=1e-6), name
+
+
+def test_no_logits_are_made_where_no_label_is() -> None:
+    model = tiny_model()
+    seen: list[torch.Size] = []
+    model.language_model.lm_head.register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
+    model(*rows([5, -1, 6, 7, 8, 100, 101]), pictures(1))
+    assert seen == [(2, 300)]
+
+
+def test_records_are_independent_of_their_neighbours_and_of_padding() -> None:
+    model = tiny_model()
+    records = [[5, -1, 6, 100, 101], [7, -1, 8, -1, 9, 102], [9, 104, 105]]
+    together = model(*rows(*records), pictures(3)).per_record_loss
+    alone = [
+        model(*rows(records[0]), pictures(3)[:1]).loss_sum,
+        model(*rows(records[1]), pictures(3)[1:]).loss_sum,
+        model(*rows(records[2])).loss_sum,
+    ]
+    assert torch.allclose(together, torch.stack(alone), rtol=1e-5)
+
+
+def test_pictures_fill_placeholders_in_order_across_turns_and_records() -> None:
+    model = tiny_model()
+    ids, _, _ = rows([5, -1, 6, -1], [7, -1])
+    pixels = pictures(3)
+    images = model.multi_modal_projector(model.vision_tower(pixels))
+    embeds = model.embed(ids, pixels)
+    assert torch.equal(embeds[0, 1 : 1 + TOKENS], images[0])
+    assert torch.equal(embeds[0, 2 + TOKENS : 2 + 2 * TOKENS], images[1])
+    assert torch.equal(embeds[1, 1 : 1 + TOKENS], images[2])
+    text = model.language_model.get_input_embeddings()(torch.tensor([5, 6, 7]))
+    assert torch.equal(embeds[[0, 0, 1], [0, 1 + TOKENS, 0]], text)
+
+
+def test_a_picture_matters_to_the_answer() -> None:
+    model = tiny_model()
+    batch = rows([5, -1, 6, 100, 101])
+    first, second = (model(*batch, pictures(1, seed=s)).loss_sum for s in (1, 2))
+    assert first != second
+
+
+@pytest.mark.parametrize("pixels", [None, torch.zeros(0, 3, 28, 28)])
+def test_a_text_only_batch_gives_the_projector_gradients_of_exactly_zero(
+    pixels: Tensor | None,
+) -> None:
+    model = tiny_model()
+    set_trainable(model, {"projector"})
+    batch = rows([5, 6, 100, 101])
+    output = model(*batch, pixels)
+    output.loss_sum.backward()
+    for parameter in model.multi_modal_projector.parameters():
+        assert parameter.grad is not None
+        assert torch.count_nonzero(parameter.grad) == 0
+    assert torch.equal(output.loss_sum, reference_loss(model, batch, None))
+
+
+@pytest.mark.parametrize("part", ["projector", "language_model"])
+def test_no_target_at_all_gives_exactly_zero_with_a_graph(part: str) -> None:
+    model = tiny_model()
+    set_trainable(model, {part})
+    output = model(*rows([5, -1, 6, 7], [8]), pictures(1))
+    assert (output.loss_sum.item(), output.num_targets.item()) == (0.0, 0)
+    assert output.per_record_loss.tolist() == [0.0, 0.0]
+    output.loss_sum.backward()
+    for name, parameter in named_parts(model)[part]:
+        if "embed_tokens" not in name or part == "language_model":
+            assert parameter.grad is not None, name
+            assert torch.count_nonzero(parameter.grad) == 0, name
+
+
+@pytest.mark.parametrize(
+    ("records", "count", "message"),
+    [
+        ([[5, -1, 6]], 2, "found 4 image placeholders for 2 pictures of 4 tokens each"),
+        ([[5, -1, -1]], 1, "found 8 image placeholders for 1 pictures"),
+        ([[5, -1]], 0, "found 4 image placeholders for 0 pictures"),
+        ([[5, 6]], 1, "found 0 image placeholders for 1 pictures"),
+    ],
+)
+def test_pictures_that_do_not_match_their_placeholders_are_refused(
+    records: list[list[int]], count: int, message: str
+) -> None:
+    ids, mask, labels = rows(*records)
+    with pytest.raises(UserError, match=message):
+        tiny_model()(ids, mask, labels, pictures(count))
+
+
+def test_a_picture_split_over_two_records_is_refused() -> None:
+    ids, mask, labels = rows([5, -1], [5, -1])
+    ids[0, 1], ids[1, 0] = 6, ids[1, 1]
+    with pytest.raises(UserError, match="row 0 of the batch has 3 image placeholders"):
+        tiny_model()(ids, mask, labels, pictures(2))
+
+
+def test_without_labels_the_logits_of_every_position_come_back() -> None:
+    model = tiny_model(language_model=GEMMA2)
+    ids, mask, _ = rows([5, -1, 6, 100])
+    logits = model(ids, mask, None, pictures(1)).logits
+    embeds = model.embed(ids, pictures(1))
+    assert torch.allclose(logits, model.language_model(inputs_embeds=embeds).logits, atol=1e-6)
+    assert logits.abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_generation_continues_greedily_from_the_prompt_and_ignores_left_padding(
+    lora: LoraConfig | None,
+) -> None:
+    model = tiny_model(lora=lora).eval()
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ids, mask, _ = rows([5, -1, 6])
+    answer = model.generate(ids, mask, pictures(1), **settings)
+    assert answer.shape == (1, 5)
+    grown = torch.cat([ids, answer], dim=1)
+    logits = model(grown, torch.ones_like(grown).bool(), None, pictures(1)).logits
+    assert torch.equal(logits[0, -6:-1].argmax(-1), answer[0])
+    short = torch.tensor([[0] * 4 + [9, 8]])
+    padded = torch.cat([ids, short]), torch.cat([mask, torch.tensor([[0] * 4 + [1, 1]]).bool()])
+    both = model.generate(*padded, pictures(1), **settings)
+    alone = model.generate(short[:, 4:], torch.ones(1, 2).bool(), None, **settings)
+    assert torch.equal(both[0], answer[0])
+    assert torch.equal(both[1], alone[0])
+
+
+def test_generation_refuses_prompts_padded_on_the_right() -> None:
+    ids, mask, _ = rows([5, 6, 7], [5])
+    with pytest.raises(UserError, match="padded on the left"):
+        tiny_model().generate(ids, mask, None, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("trainable", [{"projector"}, {"projector", "adapter"}])
+def test_gradient_checkpointing_changes_no_gradient(trainable: set[str]) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model(lora=LORA)
+        set_trainable(model, trainable)
+        model.train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        for batch, pixels in ((rows([5, -1, 6, 100]), pictures(1)), (rows([5, 100, 101]), None)):
+            model(*batch, pixels).loss_sum.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+
+
+def test_a_model_that_treats_its_logits_in_an_unknown_way_is_refused() -> None:
+    language_model = tiny_model(language_model=COHERE).language_model
+    language_model.logit_scale = 3.0  # as if its forward did something new
+    with pytest.raises(UserError, match="computes its logits in a way"):
+        check_head(language_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights_work_with_float32_projector_and_adapters(dtype: torch.dtype) -> None:
+    model = tiny_model(lora=LORA, dtype=dtype)
+    set_trainable(model, {"projector", "adapter"})
+    output = model(*rows([5, -1, 6, 100]), pictures(1))
+    output.loss_sum.backward()
+    assert output.loss_sum.dtype == torch.float32
+    parts = named_parts(model)
+    assert {p.dtype for _, p in parts["vision_tower"] + parts["language_model"]} == {dtype}
+    for _, parameter in parts["projector"] + parts["adapter"]:
+        assert parameter.dtype == torch.float32 == parameter.grad.dtype
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.sampled_from([-1, 5, 6, 100, 101, 102]), min_size=1, max_size=6),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_any_mixture_of_pictures_and_text_has_the_reference_loss(
+    records: list[list[int]],
+) -> None:
+    model = _SHARED[0] if _SHARED else _SHARED.append(tiny_model()) or _SHARED[0]
+    count = sum(record.count(-1) for record in records)
+    batch = rows(*records)
+    batch[2][:, 0] = IGNORE_INDEX
+    output = model(*batch, pictures(count) if count else None)
+    expected = reference_loss(model, batch, pictures(count) if count else None)
+    assert torch.allclose(output.loss_sum, expected, rtol=1e-5, atol=1e-5)
+    assert output.num_targets.item() == (batch[2] != IGNORE_INDEX).sum().item()
+
+
+_SHARED: list[VisionLanguageModel] = []

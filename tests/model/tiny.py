@@ -1,0 +1,99 @@
+"""Real models of a few thousand weights, made on the spot."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.model.build import build_model
+from vlm_sft.model.vlm import VisionLanguageModel
+
+VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+CLIP: dict[str, Any] = {
+    "library": "transformers",
+    "config": {"model_type": "clip_vision_model", **VIT},
+}
+OPEN_CLIP: dict[str, Any] = {
+    "library": "open_clip",
+    "config": {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "layers": 3,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 14,
+            "image_size": 28,
+        },
+    },
+}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 300,
+}
+GEMMA2: dict[str, Any] = {
+    **LLAMA,
+    "model_type": "gemma2",
+    "num_key_value_heads": 1,
+    "head_dim": 24,
+    "final_logit_softcapping": 0.05,
+}
+COHERE: dict[str, Any] = {**LLAMA, "model_type": "cohere", "logit_scale": 0.0625, "pad_token_id": 0}
+GRANITE: dict[str, Any] = {**LLAMA, "model_type": "granite", "logits_scaling": 4.0}
+
+TOKENS = 4
+"""Of one picture of the tiny CLIP: (28 / 14) squared."""
+
+
+def model_config(
+    tower: dict[str, Any] = CLIP,
+    language_model: dict[str, Any] = LLAMA,
+    projector_type: str = "mlp2x_gelu",
+) -> ModelConfig:
+    return ModelConfig(
+        vision_tower=VisionTowerConfig(**tower),
+        projector_type=projector_type,
+        language_model=LanguageModelConfig(config=language_model, tokenizer="bytes"),
+    )
+
+
+def tiny_model(
+    *,
+    tower: dict[str, Any] = CLIP,
+    language_model: dict[str, Any] = LLAMA,
+    projector_type: str = "mlp2x_gelu",
+    lora: LoraConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+) -> VisionLanguageModel:
+    config = model_config(tower, language_model, projector_type)
+    return build_model(config, dtype=dtype, seed=seed, lora=lora)
+
+
+def pictures(count: int, *, seed: int = 0, size: int = 28) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(*records: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, mask and labels; -1 is a whole picture, ids above 99 are supervised."""
+    expanded = [
+        [t for i in record for t in ([IMAGE_TOKEN_ID] * TOKENS if i == -1 else [i])]
+        for record in records
+    ]
+    longest = max(map(len, expanded))
+    ids = torch.tensor([r + [0] * (longest - len(r)) for r in expanded])
+    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in expanded]).bool()
+    labels = ids.masked_fill((ids < 100) | ~mask, IGNORE_INDEX)
+    return ids, mask, labels
