@@ -74,6 +74,11 @@ def main(argv: Sequence[str]) -> int:
     index = read_coco(inputs.get("instances"), inputs.get("captions"))
     check_pictures(index.pictures, Path(arguments.images))
     train, held_out = _split(index, arguments.seed, arguments.eval_share)
+    if arguments.eval_share and not (train and held_out):
+        raise UserError(
+            f"--eval-share {arguments.eval_share}: of {len(index.pictures)} pictures "
+            f"{len(held_out)} would be set aside; give more pictures or another share or seed"
+        )
     backend = make_backend(arguments.backend, index, arguments.seed, arguments.answers)
     outputs = _outputs(arguments, backend, train, held_out)
     receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), outputs)
@@ -268,6 +273,8 @@ def _table(receipt: dict[str, Any]) -> Iterator[str]:
     for name, told in receipt["files"].items():
         families = ", ".join(f"{family} {count}" for family, count in told["families"].items())
         yield f"{name:<20} {told['records']:>8} {told['questions']:>10}  {families}"
+        if not told["records"]:
+            yield f"{'':<20} empty: the annotations hold nothing that could be asked in balance"
         if "existence_by_category_alone" in told:
             share = told["existence_by_category_alone"]
             yield f"{'':<20} existence guessed from the category's name alone: {share:.1%}"

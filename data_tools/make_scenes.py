@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -189,8 +190,12 @@ def _in_order(tasks: Iterable[_Task], workers: int) -> Iterator[_Entry]:
     if workers == 1:
         yield from map(_make_one, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _leave_ctrl_c_to_parent) as pool:
         yield from pool.imap(_make_one, tasks, chunksize=8)
+
+
+def _leave_ctrl_c_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _make_one(task: _Task) -> _Entry:

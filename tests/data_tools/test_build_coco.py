@@ -237,6 +237,21 @@ def test_wrong_annotations_are_told_in_one_sentence(
     assert not files["out"].exists()
 
 
+def test_setting_aside_none_of_the_pictures_is_refused(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
+    with pytest.raises(UserError, match="of 1 pictures 0 would be set aside"):
+        build_coco.main(arguments(files, "--eval-share", "0.01"))
+
+
+def test_a_family_with_one_answer_only_is_not_a_measure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 30], 0)]})
+    build_coco.main(arguments(files, "--probes", "4"))
+    assert _read(files, "counting") == [] == _read(files, "halves")
+    assert "empty: the annotations hold nothing" in capsys.readouterr().out
+
+
 def test_missing_pictures_and_broken_json_are_named(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
     (files["images"] / "000000000001.jpg").unlink()

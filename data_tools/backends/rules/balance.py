@@ -32,6 +32,8 @@ def level(
     for answers in places.values():
         total = sum(len(group) for group in answers.values())
         kept = [group for group in answers.values() if len(group) >= LEAST_SHARE * total]
+        if len(kept) < 2:  # whoever gives the only answer is always right: nothing is measured
+            continue
         quota = min(len(group) for group in kept)
         for group in kept:
             for i in sorted(rng.permutation(len(group))[:quota]):
