@@ -198,8 +198,8 @@ def _package_file(package: str, pattern: str) -> Path:
 
 def _timm_config(model: Any) -> dict[str, Any]:
     kept = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "pool_size")
-    kept += ("first_conv", "classifier")
-    pretrained = {name: model.pretrained_cfg[name] for name in kept}
+    cut = ("first_conv", "classifier")
+    pretrained = {name: model.pretrained_cfg[name] for name in (*kept, *cut)}
     return {
         "architecture": TIMM_NAME,
         "num_classes": 1000,

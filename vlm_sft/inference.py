@@ -1,0 +1,277 @@
+"""A checkpoint brought back to life: pictures and a question in, an answer out, token by token."""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+
+from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
+from vlm_sft.constants import IMAGE_TOKEN_ID
+from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part, TextPart, Turn
+from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.masking import Renderer
+from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.errors import CheckpointError
+from vlm_sft.model.build import build_model
+from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.parts_on_disk import (
+    ADAPTER,
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    base_identity,
+    dtype_of,
+    read_adapter,
+    read_language_model,
+)
+from vlm_sft.train.checkpoint import copy_tensors, load_tensors, verify
+
+
+@dataclass(frozen=True)
+class VlmRun:
+    """A trained model with everything that it needs to be asked.
+
+    Attributes:
+        model: In eval mode, nothing trainable.
+        aspect: How pictures are made square.
+        manifest: The checkpoint's manifest (step, stage, libraries, ...).
+    """
+
+    model: VisionLanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    image_spec: ImageSpec
+    aspect: Literal["pad", "crop"]
+    config: RunConfig
+    manifest: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.vision_tower.device
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills up shorter prompts; masked out everywhere."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def pixels(self, source: ImageSource) -> Tensor:
+        """A picture as the tower wants it, float32 `[3, size, size]`.
+
+        Raises:
+            ImageError: It is missing or broken.
+        """
+        return to_pixels(open_image(source), self.image_spec, self.aspect)
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """Ids to generate from, `IMAGE_TOKEN_ID` once for each token of each picture."""
+        return expand(self.renderer.prompt(conversation), self.model.vision_tower.num_tokens)
+
+    def answer(self, conversation: Conversation, **sampling: Any) -> str:
+        """The whole answer; `sampling` as for `stream`."""
+        return "".join(self.stream(conversation, **sampling)).strip()
+
+    def stream(
+        self,
+        conversation: Conversation,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Pieces of the answer as they are made; ends at the template's stop token.
+
+        Args:
+            conversation: Ends in a user's turn.
+            max_new_tokens: The answer is cut there.
+            temperature: 0 takes the likeliest token each time, larger values draw.
+            seed: Of the drawing; None leaves torch's generator as it is.
+
+        Raises:
+            ImageError: A picture is missing or broken.
+            UserError: The conversation does not end in a user's turn.
+        """
+        ids = torch.tensor([self.prompt_ids(conversation)], device=self.device)
+        pixels = [self.pixels(source) for source in conversation.images]
+        stacked = torch.stack(pixels).to(self.device) if pixels else None
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": None, "top_k": None}
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if seed is not None:
+            torch.manual_seed(seed)
+        arguments = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": list(self.renderer.stop_token_ids),
+            "pad_token_id": self.pad_token_id,
+            **(drawing if temperature > 0 else greedy),
+        }
+        yield from self._stream(ids, stacked, arguments)
+
+    def _stream(
+        self, ids: Tensor, pixels: Tensor | None, arguments: dict[str, Any]
+    ) -> Iterator[str]:
+        # `generate` with embeddings hands the streamer the answer only: there is no prompt to skip.
+        streamer = TextIteratorStreamer(cast(Any, self.tokenizer), skip_special_tokens=True)
+        stop = _Stop()
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.model.generate(
+                    ids,
+                    torch.ones_like(ids),
+                    pixels,
+                    streamer=_AnswerOnly(streamer),
+                    stopping_criteria=[stop],
+                    **arguments,
+                )
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            for piece in streamer:
+                if piece:
+                    yield piece
+        finally:
+            stop.asked.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+
+def load_run(folder: str | Path, *, device: str | torch.device | None = None) -> VlmRun:
+    """Load a checkpoint after comparing every file with its manifest.
+
+    Args:
+        folder: A checkpoint (`RUN/final`, `RUN/checkpoints/step-N`), or a finished run's folder.
+        device: None takes CUDA where it is, else the CPU.
+
+    Raises:
+        CheckpointError: The folder is no complete checkpoint, or its base models are not those
+            that it was trained on.
+        UserError: A base model that its configuration names cannot be loaded.
+    """
+    folder = _checkpoint_folder(Path(folder))
+    checkpoint = verify(folder)
+    config = load_config(folder / "config.yaml")
+    tokenizer = load_tokenizer(LanguageModelConfig(name=str((folder / "tokenizer").absolute())))
+    renderer = Renderer.from_description(_json(folder / "template.json"), tokenizer)
+    model = build_model(config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora)
+    _require_same_base(config, model, checkpoint.manifest, folder)
+    _read_parts(config, model, folder)
+    model.requires_grad_(False).eval()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return VlmRun(
+        model=model.to(device),
+        tokenizer=tokenizer,
+        renderer=renderer,
+        image_spec=model.vision_tower.image_spec,
+        aspect=_json(folder / "processor.json")["image_aspect"],
+        config=config,
+        manifest=checkpoint.manifest,
+    )
+
+
+def question(
+    text: str, images: Sequence[ImageSource] = (), *, history: Sequence[Turn] = ()
+) -> Conversation:
+    """A conversation that asks `text`; new pictures stand before it, each on its own line.
+
+    Args:
+        text: The user's words.
+        images: Every picture so far, those of `history` first.
+        history: Earlier turns, ending in an assistant's.
+    """
+    shown = sum(isinstance(part, ImagePart) for turn in history for part in turn.parts)
+    parts: list[Part] = []
+    for index in range(shown, len(images)):
+        parts += [ImagePart(index), TextPart("\n")]
+    turns = (*history, Turn("user", (*parts, TextPart(text))))
+    return Conversation("question", turns, tuple(images))
+
+
+def expand(ids: Sequence[int], num_tokens: int) -> list[int]:
+    """Ids with each picture's placeholder repeated `num_tokens` times."""
+    return [i for i in ids for _ in range(num_tokens if i == IMAGE_TOKEN_ID else 1)]
+
+
+def _checkpoint_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a checkpoint, e.g. RUN/final")
+    if not (folder / "manifest.json").exists() and (folder / "final" / "manifest.json").exists():
+        return folder / "final"
+    return folder
+
+
+def _json(path: Path) -> dict[str, Any]:
+
+    try:
+        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from (
+            None
+        )
+
+
+def _require_same_base(
+    config: RunConfig, model: VisionLanguageModel, manifest: dict[str, Any], folder: Path
+) -> None:
+    recorded, found = manifest.get("base_model"), base_identity(config, model)
+    for key, value in found.items():
+        if recorded is not None and recorded.get(key) != value:
+            raise CheckpointError(
+                f"{folder}: its {key.replace('_', ' ')} is not the one that it was trained with "
+                f"(the base named in config.yaml has changed, expected {recorded.get(key)!r}, "
+                f"found {value!r}); put the original back"
+            )
+
+
+def _read_parts(config: RunConfig, model: VisionLanguageModel, folder: Path) -> None:
+    path = folder / PROJECTOR
+    copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
+    if (folder / ADAPTER).is_dir():
+        if config.lora is None:
+            raise CheckpointError(f"{folder}: has an adapter, but its config.yaml has no lora")
+        read_adapter(model, folder)
+    elif config.lora is not None:
+        raise CheckpointError(f"{folder}: its config.yaml has lora, but adapter/ is missing")
+    if (folder / LANGUAGE_MODEL).is_dir():
+        read_language_model(model, folder)
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation when the reader of the stream has gone away."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.full(
+            (input_ids.shape[0],), self.asked.is_set(), dtype=torch.bool, device=input_ids.device
+        )
+
+
+class _AnswerOnly:
+    """Passes tokens on; `generate` first hands over its (empty) prompt ids, which are none."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+
+    def put(self, value: Tensor) -> None:
+        if value.numel():
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        """Left to the worker, which also ends the stream after an error."""
