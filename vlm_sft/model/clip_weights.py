@@ -41,9 +41,7 @@ def clip_from_open_clip(visual: nn.Module) -> CLIPVisionModel:
     with torch.device("meta"):
         model = CLIPVisionModel(config)
     state = clip_state_from_open_clip(visual.state_dict())
-    # Before transformers 5.20 or so, the encoder sat one level deeper.
-    prefix = "vision_model." if hasattr(model, "vision_model") else ""
-    model.load_state_dict({prefix + key: value for key, value in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
     for module in model.modules():  # not part of a state dict
         if isinstance(getattr(module, "position_ids", None), Tensor):
             cast(Any, module).position_ids = torch.arange(cast(Any, module).num_positions)[None]
