@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from vlm_sft.atomic import write_json, write_text
 from vlm_sft.config import RunConfig, dump_config
@@ -60,7 +62,7 @@ def checkpoint_components(
         )
     if "language_model" in trainable:
         components["language_model"] = Component(
-            lambda f: causal_lm(model.language_model).save_pretrained(f / LANGUAGE_MODEL),
+            lambda f: _write_language_model(model, f),
             lambda f: read_language_model(model, f),
         )
     return components
@@ -151,9 +153,10 @@ def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
     place = folder / LANGUAGE_MODEL
     dtype = next(live.parameters()).dtype
     try:
-        loaded, info = type(live).from_pretrained(
-            place, dtype=dtype, output_loading_info=True, local_files_only=True
-        )
+        with _without_bars():
+            loaded, info = type(live).from_pretrained(
+                place, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{place}: cannot be loaded: {reason}") from None
@@ -169,6 +172,23 @@ def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
 def _read_projector(model: VisionLanguageModel, folder: Path) -> None:
     path = folder / PROJECTOR
     copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
+
+
+def _write_language_model(model: VisionLanguageModel, folder: Path) -> None:
+    with _without_bars():
+        causal_lm(model.language_model).save_pretrained(folder / LANGUAGE_MODEL)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' own progress bars would break the live line."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _write_adapter(model: VisionLanguageModel, folder: Path) -> None:

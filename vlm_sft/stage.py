@@ -61,9 +61,7 @@ def _is_finished(config: RunConfig) -> bool:
     return final is not None
 
 
-def _train(
-    config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator
-) -> Outcome:
+def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
     language = load_language(config)
     check_data_head(config, language.renderer)

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +195,8 @@ class Trainer:
         self._metrics = MetricsFile(folder / "metrics.jsonl", last_step=self.step) if main else None
         self._samples = MetricsFile(folder / "samples.jsonl", last_step=self.step) if main else None
         self._live = LiveLine(self.plan.total_steps, self.step, enabled=main)
+        before = self._metrics.last_seconds if self._metrics is not None else 0.0
+        self._started = time.monotonic() - before
         self._speed = Speed()
 
     def _train_until_save(self, request: StopRequest) -> bool:
@@ -300,6 +303,7 @@ class Trainer:
             **self._speed.read(),
             "num_targets": gradient.num_targets,
             "memory_bytes": memory_bytes(self.accelerator.device),
+            "seconds": round(time.monotonic() - self._started, 3),
         }
         self._record(row)
         self._live.show(row)

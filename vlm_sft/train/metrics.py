@@ -39,7 +39,12 @@ class MetricsFile:
         kept = [
             line for line in _whole_lines(path) if int(json.loads(line).get("step", 0)) <= last_step
         ]
-        write_bytes(path, "".join(kept if last_step else []).encode())
+        kept = kept if last_step else []
+        self.last_seconds = max(
+            (json.loads(line).get("seconds", 0.0) for line in kept), default=0.0
+        )
+        """Training time that the rows kept stand for."""
+        write_bytes(path, "".join(kept).encode())
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""

@@ -1,0 +1,250 @@
+"""Whole runs: both stages, resumed, refused, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.train.tiny import reset_accelerate
+from vlm_sft import stage1, stage2
+from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError
+from vlm_sft.train.checkpoint import read_manifest, verify
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny"
+FAST = ["train.trackers=[]", "train.save_every_steps=2", "train.max_steps=4"]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(ROOT)
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def run(stage: str, out: Path, *overrides: str, config: str = "") -> int:
+    reset_accelerate()
+    path = TINY / f"{config or stage}.yaml"
+    main = {"stage1": stage1.main, "stage2": stage2.main}[stage]
+    return main([str(path), f"output_dir={out}", *FAST, *overrides])
+
+
+@pytest.fixture(scope="module")
+def stage1_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "stage1"
+    here = Path.cwd()
+    os.chdir(ROOT)
+    assert run("stage1", out) == 0
+    os.chdir(here)
+    return out
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_stage_1_leaves_a_complete_run_folder(stage1_run: Path) -> None:
+    names = {path.name for path in stage1_run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "ledger.jsonl", "checkpoints", "final"} <= names
+    manifest = verify(stage1_run / "final").manifest
+    assert (manifest["step"], manifest["stage"]) == (4, "stage1")
+    assert set(manifest["frozen"]) == {"vision_tower", "language_model"}
+    files = {p.suffix for p in (stage1_run / "final").rglob("*") if p.is_file()}
+    assert files <= {".safetensors", ".json", ".yaml", ".jinja"}
+    assert sorted(load_file(stage1_run / "final" / "projector.safetensors")) == [
+        "linear_1.bias",
+        "linear_1.weight",
+        "linear_2.bias",
+        "linear_2.weight",
+    ]
+    steps = [row for row in rows(stage1_run / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert set(steps[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "samples_per_second",
+        "target_tokens_per_second",
+        "num_targets",
+        "memory_bytes",
+        "seconds",
+    }
+    evaluations = [row for row in rows(stage1_run / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [4]
+    assert len(rows(stage1_run / "samples.jsonl")) == 2
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    stage1_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (stage1_run / "metrics.jsonl").read_bytes()
+    assert run("stage1", stage1_run) == 0
+    assert "finished before" in capsys.readouterr().err
+    assert (stage1_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(stage1_run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"projector was 0\.001, now 0\.5"):
+        run("stage1", stage1_run, "optim.learning_rate.projector=0.5")
+
+
+@pytest.mark.parametrize(
+    ("config", "folder"), [("stage2", "language_model"), ("stage2_lora", "adapter")]
+)
+def test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit(
+    config: str, folder: str, stage1_run: Path, tmp_path: Path
+) -> None:
+    projector = f"projector={stage1_run}/final"
+    assert run("stage2", tmp_path / "whole", projector, config=config) == 0
+    # The other run loses all that came after its first checkpoint, as after a kill.
+    assert run("stage2", tmp_path / "cut", projector, config=config) == 0
+    for lost in ("final", "checkpoints/step-00000004"):
+        os.rename(tmp_path / "cut" / lost, tmp_path / Path(lost).name)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert run("stage2", tmp_path / "cut", projector, config=config) == 0
+    whole, cut = verify(tmp_path / "whole" / "final"), verify(tmp_path / "cut" / "final")
+    assert any(name.startswith(folder) for name in whole.manifest["files"])
+    tensors = [name for name in whole.manifest["files"] if name.endswith(".safetensors")]
+    assert len(tensors) == 3
+    for name in tensors:
+        assert whole.manifest["files"][name] == cut.manifest["files"][name]
+    losses = [
+        [r["loss"] for r in rows(tmp_path / d / "metrics.jsonl") if "loss" in r]
+        for d in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_a_projector_of_another_shape_is_refused_with_both_shapes(
+    stage1_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"'linear_1.weight' is 64x32, but .* is 64x64"):
+        run(
+            "stage2",
+            tmp_path,
+            f"projector={stage1_run}/final",
+            "model.vision_tower.feature_layers=[-2,-1]",
+        )
+
+
+def test_a_projector_of_another_tower_is_refused(stage1_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="trained with another vision tower"):
+        run("stage2", tmp_path, f"projector={stage1_run}/final", "seed=7")
+
+
+def test_a_projector_of_other_features_is_refused(stage1_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="another choice of vision features"):
+        run(
+            "stage2",
+            tmp_path,
+            f"projector={stage1_run}/final",
+            "model.vision_tower.feature_layers=[-1]",
+        )
+
+
+def test_stage_1_refuses_adapters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora: stage 1 trains the projector alone"):
+        run("stage1", tmp_path, "lora.r=4")
+
+
+def test_stage_2_asks_for_the_language_models_rate(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"learning_rate\.language_model is missing"):
+        run("stage2", tmp_path, config="stage1")
+
+
+def test_a_missing_picture_stops_before_the_model_is_built(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
+    record = {"id": "r1", "image": "gone.png", "conversations": turns}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([record]))
+    with pytest.raises(RecordError, match=r"record 'r1'.*gone.png"):
+        run(
+            "stage1",
+            tmp_path / "run",
+            f"data.train.0.path={data}",
+            "model.language_model.config.model_type=none",
+        )
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
+    import fcntl
+
+    tmp_path.joinpath("run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by another run"):
+            run("stage1", tmp_path / "run")
+
+
+def test_infinite_losses_stop_before_the_update(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step \d+: .* \(records '.*weights are those before"):
+        run(
+            "stage1",
+            tmp_path,
+            "optim.learning_rate.projector=1e30",
+            "optim.max_grad_norm=null",
+            "train.max_steps=30",
+        )
+
+
+def test_worker_processes_change_nothing(stage1_run: Path, tmp_path: Path) -> None:
+    assert run("stage1", tmp_path / "run", "data.num_workers=2") == 0
+    name = "projector.safetensors"
+    files = [read_manifest(d / "final")["files"] for d in (stage1_run, tmp_path / "run")]
+    assert files[0][name] == files[1][name]
+
+
+def command(out: Path, steps: int) -> list[str]:
+    fast = ["train.trackers=[]", "train.save_every_steps=5", f"train.max_steps={steps}"]
+    config = ["configs/tiny/stage1.yaml", f"output_dir={out}", "train.epochs=1000"]
+    return [sys.executable, "-m", "vlm_sft.stage1", *config, *fast, "train.eval_samples=0"]
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_run_and_a_terminated_one_end_with_the_weights_of_an_untouched_one(
+    tmp_path: Path,
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    steps = 150
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            command(tmp_path / "hurt", steps), env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    killed = start()
+    wait_for(tmp_path / "hurt/checkpoints/step-00000005/manifest.json", killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    first = max(int(f.name[5:]) for f in (tmp_path / "hurt/checkpoints").glob("step-*"))
+    assert first < steps
+    terminated = start()
+    wait_for(tmp_path / f"hurt/checkpoints/step-{first + 5:08d}/manifest.json", terminated)
+    terminated.send_signal(signal.SIGTERM)
+    assert "the same command goes on from there" in terminated.communicate()[1]
+    assert terminated.returncode == 143
+    for name in ("hurt", "whole"):
+        reset_accelerate()
+        assert stage1.main(command(tmp_path / name, steps)[3:]) == 0
+    for name in ("projector.safetensors", "optimizer.safetensors"):
+        files = [verify(tmp_path / d / "final").manifest["files"] for d in ("hurt", "whole")]
+        assert files[0][name] == files[1][name]

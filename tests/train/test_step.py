@@ -1,0 +1,162 @@
+"""A step's gradient depends on its records alone, not on how they were cut up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from tests.train.tiny import Records, double_model, example, in_processes, tiny_model
+from vlm_sft.errors import UserError
+from vlm_sft.model.parts import named_parts
+from vlm_sft.train.batches import load_steps, split
+from vlm_sft.train.distributed import make_accelerator
+from vlm_sft.train.loop import evaluate
+from vlm_sft.train.optim import gradient_norm
+from vlm_sft.train.step import accumulate_gradient, refuse_non_finite, step_seed
+
+TRAINABLE = ("projector", "language_model")
+
+
+def eight_records() -> Records:
+    """Unequal lengths, text-only ones among them; records 4 to 7 of 8 have no supervised token."""
+    return Records(
+        example(i, length=4 + 3 * (i % 5), supervised=i < 4, image=i % 3 != 2) for i in range(8)
+    )
+
+
+def gradients(
+    accelerator: Accelerator, micro_batch_size: int, records: list[int]
+) -> tuple[dict[str, NDArray[np.float64]], float, int]:
+    model = double_model(*TRAINABLE)
+    wrapped = accelerator.prepare(model)
+    mine = split(
+        records,
+        micro_batch_size,
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    (batches,) = load_steps(eight_records(), [mine], pad_token_id=0, num_workers=0)
+    found = accumulate_gradient(wrapped, batches, accelerator)
+    grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    return grads, found.loss, found.num_targets
+
+
+def largest_difference(
+    left: dict[str, NDArray[np.float64]], right: dict[str, NDArray[np.float64]]
+) -> float:
+    """Of any tensor, relative to that tensor's largest entry."""
+    assert left.keys() == right.keys() and left
+    return max(
+        float(np.abs(left[n] - right[n]).max() / max(np.abs(left[n]).max(), 1e-300)) for n in left
+    )
+
+
+UNEVEN = [0, 4, 1, 5, 2]
+"""In chunks of two for two processes: two each, one of them empty."""
+
+
+def everything(accelerator: Accelerator) -> dict[str, Any]:
+    return {
+        "even": gradients(accelerator, 4, list(range(8))),
+        "uneven": gradients(accelerator, 2, UNEVEN),
+        "held out": held_out_loss(accelerator, 2),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> Sequence[dict[str, Any]]:
+    """What each of two processes finds; started once, since starting takes longest."""
+    return in_processes(2, everything)
+
+
+def test_micro_batches_and_processes_do_not_change_the_gradient(
+    two_processes: Sequence[dict[str, Any]],
+) -> None:
+    order = list(range(8))
+    whole, loss, num_targets = gradients(make_accelerator("fp32"), 8, order)
+    # records 4 to 7 make the second micro-batch, which then has no supervised token
+    halves, loss_of_halves, _ = gradients(make_accelerator("fp32"), 4, order)
+    assert num_targets == 2 + 3 + 5 + 6
+    assert whole["multi_modal_projector.linear_1.weight"].any()
+    assert loss_of_halves == pytest.approx(loss, rel=1e-12)
+    assert largest_difference(whole, halves) <= 1e-12
+    for found in two_processes:
+        grads, process_loss, targets = found["even"]
+        assert targets == num_targets
+        assert process_loss == pytest.approx(loss, rel=1e-12)
+        assert largest_difference(whole, grads) <= 1e-12
+
+
+def test_an_uneven_remainder_is_shared_with_an_empty_micro_batch(
+    two_processes: Sequence[dict[str, Any]],
+) -> None:
+    whole, loss, _ = gradients(make_accelerator("fp32"), 5, UNEVEN)
+    for found in two_processes:
+        grads, process_loss, _ = found["uneven"]
+        assert process_loss == pytest.approx(loss, rel=1e-12)
+        assert largest_difference(whole, grads) <= 1e-12
+
+
+def test_a_step_without_supervised_tokens_has_loss_and_gradient_zero() -> None:
+    grads, loss, num_targets = gradients(make_accelerator("fp32"), 2, [4, 5, 6])
+    assert (loss, num_targets) == (0.0, 0)
+    assert all(not grad.any() for grad in grads.values())
+
+
+def test_split_gives_every_process_the_same_number_of_micro_batches() -> None:
+    assert split(range(5), 2, world_size=2, rank=0) == [[0, 1], [4]]
+    assert split(range(5), 2, world_size=2, rank=1) == [[2, 3], []]
+
+
+def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
+    accelerator = make_accelerator("fp32")
+    model = tiny_model("projector")
+    records = Records([example(1, length=6), example(2, length=6), example(3, length=6)])
+    records[1].pixel_values[:] = float("nan")
+    (batches,) = load_steps(records, [[[0, 1, 2]]], pad_token_id=0, num_workers=0)
+    gradient = accumulate_gradient(accelerator.prepare(model), batches, accelerator)
+    norm = gradient_norm(model.multi_modal_projector.parameters(), 1.0)
+    with pytest.raises(UserError, match=r"step 7: the loss is not finite \(records 'record-2'\)"):
+        refuse_non_finite(gradient, norm, accelerator, step=7)
+
+
+def test_dropout_repeats_itself_for_a_step_and_differs_between_steps() -> None:
+    assert step_seed(42, 3, 0) == step_seed(42, 3, 0)
+    assert len({step_seed(42, step, micro) for step in range(50) for micro in range(4)}) == 200
+
+
+def held_out_loss(accelerator: Accelerator, micro_batch_size: int) -> Any:
+    model = tiny_model(*TRAINABLE).to(accelerator.device)
+    records = Records(example(i, length=5 + i) for i in range(5))
+    return evaluate(
+        model,
+        records,
+        accelerator,
+        micro_batch_size=micro_batch_size,
+        pad_token_id=0,
+        num_workers=0,
+    )
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens_however_it_is_cut_up(
+    two_processes: Sequence[dict[str, Any]],
+) -> None:
+    loss, count = held_out_loss(make_accelerator("fp32"), 1)
+    assert count == 2 + 3 + 3 + 4 + 4
+    assert held_out_loss(make_accelerator("fp32"), 5)[0] == pytest.approx(loss, rel=1e-6)
+    for found in two_processes:
+        shared, shared_count = found["held out"]
+        assert shared_count == count
+        assert shared == pytest.approx(loss, rel=1e-6)
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    accelerator = make_accelerator("fp32")
+    model = tiny_model("projector")
+    (batches,) = load_steps(eight_records(), [[[0, 1]]], pad_token_id=0, num_workers=0)
+    accumulate_gradient(accelerator.prepare(model), batches, accelerator)
+    for part, named in named_parts(model).items():
+        assert all((p.grad is not None) == (part == "projector") for _, p in named)

@@ -1,0 +1,151 @@
+"""A tiny real model, records for it, and processes to run it in."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.data.dataset import Example
+from vlm_sft.model.build import build_model
+from vlm_sft.model.parts import set_trainable
+from vlm_sft.model.vlm import VisionLanguageModel, VlmOutput, head_logits
+
+IMAGE_SIZE, NUM_IMAGE_TOKENS = 8, 4
+
+
+def tiny_config() -> ModelConfig:
+    return ModelConfig(
+        vision_tower=VisionTowerConfig(
+            library="transformers",
+            config={
+                "model_type": "clip_vision_model",
+                "hidden_size": 8,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": IMAGE_SIZE,
+                "patch_size": 4,
+            },
+        ),
+        language_model=LanguageModelConfig(
+            config={
+                "model_type": "llama",
+                "vocab_size": 40,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 64,
+            },
+            tokenizer="bytes",
+            attn_implementation="sdpa",
+        ),
+    )
+
+
+def tiny_model(*trainable: str, lora: LoraConfig | None = None) -> VisionLanguageModel:
+    model = build_model(tiny_config(), dtype=torch.float32, seed=1, lora=lora)
+    set_trainable(model, set(trainable))
+    return model
+
+
+class DoubleModel(VisionLanguageModel):
+    """The same model with its loss in float64 too, which it otherwise takes in float32."""
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> VlmOutput:
+        shifted = labels[:, 1:]
+        logits = head_logits(self.language_model, hidden[:, :-1])
+        losses = cross_entropy(
+            logits.transpose(1, 2), shifted, ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        return VlmOutput(losses.sum(), (shifted != IGNORE_INDEX).sum(), losses.detach().sum(1))
+
+
+def double_model(*trainable: str) -> VisionLanguageModel:
+    model = tiny_model(*trainable)
+    for module in list(model.language_model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LlamaRMSNorm):  # takes its mean in float32, whatever comes in
+                own = torch.nn.RMSNorm(16, eps=child.variance_epsilon)
+                own.weight = child.weight
+                setattr(module, name, own)
+    model.double()
+    model.__class__ = DoubleModel
+    return model
+
+
+def example(number: int, *, length: int, supervised: bool = True, image: bool = True) -> Example:
+    """A record of random content: picture first (or none), the later half supervised."""
+    generator = torch.Generator().manual_seed(number)
+    text = torch.randint(1, 40, (length,), generator=generator)
+    front = torch.full((NUM_IMAGE_TOKENS if image else 0,), IMAGE_TOKEN_ID)
+    ids = torch.cat([text[:1], front, text[1:]])
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    if supervised:
+        labels[-(length // 2) :] = ids[-(length // 2) :]
+    pixels = torch.randn(int(image), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return Example(f"record-{number}", ids, labels, pixels)
+
+
+class Records(list[Example]):
+    """Examples in memory."""
+
+
+def reset_accelerate() -> None:
+    """Forget the process-wide state, which one Accelerator leaves for the next."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def in_processes(count: int, work: Callable[..., Any], *args: Any) -> Sequence[Any]:
+    """What `work(accelerator, *args)` returns in each of `count` gloo processes."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=_in_process, args=(rank, count, port, results, work, args))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(results.get() for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [found[rank] for rank in range(count)]
+
+
+def _in_process(
+    rank: int, count: int, port: int, results: Any, work: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == count
+        results.put((rank, work(accelerator, *args)))
+        accelerator.end_training()
+    except BaseException as error:
+        results.put((rank, repr(error)))
+        raise
