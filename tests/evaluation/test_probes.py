@@ -1,0 +1,145 @@
+"""Probes: cached branches score as the plain path, no picture is shuffled to itself."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlm_sft.atomic import write_json
+from vlm_sft.config import parse_config
+from vlm_sft.data.masking import Renderer
+from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.errors import UserError
+from vlm_sft.evaluation.probes import (
+    Probe,
+    derangement,
+    judge,
+    judge_picture,
+    read_probes,
+    spell,
+    summarize,
+)
+from vlm_sft.inference import VlmRun, question
+from vlm_sft.model.build import build_model
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[VlmRun]:
+    tokenizer = byte_tokenizer()
+    tower = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
+    tower |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    language = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48}
+    language |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    language |= {"vocab_size": len(tokenizer)}
+    tree = {
+        "output_dir": "unused",
+        "model": {
+            "vision_tower": {"library": "transformers", "config": tower},
+            "language_model": {"config": language, "tokenizer": "bytes"},
+        },
+        "data": {"train": [{"path": "unused.json"}], "template": "chatml"},
+        "optim": {"learning_rate": {"projector": 1e-3}},
+        "train": {"global_batch_size": 1, "micro_batch_size": 1, "precision": "fp32"},
+    }
+    config = parse_config(tree, "test")
+    model = build_model(config.model, dtype=torch.float32, seed=0).eval()
+    yield VlmRun(
+        model=model,
+        tokenizer=tokenizer,
+        renderer=Renderer.from_name("chatml", tokenizer),
+        image_spec=model.vision_tower.image_spec,
+        aspect="pad",
+        config=config,
+        manifest={},
+    )
+
+
+def probe(text: str, image: str = "a.png", answer: str = "yes") -> Probe:
+    return Probe(text, image, text, answer, "random", ("yes", "no"))
+
+
+def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) -> float:
+    prompt = run.prompt_ids(question(asked.question, [b""]))
+    answer = run.renderer.answer_ids(spell(choice))
+    ids = torch.tensor([prompt + answer])
+    labels = torch.tensor([[-100] * len(prompt) + answer])
+    with torch.inference_mode():
+        output = run.model(ids, torch.ones_like(ids).bool(), labels, pixels[None])
+    return -float(output.loss_sum)
+
+
+def test_cached_branches_score_as_whole_sequences_do(run: VlmRun) -> None:
+    pixels = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(1))
+    probes = [probe("Is there a dog?"), probe("Can you see a very small cat?"), probe("Hm")]
+    for verdict in judge_picture(run, probes, pixels):
+        expected = [plain_score(run, verdict.probe, c, pixels) for c in ("yes", "no")]
+        assert verdict.log_probabilities == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_question_is_scored_as_well_as_many(run: VlmRun) -> None:
+    pixels = torch.zeros(3, 28, 28)
+    alone = judge_picture(run, [probe("Is there a dog?")], pixels)[0]
+    together = judge_picture(run, [probe("Is there a dog?"), probe("Or a cow?")], pixels)[0]
+    assert alone.log_probabilities == pytest.approx(together.log_probabilities, abs=1e-4)
+
+
+def test_the_picture_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
+    probes = [probe("Is it red?", "a.png"), probe("Is it red?", "b.png", "no")]
+
+    def scores(condition: str) -> list[tuple[float, ...]]:
+        groups = judge(run, probes, tmp_path, condition)  # type: ignore[arg-type]
+        return [verdict.log_probabilities for group in groups for verdict in group]
+
+    right, shuffled, blank = scores("right"), scores("shuffled"), scores("blank")
+    assert right[0] == shuffled[1] and right[1] == shuffled[0]
+    assert right[0] != right[1]
+    assert blank[0] == blank[1]
+
+
+@settings(deadline=None)
+@given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.integers(0, 2**31))
+def test_a_picture_is_never_shuffled_to_itself(names: set[str], seed: int) -> None:
+    others = derangement(names, seed=seed)
+    assert set(others) == set(others.values()) == names
+    assert all(name != other for name, other in others.items())
+
+
+def test_one_picture_cannot_be_shuffled() -> None:
+    with pytest.raises(UserError, match="at least two pictures"):
+        derangement(["a"], seed=0)
+
+
+def test_choices_come_from_the_closed_pair_or_from_the_file(tmp_path: Path) -> None:
+    row = {"id": "1", "image": "a.png", "question": "?", "category": "dog"}
+    write_json(
+        tmp_path / "p.json",
+        [
+            row | {"answer": "no", "kind": "random"},
+            row | {"answer": "two", "kind": "counting"},
+            row | {"answer": "one", "kind": "counting"},
+            row | {"answer": "left", "kind": "halves"},
+        ],
+    )
+    choices = [p.choices for p in read_probes(tmp_path / "p.json")]
+    assert choices == [("yes", "no"), ("one", "two"), ("one", "two"), ("left", "right")]
+
+
+def test_a_probe_without_answer_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "p.json", [{"id": "1", "image": "a", "question": "?", "kind": "x"}])
+    with pytest.raises(UserError, match=r"p.json\[0\]: 'answer' is missing"):
+        read_probes(tmp_path / "p.json")
+
+
+def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
+    verdicts = judge_picture(run, [probe("a"), probe("b", answer="no")], torch.zeros(3, 28, 28))
+    found = summarize(verdicts)
+    share = sum(v.correct for v in verdicts) / 2
+    assert found["accuracy"]["estimate"] == share
+    assert (found["questions"], found["pictures"], found["chance"]) == (2, 1, 0.5)
+    assert set(found["by_kind"]) == {"random"}
