@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.train.tiny import reset_accelerate
-from vlm_sft import stage1, stage2
+from vlm_sft import check, stage1, stage2
+from vlm_sft.config import load_config
 from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError
 from vlm_sft.train.checkpoint import read_manifest, verify
 
@@ -204,6 +206,70 @@ def test_worker_processes_change_nothing(stage1_run: Path, tmp_path: Path) -> No
     name = "projector.safetensors"
     files = [read_manifest(d / "final")["files"] for d in (stage1_run, tmp_path / "run")]
     assert files[0][name] == files[1][name]
+
+
+def test_a_run_that_was_stopped_before_its_last_folder_was_named_only_names_it(
+    stage1_run: Path, tmp_path: Path
+) -> None:
+    assert run("stage1", tmp_path / "run") == 0
+    os.rename(tmp_path / "run" / "final", tmp_path / "gone")
+    assert run("stage1", tmp_path / "run") == 0
+    assert verify(tmp_path / "run" / "final").step == 4
+
+
+def test_bf16_and_gradient_checkpointing_train_with_fp32_weights(
+    stage1_run: Path, tmp_path: Path
+) -> None:
+    options = ["train.precision=bf16", "train.gradient_checkpointing=true"]
+    assert run("stage2", tmp_path, "projector=null", *options, config="stage2_lora") == 0
+    tensors = load_file(tmp_path / "final" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    losses = [row["loss"] for row in rows(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == 4
+
+
+def test_the_published_recipes_are_read_as_published() -> None:
+    stage_1, full, lora = (
+        load_config(ROOT / "configs" / "llava-1.5" / f"{name}.yaml")
+        for name in ("stage1", "stage2", "stage2_lora")
+    )
+    assert (stage_1.optim.learning_rate.projector, stage_1.train.global_batch_size) == (1e-3, 256)
+    assert (stage_1.data.template, stage_1.data.image_aspect) == ("plain", "crop")
+    assert (full.optim.learning_rate.language_model, full.train.global_batch_size) == (2e-5, 128)
+    assert (full.data.template, full.data.image_aspect) == ("vicuna_v1", "pad")
+    assert lora.optim.learning_rate.model_dump() == {"projector": 2e-5, "language_model": 2e-4}
+    assert lora.lora is not None and (lora.lora.r, lora.lora.alpha) == (128, 256)
+    for config in (stage_1, full, lora):
+        assert (config.optim.schedule, config.optim.warmup_ratio) == ("cosine", 0.03)
+        assert config.optim.max_grad_norm is None and config.data.max_length == 2048
+
+
+@pytest.mark.parametrize("main", [stage1.main, stage2.main, check.main])
+def test_help_has_examples(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "examples:\n  python -m vlm_sft." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(stage1_run: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [f"output_dir={tmp_path}", *FAST, "train.micro_batch_size=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launch, "-m", "vlm_sft.stage1", str(TINY / "stage1.yaml"), *options],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    for ours, theirs in zip(
+        rows(tmp_path / "metrics.jsonl"), rows(stage1_run / "metrics.jsonl"), strict=True
+    ):
+        key = "loss" if "loss" in ours else "eval_loss"
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
 def command(out: Path, steps: int) -> list[str]:

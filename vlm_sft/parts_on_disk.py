@@ -181,7 +181,7 @@ def _write_language_model(model: VisionLanguageModel, folder: Path) -> None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """transformers' own progress bars would break the live line."""
+    """Without the progress bars of transformers, which would break the live line."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -122,6 +122,8 @@ class Trainer:
     train_data: Examples
     eval_data: Examples | None = None
     step: int = field(default=0, init=False)
+    _saved: Checkpoint | None = field(default=None, init=False)
+    _gradients_seen: bool = field(default=False, init=False)
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal asks to stop.
@@ -183,7 +185,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.store.load(checkpoint)
-        self.step = checkpoint.step
+        self.step, self._saved = checkpoint.step, checkpoint
         self._frozen = dict(checkpoint.manifest["frozen"])
         require_unchanged(self._frozen, self.hooks.frozen_digests())
         if self.accelerator.is_main_process:
@@ -263,7 +265,7 @@ class Trainer:
                 f"step {self.step + 1}: none of its {gradient.num_records} records has a "
                 "supervised token, so it adds nothing"
             )
-        elif not getattr(self, "_gradients_seen", False) and torch.isfinite(gradient.loss_sum):
+        elif not self._gradients_seen and torch.isfinite(gradient.loss_sum):
             require_gradients(self.hooks.parts)
             self._gradients_seen = True
         norm = gradient_norm(self._parameters, self.plan.optim.max_grad_norm)
@@ -299,7 +301,7 @@ class Trainer:
             "epoch": round(self.plan.epoch_of_step(self.step), 6),
             "loss": gradient.loss,
             "learning_rate": dict(rates),
-            "grad_norm": float(norm),
+            "grad_norm": float(norm) if bool(torch.isfinite(norm)) else None,
             **self._speed.read(),
             "num_targets": gradient.num_targets,
             "memory_bytes": memory_bytes(self.accelerator.device),
@@ -356,7 +358,8 @@ class Trainer:
             "epoch": self.plan.epoch_of_step(self.step),
             "frozen": self._frozen,
         }
-        return on_main(self.accelerator, lambda: self.store.save(position))
+        self._saved = on_main(self.accelerator, lambda: self.store.save(position))
+        return self._saved
 
     def _finish(self) -> Outcome:
         """Prove that what was frozen stayed so, then give the last checkpoint its final name."""
@@ -366,12 +369,9 @@ class Trainer:
         return Outcome(self.step, final)
 
     def _finish_on_main(self) -> Checkpoint:
-        newest = self.store.newest()
-        if newest is None or newest.step != self.plan.total_steps:
-            newest = self.store.save(
-                {"step": self.step, "total_steps": self.plan.total_steps, "frozen": self._frozen}
-            )
-        return self.store.finish(newest)
+        """The last checkpoint is either this process's own or the one that it came from."""
+        assert self._saved is not None and self._saved.step == self.plan.total_steps
+        return self.store.finish(self._saved)
 
 
 @torch.no_grad()
