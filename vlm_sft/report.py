@@ -1,0 +1,293 @@
+"""Pages that tell a run's story: settings, curves, answers; one file, no scripts, no network."""
+
+import base64
+import io
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlm_sft.atomic import write_bytes, write_text
+from vlm_sft.progress import format_seconds
+
+Row = Mapping[str, Any]
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c2330;--soft:#5d6778;--paper:#f6f7f9;--card:#fff;
+--line:#e1e5ec;--accent:#2f6fde}
+@media(prefers-color-scheme:dark){:root{--ink:#e8ebf1;--soft:#9aa5b8;--paper:#12161d;
+--card:#1a2029;--line:#2c3542;--accent:#7fb0ff}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+main{max-width:66rem;margin:auto;padding:2rem 1rem 4rem}
+h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.2rem;margin:2.2rem 0 .7rem}
+.lead{color:var(--soft);margin:0 0 1rem}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1rem;
+overflow-x:auto}
+.grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
+table{border-collapse:collapse;width:100%;font-size:.93rem}
+th{color:var(--soft);font-weight:600}
+th,td{text-align:left;padding:.4rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
+tr:last-child td{border-bottom:0}td{font-variant-numeric:tabular-nums}
+img{max-width:100%;height:auto;border-radius:8px;display:block}
+figure{margin:0}.curve{background:#fff;padding:.3rem}
+dt{color:var(--soft);margin-top:.6rem}dd{margin:0;font-weight:550;overflow-wrap:anywhere}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.84rem;margin:0}
+summary{cursor:pointer;color:var(--accent)}
+"""
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """A picture with the questions that the model was asked and its answers."""
+
+    path: Path
+    exchanges: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the quickstart has to show.
+
+    Attributes:
+        runs: Run folders by title, e.g. `Stage 1`, in order.
+        results: What `vlm_sft.evaluate` wrote, by title.
+        seconds: How long each phase took.
+    """
+
+    title: str
+    lead: str
+    pictures: Sequence[ShownPicture]
+    runs: Mapping[str, Path]
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    credits: Sequence[str] = ()
+
+
+def write_run_report(run_dir: str | Path) -> Path:
+    """Write `report.html` from what a run's folder holds; returns its path.
+
+    Files that the run did not write (held-out answers, say) have no section.
+    """
+    run_dir = Path(run_dir)
+    rows = read_rows(run_dir / "metrics.jsonl")
+    body = [_run_totals(rows)]
+    if rows:
+        body.append(_section("Loss", _picture(curves_png({"": rows}), "curve", "loss curves")))
+    body += _run_parts(run_dir)
+    body += _ledgers(run_dir)
+    samples = read_rows(run_dir / "samples.jsonl")
+    if samples:
+        last = samples[-1].get("step")
+        newest = [row for row in samples if row.get("step") == last]
+        columns = ("id", "question", "answer", "expected")
+        body.append(_section(f"Held-out answers at step {last}", _table(columns, newest)))
+    body.append(_section("Environment", _table(("what", "version"), environment())))
+    body += _settings(run_dir)
+    path = run_dir / "report.html"
+    write_text(path, _page(f"Run {run_dir.name}", str(run_dir), body))
+    return path
+
+
+def write_demo_report(report: DemoReport, path: str | Path) -> Path:
+    """Write one HTML page with everything inside it, and the curves beside it as a PNG.
+
+    The PNG has the page's name with `.png`. Returns the page's path.
+    """
+    path = Path(path)
+    curves = curves_png({title: read_rows(d / "metrics.jsonl") for title, d in report.runs.items()})
+    write_bytes(path.with_suffix(".png"), curves)
+    cards = "".join(_picture_card(shown) for shown in report.pictures)
+    body = [f'<div class="grid">{cards}</div>']
+    for title, results in report.results.items():
+        body.append(_section(f"Held-out: {title}", results_html(results)))
+    body.append(_section("Loss", _picture(curves, "curve", "loss curves of every stage")))
+    if report.seconds:
+        timing = [{"phase": k, "time": format_seconds(v)} for k, v in report.seconds.items()]
+        total = format_seconds(sum(report.seconds.values()))
+        timing.append({"phase": "together", "time": total})
+        body.append(_section("Time", _table(("phase", "time"), timing)))
+    body.append(_section("Environment", _table(("what", "version"), environment())))
+    if report.credits:
+        lines = "".join(f"<p>{escape(line)}</p>" for line in report.credits)
+        body.append(_section("Credits", lines))
+    write_text(path, _page(report.title, report.lead, body))
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a JSON-lines file; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def curves_png(runs: Mapping[str, Sequence[Row]]) -> bytes:
+    """Training and held-out loss against the step, one panel a run, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * max(1, len(runs)), 3.4), dpi=130, layout="constrained")
+    axes = figure.subplots(1, max(1, len(runs)), squeeze=False)[0]
+    for panel, (title, rows) in zip(axes, runs.items(), strict=False):
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                panel.plot(*zip(*points, strict=True), style, label=label, ms=4, lw=1.5)
+        panel.set(title=title, xlabel="step", ylabel="loss, nats a token")
+        panel.grid(alpha=0.25)
+        if panel.lines:
+            panel.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def results_html(results: Mapping[str, Any]) -> str:
+    """What `vlm_sft.evaluate` found, as a table with intervals."""
+    rows = []
+    for name, conditions in results.get("probes", {}).items():
+        for condition, found in conditions.items():
+            rows.append(
+                {
+                    "measure": name,
+                    "picture": condition,
+                    "n": f"{found['questions']:,}",
+                    "result [95 %]": _interval(found["accuracy"]),
+                    "chance": f"{found['chance']:.2f}",
+                }
+            )
+    captions = results.get("captions", {})
+    for condition in ("right", "shuffled", "difference"):
+        if condition in captions:
+            rows.append(
+                {
+                    "measure": "caption loss a token",
+                    "picture": condition,
+                    "n": f"{captions['records']:,}",
+                    "result [95 %]": _interval(captions[condition]),
+                    "chance": "",
+                }
+            )
+    return _table(("measure", "picture", "n", "result [95 %]", "chance"), rows)
+
+
+def environment() -> list[dict[str, str]]:
+    """Versions of what a run rests on."""
+    rows = [{"what": "Python", "version": platform.python_version()}]
+    for name in ("vlm-sft", "torch", "transformers", "timm", "peft", "accelerate"):
+        try:
+            rows.append({"what": name, "version": version(name)})
+        except PackageNotFoundError:
+            rows.append({"what": name, "version": "not installed"})
+    return [*rows, {"what": "machine", "version": f"{platform.system()} {platform.machine()}"}]
+
+
+def _run_totals(rows: Sequence[Row]) -> str:
+    train = [row for row in rows if "loss" in row]
+    if not train:
+        return "<p>No training step has been recorded yet.</p>"
+    last, held_out = train[-1], [row["eval_loss"] for row in rows if "eval_loss" in row]
+    facts = {"steps": f"{last['step']:,}", "last training loss": f"{last['loss']:.4f}"}
+    if held_out:
+        facts["held-out loss"] = f"{held_out[-1]:.4f}"
+    for key, name in (
+        ("samples_per_second", "samples a second, mean"),
+        ("target_tokens_per_second", "trained tokens a second, mean"),
+    ):
+        values = [row[key] for row in train if row.get(key) is not None]
+        if values:
+            facts[name] = f"{sum(values) / len(values):,.1f}"
+    if "memory_bytes" in last:
+        facts["peak memory"] = f"{last['memory_bytes'] / 2**30:.1f} GiB"
+    items = "".join(
+        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()
+    )
+    return f'<dl class="card grid">{items}</dl>'
+
+
+def _run_parts(run_dir: Path) -> list[str]:
+    path = run_dir / "parts.json"
+    if not path.exists():
+        return []
+    parts = json.loads(path.read_text(encoding="utf-8"))
+    return [_section("Parts", _table(tuple(parts[0]), parts))] if parts else []
+
+
+def _ledgers(run_dir: Path) -> list[str]:
+    sections = []
+    for name, title in (("ledger", "Training records"), ("ledger_eval", "Held-out records")):
+        rows = read_rows(run_dir / f"{name}.jsonl")
+        counts: Counter[tuple[str, str]] = Counter()
+        for row in rows:
+            bucket = row.get("bucket") or row.get("outcome") or row.get("status")
+            if bucket:
+                counts[str(bucket), str(row.get("reason") or "")] += 1
+        if counts:
+            table = [
+                {"what became of it": bucket, "reason": reason, "records": f"{count:,}"}
+                for (bucket, reason), count in counts.most_common()
+            ]
+            sections.append(_section(title, _table(tuple(table[0]), table)))
+    return sections
+
+
+def _settings(run_dir: Path) -> list[str]:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return []
+    text = escape(path.read_text(encoding="utf-8"))
+    return [
+        _section("Settings", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
+    ]
+
+
+def _picture_card(shown: ShownPicture) -> str:
+    image = Image.open(shown.path).convert("RGB")
+    image.thumbnail((640, 640))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    said = "".join(
+        f"<dt>{escape(asked)}</dt><dd>{escape(answer)}</dd>" for asked, answer in shown.exchanges
+    )
+    picture = _picture(buffer.getvalue(), "", shown.path.name, kind="jpeg")
+    return f'<article class="card">{picture}<dl>{said}</dl></article>'
+
+
+def _picture(data: bytes, css: str, text: str, kind: str = "png") -> str:
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<figure><img class="{css}" alt="{escape(text)}" src="{uri}"></figure>'
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns)
+        lines.append(f"<tr>{cells}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _section(title: str, content: str) -> str:
+    return f'<section><h2>{escape(title)}</h2><div class="card">{content}</div></section>'
+
+
+def _page(title: str, lead: str, body: Sequence[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
+        f"{''.join(body)}</main></body></html>\n"
+    )
