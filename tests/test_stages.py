@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,16 @@ def test_a_projector_of_another_shape_is_refused_with_both_shapes(
             f"projector={stage1_run}/final",
             "model.vision_tower.feature_layers=[-2,-1]",
         )
+
+
+def test_a_damaged_projector_is_refused(stage1_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(stage1_run / "final", copy)
+    content = bytearray((copy / "projector.safetensors").read_bytes())
+    content[-3] ^= 4
+    (copy / "projector.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"projector\.safetensors is not what its manifest"):
+        run("stage2", tmp_path / "run", f"projector={copy}")
 
 
 def test_a_projector_of_another_tower_is_refused(stage1_run: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from vlm_sft.train.checkpoint import (
     load_tensors,
     read_manifest,
     save_tensors,
+    verify_file,
 )
 
 PROJECTOR = "projector.safetensors"
@@ -113,6 +114,7 @@ def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str,
             another language model; or its shapes differ (tensor and both shapes are named).
     """
     manifest = read_manifest(folder)
+    verify_file(folder, manifest, PROJECTOR)
     _read_projector(model, folder)
     found = manifest.get("base_model", {})
     for key, what in (

@@ -219,6 +219,20 @@ def verify(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
+def verify_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """The path of one file of a checkpoint, whose content is what the manifest says.
+
+    Raises:
+        CheckpointError: It is missing or changed.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: {name} is missing; the checkpoint is incomplete")
+    if _sha256(path) != manifest["files"].get(name):
+        raise CheckpointError(f"{folder}: {name} is not what its manifest says; it is damaged")
+    return path
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest, without looking at its other files.
 
