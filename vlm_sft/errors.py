@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 
 class UserError(ValueError):
@@ -24,9 +26,15 @@ class RecordError(UserError):
 
     def __init__(self, reason: str, message: str, *, record_id: str, where: str) -> None:
         self.reason = reason
+        self.message = message
         self.record_id = record_id
         self.where = where
         super().__init__(f"{where}: record {record_id!r}: {message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By keyword: pickle would otherwise call the class with the finished sentence alone.
+        named = {"record_id": self.record_id, "where": self.where}
+        return partial(type(self), **named), (self.reason, self.message)
 
 
 class CheckpointError(UserError):
@@ -39,6 +47,9 @@ class ImageError(UserError):
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self))
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> None:

@@ -9,16 +9,13 @@ import torch
 import torch.multiprocessing
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel, VlmOutput, head_logits
+from vlm_sft.model.vlm import VisionLanguageModel
 
 IMAGE_SIZE, NUM_IMAGE_TOKENS = 8, 4
 
@@ -60,29 +57,24 @@ def tiny_model(*trainable: str, lora: LoraConfig | None = None) -> VisionLanguag
     return model
 
 
-class DoubleModel(VisionLanguageModel):
-    """The same model with its loss in float64 too, which it otherwise takes in float32."""
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> VlmOutput:
-        shifted = labels[:, 1:]
-        logits = head_logits(self.language_model, hidden[:, :-1])
-        losses = cross_entropy(
-            logits.transpose(1, 2), shifted, ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return VlmOutput(losses.sum(), (shifted != IGNORE_INDEX).sum(), losses.detach().sum(1))
-
-
 def double_model(*trainable: str) -> VisionLanguageModel:
-    model = tiny_model(*trainable)
-    for module in list(model.language_model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, LlamaRMSNorm):  # takes its mean in float32, whatever comes in
-                own = torch.nn.RMSNorm(16, eps=child.variance_epsilon)
-                own.weight = child.weight
-                setattr(module, name, own)
-    model.double()
-    model.__class__ = DoubleModel
-    return model
+    """In float64 throughout: GPT-2 takes its norms and its softmax in the dtype it is given."""
+    gpt2 = {
+        "model_type": "gpt2",
+        "vocab_size": 40,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    language_model = LanguageModelConfig(config=gpt2, tokenizer="bytes")
+    config = tiny_config().model_copy(update={"language_model": language_model})
+    model = build_model(config, dtype=torch.float64, seed=1)
+    set_trainable(model, set(trainable))
+    return model.double()
 
 
 def example(number: int, *, length: int, supervised: bool = True, image: bool = True) -> Example:

@@ -21,9 +21,10 @@ class VlmOutput:
     """What one forward pass gives.
 
     Attributes:
-        loss_sum: Cross-entropy summed over all supervised tokens, float32, with gradient.
+        loss_sum: Cross-entropy summed over all supervised tokens, with gradient; in float32, or in
+            the model's own dtype where that is wider.
         num_targets: Number of supervised tokens, int64 scalar.
-        per_record_loss: Summed cross-entropy of each record `[B]`, float32, without gradient.
+        per_record_loss: Summed cross-entropy of each record `[B]`, without gradient.
         logits: `[B, T, V]`, only when no labels were given.
     """
 
@@ -75,7 +76,7 @@ class VisionLanguageModel(nn.Module):
             inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
         if labels is None:
-            none = hidden.new_zeros((), dtype=torch.float32)
+            none = hidden.new_zeros((), dtype=_loss_dtype(hidden))
             count = torch.zeros((), dtype=torch.int64, device=hidden.device)
             return VlmOutput(none, count, none.expand(len(hidden)), self._logits(hidden))
         return self._loss(hidden, labels)
@@ -170,13 +171,12 @@ class VisionLanguageModel(nn.Module):
         rows, columns = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
         states, targets = hidden[rows, columns], shifted[rows, columns]
         losses = self._token_losses(states, targets)
-        per_record = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
-        per_record = per_record.index_add(0, rows, losses.detach())
+        per_record = losses.new_zeros(len(labels)).index_add(0, rows, losses.detach())
         count = torch.tensor(len(rows), dtype=torch.int64, device=hidden.device)
         return VlmOutput(losses.sum(), count, per_record)
 
     def _token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each supervised position, float32 `[num_targets]`.
+        """Cross-entropy of each supervised position `[num_targets]`, in float32 or wider.
 
         With no target the empty row still goes through the head, so that the sum is exactly 0
         and its graph the same. Several chunks are recomputed in the backward pass, so that the
@@ -197,11 +197,16 @@ class VisionLanguageModel(nn.Module):
         return torch.cat(chunks)
 
     def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self._logits(states).float()
+        logits = self._logits(states)
+        logits = logits.to(_loss_dtype(logits))
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return head_logits(self.language_model, hidden)
+
+
+def _loss_dtype(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def causal_lm(language_model: nn.Module) -> PreTrainedModel:

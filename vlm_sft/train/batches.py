@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.collate import Batch, collate
 from vlm_sft.data.dataset import Example
-from vlm_sft.errors import RecordError, UserError
+from vlm_sft.errors import UserError
 
 
 class Examples(Protocol):
@@ -101,43 +101,25 @@ class _Flat(Sampler[list[int]]):
                 yield list(micro_batch)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A user error on its way out of a worker; exceptions of ours do not survive pickling."""
-
-    message: str
-    record: tuple[str, str, str] | None
-
-    def raise_again(self) -> None:
-        if self.record is None:
-            raise UserError(self.message)
-        reason, record_id, where = self.record
-        message = self.message.removeprefix(f"{where}: record {record_id!r}: ")
-        raise RecordError(reason, message, record_id=record_id, where=where)
-
-
-class _Micro(Dataset[Batch | _Failure]):
+class _Micro(Dataset[Batch | UserError]):
     """A dataset whose items are micro-batches, asked for by lists of record indices."""
 
     def __init__(self, examples: Examples, pad_token_id: int) -> None:
         self.examples = examples
         self.pad_token_id = pad_token_id
 
-    def __getitem__(self, indices: list[int]) -> Batch | _Failure:
+    def __getitem__(self, indices: list[int]) -> Batch | UserError:
         if not indices:
             return empty_batch(self.pad_token_id)
         try:
             return collate([self.examples[index] for index in indices], self.pad_token_id)
-        except RecordError as error:
-            return _Failure(str(error), (error.reason, error.record_id, error.where))
-        except UserError as error:
-            return _Failure(str(error), None)
+        except UserError as error:  # as a value: a worker would add its own traceback to the text
+            return error
 
 
-def _unwrap(item: Batch | _Failure) -> Batch:
-    if isinstance(item, _Failure):
-        item.raise_again()
-    assert isinstance(item, Batch)
+def _unwrap(item: Batch | UserError) -> Batch:
+    if isinstance(item, UserError):
+        raise item
     return item
 
 
