@@ -17,7 +17,7 @@ from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part
 from vlm_sft.data.images import ImageSpec, open_image, to_pixels
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.tokenizer import load_tokenizer
-from vlm_sft.errors import CheckpointError
+from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.parts_on_disk import (
@@ -137,7 +137,7 @@ class VlmRun:
             finally:
                 streamer.end()
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=work, name="answer", daemon=True)
         thread.start()
         try:
             for piece in streamer:
@@ -160,8 +160,9 @@ def load_run(folder: str | Path, *, device: str | torch.device | None = None) ->
     Raises:
         CheckpointError: The folder is no complete checkpoint, or its base models are not those
             that it was trained on.
-        UserError: A base model that its configuration names cannot be loaded.
+        UserError: A base model that its configuration names cannot be loaded, or `device` is none.
     """
+    place = _device(device)
     folder = _checkpoint_folder(Path(folder))
     checkpoint = verify(folder)
     config = load_config(folder / "config.yaml")
@@ -171,10 +172,8 @@ def load_run(folder: str | Path, *, device: str | torch.device | None = None) ->
     _require_same_base(config, model, checkpoint.manifest, folder)
     _read_parts(config, model, folder)
     model.requires_grad_(False).eval()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return VlmRun(
-        model=model.to(device),
+        model=model.to(place),
         tokenizer=tokenizer,
         renderer=renderer,
         image_spec=model.vision_tower.image_spec,
@@ -207,6 +206,19 @@ def expand(ids: Sequence[int], num_tokens: int) -> list[int]:
     return [i for i in ids for _ in range(num_tokens if i == IMAGE_TOKEN_ID else 1)]
 
 
+def _device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, proven to be there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" holds no numbers
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"device '{name}': {reason}; give cpu, cuda or cuda:N") from None
+
+
 def _checkpoint_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a checkpoint, e.g. RUN/final")
@@ -216,7 +228,6 @@ def _checkpoint_folder(folder: Path) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
-
     try:
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

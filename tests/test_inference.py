@@ -1,0 +1,206 @@
+"""A checkpoint answers as the model that was trained, or is refused."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_sft.config import load_config
+from vlm_sft.constants import IMAGE_TOKEN_ID
+from vlm_sft.data.conversation import Conversation, TextPart, Turn
+from vlm_sft.errors import CheckpointError, ImageError, RecordError, UserError
+from vlm_sft.inference import VlmRun, load_run, question
+from vlm_sft.model.build import build_model
+from vlm_sft.model.hashing import named_state
+from vlm_sft.model.vlm import causal_lm
+from vlm_sft.parts_on_disk import read_adapter
+from vlm_sft.train.checkpoint import load_tensors
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ROOT / "configs" / "tiny" / "data" / "images"
+RED, BLUE = PICTURES / "red-circle-0.png", PICTURES / "blue-square-0.png"
+
+
+@pytest.fixture(scope="module")
+def full(full_run: Path) -> VlmRun:
+    return load_run(full_run / "final", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def lora(lora_run: Path) -> VlmRun:
+    return load_run(lora_run / "final", device="cpu")
+
+
+def test_a_full_checkpoint_has_every_weight_that_was_saved(full: VlmRun, full_run: Path) -> None:
+    saved = load_tensors(full_run / "final" / "language_model" / "model.safetensors")
+    live = dict(full.model.language_model.named_parameters())
+    assert saved.keys() == live.keys()
+    assert all(torch.equal(live[name], saved[name]) for name in saved)
+    untrained = build_model(full.config.model, dtype=torch.float32, seed=full.config.seed)
+    first = next(iter(saved))
+    assert not torch.equal(dict(untrained.language_model.named_parameters())[first], saved[first])
+
+
+def test_an_adapter_checkpoint_has_its_adapters_and_projector(lora: VlmRun, lora_run: Path) -> None:
+    config = load_config(lora_run / "final" / "config.yaml")
+    model = build_model(config.model, dtype=torch.float32, seed=config.seed, lora=config.lora)
+    before = {name: value.clone() for name, value in named_state(model)}
+    read_adapter(model, lora_run / "final")
+    expected, found = dict(named_state(model)), dict(named_state(lora.model))
+    moved = {name for name in found if not torch.equal(before[name], found[name])}
+    assert any(".lora_B." in name for name in moved)
+    assert all(".lora_" in name or "multi_modal_projector" in name for name in moved)
+    assert all(torch.equal(found[n], expected[n]) for n in found if ".lora_" in n)
+    projector = load_tensors(lora_run / "final" / "projector.safetensors")
+    for name, value in lora.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(value, projector[name])
+
+
+def test_a_loaded_run_trains_nothing_and_knows_its_pictures(lora: VlmRun) -> None:
+    assert not lora.model.training
+    assert not any(p.requires_grad for p in lora.model.parameters())
+    assert (lora.aspect, lora.image_spec.size, lora.manifest["step"]) == ("pad", 48, 4)
+    assert lora.pixels(RED).shape == (3, 48, 48)
+
+
+def test_a_runs_folder_stands_for_its_last_checkpoint(lora_run: Path, lora: VlmRun) -> None:
+    assert load_run(lora_run, device="cpu").manifest == lora.manifest
+
+
+def test_a_flipped_bit_is_refused_with_the_files_name(lora_run: Path, tmp_path: Path) -> None:
+    names = [p.relative_to(lora_run) for p in (lora_run / "final").rglob("*") if p.is_file()]
+    for name in [n for n in names if n.name != "manifest.json"]:
+        copy = tmp_path / "copy"
+        shutil.copytree(lora_run, copy)
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=name.name):
+            load_run(copy / "final", device="cpu")
+        shutil.rmtree(copy)
+
+
+def test_a_folder_that_is_none_or_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder; give a checkpoint"):
+        load_run(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(
+    device: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"device '{device}': "):
+        load_run(tmp_path / "gone", device=device)
+
+
+def test_another_base_than_the_trained_one_is_refused(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_sft import inference
+
+    def other_seed(*args: object, **keys: object) -> object:
+        return build_model(*args, **{**keys, "seed": 7})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(inference, "build_model", other_seed)
+    with pytest.raises(CheckpointError, match="its vision tower is not the one that it was"):
+        load_run(lora_run, device="cpu")
+
+
+def test_an_answer_ends_at_the_templates_stop_token(full: VlmRun) -> None:
+    asked = question("Which colour?", [RED])
+    ids = torch.tensor([full.prompt_ids(asked)])
+    stops = full.renderer.stop_token_ids
+    (said,) = full.model.generate(
+        ids,
+        torch.ones_like(ids),
+        full.pixels(RED)[None],
+        max_new_tokens=50,
+        do_sample=False,
+        eos_token_id=list(stops),
+        pad_token_id=full.pad_token_id,
+    ).tolist()
+    assert said[-1] in stops and 1 < len(said) < 50
+    assert not set(said[:-1]) & set(stops)
+    plain = full.tokenizer.decode(said[:-1])
+    assert full.answer(asked) == plain.strip()
+
+
+def test_a_streamed_answer_is_the_answer_in_pieces(lora: VlmRun) -> None:
+    asked = question("Which shape?", [BLUE])
+    ids = torch.tensor([lora.prompt_ids(asked)])
+    (whole,) = lora.model.generate(
+        ids,
+        torch.ones_like(ids),
+        lora.pixels(BLUE)[None],
+        max_new_tokens=30,
+        do_sample=False,
+        eos_token_id=list(lora.renderer.stop_token_ids),
+        pad_token_id=lora.pad_token_id,
+    )
+    pieces = list(lora.stream(asked, max_new_tokens=30))
+    assert "".join(pieces) == lora.tokenizer.decode(whole, skip_special_tokens=True)
+    assert lora.answer(asked, max_new_tokens=30) == "".join(pieces).strip()
+
+
+def test_an_answer_is_cut_at_the_wanted_length(lora: VlmRun) -> None:
+    asked = question("Which shape?")
+    longer = "".join(lora.stream(asked, max_new_tokens=12))
+    assert longer.startswith("".join(lora.stream(asked, max_new_tokens=3)))
+
+
+def test_drawn_answers_repeat_themselves_for_a_seed(lora: VlmRun) -> None:
+    asked = question("Which shape?", [RED])
+    drawn = [lora.answer(asked, temperature=1.5, seed=s, max_new_tokens=20) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_reader_that_goes_away_ends_the_answer(
+    lora: VlmRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = causal_lm(lora.model.language_model).get_output_embeddings()
+    made: list[int] = []
+    space = lora.tokenizer.convert_tokens_to_ids("Ġ")
+
+    def only_spaces(hidden: torch.Tensor) -> torch.Tensor:
+        made.append(1)
+        return torch.eye(261)[space].expand(*hidden.shape[:-1], 261)
+
+    monkeypatch.setattr(head, "forward", only_spaces)
+    stream = lora.stream(question("Which shape?"), max_new_tokens=400)
+    assert next(stream) == " "
+    stream.close()
+    count = len(made)
+    assert 0 < count < 400
+    assert not any(thread.name == "answer" for thread in threading.enumerate())
+
+
+def test_every_picture_of_a_conversation_is_seen_in_its_place(lora: VlmRun) -> None:
+    asked = question("What now?", [RED, BLUE])
+    ids = lora.prompt_ids(asked)
+    assert ids.count(IMAGE_TOKEN_ID) == 2 * lora.model.vision_tower.num_tokens
+    answered = (*asked.turns, Turn("assistant", (TextPart("red"),)))
+    later = question("And this?", [RED, BLUE, RED], history=answered)
+    assert lora.prompt_ids(later)[: len(ids)] == ids
+    assert lora.prompt_ids(later).count(IMAGE_TOKEN_ID) == 3 * lora.model.vision_tower.num_tokens
+    inputs = torch.tensor([ids])
+    one, other = (
+        lora.model(inputs, torch.ones_like(inputs), None, torch.stack([lora.pixels(p) for p in ps]))
+        for ps in ([RED, BLUE], [BLUE, RED])
+    )
+    assert not torch.equal(one.logits[0, -1], other.logits[0, -1])
+    assert isinstance(lora.answer(later, max_new_tokens=3), str)
+
+
+def test_a_broken_picture_or_an_open_answer_is_refused(lora: VlmRun, tmp_path: Path) -> None:
+    broken = tmp_path / "half.jpg"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(broken)
+    broken.write_bytes(broken.read_bytes()[:900])
+    with pytest.raises(ImageError, match=r"half\.jpg"):
+        lora.answer(question("What?", [broken]))
+    with pytest.raises(RecordError, match="must end in a user's turn"):
+        lora.answer(Conversation("q", (Turn("assistant", (TextPart("a"),)),)))
