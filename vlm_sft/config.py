@@ -196,6 +196,16 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def means_folder(name: str) -> bool:
+    """Whether a `name` or `tokenizer` that is there or not is a folder's, and not a hub name.
+
+    Hub names are `model` or `owner/model`; the latter is a folder's where `owner/` is a folder.
+    """
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")

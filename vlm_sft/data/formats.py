@@ -287,7 +287,8 @@ class _Reader:
                 message = f"turn {number}: a picture in the {draft.role}'s turn; only users show"
                 raise self.error("image_in_answer", f"{message} pictures")
             if draft.role == "assistant" and not draft.text.strip():
-                raise self.error("empty_answer", f"turn {number}: the answer is empty")
+                message = f"turn {number}: the answer is empty; write one or remove the exchange"
+                raise self.error("empty_answer", message)
 
     def _conversation(self) -> Conversation:
         places = [p for d in self.drafts for p in d.parts if isinstance(p, _Picture)]

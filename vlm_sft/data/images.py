@@ -32,6 +32,8 @@ MAX_SIDE: Final = 65_535
 _PLAIN_CANVAS: Final = 4096
 """Up to this side the padded square is made whole; beyond it, one axis at a time."""
 
+_MISSING: Final = "no such picture file; check the name (a record's starts from its `image_root`)"
+
 _LONG_STRIP: Final = 64
 """Up to this aspect ratio the whole picture is resized and then cropped, as CLIPImageProcessor
 does; beyond it only what the square shows, since a 1 x N strip would become N times the square.
@@ -107,7 +109,7 @@ def _open_regular(path: Path, name: str) -> int:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError("image_missing", f"{name}: no such picture") from None
+        raise ImageError("image_missing", f"{name}: {_MISSING}") from None
     except (OSError, ValueError) as error:
         text = getattr(error, "strerror", None) or str(error)
         raise ImageError("image_unreadable", f"{name}: cannot be read: {text}") from None
@@ -177,7 +179,9 @@ def _too_large(name: str, found: str = "a header that asks for too much memory")
 
 
 def _broken(name: str, error: Exception) -> ImageError:
-    return ImageError("image_broken", f"{name}: truncated or corrupt picture: {error}")
+    return ImageError(
+        "image_broken", f"{name}: truncated or corrupt picture ({error}); get it again"
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlm_sft.config import LanguageModelConfig
+from vlm_sft.config import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
 
 Context = Literal["start", "after_control", "continuation"]
@@ -34,28 +34,24 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
     assert name is not None  # the config guarantees it
     if name == "bytes":
         return byte_tokenizer()
-    if _looks_like_path(name) and not Path(name).is_dir():
+    key = f"model.language_model.{'tokenizer' if config.tokenizer else 'name'}"
+    folder = Path(name).expanduser()
+    if means_folder(name) and not folder.is_dir():
         raise UserError(
-            f"model.language_model: tokenizer folder {name} does not exist (looked for "
-            f"{Path(name).absolute()}); give a folder with tokenizer.json or a hub name"
+            f"{key}: no such folder {name!r} (looked for {folder.absolute()}); give a folder with "
+            "tokenizer.json or a hub name"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model.language_model: no tokenizer could be loaded from {name!r}: {reason}"
-        ) from None
+        raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {reason}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"model.language_model: the tokenizer of {name!r} is {type(tokenizer).__name__}, which "
+            f"{key}: the tokenizer of {name!r} is {type(tokenizer).__name__}, which "
             "has no `tokenizers` backend; convert it to a tokenizer.json"
         )
     return tokenizer
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.config import means_folder
 from vlm_sft.errors import UserError
 
 
@@ -20,7 +21,7 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
         UserError: If the folder does not exist, is incomplete, or the hub cannot be reached.
     """
     folder = Path(name).expanduser()
-    if _looks_like_path(name) and not folder.is_dir():
+    if means_folder(name) and not folder.is_dir():
         raise UserError(f"{where}: no such folder {name!r}; give a model folder or a hub name")
     source = str(folder) if folder.is_dir() else name
     try:
@@ -40,7 +41,3 @@ def one_line(error: BaseException) -> str:
     """The first sentence or so of a library's message, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or "\\" in name
