@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def _trained(folder: Path, config: str, *overrides: str) -> Path:
+def trained(folder: Path, config: str, *overrides: str) -> Path:
+    """`folder`, with a run of `configs/tiny/<config>.yaml` in it."""
     from tests.train.tiny import reset_accelerate
     from vlm_sft import stage2
 
@@ -30,14 +31,14 @@ def _trained(folder: Path, config: str, *overrides: str) -> Path:
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage-2 run in full, long enough for its answers to end by themselves."""
     folder = tmp_path_factory.mktemp("full") / "run"
-    return _trained(folder, "stage2", "train.max_steps=40")
+    return trained(folder, "stage2", "train.max_steps=40")
 
 
 @pytest.fixture(scope="session")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage-2 run with adapters, four steps long."""
     folder = tmp_path_factory.mktemp("lora") / "run"
-    return _trained(folder, "stage2_lora", "train.max_steps=4", "optim.warmup_ratio=0")
+    return trained(folder, "stage2_lora", "train.max_steps=4", "optim.warmup_ratio=0")
 
 
 @pytest.fixture

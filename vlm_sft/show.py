@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.text import Text
@@ -30,6 +30,12 @@ examples:
   python -m vlm_sft.show --records data.json --tokenizer DIR --template chatml
 """
 
+_VISIBLE: Final = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) != "\n"},
+    **{code: f"\\x{code:02x}" for code in range(0x7F, 0xA0)},
+}
+"""Pictures of the characters that a terminal would obey."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Print records with what is trained in them; 2 when a shown record is faulty."""
@@ -50,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         if args.json:
             print(json.dumps(as_json(record, rendered, renderer), ensure_ascii=False))
         else:
-            console.print(as_text(record, rendered, renderer))
+            console.print(as_text(record, rendered, renderer), soft_wrap=True)
     if args.record is not None and not shown + faulty:
         raise UserError(
             f"--record {args.record}: no record with this id in "
@@ -76,13 +82,16 @@ def as_json(record: Conversation, rendered: Rendered, renderer: Renderer) -> dic
 
 
 def as_text(record: Conversation, rendered: Rendered, renderer: Renderer) -> Text:
-    """One record for a terminal: trained text bold between ⟦ and ⟧, control tokens in colour."""
+    """One record for a terminal: trained text bold between ⟦ and ⟧, control tokens in colour.
+
+    Control characters stand as their pictures (␛), so that data cannot command the terminal.
+    """
     trained = sum(label != IGNORE_INDEX for label in rendered.labels)
     text = Text()
-    text.append(f"── {record.id} ", style="bold")
+    text.append(f"── {record.id} ".translate(_VISIBLE), style="bold")
     text.append(
         f"({record.where}; {len(rendered.input_ids)} tokens, {trained} trained, "
-        f"{rendered.num_images} pictures)\n",
+        f"{rendered.num_images} picture{'' if rendered.num_images == 1 else 's'})\n",
         style="dim",
     )
     pairs = zip(rendered.input_ids, rendered.labels, strict=True)
@@ -92,7 +101,7 @@ def as_text(record: Conversation, rendered: Rendered, renderer: Renderer) -> Tex
             text.append("⟦", style="bold green")
         for piece, is_control in _spelled(ids, renderer):
             style = "cyan" if is_control else ("bold black on green" if is_trained else "dim")
-            text.append(piece, style=style)
+            text.append(piece.translate(_VISIBLE), style=style)
         if is_trained:
             text.append("⟧", style="bold green")
     return text.append("\n")
@@ -134,18 +143,32 @@ def _wanted(
 
 def _sources(args: argparse.Namespace) -> tuple[Sequence[DataFile], Renderer]:
     if args.config is not None:
+        _refuse_together(args)
         config = load_config(args.config, args.overrides)
         tokenizer = load_tokenizer(config.model.language_model)
         renderer = Renderer.from_name(
             config.data.template, tokenizer, default_system=config.data.system
         )
         return (config.data.eval if args.eval else config.data.train), renderer
+    if args.eval:
+        raise UserError("--eval: belongs to CONFIG.yaml; with --records, name the held-out file")
     missing = [f"--{name}" for name in ("records", "tokenizer") if getattr(args, name) is None]
     if missing:
         raise UserError(f"give CONFIG.yaml, or --records and --tokenizer (missing: {missing[0]})")
     tokenizer = load_tokenizer(LanguageModelConfig(name=args.tokenizer))
-    files = [DataFile(path=args.records, format=args.format, image_root=args.image_root)]
-    return files, Renderer.from_name(args.template, tokenizer, default_system=args.system)
+    files = [DataFile(path=args.records, format=args.format or "auto", image_root=args.image_root)]
+    return files, Renderer.from_name(args.template or "auto", tokenizer, default_system=args.system)
+
+
+def _refuse_together(args: argparse.Namespace) -> None:
+    """What a configuration says is not said twice."""
+    for name in ("records", "format", "image_root", "tokenizer", "template", "system"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise UserError(
+                f"--{option}: give CONFIG.yaml or --records, not both; change a configuration's "
+                "settings with key.path=value"
+            )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -159,10 +182,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changed settings")
     parser.add_argument("--eval", action="store_true", help="held-out files of the configuration")
     parser.add_argument("--records", metavar="FILE", help="a file of records, without CONFIG.yaml")
-    parser.add_argument("--format", default="auto", choices=["auto", "llava", "messages", "alpaca"])
+    parser.add_argument("--format", choices=["auto", "llava", "messages", "alpaca"])
     parser.add_argument("--image-root", metavar="DIR", help="where relative picture names start")
     parser.add_argument("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
-    parser.add_argument("--template", default="auto", help="a name, a YAML file, or auto (default)")
+    parser.add_argument("--template", help="a name, a YAML file, or auto (default)")
     parser.add_argument("--system", help="system text for records that have none")
     parser.add_argument("--record", metavar="ID", help="only the record with this id")
     parser.add_argument("--limit", type=int, help="at most this many (default: 5; --json: all)")
@@ -171,6 +194,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.limit is None:
         args.limit = sys.maxsize if args.json or args.record else 5
+    if args.limit < 1:
+        raise UserError(f"--limit {args.limit}: expected 1 or more")
     return args
 
 
