@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from tests.train.tiny import Records, double_model, example, in_processes, tiny_model
 from vlm_sft.data.collate import collate
-from vlm_sft.errors import UserError
+from vlm_sft.data.dataset import Example
+from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.train.batches import load_steps, split
-from vlm_sft.train.distributed import make_accelerator
+from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.loop import evaluate
 from vlm_sft.train.optim import gradient_norm
 from vlm_sft.train.step import accumulate_gradient, forward, refuse_non_finite, step_seed
@@ -65,7 +66,19 @@ def everything(accelerator: Accelerator) -> dict[str, Any]:
         "even": gradients(accelerator, 4, list(range(8))),
         "uneven": gradients(accelerator, 2, UNEVEN),
         "held out": held_out_loss(accelerator, 2),
+        "error": error_of_the_first(accelerator),
     }
+
+
+def error_of_the_first(accelerator: Accelerator) -> Any:
+    def fail() -> None:
+        assert accelerator.is_main_process
+        raise RecordError("no_answer", "why?", record_id="r1", where="a.json[3]")
+
+    try:
+        on_main(accelerator, fail)
+    except RecordError as error:
+        return error
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +126,33 @@ def test_an_uneven_remainder_is_shared_with_an_empty_micro_batch(
         grads, process_loss, _ = found["uneven"]
         assert process_loss == pytest.approx(loss, rel=1e-12)
         assert largest_difference(whole, grads) <= 1e-12
+
+
+def test_what_the_first_process_raises_is_raised_in_all(
+    two_processes: Sequence[dict[str, Any]],
+) -> None:
+    for found in two_processes:
+        assert str(found["error"]) == "a.json[3]: record 'r1': why?"
+        assert (found["error"].reason, found["error"].record_id) == ("no_answer", "r1")
+
+
+class BrokenRecords(Records):
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        if index == 2:
+            raise RecordError("image_broken", "cut off", record_id="r2", where="a.json[2]")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_record_is_raised_in_its_turn_from_a_worker_too(num_workers: int) -> None:
+    steps = load_steps(
+        BrokenRecords(eight_records()), [[[0], [1]], [[2]]], pad_token_id=0, num_workers=num_workers
+    )
+    assert [batch.record_ids for batch in next(steps)] == [("record-0",), ("record-1",)]
+    with pytest.raises(RecordError) as raised:
+        next(steps)
+    assert str(raised.value) == "a.json[2]: record 'r2': cut off"
+    assert raised.value.reason == "image_broken"
 
 
 def test_a_step_without_supervised_tokens_has_loss_and_gradient_zero() -> None:

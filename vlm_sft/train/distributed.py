@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from accelerate.utils import broadcast_object_list as broadcast_objects
 
-from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.errors import UserError
 
 Value = TypeVar("Value")
 
@@ -47,20 +47,15 @@ def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
     """
     if accelerator.num_processes == 1:
         return action()
-    shared: list[Any] = [None, None]
-    caught: BaseException | None = None
+    shared: list[Any] = [None, None]  # what it gave, and what it raised
     if accelerator.is_main_process:
         try:
             shared[0] = action()
         except (UserError, OSError) as error:
-            caught = error
-            shared[1] = (isinstance(error, CheckpointError), str(error))
+            shared[1] = error
     broadcast_objects(shared)
-    if caught is not None:
-        raise caught
     if shared[1] is not None:
-        damaged, message = shared[1]
-        raise (CheckpointError if damaged else UserError)(message)
+        raise shared[1]
     return cast(Value, shared[0])
 
 
