@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 def trained(folder: Path, config: str, *overrides: str) -> Path:
     """`folder`, with a run of `configs/tiny/<config>.yaml` in it."""
     from tests.train.tiny import reset_accelerate
-    from vlm_sft import stage2
+    from vlm_sft import stage1, stage2
 
     here = Path.cwd()
     os.chdir(ROOT)
@@ -20,7 +20,8 @@ def trained(folder: Path, config: str, *overrides: str) -> Path:
     try:
         quiet = ["projector=null", "train.trackers=[]", "train.eval_samples=0", "data.eval=[]"]
         path = ROOT / "configs" / "tiny" / f"{config}.yaml"
-        assert stage2.main([str(path), f"output_dir={folder}", *quiet, *overrides]) == 0
+        main = stage1.main if config == "stage1" else stage2.main
+        assert main([str(path), f"output_dir={folder}", *quiet, *overrides]) == 0
     finally:
         reset_accelerate()
         os.chdir(here)

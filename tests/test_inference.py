@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import trained
 from vlm_sft.config import load_config
 from vlm_sft.constants import IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
@@ -109,6 +110,40 @@ def test_another_base_than_the_trained_one_is_refused(
     monkeypatch.setattr(inference, "build_model", other_seed)
     with pytest.raises(CheckpointError, match="its vision tower is not the one that it was"):
         load_run(lora_run, device="cpu")
+
+
+def test_a_run_on_a_base_folder_needs_that_folder_unchanged(
+    full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(full_run / "final" / "language_model", tmp_path / "base")
+    run = trained(
+        tmp_path / "run",
+        "stage2_lora",
+        "train.max_steps=1",
+        "model.language_model.config=null",
+        f"model.language_model.name={tmp_path}/base",
+    )
+    assert isinstance(load_run(run, device="cpu").answer(question("Who?")), str)
+    weights = tmp_path / "base" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-400] + b"\1" * 400)
+    with pytest.raises(CheckpointError, match="its language model is not the one that it was"):
+        load_run(run, device="cpu")
+    weights.write_bytes(whole)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"config\.yaml: .*no such folder .*put it back"):
+        load_run(run, device="cpu")
+
+
+def test_a_stage_1_run_describes_a_picture_and_takes_one_question(tmp_path: Path) -> None:
+    run = load_run(trained(tmp_path / "run", "stage1", "train.max_steps=1"), device="cpu")
+    assert run.manifest["stage"] == "stage1"
+    asked = question("thrown away by this template", [RED])
+    assert run.prompt_ids(asked) == run.prompt_ids(question("", [RED]))
+    assert isinstance(run.answer(asked, max_new_tokens=4), str)
+    answered = (*asked.turns, Turn("assistant", (TextPart("red"),)))
+    with pytest.raises(RecordError, match="'plain'"):
+        run.answer(question("And now?", [RED], history=answered))
 
 
 def test_an_answer_ends_at_the_templates_stop_token(full: VlmRun) -> None:

@@ -158,9 +158,9 @@ def load_run(folder: str | Path, *, device: str | torch.device | None = None) ->
         device: None takes CUDA where it is, else the CPU.
 
     Raises:
-        CheckpointError: The folder is no complete checkpoint, or its base models are not those
-            that it was trained on.
-        UserError: A base model that its configuration names cannot be loaded, or `device` is none.
+        CheckpointError: The folder is no complete checkpoint, or the base models that its
+            configuration names cannot be loaded or are not those that it was trained on.
+        UserError: `device` is none.
     """
     place = _device(device)
     folder = _checkpoint_folder(Path(folder))
@@ -168,7 +168,7 @@ def load_run(folder: str | Path, *, device: str | torch.device | None = None) ->
     config = load_config(folder / "config.yaml")
     tokenizer = load_tokenizer(LanguageModelConfig(name=str((folder / "tokenizer").absolute())))
     renderer = Renderer.from_description(_json(folder / "template.json"), tokenizer)
-    model = build_model(config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora)
+    model = _build(config, folder)
     _require_same_base(config, model, checkpoint.manifest, folder)
     _read_parts(config, model, folder)
     model.requires_grad_(False).eval()
@@ -234,6 +234,16 @@ def _json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from (
             None
         )
+
+
+def _build(config: RunConfig, folder: Path) -> VisionLanguageModel:
+    try:
+        return build_model(config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora)
+    except UserError as error:
+        raise CheckpointError(
+            f"{folder / 'config.yaml'}: {error} (it was trained on that one: put it back, or start "
+            "in the folder where the run was started, from which relative names count)"
+        ) from None
 
 
 def _require_same_base(
