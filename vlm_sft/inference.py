@@ -89,6 +89,8 @@ class VlmRun:
     ) -> Iterator[str]:
         """Pieces of the answer as they are made; ends at the template's stop token.
 
+        White space before the answer (Vicuna's space) is left out.
+
         Args:
             conversation: Ends in a user's turn.
             max_new_tokens: The answer is cut there.
@@ -112,7 +114,12 @@ class VlmRun:
             "pad_token_id": self.pad_token_id,
             **(drawing if temperature > 0 else greedy),
         }
-        yield from self._stream(ids, stacked, arguments)
+        begun = False
+        for piece in self._stream(ids, stacked, arguments):
+            shown = piece if begun else piece.lstrip()
+            begun = begun or bool(shown)
+            if shown:
+                yield shown
 
     def _stream(
         self, ids: Tensor, pixels: Tensor | None, arguments: dict[str, Any]
