@@ -17,7 +17,7 @@ import numpy as np
 
 from data_tools.backends import Backend, make_backend
 from data_tools.coco import CocoIndex, Picture, check_pictures, read_coco
-from data_tools.records import Exchange, conversation, probe
+from data_tools.records import CONVERSATION_FAMILIES, Exchange, conversation, probe
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.progress import track
@@ -79,7 +79,9 @@ def main(argv: Sequence[str]) -> int:
             f"--eval-share {arguments.eval_share}: of {len(index.pictures)} pictures "
             f"{len(held_out)} would be set aside; give more pictures or another share or seed"
         )
-    backend = make_backend(arguments.backend, index, arguments.seed, arguments.answers)
+    backend = make_backend(
+        arguments.backend, index, arguments.seed, arguments.answers, arguments.families
+    )
     outputs = _outputs(arguments, backend, train, held_out)
     receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), outputs)
     if arguments.out_file:
@@ -108,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, required=True, help="0 or more")
     parser.add_argument(
         "--answers", choices=["short", "sentence"], default="short", help="'Yes.' or a sentence"
+    )
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        choices=CONVERSATION_FAMILIES,
+        default=list(CONVERSATION_FAMILIES),
+        help="what conversations ask about (everything)",
     )
     parser.add_argument("--turns", type=int, default=8, help="questions a conversation (8)")
     parser.add_argument(

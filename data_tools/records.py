@@ -9,6 +9,9 @@ IMAGE_LINE = "<image>\n"
 
 AnswerStyle = Literal["short", "sentence"]
 
+CONVERSATION_FAMILIES = ("description", "existence", "counting", "halves", "relation")
+"""What a conversation can ask about."""
+
 
 @dataclass(frozen=True)
 class Exchange:

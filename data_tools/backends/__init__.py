@@ -3,11 +3,11 @@
 A backend is given an index of pictures and yields exchanges; files, ids and checks are not its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from data_tools.coco import CocoIndex, Picture
-from data_tools.records import Exchange
+from data_tools.records import AnswerStyle, Exchange
 
 
 class Backend(Protocol):
@@ -25,9 +25,12 @@ class Backend(Protocol):
         """Balanced single questions of one family, by image id."""
 
 
-def make_backend(name: str, index: CocoIndex, seed: int, answers: str) -> Backend:
+def make_backend(
+    name: str, index: CocoIndex, seed: int, answers: str, families: Collection[str]
+) -> Backend:
     """The backend of that name; `name` has been checked by the command line."""
     from data_tools.backends.rules import RulesBackend
 
     assert name == "rules" and answers in ("short", "sentence")
-    return RulesBackend(index, seed, "short" if answers == "short" else "sentence")
+    style: AnswerStyle = "short" if answers == "short" else "sentence"
+    return RulesBackend(index, seed, style, families)

@@ -1,6 +1,6 @@
 """Conversations by rules alone: every answer is read off the annotations, none is guessed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from data_tools.backends.rules.balance import level
 from data_tools.backends.rules.existence import ExistenceRules
 from data_tools.backends.rules.phrases import Speaker
 from data_tools.coco import CocoIndex, Picture
-from data_tools.records import AnswerStyle, Exchange
+from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange
 
 __all__ = ["RulesBackend"]
 
@@ -24,8 +24,15 @@ class RulesBackend:
     what was asked before, so that no category's name gives the answer away.
     """
 
-    def __init__(self, index: CocoIndex, seed: int, answers: AnswerStyle) -> None:
+    def __init__(
+        self,
+        index: CocoIndex,
+        seed: int,
+        answers: AnswerStyle,
+        families: Collection[str] = CONVERSATION_FAMILIES,
+    ) -> None:
         self._seed = seed
+        self._families = frozenset(families)
         self._answers: AnswerStyle = answers
         self._index = index
         self._existence = ExistenceRules(index)
@@ -42,15 +49,21 @@ class RulesBackend:
     def conversation(self, picture: Picture, turns: int) -> Sequence[Exchange]:
         rng = self._rng(picture, _TURNS)
         speaker = Speaker(rng, self._answers)
-        description = _description(picture, speaker)
+        wanted = self._families
+        description = _description(picture, speaker) if "description" in wanted else []
         room = turns - len(description)
-        pairs = max(1, (room + 1) // 4) if room > 0 else 0
-        exchanges = self._existence.ask(picture, pairs, speaker)
-        others: list[Sequence[Exchange]] = [
-            counting.rarest_last(counting.ask(picture, speaker), rng),
-            _shuffled(places.halves(picture, speaker), rng),
-            _shuffled(places.relations(picture, speaker), rng),
-        ]
+        exchanges: list[Exchange] = []
+        if "existence" in wanted and room > 0:
+            alone = wanted <= {"existence", "description"}
+            pairs = max(1, room // 2 if alone else (room + 1) // 4)
+            exchanges = self._existence.ask(picture, pairs, speaker)
+        others: list[Sequence[Exchange]] = []
+        if "counting" in wanted:
+            others.append(counting.rarest_last(counting.ask(picture, speaker), rng))
+        if "halves" in wanted:
+            others.append(_shuffled(places.halves(picture, speaker), rng))
+        if "relation" in wanted:
+            others.append(_shuffled(places.relations(picture, speaker), rng))
         exchanges += _in_turn(others, max(0, room - len(exchanges)))
         mixed = _shuffled(exchanges, rng)
         return [*description, *mixed] if rng.random() < 0.5 else [*mixed, *description]
