@@ -29,7 +29,13 @@ from vlm_sft.parts_on_disk import checkpoint_components
 from vlm_sft.progress import track
 from vlm_sft.train.checkpoint import require_space
 from vlm_sft.train.optim import peak_rate
-from vlm_sft.train.preflight import is_trainable, parts_table, print_table, rehearse_saving
+from vlm_sft.train.preflight import (
+    is_trainable,
+    parts_rows,
+    parts_table,
+    print_table,
+    rehearse_saving,
+)
 
 ABOUT = """\
 Read and render every record, open every picture in full, build the model, rehearse saving.
@@ -130,7 +136,7 @@ def check_model(
     model, _ = load_model(config, trainable)
     parts = named_parts(model)
     rates = {part: peak_rate(part, config.optim.learning_rate) for part in parts}
-    print_table(parts_table(parts, rates))
+    print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
     verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} a picture")
     if records_are_good:

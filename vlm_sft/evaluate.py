@@ -1,10 +1,12 @@
 """Measure a checkpoint on held-out pictures: `python -m vlm_sft.evaluate CHECKPOINT ...`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -13,8 +15,24 @@ from vlm_sft.config import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import read_records
 from vlm_sft.errors import RecordError, UserError, run_command
-from vlm_sft.evaluation.captions import caption_loss, other_pictures, summarize_captions
-from vlm_sft.evaluation.probes import CONDITIONS, Condition, judge, read_probes, summarize
+from vlm_sft.evaluation.captions import (
+    CaptionLoss,
+    caption_loss,
+    other_pictures,
+    summarize_captions,
+)
+from vlm_sft.evaluation.probes import (
+    CONDITIONS,
+    Condition,
+    Probe,
+    Task,
+    Verdict,
+    judge,
+    read_probes,
+    require_questions,
+    summarize,
+    tasks_of,
+)
 from vlm_sft.inference import VlmRun, load_run
 from vlm_sft.progress import track
 
@@ -32,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     files = {path: read_probes(path) for path in arguments.probes}
     records = _read_captions(arguments.captions, arguments.images) if arguments.captions else []
     run = load_run(arguments.checkpoint, device=arguments.device)
+    if files:
+        require_questions(run)
     results: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
         "step": run.manifest.get("step"),
@@ -39,63 +59,71 @@ def main(argv: Sequence[str]) -> int:
         "seed": arguments.seed,
         "probes": {},
     }
-    for path, probes in files.items():
-        kept = _first_pictures([p.image for p in probes], arguments.max_pictures)
-        chosen = [probe for probe in probes if probe.image in kept]
-        results["probes"][path.stem] = {
-            condition: _measure(run, chosen, arguments, condition, path.stem)
-            for condition in conditions
-        }
+    tasks = _tasks(files, conditions, arguments)
+    losses, verdicts = _measure(run, tasks, records, arguments)
+    for (measure, condition), found in verdicts.items():
+        summary = summarize(found, seed=arguments.seed)
+        results["probes"].setdefault(measure, {})[condition] = summary
     if records:
-        results["captions"] = _measure_captions(run, records, arguments)
+        results["captions"] = summarize_captions(losses, seed=arguments.seed)
     write_json(arguments.out, results)
     Console().print(results_table(results))
     return 0
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """The results as a table for people."""
-    table = Table(title="held-out pictures, 95 % intervals clustered by picture")
-    for name in ("measure", "picture", "questions", "result", "balanced", "chance"):
-        table.add_column(name)
+    """The results as a table for people, at most 80 columns wide."""
+    table = Table(title="Held-out pictures; 95 % intervals over pictures", box=box.SIMPLE_HEAD)
+    table.add_column("measure")
+    table.add_column("picture")
+    for name in ("questions", "right answers", "chance"):
+        table.add_column(name, justify="right")
     for name, by_condition in results["probes"].items():
         for condition, found in by_condition.items():
-            table.add_row(
-                name,
-                condition,
-                f"{found['questions']:,}",
-                _shown(found["accuracy"]),
-                _shown(found["balanced_accuracy"]),
-                f"{found['chance']:.2f}",
-            )
-    for condition in ("right", "shuffled", "difference"):
-        if "captions" in results:
-            found = results["captions"]
-            count = f"{found['records']:,}"
-            table.add_row("caption loss a token", condition, count, _shown(found[condition]))
+            shown, chance = _percent(found["accuracy"]), f"{found['chance']:.0%}"
+            table.add_row(name, condition, f"{found['questions']:,}", shown, chance)
+        table.add_section()
+    if "captions" in results:
+        found = results["captions"]
+        for condition in ("right", "shuffled", "difference"):
+            row = ("caption loss", condition, f"{found['records']:,}", _number(found[condition]))
+            table.add_row(*row, "")
     return table
 
 
+def _tasks(
+    files: dict[Path, list[Probe]], conditions: list[Condition], arguments: argparse.Namespace
+) -> list[Task]:
+    tasks: list[Task] = []
+    for path, probes in files.items():
+        kept = _first_pictures([p.image for p in probes], arguments.max_pictures)
+        chosen = [probe for probe in probes if probe.image in kept]
+        tasks += tasks_of(chosen, conditions, measure=path.stem, seed=arguments.seed)
+    return tasks
+
+
 def _measure(
-    run: VlmRun, probes: list[Any], arguments: argparse.Namespace, condition: Condition, name: str
-) -> dict[str, Any]:
-    total = len({probe.image for probe in probes})
-    judged = judge(run, probes, arguments.images, condition, seed=arguments.seed)
-    verdicts = [v for group in track(judged, total, f"{name}, {condition}") for v in group]
-    return summarize(verdicts, seed=arguments.seed)
-
-
-def _measure_captions(
-    run: VlmRun, records: list[Conversation], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    kept = _first_pictures([str(r.images[0]) for r in records], arguments.max_pictures)
-    records = [record for record in records if str(record.images[0]) in kept]
-    others = other_pictures(records, seed=arguments.seed)
-    losses = [
-        caption_loss(run, record, Path(others[str(record.images[0])]))
-        for record in track(records, description="captions")
-    ]
-    return summarize_captions(losses, seed=arguments.seed)
+    run: VlmRun, tasks: list[Task], records: list[Conversation], arguments: argparse.Namespace
+) -> tuple[list[CaptionLoss], dict[tuple[str, str], list[Verdict]]]:
+    """Everything under one progress bar, which counts questions and captions."""
+    if records:
+        kept = _first_pictures([str(r.images[0]) for r in records], arguments.max_pictures)
+        records = [record for record in records if str(record.images[0]) in kept]
+    others = other_pictures(records, seed=arguments.seed) if records else {}
+    captions = (caption_loss(run, r, Path(others[str(r.images[0])])) for r in records)
+    judged = judge(run, tasks, arguments.images)
+    losses: list[CaptionLoss] = []
+    verdicts: dict[tuple[str, str], list[Verdict]] = {
+        (task.measure, task.condition): [] for task in tasks
+    }
+    items: Iterator[CaptionLoss | tuple[Task, Verdict]] = chain(captions, judged)
+    for item in track(items, len(records) + len(tasks), "measuring"):
+        if isinstance(item, CaptionLoss):
+            losses.append(item)
+        else:
+            task, verdict = item
+            verdicts[task.measure, task.condition].append(verdict)
+    return losses, verdicts
 
 
 def _read_captions(path: Path, images: Path) -> list[Conversation]:
@@ -120,7 +148,11 @@ def _conditions(text: str) -> list[Condition]:
     return [condition for condition in CONDITIONS if condition in names]
 
 
-def _shown(found: dict[str, float]) -> str:
+def _percent(found: dict[str, float]) -> str:
+    return f"{found['estimate']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+
+def _number(found: dict[str, float]) -> str:
     return f"{found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
@@ -143,6 +175,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.probes and not arguments.captions:
         raise UserError("nothing to measure; give --probes FILE, --captions FILE or both")
+    stems = [path.stem for path in arguments.probes]
+    if twice := next((name for name in stems if stems.count(name) > 1), None):
+        raise UserError(f"--probes: two files are named {twice}; rename one or measure it alone")
     if arguments.max_pictures is not None and arguments.max_pictures < 1:
         raise UserError(f"--max-pictures {arguments.max_pictures}: expected 1 or more")
     return arguments

@@ -21,9 +21,9 @@ Row = Mapping[str, Any]
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2330;--soft:#5d6778;--paper:#f6f7f9;--card:#fff;
---line:#e1e5ec;--accent:#2f6fde}
+--line:#e1e5ec;--accent:#2f6fde;--good:#1a7f4b;--bad:#c03434}
 @media(prefers-color-scheme:dark){:root{--ink:#e8ebf1;--soft:#9aa5b8;--paper:#12161d;
---card:#1a2029;--line:#2c3542;--accent:#7fb0ff}}
+--card:#1a2029;--line:#2c3542;--accent:#7fb0ff;--good:#5fce94;--bad:#ff8a84}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 main{max-width:66rem;margin:auto;padding:2rem 1rem 4rem}
@@ -40,16 +40,33 @@ img{max-width:100%;height:auto;border-radius:8px;display:block}
 figure{margin:0}.curve{background:#fff;padding:.3rem}
 dt{color:var(--soft);margin-top:.6rem}dd{margin:0;font-weight:550;overflow-wrap:anywhere}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.84rem;margin:0}
+.headline{margin-bottom:1rem}.big{font-size:2.1rem;line-height:1.2;font-weight:700;
+color:var(--accent)}.note{color:var(--soft);font-size:.87rem;margin:.6rem 0 0}
+.right,.wrong{font-size:.85rem;white-space:nowrap}.right{color:var(--good)}.wrong{color:var(--bad)}
 summary{cursor:pointer;color:var(--accent)}
 """
+
+READINGS = {
+    "right": "its own",
+    "blank": "blank",
+    "shuffled": "another one",
+    "difference": "another one minus its own",
+}
 
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """A picture with the questions that the model was asked and its answers."""
+    """A picture with the questions that the model was asked and its answers.
+
+    Attributes:
+        exchanges: Pairs of question and answer.
+        expected: The true answer of each exchange, e.g. `yes`, None where it is open; empty where
+            none is known. An answer is marked right if it begins with it, whatever the case.
+    """
 
     path: Path
     exchanges: Sequence[tuple[str, str]]
+    expected: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
     curves = curves_png({title: read_rows(d / "metrics.jsonl") for title, d in report.runs.items()})
     write_bytes(path.with_suffix(".png"), curves)
     cards = "".join(_picture_card(shown) for shown in report.pictures)
-    body = [f'<div class="grid">{cards}</div>']
+    body = [_headline(report.results), f'<div class="grid">{cards}</div>']
     for title, results in report.results.items():
         body.append(_section(f"Held-out: {title}", results_html(results)))
     body.append(_section("Loss", _picture(curves, "curve", "loss curves of every stage")))
@@ -158,10 +175,10 @@ def results_html(results: Mapping[str, Any]) -> str:
             rows.append(
                 {
                     "measure": name,
-                    "picture": condition,
+                    "picture shown": READINGS[condition],
                     "n": f"{found['questions']:,}",
-                    "result [95 %]": _interval(found["accuracy"]),
-                    "chance": f"{found['chance']:.2f}",
+                    "result [95 % interval]": _percent(found["accuracy"]),
+                    "guessing": f"{100 * found['chance']:.0f} %",
                 }
             )
     captions = results.get("captions", {})
@@ -169,14 +186,19 @@ def results_html(results: Mapping[str, Any]) -> str:
         if condition in captions:
             rows.append(
                 {
-                    "measure": "caption loss a token",
-                    "picture": condition,
+                    "measure": "caption loss, nats a token",
+                    "picture shown": READINGS[condition],
                     "n": f"{captions['records']:,}",
-                    "result [95 %]": _interval(captions[condition]),
-                    "chance": "",
+                    "result [95 % interval]": _interval(captions[condition]),
+                    "guessing": "",
                 }
             )
-    return _table(("measure", "picture", "n", "result [95 %]", "chance"), rows)
+    columns = ("measure", "picture shown", "n", "result [95 % interval]", "guessing")
+    note = (
+        "Each question is answered by the likeliest of its possible answers. With a blank picture "
+        "a model can only guess; what it gains over that, it has seen."
+    )
+    return f'{_table(columns, rows)}<p class="note">{note}</p>'
 
 
 def environment() -> list[dict[str, str]]:
@@ -249,13 +271,45 @@ def _settings(run_dir: Path) -> list[str]:
     ]
 
 
+def _headline(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first measure's accuracy in large figures: each set's pictures, then blank ones."""
+    cells = []
+    for condition in ("right", "blank"):
+        # One blank is as good as another: the last set's stands for all.
+        for title, found in list(results.items())[-1 if condition == "blank" else 0 :]:
+            probes: Mapping[str, Mapping[str, Any]] = found.get("probes", {})
+            if not probes:
+                continue
+            measure, by_condition = next(iter(probes.items()))
+            if condition in by_condition:
+                share = by_condition[condition]["accuracy"]
+                where = f"{measure}, {title}" + (", blank picture" if condition == "blank" else "")
+                bounds = f"{100 * share['low']:.1f} to {100 * share['high']:.1f} %"
+                cells.append(
+                    f'<div class="card"><div class="big">{100 * share["estimate"]:.1f} %</div>'
+                    f'<div>{escape(where)}</div><div class="note">95 % interval {bounds}; '
+                    f"guessing {100 * by_condition[condition]['chance']:.0f} %</div></div>"
+                )
+    return f'<div class="grid headline">{"".join(cells)}</div>' if cells else ""
+
+
+def _mark(answer: str, expected: str | None) -> str:
+    if expected is None:
+        return ""
+    if answer.strip().lower().startswith(expected.lower()):
+        return ' <span class="right">✓ right</span>'
+    return f' <span class="wrong">✗ wrong, it is {escape(expected)}</span>'
+
+
 def _picture_card(shown: ShownPicture) -> str:
     image = Image.open(shown.path).convert("RGB")
     image.thumbnail((640, 640))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
+    expected = shown.expected or [None] * len(shown.exchanges)
     said = "".join(
-        f"<dt>{escape(asked)}</dt><dd>{escape(answer)}</dd>" for asked, answer in shown.exchanges
+        f"<dt>{escape(asked)}</dt><dd>{escape(answer)}{_mark(answer, truth)}</dd>"
+        for (asked, answer), truth in zip(shown.exchanges, expected, strict=True)
     )
     picture = _picture(buffer.getvalue(), "", shown.path.name, kind="jpeg")
     return f'<article class="card">{picture}<dl>{said}</dl></article>'
@@ -268,6 +322,11 @@ def _picture(data: bytes, css: str, text: str, kind: str = "png") -> str:
 
 def _interval(found: Mapping[str, float]) -> str:
     return f"{found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _percent(found: Mapping[str, float]) -> str:
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['estimate']:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

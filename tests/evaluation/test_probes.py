@@ -1,6 +1,7 @@
 """Probes: cached branches score as the plain path, no picture is shuffled to itself."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_sft.atomic import write_json
-from vlm_sft.config import parse_config
+from vlm_sft.config import LoraConfig, parse_config
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
@@ -20,15 +21,17 @@ from vlm_sft.evaluation.probes import (
     judge,
     judge_picture,
     read_probes,
+    require_questions,
     spell,
     summarize,
+    tasks_of,
 )
 from vlm_sft.inference import VlmRun, question
 from vlm_sft.model.build import build_model
 
 
-@pytest.fixture(scope="module")
-def run() -> Iterator[VlmRun]:
+@pytest.fixture(scope="module", params=["no adapter", "LoRA"])
+def run(request: pytest.FixtureRequest) -> Iterator[VlmRun]:
     tokenizer = byte_tokenizer()
     tower = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
     tower |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -46,7 +49,11 @@ def run() -> Iterator[VlmRun]:
         "train": {"global_batch_size": 1, "micro_batch_size": 1, "precision": "fp32"},
     }
     config = parse_config(tree, "test")
-    model = build_model(config.model, dtype=torch.float32, seed=0).eval()
+    lora = LoraConfig(r=2, alpha=8) if request.param == "LoRA" else None
+    model = build_model(config.model, dtype=torch.float32, seed=0, lora=lora).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first: the adapter would do nothing
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
     yield VlmRun(
         model=model,
         tokenizer=tokenizer,
@@ -92,14 +99,49 @@ def test_the_picture_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> No
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
     probes = [probe("Is it red?", "a.png"), probe("Is it red?", "b.png", "no")]
 
-    def scores(condition: str) -> list[tuple[float, ...]]:
-        groups = judge(run, probes, tmp_path, condition)  # type: ignore[arg-type]
-        return [verdict.log_probabilities for group in groups for verdict in group]
+    scores = {
+        (task.condition, task.probe.image): verdict.log_probabilities
+        for task, verdict in judge(run, tasks_of(probes), tmp_path)
+    }
+    assert len(scores) == 6
+    assert scores["right", "a.png"] == pytest.approx(scores["shuffled", "b.png"], abs=1e-4)
+    assert scores["right", "b.png"] == pytest.approx(scores["shuffled", "a.png"], abs=1e-4)
+    assert scores["right", "a.png"] != pytest.approx(scores["right", "b.png"], abs=1e-4)
+    assert scores["blank", "a.png"] == pytest.approx(scores["blank", "b.png"], abs=1e-4)
 
-    right, shuffled, blank = scores("right"), scores("shuffled"), scores("blank")
-    assert right[0] == shuffled[1] and right[1] == shuffled[0]
-    assert right[0] != right[1]
-    assert blank[0] == blank[1]
+
+def test_a_picture_is_run_once_whatever_is_asked_about_it(run: VlmRun, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
+    existence = [probe("Is it red?", name) for name in ("a.png", "b.png") for _ in range(20)]
+    counting = [probe("Are there two?", "a.png"), probe("Are there two?", "b.png")]
+    tasks = tasks_of(existence, measure="existence") + tasks_of(counting, measure="counting")
+    pictures: list[int] = []
+    with run.model.vision_tower.register_forward_pre_hook(
+        lambda module, given: pictures.append(len(given[0]))
+    ):
+        judged = list(judge(run, tasks, tmp_path))
+    assert pictures == [1, 1, 1]
+    assert len(judged) == 3 * 42
+    assert sum(task.measure == "counting" for task, _ in judged) == 6
+    assert all(task.probe is verdict.probe for task, verdict in judged)
+
+
+def test_answers_of_any_number_and_length_score_as_whole_sequences_do(run: VlmRun) -> None:
+    pixels = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(2))
+    many = ("a", "b c", "a rather long answer", "two", "seven")
+    probes = [
+        Probe("1", "a.png", "How many?", "two", "counting", many),
+        probe("Is there a dog in the picture?"),
+        Probe("2", "a.png", "What?", "a", "open", ("a",)),
+        *(Probe(f"m{i}", "a.png", f"Count{'!' * i}", "two", "counting", many) for i in range(9)),
+    ]
+    verdicts = judge_picture(run, probes, pixels)
+    assert [verdict.probe for verdict in verdicts] == probes
+    for verdict in verdicts[:4]:
+        asked = verdict.probe
+        expected = [plain_score(run, asked, choice, pixels) for choice in asked.choices]
+        assert verdict.log_probabilities == pytest.approx(expected, abs=2e-4)
 
 
 @settings(deadline=None)
@@ -143,3 +185,10 @@ def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
     assert found["accuracy"]["estimate"] == share
     assert (found["questions"], found["pictures"], found["chance"]) == (2, 1, 0.5)
     assert set(found["by_kind"]) == {"random"}
+
+
+def test_a_template_without_the_question_cannot_be_probed(run: VlmRun) -> None:
+    require_questions(run)
+    plain = replace(run, renderer=Renderer.from_name("plain", run.tokenizer))
+    with pytest.raises(UserError, match="leaves questions out"):
+        require_questions(plain)

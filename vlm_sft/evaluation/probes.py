@@ -4,18 +4,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_sft.data.images import to_pixels
 from vlm_sft.errors import UserError
+from vlm_sft.evaluation.branches import Branch, score_branches
 from vlm_sft.evaluation.statistics import balanced_accuracy_interval, interval_of_shares
 from vlm_sft.inference import VlmRun, question
-from vlm_sft.model.vlm import decoder_of, head_logits
 
 Condition = Literal["right", "blank", "shuffled"]
 CONDITIONS: tuple[Condition, ...] = ("right", "blank", "shuffled")
@@ -50,6 +49,21 @@ class Verdict:
     def correct(self) -> bool:
         """Whether it is the true one."""
         return self.choice == self.probe.answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A probe to be asked about a picture that need not be its own.
+
+    Attributes:
+        shown: The picture's file name; None is the blank picture.
+        measure: What the probe belongs to, e.g. the name of its file.
+    """
+
+    probe: Probe
+    condition: Condition
+    shown: str | None
+    measure: str = ""
 
 
 def read_probes(path: Path) -> list[Probe]:
@@ -114,108 +128,76 @@ def blank_pixels(run: VlmRun) -> Tensor:
     return to_pixels(picture, run.image_spec, run.aspect)
 
 
-def condition_pixels(
-    run: VlmRun, image: str, images_dir: Path, condition: Condition, others: Mapping[str, str]
-) -> Tensor:
-    """Pixels of the picture, of a blank one, or of the one that `others` gives in its stead."""
-    if condition == "blank":
-        return blank_pixels(run)
-    return run.pixels(images_dir / (others[image] if condition == "shuffled" else image))
-
-
-def judge(
-    run: VlmRun,
+def tasks_of(
     probes: Sequence[Probe],
-    images_dir: Path,
-    condition: Condition = "right",
+    conditions: Sequence[Condition] = CONDITIONS,
     *,
+    measure: str = "",
     seed: int = 0,
-) -> Iterator[list[Verdict]]:
-    """Verdicts picture by picture, all questions of a picture in one batch.
+) -> list[Task]:
+    """Every probe under every condition, with the picture that is shown for it.
+
+    Raises:
+        UserError: `shuffled` is asked for, but all probes are about one picture.
+    """
+    names = [probe.image for probe in probes]
+    shown: dict[Condition, Mapping[str, str | None]] = {
+        "right": {name: name for name in names},
+        "blank": dict.fromkeys(names),
+        "shuffled": derangement(names, seed=seed) if "shuffled" in conditions else {},
+    }
+    return [
+        Task(probe, condition, shown[condition][probe.image], measure)
+        for condition in conditions
+        for probe in probes
+    ]
+
+
+def require_questions(run: VlmRun) -> None:
+    """Make sure that the model gets to see what it is asked.
+
+    Raises:
+        UserError: Its template leaves the user's words out, as LLaVA's `plain` of stage 1 does.
+    """
+    one, other = (run.prompt_ids(question(text, [b""])) for text in ("One?", "Other?"))
+    if one == other:
+        raise UserError(
+            f"the checkpoint's template {run.config.data.template!r} leaves questions out, so it "
+            "cannot be probed; measure a stage 2 checkpoint, or this one by --captions alone"
+        )
+
+
+def judge(run: VlmRun, tasks: Sequence[Task], images_dir: Path) -> Iterator[tuple[Task, Verdict]]:
+    """Every task with its verdict, in the order of the pictures shown.
+
+    Whatever is asked about one picture, in whichever file and condition, is asked together, so a
+    picture (the blank one too) goes through the tower and the language model once.
 
     Raises:
         ImageError: A picture is missing or broken.
     """
-    by_image: dict[str, list[Probe]] = {}
-    for probe in probes:
-        by_image.setdefault(probe.image, []).append(probe)
-    others = derangement(by_image, seed=seed) if condition == "shuffled" else {}
-    for image, asked in by_image.items():
-        pixels = condition_pixels(run, image, images_dir, condition, others)
-        yield judge_picture(run, asked, pixels)
+    by_picture: dict[str | None, list[Task]] = {}
+    for task in tasks:
+        by_picture.setdefault(task.shown, []).append(task)
+    for shown, asked in by_picture.items():
+        pixels = blank_pixels(run) if shown is None else run.pixels(images_dir / shown)
+        verdicts = judge_picture(run, [task.probe for task in asked], pixels)
+        yield from zip(asked, verdicts, strict=True)
 
 
 def judge_picture(run: VlmRun, probes: Sequence[Probe], pixels: Tensor) -> list[Verdict]:
-    """Verdicts of questions about one picture, its common prefix run once."""
-    prompts, answers = [], []
-    for probe in probes:
-        prompt = run.prompt_ids(question(probe.question, [b""]))
-        for choice in probe.choices:
-            prompts.append(prompt)
-            answers.append(run.renderer.answer_ids(spell(choice)))
-    scores = iter(score_branches(run, prompts, answers, pixels))
-    return [Verdict(p, tuple(next(scores) for _ in p.choices)) for p in probes]
-
-
-@torch.inference_mode()
-def score_branches(
-    run: VlmRun, prompts: Sequence[list[int]], answers: Sequence[list[int]], pixels: Tensor
-) -> list[float]:
-    """Summed log-probability of each answer (stop token included) after its prompt.
-
-    The ids that all prompts share are run once and their keys and values repeated for each branch;
-    the rest is padded on the right, behind everything that it could disturb.
-    """
-    device, model = run.device, run.model
-    shared = _common_prefix(prompts)
-    decoder = cast(Any, decoder_of(model.language_model))
-    prefix = torch.tensor([prompts[0][:shared]], device=device)
-    cache = decoder(
-        inputs_embeds=model.embed(prefix, pixels[None].to(device)), use_cache=True
-    ).past_key_values
-    cache.batch_repeat_interleave(len(prompts))
-    tails = [
-        [*prompt[shared:], *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)
+    """Verdicts of questions about one picture, in their order."""
+    spelled = {choice for probe in probes for choice in probe.choices}
+    answers = {choice: run.renderer.answer_ids(spell(choice)) for choice in spelled}
+    branches = [
+        Branch(
+            run.prompt_ids(question(probe.question, [b""])),
+            [answers[choice] for choice in probe.choices],
+        )
+        for probe in probes
     ]
-    longest = max(map(len, tails))
-    pad = run.pad_token_id
-    ids = torch.tensor([tail + [pad] * (longest - len(tail)) for tail in tails], device=device)
-    mask = torch.zeros(len(tails), shared + longest, dtype=torch.long, device=device)
-    for row, tail in enumerate(tails):
-        mask[row, : shared + len(tail)] = 1
-    hidden = decoder(
-        inputs_embeds=model.embed(ids, None),
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return _answer_scores(model.language_model, hidden, tails, answers)
-
-
-def _answer_scores(
-    language_model: nn.Module,
-    hidden: Tensor,
-    tails: Sequence[list[int]],
-    answers: Sequence[list[int]],
-) -> list[float]:
-    places = [
-        (row, len(tail) - len(answer) + i, target)
-        for row, (tail, answer) in enumerate(zip(tails, answers, strict=True))
-        for i, target in enumerate(answer)
-    ]
-    table = torch.tensor(places, device=hidden.device)
-    rows, columns, targets = table.unbind(dim=1)
-    logits = head_logits(language_model, hidden[rows, columns]).float()
-    found = -nn.functional.cross_entropy(logits, targets, reduction="none")
-    sums = torch.zeros(len(tails), device=hidden.device).index_add(0, rows, found)
-    return cast(list[float], sums.tolist())
-
-
-def _common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Length of what all prompts share, at least one token short of the shortest."""
-    first, last = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+    scores = score_branches(run, branches, pixels)
+    return [Verdict(p, found) for p, found in zip(probes, scores, strict=True)]
 
 
 def summarize(verdicts: Sequence[Verdict], *, seed: int = 0) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from vlm_sft.atomic import write_json
 from vlm_sft.config import OptimConfig, TrainConfig
 from vlm_sft.data.collate import Batch
 from vlm_sft.errors import UserError
@@ -29,6 +30,7 @@ from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set
 from vlm_sft.train.optimizer_state import optimizer_component
 from vlm_sft.train.preflight import (
     Parts,
+    parts_rows,
     parts_table,
     print_table,
     rehearse_saving,
@@ -158,9 +160,10 @@ class Trainer:
         self._wrapped = self.accelerator.prepare(self.model)
         self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim)
         rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
-        table = parts_table(self.hooks.parts, rates)
+        rows = parts_rows(self.hooks.parts, rates)
         if self.accelerator.is_main_process:
-            print_table(table)
+            print_table(parts_table(rows))
+            write_json(self.plan.output_dir / "parts.json", rows)
         self._scaler = cast("torch.amp.GradScaler | None", self.accelerator.scaler)
         components: dict[str, Component] = {
             **self.store.components,

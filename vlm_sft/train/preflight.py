@@ -14,27 +14,41 @@ from vlm_sft.train.optim import NamedParameters
 
 Parts = Mapping[str, NamedParameters]
 
+PART_COLUMNS = ("part", "state", "parameters", "dtype", "peak learning rate")
 
-def parts_table(parts: Parts, rates: Mapping[str, float]) -> Table:
-    """A line for every part: trainable or frozen, parameters, dtype, peak learning rate.
+
+def parts_rows(parts: Parts, rates: Mapping[str, float]) -> list[dict[str, str]]:
+    """A row for every part: trainable or frozen, parameters, dtype, peak learning rate.
 
     Raises:
         UserError: Nothing is trainable.
     """
-    table = Table(title="parts of the model")
-    for column in ("part", "state", "parameters", "dtype", "peak learning rate"):
-        table.add_column(column, justify="right" if column == "parameters" else "left")
+    if not any(is_trainable(named) for named in parts.values()):
+        raise UserError("nothing is trainable: every part of the model is frozen")
+    rows = []
     for part, named in parts.items():
         if not named:
             continue
         learns = is_trainable(named)
-        count = sum(parameter.numel() for _, parameter in named)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})
-        rate = f"{rates[part]:.2e}" if learns else "-"
-        state = "trainable" if learns else "frozen"
-        table.add_row(part, state, f"{count:,}", ", ".join(dtypes), rate)
-    if not any(is_trainable(named) for named in parts.values()):
-        raise UserError("nothing is trainable: every part of the model is frozen")
+        values = (
+            part,
+            "trainable" if learns else "frozen",
+            f"{sum(parameter.numel() for _, parameter in named):,}",
+            ", ".join(dtypes),
+            f"{rates[part]:.2e}" if learns else "-",
+        )
+        rows.append(dict(zip(PART_COLUMNS, values, strict=True)))
+    return rows
+
+
+def parts_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """The rows of `parts_rows` for a terminal."""
+    table = Table(title="parts of the model")
+    for column in PART_COLUMNS:
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for row in rows:
+        table.add_row(*row.values())
     return table
 
 

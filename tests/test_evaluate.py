@@ -1,0 +1,119 @@
+"""Measuring a checkpoint, from the command to the file of results."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.train.tiny import reset_accelerate
+from vlm_sft import evaluate, stage1
+from vlm_sft.atomic import write_json
+from vlm_sft.errors import run_command
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "configs" / "tiny" / "data"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    with contextlib.chdir(ROOT):
+        reset_accelerate()
+        options = ["train.trackers=[]", "train.max_steps=2", "train.eval_samples=0"]
+        options.append("data.template=chatml")
+        assert stage1.main(["configs/tiny/stage1.yaml", f"output_dir={out}", *options]) == 0
+        reset_accelerate()
+    return out
+
+
+@pytest.fixture
+def probes(tmp_path: Path) -> Path:
+    path = tmp_path / "existence.json"
+    rows = [
+        {
+            "id": f"{colour}-{asked}",
+            "image": f"images/{colour}-circle-2.png",
+            "question": f"Is it {asked}?",
+            "answer": "yes" if asked == colour else "no",
+            "kind": "random",
+        }
+        for colour in ("red", "blue")
+        for asked in ("red", "blue")
+    ]
+    write_json(path, rows)
+    return path
+
+
+def test_a_checkpoint_is_measured_into_one_file(
+    trained: Path, probes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = probes.parent / "results.json"
+    files = ["--probes", str(probes), "--captions", str(DATA / "captions_eval.json")]
+    command = [str(trained / "final"), *files, "--images", str(DATA), "--out", str(out)]
+    assert evaluate.main([*command, "--device", "cpu"]) == 0
+    results = json.loads(out.read_text())
+    assert (results["step"], results["seed"]) == (2, 0)
+    assert list(results["probes"]["existence"]) == ["right", "blank", "shuffled"]
+    blank = results["probes"]["existence"]["blank"]
+    assert (blank["questions"], blank["pictures"], blank["chance"]) == (4, 2, 0.5)
+    assert blank["accuracy"]["estimate"] == 0.5
+    assert results["captions"]["records"] == 12
+    found = results["captions"]
+    difference = found["shuffled"]["estimate"] - found["right"]["estimate"]
+    assert found["difference"]["estimate"] == pytest.approx(difference)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("existence" in line and "50.0%" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_fewer_pictures_and_conditions_can_be_asked_for(trained: Path, probes: Path) -> None:
+    out = probes.parent / "results.json"
+    options = ["--conditions", "blank,right", "--max-pictures", "1", "--out", str(out)]
+    where = ["--probes", str(probes), "--images", str(DATA), "--device", "cpu"]
+    assert evaluate.main([str(trained), *where, *options]) == 0
+    found = json.loads(out.read_text())["probes"]["existence"]
+    assert {name: by["questions"] for name, by in found.items()} == {"right": 2, "blank": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--probes", "{p}", "--conditions", "left"], "--conditions left: expected some of right"),
+        (["--probes", "missing.json"], "missing.json: no such file of probes"),
+        (["--captions", "missing.json"], "missing.json"),
+        (["--probes", "{p}", "--max-pictures", "0"], "--max-pictures 0: expected 1 or more"),
+        (["--probes", "{p}", "{p}"], "two files are named existence"),
+        ([], "nothing to measure"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence_and_exit_code_2(
+    probes: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [argument.format(p=probes) for argument in arguments]
+    with pytest.raises(SystemExit) as ended:
+        run_command(evaluate.main, ["no-checkpoint", "--images", str(DATA), *given])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+
+
+def test_a_missing_checkpoint_is_named(probes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        where = ["--probes", str(probes), "--images", str(DATA)]
+        run_command(evaluate.main, [f"no{os.sep}checkpoint", *where])
+    assert ended.value.code == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_run_wrote_the_table_of_its_parts_and_reports_it(trained: Path) -> None:
+    rows = json.loads((trained / "parts.json").read_text())
+    states = {row["part"]: (row["state"], row["peak learning rate"]) for row in rows}
+    assert states == {
+        "vision_tower": ("frozen", "-"),
+        "projector": ("trainable", "1.00e-03"),
+        "language_model": ("frozen", "-"),
+    }
+    page = (trained / "report.html").read_text()
+    assert "vision_tower" in page and "1.00e-03" in page
