@@ -37,9 +37,9 @@ TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"
 CATEGORIES = "cat,bird,butterfly,elephant,car,bus,airplane,boat,apple,pizza,clock,guitar"
 SCENE_OPTIONS = [
     *("--max-side", "320", "--max-objects", "3", "--max-instances", "2"),
-    *("--scale", "0.3", "0.65", "--categories", CATEGORIES),
+    *("--scale", "0.4", "0.75", "--categories", CATEGORIES),
 ]
-HOUR_STEPS = {"stage1": 500, "stage2_lora": 1400}
+HOUR_STEPS = {"stage1": 500, "stage2_lora": 550}
 PROBES = ("existence", "counting", "halves")
 RESULT_TITLES = {
     "same": "new scenes by the training artist",
@@ -117,7 +117,7 @@ class Quickstart:
         _python("scripts/demo_pieces.py", "demo/pieces")
 
     def _scenes(self) -> None:
-        counts = {"train": 6000 if self._hour else 2000, "val": 24, "same": 100, "unseen": 100}
+        counts = {"train": 6000 if self._hour else 2000, "val": 24, "same": 64, "unseen": 64}
         for offset, (split, count) in enumerate(counts.items()):
             artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
             where = ["--out", self._scene_dir(split), "--artist", artist]
@@ -129,7 +129,7 @@ class Quickstart:
         for split in ("train", "val", "same", "unseen"):
             probes = ["--probes", "6"] if split in ("same", "unseen") else []
             self._build(split, split, *probes)
-        self._build("train", "yesno", "--families", "existence")
+        self._build("train", "yesno", "--families", "existence", "description")
 
     def _build(self, split: str, out: str, *options: str) -> None:
         artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
@@ -201,9 +201,10 @@ class Quickstart:
         """A picture by the unseen artist, and what the model says about it."""
         path = Path(self._scene_dir("unseen")) / "images" / f"{index:012d}.jpg"
         asked = json.loads((self.folder / "data/unseen/existence.json").read_text(encoding="utf-8"))
-        about = [row["question"] for row in asked if row["image"] == path.name]
-        questions = ["What do you see?", *about[:4]]
-        return ShownPicture(path, [(q, run.answer(question(q, [path]))) for q in questions])
+        about = [row for row in asked if row["image"] == path.name][:4]
+        questions = ["What do you see?", *(row["question"] for row in about)]
+        answers = [(q, run.answer(question(q, [path]))) for q in questions]
+        return ShownPicture(path, answers, [None, *(row["answer"] for row in about)])
 
     def _scene_dir(self, split: str) -> str:
         return f"{self.folder}/scenes/{split}"
