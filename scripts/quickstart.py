@@ -1,6 +1,6 @@
 """From a fresh clone to a model that sees, in one command on a CPU laptop.
 
-    scripts/quickstart                  # everything: under 15 minutes on 2 cores
+    scripts/quickstart                  # everything: about 20 minutes on 2 cores
     scripts/quickstart --hour           # the same with longer training: about an hour
     scripts/quickstart --seed 2         # other scenes, other weights; results in demo-seed2/
 
@@ -10,7 +10,7 @@ What it does, each step an ordinary command that it prints:
   2. composes scenes by two artists, with exact truth, and builds instruction data from them
   3. trains stage 1 (projector), then stage 2 (projector and LoRA)
   4. measures on held-out scenes by the training artist and by an artist never seen
-  5. asks about three of them and writes demo/report.html and demo/curves.png
+  5. asks about three of them and writes demo/report.html and demo/report.png
 
 Run again, it resumes where it stopped, or says that it is done.
 """
