@@ -21,9 +21,8 @@ from vlm_sft.data.collate import collate
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.masking import Renderer
+from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.tokenizer import byte_tokenizer
-from vlm_sft.inference import expand
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel

@@ -14,16 +14,15 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.config import DataFile, RunConfig, load_config
-from vlm_sft.constants import IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.formats import read_records
 from vlm_sft.data.images import open_image, to_pixels
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.masking import Renderer
+from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.sampling import StepSampler
 from vlm_sft.data.template import load_template
-from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import ConfigError, ImageError, RecordError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
@@ -55,10 +54,7 @@ class Language:
     @property
     def pad_token_id(self) -> int:
         """What fills up shorter sequences; never seen by the loss or by attention."""
-        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
-                return int(candidate)
-        return 0
+        return padding_id(self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -292,11 +288,7 @@ class Answers:
     def _answer(self, asked: Conversation) -> str:
         tower, tokenizer = self.model.vision_tower, self.language.tokenizer
         device = tower.device
-        ids = [
-            token
-            for placed in self.language.renderer.prompt(asked)
-            for token in [placed] * (tower.num_tokens if placed == IMAGE_TOKEN_ID else 1)
-        ]
+        ids = expand(self.language.renderer.prompt(asked), tower.num_tokens)
         input_ids = torch.tensor([ids], device=device)
         pixels = [
             to_pixels(open_image(source), tower.image_spec, self.config.data.image_aspect)

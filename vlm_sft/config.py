@@ -188,7 +188,7 @@ def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_one_sentence(error, tree)}") from None
+        raise ConfigError(f"{where}: {_one_sentence(error)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -286,7 +286,7 @@ def _list_index(node: list[Any], part: str, path: str, override: str) -> int:
     return int(part)
 
 
-def _one_sentence(error: ValidationError, tree: Mapping[str, Any]) -> str:
+def _one_sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     location = [part for part in first["loc"] if not str(part).startswith(("list[", "literal["))]
     path = ".".join(str(part) for part in location)

@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
 from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
-from vlm_sft.constants import IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part, TextPart, Turn
 from vlm_sft.data.images import ImageSpec, open_image, to_pixels
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.data.masking import Renderer, expand
+from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -58,10 +57,7 @@ class VlmRun:
     @property
     def pad_token_id(self) -> int:
         """Fills up shorter prompts; masked out everywhere."""
-        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
-                return int(candidate)
-        return 0
+        return padding_id(self.tokenizer)
 
     def pixels(self, source: ImageSource) -> Tensor:
         """A picture as the tower wants it, float32 `[3, size, size]`.
@@ -206,11 +202,6 @@ def question(
         parts += [ImagePart(index), TextPart("\n")]
     turns = (*history, Turn("user", (*parts, TextPart(text))))
     return Conversation("question", turns, tuple(images))
-
-
-def expand(ids: Sequence[int], num_tokens: int) -> list[int]:
-    """Ids with each picture's placeholder repeated `num_tokens` times."""
-    return [i for i in ids for _ in range(num_tokens if i == IMAGE_TOKEN_ID else 1)]
 
 
 def _device(name: str | torch.device | None) -> torch.device:

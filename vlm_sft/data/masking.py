@@ -298,6 +298,12 @@ class Renderer:
         return RecordError(reason, message, record_id=conversation.id, where=conversation.where)
 
 
+def expand(ids: Sequence[int], num_tokens: int, values: Sequence[int] | None = None) -> list[int]:
+    """Ids, or `values` that lie beside them, with each picture's position `num_tokens` times."""
+    pairs = zip(ids, ids if values is None else values, strict=True)
+    return [v for i, v in pairs for _ in range(num_tokens if i == IMAGE_TOKEN_ID else 1)]
+
+
 def _append(into: list[str | int], part: str | int) -> None:
     """Add a part, joining text to text so that it is tokenised together."""
     if isinstance(part, str) and into and isinstance(into[-1], str):

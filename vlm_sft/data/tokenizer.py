@@ -54,6 +54,17 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills up shorter sequences: the tokenizer's pad, else its EOS, else 0.
+
+    Masked out by attention and never labelled, so that any id does.
+    """
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of single bytes with ChatML and Llama control tokens; needs no file.
 

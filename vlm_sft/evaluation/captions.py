@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.masking import expand
 from vlm_sft.evaluation.probes import derangement
 from vlm_sft.evaluation.statistics import cluster_bootstrap_ratio
-from vlm_sft.inference import VlmRun, expand
+from vlm_sft.inference import VlmRun
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,7 @@ def caption_loss(run: VlmRun, record: Conversation, other: Any) -> CaptionLoss:
     rendered = run.renderer.render(record)
     tokens = run.model.vision_tower.num_tokens
     ids = expand(rendered.input_ids, tokens)
-    labels = [
-        label
-        for i, label in zip(rendered.input_ids, rendered.labels, strict=True)
-        for label in [label] * (tokens if i == IMAGE_TOKEN_ID else 1)
-    ]
+    labels = expand(rendered.input_ids, tokens, rendered.labels)
     input_ids = torch.tensor([ids, ids], device=run.device)
     targets = torch.tensor([labels, labels], device=run.device)
     pixels = torch.stack([run.pixels(record.images[0]), run.pixels(other)]).to(run.device)
