@@ -1,6 +1,6 @@
 """Backgrounds that look like places and surfaces: noise, horizons, walls, wood, water, lights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -13,12 +13,20 @@ Colours = NDArray[np.float32]
 """RGB in 0..255, [height, width, 3] (or [3])."""
 
 
-def paint(width: int, height: int, rng: np.random.Generator) -> tuple[str, Image.Image]:
-    """A background and the name of its kind (a key of `KINDS`); a pure function of `rng`'s state.
+def paint(
+    width: int, height: int, rng: np.random.Generator, kinds: Sequence[str] = ()
+) -> tuple[str, Image.Image]:
+    """A background and the name of its kind; a pure function of `kinds` and `rng`'s state.
 
     It is painted at half size, enlarged, and given a film's grain.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
+        rng: Where the randomness comes from.
+        kinds: Keys of `KINDS` to choose from; empty means all of them.
     """
-    kind = str(rng.choice(sorted(KINDS)))
+    kind = str(rng.choice(sorted(kinds or KINDS)))
     small = KINDS[kind](max(2, width // 2), max(2, height // 2), rng)
     image = _to_image(small)
     if rng.random() < 0.3:

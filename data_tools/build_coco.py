@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 
 from data_tools.backends import Backend, make_backend
 from data_tools.coco import CocoIndex, Picture, check_pictures, read_coco
-from data_tools.records import CONVERSATION_FAMILIES, Exchange, conversation, probe
+from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.progress import track
@@ -80,7 +80,12 @@ def main(argv: Sequence[str]) -> int:
             f"{len(held_out)} would be set aside; give more pictures or another share or seed"
         )
     backend = make_backend(
-        arguments.backend, index, arguments.seed, arguments.answers, arguments.families
+        arguments.backend,
+        index,
+        arguments.seed,
+        arguments.answers,
+        arguments.families,
+        arguments.captions_from,
     )
     outputs = _outputs(arguments, backend, train, held_out)
     receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), outputs)
@@ -109,7 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=["rules"], default="rules")
     parser.add_argument("--seed", type=int, required=True, help="0 or more")
     parser.add_argument(
-        "--answers", choices=["short", "sentence"], default="short", help="'Yes.' or a sentence"
+        "--answers",
+        choices=get_args(AnswerStyle),
+        default="short",
+        help="'Yes.'; a sentence; or 'I see a cat and a boat, so yes.', one question a record",
+    )
+    parser.add_argument(
+        "--captions-from",
+        choices=["captions", "boxes"],
+        default="captions",
+        help="stage-1 pairs: people's sentences, or 'A cat and a boat.', the largest first",
     )
     parser.add_argument(
         "--families",
@@ -205,7 +219,9 @@ def _stage(
             records = [[exchange] for exchange in exchanges]
         else:
             exchanges = backend.conversation(picture, arguments.turns)
-            records = [list(exchanges)] if exchanges else []
+            # A second question behind evidence would be answered by reading, not by looking.
+            apart = arguments.answers == "evidence"
+            records = [[e] for e in exchanges] if apart else [list(exchanges)] * bool(exchanges)
         for number, turns in enumerate(records):
             label = "caption" if name == "stage1" else "conversation"
             record_id = f"{picture.id:012d}-{label}-{number}"
@@ -248,6 +264,7 @@ def _receipt(
         "backend": arguments.backend,
         "seed": arguments.seed,
         "answers": arguments.answers,
+        "captions_from": arguments.captions_from,
         "turns": arguments.turns,
         "eval_share": arguments.eval_share,
         "inputs": {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import art, masks, scene_captions
+from data_tools.backgrounds import KINDS
 from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scene_rng
 from vlm_sft.atomic import write_json, write_text
 from vlm_sft.errors import UserError, run_command
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--crowd-share", type=float, default=0.05, help="0..1: pictures with a crowd (0.05)"
     )
+    parser.add_argument("--backgrounds", help=f"of {','.join(sorted(KINDS))}; default: all")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes; no effect on results"
     )
@@ -133,7 +135,16 @@ def _settings(arguments: argparse.Namespace) -> SceneSettings:
         max_side=arguments.max_side,
         augment=arguments.augment,
         crowd_share=arguments.crowd_share,
+        backgrounds=_backgrounds(arguments.backgrounds),
     )
+
+
+def _backgrounds(text: str | None) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    for name in names:
+        if name not in KINDS:
+            raise UserError(f"--backgrounds: found {name!r}, expected some of {sorted(KINDS)}")
+    return names
 
 
 def _is_done(out: Path, receipt: dict[str, Any]) -> bool:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 IMAGE_LINE = "<image>\n"
 """Opens the first human turn of a record with a picture (LLaVA's data form)."""
 
-AnswerStyle = Literal["short", "sentence"]
+AnswerStyle = Literal["short", "sentence", "evidence"]
+"""`Yes.`; a sentence; or, for existence, what is seen and then the verdict (others stay short)."""
 
 CONVERSATION_FAMILIES = ("description", "existence", "counting", "halves", "relation")
 """What a conversation can ask about."""

@@ -39,6 +39,7 @@ class SceneSettings:
         max_side: Longer side of the largest picture, pixels; the others shrink by the same share.
         augment: 0 draws objects as the artist did; 1 varies colour, tilt and sharpness strongly.
         crowd_share: Share of pictures with one clump of many objects of a kind.
+        backgrounds: Kinds of `backgrounds.KINDS` to paint; empty means all.
     """
 
     artist: str
@@ -52,6 +53,7 @@ class SceneSettings:
     max_side: int = COCO_MAX_SIDE
     augment: float = 0.5
     crowd_share: float = 0.05
+    backgrounds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def compose(settings: SceneSettings, index: int) -> Scene:
     """Draw scene `index`: the same bytes and truth whoever asks and in whatever order."""
     rng = scene_rng(settings.seed, index)
     width, height = _size(settings.max_side, rng)
-    background, canvas = backgrounds.paint(width, height, rng)
+    background, canvas = backgrounds.paint(width, height, rng, settings.backgrounds)
     layers: list[_Layer] = []
     crowds: set[int] = set()
     for group, category in enumerate(_choose(settings, rng)):

@@ -4,7 +4,7 @@ A backend is given an index of pictures and yields exchanges; files, ids and che
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast, get_args
 
 from data_tools.coco import CocoIndex, Picture
 from data_tools.records import AnswerStyle, Exchange
@@ -26,11 +26,15 @@ class Backend(Protocol):
 
 
 def make_backend(
-    name: str, index: CocoIndex, seed: int, answers: str, families: Collection[str]
+    name: str,
+    index: CocoIndex,
+    seed: int,
+    answers: str,
+    families: Collection[str],
+    captions_from: str = "captions",
 ) -> Backend:
     """The backend of that name; `name` has been checked by the command line."""
     from data_tools.backends.rules import RulesBackend
 
-    assert name == "rules" and answers in ("short", "sentence")
-    style: AnswerStyle = "short" if answers == "short" else "sentence"
-    return RulesBackend(index, seed, style, families)
+    assert name == "rules" and answers in get_args(AnswerStyle)
+    return RulesBackend(index, seed, cast(AnswerStyle, answers), families, captions_from)

@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from data_tools import wording
+from data_tools import wording, words
 from data_tools.backends.rules import counting, places
 from data_tools.backends.rules.balance import level
 from data_tools.backends.rules.existence import ExistenceRules
-from data_tools.backends.rules.phrases import Speaker
+from data_tools.backends.rules.phrases import Speaker, things
 from data_tools.coco import CocoIndex, Picture
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange
 
@@ -30,7 +30,9 @@ class RulesBackend:
         seed: int,
         answers: AnswerStyle,
         families: Collection[str] = CONVERSATION_FAMILIES,
+        captions_from: str = "captions",
     ) -> None:
+        self._captions_from = captions_from
         self._seed = seed
         self._families = frozenset(families)
         self._answers: AnswerStyle = answers
@@ -39,6 +41,11 @@ class RulesBackend:
 
     def captions(self, picture: Picture, limit: int | None) -> Sequence[Exchange]:
         rng = self._rng(picture, _CAPTIONS)
+        if self._captions_from == "boxes":
+            if not picture.boxes:
+                return []
+            question = Speaker(rng, self._answers).pick(wording.load("questions")["caption"])
+            return [Exchange("caption", question, words.capital(things(picture)) + ".")]
         order = rng.permutation(len(picture.captions))[:limit]
         speaker = Speaker(rng, self._answers)
         return [

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from data_tools import wording, words
-from data_tools.backends.rules.phrases import Speaker
+from data_tools.backends.rules.phrases import Speaker, things
 from data_tools.coco import CocoIndex, Picture
 from data_tools.records import Exchange
 
@@ -45,8 +45,8 @@ class ExistenceRules:
             other = self._ordered(self._pool(kind, absent, picture), speaker, least=False)[0]
             absent.remove(other)
             self._excess[other] -= 1
-            exchanges.append(self._exchange(name, "yes", "positive", speaker))
-            exchanges.append(self._exchange(other, "no", kind, speaker))
+            exchanges.append(self._exchange(picture, name, "yes", "positive", speaker))
+            exchanges.append(self._exchange(picture, other, "no", kind, speaker))
         return exchanges
 
     def _is_absent(self, picture: Picture, name: str) -> bool:
@@ -72,12 +72,18 @@ class ExistenceRules:
         shuffled = [names[i] for i in speaker.rng.permutation(len(names))]
         return sorted(shuffled, key=lambda name: sign * self._excess[name])
 
-    def _exchange(self, name: str, answer: str, kind: str, speaker: Speaker) -> Exchange:
+    def _exchange(
+        self, picture: Picture, name: str, answer: str, kind: str, speaker: Speaker
+    ) -> Exchange:
         texts = wording.load("questions")["existence"]
+        reply = speaker.reply(answer, texts[answer], name)
+        if speaker.style == "evidence":
+            seen = things(picture, asked=name)
+            reply = speaker.pick(texts["evidence"]).format(things=seen, answer=answer)
         return Exchange(
             family="existence",
             question=speaker.say(texts["questions"], name),
-            reply=speaker.reply(answer, texts[answer], name),
+            reply=reply,
             answer=answer,
             category=name,
             kind=kind,

@@ -1,11 +1,32 @@
 """Filling the wording's patterns with names, articles and plurals."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from data_tools import words
+from data_tools.coco import Picture
 from data_tools.records import AnswerStyle
+
+MOST_NAMED: Final = 6
+"""Categories named in a list of things, at most; more would be a catalogue."""
+
+
+def things(picture: Picture, asked: str = "") -> str:
+    """`a cat and a boat`: the picture's categories, the one with the largest area first.
+
+    Numbers are left to the counting questions. `asked` is named whenever it is there.
+    """
+    areas = {
+        name: sum(box.width * box.height for box in picture.of(name))
+        for name in sorted(picture.categories)
+    }
+    largest = sorted(areas, key=lambda name: -areas[name])
+    named = largest[:MOST_NAMED]
+    if asked in areas and asked not in named:
+        named[-1] = asked
+    return words.listed([words.counted(name, 1) for name in named])
 
 
 class Speaker:
@@ -13,7 +34,7 @@ class Speaker:
 
     def __init__(self, rng: np.random.Generator, answers: AnswerStyle) -> None:
         self.rng = rng
-        self._answers = answers
+        self.style = answers
 
     def pick(self, texts: Sequence[str]) -> str:
         """One of the texts."""
@@ -25,7 +46,7 @@ class Speaker:
         return pattern.format(name=name, names=words.plural(name), a=words.article(name), **values)
 
     def reply(self, answer: str, texts: Sequence[str], name: str, **values: str) -> str:
-        """`Yes.` in the short style, else one of `texts`, which may hold `{answer}` too."""
-        if self._answers == "short":
+        """One of `texts`, which may hold `{answer}` too, in the sentence style; else `Yes.`."""
+        if self.style != "sentence":
             return words.capital(answer) + "."
         return self.say(texts, name, answer=answer, **values)
