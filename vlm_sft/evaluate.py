@@ -27,6 +27,7 @@ from vlm_sft.evaluation.probes import (
     Probe,
     Task,
     Verdict,
+    ask,
     judge,
     read_probes,
     require_questions,
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
         "step": run.manifest.get("step"),
         "interval": "95 % percentile bootstrap over pictures; Wilson's where all answers are alike",
         "seed": arguments.seed,
+        "answers": arguments.answers,
         "probes": {},
     }
     tasks = _tasks(files, conditions, arguments)
@@ -111,7 +113,7 @@ def _measure(
         records = [record for record in records if str(record.images[0]) in kept]
     others = other_pictures(records, seed=arguments.seed) if records else {}
     captions = (caption_loss(run, r, Path(others[str(r.images[0])])) for r in records)
-    judged = judge(run, tasks, arguments.images)
+    judged = (ask if arguments.answers == "spoken" else judge)(run, tasks, arguments.images)
     losses: list[CaptionLoss] = []
     verdicts: dict[tuple[str, str], list[Verdict]] = {
         (task.measure, task.condition): [] for task in tasks
@@ -167,6 +169,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--probes", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument("--captions", type=Path, metavar="FILE", help="records of one picture each")
+    parser.add_argument(
+        "--answers",
+        choices=["likeliest", "spoken"],
+        default="likeliest",
+        help="compare the likelihood of the bare answers (default), or let the model speak and "
+        "take its last word for it; saying none of them is wrong",
+    )
     parser.add_argument("--conditions", default=",".join(CONDITIONS), metavar="right,blank,...")
     parser.add_argument("--max-pictures", type=int, metavar="N", help="the first N of each file")
     parser.add_argument("--out", type=Path, default=Path("results.json"), metavar="FILE")

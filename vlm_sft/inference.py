@@ -75,6 +75,38 @@ class VlmRun:
         """The whole answer; `sampling` as for `stream`."""
         return "".join(self.stream(conversation, **sampling)).strip()
 
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pixels: Sequence[Tensor],
+        *,
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        """Greedy answers to several prompts at once.
+
+        Args:
+            prompts: What `prompt_ids` gave, padded here on the left.
+            pixels: Every picture of every prompt in order, each float32 `[3, size, size]`.
+            max_new_tokens: Answers are cut there.
+        """
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[row, width - len(prompt) :] = 1
+        found = self.model.generate(
+            ids.to(self.device),
+            mask.to(self.device),
+            torch.stack(list(pixels)).to(self.device) if pixels else None,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(self.renderer.stop_token_ids),
+            pad_token_id=self.pad_token_id,
+        )
+        decode = cast(Any, self.tokenizer).decode
+        return [str(decode(row, skip_special_tokens=True)).strip() for row in found]
+
     def stream(
         self,
         conversation: Conversation,

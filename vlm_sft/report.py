@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vlm_sft.atomic import write_bytes, write_text
+from vlm_sft.evaluation.probes import closed_set, spoken_choice
 from vlm_sft.progress import format_seconds
 
 Row = Mapping[str, Any]
@@ -61,7 +62,7 @@ class ShownPicture:
     Attributes:
         exchanges: Pairs of question and answer.
         expected: The true answer of each exchange, e.g. `yes`, None where it is open; empty where
-            none is known. An answer is marked right if it begins with it, whatever the case.
+            none is known. An answer is marked right if this is the last of its kind that it says.
     """
 
     path: Path
@@ -296,7 +297,7 @@ def _headline(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _mark(answer: str, expected: str | None) -> str:
     if expected is None:
         return ""
-    if answer.strip().lower().startswith(expected.lower()):
+    if spoken_choice(answer, closed_set(expected)) == expected.lower():
         return ' <span class="right">✓ right</span>'
     return f' <span class="wrong">✗ wrong, it is {escape(expected)}</span>'
 

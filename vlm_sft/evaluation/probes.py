@@ -1,6 +1,7 @@
-"""Questions with a known answer: which of the possible answers does the model find likeliest."""
+"""Questions with a known answer: which of the possible answers is likeliest, or is given."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,22 @@ class Probe:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the model chose; `log_probabilities` are in the order of the probe's choices."""
+    """What the model chose.
+
+    Attributes:
+        log_probabilities: Of the probe's choices, in their order; empty where it spoke freely.
+        spoken: The answer that it gave; None where it was only asked how likely the choices are.
+    """
 
     probe: Probe
-    log_probabilities: tuple[float, ...]
+    log_probabilities: tuple[float, ...] = ()
+    spoken: str | None = None
 
     @property
     def choice(self) -> str:
-        """The likeliest answer; of equals the first."""
+        """The likeliest answer, of equals the first; or the one it gave, `""` for none of them."""
+        if self.spoken is not None:
+            return spoken_choice(self.spoken, self.probe.choices) or ""
         return self.probe.choices[int(np.argmax(self.log_probabilities))]
 
     @property
@@ -96,15 +105,28 @@ def read_probes(path: Path) -> list[Probe]:
 
 
 def _choices(row: Mapping[str, str], open_sets: Mapping[str, set[str]]) -> tuple[str, ...]:
-    for closed in CLOSED_SETS:
-        if row["answer"] in closed:
-            return closed
-    return tuple(sorted(open_sets[row["kind"]]))
+    closed = closed_set(row["answer"])
+    return closed if len(closed) > 1 else tuple(sorted(open_sets[row["kind"]]))
+
+
+def closed_set(answer: str) -> tuple[str, ...]:
+    """`yes` and `no` for either of them, likewise the sides; any other answer alone."""
+    return next((closed for closed in CLOSED_SETS if answer in closed), (answer.lower(),))
 
 
 def spell(answer: str) -> str:
     """As the short training answers are spelled: `Yes.` for `yes`."""
     return answer[:1].upper() + answer[1:] + "."
+
+
+def spoken_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """The last of `choices` that stands in `answer` as a word; None if there is none.
+
+    The last one counts, since an answer may give its evidence first: `I see no cat, so no.`
+    """
+    words = re.findall(r"\w+", answer.lower())
+    found = [word for word in words if word in choices]
+    return found[-1] if found else None
 
 
 def derangement(names: Iterable[str], *, seed: int) -> dict[str, str]:
@@ -165,6 +187,32 @@ def require_questions(run: VlmRun) -> None:
             f"the checkpoint's template {run.config.data.template!r} leaves questions out, so it "
             "cannot be probed; measure a stage 2 checkpoint, or this one by --captions alone"
         )
+
+
+def ask(
+    run: VlmRun, tasks: Sequence[Task], images_dir: Path, *, batch_size: int = 16
+) -> Iterator[tuple[Task, Verdict]]:
+    """Every task with the answer that the model gives freely and greedily.
+
+    What is asked twice about one picture (the blank one, mostly) is answered once.
+
+    Raises:
+        ImageError: A picture is missing or broken.
+    """
+    alike: dict[tuple[str, str | None], list[Task]] = {}
+    for task in tasks:
+        alike.setdefault((task.probe.question, task.shown), []).append(task)
+    asked = sorted(alike, key=lambda pair: len(pair[0]))  # little padding in a batch
+    for start in range(0, len(asked), batch_size):
+        group = asked[start : start + batch_size]
+        prompts = [run.prompt_ids(question(text, [b""])) for text, _ in group]
+        pixels = [
+            blank_pixels(run) if shown is None else run.pixels(images_dir / shown)
+            for _, shown in group
+        ]
+        for pair, answer in zip(group, run.answers(prompts, pixels), strict=True):
+            for task in alike[pair]:
+                yield task, Verdict(task.probe, spoken=answer)
 
 
 def judge(run: VlmRun, tasks: Sequence[Task], images_dir: Path) -> Iterator[tuple[Task, Verdict]]:
