@@ -37,7 +37,7 @@ TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"
 # Twelve kinds, a drawing or two each that the frozen encoder finds alike in both artists' hands.
 SCENE_OPTIONS = [
     *("--categories", "configs/demo/categories.json"),
-    *("--max-side", "320", "--max-objects", "3", "--max-instances", "2"),
+    *("--max-side", "320", "--max-objects", "2", "--max-instances", "2"),
     *("--scale", "0.4", "0.75", "--augment", "0.15", "--crowd-share", "0"),
     *("--backgrounds", "meadow,bokeh,clouds,gradient,blobs,room,water,desert"),
 ]
@@ -45,7 +45,6 @@ HOUR_STEPS = {"stage1": 600, "stage2_lora": 900}
 # glibc gives freed memory back and gets it again at every step; keeping it made the encoder 2.5
 # times as fast on 2 CPU cores. Read at a process's start, so for the commands below, not for this.
 MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-PROBES = ("existence", "counting", "halves")
 RESULT_TITLES = {
     "same": "new scenes by the training artist",
     "unseen": "new scenes by an artist never seen",
@@ -122,7 +121,7 @@ class Quickstart:
         _python("scripts/demo_pieces.py", "demo/pieces")
 
     def _scenes(self) -> None:
-        counts = {"train": 6000 if self._hour else 2000, "val": 24, "same": 64, "unseen": 64}
+        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 64, "unseen": 64}
         for offset, (split, count) in enumerate(counts.items()):
             artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
             where = ["--out", self._scene_dir(split), "--artist", artist]
@@ -133,7 +132,8 @@ class Quickstart:
     def _data(self) -> None:
         for split in ("train", "val", "same", "unseen"):
             probes = ["--probes", "4"] if split in ("same", "unseen") else []
-            self._build(split, split, "--answers", "evidence", "--families", "existence", *probes)
+            evidence = ["--answers", "evidence", "--families", "existence", "--turns", "2"]
+            self._build(split, split, *evidence, *probes)
         others = ["--families", "description", "counting", "halves"]
         self._build("train", "others", "--turns", "3", *others)
 
@@ -174,22 +174,32 @@ class Quickstart:
     def _evaluate(self) -> None:
         for split in ("same", "unseen"):
             data = self.folder / "data" / split
-            _module(
-                "vlm_sft.evaluate",
-                str(self._final),
-                *("--probes", *(str(data / f"{p}.json") for p in PROBES)),
-                *("--captions", str(data / "stage1.json")),
-                *("--images", f"{self._scene_dir(split)}/images"),
-                *("--answers", "spoken"),
-                *("--out", str(self.folder / f"results-{split}.json")),
-            )
+            presence = ["--probes", str(data / "existence.json")]
+            presence += ["--captions", str(data / "stage1.json")]
+            self._measure(split, "presence", *presence)
+            beside = [str(data / f"{name}.json") for name in ("counting", "halves")]
+            self._measure(split, "beside", "--probes", *beside, "--conditions", "right")
+
+    def _measure(self, split: str, name: str, *options: str) -> None:
+        out = self._results(split, name)
+        if out.exists():  # made by a call that was interrupted later
+            return
+        images = f"{self._scene_dir(split)}/images"
+        fixed = ["--images", images, "--answers", "spoken", "--out", str(out)]
+        _module("vlm_sft.evaluate", str(self._final), *options, *fixed)
+
+    def _results(self, split: str, name: str) -> Path:
+        return self.folder / f"results-{split}-{name}.json"
 
     def _report(self) -> None:
         run = load_run(self._final)
-        results = {
-            title: json.loads((self.folder / f"results-{split}.json").read_text(encoding="utf-8"))
-            for split, title in RESULT_TITLES.items()
-        }
+        results = {}
+        for split, title in RESULT_TITLES.items():
+            presence, beside = (
+                json.loads(self._results(split, name).read_text(encoding="utf-8"))
+                for name in ("presence", "beside")
+            )
+            results[title] = presence | {"probes": presence["probes"] | beside["probes"]}
         report = DemoReport(
             title="From an encoder and a language model to a model that sees",
             lead=LEAD,

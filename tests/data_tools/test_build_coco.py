@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from data_tools import build_coco, words
 from data_tools.backends.rules import RulesBackend
+from data_tools.backends.rules.phrases import MOST_NAMED, things
 from data_tools.coco import Box, CocoIndex, Picture
 from tests.data_tools.coco_files import CATEGORIES, arguments, write_coco
 from vlm_sft.errors import UserError
@@ -275,3 +276,46 @@ def test_real_coco_files_are_built(tmp_path: Path) -> None:
     }
     assert build_coco.main(arguments(files, "--eval-share", "0.2")) == 0
     assert len(_read(files, "stage2")) > 10
+
+
+def test_evidence_names_what_is_there_and_then_gives_the_verdict(tmp_path: Path) -> None:
+    boxes = {1: [("dog", [0, 0, 20, 20], 0), ("cat", [50, 0, 90, 90], 0)]}
+    files = write_coco(tmp_path, boxes)
+    options = ("--answers", "evidence", "--families", "existence", "--turns", "4")
+    assert build_coco.main(arguments(files, *options)) == 0
+    records = _read(files, "stage2")
+    said = []
+    for record in records:
+        human, gpt = record["conversations"]  # one question each: evidence would answer a second
+        asked = human["value"].removeprefix("<image>\n")
+        truth = any(words.mentions(asked, name) for name in ("dog", "cat"))
+        assert gpt["value"] == f"I see a cat and a dog, so {'yes' if truth else 'no'}."
+        said.append(truth)
+    assert sorted(said) == [False, False, True, True]
+    assert len({record["id"] for record in records}) == len(records)
+
+
+@given(
+    sizes=st.lists(st.integers(5, 60), min_size=1, max_size=len(CATEGORIES) - 1),
+    asked=st.integers(0, 100),
+)
+def test_things_names_the_largest_and_always_what_is_asked(sizes: list[int], asked: int) -> None:
+    boxes = tuple(
+        Box(name, 0.0, 0.0, size, size, crowd=False)
+        for name, size in zip(CATEGORIES, sizes, strict=False)
+    )
+    picture = Picture(1, "a.jpg", 100, 100, (), boxes)
+    name = picture.categories[asked % len(boxes)]
+    text = things(picture, asked=name)
+    named = [box for box in boxes if words.mentions(text, box.category)]
+    assert words.mentions(text, name)
+    assert len(named) == min(len(boxes), MOST_NAMED)
+    others = [box.width for box in boxes if box not in named]
+    assert all(box.width >= max(others, default=0) for box in named if box.category != name)
+
+
+def test_captions_from_boxes_need_no_captions(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 20, 20], 0)], 2: []})
+    assert build_coco.main(arguments(files, "--captions-from", "boxes")) == 0
+    pairs = [record["conversations"][1]["value"] for record in _read(files, "stage1")]
+    assert pairs == ["A dog."], "a picture without boxes is of unknown content"

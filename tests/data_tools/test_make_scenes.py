@@ -191,3 +191,13 @@ def test_a_discs_polygon_has_nearly_its_area_and_few_corners() -> None:
     area = abs(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
     assert area == pytest.approx(mask.sum(), rel=0.03)
     assert len(x) < 60
+
+
+def test_only_the_chosen_backgrounds_are_painted() -> None:
+    chosen = ("meadow", "water")
+    assert {scene.background for scene in _scenes(12, backgrounds=chosen)} == set(chosen)
+
+
+def test_an_unknown_background_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--backgrounds: found 'moon', expected some of"):
+        make_scenes.main(_line(tmp_path / "out", "--backgrounds", "water,moon"))

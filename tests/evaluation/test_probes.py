@@ -17,12 +17,16 @@ from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.probes import (
     Probe,
+    Verdict,
+    ask,
+    blank_pixels,
     derangement,
     judge,
     judge_picture,
     read_probes,
     require_questions,
     spell,
+    spoken_choice,
     summarize,
     tasks_of,
 )
@@ -192,3 +196,41 @@ def test_a_template_without_the_question_cannot_be_probed(run: VlmRun) -> None:
     plain = replace(run, renderer=Renderer.from_name("plain", run.tokenizer))
     with pytest.raises(UserError, match="leaves questions out"):
         require_questions(plain)
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("Yes.", "yes"),
+        ("I see a cat and a boat, so no.", "no"),
+        ("No boat, but a cat: YES", "yes"),
+        ("I know nothing.", None),
+        ("", None),
+    ],
+)
+def test_the_last_verdict_that_is_said_counts(answer: str, choice: str | None) -> None:
+    assert spoken_choice(answer, ("yes", "no")) == choice
+    assert Verdict(probe("Is there a cat?"), spoken=answer).choice == (choice or "")
+
+
+def test_saying_neither_is_wrong_whatever_the_truth() -> None:
+    for truth in ("yes", "no"):
+        assert not Verdict(probe("Is there a cat?", answer=truth), spoken="Perhaps.").correct
+
+
+def test_free_answers_together_are_those_given_one_by_one(run: VlmRun, tmp_path: Path) -> None:
+    for index, name in enumerate(("a.png", "b.png", "c.png")):
+        Image.new("RGB", (40, 28), (80 * index, 40, 200)).save(tmp_path / name)
+    probes = [
+        replace(probe(text, image), id=f"{image} {text}")
+        for image in ("a.png", "b.png", "c.png")
+        for text in ("Is there a dog?", "And would you say that there is a cow?", "Dog?")
+    ]
+    tasks = tasks_of(probes, seed=1)
+    found = list(ask(run, tasks, tmp_path, batch_size=4))
+    assert sorted(map(repr, (task for task, _ in found))) == sorted(map(repr, tasks))
+    for task, verdict in found:
+        shown = blank_pixels(run) if task.shown is None else run.pixels(tmp_path / task.shown)
+        [alone] = run.answers([run.prompt_ids(question(task.probe.question, [b""]))], [shown])
+        assert verdict.probe is task.probe
+        assert verdict.spoken == alone
