@@ -53,13 +53,14 @@ def test_the_demo_report_is_one_page_with_its_pictures_inside(tmp_path: Path) ->
         lead="from nothing",
         pictures=[ShownPicture(tmp_path / "a.png", [("Is it <red>?", "No & yes.")], ["yes"])],
         runs={"Stage 1": make_run(tmp_path / "s1"), "Stage 2": make_run(tmp_path / "s2")},
-        results={"unseen artist": {"probes": {"existence": {"right": found}}}},
+        results={"unseen artist": {"answers": "spoken", "probes": {"existence": {"right": found}}}},
         seconds={"stage 1": 61.0, "stage 2": 59.0},
     )
     page = write_demo_report(report, tmp_path / "out" / "demo.html").read_text()
     assert "Is it &lt;red&gt;?" in page and "No &amp; yes." in page
     assert "91.0 % [88.0, 94.0]" in page and "88.0 to 94.0 %" in page and "2 min 00 s" in page
     assert "✓ right" in page and "✗ wrong" not in page
+    assert "answers freely" in page and "likeliest" not in page
     assert "data:image/jpeg;base64," in page
     with Image.open(tmp_path / "out" / "demo.png") as curves:
         assert curves.width > 1000

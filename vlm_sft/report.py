@@ -53,6 +53,10 @@ READINGS = {
     "shuffled": "another one",
     "difference": "another one minus its own",
 }
+HOW_ANSWERED = {
+    "likeliest": "Each question is answered by the likeliest of its possible answers.",
+    "spoken": "The model answers freely; the last verdict it says counts, and none is wrong.",
+}
 
 
 @dataclass(frozen=True)
@@ -195,9 +199,10 @@ def results_html(results: Mapping[str, Any]) -> str:
                 }
             )
     columns = ("measure", "picture shown", "n", "result [95 % interval]", "guessing")
+    answered = HOW_ANSWERED[results.get("answers", "likeliest")]
     note = (
-        "Each question is answered by the likeliest of its possible answers. With a blank picture "
-        "a model can only guess; what it gains over that, it has seen."
+        f"{answered} With a blank picture a model can only guess; what it gains over that, it has "
+        "seen."
     )
     return f'{_table(columns, rows)}<p class="note">{note}</p>'
 
