@@ -121,7 +121,7 @@ class Quickstart:
         _python("scripts/demo_pieces.py", "demo/pieces")
 
     def _scenes(self) -> None:
-        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 64, "unseen": 64}
+        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 100, "unseen": 64}
         for offset, (split, count) in enumerate(counts.items()):
             artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
             where = ["--out", self._scene_dir(split), "--artist", artist]

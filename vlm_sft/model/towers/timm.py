@@ -44,7 +44,10 @@ def load(config: VisionTowerConfig) -> LoadedEncoder:
         model = _from_folder(Path(cast(str, config.name)).expanduser(), config)
     else:
         model = _by_name(cast(str, config.name), config)
-    return LoadedEncoder(model, timm_source(model), _image_spec(model, config.image_size))
+    source = timm_source(model)
+    if isinstance(source, FeatureMaps):  # convolutions run a third faster on channels-last weights
+        model = model.to(memory_format=torch.channels_last)
+    return LoadedEncoder(model, source, _image_spec(model, config.image_size))
 
 
 def timm_source(model: nn.Module) -> FeatureSource:
