@@ -33,7 +33,7 @@ def test_a_run_report_holds_loss_ledger_answers_and_settings_escaped(tmp_path: P
     assert "2.5000" in page and "2.7500" in page and "3.0" in page
     assert "&lt;script&gt;" in page and "<script" not in page and "<i>" not in page
     assert "data:image/png;base64," in page and "seed: 42" in page
-    assert "http" not in page.replace("data:", "")
+    assert "://" not in page
 
 
 def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:

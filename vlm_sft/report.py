@@ -1,6 +1,5 @@
 """Pages that tell a run's story: settings, curves, answers; one file, no scripts, no network."""
 
-import base64
 import io
 import json
 import platform
@@ -16,36 +15,10 @@ from PIL import Image
 
 from vlm_sft.atomic import write_bytes, write_text
 from vlm_sft.evaluation.probes import closed_set, spoken_choice
+from vlm_sft.page import page, picture, section, table
 from vlm_sft.progress import format_seconds
 
 Row = Mapping[str, Any]
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c2330;--soft:#5d6778;--paper:#f6f7f9;--card:#fff;
---line:#e1e5ec;--accent:#2f6fde;--good:#1a7f4b;--bad:#c03434}
-@media(prefers-color-scheme:dark){:root{--ink:#e8ebf1;--soft:#9aa5b8;--paper:#12161d;
---card:#1a2029;--line:#2c3542;--accent:#7fb0ff;--good:#5fce94;--bad:#ff8a84}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:66rem;margin:auto;padding:2rem 1rem 4rem}
-h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.2rem;margin:2.2rem 0 .7rem}
-.lead{color:var(--soft);margin:0 0 1rem}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1rem;
-overflow-x:auto}
-.grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
-table{border-collapse:collapse;width:100%;font-size:.93rem}
-th{color:var(--soft);font-weight:600}
-th,td{text-align:left;padding:.4rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
-tr:last-child td{border-bottom:0}td{font-variant-numeric:tabular-nums}
-img{max-width:100%;height:auto;border-radius:8px;display:block}
-figure{margin:0}.curve{background:#fff;padding:.3rem}
-dt{color:var(--soft);margin-top:.6rem}dd{margin:0;font-weight:550;overflow-wrap:anywhere}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.84rem;margin:0}
-.headline{margin-bottom:1rem}.big{font-size:2.1rem;line-height:1.2;font-weight:700;
-color:var(--accent)}.note{color:var(--soft);font-size:.87rem;margin:.6rem 0 0}
-.right,.wrong{font-size:.85rem;white-space:nowrap}.right{color:var(--good)}.wrong{color:var(--bad)}
-summary{cursor:pointer;color:var(--accent)}
-"""
 
 READINGS = {
     "right": "its own",
@@ -102,7 +75,7 @@ def write_run_report(run_dir: str | Path) -> Path:
     rows = read_rows(run_dir / "metrics.jsonl")
     body = [_run_totals(rows)]
     if rows:
-        body.append(_section("Loss", _picture(curves_png({"": rows}), "curve", "loss curves")))
+        body.append(section("Loss", picture(curves_png({"": rows}), "curve", "loss curves")))
     body += _run_parts(run_dir)
     body += _ledgers(run_dir)
     samples = read_rows(run_dir / "samples.jsonl")
@@ -110,11 +83,11 @@ def write_run_report(run_dir: str | Path) -> Path:
         last = samples[-1].get("step")
         newest = [row for row in samples if row.get("step") == last]
         columns = ("id", "question", "answer", "expected")
-        body.append(_section(f"Held-out answers at step {last}", _table(columns, newest)))
-    body.append(_section("Environment", _table(("what", "version"), environment())))
+        body.append(section(f"Held-out answers at step {last}", table(columns, newest)))
+    body.append(section("Environment", table(("what", "version"), environment())))
     body += _settings(run_dir)
     path = run_dir / "report.html"
-    write_text(path, _page(f"Run {run_dir.name}", str(run_dir), body))
+    write_text(path, page(f"Run {run_dir.name}", str(run_dir), body))
     return path
 
 
@@ -129,18 +102,18 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
     cards = "".join(_picture_card(shown) for shown in report.pictures)
     body = [_headline(report.results), f'<div class="grid">{cards}</div>']
     for title, results in report.results.items():
-        body.append(_section(f"Held-out: {title}", results_html(results)))
-    body.append(_section("Loss", _picture(curves, "curve", "loss curves of every stage")))
+        body.append(section(f"Held-out: {title}", results_html(results)))
+    body.append(section("Loss", picture(curves, "curve", "loss curves of every stage")))
     if report.seconds:
         timing = [{"phase": k, "time": format_seconds(v)} for k, v in report.seconds.items()]
         total = format_seconds(sum(report.seconds.values()))
         timing.append({"phase": "together", "time": total})
-        body.append(_section("Time", _table(("phase", "time"), timing)))
-    body.append(_section("Environment", _table(("what", "version"), environment())))
+        body.append(section("Time", table(("phase", "time"), timing)))
+    body.append(section("Environment", table(("what", "version"), environment())))
     if report.credits:
         lines = "".join(f"<p>{escape(line)}</p>" for line in report.credits)
-        body.append(_section("Credits", lines))
-    write_text(path, _page(report.title, report.lead, body))
+        body.append(section("Credits", lines))
+    write_text(path, page(report.title, report.lead, body))
     return path
 
 
@@ -204,7 +177,7 @@ def results_html(results: Mapping[str, Any]) -> str:
         f"{answered} With a blank picture a model can only guess; what it gains over that, it has "
         "seen."
     )
-    return f'{_table(columns, rows)}<p class="note">{note}</p>'
+    return f'{table(columns, rows)}<p class="note">{note}</p>'
 
 
 def environment() -> list[dict[str, str]]:
@@ -246,7 +219,7 @@ def _run_parts(run_dir: Path) -> list[str]:
     if not path.exists():
         return []
     parts = json.loads(path.read_text(encoding="utf-8"))
-    return [_section("Parts", _table(tuple(parts[0]), parts))] if parts else []
+    return [section("Parts", table(tuple(parts[0]), parts))] if parts else []
 
 
 def _ledgers(run_dir: Path) -> list[str]:
@@ -259,11 +232,11 @@ def _ledgers(run_dir: Path) -> list[str]:
             if bucket:
                 counts[str(bucket), str(row.get("reason") or "")] += 1
         if counts:
-            table = [
+            found = [
                 {"what became of it": bucket, "reason": reason, "records": f"{count:,}"}
                 for (bucket, reason), count in counts.most_common()
             ]
-            sections.append(_section(title, _table(tuple(table[0]), table)))
+            sections.append(section(title, table(tuple(found[0]), found)))
     return sections
 
 
@@ -273,7 +246,7 @@ def _settings(run_dir: Path) -> list[str]:
         return []
     text = escape(path.read_text(encoding="utf-8"))
     return [
-        _section("Settings", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
+        section("Settings", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
     ]
 
 
@@ -317,13 +290,8 @@ def _picture_card(shown: ShownPicture) -> str:
         f"<dt>{escape(asked)}</dt><dd>{escape(answer)}{_mark(answer, truth)}</dd>"
         for (asked, answer), truth in zip(shown.exchanges, expected, strict=True)
     )
-    picture = _picture(buffer.getvalue(), "", shown.path.name, kind="jpeg")
-    return f'<article class="card">{picture}<dl>{said}</dl></article>'
-
-
-def _picture(data: bytes, css: str, text: str, kind: str = "png") -> str:
-    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<figure><img class="{css}" alt="{escape(text)}" src="{uri}"></figure>'
+    shown_as = picture(buffer.getvalue(), "", shown.path.name, kind="jpeg")
+    return f'<article class="card">{shown_as}<dl>{said}</dl></article>'
 
 
 def _interval(found: Mapping[str, float]) -> str:
@@ -333,26 +301,3 @@ def _interval(found: Mapping[str, float]) -> str:
 def _percent(found: Mapping[str, float]) -> str:
     low, high = 100 * found["low"], 100 * found["high"]
     return f"{100 * found['estimate']:.1f} % [{low:.1f}, {high:.1f}]"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = []
-    for row in rows:
-        cells = "".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns)
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _section(title: str, content: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><div class="card">{content}</div></section>'
-
-
-def _page(title: str, lead: str, body: Sequence[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
-        f"{''.join(body)}</main></body></html>\n"
-    )

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from vlm_sft.config import DataConfig, DataFile
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.data.admission import Admission, RecordRenderer, Rendering
 from vlm_sft.data.conversation import (
     Conversation,
     ImagePart,
@@ -25,7 +26,7 @@ from vlm_sft.data.conversation import (
 )
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.images import ImageSpec, open_image, to_pixels
-from vlm_sft.data.ledger import Bucket, Ledger
+from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.spool import Spool, SpoolRef
 from vlm_sft.errors import ImageError, RecordError, UserError
 from vlm_sft.progress import track
@@ -46,22 +47,6 @@ class Example:
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor
-
-
-class RenderedRecord(Protocol):
-    """Ids and labels of equal length, one `IMAGE_TOKEN_ID` a picture."""
-
-    @property
-    def input_ids(self) -> list[int]: ...
-
-    @property
-    def labels(self) -> list[int]: ...
-
-
-class RecordRenderer(Protocol):
-    """Makes ids and labels of a conversation (`data/masking.py`)."""
-
-    def render(self, conversation: Conversation) -> RenderedRecord: ...
 
 
 class SupervisedDataset(Dataset[Example]):
@@ -152,6 +137,9 @@ class SupervisedDataset(Dataset[Example]):
     # --- reading
 
     def _read(self, files: Sequence[DataFile], digest: "hashlib._Hash") -> None:
+        admission = Admission(
+            self._renderer, num_image_tokens=self._num_image_tokens, config=self._config
+        )
         ids, flags, starts = array("i"), array("b"), array("q", [0])
         entries = len(self._ledger.entries)
         for file in files:
@@ -159,7 +147,7 @@ class SupervisedDataset(Dataset[Example]):
             description = f"reading {Path(file.path).name}"
             for record in track(records.conversations, records.total, description):
                 self.num_input_records += 1
-                fitted = self._fit(record)
+                fitted = self._admitted(admission, record)
                 if fitted is not None:
                     self._keep(*fitted, file.weight)
                     digest.update(_identity(*fitted))
@@ -175,76 +163,19 @@ class SupervisedDataset(Dataset[Example]):
             names = ", ".join(file.path for file in files)
             raise UserError(f"{names}: no record to train on; {self._ledger.summary()}")
 
-    def _fit(self, record: Conversation | RecordError) -> tuple[Conversation, "_Rendering"] | None:
+    def _admitted(
+        self, admission: Admission, record: Conversation | RecordError
+    ) -> tuple[Conversation, Rendering] | None:
         """The record as it will be trained on; None if it is not. Makes its ledger entry."""
-        if isinstance(record, RecordError):
-            self._fault(record)
+        outcome = admission.decide(record)
+        if outcome.error is not None and self._config.on_error == "stop":
+            raise outcome.error
+        self._ledger.entries.append(outcome.entry)
+        if outcome.kept is None or outcome.rendering is None:
             return None
-        try:
-            self._look_for_pictures(record)
-            rendering = self._render(record)
-            kept, rendering = self._shorten(record, rendering)
-        except _TooLong as long:
-            self._leave_out(record, "too_long", str(long))
-            return None
-        except RecordError as error:
-            self._fault(error)
-            return None
-        if not rendering.num_targets:
-            self._leave_out(record, "no_targets", "no supervised token is left to train on")
-            return None
-        dropped = len(record.turns) - len(kept.turns)
-        bucket: Bucket = "turns_dropped" if dropped else "trained"
-        message = f"{dropped} of {len(record.turns)} turns dropped" if dropped else ""
-        reason = "too_long" if dropped else ""
-        self._ledger.add(record.id, record.where, bucket, reason, message)
-        return kept, rendering
+        return outcome.kept, outcome.rendering
 
-    def _fault(self, error: RecordError) -> None:
-        if self._config.on_error == "stop":
-            raise error
-        self._ledger.quarantine(error)
-
-    def _leave_out(self, record: Conversation, reason: str, message: str) -> None:
-        self._ledger.add(record.id, record.where, "skipped", reason, message)
-
-    def _look_for_pictures(self, record: Conversation) -> None:
-        for source in record.images:
-            if not isinstance(source, bytes) and not _is_file(source):
-                raise RecordError(
-                    "image_missing",
-                    f"no picture file {source}; check the name and `image_root`",
-                    record_id=record.id,
-                    where=record.where,
-                )
-
-    def _render(self, record: Conversation) -> "_Rendering":
-        rendered = self._renderer.render(record)
-        ids, labels = rendered.input_ids, list(rendered.labels)
-        if labels:
-            labels[0] = IGNORE_INDEX  # nothing comes before it that could predict it
-        num_images = ids.count(IMAGE_TOKEN_ID)
-        assert len(ids) == len(labels) and num_images == len(record.images)
-        return _Rendering(ids, labels, len(ids) + num_images * (self._num_image_tokens - 1))
-
-    def _shorten(
-        self, record: Conversation, rendering: "_Rendering"
-    ) -> tuple[Conversation, "_Rendering"]:
-        limit, policy = self._config.max_length, self._config.length_policy
-        kept, first = record, 1 if record.turns[0].role == "system" else 0
-        while policy == "drop_turns" and rendering.length > limit and len(kept.turns) > first + 2:
-            kept = _without_last_exchange(kept)
-            rendering = self._render(kept)
-        if rendering.length <= limit:
-            return kept, rendering
-        what = "its first question and answer take" if policy == "drop_turns" else "takes"
-        message = f"{what} {rendering.length:,} tokens, `max_length` is {limit:,}"
-        if policy != "error":
-            raise _TooLong(message)
-        message += "; raise it, or choose `length_policy: drop_turns` or `skip`"
-        raise RecordError("too_long", message, record_id=record.id, where=record.where)
-
-    def _keep(self, record: Conversation, rendering: "_Rendering", weight: float) -> None:
+    def _keep(self, record: Conversation, rendering: Rendering, weight: float) -> None:
         self.record_ids.append(record.id)
         self.lengths.append(rendering.length)
         self.weights.append(weight)
@@ -288,36 +219,7 @@ class SupervisedDataset(Dataset[Example]):
         return self._spool.read(picture) if isinstance(picture, SpoolRef) else Path(picture)
 
 
-@dataclass(frozen=True)
-class _Rendering:
-    input_ids: list[int]
-    labels: list[int]
-    length: int
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.labels) - self.labels.count(IGNORE_INDEX)
-
-
-class _TooLong(Exception):
-    """The record is left out by the length policy."""
-
-
-def _without_last_exchange(record: Conversation) -> Conversation:
-    """The conversation without its last question and answer and the pictures in them."""
-    turns = record.turns[:-2]
-    num_images = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
-    return Conversation(record.id, turns, record.images[:num_images], record.where)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name too long, or of characters no name can have
-        return False
-
-
-def _identity(record: Conversation, rendering: _Rendering) -> bytes:
+def _identity(record: Conversation, rendering: Rendering) -> bytes:
     """What of a record a training run depends on."""
     places = (s if isinstance(s, bytes) else str(s).encode() for s in record.images)
     pictures = [hashlib.sha256(place).hexdigest() for place in places]
