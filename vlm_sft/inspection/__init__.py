@@ -1,0 +1,1 @@
+"""Looking at records: what becomes of each, its tokens, statistics, and a page of it all."""
