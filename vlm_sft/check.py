@@ -1,8 +1,11 @@
 """Everything that can fail later in a run, now: all records, pictures, masks, model and saving."""
 
+import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +20,14 @@ from vlm_sft.assemble import (
     load_model,
     make_plan,
     record_fault,
-    run_parser,
 )
-from vlm_sft.config import DataFile, RunConfig, load_config
+from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.ledger import Entry
+from vlm_sft.data.template import builtin_templates
+from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.diagnosis.case import Finding, Level
+from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.errors import RecordError, UserError, run_command
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -38,31 +44,36 @@ from vlm_sft.train.preflight import (
 )
 
 ABOUT = """\
-Read and render every record, open every picture in full, build the model, rehearse saving.
+Read and render every record, open every picture in full, build the model, rehearse saving, and
+try what the tokenizer and the chat template do together. With --tokenizer instead of CONFIG.yaml:
+the tokenizer and the template alone.
 
 Lists all records that cannot be used, not only the first. Exit code 0: the run can start; 2: it
-cannot, or it would leave records out."""
+cannot, or it would leave records out, or a finding is BAD."""
 
 EXAMPLES = """\
 examples:
   python -m vlm_sft.check configs/tiny/stage1.yaml
   python -m vlm_sft.check my.yaml data.max_length=1024
-  python -m vlm_sft.check my.yaml --no-model      (data only, no weights needed)"""
+  python -m vlm_sft.check my.yaml --no-model      (data only, no weights needed)
+
+  # do this model's tokenizer and a chat template go together? (0: yes, 2: something is BAD)
+  python -m vlm_sft.check --tokenizer models/qwen --template chatml
+  python -m vlm_sft.check --tokenizer models/vicuna --template vicuna_v1 --strict --json"""
 
 SHOWN = 20
 """Bad records that are printed; the rest is counted."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check a configuration's data and model; returns 0 or 2."""
-    parser = run_parser("python -m vlm_sft.check", ABOUT, EXAMPLES)
-    parser.add_argument(
-        "--no-model", action="store_true", help="leave the model out: data and pictures only"
-    )
-    arguments = parser.parse_intermixed_args(argv)
+    """Check a configuration, or a tokenizer and a template alone; returns 0 or 2."""
+    arguments = _parse(argv)
+    if arguments.tokenizer is not None:
+        return _check_tokenizer(arguments)
     config = load_config(arguments.config, arguments.overrides)
     verdict = Verdict()
     language = load_language(config)
+    verdict.add_findings(examine_language(config, language), strict=arguments.strict)
     num_bad = check_records(config, language, verdict)
     if not arguments.no_model:
         check_model(config, language, verdict, records_are_good=not num_bad)
@@ -71,30 +82,149 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Verdict:
-    """The lines of the result: what was looked at, whether it is good, and a few words."""
+    """The lines of the result: what was looked at, how good it is, and a few words."""
 
     def __init__(self) -> None:
-        self.lines: list[tuple[str, bool, str]] = []
+        self.lines: list[tuple[str, Level, str]] = []
+        self.strict = False
 
     @property
     def good(self) -> bool:
-        """Whether everything is."""
-        return all(good for _, good, _ in self.lines)
+        """Whether nothing is bad, and with `strict` nothing a warning."""
+        return not any(_fails(level, strict=self.strict) for _, level, _ in self.lines)
 
     def add(self, what: str, good: bool, words: str) -> None:
         """Add a line."""
-        self.lines.append((what, good, words))
+        self.lines.append((what, "good" if good else "bad", words))
+
+    def add_findings(self, findings: Sequence[Finding], *, strict: bool) -> None:
+        """Add the doctor's findings, a line each; `strict` makes warnings count as bad."""
+        self.strict = strict
+        for f in findings:
+            words = f"{f.found}; {f.advice}" if f.advice else f.found
+            self.lines.append((f.what, f.level, words))
 
     def print(self) -> None:
         """One table on stdout, and one line that sums it up."""
-        table = Table(title="check", show_header=False)
-        for what, good, words in self.lines:
-            table.add_row(Text(what), "good" if good else "BAD", Text(words))
-        console = Console(file=sys.stdout)
-        if not console.is_terminal:
-            console.width = 120
-        console.print(table)
-        console.print("the run can start" if self.good else "the run cannot start as it is")
+        _print_table("check", [(what, level, words) for what, level, words in self.lines])
+        print("the run can start" if self.good else "the run cannot start as it is")
+
+
+def examine_language(config: RunConfig, language: Language) -> list[Finding]:
+    """The doctor's findings about a run's tokenizer and template."""
+    name = config.model.language_model.name
+    generation = read_generation_config(Path(name).expanduser()) if name else None
+    return diagnose(language.tokenizer, config.data.template, language.renderer, generation)
+
+
+def _check_tokenizer(arguments: argparse.Namespace) -> int:
+    """The doctor alone: findings as a table, or as JSON."""
+    template = arguments.template or "auto"
+    _require_template(template)
+    folder = Path(arguments.generation_config or arguments.tokenizer).expanduser()
+    generation = read_generation_config(folder)
+    if arguments.generation_config is not None and generation is None:
+        raise UserError(f"--generation-config {folder}: there is no generation_config.json in it")
+    tokenizer = load_tokenizer(LanguageModelConfig(name=arguments.tokenizer))
+    renderer = fitted(tokenizer, template, system=arguments.system)
+    if isinstance(renderer, Finding):
+        findings = [renderer]
+    else:
+        findings = diagnose(tokenizer, template, renderer, generation)
+    good = not any(_fails(finding.level, strict=arguments.strict) for finding in findings)
+    if arguments.json:
+        rows = [asdict(finding) for finding in findings]
+        told = {"good": good, "summary": summary(findings), "findings": rows}
+        print(json.dumps(told, ensure_ascii=False, indent=2))
+    else:
+        rows_of_text = [(f.what, f.level, _in_lines(f)) for f in findings]
+        _print_table(f"{arguments.tokenizer} with template {template}", rows_of_text)
+        print(summary(findings))
+    return 0 if good else 2
+
+
+def _require_template(name: str) -> None:
+    """A misspelt template is a mistake of the caller's, not a finding."""
+    known = ["auto", *builtin_templates()]
+    if name not in known and not Path(name).is_file():
+        raise UserError(
+            f"--template {name}: no such template or file; expected a YAML file or one of "
+            + ", ".join(known)
+        )
+
+
+def _fails(level: Level, *, strict: bool) -> bool:
+    return level == "bad" or (strict and level == "warning")
+
+
+def _in_lines(finding: Finding) -> str:
+    return f"{finding.found}\n→ {finding.advice}" if finding.advice else finding.found
+
+
+_STYLES: dict[Level, str] = {
+    "good": "green",
+    "note": "cyan",
+    "warning": "yellow",
+    "bad": "bold red",
+}
+
+
+def _print_table(title: str, rows: Sequence[tuple[str, Level, str]]) -> None:
+    table = Table(title=Text(title), show_header=False)
+    for what, level, words in rows:
+        shown = "BAD" if level == "bad" else level
+        table.add_row(Text(what), Text(shown, style=_STYLES[level]), Text(words))
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vlm_sft.check",
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a run's configuration")
+    parser.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", help="values that replace the file's"
+    )
+    parser.add_argument(
+        "--no-model", action="store_true", help="leave the model out: data and pictures only"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="warnings about the template count as BAD"
+    )
+    alone = parser.add_argument_group("a tokenizer and a template alone, without CONFIG.yaml")
+    alone.add_argument("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
+    alone.add_argument("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
+    alone.add_argument("--system", metavar="TEXT", help="system text for records that have none")
+    alone.add_argument(
+        "--generation-config",
+        metavar="DIR",
+        help="folder of generation_config.json (default: the tokenizer's)",
+    )
+    alone.add_argument("--json", action="store_true", help="the findings as JSON on stdout")
+    arguments = parser.parse_intermixed_args(argv)
+    _require_one_source(arguments)
+    return arguments
+
+
+def _require_one_source(arguments: argparse.Namespace) -> None:
+    if arguments.config is None and arguments.tokenizer is None:
+        raise UserError("give CONFIG.yaml, or --tokenizer DIR and --template NAME")
+    if arguments.config is None:
+        if arguments.no_model:
+            raise UserError("--no-model: belongs to CONFIG.yaml; --tokenizer needs no model")
+        return
+    for name in ("tokenizer", "template", "system", "generation_config", "json"):
+        if getattr(arguments, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: give CONFIG.yaml or --tokenizer, not both; change a "
+                "configuration's settings with key.path=value"
+            )
 
 
 def check_records(config: RunConfig, language: Language, verdict: Verdict) -> int:
