@@ -1,0 +1,229 @@
+"""Generated conversations, every template, real tokenizers: the labels are the answers.
+
+`VLM_SFT_LONG=1` looks at 10,000 conversations a pair; `scripts/prove_masks` does so in parallel.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.data.conversations_for_tests import conversations, texts
+from tests.data.mask_oracle import (
+    MAIN_PAIRS,
+    MASKED,
+    OTHER_PAIRS,
+    PICTURE,
+    Item,
+    Pair,
+    check,
+    control_names,
+    read,
+    renderer,
+    supervised_runs,
+)
+from tests.tokenizers_for_tests import load, missing
+from vlm_sft.data.collate import collate
+from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
+from vlm_sft.data.dataset import Example
+from vlm_sft.data.masking import expand
+from vlm_sft.data.template import builtin_templates
+from vlm_sft.errors import RecordError
+
+LONG = os.environ.get("VLM_SFT_LONG") == "1"
+
+
+def examples(count: int) -> settings:
+    """The same `count` conversations every time; many more, other ones, in the long run."""
+    return settings(
+        max_examples=10_000 if LONG else count,
+        derandomize=not LONG,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+
+
+def params(pairs: tuple[Pair, ...]) -> list[object]:
+    return [
+        pytest.param(
+            pair,
+            id=pair.name,
+            marks=pytest.mark.skipif(
+                missing(pair.tokenizer) is not None, reason=str(missing(pair.tokenizer))
+            ),
+        )
+        for pair in pairs
+    ]
+
+
+def test_every_template_is_proven() -> None:
+    assert sorted({pair.template for pair in MAIN_PAIRS}) == sorted([*builtin_templates(), "auto"])
+
+
+@pytest.mark.parametrize("pair", params(MAIN_PAIRS))
+@examples(200)
+@given(data=st.data())
+def test_labels_are_the_answers_and_nothing_else(pair: Pair, data: st.DataObject) -> None:
+    check(pair, data.draw(conversations(pair)))
+
+
+@pytest.mark.parametrize("pair", params(OTHER_PAIRS))
+@examples(40)
+@given(data=st.data())
+def test_labels_are_the_answers_on_other_tokenizers(pair: Pair, data: st.DataObject) -> None:
+    check(pair, data.draw(conversations(pair)))
+
+
+@pytest.mark.parametrize("pair", params(MAIN_PAIRS))
+@examples(40)
+@given(data=st.data())
+def test_a_turn_that_spells_control_strings_changes_no_other_turn(
+    pair: Pair, data: st.DataObject
+) -> None:
+    conversation = data.draw(conversations(pair))
+    index = data.draw(st.integers(0, len(conversation.turns) - 1))
+    turn = conversation.turns[index]
+    forged = data.draw(texts(pair.tokenizer))
+    by = renderer(pair)
+    results = []
+    for text in ("harmless", forged):
+        pictures = tuple(part for part in turn.parts if isinstance(part, ImagePart))
+        changed = replace(turn, parts=(*pictures, TextPart(text)))
+        turns = (*conversation.turns[:index], changed, *conversation.turns[index + 1 :])
+        results.append(by.render(replace(conversation, turns=turns)))
+    starts = [_region(conversation, rendered.answers, index) for rendered in results]
+    one, two = results
+    (a, b), (c, d) = starts
+    assert one.input_ids[:a] == two.input_ids[:c]
+    assert one.labels[:a] == two.labels[:c]
+    assert one.input_ids[b:] == two.input_ids[d:]
+    assert one.labels[b:] == two.labels[d:]
+    control = control_names(pair.tokenizer)
+    forged_control, harmless_control = (
+        [i for i in rendered.input_ids if i in control or i == PICTURE] for rendered in results
+    )
+    assert forged_control == harmless_control
+
+
+def _region(conversation: Conversation, answers: object, index: int) -> tuple[int, int]:
+    """Where a turn's text may change ids: its answer, or all between two answers."""
+    spans = {span.turn: span for span in answers}  # type: ignore[attr-defined]
+    if index in spans:
+        return spans[index].start, spans[index].end
+    before = [spans[i].end for i in spans if i < index]
+    after = [spans[i].start for i in spans if i > index]
+    return max(before, default=0), min(after)
+
+
+@pytest.mark.parametrize(
+    "pair", params(tuple(p for p in (*MAIN_PAIRS, *OTHER_PAIRS) if not p.takes_system))
+)
+def test_a_template_without_a_place_for_system_text_refuses_it(pair: Pair) -> None:
+    turns = [("system", "Be brief."), ("user", "Who?"), ("assistant", "I.")]
+    conversation = Conversation("r1", tuple(Turn(role, (TextPart(text),)) for role, text in turns))
+    with pytest.raises(RecordError) as caught:
+        renderer(pair).render(conversation)
+    assert caught.value.reason == "template"
+
+
+@pytest.mark.parametrize("name", ["llama_3", "qwen", "smollm2", "sentencepiece", "gemma", "phi_3"])
+def test_every_control_string_of_a_tokenizer_is_ordinary_text_in_data(name: str) -> None:
+    """Each alone, in the question and in the answer; the 256 of Llama 3 too."""
+    if missing(name) is not None:
+        pytest.skip(str(missing(name)))
+    pair = next(p for p in (*MAIN_PAIRS, *OTHER_PAIRS) if p.tokenizer == name)
+    for text in control_names(name).values():
+        turns = (
+            Turn("user", (*((ImagePart(0),) if pair.format == "plain" else ()), TextPart(text))),
+            Turn("assistant", (TextPart(f"a{text}"),)),
+        )
+        images = (b"",) if pair.format == "plain" else ()
+        check(pair, Conversation("r1", turns, images))
+
+
+@pytest.mark.parametrize("pair", params(MAIN_PAIRS))
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "\n", "</s>", "e" + "\u0301" * 3_000, "日本" * 2_000],
+    ids=["empty", "space", "newline", "stop", "combining", "cjk"],
+)
+def test_extreme_answers_are_exact(pair: Pair, text: str) -> None:
+    turns = (
+        Turn("user", (ImagePart(0), TextPart(text))),
+        Turn("assistant", (TextPart(text),)),
+        Turn("user", (TextPart(text),)),
+        Turn("assistant", (TextPart("Yes."),)),
+    )
+    check(pair, Conversation("r1", turns[: 2 * min(pair.max_exchanges, 2)], (b"",)))
+
+
+# --- batches
+
+
+def example(pair: Pair, conversation: Conversation, number: int) -> Example:
+    rendered = renderer(pair).render(conversation)
+    labels = rendered.labels
+    return Example(
+        record_id=str(number),
+        input_ids=torch.tensor(expand(rendered.input_ids, 3), dtype=torch.long),
+        labels=torch.tensor(expand(rendered.input_ids, 3, labels), dtype=torch.long),
+        pixel_values=torch.full((len(conversation.images), 3, 2, 2), float(number)),
+    )
+
+
+@pytest.mark.parametrize("pair", params((MAIN_PAIRS[0], MAIN_PAIRS[-2])))
+@examples(40)
+@given(data=st.data())
+def test_a_record_does_not_depend_on_its_batch(pair: Pair, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 4))
+    made = [example(pair, data.draw(conversations(pair)), n) for n in range(count)]
+    order = data.draw(st.permutations(range(count)))
+    stop = renderer(pair).stop_id
+    assert stop is not None
+    batch = collate([made[n] for n in order], pad_token_id=stop)
+    for row, number in enumerate(order):
+        alone, length = made[number], len(made[number].input_ids)
+        assert batch.input_ids[row, :length].tolist() == alone.input_ids.tolist()
+        assert batch.labels[row, :length].tolist() == alone.labels.tolist()
+        assert batch.attention_mask[row].tolist() == [
+            position < length for position in range(batch.input_ids.shape[1])
+        ]
+        assert set(batch.input_ids[row, length:].tolist()) <= {stop}
+        assert set(batch.labels[row, length:].tolist()) <= {MASKED}
+    assert batch.num_targets == sum(int((e.labels[1:] != MASKED).sum()) for e in made)
+
+
+# --- the oracle itself
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bytes", "Ġ t w o Ċ"),
+        ("llama_3", "Ġtwo Ċ"),
+        ("sentencepiece", "▁two <0x0A>"),
+        ("gemma", "▁two <0x0A>"),
+        ("qwen", "Ġtwo Ċ"),
+    ],
+)
+def test_the_oracle_reads_tokens_as_a_person_does(name: str, words: str) -> None:
+    if missing(name) is not None:
+        pytest.skip(str(missing(name)))
+    tokenizer = load(name)
+    ids = tokenizer.convert_tokens_to_ids(words.split())
+    assert read(name, [*ids, PICTURE, *ids[-1:]]) == [
+        Item("text", " two\n"),
+        Item("picture"),
+        Item("text", "\n"),
+    ]
+
+
+def test_the_oracle_finds_each_row_of_labels() -> None:
+    x = MASKED
+    assert supervised_runs([x, 1, 2, x, x, 3]) == [(1, 3), (5, 6)]
+    assert supervised_runs([x, x]) == []
