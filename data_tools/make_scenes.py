@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--crowd-share", type=float, default=0.05, help="0..1: pictures with a crowd (0.05)"
     )
+    parser.add_argument(
+        "--visible-share",
+        type=float,
+        default=0.6,
+        help="0.1..1: least part of an object that others leave visible (0.6)",
+    )
     parser.add_argument("--backgrounds", help=f"of {','.join(sorted(KINDS))}; default: all")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes; no effect on results"
@@ -118,6 +124,7 @@ def _settings(arguments: argparse.Namespace) -> SceneSettings:
         ("--max-side", arguments.max_side, 96, 4096),
         ("--augment", arguments.augment, 0, 1),
         ("--crowd-share", arguments.crowd_share, 0, 1),
+        ("--visible-share", arguments.visible_share, 0.1, 1),
         ("--workers", arguments.workers, 1, 1024),
     )
     for name, value, low, high in limits:
@@ -135,6 +142,7 @@ def _settings(arguments: argparse.Namespace) -> SceneSettings:
         max_side=arguments.max_side,
         augment=arguments.augment,
         crowd_share=arguments.crowd_share,
+        visible_share=arguments.visible_share,
         backgrounds=_backgrounds(arguments.backgrounds),
     )
 

@@ -17,8 +17,6 @@ COCO_SIZES: Final = ((640, 480), (480, 640), (640, 427), (427, 640), (640, 426),
 """Widths and heights that are common in COCO."""
 COCO_MAX_SIDE: Final = 640
 JPEG_QUALITY: Final = 90
-VISIBLE_SHARE: Final = 0.6
-"""At least this share of an object's pixels stays visible; else what would cover it is left out."""
 CROWD_SIZES: Final = (6, 12)
 TRIES: Final = 12
 
@@ -39,6 +37,8 @@ class SceneSettings:
         max_side: Longer side of the largest picture, pixels; the others shrink by the same share.
         augment: 0 draws objects as the artist did; 1 varies colour, tilt and sharpness strongly.
         crowd_share: Share of pictures with one clump of many objects of a kind.
+        visible_share: At least this share of an object's pixels stays visible; what would cover more
+            of it is left out.
         backgrounds: Kinds of `backgrounds.KINDS` to paint; empty means all.
     """
 
@@ -53,6 +53,7 @@ class SceneSettings:
     max_side: int = COCO_MAX_SIDE
     augment: float = 0.5
     crowd_share: float = 0.05
+    visible_share: float = 0.6
     backgrounds: tuple[str, ...] = ()
 
 
@@ -174,7 +175,7 @@ def _add(
         full = np.zeros((height, width), dtype=np.bool_)
         full[top : top + drawing.height, left : left + drawing.width] = solid
         if all(
-            np.count_nonzero(layer.visible & ~full) >= VISIBLE_SHARE * layer.full_area
+            np.count_nonzero(layer.visible & ~full) >= settings.visible_share * layer.full_area
             for layer in layers
         ):
             for layer in layers:

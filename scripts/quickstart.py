@@ -38,7 +38,8 @@ TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"
 SCENE_OPTIONS = [
     *("--categories", "configs/demo/categories.json"),
     *("--max-side", "320", "--max-objects", "2", "--max-instances", "2"),
-    *("--scale", "0.4", "0.75", "--augment", "0.15", "--crowd-share", "0"),
+    *("--scale", "0.4", "0.75"),
+    *("--augment", "0.15", "--crowd-share", "0", "--visible-share", "0.8"),
     *("--backgrounds", "meadow,bokeh,clouds,gradient,blobs,room,water,desert"),
 ]
 HOUR_STEPS = {"stage1": 600, "stage2_lora": 900}
