@@ -1,6 +1,7 @@
 """Records with what becomes of each, as training would decide it, and the choice of some."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,12 @@ class Inspection:
     config: DataConfig
     num_image_tokens: int
     look_for_pictures: bool = True
+
+    def names(self) -> list[str]:
+        """What each file is called: its name, or its path where another has the same name."""
+        names = Counter(Path(file.path).name for file in self.files)
+        paths = [Path(file.path) for file in self.files]
+        return [path.name if names[path.name] == 1 else str(path) for path in paths]
 
     def records(self, *, progress: bool = False) -> Iterator[Inspected]:
         """Every record in reading order; nothing is raised for a bad one.

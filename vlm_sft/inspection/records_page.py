@@ -17,14 +17,17 @@ from vlm_sft.inspection.records import NO_LIMIT, Inspected, Inspection
 from vlm_sft.inspection.statistics import (
     BUCKETS,
     FREE_TEXT,
+    OUTCOME_TITLES,
     FigureTable,
+    SourceStatistics,
     Statistics,
     lengths_png,
     shares_png,
+    spread,
 )
 from vlm_sft.inspection.terminal import message
 from vlm_sft.inspection.tokens import Spelled, Stretch, Token, spell, visible
-from vlm_sft.page import page, picture, section
+from vlm_sft.page import page, picture
 
 THUMBNAIL: Final = 256
 """Longest side of an embedded picture."""
@@ -33,7 +36,8 @@ _STYLE: Final = """
 :root{--trained:#d3f2de;--trained-ink:#0b4a28;--rule:#1a7f4b;--chip:#e6e9f0;--warn:#fdeccf}
 @media(prefers-color-scheme:dark){:root{--trained:#123d27;--trained-ink:#b9f2d0;--rule:#5fce94;
 --chip:#2b3443;--warn:#4a3510}}
-.figures{overflow-x:auto}.figures table{font-size:.87rem}.figures td,.figures th{white-space:nowrap}
+.plots{margin-bottom:1rem}.figures table{font-size:.87rem}.figures td{white-space:nowrap}
+.figures th{vertical-align:bottom}.figures summary{margin-top:1rem}
 .figures h3{font-size:1rem;margin:1.2rem 0 .2rem}.figures h3:first-child{margin-top:0}
 .figures td.r,.figures th.r{text-align:right}.figures .free{white-space:normal;min-width:12rem}
 .figures td:first-child{max-width:22rem;overflow:hidden;text-overflow:ellipsis}
@@ -177,10 +181,12 @@ class RecordsPage:
         Raises:
             OSError: The place cannot be written; an old file there is untouched.
         """
-        names = ", ".join(Path(file.path).name for file in self.inspection.files)
+        names = ", ".join(self.inspection.names())
         body = [
-            _figures(statistics.tables(), self._notes(statistics)),
+            _warning(self._notes(statistics)),
+            _headline(statistics.total),
             _plots(statistics),
+            _figures(statistics.tables()),
             "<h2>Records</h2>",
             f'<p class="lead">{_escaped(self._shown_words())}</p>',
             _LEGEND,
@@ -217,8 +223,8 @@ class RecordsPage:
         return f"{self.num_shown:,} of {self.num_matching:,} records{chosen} are shown."
 
     def _tools(self) -> str:
-        files = self.inspection.files
-        sources = [(str(i), Path(files[i].path).name, n) for i, n in sorted(self._sources.items())]
+        names = self.inspection.names()
+        sources = [(str(i), names[i], n) for i, n in sorted(self._sources.items())]
         outcomes = [(b, words, self._outcomes[b]) for b, words in BUCKETS.items()]
         groups = _buttons("source", sources) + _buttons(
             "outcome", [found for found in outcomes if found[2]]
@@ -356,11 +362,40 @@ def _thumbnail(source: ImageSource, number: int) -> str:
     )
 
 
-def _figures(tables: Sequence[FigureTable], note: str) -> str:
-    inner = "".join(map(_figure_table, tables))
-    if note:
-        inner = f'<p class="why">{_escaped(note)}</p>{inner}'
-    return f'<h2>Figures</h2><div class="card figures">{inner}</div>'
+def _warning(note: str) -> str:
+    return f'<p class="why">{_escaped(note)}</p>' if note else ""
+
+
+def _headline(total: SourceStatistics) -> str:
+    """The figures that a reader wants first, in large type."""
+    trained = total.count("trained") + total.count("turns_dropped")
+    cells = [(f"{trained:,} of {total.records:,}", "records are trained on")]
+    if total.text_tokens:
+        share = 100 * total.trained_tokens / total.text_tokens
+        cells.append(
+            (f"{share:.1f} %", f"of their text tokens are trained: {total.trained_tokens:,}")
+        )
+    if total.lengths:
+        lengths = spread(total.lengths)
+        words = f"tokens is the median length with image tokens, the longest {lengths['longest']:,}"
+        cells.append((f"{lengths['median']:,}", words))
+    inner = "".join(
+        f'<div class="card"><div class="big">{_escaped(figure)}</div>{_escaped(words)}</div>'
+        for figure, words in cells
+    )
+    return f'<div class="grid headline">{inner}</div>'
+
+
+def _figures(tables: Sequence[FigureTable]) -> str:
+    """What becomes of the records, and why; the rest to be opened."""
+    shown = [table for table in tables if table.title in OUTCOME_TITLES]
+    rest = [table for table in tables if table.title not in OUTCOME_TITLES]
+    titles = ", ".join(table.title.lower() for table in rest)
+    return (
+        f'<div class="card figures">{"".join(map(_figure_table, shown))}'
+        f"<details><summary>More figures: {_escaped(titles)}</summary>"
+        f"{''.join(map(_figure_table, rest))}</details></div>"
+    )
 
 
 def _figure_table(figures: FigureTable) -> str:
@@ -387,7 +422,7 @@ def _plots(statistics: Statistics) -> str:
     lengths = lengths_png(total, statistics.inspection.config.max_length)
     plots = picture(lengths, "curve", "histogram of tokens a record")
     plots += picture(shares_png(total), "curve", "histogram of the supervised share")
-    return section("Distributions", f'<div class="grid">{plots}</div>')
+    return f'<h2>Figures</h2><div class="grid plots">{plots}</div>'
 
 
 def _escaped(text: str) -> str:

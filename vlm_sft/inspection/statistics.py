@@ -27,6 +27,9 @@ BUCKETS: Final[dict[Bucket, str]] = {
 FREE_TEXT: Final = "which"
 """The column whose cells may be long."""
 
+OUTCOME_TITLES: Final = ("What becomes of the records", "Why")
+"""The tables that come first."""
+
 MOST_NAMED: Final = 5
 """Control strings that are named in a table; the rest is counted."""
 
@@ -131,8 +134,8 @@ class SourceStatistics:
             "records": self.records,
             "outcomes": outcomes,
             "reasons": reasons,
-            "length_with_image_tokens": _spread(self.lengths),
-            "length_without_image_tokens": _spread(self.text_lengths),
+            "length_with_image_tokens": spread(self.lengths),
+            "length_without_image_tokens": spread(self.text_lengths),
             **counts,
             "control_strings": dict(sorted(self.control_strings.items())),
         }
@@ -150,7 +153,7 @@ class Statistics:
     sources: list[SourceStatistics] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sources = [SourceStatistics(file.path) for file in self.inspection.files]
+        self.sources = [SourceStatistics(name) for name in self.inspection.names()]
 
     def add(self, found: Inspected) -> None:
         """Count one record in."""
@@ -179,7 +182,9 @@ class Statistics:
     def tables(self) -> list["FigureTable"]:
         """The figures in words: a line a file, and one for all where there are several."""
         rows = [*self.sources, *([self.total] if len(self.sources) > 1 else [])]
-        tables = [_outcomes(rows), _reasons(rows), _tokens(rows), _lengths(rows)]
+        explained = [row for row in self.sources if row.outcomes.keys() - {("trained", "")}]
+        explained += [self.total] if len(explained) > 1 else []
+        tables = [_outcomes(rows), _reasons(explained), _tokens(rows), _lengths(rows)]
         if self.inspection.config.max_length != NO_LIMIT:
             tables.append(_truncation(rows, self.inspection.config.max_length))
         tables.append(_lookalikes(rows))
@@ -214,7 +219,7 @@ def _outcomes(rows: Sequence[SourceStatistics]) -> FigureTable:
         for row in rows
     ]
     note = "Each record counts once; pictures are those of the records that can be read."
-    return FigureTable("What becomes of the records", columns, lines, note)
+    return FigureTable(OUTCOME_TITLES[0], columns, lines, note)
 
 
 def _reasons(rows: Sequence[SourceStatistics]) -> FigureTable:
@@ -224,7 +229,7 @@ def _reasons(rows: Sequence[SourceStatistics]) -> FigureTable:
         for (bucket, reason), count in sorted(row.outcomes.items())
         if bucket != "trained"
     ]
-    return FigureTable("Why", ["file", "outcome", "reason", "records"], lines)
+    return FigureTable(OUTCOME_TITLES[1], ["file", "outcome", "reason", "records"], lines)
 
 
 def _tokens(rows: Sequence[SourceStatistics]) -> FigureTable:
@@ -249,7 +254,7 @@ def _lengths(rows: Sequence[SourceStatistics]) -> FigureTable:
     for row in rows:
         for what, lengths in (("without", row.text_lengths), ("with", row.lengths)):
             if lengths:
-                lines.append([row.name, what, *map(_n, _spread(lengths).values())])
+                lines.append([row.name, what, *map(_n, spread(lengths).values())])
     columns = ["file", "image tokens", "shortest", "median", "95 %", "longest"]
     note = "Of every record that can be rendered, before turns are dropped."
     return FigureTable("Tokens a record", columns, lines, note)
@@ -315,7 +320,7 @@ def lengths_png(total: SourceStatistics, max_length: int) -> bytes:
         elif max_length != NO_LIMIT:
             note = f"max_length {max_length:,} lies far to the right"
             axes.text(0.98, 0.6, note, transform=axes.transAxes, ha="right", color="#b3261e")
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.9, edgecolor="none")
     axes.set(title="Tokens a record", xlabel="tokens", ylabel="records")
     return _png(figure)
 
@@ -336,7 +341,7 @@ def shares_png(total: SourceStatistics) -> bytes:
         axes.hist(percent, bins=np.linspace(0, 100, 51), color="#8cc9a5")
         mean = 100 * total.trained_tokens / total.text_tokens
         axes.axvline(mean, color="#1a5e39", ls="--", lw=1.6, label=f"of all text {mean:.0f} %")
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.9, edgecolor="none")
     axes.set(title="Trained tokens of a record's text", xlabel="%", ylabel="records", xlim=(0, 100))
     return _png(figure)
 
@@ -361,7 +366,7 @@ def _text_length(rendering: Rendering) -> int:
     return len(rendering.input_ids) - rendering.input_ids.count(IMAGE_TOKEN_ID)
 
 
-def _spread(lengths: Sequence[int]) -> dict[str, int]:
+def spread(lengths: Sequence[int]) -> dict[str, int]:
     """Shortest, median, 95th percentile and longest; each is the length of some record."""
     if not len(lengths):
         return {}

@@ -82,8 +82,8 @@ def print_tables(console: Console, tables: Sequence[FigureTable]) -> None:
         shown = Table(title=escape(figures.title), title_justify="left", caption_justify="left")
         shown.caption = escape(figures.note) or None
         for number, name in enumerate(figures.columns):
-            justify = "right" if figures.is_number(number) and name != FREE_TEXT else "left"
-            shown.add_column(Text(name), justify=justify, overflow="fold")
+            right = figures.is_number(number) and name != FREE_TEXT
+            shown.add_column(Text(name), justify="right" if right else "left", overflow="fold")
         for row in figures.rows:
             shown.add_row(*(Text(visible(cell)) for cell in row))
         console.print(shown)
