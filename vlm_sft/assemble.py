@@ -21,7 +21,6 @@ from vlm_sft.data.images import open_image, to_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.sampling import StepSampler
-from vlm_sft.data.template import load_template
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import ConfigError, ImageError, RecordError
 from vlm_sft.model.build import build_model
@@ -125,8 +124,11 @@ def load_language(config: RunConfig) -> Language:
         UserError: The tokenizer or the template cannot be loaded, or they do not fit.
     """
     tokenizer = load_tokenizer(config.model.language_model)
-    template = load_template(config.data.template, tokenizer)
-    return Language(tokenizer, Renderer(template, tokenizer, default_system=config.data.system))
+    data = config.data
+    renderer = Renderer.from_name(
+        data.template, tokenizer, default_system=data.system, recipe=data.recipe
+    )
+    return Language(tokenizer, renderer)
 
 
 def check_data_head(config: RunConfig, renderer: Renderer) -> None:
@@ -215,6 +217,7 @@ def make_trainer(
             "stage": stage,
             "base_model": identity,
             "data_fingerprint": data.train.fingerprint(),
+            "recipe": language.renderer.recipe.describe(),
         },
         keep=config.train.keep_checkpoints,
         say=say_on_stderr,

@@ -99,7 +99,9 @@ class DataConfig(Section):
     template: str = "auto"
     """A name of `vlm_sft/data/templates`, a YAML file, or `auto`: the model's own chat template."""
     system: str | None = None
-    """System text for records that have none; None: the template's default."""
+    """System text for records that have none; None: the template's default, "": none."""
+    recipe: Literal["fixed", "llava-1.5"] = "fixed"
+    """`llava-1.5` repeats LLaVA's quirks (`vlm_sft/data/recipe.py`), `fixed` none of them."""
     max_length: PositiveInt = 2048
     """Longest sequence in tokens, image tokens included."""
     length_policy: Literal["error", "drop_turns", "skip"] = "error"

@@ -118,7 +118,7 @@ def test_exported_template_and_prompt_say_what_was_trained(tokenizer: str, templ
     content = [{"type": "image"}, {"type": "text", "text": "\nIs there a dog?"}]
     text = by.tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}],
-        chat_template=by.template.to_jinja(),
+        chat_template=by.to_jinja(),
         tokenize=False,
         add_generation_prompt=True,
     )

@@ -1,24 +1,32 @@
 """Conversations to token ids and labels: masked by construction, then proven turn by turn."""
 
+import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
+from vlm_sft.data.conversation import Conversation, ImagePart, Role, TextPart, Turn
+from vlm_sft.data.recipe import FIXED, PICTURE_FIRST, SPACE_BEHIND_PICTURE, Recipe, recipe_named
 from vlm_sft.data.template import (
     ChatTemplate,
     Slot,
     TemplatePiece,
     TemplateText,
+    jinja_prelude,
     load_template,
     template_from_description,
 )
-from vlm_sft.data.tokenizer import Context, TextEncoder
+from vlm_sft.data.tokenizer import Context, TextEncoder, Unspellable
 from vlm_sft.errors import RecordError, UserError
+
+CHUNK: Final = 256
+"""Records that `render_all` tokenises at once."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,9 @@ class Span:
     start: int
     end: int
     prefix: str = ""
-    """Ordinary text of the template's own that the answer begins with (Vicuna's space)."""
+    """Ordinary text that is not the answer's own and begins it (Vicuna's space)."""
+    suffix: str = ""
+    """Ordinary text that is not the answer's own and ends it (Llama 2's space)."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,40 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Run:
-    """Adjacent text that is tokenised together, all of it supervised or none of it."""
+    """Adjacent pieces that are tokenised together: an answer with its stop, or what is between.
 
-    parts: tuple[str | int, ...]
-    """Text, `IMAGE_TOKEN_ID`, or a control id that the template wrote."""
+    `parts` are text, control ids, and the slots of turns.
+    """
+
+    parts: tuple[str | int | Slot, ...]
     turn: int | None = None
     """The assistant turn whose answer and stop this is; None: nothing here is supervised."""
     prefix: str = ""
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A run with its turns' words in it: ids of control tokens and pictures, and text to encode."""
+
+    parts: list[str | int]
+    turn: int | None
+    prefix: str
+    suffix: str
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A conversation on its way to ids."""
+
+    conversation: Conversation
+    runs: list[_Filled]
+    offset: int
+    """Turns that the renderer put before the conversation's own (its system text)."""
+
+    def texts(self) -> Iterator[str]:
+        """All that must be encoded."""
+        return (part for run in self.runs for part in run.parts if isinstance(part, str))
 
 
 class Renderer:
@@ -69,7 +106,13 @@ class Renderer:
     Args:
         template: The chat template.
         tokenizer: The language model's tokenizer.
-        default_system: System text for conversations that bring none; None: the template's.
+        default_system: System text for conversations that bring none; None: the template's, "":
+            none.
+        recipe: Which of LLaVA's quirks are repeated; none of them by default.
+
+    Attributes:
+        stop_id: The control token that ends an answer; None where the template has none.
+        control_ids: Every token that data must never become.
     """
 
     def __init__(
@@ -78,43 +121,74 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         default_system: str | None = None,
+        recipe: Recipe = FIXED,
     ) -> None:
         self.template = template
         self.tokenizer = tokenizer
+        self.recipe = recipe
         self.encoder = TextEncoder(tokenizer)
+        self.control_ids = frozenset(self.encoder.control_ids.values())
         self._system = template.default_system if default_system is None else default_system
-        stop_id = self.encoder.control_ids.get(template.stop)
-        if stop_id is None:
+        self._behind_picture: Context = (
+            "start" if SPACE_BEHIND_PICTURE in recipe.quirks else "continuation"
+        )
+        self._runs = functools.lru_cache(maxsize=1024)(self._find_runs)
+        self.stop_id = self.encoder.control_ids.get(template.stop) if template.stop else None
+        if template.stop and self.stop_id is None:
             raise UserError(
                 f"template {template.name!r} ends answers with {template.stop!r}, which is no "
                 "control token of this tokenizer"
             )
-        self._stop_id = stop_id
 
     @classmethod
     def from_name(
-        cls, name: str, tokenizer: PreTrainedTokenizerBase, *, default_system: str | None = None
+        cls,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        default_system: str | None = None,
+        recipe: str = "fixed",
     ) -> "Renderer":
-        """A renderer for a template by name (`load_template`)."""
-        return cls(load_template(name, tokenizer), tokenizer, default_system=default_system)
+        """A renderer for a template and a recipe by name (`load_template`, `recipe_named`)."""
+        chosen = recipe_named(recipe)
+        template = load_template(chosen.template(name), tokenizer)
+        return cls(template, tokenizer, default_system=default_system, recipe=chosen)
 
     @classmethod
     def from_description(
         cls, description: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> "Renderer":
         """The renderer that `describe` was called on."""
-        template = template_from_description(description["template"], tokenizer)
-        return cls(template, tokenizer, default_system=description["default_system"])
+        return cls(
+            template_from_description(description["template"], tokenizer),
+            tokenizer,
+            default_system=description["default_system"],
+            recipe=recipe_named(description.get("recipe", "fixed")),
+        )
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a checkpoint's `template.json`."""
-        return {"template": self.template.describe(), "default_system": self._system}
+        return {
+            "template": self.template.describe(),
+            "default_system": self._system,
+            "recipe": self.recipe.name,
+        }
+
+    def to_jinja(self) -> str:
+        """A `chat_template` for transformers that writes what this renderer tokenises.
+
+        It takes contents as text, or as lists of text and image parts. Repeated quirks of
+        tokenisation (the space behind a picture) are beyond a chat template.
+        """
+        picture_first = PICTURE_FIRST in self.recipe.quirks
+        prelude = jinja_prelude(self._system, picture_first=picture_first)
+        return prelude + self.template.jinja_body()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the template's stop, and the tokenizer's EOS."""
-        eos = self.tokenizer.eos_token_id
-        return (self._stop_id,) if eos in (None, self._stop_id) else (self._stop_id, eos)
+        found = dict.fromkeys((self.stop_id, self.tokenizer.eos_token_id))
+        return tuple(int(token) for token in found if token is not None)
 
     def render(self, conversation: Conversation) -> Rendered:
         """Ids and labels of a training record, proven to supervise its answers and nothing else.
@@ -123,176 +197,251 @@ class Renderer:
             RecordError: The text cannot be spelled, the template cannot hold the turns, or the
                 proof failed; with record id, turn, expected and found.
         """
-        turns = self._with_system(conversation.turns)
-        offset = len(turns) - len(conversation.turns)
-        ids: list[int] = []
-        labels: list[int] = []
-        answers: list[Span] = []
-        for run, encoded in self._encoded_runs(conversation, turns):
-            trained = False
-            if run.turn is not None:
-                end = len(ids) + len(encoded)
-                answers.append(Span(run.turn - offset, len(ids), end, run.prefix))
-                trained = turns[run.turn].supervised
-            labels += encoded if trained else [IGNORE_INDEX] * len(encoded)
-            ids += encoded
-        rendered = Rendered(ids, labels, tuple(answers))
-        self._prove(conversation, rendered)
+        rendered = next(self.render_all([conversation]))
+        if isinstance(rendered, RecordError):
+            raise rendered
         return rendered
+
+    def render_all(
+        self, conversations: Iterable[Conversation]
+    ) -> Iterator["Rendered | RecordError"]:
+        """As `render`, for many: faster, in order, a fault in the place of its record."""
+        for chunk in batched(conversations, CHUNK):
+            drafts = [self._draft(conversation) for conversation in chunk]
+            texts = (t for d in drafts if isinstance(d, _Draft) for t in d.texts())
+            encoded = self.encoder.encode_all(texts)
+            made = [d if isinstance(d, RecordError) else self._join(d, encoded) for d in drafts]
+            answers = iter(self._decoded_answers(made))
+            for draft, rendered in zip(drafts, made, strict=True):
+                if isinstance(draft, RecordError) or isinstance(rendered, RecordError):
+                    yield cast(RecordError, rendered)
+                    continue
+                spoken = [next(answers) for _ in rendered.answers]
+                try:
+                    self._prove(draft, rendered, spoken)
+                except RecordError as error:
+                    yield error
+                else:
+                    yield rendered
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Ids to generate from: the turns so far, then the answer's header.
 
         A prefix of the training ids of the same turns with an answer behind them.
+
+        Raises:
+            RecordError: The turns end in an answer, or as for `render`.
         """
-        turns = self._with_system(conversation.turns)
-        if not turns or turns[-1].role == "assistant":
+        if not conversation.turns or conversation.turns[-1].role == "assistant":
             raise self._error(
                 conversation, "prompt_ends_in_answer", "a prompt must end in a user's turn"
             )
-        return [i for _, encoded in self._encoded_runs(conversation, turns) for i in encoded]
+        draft = self._draft(conversation)
+        if isinstance(draft, RecordError):
+            raise draft
+        rendered = self._join(draft, self.encoder.encode_all(draft.texts()))
+        if isinstance(rendered, RecordError):
+            raise rendered
+        return rendered.input_ids
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of an answer as it is trained: its text behind the answer's header, then the stop."""
         turns = (Turn("user", (TextPart(""),)), Turn("assistant", (TextPart(text),)))
-        runs = self._runs(self.template.pieces(("user", "assistant")), turns)
-        return next(
-            ids for run, ids in zip(runs, self._encode(runs), strict=True) if run.turn is not None
-        )
+        rendered = self.render(Conversation("answer", turns))
+        (span,) = rendered.answers
+        return rendered.input_ids[span.start : span.end]
+
+    def _draft(self, conversation: Conversation) -> "_Draft | RecordError":
+        try:
+            arranged = self.recipe.arranged(conversation)
+            turns = self._with_system(arranged.turns)
+            runs = self._runs(tuple(turn.role for turn in turns))
+        except RecordError as error:
+            return error
+        except UserError as error:
+            return self._error(conversation, "template", str(error))
+        filled: list[_Filled] = []
+        context: Context = "start"
+        for run in runs:
+            made, context = self._fill(run, turns, context)
+            filled.append(made)
+        return _Draft(arranged, filled, len(turns) - len(arranged.turns))
 
     def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if self._system is None or (turns and turns[0].role == "system"):
+        if not self._system or (turns and turns[0].role == "system"):
             return turns
         return (Turn("system", (TextPart(self._system),)), *turns)
 
-    def _encoded_runs(
-        self, conversation: Conversation, turns: Sequence[Turn]
-    ) -> list[tuple[_Run, list[int]]]:
-        try:
-            pieces = self.template.pieces([turn.role for turn in turns])
-            runs = list(self._runs(pieces, turns))
-            return list(zip(runs, self._encode(runs), strict=True))
-        except RecordError:
-            raise
-        except UserError as error:
-            raise self._error(conversation, "template", str(error)) from None
-
-    def _runs(self, pieces: Sequence[TemplatePiece], turns: Sequence[Turn]) -> list[_Run]:
-        """What the template and the turns say: one run an answer, one between two answers."""
+    def _find_runs(self, roles: tuple[Role, ...]) -> tuple[_Run, ...]:
+        """The template's pieces for these roles: one run an answer, one between two answers."""
         runs: list[_Run] = []
+        pieces = self._swallowed(self.template.pieces(roles))
         for supervised, group in itertools.groupby(pieces, key=lambda piece: piece.supervised):
             answer: list[TemplatePiece] = []
             for piece in group:
                 answer.append(piece)
                 if supervised and self._ends_answer(answer):
-                    runs.append(self._run(answer, turns))
+                    runs.append(self._run(answer))
                     answer = []
             if answer:
-                runs.append(self._run(answer, turns))
-        return runs
+                runs.append(self._run(answer))
+        return tuple(runs)
+
+    def _swallowed(self, pieces: Sequence[TemplatePiece]) -> list[TemplatePiece]:
+        """The pieces without the white space that control tokens beside it swallow (Phi 3's)."""
+        kept = list(pieces)
+        for index in range(1, len(kept)):
+            before, after = kept[index - 1], kept[index]
+            if isinstance(before, TemplateText) and isinstance(after, TemplateText):
+                left, right = self.encoder.swallow(before.text, after.text)
+                kept[index - 1] = replace(before, text=left)
+                kept[index] = replace(after, text=right)
+        return [piece for piece in kept if isinstance(piece, Slot) or piece.text]
 
     def _ends_answer(self, pieces: Sequence[TemplatePiece]) -> bool:
         last = pieces[-1]
         ends = isinstance(last, TemplateText) and last.text == self.template.stop
         return ends and any(isinstance(piece, Slot) for piece in pieces)
 
-    def _run(self, pieces: Sequence[TemplatePiece], turns: Sequence[Turn]) -> _Run:
-        parts: list[str | int] = []
+    def _run(self, pieces: Sequence[TemplatePiece]) -> _Run:
+        parts: list[str | int | Slot] = []
         turn: int | None = None
-        prefix = ""
+        around = ["", ""]
         for piece in pieces:
             if isinstance(piece, Slot):
-                turn = piece.turn if piece.supervised else None
-                added = self._slot_parts(turns[piece.turn])
-            else:
-                added = self.encoder.split_control(piece.text)
-                if piece.supervised and turn is None:
-                    prefix += "".join(part for part in added if isinstance(part, str))
-            for part in added:
-                _append(parts, part)
-        return _Run(tuple(parts), turn, prefix)
+                turn = piece.turn if piece.supervised else turn
+                parts.append(piece)
+                continue
+            added = self.encoder.split_control(piece.text)
+            if piece.supervised:
+                text = "".join(part for part in added if isinstance(part, str))
+                around[turn is not None] += text
+            parts += added
+        return _Run(tuple(parts), turn, *around)
 
-    def _slot_parts(self, turn: Turn) -> list[str | int]:
-        keep_text = turn.role != "user" or not self.template.images_only_users
+    def _fill(self, run: _Run, turns: Sequence[Turn], context: Context) -> tuple[_Filled, Context]:
+        """The run with its turns' words, every text as the tokenizer spells it in its place."""
         parts: list[str | int] = []
+        for part in run.parts:
+            for inner in self._turn_parts(turns[part.turn]) if isinstance(part, Slot) else (part,):
+                _append(parts, inner)
+        prefix = run.prefix
+        for index, part in enumerate(parts):
+            if isinstance(part, int):
+                first = context == "start" and self.template.begins_text
+                control: Context = "start" if first else "after_control"
+                context = self._behind_picture if part == IMAGE_TOKEN_ID else control
+                continue
+            if run.turn is not None and index == 0 and context != "after_control":
+                context = "continuation"  # a border of tokens: a prompt is its answer's prefix
+            spelled = self.encoder.spelled(part, context)
+            if run.turn is not None and index == 0:
+                prefix = spelled[: len(spelled) - len(part)] + prefix
+            parts[index], context = spelled, "continuation"
+        return _Filled(parts, run.turn, prefix, run.suffix), context
+
+    def _turn_parts(self, turn: Turn) -> Iterator[str | int]:
+        keep_text = turn.role != "user" or not self.template.images_only_users
         for part in turn.parts:
             if isinstance(part, ImagePart):
-                parts.append(IMAGE_TOKEN_ID)
+                yield IMAGE_TOKEN_ID
             elif keep_text:
-                parts.append(part.text)
-        return parts
+                yield part.text
 
-    def _encode(self, runs: Sequence[_Run]) -> list[list[int]]:
-        encoded: list[list[int]] = []
-        context: Context = "start"
-        for run in runs:
-            ids: list[int] = []
+    def _join(
+        self, draft: _Draft, encoded: Mapping[str, Sequence[int] | Unspellable]
+    ) -> "Rendered | RecordError":
+        """Ids and labels of a draft, by construction."""
+        ids: list[int] = []
+        labels: list[int] = []
+        answers: list[Span] = []
+        for run in draft.runs:
+            start = len(ids)
             for part in run.parts:
                 if isinstance(part, int):
                     ids.append(part)
-                    first = context == "start" and self.template.begins_text
-                    control: Context = "start" if first else "after_control"
-                    context = "continuation" if part == IMAGE_TOKEN_ID else control
-                else:
-                    # An answer begins at a forced border, so that its prompt is its prefix.
-                    at = "continuation" if run.turn is not None else context
-                    ids += self.encoder.encode(part, at)
-                    context = "continuation"
-            encoded.append(ids)
-        return encoded
+                    continue
+                found = encoded[part]
+                if isinstance(found, Unspellable):
+                    return self._error(draft.conversation, "unspellable", str(found))
+                ids += found
+            trained = False
+            if run.turn is not None:
+                turn = run.turn - draft.offset
+                answers.append(Span(turn, start, len(ids), run.prefix, run.suffix))
+                trained = draft.conversation.turns[turn].supervised
+            labels += ids[start:] if trained else [IGNORE_INDEX] * (len(ids) - start)
+        return Rendered(ids, labels, tuple(answers))
 
-    def _prove(self, conversation: Conversation, rendered: Rendered) -> None:
+    def _decoded_answers(self, made: Sequence["Rendered | RecordError"]) -> list[str]:
+        """What the ids of every answer spell, control tokens aside."""
+        bodies = []
+        for rendered in (row for row in made if isinstance(row, Rendered)):
+            for span in rendered.answers:
+                body = rendered.input_ids[span.start : span.end]
+                if not self.control_ids.isdisjoint(body):
+                    body = [token for token in body if token not in self.control_ids]
+                bodies.append(body)
+        return self.encoder.decode_all(bodies)
+
+    def _prove(self, draft: _Draft, rendered: Rendered, spoken: Sequence[str]) -> None:
         """Check the labels against the conversation, not against how they were made."""
+        conversation, ids = draft.conversation, rendered.input_ids
         assistants = [i for i, t in enumerate(conversation.turns) if t.role == "assistant"]
         found = [span.turn for span in rendered.answers]
         if found != assistants:
-            raise self._error(
-                conversation,
-                "mask_proof",
-                f"answers were found for turns {found}, expected turns {assistants}",
+            raise self._violation(
+                conversation, f"answers were found for turns {found}, expected turns {assistants}"
             )
-        wanted = [IGNORE_INDEX] * len(rendered.input_ids)
-        for span in rendered.answers:
+        wanted = [IGNORE_INDEX] * len(ids)
+        for span, text in zip(rendered.answers, spoken, strict=True):
             turn = conversation.turns[span.turn]
-            self._prove_answer(conversation, rendered, span, turn)
+            self._prove_answer(conversation, span, ids[span.start : span.end], text)
             if turn.supervised:
-                wanted[span.start : span.end] = rendered.input_ids[span.start : span.end]
+                wanted[span.start : span.end] = ids[span.start : span.end]
         if rendered.labels != wanted:
             at = next(
                 i for i, (a, b) in enumerate(zip(rendered.labels, wanted, strict=True)) if a != b
             )
-            raise self._error(
-                conversation,
-                "mask_proof",
-                f"token {at} has label {rendered.labels[at]}, expected {wanted[at]}",
+            raise self._violation(
+                conversation, f"token {at} has label {rendered.labels[at]}, expected {wanted[at]}"
             )
         pictures = sum(1 for _ in conversation.image_parts())
         if rendered.num_images != pictures:
-            raise self._error(
-                conversation,
-                "mask_proof",
-                f"{rendered.num_images} image placeholders for {pictures} pictures",
+            raise self._violation(
+                conversation, f"{rendered.num_images} image placeholders for {pictures} pictures"
             )
+        self._prove_control(draft, ids)
 
     def _prove_answer(
-        self, conversation: Conversation, rendered: Rendered, span: Span, turn: Turn
+        self, conversation: Conversation, span: Span, ids: Sequence[int], text: str
     ) -> None:
-        *body, last = rendered.input_ids[span.start : span.end]
-        if last != self._stop_id:
-            raise self._error(
+        if self.stop_id is not None and (not ids or ids[-1] != self.stop_id):
+            raise self._violation(
                 conversation,
-                "mask_proof",
                 f"turn {span.turn} does not end with the stop token {self.template.stop!r}",
             )
-        control = set(self.encoder.control_ids.values())
-        text = self.encoder.decode([i for i in body if i not in control])
-        expected = self.encoder.normalized(span.prefix + turn.text)
-        if text != expected:
-            raise self._error(
+        answer = conversation.turns[span.turn].text
+        expected = span.prefix + answer + span.suffix
+        if text != expected and text != self.encoder.normalized(expected):
+            raise self._violation(
                 conversation,
-                "mask_proof",
                 f"turn {span.turn} is supervised as {text[:80]!r}, expected {expected[:80]!r}",
             )
+
+    def _prove_control(self, draft: _Draft, ids: list[int]) -> None:
+        """Data became no control token: there are as many as the template writes."""
+        parts = (part for run in draft.runs for part in run.parts)
+        written = sum(isinstance(part, int) and part != IMAGE_TOKEN_ID for part in parts)
+        found = sum(ids.count(token) for token in self.control_ids.intersection(ids))
+        if found != written:
+            raise self._violation(
+                draft.conversation,
+                f"{found} control tokens, expected the {written} that the template writes",
+            )
+
+    def _violation(self, conversation: Conversation, message: str) -> RecordError:
+        return self._error(conversation, "mask_proof", message)
 
     def _error(self, conversation: Conversation, reason: str, message: str) -> RecordError:
         return RecordError(reason, message, record_id=conversation.id, where=conversation.where)
@@ -310,3 +459,10 @@ def _append(into: list[str | int], part: str | int) -> None:
         into[-1] += part
     elif part != "":
         into.append(part)
+
+
+def batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` values, the last one shorter (`itertools.batched` needs Python 3.12)."""
+    iterator = iter(values)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

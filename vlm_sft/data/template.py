@@ -43,7 +43,7 @@ class ChatTemplate(Protocol):
     begins_text: bool
     """The first run of text is tokenised as the start of a text, even behind BOS."""
     stop: str
-    """The text of the control token that ends an answer."""
+    """The text of the control token that ends an answer; "" where answers do not end by one."""
     default_system: str | None
     """System text for conversations that bring none."""
 
@@ -55,8 +55,11 @@ class ChatTemplate(Protocol):
         """Plain values that `template_from_description` turns back into this template."""
         ...
 
-    def to_jinja(self) -> str:
-        """A `chat_template` for transformers that writes the same text for the same turns."""
+    def jinja_body(self) -> str:
+        """A `chat_template` for transformers that writes the same text for the same turns.
+
+        It takes messages whose contents are text; `Renderer.to_jinja` adds what makes them so.
+        """
         ...
 
 
@@ -67,6 +70,11 @@ class _Affixes(BaseModel):
     suffix: str = ""
 
 
+class _SystemAffixes(_Affixes):
+    inside_user: bool = False
+    """The system text stands in the first user turn, behind its prefix (Llama 2, Gemma)."""
+
+
 class _UserAffixes(_Affixes):
     images_only: bool = False
 
@@ -74,11 +82,17 @@ class _UserAffixes(_Affixes):
 class _AssistantAffixes(_Affixes):
     answer_prefix: str = ""
     """Supervised text between the generation prompt and the answer (Vicuna's space)."""
+    answer_suffix: str = ""
+    """Supervised text between the answer and its stop (Llama 2's space)."""
     stop: str = "{eos}"
 
 
 class TemplateFile(BaseModel):
-    """A template file: text around each role's turns; `{bos}` and `{eos}` name the tokenizer's."""
+    """A template file: text around each role's turns; `{bos}` and `{eos}` name the tokenizer's.
+
+    `control` lists the strings in it that must be control tokens of the tokenizer: without them
+    a header would silently be ordinary text.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,10 +101,11 @@ class TemplateFile(BaseModel):
     begin: str = ""
     begins_text: bool = False
     default_system: str | None = None
-    system: _Affixes | None = None
+    system: _SystemAffixes | None = None
     user: _UserAffixes = _UserAffixes()
     assistant: _AssistantAffixes = _AssistantAffixes()
     max_exchanges: int | None = None
+    control: tuple[str, ...] = ()
 
 
 class FileTemplate:
@@ -109,32 +124,58 @@ class FileTemplate:
         self.begins_text = file.begins_text
         self.default_system = file.default_system
         self.stop = self._fill(file.assistant.stop)
+        self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
+        return self._cached(tuple(roles))
+
+    def _pieces(self, roles: tuple[Role, ...]) -> tuple[TemplatePiece, ...]:
         self._check(roles)
-        file, fill = self._file, self._fill
-        pieces: list[TemplatePiece] = [TemplateText(fill(file.begin))]
+        pieces: list[TemplatePiece] = [TemplateText(self._fill(self._file.begin))]
         for turn, role in enumerate(roles):
             if role == "assistant":
-                answer = file.assistant
-                pieces += [
-                    TemplateText(fill(answer.prefix)),
-                    TemplateText(fill(answer.answer_prefix), supervised=True),
-                    Slot(turn, supervised=True),
-                    TemplateText(self.stop, supervised=True),
-                ]
-                pieces.append(TemplateText(fill(answer.suffix)))
-                continue
-            around = file.system if role == "system" else file.user
-            assert around is not None
-            pieces += [
-                TemplateText(fill(around.prefix)),
-                Slot(turn),
-                TemplateText(fill(around.suffix)),
-            ]
+                pieces += self._answer(turn)
+            elif role == "system":
+                pieces += self._system(turn)
+            else:
+                inside = turn == 1 and roles[0] == "system" and self._system_is_inside
+                pieces += self._user(turn)[1 if inside else 0 :]
         if roles[-1] != "assistant":
-            pieces.append(TemplateText(fill(file.assistant.prefix)))
+            pieces.append(TemplateText(self._fill(self._file.assistant.prefix)))
         return tuple(p for p in pieces if isinstance(p, Slot) or p.text)
+
+    @property
+    def _system_is_inside(self) -> bool:
+        return self._file.system is not None and self._file.system.inside_user
+
+    def _system(self, turn: int) -> list[TemplatePiece]:
+        around = self._file.system
+        assert around is not None  # checked
+        opening = self._file.user.prefix if around.inside_user else ""
+        return [
+            TemplateText(self._fill(opening + around.prefix)),
+            Slot(turn),
+            TemplateText(self._fill(around.suffix)),
+        ]
+
+    def _user(self, turn: int) -> list[TemplatePiece]:
+        around = self._file.user
+        return [
+            TemplateText(self._fill(around.prefix)),
+            Slot(turn),
+            TemplateText(self._fill(around.suffix)),
+        ]
+
+    def _answer(self, turn: int) -> list[TemplatePiece]:
+        answer = self._file.assistant
+        return [
+            TemplateText(self._fill(answer.prefix)),
+            TemplateText(self._fill(answer.answer_prefix), supervised=True),
+            Slot(turn, supervised=True),
+            TemplateText(self._fill(answer.answer_suffix), supervised=True),
+            TemplateText(self.stop, supervised=True),
+            TemplateText(self._fill(answer.suffix)),
+        ]
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -144,11 +185,8 @@ class FileTemplate:
             "eos": self._eos,
         }
 
-    def to_jinja(self) -> str:
-        file = self._file
-        return IMAGE_PARTS_PRELUDE + _jinja_body(
-            file, {k: self._fill(v) for k, v in _texts(file).items()}
-        )
+    def jinja_body(self) -> str:
+        return _jinja_body(self._file, {k: self._fill(v) for k, v in _texts(self._file).items()})
 
     def _fill(self, text: str) -> str:
         return text.replace("{bos}", self._bos).replace("{eos}", self._eos)
@@ -273,8 +311,8 @@ class JinjaTemplate:
     def describe(self) -> dict[str, Any]:
         return {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
 
-    def to_jinja(self) -> str:
-        return IMAGE_PARTS_PRELUDE + str(self._tokenizer.chat_template)
+    def jinja_body(self) -> str:
+        return str(self._tokenizer.chat_template)
 
 
 def _marker(turn: int) -> str:
@@ -326,10 +364,16 @@ def builtin_templates() -> list[str]:
 def _fitted(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTemplate:
     template = FileTemplate(file, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if template.stop not in known:
+    if template.stop and template.stop not in known:
         raise UserError(
             f"template {file.name!r} ends answers with the control token {template.stop!r}, which "
             "this tokenizer does not have; choose another template or add the token"
+        )
+    missing = [token for token in file.control if token not in known]
+    if missing:
+        raise UserError(
+            f"template {file.name!r} needs the control tokens {', '.join(missing)}, which this "
+            "tokenizer would spell as ordinary text; choose another template or add the tokens"
         )
     return template
 
@@ -344,7 +388,7 @@ def _texts(file: TemplateFile) -> dict[str, str]:
     return flat
 
 
-IMAGE_PARTS_PRELUDE = (
+_TEXT_CONTENTS = (
     "{%- set ns = namespace(messages=[]) -%}"
     "{%- for m in messages -%}"
     "{%- if m['content'] is string -%}{%- set c = m['content'] -%}"
@@ -352,10 +396,31 @@ IMAGE_PARTS_PRELUDE = (
     "{%- for part in m['content'] -%}"
     "{%- set p.text = p.text + ('<image>' if part['type'] == 'image' else part['text']) -%}"
     "{%- endfor -%}{%- set c = p.text -%}{%- endif -%}"
+)
+_PICTURE_FIRST = (
+    "{%- if m['role'] == 'user' and '<image>' in c -%}"
+    "{%- set c = ('<image>\\n' + (c | replace('<image>', '') | trim)) | trim -%}{%- endif -%}"
+)
+_MESSAGES_DONE = (
     "{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': c}] -%}"
     "{%- endfor -%}{%- set messages = ns.messages -%}"
 )
-"""Jinja that turns lists of text and image parts into text with `<image>`, as processors expect."""
+
+
+def jinja_prelude(system: str | None, *, picture_first: bool) -> str:
+    """Jinja that turns contents into text with `<image>`, as processors expect, before a body.
+
+    Args:
+        system: System text for conversations that bring none.
+        picture_first: Put a user turn's picture on a line of its own before its text.
+    """
+    prelude = _TEXT_CONTENTS + (_PICTURE_FIRST if picture_first else "") + _MESSAGES_DONE
+    if system:
+        prelude += (
+            "{%- if not messages or messages[0]['role'] != 'system' -%}{%- set messages = "
+            f"[{{'role': 'system', 'content': {_quote(system)}}}] + messages -%}}{{%- endif -%}}"
+        )
+    return prelude
 
 
 def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
@@ -363,28 +428,33 @@ def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
     user = "m['content']"
     if file.user.images_only:
         user = "'<image>' * (m['content'].split('<image>') | length - 1)"
-    system = ""
+    opening, system = f"{{{{- {quoted['user_prefix']} -}}}}", ""
     if file.system is not None:
+        inside = file.system.inside_user
+        before = f"{quoted['user_prefix']} + " if inside else ""
         system = (
             "{%- if m['role'] == 'system' -%}"
-            f"{{{{- {quoted['system_prefix']} + m['content'] + {quoted['system_suffix']} -}}}}"
-            "{%- endif -%}"
+            f"{{{{- {before}{quoted['system_prefix']} + m['content'] + "
+            f"{quoted['system_suffix']} -}}}}{{%- endif -%}}"
         )
-    if file.system is not None and file.default_system is not None:
-        system = (
-            "{%- if loop.first and m['role'] != 'system' -%}{{- "
-            f"{quoted['system_prefix']} + {_quote(file.default_system)} + {quoted['system_suffix']}"
-            " -}}{%- endif -%}"
-        ) + system
+        if inside:
+            first = "loop.index0 == 1 and messages[0]['role'] == 'system'"
+            opening = f"{{%- if not ({first}) -%}}{opening}{{%- endif -%}}"
+    answer = " + ".join(
+        (
+            quoted["assistant_prefix"],
+            quoted["assistant_answer_prefix"],
+            "m['content']",
+            quoted["assistant_answer_suffix"],
+            quoted["assistant_stop"],
+            quoted["assistant_suffix"],
+        )
+    )
     return (
-        f"{{{{- {quoted['begin']} -}}}}"
-        "{%- for m in messages -%}" + system + "{%- if m['role'] == 'user' -%}"
-        f"{{{{- {quoted['user_prefix']} + {user} + {quoted['user_suffix']} -}}}}"
-        "{%- elif m['role'] == 'assistant' -%}"
-        f"{{{{- {quoted['assistant_prefix']} + {quoted['assistant_answer_prefix']} + m['content']"
-        f" + {quoted['assistant_stop']} -}}}}"
-        f"{{{{- {quoted['assistant_suffix']} -}}}}"
-        "{%- endif -%}{%- endfor -%}"
+        f"{{{{- {quoted['begin']} -}}}}{{%- for m in messages -%}}{system}"
+        f"{{%- if m['role'] == 'user' -%}}{opening}{{{{- {user} + {quoted['user_suffix']} -}}}}"
+        f"{{%- elif m['role'] == 'assistant' -%}}{{{{- {answer} -}}}}{{%- endif -%}}"
+        "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- {quoted['assistant_prefix']} -}}}}{{%- endif -%}}"
     )
 

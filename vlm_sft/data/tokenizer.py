@@ -3,11 +3,13 @@
 import functools
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vlm_sft.config import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
@@ -85,6 +87,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+class Unspellable(UserError):
+    """The vocabulary has no pieces for a text."""
+
+
 class TextEncoder:
     """Encodes ordinary text so that no control token can come out of it.
 
@@ -94,6 +100,9 @@ class TextEncoder:
 
     Args:
         tokenizer: Any tokenizer with a `tokenizers` backend.
+
+    Attributes:
+        control_ids: Every control token with its id, special or merely added.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,26 +112,51 @@ class TextEncoder:
             for index, token in tokenizer.added_tokens_decoder.items()
             if str(token).strip() and not str(token).isspace()
         }
+        added = tokenizer.added_tokens_decoder.values()
+        self._eats_left = {str(token) for token in added if token.lstrip}
+        self._eats_right = {str(token) for token in added if token.rstrip}
         self._control_set = frozenset(self.control_ids.values())
         self._control_pattern = _alternation(self.control_ids)
-        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"].isspace()]
+        state["added_tokens"] = _white_space_tokens(state)
         state["post_processor"] = state["truncation"] = state["padding"] = None
         self._prefix = _remove_dummy_prefix(state)
         if state["pre_tokenizer"] is not None:
             _keep_spaces(state["pre_tokenizer"])
         self._backend = Tokenizer.from_str(json.dumps(state))
-        self._normalizer = self._backend.normalizer
+        self._normalizer = _without_space_marks(state)
+        self._space_mark_bytes = _space_mark_bytes(state)
+        self._missing_bytes = _missing_bytes(state)
         self._cached = functools.lru_cache(maxsize=4096)(self._encode_now)
 
     def encode(self, text: str, context: Context) -> list[int]:
         """Ids of `text` with no control id among them.
 
         Raises:
-            UserError: The vocabulary cannot spell the text (an unknown token came out).
+            Unspellable: The vocabulary cannot spell the text (an unknown token came out).
         """
         if not text:
             return []
         return list(self._cached(self.spelled(text, context)))
+
+    def encode_all(self, texts: Iterable[str]) -> dict[str, Sequence[int] | Unspellable]:
+        """Ids of each different text, spelled before by `spelled`, or why it has none."""
+        unique = list(dict.fromkeys(texts))
+        found: dict[str, Sequence[int] | Unspellable] = {}
+        encodings = self._backend.encode_batch_fast(unique, add_special_tokens=False)
+        for text, encoding in zip(unique, encodings, strict=True):
+            ids = encoding.ids
+            if self._is_special(text) or not self._control_set.isdisjoint(ids):
+                try:
+                    found[text] = self._encode_now(text)
+                except Unspellable as error:
+                    found[text] = error
+            else:
+                found[text] = ids
+        return found
+
+    def decode_all(self, rows: Sequence[list[int]]) -> list[str]:
+        """As `decode`, for many."""
+        return list(self._backend.decode_batch(list(rows), skip_special_tokens=False))
 
     def spelled(self, text: str, context: Context) -> str:
         """The text with the dummy space that this tokenizer puts before it in this context."""
@@ -140,35 +174,69 @@ class TextEncoder:
         """The text as the tokenizer's own normaliser rewrites it (e.g. NFC); else unchanged."""
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
+    def swallow(self, before: str, after: str) -> tuple[str, str]:
+        """Two neighbouring template texts without what control tokens at their border swallow."""
+        names = self._control_pattern.findall(before) if self._control_pattern else []
+        if names and before.endswith(names[-1]) and names[-1] in self._eats_right:
+            after = after.lstrip()
+        match = self._control_pattern.match(after) if self._control_pattern else None
+        if match is not None and match.group() in self._eats_left:
+            before = before.rstrip()
+        return before, after
+
     def split_control(self, text: str) -> list[str | int]:
-        """Template text cut into ordinary text and ids of the control tokens that it names."""
+        """Template text cut into ordinary text and ids of the control tokens that it names.
+
+        White space of the template beside a token that swallows it (Phi 3's) is swallowed.
+        """
         if self._control_pattern is None:
             return [text] if text else []
         pieces: list[str | int] = []
         end = 0
         for match in self._control_pattern.finditer(text):
-            if match.start() > end:
-                pieces.append(text[end : match.start()])
-            pieces.append(self.control_ids[match.group()])
+            token = match.group()
+            between = text[end : match.start()]
+            pieces.append(between.rstrip() if token in self._eats_left else between)
+            pieces.append(self.control_ids[token])
             end = match.end()
-        if end < len(text):
-            pieces.append(text[end:])
-        return pieces
+            if token in self._eats_right:
+                end += len(text[end:]) - len(text[end:].lstrip())
+        pieces.append(text[end:])
+        return [piece for piece in pieces if piece != ""]
 
     def find_control(self, text: str) -> list[str]:
         """Control strings that ordinary text happens to spell, in order."""
         return self._control_pattern.findall(text) if self._control_pattern else []
 
+    def _is_special(self, text: str) -> bool:
+        """Whether the text has characters that the backend would lose or rewrite."""
+        if self._space_mark_bytes is not None and SPACE_MARK in text:
+            return True
+        return bool(self._missing_bytes) and not self._missing_bytes.isdisjoint(text.encode())
+
     def _encode_now(self, text: str) -> tuple[int, ...]:
+        if self._missing_bytes and not self._missing_bytes.isdisjoint(text.encode()):
+            raise _unspellable(text)
+        if self._space_mark_bytes is not None and SPACE_MARK in text:
+            return self._encode_space_marks(text)
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if self._control_set.isdisjoint(ids):
             return tuple(ids)
         ids = self._encode_letter_by_letter(text)
         if not self._control_set.isdisjoint(ids):
-            raise UserError(
-                f"the tokenizer cannot spell {text[:60]!r} without a control or unknown token; "
-                "use a tokenizer with byte fallback or leave the record out"
-            )
+            raise _unspellable(text)
+        return tuple(ids)
+
+    def _encode_space_marks(self, text: str) -> tuple[int, ...]:
+        """Spell U+2581, which SentencePiece writes for a space, by its bytes."""
+        if not self._space_mark_bytes:
+            raise _unspellable(text)
+        ids: list[int] = []
+        for index, piece in enumerate(text.split(SPACE_MARK)):
+            if index:
+                ids += self._space_mark_bytes
+            if piece:
+                ids += self._encode_now(piece)
         return tuple(ids)
 
     def _encode_letter_by_letter(self, text: str) -> list[int]:
@@ -180,6 +248,69 @@ class TextEncoder:
                 ids += self._backend.encode(chunk, add_special_tokens=False).ids
             end = match.end()
         return ids + self._backend.encode(text[end:], add_special_tokens=False).ids
+
+
+SPACE_MARK: Final = "\u2581"
+"""SentencePiece's spelling of a space."""
+
+
+def _unspellable(text: str) -> Unspellable:
+    return Unspellable(
+        f"the tokenizer cannot spell {text[:60]!r} without a control or unknown token; use a "
+        "tokenizer with byte fallback or leave the record out"
+    )
+
+
+def _white_space_tokens(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens that are white space, each made to keep its id; else left out.
+
+    A backend renumbers added tokens that its model does not hold.
+    """
+    vocabulary = state["model"].get("vocab")
+    white = [token for token in state["added_tokens"] if token["content"].isspace()]
+    if isinstance(vocabulary, dict):
+        for token in white:
+            vocabulary.setdefault(token["content"], token["id"])
+    ids = _vocabulary(state)
+    return [token for token in white if ids.get(token["content"]) == token["id"]]
+
+
+def _vocabulary(state: dict[str, Any]) -> dict[str, int]:
+    """Ids by piece, of a Unigram model's list of (piece, score) too."""
+    found = state["model"].get("vocab") or {}
+    return found if isinstance(found, dict) else {p: i for i, (p, _) in enumerate(found)}
+
+
+def _without_space_marks(state: dict[str, Any]) -> normalizers.Normalizer | None:
+    """The normaliser apart from writing spaces as U+2581; None where nothing is left of it."""
+    steps = [step for step in _steps(state["normalizer"]) if not _writes_space_marks(step)]
+    if not steps:
+        return None
+    alone = {**state, "normalizer": _sequence("normalizer", steps)}
+    return Tokenizer.from_str(json.dumps(alone)).normalizer
+
+
+def _writes_space_marks(step: dict[str, Any]) -> bool:
+    return step["type"] == "Replace" and step.get("content") == SPACE_MARK
+
+
+def _space_mark_bytes(state: dict[str, Any]) -> list[int] | None:
+    """Byte tokens that spell U+2581 itself; [] where there are none, None where it is ordinary."""
+    steps = [*_steps(state["normalizer"]), *_steps(state["pre_tokenizer"])]
+    if not any(_writes_space_marks(step) or step["type"] == "Metaspace" for step in steps):
+        return None
+    vocabulary = _vocabulary(state)
+    names = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+    return [vocabulary[name] for name in names] if vocabulary.keys() >= set(names) else []
+
+
+def _missing_bytes(state: dict[str, Any]) -> frozenset[int]:
+    """Bytes that a byte-level vocabulary has no letter for, which its model loses silently."""
+    steps = _steps(state["pre_tokenizer"])
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        return frozenset()
+    vocabulary, letters = _vocabulary(state), bytes_to_unicode()
+    return frozenset(byte for byte, letter in letters.items() if letter not in vocabulary)
 
 
 def _alternation(strings: dict[str, int]) -> re.Pattern[str] | None:
