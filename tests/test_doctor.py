@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -220,10 +220,31 @@ def test_a_normaliser_that_rewrites_is_noted() -> None:
     assert findings(tokenizer)["normalised"].level == "note"
 
 
+def test_an_answer_with_nothing_before_it_is_a_warning() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    finding = findings(tokenizer, "plain")["nothing_before_answer"]
+    assert finding.level == "warning" and "in: text only;" in finding.found
+
+
 def test_padding_with_unk_is_noted() -> None:
     tokenizer = letters("<unk>", special=True)
     tokenizer.pad_token = "<unk>"
     assert "is also UNK" in findings(tokenizer)["pad_is_other"].found
+
+
+def test_labels_that_cannot_be_proven_are_bad() -> None:
+    tokenizer = byte_tokenizer()
+    shouting = Renderer.from_name("chatml", tokenizer)
+    decode = shouting.encoder.decode_all
+
+    def shout(rows: Sequence[list[int]]) -> list[str]:
+        return [text.upper() for text in decode(rows)]
+
+    shouting.encoder.decode_all = shout  # type: ignore[method-assign]
+    finding = findings(tokenizer, "chatml", renderer=shouting)["mask_proof"]
+    assert finding.level == "bad"
+    assert "text only, 3 turns, system" in finding.found and "'YES, ON THE" in finding.found
 
 
 class Faulty(Renderer):
@@ -274,10 +295,10 @@ def test_words_that_become_control_tokens_are_bad() -> None:
     tokenizer = byte_tokenizer()
     leaky = Renderer.from_name("chatml", tokenizer)
 
-    def encode(text: str, context: object) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode_all(texts: Iterable[str]) -> dict[str, Any]:
+        return {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
 
-    leaky.encoder.encode = encode  # type: ignore[method-assign]
+    leaky.encoder.encode_all = encode_all  # type: ignore[method-assign]
     finding = findings(tokenizer, "chatml", renderer=leaky)["control_from_data"]
     assert finding.level == "bad" and "<|im_end|>" in finding.found
 
@@ -294,7 +315,7 @@ def test_the_tokenizers_backend_is_compared_with_sentencepiece(tmp_path: Path) -
     folder = sentencepiece_folder(tmp_path)
     found = findings(load_tokenizer(LanguageModelConfig(name=str(folder))), "vicuna_v1")
     assert found["sentencepiece_differs_rarely"].level == "note"
-    assert "2 of 30 texts" in found["sentencepiece_differs_rarely"].found
+    assert "3 of 31 texts" in found["sentencepiece_differs_rarely"].found
     assert found["legacy_differs"].level == "note"
     assert "▁" in found["legacy_differs"].found
 

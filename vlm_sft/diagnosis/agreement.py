@@ -89,15 +89,17 @@ def own_template(case: Case) -> Iterator[Finding]:
     what, own = "the model's own template", case.tokenizer.chat_template
     if not isinstance(own, str):
         return
-    compared, differing = 0, []
-    for probe, _ in case.text_probes:
+    compared = 0
+    differing: list[tuple[str, str, str]] = []
+    for probe, rendered in case.text_probes:
         try:
             theirs = text_of(case.tokenizer, probe.conversation)
             ours = text_of(case.exported, probe.conversation)
         except Exception:  # the model's own template refuses these turns (system, often)
             continue
         compared += 1
-        if ours != theirs:
+        ids = case.tokenizer(theirs, add_special_tokens=False)["input_ids"]
+        if ours != theirs and ids != rendered.input_ids:
             differing.append((probe.name, ours, theirs))
     if differing:
         name, ours, theirs = differing[0]
@@ -113,7 +115,7 @@ def own_template(case: Case) -> Iterator[Finding]:
         )
     elif compared:
         yield Finding(
-            "own_template", "good", what, f"the same text in all {compared} probes without pictures"
+            "own_template", "good", what, f"the same in all {compared} probes without pictures"
         )
     yield from _trimming(case)
     if "strftime_now" in own and case.template_name == "auto":

@@ -16,18 +16,22 @@ from vlm_sft.diagnosis.case import Case, Finding, counted
 
 def fitting(case: Case) -> Iterator[Finding]:
     """Which kinds of conversation the template can hold."""
-    broken = [(p, e) for p, e in case.refused if e.reason == "mask_proof"]
-    for probe, error in broken:
-        yield Finding("mask_proof", "bad", "template", f"{probe.name}: {error.message}")
+    what = "template"
+    unproven = [(p, e) for p, e in case.refused if e.reason == "mask_proof"]
     left_out = [(p, e) for p, e in case.refused if e.reason != "mask_proof"]
-    if not case.probes and not broken:
+    if unproven:
+        names = ", ".join(probe.name for probe, _ in unproven)
         yield Finding(
-            "template_misfit",
+            "mask_proof",
             "bad",
-            "template",
-            f"takes none of the probe conversations: {left_out[0][1].message}",
-            "choose another template",
+            what,
+            f"labels cannot be proven for: {names}; first: {unproven[0][1].message}",
+            "every such record would be refused; choose another template or tokenizer",
         )
+    if not case.probes:
+        if not unproven:
+            words = f"takes none of the probe conversations: {left_out[0][1].message}"
+            yield Finding("template_misfit", "bad", what, words, "choose another template")
         return
     held = ", ".join(probe.name for probe, _ in case.probes)
     if left_out:
@@ -35,66 +39,85 @@ def fitting(case: Case) -> Iterator[Finding]:
         yield Finding(
             "template_limits",
             "note",
-            "template",
+            what,
             f"takes {held}; not {names}: {left_out[0][1].message}",
             "records of the other kinds are refused by name",
         )
-    elif not broken:
-        yield Finding("template", "good", "template", f"takes {held}")
+    elif not unproven:
+        yield Finding("template", "good", what, f"takes {held}")
 
 
 def begin(case: Case) -> Iterator[Finding]:
-    """The first token: who writes it, and whether it is doubled."""
-    tokenizer, bos = case.tokenizer, case.tokenizer.bos_token_id
-    firsts = {rendered.input_ids[0] for _, rendered in case.probes}
-    added = _added_in_front(tokenizer)
+    """The first token: who writes it, whether it is doubled, and that inference sends it too."""
+    bos = case.tokenizer.bos_token_id
+    heads = {rendered.input_ids[0] for _, rendered in case.probes}
     doubled = [
         probe.name
         for probe, rendered in case.probes
         if bos is not None and rendered.input_ids[:2] == [bos, bos]
     ]
-    begin = case.tokens(sorted(firsts))
+    sent = {
+        probe.name: case.renderer.prompt(asked)[:1]
+        for probe, _ in case.probes
+        for _, asked in probe.prompts()
+    }
+    unled = [name for name, ids in sent.items() if not ids]
+    sends = {ids[0] for ids in sent.values() if ids}
     if doubled:
         yield Finding(
             "bos_doubled",
             "bad",
             "begin",
-            f"the template writes {tokenizer.bos_token} twice at the start ({', '.join(doubled)})",
+            f"the template writes {case.tokens([bos])} twice at the start ({', '.join(doubled)})",
             "take it out of the chat template once",
         )
-        return
-    sends = {case.renderer.prompt(c)[0] for probe, _ in case.probes for _, c in probe.prompts()}
-    if sends != firsts:
+    elif not unled and sends != heads:
         yield Finding(
             "begin_differs",
             "bad",
             "begin",
-            f"training begins with {begin}, inference with {case.tokens(sorted(sends))}",
+            f"training begins with {case.tokens(sorted(heads))}, inference with "
+            f"{case.tokens(sorted(sends))}",
             "choose a template that begins the same with and without an answer",
         )
-        return
-    written = bos is not None and firsts == {bos}
-    if added and not written:
+    elif unled:
         yield Finding(
+            "nothing_before_answer",
+            "warning",
+            "begin",
+            f"nothing stands before an answer in: {', '.join(unled)}; its first token cannot be "
+            "trained, and there is nothing to generate from",
+            "give such records a picture or a question, or choose a template with {bos}",
+        )
+    else:
+        yield _bos(case, heads)
+
+
+def _bos(case: Case, heads: set[int]) -> Finding:
+    """Whether the template or the tokenizer, or both, write the first token."""
+    bos, added = case.tokenizer.bos_token_id, _added_in_front(case.tokenizer)
+    names = [case.tokens([token]) for token in sorted(heads)]
+    shown = " or ".join(names) if len(names) < 3 else "the words themselves"
+    if added and (bos is None or heads != {bos}):
+        return Finding(
             "bos_not_trained",
             "warning",
             "begin",
             f"the tokenizer begins every text with {case.tokens(added)}, the template begins with "
-            f"{begin}: processors and servers that tokenise the prompt themselves send a token "
+            f"{shown}: processors and servers that tokenise the prompt themselves send a token "
             "that training never showed",
             "set add_bos_token to false in tokenizer_config.json, or write {bos} in the template",
         )
-    elif added:
-        yield Finding(
+    if added:
+        return Finding(
             "bos_added_by_both",
             "note",
             "begin",
-            f"{begin}, once, in training and in what inference sends; the tokenizer would add its "
+            f"{shown}, once, in training and in what inference sends; the tokenizer would add its "
             "own to a rendered prompt",
             "elsewhere, tokenise rendered text with add_special_tokens=False",
         )
-    else:
-        yield Finding("bos", "good", "begin", f"{begin}, the same in training and inference")
+    return Finding("bos", "good", "begin", f"{shown}, the same in training and inference")
 
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,12 +19,12 @@ def control_strings(case: Case) -> Iterator[Finding]:
         text = "\n".join(_disguises(string))
         try:
             rendered = case.renderer.render(conversation_of("control", *exchange(text, text)))
-        except RecordError as error:
-            (leaked if error.reason == "mask_proof" else refused).append(string)
+        except RecordError:
+            (leaked if _leaks(case, text) else refused).append(string)
             continue
         if case.control_of(rendered.input_ids) != expected:
             leaked.append(string)
-        elif not _round_trips(case, rendered, text):
+        elif not _round_trips(case, rendered, text, text):
             changed.append(string)
     tokens = case.tokenizer.added_tokens_decoder.values()
     special = sum(token.special for token in tokens if str(token) in case.encoder.control_ids)
@@ -50,7 +50,7 @@ def control_strings(case: Case) -> Iterator[Finding]:
             "control_unspellable",
             "warning",
             what,
-            f"{tried}: the vocabulary cannot spell {listing(refused)} as text",
+            f"{tried}: the vocabulary cannot hold {listing(refused)} as text",
             "records that quote them are refused by name",
         )
     if not leaked and not changed and not refused:
@@ -62,19 +62,25 @@ def control_strings(case: Case) -> Iterator[Finding]:
         )
 
 
+def _leaks(case: Case, text: str) -> bool:
+    """Whether the encoder itself makes control tokens of a text."""
+    ids = case.encoder.encode_all([text])[text]
+    return not isinstance(ids, UserError) and bool(case.control_of(ids))
+
+
 def _disguises(string: str) -> list[str]:
     half = max(1, len(string) // 2)
     left, right = string[:half], string[half:]
     return [string, left, right, left + string + right, string + string, f"{left} {right}"]
 
 
-def _round_trips(case: Case, rendered: Rendered, text: str) -> bool:
-    wanted = case.encoder.normalized(text)
+def _round_trips(case: Case, rendered: Rendered, question: str, answer: str) -> bool:
+    """Whether the words of both turns read back as they were written."""
     span = rendered.answers[0]
-    asked = case.renderer.template.images_only_users or wanted in case.words(
-        rendered.input_ids[: span.start]
-    )
-    return asked and wanted in case.words(rendered.input_ids[span.start : span.end])
+    asked = case.words(rendered.input_ids[: span.start])
+    answered = case.words(rendered.input_ids[span.start : span.end])
+    heard = case.renderer.template.images_only_users or case.encoder.normalized(question) in asked
+    return heard and case.encoder.normalized(answer) in answered
 
 
 UNUSUAL = {
@@ -85,6 +91,7 @@ UNUSUAL = {
     "only white space": " \n\t ",
     "right-to-left marks": "\u200fשלום\u200e \u202bمرحبا\u202c",
     "combining characters": "e\u0301 n\u0303 \u0915\u094d\u0937 Z\u0351\u036b\u0343",
+    "block characters": "▁▂▃▄▅",
     "rare characters": "𝔘𝔫𝔦 \u00a0\ufeff ½ ﬁ Å ∀x∈ℝ",
     "tabs and code": "def f():\n\treturn  1\r\n",
 }
@@ -93,59 +100,61 @@ UNUSUAL = {
 def unusual_writing(case: Case) -> Iterator[Finding]:
     """Whether unusual writing reads back character by character."""
     what = "unusual writing"
-    rewritten: list[str] = []
-    changed: list[str] = []
-    refused: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {
+        "kept": [],
+        "refused": [],
+        "rewritten": [],
+        "changed": [],
+    }
     for name, text in UNUSUAL.items():
-        try:
-            rendered = case.renderer.render(conversation_of(name, *exchange(text, text)))
-        except RecordError as error:
-            if error.reason == "mask_proof":
-                changed.append(name)
-            else:
-                refused[name] = _unspellable(case, text)
-            continue
-        if case.encoder.normalized(text) != text:
-            rewritten.append(name)
-        if not _round_trips(case, rendered, text):
-            changed.append(name)
-    if changed:
+        kinds[_fate(case, name, text)].append(name)
+    if kinds["changed"]:
         yield Finding(
             "text_changed",
             "bad",
             what,
-            f"does not read back as it was written: {', '.join(changed)}",
+            f"a question loses it without a word: {', '.join(kinds['changed'])}",
             "use a tokenizer with byte fallback",
         )
-    if refused:
-        letters = list(dict.fromkeys(c for found in refused.values() for c in found))
-        yield Finding(
-            "unspellable",
-            "warning",
-            what,
-            f"the vocabulary cannot spell {listing([_letter(c) for c in letters])} "
-            f"({', '.join(refused)})",
-            "records with them are refused by name; a tokenizer with byte fallback spells all",
-        )
-    if rewritten:
-        yield Finding(
-            "normalised",
-            "note",
-            what,
-            f"the tokenizer's own normaliser rewrites it: {', '.join(rewritten)}",
-        )
-    if not (changed or refused or rewritten):
+    if kinds["refused"]:
+        letters = dict.fromkeys("".join(UNUSUAL[name] for name in kinds["refused"]))
+        lost = [letter for letter in letters if _is_unspellable(case, letter)]
+        words = f"the vocabulary cannot hold: {', '.join(kinds['refused'])}"
+        if lost:
+            words += f"; it cannot spell {listing([_letter(c) for c in lost])}"
+        advice = "answers with them are refused by name; a tokenizer with byte fallback spells all"
+        yield Finding("unspellable", "warning", what, words, advice)
+    if kinds["rewritten"]:
+        words = f"the tokenizer's own normaliser rewrites it: {', '.join(kinds['rewritten'])}"
+        yield Finding("normalised", "note", what, words)
+    if len(kinds["kept"]) == len(UNUSUAL):
         yield Finding("text", "good", what, f"{len(UNUSUAL)} kinds read back exactly")
 
 
-def _unspellable(case: Case, text: str) -> list[str]:
-    found = []
-    for letter in dict.fromkeys(text):
-        try:
-            case.encoder.encode(letter, "continuation")
-        except UserError:
-            found.append(letter)
-    return found
+def _fate(case: Case, name: str, text: str) -> str:
+    """What becomes of a text: changed, refused, rewritten by the normaliser, or kept."""
+    pairs = ((text, "a"), ("a", text))
+    fates = {_fate_of(case, name, question, answer) for question, answer in pairs}
+    for fate in ("changed", "refused"):
+        if fate in fates:
+            return fate
+    return "kept" if case.encoder.normalized(text) == text else "rewritten"
+
+
+def _fate_of(case: Case, name: str, question: str, answer: str) -> str:
+    try:
+        rendered = case.renderer.render(conversation_of(name, *exchange(question, answer)))
+    except RecordError:
+        return "refused"
+    return "kept" if _round_trips(case, rendered, question, answer) else "changed"
+
+
+def _is_unspellable(case: Case, letter: str) -> bool:
+    try:
+        case.encoder.encode(letter, "continuation")
+    except UserError:
+        return True
+    return False
 
 
 def _letter(letter: str) -> str:
