@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -101,6 +102,9 @@ def test_the_first_position_never_has_a_label(folder):
         def render(self, conversation: Conversation) -> Any:
             rendered = RENDERER.render(conversation)
             return replace(rendered, labels=list(rendered.input_ids))
+
+        def render_all(self, conversations: Iterable[Conversation]) -> Any:
+            return map(self.render, conversations)
 
     path = folder / "data.json"
     path.write_text(json.dumps([record()]))

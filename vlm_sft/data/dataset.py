@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from vlm_sft.config import DataConfig, DataFile
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from vlm_sft.data.admission import Admission, RecordRenderer, Rendering
+from vlm_sft.data.admission import Admission, Outcome, RecordRenderer, Rendering
 from vlm_sft.data.conversation import (
     Conversation,
     ImagePart,
@@ -145,9 +145,10 @@ class SupervisedDataset(Dataset[Example]):
         for file in files:
             records = open_records(file)
             description = f"reading {Path(file.path).name}"
-            for record in track(records.conversations, records.total, description):
+            tracked = track(records.conversations, records.total, description)
+            for outcome in admission.decide_all(tracked):
                 self.num_input_records += 1
-                fitted = self._admitted(admission, record)
+                fitted = self._admitted(outcome)
                 if fitted is not None:
                     self._keep(*fitted, file.weight)
                     digest.update(_identity(*fitted))
@@ -163,11 +164,8 @@ class SupervisedDataset(Dataset[Example]):
             names = ", ".join(file.path for file in files)
             raise UserError(f"{names}: no record to train on; {self._ledger.summary()}")
 
-    def _admitted(
-        self, admission: Admission, record: Conversation | RecordError
-    ) -> tuple[Conversation, Rendering] | None:
+    def _admitted(self, outcome: Outcome) -> tuple[Conversation, Rendering] | None:
         """The record as it will be trained on; None if it is not. Makes its ledger entry."""
-        outcome = admission.decide(record)
         if outcome.error is not None and self._config.on_error == "stop":
             raise outcome.error
         self._ledger.entries.append(outcome.entry)

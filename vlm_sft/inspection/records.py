@@ -26,13 +26,16 @@ class Inspected:
 
     Attributes:
         source: Number of its file, from 0.
-        record: As read, or why it could not be.
         outcome: What becomes of it.
     """
 
     source: int
-    record: Conversation | RecordError
     outcome: Outcome
+
+    @property
+    def record(self) -> Conversation | RecordError:
+        """As read, or why it could not be."""
+        return self.outcome.record
 
     @property
     def entry(self) -> Entry:
@@ -97,8 +100,8 @@ class Inspection:
             found = records.conversations
             if progress:
                 found = track(found, records.total, f"reading {Path(file.path).name}")
-            for record in found:
-                yield Inspected(number, record, admission.decide(record))
+            for outcome in admission.decide_all(found):
+                yield Inspected(number, outcome)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 
 from rich.console import Console
 from rich.markup import escape
@@ -48,9 +49,10 @@ def as_text(found: Inspected, spelled: Spelled | None) -> Text:
         is_trained = stretch.fate == "trained"
         if is_trained:
             text.append("⟦", style="bold green")
-        for token in stretch.tokens:
+        for is_control, tokens in groupby(stretch.tokens, key=lambda token: token.is_control):
             style = "bold black on green" if is_trained else "dim"
-            text.append(visible(token.text), style="cyan" if token.is_control else style)
+            spoken = visible("".join(token.text for token in tokens))
+            text.append(spoken, style="cyan" if is_control else style)
         if is_trained:
             text.append("⟧", style="bold green")
     return text.append("\n")
