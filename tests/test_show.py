@@ -14,9 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.tokenizers_for_tests import load, missing
 from vlm_sft import show
-from vlm_sft.config import load_config
-from vlm_sft.data.conversation import Conversation
+from vlm_sft.config import DataConfig, DataFile, load_config
+from vlm_sft.data.admission import Admission
+from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.formats import read_records
 from vlm_sft.data.images import ImageSpec
@@ -24,11 +26,14 @@ from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import run_command
+from vlm_sft.inspection.records import Inspected
+from vlm_sft.inspection.tokens import spell
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 CONFIG = "configs/tiny/stage2.yaml"
 RECORDS = "configs/tiny/data/instructions.json"
+DATA_FILE = DataFile(path=RECORDS)
 FILE = ["--records", RECORDS, "--tokenizer", "bytes", "--template", "chatml"]
 
 
@@ -476,8 +481,6 @@ def test_a_page_loads_nothing_and_runs_its_own_script_alone(tmp_path: Path) -> N
 
 
 def conversations(path: str) -> Iterator[Conversation]:
-    from vlm_sft.config import DataFile
-
     for record in read_records(DataFile(path=path)):
         assert isinstance(record, Conversation)
         yield record
@@ -492,6 +495,29 @@ def test_the_trained_tokens_of_a_page_are_the_answers(tmp_path: Path) -> None:
     assert page.marks == expected
     _, page = page_of(nasty_records(tmp_path, ["日本語 é", "two\nlines", "👨‍👩‍👧"]), tmp_path)
     assert page.marks == [[f"A {text}<|im_end|>"] for text in ("日本語 é", "two\nlines", "👨‍👩‍👧")]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "template"),
+    [("sentencepiece", "vicuna_v1"), ("llama_3", "llama_3"), ("qwen", "chatml")],
+)
+def test_tokens_together_spell_exactly_what_was_encoded(tokenizer: str, template: str) -> None:
+    if (reason := missing(tokenizer)) is not None:
+        pytest.skip(reason)
+    renderer = Renderer.from_name(template, load(tokenizer))
+    admission = Admission(renderer, num_image_tokens=1, config=DataConfig(train=[DATA_FILE]))
+    for text in [*NASTY, " two  spaces ", "\n\nlines\n", "한국어 " * 9, "👩‍🚀", "a\ufffdb\ufffd"]:
+        asked, answer = Turn("user", (TextPart("Q" + text),)), Turn("assistant", (TextPart(text),))
+        outcome = admission.decide(Conversation("x", (asked, answer)))
+        spelled = spell(Inspected(0, outcome), renderer, 1)
+        assert spelled is not None
+        (trained,) = (stretch for stretch in spelled.stretches if stretch.fate == "trained")
+        spoken = "".join(token.text for token in trained.tokens if not token.is_control)
+        prefix = " " if template == "vicuna_v1" else ""
+        assert spoken == renderer.encoder.normalized(prefix + text)
+        assert len(trained.tokens) <= spelled.num_trained
+        if "\ufffd" not in text and len(text) > 20:
+            assert len(trained.tokens) > 3  # told apart, not one lump
 
 
 def test_a_page_shows_pictures_small_and_says_which_are_missing_or_broken(tmp_path: Path) -> None:

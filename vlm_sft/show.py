@@ -135,9 +135,7 @@ def _print_line(found: Inspected, inspection: Inspection) -> bool:
     if found.outcome.error is not None:
         print(f"error: {found.outcome.error}", file=sys.stderr)
         return False
-    spelled = spell(found, inspection.renderer, inspection.num_image_tokens)
-    assert spelled is not None  # it was rendered when it was decided about
-    print(json.dumps(as_json(found, spelled, inspection.renderer), ensure_ascii=False))
+    print(json.dumps(as_json(found, inspection.renderer), ensure_ascii=False))
     return True
 
 

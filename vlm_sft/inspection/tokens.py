@@ -114,20 +114,24 @@ def spell(found: Inspected, renderer: Renderer, num_image_tokens: int) -> Spelle
     return Spelled(tuple(stretches), ids, labels, length, num_images)
 
 
-def as_json(found: Inspected, spelled: Spelled, renderer: Renderer) -> dict[str, Any]:
-    """One record for other programs.
+def as_json(found: Inspected, renderer: Renderer) -> dict[str, Any]:
+    """One rendered record for other programs.
 
     `input_ids` hold one `image_token_id` a picture; `labels` are -100 where nothing is trained;
     `tokens` are the vocabulary's own spellings.
     """
+    outcome = found.outcome
+    rendering = outcome.rendering or outcome.whole
+    assert rendering is not None
+    ids = rendering.input_ids
     made = {
         "id": found.entry.record_id,
         "where": found.entry.where,
         "outcome": found.bucket,
-        "input_ids": spelled.input_ids,
-        "labels": spelled.labels,
-        "tokens": [_token(i, renderer) for i in spelled.input_ids],
-        "num_images": spelled.num_images,
+        "input_ids": ids,
+        "labels": [IGNORE_INDEX] * len(ids) if outcome.rendering is None else rendering.labels,
+        "tokens": [_token(i, renderer) for i in ids],
+        "num_images": ids.count(IMAGE_TOKEN_ID),
         "image_token_id": IMAGE_TOKEN_ID,
     }
     if found.entry.reason:
