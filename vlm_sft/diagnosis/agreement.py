@@ -102,21 +102,13 @@ def own_template(case: Case) -> Iterator[Finding]:
         if ours != theirs and ids != rendered.input_ids:
             differing.append((probe.name, ours, theirs))
     if differing:
-        name, ours, theirs = differing[0]
-        at = first_difference(ours, theirs)
-        yield Finding(
-            "own_template_differs",
-            "warning",
-            what,
-            f"the model was tuned with another format: {name} {_excerpt(ours, at)} here, "
-            f"{_excerpt(theirs, at)} there",
-            "take template auto, or the built-in one that is equal; keep this one only for a base "
-            "model or to teach the new format",
-        )
+        yield _other_format(differing)
     elif compared:
         yield Finding(
             "own_template", "good", what, f"the same in all {compared} probes without pictures"
         )
+    else:
+        yield Finding("own_template_refuses", "note", what, "takes none of the probes")
     yield from _trimming(case)
     if "strftime_now" in own and case.template_name == "auto":
         yield Finding(
@@ -126,6 +118,31 @@ def own_template(case: Case) -> Iterator[Finding]:
             "writes today's date, so that prompts of other days differ from training",
             "give data.system, or a template file without the date",
         )
+
+
+def _other_format(differing: list[tuple[str, str, str]]) -> Finding:
+    """How the model's own template differs, from (probe, our text, its text)."""
+    what = "the model's own template"
+    inner = [d for d in differing if not (d[1].startswith(d[2]) or d[2].startswith(d[1]))]
+    name, ours, theirs = (inner or differing)[0]
+    at = first_difference(ours, theirs)
+    if not inner:
+        return Finding(
+            "own_template_ends_differently",
+            "note",
+            what,
+            f"the same up to the end of the conversation, where {ours[at:]!r} stands here and "
+            f"{theirs[at:]!r} there",
+        )
+    return Finding(
+        "own_template_differs",
+        "warning",
+        what,
+        f"the model was tuned with another format: {name} {_excerpt(ours, at)} here, "
+        f"{_excerpt(theirs, at)} there",
+        "take template auto, or the built-in one that is equal; keep this one only for a base "
+        "model or to teach the new format",
+    )
 
 
 def _trimming(case: Case) -> Iterator[Finding]:
