@@ -162,7 +162,19 @@ def test_marks_in_brackets_are_noted_as_ordinary_text() -> None:
 def test_another_format_than_the_models_own_is_a_warning_that_shows_where() -> None:
     finding = findings(byte_tokenizer(), "vicuna_v1")["own_template_differs"]
     assert finding.level == "warning"
-    assert "<s>A chat between" in finding.found and "<|im_start|>user" in finding.found
+    assert "<s>A chat between" in finding.found and "<|im_start|>system" in finding.found
+
+
+def test_the_first_stages_template_is_not_blamed_for_writing_no_chat() -> None:
+    found = findings(byte_tokenizer(), "plain")
+    assert found["own_template_unused"].level == "note"
+    assert "own_template_differs" not in found
+    assert findings(byte_tokenizer(), "llava_plain")["no_stop"].level == "note"
+
+
+def test_a_system_text_of_ones_own_is_no_other_format() -> None:
+    brief = Renderer.from_name("chatml", byte_tokenizer(), default_system="Be brief.")
+    assert findings(byte_tokenizer(), "chatml", renderer=brief)["own_template"].level == "good"
 
 
 def test_a_template_with_todays_date_is_a_warning() -> None:
@@ -226,6 +238,16 @@ def test_letters_that_vanish_without_a_word_are_bad() -> None:
 def test_a_normaliser_that_rewrites_is_noted() -> None:
     tokenizer = letters("<unk>", special=True, normalizer=normalizers.Lowercase())
     assert findings(tokenizer)["normalised"].level == "note"
+
+
+def test_a_chat_template_without_a_stop_token_is_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "endless.yaml"
+    file.write_text(
+        'name: endless\ndescription: no stop\nbegin: "{bos}"\n'
+        'user: {prefix: "Q: ", suffix: "\\n"}\n'
+        'assistant: {prefix: "A:", stop: "", answer_suffix: "\\n"}\n'
+    )
+    assert findings(byte_tokenizer(), str(file))["no_stop"].level == "warning"
 
 
 def test_an_answer_with_nothing_before_it_is_a_warning() -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from vlm_sft.constants import IGNORE_INDEX
-from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.diagnosis.case import (
     Case,
     Finding,
@@ -72,7 +72,9 @@ def _export(case: Case) -> Iterator[Finding]:
         f"{len(differing)} of {compared} sequences differ under the exported chat template "
         f"({'control tokens differ' if other_format else 'control tokens agree'}), first {name} "
         f"{case.difference(ours, theirs)}",
-        "use another template" if other_format else "elsewhere the same words get other pieces",
+        "use another template"
+        if other_format
+        else "chat and evaluate here send what was trained; tools on the export send the other ids",
     )
 
 
@@ -93,7 +95,7 @@ def own_template(case: Case) -> Iterator[Finding]:
     differing: list[tuple[str, str, str]] = []
     for probe, rendered in case.text_probes:
         try:
-            theirs = text_of(case.tokenizer, probe.conversation)
+            theirs = text_of(case.tokenizer, _with_system(case, probe.conversation))
             ours = text_of(case.exported, probe.conversation)
         except Exception:  # the model's own template refuses these turns (system, often)
             continue
@@ -102,7 +104,7 @@ def own_template(case: Case) -> Iterator[Finding]:
         if ours != theirs and ids != rendered.input_ids:
             differing.append((probe.name, ours, theirs))
     if differing:
-        yield _other_format(differing)
+        yield _other_format(case, differing)
     elif compared:
         yield Finding(
             "own_template", "good", what, f"the same in all {compared} probes without pictures"
@@ -120,7 +122,7 @@ def own_template(case: Case) -> Iterator[Finding]:
         )
 
 
-def _other_format(differing: list[tuple[str, str, str]]) -> Finding:
+def _other_format(case: Case, differing: list[tuple[str, str, str]]) -> Finding:
     """How the model's own template differs, from (probe, our text, its text)."""
     what = "the model's own template"
     inner = [d for d in differing if not (d[1].startswith(d[2]) or d[2].startswith(d[1]))]
@@ -134,6 +136,9 @@ def _other_format(differing: list[tuple[str, str, str]]) -> Finding:
             f"the same up to the end of the conversation, where {ours[at:]!r} stands here and "
             f"{theirs[at:]!r} there",
         )
+    if case.renderer.template.images_only_users:
+        words = "not written: pictures and captions alone, which is for the first stage"
+        return Finding("own_template_unused", "note", what, words)
     return Finding(
         "own_template_differs",
         "warning",
@@ -143,6 +148,14 @@ def _other_format(differing: list[tuple[str, str, str]]) -> Finding:
         "take template auto, or the built-in one that is equal; keep this one only for a base "
         "model or to teach the new format",
     )
+
+
+def _with_system(case: Case, conversation: Conversation) -> Conversation:
+    """The turns with the system text that the renderer would add, so that formats are compared."""
+    text = case.renderer.describe()["default_system"]
+    if not text or conversation.turns[0].role == "system":
+        return conversation
+    return conversation_of("system", Turn("system", (TextPart(text),)), *conversation.turns)
 
 
 def _trimming(case: Case) -> Iterator[Finding]:

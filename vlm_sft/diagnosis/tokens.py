@@ -138,7 +138,7 @@ def stop(case: Case) -> Iterator[Finding]:
     if case.stop_id is None:
         yield Finding(
             "no_stop",
-            "warning",
+            "note" if case.renderer.template.images_only_users else "warning",
             "stop",
             "answers end without a control token, so that the model does not learn to stop",
             "right for LLaVA's first stage alone; choose another template for answers",
