@@ -493,6 +493,8 @@ def test_the_trained_tokens_of_a_page_are_the_answers(tmp_path: Path) -> None:
         for record in conversations(RECORDS)
     ]
     assert page.marks == expected
+    for article, answers in zip(page.articles, expected, strict=True):
+        assert article.count(("div", [("class", "ex")])) == len(answers)  # a block an exchange
     _, page = page_of(nasty_records(tmp_path, ["日本語 é", "two\nlines", "👨‍👩‍👧"]), tmp_path)
     assert page.marks == [[f"A {text}<|im_end|>"] for text in ("日本語 é", "two\nlines", "👨‍👩‍👧")]
 

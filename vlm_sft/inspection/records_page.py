@@ -289,23 +289,32 @@ def _counts(spelled: Spelled, conversation: Conversation) -> str:
 
 
 def _exchanges(spelled: Spelled, num_image_tokens: int) -> str:
-    """A block for each answer with what comes before it."""
-    blocks: list[str] = []
-    block: list[str] = []
+    """A block for each answer with what comes before it, and what closes it."""
+    blocks = [""]
     pictures = iter(range(1, spelled.num_images + 1))
-    for stretch in spelled.stretches:
-        block.append(_stretch(stretch, pictures, num_image_tokens))
-        if stretch.fate != "context":
-            blocks.append("".join(block))
-            block = []
-    if block and blocks:  # what closes the last answer belongs to it
-        blocks[-1] += "".join(block)
-    elif block:
-        blocks.append("".join(block))
+    after_answer = False
+    last = len(spelled.stretches) - 1
+    for number, stretch in enumerate(spelled.stretches):
+        if after_answer and number < last:
+            closing, stretch = _split_line_end(stretch)
+            blocks[-1] += _stretch(closing, pictures, num_image_tokens)
+            blocks.append("")
+        blocks[-1] += _stretch(stretch, pictures, num_image_tokens)
+        after_answer = stretch.fate != "context"
     return "".join(f'<div class="ex">{block}</div>' for block in blocks)
 
 
+def _split_line_end(stretch: Stretch) -> tuple[Stretch, Stretch]:
+    """The line end that a stretch begins with, and the rest; the first may be empty."""
+    is_end = bool(stretch.tokens) and not stretch.tokens[0].text.strip()
+    cut = int(is_end and stretch.fate == "context")
+    head, rest = stretch.tokens[:cut], stretch.tokens[cut:]
+    return Stretch(stretch.fate, head), Stretch(stretch.fate, rest)
+
+
 def _stretch(stretch: Stretch, pictures: Iterator[int], num_image_tokens: int) -> str:
+    if not stretch.tokens:
+        return ""
     inner = "".join(_token(token, pictures, num_image_tokens) for token in stretch.tokens)
     element = {"trained": "mark", "untrained": "u", "context": "span"}[stretch.fate]
     return f"<{element}>{inner}</{element}>"
