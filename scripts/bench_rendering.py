@@ -13,6 +13,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.config import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
 from vlm_sft.data.masking import Renderer
+from vlm_sft.data.render_cache import CachedRenderer
 from vlm_sft.data.tokenizer import load_tokenizer
 from vlm_sft.errors import run_command
 from vlm_sft.progress import track
@@ -58,13 +60,14 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(LanguageModelConfig(name=arguments.tokenizer))
     conversations = make_conversations(arguments.count)
     renderer = Renderer.from_name(arguments.template, tokenizer)
-    ways = _ways(renderer, tokenizer, conversations)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in track(range(arguments.rounds), arguments.rounds, "rounds"):
-        for name, way in ways.items():
-            start = time.process_time()
-            way()
-            rates[name].append(len(conversations) / (time.process_time() - start))
+    with tempfile.TemporaryDirectory() as cache_dir:
+        ways = _ways(renderer, tokenizer, conversations, cache_dir)
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in track(range(arguments.rounds), arguments.rounds, "rounds"):
+            for name, way in ways.items():
+                start = time.process_time()
+                way()
+                rates[name].append(len(conversations) / (time.process_time() - start))
     _print(rates, renderer, conversations)
     return 0
 
@@ -96,7 +99,10 @@ def _conversation(
 
 
 def _ways(
-    renderer: Renderer, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    cache_dir: str,
 ) -> dict[str, Callable[[], Any]]:
     messages = [_messages(conversation) for conversation in conversations]
     texts = [
@@ -104,6 +110,8 @@ def _ways(
         for chat in messages
     ]
     backend: Any = tokenizer.backend_tokenizer
+    cached = CachedRenderer(renderer, cache_dir)
+    list(cached.render_all(conversations))
 
     def masked_by_transformers(chat: Any) -> Any:
         return tokenizer.apply_chat_template(
@@ -119,6 +127,7 @@ def _ways(
             renderer.render(conversation) for conversation in conversations
         ],
         "vlm_sft: the same, batched": lambda: list(renderer.render_all(conversations)),
+        "vlm_sft: found in data.cache_dir": lambda: list(cached.render_all(conversations)),
         "transformers: assistant mask, one by one": lambda: [
             masked_by_transformers(chat) for chat in messages
         ],

@@ -20,6 +20,7 @@ from vlm_sft.data.formats import read_records
 from vlm_sft.data.images import open_image, to_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
+from vlm_sft.data.render_cache import CachedRenderer
 from vlm_sft.data.sampling import StepSampler
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import ConfigError, ImageError, RecordError
@@ -178,12 +179,14 @@ def load_model(
 
 
 def load_data(config: RunConfig, renderer: Renderer, model: VisionLanguageModel) -> Data:
-    """Read and render all records; see `SupervisedDataset`."""
+    """Read and render all records, or find them in `data.cache_dir`; see `SupervisedDataset`."""
+    cache = config.data.cache_dir
+    renders = renderer if cache is None else CachedRenderer(renderer, cache)
 
     def load(files: list[DataFile], ledger: Ledger) -> SupervisedDataset:
         return SupervisedDataset(
             files,
-            renderer,
+            renders,
             model.vision_tower.image_spec,
             num_image_tokens=model.vision_tower.num_tokens,
             config=config.data,

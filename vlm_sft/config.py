@@ -110,6 +110,8 @@ class DataConfig(Section):
     image_aspect: Literal["pad", "crop"] = "pad"
     """`pad`: whole picture on a square of the tower's mean colour; `crop`: centre square."""
     num_workers: Annotated[int, Field(ge=0)] = 2
+    cache_dir: str | None = None
+    """Folder where rendered records are kept across runs; None: each start renders all anew."""
 
 
 class LearningRates(Section):

@@ -1,0 +1,103 @@
+"""What was rendered once is found again, as it was, and only under what made it."""
+
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
+from vlm_sft.data.masking import Rendered, Renderer
+from vlm_sft.data.render_cache import FILE_NAME, CachedRenderer, fingerprint
+from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.errors import RecordError, UserError
+
+RENDERER = Renderer.from_name("chatml", byte_tokenizer())
+
+
+def conversation(number: int, *, supervised: bool = True) -> Conversation:
+    turns = (
+        Turn("user", (ImagePart(0), TextPart(f"\nWhich {number}?"))),
+        Turn("assistant", (TextPart(f"This {number}."),)),
+        Turn("user", (TextPart("And?"),)),
+        Turn("assistant", (TextPart("That."),), supervised),
+    )
+    return Conversation(str(number), turns, (b"",))
+
+
+RECORDS = [conversation(number) for number in range(300)]
+
+
+def same(cached: CachedRenderer, records: list[Conversation]) -> bool:
+    return comparable(cached.render_all(records)) == comparable(RENDERER.render_all(records))
+
+
+def comparable(rows: Iterable[Rendered | RecordError]) -> list[Rendered]:
+    """Without the answers' places, which are not kept."""
+    return [replace(row, answers=()) for row in rows if isinstance(row, Rendered)]
+
+
+def test_a_second_run_finds_everything_and_it_is_the_same(tmp_path: Path) -> None:
+    first = CachedRenderer(RENDERER, tmp_path)
+    assert same(first, RECORDS)
+    assert (first.hits, first.misses) == (0, 300)
+    second = CachedRenderer(RENDERER, tmp_path)
+    assert same(second, RECORDS)
+    assert (second.hits, second.misses) == (300, 0)
+
+
+def test_a_changed_record_is_rendered_again(tmp_path: Path) -> None:
+    list(CachedRenderer(RENDERER, tmp_path).render_all(RECORDS))
+    changed = [*RECORDS[:-1], conversation(299, supervised=False)]
+    again = CachedRenderer(RENDERER, tmp_path)
+    assert same(again, changed)
+    assert (again.hits, again.misses) == (299, 1)
+
+
+def test_words_that_move_between_parts_are_another_record(tmp_path: Path) -> None:
+    cached = CachedRenderer(RENDERER, tmp_path)
+    answer = Turn("assistant", (TextPart("Yes."),))
+    one = Conversation("a", (Turn("user", (TextPart("x"), ImagePart(0))), answer), (b"",))
+    other = Conversation("b", (Turn("user", (ImagePart(0), TextPart("x"))), answer), (b"",))
+    assert cached.render(one).input_ids != cached.render(other).input_ids
+    assert cached.misses == 2
+
+
+def test_another_template_system_text_or_recipe_finds_nothing() -> None:
+    tokenizer = byte_tokenizer()
+    renderers = [
+        RENDERER,
+        Renderer.from_name("vicuna_v1", tokenizer),
+        Renderer.from_name("vicuna_v1", tokenizer, recipe="llava-1.5"),
+        Renderer.from_name("vicuna_v1", tokenizer, default_system="Be short."),
+    ]
+    assert len({fingerprint(renderer) for renderer in renderers}) == len(renderers)
+
+
+def test_a_damaged_row_is_rendered_again(tmp_path: Path) -> None:
+    list(CachedRenderer(RENDERER, tmp_path).render_all(RECORDS[:2]))
+    with sqlite3.connect(tmp_path / FILE_NAME) as table:
+        rows = table.execute("SELECT key, row FROM rendered").fetchall()
+        for key, row in rows:
+            flipped = row[:20] + bytes([row[20] ^ 1]) + row[21:]
+            table.execute("UPDATE rendered SET row = ? WHERE key = ?", (flipped, key))
+    table.close()
+    again = CachedRenderer(RENDERER, tmp_path)
+    assert same(again, RECORDS[:2])
+    assert (again.hits, again.misses) == (0, 2)
+
+
+def test_faulty_records_are_told_each_time_and_not_kept(tmp_path: Path) -> None:
+    plain = Renderer.from_name("plain", byte_tokenizer())
+    for _ in range(2):
+        cached = CachedRenderer(plain, tmp_path)
+        (error,) = cached.render_all([RECORDS[0]])
+        assert isinstance(error, RecordError)
+        assert (cached.hits, cached.misses) == (0, 1)
+
+
+def test_a_file_that_is_no_cache_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("not a database, but long enough to be read as one " * 20)
+    with pytest.raises(UserError, match=r"rendered\.sqlite cannot be used .*; remove the file"):
+        CachedRenderer(RENDERER, tmp_path)

@@ -1,0 +1,142 @@
+"""Rendered records kept across runs, by the content of the record and of all that renders it."""
+
+import hashlib
+import json
+import sqlite3
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from vlm_sft.constants import IGNORE_INDEX
+from vlm_sft.data.conversation import Conversation, ImagePart
+from vlm_sft.data.masking import CHUNK, Rendered, Renderer, batched
+from vlm_sft.errors import RecordError, UserError
+
+FILE_NAME: Final = "rendered.sqlite"
+RENDERING_MODULES: Final = ("masking", "template", "tokenizer", "recipe")
+
+
+class CachedRenderer:
+    """A renderer that looks up what it, or another run, has rendered and proven before.
+
+    Keyed by sha256 over the record's turns and over everything that decides its ids: tokenizer,
+    template, system text, recipe, the code of this package that renders, and the version of
+    `tokenizers`. Every row carries a checksum; a row that fails it is rendered again. Safe for
+    several processes at once (SQLite). Faulty records are not kept.
+
+    Args:
+        renderer: Renders what is not there.
+        folder: Holds `rendered.sqlite`; made if missing.
+
+    Attributes:
+        hits: Records that were found.
+        misses: Records that were rendered.
+
+    Raises:
+        UserError: The folder or the file in it cannot be used.
+    """
+
+    def __init__(self, renderer: Renderer, folder: str | Path) -> None:
+        self._renderer, self._path = renderer, Path(folder) / FILE_NAME
+        self._fingerprint = fingerprint(renderer)
+        self.hits = self.misses = 0
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._table = sqlite3.connect(self._path, timeout=60)
+            self._table.execute("PRAGMA journal_mode=WAL")
+            self._table.execute("PRAGMA synchronous=NORMAL")
+            self._table.execute(
+                "CREATE TABLE IF NOT EXISTS rendered (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID"
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise self._fault(error) from None
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """As `Renderer.render`, without `answers` where the record was found."""
+        rendered = next(self.render_all([conversation]))
+        if isinstance(rendered, RecordError):
+            raise rendered
+        return rendered
+
+    def render_all(self, conversations: Iterable[Conversation]) -> Iterator[Rendered | RecordError]:
+        """As `Renderer.render_all`, without `answers` where a record was found."""
+        for chunk in batched(conversations, CHUNK):
+            keys = [self._key(conversation) for conversation in chunk]
+            found = self._found(keys)
+            missing = [c for c, key in zip(chunk, keys, strict=True) if key not in found]
+            self.hits += len(chunk) - len(missing)
+            self.misses += len(missing)
+            made = list(self._renderer.render_all(missing))
+            fresh = iter(made)
+            rows = [found[key] if key in found else next(fresh) for key in keys]
+            self._keep([(k, r) for k, r in zip(keys, rows, strict=True) if k not in found])
+            yield from rows
+
+    def _key(self, conversation: Conversation) -> bytes:
+        digest = hashlib.sha256(self._fingerprint)
+        for turn in conversation.turns:
+            digest.update(f"\0{turn.role}\0{turn.supervised}".encode())
+            for part in turn.parts:
+                text = f"<{part.index}>" if isinstance(part, ImagePart) else part.text
+                kind = "image" if isinstance(part, ImagePart) else "text"
+                digest.update(f"\0{kind}\0{len(text)}\0{text}".encode())
+        return digest.digest()
+
+    def _found(self, keys: Sequence[bytes]) -> dict[bytes, Rendered]:
+        marks = ",".join("?" * len(keys))
+        try:
+            rows = self._table.execute(
+                f"SELECT key, row FROM rendered WHERE key IN ({marks})", keys
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise self._fault(error) from None
+        unpacked = ((key, _unpacked(row)) for key, row in rows)
+        return {key: rendered for key, rendered in unpacked if rendered is not None}
+
+    def _keep(self, rows: Sequence[tuple[bytes, Rendered | RecordError]]) -> None:
+        values = [(key, _packed(row)) for key, row in rows if isinstance(row, Rendered)]
+        try:
+            with self._table:
+                self._table.executemany("INSERT OR REPLACE INTO rendered VALUES (?, ?)", values)
+        except sqlite3.Error as error:
+            raise self._fault(error) from None
+
+    def _fault(self, error: Exception) -> UserError:
+        return UserError(
+            f"data.cache_dir: {self._path} cannot be used ({error}); remove the file, or give "
+            "another folder with room in it"
+        )
+
+
+def fingerprint(renderer: Renderer) -> bytes:
+    """sha256 over all that decides what a record's ids and labels are, besides the record."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(renderer.describe(), sort_keys=True).encode())
+    digest.update(renderer.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(metadata.version("tokenizers").encode())
+    for name in RENDERING_MODULES:
+        digest.update((resources.files("vlm_sft.data") / f"{name}.py").read_bytes())
+    return digest.digest()
+
+
+def _packed(rendered: Rendered) -> bytes:
+    """Checksum, then ids, then one byte a token: whether it is supervised."""
+    ids = array("i", rendered.input_ids).tobytes()
+    flags = bytes(label != IGNORE_INDEX for label in rendered.labels)
+    return hashlib.blake2b(ids + flags, digest_size=8).digest() + ids + flags
+
+
+def _unpacked(row: bytes) -> Rendered | None:
+    """The rendering, or None where its checksum does not fit."""
+    checksum, body = row[:8], row[8:]
+    if hashlib.blake2b(body, digest_size=8).digest() != checksum:
+        return None
+    count = len(body) // 5
+    ids = np.frombuffer(body, dtype=np.int32, count=count)
+    flags = np.frombuffer(body, dtype=np.bool_, offset=4 * count)
+    labels = np.where(flags, ids, IGNORE_INDEX)
+    return Rendered(ids.tolist(), labels.tolist(), ())
