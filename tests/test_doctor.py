@@ -143,6 +143,12 @@ def test_a_jinja_template_that_trims_is_noted() -> None:
     assert "template_trims" not in findings(byte_tokenizer())
 
 
+def test_a_template_of_its_own_that_takes_no_system_text_is_compared_without() -> None:
+    found = findings(sentencepiece_tokenizer(), "vicuna_v1")
+    assert found["own_template_differs"].level == "warning"
+    assert "template_trims" not in found
+
+
 def test_header_marks_that_are_ordinary_text_are_bad() -> None:
     jinja = CHATML.replace("'<|im_start|>' + message", "'<|start|>' + message")
     jinja = jinja.replace("<|im_start|>assistant", "<|start|>assistant")
