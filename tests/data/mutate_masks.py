@@ -1,0 +1,368 @@
+"""Seed the bugs that masks have had elsewhere, one at a time: do the tests see each?
+
+    scripts/mutate_masks                # every mutant, with and without the renderer's own proof
+    scripts/mutate_masks --only stop    # mutants whose name has "stop" in it
+
+Each mutant is an exact replacement in a copy of the sources. It is tried twice: as it is, and with
+the renderer's proof switched off, so that the tests alone must see it. The exit code is 1 when one
+survives.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_sft.progress import track
+
+ROOT = Path(__file__).parent.parent.parent
+COPIED = ("vlm_sft", "data_tools", "tests", "configs", "pyproject.toml")
+DATA = "vlm_sft/data/"
+TESTS = (
+    "tests/data/test_masking.py",
+    "tests/data/test_mask_properties.py",
+    "tests/data/test_template_fidelity.py",
+    "tests/data/test_dataset.py",
+    "tests/data/test_collate.py",
+)
+LIGHT = "not qwen and not llama_3 and not smollm2 and not smollm and not extreme"
+"""Tests that load small vocabularies: enough to see every mutant."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A seeded bug: in `file`, `old`, which occurs once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def apply(self, root: Path) -> str:
+        """Change the copy in `root`; returns what the file was."""
+        path = root / self.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise SystemExit(
+                f"error: mutant {self.name!r}: its text occurs {text.count(self.old)} times in "
+                f"{self.file}, expected once; write the mutant anew"
+            )
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+        return text
+
+
+LABELS = "            labels += ids[start:] if trained else [IGNORE_INDEX] * (len(ids) - start)\n"
+MASKED = "[IGNORE_INDEX] * (len(ids) - start)"
+TRAINED = "            trained = False\n"
+FLAG = "                trained = draft.conversation.turns[turn].supervised\n"
+
+NO_PROOF = Mutant(
+    "the proof is switched off",
+    DATA + "masking.py",
+    "                    self._prove(draft, rendered, spoken)\n",
+    "                    pass\n",
+)
+
+MUTANTS = (
+    Mutant(
+        "the first token of an answer is masked",
+        DATA + "masking.py",
+        LABELS,
+        f"            labels += [IGNORE_INDEX, *ids[start + 1 :]] if trained else {MASKED}\n",
+    ),
+    Mutant(
+        "the stop token is masked",
+        DATA + "masking.py",
+        LABELS,
+        f"            labels += [*ids[start:-1], IGNORE_INDEX] if trained else {MASKED}\n",
+    ),
+    Mutant(
+        "the last token of the header is trained",
+        DATA + "masking.py",
+        LABELS,
+        LABELS + "            if trained and start:\n"
+        "                labels[start - 1] = ids[start - 1]\n",
+    ),
+    Mutant(
+        "the token behind the stop is trained",
+        DATA + "masking.py",
+        LABELS,
+        LABELS + "            if run.turn is None and answers and len(ids) > start:\n"
+        "                labels[start] = ids[start]\n",
+    ),
+    Mutant("questions are trained", DATA + "masking.py", TRAINED, "            trained = True\n"),
+    Mutant(
+        "a turn's flag is ignored", DATA + "masking.py", FLAG, "                trained = True\n"
+    ),
+    Mutant(
+        "every second answer is skipped",
+        DATA + "masking.py",
+        FLAG,
+        FLAG.rstrip("\n") + " and len(answers) % 2 == 1\n",
+    ),
+    Mutant(
+        "only the last answer is trained",
+        DATA + "masking.py",
+        FLAG,
+        FLAG.rstrip("\n") + " and run is draft.runs[-1]\n",
+    ),
+    Mutant(
+        "behind an empty answer the wrong turn is taken",
+        DATA + "masking.py",
+        FLAG,
+        "                before = turn - 2 if len(ids) - start == 1 and turn > 2 else turn\n"
+        "                trained = draft.conversation.turns[before].supervised\n",
+    ),
+    Mutant(
+        "an empty answer is not trained",
+        DATA + "masking.py",
+        FLAG,
+        FLAG.rstrip("\n") + " and len(ids) - start > 1\n",
+    ),
+    Mutant(
+        "answers are trimmed",
+        DATA + "masking.py",
+        "                yield part.text\n",
+        "                yield part.text.strip()\n",
+    ),
+    Mutant(
+        "the words of stage 1's question are kept",
+        DATA + "masking.py",
+        'keep_text = turn.role != "user" or not self.template.images_only_users',
+        "keep_text = True",
+    ),
+    Mutant(
+        "the prompt ends in a space",
+        DATA + "masking.py",
+        "        return rendered.input_ids\n\n    def answer_ids",
+        '        return [*rendered.input_ids, *self.encoder.encode(" ", "continuation")]\n\n'
+        "    def answer_ids",
+    ),
+    Mutant(
+        "the separator behind the stop is trained",
+        DATA + "template.py",
+        "            TemplateText(self._fill(answer.suffix)),\n",
+        "            TemplateText(self._fill(answer.suffix), supervised=True),\n",
+    ),
+    Mutant(
+        "the header of an answer is trained",
+        DATA + "template.py",
+        "            TemplateText(self._fill(answer.prefix)),\n",
+        "            TemplateText(self._fill(answer.prefix), supervised=True),\n",
+    ),
+    Mutant(
+        "the space before an answer is masked",
+        DATA + "template.py",
+        "            TemplateText(self._fill(answer.answer_prefix), supervised=True),\n",
+        "            TemplateText(self._fill(answer.answer_prefix)),\n",
+    ),
+    Mutant(
+        "BOS is doubled",
+        DATA + "templates/vicuna_v1.yaml",
+        'begin: "{bos}"',
+        'begin: "{bos}{bos}"',
+    ),
+    Mutant(
+        "the newline behind <|im_end|> is missing",
+        DATA + "templates/chatml.yaml",
+        'stop: "<|im_end|>", suffix: "\\n"',
+        'stop: "<|im_end|>"',
+    ),
+    Mutant(
+        "control strings in data become control tokens",
+        DATA + "tokenizer.py",
+        'state["added_tokens"] = _white_space_tokens(state)',
+        "_white_space_tokens(state)",
+    ),
+    Mutant(
+        "the dummy space is put before every stretch of text",
+        DATA + "tokenizer.py",
+        'wanted = context == "start" or (context == "after_control" and scope == "always")',
+        "wanted = True",
+    ),
+    Mutant(
+        "padding is masked by its id, and the stop with it",
+        DATA + "collate.py",
+        "        labels=labels,\n",
+        "        labels=labels.masked_fill(input_ids == pad_token_id, IGNORE_INDEX),\n",
+    ),
+    Mutant(
+        "padding is trained",
+        DATA + "collate.py",
+        "batch_first=True, padding_value=IGNORE_INDEX",
+        "batch_first=True, padding_value=pad_token_id",
+    ),
+    Mutant(
+        "attention leaves out every token that is padding's",
+        DATA + "collate.py",
+        "attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None]",
+        "attention_mask=input_ids != pad_token_id",
+    ),
+    Mutant(
+        "pictures are trained",
+        DATA + "dataset.py",
+        "self._supervised[part] & ~is_image",
+        "self._supervised[part] | is_image",
+    ),
+    Mutant(
+        "labels do not move when pictures are expanded",
+        DATA + "dataset.py",
+        "np.repeat(labels, times)",
+        "np.append(labels, np.full(times.sum() - len(labels), IGNORE_INDEX))",
+    ),
+    Mutant(
+        "the first position keeps its label",
+        DATA + "admission.py",
+        "            labels[0] = IGNORE_INDEX",
+        "            pass",
+    ),
+    Mutant(
+        "records are cut at the limit, inside answers",
+        DATA + "admission.py",
+        "        if rendering.length <= limit:\n            return kept, rendering\n",
+        "        if True:\n            return kept, Rendering(rendering.input_ids[:limit], "
+        "rendering.labels[:limit], min(limit, rendering.length))\n",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests said: the first test that failed, or None."""
+
+    mutant: Mutant
+    with_proof: str | None
+    without_proof: str | None
+
+
+def copy_sources(where: Path) -> None:
+    """What the tests need, without what git ignores."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, where / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, where / name)
+    if (ROOT / "demo" / "pieces").exists():
+        (where / "demo").mkdir()
+        (where / "demo" / "pieces").symlink_to((ROOT / "demo" / "pieces").resolve())
+
+
+def warm_up() -> None:
+    """Import what takes seconds and build the tokenizers once; every trial is a fork of this."""
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    from tests.tokenizers_for_tests import load
+
+    torch.set_num_threads(1)
+    for name in ("bytes", "bpe", "sentencepiece", "llama_2_file", "phi_3", "gemma"):
+        load(name)
+
+
+def killer(root: Path, mutants: Sequence[Mutant], tests: Sequence[str]) -> str | None:
+    """The first test that fails with these mutants in the copy; None when all pass."""
+    before = [(mutant, mutant.apply(root)) for mutant in mutants]
+    try:
+        log = root / "pytest.log"
+        child = os.fork()
+        if child == 0:
+            _run_tests(root, log, tests)
+        _, status = os.waitpid(child, 0)
+        text = log.read_text(encoding="utf-8", errors="replace")
+    finally:
+        for mutant, original in reversed(before):
+            (root / mutant.file).write_text(original, encoding="utf-8")
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) \S*?([^/:\s]+(?:::\S+)?)", text, flags=re.MULTILINE)
+    if code != 1 and found is None:
+        raise SystemExit(f"error: pytest ended with {code}:\n{text[-2000:]}")
+    return found.group(1) if found else "a test"
+
+
+def _run_tests(root: Path, log: Path, tests: Sequence[str]) -> None:
+    """In the fork: forget our own modules, then let pytest import the mutated ones."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    kept = ("tests", "tests.tokenizers_for_tests", "tests.chat_templates_for_tests")
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("vlm_sft", "tests") and name not in kept:
+            del sys.modules[name]
+    os.chdir(root)
+    import pytest
+
+    code = 3
+    try:
+        sys.dont_write_bytecode = True
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-k", LIGHT]
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = int(pytest.main([*options, *tests]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mutate_masks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="", metavar="WORD", help="mutants with this in the name")
+    arguments = parser.parse_args(argv)
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    with tempfile.TemporaryDirectory(prefix="vlm_sft-mutants-") as scratch:
+        root = Path(scratch)
+        copy_sources(root)
+        # Everything that is imported from here on comes from the copy.
+        for name in [n for n in sys.modules if n.split(".")[0] in ("vlm_sft", "tests")]:
+            del sys.modules[name]
+        os.chdir(root)
+        sys.path[:] = [str(root), *(p for p in sys.path if p not in ("", str(ROOT)))]
+        warm_up()
+        start = time.monotonic()
+        if (broken := killer(root, (), TESTS)) is not None:
+            print(f"error: {broken} fails without any mutant; mend it first", file=sys.stderr)
+            return 1
+        print(f"without a mutant all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
+        verdicts = []
+        for mutant in track(chosen, description="mutants"):
+            verdicts.append(
+                Verdict(
+                    mutant,
+                    killer(root, (mutant,), TESTS),
+                    killer(root, (mutant, NO_PROOF), TESTS),
+                )
+            )
+    return report(verdicts)
+
+
+def report(verdicts: Sequence[Verdict]) -> int:
+    """Print the table; 1 when a mutant survived."""
+    width = max(len(v.mutant.name) for v in verdicts)
+    print(f"{'mutant'.ljust(width)}  {'as it is':8}  {'no proof':8}  seen first by (no proof)")
+    survived = 0
+    for v in verdicts:
+        states = ["killed" if by else "SURVIVED" for by in (v.with_proof, v.without_proof)]
+        survived += "SURVIVED" in states
+        by = v.without_proof or v.with_proof or ""
+        print(f"{v.mutant.name.ljust(width)}  {states[0]:8}  {states[1]:8}  {by[:90]}")
+    print(f"\n{len(verdicts)} mutants, {survived} survived")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
