@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar, cast
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from vlm_sft.data.conversation import Conversation, ImagePart, Role, TextPart, Turn
+from vlm_sft.data.conversation import Conversation, Role, TextPart, Turn
 from vlm_sft.data.recipe import FIXED, PICTURE_FIRST, SPACE_BEHIND_PICTURE, Recipe, recipe_named
 from vlm_sft.data.template import (
     ChatTemplate,
@@ -17,6 +17,7 @@ from vlm_sft.data.template import (
     TemplatePiece,
     TemplateText,
     jinja_prelude,
+    jinja_with_first_space,
     load_template,
     template_from_description,
 )
@@ -74,9 +75,10 @@ class _Run:
     """The assistant turn whose answer and stop this is; None: nothing here is supervised."""
     prefix: str = ""
     suffix: str = ""
+    num_control: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Filled:
     """A run with its turns' words in it: ids of control tokens and pictures, and text to encode."""
 
@@ -86,7 +88,7 @@ class _Filled:
     suffix: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Draft:
     """A conversation on its way to ids."""
 
@@ -94,6 +96,8 @@ class _Draft:
     runs: list[_Filled]
     offset: int
     """Turns that the renderer put before the conversation's own (its system text)."""
+    num_control: int
+    """Control tokens that the template writes for these roles."""
 
     def texts(self) -> Iterator[str]:
         """All that must be encoded."""
@@ -130,7 +134,7 @@ class Renderer:
         self.control_ids = frozenset(self.encoder.control_ids.values())
         self._system = template.default_system if default_system is None else default_system
         self._behind_picture: Context = (
-            "start" if SPACE_BEHIND_PICTURE in recipe.quirks else "continuation"
+            "start" if SPACE_BEHIND_PICTURE in recipe.quirks else "after_control"
         )
         self._runs = functools.lru_cache(maxsize=1024)(self._find_runs)
         self.stop_id = self.encoder.control_ids.get(template.stop) if template.stop else None
@@ -182,7 +186,11 @@ class Renderer:
         """
         picture_first = PICTURE_FIRST in self.recipe.quirks
         prelude = jinja_prelude(self._system, picture_first=picture_first)
-        return prelude + self.template.jinja_body()
+        body = self.template.jinja_body()
+        bos = self.tokenizer.bos_token
+        if bos and self.template.begins_text and self.encoder.spaces_first_text_only:
+            body = jinja_with_first_space(body, str(bos))
+        return prelude + body
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -265,7 +273,8 @@ class Renderer:
         for run in runs:
             made, context = self._fill(run, turns, context)
             filled.append(made)
-        return _Draft(arranged, filled, len(turns) - len(arranged.turns))
+        num_control = sum(run.num_control for run in runs)
+        return _Draft(arranged, filled, len(turns) - len(arranged.turns), num_control)
 
     def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if not self._system or (turns and turns[0].role == "system"):
@@ -317,14 +326,19 @@ class Renderer:
                 text = "".join(part for part in added if isinstance(part, str))
                 around[turn is not None] += text
             parts += added
-        return _Run(tuple(parts), turn, *around)
+        num_control = sum(isinstance(part, int) for part in parts)
+        prefix, suffix = around
+        return _Run(tuple(parts), turn, prefix, suffix, num_control)
 
     def _fill(self, run: _Run, turns: Sequence[Turn], context: Context) -> tuple[_Filled, Context]:
         """The run with its turns' words, every text as the tokenizer spells it in its place."""
         parts: list[str | int] = []
         for part in run.parts:
-            for inner in self._turn_parts(turns[part.turn]) if isinstance(part, Slot) else (part,):
-                _append(parts, inner)
+            if isinstance(part, Slot):
+                for inner in self._turn_parts(turns[part.turn]):
+                    _append(parts, inner)
+            else:
+                _append(parts, part)
         prefix = run.prefix
         for index, part in enumerate(parts):
             if isinstance(part, int):
@@ -332,21 +346,19 @@ class Renderer:
                 control: Context = "start" if first else "after_control"
                 context = self._behind_picture if part == IMAGE_TOKEN_ID else control
                 continue
-            if run.turn is not None and index == 0 and context != "after_control":
-                context = "continuation"  # a border of tokens: a prompt is its answer's prefix
             spelled = self.encoder.spelled(part, context)
             if run.turn is not None and index == 0:
                 prefix = spelled[: len(spelled) - len(part)] + prefix
             parts[index], context = spelled, "continuation"
         return _Filled(parts, run.turn, prefix, run.suffix), context
 
-    def _turn_parts(self, turn: Turn) -> Iterator[str | int]:
-        keep_text = turn.role != "user" or not self.template.images_only_users
-        for part in turn.parts:
-            if isinstance(part, ImagePart):
-                yield IMAGE_TOKEN_ID
-            elif keep_text:
-                yield part.text
+    def _turn_parts(self, turn: Turn) -> list[str | int]:
+        parts: list[str | int] = [
+            part.text if isinstance(part, TextPart) else IMAGE_TOKEN_ID for part in turn.parts
+        ]
+        if turn.role == "user" and self.template.images_only_users:
+            return [part for part in parts if isinstance(part, int)]
+        return parts
 
     def _join(
         self, draft: _Draft, encoded: Mapping[str, Sequence[int] | Unspellable]
@@ -431,13 +443,12 @@ class Renderer:
 
     def _prove_control(self, draft: _Draft, ids: list[int]) -> None:
         """Data became no control token: there are as many as the template writes."""
-        parts = (part for run in draft.runs for part in run.parts)
-        written = sum(isinstance(part, int) and part != IMAGE_TOKEN_ID for part in parts)
         found = sum(ids.count(token) for token in self.control_ids.intersection(ids))
-        if found != written:
+        if found != draft.num_control:
             raise self._violation(
                 draft.conversation,
-                f"{found} control tokens, expected the {written} that the template writes",
+                f"{found} control tokens, expected the {draft.num_control} that the template "
+                "writes",
             )
 
     def _violation(self, conversation: Conversation, message: str) -> RecordError:

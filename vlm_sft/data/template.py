@@ -423,6 +423,22 @@ def jinja_prelude(system: str | None, *, picture_first: bool) -> str:
     return prelude
 
 
+def jinja_with_first_space(body: str, bos: str) -> str:
+    """A body whose text begins with a space behind `bos`.
+
+    Some tokenizers put their dummy space before a text, but not before what follows a control
+    token; a chat template writes BOS itself, so what they would put there must be written out.
+    """
+    start = len(bos)
+    return (
+        f"{{%- set text -%}}{body}{{%- endset -%}}"
+        f"{{%- if text[:{start}] == {_quote(bos)} and text[{start}:] and text[{start}] != ' ' "
+        f"and text[{start}:{start + 7}] != '<image>' -%}}"
+        f"{{{{- text[:{start}] + ' ' + text[{start}:] -}}}}"
+        "{%- else -%}{{- text -}}{%- endif -%}"
+    )
+
+
 def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
     quoted = {key: _quote(value) for key, value in texts.items()}
     user = "m['content']"

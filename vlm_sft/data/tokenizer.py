@@ -70,7 +70,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of single bytes with ChatML and Llama control tokens; needs no file.
 
-    256 byte tokens, then `<pad>`, `<s>`, `</s>`, `<|im_start|>`, `<|im_end|>`: 261 ids.
+    256 byte tokens, then `<s>`, `</s>`, `<pad>`, `<|im_start|>`, `<|im_end|>`: 261 ids.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -125,7 +125,7 @@ class TextEncoder:
         self._backend = Tokenizer.from_str(json.dumps(state))
         self._normalizer = _without_space_marks(state)
         self._space_mark_bytes = _space_mark_bytes(state)
-        self._missing_bytes = _missing_bytes(state)
+        self._lost = _lost_characters(state)
         self._cached = functools.lru_cache(maxsize=4096)(self._encode_now)
 
     def encode(self, text: str, context: Context) -> list[int]:
@@ -157,6 +157,11 @@ class TextEncoder:
     def decode_all(self, rows: Sequence[list[int]]) -> list[str]:
         """As `decode`, for many."""
         return list(self._backend.decode_batch(list(rows), skip_special_tokens=False))
+
+    @property
+    def spaces_first_text_only(self) -> bool:
+        """The dummy space comes before a text, but not before what follows a control token."""
+        return self._prefix == ("metaspace", "first")
 
     def spelled(self, text: str, context: Context) -> str:
         """The text with the dummy space that this tokenizer puts before it in this context."""
@@ -212,10 +217,10 @@ class TextEncoder:
         """Whether the text has characters that the backend would lose or rewrite."""
         if self._space_mark_bytes is not None and SPACE_MARK in text:
             return True
-        return bool(self._missing_bytes) and not self._missing_bytes.isdisjoint(text.encode())
+        return self._lost is not None and self._lost.search(text) is not None
 
     def _encode_now(self, text: str) -> tuple[int, ...]:
-        if self._missing_bytes and not self._missing_bytes.isdisjoint(text.encode()):
+        if self._lost is not None and self._lost.search(text):
             raise _unspellable(text)
         if self._space_mark_bytes is not None and SPACE_MARK in text:
             return self._encode_space_marks(text)
@@ -249,6 +254,9 @@ class TextEncoder:
             end = match.end()
         return ids + self._backend.encode(text[end:], add_special_tokens=False).ids
 
+
+UTF8_BYTES: Final = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
+"""Bytes that occur in UTF-8."""
 
 SPACE_MARK: Final = "\u2581"
 """SentencePiece's spelling of a space."""
@@ -304,13 +312,29 @@ def _space_mark_bytes(state: dict[str, Any]) -> list[int] | None:
     return [vocabulary[name] for name in names] if vocabulary.keys() >= set(names) else []
 
 
-def _missing_bytes(state: dict[str, Any]) -> frozenset[int]:
-    """Bytes that a byte-level vocabulary has no letter for, which its model loses silently."""
-    steps = _steps(state["pre_tokenizer"])
-    if not any(step["type"] == "ByteLevel" for step in steps):
-        return frozenset()
+def _lost_characters(state: dict[str, Any]) -> re.Pattern[str] | None:
+    """Characters with a byte that a byte-level vocabulary has no letter for: lost silently."""
+    if not any(step["type"] == "ByteLevel" for step in _steps(state["pre_tokenizer"])):
+        return None
     vocabulary, letters = _vocabulary(state), bytes_to_unicode()
-    return frozenset(byte for byte, letter in letters.items() if letter not in vocabulary)
+    missing = {byte for byte in UTF8_BYTES if letters[byte] not in vocabulary}
+    if not missing:
+        return None
+    last = 0x110000 if max(missing) >= 0x80 else 0x80
+    characters = (chr(code) for code in range(last) if not 0xD800 <= code < 0xE000)
+    lost = [character for character in characters if not missing.isdisjoint(character.encode())]
+    return re.compile(f"[{_ranges(lost)}]")
+
+
+def _ranges(characters: Sequence[str]) -> str:
+    """Sorted characters as the inside of a regular expression's class."""
+    spans: list[list[str]] = []
+    for character in characters:
+        if spans and ord(character) == ord(spans[-1][1]) + 1:
+            spans[-1][1] = character
+        else:
+            spans.append([character, character])
+    return "".join(f"{re.escape(first)}-{re.escape(last)}" for first, last in spans)
 
 
 def _alternation(strings: dict[str, int]) -> re.Pattern[str] | None:
