@@ -99,7 +99,7 @@ DUMMY_SPACE: dict[str, Literal["first", "always"]] = {
     "phi_3": "always",
 }
 """Where SentencePiece tokenizers put a space of their own: before the text, or before every
-stretch of it that begins the sequence or follows a control token."""
+stretch of it that begins the sequence or follows a control token or a picture."""
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def _plain(newline: bool, writer: _Writer, turns: Sequence[Turn]) -> None:
     writer.control(writer.bos)
     writer.items += [Item("picture") for part in user.parts if isinstance(part, ImagePart)]
     if newline:
-        writer.answer(1, answer, None, before=" ", after="\n")
+        writer.answer(1, answer, None, after="\n")
     else:
         writer.answer(1, answer, writer.eos)
 
@@ -314,18 +314,14 @@ def _composed(items: list[Item]) -> list[Item]:
 
 
 def _with_dummy_spaces(pair: Pair, items: list[Item]) -> list[Item]:
-    """Where text starts: before anything, behind BOS in the textual formats, or `always`.
-
-    An answer that nothing but BOS comes before (stage 1 without a picture) begins as it would
-    behind its picture: without.
-    """
+    """Where text starts: before anything, behind BOS in the textual formats, or `always`."""
     rule = DUMMY_SPACE.get(pair.tokenizer)
     spelled: list[Item] = []
     for item in items:
-        if item.kind == "text" and (not spelled or spelled[-1].kind == "control"):
-            at_start = not spelled or (len(spelled) == 1 and pair.template != "auto")
-            first = rule == "first" and at_start and not item.text.startswith((" ", "▁"))
-            if (rule == "always" or first) and not (at_start and item.turn is not None):
+        if item.kind == "text" and (not spelled or spelled[-1].kind != "text"):
+            bos = len(spelled) == 1 and spelled[0].kind == "control" and pair.template != "auto"
+            first = (not spelled or bos) and not item.text.startswith((" ", "▁"))
+            if rule == "always" or (rule == "first" and first):
                 item = replace(item, text=" " + item.text)
         spelled.append(item)
     return spelled
