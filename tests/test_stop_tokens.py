@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 
 from vlm_sft.config import (
     DataConfig,
@@ -22,6 +23,7 @@ from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
+from vlm_sft.data.template import builtin_templates
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
@@ -44,7 +46,7 @@ CONFIG = ModelConfig(
     language_model=LanguageModelConfig(
         config={
             "model_type": "llama",
-            "vocab_size": 261,
+            "vocab_size": 272,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
@@ -118,9 +120,24 @@ def overfitted(data: SupervisedDataset) -> VisionLanguageModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("template", ["plain", "vicuna_v1", "chatml", "auto"])
+CONTROL = [
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),  # llama_3
+    *("<start_of_turn>", "<end_of_turn>"),  # gemma
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),  # phi_3
+]
+
+
+def speaker(template: str) -> Renderer:
+    """Single bytes, and the control tokens of every template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in CONTROL])
+    return Renderer.from_name(template, tokenizer)
+
+
+# `llava_plain` has no stop token by its nature.
+@pytest.mark.parametrize("template", sorted({"auto", *builtin_templates()} - {"llava_plain"}))
 def test_all_eight_answers_are_right_and_end_by_themselves(template: str, tmp_path: Path) -> None:
-    renderer = Renderer.from_name(template, byte_tokenizer())
+    renderer = speaker(template)
     tower = build_model(CONFIG, dtype=torch.float32, seed=1).vision_tower
     file = DataFile(path=str(records(template, tmp_path)))
     data = SupervisedDataset(
@@ -147,7 +164,7 @@ def test_all_eight_answers_are_right_and_end_by_themselves(template: str, tmp_pa
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             eos_token_id=list(renderer.stop_token_ids),
-            pad_token_id=256,
+            pad_token_id=renderer.tokenizer.pad_token_id,
         ).tolist()
         assert said[-1] in renderer.stop_token_ids and len(said) < MAX_NEW_TOKENS
         assert said == renderer.answer_ids(answer.text)
