@@ -265,8 +265,8 @@ def test_vicuna_supervises_the_ids_that_llava_supervises(name: str) -> None:
     rendered = renderer(Pair(name, "sentencepiece", name)).render(conversation(messages))
     words = load("sentencepiece").convert_ids_to_tokens([i for i in rendered.labels if i != MASKED])
     assert words == ["▁Red", "▁car", ".", "</s>", "▁P", "aint", ".", "</s>"]
-    second = load("sentencepiece").convert_ids_to_tokens(rendered.input_ids[-14:])
-    assert " ".join(second) == "</s> USER : ▁Why ? ▁ASS IST ANT : ▁P aint . </s>".strip()
+    second = load("sentencepiece").convert_ids_to_tokens(rendered.input_ids[-13:])
+    assert " ".join(second) == "</s> USER : ▁Why ? ▁ASS IST ANT : ▁P aint . </s>"
 
 
 # --- a template's four uses
