@@ -1,4 +1,5 @@
 import functools
+import gc
 from typing import Any
 
 import pytest
@@ -295,3 +296,15 @@ def test_text_that_only_training_writes_before_an_answer_is_trained() -> None:
     rendered = by.render(record(turn("user", "y"), turn("assistant", "z")))
     trained = [i for i in rendered.labels if i != IGNORE_INDEX]
     assert by.encoder.decode(trained[:-1]) == "<think></think>z"
+
+
+def test_many_are_rendered_as_one_by_one_with_faults_in_their_places() -> None:
+    by = renderer("bytes", "plain")
+    good = record(turn("user", 0, "\nWhat?"), turn("assistant", "A dog."))
+    found = list(by.render_all([good, TWO_TURNS, good] * 200))
+    assert found[::3] == found[2::3] == [by.render(good)] * 200
+    assert {str(error) for error in found[1::3]} == {
+        "file.json[0]: record 'r1': template 'plain' takes 1 question and answer a record, found 2; "
+        "choose a chat template"
+    }
+    assert gc.isenabled()
