@@ -304,7 +304,7 @@ def test_many_are_rendered_as_one_by_one_with_faults_in_their_places() -> None:
     found = list(by.render_all([good, TWO_TURNS, good] * 200))
     assert found[::3] == found[2::3] == [by.render(good)] * 200
     assert {str(error) for error in found[1::3]} == {
-        "file.json[0]: record 'r1': template 'plain' takes 1 question and answer a record, found 2; "
-        "choose a chat template"
+        "file.json[0]: record 'r1': template 'plain' takes 1 question and answer a record, found "
+        "2; choose a chat template"
     }
     assert gc.isenabled()

@@ -86,7 +86,7 @@ def test_the_manifest_lists_what_is_repeated_and_what_is_corrected() -> None:
 
 
 def test_an_unknown_recipe_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="no recipe 'llava'; expected fixed or llava-1.5"):
+    with pytest.raises(UserError, match=r"no recipe 'llava'; expected fixed or llava-1\.5"):
         recipe_named("llava")
 
 
