@@ -66,8 +66,8 @@ FLAG = "                trained = draft.conversation.turns[turn].supervised\n"
 NO_PROOF = Mutant(
     "the proof is switched off",
     DATA + "masking.py",
-    "                    self._prove(draft, rendered, spoken)\n",
-    "                    pass\n",
+    "self._prove(draft, rendered, spoken)",
+    "pass",
 )
 
 MUTANTS = (
@@ -332,6 +332,8 @@ def main(argv: Sequence[str]) -> int:
             del sys.modules[name]
         os.chdir(root)
         sys.path[:] = [str(root), *(p for p in sys.path if p not in ("", str(ROOT)))]
+        for mutant in (*chosen, NO_PROOF):  # that all still fit is known before the long wait
+            (root / mutant.file).write_text(mutant.apply(root), encoding="utf-8")
         warm_up()
         start = time.monotonic()
         if (broken := killer(root, (), TESTS)) is not None:
