@@ -37,8 +37,8 @@ class SceneSettings:
         max_side: Longer side of the largest picture, pixels; the others shrink by the same share.
         augment: 0 draws objects as the artist did; 1 varies colour, tilt and sharpness strongly.
         crowd_share: Share of pictures with one clump of many objects of a kind.
-        visible_share: At least this share of an object's pixels stays visible; what would cover more
-            of it is left out.
+        visible_share: At least this share of an object's pixels stays visible; what would cover
+            more of it is left out.
         backgrounds: Kinds of `backgrounds.KINDS` to paint; empty means all.
     """
 

@@ -91,7 +91,7 @@ MUTANTS = (
         "                labels[start - 1] = ids[start - 1]\n",
     ),
     Mutant(
-        "the token behind the stop is trained",
+        "the separator behind the stop is trained",
         DATA + "masking.py",
         LABELS,
         LABELS + "            if run.turn is None and answers and len(ids) > start:\n"
@@ -144,12 +144,6 @@ MUTANTS = (
         "        return rendered.input_ids\n\n    def answer_ids",
         '        return [*rendered.input_ids, *self.encoder.encode(" ", "continuation")]\n\n'
         "    def answer_ids",
-    ),
-    Mutant(
-        "the separator behind the stop is trained",
-        DATA + "template.py",
-        "            TemplateText(self._fill(answer.suffix)),\n",
-        "            TemplateText(self._fill(answer.suffix), supervised=True),\n",
     ),
     Mutant(
         "the header of an answer is trained",

@@ -150,7 +150,10 @@ def test_a_finished_folder_says_so_and_other_settings_are_refused(
 def test_objects_that_would_hide_too_much_of_others_are_left_out() -> None:
     large = dict(min_objects=3, max_objects=3, max_instances=1, min_scale=0.7, max_scale=0.8)
     loose, strict = (
-        sum(len(scene.instances) for scene in _scenes(8, crowd_share=0, visible_share=share, **large))
+        sum(
+            len(scene.instances)
+            for scene in _scenes(8, crowd_share=0, visible_share=share, **large)
+        )
         for share in (0.3, 0.95)
     )
     assert 8 <= strict < loose <= 24
