@@ -1,6 +1,6 @@
 """From a fresh clone to a model that sees, in one command on a CPU laptop.
 
-    scripts/quickstart                  # everything: 15 to 20 minutes on 2 cores
+    scripts/quickstart                  # everything: about a quarter of an hour on 2 cores
     scripts/quickstart --hour           # the same with longer training: about an hour
     scripts/quickstart --seed 2         # other scenes, other weights; results in demo-seed2/
 
@@ -133,10 +133,10 @@ class Quickstart:
     def _data(self) -> None:
         for split in ("train", "val", "same", "unseen"):
             probes = ["--probes", "4"] if split in ("same", "unseen") else []
-            evidence = ["--answers", "evidence", "--families", "existence", "--turns", "2"]
+            evidence = ["--answers", "evidence", "--families", "existence", "--turns", "1"]
             self._build(split, split, *evidence, *probes)
         others = ["--families", "description", "counting", "halves"]
-        self._build("train", "others", "--turns", "3", *others)
+        self._build("train", "others", "--turns", "1", *others)
 
     def _build(self, split: str, out: str, *options: str) -> None:
         artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
