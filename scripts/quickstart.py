@@ -174,33 +174,27 @@ class Quickstart:
 
     def _evaluate(self) -> None:
         for split in ("same", "unseen"):
+            if self._results(split).exists():  # made by a call that was interrupted later
+                continue
             data = self.folder / "data" / split
-            presence = ["--probes", str(data / "existence.json")]
-            presence += ["--captions", str(data / "stage1.json")]
-            self._measure(split, "presence", *presence)
-            beside = [str(data / f"{name}.json") for name in ("counting", "halves")]
-            self._measure(split, "beside", "--probes", *beside, "--conditions", "right")
+            _module(
+                "vlm_sft.evaluate",
+                str(self._final),
+                *("--images", f"{self._scene_dir(split)}/images"),
+                *("--probes", f"{data}/existence.json", "--captions", f"{data}/stage1.json"),
+                *("--beside", f"{data}/counting.json", f"{data}/halves.json"),
+                *("--answers", "spoken", "--out", str(self._results(split))),
+            )
 
-    def _measure(self, split: str, name: str, *options: str) -> None:
-        out = self._results(split, name)
-        if out.exists():  # made by a call that was interrupted later
-            return
-        images = f"{self._scene_dir(split)}/images"
-        fixed = ["--images", images, "--answers", "spoken", "--out", str(out)]
-        _module("vlm_sft.evaluate", str(self._final), *options, *fixed)
-
-    def _results(self, split: str, name: str) -> Path:
-        return self.folder / f"results-{split}-{name}.json"
+    def _results(self, split: str) -> Path:
+        return self.folder / f"results-{split}.json"
 
     def _report(self) -> None:
         run = load_run(self._final)
-        results = {}
-        for split, title in RESULT_TITLES.items():
-            presence, beside = (
-                json.loads(self._results(split, name).read_text(encoding="utf-8"))
-                for name in ("presence", "beside")
-            )
-            results[title] = presence | {"probes": presence["probes"] | beside["probes"]}
+        results = {
+            title: json.loads(self._results(split).read_text(encoding="utf-8"))
+            for split, title in RESULT_TITLES.items()
+        }
         report = DemoReport(
             title="From an encoder and a language model to a model that sees",
             lead=LEAD,

@@ -100,7 +100,8 @@ def _tasks(
     for path, probes in files.items():
         kept = _first_pictures([p.image for p in probes], arguments.max_pictures)
         chosen = [probe for probe in probes if probe.image in kept]
-        tasks += tasks_of(chosen, conditions, measure=path.stem, seed=arguments.seed)
+        asked: list[Condition] = ["right"] if path in arguments.beside else conditions
+        tasks += tasks_of(chosen, asked, measure=path.stem, seed=arguments.seed)
     return tasks
 
 
@@ -167,6 +168,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", type=Path, help="RUN/final or RUN/checkpoints/step-N")
     parser.add_argument("--probes", type=Path, nargs="+", default=[], metavar="FILE")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="probes that are asked with the right picture alone, whatever the conditions",
+    )
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument("--captions", type=Path, metavar="FILE", help="records of one picture each")
     parser.add_argument(
@@ -182,6 +191,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda where it is, else cpu")
     arguments = parser.parse_args(argv)
+    arguments.probes += arguments.beside
     if not arguments.probes and not arguments.captions:
         raise UserError("nothing to measure; give --probes FILE, --captions FILE or both")
     stems = [path.stem for path in arguments.probes]

@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -321,9 +321,18 @@ def _lost_characters(state: dict[str, Any]) -> re.Pattern[str] | None:
     if not missing:
         return None
     last = 0x110000 if max(missing) >= 0x80 else 0x80
-    characters = (chr(code) for code in range(last) if not 0xD800 <= code < 0xE000)
-    lost = [character for character in characters if not missing.isdisjoint(character.encode())]
+    blocks = (start for start in range(0, last, 64) if not 0xD800 <= start < 0xE000)
+    lost = [character for start in blocks for character in _lost_of_block(start, missing)]
     return re.compile(f"[{_ranges(lost)}]")
+
+
+def _lost_of_block(start: int, missing: Set[int]) -> list[str]:
+    """Of the 64 characters from `start` on, which differ in their last byte alone."""
+    characters = [chr(code) for code in range(start, start + 64)]
+    *leading, _ = characters[0].encode()
+    if not missing.isdisjoint(leading):
+        return characters
+    return [c for c in characters if c.encode()[-1] in missing] if missing else []
 
 
 def _ranges(characters: Sequence[str]) -> str:
