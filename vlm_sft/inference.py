@@ -75,10 +75,19 @@ class VlmRun:
         """The whole answer; `sampling` as for `stream`."""
         return "".join(self.stream(conversation, **sampling)).strip()
 
+    @torch.no_grad()
+    def image_embeds(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """What the language model sees of pictures, `[tokens, D]` each; for `answers`.
+
+        Args:
+            pixels: float32 `[3, size, size]` each, at least one.
+        """
+        return list(self.model.image_embeds_of(torch.stack(list(pixels)).to(self.device)))
+
     def answers(
         self,
         prompts: Sequence[Sequence[int]],
-        pixels: Sequence[Tensor],
+        images: Sequence[Tensor],
         *,
         max_new_tokens: int = 64,
     ) -> list[str]:
@@ -86,7 +95,7 @@ class VlmRun:
 
         Args:
             prompts: What `prompt_ids` gave, padded here on the left.
-            pixels: Every picture of every prompt in order, each float32 `[3, size, size]`.
+            images: Every picture of every prompt in order, each as `image_embeds` gave it.
             max_new_tokens: Answers are cut there.
         """
         width = max(map(len, prompts))
@@ -98,7 +107,7 @@ class VlmRun:
         found = self.model.generate(
             ids.to(self.device),
             mask.to(self.device),
-            torch.stack(list(pixels)).to(self.device) if pixels else None,
+            image_embeds=torch.stack(list(images)) if images else None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=list(self.renderer.stop_token_ids),

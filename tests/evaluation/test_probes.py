@@ -231,6 +231,8 @@ def test_free_answers_together_are_those_given_one_by_one(run: VlmRun, tmp_path:
     assert sorted(map(repr, (task for task, _ in found))) == sorted(map(repr, tasks))
     for task, verdict in found:
         shown = blank_pixels(run) if task.shown is None else run.pixels(tmp_path / task.shown)
-        [alone] = run.answers([run.prompt_ids(question(task.probe.question, [b""]))], [shown])
+        [alone] = run.answers(
+            [run.prompt_ids(question(task.probe.question, [b""]))], run.image_embeds([shown])
+        )
         assert verdict.probe is task.probe
         assert verdict.spoken == alone

@@ -157,7 +157,8 @@ def test_timm_weights_load_from_a_file_and_from_a_folder_as_timm_saves(
     made = tower(**keys)
     with torch.no_grad():
         expected = model.forward_features(pictures(1, size=64)).flatten(2).transpose(1, 2)
-    assert torch.equal(made(pictures(1, size=64)), expected)
+    # Convolutions in another memory layout add up in another order.
+    torch.testing.assert_close(made(pictures(1, size=64)), expected, rtol=1e-4, atol=1e-5)
     assert made.image_spec.mean == (0.485, 0.456, 0.406)
 
 

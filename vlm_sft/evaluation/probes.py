@@ -203,14 +203,16 @@ def ask(
     for task in tasks:
         alike.setdefault((task.probe.question, task.shown), []).append(task)
     asked = sorted(alike, key=lambda pair: len(pair[0]))  # little padding in a batch
+    embeds: dict[str | None, Tensor] = {}  # every picture goes through the tower once
     for start in range(0, len(asked), batch_size):
         group = asked[start : start + batch_size]
+        new = list(dict.fromkeys(shown for _, shown in group if shown not in embeds))
+        if new:
+            pixels = [_pixels(run, shown, images_dir) for shown in new]
+            embeds |= zip(new, run.image_embeds(pixels), strict=True)
         prompts = [run.prompt_ids(question(text, [b""])) for text, _ in group]
-        pixels = [
-            blank_pixels(run) if shown is None else run.pixels(images_dir / shown)
-            for _, shown in group
-        ]
-        for pair, answer in zip(group, run.answers(prompts, pixels), strict=True):
+        answers = run.answers(prompts, [embeds[shown] for _, shown in group])
+        for pair, answer in zip(group, answers, strict=True):
             for task in alike[pair]:
                 yield task, Verdict(task.probe, spoken=answer)
 
@@ -228,9 +230,13 @@ def judge(run: VlmRun, tasks: Sequence[Task], images_dir: Path) -> Iterator[tupl
     for task in tasks:
         by_picture.setdefault(task.shown, []).append(task)
     for shown, asked in by_picture.items():
-        pixels = blank_pixels(run) if shown is None else run.pixels(images_dir / shown)
+        pixels = _pixels(run, shown, images_dir)
         verdicts = judge_picture(run, [task.probe for task in asked], pixels)
         yield from zip(asked, verdicts, strict=True)
+
+
+def _pixels(run: VlmRun, shown: str | None, images_dir: Path) -> Tensor:
+    return blank_pixels(run) if shown is None else run.pixels(images_dir / shown)
 
 
 def judge_picture(run: VlmRun, probes: Sequence[Probe], pixels: Tensor) -> list[Verdict]:

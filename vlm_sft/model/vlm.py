@@ -81,8 +81,18 @@ class VisionLanguageModel(nn.Module):
             return VlmOutput(none, count, none.expand(len(hidden)), self._logits(hidden))
         return self._loss(hidden, labels)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
         """Embeddings `[B, T, D]` of the language model, image embeddings in their places.
+
+        Args:
+            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
+            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the pictures, instead.
 
         Raises:
             UserError: If placeholders and pictures do not match, naming both counts.
@@ -90,12 +100,12 @@ class VisionLanguageModel(nn.Module):
         is_image = input_ids == IMAGE_TOKEN_ID
         table = causal_lm(self.language_model).get_input_embeddings()
         embeds = cast(Tensor, table(input_ids.masked_fill(is_image, 0)))
-        num_pictures = 0 if pixel_values is None else pixel_values.shape[0]
-        self._check_counts(is_image, num_pictures)
-        if pixel_values is None or num_pictures == 0:
+        if image_embeds is None and pixel_values is not None and len(pixel_values):
+            image_embeds = self.image_embeds_of(pixel_values)
+        self._check_counts(is_image, 0 if image_embeds is None else len(image_embeds))
+        if image_embeds is None:
             return embeds
-        images = self._image_embeds(pixel_values).to(embeds.dtype)
-        return embeds.masked_scatter(is_image.unsqueeze(-1), images)
+        return embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(embeds.dtype))
 
     @torch.no_grad()
     def generate(
@@ -103,17 +113,18 @@ class VisionLanguageModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Tensor:
         """Ids of the answers only, `[B, new tokens]`; prompts padded on the left.
 
-        `generation_kwargs` go to transformers' `generate`.
+        Pictures as for `embed`; `generation_kwargs` go to transformers' `generate`.
         """
         if attention_mask.shape[0] > 1 and not bool(attention_mask[:, -1].all()):
             raise UserError(
                 "generate: a batch of prompts must be padded on the left, not the right"
             )
-        embeds = self.embed(input_ids, pixel_values)
+        embeds = self.embed(input_ids, pixel_values, image_embeds)
         generate = cast(Any, self.language_model).generate
         return cast(
             Tensor,
@@ -135,7 +146,8 @@ class VisionLanguageModel(nn.Module):
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
 
-    def _image_embeds(self, pixel_values: Tensor) -> Tensor:
+    def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
+        """Tower and projector: `[N, 3, H, W]` to `[N, tokens, D]`."""
         features = self.vision_tower(pixel_values)
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
@@ -147,7 +159,7 @@ class VisionLanguageModel(nn.Module):
         stage 1 a text-only batch would have no gradient path at all.
         """
         size = self.vision_tower.image_spec.size
-        images = self._image_embeds(embeds.new_zeros(1, 3, size, size))
+        images = self.image_embeds_of(embeds.new_zeros(1, 3, size, size))
         return (images.sum() * 0.0).to(embeds.dtype)
 
     def _check_counts(self, is_image: Tensor, num_pictures: int) -> None:
