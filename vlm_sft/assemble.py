@@ -1,6 +1,7 @@
 """From a run's configuration to the objects that carry it out, in the order they can fail."""
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence, Set
@@ -13,9 +14,10 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from vlm_sft.changes import require_changeable
 from vlm_sft.config import DataFile, RunConfig, load_config
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.dataset import SupervisedDataset, content_difference
 from vlm_sft.data.formats import read_records
 from vlm_sft.data.images import open_image, to_pixels
 from vlm_sft.data.ledger import Ledger
@@ -33,7 +35,10 @@ from vlm_sft.parts_on_disk import (
     dtype_of,
     frozen_digests,
     load_projector,
+    template_digest,
+    tokenizer_digest,
 )
+from vlm_sft.train.batches import Fault
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.loop import Hooks, Plan, Trainer, say_on_stderr
 
@@ -72,6 +77,14 @@ class Data:
         if self.eval_ledger is not None:
             self.eval_ledger.write(output_dir / "ledger_eval.jsonl")
 
+    def quarantine(self, fault: Fault, output_dir: Path, *, held_out: bool) -> None:
+        """Account for a record that turned out broken on the way."""
+        dataset = self.eval if held_out else self.train
+        assert dataset is not None
+        if dataset.quarantine(fault.index, fault.reason, fault.message):
+            self.write_ledgers(output_dir)
+            say_on_stderr(f"quarantined: {fault.message}")
+
     def summary(self) -> str:
         """A line for each ledger."""
         lines = [f"training data: {self.train_ledger.summary()}"]
@@ -80,11 +93,28 @@ class Data:
         return "\n".join(lines)
 
 
-def config_from_command_line(argv: Sequence[str], *, prog: str, about: str, more: str) -> RunConfig:
-    """`CONFIG.yaml [key.path=value ...]` to a checked configuration; `--help` prints and exits."""
+def run_from_command_line(
+    argv: Sequence[str], *, prog: str, about: str, more: str
+) -> tuple[RunConfig, list[str]]:
+    """`CONFIG.yaml [key.path=value ...] [--allow-change KEY ...]` to a checked configuration and
+    the settings that may differ from the run's own; `--help` prints and exits.
+
+    Raises:
+        ConfigError: A wrong key or value, or a key to change that can change nothing.
+    """
     parser = run_parser(prog, about, more)
-    arguments = parser.parse_args(argv)
-    return load_config(arguments.config, arguments.overrides)
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="go on with a run although this setting (or all that begin with it) differs from "
+        "what the run was started with; may be given several times",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    require_changeable(config, arguments.allow_change)
+    return config, arguments.allow_change
 
 
 def run_parser(prog: str, about: str, examples: str) -> argparse.ArgumentParser:
@@ -213,14 +243,22 @@ def make_trainer(
     """Everything wired together; `Trainer.run` does the rest."""
     parts = named_parts(model)
     trainable = {part for part, named in parts.items() if any(p.requires_grad for _, p in named)}
+    files = [file.path for file in config.data.train]
     store = CheckpointStore(
         Path(config.output_dir),
         checkpoint_components(config, model, language.tokenizer, language.renderer, trainable),
         facts={
             "stage": stage,
             "base_model": identity,
-            "data_fingerprint": data.train.fingerprint(),
+            "tokenizer": tokenizer_digest(language.tokenizer),
+            "template": template_digest(language.renderer),
+            "data": [dataclasses.asdict(content) for content in data.train.contents],
             "recipe": language.renderer.recipe.describe(),
+        },
+        explain={
+            "tokenizer": lambda then, now: "the tokenizer's vocabulary or rules have changed",
+            "template": lambda then, now: "the chat template has changed",
+            "data": lambda then, now: content_difference(files, then, data.train.contents),
         },
         keep=config.train.keep_checkpoints,
         say=say_on_stderr,
@@ -232,7 +270,14 @@ def make_trainer(
         model=model,
         accelerator=accelerator,
         plan=make_plan(config, language, data.train),
-        hooks=Hooks(parts, lambda: frozen_digests(model), answers),
+        hooks=Hooks(
+            parts,
+            lambda: frozen_digests(model),
+            answers,
+            lambda fault, held_out: data.quarantine(
+                fault, Path(config.output_dir), held_out=held_out
+            ),
+        ),
         store=store,
         train_data=data.train,
         eval_data=data.eval,
@@ -261,6 +306,7 @@ def make_plan(config: RunConfig, language: Language, train: SupervisedDataset) -
         num_workers=config.data.num_workers,
         train=config.train,
         optim=config.optim,
+        max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else None,
     )
 
 

@@ -107,6 +107,8 @@ class DataConfig(Section):
     length_policy: Literal["error", "drop_turns", "skip"] = "error"
     on_error: Literal["stop", "quarantine"] = "stop"
     """A record that cannot be used: stop, or leave it out and say so in the ledger."""
+    max_quarantined: Annotated[int, Field(ge=0)] = 100
+    """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
     image_aspect: Literal["pad", "crop"] = "pad"
     """`pad`: whole picture on a square of the tower's mean colour; `crop`: centre square."""
     num_workers: Annotated[int, Field(ge=0)] = 2
@@ -147,10 +149,18 @@ class TrainConfig(Section):
     """Records one process takes through the model at once."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Numbers of the frozen weights and of the forward pass; trained weights are kept in fp32."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Updates that may be left out in a run (`on_non_finite: skip`)."""
     gradient_checkpointing: bool = False
     group_by_length: bool = False
     """Put records of like length (and modality) into the same batch."""
     save_every_steps: PositiveInt = 500
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Save also when so much time has gone since the last save."""
+    background_saving: bool = True
+    """Write checkpoints beside training; the step that saves only waits for copies in memory."""
     keep_checkpoints: PositiveInt = 2
     eval_every_steps: PositiveInt | None = None
     eval_samples: Annotated[int, Field(ge=0)] = 3

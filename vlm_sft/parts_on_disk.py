@@ -1,8 +1,10 @@
 """What a checkpoint is made of, and how each piece is written and read back strictly."""
 
+import copy
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,13 +26,16 @@ from vlm_sft.train.checkpoint import (
     check_tensors,
     copy_tensors,
     load_tensors,
+    plain_component,
     read_manifest,
     save_tensors,
+    tensor_component,
     verify_file,
 )
 
 PROJECTOR = "projector.safetensors"
 ADAPTER = "adapter"
+ADAPTER_TENSORS = "adapter_model.safetensors"
 LANGUAGE_MODEL = "language_model"
 
 
@@ -46,24 +51,28 @@ def checkpoint_components(
     Frozen parts are not among it: they are named by the configuration and known by their digest.
     """
     components = {
-        "config": Component(lambda f: write_text(f / "config.yaml", dump_config(config))),
-        "projector": Component(
-            lambda f: save_tensors(f / PROJECTOR, model.multi_modal_projector.state_dict()),
+        "config": plain_component(lambda f: write_text(f / "config.yaml", dump_config(config))),
+        "projector": tensor_component(
+            model.multi_modal_projector.state_dict,
+            lambda f, tensors: save_tensors(f / PROJECTOR, tensors),
             lambda f: _read_projector(model, f),
         ),
-        "tokenizer": Component(lambda f: _write_tokenizer(tokenizer, f)),
-        "template": Component(lambda f: write_json(f / "template.json", renderer.describe())),
-        "processor": Component(
+        "tokenizer": plain_component(lambda f: _write_tokenizer(tokenizer, f)),
+        "template": plain_component(lambda f: write_json(f / "template.json", renderer.describe())),
+        "processor": plain_component(
             lambda f: write_json(f / "processor.json", processor_settings(config, model))
         ),
     }
     if "adapter" in trainable:
-        components["adapter"] = Component(
-            lambda f: _write_adapter(model, f), lambda f: read_adapter(model, f)
+        components["adapter"] = tensor_component(
+            lambda: adapter_tensors(model),
+            lambda f, tensors: _write_adapter(model, f, tensors),
+            lambda f: read_adapter(model, f),
         )
     if "language_model" in trainable:
-        components["language_model"] = Component(
-            lambda f: _write_language_model(model, f),
+        components["language_model"] = tensor_component(
+            causal_lm(model.language_model).state_dict,
+            lambda f, tensors: _write_language_model(model, f, tensors),
             lambda f: read_language_model(model, f),
         )
     return components
@@ -95,6 +104,23 @@ def base_identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, An
         },
         "language_model": sample_digest(_base_parameters(model)),
     }
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides a tokenizer's ids: vocabulary, added tokens, a fast one's rules."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for passing in ("padding", "truncation"):  # set anew by every call
+        rules.pop(passing, None)
+    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
+    known = "" if rules else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(json.dumps([rules, known, added]).encode()).hexdigest()
+
+
+def template_digest(renderer: Renderer) -> str:
+    """sha256 of the template, the system text and the recipe that texts are rendered by."""
+    plain = json.dumps(renderer.describe(), sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def frozen_digests(model: VisionLanguageModel) -> dict[str, str]:
@@ -136,13 +162,21 @@ def read_adapter(model: VisionLanguageModel, folder: Path) -> None:
     Raises:
         CheckpointError: A tensor is missing, too many, or of another shape.
     """
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils import set_peft_model_state_dict
+
+    path = folder / ADAPTER / ADAPTER_TENSORS
+    found = load_tensors(path)
+    check_tensors(found, adapter_tensors(model), path)
+    set_peft_model_state_dict(cast(Any, model.language_model), found)
+
+
+def adapter_tensors(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """The live LoRA matrices under the names of peft's own files."""
+    from peft.utils import get_peft_model_state_dict
 
     wrapped = cast(Any, model.language_model)
-    path = folder / ADAPTER / "adapter_model.safetensors"
-    found = load_tensors(path)
-    check_tensors(found, get_peft_model_state_dict(wrapped, save_embedding_layers=False), path)
-    set_peft_model_state_dict(wrapped, found)
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return found
 
 
 def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
@@ -176,9 +210,12 @@ def _read_projector(model: VisionLanguageModel, folder: Path) -> None:
     copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
 
 
-def _write_language_model(model: VisionLanguageModel, folder: Path) -> None:
+def _write_language_model(
+    model: VisionLanguageModel, folder: Path, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    live = causal_lm(model.language_model)
     with _without_bars():
-        causal_lm(model.language_model).save_pretrained(folder / LANGUAGE_MODEL)
+        live.save_pretrained(folder / LANGUAGE_MODEL, state_dict=dict(tensors))
 
 
 @contextmanager
@@ -193,9 +230,15 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _write_adapter(model: VisionLanguageModel, folder: Path) -> None:
-    wrapped = cast(Any, model.language_model)
-    wrapped.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
+def _write_adapter(
+    model: VisionLanguageModel, folder: Path, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """The two files that `PeftModel.from_pretrained` reads."""
+    config = cast(Any, model.language_model).peft_config["default"]
+    saved = copy.copy(config)
+    saved.inference_mode = True
+    saved.save_pretrained(str(folder / ADAPTER))
+    save_tensors(folder / ADAPTER / ADAPTER_TENSORS, tensors)
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

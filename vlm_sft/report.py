@@ -192,7 +192,7 @@ def environment() -> list[dict[str, str]]:
 
 
 def _run_totals(rows: Sequence[Row]) -> str:
-    train = [row for row in rows if "loss" in row]
+    train = [row for row in rows if row.get("loss") is not None]
     if not train:
         return "<p>No training step has been recorded yet.</p>"
     last, held_out = train[-1], [row["eval_loss"] for row in rows if "eval_loss" in row]

@@ -1,27 +1,18 @@
 """A run's folder: one run at a time, one configuration for its whole life."""
 
 import fcntl
-from collections.abc import Iterator, Mapping
+import os
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from vlm_sft.atomic import write_text
+from vlm_sft.changes import Change, changes_between, require_allowed
 from vlm_sft.config import RunConfig, dump_config, load_config
-from vlm_sft.errors import ConfigError, UserError
-
-FREE_TO_CHANGE = frozenset(
-    {
-        "output_dir",
-        "data.num_workers",
-        "train.trackers",
-        "train.log_every_steps",
-        "train.save_every_steps",
-        "train.keep_checkpoints",
-        "train.eval_samples",
-    }
-)
-"""Keys that change nothing of what is learned, so that a resumed run may have others."""
+from vlm_sft.errors import UserError
 
 
 @contextmanager
@@ -29,52 +20,52 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     """Keep a second run out of the folder while the block lasts; a killed run leaves no lock.
 
     Raises:
-        UserError: Another process has it.
+        UserError: Another process has it; it is named with its host and when it began.
     """
     if not enabled:
         yield
         return
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("w") as file:
+    with (output_dir / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"output_dir {output_dir} is in use by another run; wait for it or choose another"
+                f"output_dir {output_dir} is in use by another run ({_holder(file)}); wait for it "
+                "or choose another"
             ) from None
+        file.truncate(0)
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}")
+        file.flush()
         yield
 
 
-def settle_config(config: RunConfig, *, has_checkpoints: bool) -> None:
+def settle_config(
+    config: RunConfig, *, has_checkpoints: bool, allowed: Sequence[str] = ()
+) -> list[Change]:
     """Write `config.yaml`, after refusing to go on with a run under another configuration.
 
+    Args:
+        config: This call's configuration.
+        has_checkpoints: Whether the folder holds a run to go on with.
+        allowed: Settings that the user allows to change (see `vlm_sft.changes`).
+
+    Returns:
+        The settings that the user allowed to change and that do.
+
     Raises:
-        ConfigError: The folder's checkpoints were made otherwise; every difference is named.
+        ConfigError: The folder's checkpoints were made otherwise; every difference is shown.
     """
     path = Path(config.output_dir) / "config.yaml"
+    granted: list[Change] = []
     if has_checkpoints and path.exists():
-        before, now = _flat(load_config(path)), _flat(config)
-        changed = [
-            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE
-        ]
-        if changed:
-            raise ConfigError(
-                f"{config.output_dir} holds a run with another configuration ("
-                + "; ".join(changed)
-                + "); go back to it, or choose another output_dir"
-            )
+        changes = changes_between(load_config(path), config)
+        granted = require_allowed(changes, allowed, config.output_dir)
     write_text(path, dump_config(config))
+    return granted
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
-    return dict(_leaves(config.model_dump(mode="json"), ""))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read(200).strip() or "which has not said its name"

@@ -1,6 +1,6 @@
 """What both stages do around their own decisions: folder, processes, training, farewell."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from vlm_sft.assemble import (
     make_trainer,
     write_report,
 )
+from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
@@ -21,9 +22,16 @@ from vlm_sft.train.loop import Outcome, say_on_stderr
 from vlm_sft.train.metrics import require_trackers, start_trackers
 from vlm_sft.train.signals import exit_code
 
+LENGTH = ("train.epochs", "train.max_steps")
+"""Settings that make a finished run unfinished."""
 
-def run_stage(config: RunConfig, *, stage: str, trainable: Set[str]) -> int:
+
+def run_stage(
+    config: RunConfig, *, stage: str, trainable: Set[str], allowed: Sequence[str] = ()
+) -> int:
     """Train `trainable` as `config` says, from the newest checkpoint of its folder if it has one.
+
+    Settings named in `allowed` may differ from those that the folder's run was started with.
 
     Returns the exit code: 0 when finished (now or before), 128 + signal when asked to stop.
 
@@ -39,7 +47,7 @@ def run_stage(config: RunConfig, *, stage: str, trainable: Set[str]) -> int:
         project_dir=str(output_dir / "trackers"),
     )
     with locked(output_dir, enabled=accelerator.is_main_process):
-        if on_main(accelerator, lambda: _is_finished(config)):
+        if on_main(accelerator, lambda: _is_finished(config, allowed)):
             return 0
         outcome = _train(config, stage, trainable, accelerator)
         accelerator.end_training()
@@ -50,11 +58,15 @@ def run_stage(config: RunConfig, *, stage: str, trainable: Set[str]) -> int:
     return _farewell(outcome, say=accelerator.is_main_process)
 
 
-def _is_finished(config: RunConfig) -> bool:
-    """Settle the folder's configuration; say so if its run is done."""
+def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
+    """Settle the folder's configuration; say so if its run is done, and was not made longer."""
     store = CheckpointStore(Path(config.output_dir), {}, say=say_on_stderr)
     has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
-    settle_config(config, has_checkpoints=has_checkpoints)
+    changes = settle_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
+    if changes:
+        say_on_stderr("\n".join(["going on with changed settings:", *diff_lines(changes)]))
+    if any(change.key in LENGTH for change in changes):
+        return False
     final = store.finished()
     if final is not None:
         say_on_stderr(f"finished before: {final.folder} (step {final.step})")

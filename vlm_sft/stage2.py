@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vlm_sft.assemble import config_from_command_line, require_language_model_rate
+from vlm_sft.assemble import require_language_model_rate, run_from_command_line
 from vlm_sft.errors import run_command
 from vlm_sft.stage import run_stage
 
@@ -22,13 +22,14 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run stage 2 and return the exit code."""
-    config = config_from_command_line(
+    config, allowed = run_from_command_line(
         argv, prog="python -m vlm_sft.stage2", about=ABOUT, more=EXAMPLES
     )
     require_language_model_rate(config)
     # The projector learns in both ways; adapters take the language model's place where asked for.
     language = "language_model" if config.lora is None else "adapter"
-    return run_stage(config, stage="stage2", trainable={"projector", language})
+    trainable = {"projector", language}
+    return run_stage(config, stage="stage2", trainable=trainable, allowed=allowed)
 
 
 if __name__ == "__main__":

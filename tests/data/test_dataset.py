@@ -309,9 +309,9 @@ def test_embedded_pictures_are_kept_on_disk_and_give_the_same_pixels(folder):
     assert dataset.conversation(1).images == (buffer.getvalue(),)
 
 
-def test_the_fingerprint_moves_with_ids_labels_and_pictures_only(folder):
+def test_a_files_digest_moves_with_ids_labels_and_pictures_only(folder):
     def of(*records: dict[str, Any], **more: Any) -> str:
-        return build(folder, list(records), **more)[0].fingerprint()
+        return build(folder, list(records), **more)[0].contents[0].sha256
 
     base = of(record(2, 1, id="a"), record(1))
     assert of(record(2, 1, id="b"), record(1)) == base

@@ -12,10 +12,11 @@ from torch import nn
 from vlm_sft.errors import CheckpointError
 from vlm_sft.train.checkpoint import (
     CheckpointStore,
-    Component,
     copy_tensors,
     load_tensors,
+    plain_component,
     save_tensors,
+    tensor_component,
     verify,
     write_checkpoint,
 )
@@ -24,8 +25,9 @@ from vlm_sft.train.optimizer_state import optimizer_component
 
 def store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module | None = None):  # type: ignore[no-untyped-def]
     model = model or nn.Linear(3, 2)
-    weights = Component(
-        lambda f: save_tensors(f / "weights.safetensors", model.state_dict()),
+    weights = tensor_component(
+        model.state_dict,
+        lambda f, tensors: save_tensors(f / "weights.safetensors", tensors),
         lambda f: copy_tensors(load_tensors(f / "weights.safetensors"), model.state_dict(), f),
     )
     return CheckpointStore(
@@ -83,7 +85,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_temporary_folder(tmp_
         (folder / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
-    checkpoints.components = {"bad": Component(disk_is_full)}
+    checkpoints.components = {"bad": plain_component(disk_is_full)}
     with pytest.raises(OSError, match="No space"):
         checkpoints.save({"step": 10})
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
@@ -138,7 +140,9 @@ def test_every_flipped_bit_and_every_cut_is_detected(
     folder = tmp_path_factory.mktemp("rot") / "step-00000001"
     weights = {"w": torch.arange(12.0)}
     write_checkpoint(
-        folder, {"w": Component(lambda f: save_tensors(f / "w.safetensors", weights))}, {"step": 1}
+        folder,
+        {"w": plain_component(lambda f: save_tensors(f / "w.safetensors", weights))},
+        {"step": 1},
     )
     content = bytearray((folder / "w.safetensors").read_bytes())
     if data.draw(st.booleans()):
@@ -169,7 +173,7 @@ def step_once(layer: nn.Linear, optimizer: torch.optim.AdamW, step: int) -> None
 
 def test_an_optimiser_goes_on_from_its_files_bit_for_bit(tmp_path: Path) -> None:
     layer, optimizer = stepped(0, 3)
-    optimizer_component(optimizer).write(tmp_path)
+    optimizer_component(optimizer).capture()(tmp_path)
     other, resumed = stepped(1, 0)
     other.load_state_dict(layer.state_dict())
     read = optimizer_component(resumed).read
@@ -181,7 +185,7 @@ def test_an_optimiser_goes_on_from_its_files_bit_for_bit(tmp_path: Path) -> None
 
 
 def test_an_optimiser_of_other_parameters_is_refused(tmp_path: Path) -> None:
-    optimizer_component(stepped(0, 1)[1]).write(tmp_path)
+    optimizer_component(stepped(0, 1)[1]).capture()(tmp_path)
     layer = nn.Linear(4, 3, bias=False)
     group = {"params": list(layer.parameters()), "names": ["weight"], "part": "projector"}
     read = optimizer_component(torch.optim.AdamW([group])).read

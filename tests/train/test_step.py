@@ -18,7 +18,13 @@ from vlm_sft.train.batches import load_steps, split
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.loop import evaluate
 from vlm_sft.train.optim import gradient_norm
-from vlm_sft.train.step import accumulate_gradient, forward, refuse_non_finite, step_seed
+from vlm_sft.train.step import (
+    accumulate_gradient,
+    forward,
+    non_finite_fault,
+    refuse_non_finite,
+    step_seed,
+)
 
 TRAINABLE = ("projector", "language_model")
 
@@ -175,7 +181,7 @@ def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
     gradient = accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     norm = gradient_norm(model.multi_modal_projector.parameters(), 1.0)
     with pytest.raises(UserError, match=r"step 7: the loss is not finite \(records 'record-2'\)"):
-        refuse_non_finite(gradient, norm, accelerator, step=7)
+        refuse_non_finite(non_finite_fault(gradient, norm, accelerator), step=7)
 
 
 def test_dropout_repeats_itself_for_a_step_and_differs_between_steps() -> None:

@@ -93,6 +93,10 @@ def example(number: int, *, length: int, supervised: bool = True, image: bool = 
 class Records(list[Example]):
     """Examples in memory."""
 
+    @property
+    def record_ids(self) -> list[str]:
+        return [e.record_id for e in self]
+
 
 def reset_accelerate() -> None:
     """Forget the process-wide state, which one Accelerator leaves for the next."""

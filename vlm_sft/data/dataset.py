@@ -1,7 +1,9 @@
 """Files of records to examples; every record is rendered, measured and accounted for at start."""
 
+import dataclasses
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +51,36 @@ class Example:
     pixel_values: Tensor
 
 
+@dataclass(frozen=True)
+class FileContent:
+    """What one file gave to train on.
+
+    Attributes:
+        records: How many records.
+        sha256: Over their ids, labels and pictures' places below the picture folder (or bytes), in
+            order; neither a moved folder nor another spelling of the same JSON changes it.
+    """
+
+    records: int
+    sha256: str
+
+
+def content_difference(files: Sequence[str], before: Any, now: Sequence[FileContent]) -> str:
+    """A sentence about the first file whose content differs from what a manifest says."""
+    if len(before) != len(now):
+        return f"the run was started with {len(before)} files of records, now there are {len(now)}"
+    for path, old, new in zip(files, before, now, strict=True):
+        if old["sha256"] == new.sha256:
+            continue
+        if old["records"] != new.records:
+            return f"{path} gave {old['records']:,} records, now it gives {new.records:,}"
+        return (
+            f"{path} gives {new.records:,} records as before, but their texts, their order, their "
+            "pictures or what is supervised of them changed"
+        )
+    return "nothing differs"
+
+
 class SupervisedDataset(Dataset[Example]):
     """All usable records of some files as `Example`s.
 
@@ -92,9 +124,10 @@ class SupervisedDataset(Dataset[Example]):
         self._pictures: list[tuple[str | SpoolRef, ...]] = []
         self._turns: list[SpoolRef] = []
         self._spool = Spool()
-        digest = hashlib.sha256()
-        self._read(files, digest)
-        self._fingerprint = digest.hexdigest()
+        self._entries = array("q")  # where in the ledger each record stands
+        self.contents: list[FileContent] = []
+        """What each file gave, in order."""
+        self._read(files)
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -113,15 +146,24 @@ class SupervisedDataset(Dataset[Example]):
         """What a loader's worker needs, which is neither tokenizer nor ledger."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_renderer", "_ledger")}
 
+    def quarantine(self, index: int, reason: str, message: str) -> bool:
+        """Move a record that cannot be loaded after all to where the ledger says so.
+
+        Returns whether it was not there before.
+        """
+        entries, place = self._ledger.entries, self._entries[index]
+        if entries[place].bucket == "quarantined":
+            return False
+        entries[place] = dataclasses.replace(
+            entries[place], bucket="quarantined", reason=reason, message=message
+        )
+        return True
+
     def conversation(self, index: int) -> Conversation:
         """The record as it is trained on, after turns were dropped."""
         turns = tuple(map(_turn_from_json, json.loads(self._spool.read(self._turns[index]))))
         images = tuple(self._source(picture) for picture in self._pictures[index])
         return Conversation(self.record_ids[index], turns, images, self._wheres[index])
-
-    def fingerprint(self) -> str:
-        """sha256 over all ids, labels and pictures' places (or bytes), in order."""
-        return self._fingerprint
 
     def broken_pictures(self) -> list[RecordError]:
         """Open every picture in full; an error for each record that has a broken one."""
@@ -136,14 +178,15 @@ class SupervisedDataset(Dataset[Example]):
 
     # --- reading
 
-    def _read(self, files: Sequence[DataFile], digest: "hashlib._Hash") -> None:
+    def _read(self, files: Sequence[DataFile]) -> None:
         admission = Admission(
             self._renderer, num_image_tokens=self._num_image_tokens, config=self._config
         )
         ids, flags, starts = array("i"), array("b"), array("q", [0])
         entries = len(self._ledger.entries)
         for file in files:
-            records = open_records(file)
+            records, digest, first = open_records(file), hashlib.sha256(), len(self.record_ids)
+            root = file.image_root or str(Path(file.path).parent)
             description = f"reading {Path(file.path).name}"
             tracked = track(records.conversations, records.total, description)
             for outcome in admission.decide_all(tracked):
@@ -151,10 +194,11 @@ class SupervisedDataset(Dataset[Example]):
                 fitted = self._admitted(outcome)
                 if fitted is not None:
                     self._keep(*fitted, file.weight)
-                    digest.update(_identity(*fitted))
+                    digest.update(_identity(*fitted, root))
                     ids.extend(fitted[1].input_ids)
                     flags.extend(label != IGNORE_INDEX for label in fitted[1].labels)
                     starts.append(len(ids))
+            self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
         self._spool.flush()
         self._ids = np.array(ids, dtype=np.int32)
         self._supervised = np.array(flags, dtype=np.bool_)
@@ -174,6 +218,7 @@ class SupervisedDataset(Dataset[Example]):
         return outcome.kept, outcome.rendering
 
     def _keep(self, record: Conversation, rendering: Rendering, weight: float) -> None:
+        self._entries.append(len(self._ledger.entries) - 1)
         self.record_ids.append(record.id)
         self.lengths.append(rendering.length)
         self.weights.append(weight)
@@ -217,9 +262,12 @@ class SupervisedDataset(Dataset[Example]):
         return self._spool.read(picture) if isinstance(picture, SpoolRef) else Path(picture)
 
 
-def _identity(record: Conversation, rendering: Rendering) -> bytes:
+def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:
     """What of a record a training run depends on."""
-    places = (s if isinstance(s, bytes) else str(s).encode() for s in record.images)
+    places = (
+        s if isinstance(s, bytes) else os.path.relpath(str(s), root).encode("utf-8", "replace")
+        for s in record.images
+    )
     pictures = [hashlib.sha256(place).hexdigest() for place in places]
     head = json.dumps([len(rendering.input_ids), pictures]).encode()
     return head + b"".join(

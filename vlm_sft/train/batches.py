@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.collate import Batch, collate
 from vlm_sft.data.dataset import Example
-from vlm_sft.errors import UserError
+from vlm_sft.errors import RecordError, UserError
 
 
 class Examples(Protocol):
@@ -19,7 +19,25 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def record_ids(self) -> Sequence[str]: ...
+
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A record that could not be loaded while a run went on, and was left out.
+
+    Attributes:
+        index: Its place in the dataset.
+        reason: The ledger's short code.
+        message: The sentence for people, which names record and file.
+    """
+
+    index: int
+    reason: str
+    message: str
 
 
 def split(
@@ -68,17 +86,27 @@ def load_steps(
     *,
     pad_token_id: int,
     num_workers: int,
+    on_fault: Callable[[Fault], None] | None = None,
 ) -> Iterator[list[Batch]]:
     """Yield the batches of one step after the other, as `steps` lists them.
 
     Workers read ahead by at most two micro-batches each; neither their number nor their speed
     changes what is yielded.
 
+    Args:
+        examples: The dataset.
+        steps: For each step its micro-batches, each a list of places in the dataset.
+        pad_token_id: Fills up shorter sequences.
+        num_workers: Processes that load ahead.
+        on_fault: Told of each record that cannot be loaded, before the step without it is yielded;
+            None: such a record raises.
+
     Raises:
         RecordError: As the dataset raised it for a record, in a worker or not.
+        UserError: A worker died.
     """
     loader = DataLoader(
-        _Micro(examples, pad_token_id),
+        _Micro(examples, pad_token_id, lenient=on_fault is not None),
         batch_size=None,
         sampler=_Flat(steps),
         num_workers=num_workers,
@@ -88,7 +116,22 @@ def load_steps(
     )
     loaded = iter(loader)
     for step in steps:
-        yield [_unwrap(item) for item in islice(loaded, len(step))]
+        yield [_unwrap(item, on_fault) for item in _next_items(loaded, step)]
+
+
+def _next_items(
+    loaded: Iterator["_Item | UserError"], step: Sequence[Sequence[int]]
+) -> list["_Item | UserError"]:
+    try:
+        return list(islice(loaded, len(step)))
+    except RuntimeError as error:  # torch tells of a dead worker by its text alone
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process died while it read ahead ({' '.join(str(error).split())}); memory "
+            "may have run out: set data.num_workers lower, or 0 to load in the training process - "
+            "the same command goes on from the newest checkpoint"
+        ) from None
 
 
 class _Flat(Sampler[list[int]]):
@@ -101,26 +144,46 @@ class _Flat(Sampler[list[int]]):
                 yield list(micro_batch)
 
 
-class _Micro(Dataset[Batch | UserError]):
+@dataclass(frozen=True)
+class _Item:
+    """A micro-batch of what could be loaded, and the rest."""
+
+    batch: Batch
+    faults: tuple[Fault, ...] = ()
+
+
+class _Micro(Dataset[_Item | UserError]):
     """A dataset whose items are micro-batches, asked for by lists of record indices."""
 
-    def __init__(self, examples: Examples, pad_token_id: int) -> None:
+    def __init__(self, examples: Examples, pad_token_id: int, *, lenient: bool) -> None:
         self.examples = examples
         self.pad_token_id = pad_token_id
+        self.lenient = lenient
 
-    def __getitem__(self, indices: list[int]) -> Batch | UserError:
-        if not indices:
-            return empty_batch(self.pad_token_id)
+    def __getitem__(self, indices: list[int]) -> _Item | UserError:
+        loaded: list[Example] = []
+        faults: list[Fault] = []
         try:
-            return collate([self.examples[index] for index in indices], self.pad_token_id)
+            for index in indices:
+                try:
+                    loaded.append(self.examples[index])
+                except RecordError as error:
+                    if not self.lenient:
+                        raise
+                    faults.append(Fault(index, error.reason, str(error)))
         except UserError as error:  # as a value: a worker would add its own traceback to the text
             return error
+        pad = self.pad_token_id
+        return _Item(collate(loaded, pad) if loaded else empty_batch(pad), tuple(faults))
 
 
-def _unwrap(item: Batch | UserError) -> Batch:
+def _unwrap(item: _Item | UserError, on_fault: Callable[[Fault], None] | None) -> Batch:
     if isinstance(item, UserError):
         raise item
-    return item
+    for fault in item.faults:
+        assert on_fault is not None
+        on_fault(fault)
+    return item.batch
 
 
 def _same(item: Any) -> Any:

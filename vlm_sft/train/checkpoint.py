@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlm_sft.atomic import sync_folder, write_json
+from vlm_sft.crash import crash_point
 from vlm_sft.errors import CheckpointError
 
 FORMAT = 1
@@ -24,18 +25,55 @@ MANIFEST = "manifest.json"
 LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetensors")
 
 
+Writer = Callable[[Path], None]
+
+
 @dataclass(frozen=True)
 class Component:
-    """A piece of a checkpoint that knows how to write itself and read itself back.
+    """A piece of a checkpoint that can be held still, written, and read back.
 
     Attributes:
-        write: Writes its files into a checkpoint folder.
-        read: Reads them back into the live objects, strictly (every name, every shape); None for
-            what is only written (configuration, tokenizer).
+        capture: Copies what the piece is at this moment and returns what writes that copy into a
+            folder, so that writing may go on while training does.
+        read: Reads the files back into the live objects, strictly (every name, every shape); None
+            for what is only written (configuration, tokenizer).
+        tensors: The live tensors that it saves, by the names they get.
     """
 
-    write: Callable[[Path], None]
+    capture: Callable[[], Writer]
     read: Callable[[Path], None] | None = None
+    tensors: Callable[[], Mapping[str, torch.Tensor]] = dict
+
+
+def plain_component(write: Writer) -> Component:
+    """A piece that never changes during a run and is only written."""
+    return Component(lambda: write)
+
+
+def tensor_component(
+    tensors: Callable[[], Mapping[str, torch.Tensor]],
+    write: Callable[[Path, Mapping[str, torch.Tensor]], None],
+    read: Callable[[Path], None],
+) -> Component:
+    """A piece made of live tensors; `write` gets copies of them in host memory."""
+
+    def capture() -> Writer:
+        held = host_copies(tensors())
+        return lambda folder: write(folder, held)
+
+    return Component(capture, read, tensors)
+
+
+def host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in host memory that later updates do not touch; tied tensors stay tied."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    held = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        held[name] = copies[key]
+    return held
 
 
 @dataclass(frozen=True)
@@ -58,18 +96,23 @@ class CheckpointStore:
     Args:
         output_dir: The run folder; checkpoints lie in `checkpoints/step-N`, the last in `final`.
         components: What a checkpoint is made of, by name.
-        facts: Plain values for every manifest (stage, base-model identity, data fingerprint).
+        facts: Plain values for every manifest (stage, base-model identity, data); a checkpoint
+            with other ones is refused.
+        explain: How to tell a difference of a fact, from its value then and its value now.
         keep: Step checkpoints left after a save.
         num_bytes: About how large a checkpoint is, for the free-space check; 0 leaves it out.
         say: Where lines for the user go.
+        learning: What the run trains, by name; a save without one of them is refused.
     """
 
     output_dir: Path
     components: Mapping[str, Component]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    explain: Mapping[str, Callable[[Any, Any], str]] = field(default_factory=dict)
     keep: int = 2
     num_bytes: int = 0
     say: Callable[[str], None] = print
+    learning: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def steps_dir(self) -> Path:
@@ -88,22 +131,43 @@ class CheckpointStore:
             position: `step` and whatever else says where in the data the run is.
 
         Raises:
-            CheckpointError: Too little free space, or what was written does not read back.
+            CheckpointError: Too little free space, something trained would be missing, or what
+                was written does not read back.
             OSError: The disk refused; older checkpoints are untouched.
         """
+        return self.capture(position)()
+
+    def capture(self, position: Mapping[str, Any]) -> Callable[[], Checkpoint]:
+        """Hold still what is to be saved; what comes back does the rest of `save`.
+
+        Raises:
+            CheckpointError: Too little free space, or something trained would be missing.
+        """
         require_space(self.output_dir, self.num_bytes)
+        require_all_saved(self.learning, self.components)
         folder = self.steps_dir / step_name(int(position["step"]))
-        write_checkpoint(folder, self.components, {**self.facts, **position})
-        checkpoint = verify(folder)
-        for old in self.step_folders()[self.keep :]:
-            remove(old)
-        return checkpoint
+        facts = {**self.facts, **position}
+        writers = [component.capture() for component in self.components.values()]
+        crash_point("checkpoint.captured")
+
+        def write() -> Checkpoint:
+            write_folder(folder, writers, facts)
+            checkpoint = verify(folder)
+            crash_point("checkpoint.verified")
+            for old in self.step_folders()[self.keep :]:
+                remove(old)
+            crash_point("checkpoint.pruned")
+            return checkpoint
+
+        return write
 
     def finish(self, checkpoint: Checkpoint) -> Checkpoint:
         """Make `final/` a complete copy of `checkpoint`, by hard links where the disk has them."""
         building = _temporary(self.final_dir)
         shutil.copytree(checkpoint.folder, building, copy_function=_link_or_copy)
+        crash_point("final.copied")
         _move_into_place(building, self.final_dir)
+        crash_point("final.renamed")
         return verify(self.final_dir)
 
     def finished(self) -> Checkpoint | None:
@@ -148,12 +212,18 @@ class CheckpointStore:
         """
         for name, expected in self.facts.items():
             found = checkpoint.manifest.get(name)
-            if found != expected:
-                raise CheckpointError(
-                    f"{checkpoint.folder}: {name.replace('_', ' ')} is {_short(found)}, but this "
-                    f"run's is {_short(expected)}; resume with what the checkpoint was made from, "
-                    "or choose another output_dir"
-                )
+            if found == expected:
+                continue
+            explain = self.explain.get(name)
+            if explain is not None and found is not None:
+                difference = explain(found, expected)
+            else:
+                what = name.replace("_", " ")
+                difference = f"{what} is {_short(found)}, but this run's is {_short(expected)}"
+            raise CheckpointError(
+                f"{checkpoint.folder}: {difference}; resume with what the checkpoint was made "
+                "from, or choose another output_dir"
+            )
         for component in self.components.values():
             if component.read is not None:
                 component.read(checkpoint.folder)
@@ -172,16 +242,25 @@ def step_name(step: int) -> str:
 def write_checkpoint(
     folder: Path, components: Mapping[str, Component], facts: Mapping[str, Any]
 ) -> None:
+    """Write the components as they are now; see `write_folder`."""
+    write_folder(folder, [component.capture() for component in components.values()], facts)
+
+
+def write_folder(folder: Path, writers: Sequence[Writer], facts: Mapping[str, Any]) -> None:
     """Write a complete checkpoint folder: all files, then the manifest, then the rename.
 
     Everything is on the disk before the folder gets its name; a folder of that name is replaced.
     """
     building = _temporary(folder)
     building.mkdir(parents=True)
+    crash_point("checkpoint.begun")
     try:
-        for component in components.values():
-            component.write(building)
+        for write in writers:
+            write(building)
+            crash_point("checkpoint.component")
         files = {str(path.relative_to(building)): _sha256(path) for path in _files(building)}
+        _sync_tree(building)
+        crash_point("checkpoint.files_synced")
         manifest = {
             "format": FORMAT,
             **facts,
@@ -190,11 +269,28 @@ def write_checkpoint(
             "files": files,
         }
         write_json(building / MANIFEST, manifest)
-        _sync_tree(building)
+        crash_point("checkpoint.manifest")
         _move_into_place(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def require_all_saved(
+    learning: Mapping[str, torch.Tensor], components: Mapping[str, Component]
+) -> None:
+    """Every tensor that learns must be in a checkpoint.
+
+    Raises:
+        CheckpointError: Naming the first that no component saves.
+    """
+    saved = {t.data_ptr() for c in components.values() for t in c.tensors().values()}
+    missing = [name for name, tensor in learning.items() if tensor.data_ptr() not in saved]
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]} learns but no part of a checkpoint saves it ({len(missing)} of "
+            f"{len(learning)} such); nothing was written - this is a bug, please report it"
+        )
 
 
 def verify(folder: Path) -> Checkpoint:
@@ -333,14 +429,18 @@ def remove(folder: Path) -> None:
     """Delete a folder, out of sight first so that a kill never leaves half of it under its name."""
     trash = _temporary(folder)
     os.rename(folder, trash)
+    crash_point("checkpoint.pruning")
     shutil.rmtree(trash)
 
 
 def _move_into_place(building: Path, folder: Path) -> None:
     if folder.exists():
         remove(folder)
+        crash_point("checkpoint.replaced")
     os.rename(building, folder)
+    crash_point("checkpoint.renamed")
     sync_folder(folder.parent)
+    crash_point("checkpoint.folder_synced")
 
 
 def _temporary(folder: Path) -> Path:

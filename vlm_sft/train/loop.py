@@ -1,5 +1,6 @@
 """The training loop: every step's batches, their gradient, the update, and what is written down."""
 
+import math
 import signal
 import sys
 import time
@@ -10,13 +11,16 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from vlm_sft.atomic import write_json
 from vlm_sft.config import OptimConfig, TrainConfig
+from vlm_sft.crash import crash_point
 from vlm_sft.data.collate import Batch
-from vlm_sft.errors import UserError
-from vlm_sft.train.batches import Examples, LazySteps, load_steps, split
+from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.train.account import Account
+from vlm_sft.train.batches import Examples, Fault, LazySteps, load_steps, split
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
 from vlm_sft.train.distributed import on_main, total
 from vlm_sft.train.metrics import (
@@ -37,11 +41,14 @@ from vlm_sft.train.preflight import (
     require_gradients,
     require_unchanged,
 )
+from vlm_sft.train.saver import Saver
 from vlm_sft.train.signals import StopRequest
 from vlm_sft.train.step import (
+    Asks,
     StepGradient,
     accumulate_gradient,
     forward,
+    non_finite_fault,
     refuse_non_finite,
     step_seed,
 )
@@ -70,6 +77,8 @@ class Plan:
     num_workers: int
     train: TrainConfig
     optim: OptimConfig
+    max_quarantined: int | None = None
+    """Records that may turn out broken on the way; None: the first one stops the run."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,14 @@ class Hooks:
         parts: The model's parameters by part.
         frozen_digests: Fingerprints of the parts that must not move, worked out anew.
         answers: Answers of the model to a few held-out records, as plain rows; None: no samples.
+        quarantine: Told of each record that is left out because it cannot be loaded, and whether
+            it is a held-out one.
     """
 
     parts: Parts
     frozen_digests: Callable[[], dict[str, str]]
     answers: Callable[[], list[dict[str, Any]]] | None = None
+    quarantine: Callable[[Fault, bool], None] = lambda fault, held_out: None
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,9 @@ class Trainer:
     train_data: Examples
     eval_data: Examples | None = None
     step: int = field(default=0, init=False)
-    _saved: Checkpoint | None = field(default=None, init=False)
+    _saved_step: int = field(default=0, init=False)
+    _saved_at: float = field(default=0.0, init=False)
+    _resumed_from: Checkpoint | None = field(default=None, init=False)
     _gradients_seen: bool = field(default=False, init=False)
 
     def run(self) -> Outcome:
@@ -141,15 +155,15 @@ class Trainer:
             self._frozen = self.hooks.frozen_digests()
         else:
             self._resume(resumed)
-        self._open_records()
+        self._open_records(resumed)
         with StopRequest() as request, self._live:
-            while self.step < self.plan.total_steps:
-                asked = self._train_until_save(request)
-                checkpoint = self._save()
-                if asked and self.step < self.plan.total_steps:
-                    by = request.received or signal.SIGTERM
-                    return Outcome(self.step, checkpoint, by)
-        return self._finish()
+            stopped = self._train(request)
+            if self._saved_step < self.step:
+                self._save()
+            checkpoint = on_main(self.accelerator, self._saver.wait)
+        if stopped and self.step < self.plan.total_steps:
+            return Outcome(self.step, checkpoint, request.received or signal.SIGTERM)
+        return self._finish(checkpoint)
 
     def _prepare(self) -> None:
         """Device, precision and optimiser; the table of what learns."""
@@ -170,6 +184,7 @@ class Trainer:
             "optimizer": optimizer_component(self.optimizer, self._scaler),
         }
         self.store.components = components
+        self.store.learning = dict(self._learning())
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.store.num_bytes = 3 * sum(p.numel() * p.element_size() for p in self._parameters)
 
@@ -177,46 +192,77 @@ class Trainer:
         self.plan.output_dir.mkdir(parents=True, exist_ok=True)
         return self.store.newest()
 
-    def _rehearse(self) -> None:
-        trained = [
+    def _learning(self) -> list[tuple[str, nn.Parameter]]:
+        return [
             (name, parameter)
             for named in self.hooks.parts.values()
             for name, parameter in named
             if parameter.requires_grad
         ]
-        rehearse_saving(self.plan.output_dir, self.store.components, trained)
+
+    def _rehearse(self) -> None:
+        rehearse_saving(self.plan.output_dir, self.store.components, self._learning())
 
     def _resume(self, checkpoint: Checkpoint) -> None:
+        crash_point("resume.verified")
         self.store.load(checkpoint)
-        self.step, self._saved = checkpoint.step, checkpoint
+        crash_point("resume.loaded")
+        if checkpoint.step > self.plan.total_steps:
+            raise ConfigError(
+                f"{checkpoint.folder}: the run is already at step {checkpoint.step}, beyond the "
+                f"{self.plan.total_steps} that train.max_steps and train.epochs ask for; ask for "
+                "more, or choose another output_dir"
+            )
+        self.step = self._saved_step = checkpoint.step
+        self._resumed_from = checkpoint
         self._frozen = dict(checkpoint.manifest["frozen"])
         require_unchanged(self._frozen, self.hooks.frozen_digests())
         if self.accelerator.is_main_process:
             self.store.say(f"going on from {checkpoint.folder} (step {self.step})")
 
-    def _open_records(self) -> None:
+    def _open_records(self, resumed: Checkpoint | None) -> None:
         """Files and line that the run reports on."""
         main, folder = self.accelerator.is_main_process, self.plan.output_dir
         self._metrics = MetricsFile(folder / "metrics.jsonl", last_step=self.step) if main else None
         self._samples = MetricsFile(folder / "samples.jsonl", last_step=self.step) if main else None
+        trained = MetricsFile(folder / "trained.jsonl", last_step=self.step) if main else None
+        self._account = Account(
+            self.train_data.record_ids,
+            self.accelerator,
+            trained,
+            max_quarantined=self.plan.max_quarantined or 0,
+            max_skipped=self.plan.train.max_skipped_steps,
+            on_quarantine=lambda fault: self.hooks.quarantine(fault, False),
+        )
+        if resumed is not None:
+            self._account.restore(resumed.manifest)
+        self._saver = Saver(self.store, background=self.plan.train.background_saving)
+        self._saved_at = time.monotonic()
         self._live = LiveLine(self.plan.total_steps, self.step, enabled=main)
         before = self._metrics.last_seconds if self._metrics is not None else 0.0
         self._started = time.monotonic() - before
         self._speed = Speed()
 
-    def _train_until_save(self, request: StopRequest) -> bool:
-        """Train up to the next step that is saved; whether a process was asked to stop."""
-        every = self.plan.train.save_every_steps
-        last = min(self.plan.total_steps, (self.step // every + 1) * every)
+    def _train(self, request: StopRequest) -> bool:
+        """Train to the end, saving on the way; whether a process was asked to stop before."""
         for batches in self._batches_from(self.step, self.plan.total_steps):
-            gradient = self._train_step(batches, stop=request.received is not None)
+            gradient = self._train_step(batches, self._asks(request))
             self._maybe_evaluate()
-            if gradient.stop:
+            if gradient.asks.stop:
                 return True
-            if self.step == last and last < self.plan.total_steps:
+            due = self.step % self.plan.train.save_every_steps == 0
+            if self.step < self.plan.total_steps and (due or gradient.asks.save):
                 self._save()
-                last = min(self.plan.total_steps, last + every)
         return False
+
+    def _asks(self, request: StopRequest) -> Asks:
+        """What this process wants done after the next step."""
+        minutes = self.plan.train.save_every_minutes
+        long_ago = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        save = request.save_now or (long_ago and self.accelerator.is_main_process)
+        request.save_now = False
+        stop = request.received is not None or self._saver.failed
+        return Asks(stop=stop, save=save, faults=self._account.num_met)
 
     def _batches_from(self, first: int, last: int) -> Any:
         steps = LazySteps(first, last, self._micro_batches)
@@ -225,17 +271,19 @@ class Trainer:
             steps,
             pad_token_id=self.plan.pad_token_id,
             num_workers=self.plan.num_workers,
+            on_fault=None if self.plan.max_quarantined is None else self._account.meet,
         )
 
     def _micro_batches(self, step: int) -> list[list[int]]:
-        return split(
+        chunks = split(
             self.plan.records_of_step(step),
             self.plan.train.micro_batch_size,
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
         )
+        return [self._account.usable(chunk) for chunk in chunks]
 
-    def _train_step(self, batches: list[Batch], *, stop: bool) -> StepGradient:
+    def _train_step(self, batches: list[Batch], asks: Asks) -> StepGradient:
         """Gradient, checks, update, and a row of metrics."""
         self.optimizer.zero_grad(set_to_none=True)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -243,24 +291,34 @@ class Trainer:
             self._wrapped,
             batches,
             self.accelerator,
-            stop=stop,
+            asks=asks,
             seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
         )
-        norm = self._checked_norm(gradient)
+        crash_point("step.gradient")
+        self._account.settle(gradient.asks.faults)
+        self._account.require_planned(batches, self._micro_batches(self.step))
+        norm, fault = self._checked_norm(gradient)
         factor = rate_factor(self.step, total_steps=self.plan.total_steps, config=self.plan.optim)
         rates = set_rates(self.optimizer, factor)
+        if fault is None:
+            self._update()
+        crash_point("step.updated")
+        self._account.note(self.step + 1, self.plan.records_of_step(self.step), fault)
+        self.step += 1
+        self._speed.add(gradient.num_records, gradient.num_targets)
+        self._write_step(gradient, norm, rates)
+        crash_point("step.recorded")
+        return gradient
+
+    def _update(self) -> None:
         if self._scaler is None:
             self.optimizer.step()
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
-        self.step += 1
-        self._speed.add(gradient.num_records, gradient.num_targets)
-        self._write_step(gradient, norm, rates)
-        return gradient
 
-    def _checked_norm(self, gradient: StepGradient) -> torch.Tensor:
-        """The gradient's norm before clipping, after proving that it may be applied."""
+    def _checked_norm(self, gradient: StepGradient) -> tuple[torch.Tensor, str | None]:
+        """The gradient's norm before clipping, and why it may not be applied, if so."""
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         if gradient.num_targets == 0:
@@ -273,9 +331,14 @@ class Trainer:
             self._gradients_seen = True
         norm = gradient_norm(self._parameters, self.plan.optim.max_grad_norm)
         if self._scaler is not None and torch.isfinite(gradient.loss_sum):
-            return self._tolerated_overflow(norm)
-        refuse_non_finite(gradient, norm, self.accelerator, step=self.step + 1)
-        return norm
+            return self._tolerated_overflow(norm), None
+        fault = non_finite_fault(gradient, norm, self.accelerator)
+        if self.plan.train.on_non_finite == "stop":
+            refuse_non_finite(fault, step=self.step + 1)
+        elif fault is not None:
+            self._account.skip(fault, step=self.step + 1)
+            self._live.say(f"step {self.step + 1}: {fault}; its update is left out")
+        return norm, fault
 
     def _tolerated_overflow(self, norm: torch.Tensor) -> torch.Tensor:
         """In fp16 an overflow of the scaled gradient is met by a smaller scale, down to 1."""
@@ -302,7 +365,7 @@ class Trainer:
         row: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.plan.epoch_of_step(self.step), 6),
-            "loss": gradient.loss,
+            "loss": gradient.loss if math.isfinite(gradient.loss) else None,
             "learning_rate": dict(rates),
             "grad_norm": float(norm) if bool(torch.isfinite(norm)) else None,
             **self._speed.read(),
@@ -323,6 +386,7 @@ class Trainer:
         last = self.step == self.plan.total_steps
         if self.eval_data is None or not (last or (every and self.step % every == 0)):
             return
+        met: list[Fault] = []
         loss, num_targets = evaluate(
             self.model,
             self.eval_data,
@@ -330,7 +394,11 @@ class Trainer:
             micro_batch_size=self.plan.train.micro_batch_size,
             pad_token_id=self.plan.pad_token_id,
             num_workers=self.plan.num_workers,
+            on_fault=None if self.plan.max_quarantined is None else met.append,
         )
+        for fault in gather_object(met) if self.accelerator.num_processes > 1 else met:
+            if self.accelerator.is_main_process:
+                self.hooks.quarantine(fault, True)
         self._record(
             {
                 "step": self.step,
@@ -354,27 +422,30 @@ class Trainer:
             self._samples.write({"step": self.step, **row})
             self._live.say(f"  {row['id']}: {row['question']!r} -> {row['answer']!r}")
 
-    def _save(self) -> Checkpoint:
+    def _save(self) -> None:
+        """Begin to save where the run is; in the background if the plan says so."""
         position = {
             "step": self.step,
             "total_steps": self.plan.total_steps,
             "epoch": self.plan.epoch_of_step(self.step),
             "frozen": self._frozen,
+            **self._account.position(),
         }
-        self._saved = on_main(self.accelerator, lambda: self.store.save(position))
-        return self._saved
+        for file in (self._metrics, self._samples, self._account.file):
+            if file is not None:
+                file.sync()
+        on_main(self.accelerator, lambda: self._saver.save(position))
+        self._saved_step, self._saved_at = self.step, time.monotonic()
 
-    def _finish(self) -> Outcome:
+    def _finish(self, checkpoint: Checkpoint | None) -> Outcome:
         """Prove that what was frozen stayed so, then give the last checkpoint its final name."""
         require_unchanged(self._frozen, self.hooks.frozen_digests())
-        final = on_main(self.accelerator, self._finish_on_main)
+        # The last checkpoint is either this process's own or the one that it came from.
+        last = checkpoint or self._resumed_from
+        assert last is not None and last.step == self.plan.total_steps
+        final = on_main(self.accelerator, lambda: self.store.finish(last))
         self.accelerator.wait_for_everyone()
         return Outcome(self.step, final)
-
-    def _finish_on_main(self) -> Checkpoint:
-        """The last checkpoint is either this process's own or the one that it came from."""
-        assert self._saved is not None and self._saved.step == self.plan.total_steps
-        return self.store.finish(self._saved)
 
 
 @torch.no_grad()
@@ -386,10 +457,12 @@ def evaluate(
     micro_batch_size: int,
     pad_token_id: int,
     num_workers: int,
+    on_fault: Callable[[Fault], None] | None = None,
 ) -> tuple[float, int]:
     """Mean loss (nats) of a supervised token over all `examples`, and the number of such tokens.
 
-    Leaves the model in eval mode. 0.0 where nothing is supervised.
+    Leaves the model in eval mode. 0.0 where nothing is supervised. `on_fault` is told of records
+    that cannot be loaded and are left out; without it they raise.
     """
     mine = split(
         range(len(examples)),
@@ -401,7 +474,13 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float32, device=accelerator.device)
     count = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     steps = [[micro_batch] for micro_batch in mine]
-    batches = load_steps(examples, steps, pad_token_id=pad_token_id, num_workers=num_workers)
+    batches = load_steps(
+        examples,
+        steps,
+        pad_token_id=pad_token_id,
+        num_workers=num_workers,
+        on_fault=on_fault,
+    )
     with accelerator.autocast():
         for (batch,) in batches:
             output = forward(model, batch, accelerator.device)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -50,6 +51,11 @@ class MetricsFile:
         """Append one row."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def sync(self) -> None:
+        """Put what was written on the disk, where a power cut leaves it."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
 
 
 class LiveLine:
@@ -108,8 +114,9 @@ class LiveLine:
 def row_text(row: Mapping[str, Any]) -> str:
     """Loss, learning rates, speeds and memory of a training row, with units."""
     rates = " ".join(f"{part} {rate:.2e}" for part, rate in row["learning_rate"].items())
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     return (
-        f"loss {row['loss']:.4f}, lr {rates}, {row['samples_per_second']:.1f} samples/s, "
+        f"loss {loss}, lr {rates}, {row['samples_per_second']:.1f} samples/s, "
         f"{row['target_tokens_per_second']:,.0f} trained tokens/s, "
         f"{row['memory_bytes'] / 2**30:.1f} GiB"
     )

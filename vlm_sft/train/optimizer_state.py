@@ -1,6 +1,8 @@
 """The optimiser's state as safetensors and JSON, by parameter name."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,13 @@ import torch
 
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import CheckpointError
-from vlm_sft.train.checkpoint import Component, check_tensors, load_tensors, save_tensors
+from vlm_sft.train.checkpoint import (
+    Component,
+    check_tensors,
+    host_copies,
+    load_tensors,
+    save_tensors,
+)
 
 TENSORS, VALUES = "optimizer.safetensors", "optimizer.json"
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
@@ -19,27 +27,33 @@ def optimizer_component(
 ) -> Component:
     """`optimizer.safetensors` and `optimizer.json` of an AdamW made by `build_optimizer`."""
     return Component(
-        write=lambda folder: _write(folder, optimizer, scaler),
+        capture=lambda: _capture(optimizer, scaler),
         read=lambda folder: _read(folder, optimizer, scaler),
     )
 
 
-def _write(
-    folder: Path, optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler | None"
-) -> None:
-    tensors = {
-        f"{key}/{name}": optimizer.state[parameter][key]
-        for name, parameter in _named(optimizer).items()
-        if parameter in optimizer.state
-        for key in STATE_KEYS
-    }
-    save_tensors(folder / TENSORS, tensors)
+def _capture(
+    optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler | None"
+) -> Callable[[Path], None]:
+    tensors = host_copies(
+        {
+            f"{key}/{name}": optimizer.state[parameter][key]
+            for name, parameter in _named(optimizer).items()
+            if parameter in optimizer.state
+            for key in STATE_KEYS
+        }
+    )
     groups = [
-        {key: value for key, value in group.items() if key != "params"}
+        {key: copy.copy(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
-    scaler_state = scaler.state_dict() if scaler is not None else None
-    write_json(folder / VALUES, {"groups": groups, "grad_scaler": scaler_state})
+    values = {"groups": groups, "grad_scaler": scaler.state_dict() if scaler is not None else None}
+
+    def write(folder: Path) -> None:
+        save_tensors(folder / TENSORS, tensors)
+        write_json(folder / VALUES, values)
+
+    return write
 
 
 def _read(

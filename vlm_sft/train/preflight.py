@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from vlm_sft.crash import crash_point
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.train.checkpoint import Component, remove, verify, write_checkpoint
 from vlm_sft.train.optim import NamedParameters
@@ -98,9 +99,11 @@ def rehearse_saving(
     write_checkpoint(folder, components, {"step": 0, "rehearsal": True})
     try:
         verify(folder)
+        crash_point("rehearsal.written")
         with torch.no_grad():
             for _, parameter in tensors:
                 parameter.zero_()
+        crash_point("rehearsal.wiped")
         for component in components.values():
             if component.read is not None:
                 component.read(folder)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to finish its step, save and leave."""
+"""Signals that ask a run to save at the end of its step, and to leave or to go on."""
 
 import signal
 import sys
@@ -6,22 +6,25 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LEAVING = (signal.SIGINT, signal.SIGTERM)
+SAVING = signal.SIGUSR1
 
 
 class StopRequest:
-    """Within the block SIGINT, SIGTERM and SIGUSR1 set `received`; a second one ends at once.
+    """Within the block SIGINT and SIGTERM set `received`, and a second one ends at once; SIGUSR1
+    sets `save_now`, and the run saves and goes on.
 
     Outside a process's main thread Python allows no handlers, and none is set.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.save_now = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in WATCHED}
+            self._previous = {s: signal.signal(s, self._handle) for s in (*LEAVING, SAVING)}
         return self
 
     def __exit__(
@@ -34,6 +37,9 @@ class StopRequest:
             signal.signal(watched, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == SAVING:
+            self.save_now = True
+            return
         if self.received is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt

@@ -17,6 +17,24 @@ from vlm_sft.train.distributed import total
 
 
 @dataclass(frozen=True)
+class Asks:
+    """What a process wants done after a step; every process learns what any of them wants.
+
+    Attributes:
+        stop: Save and leave.
+        save: Save and go on.
+        faults: Records of this step that it could not load.
+    """
+
+    stop: bool = False
+    save: bool = False
+    faults: int = 0
+
+
+NOTHING = Asks()
+
+
+@dataclass(frozen=True)
 class StepGradient:
     """What a step's backward passes found; the gradients lie in the parameters' `.grad`.
 
@@ -25,14 +43,14 @@ class StepGradient:
         num_targets: Supervised tokens of the step, all processes.
         num_records: Records of the step, all processes.
         record_losses: This process's records with their summed losses, for messages.
-        stop: A process was asked to stop.
+        asks: What any process asks for after this step.
     """
 
     loss_sum: torch.Tensor
     num_targets: int
     num_records: int
     record_losses: tuple[tuple[str, torch.Tensor], ...]
-    stop: bool
+    asks: Asks
 
     @property
     def loss(self) -> float:
@@ -45,7 +63,7 @@ def accumulate_gradient(
     batches: Sequence[Batch],
     accelerator: Accelerator,
     *,
-    stop: bool = False,
+    asks: Asks = NOTHING,
     seed_of: Callable[[int], int] | None = None,
 ) -> StepGradient:
     """Run all micro-batches of a step forward and backward.
@@ -58,14 +76,13 @@ def accumulate_gradient(
         model: Prepared by `accelerator`; returns a `VlmOutput`.
         batches: This process's micro-batches, as many as every other process has.
         accelerator: Device, precision and processes.
-        stop: Whether this process was asked to stop after the step; told to all.
+        asks: What this process asks for after the step; told to all.
         seed_of: Seed of the random generators (dropout) for micro-batch `i` of this process.
     """
-    counts = torch.tensor(
-        [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches), int(stop)],
-        device=accelerator.device,
-    )
-    num_targets, num_records, num_stops = (int(n) for n in total(accelerator, counts))
+    mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
+    wants = [int(asks.stop), int(asks.save), asks.faults]
+    counts = torch.tensor([*mine, *wants], device=accelerator.device)
+    num_targets, num_records, stops, saves, faults = (int(n) for n in total(accelerator, counts))
     # Data-parallel wrapping averages gradients over processes; the sum is wanted.
     scale = accelerator.num_processes / max(1, num_targets)
     loss_sums: list[torch.Tensor] = []
@@ -85,7 +102,7 @@ def accumulate_gradient(
         num_targets=num_targets,
         num_records=num_records,
         record_losses=tuple(record_losses),
-        stop=num_stops > 0,
+        asks=Asks(stops > 0, saves > 0, faults),
     )
 
 
@@ -107,18 +124,17 @@ def step_seed(seed: int, step: int, micro_batch: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def refuse_non_finite(
-    gradient: StepGradient, norm: torch.Tensor, accelerator: Accelerator, *, step: int
-) -> None:
-    """Stop before the optimiser step where the loss or the gradient's norm is not finite.
+def non_finite_fault(
+    gradient: StepGradient, norm: torch.Tensor, accelerator: Accelerator
+) -> str | None:
+    """What is not finite of a step, the loss or the gradient's norm; None where both are.
 
-    Raises:
-        UserError: In every process, with the records at fault where single ones stand out, else
-            with those of the step.
+    The same text in every process, with the records at fault where single ones stand out, else
+    with those of the step.
     """
     loss_is_finite = bool(torch.isfinite(gradient.loss_sum))
     if loss_is_finite and bool(torch.isfinite(norm)):
-        return
+        return None
     bad = [name for name, loss in gradient.record_losses if not bool(torch.isfinite(loss))]
     everyone = [name for name, _ in gradient.record_losses]
     pairs = gather_object([(bad, everyone)]) if accelerator.num_processes > 1 else [(bad, everyone)]
@@ -127,8 +143,17 @@ def refuse_non_finite(
     what = f"the gradient norm is {float(norm)}" if loss_is_finite else "the loss is not finite"
     shown = ", ".join(repr(name) for name in suspects[:8])
     more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
-    raise UserError(
-        f"step {step}: {what} (records {shown}{more}); the weights are those before this step - "
-        "look at these records with vlm_sft.show, lower the learning rate, or use precision bf16 "
-        "or fp32"
-    )
+    return f"{what} (records {shown}{more})"
+
+
+def refuse_non_finite(fault: str | None, *, step: int) -> None:
+    """Stop before the optimiser step where `non_finite_fault` found something.
+
+    Raises:
+        UserError: Saying so, with what can be done.
+    """
+    if fault is not None:
+        raise UserError(
+            f"step {step}: {fault}; the weights are those before this step - look at these records "
+            "with vlm_sft.show, lower the learning rate, or use precision bf16 or fp32"
+        )

@@ -1,0 +1,99 @@
+"""Damaged checkpoints must be seen before the first step, and the one before them used."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlm_sft.train.checkpoint import CheckpointStore
+
+
+@dataclass
+class Found:
+    """How many damages were seen.
+
+    Attributes:
+        tried: Damages made.
+        seen: Of those, named and passed over in favour of the checkpoint before.
+        missed: A sentence for each that was not.
+    """
+
+    tried: int = 0
+    seen: int = 0
+    missed: list[str] = field(default_factory=list)
+
+
+def flips(run: Path, count: int, *, seed: int) -> Iterator[Found]:
+    """Flip one random bit of a random file of the newest checkpoint, `count` times over."""
+    draw = random.Random(seed)
+    files = _newest_files(run)
+    found = Found()
+    for _ in range(count):
+        path = draw.choice(files)
+        whole = path.read_bytes()
+        place = draw.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        _try(run, path, bytes(damaged), f"bit {place} of {path.name} flipped", found)
+        yield found
+
+
+def truncations(run: Path) -> Iterator[Found]:
+    """Cut every file of the newest checkpoint at every 4 KiB, at 1 byte less and to nothing."""
+    found = Found()
+    for path in _newest_files(run):
+        size = path.stat().st_size
+        for length in sorted({*range(0, size, 4096), size // 2, size - 1}):
+            cut = path.read_bytes()[:length]
+            _try(run, path, cut, f"{path.name} cut at {length} of {size}", found)
+            yield found
+
+
+def losses(run: Path) -> Iterator[Found]:
+    """Take away every file of the newest checkpoint, and put one there that does not belong."""
+    found = Found()
+    for path in _newest_files(run):
+        _try(run, path, None, f"{path.name} gone", found)
+        yield found
+    stranger = _newest_files(run)[0].parent / "stranger.safetensors"
+    _try(run, stranger, b"x", "a file too many", found)
+    stranger.unlink(missing_ok=True)
+    yield found
+
+
+def _try(run: Path, path: Path, content: bytes | None, what: str, found: Found) -> None:
+    """Damage one file, ask which checkpoint is the newest, and mend it again."""
+    said: list[str] = []
+    store = CheckpointStore(run, {}, say=said.append)
+    newest, before = store.step_folders()[:2]
+    whole = path.read_bytes() if path.exists() else None
+    _put(path, content)
+    found.tried += 1
+    chosen: object = None
+    try:
+        chosen = store.newest()
+    except Exception as error:  # whatever it is, it is no fallback
+        chosen = error
+    finally:
+        _put(path, whole)
+    folder = getattr(chosen, "folder", None)
+    if folder == before and len(said) == 1 and newest.name in said[0]:
+        found.seen += 1
+    else:
+        found.missed.append(f"{what}: {folder or chosen!r}, {said}")
+
+
+def _put(path: Path, content: bytes | None) -> None:
+    write: Callable[[], object] = path.unlink if content is None else lambda: _write(path, content)
+    write()
+
+
+def _write(path: Path, content: bytes | None) -> None:
+    assert content is not None
+    path.unlink(missing_ok=True)  # never through a hard link into another checkpoint
+    path.write_bytes(content)
+
+
+def _newest_files(run: Path) -> list[Path]:
+    newest = CheckpointStore(run, {}).step_folders()[0]
+    return sorted(path for path in newest.rglob("*") if path.is_file())

@@ -1,0 +1,238 @@
+"""A run goes on with what it was, says what differs, and accounts for every record and step."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_runs import ROOT, TINY, rows, run
+from tests.train.tiny import reset_accelerate
+from vlm_sft.errors import CheckpointError, ConfigError, UserError
+from vlm_sft.train.checkpoint import CheckpointStore, verify
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(ROOT)
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def two_steps_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was cut off after its second step, on its own copy of the data."""
+    folder = tmp_path_factory.mktemp("resume")
+    shutil.copytree(TINY / "data", folder / "data")
+    here = Path.cwd()
+    os.chdir(ROOT)
+    assert run("stage1", folder / "run", *own_data(folder)) == 0
+    os.chdir(here)
+    for lost in ("final", "checkpoints/step-00000004"):
+        shutil.rmtree(folder / "run" / lost)
+    return folder
+
+
+def own_data(folder: Path) -> list[str]:
+    return [f"data.train.0.path={folder}/data/captions.json", "data.eval=[]"]
+
+
+@pytest.fixture
+def cut(two_steps_done: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may do anything to."""
+    shutil.copytree(two_steps_done, tmp_path / "copy")
+    allowed = "--allow-change=data.train"
+    assert run("stage1", tmp_path / "copy" / "run", *own_data(tmp_path / "copy"), allowed) == 0
+    shutil.rmtree(tmp_path / "copy")
+    shutil.copytree(two_steps_done, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def go_on(cut: Path, *overrides: str) -> int:
+    moved = "--allow-change=data.train"  # the copy lies elsewhere, its content is the same
+    return run("stage1", cut / "run", *own_data(cut), *overrides, moved)
+
+
+def captions(cut: Path) -> list[dict[str, object]]:
+    return list(json.loads((cut / "data/captions.json").read_text()))
+
+
+def test_a_moved_data_folder_is_the_same_data(cut: Path) -> None:
+    assert go_on(cut) == 0
+
+
+def test_a_record_more_is_named_with_its_file_and_both_counts(cut: Path) -> None:
+    records = captions(cut)
+    (cut / "data/captions.json").write_text(json.dumps([*records, records[0]]))
+    counts = f"gave {len(records)} records, now it gives {len(records) + 1}"
+    with pytest.raises(CheckpointError, match=rf"captions\.json {counts}"):
+        go_on(cut)
+
+
+def test_two_records_that_changed_places_are_noticed(cut: Path) -> None:
+    first, second, *others = captions(cut)
+    (cut / "data/captions.json").write_text(json.dumps([second, first, *others]))
+    with pytest.raises(CheckpointError, match="as before, but their texts, their order"):
+        go_on(cut)
+
+
+def test_a_file_that_was_only_written_anew_is_the_same_data(cut: Path) -> None:
+    (cut / "data/captions.json").write_text(json.dumps(captions(cut)))
+    assert go_on(cut) == 0
+
+
+def test_an_allowed_change_is_told_and_made(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = "optim.learning_rate.projector=0.5"
+    with pytest.raises(ConfigError, match=r"--allow-change optim\.learning_rate\.projector"):
+        go_on(cut, changed)
+    assert go_on(cut, changed, "--allow-change", "optim.learning_rate") == 0
+    assert "  + optim.learning_rate.projector: 0.5" in capsys.readouterr().err
+    rates = [row["learning_rate"]["projector"] for row in rows(cut / "run/metrics.jsonl")]
+    assert max(rates[:2]) <= 1e-3 and max(rates[2:]) > 1e-3
+
+
+def test_a_finished_run_can_be_made_longer_but_not_shorter(cut: Path) -> None:
+    assert go_on(cut) == 0
+    longer = ("train.max_steps=6", "--allow-change=train.max_steps")
+    assert go_on(cut, *longer) == 0
+    assert verify(cut / "run/final").step == 6
+    with pytest.raises(ConfigError, match="already at step 6"):
+        go_on(cut, "train.max_steps=5", "--allow-change=train.max_steps")
+
+
+def test_another_template_is_refused_by_what_it_says_and_not_by_its_name(cut: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.template cannot change within a run"):
+        go_on(cut, "data.template=chatml")
+
+
+def test_every_step_names_its_records_and_an_epoch_has_each_once(tmp_path: Path) -> None:
+    assert run("stage1", tmp_path, "train.max_steps=4", "train.epochs=1") == 0
+    steps = rows(tmp_path / "trained.jsonl")
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    seen = [name for row in steps for name in row["records"]]
+    trained = [row["id"] for row in rows(tmp_path / "ledger.jsonl")[1:]]
+    assert sorted(seen) == sorted(trained)
+
+
+def break_a_picture(folder: Path, name: str = "red-circle-1.png") -> None:
+    path = folder / "data/images" / name
+    path.write_bytes(path.read_bytes()[:40])
+
+
+QUARANTINE = ("data.on_error=quarantine", "train.epochs=2", "train.max_steps=null")
+
+
+def with_a_broken_picture(folder: Path) -> list[str]:
+    shutil.copytree(TINY / "data", folder / "data")
+    break_a_picture(folder)
+    return [*own_data(folder), *QUARANTINE]
+
+
+def test_a_picture_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_path: Path) -> None:
+    assert run("stage1", tmp_path / "run", *with_a_broken_picture(tmp_path)) == 0
+    head, *entries = rows(tmp_path / "run/ledger.jsonl")
+    broken = [row for row in entries if row["bucket"] == "quarantined"]
+    assert [row["id"] for row in broken] == ["red-circle-1"] and head["quarantined"] == 1
+    seen = [name for row in rows(tmp_path / "run/trained.jsonl") for name in row["records"]]
+    assert "red-circle-1" not in seen
+    assert len(seen) == 2 * head["trained"]
+    manifest = verify(tmp_path / "run/final").manifest
+    assert [fault["reason"] for fault in manifest["quarantined"]] == [broken[0]["reason"]]
+
+
+def test_what_was_left_out_stays_out_when_the_picture_is_mended(tmp_path: Path) -> None:
+    options = with_a_broken_picture(tmp_path)
+    assert run("stage1", tmp_path / "run", *options) == 0
+    weights = (tmp_path / "run/final/projector.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/final")
+    newest, before = CheckpointStore(tmp_path / "run", {}).step_folders()[:2]
+    shutil.rmtree(newest)
+    assert verify(before).manifest["quarantined"]
+    shutil.copy(TINY / "data/images/red-circle-1.png", tmp_path / "data/images")
+    assert run("stage1", tmp_path / "run", *options) == 0
+    assert (tmp_path / "run/final/projector.safetensors").read_bytes() == weights
+
+
+def test_more_broken_pictures_than_allowed_stop_the_run(tmp_path: Path) -> None:
+    options = [*with_a_broken_picture(tmp_path), "data.max_quarantined=0"]
+    with pytest.raises(UserError, match=r"1 records turned out broken.*red-circle-1"):
+        run("stage1", tmp_path / "run", *options)
+
+
+SKIP = ("train.on_non_finite=skip", "optim.max_grad_norm=null", "train.max_steps=8")
+
+
+def test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down(tmp_path: Path) -> None:
+    huge = "optim.learning_rate.projector=1e30"
+    assert run("stage1", tmp_path, *SKIP, huge, "data.eval=[]") == 0
+    left_out = [row for row in rows(tmp_path / "trained.jsonl") if "update_left_out" in row]
+    assert left_out and "not finite" in left_out[0]["update_left_out"]
+    assert verify(tmp_path / "final").manifest["skipped_steps"] == len(left_out)
+    with pytest.raises(UserError, match="1 updates were left out before"):
+        run("stage1", tmp_path / "capped", *SKIP, huge, "train.max_skipped_steps=1")
+
+
+def during(path: Path, rows_there: int, act: Callable[[], None]) -> threading.Thread:
+    """Do something once a file has so many lines."""
+
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + 60
+        while not (path.exists() and path.read_bytes().count(b"\n") >= rows_there):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    return thread
+
+
+def test_sigusr1_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+    steps = 60
+    options = (
+        f"train.max_steps={steps}",
+        "train.save_every_steps=1000",
+        "train.keep_checkpoints=9",
+    )
+    sender = during(tmp_path / "trained.jsonl", 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert run("stage1", tmp_path, *options, "train.epochs=1000", "train.eval_samples=0") == 0
+    sender.join()
+    saved = sorted(int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir())
+    assert len(saved) == 2 and 3 <= saved[0] < saved[1] == steps
+
+
+def test_time_passing_saves_too(tmp_path: Path) -> None:
+    options = ("train.save_every_steps=1000", "train.save_every_minutes=0.000001")
+    assert run("stage1", tmp_path, *options, "train.keep_checkpoints=9") == 0
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
+    background: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_sft.train import checkpoint
+
+    write = checkpoint.write_folder
+    written: list[Path] = []
+
+    def third_fails(folder: Path, *rest: object) -> None:
+        written.append(folder)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device", str(folder))
+        write(folder, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "write_folder", third_fails)
+    options = ("train.max_steps=40", "train.epochs=1000", f"train.background_saving={background}")
+    with pytest.raises((CheckpointError, OSError), match="No space left"):
+        run("stage1", tmp_path, *options)
+    assert not (tmp_path / "final").exists()
+    newest = CheckpointStore(tmp_path, {}).newest()
+    assert newest is not None and newest.step == 2 * (len(written) - 2)
