@@ -14,6 +14,7 @@ import pytest
 from tests.tiny_runs import ROOT, TINY, rows, run
 from tests.train.tiny import reset_accelerate
 from vlm_sft.errors import CheckpointError, ConfigError, UserError
+from vlm_sft.run_folder import locked
 from vlm_sft.train.checkpoint import CheckpointStore, verify
 
 
@@ -236,3 +237,21 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
     assert not (tmp_path / "final").exists()
     newest = CheckpointStore(tmp_path, {}).newest()
     assert newest is not None and newest.step == 2 * (len(written) - 2)
+
+
+def test_a_loader_process_that_outlives_its_run_does_not_keep_the_folder(tmp_path: Path) -> None:
+    with locked(tmp_path, enabled=True):
+        end, done = os.pipe()
+        begun, begin = os.pipe()
+        child = os.fork()
+        if not child:  # as a worker of a loader whose parent is killed
+            os.write(begin, b"x")
+            os.read(end, 1)
+            os._exit(0)
+        os.read(begun, 1)
+    try:
+        with locked(tmp_path, enabled=True):
+            assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    finally:
+        os.write(done, b"x")
+        os.waitpid(child, 0)

@@ -15,6 +15,19 @@ from vlm_sft.config import RunConfig, dump_config, load_config
 from vlm_sft.errors import UserError
 
 
+_held: set[int] = set()
+"""Descriptors of locks, which a forked loader process must not keep when its parent is killed."""
+
+
+def _let_go_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)  # the parent's lock stays, since only its own copy holds it
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 @contextmanager
 def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     """Keep a second run out of the folder while the block lasts; a killed run leaves no lock.
@@ -38,7 +51,11 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
         began = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}")
         file.flush()
-        yield
+        _held.add(file.fileno())
+        try:
+            yield
+        finally:
+            _held.discard(file.fileno())
 
 
 def settle_config(

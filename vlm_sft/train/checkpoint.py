@@ -168,7 +168,9 @@ class CheckpointStore:
         crash_point("final.copied")
         _move_into_place(building, self.final_dir)
         crash_point("final.renamed")
-        return verify(self.final_dir)
+        final = verify(self.final_dir)
+        crash_point("final.verified")
+        return final
 
     def finished(self) -> Checkpoint | None:
         """The complete `final/` of a finished run, else None; a damaged one is named."""
