@@ -14,7 +14,6 @@ from vlm_sft.changes import Change, changes_between, require_allowed
 from vlm_sft.config import RunConfig, dump_config, load_config
 from vlm_sft.errors import UserError
 
-
 _held: set[int] = set()
 """Descriptors of locks, which a forked loader process must not keep when its parent is killed."""
 

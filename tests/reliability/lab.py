@@ -92,11 +92,13 @@ class Lab:
         folder: Where the runs lie.
         kind: One of `KINDS`; stage 2 starts from a fresh projector.
         overrides: Settings of every run.
+        logs: Where what the runs say goes; None: beside them.
     """
 
     folder: Path
     kind: str
     overrides: Sequence[str] = ()
+    logs: Path | None = None
 
     def arguments(self, name: str, *more: str) -> list[str]:
         """The command line of the run `name`, without the program."""
@@ -124,7 +126,7 @@ class Lab:
                 before()
             run_command(main, arguments)
 
-        return forked(work, self.folder / f"{name}.log", environment)
+        return forked(work, (self.logs or self.folder) / f"{name}.log", environment)
 
     def start_ranks(self, name: str, count: int, *more: str) -> list[Running]:
         """The same in `count` processes that train together."""

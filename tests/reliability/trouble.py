@@ -46,7 +46,7 @@ def full_disks(lab: Lab, place: Path) -> Iterator[Tally]:
     """
     expected, _ = untouched(lab)
     tally = Tally()
-    small = Lab(place, lab.kind, lab.overrides)
+    small = Lab(place, lab.kind, lab.overrides, logs=lab.folder)
     size = _size(max((lab.out("untouched") / "checkpoints").glob("step-*")))
     for tenth in range(10):
         name = f"full-{tenth}"

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch import nn
 
 from vlm_sft.errors import CheckpointError
+from vlm_sft.train import checkpoint
 from vlm_sft.train.checkpoint import (
     CheckpointStore,
     copy_tensors,
@@ -75,6 +77,19 @@ def test_what_a_kill_leaves_is_swept_and_never_taken_for_a_checkpoint(tmp_path: 
     leftover.mkdir(parents=True)
     assert checkpoints.newest() is None
     assert not leftover.exists()
+
+
+def test_a_full_disk_met_by_safetensors_is_an_os_error_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        store(tmp_path, []).save({"step": 1})
+    assert caught.value.errno == 28
+    assert str(tmp_path) in str(caught.value.filename)
 
 
 def test_a_failed_write_leaves_the_older_checkpoint_and_no_temporary_folder(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm_sft.atomic import sync_folder, write_json
@@ -258,7 +261,8 @@ def write_folder(folder: Path, writers: Sequence[Writer], facts: Mapping[str, An
     crash_point("checkpoint.begun")
     try:
         for write in writers:
-            write(building)
+            with _disk_errors(building):
+                write(building)
             crash_point("checkpoint.component")
         files = {str(path.relative_to(building)): _sha256(path) for path in _files(building)}
         _sync_tree(building)
@@ -276,6 +280,19 @@ def write_folder(folder: Path, writers: Sequence[Writer], facts: Mapping[str, An
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
+    """A disk's refusal, which safetensors tells by a text of its own, as an OSError again."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise CheckpointError(f"{place}: cannot be written: {error}") from None
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(place)) from None
 
 
 def require_all_saved(
