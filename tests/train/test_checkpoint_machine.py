@@ -1,0 +1,173 @@
+"""Saves, crashes, damage and resumes in any order: what is loaded is what was saved, and newest."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from vlm_sft.errors import CheckpointError
+from vlm_sft.train import checkpoint
+from vlm_sft.train.checkpoint import (
+    CheckpointStore,
+    copy_tensors,
+    load_tensors,
+    save_tensors,
+    step_name,
+    tensor_component,
+)
+from vlm_sft.train.saver import Saver
+
+POINTS = (
+    "checkpoint.captured",
+    "checkpoint.begun",
+    "checkpoint.component",
+    "checkpoint.files_synced",
+    "checkpoint.manifest",
+    "checkpoint.renamed",
+    "checkpoint.folder_synced",
+    "checkpoint.verified",
+    "checkpoint.pruning",
+    "checkpoint.pruned",
+)
+COMPLETE_FROM = POINTS.index("checkpoint.renamed")
+
+
+class Killed(BaseException):
+    """The process is gone; the disk is as `Disk` kept it."""
+
+
+class RunOnDisk(RuleBasedStateMachine):
+    """A run of one tensor, whose value says at which step it was saved."""
+
+    @initialize(keep=st.integers(1, 3), background=st.booleans())
+    def begin(self, keep: int, background: bool) -> None:
+        self.root = Path(tempfile.mkdtemp())
+        self.keep, self.background = keep, background
+        self.step = 0
+        self.whole: set[int] = set()
+        """Steps whose checkpoint is announced or renamed, and undamaged since."""
+        self.there: set[int] = set()
+        self.start_process()
+
+    def start_process(self) -> None:
+        self.weights = {"w": torch.full((64,), float(self.step))}
+        component = tensor_component(
+            lambda: self.weights,
+            lambda folder, tensors: save_tensors(folder / "w.safetensors", tensors),
+            lambda folder: copy_tensors(
+                load_tensors(folder / "w.safetensors"), self.weights, folder
+            ),
+        )
+        self.store = CheckpointStore(
+            self.root / "run", {"w": component}, keep=self.keep, say=lambda text: None
+        )
+        (self.root / "run").mkdir(exist_ok=True)
+        self.saver = Saver(self.store, background=self.background)
+
+    @rule(steps=st.integers(1, 3))
+    def train(self, steps: int) -> None:
+        self.step += steps
+        self.weights["w"].fill_(float(self.step))
+
+    @rule()
+    def save(self) -> None:
+        self.saver.save({"step": self.step})
+        self.weights["w"].add_(0.5)  # training goes on while the copy is written
+        self.saver.wait()
+        self.weights["w"].sub_(0.5)
+        self.announce(self.step)
+
+    @rule(point=st.sampled_from(POINTS))
+    def save_and_be_killed(self, point: str) -> None:
+        died = self.killed_at(point)
+        if not died or POINTS.index(point) >= COMPLETE_FROM:
+            self.whole.add(self.step)
+        self.look()
+        self.resume()
+
+    @precondition(lambda self: self.there)
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.there)))
+        folder = self.store.steps_dir / step_name(step)
+        path = data.draw(st.sampled_from(sorted(p for p in folder.iterdir() if p.is_file())))
+        how = data.draw(st.sampled_from(("flip", "cut", "delete")))
+        content = bytearray(path.read_bytes())
+        if how == "delete" or not content:
+            path.unlink()
+        elif how == "cut":
+            os.truncate(path, data.draw(st.integers(0, len(content) - 1)))
+        else:
+            bit = data.draw(st.integers(0, 8 * len(content) - 1))
+            content[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+        self.whole.discard(step)
+
+    @rule()
+    def resume(self) -> None:
+        """A new process finds the newest whole checkpoint, and in it what was saved."""
+        self.start_process()
+        if self.there and not self.whole:
+            with pytest.raises(CheckpointError):
+                self.store.newest()
+            shutil.rmtree(self.store.steps_dir)  # what the message says to do
+            self.there.clear()
+        newest = self.store.newest()
+        assert (newest.step if newest else None) == max(self.whole, default=None)
+        assert not list(self.root.rglob("*.tmp"))
+        self.step = newest.step if newest else 0
+        self.weights["w"].fill_(-1.0 if newest else 0.0)
+        if newest:
+            self.store.load(newest)
+        assert (self.weights["w"] == self.step).all()
+
+    def announce(self, step: int) -> None:
+        self.whole.add(step)
+        self.look()
+        assert step in self.there and len(self.there) <= self.keep
+
+    def look(self) -> None:
+        """See what is on the disk; only what `keep` newer ones make superfluous may be gone."""
+        self.there = {int(folder.name[5:]) for folder in self.store.step_folders()}
+        for lost in self.whole - self.there - {self.step}:
+            assert len([step for step in self.there if step > lost]) >= self.keep
+        self.whole &= self.there
+
+    def killed_at(self, point: str) -> bool:
+        """Save with a kill at `point`; whether the save came there."""
+        snapshot = self.root / "as it was"
+
+        def crash_point(name: str) -> None:
+            if name == point:
+                shutil.copytree(self.root / "run", snapshot)
+                raise Killed
+
+        original, checkpoint.crash_point = checkpoint.crash_point, crash_point
+        try:
+            Saver(self.store).save({"step": self.step})
+        except Killed:
+            shutil.rmtree(self.root / "run")
+            os.rename(snapshot, self.root / "run")
+            return True
+        finally:
+            checkpoint.crash_point = original
+        return False
+
+    def teardown(self) -> None:
+        if hasattr(self, "root"):
+            shutil.rmtree(self.root)
+
+
+TestRunOnDisk = RunOnDisk.TestCase
+TestRunOnDisk.settings = settings(
+    max_examples=25,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
