@@ -62,6 +62,44 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(tmp_path: Path) ->
     assert len(said) == 1 and "weights.safetensors has changed" in said[0]
 
 
+@pytest.mark.parametrize("place", range(0, 400, 7))
+def test_a_flipped_bit_of_the_manifest_itself_is_seen(tmp_path: Path, place: int) -> None:
+    manifest = store(tmp_path, []).save({"step": 10}).folder / "manifest.json"
+    content = bytearray(manifest.read_bytes())
+    content[place] ^= 1
+    manifest.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        verify(manifest.parent)
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
+    store(tmp_path, []).save({"step": 5})
+    (store(tmp_path, []).save({"step": 10}).folder / "weights.safetensors").unlink()
+    resumed = store(tmp_path, [], keep=1)
+    newest = resumed.newest()
+    assert newest is not None and newest.step == 5
+    resumed.save({"step": 7})
+    newest = store(tmp_path, []).newest()
+    assert newest is not None and newest.step == 7
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(building: Path, folder: Path) -> None:
+        os.rename(folder, folder.with_name(f".{folder.name}.replaced"))
+        raise KeyboardInterrupt
+
+    checkpoints = store(tmp_path, [], keep=1)
+    checkpoints.save({"step": 5})
+    monkeypatch.setattr(checkpoint, "_move_into_place", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save({"step": 5})
+    newest = checkpoints.newest()
+    assert newest is not None and newest.step == 5
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently(
     tmp_path: Path,
 ) -> None:

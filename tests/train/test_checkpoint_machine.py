@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -29,6 +29,7 @@ POINTS = (
     "checkpoint.component",
     "checkpoint.files_synced",
     "checkpoint.manifest",
+    "checkpoint.replaced",
     "checkpoint.renamed",
     "checkpoint.folder_synced",
     "checkpoint.verified",
@@ -53,6 +54,8 @@ class RunOnDisk(RuleBasedStateMachine):
         self.whole: set[int] = set()
         """Steps whose checkpoint is announced or renamed, and undamaged since."""
         self.there: set[int] = set()
+        self.passed_over: set[int] = set()
+        """Steps whose checkpoint this process found damaged when it looked for the newest."""
         self.start_process()
 
     def start_process(self) -> None:
@@ -96,7 +99,9 @@ class RunOnDisk(RuleBasedStateMachine):
     def damage(self, data: st.DataObject) -> None:
         step = data.draw(st.sampled_from(sorted(self.there)))
         folder = self.store.steps_dir / step_name(step)
-        path = data.draw(st.sampled_from(sorted(p for p in folder.iterdir() if p.is_file())))
+        files = sorted(folder.iterdir())
+        assume(files)
+        path = data.draw(st.sampled_from(files))
         how = data.draw(st.sampled_from(("flip", "cut", "delete")))
         content = bytearray(path.read_bytes())
         if how == "delete" or not content:
@@ -119,8 +124,9 @@ class RunOnDisk(RuleBasedStateMachine):
             shutil.rmtree(self.store.steps_dir)  # what the message says to do
             self.there.clear()
         newest = self.store.newest()
+        self.passed_over = {s for s in self.there if newest is None or s > newest.step}
         assert (newest.step if newest else None) == max(self.whole, default=None)
-        assert not list(self.root.rglob("*.tmp"))
+        assert not [*self.root.rglob("*.tmp"), *self.root.rglob("*.replaced")]
         self.step = newest.step if newest else 0
         self.weights["w"].fill_(-1.0 if newest else 0.0)
         if newest:
@@ -129,14 +135,22 @@ class RunOnDisk(RuleBasedStateMachine):
 
     def announce(self, step: int) -> None:
         self.whole.add(step)
+        self.passed_over.discard(step)
         self.look()
-        assert step in self.there and len(self.there) <= self.keep
+        assert step in self.there
+        assert len([there for there in self.whole if there <= step]) <= self.keep
 
     def look(self) -> None:
-        """See what is on the disk; only what `keep` newer ones make superfluous may be gone."""
-        self.there = {int(folder.name[5:]) for folder in self.store.step_folders()}
-        for lost in self.whole - self.there - {self.step}:
-            assert len([step for step in self.there if step > lost]) >= self.keep
+        """See what is on the disk; only what `keep` newer ones make superfluous may be gone.
+
+        Newer ones that were damaged since this process looked are among those it keeps.
+        """
+        names = [path.name for path in self.store.steps_dir.glob("*step-????????*")]
+        names = [name.removeprefix(".").removesuffix(".replaced") for name in names]
+        self.there = {int(name[5:]) for name in names if name[5:].isdigit()}
+        for lost in self.whole - self.there:
+            newer = {step for step in self.there if lost < step <= self.step} - self.passed_over
+            assert len(newer) >= self.keep
         self.whole &= self.there
 
     def killed_at(self, point: str) -> bool:

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlm_sft.atomic import sync_folder, write_json
+from vlm_sft.atomic import sync_folder, write_text
 from vlm_sft.crash import crash_point
 from vlm_sft.errors import CheckpointError
 
-FORMAT = 1
-"""Version of the folder's layout; a newer one is refused."""
+FORMAT = 2
+"""Version of the folder's layout; another one is refused. In 2 the manifest is sealed."""
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetensors")
@@ -116,6 +116,7 @@ class CheckpointStore:
     num_bytes: int = 0
     say: Callable[[str], None] = print
     learning: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    _damaged: set[Path] = field(default_factory=set, init=False)
 
     @property
     def steps_dir(self) -> Path:
@@ -157,12 +158,20 @@ class CheckpointStore:
             write_folder(folder, writers, facts)
             checkpoint = verify(folder)
             crash_point("checkpoint.verified")
-            for old in self.step_folders()[self.keep :]:
-                remove(old)
+            self._prune(folder)
             crash_point("checkpoint.pruned")
             return checkpoint
 
         return write
+
+    def _prune(self, saved: Path) -> None:
+        """Leave `keep` checkpoints up to the one just proven, not counting damaged ones."""
+        self._damaged.discard(saved)
+        folders = self.step_folders()
+        folders = folders[folders.index(saved) :]
+        good = [folder for folder in folders if folder not in self._damaged]
+        for old in folders[folders.index(good[: self.keep][-1]) + 1 :]:
+            remove(old)
 
     def finish(self, checkpoint: Checkpoint) -> Checkpoint:
         """Make `final/` a complete copy of `checkpoint`, by hard links where the disk has them."""
@@ -188,18 +197,20 @@ class CheckpointStore:
     def newest(self) -> Checkpoint | None:
         """The newest step checkpoint that is complete; None in a run that has none yet.
 
-        Damaged ones are named and passed over; leftovers of an interrupted save are removed.
+        Damaged ones are named and passed over; leftovers of an interrupted save are removed, and
+        what it was about to replace is put back.
 
         Raises:
             CheckpointError: There are checkpoints and all of them are damaged.
         """
-        for leftover in [*self.output_dir.glob(".*.tmp"), *self.steps_dir.glob(".*.tmp")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        _sweep(self.output_dir)
+        _sweep(self.steps_dir)
         folders = self.step_folders()
         for folder in folders:
             try:
                 return verify(folder)
             except CheckpointError as error:
+                self._damaged.add(folder)
                 self.say(f"passed over: {error}")
         if folders:
             raise CheckpointError(
@@ -274,7 +285,7 @@ def write_folder(folder: Path, writers: Sequence[Writer], facts: Mapping[str, An
             "libraries": {name: version(name) for name in LIBRARIES},
             "files": files,
         }
-        write_json(building / MANIFEST, manifest)
+        write_text(building / MANIFEST, _sealed(manifest))
         crash_point("checkpoint.manifest")
         _move_into_place(building, folder)
     except BaseException:
@@ -313,7 +324,7 @@ def require_all_saved(
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Read the manifest and compare every file with its hash.
+    """Read the manifest and compare every file, the manifest included, with its hash.
 
     Raises:
         CheckpointError: No manifest, a newer format, a file missing, too many, or changed.
@@ -352,11 +363,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest, without looking at its other files.
 
     Raises:
-        CheckpointError: The folder is no checkpoint, or of a newer format.
+        CheckpointError: The folder is no checkpoint, of another format, or the manifest has
+            changed since it was written.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except OSError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}, so this is not a complete checkpoint; give a folder like "
@@ -371,7 +384,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format {manifest.get('format')!r}, but this version reads {FORMAT}; use the "
             "version of vlm-sft that wrote it"
         )
+    manifest.pop("sha256", None)
+    if _sealed(manifest) != text:
+        raise CheckpointError(f"{path}: has changed since it was written (its sha256 differs)")
     return manifest
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The manifest's text, which ends in the sha256 of the text without it."""
+
+    def text(value: Mapping[str, Any]) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+
+    return text({**manifest, "sha256": hashlib.sha256(text(manifest).encode()).hexdigest()})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -452,18 +477,36 @@ def remove(folder: Path) -> None:
     shutil.rmtree(trash)
 
 
+REPLACED = ".replaced"
+
+
 def _move_into_place(building: Path, folder: Path) -> None:
+    """Give `building` the name `folder`; at a kill `_sweep` finds the old one or the new one."""
+    old = folder.with_name(f".{folder.name}{REPLACED}")
     if folder.exists():
-        remove(folder)
+        os.rename(folder, old)
         crash_point("checkpoint.replaced")
     os.rename(building, folder)
     crash_point("checkpoint.renamed")
     sync_folder(folder.parent)
     crash_point("checkpoint.folder_synced")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Clear what a kill left: half-made folders go, one that was being replaced gets its name."""
+    for leftover in parent.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for old in parent.glob(f".*{REPLACED}"):
+        folder = old.with_name(old.name[1 : -len(REPLACED)])
+        if folder.exists():
+            remove(old)
+        else:
+            os.rename(old, folder)
 
 
 def _temporary(folder: Path) -> Path:
-    """A hidden sibling that no other use has; `newest` sweeps what a kill leaves of it."""
+    """A hidden sibling that no other use has; `_sweep` clears what a kill leaves of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return folder.parent / f".{folder.name}.{os.urandom(4).hex()}.tmp"
 
