@@ -43,6 +43,7 @@ RULES: Mapping[str, Rule] = {
     "train.global_batch_size": "forbidden",
     "train.micro_batch_size": "explicit",
     "train.precision": "explicit",
+    "train.sharding": "explicit",
     "train.on_non_finite": "explicit",
     "train.max_skipped_steps": "free",
     "train.gradient_checkpointing": "explicit",

@@ -149,6 +149,9 @@ class TrainConfig(Section):
     """Records one process takes through the model at once."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Numbers of the frozen weights and of the forward pass; trained weights are kept in fp32."""
+    sharding: Literal["auto", "none", "fsdp2"] = "auto"
+    """Share out weights, gradients and optimiser state over the processes (`fsdp2`), or let every
+    process hold them (`none`); `auto` shares where the language model learns in full."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10

@@ -23,8 +23,10 @@ from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train.checkpoint import (
     Component,
+    Writer,
     check_tensors,
     copy_tensors,
+    host_copies,
     load_tensors,
     plain_component,
     read_manifest,
@@ -32,11 +34,15 @@ from vlm_sft.train.checkpoint import (
     tensor_component,
     verify_file,
 )
+from vlm_sft.train.pieces import assemble, has_pieces, hold, read_pieces, remove_pieces
+from vlm_sft.train.sharding import is_sharded
 
 PROJECTOR = "projector.safetensors"
 ADAPTER = "adapter"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 LANGUAGE_MODEL = "language_model"
+PIECES = "model"
+"""Name of the pieces in `language_model/`."""
 
 
 def checkpoint_components(
@@ -70,12 +76,18 @@ def checkpoint_components(
             lambda f: read_adapter(model, f),
         )
     if "language_model" in trainable:
-        components["language_model"] = tensor_component(
-            causal_lm(model.language_model).state_dict,
-            lambda f, tensors: _write_language_model(model, f, tensors),
-            lambda f: read_language_model(model, f),
-        )
+        components["language_model"] = language_model_component(model)
     return components
+
+
+def language_model_component(model: VisionLanguageModel) -> Component:
+    """`language_model/` as transformers has it, or in pieces where processes share it."""
+    return Component(
+        capture=lambda: _capture_language_model(model),
+        read=lambda folder: read_language_model(model, folder),
+        tensors=causal_lm(model.language_model).state_dict,
+        unite=lambda folder: _unite_language_model(model, folder),
+    )
 
 
 def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:
@@ -187,6 +199,8 @@ def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
     """
     live = causal_lm(model.language_model)
     place = folder / LANGUAGE_MODEL
+    if has_pieces(place / PIECES):
+        return read_pieces(place / PIECES, live.state_dict())
     dtype = next(live.parameters()).dtype
     try:
         with _without_bars():
@@ -210,10 +224,36 @@ def _read_projector(model: VisionLanguageModel, folder: Path) -> None:
     copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
 
 
-def _write_language_model(
-    model: VisionLanguageModel, folder: Path, tensors: Mapping[str, torch.Tensor]
-) -> None:
+def _capture_language_model(model: VisionLanguageModel) -> Writer:
     live = causal_lm(model.language_model)
+    tensors = live.state_dict()
+    if not is_sharded(tensors.values()):
+        held = host_copies(tensors)
+        return lambda folder: _write_language_model(live, folder, held)
+    piece = hold(tensors)
+
+    def write(folder: Path) -> None:
+        piece.write(folder / LANGUAGE_MODEL / PIECES)
+        if piece.process == 0:
+            live.config.save_pretrained(folder / LANGUAGE_MODEL)
+
+    return write
+
+
+def _unite_language_model(model: VisionLanguageModel, folder: Path) -> bool:
+    path = folder / LANGUAGE_MODEL / PIECES
+    if not has_pieces(path):
+        return False
+    tensors = assemble(path)
+    remove_pieces(path)
+    (folder / LANGUAGE_MODEL / "config.json").unlink()  # a link into the checkpoint it came from
+    _write_language_model(causal_lm(model.language_model), folder, tensors)
+    return True
+
+
+def _write_language_model(
+    live: PreTrainedModel, folder: Path, tensors: Mapping[str, torch.Tensor]
+) -> None:
     with _without_bars():
         live.save_pretrained(folder / LANGUAGE_MODEL, state_dict=dict(tensors))
 

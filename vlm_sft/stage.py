@@ -15,11 +15,13 @@ from vlm_sft.assemble import (
 )
 from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
+from vlm_sft.errors import ConfigError
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.loop import Outcome, say_on_stderr
 from vlm_sft.train.metrics import require_trackers, start_trackers
+from vlm_sft.train.sharding import shard
 from vlm_sft.train.signals import exit_code
 
 LENGTH = ("train.epochs", "train.max_steps")
@@ -78,6 +80,8 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     language = load_language(config)
     check_data_head(config, language.renderer)
     model, identity = load_model(config, trainable)
+    if is_to_be_sharded(config, trainable, accelerator):
+        shard(model, accelerator, config.train.precision)
     data = load_data(config, language.renderer, model)
     if main:
         data.write_ledgers(Path(config.output_dir))
@@ -90,6 +94,21 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         if outcome.stopped_by is None and outcome.checkpoint is not None:
             say_on_stderr(f"finished: {outcome.checkpoint.folder} (step {outcome.step})")
     return outcome
+
+
+def is_to_be_sharded(config: RunConfig, trainable: Set[str], accelerator: Accelerator) -> bool:
+    """Whether the processes share out the weights that learn; see `train.sharding`.
+
+    Raises:
+        ConfigError: It was asked for where the language model does not learn in full.
+    """
+    in_full = "language_model" in trainable
+    if config.train.sharding == "fsdp2" and not in_full:
+        raise ConfigError(
+            "train.sharding: fsdp2 is for stage 2 in full; the projector and adapters are small, "
+            "so leave it at auto or none"
+        )
+    return in_full and config.train.sharding != "none" and accelerator.num_processes > 1
 
 
 def _farewell(outcome: Outcome, *, say: bool) -> int:

@@ -18,6 +18,7 @@ from vlm_sft.train.batches import load_steps, split
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.loop import evaluate
 from vlm_sft.train.optim import gradient_norm
+from vlm_sft.train.sharding import shard, whole
 from vlm_sft.train.step import (
     accumulate_gradient,
     forward,
@@ -37,10 +38,12 @@ def eight_records() -> Records:
 
 
 def gradients(
-    accelerator: Accelerator, micro_batch_size: int, records: list[int]
+    accelerator: Accelerator, micro_batch_size: int, records: list[int], *, sharded: bool = False
 ) -> tuple[dict[str, NDArray[np.float64]], float, int]:
     model = double_model(*TRAINABLE)
-    wrapped = accelerator.prepare(model)
+    if sharded:
+        shard(model, accelerator, "fp32")
+    wrapped = model if sharded else accelerator.prepare(model)
     mine = split(
         records,
         micro_batch_size,
@@ -49,7 +52,8 @@ def gradients(
     )
     (batches,) = load_steps(eight_records(), [mine], pad_token_id=0, num_workers=0)
     found = accumulate_gradient(wrapped, batches, accelerator)
-    grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    found_by_name = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads = {name: whole(grad).numpy() for name, grad in found_by_name.items()}
     return grads, found.loss, found.num_targets
 
 
@@ -71,6 +75,8 @@ def everything(accelerator: Accelerator) -> dict[str, Any]:
     return {
         "even": gradients(accelerator, 4, list(range(8))),
         "uneven": gradients(accelerator, 2, UNEVEN),
+        "sharded": gradients(accelerator, 2, list(range(8)), sharded=True),
+        "sharded, uneven": gradients(accelerator, 2, UNEVEN, sharded=True),
         "held out": held_out_loss(accelerator, 2),
         "error": error_of_the_first(accelerator),
     }
@@ -97,19 +103,34 @@ def test_micro_batches_and_processes_do_not_change_the_gradient(
     two_processes: Sequence[dict[str, Any]],
 ) -> None:
     order = list(range(8))
-    whole, loss, num_targets = gradients(make_accelerator("fp32"), 8, order)
+    one, loss, num_targets = gradients(make_accelerator("fp32"), 8, order)
     # records 4 to 7 make the second micro-batch, which then has no supervised token
     halves, loss_of_halves, _ = gradients(make_accelerator("fp32"), 4, order)
     assert num_targets == 2 + 3 + 5 + 6
-    assert all(grad.any() for name, grad in whole.items() if "multi_modal_projector" in name)
-    assert all(grad.dtype == np.float64 for grad in whole.values())
+    assert all(grad.any() for name, grad in one.items() if "multi_modal_projector" in name)
+    assert all(grad.dtype == np.float64 for grad in one.values())
     assert loss_of_halves == pytest.approx(loss, rel=1e-12)
-    assert largest_difference(whole, halves) <= 1e-12
+    assert largest_difference(one, halves) <= 1e-12
     for found in two_processes:
         grads, process_loss, targets = found["even"]
         assert targets == num_targets
         assert process_loss == pytest.approx(loss, rel=1e-12)
-        assert largest_difference(whole, grads) <= 1e-12
+        assert largest_difference(one, grads) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("sharded", list(range(8))), ("sharded, uneven", UNEVEN)]
+)
+def test_sharing_out_the_weights_does_not_change_the_gradient(
+    two_processes: Sequence[dict[str, Any]], name: str, order: list[int]
+) -> None:
+    one, loss, num_targets = gradients(make_accelerator("fp32"), 8, order)
+    assert all(grad.any() for name, grad in one.items() if "multi_modal_projector" in name)
+    for found in two_processes:
+        grads, process_loss, targets = found[name]
+        assert targets == num_targets
+        assert process_loss == pytest.approx(loss, rel=1e-12)
+        assert largest_difference(one, grads) <= 1e-12
 
 
 def test_a_float64_model_stays_in_float64_from_its_pixels_to_its_loss() -> None:
@@ -127,11 +148,11 @@ def test_a_float64_model_stays_in_float64_from_its_pixels_to_its_loss() -> None:
 def test_an_uneven_remainder_is_shared_with_an_empty_micro_batch(
     two_processes: Sequence[dict[str, Any]],
 ) -> None:
-    whole, loss, _ = gradients(make_accelerator("fp32"), 5, UNEVEN)
+    one, loss, _ = gradients(make_accelerator("fp32"), 5, UNEVEN)
     for found in two_processes:
         grads, process_loss, _ = found["uneven"]
         assert process_loss == pytest.approx(loss, rel=1e-12)
-        assert largest_difference(whole, grads) <= 1e-12
+        assert largest_difference(one, grads) <= 1e-12
 
 
 def test_what_the_first_process_raises_is_raised_in_all(

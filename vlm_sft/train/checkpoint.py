@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from vlm_sft.atomic import sync_folder, write_text
 from vlm_sft.crash import crash_point
-from vlm_sft.errors import CheckpointError
+from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.train.sharding import fill, is_sharded, own_part, process_of, whole
 
 FORMAT = 2
 """Version of the folder's layout; another one is refused. In 2 the manifest is sealed."""
@@ -29,6 +30,7 @@ LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetens
 
 
 Writer = Callable[[Path], None]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,54 @@ class Component:
             folder, so that writing may go on while training does.
         read: Reads the files back into the live objects, strictly (every name, every shape); None
             for what is only written (configuration, tokenizer).
-        tensors: The live tensors that it saves, by the names they get.
+        tensors: The live tensors that it saves, by the names they get. Where processes share
+            them, every process captures and writes, else the first alone.
+        unite: Makes one of what several processes wrote, in the folder that is to be `final/`;
+            whether there was anything to do.
     """
 
     capture: Callable[[], Writer]
     read: Callable[[Path], None] | None = None
     tensors: Callable[[], Mapping[str, torch.Tensor]] = dict
+    unite: Callable[[Path], bool] = lambda folder: False
+
+
+@dataclass(frozen=True)
+class Together:
+    """The processes that write one checkpoint; by default this one alone.
+
+    Attributes:
+        process: This one's number.
+        gather: What every process gives to it, in the order of their numbers, to all of them.
+    """
+
+    process: int = 0
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def first(self, action: Callable[[], Value]) -> Value:
+        """Do something in the first process; its result, or what it raises, in all of them."""
+        result: Value | None = None
+        error = None
+        if self.process == 0:
+            result, error = _outcome(action)
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return cast(Value, result)
+
+    def every(self, action: Callable[[], None]) -> None:
+        """Do something in every process; what any of them raises is raised in all."""
+        _, mine = _outcome(action)
+        for error in self.gather(mine):
+            if error is not None:
+                raise error
+
+
+def _outcome(action: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    try:
+        return action(), None
+    except (UserError, OSError) as error:
+        return None, error
 
 
 def plain_component(write: Writer) -> Component:
@@ -58,23 +102,32 @@ def tensor_component(
     write: Callable[[Path, Mapping[str, torch.Tensor]], None],
     read: Callable[[Path], None],
 ) -> Component:
-    """A piece made of live tensors; `write` gets copies of them in host memory."""
+    """A piece made of live tensors; `write` gets whole copies of them in host memory.
+
+    Tensors that processes share are gathered, and the first process writes.
+    """
 
     def capture() -> Writer:
-        held = host_copies(tensors())
+        live = tensors()
+        held = host_copies(live)
+        if any(process_of(tensor)[0] > 0 for tensor in live.values()):
+            return lambda folder: None
         return lambda folder: write(folder, held)
 
     return Component(capture, read, tensors)
 
 
 def host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in host memory that later updates do not touch; tied tensors stay tied."""
+    """Whole copies in host memory that later updates do not touch; tied tensors stay tied.
+
+    Tensors that processes share are gathered: every process must call.
+    """
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     held = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape)
+        key = (own_part(tensor).data_ptr(), tensor.shape)
         if key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            copies[key] = whole(tensor.detach()).to("cpu", copy=True).contiguous()
         held[name] = copies[key]
     return held
 
@@ -106,6 +159,7 @@ class CheckpointStore:
         num_bytes: About how large a checkpoint is, for the free-space check; 0 leaves it out.
         say: Where lines for the user go.
         learning: What the run trains, by name; a save without one of them is refused.
+        together: The processes that save; each has a store of its own and calls `save`.
     """
 
     output_dir: Path
@@ -116,6 +170,7 @@ class CheckpointStore:
     num_bytes: int = 0
     say: Callable[[str], None] = print
     learning: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    together: Together = field(default_factory=Together)
     _damaged: set[Path] = field(default_factory=set, init=False)
 
     @property
@@ -147,22 +202,25 @@ class CheckpointStore:
         Raises:
             CheckpointError: Too little free space, or something trained would be missing.
         """
-        require_space(self.output_dir, self.num_bytes)
-        require_all_saved(self.learning, self.components)
+        self.together.first(lambda: require_space(self.output_dir, self.num_bytes))
+        self.together.every(lambda: require_all_saved(self.learning, self.components))
         folder = self.steps_dir / step_name(int(position["step"]))
         facts = {**self.facts, **position}
-        writers = [component.capture() for component in self.components.values()]
+        writers = capture(self.components, self.together)
         crash_point("checkpoint.captured")
 
         def write() -> Checkpoint:
-            write_folder(folder, writers, facts)
-            checkpoint = verify(folder)
-            crash_point("checkpoint.verified")
-            self._prune(folder)
-            crash_point("checkpoint.pruned")
-            return checkpoint
+            write_folder(folder, writers, facts, self.together)
+            return self.together.first(lambda: self._prove_and_prune(folder))
 
         return write
+
+    def _prove_and_prune(self, folder: Path) -> Checkpoint:
+        checkpoint = verify(folder)
+        crash_point("checkpoint.verified")
+        self._prune(folder)
+        crash_point("checkpoint.pruned")
+        return checkpoint
 
     def _prune(self, saved: Path) -> None:
         """Leave `keep` checkpoints up to the one just proven, not counting damaged ones."""
@@ -174,9 +232,18 @@ class CheckpointStore:
             remove(old)
 
     def finish(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Make `final/` a complete copy of `checkpoint`, by hard links where the disk has them."""
+        """Make `final/` a complete copy of `checkpoint`, by hard links where the disk has them.
+
+        What several processes wrote in pieces is one there.
+        """
         building = _temporary(self.final_dir)
         shutil.copytree(checkpoint.folder, building, copy_function=_link_or_copy)
+        if any([component.unite(building) for component in self.components.values()]):
+            (building / MANIFEST).unlink()  # the link, not the checkpoint's own
+            _sync_tree(building)
+            write_text(
+                building / MANIFEST, _sealed({**checkpoint.manifest, "files": _hashes(building)})
+            )
         crash_point("final.copied")
         _move_into_place(building, self.final_dir)
         crash_point("final.renamed")
@@ -256,41 +323,70 @@ def step_name(step: int) -> str:
 
 
 def write_checkpoint(
-    folder: Path, components: Mapping[str, Component], facts: Mapping[str, Any]
+    folder: Path,
+    components: Mapping[str, Component],
+    facts: Mapping[str, Any],
+    together: Together | None = None,
 ) -> None:
     """Write the components as they are now; see `write_folder`."""
-    write_folder(folder, [component.capture() for component in components.values()], facts)
+    together = together or Together()
+    write_folder(folder, capture(components, together), facts, together)
 
 
-def write_folder(folder: Path, writers: Sequence[Writer], facts: Mapping[str, Any]) -> None:
+def capture(components: Mapping[str, Component], together: Together) -> list[Writer]:
+    """What writes this process's share of all components as they are now."""
+    return [
+        component.capture()
+        for component in components.values()
+        if together.process == 0 or is_sharded(component.tensors().values())
+    ]
+
+
+def write_folder(
+    folder: Path, writers: Sequence[Writer], facts: Mapping[str, Any], together: Together
+) -> None:
     """Write a complete checkpoint folder: all files, then the manifest, then the rename.
 
     Everything is on the disk before the folder gets its name; a folder of that name is replaced.
     """
-    building = _temporary(folder)
-    building.mkdir(parents=True)
+    building = together.first(lambda: _begin(folder))
     crash_point("checkpoint.begun")
     try:
-        for write in writers:
-            with _disk_errors(building):
-                write(building)
-            crash_point("checkpoint.component")
-        files = {str(path.relative_to(building)): _sha256(path) for path in _files(building)}
-        _sync_tree(building)
-        crash_point("checkpoint.files_synced")
-        manifest = {
-            "format": FORMAT,
-            **facts,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "libraries": {name: version(name) for name in LIBRARIES},
-            "files": files,
-        }
-        write_text(building / MANIFEST, _sealed(manifest))
-        crash_point("checkpoint.manifest")
-        _move_into_place(building, folder)
+        together.every(lambda: _write_all(writers, building))
+        together.first(lambda: _complete(building, folder, facts))
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        if together.process == 0:
+            shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _begin(folder: Path) -> Path:
+    building = _temporary(folder)
+    building.mkdir(parents=True)
+    return building
+
+
+def _write_all(writers: Sequence[Writer], building: Path) -> None:
+    for write in writers:
+        with _disk_errors(building):
+            write(building)
+        crash_point("checkpoint.component")
+
+
+def _complete(building: Path, folder: Path, facts: Mapping[str, Any]) -> None:
+    files = _hashes(building)
+    _sync_tree(building)
+    crash_point("checkpoint.files_synced")
+    manifest = {
+        "format": FORMAT,
+        **facts,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "files": files,
+    }
+    write_text(building / MANIFEST, _sealed(manifest))
+    crash_point("checkpoint.manifest")
+    _move_into_place(building, folder)
 
 
 @contextmanager
@@ -314,8 +410,8 @@ def require_all_saved(
     Raises:
         CheckpointError: Naming the first that no component saves.
     """
-    saved = {t.data_ptr() for c in components.values() for t in c.tensors().values()}
-    missing = [name for name, tensor in learning.items() if tensor.data_ptr() not in saved]
+    saved = {own_part(t).data_ptr() for c in components.values() for t in c.tensors().values()}
+    missing = [name for name, t in learning.items() if own_part(t).data_ptr() not in saved]
     if missing:
         raise CheckpointError(
             f"{missing[0]} learns but no part of a checkpoint saves it ({len(missing)} of "
@@ -427,9 +523,8 @@ def copy_tensors(
         CheckpointError: A tensor is missing, too many, or of another shape; nothing was copied.
     """
     check_tensors(found, wanted, where)
-    with torch.no_grad():
-        for name, target in wanted.items():
-            target.copy_(found[name])
+    for name, target in wanted.items():
+        fill(target, found[name])
 
 
 def check_tensors(
@@ -531,6 +626,10 @@ def _sync_tree(folder: Path) -> None:
     for below in [path for path in folder.rglob("*") if path.is_dir()]:
         sync_folder(below)
     sync_folder(folder)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from accelerate.utils import broadcast_object_list as broadcast_objects
 
 from vlm_sft.errors import UserError
+from vlm_sft.train.checkpoint import Together
 
 Value = TypeVar("Value")
 
@@ -57,6 +58,21 @@ def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
     if shared[1] is not None:
         raise shared[1]
     return cast(Value, shared[0])
+
+
+def saving_processes(accelerator: Accelerator) -> Together:
+    """All processes, for saving together, on a channel that nothing else uses.
+
+    A thread may save on it while the others' collectives go on.
+    """
+    channel = cast(Any, torch.distributed.new_group(backend="gloo"))
+
+    def gather(value: Any) -> list[Any]:
+        found: list[Any] = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(found, value, group=channel)
+        return found
+
+    return Together(accelerator.process_index, gather)
 
 
 def total(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

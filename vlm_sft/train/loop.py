@@ -22,7 +22,7 @@ from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.train.account import Account
 from vlm_sft.train.batches import Examples, Fault, LazySteps, load_steps, split
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
-from vlm_sft.train.distributed import on_main, total
+from vlm_sft.train.distributed import Value, on_main, saving_processes, total
 from vlm_sft.train.metrics import (
     LiveLine,
     MetricsFile,
@@ -42,6 +42,7 @@ from vlm_sft.train.preflight import (
     require_unchanged,
 )
 from vlm_sft.train.saver import Saver
+from vlm_sft.train.sharding import is_sharded
 from vlm_sft.train.signals import StopRequest
 from vlm_sft.train.step import (
     Asks,
@@ -151,7 +152,7 @@ class Trainer:
         self._prepare()
         resumed = on_main(self.accelerator, self._newest)
         if resumed is None:
-            on_main(self.accelerator, self._rehearse)
+            self._saving(self._rehearse)
             self._frozen = self.hooks.frozen_digests()
         else:
             self._resume(resumed)
@@ -160,7 +161,7 @@ class Trainer:
             stopped = self._train(request)
             if self._saved_step < self.step:
                 self._save()
-            checkpoint = on_main(self.accelerator, self._saver.wait)
+            checkpoint = self._saving(self._saver.wait)
         if stopped and self.step < self.plan.total_steps:
             return Outcome(self.step, checkpoint, request.received or signal.SIGTERM)
         return self._finish(checkpoint)
@@ -171,7 +172,8 @@ class Trainer:
         if config.gradient_checkpointing:
             cast(Any, self.model).enable_gradient_checkpointing()
         self.model.train()
-        self._wrapped = self.accelerator.prepare(self.model)
+        self._sharded = is_sharded(self.model.parameters())
+        self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
         self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim)
         rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
         rows = parts_rows(self.hooks.parts, rates)
@@ -185,8 +187,14 @@ class Trainer:
         }
         self.store.components = components
         self.store.learning = dict(self._learning())
+        if self._sharded:
+            self.store.together = saving_processes(self.accelerator)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.store.num_bytes = 3 * sum(p.numel() * p.element_size() for p in self._parameters)
+
+    def _saving(self, action: Callable[[], Value]) -> Value:
+        """Do what concerns saving where it is done: in every process that shares the weights."""
+        return action() if self._sharded else on_main(self.accelerator, action)
 
     def _newest(self) -> Checkpoint | None:
         self.plan.output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,7 +209,9 @@ class Trainer:
         ]
 
     def _rehearse(self) -> None:
-        rehearse_saving(self.plan.output_dir, self.store.components, self._learning())
+        rehearse_saving(
+            self.plan.output_dir, self.store.components, self._learning(), self.store.together
+        )
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         crash_point("resume.verified")
@@ -413,13 +423,14 @@ class Trainer:
         self._speed = Speed()
 
     def _write_answers(self) -> None:
-        if self._samples is None or self.hooks.answers is None:
+        # Where the weights are shared every process has to answer, and all answer alike.
+        if self.hooks.answers is None or (self._samples is None and not self._sharded):
             return
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             rows = self.hooks.answers()
-        for row in rows:
-            self._samples.write({"step": self.step, **row})
+        for row in rows if self._samples is not None else []:
+            cast(MetricsFile, self._samples).write({"step": self.step, **row})
             self._live.say(f"  {row['id']}: {row['question']!r} -> {row['answer']!r}")
 
     def _save(self) -> None:
@@ -434,7 +445,7 @@ class Trainer:
         for file in (self._metrics, self._samples, self._account.file):
             if file is not None:
                 file.sync()
-        on_main(self.accelerator, lambda: self._saver.save(position))
+        self._saving(lambda: self._saver.save(position))
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
     def _finish(self, checkpoint: Checkpoint | None) -> Outcome:

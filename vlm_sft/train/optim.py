@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vlm_sft.config import LearningRates, OptimConfig
+from vlm_sft.train.sharding import whole
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -78,5 +79,5 @@ def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) ->
     parameters = list(parameters)
     if max_norm is None:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return whole(torch.nn.utils.get_total_norm(gradients))
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))

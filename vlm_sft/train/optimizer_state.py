@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,48 @@ from vlm_sft.atomic import write_json
 from vlm_sft.errors import CheckpointError
 from vlm_sft.train.checkpoint import (
     Component,
-    check_tensors,
+    copy_tensors,
     host_copies,
     load_tensors,
     save_tensors,
 )
+from vlm_sft.train.pieces import has_pieces, hold, read_pieces
+from vlm_sft.train.sharding import is_sharded
 
-TENSORS, VALUES = "optimizer.safetensors", "optimizer.json"
+TENSORS, VALUES, PIECES = "optimizer.safetensors", "optimizer.json", "optimizer"
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def optimizer_component(
     optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler | None" = None
 ) -> Component:
-    """`optimizer.safetensors` and `optimizer.json` of an AdamW made by `build_optimizer`."""
+    """`optimizer.safetensors` and `optimizer.json` of an AdamW made by `build_optimizer`.
+
+    In pieces where processes share it.
+    """
     return Component(
         capture=lambda: _capture(optimizer, scaler),
         read=lambda folder: _read(folder, optimizer, scaler),
+        tensors=lambda: _tensors(optimizer),
     )
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The live state by name; empty before the first step."""
+    return {
+        f"{key}/{name}": optimizer.state[parameter][key]
+        for name, parameter in _named(optimizer).items()
+        if parameter in optimizer.state
+        for key in STATE_KEYS
+    }
 
 
 def _capture(
     optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler | None"
 ) -> Callable[[Path], None]:
-    tensors = host_copies(
-        {
-            f"{key}/{name}": optimizer.state[parameter][key]
-            for name, parameter in _named(optimizer).items()
-            if parameter in optimizer.state
-            for key in STATE_KEYS
-        }
-    )
+    tensors = _tensors(optimizer)
+    piece = hold(tensors) if is_sharded(tensors.values()) else None
+    held = host_copies(tensors) if piece is None else {}
     groups = [
         {key: copy.copy(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
@@ -50,8 +61,12 @@ def _capture(
     values = {"groups": groups, "grad_scaler": scaler.state_dict() if scaler is not None else None}
 
     def write(folder: Path) -> None:
-        save_tensors(folder / TENSORS, tensors)
-        write_json(folder / VALUES, values)
+        if piece is None:
+            save_tensors(folder / TENSORS, held)
+        else:
+            piece.write(folder / PIECES)
+        if piece is None or piece.process == 0:
+            write_json(folder / VALUES, values)
 
     return write
 
@@ -68,23 +83,33 @@ def _read(
             f"{len(saved)} groups, this run's {sum(map(len, own))} in {len(own)}, or under other "
             "names; resume with the configuration it was made with"
         )
-    tensors = load_tensors(folder / TENSORS)
-    named = _named(optimizer)
-    if tensors:
-        wanted: dict[str, torch.Tensor] = {}
-        for name, parameter in named.items():
-            wanted |= {f"exp_avg/{name}": parameter, f"exp_avg_sq/{name}": parameter}
-            wanted[f"step/{name}"] = torch.zeros(())
-        check_tensors(tensors, wanted, folder / TENSORS)
+    tensors = _read_tensors(folder, _named(optimizer))
     state = optimizer.state_dict()
     state["state"] = {
         index: {key: tensors[f"{key}/{name}"] for key in STATE_KEYS}
-        for index, name in enumerate(named)
+        for index, name in enumerate(_named(optimizer))
         if tensors
     }
     optimizer.load_state_dict(state)
     if scaler is not None and values["grad_scaler"]:
         scaler.load_state_dict(values["grad_scaler"])
+
+
+def _read_tensors(folder: Path, named: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The state as this process holds it, whole or in rows, however it was written."""
+    live: dict[str, torch.Tensor] = {}
+    for name, parameter in named.items():
+        live[f"exp_avg/{name}"] = torch.zeros_like(parameter)
+        live[f"exp_avg_sq/{name}"] = torch.zeros_like(parameter)
+        live[f"step/{name}"] = torch.zeros(())
+    if has_pieces(folder / PIECES):
+        read_pieces(folder / PIECES, live)
+        return live
+    found = load_tensors(folder / TENSORS)
+    if not found:
+        return {}
+    copy_tensors(found, live, folder / TENSORS)
+    return live
 
 
 def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:

@@ -10,8 +10,9 @@ from torch import nn
 
 from vlm_sft.crash import crash_point
 from vlm_sft.errors import CheckpointError, UserError
-from vlm_sft.train.checkpoint import Component, remove, verify, write_checkpoint
+from vlm_sft.train.checkpoint import Component, Together, remove, verify, write_checkpoint
 from vlm_sft.train.optim import NamedParameters
+from vlm_sft.train.sharding import own_part, whole
 
 Parts = Mapping[str, NamedParameters]
 
@@ -74,7 +75,7 @@ def require_gradients(parts: Parts) -> None:
     """
     for part, named in parts.items():
         gradients = [p.grad for _, p in named if p.requires_grad]
-        if gradients and not any(g is not None and bool(g.any()) for g in gradients):
+        if gradients and not any(g is not None and bool(whole(g).any()) for g in gradients):
             raise UserError(
                 f"{part} is trainable but has no gradient after the first step, so it would never "
                 "learn; its outputs do not reach the loss - check the masks with vlm_sft.show"
@@ -85,39 +86,51 @@ def rehearse_saving(
     output_dir: Path,
     components: Mapping[str, Component],
     tensors: Sequence[tuple[str, nn.Parameter]],
+    together: Together | None = None,
 ) -> None:
     """Save a checkpoint into a folder of its own, read it back, compare bit by bit, remove it.
 
     The live weights are wiped before they are read back, so what is compared comes from the disk.
+    Processes that share the weights do it together.
 
     Raises:
         CheckpointError: A tensor came back changed or could not be read.
         OSError: The place cannot be written.
     """
+    together = together or Together()
     folder = output_dir / ".rehearsal.tmp"
-    kept = [parameter.detach().clone() for _, parameter in tensors]
-    write_checkpoint(folder, components, {"step": 0, "rehearsal": True})
+    kept = [own_part(parameter.detach()).clone() for _, parameter in tensors]
+    write_checkpoint(folder, components, {"step": 0, "rehearsal": True}, together)
     try:
-        verify(folder)
+        together.first(lambda: verify(folder))
         crash_point("rehearsal.written")
         with torch.no_grad():
             for _, parameter in tensors:
-                parameter.zero_()
+                own_part(parameter).zero_()
         crash_point("rehearsal.wiped")
-        for component in components.values():
-            if component.read is not None:
-                component.read(folder)
-        for (name, parameter), before in zip(tensors, kept, strict=True):
-            if not torch.equal(parameter, before):
-                raise CheckpointError(
-                    f"{folder}: rehearsal of saving: {name} did not come back as it was saved; "
-                    "the checkpoints of this run could not be trusted"
-                )
+        together.every(lambda: _read_and_compare(folder, components, tensors, kept))
     finally:
         with torch.no_grad():
             for (_, parameter), before in zip(tensors, kept, strict=True):
-                parameter.copy_(before)
-        remove(folder)
+                own_part(parameter).copy_(before)
+        together.first(lambda: remove(folder))
+
+
+def _read_and_compare(
+    folder: Path,
+    components: Mapping[str, Component],
+    tensors: Sequence[tuple[str, nn.Parameter]],
+    kept: Sequence[torch.Tensor],
+) -> None:
+    for component in components.values():
+        if component.read is not None:
+            component.read(folder)
+    for (name, parameter), before in zip(tensors, kept, strict=True):
+        if not torch.equal(own_part(parameter), before):
+            raise CheckpointError(
+                f"{folder}: rehearsal of saving: {name} did not come back as it was saved; "
+                "the checkpoints of this run could not be trusted"
+            )
 
 
 def require_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None:

@@ -92,7 +92,8 @@ def accumulate_gradient(
             torch.manual_seed(seed_of(number))
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = forward(model, batch, accelerator.device)
+            with accelerator.autocast():
+                output = forward(model, batch, accelerator.device)
             accelerator.backward(output.loss_sum * scale)
         loss_sums.append(output.loss_sum.detach())
         record_losses += zip(batch.record_ids, output.per_record_loss.detach(), strict=False)

@@ -1,0 +1,94 @@
+"""A model whose weights, gradients and optimiser state are shared out over processes (FSDP2)."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from vlm_sft.errors import ConfigError
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": None}
+
+
+def shard(model: VisionLanguageModel, accelerator: Accelerator, precision: str) -> None:
+    """Share out projector and language model over all processes, in place, by rows (ZeRO-3).
+
+    Every layer of the language model is gathered just before it is used; the frozen tower stays
+    whole in every process. Trained weights stay in fp32, gathered ones have the dtype of
+    `precision`, gradients are summed in fp32.
+
+    Raises:
+        ConfigError: fp16, whose loss scale is not kept alike in all processes here.
+    """
+    if precision not in COMPUTE_DTYPES:
+        raise ConfigError(f"train.sharding: fsdp2 does not go with {precision}; use bf16 or fp32")
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=COMPUTE_DTYPES[precision],
+        reduce_dtype=torch.float32 if COMPUTE_DTYPES[precision] else None,
+    )
+    model.vision_tower.to(accelerator.device)
+    for layer in _layers(causal_lm(model.language_model)):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    frozen = set(model.vision_tower.parameters())
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+    register_fsdp_forward_method(model, "generate")
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of some tensors is held in rows by several processes."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's rows of a shared tensor; any other tensor as it is. Shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a shared tensor, for which every process must ask; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def process_of(tensor: Tensor) -> tuple[int, int]:
+    """This process's number among those that share a tensor, and their count."""
+    if not isinstance(tensor, DTensor):
+        return 0, 1
+    return tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
+
+
+def rows_of(num_rows: int, process: int, processes: int) -> tuple[int, int]:
+    """First row and the one after the last that a process holds, as FSDP2 cuts tensors."""
+    chunk = math.ceil(num_rows / processes)
+    return min(process * chunk, num_rows), min((process + 1) * chunk, num_rows)
+
+
+@torch.no_grad()
+def fill(target: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor's values into a live one of the same shape, shared or not."""
+    rows = own_rows(target)
+    own_part(target).copy_(values if rows is None else values[rows[0] : rows[1]])
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int] | None:
+    """The rows that this process holds of a shared tensor; None of one that is not shared."""
+    if not isinstance(tensor, DTensor):
+        return None
+    return rows_of(tensor.shape[0], *process_of(tensor))
+
+
+def _layers(language_model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers says must stay in one piece: a model's layers."""
+    names = set(cast(Any, language_model)._no_split_modules or ())
+    return [module for module in language_model.modules() if type(module).__name__ in names]
