@@ -42,7 +42,7 @@ SCENE_OPTIONS = [
     *("--augment", "0.15", "--crowd-share", "0", "--visible-share", "0.8"),
     *("--backgrounds", "meadow,bokeh,clouds,gradient,blobs,room,water,desert"),
 ]
-HOUR_STEPS = {"stage1": 600, "stage2_lora": 900}
+HOUR_STEPS = {"stage1": 500, "stage2_lora": 700}
 # glibc gives freed memory back and gets it again at every step; keeping it made the encoder 2.5
 # times as fast on 2 CPU cores. Read at a process's start, so for the commands below, not for this.
 MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"

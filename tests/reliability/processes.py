@@ -60,6 +60,7 @@ def lost_rank(folder: Path) -> tuple[float, list[str]]:
     port = ["--master-port", str(free_port())]
     stage = ["-m", "vlm_sft.stage1", config, f"output_dir={folder / 'run'}", *endless]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "ranks.log"
     with log.open("w") as file:
         process = subprocess.Popen(
