@@ -1,11 +1,14 @@
 """The check command finds everything that a run would stumble over."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from vlm_sft import check
+from vlm_sft.assemble import load_language
+from vlm_sft.config import load_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "tiny" / "stage1.yaml")
@@ -43,6 +46,38 @@ def test_all_bad_records_are_counted_and_twenty_are_shown(
     assert output.err.count("bad record:") == 20
     assert "and 3 more bad records" in output.err
     assert "0 of 23 records can be used" in output.out
+
+
+def test_every_bad_record_is_in_the_list_that_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "lists" / "bad.jsonl"
+    assert check.main([CONFIG, "--no-model", "--bad", str(listed), bad_data(tmp_path, 23)]) == 2
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"r{i}" for i in range(23)]
+    assert {row["reason"] for row in rows} == {"image_missing"}
+    assert rows[22]["where"] == f"{tmp_path / 'bad.json'}[22]"
+    assert "gone-22.png" in rows[22]["message"]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path, ending: str) -> None:
+    def peak(count: int) -> int:
+        turns = [{"from": "human", "value": "Why? " * 40}, {"from": "gpt", "value": ""}]
+        rows = [json.dumps({"id": f"r{i}", "conversations": turns}) for i in range(count)]
+        path = tmp_path / f"{count}.{ending}"
+        path.write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")
+        config = load_config(CONFIG, [f"data.train.0.path={path}", "data.eval=[]"])
+        language = load_language(config)
+        with check.open_bad_list(str(tmp_path / "bad.jsonl")) as listed:
+            tracemalloc.start()
+            assert check.check_records(config, language, check.Verdict(), listed) == count
+            _, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        return most
+
+    peak(50)  # what is loaded once
+    assert peak(1600) < 1.5 * peak(200)
 
 
 def test_records_that_are_too_long_are_bad(

@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from vlm_sft.assemble import (
     make_plan,
     record_fault,
 )
+from vlm_sft.atomic import atomic_open
 from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.ledger import Entry
@@ -56,6 +58,7 @@ examples:
   python -m vlm_sft.check configs/tiny/stage1.yaml
   python -m vlm_sft.check my.yaml data.max_length=1024
   python -m vlm_sft.check my.yaml --no-model      (data only, no weights needed)
+  python -m vlm_sft.check my.yaml --bad bad.jsonl (all bad records into a file)
 
   # do this model's tokenizer and a chat template go together? (0: yes, 2: something is BAD)
   python -m vlm_sft.check --tokenizer models/qwen --template chatml
@@ -74,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
     verdict = Verdict()
     language = load_language(config)
     verdict.add_findings(examine_language(config, language), strict=arguments.strict)
-    num_bad = check_records(config, language, verdict)
+    with open_bad_list(arguments.bad) as listed:
+        num_bad = check_records(config, language, verdict, listed)
     if not arguments.no_model:
         check_model(config, language, verdict, records_are_good=not num_bad)
     verdict.print()
@@ -195,6 +199,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--no-model", action="store_true", help="leave the model out: data and pictures only"
     )
     parser.add_argument(
+        "--bad",
+        metavar="FILE.jsonl",
+        help="write every bad record there: where it is, its id, the reason, the message",
+    )
+    parser.add_argument(
         "--strict", action="store_true", help="warnings about the template count as BAD"
     )
     alone = parser.add_argument_group("a tokenizer and a template alone, without CONFIG.yaml")
@@ -216,8 +225,9 @@ def _require_one_source(arguments: argparse.Namespace) -> None:
     if arguments.config is None and arguments.tokenizer is None:
         raise UserError("give CONFIG.yaml, or --tokenizer DIR and --template NAME")
     if arguments.config is None:
-        if arguments.no_model:
-            raise UserError("--no-model: belongs to CONFIG.yaml; --tokenizer needs no model")
+        if arguments.no_model or arguments.bad:
+            option = "--no-model" if arguments.no_model else "--bad"
+            raise UserError(f"{option}: belongs to CONFIG.yaml; --tokenizer reads no data")
         return
     for name in ("tokenizer", "template", "system", "generation_config", "json"):
         if getattr(arguments, name):
@@ -227,8 +237,36 @@ def _require_one_source(arguments: argparse.Namespace) -> None:
             )
 
 
-def check_records(config: RunConfig, language: Language, verdict: Verdict) -> int:
-    """Read, render and open every record of every file; prints the bad ones, returns how many."""
+@contextmanager
+def open_bad_list(path: str | None) -> Iterator[Callable[[RecordError], None]]:
+    """What writes a bad record into `path` as a line of JSON, as soon as it is found."""
+    if path is None:
+        yield lambda error: None
+        return
+    with atomic_open(path) as file:
+
+        def write(error: RecordError) -> None:
+            row = {
+                "where": error.where,
+                "id": error.record_id,
+                "reason": error.reason,
+                "message": error.message,
+            }
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+        yield write
+
+
+def check_records(
+    config: RunConfig,
+    language: Language,
+    verdict: Verdict,
+    listed: Callable[[RecordError], None] = lambda error: None,
+) -> int:
+    """Read, render and open every record of every file, one at a time.
+
+    Prints the first bad ones, gives every one to `listed`, and returns how many there are.
+    """
     total_bad = 0
     for name, files in (("training data", config.data.train), ("held-out data", config.data.eval)):
         for file in files:
@@ -238,6 +276,7 @@ def check_records(config: RunConfig, language: Language, verdict: Verdict) -> in
                 if error is None:
                     continue
                 bad += 1
+                listed(error)
                 if total_bad + bad <= SHOWN:
                     print(f"bad record: {error}", file=sys.stderr)
             total_bad += bad
@@ -247,7 +286,8 @@ def check_records(config: RunConfig, language: Language, verdict: Verdict) -> in
                 words += f"; the run would leave {bad:,} out (data.on_error: quarantine)"
             verdict.add(f"{name} {Path(file.path).name}", not bad, words)
     if total_bad > SHOWN:
-        print(f"... and {total_bad - SHOWN:,} more bad records", file=sys.stderr)
+        more = f"... and {total_bad - SHOWN:,} more bad records (--bad FILE lists all of them)"
+        print(more, file=sys.stderr)
     return total_bad
 
 

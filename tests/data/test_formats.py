@@ -531,3 +531,55 @@ def test_a_datasets_folder_is_read_without_decoding_its_pictures(tmp_path):
     assert [c.id for c in read(tmp_path / "splits" / "train")] == ["a"]  # type: ignore[union-attr]
     with pytest.raises(UserError, match="splits \\(train\\); name one of them"):
         read(tmp_path / "splits")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def outcome(path: Path, window: int) -> list[object] | str:
+    """What a JSON list gives, or the error, when it is looked at through a window this wide."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_WINDOW", window)
+        try:
+            found = files.open_record_file(path)
+            rows = [r.value if isinstance(r, files.RawRecord) else str(r) for r in found.records]
+        except UserError as error:
+            return str(error)
+    assert len(rows) == found.total
+    return rows
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.lists(JSON, max_size=6),
+    indent=st.sampled_from((None, 0, 2)),
+    ascii_only=st.booleans(),
+    window=st.integers(2, 40),
+    data=st.data(),
+)
+def test_a_list_is_the_same_through_any_window(
+    tmp_path: Path,
+    values: list[object],
+    indent: int | None,
+    ascii_only: bool,
+    window: int,
+    data: st.DataObject,
+) -> None:
+    path = tmp_path / "list.json"
+    text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
+    path.write_text(data.draw(st.sampled_from(("", "\ufeff", " \n"))) + text + "\n", "utf-8")
+    assert outcome(path, window) == values == outcome(path, 2**20)
+    broken = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(broken) - 1))
+    if data.draw(st.booleans()):
+        del broken[place:]
+    else:
+        broken[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(broken)
+    assert outcome(path, window) == outcome(path, 2**20)

@@ -1,5 +1,6 @@
 """Files of raw records, each with its place: JSON, JSONL, Parquet, `datasets` folders."""
 
+import codecs
 import json
 import re
 from array import array
@@ -16,6 +17,10 @@ MAX_LINE_BYTES: Final = 64 * 2**20
 _ROWS_AT_ONCE: Final = 16
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _BOM: Final = b"\xef\xbb\xbf"
+_WINDOW: Final = 2**20
+"""Bytes of a JSON list that are held at least."""
+_EDGE: Final = 16
+"""A mistake so near the window's end may only be a word or an escape that it cuts."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class RecordFile:
 def open_record_file(path: Path) -> RecordFile:
     """Open a file or folder of records by what it is: `.jsonl` line by line, `.json` a list, ...
 
-    A line that is no JSON comes as a RecordError and the reading goes on; JSONL, Parquet and
-    `datasets` folders are read in flat memory.
+    A line that is no JSON comes as a RecordError and the reading goes on. Whatever the kind, no
+    more than a few records are in memory at once.
 
     Raises:
         UserError: The file is missing, of no known kind, or damaged as a whole (with line and
@@ -183,53 +188,127 @@ _FAST: Final = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def _open_list(path: Path) -> RecordFile:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        message = f"{path}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8"
-        raise UserError(message) from None
-    del data
-    starts = _list_starts(path, text) if text.strip() else array("q")
-    return RecordFile(len(starts), _read_list(path, text, starts))
+    with path.open("rb") as file:
+        bounds = _ListScan(path, file).bounds()
+    return RecordFile(max(0, len(bounds) - 1), _read_list(path, bounds))
 
 
-def _list_starts(path: Path, text: str) -> "array[int]":
-    """Where each item of the top-level list begins; proves the file's syntax on the way."""
-    starts = array("q")
-    position = _after_space(text, text.index("[") + 1)
-    if text[position : position + 1] != "]":
+class _ListScan:
+    """A window that moves along the one list of a file, as wide as its longest item."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path, self._file = path, file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._done = 0  # characters of the window that are done with
+        self._ended = False
+        # Of what is done with: bytes, line ends, characters behind the last of them.
+        self._bytes = self._lines = self._columns = 0
+        self._read_bytes = 0
+        if file.read(len(_BOM)) == _BOM:
+            self._bytes = self._read_bytes = len(_BOM)
+        else:
+            file.seek(0)
+
+    def bounds(self) -> "array[int]":
+        """The byte at which each item begins, and that of the list's end; nothing if it is empty.
+
+        Proves the file's syntax on the way.
+
+        Raises:
+            UserError: It is not one JSON list, with line and column.
+        """
+        starts = array("q")
+        position = self._after_space(0)
+        if position == len(self._text):
+            return starts
+        position = self._after_space(position + 1)
+        if self._mark(position) != "]":
+            while True:
+                end = self._item_end(position, len(starts))
+                starts.append(self._byte(position))
+                position = self._after_space(self._move(end))
+                mark = self._mark(position)
+                if mark == "]":
+                    break
+                if mark != ",":
+                    raise self._error(position, "expected ',' or ']' after a record")
+                position = self._after_space(position + 1)
+        starts.append(self._byte(position))
+        position = self._after_space(position + 1)
+        if position != len(self._text):
+            raise self._error(position, "expected nothing after the list's end")
+        return starts if len(starts) > 1 else array("q")
+
+    def _item_end(self, start: int, index: int) -> int:
         while True:
-            starts.append(position)
-            position = _after_space(text, _item_end(path, text, position, len(starts) - 1))
-            mark = text[position : position + 1]
-            if mark == "]":
-                break
-            if mark != ",":
-                raise _syntax_error(path, text, position, "expected ',' or ']' after a record")
-            position = _after_space(text, position + 1)
-    position = _after_space(text, position + 1)
-    if position != len(text):
-        raise _syntax_error(path, text, position, "expected nothing after the list's end")
-    return starts
+            try:
+                end = _FAST.raw_decode(self._text, start)[1]
+                if end < len(self._text) or not self._more():
+                    return end
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated")
+                if (cut_off or error.pos + _EDGE >= len(self._text)) and self._more():
+                    continue
+                problem = error.msg + _hint(self._text, error.pos)
+                raise self._error(error.pos, problem) from None
+            except RecursionError:
+                message = f"{self._path}[{index}]: JSON nested too deeply to be a record"
+                raise UserError(f"{message}; mend or remove it") from None
 
+    def _mark(self, position: int) -> str:
+        return self._text[position : position + 1]
 
-def _item_end(path: Path, text: str, start: int, index: int) -> int:
-    try:
-        return _FAST.raw_decode(text, start)[1]
-    except json.JSONDecodeError as error:
-        problem = error.msg + _hint(text, error.pos)
-        raise _syntax_error(path, text, error.pos, problem) from None
-    except RecursionError:
-        message = f"{path}[{index}]: JSON nested too deeply to be a record; mend or remove it"
-        raise UserError(message) from None
+    def _after_space(self, position: int) -> int:
+        position = _after_space(self._text, position)
+        while position >= len(self._text) and self._more():
+            position = _after_space(self._text, position)
+        return position
 
+    def _more(self) -> bool:
+        """Widen the window; whether there was anything left to read."""
+        if self._ended:
+            return False
+        data = self._file.read(max(_WINDOW, len(self._text)))
+        try:
+            self._text += self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            # What the decoder held back of the chunk before counts among the bytes it names.
+            held = len(error.object) - len(data)
+            line = (
+                self._lines
+                + self._text.count("\n", self._done)
+                + error.object.count(b"\n", 0, error.start)
+            )
+            byte = self._read_bytes - held + error.start
+            message = f"{self._path}:{line + 1}: not UTF-8 (byte {byte}); save the file as UTF-8"
+            raise UserError(message) from None
+        self._read_bytes += len(data)
+        self._ended = not data
+        return True
 
-def _syntax_error(path: Path, text: str, position: int, problem: str) -> UserError:
-    line = text.count("\n", 0, position) + 1
-    column = position - (text.rfind("\n", 0, position) + 1) + 1
-    return UserError(f"{path}:{line}:{column}: not valid JSON: {problem}")
+    def _byte(self, position: int) -> int:
+        return self._bytes + len(self._text[self._done : position].encode())
+
+    def _move(self, position: int) -> int:
+        """Be done with what lies before `position`; returns where that is afterwards."""
+        self._bytes = self._byte(position)
+        gone = self._text[self._done : position]
+        self._lines += gone.count("\n")
+        newline = gone.rfind("\n")
+        self._columns = len(gone) - newline - 1 + (self._columns if newline < 0 else 0)
+        self._done = position
+        if position >= _WINDOW // 2:
+            self._text = self._text[position:]
+            self._done = position = 0
+        return position
+
+    def _error(self, position: int, problem: str) -> UserError:
+        before = self._text[self._done : position]
+        line = self._lines + before.count("\n") + 1
+        newline = before.rfind("\n")
+        column = len(before) - newline + (self._columns if newline < 0 else 0)
+        return UserError(f"{self._path}:{line}:{column}: not valid JSON: {problem}")
 
 
 def _after_space(text: str, position: int) -> int:
@@ -238,13 +317,16 @@ def _after_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _read_list(path: Path, text: str, starts: "array[int]") -> Iterator[RawRecord | RecordError]:
-    for index, start in enumerate(starts):
-        where, fallback_id = f"{path}[{index}]", f"index-{index}"
-        try:
-            yield RawRecord(_parse(text, start), where, fallback_id)
-        except _NotARecord as error:
-            yield RecordError(error.reason, str(error), record_id=fallback_id, where=where)
+def _read_list(path: Path, bounds: "array[int]") -> Iterator[RawRecord | RecordError]:
+    with path.open("rb") as file:
+        for index in range(len(bounds) - 1):
+            where, fallback_id = f"{path}[{index}]", f"index-{index}"
+            file.seek(bounds[index])
+            data = file.read(bounds[index + 1] - bounds[index])
+            try:
+                yield RawRecord(_parse(data.decode(), 0), where, fallback_id)
+            except _NotARecord as error:
+                yield RecordError(error.reason, str(error), record_id=fallback_id, where=where)
 
 
 # --- tables
