@@ -261,7 +261,7 @@ def make_trainer(
             "data": lambda then, now: content_difference(files, then, data.train.contents),
         },
         keep=config.train.keep_checkpoints,
-        say=say_on_stderr,
+        say=say_on_stderr if accelerator.is_main_process else lambda text: None,
     )
     answers: Callable[[], list[dict[str, Any]]] | None = None
     if data.eval is not None and config.train.eval_samples:

@@ -170,6 +170,23 @@ def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
         checkpoints.load(checkpoint)
 
 
+def test_other_software_is_told_and_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    checkpoints = store(tmp_path, said)
+    saved = checkpoints.save({"step": 5})
+    checkpoints.load(saved)
+    assert said == []
+    assert len(saved.manifest["software"]["code"]) == 64
+    now = {**checkpoint.software(), "torch": "9.9.9", "code": "f" * 64}
+    monkeypatch.setattr(checkpoint, "software", lambda: now)
+    checkpoints.load(saved)
+    (line,) = said
+    assert "torch " in line and "now 9.9.9" in line
+    assert "code" in line and "now ffffffffffff" in line
+
+
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [

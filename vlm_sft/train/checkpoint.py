@@ -26,6 +26,7 @@ FORMAT = 2
 """Version of the folder's layout; another one is refused. In 2 the manifest is sealed."""
 
 MANIFEST = "manifest.json"
+PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -307,6 +308,8 @@ class CheckpointStore:
                 f"{checkpoint.folder}: {difference}; resume with what the checkpoint was made "
                 "from, or choose another output_dir"
             )
+        if changed := software_difference(checkpoint.manifest.get("software", {}), software()):
+            self.say(f"{checkpoint.folder} was made by other software ({changed})")
         for component in self.components.values():
             if component.read is not None:
                 component.read(checkpoint.folder)
@@ -360,6 +363,24 @@ def write_folder(
         raise
 
 
+def software() -> dict[str, str]:
+    """Versions of what a run computes with, and the sha256 of this package's own sources."""
+    sources = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        sources.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    return {**{name: version(name) for name in LIBRARIES}, "code": sources.hexdigest()}
+
+
+def software_difference(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What another software made a checkpoint, in words; None if it is the same."""
+    changed = [
+        f"{name} {then.get(name, 'unknown')[:12]}, now {now[name][:12]}"
+        for name in now
+        if then.get(name) != now[name]
+    ]
+    return "; ".join(changed) or None
+
+
 def _begin(folder: Path) -> Path:
     building = _temporary(folder)
     building.mkdir(parents=True)
@@ -381,7 +402,7 @@ def _complete(building: Path, folder: Path, facts: Mapping[str, Any]) -> None:
         "format": FORMAT,
         **facts,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "software": software(),
         "files": files,
     }
     write_text(building / MANIFEST, _sealed(manifest))
