@@ -34,7 +34,7 @@ from vlm_sft.report import DemoReport, ShownPicture, write_demo_report
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"
-# Twelve kinds, a drawing or two each that the frozen encoder finds alike in both artists' hands.
+# Twelve kinds, a drawing each that the frozen encoder finds alike in both artists' hands.
 SCENE_OPTIONS = [
     *("--categories", "configs/demo/categories.json"),
     *("--max-side", "320", "--max-objects", "2", "--max-instances", "2"),
@@ -136,7 +136,7 @@ class Quickstart:
             evidence = ["--answers", "evidence", "--families", "existence", "--turns", "1"]
             self._build(split, split, *evidence, *probes)
         others = ["--families", "description", "counting", "halves"]
-        self._build("train", "others", "--turns", "2", *others)
+        self._build("train", "others", "--turns", "3", *others)
 
     def _build(self, split: str, out: str, *options: str) -> None:
         artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
