@@ -138,7 +138,8 @@ def check_pictures(pictures: Iterable[Picture], folder: Path) -> None:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
             f"--images {folder}: {len(missing)} annotated pictures are not there ({shown}); "
-            "give the folder that holds them, or annotations of these pictures only"
+            "give the folder that holds them, or annotations of these pictures only",
+            code="image_missing",
         )
 
 
@@ -146,15 +147,16 @@ def _load(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file") from error
+        raise UserError(f"{path}: there is no such file", code="data_file_missing") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path}: is not valid JSON ({error}); download or write it again"
+            f"{path}: is not valid JSON ({error}); download or write it again", code="json_syntax"
         ) from error
     for key in keys:
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise UserError(
-                f"{path}: expected COCO's form, an object with a list {key!r}, and found none"
+                f"{path}: expected COCO's form, an object with a list {key!r}, and found none",
+                code="data_file_unreadable",
             )
     return document
 

@@ -72,9 +72,9 @@ def test_slips_are_told_and_the_talk_goes_on(
     lines = f"/imag {RED}\n/image gone.png\n/image\n/image 'open\n/image {RED}\nWhich colour?\n"
     assert talk(full_run, lines, monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert "error: /imag: unknown command; known: /image FILE, /reset, /quit\n" in err
+    assert "error VS002: /imag: unknown command; known: /image FILE, /reset, /quit\n" in err
     assert "gone.png" in err and "expected one file" in err and "No closing quotation" in err
-    assert err.count("error: ") == 4
+    assert err.count("error VS") == 4
     assert "picture 1 goes with the next question" in err
     assert len(out.splitlines()) == 1
 
@@ -116,7 +116,7 @@ def test_wrong_arguments_end_with_one_sentence_and_2(
 ) -> None:
     assert code_of([str(full_run), "--prompt", "x", *options]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and sentence in err
+    assert err.startswith("error VS") and err.count("\n") == 1 and sentence in err
     assert out == ""
 
 
@@ -125,4 +125,4 @@ def test_a_checkpoint_that_is_not_there_ends_with_one_sentence_and_2(
 ) -> None:
     assert code_of([str(tmp_path / "gone"), "--prompt", "x"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and "no such folder" in err
+    assert err.startswith("error VS") and err.count("\n") == 1 and "no such folder" in err

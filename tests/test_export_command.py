@@ -22,7 +22,7 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         run_command(main, argv)
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
+    assert err.startswith("error VS") and err.count("\n") == 1 and out == ""
     return err
 
 

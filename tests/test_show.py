@@ -166,7 +166,7 @@ def test_wrong_arguments_end_with_one_sentence_and_2(
         run_command(show.main, argv)
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
+    assert err.startswith("error VS") and err.count("\n") == 1 and out == ""
     assert all(word in err for word in words)
 
 

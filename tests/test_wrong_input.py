@@ -28,7 +28,7 @@ def refusal(main: Main, argv: Sequence[str], capsys: pytest.CaptureFixture[str])
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert err.startswith("error VS") and err.count("\n") == 1, err
     assert "Traceback" not in err
     return err
 
@@ -53,27 +53,27 @@ def half_a_jpeg(path: Path) -> None:
 BAD_RECORDS = {
     "missing picture": (
         record(image="gone.png"),
-        ["gone.png: no such picture file; check the name"],
+        ["VS201: ", "gone.png: no such picture file; check the name"],
     ),
     "broken JPEG": (
         record(image="half.jpg"),
-        ["half.jpg: truncated or corrupt picture", "get it again"],
+        ["VS204: ", "half.jpg: truncated or corrupt picture", "get it again"],
     ),
     "too many places": (
         record(conversations=[{"from": "human", "value": "<image><image>\nWhat?"}, GPT]),
-        ["has places for 2 pictures", "the record lists 1"],
+        ["VS313: ", "has places for 2 pictures", "the record lists 1"],
     ),
     "too few places": (
         record(conversations=[{"from": "human", "value": "What?"}, GPT]),
-        ["has places for 0 pictures", "the record lists 1"],
+        ["VS313: ", "has places for 0 pictures", "the record lists 1"],
     ),
     "unknown role": (
         record(conversations=[{**HUMAN, "from": "humann"}, GPT]),
-        ["turn 0: unknown role 'humann'; did you mean 'human'?"],
+        ["VS314: ", "turn 0: unknown role 'humann'; did you mean 'human'?"],
     ),
     "empty answer": (
         record(conversations=[HUMAN, {"from": "gpt", "value": " "}]),
-        ["turn 1: the answer is empty; write one"],
+        ["VS311: ", "turn 1: the answer is empty; write one"],
     ),
 }
 
@@ -119,7 +119,7 @@ def test_a_broken_picture_deep_in_the_data_stops_the_run_with_its_name(
     with pytest.raises(SystemExit) as stopped:
         run_command(stage1.main, [str(TINY / "stage1.yaml"), *options])
     assert stopped.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error VS")]
     assert "records.json[20]: record 'r7': " in line and "half.jpg" in line
 
 
@@ -158,8 +158,12 @@ def test_a_projector_of_another_shape_is_refused_with_both_shapes(
     with pytest.raises(SystemExit) as stopped:
         run_command(main, argv)
     assert stopped.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert "'linear_1.weight' is 64x32" in line and "64x40" in line
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error VS")]
+    assert (
+        line.startswith("error VS403: ")
+        and "'linear_1.weight' is 64x32" in line
+        and "64x40" in line
+    )
 
 
 @pytest.mark.parametrize("main", [stage1.main, check.main])
@@ -185,7 +189,7 @@ def test_a_missing_folder_of_a_base_model_is_named(
         argv.append(f"model.{part.removesuffix('name')}config=null")
     argv += [*options, f"output_dir={tmp_path}/run", "train.trackers=[]"]
     line = refusal(main, argv, capsys)
-    assert f"error: model.{part}: no such folder '{missing}'" in line
+    assert f"error VS002: model.{part}: no such folder '{missing}'" in line
     assert "; give a" in line
 
 

@@ -116,7 +116,7 @@ def require_allowed(changes: Sequence[Change], allowed: Sequence[str], where: st
     differing = [change for change in changes if change.rule != "free"]
     granted = [c for c in differing if c.rule == "explicit" and _is_allowed(c.key, allowed)]
     if refused := [change for change in differing if change not in granted]:
-        raise ConfigError(_diff(refused, where))
+        raise ConfigError(_diff(refused, where), code="settings_changed")
     return granted
 
 

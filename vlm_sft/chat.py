@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlm_sft.data.conversation import TextPart, Turn
 from vlm_sft.data.images import open_image
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError, error_line, run_command
 from vlm_sft.inference import VlmRun, load_run, question
 
 EXAMPLES = """examples:
@@ -118,7 +118,7 @@ def _talk(chat: Chat) -> None:
         except KeyboardInterrupt:
             _say("\n(stopped; Ctrl-D leaves)")
         except UserError as error:
-            _say(f"error: {error}")
+            _say(error_line(error))
 
 
 def _obey_or_ask(chat: Chat, line: str) -> None:

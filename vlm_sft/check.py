@@ -30,7 +30,8 @@ from vlm_sft.data.template import builtin_templates
 from vlm_sft.data.tokenizer import load_tokenizer
 from vlm_sft.diagnosis.case import Finding, Level
 from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
-from vlm_sft.errors import RecordError, UserError, run_command
+from vlm_sft.error_codes import CODES
+from vlm_sft.errors import RecordError, TemplateError, UserError, run_command
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.parts_on_disk import checkpoint_components
@@ -151,7 +152,7 @@ def _require_template(name: str) -> None:
     """A misspelt template is a mistake of the caller's, not a finding."""
     known = ["auto", *builtin_templates()]
     if name not in known and not Path(name).is_file():
-        raise UserError(
+        raise TemplateError(
             f"--template {name}: no such template or file; expected a YAML file or one of "
             + ", ".join(known)
         )
@@ -278,7 +279,7 @@ def check_records(
                 bad += 1
                 listed(error)
                 if total_bad + bad <= SHOWN:
-                    print(f"bad record: {error}", file=sys.stderr)
+                    print(f"bad record: {error.code}: {error}", file=sys.stderr)
             total_bad += bad
             kept_out = bad and config.data.on_error == "quarantine"
             words = f"{count - bad:,} of {count:,} records can be used"
@@ -340,7 +341,7 @@ def _check_lengths(
         return
     errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
     for entry in errors[:SHOWN]:
-        print(f"bad record: {entry.message}", file=sys.stderr)
+        print(f"bad record: {CODES[entry.reason]}: {entry.message}", file=sys.stderr)
     longest, plan = max(data.train.lengths), make_plan(config, language, data.train)
     words = f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
     if errors:

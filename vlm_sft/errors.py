@@ -1,35 +1,65 @@
 """Errors a user can mend, and how every command reports them: one sentence, exit code 2."""
 
+import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Final
+
+from vlm_sft.error_codes import CODES, ErrorCode
 
 
 class UserError(ValueError):
-    """Wrong input, told in one sentence: what, where, what was expected, what to do."""
+    """Wrong input, told in one sentence: what, where, what was expected, what to do.
+
+    Args:
+        message: The sentence.
+        code: The fault's name in `error_codes`; None for the one that its class has.
+
+    Attributes:
+        code: The fault as `error_codes` describes it.
+    """
+
+    default_code: ClassVar[str] = "wrong_input"
+    """The fault's name where a raise site gives none."""
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        self.code = CODES[code or self.default_code]
+        super().__init__(message)
+
+    @property
+    def reason(self) -> str:
+        """The fault's name, as ledgers have it."""
+        return self.code.name
 
 
 class ConfigError(UserError):
     """A wrong value or key in a YAML file or a command-line override."""
+
+    default_code = "configuration"
+
+
+class TemplateError(UserError):
+    """A chat template is faulty, or does not fit the tokenizer or the turns."""
+
+    default_code = "template"
 
 
 class RecordError(UserError):
     """One record of the user's data is wrong.
 
     Args:
-        reason: Short code for the ledger, e.g. `image_missing`, `empty_answer`.
+        reason: The fault's name in `error_codes`, e.g. `image_missing`, `empty_answer`.
         message: The sentence, without the record's place.
         record_id: The record's own id, or a made-up `line-N`.
         where: `file:line` (lines from 1) or `file[index]`.
     """
 
     def __init__(self, reason: str, message: str, *, record_id: str, where: str) -> None:
-        self.reason = reason
         self.message = message
         self.record_id = record_id
         self.where = where
-        super().__init__(f"{where}: record {record_id!r}: {message}")
+        super().__init__(f"{where}: record {record_id!r}: {message}", code=reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By keyword: pickle would otherwise call the class with the finished sentence alone.
@@ -40,16 +70,41 @@ class RecordError(UserError):
 class CheckpointError(UserError):
     """A checkpoint is damaged, incomplete, or belongs to another model."""
 
+    default_code = "checkpoint_unusable"
+
 
 class ImageError(UserError):
-    """A picture cannot be used; carries the ledger's short code in `reason`."""
+    """A picture cannot be used; `reason` is the fault's name in `error_codes`."""
 
     def __init__(self, reason: str, message: str) -> None:
-        self.reason = reason
-        super().__init__(message)
+        super().__init__(message, code=reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, str(self))
+
+
+_OF_ERRNO: Final[Mapping[int | None, str]] = {
+    errno.ENOSPC: "disk_full",
+    errno.EDQUOT: "disk_full",
+    errno.EACCES: "not_permitted",
+    errno.EPERM: "not_permitted",
+    errno.EROFS: "not_permitted",
+}
+
+
+def code_of(error: OSError) -> ErrorCode:
+    """The code of what the system refused."""
+    return CODES[_OF_ERRNO.get(error.errno, "disk_error")]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the system refused to write for want of room."""
+    return isinstance(error, OSError) and code_of(error).name == "disk_full"
+
+
+def error_line(error: UserError) -> str:
+    """The line that commands print: `error VS311: data.json[3]: record 'r1': ...`."""
+    return f"error {error.code}: {error}"
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> None:
@@ -62,13 +117,13 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     try:
         code = main(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         code = 2
     except BrokenPipeError:
         code = 141
     except OSError as error:
         place = error.filename or "input/output"
-        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
+        print(f"error {code_of(error)}: {place}: {error.strerror or error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was saved is complete", file=sys.stderr)

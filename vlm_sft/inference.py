@@ -260,7 +260,9 @@ def _device(name: str | torch.device | None) -> torch.device:
 
 def _checkpoint_folder(folder: Path) -> Path:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give a checkpoint, e.g. RUN/final")
+        raise CheckpointError(
+            f"{folder}: no such folder; give a checkpoint, e.g. RUN/final", code="no_checkpoint"
+        )
     if not (folder / "manifest.json").exists() and (folder / "final" / "manifest.json").exists():
         return folder / "final"
     return folder
@@ -270,9 +272,10 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from (
-            None
-        )
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); the checkpoint is damaged",
+            code="checkpoint_damaged",
+        ) from None
 
 
 def _build(config: RunConfig, folder: Path) -> VisionLanguageModel:
@@ -294,7 +297,8 @@ def _require_same_base(
             raise CheckpointError(
                 f"{folder}: its {key.replace('_', ' ')} is not the one that it was trained with "
                 f"(the base named in config.yaml has changed, expected {recorded.get(key)!r}, "
-                f"found {value!r}); put the original back"
+                f"found {value!r}); put the original back",
+                code="shapes_differ" if key == "features" else "wrong_base",
             )
 
 

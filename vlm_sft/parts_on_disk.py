@@ -164,7 +164,8 @@ def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str,
             raise CheckpointError(
                 f"projector={folder}: it was trained with another {what} "
                 f"({_brief(found.get(key))}, here {_brief(identity[key])}); use the model section "
-                "of the configuration that trained it"
+                "of the configuration that trained it",
+                code="shapes_differ" if key == "features" else "wrong_base",
             )
 
 
@@ -209,12 +210,15 @@ def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{place}: cannot be loaded: {reason}") from None
+        raise CheckpointError(
+            f"{place}: cannot be loaded: {reason}", code="checkpoint_damaged"
+        ) from None
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if wrong:
         raise CheckpointError(
             f"{place}: {len(wrong)} tensors are missing, too many or of another shape, the first "
-            f"being {sorted(wrong)[0]}; it was made for another model"
+            f"being {sorted(wrong)[0]}; it was made for another model",
+            code="tensors_differ",
         )
     copy_tensors(dict(loaded.named_parameters()), dict(live.named_parameters()), place)
 

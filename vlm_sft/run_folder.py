@@ -44,7 +44,8 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
         except OSError:
             raise UserError(
                 f"output_dir {output_dir} is in use by another run ({_holder(file)}); wait for it "
-                "or choose another"
+                "or choose another",
+                code="folder_in_use",
             ) from None
         file.truncate(0)
         began = datetime.now(UTC).isoformat(timespec="seconds")

@@ -11,7 +11,7 @@ from vlm_sft.assemble import load_language
 from vlm_sft.config import DataConfig, DataFile, LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.tokenizer import load_tokenizer
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError, error_line, run_command
 from vlm_sft.inspection.records import NO_LIMIT, Choice, Inspected, Inspection, files_named
 from vlm_sft.inspection.records_page import RecordsPage
 from vlm_sft.inspection.statistics import Statistics
@@ -133,7 +133,7 @@ def _print_json(args: argparse.Namespace, inspection: Inspection, choice: Choice
 def _print_line(found: Inspected, inspection: Inspection) -> bool:
     """Print a record as JSON, or its fault on stderr; whether it is faultless."""
     if found.outcome.error is not None:
-        print(f"error: {found.outcome.error}", file=sys.stderr)
+        print(error_line(found.outcome.error), file=sys.stderr)
         return False
     print(json.dumps(as_json(found, inspection.renderer), ensure_ascii=False))
     return True

@@ -206,7 +206,9 @@ class SupervisedDataset(Dataset[Example]):
         self._ledger.add_up(entries + self.num_input_records)
         if not self.record_ids:
             names = ", ".join(file.path for file in files)
-            raise UserError(f"{names}: no record to train on; {self._ledger.summary()}")
+            raise UserError(
+                f"{names}: no record to train on; {self._ledger.summary()}", code="no_records"
+            )
 
     def _admitted(self, outcome: Outcome) -> tuple[Conversation, Rendering] | None:
         """The record as it will be trained on; None if it is not. Makes its ledger entry."""

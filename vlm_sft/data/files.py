@@ -62,9 +62,13 @@ def open_record_file(path: Path) -> RecordFile:
         with path.open("rb") as file:
             start = file.read(4096)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such data file; check `path` under `data`") from None
+        raise UserError(
+            f"{path}: no such data file; check `path` under `data`", code="data_file_missing"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}", code="data_file_unreadable"
+        ) from None
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _open_lines(path)
     if start.startswith(b"PAR1"):
@@ -76,7 +80,8 @@ def open_record_file(path: Path) -> RecordFile:
         return _open_lines(path)
     raise UserError(
         f"{path}: expected a JSON list of records, one JSON record a line, or Parquet, found a "
-        f"file that begins with {start[:20]!r}"
+        f"file that begins with {start[:20]!r}",
+        code="data_file_unreadable",
     )
 
 
@@ -232,12 +237,12 @@ class _ListScan:
                 if mark == "]":
                     break
                 if mark != ",":
-                    raise self._error(position, "expected ',' or ']' after a record")
+                    raise self._syntax_error(position, "expected ',' or ']' after a record")
                 position = self._after_space(position + 1)
         starts.append(self._byte(position))
         position = self._after_space(position + 1)
         if position != len(self._text):
-            raise self._error(position, "expected nothing after the list's end")
+            raise self._syntax_error(position, "expected nothing after the list's end")
         return starts if len(starts) > 1 else array("q")
 
     def _item_end(self, start: int, index: int) -> int:
@@ -251,10 +256,10 @@ class _ListScan:
                 if (cut_off or error.pos + _EDGE >= len(self._text)) and self._more():
                     continue
                 problem = error.msg + _hint(self._text, error.pos)
-                raise self._error(error.pos, problem) from None
+                raise self._syntax_error(error.pos, problem) from None
             except RecursionError:
                 message = f"{self._path}[{index}]: JSON nested too deeply to be a record"
-                raise UserError(f"{message}; mend or remove it") from None
+                raise UserError(f"{message}; mend or remove it", code="json_depth") from None
 
     def _mark(self, position: int) -> str:
         return self._text[position : position + 1]
@@ -282,7 +287,7 @@ class _ListScan:
             )
             byte = self._read_bytes - held + error.start
             message = f"{self._path}:{line + 1}: not UTF-8 (byte {byte}); save the file as UTF-8"
-            raise UserError(message) from None
+            raise UserError(message, code="not_utf8") from None
         self._read_bytes += len(data)
         self._ended = not data
         return True
@@ -303,12 +308,13 @@ class _ListScan:
             self._done = position = 0
         return position
 
-    def _error(self, position: int, problem: str) -> UserError:
+    def _syntax_error(self, position: int, problem: str) -> UserError:
         before = self._text[self._done : position]
         line = self._lines + before.count("\n") + 1
         newline = before.rfind("\n")
         column = len(before) - newline + (self._columns if newline < 0 else 0)
-        return UserError(f"{self._path}:{line}:{column}: not valid JSON: {problem}")
+        message = f"{self._path}:{line}:{column}: not valid JSON: {problem}"
+        return UserError(message, code="json_syntax")
 
 
 def _after_space(text: str, position: int) -> int:
@@ -337,7 +343,8 @@ def _open_folder(path: Path) -> RecordFile:
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UserError(
             f"{path}: a `datasets` folder with splits ({', '.join(splits)}); name one of them, "
-            f"e.g. {path / splits[0] if splits else path}"
+            f"e.g. {path / splits[0] if splits else path}",
+            code="data_file_unreadable",
         )
     if (path / "state.json").exists():
         return _open_datasets_folder(path)
@@ -346,7 +353,8 @@ def _open_folder(path: Path) -> RecordFile:
         return _open_parquet(files)
     raise UserError(
         f"{path}: expected a data file, a folder of Parquet files, or a folder that "
-        "`datasets` saved (save_to_disk)"
+        "`datasets` saved (save_to_disk)",
+        code="data_file_unreadable",
     )
 
 
@@ -356,7 +364,9 @@ def _open_parquet(paths: list[Path]) -> RecordFile:
     try:
         total = sum(parquet.ParquetFile(path).metadata.num_rows for path in paths)
     except (OSError, ValueError) as error:
-        raise UserError(f"{paths[0]}: damaged Parquet file: {_first_line(error)}") from None
+        raise UserError(
+            f"{paths[0]}: damaged Parquet file: {_first_line(error)}", code="data_file_unreadable"
+        ) from None
     return RecordFile(total, _read_parquet(paths))
 
 
@@ -372,7 +382,7 @@ def _read_parquet(paths: list[Path]) -> Iterator[RawRecord | RecordError]:
                     index += 1
         except (OSError, ValueError) as error:
             message = f"{path}[{index}]: damaged Parquet file: {_first_line(error)}"
-            raise UserError(message) from None
+            raise UserError(message, code="data_file_unreadable") from None
 
 
 def _open_datasets_folder(path: Path) -> RecordFile:
@@ -382,7 +392,9 @@ def _open_datasets_folder(path: Path) -> RecordFile:
         # Arrow rows keep a picture as its bytes and path; other formats would decode it here.
         table = datasets.load_from_disk(str(path)).with_format("arrow")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged `datasets` folder: {_first_line(error)}") from None
+        raise UserError(
+            f"{path}: damaged `datasets` folder: {_first_line(error)}", code="data_file_unreadable"
+        ) from None
     return RecordFile(len(table), _read_dataset(path, table))
 
 

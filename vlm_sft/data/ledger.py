@@ -28,7 +28,7 @@ class Entry:
         where: `file:line` or `file[index]`.
         bucket: `trained`, `turns_dropped` (trained on, shortened), `skipped` (by policy) or
             `quarantined` (faulty).
-        reason: Short code, empty for `trained`.
+        reason: A name of `error_codes`, empty for `trained`.
         message: The sentence for people, empty for `trained`.
     """
 

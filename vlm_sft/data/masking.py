@@ -24,7 +24,7 @@ from vlm_sft.data.template import (
     template_from_description,
 )
 from vlm_sft.data.tokenizer import Context, TextEncoder, Unspellable
-from vlm_sft.errors import RecordError, UserError
+from vlm_sft.errors import RecordError, TemplateError, UserError
 
 CHUNK: Final = 256
 """Records that `render_all` tokenises at once."""
@@ -141,7 +141,7 @@ class Renderer:
         self._runs = functools.lru_cache(maxsize=1024)(self._find_runs)
         self.stop_id = self.encoder.control_ids.get(template.stop) if template.stop else None
         if template.stop and self.stop_id is None:
-            raise UserError(
+            raise TemplateError(
                 f"template {template.name!r} ends answers with {template.stop!r}, which is no "
                 "control token of this tokenizer"
             )

@@ -108,7 +108,8 @@ class CachedRenderer:
     def _fault(self, error: Exception) -> UserError:
         return UserError(
             f"data.cache_dir: {self._path} cannot be used ({error}); remove the file, or give "
-            "another folder with room in it"
+            "another folder with room in it",
+            code="cache_unusable",
         )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.data.conversation import Role
-from vlm_sft.errors import UserError
+from vlm_sft.errors import TemplateError
 
 
 @dataclass(frozen=True)
@@ -193,13 +193,13 @@ class FileTemplate:
 
     def _check(self, roles: Sequence[Role]) -> None:
         if "system" in roles and self._file.system is None:
-            raise UserError(
+            raise TemplateError(
                 f"template {self.name!r} has no place for a system message; remove it or choose "
                 "another template"
             )
         limit = self._file.max_exchanges
         if limit is not None and sum(role == "user" for role in roles) > limit:
-            raise UserError(
+            raise TemplateError(
                 f"template {self.name!r} takes {limit} question and answer a record, found "
                 f"{sum(role == 'user' for role in roles)}; choose a chat template"
             )
@@ -216,7 +216,7 @@ class JinjaTemplate:
         tokenizer: Its `chat_template` is used.
 
     Raises:
-        UserError: There is none.
+        TemplateError: There is none.
     """
 
     images_only_users = False
@@ -226,7 +226,7 @@ class JinjaTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise UserError(
+            raise TemplateError(
                 "data.template is 'auto' but the tokenizer has no chat template of its own; "
                 f"choose one of {', '.join(builtin_templates())}"
             )
@@ -244,7 +244,7 @@ class JinjaTemplate:
         for turn, role in enumerate(roles):
             before, found, rest = rest.partition(_marker(turn))
             if not found or _marker(turn) in rest:
-                raise UserError(
+                raise TemplateError(
                     f"the model's own chat template does not write the {role} message exactly "
                     "once; choose one of " + ", ".join(builtin_templates())
                 )
@@ -253,7 +253,7 @@ class JinjaTemplate:
                 continue
             pieces += self._answer(roles, turn, text, before)
             if not rest.startswith(self.stop):
-                raise UserError(
+                raise TemplateError(
                     f"the model's own chat template ends an answer with {rest[:40]!r} here and "
                     f"with {self.stop!r} elsewhere; choose one of " + ", ".join(builtin_templates())
                 )
@@ -267,7 +267,7 @@ class JinjaTemplate:
         """Header, anything the model itself must write before its answer, answer, stop."""
         prompt = self._render(roles[:turn], generate=True)
         if not text.startswith(prompt):
-            raise UserError(
+            raise TemplateError(
                 "the model's own chat template gives a generation prompt that its training text "
                 f"does not begin with (prompt ends {prompt[-60:]!r}); choose one of "
                 + ", ".join(builtin_templates())
@@ -288,7 +288,7 @@ class JinjaTemplate:
         for token in reversed(control):
             if after_first.startswith(token):
                 return token
-        raise UserError(
+        raise TemplateError(
             "the model's own chat template writes no control token right behind an answer (found "
             f"{after_first[:40]!r}), so the model could not learn to stop; choose one of "
             + ", ".join(builtin_templates())
@@ -304,7 +304,7 @@ class JinjaTemplate:
             )
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
+            raise TemplateError(
                 f"the model's own chat template refuses the roles {', '.join(roles)}: {reason}"
             ) from None
 
@@ -323,7 +323,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate
     """A template by built-in name, by YAML file, or the tokenizer's own (`auto`).
 
     Raises:
-        UserError: No such template, a faulty file, or a control token it names is missing.
+        TemplateError: No such template, a faulty file, or a control token it names is missing.
     """
     if name == "auto":
         return JinjaTemplate(tokenizer)
@@ -332,7 +332,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate
     elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
         text = Path(name).read_text("utf-8")
     else:
-        raise UserError(
+        raise TemplateError(
             f"data.template: no template {name!r}; expected 'auto', a YAML file, or one of "
             + ", ".join(builtin_templates())
         )
@@ -340,7 +340,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate
         file = TemplateFile.model_validate(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"template {name}: {reason}") from None
+        raise TemplateError(f"template {name}: {reason}") from None
     return _fitted(file, tokenizer)
 
 
@@ -365,13 +365,13 @@ def _fitted(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTempl
     template = FileTemplate(file, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if template.stop and template.stop not in known:
-        raise UserError(
+        raise TemplateError(
             f"template {file.name!r} ends answers with the control token {template.stop!r}, which "
             "this tokenizer does not have; choose another template or add the token"
         )
     missing = [token for token in file.control if token not in known]
     if missing:
-        raise UserError(
+        raise TemplateError(
             f"template {file.name!r} needs the control tokens {', '.join(missing)}, which this "
             "tokenizer would spell as ordinary text; choose another template or add the tokens"
         )

@@ -90,6 +90,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 class Unspellable(UserError):
     """The vocabulary has no pieces for a text."""
 
+    default_code = "unspellable"
+
 
 class TextEncoder:
     """Encodes ordinary text so that no control token can come out of it.

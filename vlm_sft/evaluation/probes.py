@@ -87,19 +87,28 @@ def read_probes(path: Path) -> list[Probe]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{path}: no such file of probes; data_tools.build_coco makes them") from (
-            None
-        )
+        raise UserError(
+            f"{path}: no such file of probes; data_tools.build_coco makes them",
+            code="data_file_missing",
+        ) from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); make it again") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); make it again", code="json_syntax"
+        ) from None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of probes with at least one, found none")
+        raise UserError(
+            f"{path}: expected a list of probes with at least one, found none",
+            code="data_file_unreadable",
+        )
     keys = ("id", "image", "question", "answer", "kind")
     open_sets: dict[str, set[str]] = {}
     for index, row in enumerate(rows):
         for key in keys:
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise UserError(f"{path}[{index}]: {key!r} is missing or not text; add it")
+                raise UserError(
+                    f"{path}[{index}]: {key!r} is missing or not text; add it",
+                    code="data_file_unreadable",
+                )
         open_sets.setdefault(row["kind"], set()).add(row["answer"])
     return [Probe(**{k: row[k] for k in keys}, choices=_choices(row, open_sets)) for row in rows]
 

@@ -111,6 +111,7 @@ def _pretrained(name: str, attention: str | None, dtype: torch.dtype) -> PreTrai
     if missing:
         raise UserError(
             f"{where}: {name} lacks {len(missing)} tensors of its {config.model_type} model, the "
-            f"first being {missing[0]}; take a complete folder"
+            f"first being {missing[0]}; take a complete folder",
+            code="tensors_differ",
         )
     return cast(PreTrainedModel, model)

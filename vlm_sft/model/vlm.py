@@ -169,13 +169,15 @@ class VisionLanguageModel(nn.Module):
             raise UserError(
                 f"found {sum(rows)} image placeholders for {num_pictures} pictures of {tokens} "
                 f"tokens each, expected {num_pictures * tokens}; give one picture for every "
-                f"{tokens} placeholders"
+                f"{tokens} placeholders",
+                code="image_count",
             )
         for row, count in enumerate(rows):
             if count % tokens:
                 raise UserError(
                     f"row {row} of the batch has {count} image placeholders, expected a multiple "
-                    f"of {tokens}, the tokens of one picture"
+                    f"of {tokens}, the tokens of one picture",
+                    code="image_count",
                 )
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> VlmOutput:

@@ -77,7 +77,8 @@ class Account:
             raise UserError(
                 f"{len(self.quarantined)} records turned out broken during training, and "
                 f"data.max_quarantined is {self.max_quarantined}; the last one: "
-                f"{found[-1].message} - run vlm_sft.check to find all of them"
+                f"{found[-1].message} - run vlm_sft.check to find all of them",
+                code="too_many_broken",
             )
 
     def skip(self, fault: str, *, step: int) -> None:
@@ -91,7 +92,8 @@ class Account:
             raise UserError(
                 f"step {step}: {fault}; {self.max_skipped} updates were left out before, as many "
                 "as train.max_skipped_steps allows - lower the learning rate, or look at these "
-                "records with vlm_sft.show"
+                "records with vlm_sft.show",
+                code="too_many_not_finite",
             )
 
     def require_planned(self, batches: Sequence[Batch], planned: Sequence[Sequence[int]]) -> None:

@@ -31,7 +31,7 @@ class Fault:
 
     Attributes:
         index: Its place in the dataset.
-        reason: The ledger's short code.
+        reason: The fault's name in `error_codes`, as the ledger has it.
         message: The sentence for people, which names record and file.
     """
 
@@ -130,7 +130,8 @@ def _next_items(
         raise UserError(
             f"a loader process died while it read ahead ({' '.join(str(error).split())}); memory "
             "may have run out: set data.num_workers lower, or 0 to load in the training process - "
-            "the same command goes on from the newest checkpoint"
+            "the same command goes on from the newest checkpoint",
+            code="loader_died",
         ) from None
 
 

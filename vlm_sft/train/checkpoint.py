@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from vlm_sft.atomic import sync_folder, write_text
 from vlm_sft.crash import crash_point
+from vlm_sft.error_codes import CODE_OF_FACT
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.train.sharding import fill, is_sharded, own_part, process_of, whole
 
@@ -283,7 +284,8 @@ class CheckpointStore:
         if folders:
             raise CheckpointError(
                 f"{self.steps_dir}: none of the {len(folders)} checkpoints is complete; delete "
-                "that folder to start the run over, or copy a good checkpoint back"
+                "that folder to start the run over, or copy a good checkpoint back",
+                code="checkpoints_all_damaged",
             )
         return None
 
@@ -306,7 +308,8 @@ class CheckpointStore:
                 difference = f"{what} is {_short(found)}, but this run's is {_short(expected)}"
             raise CheckpointError(
                 f"{checkpoint.folder}: {difference}; resume with what the checkpoint was made "
-                "from, or choose another output_dir"
+                "from, or choose another output_dir",
+                code=CODE_OF_FACT.get(name),
             )
         if changed := software_difference(checkpoint.manifest.get("software", {}), software()):
             self.say(f"{checkpoint.folder} was made by other software ({changed})")
@@ -418,7 +421,9 @@ def _disk_errors(place: Path) -> Iterator[None]:
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
-            raise CheckpointError(f"{place}: cannot be written: {error}") from None
+            raise CheckpointError(
+                f"{place}: cannot be written: {error}", code="save_failed"
+            ) from None
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(place)) from None
 
@@ -436,7 +441,8 @@ def require_all_saved(
     if missing:
         raise CheckpointError(
             f"{missing[0]} learns but no part of a checkpoint saves it ({len(missing)} of "
-            f"{len(learning)} such); nothing was written - this is a bug, please report it"
+            f"{len(learning)} such); nothing was written - this is a bug, please report it",
+            code="save_incomplete",
         )
 
 
@@ -451,13 +457,20 @@ def verify(folder: Path) -> Checkpoint:
     present = {str(path.relative_to(folder)): path for path in _files(folder)}
     present.pop(MANIFEST, None)
     if missing := sorted(recorded.keys() - present.keys()):
-        raise CheckpointError(f"{folder}: {missing[0]} is missing; the checkpoint is incomplete")
+        raise CheckpointError(
+            f"{folder}: {missing[0]} is missing; the checkpoint is incomplete",
+            code="checkpoint_damaged",
+        )
     if extra := sorted(present.keys() - recorded.keys()):
-        raise CheckpointError(f"{folder}: {extra[0]} is not in its manifest; remove that file")
+        raise CheckpointError(
+            f"{folder}: {extra[0]} is not in its manifest; remove that file",
+            code="checkpoint_damaged",
+        )
     for name, path in present.items():
         if _sha256(path) != recorded[name]:
             raise CheckpointError(
-                f"{folder}: {name} has changed since it was written (its sha256 differs)"
+                f"{folder}: {name} has changed since it was written (its sha256 differs)",
+                code="checkpoint_damaged",
             )
     return Checkpoint(folder, manifest)
 
@@ -470,9 +483,14 @@ def verify_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
     """
     path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"{folder}: {name} is missing; the checkpoint is incomplete")
+        raise CheckpointError(
+            f"{folder}: {name} is missing; the checkpoint is incomplete", code="checkpoint_damaged"
+        )
     if _sha256(path) != manifest["files"].get(name):
-        raise CheckpointError(f"{folder}: {name} is not what its manifest says; it is damaged")
+        raise CheckpointError(
+            f"{folder}: {name} is not what its manifest says; it is damaged",
+            code="checkpoint_damaged",
+        )
     return path
 
 
@@ -490,20 +508,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}, so this is not a complete checkpoint; give a folder like "
-            "RUN/final or RUN/checkpoints/step-00000100"
+            "RUN/final or RUN/checkpoints/step-00000100",
+            code="no_checkpoint",
         ) from None
     except ValueError:
-        raise CheckpointError(f"{path}: not valid JSON; the checkpoint is damaged") from None
+        raise CheckpointError(
+            f"{path}: not valid JSON; the checkpoint is damaged", code="manifest_damaged"
+        ) from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path}: not a checkpoint's manifest; the checkpoint is damaged")
+        raise CheckpointError(
+            f"{path}: not a checkpoint's manifest; the checkpoint is damaged",
+            code="manifest_damaged",
+        )
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')!r}, but this version reads {FORMAT}; use the "
-            "version of vlm-sft that wrote it"
+            "version of vlm-sft that wrote it",
+            code="checkpoint_format",
         )
     manifest.pop("sha256", None)
     if _sealed(manifest) != text:
-        raise CheckpointError(f"{path}: has changed since it was written (its sha256 differs)")
+        raise CheckpointError(
+            f"{path}: has changed since it was written (its sha256 differs)",
+            code="manifest_damaged",
+        )
     return manifest
 
 
@@ -532,7 +560,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(str(path))
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors: {error}", code="checkpoint_damaged"
+        ) from None
 
 
 def copy_tensors(
@@ -555,19 +585,22 @@ def check_tensors(
     if missing := sorted(wanted.keys() - found.keys()):
         raise CheckpointError(
             f"{where}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} are); it "
-            "was made for another model"
+            "was made for another model",
+            code="tensors_differ",
         )
     if extra := sorted(found.keys() - wanted.keys()):
         raise CheckpointError(
             f"{where}: tensor {extra[0]!r} is not in this model ({len(extra)} such); it was made "
-            "for another model"
+            "for another model",
+            code="tensors_differ",
         )
     for name, target in wanted.items():
         if found[name].shape != target.shape:
             raise CheckpointError(
                 f"{where}: tensor {name!r} is {_shape(found[name])}, but this model's is "
                 f"{_shape(target)}; use the tower, projector_type and language model that it was "
-                "trained with"
+                "trained with",
+                code="shapes_differ",
             )
 
 
@@ -581,7 +614,8 @@ def require_space(place: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise CheckpointError(
             f"{place}: {free / 1e9:.1f} GB free, but a checkpoint takes about "
-            f"{num_bytes / 1e9:.1f} GB; free some space or choose another output_dir"
+            f"{num_bytes / 1e9:.1f} GB; free some space or choose another output_dir",
+            code="disk_full",
         )
 
 

@@ -221,7 +221,8 @@ class Trainer:
             raise ConfigError(
                 f"{checkpoint.folder}: the run is already at step {checkpoint.step}, beyond the "
                 f"{self.plan.total_steps} that train.max_steps and train.epochs ask for; ask for "
-                "more, or choose another output_dir"
+                "more, or choose another output_dir",
+                code="settings_changed",
             )
         self.step = self._saved_step = checkpoint.step
         self._resumed_from = checkpoint
@@ -358,7 +359,8 @@ class Trainer:
             if scale <= 1:
                 raise UserError(
                     f"step {self.step + 1}: the gradient overflows fp16 even unscaled; use bf16 "
-                    "or fp32 (the weights are those before this step)"
+                    "or fp32 (the weights are those before this step)",
+                    code="fp16_overflow",
                 )
             self._live.say(
                 f"step {self.step + 1}: the fp16 gradient overflowed at loss scale {scale:g}; the "

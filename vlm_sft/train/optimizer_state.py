@@ -81,7 +81,8 @@ def _read(
         raise CheckpointError(
             f"{folder / VALUES}: its parameter groups hold {sum(map(len, saved))} tensors in "
             f"{len(saved)} groups, this run's {sum(map(len, own))} in {len(own)}, or under other "
-            "names; resume with the configuration it was made with"
+            "names; resume with the configuration it was made with",
+            code="tensors_differ",
         )
     tensors = _read_tensors(folder, _named(optimizer))
     state = optimizer.state_dict()

@@ -155,7 +155,9 @@ class _Files:
             try:
                 self._open[process] = safe_open(path, framework="pt")
             except Exception as error:
-                raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None
+                raise CheckpointError(
+                    f"{path}: cannot be read as safetensors: {error}", code="checkpoint_damaged"
+                ) from None
         return self._open[process]
 
 

@@ -26,7 +26,9 @@ def parts_rows(parts: Parts, rates: Mapping[str, float]) -> list[dict[str, str]]
         UserError: Nothing is trainable.
     """
     if not any(is_trainable(named) for named in parts.values()):
-        raise UserError("nothing is trainable: every part of the model is frozen")
+        raise UserError(
+            "nothing is trainable: every part of the model is frozen", code="nothing_learns"
+        )
     rows = []
     for part, named in parts.items():
         if not named:
@@ -78,7 +80,8 @@ def require_gradients(parts: Parts) -> None:
         if gradients and not any(g is not None and bool(whole(g).any()) for g in gradients):
             raise UserError(
                 f"{part} is trainable but has no gradient after the first step, so it would never "
-                "learn; its outputs do not reach the loss - check the masks with vlm_sft.show"
+                "learn; its outputs do not reach the loss - check the masks with vlm_sft.show",
+                code="nothing_learns",
             )
 
 
@@ -129,7 +132,8 @@ def _read_and_compare(
         if not torch.equal(own_part(parameter), before):
             raise CheckpointError(
                 f"{folder}: rehearsal of saving: {name} did not come back as it was saved; "
-                "the checkpoints of this run could not be trusted"
+                "the checkpoints of this run could not be trusted",
+                code="save_changed",
             )
 
 
@@ -143,5 +147,6 @@ def require_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> No
         if after[part] != digest:
             raise UserError(
                 f"{part} is frozen but its weights changed during the run (sha256 {digest[:12]} "
-                f"became {after[part][:12]}); the result cannot be trusted"
+                f"became {after[part][:12]}); the result cannot be trusted",
+                code="frozen_part_moved",
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_sft.errors import CheckpointError
+from vlm_sft.errors import CheckpointError, is_disk_full
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore
 
 
@@ -63,7 +63,8 @@ class Saver:
         if failure is not None:
             raise CheckpointError(
                 f"the checkpoint of step {self._step} could not be saved: {failure}; the ones "
-                "before it are untouched and the run goes on from them when started again"
+                "before it are untouched and the run goes on from them when started again",
+                code="disk_full" if is_disk_full(failure) else "save_failed",
             ) from failure
         return self.newest
 

@@ -156,5 +156,6 @@ def refuse_non_finite(fault: str | None, *, step: int) -> None:
     if fault is not None:
         raise UserError(
             f"step {step}: {fault}; the weights are those before this step - look at these records "
-            "with vlm_sft.show, lower the learning rate, or use precision bf16 or fp32"
+            "with vlm_sft.show, lower the learning rate, or use precision bf16 or fp32",
+            code="not_finite",
         )

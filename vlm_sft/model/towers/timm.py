@@ -178,7 +178,8 @@ def _load_weights(model: Any, path: Path, where: str) -> None:
         first = (result.missing_keys or unexpected)[0]
         raise UserError(
             f"{where}: {path} is of another model: {len(result.missing_keys)} tensors missing and "
-            f"{len(unexpected)} unknown, the first being {first}"
+            f"{len(unexpected)} unknown, the first being {first}",
+            code="tensors_differ",
         )
 
 

@@ -155,7 +155,8 @@ def _pretrained(name: str) -> PreTrainedModel:
     if missing:
         raise UserError(
             f"{where}: {name} lacks {len(missing)} tensors of its {kind} encoder, the first "
-            f"being {missing[0]}; take a complete folder"
+            f"being {missing[0]}; take a complete folder",
+            code="tensors_differ",
         )
     return cast(PreTrainedModel, encoder)
 
