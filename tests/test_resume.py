@@ -8,14 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_runs import ROOT, TINY, rows, run
 from tests.train.tiny import reset_accelerate
+from vlm_sft import stage
 from vlm_sft.errors import CheckpointError, ConfigError, UserError
 from vlm_sft.run_folder import locked
-from vlm_sft.train.checkpoint import CheckpointStore, verify
+from vlm_sft.train.checkpoint import CheckpointStore, load_tensors, verify
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +110,22 @@ def test_a_finished_run_can_be_made_longer_but_not_shorter(cut: Path) -> None:
         go_on(cut, "train.max_steps=5", "--allow-change=train.max_steps")
 
 
+def test_a_frozen_part_that_is_another_now_is_refused(
+    cut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_model = stage.load_model
+
+    def with_another_tower(*arguments: Any) -> Any:
+        model, identity = load_model(*arguments)
+        with torch.no_grad():
+            next(model.vision_tower.parameters()).add_(1e-3)
+        return model, identity
+
+    monkeypatch.setattr(stage, "load_model", with_another_tower)
+    with pytest.raises(UserError, match="vision_tower is frozen but its weights changed"):
+        go_on(cut)
+
+
 def test_another_template_is_refused_by_what_it_says_and_not_by_its_name(cut: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.template cannot change within a run"):
         go_on(cut, "data.template=chatml")
@@ -148,13 +167,15 @@ def test_a_picture_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_pat
 
 
 def test_what_was_left_out_stays_out_when_the_picture_is_mended(tmp_path: Path) -> None:
-    options = with_a_broken_picture(tmp_path)
+    options = [*with_a_broken_picture(tmp_path), "train.epochs=3", "train.keep_checkpoints=9"]
     assert run("stage1", tmp_path / "run", *options) == 0
     weights = (tmp_path / "run/final/projector.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run/final")
-    newest, before = CheckpointStore(tmp_path / "run", {}).step_folders()[:2]
-    shutil.rmtree(newest)
-    assert verify(before).manifest["quarantined"]
+    *newer, before, _ = CheckpointStore(tmp_path / "run", {}).step_folders()
+    for folder in newer:
+        shutil.rmtree(folder)
+    manifest = verify(before).manifest
+    assert manifest["quarantined"] and manifest["epoch"] <= 2  # so its turn comes once more
     shutil.copy(TINY / "data/images/red-circle-1.png", tmp_path / "data/images")
     assert run("stage1", tmp_path / "run", *options) == 0
     assert (tmp_path / "run/final/projector.safetensors").read_bytes() == weights
@@ -174,7 +195,10 @@ def test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down(tmp_path:
     assert run("stage1", tmp_path, *SKIP, huge, "data.eval=[]") == 0
     left_out = [row for row in rows(tmp_path / "trained.jsonl") if "update_left_out" in row]
     assert left_out and "not finite" in left_out[0]["update_left_out"]
-    assert verify(tmp_path / "final").manifest["skipped_steps"] == len(left_out)
+    final = verify(tmp_path / "final")
+    assert final.manifest["skipped_steps"] == len(left_out)
+    weights = load_tensors(final.folder / "projector.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
     with pytest.raises(UserError, match="1 updates were left out before"):
         run("stage1", tmp_path / "capped", *SKIP, huge, "train.max_skipped_steps=1")
 
@@ -207,6 +231,24 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     sender.join()
     saved = sorted(int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir())
     assert len(saved) == 2 and 3 <= saved[0] < saved[1] == steps
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_as_if_it_had_not_been(
+    tmp_path: Path,
+) -> None:
+    options = ("train.max_steps=60", "train.epochs=1000", "train.save_every_steps=20")
+    options = (*options, "data.eval=[]")
+    path = tmp_path / "asked" / "trained.jsonl"
+    sender = during(path, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("stage1", tmp_path / "asked", *options) == 143
+    sender.join()
+    newest = CheckpointStore(tmp_path / "asked", {}).newest()
+    assert newest is not None and 3 <= newest.step == len(rows(path)) < 60
+    for name in ("asked", "untouched"):
+        assert run("stage1", tmp_path / name, *options) == 0
+    asked, untouched = (verify(tmp_path / name / "final") for name in ("asked", "untouched"))
+    file = "projector.safetensors"
+    assert asked.manifest["files"][file] == untouched.manifest["files"][file]
 
 
 def test_time_passing_saves_too(tmp_path: Path) -> None:

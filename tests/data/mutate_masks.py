@@ -9,21 +9,15 @@ survives.
 """
 
 import argparse
-import os
-import re
-import shutil
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
+from tests.mutation import Mutant, copied_sources, killer
 from vlm_sft.progress import track
 
-ROOT = Path(__file__).parent.parent.parent
-COPIED = ("vlm_sft", "data_tools", "tests", "configs", "pyproject.toml")
 DATA = "vlm_sft/data/"
 TESTS = (
     "tests/data/test_masking.py",
@@ -34,28 +28,8 @@ TESTS = (
 )
 LIGHT = "not qwen and not llama_3 and not smollm2 and not extreme and not left_over"
 """Tests that load small vocabularies: enough to see every mutant."""
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A seeded bug: in `file`, `old`, which occurs once, becomes `new`."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-
-    def apply(self, root: Path) -> str:
-        """Change the copy in `root`; returns what the file was."""
-        path = root / self.file
-        text = path.read_text(encoding="utf-8")
-        if text.count(self.old) != 1:
-            raise SystemExit(
-                f"error: mutant {self.name!r}: its text occurs {text.count(self.old)} times in "
-                f"{self.file}, expected once; write the mutant anew"
-            )
-        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
-        return text
+KEPT = ("tests", "tests.tokenizers_for_tests", "tests.chat_templates_for_tests")
+"""Built once, in `warm_up`."""
 
 
 LABELS = "            labels += ids[start:] if trained else [IGNORE_INDEX] * (len(ids) - start)\n"
@@ -236,19 +210,6 @@ class Verdict:
     without_proof: str | None
 
 
-def copy_sources(where: Path) -> None:
-    """What the tests need, without what git ignores."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, where / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, where / name)
-    if (ROOT / "demo" / "pieces").exists():
-        (where / "demo").mkdir()
-        (where / "demo" / "pieces").symlink_to((ROOT / "demo" / "pieces").resolve())
-
-
 def warm_up() -> None:
     """Import what takes seconds and build the tokenizers once; every trial is a fork of this."""
     import hypothesis  # noqa: F401
@@ -263,54 +224,6 @@ def warm_up() -> None:
         load(name)
 
 
-def killer(root: Path, mutants: Sequence[Mutant], tests: Sequence[str]) -> str | None:
-    """The first test that fails with these mutants in the copy; None when all pass."""
-    before = [(mutant, mutant.apply(root)) for mutant in mutants]
-    try:
-        log = root / "pytest.log"
-        child = os.fork()
-        if child == 0:
-            _run_tests(root, log, tests)
-        _, status = os.waitpid(child, 0)
-        text = log.read_text(encoding="utf-8", errors="replace")
-    finally:
-        for mutant, original in reversed(before):
-            (root / mutant.file).write_text(original, encoding="utf-8")
-    code = os.waitstatus_to_exitcode(status)
-    if code == 0:
-        return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)
-    if found is None:
-        raise SystemExit(f"error: pytest ended with {code}:\n{text[-2000:]}")
-    return found.group(1).removeprefix("tests/data/")
-
-
-def _run_tests(root: Path, log: Path, tests: Sequence[str]) -> None:
-    """In the fork: forget our own modules, then let pytest import the mutated ones."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    kept = ("tests", "tests.tokenizers_for_tests", "tests.chat_templates_for_tests")
-    for name in list(sys.modules):
-        if name.split(".")[0] in ("vlm_sft", "tests") and name not in kept:
-            del sys.modules[name]
-    os.chdir(root)
-    import pytest
-
-    code = 3
-    try:
-        sys.dont_write_bytecode = True
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-k", LIGHT]
-        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        code = int(pytest.main([*options, *tests]))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mutate_masks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -318,31 +231,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", default="", metavar="WORD", help="mutants with this in the name")
     arguments = parser.parse_args(argv)
     chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
-    with tempfile.TemporaryDirectory(prefix="vlm_sft-mutants-") as scratch:
-        root = Path(scratch)
-        copy_sources(root)
-        # Everything that is imported from here on comes from the copy.
-        for name in [n for n in sys.modules if n.split(".")[0] in ("vlm_sft", "tests")]:
-            del sys.modules[name]
-        os.chdir(root)
-        sys.path[:] = [str(root), *(p for p in sys.path if p not in ("", str(ROOT)))]
-        for mutant in (*chosen, NO_PROOF):  # that all still fit is known before the long wait
-            (root / mutant.file).write_text(mutant.apply(root), encoding="utf-8")
+    with copied_sources((*chosen, NO_PROOF)) as root:
         warm_up()
         start = time.monotonic()
-        if (broken := killer(root, (), TESTS)) is not None:
+        seen_by = partial(killer, root, tests=TESTS, options=("-k", LIGHT), kept=KEPT)
+        if (broken := seen_by(())) is not None:
             print(f"error: {broken} fails without any mutant; mend it first", file=sys.stderr)
             return 1
         print(f"without a mutant all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
-        verdicts = []
-        for mutant in track(chosen, description="mutants"):
-            verdicts.append(
-                Verdict(
-                    mutant,
-                    killer(root, (mutant,), TESTS),
-                    killer(root, (mutant, NO_PROOF), TESTS),
-                )
-            )
+        verdicts = [
+            Verdict(mutant, seen_by((mutant,)), seen_by((mutant, NO_PROOF)))
+            for mutant in track(chosen, description="mutants")
+        ]
     return report(verdicts)
 
 

@@ -12,7 +12,8 @@ import pytest
 from tests.data import mask_oracle
 from tests.data.golden_masks import CASES
 from tests.data.mask_oracle import Pair, check
-from tests.data.mutate_masks import MUTANTS, NO_PROOF, ROOT, Mutant
+from tests.data.mutate_masks import MUTANTS, NO_PROOF
+from tests.mutation import ROOT, Mutant, require_fit
 from tests.tokenizers_for_tests import load
 
 CHEAP = (
@@ -26,15 +27,7 @@ CHEAP = (
 
 @pytest.mark.parametrize("mutant", (*MUTANTS, NO_PROOF), ids=lambda mutant: mutant.name)
 def test_a_mutant_still_fits_the_sources(mutant: Mutant, tmp_path: Path) -> None:
-    text = (ROOT / mutant.file).read_text(encoding="utf-8")
-    copy = tmp_path / mutant.file
-    copy.parent.mkdir(parents=True)
-    copy.write_text(text, encoding="utf-8")
-    assert mutant.apply(tmp_path) == text
-    changed = copy.read_text(encoding="utf-8")
-    assert changed != text
-    if mutant.file.endswith(".py"):
-        compile(changed, mutant.file, "exec")
+    require_fit(mutant, tmp_path)
 
 
 def mutated(monkeypatch: pytest.MonkeyPatch, *mutants: Mutant) -> ModuleType:

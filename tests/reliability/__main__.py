@@ -3,6 +3,7 @@
     scripts/reliability               # everything: 200 random kills, 1,000 flipped bits, ...
     scripts/reliability --quick       # a slice of each, within three minutes
     scripts/reliability --only kills  # one part: kills, places, signals, disks, damage, processes
+    scripts/reliability --peer        # 20 kills for us and 20 for transformers' Trainer, compared
 
 Every run is the real command on a tiny model, in a process of its own that is really killed. A run
 counts as the same if its weights, its optimiser and the list of records that each step trained on
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     rows: list[Row] = []
     faults: list[str] = []
     try:
-        for part in arguments.only:
+        for part in arguments.parts:
             for row, found in MEASURES[part](folder, arguments):
                 rows.append(row)
                 faults += found
@@ -136,6 +137,26 @@ def _processes(folder: Path, arguments: argparse.Namespace) -> Measured:
     yield ("rank killed", "stage1", "1", shown, format_seconds(seconds)), wrong
 
 
+def _peer(folder: Path, arguments: argparse.Namespace) -> Measured:
+    """The Trainer's losses are shown; ours are faults."""
+    from tests.reliability.peer import SETTINGS as THEIRS
+    from tests.reliability.peer import SYSTEMS, Ours, Score, comparison, killed_runs
+
+    scores = {system.name: Score() for system in SYSTEMS}
+    for number, kind in enumerate(KINDS):
+        count = (arguments.peer + number) // len(KINDS)
+        for system in SYSTEMS if count else ():
+            what, start = f"kill -9, {system.name}", time.monotonic()
+            lab = Lab(folder / f"peer-{system.__name__}-{kind}", kind, (*SETTINGS, *THEIRS))
+            last = Score()
+            for last in killed_runs(system(lab), count, seed=arguments.seed):
+                print(f"\r{what}, {kind}: {last.kills}", end="\r", file=sys.stderr)
+            scores[system.name] += last
+            faults = last.faults() if system is Ours else []
+            yield (what, kind, f"{last.kills}", last.sentence(), _since(start)), faults
+    Console(width=max(100, Console().width)).print(comparison(scores))
+
+
 MEASURES: dict[str, Callable[[Path, argparse.Namespace], Measured]] = {
     "kills": _kills,
     "places": _places,
@@ -143,6 +164,7 @@ MEASURES: dict[str, Callable[[Path, argparse.Namespace], Measured]] = {
     "disks": _disks,
     "damage": _damage,
     "processes": _processes,
+    "peer": _peer,
 }
 
 
@@ -191,9 +213,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a slice of each, for every change")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
+    parser.add_argument(
+        "--peer",
+        nargs="?",
+        type=int,
+        const=20,
+        metavar="KILLS",
+        help="so many random kills (20) for our runs and as many for transformers' Trainer",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the times and the damage (1)")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.parts = list(arguments.only or (() if arguments.peer else PARTS))
+    arguments.parts += ["peer"] if arguments.peer else []
+    return arguments
 
 
 if __name__ == "__main__":

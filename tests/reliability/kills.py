@@ -9,8 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.reliability.lab import Ended, Lab
+from tests.reliability.lab import Ended, Lab, Running
 from vlm_sft.crash import CRASH_POINTS, VARIABLE
+
+HITS = (1, 1, 2, 3)
+"""How often a run is hit: one of these, drawn at random."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ def untouched(lab: Lab) -> tuple[dict[str, str], float]:
 def random_kills(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
     """Kill runs at random times until `count` processes died; the tally after every trial.
 
-    Half of the trials have one kill, the others two to four, all within one epoch of the data.
+    Half of the trials have one kill, the others up to three.
     """
     expected, seconds = untouched(lab)
     draw = random.Random(seed)
@@ -51,11 +54,8 @@ def random_kills(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
     while tally.kills < count:
         name = f"killed-{tally.trials}"
         died = 0
-        for _ in range(draw.choice((1, 1, 2, 3))):
-            running = lab.start(name)
-            time.sleep(draw.uniform(0.02, 1.0) * seconds)
-            running.send(signal.SIGKILL)
-            ended = running.wait()
+        for _ in range(draw.choice(HITS)):
+            ended = strike(lab.start(name), draw, seconds)
             died += ended.code == -signal.SIGKILL
             if ended.code not in (0, -signal.SIGKILL):
                 tally.faults.append(f"{name}: ended with {ended.code}: {ended.said[-500:]}")
@@ -63,6 +63,13 @@ def random_kills(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
         tally.several += died > 1
         _bring_to_its_end(lab, name, expected, tally)
         yield tally
+
+
+def strike(running: Running, draw: random.Random, seconds: float) -> Ended:
+    """Kill a run at a random time within the `seconds` that an untouched one takes."""
+    time.sleep(draw.uniform(0.02, 1.0) * seconds)
+    running.send(signal.SIGKILL)
+    return running.wait()
 
 
 def named_kills(lab: Lab) -> Iterator[Tally]:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module | No
     return CheckpointStore(
         folder, {"weights": weights}, facts={"stage": "stage1"}, keep=keep, say=said.append
     )
+
+
+def damage(folder: Path) -> None:
+    """Cut a file short, and only here: a hard link elsewhere keeps its content."""
+    path = folder / "weights.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1])
 
 
 def test_the_newest_is_found_and_older_ones_are_dropped(tmp_path: Path) -> None:
@@ -81,6 +90,89 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(tmp_pat
     resumed.save({"step": 7})
     newest = store(tmp_path, []).newest()
     assert newest is not None and newest.step == 7
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10):
+        store(tmp_path, []).save({"step": step})
+    damage(tmp_path / "checkpoints" / "step-00000010")
+    resumed = store(tmp_path, [], keep=2)
+    newest = resumed.newest()
+    assert newest is not None and newest.step == 5
+    damage(resumed.save({"step": 15}).folder)
+    newest = store(tmp_path, []).newest()
+    assert newest is not None and newest.step == 5
+
+
+def test_a_save_that_does_not_read_back_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = store(tmp_path, [], keep=1)
+    checkpoints.save({"step": 5})
+    write_folder = checkpoint.write_folder
+
+    def on_a_bad_disk(folder: Path, *rest: Any, **more: Any) -> None:
+        write_folder(folder, *rest, **more)
+        damage(folder)
+
+    monkeypatch.setattr(checkpoint, "write_folder", on_a_bad_disk)
+    with pytest.raises(CheckpointError, match=r"step-00000010: weights\.safetensors has changed"):
+        checkpoints.save({"step": 10})
+    newest = store(tmp_path, []).newest()
+    assert newest is not None and newest.step == 5
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    named: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        if target.name == "step-00000005":
+            content = [source, *source.rglob("*")]
+            assert {"weights.safetensors", "manifest.json"} <= {path.name for path in content}
+            assert [p.name for p in content if p.stat().st_ino not in synced] == []
+            named.append(target.name)
+            synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    folder = store(tmp_path, []).save({"step": 5}).folder
+    assert named == [folder.name]
+    assert folder.parent.stat().st_ino in synced  # the name itself
+
+
+def test_what_is_saved_is_what_was_when_the_save_began(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    checkpoints = store(tmp_path, [], model=layer)
+    write = checkpoints.capture({"step": 5})
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    saved = load_tensors(write().folder / "weights.safetensors")
+    assert torch.equal(saved["weight"], before)
+
+
+def test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, [])
+    checkpoints.learning = {"forgotten.weight": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match=r"forgotten\.weight learns but no part"):
+        checkpoints.save({"step": 5})
+    assert checkpoints.step_folders() == []
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path: Path) -> None:
+    folder = store(tmp_path, []).save({"step": 5}).folder
+    (folder / "stranger.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"stranger\.safetensors is not in its manifest"):
+        verify(folder)
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
@@ -160,6 +252,14 @@ def test_final_is_a_complete_checkpoint_that_shares_the_bytes(tmp_path: Path) ->
         final.folder / "weights.safetensors", last.folder / "weights.safetensors"
     )
     assert checkpoints.finished() is not None
+
+
+def test_a_damaged_final_does_not_count_as_finished(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = store(tmp_path, said)
+    damage(checkpoints.finish(checkpoints.save({"step": 5})).folder)
+    assert checkpoints.finished() is None
+    assert len(said) == 1 and "final: weights.safetensors has changed" in said[0]
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:

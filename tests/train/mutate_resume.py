@@ -1,0 +1,358 @@
+"""Seed the bugs that resuming has had elsewhere, one at a time: do the fast tests see each?
+
+    scripts/mutate_resume                # every mutant
+    scripts/mutate_resume --only lock    # mutants whose name has "lock" in it
+
+Each mutant is an exact replacement in a copy of the sources, tried on the tests that are named with
+it. The exit code is 1 when one survives.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from tests.mutation import Mutant, copied_sources, killer
+from vlm_sft.progress import track
+
+DATA, TRAIN = "vlm_sft/data/", "vlm_sft/train/"
+CHECKPOINT = "tests/train/test_checkpoint.py"
+RESUME = "tests/test_resume.py"
+BIT_FOR_BIT = (
+    "tests/test_stages.py::test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit"
+)
+SYNCED = f"{CHECKPOINT}::test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name"
+READ_BACK = f"{CHECKPOINT}::test_a_save_that_does_not_read_back_leaves_the_one_before"
+FAST = ("-m", "not slow")
+
+MUTANTS = (
+    Mutant(
+        "a checkpoint's files are not synced",
+        TRAIN + "checkpoint.py",
+        "        _sync_tree(building)\n",
+        "",
+        (SYNCED,),
+    ),
+    Mutant(
+        "a checkpoint's manifest is not synced",
+        "vlm_sft/atomic.py",
+        "            os.fsync(file.fileno())\n",
+        "",
+        (SYNCED,),
+    ),
+    Mutant(
+        "a checkpoint's new name is not synced",
+        TRAIN + "checkpoint.py",
+        "    sync_folder(folder.parent)\n",
+        "",
+        (SYNCED,),
+    ),
+    Mutant(
+        "a checkpoint gets its name before its manifest",
+        TRAIN + "checkpoint.py",
+        "        write_text(building / MANIFEST, _sealed(manifest))\n",
+        "        _move_into_place(building, folder)\n"
+        "        write_text(folder / MANIFEST, _sealed(manifest))\n"
+        "        return\n",
+        (SYNCED,),
+    ),
+    Mutant(
+        "older checkpoints go before the new one is read back",
+        TRAIN + "checkpoint.py",
+        "            checkpoint = verify(folder)\n",
+        "            self._prune(folder)\n            checkpoint = verify(folder)\n",
+        (READ_BACK,),
+    ),
+    Mutant(
+        "the new checkpoint is not read back",
+        TRAIN + "checkpoint.py",
+        "            checkpoint = verify(folder)\n",
+        "            checkpoint = Checkpoint(folder, read_manifest(folder))\n",
+        (READ_BACK,),
+    ),
+    Mutant(
+        "damaged checkpoints count among those that are kept",
+        TRAIN + "checkpoint.py",
+        " if folder not in self._damaged]",
+        "]",
+        (f"{CHECKPOINT}::test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept",),
+    ),
+    Mutant(
+        "the files' hashes are not compared",
+        TRAIN + "checkpoint.py",
+        "if _sha256(path) != recorded[name]:",
+        "if False:",
+        (f"{CHECKPOINT}::test_a_damaged_newest_is_named_and_the_one_before_is_used",),
+    ),
+    Mutant(
+        "the manifest's own seal is not compared",
+        TRAIN + "checkpoint.py",
+        "if _sealed(manifest) != text:",
+        "if False:",
+        (f"{CHECKPOINT}::test_a_flipped_bit_of_the_manifest_itself_is_seen",),
+    ),
+    Mutant(
+        "a file too many is let be",
+        TRAIN + "checkpoint.py",
+        "if extra := sorted(present.keys() - recorded.keys()):",
+        "if extra := []:",
+        (f"{CHECKPOINT}::test_a_file_that_the_manifest_does_not_name_is_refused",),
+    ),
+    Mutant(
+        "what a kill leaves is taken for a checkpoint",
+        TRAIN + "checkpoint.py",
+        "        shutil.rmtree(leftover, ignore_errors=True)\n",
+        '        os.rename(leftover, parent / leftover.name.split(".")[1])\n',
+        (f"{CHECKPOINT}::test_what_a_kill_leaves_is_swept_and_never_taken_for_a_checkpoint",),
+    ),
+    Mutant(
+        "a checkpoint that was being replaced is not put back",
+        TRAIN + "checkpoint.py",
+        "            os.rename(old, folder)\n",
+        "            remove(old)\n",
+        (f"{CHECKPOINT}::test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one",),
+    ),
+    Mutant(
+        "the oldest checkpoint is taken for the newest",
+        TRAIN + "checkpoint.py",
+        "reverse=True)",
+        "reverse=False)",
+        (f"{CHECKPOINT}::test_the_newest_is_found_and_older_ones_are_dropped",),
+    ),
+    Mutant(
+        "a run whose checkpoints are all damaged starts over",
+        TRAIN + "checkpoint.py",
+        "        if folders:\n",
+        "        if False:\n",
+        (
+            f"{CHECKPOINT}"
+            "::test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently",
+        ),
+    ),
+    Mutant(
+        "a damaged final/ counts as finished",
+        TRAIN + "checkpoint.py",
+        "return verify(self.final_dir)",
+        "return Checkpoint(self.final_dir, read_manifest(self.final_dir))",
+        (f"{CHECKPOINT}::test_a_damaged_final_does_not_count_as_finished",),
+    ),
+    Mutant(
+        "a trained tensor that nothing saves goes unnoticed",
+        TRAIN + "checkpoint.py",
+        "        require_all_saved(self.learning, self.components)\n",
+        "",
+        (f"{CHECKPOINT}::test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing",),
+    ),
+    Mutant(
+        "another run's checkpoint is loaded",
+        TRAIN + "checkpoint.py",
+        "if found == expected:",
+        "if True:",
+        (f"{CHECKPOINT}::test_a_checkpoint_of_another_stage_is_refused",),
+    ),
+    Mutant(
+        "what is saved moves on with the training",
+        TRAIN + "checkpoint.py",
+        '"cpu", copy=True',
+        '"cpu"',
+        (f"{CHECKPOINT}::test_what_is_saved_is_what_was_when_the_save_began",),
+    ),
+    Mutant(
+        "a failed save in the background is swallowed",
+        TRAIN + "saver.py",
+        "            self._failure = error\n",
+        "            pass\n",
+        (f"{RESUME}::test_a_save_that_fails_ends_the_run_and_leaves_the_one_before",),
+    ),
+    Mutant(
+        "the optimiser's state is not restored",
+        TRAIN + "optimizer_state.py",
+        "    optimizer.load_state_dict(state)\n",
+        "",
+        (f"{CHECKPOINT}::test_an_optimiser_goes_on_from_its_files_bit_for_bit",),
+    ),
+    Mutant(
+        "the order starts at the first step again",
+        TRAIN + "loop.py",
+        "self._batches_from(self.step,",
+        "self._batches_from(0,",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "the position is off by one",
+        TRAIN + "loop.py",
+        "self.step = self._saved_step = checkpoint.step\n",
+        "self.step = self._saved_step = checkpoint.step + 1\n",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "the schedule starts again",
+        TRAIN + "loop.py",
+        "rate_factor(self.step,",
+        "rate_factor(self.step - (self._resumed_from.step if self._resumed_from else 0),",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "dropout goes on from wherever the generator is",
+        TRAIN + "step.py",
+        "            torch.manual_seed(seed_of(number))\n",
+        "            pass\n",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "dropout is the same in every step",
+        TRAIN + "step.py",
+        "{seed}/{step}/{micro_batch}",
+        "{seed}/{micro_batch}",
+        (
+            "tests/train/test_step.py::test_dropout_repeats_itself_for_a_step_and_differs_between_steps",
+        ),
+    ),
+    Mutant(
+        "micro-batches weigh the same, however many targets they have",
+        TRAIN + "step.py",
+        "output.loss_sum * scale",
+        "output.loss_sum / max(1, batch.num_targets) / len(batches)",
+        ("tests/train/test_step.py::test_micro_batches_and_processes_do_not_change_the_gradient",),
+    ),
+    Mutant(
+        "every epoch has the order of the first",
+        DATA + "sampling.py",
+        "{purpose}/{seed}/{epoch}",
+        "{purpose}/{seed}/0",
+        ("tests/data/test_sampling.py",),
+    ),
+    Mutant(
+        "the epoch is not looked at after the first",
+        DATA + "sampling.py",
+        "if self._cached[0] != epoch:",
+        "if False:",
+        ("tests/data/test_sampling.py",),
+    ),
+    Mutant(
+        "a frozen part may be another after resuming",
+        TRAIN + "loop.py",
+        'self._frozen = dict(checkpoint.manifest["frozen"])\n',
+        "self._frozen = self.hooks.frozen_digests()\n",
+        (f"{RESUME}::test_a_frozen_part_that_is_another_now_is_refused",),
+    ),
+    Mutant(
+        "an update that is not finite is made all the same",
+        TRAIN + "loop.py",
+        "        if fault is None:\n",
+        "        if True:\n",
+        (f"{RESUME}::test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down",),
+    ),
+    Mutant(
+        "records that were left out come back",
+        TRAIN + "loop.py",
+        "            self._account.restore(resumed.manifest)\n",
+        "            pass\n",
+        (f"{RESUME}::test_what_was_left_out_stays_out_when_the_picture_is_mended",),
+    ),
+    Mutant(
+        "updates that were left out are counted anew",
+        TRAIN + "account.py",
+        'int(manifest.get("skipped_steps", 0))',
+        "0",
+        ("tests/train/test_account.py",),
+    ),
+    Mutant(
+        "what was loaded is not compared with the plan",
+        TRAIN + "account.py",
+        "        if loaded != wanted:\n",
+        "        if False:\n",
+        ("tests/train/test_account.py",),
+    ),
+    Mutant(
+        "rows of steps that are done again are kept",
+        TRAIN + "metrics.py",
+        "<= last_step\n",
+        "<= last_step + 1000\n",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "SIGTERM is ignored",
+        TRAIN + "signals.py",
+        "        self.received = signal.Signals(number)\n",
+        "        return\n",
+        (f"{RESUME}::test_a_run_that_is_asked_to_end_saves_and_goes_on_as_if_it_had_not_been",),
+    ),
+    Mutant(
+        "the data's content is not part of a checkpoint",
+        "vlm_sft/assemble.py",
+        "[dataclasses.asdict(content) for content in data.train.contents]",
+        "[]",
+        (f"{RESUME}::test_two_records_that_changed_places_are_noticed",),
+    ),
+    Mutant(
+        "changed settings are not looked at",
+        "vlm_sft/run_folder.py",
+        "if has_checkpoints and path.exists():",
+        "if False:",
+        (f"{RESUME}::test_an_allowed_change_is_told_and_made",),
+    ),
+    Mutant(
+        "the lock is not taken",
+        "vlm_sft/run_folder.py",
+        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "            pass\n",
+        ("tests/test_stages.py::test_a_second_run_in_one_folder_is_refused",),
+    ),
+    Mutant(
+        "a loader process keeps the lock of its killed run",
+        "vlm_sft/run_folder.py",
+        "        os.close(descriptor)  # ",
+        "        pass  # ",
+        (f"{RESUME}::test_a_loader_process_that_outlives_its_run_does_not_keep_the_folder",),
+    ),
+)
+
+
+def warm_up() -> None:
+    """Import what takes seconds; every trial is a fork of this."""
+    import accelerate  # noqa: F401
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mutate_resume", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="", metavar="WORD", help="mutants with this in the name")
+    arguments = parser.parse_args(argv)
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    with copied_sources(chosen) as root:
+        warm_up()
+        start = time.monotonic()
+        tests = sorted({test for mutant in chosen for test in mutant.tests})
+        if (broken := killer(root, (), tests, options=FAST)) is not None:
+            print(f"error: {broken} fails without any mutant; mend it first", file=sys.stderr)
+            return 1
+        print(f"without a mutant all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
+        seen_by = {
+            mutant.name: killer(root, (mutant,), mutant.tests, options=FAST)
+            for mutant in track(chosen, description="mutants")
+        }
+    return report(seen_by)
+
+
+def report(seen_by: dict[str, str | None]) -> int:
+    """Print the table; 1 when a mutant survived."""
+    width = max(map(len, seen_by))
+    print(f"{'mutant'.ljust(width)}  {'':8}  seen by")
+    for name, by in seen_by.items():
+        print(f"{name.ljust(width)}  {'killed' if by else 'SURVIVED':8}  {by or ''}")
+    survived = sum(by is None for by in seen_by.values())
+    print(f"\n{len(seen_by)} mutants, {survived} survived")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,24 @@
+"""The seeded bugs of resuming still fit the sources, and the tests that must see them are there.
+
+`scripts/mutate_resume` tries every mutant on those tests.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutation import ROOT, Mutant, require_fit
+from tests.train.mutate_resume import MUTANTS
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_still_fits_the_sources(mutant: Mutant, tmp_path: Path) -> None:
+    require_fit(mutant, tmp_path)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_tests_that_must_see_a_mutant_are_there(mutant: Mutant) -> None:
+    assert mutant.tests
+    for test in mutant.tests:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8") or not name
