@@ -113,3 +113,18 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError):
         run_command(main, [])
+
+
+def test_one_of_several_processes_says_which_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+
+    def fails(argv: object) -> int:
+        raise UserError("no such thing")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(fails, [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error VS002: rank 2 of 4: no such thing\n"

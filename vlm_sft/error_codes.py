@@ -443,6 +443,12 @@ ALL: Final = (
         "The gradient overflows fp16 even without loss scaling.",
         "Use `train.precision=bf16` or `fp32`.",
     ),
+    ErrorCode(
+        413,
+        "out_of_memory",
+        "The GPU has not enough memory for a micro-batch.",
+        "Lower `train.micro_batch_size` or `data.max_length`, or turn on gradient checkpointing.",
+    ),
 )
 """Every code, in order of numbers."""
 

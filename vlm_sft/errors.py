@@ -1,6 +1,7 @@
 """Errors a user can mend, and how every command reports them: one sentence, exit code 2."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -104,7 +105,13 @@ def is_disk_full(error: BaseException) -> bool:
 
 def error_line(error: UserError) -> str:
     """The line that commands print: `error VS311: data.json[3]: record 'r1': ...`."""
-    return f"error {error.code}: {error}"
+    return f"error {error.code}: {_whose()}{error}"
+
+
+def _whose() -> str:
+    """Which of several processes speaks, as a launcher numbers them; nothing for a single one."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return "" if count == "1" else f"rank {os.environ.get('RANK', '?')} of {count}: "
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> None:
@@ -123,7 +130,9 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         code = 141
     except OSError as error:
         place = error.filename or "input/output"
-        print(f"error {code_of(error)}: {place}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"error {code_of(error)}: {_whose()}{place}: {error.strerror or error}", file=sys.stderr
+        )
         code = 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was saved is complete", file=sys.stderr)

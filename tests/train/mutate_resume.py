@@ -29,8 +29,8 @@ MUTANTS = (
     Mutant(
         "a checkpoint's files are not synced",
         TRAIN + "checkpoint.py",
-        "        _sync_tree(building)\n",
-        "",
+        "    files = _hashes(building)\n    _sync_tree(building)\n",
+        "    files = _hashes(building)\n",
         (SYNCED,),
     ),
     Mutant(
@@ -50,24 +50,24 @@ MUTANTS = (
     Mutant(
         "a checkpoint gets its name before its manifest",
         TRAIN + "checkpoint.py",
-        "        write_text(building / MANIFEST, _sealed(manifest))\n",
-        "        _move_into_place(building, folder)\n"
-        "        write_text(folder / MANIFEST, _sealed(manifest))\n"
-        "        return\n",
+        "    write_text(building / MANIFEST, _sealed(manifest))\n",
+        "    _move_into_place(building, folder)\n"
+        "    write_text(folder / MANIFEST, _sealed(manifest))\n"
+        "    return\n",
         (SYNCED,),
     ),
     Mutant(
         "older checkpoints go before the new one is read back",
         TRAIN + "checkpoint.py",
-        "            checkpoint = verify(folder)\n",
-        "            self._prune(folder)\n            checkpoint = verify(folder)\n",
+        "        checkpoint = verify(folder)\n",
+        "        self._prune(folder)\n        checkpoint = verify(folder)\n",
         (READ_BACK,),
     ),
     Mutant(
         "the new checkpoint is not read back",
         TRAIN + "checkpoint.py",
-        "            checkpoint = verify(folder)\n",
-        "            checkpoint = Checkpoint(folder, read_manifest(folder))\n",
+        "        checkpoint = verify(folder)\n",
+        "        checkpoint = Checkpoint(folder, read_manifest(folder))\n",
         (READ_BACK,),
     ),
     Mutant(
@@ -139,9 +139,23 @@ MUTANTS = (
     Mutant(
         "a trained tensor that nothing saves goes unnoticed",
         TRAIN + "checkpoint.py",
-        "        require_all_saved(self.learning, self.components)\n",
+        "        self.together.every(lambda: require_all_saved(self.learning, self.components))\n",
         "",
         (f"{CHECKPOINT}::test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing",),
+    ),
+    Mutant(
+        "what one process cannot write is not told to the others",
+        TRAIN + "checkpoint.py",
+        "            if error is not None:\n                raise error\n",
+        "            pass\n",
+        ("tests/train/test_sharding.py",),
+    ),
+    Mutant(
+        "shared tensors are read from the first rows on",
+        TRAIN + "pieces.py",
+        "low, high = max(start, first), min(stop, after)",
+        "low, high = max(start, first), min(stop - start, after)",
+        ("tests/train/test_sharding.py",),
     ),
     Mutant(
         "another run's checkpoint is loaded",

@@ -242,3 +242,22 @@ def test_frozen_parts_get_no_gradient() -> None:
     accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     for part, named in named_parts(model).items():
         assert all((p.grad is not None) == (part == "projector") for _, p in named)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_no_room_on_the_gpu_is_told_with_the_records(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    accelerator = make_accelerator("fp32")
+    batch = collate(eight_records()[:2], 0)
+    model = tiny_model(*TRAINABLE)
+    monkeypatch.setattr(
+        *((model, "forward") if phase == "forward" else (accelerator, "backward")), no_room
+    )
+    with pytest.raises(UserError, match=r"records 'record-0', 'record-1'") as caught:
+        accumulate_gradient(model, [batch], accelerator)
+    assert caught.value.reason == "out_of_memory"
+    assert "2 records of up to 11 tokens and 2 pictures" in str(caught.value)

@@ -1,8 +1,8 @@
 """One optimiser step's gradient: the sum of all token losses of the step over all its targets."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -92,9 +92,10 @@ def accumulate_gradient(
             torch.manual_seed(seed_of(number))
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            with accelerator.autocast():
+            with accelerator.autocast(), told_with_records(batch):
                 output = forward(model, batch, accelerator.device)
-            accelerator.backward(output.loss_sum * scale)
+            with told_with_records(batch):
+                accelerator.backward(output.loss_sum * scale)
         loss_sums.append(output.loss_sum.detach())
         record_losses += zip(batch.record_ids, output.per_record_loss.detach(), strict=False)
     summed = torch.stack(loss_sums).sum()
@@ -105,6 +106,27 @@ def accumulate_gradient(
         record_losses=tuple(record_losses),
         asks=Asks(stops > 0, saves > 0, faults),
     )
+
+
+@contextmanager
+def told_with_records(batch: Batch) -> Iterator[None]:
+    """Name the micro-batch that the GPU had no room for; none is ever left out.
+
+    Raises:
+        UserError: In place of the GPU's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        rows, tokens = batch.input_ids.shape
+        pictures = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        named = ", ".join(repr(name) for name in batch.record_ids[:8])
+        raise UserError(
+            f"the GPU has no room for a micro-batch of {rows} records of up to {tokens} tokens and "
+            f"{pictures} pictures (records {named}); lower train.micro_batch_size or "
+            "data.max_length, or set train.gradient_checkpointing: true",
+            code="out_of_memory",
+        ) from None
 
 
 def forward(model: nn.Module, batch: Batch, device: torch.device) -> VlmOutput:
