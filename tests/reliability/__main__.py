@@ -24,7 +24,7 @@ from rich.table import Table
 from tests.reliability.damage import Found, flips, losses, truncations
 from tests.reliability.kills import Tally, named_kills, random_kills, untouched
 from tests.reliability.lab import KINDS, Lab
-from tests.reliability.processes import elastic, lost_rank
+from tests.reliability.processes import elastic, failed_rank, lost_rank
 from tests.reliability.trouble import (
     full_disks,
     lost_worker,
@@ -135,6 +135,9 @@ def _processes(folder: Path, arguments: argparse.Namespace) -> Measured:
     seconds, wrong = lost_rank(folder / "rank")
     shown = f"all ended after {seconds:.0f} s" if not wrong else "; ".join(wrong)
     yield ("rank killed", "stage1", "1", shown, format_seconds(seconds)), wrong
+    seconds, wrong = failed_rank(folder / "failed rank")
+    shown = "all ended, rank and record named" if not wrong else "; ".join(wrong)
+    yield ("broken picture in one rank", "stage1", "1", shown, format_seconds(seconds)), wrong
 
 
 def _peer(folder: Path, arguments: argparse.Namespace) -> Measured:

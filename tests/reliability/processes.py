@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,35 @@ def lost_rank(folder: Path) -> tuple[float, list[str]]:
     if left := [pid for pid in ranks if Path(f"/proc/{pid}").exists()]:
         wrong.append(f"processes {left} are left")
     return seconds, wrong
+
+
+def failed_rank(folder: Path) -> tuple[float, list[str]]:
+    """Under torchrun, a picture breaks that one rank alone reads: seconds, and what was wrong."""
+    data = folder / "data"
+    shutil.copytree(ROOT / "configs/tiny/data", data)
+    records = json.loads((data / "captions.json").read_text())
+    (data / "images" / Path(records[-1]["image"]).name).write_bytes(b"no picture")
+    config = str(ROOT / "configs/tiny/stage1.yaml")
+    paths = [f"data.train.0.path={data / 'captions.json'}", "data.eval=[]"]
+    options = [f"output_dir={folder / 'run'}", "train.max_steps=50", "train.trackers=[]"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    stage = ["--master-port", str(free_port()), "-m", "vlm_sft.stage1", config]
+    began = time.monotonic()
+    ended = subprocess.run(
+        [*launcher, *stage, *paths, *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    wrong = []
+    if ended.returncode == 0:
+        wrong.append("the launcher ended with 0")
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error VS2")]
+    if not any(" of 2: " in line and repr(records[-1]["id"]) in line for line in told):
+        wrong.append(f"rank and record are not named: {ended.stderr[-1500:]}")
+    return time.monotonic() - began, wrong
 
 
 def _ranks_of(launcher: int) -> list[int]:
