@@ -77,7 +77,7 @@ Measured = Iterator[tuple[Row, list[str]]]
 def _kills(folder: Path, arguments: argparse.Namespace) -> Measured:
     for kind in KINDS:
         lab = Lab(folder / f"kills-{kind}", kind, SETTINGS)
-        count = 4 if arguments.quick else 67
+        count = 3 if arguments.quick else 67
         yield _tallied(
             "kill -9 at a random time", kind, random_kills(lab, count, seed=arguments.seed)
         )
@@ -86,11 +86,12 @@ def _kills(folder: Path, arguments: argparse.Namespace) -> Measured:
 def _places(folder: Path, arguments: argparse.Namespace) -> Measured:
     for kind in KINDS[:1] if arguments.quick else KINDS:
         lab = Lab(folder / f"places-{kind}", kind, SETTINGS)
-        yield _tallied("kill -9 at a named place", kind, named_kills(lab))
+        every = 4 if arguments.quick else 1
+        yield _tallied("kill -9 at a named place", kind, named_kills(lab, every=every))
 
 
 def _signals(folder: Path, arguments: argparse.Namespace) -> Measured:
-    counts = {"stage2_lora": 2} if arguments.quick else dict(zip(KINDS, (17, 17, 16), strict=True))
+    counts = {"stage2_lora": 1} if arguments.quick else dict(zip(KINDS, (17, 17, 16), strict=True))
     for kind, count in counts.items():
         lab = Lab(folder / f"signals-{kind}", kind, SETTINGS)
         yield _tallied("SIGTERM at a random time", kind, terminations(lab, count, seed=1))
@@ -103,7 +104,9 @@ def _disks(folder: Path, arguments: argparse.Namespace) -> Measured:
             if place is None:
                 yield ("disk full", kind, "not run", "no right to mount a small disk", "-"), []
             else:
-                yield _tallied("disk full at a tenth of a save", kind, full_disks(lab, place))
+                tenths = (1, 8) if arguments.quick else range(10)
+                full = full_disks(lab, place, tenths=tenths)
+                yield _tallied("disk full at a tenth of a save", kind, full)
     lab = Lab(folder / "shared", "stage1", SETTINGS)
     yield _single("second run in one folder", "stage1", lambda: second_run(lab))
     yield _single("loader process killed", "stage1", lambda: lost_worker(lab))

@@ -72,11 +72,11 @@ def strike(running: Running, draw: random.Random, seconds: float) -> Ended:
     return running.wait()
 
 
-def named_kills(lab: Lab) -> Iterator[Tally]:
-    """Kill one run at every named place that it comes to, and bring it to its end."""
+def named_kills(lab: Lab, *, every: int = 1) -> Iterator[Tally]:
+    """Kill one run at every named place (or each of `every`), and bring it to its end."""
     expected, _ = untouched(lab)
     tally = Tally()
-    for point in CRASH_POINTS:
+    for point in CRASH_POINTS[::every]:
         name = f"at-{point}"
         _go_where_it_can_happen(lab, name, point)
         ended = lab.start(name, environment={VARIABLE: point}).wait()

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,18 +37,19 @@ def terminations(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
         yield tally
 
 
-def full_disks(lab: Lab, place: Path) -> Iterator[Tally]:
+def full_disks(lab: Lab, place: Path, *, tenths: Sequence[int] = range(10)) -> Iterator[Tally]:
     """Let the disk fill up at every tenth of a save; afterwards there is room and it goes on.
 
     Args:
         lab: Its runs train on an ordinary disk; their folder is moved to the small one.
         place: An empty folder of a small disk of its own (see `small_disk`).
+        tenths: Which of them.
     """
     expected, _ = untouched(lab)
     tally = Tally()
     small = Lab(place, lab.kind, lab.overrides, logs=lab.folder)
     size = _size(max((lab.out("untouched") / "checkpoints").glob("step-*")))
-    for tenth in range(10):
+    for tenth in tenths:
         name = f"full-{tenth}"
         small.start(name, environment={"VLM_SFT_CRASH_AT": "checkpoint.pruned"}).wait()
         ballast = place / "ballast"
