@@ -122,7 +122,7 @@ class Quickstart:
         _python("scripts/demo_pieces.py", "demo/pieces")
 
     def _scenes(self) -> None:
-        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 80, "unseen": 40}
+        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 100, "unseen": 50}
         for offset, (split, count) in enumerate(counts.items()):
             artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
             where = ["--out", self._scene_dir(split), "--artist", artist]
@@ -132,11 +132,11 @@ class Quickstart:
 
     def _data(self) -> None:
         for split in ("train", "val", "same", "unseen"):
-            probes = ["--probes", "4"] if split in ("same", "unseen") else []
+            probes = ["--probes", "2"] if split in ("same", "unseen") else []
             evidence = ["--answers", "evidence", "--families", "existence", "--turns", "1"]
             self._build(split, split, *evidence, *probes)
         others = ["--families", "description", "counting", "halves"]
-        self._build("train", "others", "--turns", "3", *others)
+        self._build("train", "others", "--turns", "1", *others)
 
     def _build(self, split: str, out: str, *options: str) -> None:
         artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST

@@ -17,7 +17,7 @@ from vlm_sft.data.formats import read_records
 from vlm_sft.errors import RecordError, UserError, run_command
 from vlm_sft.evaluation.captions import (
     CaptionLoss,
-    caption_loss,
+    caption_losses,
     other_pictures,
     summarize_captions,
 )
@@ -113,7 +113,7 @@ def _measure(
         kept = _first_pictures([str(r.images[0]) for r in records], arguments.max_pictures)
         records = [record for record in records if str(record.images[0]) in kept]
     others = other_pictures(records, seed=arguments.seed) if records else {}
-    captions = (caption_loss(run, r, Path(others[str(r.images[0])])) for r in records)
+    captions = caption_losses(run, records, others)
     judged = (ask if arguments.answers == "spoken" else judge)(run, tasks, arguments.images)
     losses: list[CaptionLoss] = []
     verdicts: dict[tuple[str, str], list[Verdict]] = {

@@ -1,10 +1,21 @@
 """Caption loss: what the picture is worth, on cases counted by hand."""
 
+from pathlib import Path
+
 import pytest
+import torch
+from PIL import Image
 
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
+from vlm_sft.data.masking import expand
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.captions import CaptionLoss, other_pictures, summarize_captions
+from vlm_sft.evaluation.captions import (
+    CaptionLoss,
+    caption_losses,
+    other_pictures,
+    summarize_captions,
+)
+from vlm_sft.inference import VlmRun
 
 
 def test_losses_are_taken_a_token_and_differences_within_a_record() -> None:
@@ -31,6 +42,36 @@ def test_one_picture_has_no_other() -> None:
         other_pictures([captioned("a.png"), captioned("a.png")], seed=0)
 
 
-def captioned(name: str) -> Conversation:
-    turns = (Turn("user", (ImagePart(0),)), Turn("assistant", (TextPart("A thing."),)))
+def plain_loss(run: VlmRun, record: Conversation, picture: str) -> float:
+    rendered, tokens = run.renderer.render(record), run.model.vision_tower.num_tokens
+    ids = torch.tensor([expand(rendered.input_ids, tokens)])
+    labels = torch.tensor([expand(rendered.input_ids, tokens, rendered.labels)])
+    with torch.inference_mode():
+        output = run.model(ids, torch.ones_like(ids).bool(), labels, run.pixels(Path(picture))[None])
+    return float(output.loss_sum)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_captions_of_unequal_length_are_measured_together_as_alone(
+    run: VlmRun, tmp_path: Path, batch_size: int
+) -> None:
+    names = [str(tmp_path / f"{colour}.png") for colour in ("red", "green", "blue")]
+    for name in names:
+        Image.new("RGB", (40, 30), Path(name).stem).save(name)
+    texts = ("A thing.", "Something rather longer than that.", "No")
+    records = [captioned(name, text) for name, text in zip(names, texts, strict=True)]
+    others = other_pictures(records, seed=0)
+
+    found = list(caption_losses(run, records, others, batch_size=batch_size))
+
+    assert [loss.image for loss in found] == names
+    for loss, record, text in zip(found, records, texts, strict=True):
+        assert loss.num_tokens == len(run.renderer.answer_ids(text))
+        assert loss.right == pytest.approx(plain_loss(run, record, loss.image), rel=1e-5)
+        assert loss.shuffled == pytest.approx(plain_loss(run, record, others[loss.image]), rel=1e-5)
+        assert loss.right != pytest.approx(loss.shuffled, rel=1e-4)
+
+
+def captioned(name: str, text: str = "A thing.") -> Conversation:
+    turns = (Turn("user", (ImagePart(0),)), Turn("assistant", (TextPart(text),)))
     return Conversation(name, turns, (name,))  # type: ignore[arg-type]

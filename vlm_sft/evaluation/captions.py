@@ -1,13 +1,16 @@
 """Loss of held-out answers with their own picture and with another one: does the model look."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_sft.constants import IGNORE_INDEX
+from vlm_sft.data.collate import collate
 from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.dataset import Example
 from vlm_sft.data.masking import expand
 from vlm_sft.evaluation.probes import derangement
 from vlm_sft.evaluation.statistics import cluster_bootstrap_ratio
@@ -29,20 +32,58 @@ def other_pictures(records: Sequence[Conversation], *, seed: int) -> dict[str, s
     return derangement((str(record.images[0]) for record in records), seed=seed)
 
 
+def caption_losses(
+    run: VlmRun,
+    records: Sequence[Conversation],
+    others: Mapping[str, str],
+    *,
+    batch_size: int = 8,
+) -> Iterator[CaptionLoss]:
+    """Losses of records with one picture each, in their order: with their own, and with another's.
+
+    Args:
+        run: What is measured.
+        records: One picture file each.
+        others: What `other_pictures` gave.
+        batch_size: Records that go through the model together, each of them twice.
+
+    Raises:
+        ImageError: A picture is missing or broken.
+    """
+    for start in range(0, len(records), batch_size):
+        yield from _losses_of(run, records[start : start + batch_size], others)
+
+
 @torch.inference_mode()
-def caption_loss(run: VlmRun, record: Conversation, other: Any) -> CaptionLoss:
-    """Losses of a record with one picture: with its own, and with `other`'s."""
+def _losses_of(
+    run: VlmRun, records: Sequence[Conversation], others: Mapping[str, str]
+) -> list[CaptionLoss]:
+    own = [_example(run, record, str(record.images[0])) for record in records]
+    foreign = [_example(run, record, others[str(record.images[0])]) for record in records]
+    batch = collate([*own, *foreign], run.pad_token_id).to(run.device)
+    found = run.model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+    losses = found.per_record_loss.tolist()
+    return [
+        CaptionLoss(str(record.images[0]), _num_targets(example), right, shuffled)
+        for record, example, right, shuffled in zip(
+            records, own, losses[: len(records)], losses[len(records) :], strict=True
+        )
+    ]
+
+
+def _example(run: VlmRun, record: Conversation, picture: str) -> Example:
     rendered = run.renderer.render(record)
     tokens = run.model.vision_tower.num_tokens
-    ids = expand(rendered.input_ids, tokens)
-    labels = expand(rendered.input_ids, tokens, rendered.labels)
-    input_ids = torch.tensor([ids, ids], device=run.device)
-    targets = torch.tensor([labels, labels], device=run.device)
-    pixels = torch.stack([run.pixels(record.images[0]), run.pixels(other)]).to(run.device)
-    losses = run.model(input_ids, torch.ones_like(input_ids).bool(), targets, pixels)
-    right, shuffled = losses.per_record_loss.tolist()
-    count = sum(label != IGNORE_INDEX for label in labels)
-    return CaptionLoss(str(record.images[0]), count, right, shuffled)
+    return Example(
+        record.id,
+        torch.tensor(expand(rendered.input_ids, tokens)),
+        torch.tensor(expand(rendered.input_ids, tokens, rendered.labels)),
+        run.pixels(Path(picture))[None],
+    )
+
+
+def _num_targets(example: Example) -> int:
+    return int((example.labels != IGNORE_INDEX).sum())
 
 
 def summarize_captions(losses: Sequence[CaptionLoss], *, seed: int = 0) -> dict[str, Any]:
