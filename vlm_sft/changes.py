@@ -44,6 +44,7 @@ RULES: Mapping[str, Rule] = {
     "train.micro_batch_size": "explicit",
     "train.precision": "explicit",
     "train.sharding": "explicit",
+    "train.deepspeed": "explicit",
     "train.on_non_finite": "explicit",
     "train.max_skipped_steps": "free",
     "train.gradient_checkpointing": "explicit",

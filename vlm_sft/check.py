@@ -28,6 +28,7 @@ from vlm_sft.data.formats import open_records
 from vlm_sft.data.ledger import Entry
 from vlm_sft.data.template import builtin_templates
 from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.diagnosis.case import Finding, Level
 from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.error_codes import CODES
@@ -75,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.tokenizer is not None:
         return _check_tokenizer(arguments)
     config = load_config(arguments.config, arguments.overrides)
+    read_deepspeed(config)
     verdict = Verdict()
     language = load_language(config)
     verdict.add_findings(examine_language(config, language), strict=arguments.strict)

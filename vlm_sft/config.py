@@ -152,6 +152,9 @@ class TrainConfig(Section):
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     """Share out weights, gradients and optimiser state over the processes (`fsdp2`), or let every
     process hold them (`none`); `auto` shares where the language model learns in full."""
+    deepspeed: str | None = None
+    """DeepSpeed's JSON instead of `sharding`: its ZeRO stage, done by FSDP2; the rest of that file
+    must say what this one says, or "auto"."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10

@@ -1,6 +1,7 @@
 """What both stages do around their own decisions: folder, processes, training, farewell."""
 
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from vlm_sft.assemble import (
 )
 from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
+from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
@@ -77,11 +79,17 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
 
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
+    sharing = settle_sharing(config, trainable, accelerator)
     language = load_language(config)
     check_data_head(config, language.renderer)
     model, identity = load_model(config, trainable)
-    if is_to_be_sharded(config, trainable, accelerator):
-        shard(model, accelerator, config.train.precision)
+    if sharing.wanted:
+        shard(
+            model,
+            accelerator,
+            config.train.precision,
+            reshard_after_forward=sharing.reshard_after_forward,
+        )
     data = load_data(config, language.renderer, model)
     if main:
         data.write_ledgers(Path(config.output_dir))
@@ -96,19 +104,34 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     return outcome
 
 
-def is_to_be_sharded(config: RunConfig, trainable: Set[str], accelerator: Accelerator) -> bool:
-    """Whether the processes share out the weights that learn; see `train.sharding`.
+@dataclass(frozen=True)
+class Sharing:
+    """Whether the processes share out the weights that learn, and how (see `shard`)."""
+
+    wanted: bool
+    reshard_after_forward: bool = True
+
+
+def settle_sharing(config: RunConfig, trainable: Set[str], accelerator: Accelerator) -> Sharing:
+    """What `train.sharding` or `train.deepspeed` come to in this run; a file's part is told.
 
     Raises:
-        ConfigError: It was asked for where the language model does not learn in full.
+        ConfigError: Sharing was asked for where the language model does not learn in full, or
+            DeepSpeed's file does not go with the configuration.
     """
-    in_full = "language_model" in trainable
+    in_full, processes = "language_model" in trainable, accelerator.num_processes
+    request = read_deepspeed(config, num_processes=processes)
+    if request is not None:
+        if accelerator.is_main_process:
+            say_on_stderr(request.told(in_full=in_full, num_processes=processes))
+        wanted = request.shares and in_full and processes > 1
+        return Sharing(wanted, request.reshard_after_forward)
     if config.train.sharding == "fsdp2" and not in_full:
         raise ConfigError(
             "train.sharding: fsdp2 is for stage 2 in full; the projector and adapters are small, "
             "so leave it at auto or none"
         )
-    return in_full and config.train.sharding != "none" and accelerator.num_processes > 1
+    return Sharing(in_full and config.train.sharding != "none" and processes > 1)
 
 
 def _farewell(outcome: Outcome, *, say: bool) -> int:

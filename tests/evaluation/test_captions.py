@@ -46,8 +46,9 @@ def plain_loss(run: VlmRun, record: Conversation, picture: str) -> float:
     rendered, tokens = run.renderer.render(record), run.model.vision_tower.num_tokens
     ids = torch.tensor([expand(rendered.input_ids, tokens)])
     labels = torch.tensor([expand(rendered.input_ids, tokens, rendered.labels)])
+    pixels = run.pixels(Path(picture))[None]
     with torch.inference_mode():
-        output = run.model(ids, torch.ones_like(ids).bool(), labels, run.pixels(Path(picture))[None])
+        output = run.model(ids, torch.ones_like(ids).bool(), labels, pixels)
     return float(output.loss_sum)
 
 
@@ -67,9 +68,9 @@ def test_captions_of_unequal_length_are_measured_together_as_alone(
     assert [loss.image for loss in found] == names
     for loss, record, text in zip(found, records, texts, strict=True):
         assert loss.num_tokens == len(run.renderer.answer_ids(text))
-        assert loss.right == pytest.approx(plain_loss(run, record, loss.image), rel=1e-5)
-        assert loss.shuffled == pytest.approx(plain_loss(run, record, others[loss.image]), rel=1e-5)
-        assert loss.right != pytest.approx(loss.shuffled, rel=1e-4)
+        assert loss.right == pytest.approx(plain_loss(run, record, loss.image), rel=3e-6)
+        assert loss.shuffled == pytest.approx(plain_loss(run, record, others[loss.image]), rel=3e-6)
+        assert loss.right != pytest.approx(loss.shuffled, rel=3e-6)
 
 
 def captioned(name: str, text: str = "A thing.") -> Conversation:

@@ -38,11 +38,16 @@ def eight_records() -> Records:
 
 
 def gradients(
-    accelerator: Accelerator, micro_batch_size: int, records: list[int], *, sharded: bool = False
+    accelerator: Accelerator,
+    micro_batch_size: int,
+    records: list[int],
+    *,
+    sharded: bool = False,
+    reshard_after_forward: bool = True,
 ) -> tuple[dict[str, NDArray[np.float64]], float, int]:
     model = double_model(*TRAINABLE)
     if sharded:
-        shard(model, accelerator, "fp32")
+        shard(model, accelerator, "fp32", reshard_after_forward=reshard_after_forward)
     wrapped = model if sharded else accelerator.prepare(model)
     mine = split(
         records,
@@ -77,6 +82,7 @@ def everything(accelerator: Accelerator) -> dict[str, Any]:
         "uneven": gradients(accelerator, 2, UNEVEN),
         "sharded": gradients(accelerator, 2, list(range(8)), sharded=True),
         "sharded, uneven": gradients(accelerator, 2, UNEVEN, sharded=True),
+        "ZeRO-2": gradients(accelerator, 2, UNEVEN, sharded=True, reshard_after_forward=False),
         "held out": held_out_loss(accelerator, 2),
         "error": error_of_the_first(accelerator),
     }
@@ -119,7 +125,8 @@ def test_micro_batches_and_processes_do_not_change_the_gradient(
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [("sharded", list(range(8))), ("sharded, uneven", UNEVEN)]
+    ("name", "order"),
+    [("sharded", list(range(8))), ("sharded, uneven", UNEVEN), ("ZeRO-2", UNEVEN)],
 )
 def test_sharing_out_the_weights_does_not_change_the_gradient(
     two_processes: Sequence[dict[str, Any]], name: str, order: list[int]
