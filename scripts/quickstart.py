@@ -42,7 +42,7 @@ SCENE_OPTIONS = [
     *("--augment", "0.15", "--crowd-share", "0", "--visible-share", "0.8"),
     *("--backgrounds", "meadow,bokeh,clouds,gradient,blobs,room,water,desert"),
 ]
-HOUR_STEPS = {"stage1": 500, "stage2_lora": 700}
+HOUR_STEPS = {"stage1": 300, "stage2_lora": 800}
 # glibc gives freed memory back and gets it again at every step; keeping it made the encoder 2.5
 # times as fast on 2 CPU cores. Read at a process's start, so for the commands below, not for this.
 MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
@@ -122,7 +122,7 @@ class Quickstart:
         _python("scripts/demo_pieces.py", "demo/pieces")
 
     def _scenes(self) -> None:
-        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 100, "unseen": 50}
+        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 80, "unseen": 40}
         for offset, (split, count) in enumerate(counts.items()):
             artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
             where = ["--out", self._scene_dir(split), "--artist", artist]
