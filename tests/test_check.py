@@ -38,6 +38,16 @@ def test_a_good_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_held_out_and_trained_on_is_told_and_fails_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alike = "data.eval=[{path: configs/tiny/data/captions.json}]"
+    assert check.main([CONFIG, "--no-model", alike]) == 0
+    out = capsys.readouterr().out
+    assert "24 held-out records show a picture that is trained on too" in " ".join(out.split())
+    assert check.main([CONFIG, "--no-model", "--strict", alike]) == 2
+
+
 def test_all_bad_records_are_counted_and_twenty_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -24,8 +25,10 @@ from vlm_sft.assemble import (
 )
 from vlm_sft.atomic import atomic_open
 from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig, load_config
+from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.ledger import Entry
+from vlm_sft.data.repeats import Repeats
 from vlm_sft.data.template import builtin_templates
 from vlm_sft.data.tokenizer import load_tokenizer
 from vlm_sft.deepspeed_config import read_deepspeed
@@ -110,6 +113,17 @@ class Verdict:
         for f in findings:
             words = f"{f.found}; {f.advice}" if f.advice else f.found
             self.lines.append((f.what, f.level, words))
+
+    def add_repeats(self, repeats: Repeats) -> None:
+        """Add what occurs twice, a warning each, or that nothing does."""
+        found = repeats.found()
+        for repeat in found:
+            self.lines.append(("repeats", "warning", str(repeat)))
+        if not found:
+            words = "no id and no record occurs twice"
+            if repeats.has_held_out:
+                words += ", no held-out picture is trained on"
+            self.add("repeats", True, words)
 
     def print(self) -> None:
         """One table on stdout, and one line that sums it up."""
@@ -207,7 +221,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="write every bad record there: where it is, its id, the reason, the message",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="warnings about the template count as BAD"
+        "--strict",
+        action="store_true",
+        help="warnings (about the template, about repeated records) count as BAD",
     )
     alone = parser.add_argument_group("a tokenizer and a template alone, without CONFIG.yaml")
     alone.add_argument("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
@@ -270,12 +286,14 @@ def check_records(
 
     Prints the first bad ones, gives every one to `listed`, and returns how many there are.
     """
-    total_bad = 0
+    total_bad, repeats = 0, Repeats()
     for name, files in (("training data", config.data.train), ("held-out data", config.data.eval)):
         for file in files:
             count, bad = 0, 0
-            for error in _faults(file, language):
+            repeats.begin(Path(file.path).name, held_out=name == "held-out data")
+            for record, error in _faults(file, language):
                 count += 1
+                repeats.add(None if error else cast(Conversation, record))
                 if error is None:
                     continue
                 bad += 1
@@ -291,14 +309,18 @@ def check_records(
     if total_bad > SHOWN:
         more = f"... and {total_bad - SHOWN:,} more bad records (--bad FILE lists all of them)"
         print(more, file=sys.stderr)
+    verdict.add_repeats(repeats)
     return total_bad
 
 
-def _faults(file: DataFile, language: Language) -> Iterator[RecordError | None]:
+def _faults(
+    file: DataFile, language: Language
+) -> Iterator[tuple[Conversation | RecordError, RecordError | None]]:
+    """Every record with what is wrong with it."""
     records = open_records(file)
     described = f"checking {Path(file.path).name}"
     for record in track(records.conversations, records.total, described):
-        yield record_fault(record, language.renderer)
+        yield record, record_fault(record, language.renderer)
 
 
 def check_model(
