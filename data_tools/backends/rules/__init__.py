@@ -71,7 +71,10 @@ class RulesBackend:
             others.append(_shuffled(places.halves(picture, speaker), rng))
         if "relation" in wanted:
             others.append(_shuffled(places.relations(picture, speaker), rng))
-        exchanges += _in_turn(others, max(0, room - len(exchanges)))
+        room -= len(exchanges)
+        if 0 < room < len(others):  # else the same families would always be left out
+            others = [others[i] for i in rng.permutation(len(others))]
+        exchanges += _in_turn(others, max(0, room))
         mixed = _shuffled(exchanges, rng)
         return [*description, *mixed] if rng.random() < 0.5 else [*mixed, *description]
 
