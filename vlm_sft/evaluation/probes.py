@@ -199,7 +199,7 @@ def require_questions(run: VlmRun) -> None:
 
 
 def ask(
-    run: VlmRun, tasks: Sequence[Task], images_dir: Path, *, batch_size: int = 32
+    run: VlmRun, tasks: Sequence[Task], images_dir: Path, *, batch_size: int = 96
 ) -> Iterator[tuple[Task, Verdict]]:
     """Every task with the answer that the model gives freely and greedily.
 
