@@ -57,6 +57,8 @@ class RulesBackend:
         rng = self._rng(picture, _TURNS)
         speaker = Speaker(rng, self._answers)
         wanted = self._families
+        if turns < len(wanted):  # else the same families would always be left out
+            wanted = self._some(turns, rng)
         description = _description(picture, speaker) if "description" in wanted else []
         room = turns - len(description)
         exchanges: list[Exchange] = []
@@ -71,12 +73,13 @@ class RulesBackend:
             others.append(_shuffled(places.halves(picture, speaker), rng))
         if "relation" in wanted:
             others.append(_shuffled(places.relations(picture, speaker), rng))
-        room -= len(exchanges)
-        if 0 < room < len(others):  # else the same families would always be left out
-            others = [others[i] for i in rng.permutation(len(others))]
-        exchanges += _in_turn(others, max(0, room))
+        exchanges += _in_turn(others, max(0, room - len(exchanges)))
         mixed = _shuffled(exchanges, rng)
         return [*description, *mixed] if rng.random() < 0.5 else [*mixed, *description]
+
+    def _some(self, count: int, rng: np.random.Generator) -> frozenset[str]:
+        families = sorted(self._families)
+        return frozenset(families[i] for i in rng.permutation(len(families))[:count])
 
     def probes(
         self, pictures: Sequence[Picture], family: str, per_picture: int
