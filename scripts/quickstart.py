@@ -135,7 +135,7 @@ class Quickstart:
             probes = ["--probes", "2"] if split in ("same", "unseen") else []
             evidence = ["--answers", "evidence", "--families", "existence", "--turns", "1"]
             self._build(split, split, *evidence, *probes)
-        others = ["--families", "counting", "halves"]
+        others = ["--families", "description", "counting", "halves"]
         self._build("train", "others", "--turns", "1", *others)
 
     def _build(self, split: str, out: str, *options: str) -> None:
