@@ -48,6 +48,7 @@ RULES: Mapping[str, Rule] = {
     "train.on_non_finite": "explicit",
     "train.max_skipped_steps": "free",
     "train.gradient_checkpointing": "explicit",
+    "train.deterministic": "explicit",
     "train.group_by_length": "forbidden",
     "train.save_every_steps": "free",
     "train.save_every_minutes": "free",

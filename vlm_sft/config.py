@@ -160,6 +160,9 @@ class TrainConfig(Section):
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Updates that may be left out in a run (`on_non_finite: skip`)."""
     gradient_checkpointing: bool = False
+    deterministic: bool = False
+    """Only kernels that give the same bits every time, for the same machine and libraries; slower
+    on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""
     group_by_length: bool = False
     """Put records of like length (and modality) into the same batch."""
     save_every_steps: PositiveInt = 500

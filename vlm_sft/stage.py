@@ -20,6 +20,7 @@ from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
+from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.loop import Outcome, say_on_stderr
 from vlm_sft.train.metrics import require_trackers, start_trackers
@@ -44,6 +45,11 @@ def run_stage(
         KeyboardInterrupt: After Ctrl-C, once everything is saved.
     """
     require_trackers(config.train.trackers)
+    with deterministic(config.train.deterministic):
+        return _run(config, stage, trainable, allowed)
+
+
+def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[str]) -> int:
     output_dir = Path(config.output_dir)
     accelerator = make_accelerator(
         config.train.precision,
