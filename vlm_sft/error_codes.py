@@ -201,6 +201,12 @@ ALL: Final = (
         "Set `image_root` to a folder above all pictures, or move the picture.",
     ),
     ErrorCode(
+        208,
+        "image_changed",
+        "A picture file has another size than when the run read its records.",
+        "Put the old file back, or start a new run in another `output_dir`.",
+    ),
+    ErrorCode(
         209,
         "image_unreadable",
         "A picture file is there but the system does not give its content.",

@@ -181,6 +181,19 @@ def test_a_broken_picture_is_named_with_its_record_when_it_is_opened(folder):
     assert (error.record_id, error.reason) == ("torn", "image_broken")
 
 
+def test_a_picture_that_was_replaced_since_the_records_were_read_is_named(folder):
+    dataset, _ = build(folder, [record(pictures=1, id="one")])
+    before = dataset[0].pixel_values
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes())  # written anew, the same
+    assert torch.equal(dataset[0].pixel_values, before)
+    Image.new("RGB", (90, 70), "red").save(folder / "0.png")
+    with pytest.raises(
+        RecordError, match=r"record 'one': .*0\.png: has \d+ bytes, but had"
+    ) as told:
+        dataset[0]
+    assert told.value.reason == "image_changed"
+
+
 def test_a_record_whose_answers_all_carry_no_loss_is_skipped(folder):
     silent = record(turns=2, id="silent")
     for turn in silent["conversations"]:

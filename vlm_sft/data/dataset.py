@@ -122,6 +122,8 @@ class SupervisedDataset(Dataset[Example]):
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
         self._wheres: list[str] = []
         self._pictures: list[tuple[str | SpoolRef, ...]] = []
+        self._sizes = array("q")  # of all picture files, in bytes
+        self._first_sizes = array("q")  # where each record's sizes begin
         self._turns: list[SpoolRef] = []
         self._spool = Spool()
         self._entries = array("q")  # where in the ledger each record stands
@@ -170,8 +172,8 @@ class SupervisedDataset(Dataset[Example]):
         errors = []
         for index in track(range(len(self)), description="opening pictures"):
             try:
-                for picture in self._pictures[index]:
-                    self._open(index, picture)
+                for number in range(len(self._pictures[index])):
+                    self._open(index, number)
             except RecordError as error:
                 errors.append(error)
         return errors
@@ -220,6 +222,8 @@ class SupervisedDataset(Dataset[Example]):
         return outcome.kept, outcome.rendering
 
     def _keep(self, record: Conversation, rendering: Rendering, weight: float) -> None:
+        self._first_sizes.append(len(self._sizes))
+        self._sizes.extend(map(_size, record.images))
         self._entries.append(len(self._ledger.entries) - 1)
         self.record_ids.append(record.id)
         self.lengths.append(rendering.length)
@@ -247,21 +251,42 @@ class SupervisedDataset(Dataset[Example]):
 
     def _pixels(self, index: int) -> Tensor:
         spec, aspect = self._image_spec, self._config.image_aspect
-        pictures = self._pictures[index]
-        if not pictures:
+        count = len(self._pictures[index])
+        if not count:
             return torch.empty(0, 3, spec.size, spec.size)
-        images = (self._open(index, picture) for picture in pictures)
+        images = (self._open(index, number) for number in range(count))
         return torch.stack([to_pixels(image, spec, aspect) for image in images])
 
-    def _open(self, index: int, picture: str | SpoolRef) -> Image.Image:
+    def _open(self, index: int, number: int) -> Image.Image:
+        """A record's picture of that number."""
+        source = self._source(self._pictures[index][number])
         try:
-            return open_image(self._source(picture))
+            _require_size(source, self._sizes[self._first_sizes[index] + number])
+            return open_image(source)
         except ImageError as error:
             record_id, where = self.record_ids[index], self._wheres[index]
             raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
 
     def _source(self, picture: str | SpoolRef) -> ImageSource:
         return self._spool.read(picture) if isinstance(picture, SpoolRef) else Path(picture)
+
+
+def _size(source: ImageSource) -> int:
+    """Bytes of a picture; -1 of a file that cannot be asked, which opening it will tell."""
+    try:
+        return len(source) if isinstance(source, bytes) else os.stat(source).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def _require_size(source: ImageSource, expected: int) -> None:
+    found = _size(source)
+    if found != expected and found != -1:
+        raise ImageError(
+            "image_changed",
+            f"{source!s}: has {found:,} bytes, but had {expected:,} when the run read its records; "
+            "put the old file back, or start a new run",
+        )
 
 
 def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:
