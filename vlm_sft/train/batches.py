@@ -1,5 +1,6 @@
 """The micro-batches of every step for one process, loaded ahead in an order set by the step."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,9 @@ from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.collate import Batch, collate
 from vlm_sft.data.dataset import Example
 from vlm_sft.errors import RecordError, UserError
+
+NOTICE_SECONDS = 5.0
+"""How long to wait for the notice of a worker's death after its connection broke."""
 
 
 class Examples(Protocol):
@@ -123,7 +127,13 @@ def _next_items(
     loaded: Iterator["_Item | UserError"], step: Sequence[Sequence[int]]
 ) -> list["_Item | UserError"]:
     try:
-        return list(islice(loaded, len(step)))
+        try:
+            return list(islice(loaded, len(step)))
+        except (ConnectionError, EOFError, FileNotFoundError):
+            # The worker may have died while its tensors were fetched. Torch tells by a signal,
+            # whose handler raises what is caught below, wherever this process is.
+            time.sleep(NOTICE_SECONDS)
+            raise
     except RuntimeError as error:  # torch tells of a dead worker by its text alone
         if "DataLoader worker" not in str(error):
             raise

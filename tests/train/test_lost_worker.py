@@ -1,0 +1,39 @@
+"""A loader process that dies while its tensors are fetched is told as one that died."""
+
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+
+from vlm_sft.errors import UserError
+from vlm_sft.train import batches
+
+
+class Broken(Iterator[batches._Item | UserError]):
+    """A loader whose worker's connection broke."""
+
+    def __next__(self) -> batches._Item | UserError:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_the_notice_of_its_death_comes_after_its_connection_broke() -> None:
+    def notice(number: int, frame: FrameType | None) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    before = signal.signal(signal.SIGALRM, notice)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(UserError, match=r"a loader process died .*pid 7.*data\.num_workers"):
+            batches._next_items(Broken(), [[0]])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_connection_that_breaks_for_another_reason_keeps_its_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batches, "NOTICE_SECONDS", 0.01)
+    with pytest.raises(ConnectionResetError):
+        batches._next_items(Broken(), [[0]])
