@@ -74,7 +74,7 @@ class Quickstart:
 
     Args:
         seed: Of scenes, wording, weights and order; seed 1 lives in `demo/`.
-        hour: Train about six times longer, on more scenes.
+        hour: Train four to five times longer, on more scenes.
     """
 
     def __init__(self, *, seed: int, hour: bool) -> None:
