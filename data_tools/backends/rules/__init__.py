@@ -1,6 +1,7 @@
 """Conversations by rules alone: every answer is read off the annotations, none is guessed."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from data_tools.coco import CocoIndex, Picture
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange
 
 __all__ = ["RulesBackend"]
+
+_Item = TypeVar("_Item")
 
 _CAPTIONS, _TURNS, _PROBES = 1, 2, 3  # so that one picture's purposes draw different numbers
 
@@ -58,7 +61,7 @@ class RulesBackend:
         speaker = Speaker(rng, self._answers)
         wanted = self._families
         if turns < len(wanted):  # else the same families would always be left out
-            wanted = self._some(turns, rng)
+            wanted = frozenset(_shuffled(sorted(wanted), rng)[:turns])
         description = _description(picture, speaker) if "description" in wanted else []
         room = turns - len(description)
         exchanges: list[Exchange] = []
@@ -76,10 +79,6 @@ class RulesBackend:
         exchanges += _in_turn(others, max(0, room - len(exchanges)))
         mixed = _shuffled(exchanges, rng)
         return [*description, *mixed] if rng.random() < 0.5 else [*mixed, *description]
-
-    def _some(self, count: int, rng: np.random.Generator) -> frozenset[str]:
-        families = sorted(self._families)
-        return frozenset(families[i] for i in rng.permutation(len(families))[:count])
 
     def probes(
         self, pictures: Sequence[Picture], family: str, per_picture: int
@@ -112,8 +111,8 @@ def _description(picture: Picture, speaker: Speaker) -> list[Exchange]:
     return [Exchange("description", question, speaker.pick(picture.captions))]
 
 
-def _shuffled(exchanges: Sequence[Exchange], rng: np.random.Generator) -> list[Exchange]:
-    return [exchanges[i] for i in rng.permutation(len(exchanges))]
+def _shuffled(items: Sequence[_Item], rng: np.random.Generator) -> list[_Item]:
+    return [items[i] for i in rng.permutation(len(items))]
 
 
 def _in_turn(families: Sequence[Sequence[Exchange]], room: int) -> list[Exchange]:
