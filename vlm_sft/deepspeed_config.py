@@ -133,8 +133,10 @@ class _Reader:
                 self._scheduler(value)
             elif key in WITHOUT_MEANING:
                 self._without.append(key)
+            elif key == "gradient_accumulation_steps":
+                self._accumulation(value)
             else:
-                self._plain(key, value)
+                self._compare(key, value)
         return ZeroRequest(self._path, stage, tuple(self._without))
 
     def _zero(self, section: Any) -> int:
@@ -177,22 +179,12 @@ class _Reader:
         kind = tree.get("type")
         if kind not in ("Adam", "AdamW"):
             raise self._wrong("optimizer.type", f"found {kind!r}; only AdamW is built")
-        optim = self._config.optim
-        ours = {
-            "lr": (optim.learning_rate.language_model, "optim.learning_rate.language_model"),
-            "betas": (list(optim.betas), "optim.betas"),
-            "eps": (optim.epsilon, "optim.epsilon"),
-            "weight_decay": (optim.weight_decay, "optim.weight_decay"),
-        }
         for name, value in self._mapping("optimizer.params", tree.get("params", {})).items():
             where = f"optimizer.params.{name}"
             if name in ("torch_adam", "adam_w_mode"):
                 self._same(where, value, True, "AdamW of torch is used")
-            elif name in ours:
-                expected, named = ours[name]
-                self._same(where, value, expected, f"{named} is {expected}")
             else:
-                raise self._unknown(where)
+                self._compare(where, value)
 
     def _scheduler(self, section: Any) -> None:
         tree = self._mapping("scheduler", section)
@@ -205,21 +197,25 @@ class _Reader:
             )
         self._without.append("scheduler")
 
-    def _plain(self, key: str, value: Any) -> None:
+    def _compare(self, where: str, value: Any) -> None:
+        """Hold a setting against its counterpart in the configuration."""
         train, optim = self._config.train, self._config.optim
-        clip = optim.max_grad_norm or 0.0
-        ours: dict[str, tuple[Any, str]] = {
-            "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
-            "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
-            "gradient_clipping": (clip, "optim.max_grad_norm"),
+        ours: dict[str, tuple[str, Any]] = {
+            "train_batch_size": ("train.global_batch_size", train.global_batch_size),
+            "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+            "gradient_clipping": ("optim.max_grad_norm", optim.max_grad_norm or 0.0),
+            "optimizer.params.lr": (
+                "optim.learning_rate.language_model",
+                optim.learning_rate.language_model,
+            ),
+            "optimizer.params.betas": ("optim.betas", list(optim.betas)),
+            "optimizer.params.eps": ("optim.epsilon", optim.epsilon),
+            "optimizer.params.weight_decay": ("optim.weight_decay", optim.weight_decay),
         }
-        if key == "gradient_accumulation_steps":
-            self._accumulation(value)
-        elif key in ours:
-            expected, named = ours[key]
-            self._same(key, value, expected, f"{named} is {expected}")
-        else:
-            raise self._unknown(key)
+        if where not in ours:
+            raise self._unknown(where)
+        named, expected = ours[where]
+        self._same(where, value, expected, f"{named} is {expected}")
 
     def _accumulation(self, value: Any) -> None:
         train = self._config.train
