@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -107,7 +108,7 @@ def load_steps(
 
     Raises:
         RecordError: As the dataset raised it for a record, in a worker or not.
-        UserError: A worker died.
+        RuntimeError: A worker died; see `lost_workers_told`.
     """
     loader = DataLoader(
         _Micro(examples, pad_token_id, lenient=on_fault is not None),
@@ -127,13 +128,25 @@ def _next_items(
     loaded: Iterator["_Item | UserError"], step: Sequence[Sequence[int]]
 ) -> list["_Item | UserError"]:
     try:
-        try:
-            return list(islice(loaded, len(step)))
-        except (ConnectionError, EOFError, FileNotFoundError):
-            # The worker may have died while its tensors were fetched. Torch tells by a signal,
-            # whose handler raises what is caught below, wherever this process is.
-            time.sleep(NOTICE_SECONDS)
-            raise
+        return list(islice(loaded, len(step)))
+    except (ConnectionError, EOFError, FileNotFoundError):
+        # The worker may have died while its tensors were fetched: wait for the notice of it.
+        time.sleep(NOTICE_SECONDS)
+        raise
+
+
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """While it holds, a loader process that dies is told in a sentence.
+
+    Torch raises its RuntimeError from a signal's handler, wherever this process is just then, so
+    this belongs around all that is done with what `load_steps` yields.
+
+    Raises:
+        UserError: A worker died.
+    """
+    try:
+        yield
     except RuntimeError as error:  # torch tells of a dead worker by its text alone
         if "DataLoader worker" not in str(error):
             raise

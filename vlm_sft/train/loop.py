@@ -20,7 +20,14 @@ from vlm_sft.crash import crash_point
 from vlm_sft.data.collate import Batch
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.train.account import Account
-from vlm_sft.train.batches import Examples, Fault, LazySteps, load_steps, split
+from vlm_sft.train.batches import (
+    Examples,
+    Fault,
+    LazySteps,
+    load_steps,
+    lost_workers_told,
+    split,
+)
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
 from vlm_sft.train.distributed import Value, on_main, saving_processes, total
 from vlm_sft.train.metrics import (
@@ -254,6 +261,7 @@ class Trainer:
         self._started = time.monotonic() - before
         self._speed = Speed()
 
+    @lost_workers_told()
     def _train(self, request: StopRequest) -> bool:
         """Train to the end, saving on the way; whether a process was asked to stop before."""
         for batches in self._batches_from(self.step, self.plan.total_steps):
