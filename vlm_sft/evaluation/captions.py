@@ -1,7 +1,7 @@
 """Loss of held-out answers with their own picture and with another one: does the model look."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,11 @@ def caption_losses(
 def _losses_of(
     run: VlmRun, records: Sequence[Conversation], others: Mapping[str, str]
 ) -> list[CaptionLoss]:
-    own = [_example(run, record, str(record.images[0])) for record in records]
-    foreign = [_example(run, record, others[str(record.images[0])]) for record in records]
+    own = [_example(run, record) for record in records]
+    foreign = [
+        replace(example, pixel_values=run.pixels(Path(others[str(record.images[0])]))[None])
+        for example, record in zip(own, records, strict=True)
+    ]
     batch = collate([*own, *foreign], run.pad_token_id).to(run.device)
     found = run.model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
     losses = found.per_record_loss.tolist()
@@ -71,14 +74,14 @@ def _losses_of(
     ]
 
 
-def _example(run: VlmRun, record: Conversation, picture: str) -> Example:
+def _example(run: VlmRun, record: Conversation) -> Example:
     rendered = run.renderer.render(record)
     tokens = run.model.vision_tower.num_tokens
     return Example(
         record.id,
         torch.tensor(expand(rendered.input_ids, tokens)),
         torch.tensor(expand(rendered.input_ids, tokens, rendered.labels)),
-        run.pixels(Path(picture))[None],
+        run.pixels(Path(str(record.images[0])))[None],
     )
 
 
