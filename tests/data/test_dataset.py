@@ -432,3 +432,11 @@ def test_pictures_within_the_records_are_told_apart_by_their_bytes(folder: Path)
     )
     first, second, third = dataset.prefix_keys
     assert first == second != third
+
+
+def test_a_beginning_that_is_learned_is_not_shared(folder: Path) -> None:
+    learned = record(turns=2)
+    learned["conversations"][2]["value"] = "<image>\nQuestion?"
+    learned["image"] = ["0.png"]
+    dataset, _ = build(folder, [learned, learned])
+    assert list(dataset.prefix_keys) == [-1, -1]
