@@ -49,6 +49,7 @@ class PackedBatch:
         sources: [num_targets] int64, where in the row the state lies that predicts.
         targets: [num_targets] int64, the token that it predicts.
         records: [num_targets] int64, whose loss that is, by place in `record_ids`.
+        needed: [rows] int64, `sources` with each place once (a prefix predicts several tokens).
         pixel_values: [N, 3, H, W], all pictures in the order of the placeholders; None if none.
     """
 
@@ -58,6 +59,7 @@ class PackedBatch:
     sources: Tensor
     targets: Tensor
     records: Tensor
+    needed: Tensor
     pixel_values: Tensor | None
 
     @property
@@ -167,13 +169,15 @@ class _Row:
         missing = -self.length % round_to
         if missing:
             self._append(torch.full((missing,), pad_token_id), -1)
+        sources = torch.cat(self.sources)
         return PackedBatch(
             record_ids=tuple(self.record_ids),
             input_ids=torch.cat(self.ids).unsqueeze(0),
             segments=tuple(self.segments),
-            sources=torch.cat(self.sources),
+            sources=sources,
             targets=torch.cat(self.targets),
             records=torch.cat(self.records),
+            needed=torch.unique(sources),
             pixel_values=torch.cat(self.pixels) if self.pixels else None,
         )
 

@@ -39,6 +39,8 @@ class PackLayout:
         segments: All of the row, one behind the other; a parent stands before its children.
         device: Where the row is.
         backend: The kernel that computes it.
+        needed: `[rows]` int64, where in the row a token is predicted, each place once; None: all
+            states are wanted.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class PackLayout:
         segments: Sequence[Segment],
         device: torch.device | str = "cpu",
         backend: Backend = "sdpa",
+        needed: Tensor | None = None,
     ) -> None:
+        self.needed = needed
         self.lengths = [length for length, _ in segments]
         self.parents = [parent for _, parent in segments]
         self.device, self.backend = torch.device(device), backend

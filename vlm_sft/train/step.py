@@ -156,7 +156,7 @@ def _forward_packed(
     output: VlmOutput = model(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,
-        pack_layout=PackLayout(batch.segments, device, backend),
+        pack_layout=PackLayout(batch.segments, device, backend, batch.needed),
         supervision=Supervision(batch.sources, batch.targets, batch.records, len(batch.record_ids)),
     )
     return output
