@@ -10,7 +10,7 @@ from tests.model.tiny import COHERE, GEMMA2, GRANITE, LLAMA, TOKENS, pictures, r
 from vlm_sft.config import LoraConfig
 from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.errors import UserError
-from vlm_sft.model import vlm as vlm_module
+from vlm_sft.model import loss
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel, check_head
 
@@ -53,7 +53,7 @@ def test_loss_in_several_chunks_has_the_same_value_and_gradient(
     batch = rows([5, -1, 6, 100, 101, 102, 103, 104], [9, 104, 105])
     found = []
     for chunk in (2048, 3):
-        monkeypatch.setattr(vlm_module, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(loss, "CHUNK", chunk)
         model = tiny_model()
         set_trainable(model, {"projector", "language_model"})
         output = model(*batch, pictures(1))

@@ -1,20 +1,17 @@
 """The vision-language model: tower, projector and language model, and the loss where it counts."""
 
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import UserError
 from vlm_sft.model.attention import PackLayout
+from vlm_sft.model.loss import chunked_cross_entropy
 from vlm_sft.model.vision import VisionTower
-
-HEAD_CHUNK: Final = 2048
-"""Supervised positions that go through the head at once; bounds the memory of their logits."""
 
 
 @dataclass(frozen=True)
@@ -229,38 +226,19 @@ class VisionLanguageModel(nn.Module):
 
     def _loss(self, hidden: Tensor, supervision: Supervision) -> VlmOutput:
         states = hidden.flatten(0, 1)[supervision.sources]
-        losses = self._token_losses(states, supervision.targets)
+        head = cast(nn.Module, causal_lm(self.language_model).get_output_embeddings())
+        loss_sum, losses = chunked_cross_entropy(
+            self._wide_logits, states, supervision.targets, list(head.parameters())
+        )
         per_record = losses.new_zeros(supervision.num_records).index_add(
-            0, supervision.records, losses.detach()
+            0, supervision.records, losses
         )
         count = torch.tensor(len(losses), dtype=torch.int64, device=hidden.device)
-        return VlmOutput(losses.sum(), count, per_record)
+        return VlmOutput(loss_sum, count, per_record)
 
-    def _token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each supervised position `[num_targets]`, in float32 or wider.
-
-        With no target the empty row still goes through the head, so that the sum is exactly 0
-        and its graph the same. Several chunks are recomputed in the backward pass, so that the
-        logits of only one are ever in memory.
-        """
-        count = len(targets)
-        if count <= HEAD_CHUNK:
-            return self._chunk_loss(states, targets)
-        chunks: list[Tensor] = [
-            checkpoint(
-                self._chunk_loss,
-                states[start : start + HEAD_CHUNK],
-                targets[start : start + HEAD_CHUNK],
-                use_reentrant=False,
-            )
-            for start in range(0, count, HEAD_CHUNK)
-        ]
-        return torch.cat(chunks)
-
-    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self._logits(states)
-        logits = logits.to(_loss_dtype(logits))
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
+    def _wide_logits(self, hidden: Tensor) -> Tensor:
+        logits = self._logits(hidden)
+        return logits.to(_loss_dtype(logits))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return head_logits(self.language_model, hidden)
