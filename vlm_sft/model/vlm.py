@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import UserError
+from vlm_sft.model.neftune import add_noise, text_lengths
 from vlm_sft.model.vision import VisionTower
 
 HEAD_CHUNK: Final = 2048
@@ -37,7 +38,8 @@ class VlmOutput:
 class VisionLanguageModel(nn.Module):
     """LLaVA's composition (arXiv 2304.08485, section 4.1): tower, projector, language model.
 
-    The submodules carry the names of `LlavaForConditionalGeneration`.
+    The submodules carry the names of `LlavaForConditionalGeneration`. `neftune_alpha`: strength of
+    the noise on text embeddings in training mode, None for none.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class VisionLanguageModel(nn.Module):
         self.vision_tower = vision_tower
         self.multi_modal_projector = multi_modal_projector
         self.language_model = language_model
+        self.neftune_alpha: float | None = None
 
     def forward(
         self,
@@ -70,6 +73,9 @@ class VisionLanguageModel(nn.Module):
             UserError: If placeholders and pictures do not match, naming both counts.
         """
         embeds = self.embed(input_ids, pixel_values)
+        if self.training and self.neftune_alpha is not None:
+            is_text = attention_mask.bool() & (input_ids != IMAGE_TOKEN_ID)
+            embeds = add_noise(embeds, text_lengths(is_text), self.neftune_alpha)
         if pixel_values is None or pixel_values.shape[0] == 0:
             embeds = embeds + self._constant_picture(embeds)
         hidden = decoder_of(self.language_model)(
