@@ -150,8 +150,8 @@ def _plain(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
 
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    state: Any = layer.weight.quant_state
-    weight = dequantize_4bit(layer.weight.data, state).to(dtype)
+    packed: Any = layer.weight
+    weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = layer.bias
     return plain
