@@ -63,7 +63,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bits(
 
 @pytest.mark.usefixtures("in_the_repository")
 def test_noise_on_embeddings_is_another_training_but_not_another_evaluation(tmp_path: Path) -> None:
-    changes = ["projector=null", "train.max_steps=1", "train.eval_every_steps=1"]
+    changes = ["projector=null", "train.max_steps=1", "train.eval_samples=0"]
     changes += ["optim.learning_rate.projector=0", "optim.learning_rate.language_model=0"]
     found = []
     for name, alpha in (("plain", "null"), ("noisy", "5")):
@@ -97,7 +97,7 @@ def test_a_qlora_checkpoint_holds_projector_and_adapter_and_not_the_base(qlora_r
     files = read_manifest(qlora_run / "final")["files"]
     assert {"projector.safetensors", "adapter/adapter_model.safetensors"} <= files.keys()
     assert not any(name.startswith("language_model") for name in files)
-    assert "bitsandbytes" in read_manifest(qlora_run / "final")["libraries"]
+    assert "bitsandbytes" in read_manifest(qlora_run / "final")["software"]
 
 
 @pytest.mark.usefixtures("in_the_repository")
@@ -110,8 +110,8 @@ def test_a_qlora_checkpoint_is_asked_measured_and_exported(
     assert capsys.readouterr().out.strip()
     captions = str(ROOT / "configs/tiny/data/captions_eval.json")
     out = tmp_path / "results.json"
-    measured = [folder, "--captions", captions, "--out", str(out), "--device", "cpu"]
-    assert evaluate.main(measured) == 0
+    measured = [folder, "--captions", captions, "--images", str(RED.parent.parent)]
+    assert evaluate.main([*measured, "--out", str(out), "--device", "cpu"]) == 0
     assert json.loads(out.read_text())["captions"]["records"] > 0
     assert export([folder, str(tmp_path / "hf"), "--image", str(RED)]) == 0
     report = json.loads((tmp_path / "hf" / "export.json").read_text())
