@@ -24,9 +24,9 @@ def add_noise(embeds: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     width = embeds.shape[-1]
     noise = torch.rand(len(rows), width, device=embeds.device) * 2 - 1
     scale = alpha / (lengths[rows, columns] * width).sqrt()
-    return embeds.index_put(
-        (rows, columns), (noise * scale.unsqueeze(1)).to(embeds.dtype), accumulate=True
-    )
+    spread = torch.zeros_like(embeds)
+    spread[rows, columns] = (noise * scale.unsqueeze(1)).to(embeds.dtype)
+    return embeds + spread
 
 
 def text_lengths(is_text: Tensor, records: Tensor | None = None) -> Tensor:
@@ -34,7 +34,8 @@ def text_lengths(is_text: Tensor, records: Tensor | None = None) -> Tensor:
 
     Args:
         is_text: `[B, T]` bool: neither image nor padding.
-        records: `[B, T]` int64, which record each position is of, counted from 0; None: one a row.
+        records: `[B, T]` int64, which record each position is of, counted from 0 (-1 will do where
+            there is no text); None: one a row.
     """
     if records is None:
         return is_text.sum(dim=1, keepdim=True) * is_text
