@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.model.tiny import LLAMA, pictures, rows, tiny_model
@@ -84,13 +85,14 @@ def test_the_packed_weights_and_the_bases_identity_are_those_of_the_stored_weigh
 ) -> None:
     language_model(quantization=None, config=BIASED).save_pretrained(tmp_path)
     made = language_model(config=BIASED)
-    loaded = [language_model(dtype, name=str(tmp_path)) for dtype in (torch.float32, torch.float16)]
-    for model in loaded:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = language_model(dtype, name=str(tmp_path))
         assert unquantized_digest(model) == unquantized_digest(made) is not None
         for name, parameter in made.named_parameters():
             if is_quantized(parameter):
                 other = model.get_parameter(name)
                 assert torch.equal(other, parameter)
+                assert other.quant_state.dtype == dtype
                 assert torch.equal(other.quant_state.absmax, parameter.quant_state.absmax)
 
 
@@ -234,6 +236,11 @@ def test_fresh_dora_adapters_change_nothing_and_are_held_in_float32(
     assert {p.dtype for _, p in adapters} == {torch.float32}
     assert sum("magnitude" in name for name, _ in adapters) == 2 * 7
     assert torch.equal(logits(model), logits(quantized(None, quantization=kind, dtype=dtype)))
+
+
+def test_packed_layers_get_pefts_own_kind_of_adapter() -> None:
+    found = [m for m in quantized().modules() if isinstance(m, Linear4bit)]
+    assert len(found) == 2 * 7
 
 
 def test_a_quantised_model_cannot_be_trained_in_full() -> None:
