@@ -206,6 +206,7 @@ def load_model(
     if config.projector is not None:
         load_projector(model, Path(config.projector), identity)
     set_trainable(model, trainable)
+    model.neftune_alpha = config.train.neftune_alpha
     return model, identity
 
 

@@ -252,3 +252,19 @@ def test_any_mixture_of_pictures_and_text_has_the_reference_loss(
 
 
 _SHARED: list[VisionLanguageModel] = []
+
+
+def test_the_head_is_checked_on_a_cpu_although_flash_attention_is_meant_for_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model().language_model
+    set_to: list[str] = []
+
+    def set_attention(name: str) -> None:
+        set_to.append(name)
+        model.config._attn_implementation_internal = name
+
+    monkeypatch.setattr(model, "set_attn_implementation", set_attention)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    check_head(model)
+    assert set_to == ["eager", "flash_attention_2"]

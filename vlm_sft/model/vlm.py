@@ -11,6 +11,7 @@ from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import UserError
 from vlm_sft.model.attention import PackLayout
 from vlm_sft.model.loss import chunked_cross_entropy
+from vlm_sft.model.neftune import add_noise, text_lengths
 from vlm_sft.model.vision import VisionTower
 
 
@@ -60,7 +61,8 @@ class VlmOutput:
 class VisionLanguageModel(nn.Module):
     """LLaVA's composition (arXiv 2304.08485, section 4.1): tower, projector, language model.
 
-    The submodules carry the names of `LlavaForConditionalGeneration`.
+    The submodules carry the names of `LlavaForConditionalGeneration`. `neftune_alpha`: strength of
+    the noise on text embeddings in training mode, None for none.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class VisionLanguageModel(nn.Module):
         self.vision_tower = vision_tower
         self.multi_modal_projector = multi_modal_projector
         self.language_model = language_model
+        self.neftune_alpha: float | None = None
 
     def forward(
         self,
@@ -99,6 +102,11 @@ class VisionLanguageModel(nn.Module):
             UserError: If placeholders and pictures do not match, naming both counts.
         """
         embeds = self.embed(input_ids, pixel_values)
+        if self.training and self.neftune_alpha is not None:
+            is_text = input_ids != IMAGE_TOKEN_ID
+            if attention_mask is not None:
+                is_text = is_text & attention_mask.bool()
+            embeds = add_noise(embeds, text_lengths(is_text, pack_layout), self.neftune_alpha)
         if pixel_values is None or pixel_values.shape[0] == 0:
             embeds = embeds + self._constant_picture(embeds)
         hidden = self._hidden(embeds, attention_mask, pack_layout)
@@ -287,12 +295,16 @@ def check_head(language_model: PreTrainedModel) -> None:
     embeddings = cast(nn.Module, language_model.get_input_embeddings())
     device = next(embeddings.parameters()).device
     ids = torch.arange(3, device=device).unsqueeze(0)
-    training = language_model.training
+    training, attention = language_model.training, language_model.config._attn_implementation
     language_model.eval()
+    if device.type == "cpu" and "flash" in str(attention):  # which computes on GPUs alone
+        language_model.set_attn_implementation("eager")
     expected = language_model(input_ids=ids, use_cache=False).logits
     hidden = decoder_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state
     found = head_logits(language_model, hidden)
     language_model.train(training)
+    if language_model.config._attn_implementation != attention:
+        language_model.set_attn_implementation(attention)
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"model.language_model: {type(language_model).__name__} computes its logits in a way "
