@@ -35,6 +35,7 @@ RULES: Mapping[str, Rule] = {
     "data.on_error": "explicit",
     "data.max_quarantined": "free",
     "data.image_aspect": "forbidden",
+    "data.image_processing": "explicit",
     "data.num_workers": "free",
     "data.cache_dir": "free",
     "optim": "explicit",

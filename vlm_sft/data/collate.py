@@ -21,7 +21,7 @@ class Batch:
         attention_mask: [B, T] bool, False on padding.
         labels: [B, T] int64, aligned with `input_ids` (unshifted), `IGNORE_INDEX` where there is
             no loss; never a label at position 0.
-        pixel_values: [N, 3, H, W] float32, all records' pictures in reading order; None if none.
+        pixel_values: [N, 3, H, W] uint8, all records' pictures in reading order; None if none.
     """
 
     record_ids: tuple[str, ...]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,7 +26,7 @@ from vlm_sft.data.conversation import (
     Turn,
 )
 from vlm_sft.data.formats import open_records
-from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.spool import Spool, SpoolRef
 from vlm_sft.errors import ImageError, RecordError, UserError
@@ -42,7 +41,7 @@ class Example:
         record_id: The record's id.
         input_ids: [T] int64; `IMAGE_TOKEN_ID` once for each image feature.
         labels: [T] int64, unshifted; `IGNORE_INDEX` where there is no loss, always on pictures.
-        pixel_values: [n, 3, H, W] float32, the pictures in reading order; n may be 0.
+        pixel_values: [n, 3, H, W] uint8, the pictures in reading order; n may be 0.
     """
 
     record_id: str
@@ -172,8 +171,7 @@ class SupervisedDataset(Dataset[Example]):
         errors = []
         for index in track(range(len(self)), description="opening pictures"):
             try:
-                for number in range(len(self._pictures[index])):
-                    self._open(index, number)
+                self._pixels(index)
             except RecordError as error:
                 errors.append(error)
         return errors
@@ -250,19 +248,18 @@ class SupervisedDataset(Dataset[Example]):
         return np.repeat(ids, times), np.repeat(labels, times)
 
     def _pixels(self, index: int) -> Tensor:
-        spec, aspect = self._image_spec, self._config.image_aspect
-        count = len(self._pictures[index])
+        count, size = len(self._pictures[index]), self._image_spec.size
         if not count:
-            return torch.empty(0, 3, spec.size, spec.size)
-        images = (self._open(index, number) for number in range(count))
-        return torch.stack([to_pixels(image, spec, aspect) for image in images])
+            return torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.stack([self._square(index, number) for number in range(count)])
 
-    def _open(self, index: int, number: int) -> Image.Image:
-        """A record's picture of that number."""
+    def _square(self, index: int, number: int) -> Tensor:
+        """A record's picture of that number, uint8 [3, H, W]."""
         source = self._source(self._pictures[index][number])
+        spec, config = self._image_spec, self._config
         try:
             _require_size(source, self._sizes[self._first_sizes[index] + number])
-            return open_image(source)
+            return read_pixels(source, spec, config.image_aspect, config.image_processing)
         except ImageError as error:
             record_id, where = self.record_ids[index], self._wheres[index]
             raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None

@@ -64,7 +64,7 @@ class VisionLanguageModel(nn.Module):
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
             attention_mask: `[B, T]`, false (0) on padding.
             labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
 
         Raises:
             UserError: If placeholders and pictures do not match, naming both counts.
@@ -91,7 +91,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
             image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the pictures, instead.
 
         Raises:
@@ -147,7 +147,7 @@ class VisionLanguageModel(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
 
     def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
-        """Tower and projector: `[N, 3, H, W]` to `[N, tokens, D]`."""
+        """Tower and projector: `[N, 3, H, W]` uint8 to `[N, tokens, D]`."""
         features = self.vision_tower(pixel_values)
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
@@ -159,7 +159,8 @@ class VisionLanguageModel(nn.Module):
         stage 1 a text-only batch would have no gradient path at all.
         """
         size = self.vision_tower.image_spec.size
-        images = self.image_embeds_of(embeds.new_zeros(1, 3, size, size))
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)
+        images = self.image_embeds_of(blank)
         return (images.sum() * 0.0).to(embeds.dtype)
 
     def _check_counts(self, is_image: Tensor, num_pictures: int) -> None:
