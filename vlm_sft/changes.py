@@ -36,6 +36,8 @@ RULES: Mapping[str, Rule] = {
     "data.max_quarantined": "free",
     "data.image_aspect": "forbidden",
     "data.image_processing": "explicit",
+    "data.feature_cache": "explicit",
+    "data.feature_cache_gb": "free",
     "data.num_workers": "free",
     "data.cache_dir": "free",
     "optim": "explicit",

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from vlm_sft.data.conversation import (
     TextPart,
     Turn,
 )
+from vlm_sft.data.feature_store import FeatureStore
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
@@ -42,12 +45,15 @@ class Example:
         input_ids: [T] int64; `IMAGE_TOKEN_ID` once for each image feature.
         labels: [T] int64, unshifted; `IGNORE_INDEX` where there is no loss, always on pictures.
         pixel_values: [n, 3, H, W] uint8, the pictures in reading order; n may be 0.
+        image_features: [n, tokens, width], what the tower made of the pictures; then there are no
+            `pixel_values`.
     """
 
     record_id: str
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor
+    image_features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class SupervisedDataset(Dataset[Example]):
         self._first_sizes = array("q")  # where each record's sizes begin
         self._turns: list[SpoolRef] = []
         self._spool = Spool()
+        self._features: FeatureStore | None = None
         self._entries = array("q")  # where in the ledger each record stands
         self.contents: list[FileContent] = []
         """What each file gave, in order."""
@@ -136,11 +143,13 @@ class SupervisedDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """The example; raises RecordError naming record and file if a picture is broken."""
         ids, labels = self._expanded(index)
+        features = self._kept_features(index)
         return Example(
             record_id=self.record_ids[index],
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            pixel_values=self._pixels(index),
+            pixel_values=self._pixels(index) if features is None else self._no_pixels(),
+            image_features=features,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,6 +184,40 @@ class SupervisedDataset(Dataset[Example]):
             except RecordError as error:
                 errors.append(error)
         return errors
+
+    # --- pictures, numbered over all records
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures of all records together, one that several show counted each time."""
+        return len(self._sizes)
+
+    @property
+    def pictures_per_record(self) -> list[int]:
+        """How many pictures each record shows."""
+        return list(map(len, self._pictures))
+
+    def pictures(self) -> Iterator[ImageSource]:
+        """Every picture of every record, in order."""
+        return (self._source(picture) for record in self._pictures for picture in record)
+
+    def picture(self, number: int) -> ImageSource:
+        """The picture of that number."""
+        index = bisect_right(self._first_sizes, number) - 1
+        return self._source(self._pictures[index][number - self._first_sizes[index]])
+
+    def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
+        """Load kept features from now on instead of opening pictures.
+
+        Args:
+            store: Where they are.
+            digests: sha256 of each picture's bytes, None for one that has no features; such a
+                record raises as if there were no store.
+        """
+        self._features = store
+        self._has_features = np.array([digest is not None for digest in digests], dtype=np.bool_)
+        plain = b"".join(digest or bytes(32) for digest in digests)
+        self._digests = np.frombuffer(plain, dtype=np.uint8).reshape(-1, 32)
 
     # --- reading
 
@@ -248,18 +291,51 @@ class SupervisedDataset(Dataset[Example]):
         return np.repeat(ids, times), np.repeat(labels, times)
 
     def _pixels(self, index: int) -> Tensor:
-        count, size = len(self._pictures[index]), self._image_spec.size
+        count = len(self._pictures[index])
         if not count:
-            return torch.empty(0, 3, size, size, dtype=torch.uint8)
+            return self._no_pixels()
         return torch.stack([self._square(index, number) for number in range(count)])
+
+    def _no_pixels(self) -> Tensor:
+        return torch.empty(0, 3, self._image_spec.size, self._image_spec.size, dtype=torch.uint8)
 
     def _square(self, index: int, number: int) -> Tensor:
         """A record's picture of that number, uint8 [3, H, W]."""
-        source = self._source(self._pictures[index][number])
         spec, config = self._image_spec, self._config
-        try:
-            _require_size(source, self._sizes[self._first_sizes[index] + number])
+        with self._told_of(index):
+            source = self._checked_source(index, number)
             return read_pixels(source, spec, config.image_aspect, config.image_processing)
+
+    def _kept_features(self, index: int) -> Tensor | None:
+        """Features of a record's pictures [n, tokens, width]; None if it has no pictures."""
+        count = len(self._pictures[index])
+        if self._features is None or not count:
+            return None
+        return torch.stack([self._feature(self._features, index, n) for n in range(count)])
+
+    def _feature(self, store: FeatureStore, index: int, number: int) -> Tensor:
+        place = self._first_sizes[index] + number
+        with self._told_of(index):
+            source = self._checked_source(index, number)
+            if not self._has_features[place]:
+                self._square(index, number)  # tells what is wrong with it
+                raise ImageError(
+                    "image_changed",
+                    f"{source!s}: could not be opened when features were computed, but can be "
+                    "now; repeat the command",
+                )
+        return store.read(self._digests[place].tobytes())
+
+    def _checked_source(self, index: int, number: int) -> ImageSource:
+        source = self._source(self._pictures[index][number])
+        _require_size(source, self._sizes[self._first_sizes[index] + number])
+        return source
+
+    @contextmanager
+    def _told_of(self, index: int) -> Iterator[None]:
+        """While it holds, a picture's fault is the record's."""
+        try:
+            yield
         except ImageError as error:
             record_id, where = self.record_ids[index], self._wheres[index]
             raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None

@@ -109,6 +109,21 @@ def read_pixels(
     return to_pixels(Image.fromarray(picture), spec, aspect)
 
 
+def read_bytes(source: ImageSource) -> bytes:
+    """A picture file's bytes as they are.
+
+    Raises:
+        ImageError: `image_missing`, `image_not_file` or `image_unreadable`.
+    """
+    if isinstance(source, bytes):
+        return source
+    with _open_bytes(source, str(source)) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise _unreadable(str(source), error) from None
+
+
 def to_pixels(image: Image.Image, spec: ImageSpec, aspect: Aspect) -> Tensor:
     """A picture from `open_image` as a tower's square of bytes, uint8 [3, size, size], by Pillow.
 
@@ -150,8 +165,12 @@ def _open_regular(path: Path, name: str) -> int:
     except FileNotFoundError:
         raise ImageError("image_missing", f"{name}: {_MISSING}") from None
     except (OSError, ValueError) as error:
-        text = getattr(error, "strerror", None) or str(error)
-        raise ImageError("image_unreadable", f"{name}: cannot be read: {text}") from None
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> ImageError:
+    text = getattr(error, "strerror", None) or str(error)
+    return ImageError("image_unreadable", f"{name}: cannot be read: {text}")
 
 
 def _refuse_special(mode: int, name: str) -> None:

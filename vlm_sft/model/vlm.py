@@ -57,6 +57,7 @@ class VisionLanguageModel(nn.Module):
         attention_mask: Tensor,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
     ) -> VlmOutput:
         """Loss of a right-padded batch, or its logits when `labels` is None.
 
@@ -65,12 +66,14 @@ class VisionLanguageModel(nn.Module):
             attention_mask: `[B, T]`, false (0) on padding.
             labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
             pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
+            image_features: `[N, tokens, width]`, what the tower makes of the pictures, instead.
 
         Raises:
             UserError: If placeholders and pictures do not match, naming both counts.
         """
-        embeds = self.embed(input_ids, pixel_values)
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        images = None if image_features is None else self._projected(image_features)
+        embeds = self.embed(input_ids, pixel_values, images)
+        if images is None and (pixel_values is None or pixel_values.shape[0] == 0):
             embeds = embeds + self._constant_picture(embeds)
         hidden = decoder_of(self.language_model)(
             inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
@@ -148,7 +151,9 @@ class VisionLanguageModel(nn.Module):
 
     def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
         """Tower and projector: `[N, 3, H, W]` uint8 to `[N, tokens, D]`."""
-        features = self.vision_tower(pixel_values)
+        return self._projected(self.vision_tower(pixel_values))
+
+    def _projected(self, features: Tensor) -> Tensor:
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
 

@@ -119,7 +119,8 @@ def told_with_records(batch: Batch) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         rows, tokens = batch.input_ids.shape
-        pictures = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        shown = batch.pixel_values if batch.image_features is None else batch.image_features
+        pictures = 0 if shown is None else len(shown)
         named = ", ".join(repr(name) for name in batch.record_ids[:8])
         raise UserError(
             f"the GPU has no room for a micro-batch of {rows} records of up to {tokens} tokens and "
@@ -137,6 +138,7 @@ def forward(model: nn.Module, batch: Batch, device: torch.device) -> VlmOutput:
         attention_mask=batch.attention_mask,
         labels=batch.labels,
         pixel_values=batch.pixel_values,
+        image_features=batch.image_features,
     )
     return output
 
