@@ -86,7 +86,7 @@ class Worth:
             f"feature cache: the tower is about {self.tower_share:.1%} of a step's arithmetic; "
             f"{self.missing:,} different pictures are to be computed, {_gb(self.num_bytes)} on "
             f"disk; that pays from {self.break_even_epochs:.2f} epochs on and, over "
-            f"{self.epochs:g} epochs, {verdict} (reading the disk not counted)"
+            f"{self.epochs:.3g} epochs, {verdict} (reading the disk not counted)"
         )
 
 
@@ -348,4 +348,4 @@ def _together(accelerator: Accelerator, work: Callable[[], None]) -> None:
 
 
 def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB"
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
