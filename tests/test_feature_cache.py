@@ -198,7 +198,7 @@ def test_kept_features_are_those_of_the_tower(folder: Path) -> None:
     assert torch.allclose(found, vlm.model.vision_tower(pixels[None])[0], atol=1e-6)
 
 
-def own_data(tmp_path: Path) -> tuple[str, Path]:
+def own_data(tmp_path: Path, pictures: int = 8) -> tuple[str, Path]:
     """Eight records with a picture each, as an override, and the folder of their pictures."""
     records = []
     for number in range(8):
@@ -207,12 +207,25 @@ def own_data(tmp_path: Path) -> tuple[str, Path]:
         records.append(
             {
                 "id": str(number),
-                "image": f"{number}.png",
+                "image": f"{number % pictures}.png",
                 "conversations": [{"from": who, "value": text} for who, text in turns],
             }
         )
     (tmp_path / "records.json").write_text(json.dumps(records))
     return f"data.train=[{{path: {tmp_path / 'records.json'}}}]", tmp_path
+
+
+def test_packed_records_that_share_a_picture_find_its_kept_features(tmp_path: Path) -> None:
+    data, _ = own_data(tmp_path, pictures=3)
+    overrides = [data, "data.eval=[]", "train.eval_every_steps=null", "train.max_steps=2"]
+    overrides += ["train.micro_batch_size=null", "train.packing.max_tokens=300"]
+    overrides += ["train.share_prefixes=true"]
+    kept = f"data.feature_cache={tmp_path / 'kept'}"
+    assert run("stage1", tmp_path / "without", *overrides) == 0
+    assert run("stage1", tmp_path / "with", *overrides, kept) == 0
+    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 3
+    without, found = (losses_of_one(tmp_path / name) for name in ("without", "with"))
+    assert len(without) == 2 and found == pytest.approx(without, rel=1e-6)
 
 
 def test_a_changed_picture_is_another_one_and_a_broken_one_stays_the_record_s_fault(

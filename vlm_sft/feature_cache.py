@@ -166,7 +166,7 @@ def _digests(dataset: SupervisedDataset) -> list[bytes | None]:
     """sha256 of every picture's bytes, in the dataset's order; None where they cannot be read."""
     of_files: dict[ImageSource, bytes | None] = {}
     found: list[bytes | None] = []
-    for source in track(dataset.pictures(), dataset.num_pictures, "hashing pictures"):
+    for source in track(dataset.pictures(), sum(dataset.num_pictures), "hashing pictures"):
         if isinstance(source, bytes):
             found.append(_digest(source))
             continue
@@ -201,7 +201,7 @@ def _worth(
     config: RunConfig, model: VisionLanguageModel, data: Data, *, missing: int, num_bytes: int
 ) -> Worth:
     weights, train = np.array(data.train.weights), data.train
-    pictures = np.array(train.pictures_per_record)
+    pictures = np.array(train.num_pictures)
     epochs, records = config.train.epochs, float(weights.sum())
     if config.train.max_steps is not None:
         steps = config.train.max_steps * config.train.global_batch_size

@@ -123,6 +123,13 @@ class SupervisedDataset(Dataset[Example]):
         self.weights: list[float] = []
         """How often each record is seen in an epoch."""
         self.has_image: list[bool] = []
+        self.num_pictures = array("i")
+        self.prefix_keys = array("q")
+        """The same number for records that begin alike up to and with their first picture, none of
+        that supervised; -1 where there is no such beginning."""
+        self.prefix_lengths = array("i")
+        """Tokens of that beginning."""
+        self._prefixes: dict[bytes, int] = {}  # their digests, while reading
         self._renderer, self._image_spec = renderer, image_spec
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
         self._wheres: list[str] = []
@@ -142,13 +149,17 @@ class SupervisedDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         """The example; raises RecordError naming record and file if a picture is broken."""
+        return self.example(index)
+
+    def example(self, index: int, *, first_picture: int = 0) -> Example:
+        """As by indexing, but with the pixels of its pictures only from that number on."""
         ids, labels = self._expanded(index)
-        features = self._kept_features(index)
+        features = self._kept_features(index, first_picture)
         return Example(
             record_id=self.record_ids[index],
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            pixel_values=self._pixels(index) if features is None else self._no_pixels(),
+            pixel_values=self._pixels(index, first_picture if features is None else None),
             image_features=features,
         )
 
@@ -180,22 +191,12 @@ class SupervisedDataset(Dataset[Example]):
         errors = []
         for index in track(range(len(self)), description="opening pictures"):
             try:
-                self._pixels(index)
+                self._pixels(index, 0)
             except RecordError as error:
                 errors.append(error)
         return errors
 
     # --- pictures, numbered over all records
-
-    @property
-    def num_pictures(self) -> int:
-        """Pictures of all records together, one that several show counted each time."""
-        return len(self._sizes)
-
-    @property
-    def pictures_per_record(self) -> list[int]:
-        """How many pictures each record shows."""
-        return list(map(len, self._pictures))
 
     def pictures(self) -> Iterator[ImageSource]:
         """Every picture of every record, in order."""
@@ -242,6 +243,7 @@ class SupervisedDataset(Dataset[Example]):
                     flags.extend(label != IGNORE_INDEX for label in fitted[1].labels)
                     starts.append(len(ids))
             self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
+        self._prefixes.clear()
         self._spool.flush()
         self._ids = np.array(ids, dtype=np.int32)
         self._supervised = np.array(flags, dtype=np.bool_)
@@ -270,6 +272,8 @@ class SupervisedDataset(Dataset[Example]):
         self.lengths.append(rendering.length)
         self.weights.append(weight)
         self.has_image.append(bool(record.images))
+        self.num_pictures.append(len(record.images))
+        self._note_prefix(record, rendering)
         self._wheres.append(record.where)
         self._turns.append(self._spool.append(_turns_to_json(record.turns)))
         self._pictures.append(
@@ -278,6 +282,19 @@ class SupervisedDataset(Dataset[Example]):
                 for source in record.images
             )
         )
+
+    def _note_prefix(self, record: Conversation, rendering: Rendering) -> None:
+        """Whether other records can share what comes up to and with the first picture."""
+        key, length = -1, 0
+        if record.images:
+            end = rendering.input_ids.index(IMAGE_TOKEN_ID) + 1
+            unsupervised = all(label == IGNORE_INDEX for label in rendering.labels[:end])
+            if unsupervised and end < len(rendering.input_ids):
+                digest = _prefix_digest(rendering.input_ids[:end], record.images[0])
+                key = self._prefixes.setdefault(digest, len(self._prefixes))
+                length = end - 1 + self._num_image_tokens
+        self.prefix_keys.append(key)
+        self.prefix_lengths.append(length)
 
     # --- looking
 
@@ -290,14 +307,12 @@ class SupervisedDataset(Dataset[Example]):
         times = np.where(is_image, self._num_image_tokens, 1)
         return np.repeat(ids, times), np.repeat(labels, times)
 
-    def _pixels(self, index: int) -> Tensor:
-        count = len(self._pictures[index])
-        if not count:
-            return self._no_pixels()
-        return torch.stack([self._square(index, number) for number in range(count)])
-
-    def _no_pixels(self) -> Tensor:
-        return torch.empty(0, 3, self._image_spec.size, self._image_spec.size, dtype=torch.uint8)
+    def _pixels(self, index: int, first: int | None) -> Tensor:
+        """A record's pictures from that number on, uint8 [n, 3, H, W]; None: none of them."""
+        count, size = len(self._pictures[index]), self._image_spec.size
+        if first is None or first >= count:
+            return torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.stack([self._square(index, number) for number in range(first, count)])
 
     def _square(self, index: int, number: int) -> Tensor:
         """A record's picture of that number, uint8 [3, H, W]."""
@@ -306,12 +321,12 @@ class SupervisedDataset(Dataset[Example]):
             source = self._checked_source(index, number)
             return read_pixels(source, spec, config.image_aspect, config.image_processing)
 
-    def _kept_features(self, index: int) -> Tensor | None:
-        """Features of a record's pictures [n, tokens, width]; None if it has no pictures."""
-        count = len(self._pictures[index])
-        if self._features is None or not count:
+    def _kept_features(self, index: int, first: int) -> Tensor | None:
+        """Features of a record's pictures [n, tokens, width] from one on; None if there is none."""
+        store, count = self._features, len(self._pictures[index])
+        if store is None or first >= count:
             return None
-        return torch.stack([self._feature(self._features, index, n) for n in range(count)])
+        return torch.stack([self._feature(store, index, number) for number in range(first, count)])
 
     def _feature(self, store: FeatureStore, index: int, number: int) -> Tensor:
         place = self._first_sizes[index] + number
@@ -360,6 +375,11 @@ def _require_size(source: ImageSource, expected: int) -> None:
             f"{source!s}: has {found:,} bytes, but had {expected:,} when the run read its records; "
             "put the old file back, or start a new run",
         )
+
+
+def _prefix_digest(ids: Sequence[int], picture: ImageSource) -> bytes:
+    name = b"bytes" + picture if isinstance(picture, bytes) else b"file" + os.fsencode(picture)
+    return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]
 
 
 def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:
