@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     torch.set_num_threads(1)
     facts = machine_facts()
+    facts["versions"] |= {name: version(name) for name in ("simplejpeg", "open_clip_torch")}
     pictures = _read(arguments.pictures, arguments.count)
     rows = _rows(_rates(_ways(), pictures, arguments.rounds))
     kilobytes = statistics.mean(map(len, pictures)) / 1e3
