@@ -19,7 +19,7 @@ from vlm_sft.config import DataFile, RunConfig, load_config
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset, content_difference
 from vlm_sft.data.formats import read_records
-from vlm_sft.data.images import open_image, to_pixels
+from vlm_sft.data.images import open_image, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.packing import packing_figures
@@ -339,7 +339,7 @@ def make_batching(
         max_tokens=packing.max_tokens,
         share_prefixes=config.train.share_prefixes,
         round_to=packing.round_to,
-        picture_cost=picture_cost(model),
+        picture_cost=0.0 if config.data.feature_cache else picture_cost(model),
         pad_token_id=pad_token_id,
     )
 
@@ -409,8 +409,9 @@ class Answers:
         device = tower.device
         ids = expand(self.language.renderer.prompt(asked), tower.num_tokens)
         input_ids = torch.tensor([ids], device=device)
+        data = self.config.data
         pixels = [
-            to_pixels(open_image(source), tower.image_spec, self.config.data.image_aspect)
+            read_pixels(source, tower.image_spec, data.image_aspect, data.image_processing)
             for source in asked.images
         ]
         generated = self.model.generate(

@@ -120,6 +120,15 @@ class DataConfig(Section):
     """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
     image_aspect: Literal["pad", "crop"] = "pad"
     """`pad`: whole picture on a square of the tower's mean colour; `crop`: centre square."""
+    image_processing: Literal["fast", "exact"] = "fast"
+    """`fast`: pixels at most 2 levels of 255 from Pillow's, in less than half the time; `exact`:
+    Pillow's own."""
+    feature_cache: str | None = None
+    """Folder where the frozen tower's features of all pictures are kept, computed before training
+    where they are not there yet; None: pictures go through the tower in every step. See
+    `docs/pictures.md` for when that pays."""
+    feature_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     cache_dir: str | None = None
     """Folder where rendered records are kept across runs; None: each start renders all anew."""

@@ -85,7 +85,8 @@ def tiny_model(
 
 
 def pictures(count: int, *, seed: int = 0, size: int = 28) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
 def rows(*records: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Pictured(Records):
 
     @property
     def prefix_keys(self) -> list[int]:
-        return [int(e.pixel_values[0, 0, 0, 0] * 1000) if len(e.pixel_values) else -1 for e in self]
+        return [int(e.pixel_values.sum()) if len(e.pixel_values) else -1 for e in self]
 
     @property
     def prefix_lengths(self) -> list[int]:
@@ -77,7 +77,8 @@ def records(count: int = 9) -> Pictured:
         if number % 3 != 2:
             picture = number % 4 // 2
             generator = torch.Generator().manual_seed(picture)
-            pixels = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            shape = (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
             front = torch.cat([torch.tensor([7]), torch.full((NUM_IMAGE_TOKENS,), IMAGE_TOKEN_ID)])
             ids = torch.cat([front, ids])
             labels = torch.cat([torch.full((len(front),), IGNORE_INDEX), labels])

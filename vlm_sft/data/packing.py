@@ -50,7 +50,8 @@ class PackedBatch:
         targets: [num_targets] int64, the token that it predicts.
         records: [num_targets] int64, whose loss that is, by place in `record_ids`.
         needed: [rows] int64, `sources` with each place once (a prefix predicts several tokens).
-        pixel_values: [N, 3, H, W], all pictures in the order of the placeholders; None if none.
+        pixel_values: [N, 3, H, W] uint8, pictures in the placeholders' order; None if none.
+        image_features: [N, tokens, width], kept features of the pictures, in place of them.
     """
 
     record_ids: tuple[str, ...]
@@ -61,6 +62,7 @@ class PackedBatch:
     records: Tensor
     needed: Tensor
     pixel_values: Tensor | None
+    image_features: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -122,6 +124,7 @@ class _Row:
         self.targets: list[Tensor] = []
         self.records: list[Tensor] = []
         self.pixels: list[Tensor] = []
+        self.features: list[Tensor] = []
 
     def add(self, group: Group) -> None:
         shared = group.prefix_length
@@ -142,6 +145,8 @@ class _Row:
             self.record_ids.append(example.record_id)
             if len(example.pixel_values):
                 self.pixels.append(example.pixel_values)
+            if example.image_features is not None:
+                self.features.append(example.image_features)
 
     def _append(self, ids: Tensor, parent: int) -> None:
         self.ids.append(ids)
@@ -179,6 +184,7 @@ class _Row:
             records=torch.cat(self.records),
             needed=torch.unique(sources),
             pixel_values=torch.cat(self.pixels) if self.pixels else None,
+            image_features=torch.cat(self.features) if self.features else None,
         )
 
 

@@ -84,6 +84,7 @@ class VisionLanguageModel(nn.Module):
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         *,
+        image_features: Tensor | None = None,
         pack_layout: PackLayout | None = None,
         supervision: Supervision | None = None,
     ) -> VlmOutput:
@@ -93,7 +94,8 @@ class VisionLanguageModel(nn.Module):
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
             attention_mask: `[B, T]`, false (0) on padding; None: there is none.
             labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
+            image_features: `[N, tokens, width]`, what the tower makes of the pictures, instead.
             pack_layout: The segments of one row `[1, T]` of packed records, in place of
                 `attention_mask`; the model needs `install_packed_attention`.
             supervision: What to predict, in place of `labels`.
@@ -101,13 +103,14 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: If placeholders and pictures do not match, naming both counts.
         """
-        embeds = self.embed(input_ids, pixel_values)
+        images = None if image_features is None else self._projected(image_features)
+        embeds = self.embed(input_ids, pixel_values, images)
         if self.training and self.neftune_alpha is not None:
             is_text = input_ids != IMAGE_TOKEN_ID
             if attention_mask is not None:
                 is_text = is_text & attention_mask.bool()
             embeds = add_noise(embeds, text_lengths(is_text, pack_layout), self.neftune_alpha)
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        if images is None and (pixel_values is None or pixel_values.shape[0] == 0):
             embeds = embeds + self._constant_picture(embeds)
         hidden = self._hidden(embeds, attention_mask, pack_layout)
         if supervision is None and labels is not None:
@@ -128,7 +131,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
             image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the pictures, instead.
 
         Raises:
@@ -184,8 +187,10 @@ class VisionLanguageModel(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
 
     def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
-        """Tower and projector: `[N, 3, H, W]` to `[N, tokens, D]`."""
-        features = self.vision_tower(pixel_values)
+        """Tower and projector: `[N, 3, H, W]` uint8 to `[N, tokens, D]`."""
+        return self._projected(self.vision_tower(pixel_values))
+
+    def _projected(self, features: Tensor) -> Tensor:
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
 
@@ -196,7 +201,8 @@ class VisionLanguageModel(nn.Module):
         stage 1 a text-only batch would have no gradient path at all.
         """
         size = self.vision_tower.image_spec.size
-        images = self.image_embeds_of(embeds.new_zeros(1, 3, size, size))
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)
+        images = self.image_embeds_of(blank)
         return (images.sum() * 0.0).to(embeds.dtype)
 
     def _check_counts(self, is_image: Tensor, num_pictures: int) -> None:
