@@ -306,6 +306,7 @@ def make_plan(config: RunConfig, language: Language, train: SupervisedDataset) -
         num_workers=config.data.num_workers,
         train=config.train,
         optim=config.optim,
+        lengths=train.lengths,
         max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else None,
     )
 

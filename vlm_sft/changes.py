@@ -47,7 +47,7 @@ RULES: Mapping[str, Rule] = {
     "train.deepspeed": "explicit",
     "train.on_non_finite": "explicit",
     "train.max_skipped_steps": "free",
-    "train.gradient_checkpointing": "explicit",
+    "train.activation_checkpointing": "free",
     "train.deterministic": "explicit",
     "train.group_by_length": "forbidden",
     "train.save_every_steps": "free",

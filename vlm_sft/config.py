@@ -159,7 +159,10 @@ class TrainConfig(Section):
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Updates that may be left out in a run (`on_non_finite: skip`)."""
-    gradient_checkpointing: bool = False
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again: nothing, the cheap operations of every layer of the
+    language model, or whole layers; `auto` measures a step and takes the fastest that fits. None
+    changes a result."""
     deterministic: bool = False
     """Only kernels that give the same bits every time, for the same machine and libraries; slower
     on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""

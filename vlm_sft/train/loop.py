@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,16 @@ from vlm_sft.config import OptimConfig, TrainConfig
 from vlm_sft.crash import crash_point
 from vlm_sft.data.collate import Batch
 from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.model.recompute import Policy, set_recomputing
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.account import Account
+from vlm_sft.train.activations import (
+    Trial,
+    device_named,
+    longest_micro_batch,
+    measure,
+    settle,
+)
 from vlm_sft.train.batches import (
     Examples,
     Fault,
@@ -37,7 +46,7 @@ from vlm_sft.train.metrics import (
     memory_bytes,
     tracker_values,
 )
-from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set_rates
+from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set_rates, state_bytes
 from vlm_sft.train.optimizer_state import optimizer_component
 from vlm_sft.train.preflight import (
     Parts,
@@ -85,6 +94,8 @@ class Plan:
     num_workers: int
     train: TrainConfig
     optim: OptimConfig
+    lengths: Sequence[int] = ()
+    """Tokens of every record, for `activation_checkpointing: auto`."""
     max_quarantined: int | None = None
     """Records that may turn out broken on the way; None: the first one stops the run."""
 
@@ -164,6 +175,7 @@ class Trainer:
         else:
             self._resume(resumed)
         self._open_records(resumed)
+        self._settle_activations()
         with StopRequest() as request, self._live:
             stopped = self._train(request)
             if self._saved_step < self.step:
@@ -175,9 +187,6 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Device, precision and optimiser; the table of what learns."""
-        config = self.plan.train
-        if config.gradient_checkpointing:
-            cast(Any, self.model).enable_gradient_checkpointing()
         self.model.train()
         self._sharded = is_sharded(self.model.parameters())
         self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
@@ -261,6 +270,67 @@ class Trainer:
         self._started = time.monotonic() - before
         self._speed = Speed()
 
+    def _settle_activations(self) -> None:
+        """Keep what the configuration says to keep for the backward pass, or what fits."""
+        model, asked = cast(VisionLanguageModel, self.model), self.plan.train
+        policy: Policy | Literal["auto"] = asked.activation_checkpointing
+        if policy == "auto" and self._sharded:
+            policy = "full"  # one process out of memory would leave the others waiting for it
+            if self.accelerator.is_main_process:
+                self.store.say(
+                    "activation checkpointing: full; auto measures no step where processes share "
+                    "the weights, so ask for none or selective by name if there is room"
+                )
+        if policy == "auto":
+            indices, several = longest_micro_batch(
+                map(self._all_micro_batches, range(self.plan.total_steps)),
+                self.plan.lengths,
+                processes=self.accelerator.num_processes,
+            )
+            longest = max(self.plan.lengths[index] for index in indices)
+            basis = {
+                "device": device_named(self.accelerator.device),
+                "processes": self.accelerator.num_processes,
+                "precision": asked.precision,
+                "learning": sum(parameter.numel() for parameter in self._parameters),
+                "batch": f"{len(indices)} records of up to {longest} tokens",
+            }
+            policy = settle(
+                self.plan.output_dir,
+                basis,
+                lambda: self._measured(self._account.usable(indices), several),
+                self.accelerator,
+                say=self.store.say,
+            ).policy
+        set_recomputing(model, policy)
+
+    def _measured(self, indices: Sequence[int], several: bool) -> tuple[Trial, ...]:
+        """Steps of these records under one policy after the other, until one fits."""
+        loaded = load_steps(
+            self.train_data,
+            [[list(indices)]],
+            pad_token_id=self.plan.pad_token_id,
+            num_workers=0,
+            on_fault=None if self.plan.max_quarantined is None else lambda fault: None,
+        )
+        ((batch,),) = loaded
+
+        def step() -> None:
+            for parameter in self._parameters if several else ():
+                parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
+            with self.accelerator.autocast():
+                output = forward(self.model, batch, self.accelerator.device)
+            output.loss_sum.backward()
+
+        model = cast(VisionLanguageModel, self.model)
+        return measure(
+            step,
+            lambda policy: set_recomputing(model, policy),
+            self.model,
+            self.accelerator,
+            later_bytes=0 if self.optimizer.state else state_bytes(self.optimizer),
+        )
+
     @lost_workers_told()
     def _train(self, request: StopRequest) -> bool:
         """Train to the end, saving on the way; whether a process was asked to stop before."""
@@ -292,6 +362,11 @@ class Trainer:
             num_workers=self.plan.num_workers,
             on_fault=None if self.plan.max_quarantined is None else self._account.meet,
         )
+
+    def _all_micro_batches(self, step: int) -> list[list[int]]:
+        """Of every process."""
+        size = self.plan.train.micro_batch_size
+        return split(self.plan.records_of_step(step), size, world_size=1, rank=0)
 
     def _micro_batches(self, step: int) -> list[list[int]]:
         chunks = split(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlm_sft.config import LearningRates, OptimConfig
-from vlm_sft.train.sharding import whole
+from vlm_sft.train.sharding import own_part, whole
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -72,6 +72,12 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, floa
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Memory that the optimiser's state takes once the first step is done."""
+    parameters = [own_part(p) for group in optimizer.param_groups for p in group["params"]]
+    return sum(2 * p.numel() * p.element_size() for p in parameters)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:

@@ -124,7 +124,7 @@ def told_with_records(batch: Batch) -> Iterator[None]:
         raise UserError(
             f"the GPU has no room for a micro-batch of {rows} records of up to {tokens} tokens and "
             f"{pictures} pictures (records {named}); lower train.micro_batch_size or "
-            "data.max_length, or set train.gradient_checkpointing: true",
+            "data.max_length, or set train.activation_checkpointing: full",
             code="out_of_memory",
         ) from None
 
