@@ -38,6 +38,7 @@ RULES: Mapping[str, Rule] = {
     "data.num_workers": "free",
     "data.cache_dir": "free",
     "optim": "explicit",
+    "optim.optimizer": "forbidden",
     "train.epochs": "explicit",
     "train.max_steps": "explicit",
     "train.global_batch_size": "forbidden",

@@ -127,6 +127,9 @@ class LearningRates(Section):
 class OptimConfig(Section):
     """AdamW with linear warm-up and a schedule."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps both moments in a byte a number (bitsandbytes): 2 bytes for every weight
+    that learns instead of 8."""
     learning_rate: LearningRates
     weight_decay: NonNegative = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
