@@ -49,6 +49,7 @@ RULES: Mapping[str, Rule] = {
     "train.on_non_finite": "explicit",
     "train.max_skipped_steps": "free",
     "train.activation_checkpointing": "free",
+    "train.compile": "explicit",
     "train.deterministic": "explicit",
     "train.group_by_length": "forbidden",
     "train.save_every_steps": "free",

@@ -166,6 +166,10 @@ class TrainConfig(Section):
     """What the backward pass computes again: nothing, the cheap operations of every layer of the
     language model, or whole layers; `auto` measures a step and takes the fastest that fits. None
     changes a result."""
+    compile: bool = False
+    """Compile the language model's layers (torch.compile): a minute or more at the start, faster
+    steps after it; rounds otherwise than without. Needs a C++ compiler on a CPU, triton on a
+    GPU."""
     deterministic: bool = False
     """Only kernels that give the same bits every time, for the same machine and libraries; slower
     on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""

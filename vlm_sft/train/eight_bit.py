@@ -9,7 +9,6 @@ import torch
 
 from vlm_sft.config import OptimConfig
 from vlm_sft.errors import ConfigError
-from vlm_sft.train.sharding import is_sharded
 
 SMALLEST: Final = 4096
 """Tensors of fewer numbers keep moments in float32; bitsandbytes' `min_8bit_size`."""
@@ -25,17 +24,12 @@ def eight_bit_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     """Bitsandbytes' AdamW of parameter groups as `build_optimizer` makes them.
 
     Raises:
-        ConfigError: bitsandbytes is not installed, or processes share the weights.
+        ConfigError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
             "`pip install 'vlm-sft[quantized]'`, or set it to adamw"
-        )
-    if is_sharded(parameter for group in groups for parameter in group["params"]):
-        raise ConfigError(
-            "optim.optimizer: adamw_8bit does not go with weights that processes share "
-            "(train.sharding: fsdp2); set it to adamw, whose state is shared out too"
         )
     kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
     made: torch.optim.Optimizer = kind(

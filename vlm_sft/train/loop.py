@@ -38,6 +38,7 @@ from vlm_sft.train.batches import (
     split,
 )
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
+from vlm_sft.train.compiled import compile_faults_told, compile_layers, eager
 from vlm_sft.train.distributed import Value, on_main, saving_processes, total
 from vlm_sft.train.metrics import (
     LiveLine,
@@ -176,7 +177,8 @@ class Trainer:
             self._resume(resumed)
         self._open_records(resumed)
         self._settle_activations()
-        with StopRequest() as request, self._live:
+        told = compile_faults_told(self.plan.train.compile)
+        with StopRequest() as request, self._live, told:
             stopped = self._train(request)
             if self._saved_step < self.step:
                 self._save()
@@ -189,6 +191,8 @@ class Trainer:
         """Device, precision and optimiser; the table of what learns."""
         self.model.train()
         self._sharded = is_sharded(self.model.parameters())
+        if self.plan.train.compile:
+            compile_layers(cast(VisionLanguageModel, self.model), self.accelerator.device)
         self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
         self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim)
         rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
@@ -292,6 +296,7 @@ class Trainer:
                 "device": device_named(self.accelerator.device),
                 "processes": self.accelerator.num_processes,
                 "precision": asked.precision,
+                "compile": asked.compile,
                 "learning": sum(parameter.numel() for parameter in self._parameters),
                 "batch": f"{len(indices)} records of up to {longest} tokens",
             }
@@ -322,21 +327,25 @@ class Trainer:
                 output = forward(self.model, batch, self.accelerator.device)
             output.loss_sum.backward()
 
+        # What compiled code allocates on a CPU cannot be counted; without, it is no less.
+        uncounted = self.plan.train.compile and self.accelerator.device.type == "cpu"
         model = cast(VisionLanguageModel, self.model)
-        return measure(
-            step,
-            lambda policy: set_recomputing(model, policy),
-            self.model,
-            self.accelerator,
-            later_bytes=0 if self.optimizer.state else state_bytes(self.optimizer),
-        )
+        with eager(uncounted), compile_faults_told(self.plan.train.compile):
+            return measure(
+                step,
+                lambda policy: set_recomputing(model, policy),
+                self.model,
+                self.accelerator,
+                later_bytes=0 if self.optimizer.state else state_bytes(self.optimizer),
+            )
 
     @lost_workers_told()
     def _train(self, request: StopRequest) -> bool:
         """Train to the end, saving on the way; whether a process was asked to stop before."""
         for batches in self._batches_from(self.step, self.plan.total_steps):
             gradient = self._train_step(batches, self._asks(request))
-            self._maybe_evaluate()
+            with eager(self.plan.train.compile):
+                self._maybe_evaluate()
             if gradient.asks.stop:
                 return True
             due = self.step % self.plan.train.save_every_steps == 0
