@@ -50,6 +50,7 @@ RULES: Mapping[str, Rule] = {
     "train.max_skipped_steps": "free",
     "train.activation_checkpointing": "free",
     "train.compile": "explicit",
+    "train.fp8": "explicit",
     "train.deterministic": "explicit",
     "train.group_by_length": "forbidden",
     "train.save_every_steps": "free",

@@ -170,6 +170,9 @@ class TrainConfig(Section):
     """Compile the language model's layers (torch.compile): a minute or more at the start, faster
     steps after it; rounds otherwise than without. Needs a C++ compiler on a CPU, triton on a
     GPU."""
+    fp8: bool = False
+    """Multiply in fp8 in the decoder's wide linear layers (torchao): less exact, and only on
+    NVIDIA's GPUs from Ada and Hopper on."""
     deterministic: bool = False
     """Only kernels that give the same bits every time, for the same machine and libraries; slower
     on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""

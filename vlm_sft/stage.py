@@ -18,6 +18,7 @@ from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
+from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
@@ -86,6 +87,8 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
     sharing = settle_sharing(config, trainable, accelerator)
+    if config.train.fp8:
+        require_fp8(accelerator.device, config.train.precision)
     language = load_language(config)
     check_data_head(config, language.renderer)
     model, identity = load_model(config, trainable)
@@ -149,6 +152,7 @@ def _goes_with(config: RunConfig, sharing: Sharing) -> Sharing:
     alone = {
         "optim.optimizer: adamw_8bit": config.optim.optimizer == "adamw_8bit",
         "train.compile: true": train.compile,
+        "train.fp8: true": train.fp8,
     }
     for setting, is_set in alone.items():
         if sharing.wanted and is_set:

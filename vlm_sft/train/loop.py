@@ -19,6 +19,7 @@ from vlm_sft.config import OptimConfig, TrainConfig
 from vlm_sft.crash import crash_point
 from vlm_sft.data.collate import Batch
 from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.model.fp8 import use_fp8
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.account import Account
@@ -191,6 +192,9 @@ class Trainer:
         """Device, precision and optimiser; the table of what learns."""
         self.model.train()
         self._sharded = is_sharded(self.model.parameters())
+        if self.plan.train.fp8:
+            names = use_fp8(cast(VisionLanguageModel, self.model))
+            self.store.say(f"fp8: {len(names)} linear layers of the language model multiply in it")
         if self.plan.train.compile:
             compile_layers(cast(VisionLanguageModel, self.model), self.accelerator.device)
         self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
@@ -297,6 +301,7 @@ class Trainer:
                 "processes": self.accelerator.num_processes,
                 "precision": asked.precision,
                 "compile": asked.compile,
+                "fp8": asked.fp8,
                 "learning": sum(parameter.numel() for parameter in self._parameters),
                 "batch": f"{len(indices)} records of up to {longest} tokens",
             }
