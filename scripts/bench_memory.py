@@ -6,7 +6,8 @@
 A Llama with random weights and a tiny tower, in each of the stages: bytes that the forward pass
 leaves for the backward pass, bytes at the peak of both, CPU-seconds of both (medians over rounds,
 the policies in turns), and whether loss and gradients are the same bits. Then a step of each
-optimiser over as many weights: bytes of its state and CPU-seconds. One thread.
+optimiser over as many weights: bytes of its state and CPU-seconds. `--compile` times compiled
+layers too. One thread.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.recompute import POLICIES, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.activations import LiveBytes
+from vlm_sft.train.compiled import compile_layers
 from vlm_sft.train.optim import build_optimizer, set_rates, state_bytes
 
 STAGES: dict[str, set[str]] = {
@@ -54,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     console = Console(width=110)
     console.print(_policies(arguments))
     console.print(_optimisers(arguments))
+    if arguments.compile:
+        console.print(_compiled(arguments))
     return 0
 
 
@@ -101,6 +105,36 @@ def _optimisers(arguments: argparse.Namespace) -> Table:
             f"{weights:,}",
             f"{state_bytes(optimizer) / weights:.2f}",
             f"{statistics.median(seconds[1:]):.3f}",
+        )
+    return table
+
+
+def _compiled(arguments: argparse.Namespace) -> Table:
+    table = Table(title="train.compile")
+    for column in ("stage", "plain CPU-s", "compiled CPU-s", "first step CPU-s", "loss differs by"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    batch = _batch(arguments)
+    for stage in STAGES:
+        plain, compiled = _model(stage, arguments), _model(stage, arguments)
+        compile_layers(compiled, torch.device("cpu"))
+        first = _cpu_seconds(lambda m=compiled: _step(m, batch))
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(arguments.rounds):
+            for model in (plain, compiled):
+                spent = _cpu_seconds(lambda m=model: _step(m, batch))
+                seconds[model is compiled].append(spent)
+        losses = []
+        for model in (plain, compiled):
+            torch.manual_seed(0)  # dropout
+            losses.append(float(model(**batch).loss_sum.detach()))
+        middle = {which: statistics.median(found) for which, found in seconds.items()}
+        off = abs(losses[0] - losses[1]) / losses[0]
+        table.add_row(
+            stage,
+            f"{middle[False]:.2f}",
+            f"{middle[True]:.2f}",
+            f"{first:.1f}",
+            f"{off:.1e}",
         )
     return table
 
@@ -185,6 +219,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also time train.compile")
     return parser.parse_args(argv)
 
 
