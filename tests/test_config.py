@@ -50,6 +50,15 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
     ("overrides", "message"),
     [
         (["data.max_lenght=5"], "unknown key 'data.max_lenght'; did you mean 'data.max_length'"),
+        (
+            ["train.gradient_checkpointing=true"],
+            "unknown key 'train.gradient_checkpointing'; did you mean "
+            "'train.activation_checkpointing'",
+        ),
+        (
+            ["train.activation_checkpointing=true"],
+            "train.activation_checkpointing: Input should be 'auto', 'none', 'selective' or 'full'",
+        ),
         (["train.learning_rate=1"], "did you mean 'optim.learning_rate'"),
         (["data.train.0.wieght=2"], "did you mean 'data.train.0.weight'"),
         (

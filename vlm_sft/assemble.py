@@ -306,6 +306,7 @@ def make_plan(
         num_workers=config.data.num_workers,
         train=config.train,
         optim=config.optim,
+        lengths=train.lengths,
         max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else None,
         eval_batching=None
         if data.eval is None

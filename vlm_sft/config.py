@@ -145,6 +145,9 @@ class LearningRates(Section):
 class OptimConfig(Section):
     """AdamW with linear warm-up and a schedule."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps both moments in a byte a number (bitsandbytes): 2 bytes for every weight
+    that learns instead of 8."""
     learning_rate: LearningRates
     weight_decay: NonNegative = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -199,7 +202,17 @@ class TrainConfig(Section):
     neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """NEFTune (arXiv 2310.05914): noise on the embeddings of text while training, uniform in
     +-alpha / sqrt(text tokens of the record x width); the paper takes 5 to 15. Null: none."""
-    gradient_checkpointing: bool = False
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again: nothing, the cheap operations of every layer of the
+    language model, or whole layers; `auto` measures a step and takes the fastest that fits. None
+    changes a result."""
+    compile: bool = False
+    """Compile the language model's layers (torch.compile): a minute or more at the start, faster
+    steps after it; rounds otherwise than without. Needs a C++ compiler on a CPU, triton on a
+    GPU."""
+    fp8: bool = False
+    """Multiply in fp8 in the decoder's wide linear layers (torchao): less exact, and only on
+    NVIDIA's GPUs from Ada and Hopper on."""
     deterministic: bool = False
     """Only kernels that give the same bits every time, for the same machine and libraries; slower
     on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""

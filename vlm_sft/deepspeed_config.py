@@ -160,7 +160,7 @@ class _Reader:
             raise self._wrong(
                 where,
                 f"offloading to {device!r} is not built; delete the section, and where memory is "
-                "short use more processes, LoRA, or train.gradient_checkpointing",
+                "short use more processes, LoRA, or train.activation_checkpointing: full",
             )
 
     def _precision(self, key: str, section: Any) -> None:

@@ -209,7 +209,7 @@ def _worth(
     tokens = float((weights * np.array(train.lengths)).sum()) / records
     return Worth(
         tower_flops=tower_flops(model.vision_tower),
-        record_flops=tokens * token_flops(model, config.train.gradient_checkpointing),
+        record_flops=tokens * token_flops(model, config.train.activation_checkpointing == "full"),
         records=records,
         pictures=float((weights * pictures).sum()),
         missing=missing,

@@ -27,6 +27,7 @@ from vlm_sft.model.quantize import (
     require_quantization,
     unquantized_digest,
 )
+from vlm_sft.model.recompute import set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
 
 BATCH = rows([5, -1, 6, 100, 101], [7, 102])
@@ -121,7 +122,7 @@ def test_gradients_reach_adapters_and_projector_and_nothing_else(checkpointing: 
     model = quantized()
     set_trainable(model, {"projector", "adapter"})
     if checkpointing:
-        model.enable_gradient_checkpointing()
+        set_recomputing(model, "full")
     trained(model).train()(*BATCH, pictures(1)).loss_sum.backward()
     for part, named in named_parts(model).items():
         learns = part in ("projector", "adapter")
@@ -136,7 +137,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         model = trained(quantized())
         set_trainable(model, {"projector", "adapter"})
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            set_recomputing(model, "full")
         model.train()(*BATCH, pictures(1)).loss_sum.backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -194,22 +194,6 @@ def test_generation_refuses_prompts_padded_on_the_right() -> None:
         tiny_model().generate(ids, mask, None, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("trainable", [{"projector"}, {"projector", "adapter"}])
-def test_gradient_checkpointing_changes_no_gradient(trainable: set[str]) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = tiny_model(lora=LORA)
-        set_trainable(model, trainable)
-        model.train()
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        for batch, pixels in ((rows([5, -1, 6, 100]), pictures(1)), (rows([5, 100, 101]), None)):
-            model(*batch, pixels).loss_sum.backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in found[0].items():
-        assert torch.allclose(gradient, found[1][name], atol=1e-6), name
-
-
 def test_a_model_that_treats_its_logits_in_an_unknown_way_is_refused() -> None:
     language_model = tiny_model(language_model=COHERE).language_model
     language_model.logit_scale = 3.0  # as if its forward did something new

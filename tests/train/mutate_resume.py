@@ -13,6 +13,7 @@ from tests.mutation import Mutant, try_mutants
 
 DATA, TRAIN = "vlm_sft/data/", "vlm_sft/train/"
 CHECKPOINT = "tests/train/test_checkpoint.py"
+OPTIM = "tests/train/test_optim.py"
 RESUME = "tests/test_resume.py"
 BIT_FOR_BIT = (
     "tests/test_stages.py::test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit"
@@ -179,6 +180,20 @@ MUTANTS = (
         "    optimizer.load_state_dict(state)\n",
         "",
         (f"{CHECKPOINT}::test_an_optimiser_goes_on_from_its_files_bit_for_bit",),
+    ),
+    Mutant(
+        "8-bit moments are not restored",
+        TRAIN + "optimizer_state.py",
+        "    copy_tensors(found, live, file)\n",
+        "",
+        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
+    ),
+    Mutant(
+        "8-bit moments count their steps from 0 again",
+        TRAIN + "optimizer_state.py",
+        '["step"] = int(live[f"step/{name}"])',
+        '["step"] = 0',
+        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
     ),
     Mutant(
         "the order starts at the first step again",

@@ -26,9 +26,10 @@ from vlm_sft.data.dataset import Example
 from vlm_sft.data.packing import PackedBatch
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.attention import PackLayout, install_packed_attention
+from vlm_sft.model.recompute import set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train import isolation
-from vlm_sft.train.batches import Batching, Fault, Packed, Padded, load_steps
+from vlm_sft.train.batches import Batching, Fault, Packed, Padded, load_steps, split
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.isolation import prepare_packing, prove_isolation
 from vlm_sft.train.loop import evaluate
@@ -100,8 +101,8 @@ def gradients(
     if sharded:
         shard(model, accelerator, "fp32")
     wrapped = model if sharded else accelerator.prepare(model)
-    mine = batching.split(
-        range(9), world_size=accelerator.num_processes, rank=accelerator.process_index
+    mine = split(
+        batching, range(9), world_size=accelerator.num_processes, rank=accelerator.process_index
     )
     (batches,) = load_steps(records(), [mine], batching=batching, num_workers=0)
     found = accumulate_gradient(wrapped, batches, accelerator)
@@ -185,7 +186,7 @@ def test_a_record_that_cannot_be_loaded_leaves_the_rest_of_its_group_whole() -> 
     broken.broken = (0,)
     batching = packed(400, share=True)
     met: list[Fault] = []
-    step = batching.split(range(9), world_size=1, rank=0)
+    step = split(batching, range(9), world_size=1, rank=0)
     (batches,) = load_steps(broken, [step], batching=batching, num_workers=0, on_fault=met.append)
     assert [(fault.index, fault.reason) for fault in met] == [(0, "image_broken")]
     (batch,) = batches
@@ -202,7 +203,7 @@ def test_a_pack_of_which_nothing_can_be_loaded_adds_nothing() -> None:
     broken.broken = tuple(range(9))
     batching = packed(400, share=True)
     met: list[Fault] = []
-    step = batching.split(range(9), world_size=1, rank=0)
+    step = split(batching, range(9), world_size=1, rank=0)
     ((batch,),) = load_steps(broken, [step], batching=batching, num_workers=0, on_fault=met.append)
     assert len(met) == 9 and batch.record_ids == () and batch.num_targets == 0
 
@@ -287,13 +288,13 @@ def llama_gradients(prune: bool, checkpointing: bool = False) -> tuple[dict[str,
     if prune:
         assert isolation.prune_where_safe(model, "sdpa", torch.device("cpu"), 1e-5)
     if checkpointing:
-        model.enable_gradient_checkpointing()
+        set_recomputing(model, "full")
     model.train()
     rows: list[int] = []
     last = causal_lm(model.language_model).model.layers[-1]  # type: ignore[attr-defined]
     last.mlp.down_proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))
     batching = packed(400, share=True)
-    step = batching.split(range(9), world_size=1, rank=0)
+    step = split(batching, range(9), world_size=1, rank=0)
     (batches,) = load_steps(records(), [step], batching=batching, num_workers=0)
     accumulate_gradient(model, batches, make_accelerator("fp32"))
     grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}

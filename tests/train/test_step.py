@@ -14,7 +14,7 @@ from vlm_sft.data.collate import collate
 from vlm_sft.data.dataset import Example
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.parts import named_parts
-from vlm_sft.train.batches import Padded, load_steps
+from vlm_sft.train.batches import Padded, load_steps, split
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.loop import evaluate
 from vlm_sft.train.optim import gradient_norm
@@ -50,7 +50,8 @@ def gradients(
         shard(model, accelerator, "fp32", reshard_after_forward=reshard_after_forward)
     wrapped = model if sharded else accelerator.prepare(model)
     batching = Padded(micro_batch_size, pad_token_id=0)
-    mine = batching.split(
+    mine = split(
+        batching,
         records,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
@@ -199,8 +200,8 @@ def test_a_step_without_supervised_tokens_has_loss_and_gradient_zero() -> None:
 
 
 def test_split_gives_every_process_the_same_number_of_micro_batches() -> None:
-    assert Padded(2, 0).split(range(5), world_size=2, rank=0) == [[0, 1], [4]]
-    assert Padded(2, 0).split(range(5), world_size=2, rank=1) == [[2, 3], []]
+    assert split(Padded(2, 0), range(5), world_size=2, rank=0) == [[0, 1], [4]]
+    assert split(Padded(2, 0), range(5), world_size=2, rank=1) == [[2, 3], []]
 
 
 def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:

@@ -383,6 +383,7 @@ def install_packed_attention(language_model: PreTrainedModel) -> None:
     Rows without a layout are computed by SDPA. `train.preflight.prove_isolation` then shows
     whether the model really asks for its attention there.
     """
-    AttentionInterface.register(NAME, packed_attention)
+    # Compiled layers step out of their code for it: a row's segments are not theirs to know.
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     language_model.set_attn_implementation(NAME)

@@ -173,19 +173,6 @@ class VisionLanguageModel(nn.Module):
             ),
         )
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute the language model's layers in the backward pass instead of keeping them.
-
-        The non-reentrant kind: it needs no gradient at its input, so frozen embeddings and
-        text-only batches work unchanged.
-        """
-        model: Any = causal_lm(self.language_model)
-        reentrant = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=reentrant)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
-
     def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
         """Tower and projector: `[N, 3, H, W]` uint8 to `[N, tokens, D]`."""
         return self._projected(self.vision_tower(pixel_values))

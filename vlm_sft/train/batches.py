@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.collate import Batch, collate
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.packing import Group, PackedBatch, Sizes, groups_of, pack, plan_packs
+from vlm_sft.data.packing import (
+    Group,
+    PackedBatch,
+    Sizes,
+    groups_of,
+    make_units,
+    pack,
+    plan_packs,
+)
 from vlm_sft.errors import RecordError, UserError
 
 NOTICE_SECONDS = 5.0
@@ -55,8 +63,12 @@ class Fault:
 class Batching(Protocol):
     """How records become micro-batches: padded or packed."""
 
-    def split(self, indices: Sequence[int], *, world_size: int, rank: int) -> list[list[int]]:
-        """This process's micro-batches of some records, as many as every other process has."""
+    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+        """The micro-batches of some records, a multiple of `num_processes`; see `split`."""
+        ...
+
+    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+        """Positions that a micro-batch takes through the model, what fills up included."""
         ...
 
     def load(self, examples: Any, indices: Sequence[int], faults: "Faults") -> "AnyBatch":
@@ -83,6 +95,16 @@ class Faults:
         self.met.append(Fault(index, error.reason, str(error)))
 
 
+def split(
+    batching: Batching, indices: Sequence[int], *, world_size: int, rank: int
+) -> list[list[int]]:
+    """This process's micro-batches of a step: number `j` goes to process `j % world_size`.
+
+    Every process gets the same number of micro-batches; where records run out, they are empty.
+    """
+    return batching.share_out(indices, world_size)[rank::world_size]
+
+
 @dataclass(frozen=True)
 class Padded:
     """So many records at once, padded to the longest."""
@@ -90,13 +112,15 @@ class Padded:
     micro_batch_size: int
     pad_token_id: int
 
-    def split(self, indices: Sequence[int], *, world_size: int, rank: int) -> list[list[int]]:
-        """Chunk `j` goes to process `j % world_size`; where records run out, the last is empty."""
+    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+        """Chunks of records as they come; where they run out, empty ones."""
         size = self.micro_batch_size
         chunks = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
-        rounds = -(-len(chunks) // world_size)
-        chunks += [[] for _ in range(rounds * world_size - len(chunks))]
-        return chunks[rank::world_size]
+        return chunks + [[] for _ in range(-len(chunks) % num_processes)]
+
+    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+        """Every record is as long as the longest."""
+        return len(indices) * max((lengths[index] for index in indices), default=0)
 
     def load(self, examples: "Examples", indices: Sequence[int], faults: Faults) -> Batch:
         """The records that can be loaded, padded on the right."""
@@ -120,17 +144,23 @@ class Packed:
     picture_cost: float
     pad_token_id: int
 
-    def split(self, indices: Sequence[int], *, world_size: int, rank: int) -> list[list[int]]:
-        """Pack `j` goes to process `j % world_size`; where records run out, packs are empty."""
-        packs = plan_packs(
+    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+        """Packs about equally heavy; where records run out, empty ones."""
+        return plan_packs(
             indices,
             self.sizes,
             max_tokens=self.max_tokens,
             share_prefixes=self.share_prefixes,
-            num_processes=world_size,
+            num_processes=num_processes,
             picture_cost=self.picture_cost,
         )
-        return packs[rank::world_size]
+
+    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+        """The records end to end, shared prefixes once, filled up."""
+        share = self.share_prefixes
+        units = make_units(indices, self.sizes, self.max_tokens, share_prefixes=share)
+        tokens = sum(unit.tokens for unit in units)
+        return tokens + -tokens % self.round_to
 
     def load(
         self, examples: "PackableExamples", indices: Sequence[int], faults: Faults

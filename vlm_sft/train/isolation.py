@@ -42,6 +42,8 @@ def prepare_packing(
     precision: str,
     device: torch.device,
     autocast: AbstractContextManager[Any] | None = None,
+    *,
+    prune: bool = True,
 ) -> Backend:
     """Install packed attention, choose its kernel, and prove on this device that it isolates.
 
@@ -51,6 +53,7 @@ def prepare_packing(
         precision: bf16, fp16 or fp32.
         device: Where it is to run.
         autocast: Under which it is to run.
+        prune: Let the last layer skip what predicts nothing (compiled layers cannot).
 
     Raises:
         UserError: The kernel is not to be had, or the model computes its attention elsewhere.
@@ -63,7 +66,8 @@ def prepare_packing(
     install_packed_attention(language_model)
     with autocast or nullcontext():
         prove_isolation(model, backend, device, TOLERANCE[precision])
-        prune_where_safe(model, backend, device, TOLERANCE[precision])
+        if prune:
+            prune_where_safe(model, backend, device, TOLERANCE[precision])
     return backend
 
 

@@ -129,8 +129,8 @@ def told_with_records(batch: AnyBatch) -> Iterator[None]:
         raise UserError(
             f"the GPU has no room for a micro-batch of {rows} records, {tokens} tokens long, and "
             f"{pictures} pictures (records {named}); lower train.micro_batch_size (or "
-            "train.packing.max_tokens) or data.max_length, or set train.gradient_checkpointing: "
-            "true",
+            "train.packing.max_tokens) or data.max_length, or set "
+            "train.activation_checkpointing: full",
             code="out_of_memory",
         ) from None
 
