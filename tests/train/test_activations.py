@@ -1,6 +1,7 @@
 """`activation_checkpointing: auto`: measured on a real step, agreed upon, and without a trace."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from vlm_sft.data.collate import collate
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.train import activations
 from vlm_sft.train.activations import LiveBytes, NoRoom, Trial, longest_micro_batch, measure
+from vlm_sft.train.batches import Padded
 from vlm_sft.train.checkpoint import read_manifest
 from vlm_sft.train.step import forward
 
@@ -64,7 +66,7 @@ def test_where_nothing_fits_the_last_is_taken_and_told(monkeypatch: pytest.Monke
     assert choice.told() == (
         "activation checkpointing: full (a step of 8 records of up to 54 tokens: none ran out of "
         "0.00 GiB; selective ran out of 0.00 GiB; full ran out of 0.00 GiB); even that may run "
-        "out, so lower train.micro_batch_size or data.max_length"
+        "out, so lower train.micro_batch_size (or train.packing.max_tokens) or data.max_length"
     )
 
 
@@ -85,8 +87,12 @@ def test_live_bytes_counts_what_lives_and_no_view_twice() -> None:
 def test_the_longest_micro_batch_is_the_one_with_most_positions() -> None:
     lengths = [10, 50, 20, 30, 5, 5, 5]
     steps = [[[0, 1], [2, 3]], [[4, 5, 6]]]
-    assert longest_micro_batch(steps, lengths, processes=1) == ([0, 1], True)
-    assert longest_micro_batch(steps, lengths, processes=2) == ([0, 1], False)
+
+    def positions(indices: Sequence[int]) -> int:
+        return Padded(2, 0).num_positions(indices, lengths)
+
+    assert longest_micro_batch(steps, positions, processes=1) == ([0, 1], True)
+    assert longest_micro_batch(steps, positions, processes=2) == ([0, 1], False)
 
 
 def test_every_process_takes_what_fits_in_all() -> None:

@@ -13,9 +13,10 @@ from tests.tiny_runs import rows as read_rows
 from tests.tiny_runs import run
 from vlm_sft.config import LoraConfig
 from vlm_sft.errors import ConfigError
+from vlm_sft.model.attention import PackLayout, Segment, install_packed_attention
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.recompute import Policy, set_recomputing
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm
 from vlm_sft.train.compiled import compile_faults_told, compile_layers, eager
 from vlm_sft.train.sharding import layers_of
 
@@ -137,3 +138,30 @@ def test_a_compiled_run_loses_as_the_plain_one_and_its_checkpoint_has_the_same_n
     for file in ("adapter/adapter_model.safetensors", "projector.safetensors"):
         ours, theirs = (load_file(tmp_path / n / "final" / file) for n in ("false", "true"))
         assert ours.keys() == theirs.keys()
+
+
+def test_layers_are_compiled_around_packed_attention_and_rows_of_any_segments_fit() -> None:
+    model, plain = adapted(lora=None), adapted(lora=None)
+    for each in (model, plain):
+        set_trainable(each, {"projector", "language_model"})
+        install_packed_attention(causal_lm(each.language_model))
+    compile_layers(model, CPU, backend="eager", packed=True)
+
+    def losses(segments: list[Segment]) -> tuple[float, float]:
+        count = sum(length for length, _ in segments)
+        ids = torch.randint(5, 90, (1, count), generator=torch.Generator().manual_seed(count))
+        sources = torch.arange(0, count - 1, 3)
+        wanted = Supervision(sources, ids[0, sources + 1], torch.zeros_like(sources), 1)
+        found = []
+        for each in (model, plain):
+            output = each(ids, pack_layout=PackLayout(segments), supervision=wanted)
+            output.loss_sum.backward()
+            found.append(float(output.loss_sum.detach()))
+        return found[0], found[1]
+
+    for segments in ([(7, -1), (5, -1)], [(9, -1), (2, 0), (4, 0)]):
+        losses(segments)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for segments in ([(3, -1), (8, -1), (6, 1)], [(20, -1)], [(4, -1)] * 6):
+            ours, expected = losses(segments)
+            assert ours == pytest.approx(expected, rel=1e-5)
