@@ -29,7 +29,8 @@ from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import ConfigError, ImageError, RecordError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.model.quantize import num_weights
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.parts_on_disk import (
     base_identity,
     checkpoint_components,
@@ -206,6 +207,7 @@ def load_model(
     if config.projector is not None:
         load_projector(model, Path(config.projector), identity)
     set_trainable(model, trainable)
+    model.neftune_alpha = config.train.neftune_alpha
     return model, identity
 
 
@@ -369,11 +371,10 @@ def picture_cost(model: VisionLanguageModel) -> float:
     The tower runs forward only; the language model forward and backward, which is twice as much
     where its weights are frozen and three times where they learn (2 FLOP a parameter and token).
     """
-    tower = sum(p.numel() for p in model.vision_tower.parameters())
-    layers = list(model.language_model.parameters())
-    learns = any(p.requires_grad and p.dim() > 1 for p in layers)
-    passes = 3 if learns else 2
-    return tower * model.vision_tower.num_tokens / (passes * sum(p.numel() for p in layers))
+    tower = sum(map(num_weights, model.vision_tower.parameters()))
+    weights = list(causal_lm(model.language_model).parameters())
+    passes = 3 if all(p.requires_grad for p in weights) else 2
+    return tower * model.vision_tower.num_tokens / (passes * sum(map(num_weights, weights)))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ RULES: Mapping[str, Rule] = {
     "train.deepspeed": "explicit",
     "train.on_non_finite": "explicit",
     "train.max_skipped_steps": "free",
+    "train.neftune_alpha": "explicit",
     "train.gradient_checkpointing": "explicit",
     "train.deterministic": "explicit",
     "train.group_by_length": "forbidden",

@@ -22,6 +22,7 @@ from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.feature_store import FeatureStore, disk_use
 from vlm_sft.data.images import ImageSpec, read_bytes, read_pixels
 from vlm_sft.errors import ImageError, UserError
+from vlm_sft.model.quantize import num_weights
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.progress import track
@@ -238,8 +239,8 @@ def token_flops(model: VisionLanguageModel, checkpointing: bool) -> float:
     if (head := live.get_output_embeddings()) is not None:
         tables.add(id(head.weight))
     layers = [p for p in live.parameters() if id(p) not in tables]
-    everything = float(sum(p.numel() for p in layers))
-    learning = float(sum(p.numel() for p in layers if p.requires_grad))
+    everything = float(sum(num_weights(p) for p in layers))
+    learning = float(sum(num_weights(p) for p in layers if p.requires_grad))
     return 2 * (everything * (2 + checkpointing) + learning)
 
 

@@ -20,6 +20,7 @@ from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
 from vlm_sft.feature_cache import use_feature_cache
+from vlm_sft.model.quantize import require_quantization
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
@@ -47,6 +48,7 @@ def run_stage(
         KeyboardInterrupt: After Ctrl-C, once everything is saved.
     """
     require_trackers(config.train.trackers)
+    require_quantization(config.model.language_model, trainable)
     with deterministic(config.train.deterministic):
         return _run(config, stage, trainable, allowed)
 

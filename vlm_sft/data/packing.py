@@ -233,6 +233,7 @@ def plan_packs(
     total = sum(unit.tokens for unit in units)
     count = _multiple(-(-total // max_tokens), num_processes)
     while (packs := _share_out(units, count, max_tokens, picture_cost)) is None:
+        assert count <= len(units), "every unit fits into a pack of its own"
         count = _multiple(max(count + 1, count * 51 // 50), num_processes)
     return packs
 

@@ -110,15 +110,23 @@ class PackLayout:
         return self._masks[key]
 
     @cached_property
-    def sees(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """FlexAttention's `mask_mod`: whether query token q sees key token k of the row."""
-        of_token = torch.repeat_interleave(
-            torch.arange(len(self.lengths)), torch.tensor(self.lengths)
-        ).to(self.device)
+    def segment_of_token(self) -> Tensor:
+        """The segment that each token of the row is in, `[T]` int64."""
+        numbers = torch.arange(len(self.lengths))
+        return torch.repeat_interleave(numbers, torch.tensor(self.lengths)).to(self.device)
+
+    @cached_property
+    def related(self) -> Tensor:
+        """`[segments, segments]` bool: whether the first sees the second."""
         related = torch.zeros(len(self.lengths), len(self.lengths), dtype=torch.bool)
         for number, chain in enumerate(self.chains):
             related[number, chain] = True
-        related = related.to(self.device)
+        return related.to(self.device)
+
+    @cached_property
+    def sees(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention's `mask_mod`: whether query token q sees key token k of the row."""
+        of_token, related = self.segment_of_token, self.related
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & related[of_token[query], of_token[key]]
