@@ -85,7 +85,7 @@ class Worth:
             verdict = f"costs about {-self.saved:.1%} more arithmetic than it saves in this run"
         return (
             f"feature cache: the tower is about {self.tower_share:.1%} of a step's arithmetic; "
-            f"{self.missing:,} different pictures are to be computed, {_gb(self.num_bytes)} on "
+            f"{self.missing:,} different pictures are to be computed, {_told(self.num_bytes)} on "
             f"disk; that pays from {self.break_even_epochs:.2f} epochs on and, over "
             f"{self.epochs:.3g} epochs, {verdict} (reading the disk not counted)"
         )
@@ -256,8 +256,8 @@ def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
     used, limit = disk_use(config.feature_cache), int(config.feature_cache_gb * 1e9)
     if used + worth.num_bytes > limit:
         raise UserError(
-            f"data.feature_cache: {config.feature_cache} holds {_gb(used)} and would take "
-            f"{_gb(worth.num_bytes)} more, but data.feature_cache_gb allows "
+            f"data.feature_cache: {config.feature_cache} holds {_told(used)} and would take "
+            f"{_told(worth.num_bytes)} more, but data.feature_cache_gb allows "
             f"{config.feature_cache_gb:g} GB; raise it, remove folders of other towers from there, "
             "or leave data.feature_cache out",
             code="feature_cache_full",
@@ -265,8 +265,8 @@ def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
     free = shutil.disk_usage(config.feature_cache).free
     if worth.num_bytes > free:
         raise UserError(
-            f"data.feature_cache: {config.feature_cache} has {_gb(free)} free and "
-            f"{_gb(worth.num_bytes)} are needed; make room, give another folder, or leave "
+            f"data.feature_cache: {config.feature_cache} has {_told(free)} free and "
+            f"{_told(worth.num_bytes)} are needed; make room, give another folder, or leave "
             "data.feature_cache out",
             code="feature_cache_full",
         )
@@ -348,5 +348,8 @@ def _together(accelerator: Accelerator, work: Callable[[], None]) -> None:
         )
 
 
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+def _told(num_bytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.1f} kB"
