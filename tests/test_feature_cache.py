@@ -280,7 +280,7 @@ def test_what_has_no_room_is_refused_before_anything_is_computed(
     assert caught.value.reason == "feature_cache_full"
     usage = SimpleNamespace(free=100)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"0\.0 MB free") as caught:
+    with pytest.raises(UserError, match=r"0\.1 kB free") as caught:
         run("stage1", tmp_path / "two", *overrides)
     assert caught.value.reason == "feature_cache_full"
     assert not list((tmp_path / "kept").rglob("*.safetensors"))

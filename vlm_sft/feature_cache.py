@@ -22,6 +22,7 @@ from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.feature_store import FeatureStore, disk_use
 from vlm_sft.data.images import ImageSpec, read_bytes, read_pixels
 from vlm_sft.errors import ImageError, UserError
+from vlm_sft.model.quantize import num_weights
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.progress import track
@@ -84,7 +85,7 @@ class Worth:
             verdict = f"costs about {-self.saved:.1%} more arithmetic than it saves in this run"
         return (
             f"feature cache: the tower is about {self.tower_share:.1%} of a step's arithmetic; "
-            f"{self.missing:,} different pictures are to be computed, {_gb(self.num_bytes)} on "
+            f"{self.missing:,} different pictures are to be computed, {_told(self.num_bytes)} on "
             f"disk; that pays from {self.break_even_epochs:.2f} epochs on and, over "
             f"{self.epochs:.3g} epochs, {verdict} (reading the disk not counted)"
         )
@@ -238,8 +239,8 @@ def token_flops(model: VisionLanguageModel, checkpointing: bool) -> float:
     if (head := live.get_output_embeddings()) is not None:
         tables.add(id(head.weight))
     layers = [p for p in live.parameters() if id(p) not in tables]
-    everything = float(sum(p.numel() for p in layers))
-    learning = float(sum(p.numel() for p in layers if p.requires_grad))
+    everything = float(sum(num_weights(p) for p in layers))
+    learning = float(sum(num_weights(p) for p in layers if p.requires_grad))
     return 2 * (everything * (2 + checkpointing) + learning)
 
 
@@ -255,8 +256,8 @@ def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
     used, limit = disk_use(config.feature_cache), int(config.feature_cache_gb * 1e9)
     if used + worth.num_bytes > limit:
         raise UserError(
-            f"data.feature_cache: {config.feature_cache} holds {_gb(used)} and would take "
-            f"{_gb(worth.num_bytes)} more, but data.feature_cache_gb allows "
+            f"data.feature_cache: {config.feature_cache} holds {_told(used)} and would take "
+            f"{_told(worth.num_bytes)} more, but data.feature_cache_gb allows "
             f"{config.feature_cache_gb:g} GB; raise it, remove folders of other towers from there, "
             "or leave data.feature_cache out",
             code="feature_cache_full",
@@ -264,8 +265,8 @@ def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
     free = shutil.disk_usage(config.feature_cache).free
     if worth.num_bytes > free:
         raise UserError(
-            f"data.feature_cache: {config.feature_cache} has {_gb(free)} free and "
-            f"{_gb(worth.num_bytes)} are needed; make room, give another folder, or leave "
+            f"data.feature_cache: {config.feature_cache} has {_told(free)} free and "
+            f"{_told(worth.num_bytes)} are needed; make room, give another folder, or leave "
             "data.feature_cache out",
             code="feature_cache_full",
         )
@@ -347,5 +348,8 @@ def _together(accelerator: Accelerator, work: Callable[[], None]) -> None:
         )
 
 
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+def _told(num_bytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.1f} kB"

@@ -204,7 +204,7 @@ def test_merged_weights_give_the_logits_of_the_adapters_on_the_weights_they_lear
     assert not any(is_quantized(p) or "lora" in name for name, p in merged.named_parameters())
     whole = VisionLanguageModel(model.vision_tower, model.multi_modal_projector, merged)
     expected = logits(model)
-    assert torch.allclose(logits(whole), expected, atol=1e-5)
+    assert torch.allclose(logits(whole), expected, atol=5e-5)
     base = logits(quantized(None, quantization=kind))
     original = logits(trained(quantized(lora, quantization=None)))
     assert (expected - base).abs().max() > 0.1
