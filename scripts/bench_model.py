@@ -7,7 +7,7 @@ A folder made by `make_model` holds
                                                    transformers' LlavaForConditionalGeneration,
                                                    with its processor and chat template
     model_section.json, seed.json, system.json     what the peers' drivers need to know
-    size.json                                      the shapes, for counting floating-point operations
+    size.json                                      the shapes, for counting operations
 """
 
 import dataclasses
@@ -218,7 +218,7 @@ def _write_image_processor(folder: Path) -> None:
 
 
 def _write_llava(folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> None:
-    """The parts and the projector of seed `SEED` as one transformers folder, by vlm_sft's export."""
+    """The parts and the projector of seed `SEED` as one transformers folder, by our export."""
     section = model_section(folder)
     config = ModelConfig(
         vision_tower=VisionTowerConfig(**section["vision_tower"]),

@@ -18,7 +18,10 @@ from PIL import Image
 
 PICTURE_SIZE = (640, 480)
 MAX_IMAGE_WORDS, MAX_TEXT_WORDS = 950, 1400
-"""Longest conversation in words, so that no record passes 2,048 tokens with its 576 of a picture."""
+"""Longest conversations in words: none passes 2,048 tokens, its picture's 576 included."""
+
+LONG_ANSWER = 85
+"""Words of each of ten answers that, with their questions and a picture, come near 2,048 tokens."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,20 @@ def make_rows(count: int, *, seed: int) -> list[Row]:
     return rows
 
 
+def make_captions(count: int, *, seed: int) -> list[Row]:
+    """Rows of stage 1: one picture each and a caption of about 22 tokens."""
+    draw, words = random.Random(seed), _words()
+    caption = Component(1, (1, 1), (3, 8), (10, 24), "own")
+    return [_row(place, caption, place, words, draw) for place in range(count)]
+
+
+def make_long_rows(count: int, *, seed: int) -> list[Row]:
+    """Rows with one picture and about 2,000 tokens, to see how much memory those take."""
+    draw, words = random.Random(seed), _words()
+    long = Component(1, (10, 10), (20, 20), (LONG_ANSWER, LONG_ANSWER), "own")
+    return [_row(place, long, place, words, draw, limit=10**6) for place in range(count)]
+
+
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """The rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -109,7 +126,9 @@ def picture_bytes(seed: int) -> bytes:
     picture = np.zeros((height, width, 3))
     for cells, strength in ((4, 90), (16, 45), (64, 22), (160, 14)):
         coarse = noise.normal(128, strength, (cells * 3 // 4, cells, 3)).clip(0, 255)
-        grown = Image.fromarray(coarse.astype(np.uint8)).resize(PICTURE_SIZE, Image.Resampling.BICUBIC)
+        grown = Image.fromarray(coarse.astype(np.uint8)).resize(
+            PICTURE_SIZE, Image.Resampling.BICUBIC
+        )
         picture += np.asarray(grown, dtype=np.float64) - 128
     picture += noise.normal(128, 6, picture.shape)
     buffer = io.BytesIO()
@@ -153,6 +172,8 @@ def _row(
     number: int | None,
     words: Sequence[str],
     draw: random.Random,
+    *,
+    limit: int | None = None,
 ) -> Row:
     def text(length: tuple[int, int]) -> str:
         size = draw.randint(*length)
@@ -160,7 +181,7 @@ def _row(
         return " ".join(words[start : start + size])
 
     conversations: list[dict[str, str]] = []
-    left = MAX_TEXT_WORDS if number is None else MAX_IMAGE_WORDS
+    left = limit or (MAX_TEXT_WORDS if number is None else MAX_IMAGE_WORDS)
     for _ in range(draw.randint(*component.exchanges)):
         asked, answered = text(component.question), text(component.answer)
         left -= len(asked.split()) + len(answered.split())

@@ -1,4 +1,4 @@
-"""What every peer measures alike; imports nothing of vlm_sft, since peers have their own packages."""
+"""What every peer measures alike; without vlm_sft, since peers have packages of their own."""
 
 import json
 import platform
@@ -61,7 +61,10 @@ class Job:
         return [
             (
                 [
-                    {"role": roles[turn["from"]], "content": turn["value"].removeprefix("<image>\n")}
+                    {
+                        "role": roles[turn["from"]],
+                        "content": turn["value"].removeprefix("<image>\n"),
+                    }
                     for turn in row["conversations"]
                 ],
                 [str(Path(self.images, row["image"]))] if "image" in row else [],

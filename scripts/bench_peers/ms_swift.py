@@ -12,7 +12,6 @@ os.environ.setdefault("USE_HF", "1")  # no other hub is asked
 from swift.pipelines.train.sft import SwiftSft
 from swift.template import TemplateMeta, register_template
 from swift.template.templates.llava import LlavaHfTemplate
-from transformers import AutoTokenizer
 
 
 def main() -> None:

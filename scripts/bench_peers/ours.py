@@ -53,7 +53,7 @@ def _config(job: Job) -> dict[str, Any]:
         "model": json.loads(Path(job.model, "model_section.json").read_text()),
         "data": {
             "train": [{"path": job.rows, "image_root": job.images}],
-            "template": "vicuna_v1",
+            "template": job.options.get("template", "vicuna_v1"),
             "max_length": job.max_length,
             "image_aspect": "crop",
             "num_workers": int(job.options.get("workers", 0)),
@@ -76,7 +76,11 @@ def _config(job: Job) -> dict[str, Any]:
         },
     }
     if job.mode in ("lora", "qlora"):
-        config["lora"] = {"r": job.options["lora_r"], "alpha": job.options["lora_alpha"], "dropout": 0.0}
+        config["lora"] = {
+            "r": job.options["lora_r"],
+            "alpha": job.options["lora_alpha"],
+            "dropout": 0.0,
+        }
     return _merged(config, job.options.get("config", {}))
 
 

@@ -34,11 +34,13 @@ class Collator:
 
     def __init__(self, job: Job) -> None:
         self.processor = AutoProcessor.from_pretrained(Path(job.model, "llava"))
+        self.chat_template = job.options.get("chat_template")  # None: the processor's own
         self.max_length = job.max_length
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         batch = self.processor.apply_chat_template(
             [self._conversation(*item) for item in items],
+            chat_template=self.chat_template,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",

@@ -1,4 +1,4 @@
-"""The padded reference: transformers' model, logits everywhere, cross-entropy, AdamW; no trainer."""
+"""The padded reference: transformers' model, all logits, cross-entropy, AdamW; no trainer."""
 
 import torch
 from measure import Job, Meter
@@ -15,21 +15,24 @@ def main() -> None:
     meter = Meter(job.device)
     meter.start()
     for step in range(job.steps):
-        items = [rows[step * job.batch_size + i] for i in range(job.batch_size)]
-        batch = {key: value.to(job.device) for key, value in collate(items).items()}
-        labels = batch.pop("labels")
-        logits = model(**batch, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        )
-        loss.backward()
+        starts = range(0, job.batch_size, job.micro_batch_size)
+        places = [step * job.batch_size + start for start in starts]
+        batches = [collate([rows[p + i] for i in range(job.micro_batch_size)]) for p in places]
+        targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            batch = {key: value.to(job.device) for key, value in batch.items()}
+            labels = batch.pop("labels")
+            logits = model(**batch, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+            )
+            (loss / targets).backward()
+            total += loss.item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.step(
-            loss.item(),
-            tokens=int(batch["attention_mask"].sum()),
-            targets=int((labels != -100).sum()),
-        )
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        meter.step(total / targets, tokens=tokens, targets=targets)
     meter.write(job)
 
 
