@@ -42,6 +42,8 @@ RULES: Mapping[str, Rule] = {
     "train.max_steps": "explicit",
     "train.global_batch_size": "forbidden",
     "train.micro_batch_size": "explicit",
+    "train.packing": "explicit",
+    "train.share_prefixes": "forbidden",
     "train.precision": "explicit",
     "train.sharding": "explicit",
     "train.deepspeed": "explicit",

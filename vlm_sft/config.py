@@ -137,6 +137,18 @@ class OptimConfig(Section):
     """Clip the gradient's global norm; None: never."""
 
 
+class PackingConfig(Section):
+    """Records laid end to end in rows, none seeing another, instead of padded batches."""
+
+    max_tokens: PositiveInt
+    """Of one row, image tokens included; at least `data.max_length`."""
+    round_to: PositiveInt = 1
+    """Fill rows up to a multiple of so many tokens: few shapes, for compiled kernels."""
+    attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
+    """The kernel: flash-attn, torch's variable-length attention, FlexAttention, or SDPA a record;
+    `auto` takes the first that is to be had."""
+
+
 class TrainConfig(Section):
     """How long, in what batches and numbers, and what is written down."""
 
@@ -145,8 +157,15 @@ class TrainConfig(Section):
     """Stop after this many optimiser steps; None: after `epochs`."""
     global_batch_size: PositiveInt
     """Records an optimiser step, over all processes and micro-batches."""
-    micro_batch_size: PositiveInt
-    """Records one process takes through the model at once."""
+    micro_batch_size: PositiveInt | None = None
+    """Records one process takes through the model at once, padded to the longest."""
+    packing: PackingConfig | None = None
+    """Instead of `micro_batch_size`: one process takes one row of packed records at once. Neither
+    changes which records a step has, nor its loss."""
+    share_prefixes: bool = False
+    """With `packing`: records of one picture that begin alike are trained on together, what comes
+    up to and with the picture being computed once. Their order is a shuffle of pictures instead of
+    records; each record's loss stays what it is."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Numbers of the frozen weights and of the forward pass; trained weights are kept in fp32."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
@@ -177,6 +196,18 @@ class TrainConfig(Section):
     log_every_steps: PositiveInt = 1
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
 
+    @model_validator(mode="after")
+    def _padded_or_packed(self) -> "TrainConfig":
+        if (self.micro_batch_size is None) == (self.packing is None):
+            raise ValueError(
+                "give exactly one of `micro_batch_size` (padded) and `packing`; null takes one away"
+            )
+        if self.packing is not None and self.group_by_length:
+            raise ValueError("`packing` needs no `group_by_length`; set that to false")
+        if self.share_prefixes and self.packing is None:
+            raise ValueError("`share_prefixes` needs `packing`; give that in place of padding")
+        return self
+
 
 class RunConfig(Section):
     """The whole file."""
@@ -191,6 +222,16 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _packs_hold_every_record(self) -> "RunConfig":
+        packing, longest = self.train.packing, self.data.max_length
+        if packing is not None and packing.max_tokens < longest:
+            raise ValueError(
+                f"train.packing.max_tokens is {packing.max_tokens}, but data.max_length lets a "
+                f"record have {longest} tokens; set it to at least that"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -221,6 +221,11 @@ class _Reader:
         train = self._config.train
         if value == AUTO or self._processes is None:
             return
+        if train.micro_batch_size is None:
+            raise self._wrong(
+                "gradient_accumulation_steps",
+                'with train.packing the number of packs follows the records; say "auto"',
+            )
         together = train.micro_batch_size * self._processes
         expected = -(-train.global_batch_size // together)
         told = f"{self._processes} processes take {expected} micro-batches a step"

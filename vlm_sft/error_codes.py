@@ -453,7 +453,14 @@ ALL: Final = (
         413,
         "out_of_memory",
         "The GPU has not enough memory for a micro-batch.",
-        "Lower `train.micro_batch_size` or `data.max_length`, or turn on gradient checkpointing.",
+        "Lower `train.micro_batch_size` (or `train.packing.max_tokens`) or `data.max_length`, or "
+        "turn on gradient checkpointing.",
+    ),
+    ErrorCode(
+        414,
+        "packing_leaks",
+        "The language model does not keep the records of a pack apart.",
+        "Train padded: set `train.micro_batch_size` and take `train.packing` away.",
     ),
 )
 """Every code, in order of numbers."""

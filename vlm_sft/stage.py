@@ -12,6 +12,7 @@ from vlm_sft.assemble import (
     load_language,
     load_model,
     make_trainer,
+    packing_told,
     write_report,
 )
 from vlm_sft.changes import diff_lines
@@ -101,6 +102,8 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         data.write_ledgers(Path(config.output_dir))
         say_on_stderr(data.summary())
     trainer = make_trainer(config, stage, accelerator, language, model, identity, data)
+    if main and (told := packing_told(trainer.plan, accelerator.num_processes)) is not None:
+        say_on_stderr(told)
     start_trackers(accelerator, config.model_dump(mode="json"), "vlm_sft")
     outcome = trainer.run()
     if main:

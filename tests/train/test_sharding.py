@@ -20,7 +20,7 @@ from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.parts_on_disk import language_model_component
-from vlm_sft.train.batches import load_steps, split
+from vlm_sft.train.batches import Padded, load_steps
 from vlm_sft.train.checkpoint import (
     CheckpointStore,
     Together,
@@ -86,13 +86,13 @@ class Run:
         return losses
 
     def _step(self) -> float:
-        chunks = split(
+        batching = Padded(2, pad_token_id=0)
+        chunks = batching.split(
             list(range(8)),
-            2,
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
         )
-        (batches,) = load_steps(eight_records(), [chunks], pad_token_id=0, num_workers=0)
+        (batches,) = load_steps(eight_records(), [chunks], batching=batching, num_workers=0)
         self.optimizer.zero_grad()
         gradient = accumulate_gradient(self.model, batches, self.accelerator)
         gradient_norm(self.model.parameters(), 1.0)

@@ -118,6 +118,13 @@ class SupervisedDataset(Dataset[Example]):
         self.weights: list[float] = []
         """How often each record is seen in an epoch."""
         self.has_image: list[bool] = []
+        self.num_pictures = array("i")
+        self.prefix_keys = array("q")
+        """The same number for records that begin alike up to and with their first picture, none of
+        that supervised; -1 where there is no such beginning."""
+        self.prefix_lengths = array("i")
+        """Tokens of that beginning."""
+        self._prefixes: dict[bytes, int] = {}  # their digests, while reading
         self._renderer, self._image_spec = renderer, image_spec
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
         self._wheres: list[str] = []
@@ -136,12 +143,16 @@ class SupervisedDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         """The example; raises RecordError naming record and file if a picture is broken."""
+        return self.example(index)
+
+    def example(self, index: int, *, first_picture: int = 0) -> Example:
+        """As by indexing, but with the pixels of its pictures only from that number on."""
         ids, labels = self._expanded(index)
         return Example(
             record_id=self.record_ids[index],
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            pixel_values=self._pixels(index),
+            pixel_values=self._pixels(index, first_picture),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,6 +212,7 @@ class SupervisedDataset(Dataset[Example]):
                     flags.extend(label != IGNORE_INDEX for label in fitted[1].labels)
                     starts.append(len(ids))
             self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
+        self._prefixes.clear()
         self._spool.flush()
         self._ids = np.array(ids, dtype=np.int32)
         self._supervised = np.array(flags, dtype=np.bool_)
@@ -229,6 +241,8 @@ class SupervisedDataset(Dataset[Example]):
         self.lengths.append(rendering.length)
         self.weights.append(weight)
         self.has_image.append(bool(record.images))
+        self.num_pictures.append(len(record.images))
+        self._note_prefix(record, rendering)
         self._wheres.append(record.where)
         self._turns.append(self._spool.append(_turns_to_json(record.turns)))
         self._pictures.append(
@@ -237,6 +251,19 @@ class SupervisedDataset(Dataset[Example]):
                 for source in record.images
             )
         )
+
+    def _note_prefix(self, record: Conversation, rendering: Rendering) -> None:
+        """Whether other records can share what comes up to and with the first picture."""
+        key, length = -1, 0
+        if record.images:
+            end = rendering.input_ids.index(IMAGE_TOKEN_ID) + 1
+            unsupervised = all(label == IGNORE_INDEX for label in rendering.labels[:end])
+            if unsupervised and end < len(rendering.input_ids):
+                digest = _prefix_digest(rendering.input_ids[:end], record.images[0])
+                key = self._prefixes.setdefault(digest, len(self._prefixes))
+                length = end - 1 + self._num_image_tokens
+        self.prefix_keys.append(key)
+        self.prefix_lengths.append(length)
 
     # --- looking
 
@@ -249,12 +276,12 @@ class SupervisedDataset(Dataset[Example]):
         times = np.where(is_image, self._num_image_tokens, 1)
         return np.repeat(ids, times), np.repeat(labels, times)
 
-    def _pixels(self, index: int) -> Tensor:
+    def _pixels(self, index: int, first: int) -> Tensor:
         spec, aspect = self._image_spec, self._config.image_aspect
         count = len(self._pictures[index])
-        if not count:
+        if first >= count:
             return torch.empty(0, 3, spec.size, spec.size)
-        images = (self._open(index, number) for number in range(count))
+        images = (self._open(index, number) for number in range(first, count))
         return torch.stack([to_pixels(image, spec, aspect) for image in images])
 
     def _open(self, index: int, number: int) -> Image.Image:
@@ -287,6 +314,11 @@ def _require_size(source: ImageSource, expected: int) -> None:
             f"{source!s}: has {found:,} bytes, but had {expected:,} when the run read its records; "
             "put the old file back, or start a new run",
         )
+
+
+def _prefix_digest(ids: Sequence[int], picture: ImageSource) -> bytes:
+    name = b"bytes" + picture if isinstance(picture, bytes) else b"file" + os.fsencode(picture)
+    return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]
 
 
 def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:

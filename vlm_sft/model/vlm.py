@@ -10,10 +10,36 @@ from transformers import PreTrainedModel
 
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import UserError
+from vlm_sft.model.attention import PackLayout
 from vlm_sft.model.vision import VisionTower
 
 HEAD_CHUNK: Final = 2048
 """Supervised positions that go through the head at once; bounds the memory of their logits."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which hidden states predict which tokens, in a batch whose rows are laid end to end.
+
+    Attributes:
+        sources: Places of the predicting states, `[num_targets]`.
+        targets: Ids of the tokens predicted, `[num_targets]`.
+        records: The record that each belongs to, `[num_targets]`.
+        num_records: Records of the batch.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    records: Tensor
+    num_records: int
+
+    @classmethod
+    def of_labels(cls, labels: Tensor) -> "Supervision":
+        """Of padded rows, each a record: labels `[B, T]` aligned with the ids, not shifted."""
+        shifted = labels[:, 1:]
+        rows, columns = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
+        sources = rows * labels.shape[1] + columns
+        return cls(sources, shifted[rows, columns], rows, len(labels))
 
 
 @dataclass(frozen=True)
@@ -54,17 +80,23 @@ class VisionLanguageModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        *,
+        pack_layout: PackLayout | None = None,
+        supervision: Supervision | None = None,
     ) -> VlmOutput:
-        """Loss of a right-padded batch, or its logits when `labels` is None.
+        """Loss of padded or packed records, or their logits where nothing says what to predict.
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
-            attention_mask: `[B, T]`, false (0) on padding.
+            attention_mask: `[B, T]`, false (0) on padding; None: there is none.
             labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
             pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pack_layout: The segments of one row `[1, T]` of packed records, in place of
+                `attention_mask`; the model needs `install_packed_attention`.
+            supervision: What to predict, in place of `labels`.
 
         Raises:
             UserError: If placeholders and pictures do not match, naming both counts.
@@ -72,14 +104,14 @@ class VisionLanguageModel(nn.Module):
         embeds = self.embed(input_ids, pixel_values)
         if pixel_values is None or pixel_values.shape[0] == 0:
             embeds = embeds + self._constant_picture(embeds)
-        hidden = decoder_of(self.language_model)(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        if labels is None:
+        hidden = self._hidden(embeds, attention_mask, pack_layout)
+        if supervision is None and labels is not None:
+            supervision = Supervision.of_labels(labels)
+        if supervision is None:
             none = hidden.new_zeros((), dtype=_loss_dtype(hidden))
             count = torch.zeros((), dtype=torch.int64, device=hidden.device)
             return VlmOutput(none, count, none.expand(len(hidden)), self._logits(hidden))
-        return self._loss(hidden, labels)
+        return self._loss(hidden, supervision)
 
     def embed(
         self,
@@ -180,13 +212,28 @@ class VisionLanguageModel(nn.Module):
                     code="image_count",
                 )
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> VlmOutput:
-        shifted = labels[:, 1:]
-        rows, columns = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
-        states, targets = hidden[rows, columns], shifted[rows, columns]
-        losses = self._token_losses(states, targets)
-        per_record = losses.new_zeros(len(labels)).index_add(0, rows, losses.detach())
-        count = torch.tensor(len(rows), dtype=torch.int64, device=hidden.device)
+    def _hidden(
+        self, embeds: Tensor, attention_mask: Tensor | None, pack_layout: PackLayout | None
+    ) -> Tensor:
+        """Last hidden states `[B, T, D]`."""
+        options: dict[str, Any] = {}
+        if pack_layout is not None:
+            # A mask of four dimensions is taken as it is: transformers builds none of its own.
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+            options = {"position_ids": pack_layout.position_ids, "pack_layout": pack_layout}
+        decoder = decoder_of(self.language_model)
+        output = decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **options
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def _loss(self, hidden: Tensor, supervision: Supervision) -> VlmOutput:
+        states = hidden.flatten(0, 1)[supervision.sources]
+        losses = self._token_losses(states, supervision.targets)
+        per_record = losses.new_zeros(supervision.num_records).index_add(
+            0, supervision.records, losses.detach()
+        )
+        count = torch.tensor(len(losses), dtype=torch.int64, device=hidden.device)
         return VlmOutput(losses.sum(), count, per_record)
 
     def _token_losses(self, states: Tensor, targets: Tensor) -> Tensor:

@@ -17,19 +17,22 @@ from torch import nn
 from vlm_sft.atomic import write_json
 from vlm_sft.config import OptimConfig, TrainConfig
 from vlm_sft.crash import crash_point
-from vlm_sft.data.collate import Batch
 from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.model.attention import Backend
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.account import Account
 from vlm_sft.train.batches import (
+    AnyBatch,
+    Batching,
     Examples,
     Fault,
     LazySteps,
     load_steps,
     lost_workers_told,
-    split,
 )
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
 from vlm_sft.train.distributed import Value, on_main, saving_processes, total
+from vlm_sft.train.isolation import prepare_packing
 from vlm_sft.train.metrics import (
     LiveLine,
     MetricsFile,
@@ -72,8 +75,9 @@ class Plan:
         total_steps: Optimiser steps of the whole run.
         records_of_step: The records of a step (from 0), a pure function.
         epoch_of_step: Epochs gone after so many steps.
-        pad_token_id: Fills up shorter sequences.
+        batching: How a step's records become micro-batches.
         num_workers: Processes that load records ahead.
+        eval_batching: The same for held-out records.
     """
 
     output_dir: Path
@@ -81,10 +85,11 @@ class Plan:
     total_steps: int
     records_of_step: Callable[[int], Sequence[int]]
     epoch_of_step: Callable[[int], float]
-    pad_token_id: int
+    batching: Batching
     num_workers: int
     train: TrainConfig
     optim: OptimConfig
+    eval_batching: Batching | None = None
     max_quarantined: int | None = None
     """Records that may turn out broken on the way; None: the first one stops the run."""
 
@@ -181,6 +186,15 @@ class Trainer:
         self.model.train()
         self._sharded = is_sharded(self.model.parameters())
         self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
+        self._backend: Backend = "sdpa"
+        if config.packing is not None:
+            self._backend = prepare_packing(
+                cast(VisionLanguageModel, self.model),
+                config.packing,
+                config.precision,
+                self.accelerator.device,
+                self.accelerator.autocast(),
+            )
         self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim)
         rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
         rows = parts_rows(self.hooks.parts, rates)
@@ -288,21 +302,20 @@ class Trainer:
         return load_steps(
             self.train_data,
             steps,
-            pad_token_id=self.plan.pad_token_id,
+            batching=self.plan.batching,
             num_workers=self.plan.num_workers,
             on_fault=None if self.plan.max_quarantined is None else self._account.meet,
         )
 
     def _micro_batches(self, step: int) -> list[list[int]]:
-        chunks = split(
+        chunks = self.plan.batching.split(
             self.plan.records_of_step(step),
-            self.plan.train.micro_batch_size,
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
         )
         return [self._account.usable(chunk) for chunk in chunks]
 
-    def _train_step(self, batches: list[Batch], asks: Asks) -> StepGradient:
+    def _train_step(self, batches: list[AnyBatch], asks: Asks) -> StepGradient:
         """Gradient, checks, update, and a row of metrics."""
         self.optimizer.zero_grad(set_to_none=True)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -312,6 +325,7 @@ class Trainer:
             self.accelerator,
             asks=asks,
             seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
+            backend=self._backend,
         )
         crash_point("step.gradient")
         self._account.settle(gradient.asks.faults)
@@ -411,10 +425,10 @@ class Trainer:
             self.model,
             self.eval_data,
             self.accelerator,
-            micro_batch_size=self.plan.train.micro_batch_size,
-            pad_token_id=self.plan.pad_token_id,
+            batching=self.plan.eval_batching or self.plan.batching,
             num_workers=self.plan.num_workers,
             on_fault=None if self.plan.max_quarantined is None else met.append,
+            backend=self._backend,
         )
         for fault in gather_object(met) if self.accelerator.num_processes > 1 else met:
             if self.accelerator.is_main_process:
@@ -475,19 +489,18 @@ def evaluate(
     examples: Examples,
     accelerator: Accelerator,
     *,
-    micro_batch_size: int,
-    pad_token_id: int,
+    batching: Batching,
     num_workers: int,
     on_fault: Callable[[Fault], None] | None = None,
+    backend: Backend = "sdpa",
 ) -> tuple[float, int]:
     """Mean loss (nats) of a supervised token over all `examples`, and the number of such tokens.
 
     Leaves the model in eval mode. 0.0 where nothing is supervised. `on_fault` is told of records
     that cannot be loaded and are left out; without it they raise.
     """
-    mine = split(
+    mine = batching.split(
         range(len(examples)),
-        micro_batch_size,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
     )
@@ -498,13 +511,13 @@ def evaluate(
     batches = load_steps(
         examples,
         steps,
-        pad_token_id=pad_token_id,
+        batching=batching,
         num_workers=num_workers,
         on_fault=on_fault,
     )
     with accelerator.autocast():
         for (batch,) in batches:
-            output = forward(model, batch, accelerator.device)
+            output = forward(model, batch, accelerator.device, backend)
             loss += output.loss_sum
             count += output.num_targets
     targets = int(total(accelerator, count))
