@@ -97,7 +97,7 @@ class Meter:
             self.tokens.append(tokens)
         if targets is not None:
             self.targets.append(targets)
-        self.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_rss = peak_resident()
 
     def write(self, job: Job) -> None:
         """Everything measured, with versions, as `job.result`."""
@@ -150,6 +150,19 @@ def measure_trainer(trainer: Any, meter: Meter) -> None:
 
     trainer.training_step = training_step
     trainer.add_callback(Steps())
+
+
+def peak_resident() -> int:
+    """Most memory that this process has had resident, in bytes.
+
+    Where there is /proc from there: `ru_maxrss` begins with what the parent had when it started us.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _versions() -> dict[str, str]:
