@@ -91,8 +91,11 @@ def make_model(size: Size, folder: Path, *, device: str, dtype: torch.dtype) -> 
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
-    _save(_language_model(size, device, dtype), folder / "language_model")
-    _save(_vision_tower(size, device, dtype), folder / "vision_tower")
+    _language_model(size, device, dtype).save_pretrained(folder / "language_model")
+    _vision_tower(size, device, dtype).save_pretrained(folder / "vision_tower")
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the peers' processes need the room
     _write_image_processor(folder / "vision_tower")
     _write_llava(folder, tokenizer, dtype)
     write_json(folder / "system.json", system_text(tokenizer))
@@ -167,7 +170,7 @@ def system_text(tokenizer: PreTrainedTokenizerFast) -> str:
     return text
 
 
-def _language_model(size: Size, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def _language_model(size: Size, device: str, dtype: torch.dtype) -> Any:
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
@@ -186,7 +189,7 @@ def _language_model(size: Size, device: str, dtype: torch.dtype) -> torch.nn.Mod
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _vision_tower(size: Size, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def _vision_tower(size: Size, device: str, dtype: torch.dtype) -> Any:
     config = CLIPVisionConfig(
         hidden_size=size.vision_width,
         intermediate_size=4 * size.vision_width,
@@ -199,12 +202,6 @@ def _vision_tower(size: Size, device: str, dtype: torch.dtype) -> torch.nn.Modul
     torch.manual_seed(SEED + 1)
     with torch.device(device):
         return CLIPVisionModel(config).to(dtype)
-
-
-def _save(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    del model
-    gc.collect()
 
 
 def _image_processor() -> CLIPImageProcessor:

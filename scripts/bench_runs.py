@@ -45,7 +45,7 @@ class Peer:
     @property
     def is_ours(self) -> bool:
         """Whether it is vlm_sft itself."""
-        return self.environment is None
+        return self.script == "ours.py"
 
 
 class Runs:

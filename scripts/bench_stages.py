@@ -97,7 +97,10 @@ def stage_rows(work: Path, arguments: argparse.Namespace, facts: JobFields, runs
 
 
 def _peers(stage: Stage) -> list[Peer]:
-    """Padded and packed with these settings, and HF Trainer with the same."""
+    """Padded and packed with these settings, and HF Trainer with the same.
+
+    HF Trainer runs in this environment: all that it needs vlm_sft needs too.
+    """
     train = {"gradient_checkpointing": stage.checkpointing}
     quantised = QUANTISED if stage.mode == "qlora" else {}
     packing = {"micro_batch_size": None, "packing": {"max_tokens": MAX_PACK}}
@@ -106,7 +109,7 @@ def _peers(stage: Stage) -> list[Peer]:
     size = stage.micro_batch_size
     peers = [
         Peer("vlm_sft, padded", "ours.py", None, 1.0, size, {"train": train, **quantised}),
-        Peer("HF Trainer", "hf_trainer.py", "hf_trainer", 2.0, size),
+        Peer("HF Trainer", "hf_trainer.py", None, 2.0, size),
     ]
     if stage.batch_size > 1:
         peers.insert(1, Peer("vlm_sft, packed", "ours.py", None, 1.0, size, packed))
