@@ -38,8 +38,7 @@ def plot_peers(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
 def plot_stages(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Bars of samples a second and of peak memory, grouped by stage."""
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    ordered = [row for stage in reversed(stages) for row in rows if row["stage"] == stage]
+    ordered = list(reversed(rows))
     names = [f"{row['stage']}: {row['name']}" for row in ordered]
     colours = [OURS if row["name"].startswith("vlm_sft") else OTHERS for row in ordered]
     figure, (speed, memory) = plt.subplots(

@@ -81,7 +81,7 @@ def load_model(job: Job) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=kwargs["dtype"],
-            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=[".*vision_tower", ".*multi_modal_projector", "lm_head"],
         )
     model = LlavaForConditionalGeneration.from_pretrained(Path(job.model, "llava"), **kwargs)
     model.requires_grad_(False)
@@ -105,4 +105,8 @@ def _adapted(model: Any, job: Job) -> Any:
         target_modules=r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj",
         modules_to_save=["multi_modal_projector"],
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # the projector's copy too
+    return adapted
