@@ -67,7 +67,10 @@ def plot_lines(panels: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
             axis.plot(panel["x"], values, marker="o", color=colour, label=name, linewidth=1.8)
         if panel.get("logx"):
             axis.set_xscale("log")
-        axis.set_ylim(bottom=0)
+        top = max(max(values) for values in panel["y"].values())
+        axis.set_ylim(0, 1.1 * top)
+        if panel["xlabel"] == "pictures" and max(panel["x"]) < 10:
+            axis.set_xticks(panel["x"])
         axis.set_xlabel(panel["xlabel"])
         axis.set_ylabel(panel["ylabel"])
         axis.set_title(panel["title"], fontsize=10, color=INK)

@@ -12,7 +12,6 @@ and image: a step of the tiny LLaVA, rendering, and opening pictures. Processes:
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 from bench_environments import PEERS
 from bench_model import IMAGE, NUM_IMAGE_TOKENS, SEED, SIZES, make_model, model_section
 from bench_plots import plot_lines
-from bench_results import FOLDER, machine_facts, print_table, write_results
+from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
 from bench_rows import make_rows, picture_bytes, write_pictures, write_rows
 from bench_runs import say
 from rich.console import Console
@@ -368,7 +367,7 @@ def _write(
         output,
         "scaling",
         title=title,
-        command=shlex.join(["scripts/bench_scaling", *arguments.given]),
+        command=command_line("scripts/bench_scaling", arguments.given),
         tables=tables,
         details={},
         facts=facts,

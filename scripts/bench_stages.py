@@ -7,7 +7,6 @@ The same code runs on a CPU with tiny shapes, where figures mean nothing but tha
 import argparse
 import itertools
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 from bench_flops import Sample, sample_flops
 from bench_model import NUM_IMAGE_TOKENS, SEED, read_size
 from bench_plots import plot_stages
-from bench_results import print_table, write_results
+from bench_results import command_line, print_table, write_results
 from bench_rows import Row, make_captions, make_long_rows, make_rows, write_pictures, write_rows
 from bench_runs import JobFields, Peer, PeerError, Runs, say
 from rich.console import Console
@@ -245,7 +244,7 @@ def _tell(
         output,
         name,
         title=title,
-        command=shlex.join(["scripts/bench_train", *arguments.given]),
+        command=command_line("scripts/bench_train", arguments.given),
         tables=[(heading, COLUMNS, table)],
         details={"matmul_flops": peak, "stages": json.loads(json.dumps(STAGES, default=vars))},
         facts=facts,

@@ -11,7 +11,6 @@ peers' environments are made by uv below --environments the first time.
 
 import argparse
 import itertools
-import shlex
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from bench_environments import DEFAULT, environment_python
 from bench_model import SEED, SIZES, make_model
 from bench_plots import plot_peers
-from bench_results import FOLDER, machine_facts, print_table, write_results
+from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
 from bench_rows import Row, make_rows, write_pictures, write_rows
 from bench_runs import BATCH, JobFields, Peer, Runs, say
 from bench_stages import STAGES, stage_rows
@@ -320,7 +319,7 @@ def _tell(
         output,
         name,
         title=title,
-        command=shlex.join(["scripts/bench_train", *arguments.given]),
+        command=command_line("scripts/bench_train", arguments.given),
         tables=[(peers, PEER_COLUMNS, table), (sharing, SHARING_COLUMNS, shared)],
         details={"runs": {key: [_kept(one) for one in value] for key, value in found.items()}},
         facts=facts,

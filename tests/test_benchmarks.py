@@ -98,6 +98,12 @@ def test_a_row_that_this_version_cannot_run_says_so() -> None:
     assert "a_setting_to_come" in str(bench_stages._missing(later))
 
 
+def test_a_results_command_names_no_folder_of_the_machine() -> None:
+    given = ["--steps", "3", "--environments", "/somewhere/else", "--peers", "TRL", "--scratch=/x"]
+    line = bench_results.command_line("scripts/bench_train", given)
+    assert line == "scripts/bench_train --steps 3 --peers TRL"
+
+
 def test_results_are_a_page_and_json_with_machine_and_date(tmp_path: Path) -> None:
     facts = bench_results.machine_facts()
     columns = {"name": "peer", "rate": "samples / s"}
