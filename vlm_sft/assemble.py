@@ -19,7 +19,7 @@ from vlm_sft.config import DataFile, RunConfig, load_config
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset, content_difference
 from vlm_sft.data.formats import read_records
-from vlm_sft.data.images import open_image, to_pixels
+from vlm_sft.data.images import open_image, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.packing import packing_figures
@@ -29,7 +29,8 @@ from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import ConfigError, ImageError, RecordError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.model.quantize import num_weights
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.parts_on_disk import (
     base_identity,
     checkpoint_components,
@@ -206,6 +207,7 @@ def load_model(
     if config.projector is not None:
         load_projector(model, Path(config.projector), identity)
     set_trainable(model, trainable)
+    model.neftune_alpha = config.train.neftune_alpha
     return model, identity
 
 
@@ -337,7 +339,7 @@ def make_batching(
         max_tokens=packing.max_tokens,
         share_prefixes=config.train.share_prefixes,
         round_to=packing.round_to,
-        picture_cost=picture_cost(model),
+        picture_cost=0.0 if config.data.feature_cache else picture_cost(model),
         pad_token_id=pad_token_id,
     )
 
@@ -369,11 +371,10 @@ def picture_cost(model: VisionLanguageModel) -> float:
     The tower runs forward only; the language model forward and backward, which is twice as much
     where its weights are frozen and three times where they learn (2 FLOP a parameter and token).
     """
-    tower = sum(p.numel() for p in model.vision_tower.parameters())
-    layers = list(model.language_model.parameters())
-    learns = any(p.requires_grad and p.dim() > 1 for p in layers)
-    passes = 3 if learns else 2
-    return tower * model.vision_tower.num_tokens / (passes * sum(p.numel() for p in layers))
+    tower = sum(map(num_weights, model.vision_tower.parameters()))
+    weights = list(causal_lm(model.language_model).parameters())
+    passes = 3 if all(p.requires_grad for p in weights) else 2
+    return tower * model.vision_tower.num_tokens / (passes * sum(map(num_weights, weights)))
 
 
 @dataclass(frozen=True)
@@ -408,8 +409,9 @@ class Answers:
         device = tower.device
         ids = expand(self.language.renderer.prompt(asked), tower.num_tokens)
         input_ids = torch.tensor([ids], device=device)
+        data = self.config.data
         pixels = [
-            to_pixels(open_image(source), tower.image_spec, self.config.data.image_aspect)
+            read_pixels(source, tower.image_spec, data.image_aspect, data.image_processing)
             for source in asked.images
         ]
         generated = self.model.generate(

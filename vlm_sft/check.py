@@ -39,6 +39,7 @@ from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.error_codes import CODES
 from vlm_sft.errors import RecordError, TemplateError, UserError, run_command
 from vlm_sft.model.parts import named_parts
+from vlm_sft.model.quantize import num_bytes, require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.parts_on_disk import checkpoint_components
 from vlm_sft.progress import track
@@ -83,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
         return _check_tokenizer(arguments)
     config = load_config(arguments.config, arguments.overrides)
     read_deepspeed(config)
+    require_quantization(config.model.language_model, trainable_parts(config))
     verdict = Verdict()
     language = load_language(config)
     verdict.add_findings(examine_language(config, language), strict=arguments.strict)
@@ -426,7 +428,7 @@ def _check_saving(
 
 def memory_estimate(model: VisionLanguageModel) -> str:
     """Bytes for weights, gradients and AdamW's moments; activations come on top."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(map(num_bytes, model.parameters()))
     learning = sum(
         p.numel() * p.element_size()
         for named in named_parts(model).values()

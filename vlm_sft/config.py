@@ -52,6 +52,11 @@ class LanguageModelConfig(Section):
     """A folder or hub name; None: the one of `name`. `bytes`: a built-in byte tokenizer."""
     attn_implementation: str = "auto"
     """`auto`: flash-attention where installed and supported, else SDPA; or transformers' name."""
+    quantization: Literal["nf4", "fp4"] | None = None
+    """Hold the frozen linear layers, but for the head, in 4 bits (bitsandbytes; needs `lora` in
+    stage 2); null: all in the numbers of `train.precision`."""
+    double_quantization: bool = True
+    """Of 4-bit weights also the scales, in 8 bits (QLoRA, section 3): 0.37 bit a weight less."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "LanguageModelConfig":
@@ -70,6 +75,10 @@ class LoraConfig(Section):
     dropout: Fraction = 0.05
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Module names inside the language model (`q_proj`); `all-linear`: all but the head."""
+    use_dora: bool = False
+    """DoRA (arXiv 2402.09353): learn each output's magnitude apart from its direction."""
+    use_rslora: bool = False
+    """rsLoRA (arXiv 2312.03732): scale by alpha / sqrt(r) instead of alpha / r."""
 
 
 class ModelConfig(Section):
@@ -111,6 +120,15 @@ class DataConfig(Section):
     """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
     image_aspect: Literal["pad", "crop"] = "pad"
     """`pad`: whole picture on a square of the tower's mean colour; `crop`: centre square."""
+    image_processing: Literal["fast", "exact"] = "fast"
+    """`fast`: pixels at most 2 levels of 255 from Pillow's, in less than half the time; `exact`:
+    Pillow's own."""
+    feature_cache: str | None = None
+    """Folder where the frozen tower's features of all pictures are kept, computed before training
+    where they are not there yet; None: pictures go through the tower in every step. See
+    `docs/pictures.md` for when that pays."""
+    feature_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     cache_dir: str | None = None
     """Folder where rendered records are kept across runs; None: each start renders all anew."""
@@ -178,6 +196,9 @@ class TrainConfig(Section):
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Updates that may be left out in a run (`on_non_finite: skip`)."""
+    neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """NEFTune (arXiv 2310.05914): noise on the embeddings of text while training, uniform in
+    +-alpha / sqrt(text tokens of the record x width); the paper takes 5 to 15. Null: none."""
     gradient_checkpointing: bool = False
     deterministic: bool = False
     """Only kernels that give the same bits every time, for the same machine and libraries; slower

@@ -80,8 +80,22 @@ ALL: Final = (
     ErrorCode(
         104,
         "cache_unusable",
-        "The file of rendered records in `data.cache_dir` cannot be read or written.",
+        "What is in `data.cache_dir` or `data.feature_cache` cannot be read or written.",
         "Remove that file, which costs time only, or give another folder with room in it.",
+    ),
+    ErrorCode(
+        105,
+        "feature_cache_full",
+        "The features of the run's pictures have no room, in `data.feature_cache_gb` or on the "
+        "disk.",
+        "Make room or raise the limit, or train without `data.feature_cache`.",
+    ),
+    ErrorCode(
+        106,
+        "features_damaged",
+        "A file in `data.feature_cache` is gone or is not what was written; it was removed.",
+        "Repeat the command: it computes these features again and goes on from the newest "
+        "checkpoint.",
     ),
     ErrorCode(
         110,

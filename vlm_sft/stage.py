@@ -19,6 +19,8 @@ from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
+from vlm_sft.feature_cache import use_feature_cache
+from vlm_sft.model.quantize import require_quantization
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
@@ -46,6 +48,7 @@ def run_stage(
         KeyboardInterrupt: After Ctrl-C, once everything is saved.
     """
     require_trackers(config.train.trackers)
+    require_quantization(config.model.language_model, trainable)
     with deterministic(config.train.deterministic):
         return _run(config, stage, trainable, allowed)
 
@@ -101,6 +104,7 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     if main:
         data.write_ledgers(Path(config.output_dir))
         say_on_stderr(data.summary())
+    use_feature_cache(config, model, accelerator, data)
     trainer = make_trainer(config, stage, accelerator, language, model, identity, data)
     if main and (told := packing_told(trainer.plan, accelerator.num_processes)) is not None:
         say_on_stderr(told)

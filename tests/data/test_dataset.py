@@ -16,7 +16,7 @@ from vlm_sft.config import DataConfig, DataFile, LanguageModelConfig
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.spool import Spool
@@ -85,10 +85,9 @@ def test_pictures_come_in_reading_order_as_the_tower_wants_them(folder):
     for aspect in ("pad", "crop"):
         dataset, _ = build(folder, [record(turns=3, pictures=3)], image_aspect=aspect)
         pixels = dataset[0].pixel_values
-        assert pixels.shape == (3, 3, 14, 14) and pixels.dtype == torch.float32
+        assert pixels.shape == (3, 3, 14, 14) and pixels.dtype == torch.uint8
         for index in range(3):
-            expected = to_pixels(open_image(folder / f"{index}.png"), SPEC, aspect)
-            assert torch.equal(pixels[index], expected)
+            assert torch.equal(pixels[index], read_pixels(folder / f"{index}.png", SPEC, aspect))
 
 
 def test_a_text_record_has_no_pictures_but_their_shape(folder):

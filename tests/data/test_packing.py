@@ -35,7 +35,7 @@ class Lengths:
 
 
 def record(name: str, ids: list[int], labels: list[int], pictures: int = 0) -> Example:
-    pixels = torch.full((pictures, 3, 2, 2), float(len(ids)))
+    pixels = torch.full((pictures, 3, 2, 2), len(ids), dtype=torch.uint8)
     return Example(name, torch.tensor(ids), torch.tensor(labels), pixels)
 
 

@@ -10,7 +10,7 @@ from tests.model.tiny import COHERE, GEMMA2, GRANITE, LLAMA, TOKENS, pictures, r
 from vlm_sft.config import LoraConfig
 from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.errors import UserError
-from vlm_sft.model import vlm as vlm_module
+from vlm_sft.model import loss
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel, check_head
 
@@ -53,7 +53,7 @@ def test_loss_in_several_chunks_has_the_same_value_and_gradient(
     batch = rows([5, -1, 6, 100, 101, 102, 103, 104], [9, 104, 105])
     found = []
     for chunk in (2048, 3):
-        monkeypatch.setattr(vlm_module, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(loss, "CHUNK", chunk)
         model = tiny_model()
         set_trainable(model, {"projector", "language_model"})
         output = model(*batch, pictures(1))
@@ -252,3 +252,19 @@ def test_any_mixture_of_pictures_and_text_has_the_reference_loss(
 
 
 _SHARED: list[VisionLanguageModel] = []
+
+
+def test_the_head_is_checked_on_a_cpu_although_flash_attention_is_meant_for_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model().language_model
+    set_to: list[str] = []
+
+    def set_attention(name: str) -> None:
+        set_to.append(name)
+        model.config._attn_implementation_internal = name
+
+    monkeypatch.setattr(model, "set_attn_implementation", set_attention)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    check_head(model)
+    assert set_to == ["eager", "flash_attention_2"]

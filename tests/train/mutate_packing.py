@@ -232,6 +232,20 @@ MUTANTS = (
         (GRADIENT,),
     ),
     Mutant(
+        "the last MLP's rows come back in other places",
+        "vlm_sft/model/last_layer.py",
+        "whole.index_copy(0, self._rows, output.squeeze(0))",
+        "whole.index_copy(0, self._rows.flip(0), output.squeeze(0))",
+        ("tests/train/test_packing.py",),
+    ),
+    Mutant(
+        "a place that predicts two tokens is computed twice in the last MLP",
+        PACKING,
+        "            needed=torch.unique(sources),\n",
+        "            needed=sources,\n",
+        ("tests/train/test_packing.py",),
+    ),
+    Mutant(
         "the model is not asked whether it isolates",
         "vlm_sft/train/isolation.py",
         "        prove_isolation(model, backend, device, TOLERANCE[precision])\n",

@@ -53,7 +53,7 @@ class Pictured(Records):
 
     @property
     def prefix_keys(self) -> list[int]:
-        return [int(e.pixel_values[0, 0, 0, 0] * 1000) if len(e.pixel_values) else -1 for e in self]
+        return [int(e.pixel_values.sum()) if len(e.pixel_values) else -1 for e in self]
 
     @property
     def prefix_lengths(self) -> list[int]:
@@ -77,7 +77,8 @@ def records(count: int = 9) -> Pictured:
         if number % 3 != 2:
             picture = number % 4 // 2
             generator = torch.Generator().manual_seed(picture)
-            pixels = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            shape = (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
             front = torch.cat([torch.tensor([7]), torch.full((NUM_IMAGE_TOKENS,), IMAGE_TOKEN_ID)])
             ids = torch.cat([front, ids])
             labels = torch.cat([torch.full((len(front),), IGNORE_INDEX), labels])
@@ -275,3 +276,55 @@ def test_the_proof_takes_place_on_every_packed_start(monkeypatch: pytest.MonkeyP
     model = tiny_model()
     prepare_packing(model, PackingConfig(max_tokens=64), "fp32", torch.device("cpu"))
     assert seen == [model]
+
+
+# --- the last layer only where a token is predicted
+
+
+def llama_gradients(prune: bool, checkpointing: bool = False) -> tuple[dict[str, Any], int]:
+    model = tiny_model(*TRAINABLE)
+    install_packed_attention(causal_lm(model.language_model))
+    if prune:
+        assert isolation.prune_where_safe(model, "sdpa", torch.device("cpu"), 1e-5)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    rows: list[int] = []
+    last = causal_lm(model.language_model).model.layers[-1]  # type: ignore[attr-defined]
+    last.mlp.down_proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))
+    batching = packed(400, share=True)
+    step = batching.split(range(9), world_size=1, rank=0)
+    (batches,) = load_steps(records(), [step], batching=batching, num_workers=0)
+    accumulate_gradient(model, batches, make_accelerator("fp32"))
+    grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    return grads, rows[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_mlp_skips_what_predicts_nothing_and_every_gradient_stays(
+    checkpointing: bool,
+) -> None:
+    whole, all_rows = llama_gradients(prune=False)
+    pruned, some_rows = llama_gradients(prune=True, checkpointing=checkpointing)
+    assert some_rows < all_rows / 2
+    assert largest_difference(whole, pruned) <= 1e-5
+
+
+def test_where_skipping_would_change_a_needed_logit_nothing_is_skipped() -> None:
+    model = tiny_model()
+    install_packed_attention(causal_lm(model.language_model))
+    mlp = causal_lm(model.language_model).model.layers[-1].mlp  # type: ignore[attr-defined]
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x) + x.mean(dim=1, keepdim=True)
+    assert not isolation.prune_where_safe(model, "sdpa", torch.device("cpu"), 1e-5)
+    assert not mlp._forward_hooks and not mlp._forward_pre_hooks
+
+
+def test_rows_that_are_padded_or_asked_for_logits_are_computed_whole() -> None:
+    model = tiny_model()
+    install_packed_attention(causal_lm(model.language_model))
+    ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    before = model(ids, mask).logits
+    assert isolation.prune_where_safe(model, "sdpa", torch.device("cpu"), 1e-5)
+    assert torch.equal(model(ids, mask).logits, before)

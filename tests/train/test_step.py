@@ -207,7 +207,12 @@ def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
     accelerator = make_accelerator("fp32")
     model = tiny_model("projector")
     records = Records([example(1, length=6), example(2, length=6), example(3, length=6)])
-    records[1].pixel_values[:] = float("nan")
+    records[1].pixel_values[:] = 255
+
+    def spoil(_tower: object, pictures: tuple[torch.Tensor], features: torch.Tensor) -> None:
+        features[(pictures[0] == 255).all(dim=(1, 2, 3))] = float("nan")
+
+    model.vision_tower.register_forward_hook(spoil)
     (batches,) = load_steps(records, [[[0, 1, 2]]], batching=Padded(8, 0), num_workers=0)
     gradient = accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     norm = gradient_norm(model.multi_modal_projector.parameters(), 1.0)

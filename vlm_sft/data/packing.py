@@ -49,7 +49,9 @@ class PackedBatch:
         sources: [num_targets] int64, where in the row the state lies that predicts.
         targets: [num_targets] int64, the token that it predicts.
         records: [num_targets] int64, whose loss that is, by place in `record_ids`.
-        pixel_values: [N, 3, H, W], all pictures in the order of the placeholders; None if none.
+        needed: [rows] int64, `sources` with each place once (a prefix predicts several tokens).
+        pixel_values: [N, 3, H, W] uint8, pictures in the placeholders' order; None if none.
+        image_features: [N, tokens, width], kept features of the pictures, in place of them.
     """
 
     record_ids: tuple[str, ...]
@@ -58,7 +60,9 @@ class PackedBatch:
     sources: Tensor
     targets: Tensor
     records: Tensor
+    needed: Tensor
     pixel_values: Tensor | None
+    image_features: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -120,6 +124,7 @@ class _Row:
         self.targets: list[Tensor] = []
         self.records: list[Tensor] = []
         self.pixels: list[Tensor] = []
+        self.features: list[Tensor] = []
 
     def add(self, group: Group) -> None:
         shared = group.prefix_length
@@ -140,6 +145,8 @@ class _Row:
             self.record_ids.append(example.record_id)
             if len(example.pixel_values):
                 self.pixels.append(example.pixel_values)
+            if example.image_features is not None:
+                self.features.append(example.image_features)
 
     def _append(self, ids: Tensor, parent: int) -> None:
         self.ids.append(ids)
@@ -167,14 +174,17 @@ class _Row:
         missing = -self.length % round_to
         if missing:
             self._append(torch.full((missing,), pad_token_id), -1)
+        sources = torch.cat(self.sources)
         return PackedBatch(
             record_ids=tuple(self.record_ids),
             input_ids=torch.cat(self.ids).unsqueeze(0),
             segments=tuple(self.segments),
-            sources=torch.cat(self.sources),
+            sources=sources,
             targets=torch.cat(self.targets),
             records=torch.cat(self.records),
+            needed=torch.unique(sources),
             pixel_values=torch.cat(self.pixels) if self.pixels else None,
+            image_features=torch.cat(self.features) if self.features else None,
         )
 
 
@@ -223,6 +233,7 @@ def plan_packs(
     total = sum(unit.tokens for unit in units)
     count = _multiple(-(-total // max_tokens), num_processes)
     while (packs := _share_out(units, count, max_tokens, picture_cost)) is None:
+        assert count <= len(units), "every unit fits into a pack of its own"
         count = _multiple(max(count + 1, count * 51 // 50), num_processes)
     return packs
 

@@ -39,6 +39,8 @@ class PackLayout:
         segments: All of the row, one behind the other; a parent stands before its children.
         device: Where the row is.
         backend: The kernel that computes it.
+        needed: `[rows]` int64, where in the row a token is predicted, each place once; None: all
+            states are wanted.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class PackLayout:
         segments: Sequence[Segment],
         device: torch.device | str = "cpu",
         backend: Backend = "sdpa",
+        needed: Tensor | None = None,
     ) -> None:
+        self.needed = needed
         self.lengths = [length for length, _ in segments]
         self.parents = [parent for _, parent in segments]
         self.device, self.backend = torch.device(device), backend
@@ -106,15 +110,23 @@ class PackLayout:
         return self._masks[key]
 
     @cached_property
-    def sees(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """FlexAttention's `mask_mod`: whether query token q sees key token k of the row."""
-        of_token = torch.repeat_interleave(
-            torch.arange(len(self.lengths)), torch.tensor(self.lengths)
-        ).to(self.device)
+    def segment_of_token(self) -> Tensor:
+        """The segment that each token of the row is in, `[T]` int64."""
+        numbers = torch.arange(len(self.lengths))
+        return torch.repeat_interleave(numbers, torch.tensor(self.lengths)).to(self.device)
+
+    @cached_property
+    def related(self) -> Tensor:
+        """`[segments, segments]` bool: whether the first sees the second."""
         related = torch.zeros(len(self.lengths), len(self.lengths), dtype=torch.bool)
         for number, chain in enumerate(self.chains):
             related[number, chain] = True
-        related = related.to(self.device)
+        return related.to(self.device)
+
+    @cached_property
+    def sees(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention's `mask_mod`: whether query token q sees key token k of the row."""
+        of_token, related = self.segment_of_token, self.related
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & related[of_token[query], of_token[key]]

@@ -1,20 +1,18 @@
 """The vision-language model: tower, projector and language model, and the loss where it counts."""
 
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import UserError
 from vlm_sft.model.attention import PackLayout
+from vlm_sft.model.loss import chunked_cross_entropy
+from vlm_sft.model.neftune import add_noise, text_lengths
 from vlm_sft.model.vision import VisionTower
-
-HEAD_CHUNK: Final = 2048
-"""Supervised positions that go through the head at once; bounds the memory of their logits."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ class VlmOutput:
 class VisionLanguageModel(nn.Module):
     """LLaVA's composition (arXiv 2304.08485, section 4.1): tower, projector, language model.
 
-    The submodules carry the names of `LlavaForConditionalGeneration`.
+    The submodules carry the names of `LlavaForConditionalGeneration`. `neftune_alpha`: strength of
+    the noise on text embeddings in training mode, None for none.
     """
 
     def __init__(
@@ -76,6 +75,7 @@ class VisionLanguageModel(nn.Module):
         self.vision_tower = vision_tower
         self.multi_modal_projector = multi_modal_projector
         self.language_model = language_model
+        self.neftune_alpha: float | None = None
 
     def forward(
         self,
@@ -84,6 +84,7 @@ class VisionLanguageModel(nn.Module):
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         *,
+        image_features: Tensor | None = None,
         pack_layout: PackLayout | None = None,
         supervision: Supervision | None = None,
     ) -> VlmOutput:
@@ -93,7 +94,8 @@ class VisionLanguageModel(nn.Module):
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
             attention_mask: `[B, T]`, false (0) on padding; None: there is none.
             labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
+            image_features: `[N, tokens, width]`, what the tower makes of the pictures, instead.
             pack_layout: The segments of one row `[1, T]` of packed records, in place of
                 `attention_mask`; the model needs `install_packed_attention`.
             supervision: What to predict, in place of `labels`.
@@ -101,8 +103,14 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: If placeholders and pictures do not match, naming both counts.
         """
-        embeds = self.embed(input_ids, pixel_values)
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        images = None if image_features is None else self._projected(image_features)
+        embeds = self.embed(input_ids, pixel_values, images)
+        if self.training and self.neftune_alpha is not None:
+            is_text = input_ids != IMAGE_TOKEN_ID
+            if attention_mask is not None:
+                is_text = is_text & attention_mask.bool()
+            embeds = add_noise(embeds, text_lengths(is_text, pack_layout), self.neftune_alpha)
+        if images is None and (pixel_values is None or pixel_values.shape[0] == 0):
             embeds = embeds + self._constant_picture(embeds)
         hidden = self._hidden(embeds, attention_mask, pack_layout)
         if supervision is None and labels is not None:
@@ -123,7 +131,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
             image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the pictures, instead.
 
         Raises:
@@ -179,8 +187,10 @@ class VisionLanguageModel(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
 
     def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
-        """Tower and projector: `[N, 3, H, W]` to `[N, tokens, D]`."""
-        features = self.vision_tower(pixel_values)
+        """Tower and projector: `[N, 3, H, W]` uint8 to `[N, tokens, D]`."""
+        return self._projected(self.vision_tower(pixel_values))
+
+    def _projected(self, features: Tensor) -> Tensor:
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
 
@@ -191,7 +201,8 @@ class VisionLanguageModel(nn.Module):
         stage 1 a text-only batch would have no gradient path at all.
         """
         size = self.vision_tower.image_spec.size
-        images = self.image_embeds_of(embeds.new_zeros(1, 3, size, size))
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)
+        images = self.image_embeds_of(blank)
         return (images.sum() * 0.0).to(embeds.dtype)
 
     def _check_counts(self, is_image: Tensor, num_pictures: int) -> None:
@@ -229,38 +240,19 @@ class VisionLanguageModel(nn.Module):
 
     def _loss(self, hidden: Tensor, supervision: Supervision) -> VlmOutput:
         states = hidden.flatten(0, 1)[supervision.sources]
-        losses = self._token_losses(states, supervision.targets)
+        head = cast(nn.Module, causal_lm(self.language_model).get_output_embeddings())
+        loss_sum, losses = chunked_cross_entropy(
+            self._wide_logits, states, supervision.targets, list(head.parameters())
+        )
         per_record = losses.new_zeros(supervision.num_records).index_add(
-            0, supervision.records, losses.detach()
+            0, supervision.records, losses
         )
         count = torch.tensor(len(losses), dtype=torch.int64, device=hidden.device)
-        return VlmOutput(losses.sum(), count, per_record)
+        return VlmOutput(loss_sum, count, per_record)
 
-    def _token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each supervised position `[num_targets]`, in float32 or wider.
-
-        With no target the empty row still goes through the head, so that the sum is exactly 0
-        and its graph the same. Several chunks are recomputed in the backward pass, so that the
-        logits of only one are ever in memory.
-        """
-        count = len(targets)
-        if count <= HEAD_CHUNK:
-            return self._chunk_loss(states, targets)
-        chunks: list[Tensor] = [
-            checkpoint(
-                self._chunk_loss,
-                states[start : start + HEAD_CHUNK],
-                targets[start : start + HEAD_CHUNK],
-                use_reentrant=False,
-            )
-            for start in range(0, count, HEAD_CHUNK)
-        ]
-        return torch.cat(chunks)
-
-    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self._logits(states)
-        logits = logits.to(_loss_dtype(logits))
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
+    def _wide_logits(self, hidden: Tensor) -> Tensor:
+        logits = self._logits(hidden)
+        return logits.to(_loss_dtype(logits))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return head_logits(self.language_model, hidden)
@@ -309,12 +301,16 @@ def check_head(language_model: PreTrainedModel) -> None:
     embeddings = cast(nn.Module, language_model.get_input_embeddings())
     device = next(embeddings.parameters()).device
     ids = torch.arange(3, device=device).unsqueeze(0)
-    training = language_model.training
+    training, attention = language_model.training, language_model.config._attn_implementation
     language_model.eval()
+    if device.type == "cpu" and "flash" in str(attention):  # which computes on GPUs alone
+        language_model.set_attn_implementation("eager")
     expected = language_model(input_ids=ids, use_cache=False).logits
     hidden = decoder_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state
     found = head_logits(language_model, hidden)
     language_model.train(training)
+    if language_model.config._attn_implementation != attention:
+        language_model.set_attn_implementation(attention)
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"model.language_model: {type(language_model).__name__} computes its logits in a way "

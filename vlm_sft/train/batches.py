@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -214,6 +214,7 @@ def load_steps(
         collate_fn=_same,
         prefetch_factor=2 if num_workers else None,
         generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
     )
     loaded = iter(loader)
     for step in steps:
@@ -244,7 +245,7 @@ def lost_workers_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch tells of a dead worker by its text alone
-        if "DataLoader worker" not in str(error):
+        if not any(text in str(error) for text in ("DataLoader worker", "Pin memory thread")):
             raise
         raise UserError(
             f"a loader process died while it read ahead ({' '.join(str(error).split())}); memory "
@@ -270,6 +271,10 @@ class _Item:
 
     batch: AnyBatch
     faults: tuple[Fault, ...] = ()
+
+    def pin_memory(self) -> "_Item":
+        """With its batch in page-locked memory (DataLoader calls this where CUDA is)."""
+        return replace(self, batch=self.batch.pin_memory())
 
 
 class _Micro(Dataset[_Item | UserError]):

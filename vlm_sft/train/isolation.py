@@ -16,6 +16,7 @@ from vlm_sft.model.attention import (
     choose_backend,
     install_packed_attention,
 )
+from vlm_sft.model.last_layer import prune_last_mlp
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
 SEGMENTS: Final[tuple[Segment, ...]] = ((7, -1), (5, -1), (4, 1), (6, 1))
@@ -62,7 +63,35 @@ def prepare_packing(
     install_packed_attention(language_model)
     with autocast or nullcontext():
         prove_isolation(model, backend, device, TOLERANCE[precision])
+        prune_where_safe(model, backend, device, TOLERANCE[precision])
     return backend
+
+
+@torch.no_grad()
+def prune_where_safe(
+    model: VisionLanguageModel, backend: Backend, device: torch.device, tolerance: float
+) -> bool:
+    """Let the last layer skip what predicts nothing, if the other logits stay what they are.
+
+    Returns whether it does.
+    """
+    pruned = prune_last_mlp(model.language_model)
+    if pruned is None:
+        return False
+    was_training = model.training
+    model.eval()
+    row = _probe(model, device)
+    needed = torch.arange(1, row.shape[1], 3, device=device)
+    try:
+        whole = model(row, pack_layout=PackLayout(SEGMENTS, device, backend)).logits
+        part = model(row, pack_layout=PackLayout(SEGMENTS, device, backend, needed)).logits
+        safe = _relative(part[:, needed], whole[:, needed]) <= tolerance
+    except TypeError:  # a mixture of experts may give its router's scores besides
+        safe = False
+    model.train(was_training)
+    if not safe:
+        pruned.remove()
+    return safe
 
 
 @torch.no_grad()
@@ -94,10 +123,8 @@ def prove_isolation(
 def _fault(
     model: VisionLanguageModel, backend: Backend, device: torch.device, tolerance: float
 ) -> str | None:
-    size = causal_lm(model.language_model).get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    count = sum(length for length, _ in SEGMENTS)
-    row = torch.randint(size, (1, count), generator=generator).to(device)
+    row = _probe(model, device)
+    size, count = _vocabulary(model), row.shape[1]
     layout = PackLayout(SEGMENTS, device, backend)
     try:
         packed = model(row, pack_layout=layout).logits[0]
@@ -116,6 +143,16 @@ def _fault(
         if (difference := _relative(moved[others], packed[others])) > LEAK:
             return f"other logits move by {difference:.2g} when record {number + 1} of 3 changes"
     return None
+
+
+def _probe(model: VisionLanguageModel, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    count = sum(length for length, _ in SEGMENTS)
+    return torch.randint(_vocabulary(model), (1, count), generator=generator).to(device)
+
+
+def _vocabulary(model: VisionLanguageModel) -> int:
+    return int(causal_lm(model.language_model).get_input_embeddings().weight.shape[0])
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -123,7 +123,8 @@ def told_with_records(batch: AnyBatch) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         rows, tokens = len(batch.record_ids), batch.input_ids.shape[1]
-        pictures = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        shown = batch.pixel_values if batch.image_features is None else batch.image_features
+        pictures = 0 if shown is None else len(shown)
         named = ", ".join(repr(name) for name in batch.record_ids[:8])
         raise UserError(
             f"the GPU has no room for a micro-batch of {rows} records, {tokens} tokens long, and "
@@ -146,6 +147,7 @@ def forward(
         attention_mask=batch.attention_mask,
         labels=batch.labels,
         pixel_values=batch.pixel_values,
+        image_features=batch.image_features,
     )
     return output
 
@@ -156,7 +158,8 @@ def _forward_packed(
     output: VlmOutput = model(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,
-        pack_layout=PackLayout(batch.segments, device, backend),
+        image_features=batch.image_features,
+        pack_layout=PackLayout(batch.segments, device, backend, batch.needed),
         supervision=Supervision(batch.sources, batch.targets, batch.records, len(batch.record_ids)),
     )
     return output
