@@ -223,7 +223,10 @@ def _write_llava(folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.
         language_model=LanguageModelConfig(**section["language_model"]),
     )
     model = build_model(config, dtype=dtype, seed=SEED)
-    text_alone = torch.zeros(0, 3, IMAGE, IMAGE, dtype=dtype), torch.arange(3, 11).unsqueeze(0)
+    text_alone = (
+        torch.zeros(0, 3, IMAGE, IMAGE, dtype=torch.uint8),
+        torch.arange(3, 11).unsqueeze(0),
+    )
     export_hf_llava(
         model,
         tokenizer,

@@ -36,7 +36,7 @@ from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.collate import collate
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.images import open_image, to_pixels
+from vlm_sft.data.images import read_pixels
 from vlm_sft.data.masking import Renderer
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.model.build import build_model
@@ -210,7 +210,7 @@ def _one_step(model: torch.nn.Module, tokens: int, pictures: int) -> None:
     ids[8 : 8 + pictures * NUM_IMAGE_TOKENS] = IMAGE_TOKEN_ID
     labels = ids.clone()
     labels[: -round(0.14 * tokens)] = IGNORE_INDEX
-    pixels = torch.zeros(pictures, 3, IMAGE, IMAGE)
+    pixels = torch.zeros(pictures, 3, IMAGE, IMAGE, dtype=torch.uint8)
     batch = collate([Example("one", ids, labels, pixels)], 0)
     forward(model, batch, torch.device("cpu")).loss_sum.backward()
     for parameter in model.parameters():
@@ -243,7 +243,7 @@ def _paths(work: Path) -> tuple[Table, list[Panel]]:
 
         def prepare(count: int = count) -> None:
             for _ in range(count):
-                to_pixels(open_image(path), CLIP, "pad")
+                read_pixels(path, CLIP, "pad")
 
         ms = 1e3 * _median_cpu(prepare)
         pictures.append({"what": "pictures", "size": count, "ms": ms, "rate": 1e3 * count / ms})
