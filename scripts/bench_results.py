@@ -1,8 +1,10 @@
 """What a benchmark leaves behind: a table on the terminal and as Markdown, all of it as JSON."""
 
+import argparse
 import datetime
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +35,14 @@ def machine_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def command_line(script: str, given: Sequence[str]) -> str:
+    """The command without the folders that are this machine's own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--environments", "--output", "--scratch"):
+        parser.add_argument(option)
+    return shlex.join([script, *parser.parse_known_args(list(given))[1]])
 
 
 def print_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
