@@ -29,7 +29,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
-            "`pip install 'vlm-sft[quantized]'`, or set it to adamw"
+            "`pip install 'vlm-sft[qlora]'`, or set it to adamw"
         )
     kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
     made: torch.optim.Optimizer = kind(
