@@ -13,7 +13,7 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,9 @@ def _deep(value: Any, seen: set[int]) -> int:
     parts: Sequence[Any] = ()
     if isinstance(value, (tuple, list)):
         parts = value
-    elif hasattr(value, "__dict__"):
-        size += sys.getsizeof(value.__dict__)
-        parts = list(value.__dict__.values())
+    elif is_dataclass(value):
+        size += sys.getsizeof(vars(value)) if hasattr(value, "__dict__") else 0
+        parts = [getattr(value, field.name) for field in fields(value)]
     return size + sum(_deep(part, seen) for part in parts)
 
 

@@ -32,7 +32,7 @@ from vlm_sft.data.sampling import epoch_order
 from vlm_sft.errors import UserError, run_command
 
 SHARING_ROWS, SHARING_BATCH = 48, 16
-PACKED = {"train": {"micro_batch_size": None, "packing": {"max_tokens": 8192}}}
+PACKED = {"train": {"micro_batch_size": None, "packing": {"max_tokens": 2048}}}
 SHARED = {"train": {**PACKED["train"], "share_prefixes": True}}
 CANNOT_PACK = "not measured: this version of vlm_sft has no train.packing"
 EQUAL_LOSS = 1e-4

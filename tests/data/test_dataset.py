@@ -1,6 +1,8 @@
+import gc
 import json
 import os
 import pickle
+import tracemalloc
 from collections.abc import Iterable
 from dataclasses import replace
 from io import BytesIO
@@ -76,7 +78,7 @@ def test_an_example_is_its_rendering_with_placeholders_expanded_and_without_loss
     assert example.input_ids.tolist() == ids and example.input_ids.dtype == torch.int64
     assert example.labels.tolist() == labels and example.labels.dtype == torch.int64
     assert ids.count(IMAGE_TOKEN_ID) == 2 * TOKENS
-    assert dataset.lengths == [len(ids)] and dataset.has_image == [True]
+    assert list(dataset.lengths) == [len(ids)] and dataset.has_image == [True]
     supervised = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
     assert TOKENIZER.decode(supervised) == " Answer 0.</s> Answer 1.</s> Answer 2.</s>"
 
@@ -361,9 +363,19 @@ def _same(example: Any) -> Any:
     return example
 
 
-def test_a_thousand_records_take_a_few_bytes_a_token(folder):
-    dataset, _ = build(folder, [record(3) for _ in range(1000)])
-    assert dataset._ids.nbytes + dataset._supervised.nbytes == 5 * sum(dataset.lengths)
+@pytest.mark.parametrize("turns", [1, 12])
+def test_a_record_takes_a_few_hundred_bytes_of_memory_however_long_it_is(
+    folder: Path, turns: int
+) -> None:
+    rows = [record(turns, pictures=1, id=f"record-{i}") for i in range(500)]
+    build(folder, rows[:10])  # what is kept once
+    tracemalloc.start()
+    dataset, ledger = build(folder, rows)
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(dataset) == len(ledger.entries) == 500
+    assert kept / 500 < 600
 
 
 # --- the spool

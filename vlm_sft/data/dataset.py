@@ -89,9 +89,9 @@ def content_difference(files: Sequence[str], before: Any, now: Sequence[FileCont
 class SupervisedDataset(Dataset[Example]):
     """All usable records of some files as `Example`s.
 
-    Construction reads and renders every record once and looks for its pictures' files; ids and
-    labels stay in compact arrays, texts and embedded pictures in a temporary file. Pictures are
-    opened by indexing.
+    Construction reads and renders every record once and looks for its pictures' files; ids,
+    labels, texts and embedded pictures go to a temporary file, so that a record takes a few hundred
+    bytes of memory however long it is. Pictures are opened by indexing.
 
     Args:
         files: What to read, in order.
@@ -118,7 +118,7 @@ class SupervisedDataset(Dataset[Example]):
     ) -> None:
         self.num_input_records = 0
         self.record_ids: list[str] = []
-        self.lengths: list[int] = []
+        self.lengths = array("i")
         """Tokens of each record, image tokens included."""
         self.weights: list[float] = []
         """How often each record is seen in an epoch."""
@@ -132,12 +132,10 @@ class SupervisedDataset(Dataset[Example]):
         self._prefixes: dict[bytes, int] = {}  # their digests, while reading
         self._renderer, self._image_spec = renderer, image_spec
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
-        self._wheres: list[str] = []
-        self._pictures: list[tuple[str | SpoolRef, ...]] = []
         self._sizes = array("q")  # of all picture files, in bytes
         self._first_sizes = array("q")  # where each record's sizes begin
-        self._turns: list[SpoolRef] = []
         self._spool = Spool()
+        self._starts, self._spans = array("q"), array("i")  # of each record in the spool
         self._features: FeatureStore | None = None
         self._entries = array("q")  # where in the ledger each record stands
         self.contents: list[FileContent] = []
@@ -182,9 +180,10 @@ class SupervisedDataset(Dataset[Example]):
 
     def conversation(self, index: int) -> Conversation:
         """The record as it is trained on, after turns were dropped."""
-        turns = tuple(map(_turn_from_json, json.loads(self._spool.read(self._turns[index]))))
-        images = tuple(self._source(picture) for picture in self._pictures[index])
-        return Conversation(self.record_ids[index], turns, images, self._wheres[index])
+        kept = self._kept(index)
+        turns = tuple(map(_turn_from_json, kept.turns))
+        images = tuple(map(self._source, kept.pictures))
+        return Conversation(self.record_ids[index], turns, images, kept.where)
 
     def broken_pictures(self) -> list[RecordError]:
         """Open every picture in full; an error for each record that has a broken one."""
@@ -200,12 +199,15 @@ class SupervisedDataset(Dataset[Example]):
 
     def pictures(self) -> Iterator[ImageSource]:
         """Every picture of every record, in order."""
-        return (self._source(picture) for record in self._pictures for picture in record)
+        for index in range(len(self)):
+            yield from map(
+                self._source, self._kept(index).pictures if self.has_image[index] else ()
+            )
 
     def picture(self, number: int) -> ImageSource:
         """The picture of that number."""
         index = bisect_right(self._first_sizes, number) - 1
-        return self._source(self._pictures[index][number - self._first_sizes[index]])
+        return self._source(self._kept(index).pictures[number - self._first_sizes[index]])
 
     def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
         """Load kept features from now on instead of opening pictures.
@@ -226,7 +228,6 @@ class SupervisedDataset(Dataset[Example]):
         admission = Admission(
             self._renderer, num_image_tokens=self._num_image_tokens, config=self._config
         )
-        ids, flags, starts = array("i"), array("b"), array("q", [0])
         entries = len(self._ledger.entries)
         for file in files:
             records, digest, first = open_records(file), hashlib.sha256(), len(self.record_ids)
@@ -239,15 +240,9 @@ class SupervisedDataset(Dataset[Example]):
                 if fitted is not None:
                     self._keep(*fitted, file.weight)
                     digest.update(_identity(*fitted, root))
-                    ids.extend(fitted[1].input_ids)
-                    flags.extend(label != IGNORE_INDEX for label in fitted[1].labels)
-                    starts.append(len(ids))
             self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
         self._prefixes.clear()
         self._spool.flush()
-        self._ids = np.array(ids, dtype=np.int32)
-        self._supervised = np.array(flags, dtype=np.bool_)
-        self._starts = np.array(starts, dtype=np.int64)
         self._ledger.add_up(entries + self.num_input_records)
         if not self.record_ids:
             names = ", ".join(file.path for file in files)
@@ -274,14 +269,13 @@ class SupervisedDataset(Dataset[Example]):
         self.has_image.append(bool(record.images))
         self.num_pictures.append(len(record.images))
         self._note_prefix(record, rendering)
-        self._wheres.append(record.where)
-        self._turns.append(self._spool.append(_turns_to_json(record.turns)))
-        self._pictures.append(
-            tuple(
-                self._spool.append(source) if isinstance(source, bytes) else str(source)
-                for source in record.images
-            )
-        )
+        pictures = [
+            self._spool.append(source) if isinstance(source, bytes) else str(source)
+            for source in record.images
+        ]
+        ref = self._spool.append(_to_bytes(record, rendering, pictures))
+        self._starts.append(ref.offset)
+        self._spans.append(ref.length)
 
     def _note_prefix(self, record: Conversation, rendering: Rendering) -> None:
         """Whether other records can share what comes up to and with the first picture."""
@@ -298,18 +292,23 @@ class SupervisedDataset(Dataset[Example]):
 
     # --- looking
 
+    def _kept(self, index: int) -> "_Kept":
+        """What the spool holds of a record."""
+        data = self._spool.read(SpoolRef(self._starts[index], self._spans[index]))
+        return _from_bytes(data)
+
     def _expanded(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels, each placeholder repeated for its picture's features."""
-        part = slice(self._starts[index], self._starts[index + 1])
-        ids = self._ids[part].astype(np.int64)
+        kept = self._kept(index)
+        ids = kept.input_ids.astype(np.int64)
         is_image = ids == IMAGE_TOKEN_ID
-        labels = np.where(self._supervised[part] & ~is_image, ids, IGNORE_INDEX)
+        labels = np.where(kept.supervised & ~is_image, ids, IGNORE_INDEX)
         times = np.where(is_image, self._num_image_tokens, 1)
         return np.repeat(ids, times), np.repeat(labels, times)
 
     def _pixels(self, index: int, first: int | None) -> Tensor:
         """A record's pictures from that number on, uint8 [n, 3, H, W]; None: none of them."""
-        count, size = len(self._pictures[index]), self._image_spec.size
+        count, size = self.num_pictures[index], self._image_spec.size
         if first is None or first >= count:
             return torch.empty(0, 3, size, size, dtype=torch.uint8)
         return torch.stack([self._square(index, number) for number in range(first, count)])
@@ -323,7 +322,7 @@ class SupervisedDataset(Dataset[Example]):
 
     def _kept_features(self, index: int, first: int) -> Tensor | None:
         """Features of a record's pictures [n, tokens, width] from one on; None if there is none."""
-        store, count = self._features, len(self._pictures[index])
+        store, count = self._features, self.num_pictures[index]
         if store is None or first >= count:
             return None
         return torch.stack([self._feature(store, index, number) for number in range(first, count)])
@@ -342,7 +341,7 @@ class SupervisedDataset(Dataset[Example]):
         return store.read(self._digests[place].tobytes())
 
     def _checked_source(self, index: int, number: int) -> ImageSource:
-        source = self._source(self._pictures[index][number])
+        source = self._source(self._kept(index).pictures[number])
         _require_size(source, self._sizes[self._first_sizes[index] + number])
         return source
 
@@ -352,7 +351,7 @@ class SupervisedDataset(Dataset[Example]):
         try:
             yield
         except ImageError as error:
-            record_id, where = self.record_ids[index], self._wheres[index]
+            record_id, where = self.record_ids[index], self._kept(index).where
             raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
 
     def _source(self, picture: str | SpoolRef) -> ImageSource:
@@ -395,12 +394,45 @@ def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:
     )
 
 
-def _turns_to_json(turns: Sequence[Turn]) -> bytes:
-    plain = [
+@dataclass(frozen=True)
+class _Kept:
+    """A record as the spool holds it: ids [n] int32 with one placeholder a picture, bool [n]."""
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    turns: list[Any]
+    pictures: list[str | SpoolRef]
+    where: str
+
+
+def _to_bytes(
+    record: Conversation, rendering: Rendering, pictures: Sequence[str | SpoolRef]
+) -> bytes:
+    """The number of ids, the ids, a byte each for whether they are supervised, the rest as JSON."""
+    rest = json.dumps([_plain(record.turns), list(pictures), record.where]).encode()
+    flags = bytes(label != IGNORE_INDEX for label in rendering.labels)
+    count = len(rendering.input_ids)
+    return array("i", [count, *rendering.input_ids]).tobytes() + flags + rest
+
+
+def _from_bytes(data: bytes) -> _Kept:
+    count = int(np.frombuffer(data, np.int32, 1)[0])
+    flags = 4 + 4 * count
+    turns, pictures, where = json.loads(data[flags + count :])
+    return _Kept(
+        np.frombuffer(data, np.int32, count, 4),
+        np.frombuffer(data, np.bool_, count, flags),
+        turns,
+        [picture if isinstance(picture, str) else SpoolRef(*picture) for picture in pictures],
+        where,
+    )
+
+
+def _plain(turns: Sequence[Turn]) -> list[Any]:
+    return [
         [t.role, t.supervised, [p.text if isinstance(p, TextPart) else p.index for p in t.parts]]
         for t in turns
     ]
-    return json.dumps(plain).encode()
 
 
 def _turn_from_json(plain: list[Any]) -> Turn:

@@ -19,7 +19,7 @@ _WORDS: dict[Bucket, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One record's end.
 
