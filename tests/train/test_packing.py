@@ -83,7 +83,7 @@ def records(count: int = 9) -> Pictured:
             front = torch.cat([torch.tensor([7]), torch.full((NUM_IMAGE_TOKENS,), IMAGE_TOKEN_ID)])
             ids = torch.cat([front, ids])
             labels = torch.cat([torch.full((len(front),), IGNORE_INDEX), labels])
-        if number == 0:  # supervised from the first token after its picture
+        if number < 2:  # supervised from the first token after their picture
             labels[1 + NUM_IMAGE_TOKENS :] = ids[1 + NUM_IMAGE_TOKENS :]
         found.append(Example(made.record_id, ids, labels, pixels))
     return found
