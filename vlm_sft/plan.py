@@ -1,0 +1,214 @@
+"""What a run will need, before it: `python -m vlm_sft.plan CONFIG.yaml`."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Final
+
+from rich.console import Console
+
+from vlm_sft.assemble import load_language, run_parser
+from vlm_sft.config import RunConfig, load_config
+from vlm_sft.errors import UserError, run_command
+from vlm_sft.parts_on_disk import dtype_of
+from vlm_sft.planning.blueprint import require_local_tokenizer
+from vlm_sft.planning.calibrate import calibrate
+from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GPUS, Device, find_device
+from vlm_sft.planning.estimate import METHODS, Estimator, Method, host_pictures_per_second
+from vlm_sft.planning.micro_batch import MicroBatch
+from vlm_sft.planning.report import PlanReport, Way
+from vlm_sft.planning.simulate import POLICIES, Policy
+from vlm_sft.planning.workload import Survey, Workload, pictures_per_cpu_second, plan_workload
+from vlm_sft.planning.workload import survey as survey_data
+
+ABOUT = f"""\
+Plan a run: read the data's real lengths and pictures, and work out memory by part, the largest
+micro-batch, samples/s, hours and what holds the run up, for stage 1, LoRA, QLoRA and full training.
+
+Nothing is downloaded and no weight is allocated: the model is built from its configuration alone,
+and its own code runs on tensors without values. GPUs known by name: {", ".join(GPUS)}."""
+
+EXAMPLES = """\
+examples:
+  python -m vlm_sft.plan configs/tiny/stage2.yaml
+  python -m vlm_sft.plan configs/tiny/stage2_lora.yaml --gpu 4090
+  python -m vlm_sft.plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
+  python -m vlm_sft.plan my.yaml --gpu h200 --json > plan.json
+
+  # a few real steps on this machine beside the prediction, with the error of both
+  python -m vlm_sft.plan configs/tiny/stage2.yaml --calibrate
+
+With hub names, their configuration and tokenizer (not the weights) must be in the local cache."""
+
+SAMPLE: Final = 20_000
+"""Records of each file that are rendered unless `--sample` says otherwise."""
+
+PACK_UNIT: Final = 256
+"""The largest pack is searched in so many tokens."""
+
+WIDTH: Final = 160
+"""Columns where the output is no terminal."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of a configuration; returns 0, also where the run would not fit."""
+    arguments = _parse(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    require_local_tokenizer(config.model.language_model)
+    device = find_device(arguments.gpu, dtype_of(config))
+    planner = Estimator(config, device, gpus=arguments.gpus, efficiency=arguments.efficiency)
+    renderer = load_language(config).renderer
+    tower = planner.blueprint.tower
+    found = survey_data(
+        config, renderer, num_image_tokens=tower.num_tokens, sample=arguments.sample
+    )
+    work = plan_workload(config, found, gpus=arguments.gpus)
+    rate = pictures_per_cpu_second(found.sources, tower.image_spec, config)
+    outlook = _Outlook(planner, found, work, rate)
+    report = PlanReport(
+        config=arguments.config,
+        device=device,
+        gpus=arguments.gpus,
+        efficiency=arguments.efficiency,
+        survey=found,
+        work=work,
+        pictures_per_cpu_second=rate,
+        policies=outlook.policies(),
+        ways=[outlook.best(method) for method in METHODS],
+        calibration=calibrate(config, method_of(config)) if arguments.calibrate else None,
+    )
+    if arguments.json:
+        print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    report.print(console)
+    return 0
+
+
+def method_of(config: RunConfig) -> Method:
+    """The way of training that a configuration asks for, as `vlm_sft.check` tells it."""
+    if config.lora is not None:
+        return "lora"
+    learns = "language_model" in config.optim.learning_rate.model_fields_set
+    return "full" if learns else "stage1"
+
+
+def policy_of(config: RunConfig) -> Policy:
+    """The activation checkpointing that a configuration asks for."""
+    return "full" if config.train.gradient_checkpointing else "none"
+
+
+@dataclass(frozen=True)
+class _Outlook:
+    """Ways of training, looked at one by one."""
+
+    planner: Estimator
+    survey: Survey
+    work: Workload
+    pictures_per_cpu_second: float | None
+
+    def policies(self) -> list[Way]:
+        """The configured method under every policy."""
+        return [self._way(method_of(self.planner.config), policy) for policy in POLICIES]
+
+    def best(self, method: Method) -> Way:
+        """A method under the configured policy if it is configured, else the fastest that fits."""
+        if method == method_of(self.planner.config):
+            return self._sized(self._way(method, policy_of(self.planner.config)))
+        for policy in POLICIES:
+            way = self._way(method, policy)
+            if way.fits:
+                break
+        return self._sized(way)
+
+    def _way(self, method: Method, policy: Policy) -> Way:
+        planner, work, config = self.planner, self.work, self.planner.config
+        memory = planner.memory(
+            method, policy, work.largest, micro_batches=work.micro_batches_a_step
+        )
+        loaded = host_pictures_per_second(config, planner.gpus, self.pictures_per_cpu_second)
+        return Way(
+            method,
+            policy,
+            configured=(method, policy) == (method_of(config), policy_of(config)),
+            memory=memory,
+            fits=planner.fits(memory),
+            speed=planner.speed(method, policy, work, pictures_per_second=loaded or None),
+        )
+
+    def _sized(self, way: Way) -> Way:
+        """The same with the largest micro-batch and pack that fit."""
+        records = self.planner.config.train.global_batch_size
+        tokens = max(PACK_UNIT, round(records * self.survey.mean("lengths")))
+
+        def largest(make: Callable[[int], MicroBatch], limit: int) -> int:
+            return self.planner.largest(way.method, way.policy, make, limit=limit)
+
+        pack = largest(self._pack, max(2, tokens // PACK_UNIT)) * PACK_UNIT
+        return Way(
+            **{
+                **vars(way),
+                "largest_micro_batch": largest(self._longest, max(2, records)),
+                "largest_pack": pack,
+            }
+        )
+
+    def _longest(self, rows: int) -> MicroBatch:
+        """So many records of the longest length, with targets and pictures as in the largest."""
+        largest, longest = self.work.largest, self.survey.longest()
+        targets = max(1, rows * largest.targets // largest.rows)
+        pictures = -(-rows * largest.pictures // largest.rows)
+        return MicroBatch(rows, longest, targets, pictures, rows, rows * longest**2)
+
+    def _pack(self, units: int) -> MicroBatch:
+        """One row of so many tokens, with records, targets and pictures in their proportions."""
+        tokens = units * PACK_UNIT
+        records = tokens / self.survey.mean("lengths")
+        return MicroBatch(
+            1,
+            tokens,
+            max(1, round(records * self.survey.mean("targets"))),
+            round(records * self.survey.mean("pictures")),
+            max(1, round(records)),
+            round(records * self.survey.mean("squares")),
+        )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = run_parser("python -m vlm_sft.plan", ABOUT, EXAMPLES)
+    add = parser.add_argument
+    add("--gpu", metavar="NAME", help="what to plan for (default: this machine's GPU, else cpu)")
+    add("--gpus", type=int, default=1, metavar="N", help="how many of them (default: 1)")
+    add(
+        "--efficiency",
+        type=float,
+        default=ASSUMED_EFFICIENCY,
+        metavar="SHARE",
+        help=f"of the matrix products' rate that a step reaches (default: {ASSUMED_EFFICIENCY})",
+    )
+    add(
+        "--sample",
+        type=int,
+        default=SAMPLE,
+        metavar="N",
+        help=f"records of each file to render, drawn at random; 0: all (default: {SAMPLE:,})",
+    )
+    add("--json", action="store_true", help="the plan as one JSON object on stdout")
+    add("--calibrate", action="store_true", help="also train a few steps here; needs the weights")
+    arguments = parser.parse_intermixed_args(argv)
+    for name, least in {"gpus": 1, "sample": 0}.items():
+        if getattr(arguments, name) < least:
+            found = getattr(arguments, name)
+            raise UserError(f"--{name} {found}: expected {least} or more")
+    if not 0 < arguments.efficiency <= 1:
+        raise UserError(f"--efficiency {arguments.efficiency}: expected more than 0, at most 1")
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)
