@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +13,7 @@ from vlm_sft.config import RunConfig, load_config
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import require_local_tokenizer
-from vlm_sft.planning.calibrate import calibrate
+from vlm_sft.planning.calibrate import Calibration, calibrate
 from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GPUS, Device, find_device
 from vlm_sft.planning.estimate import METHODS, Estimator, Method, host_pictures_per_second
 from vlm_sft.planning.micro_batch import MicroBatch
@@ -60,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     require_local_tokenizer(config.model.language_model)
     device = find_device(arguments.gpu, dtype_of(config))
     planner = Estimator(config, device, gpus=arguments.gpus, efficiency=arguments.efficiency)
+    calibration = _calibration(planner, arguments) if arguments.calibrate else None
     renderer = load_language(config).renderer
     tower = planner.blueprint.tower
     found = survey_data(
@@ -72,13 +71,13 @@ def main(argv: Sequence[str]) -> int:
         config=arguments.config,
         device=device,
         gpus=arguments.gpus,
-        efficiency=arguments.efficiency,
+        efficiency=planner.efficiency,
         survey=found,
         work=work,
         pictures_per_cpu_second=rate,
         policies=outlook.policies(),
         ways=[outlook.best(method) for method in METHODS],
-        calibration=calibrate(config, method_of(config)) if arguments.calibrate else None,
+        calibration=calibration,
     )
     if arguments.json:
         print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
@@ -88,6 +87,15 @@ def main(argv: Sequence[str]) -> int:
         console.width = WIDTH
     report.print(console)
     return 0
+
+
+def _calibration(planner: Estimator, arguments: argparse.Namespace) -> Calibration:
+    """Real steps; what they reach is what the plan for this machine goes on with."""
+    if arguments.gpu not in (None, "cpu") or arguments.gpus != 1:
+        raise UserError("--calibrate: trains on this machine's device; leave --gpu and --gpus out")
+    found = calibrate(planner, method_of(planner.config), policy_of(planner.config))
+    planner.efficiency = min(1.0, found.efficiency)
+    return found
 
 
 def method_of(config: RunConfig) -> Method:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import torch
 from torch import nn
 
 from vlm_sft.config import LoraConfig, RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.model.parts import named_parts
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import Blueprint, layers_of
 from vlm_sft.planning.devices import CUDA_OVERHEAD, FRAGMENTATION, Device
@@ -194,7 +195,7 @@ class Estimator:
             micro_batches: Of a step; the gradients of a single one come as its activations go.
         """
         standing, found = self.standing(method), self.simulation(method).footprint(batch, policy)
-        cast = self._cast_weights(method, policy)
+        cast = self._cast_weights(method)
         kept = found.pictures + found.activations + found.loss
         update = self._update_bytes(method)
         if micro_batches == 1:
@@ -365,13 +366,14 @@ class Estimator:
     def _layers(self, model: VisionLanguageModel) -> list[nn.Module]:
         return layers_of(model.language_model)
 
-    def _cast_weights(self, method: Method, policy: Policy) -> float:
-        """Bytes of trained weights' copies in the forward pass's dtype: what no token explains."""
-        found = [
-            self.simulation(method).footprint(MicroBatch(1, n, 1, 1, 1, n * n), policy).activations
-            for n in (64, 128)
-        ]
-        return max(0.0, 2 * found[0] - found[1])
+    def _cast_weights(self, method: Method) -> float:
+        """Bytes of the copies that autocast makes of the layers' trained weights, and keeps."""
+        dtype = self.blueprint.dtype
+        if self.is_sharded(method) or dtype == torch.float32:
+            return 0.0
+        linear = [m for m in decoder_of(self._model(method).language_model).modules()]
+        weights = {m.weight for m in linear if isinstance(m, nn.Linear) and m.weight.requires_grad}
+        return float(sum(dtype.itemsize * weight.numel() for weight in weights))
 
     def _update_bytes(self, method: Method) -> float:
         """What the optimiser needs beside its state: nothing on a GPU, where it is fused."""

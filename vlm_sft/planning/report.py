@@ -161,9 +161,10 @@ class PlanReport:
             else f"{MATMUL_SHARE:.0%} (assumed) of the datasheet's figure"
         )
         told = "assumed" if self.efficiency == ASSUMED_EFFICIENCY else "given"
+        told = told if self.calibration is None else "measured"
         notes = [
             f"{device.name}: {device.memory / GIB:.1f} GiB, {rate} ({basis}), of which a step "
-            f"reaches {self.efficiency:.0%} ({told}; --calibrate on the machine itself measures it)",
+            f"reaches {self.efficiency:.0%} ({told}" + ("; --calibrate on the machine itself measures it)" if told == "assumed" else ")"),
             "bytes and FLOPs: counted on the model's own code with tensors that have no values; "
             "weights in 4 bits, exchange, driver and idle memory: formulas",
         ]
