@@ -197,12 +197,14 @@ class Estimator:
         standing, found = self.standing(method), self.simulation(method).footprint(batch, policy)
         cast = self._cast_weights(method)
         kept = found.pictures + found.activations + found.loss
-        update = self._update_bytes(method)
+        update, peak = self._update_bytes(method), found.peak
+        if self.device.is_cpu:  # where the batch itself is used, and stays, instead of a copy
+            side = self.blueprint.tower.image_spec.size
+            peak = max(found.forward_peak, found.backward_peak + 12 * batch.pictures * side**2)
         if micro_batches == 1:
-            gradients = max(0.0, standing.gradients + update - found.peak)
-            passing = found.peak - kept
+            gradients, passing = max(0.0, standing.gradients + update - peak), peak - kept
         else:
-            gradients, passing = standing.gradients, max(found.peak, update) - kept
+            gradients, passing = standing.gradients, max(peak, update) - kept
         held = sum(standing.weights.values()) + gradients + standing.optimizer + standing.exchange
         idle = 0.0 if self.device.is_cpu else FRAGMENTATION * (held + kept + passing)
         return Memory(
