@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from vlm_sft.errors import UserError, run_command
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import require_local_tokenizer
 from vlm_sft.planning.calibrate import Calibration, calibrate
-from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GPUS, Device, find_device
+from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GPUS, find_device
 from vlm_sft.planning.estimate import METHODS, Estimator, Method, host_pictures_per_second
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.report import PlanReport, Way
@@ -46,6 +46,9 @@ SAMPLE: Final = 20_000
 
 PACK_UNIT: Final = 256
 """The largest pack is searched in so many tokens."""
+
+MOST: Final = 1024
+"""Rows, and units of a pack, beyond which no larger one is looked for."""
 
 WIDTH: Final = 160
 """Columns where the output is no terminal."""
@@ -151,20 +154,12 @@ class _Outlook:
 
     def _sized(self, way: Way) -> Way:
         """The same with the largest micro-batch and pack that fit."""
-        records = self.planner.config.train.global_batch_size
-        tokens = max(PACK_UNIT, round(records * self.survey.mean("lengths")))
 
-        def largest(make: Callable[[int], MicroBatch], limit: int) -> int:
-            return self.planner.largest(way.method, way.policy, make, limit=limit)
+        def largest(make: Callable[[int], MicroBatch]) -> int:
+            return self.planner.largest(way.method, way.policy, make, limit=MOST)
 
-        pack = largest(self._pack, max(2, tokens // PACK_UNIT)) * PACK_UNIT
-        return Way(
-            **{
-                **vars(way),
-                "largest_micro_batch": largest(self._longest, max(2, records)),
-                "largest_pack": pack,
-            }
-        )
+        rows, units = largest(self._longest), largest(self._pack)
+        return replace(way, largest_micro_batch=rows, largest_pack=units * PACK_UNIT)
 
     def _longest(self, rows: int) -> MicroBatch:
         """So many records of the longest length, with targets and pictures as in the largest."""

@@ -159,7 +159,7 @@ def tower_without_weights(config: VisionTowerConfig) -> VisionTowerConfig:
         return config
     assert config.name is not None
     tree, size = _TOWER_CONFIGS[config.library](config.name)
-    changes = {"name": None, "weights": None, "config": tree}
+    changes: dict[str, Any] = {"name": None, "weights": None, "config": tree}
     if config.image_size is None and size is not None:
         changes["image_size"] = size
     return config.model_copy(update=changes)
@@ -167,7 +167,7 @@ def tower_without_weights(config: VisionTowerConfig) -> VisionTowerConfig:
 
 def _transformers_tower(name: str) -> tuple[dict[str, Any], int | None]:
     config = _local_config(name, f"{_TOWER}.name")
-    tree = config.to_dict()
+    tree: dict[str, Any] = config.to_dict()
     if "vision_config" in tree:  # a whole two-tower folder gives its vision part
         tree = {**config.vision_config.to_dict(), "model_type": config.model_type}
     preprocessing = _local_json(name, "preprocessor_config.json")
@@ -256,7 +256,9 @@ def _local_config(name: str, where: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError) as error:
         if folder.is_dir():
-            raise UserError(f"{where}: {name!r} has no usable config.json: {one_line(error)}") from None
+            raise UserError(
+                f"{where}: {name!r} has no usable config.json: {one_line(error)}"
+            ) from None
         raise _not_here(name, where, "configuration", "'*.json'") from None
 
 

@@ -52,17 +52,6 @@ class Device:
     is_cpu: bool = False
     note: str = ""
 
-    def fits(self, allocated: float) -> bool:
-        """Whether so many allocated bytes leave room for what lies beside them."""
-        return allocated <= self.usable
-
-    @property
-    def usable(self) -> int:
-        """Bytes that tensors can take: the memory without overhead and fragmentation."""
-        if self.is_cpu:
-            return self.memory
-        return int((self.memory - CUDA_OVERHEAD) / (1 + FRAGMENTATION))
-
 
 def _gpu(
     name: str, gib: float, tflops: float, gbytes: float, link: float, note: str = ""

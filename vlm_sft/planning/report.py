@@ -1,4 +1,4 @@
-"""The plan in words: what was read, memory by part, ways to train, and what each figure rests on."""
+"""The plan in words: the data, memory by part, ways to train, and what each figure rests on."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +22,21 @@ NAMES: Final[dict[Method, str]] = {
     "qlora": "stage 2, QLoRA (nf4)",
     "full": "stage 2, full",
 }
+
+_WAY_COLUMNS: Final = (
+    "way of training",
+    "checkpointing",
+    "size",
+    "fits",
+    "largest micro-batch",
+    "largest pack",
+    "TFLOP a sample",
+    "samples/s",
+    "of peak",
+    "time",
+    "held up by",
+)
+_OF_WORDS: Final = ("way of training", "checkpointing", "fits", "held up by")
 
 _PARTS: Final = {
     "vision_tower": "weights: tower",
@@ -53,8 +68,9 @@ class Way:
         configured: Whether the configuration asks for it.
         memory: Of one process at the run's largest micro-batch.
         fits: Whether the device has room for it.
-        largest_micro_batch: Padded records of the longest length that fit; None: not asked.
-        largest_pack: Tokens of one row that fit, whole hundreds; None: not asked.
+        largest_micro_batch: Padded records of the longest length that fit, at most 1,024; 0: none;
+            None: not asked.
+        largest_pack: Tokens of one row that fit, likewise at most 262,144.
         speed: In time.
     """
 
@@ -164,7 +180,8 @@ class PlanReport:
         told = told if self.calibration is None else "measured"
         notes = [
             f"{device.name}: {device.memory / GIB:.1f} GiB, {rate} ({basis}), of which a step "
-            f"reaches {self.efficiency:.0%} ({told}" + ("; --calibrate on the machine itself measures it)" if told == "assumed" else ")"),
+            f"reaches {self.efficiency:.0%} ({told}"
+            + ("; --calibrate on the machine itself measures it)" if told == "assumed" else ")"),
             "bytes and FLOPs: counted on the model's own code with tensors that have no values; "
             "weights in 4 bits, exchange, driver and idle memory: formulas",
         ]
@@ -211,22 +228,23 @@ class PlanReport:
         ]
 
     def _memory_table(self) -> Table:
-        title = f"memory of one process in GiB: {NAMES[self.policies[0].method]}"
+        size = _size_in(max(way.memory.total for way in self.policies))
+        title = f"memory of one process in {size.unit}: {NAMES[self.policies[0].method]}"
         table = Table(title=title, title_justify="left")
         table.add_column("activation checkpointing")
         for way in self.policies:
             table.add_column(("> " if way.configured else "") + way.policy, justify="right")
         for part, name in _PARTS.items():
             if self.policies[0].memory.weights[part]:
-                table.add_row(name, *(_gib(way.memory.weights[part]) for way in self.policies))
+                table.add_row(name, *(size(way.memory.weights[part]) for way in self.policies))
         for part, name in _BYTES.items():
             values = [getattr(way.memory, part) for way in self.policies]
             if any(values):
-                table.add_row(name, *map(_gib, values))
+                table.add_row(name, *map(size, values))
         table.add_section()
-        table.add_row("allocated", *(_gib(way.memory.allocated) for way in self.policies))
+        table.add_row("allocated", *(size(way.memory.allocated) for way in self.policies))
         verdicts = ["" if way.fits else " !" for way in self.policies]
-        totals = [_gib(way.memory.total) for way in self.policies]
+        totals = [size(way.memory.total) for way in self.policies]
         table.add_row("total", *(t + v for t, v in zip(totals, verdicts, strict=True)))
         speeds = [f"{way.speed.samples_per_second:,.1f}" for way in self.policies]
         table.add_row("samples/s", *speeds)
@@ -234,21 +252,19 @@ class PlanReport:
         return table
 
     def _ways_table(self) -> Table:
-        columns = ("way of training", "checkpointing", "GiB", "fits", "largest micro-batch")
-        columns += ("largest pack", "TFLOP a sample", "samples/s", "of peak", "time", "held up by")
         table = Table(title="ways of training", title_justify="left")
-        for column in columns:
-            left = column in ("way of training", "checkpointing", "fits", "held up by")
-            table.add_column(column, justify="left" if left else "right")
+        size = _size_in(max(way.memory.total for way in self.ways))
+        for column in (size.unit if name == "size" else name for name in _WAY_COLUMNS):
+            table.add_column(column, justify="left" if column in _OF_WORDS else "right")
         for way in self.ways:
             speed = way.speed
             table.add_row(
                 ("> " if way.configured else "") + NAMES[way.method],
                 way.policy,
-                _gib(way.memory.total),
+                size(way.memory.total),
                 "yes" if way.fits else "no",
-                f"{way.largest_micro_batch:,}" if way.largest_micro_batch else "-",
-                f"{way.largest_pack:,}" if way.largest_pack else "-",
+                f"{way.largest_micro_batch:,}" if way.largest_micro_batch else "none",
+                f"{way.largest_pack:,}" if way.largest_pack else "none",
                 f"{speed.teraflop_per_sample:.4g}",
                 f"{speed.samples_per_second:,.1f}",
                 f"{speed.utilisation:.0%}",
@@ -268,6 +284,18 @@ def _shape(batch: MicroBatch) -> str:
     return f"{batch.rows} x {batch.length:,} tokens with {batch.pictures} picture(s)"
 
 
-def _gib(size: float) -> str:
-    value = size / GIB
-    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+@dataclass(frozen=True)
+class _Size:
+    """Bytes in one unit."""
+
+    unit: str
+    factor: int
+
+    def __call__(self, size: float) -> str:
+        value = size / self.factor
+        return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def _size_in(largest: float) -> _Size:
+    """The unit for bytes of which the largest are so many."""
+    return _Size("GiB", GIB) if largest >= GIB / 2 else _Size("MiB", 2**20)

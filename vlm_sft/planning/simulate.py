@@ -216,7 +216,9 @@ class Simulation:
             return measure(depth)
         low, high = measure(SHALLOW[0]), measure(SHALLOW[1])
         steps = (depth - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
-        values = {key: value + steps * (vars(high)[key] - value) for key, value in vars(low).items()}
+        values = {
+            key: value + steps * (vars(high)[key] - value) for key, value in vars(low).items()
+        }
         return type(low)(**values)
 
     def _model(self, depth: int) -> tuple[FakeTensorMode, VisionLanguageModel]:
@@ -247,8 +249,10 @@ class Simulation:
     def _forward(
         self, model: VisionLanguageModel, batch: MicroBatch, live: LiveBytes
     ) -> tuple[Tensor, tuple[int, int, int]]:
-        """The steps of `VisionLanguageModel.forward`, with places in the place of what they need
-        values for; and the bytes that its three parts leave."""
+        """The steps of `VisionLanguageModel.forward`, and the bytes that its three parts leave.
+
+        What they look up by value (places of pictures and targets) is given here by its size.
+        """
         size = self._blueprint.tower.image_spec.size
         pixels = torch.empty(max(1, batch.pictures), 3, size, size)
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
