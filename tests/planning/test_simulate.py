@@ -146,6 +146,15 @@ def test_a_prediction_is_what_a_real_step_keeps_and_holds_at_its_peak(
     assert predicted.backward_peak == pytest.approx(real.backward_peak, rel=0.1)
 
 
+def test_a_single_row_needs_no_mask_however_long() -> None:
+    simulated = simulation(model_config(), "stage1", torch.bfloat16)
+    short, long = (
+        simulated.footprint(MicroBatch(1, length, 8, 1, 1, length**2), "none").peak
+        for length in (2048, 65536)
+    )
+    assert long < 32 * short
+
+
 def test_what_is_recomputed_is_not_kept() -> None:
     simulated = simulation(model_config(language_model=DEEP_LLAMA), "stage1", torch.bfloat16)
     batch = MicroBatch.padded([64] * 4, targets=20, pictures=4)

@@ -46,8 +46,9 @@ class Blueprint:
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         self.dtype, self._projector_type = dtype, config.projector_type
         self.language_config = language_model_config(config.language_model)
-        eager = config.language_model.attn_implementation == "eager"
-        self._attention = "eager" if eager else "sdpa"
+        asked = config.language_model.attn_implementation
+        # Flash-attention runs on GPUs alone, and keeps what SDPA keeps; None: transformers' choice.
+        self._attention = asked if asked in ("eager", "sdpa") else None
         with torch.device("meta"):
             self.tower = build_vision_tower(tower_without_weights(config.vision_tower), dtype=dtype)
             layers = layers_of(self._language_model(None))

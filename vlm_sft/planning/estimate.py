@@ -1,6 +1,5 @@
 """Memory and time of a way of training: from shapes, simulated micro-batches and a device."""
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +35,10 @@ NF4_BYTES: Final = 4.127 / 8
 
 ADAMW_BYTES: Final = 8
 """State of a trained weight: two moments in float32."""
+
+
+_NEARLY_FULL: Final = 0.003
+"""Share of the memory that may be left free by what is called the largest."""
 
 
 @dataclass(frozen=True)
@@ -229,33 +232,28 @@ class Estimator:
     ) -> int:
         """The largest `n` up to `limit` for which `make(n)` fits; 0 where not even one does.
 
-        Bytes grow with `n` along a convex line of few pieces, so that a few trials on the chord
-        between what fits and what does not find it.
+        Bytes grow with `n` along a line of few pieces, so that a few trials on the chord between
+        what fits and what does not find it, or one that leaves next to nothing free.
         """
 
         def excess(count: int) -> float:
             return self.memory(method, policy, make(count)).total - self.device.memory
 
+        high, above = limit, excess(limit)
+        if above <= 0:
+            return limit
         low, below = 1, excess(1)
         if below > 0:
             return 0
-        high, above = 2, excess(2)
-        if above <= 0:  # carry the line on to where it would be full
-            guess = 2 + math.ceil(-above / max(1.0, above - below)) + 1
-            low, below, high = 2, above, min(limit, max(3, guess))
-            above = excess(high)
-            if above <= 0:
-                return high
-        while high - low > 1:
+        free = -below
+        while high - low > 1 and free > _NEARLY_FULL * self.device.memory:
             middle = low + int((high - low) * below / (below - above))
             middle = min(max(middle, low + 1), high - 1)
             value = excess(middle)
-            if value <= 0:
-                low, below = middle, value
-                if value > -0.002 * self.device.memory:
-                    break  # less than 0.2 % is left free
+            if value <= 0:  # Illinois' rule: what stays where it is counts half
+                low, below, free, above = middle, value, -value, above / 2
             else:
-                high, above = middle, value
+                high, above, below = middle, value, below / 2
         return low
 
     # --- time

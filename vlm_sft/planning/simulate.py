@@ -8,8 +8,8 @@ keep the same tensors as the GPU's fused attention.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Set
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlm_sft.config import LoraConfig
 from vlm_sft.model.vision import VisionTower, cast_floating
@@ -237,7 +239,7 @@ class Simulation:
     def _run(self, depth: int, batch: MicroBatch, policy: Policy) -> Footprint:
         mode, model = self._model(depth)
         set_policy(model, policy)
-        with mode:
+        with mode, _no_mask_made(model) if batch.rows == 1 else nullcontext():
             live = LiveBytes(_with_gradients(model))
             with live:
                 loss, parts = self._forward(model, batch, live)
@@ -325,6 +327,29 @@ def set_policy(model: VisionLanguageModel, policy: Policy) -> None:
     enable = getattr(language_model, f"{prefix}_checkpointing_enable")
     enable(**{f"{prefix}_checkpointing_kwargs": how})
 
+
+@contextmanager
+def _no_mask_made(model: VisionLanguageModel) -> Iterator[None]:
+    """One row without padding, whose causal SDPA needs no mask.
+
+    transformers sees that by looking at values; of tensors without any it takes the worst, a
+    square mask. An attention that it does not know gets none, and this one is SDPA by a name of
+    its own.
+    """
+    config = causal_lm(model.language_model).config.get_text_config()
+    asked = config._attn_implementation
+    if asked != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+    config._attn_implementation = _MASKLESS
+    try:
+        yield
+    finally:
+        config._attn_implementation = asked
+
+
+_MASKLESS: Final = "sdpa_without_mask"
 
 _KEPT: Final = (
     torch.ops.aten.mm.default,
