@@ -8,20 +8,25 @@ keep the same tensors as the GPU's fused attention.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlm_sft.config import LoraConfig
+from vlm_sft.errors import UserError
 from vlm_sft.model.vision import VisionTower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.planning.blueprint import Blueprint, make_fake
@@ -213,6 +218,17 @@ class Simulation:
         Exact for what grows by the same with every layer. The peaks do: gradients are there
         beforehand, so that both lie where all layers' activations are alive.
         """
+        try:
+            return self._carried_on(measure)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            kind = self._blueprint.language_config.model_type
+            raise UserError(
+                f"model.language_model: a {kind} model looks at values to decide what it computes "
+                f"({error.func}), so it cannot be planned without them; train a few steps and look "
+                "at their memory instead"
+            ) from None
+
+    def _carried_on(self, measure: Callable[[int], Measured]) -> Measured:
         depth = self._blueprint.num_layers
         if not self._blueprint.layers_are_alike or depth <= SHALLOW[1]:
             return measure(depth)
@@ -373,12 +389,19 @@ def _with_gradients(model: nn.Module) -> list[Tensor]:
 
 def _counted(work: Callable[[], Any]) -> tuple[int, int]:
     """FLOPs of matrix products (and convolutions), and of attention."""
-    counter = FlopCounterMode(display=False)
+    fast_path = {torch.ops.aten._native_multi_head_attention: _fast_attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=fast_path)
     with counter:
         work()
     found = counter.get_flop_counts()["Global"]
     attention = sum(n for op, n in found.items() if "attention" in str(op) or "bmm" in str(op))
     return sum(found.values()) - attention, attention
+
+
+def _fast_attention_flops(query: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of PyTorch's own attention module where it learns nothing: four projections, attention."""
+    rows, tokens, width = query
+    return rows * (8 * tokens * width**2 + 4 * tokens**2 * width)
 
 
 def _width(model: VisionLanguageModel) -> int:
