@@ -5,8 +5,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.tiny import CLIP, LLAMA, TOKENS, model_config, pictures, rows, tiny_model
+from tests.model.tiny import (
+    CLIP,
+    LLAMA,
+    OPEN_CLIP,
+    TOKENS,
+    model_config,
+    pictures,
+    rows,
+    tiny_model,
+)
 from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.errors import UserError
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.planning.blueprint import Blueprint
 from vlm_sft.planning.live_bytes import LiveBytes
@@ -180,6 +190,20 @@ def test_a_model_of_seven_billion_weights_is_planned_without_memory(
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert (llava_7b.num_layers, llava_7b.layers_are_alike) == (32, True)
     assert llava_7b.tower.num_tokens == 576
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    mixtral = {**LLAMA, "model_type": "mixtral", "num_key_value_heads": 2}
+    with pytest.raises(UserError, match="mixture of experts"):
+        _ = simulation(model_config(language_model=mixtral), "stage1", torch.float32).flops
+
+
+def test_pytorchs_fused_attention_counts_as_its_four_projections_and_its_square() -> None:
+    blueprint = Blueprint(model_config(OPEN_CLIP), dtype=torch.float32)
+    block = 5 * (8 + 16) * 32**2 + 4 * 5**2 * 32  # attention 4, MLP 8 squares of the width
+    patches = 2 * 4 * 14 * 14 * 3 * 32
+    found = TowerSimulation(blueprint.tower).flops
+    assert found == 2 * block + patches  # all but the last of three blocks
 
 
 def test_live_bytes_follow_tensors_from_their_making_to_their_end() -> None:

@@ -29,7 +29,7 @@ from vlm_sft.config import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.vision import VisionTower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
-from vlm_sft.planning.blueprint import Blueprint, make_fake
+from vlm_sft.planning.blueprint import Blueprint, layers_of, make_fake
 from vlm_sft.planning.live_bytes import LiveBytes
 from vlm_sft.planning.micro_batch import MicroBatch
 
@@ -203,8 +203,13 @@ class Simulation:
 
     @functools.cached_property
     def flops(self) -> Flops:
-        """What a token, a target and a picture cost."""
+        """What a token, a target and a picture cost.
+
+        Raises:
+            UserError: The layers compute with less than half of their weights for a token.
+        """
         mode, model = self._model(SHALLOW[0])
+        _require_dense(model, self._decoder_flops(SHALLOW[0]))
         with mode:
             picture = self._tower.flops + sum(_counted(lambda: self._projector_pass(model)))
             target = sum(_counted(lambda: self._head_pass(model))) / _PROBE
@@ -396,6 +401,18 @@ def _counted(work: Callable[[], Any]) -> tuple[int, int]:
     found = counter.get_flop_counts()["Global"]
     attention = sum(n for op, n in found.items() if "attention" in str(op) or "bmm" in str(op))
     return sum(found.values()) - attention, attention
+
+
+def _require_dense(model: VisionLanguageModel, counted: DecoderFlops) -> None:
+    """Refuse a mixture of experts, whose products the counter does not see."""
+    layers = (p for layer in layers_of(model.language_model) for p in layer.parameters())
+    weights = sum(parameter.numel() for parameter in layers if parameter.ndim >= 2)
+    if counted.forward < weights:  # a dense layer takes two FLOPs a weight
+        raise UserError(
+            "model.language_model: its layers use only part of their weights for a token (a "
+            "mixture of experts?), whose FLOPs cannot be counted here; take a dense model, or time "
+            "a few real steps"
+        )
 
 
 def _fast_attention_flops(query: Sequence[int], *_: Any, **__: Any) -> int:
