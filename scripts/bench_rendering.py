@@ -4,23 +4,22 @@
     .venv/bin/python scripts/bench_rendering.py --tokenizer DIR --template vicuna_v1
 
 All ways go over the same conversations, in turns, on one thread; figures are medians over rounds of
-conversations per CPU-second (process time). The conversations have the turns and lengths of
-LLaVA-1.5's 665K mixture by component (its table of counts; lengths after its papers' examples).
+conversations per CPU-second (process time). The conversations are shaped like LLaVA-1.5's mixture
+(`scripts/bench_rows.py`).
 """
 
 import argparse
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read when tokenizers is imported
 
+from bench_rows import Row, make_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -33,19 +32,6 @@ from vlm_sft.data.tokenizer import load_tokenizer
 from vlm_sft.errors import run_command
 from vlm_sft.progress import track
 
-# Thousands of records, exchanges, words a question, words an answer.
-MIXTURE = (
-    (58, (2, 4), (8, 14), (15, 45)),  # conversation
-    (23, (1, 1), (6, 14), (80, 130)),  # detailed description
-    (77, (1, 1), (12, 24), (80, 150)),  # complex reasoning
-    (40, (1, 5), (10, 60), (80, 250)),  # ShareGPT
-    (83, (3, 8), (8, 14), (1, 2)),  # VQAv2
-    (72, (5, 15), (8, 14), (1, 2)),  # GQA
-    (80, (3, 5), (6, 10), (1, 8)),  # OCR-VQA
-    (75, (1, 2), (12, 30), (1, 3)),  # OKVQA, A-OKVQA
-    (22, (1, 1), (12, 24), (8, 14)),  # TextCaps
-    (134, (4, 12), (8, 16), (4, 12)),  # RefCOCO, Visual Genome
-)
 GENERATION_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
@@ -73,29 +59,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_conversations(count: int) -> list[Conversation]:
-    """`count` conversations of the mixture, none equal to another, of English words."""
-    draw = random.Random(0)
-    words = [w for w in Path(__file__).parent.parent.joinpath("LICENSE").read_text().split() if w]
-    components = draw.choices(MIXTURE, weights=[row[0] for row in MIXTURE], k=count)
-    return [_conversation(number, row, words, draw) for number, row in enumerate(components)]
+    """`count` conversations of the benchmarks' rows, none equal to another."""
+    return [_conversation(number, row) for number, row in enumerate(make_rows(count, seed=0))]
 
 
-def _conversation(
-    number: int, row: tuple[Any, ...], words: Sequence[str], draw: random.Random
-) -> Conversation:
-    _, exchanges, question, answer = row
-
-    def text(length: tuple[int, int]) -> str:
-        start = draw.randrange(len(words) - length[1])
-        return " ".join(words[start : start + draw.randint(*length)])
-
-    turns: list[Turn] = []
-    for index in range(draw.randint(*exchanges)):
-        asked: list[Part] = [TextPart(text(question))]
+def _conversation(number: int, row: Row) -> Conversation:
+    turns = []
+    for index, turn in enumerate(row["conversations"]):
+        text = turn["value"].removeprefix("<image>\n")
+        parts: list[Part] = [TextPart(text)]
         if index == 0:
-            asked = [ImagePart(0), TextPart(f"\n{number} {text(question)}")]
-        turns += [Turn("user", tuple(asked)), Turn("assistant", (TextPart(text(answer)),))]
-    return Conversation(str(number), tuple(turns), (b"",))
+            parts = [TextPart(f"{number} {text}")]
+            if "image" in row:
+                parts = [ImagePart(0), TextPart(f"\n{number} {text}")]
+        turns.append(Turn("user" if turn["from"] == "human" else "assistant", tuple(parts)))
+    return Conversation(str(number), tuple(turns), (b"",) if "image" in row else ())
 
 
 def _ways(

@@ -1,11 +1,13 @@
 """Bugs seeded one at a time into a copy of the sources, and whether the tests see each."""
 
+import argparse
 import os
 import re
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -152,3 +154,54 @@ def _run_tests(root: Path, log: Path, arguments: Sequence[str], kept: Sequence[s
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+FAST = ("-m", "not slow")
+
+
+def try_mutants(argv: Sequence[str], mutants: Sequence[Mutant], *, prog: str, about: str) -> int:
+    """A script's main: each mutant on the tests named with it; 1 when one survives."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="", metavar="WORD", help="mutants with this in the name")
+    arguments = parser.parse_args(argv)
+    chosen = [mutant for mutant in mutants if arguments.only in mutant.name]
+    with copied_sources(chosen) as root:
+        from vlm_sft.progress import track
+
+        _warm_up()
+        start = time.monotonic()
+        tests = sorted({test for mutant in chosen for test in mutant.tests})
+        if (broken := killer(root, (), tests, options=FAST)) is not None:
+            print(f"error: {broken} fails without any mutant; mend it first", file=sys.stderr)
+            return 1
+        print(f"without a mutant all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
+        seen_by = {
+            mutant.name: killer(root, (mutant,), mutant.tests, options=FAST)
+            for mutant in track(chosen, description="mutants")
+        }
+    return _report(seen_by)
+
+
+def _warm_up() -> None:
+    """Import what takes seconds; every trial is a fork of this."""
+    import accelerate  # noqa: F401
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def _report(seen_by: dict[str, str | None]) -> int:
+    """Print the table; 1 when a mutant survived."""
+    width = max(map(len, seen_by))
+    print(f"{'mutant'.ljust(width)}  {'':8}  seen by")
+    for name, by in seen_by.items():
+        print(f"{name.ljust(width)}  {'killed' if by else 'SURVIVED':8}  {by or ''}")
+    survived = sum(by is None for by in seen_by.values())
+    print(f"\n{len(seen_by)} mutants, {survived} survived")
+    return int(survived > 0)

@@ -50,8 +50,35 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
     ("overrides", "message"),
     [
         (["data.max_lenght=5"], "unknown key 'data.max_lenght'; did you mean 'data.max_length'"),
+        (
+            ["train.gradient_checkpointing=true"],
+            "unknown key 'train.gradient_checkpointing'; did you mean "
+            "'train.activation_checkpointing'",
+        ),
+        (
+            ["train.activation_checkpointing=true"],
+            "train.activation_checkpointing: Input should be 'auto', 'none', 'selective' or 'full'",
+        ),
         (["train.learning_rate=1"], "did you mean 'optim.learning_rate'"),
         (["data.train.0.wieght=2"], "did you mean 'data.train.0.weight'"),
+        (
+            ["train.packing.max_tokens=4096"],
+            "train: give exactly one of `micro_batch_size` .padded. and `packing`",
+        ),
+        (["train.micro_batch_size=null"], "train: give exactly one of `micro_batch_size`"),
+        (
+            ["train.micro_batch_size=null", "train.packing.max_tokens=2047"],
+            "train.packing.max_tokens is 2047, but data.max_length lets a record have 2048",
+        ),
+        (["train.share_prefixes=true"], "`share_prefixes` needs `packing`"),
+        (
+            [
+                "train.micro_batch_size=null",
+                "train.packing.max_tokens=4096",
+                "train.group_by_length=true",
+            ],
+            "`packing` needs no `group_by_length`",
+        ),
         (["train.micro_batch_size=0"], "train.micro_batch_size: .*greater than 0 .*found 0"),
         (["data.image_aspect=stretch"], "data.image_aspect: .*'pad' or 'crop'.*'stretch'"),
         (["model.projector_type=mlp"], "model.projector_type"),

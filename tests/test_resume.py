@@ -297,3 +297,67 @@ def test_a_loader_process_that_outlives_its_run_does_not_keep_the_folder(tmp_pat
     finally:
         os.write(done, b"x")
         os.waitpid(child, 0)
+
+
+PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=300"]
+
+
+def multiplied(folder: Path, times: int = 3) -> list[str]:
+    """The tiny captions with every picture shown by several records."""
+    source = json.loads((TINY / "data" / "captions.json").read_text())
+    records = [{**r, "id": f"{r['id']}-{i}"} for i in range(times) for r in source]
+    (folder / "many.json").write_text(json.dumps(records))
+    root = f"data.train.0.image_root={TINY / 'data'}"
+    return [f"data.train.0.path={folder / 'many.json'}", root, "data.eval=[]"]
+
+
+def trained_records(out: Path) -> list[list[str]]:
+    return [row["records"] for row in rows(out / "trained.jsonl")]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in rows(out / "metrics.jsonl") if "loss" in row]
+
+
+def test_packed_runs_take_the_same_records_in_the_same_order_to_the_same_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = multiplied(tmp_path)
+    assert run("stage1", tmp_path / "padded", *data) == 0
+    capsys.readouterr()
+    assert run("stage1", tmp_path / "packed", *data, *PACKED) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "activation checkpointing: none (a step of 8 records in" in said
+    assert "packs of up to 300 tokens a step" in said and "save 0.0% of all tokens" in said
+    assert trained_records(tmp_path / "packed") == trained_records(tmp_path / "padded")
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+
+
+def test_a_packed_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    ways = [*multiplied(tmp_path), *PACKED, "train.share_prefixes=true"]
+    assert run("stage1", tmp_path / "whole", *ways) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for lost in ("final", "checkpoints/step-00000004"):
+        shutil.rmtree(tmp_path / "cut" / lost)
+    assert run("stage1", tmp_path / "cut", *ways) == 0
+    weights = [tmp_path / name / "final" / "projector.safetensors" for name in ("whole", "cut")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert trained_records(tmp_path / "cut") == trained_records(tmp_path / "whole")
+    # records of one picture stand together
+    first = [name.rsplit("-", 1)[0] for name in trained_records(tmp_path / "whole")[0]]
+    assert len(set(first)) < len(first) / 2
+
+
+def test_padded_may_become_packed_on_request_but_shared_prefixes_are_another_order(
+    tmp_path: Path,
+) -> None:
+    data = multiplied(tmp_path)
+    assert run("stage1", tmp_path / "run", *data, "train.max_steps=2") == 0
+    more = [*data, *PACKED, "--allow-change=train.max_steps"]
+    with pytest.raises(ConfigError, match=r"add .*--allow-change train\.packing\.max_tokens"):
+        run("stage1", tmp_path / "run", *more)
+    packing = ["--allow-change=train.packing", "--allow-change=train.micro_batch_size"]
+    with pytest.raises(ConfigError, match=r"train\.share_prefixes cannot change within a run"):
+        run("stage1", tmp_path / "run", *more, *packing, "train.share_prefixes=true")
+    assert run("stage1", tmp_path / "run", *more, *packing) == 0
+    assert len(trained_records(tmp_path / "run")) == 4

@@ -214,10 +214,10 @@ def test_a_run_that_was_stopped_before_its_last_folder_was_named_only_names_it(
     assert verify(tmp_path / "run" / "final").step == 4
 
 
-def test_bf16_and_gradient_checkpointing_train_with_fp32_weights(
+def test_bf16_and_recomputed_layers_train_with_fp32_weights(
     stage1_run: Path, tmp_path: Path
 ) -> None:
-    options = ["train.precision=bf16", "train.gradient_checkpointing=true"]
+    options = ["train.precision=bf16", "train.activation_checkpointing=full"]
     assert run("stage2", tmp_path, "projector=null", *options, config="stage2_lora") == 0
     tensors = load_file(tmp_path / "final" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

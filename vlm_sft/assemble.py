@@ -19,16 +19,18 @@ from vlm_sft.config import DataFile, RunConfig, load_config
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset, content_difference
 from vlm_sft.data.formats import read_records
-from vlm_sft.data.images import open_image, to_pixels
+from vlm_sft.data.images import open_image, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
+from vlm_sft.data.packing import packing_figures
 from vlm_sft.data.render_cache import CachedRenderer
 from vlm_sft.data.sampling import StepSampler
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import ConfigError, ImageError, RecordError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.model.quantize import num_weights
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.parts_on_disk import (
     base_identity,
     checkpoint_components,
@@ -38,7 +40,7 @@ from vlm_sft.parts_on_disk import (
     template_digest,
     tokenizer_digest,
 )
-from vlm_sft.train.batches import Fault
+from vlm_sft.train.batches import Batching, Fault, Packed, Padded
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.loop import Hooks, Plan, Trainer, say_on_stderr
 
@@ -205,6 +207,7 @@ def load_model(
     if config.projector is not None:
         load_projector(model, Path(config.projector), identity)
     set_trainable(model, trainable)
+    model.neftune_alpha = config.train.neftune_alpha
     return model, identity
 
 
@@ -269,7 +272,7 @@ def make_trainer(
     return Trainer(
         model=model,
         accelerator=accelerator,
-        plan=make_plan(config, language, data.train),
+        plan=make_plan(config, language, data, model),
         hooks=Hooks(
             parts,
             lambda: frozen_digests(model),
@@ -284,15 +287,12 @@ def make_trainer(
     )
 
 
-def make_plan(config: RunConfig, language: Language, train: SupervisedDataset) -> Plan:
-    """How many steps, and which records in each."""
-    sampler = StepSampler(
-        train.weights,
-        batch_size=config.train.global_batch_size,
-        seed=config.seed,
-        lengths=train.lengths if config.train.group_by_length else None,
-        has_image=train.has_image if config.train.group_by_length else None,
-    )
+def make_plan(
+    config: RunConfig, language: Language, data: Data, model: VisionLanguageModel
+) -> Plan:
+    """How many steps, which records in each, and how they become micro-batches."""
+    train = data.train
+    sampler = make_sampler(config, train)
     steps = sampler.total_steps(config.train.epochs)
     if config.train.max_steps is not None:
         steps = min(steps, config.train.max_steps)
@@ -302,12 +302,80 @@ def make_plan(config: RunConfig, language: Language, train: SupervisedDataset) -
         total_steps=steps,
         records_of_step=sampler.step_indices,
         epoch_of_step=sampler.epoch_of,
-        pad_token_id=language.pad_token_id,
+        batching=make_batching(config, language.pad_token_id, train, model),
         num_workers=config.data.num_workers,
         train=config.train,
         optim=config.optim,
+        lengths=train.lengths,
         max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else None,
+        eval_batching=None
+        if data.eval is None
+        else make_batching(config, language.pad_token_id, data.eval, model),
     )
+
+
+def make_sampler(config: RunConfig, train: SupervisedDataset) -> StepSampler:
+    """The order of the run's records."""
+    by_length = config.train.group_by_length
+    return StepSampler(
+        train.weights,
+        batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        lengths=train.lengths if by_length else None,
+        has_image=train.has_image if by_length else None,
+        prefix_keys=train.prefix_keys if config.train.share_prefixes else None,
+    )
+
+
+def make_batching(
+    config: RunConfig, pad_token_id: int, dataset: SupervisedDataset, model: VisionLanguageModel
+) -> Batching:
+    """Padded or packed, as the configuration says."""
+    packing = config.train.packing
+    if packing is None:
+        assert config.train.micro_batch_size is not None
+        return Padded(config.train.micro_batch_size, pad_token_id)
+    return Packed(
+        sizes=dataset,
+        max_tokens=packing.max_tokens,
+        share_prefixes=config.train.share_prefixes,
+        round_to=packing.round_to,
+        picture_cost=0.0 if config.data.feature_cache else picture_cost(model),
+        pad_token_id=pad_token_id,
+    )
+
+
+STEPS_LOOKED_AT = 50
+"""Steps, spread over the run, that the figures of packing are taken from."""
+
+
+def packing_told(plan: Plan, num_processes: int) -> str | None:
+    """What packing makes of the run's steps, in a sentence; None where it is padded."""
+    batching = plan.batching
+    if not isinstance(batching, Packed):
+        return None
+    count = min(STEPS_LOOKED_AT, plan.total_steps)
+    steps = [plan.records_of_step(i * plan.total_steps // count) for i in range(count)]
+    return packing_figures(
+        steps,
+        batching.sizes,
+        max_tokens=batching.max_tokens,
+        share_prefixes=batching.share_prefixes,
+        num_processes=num_processes,
+        picture_cost=batching.picture_cost,
+    ).told(batching.max_tokens)
+
+
+def picture_cost(model: VisionLanguageModel) -> float:
+    """What encoding a picture costs, in tokens through the language model, by their parameters.
+
+    The tower runs forward only; the language model forward and backward, which is twice as much
+    where its weights are frozen and three times where they learn (2 FLOP a parameter and token).
+    """
+    tower = sum(map(num_weights, model.vision_tower.parameters()))
+    weights = list(causal_lm(model.language_model).parameters())
+    passes = 3 if all(p.requires_grad for p in weights) else 2
+    return tower * model.vision_tower.num_tokens / (passes * sum(map(num_weights, weights)))
 
 
 @dataclass(frozen=True)
@@ -342,8 +410,9 @@ class Answers:
         device = tower.device
         ids = expand(self.language.renderer.prompt(asked), tower.num_tokens)
         input_ids = torch.tensor([ids], device=device)
+        data = self.config.data
         pixels = [
-            to_pixels(open_image(source), tower.image_spec, self.config.data.image_aspect)
+            read_pixels(source, tower.image_spec, data.image_aspect, data.image_processing)
             for source in asked.images
         ]
         generated = self.model.generate(

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,7 @@ from vlm_sft.assemble import (
     load_language,
     load_model,
     make_plan,
+    packing_told,
     record_fault,
 )
 from vlm_sft.atomic import atomic_open
@@ -37,10 +39,12 @@ from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.error_codes import CODES
 from vlm_sft.errors import RecordError, TemplateError, UserError, run_command
 from vlm_sft.model.parts import named_parts
+from vlm_sft.model.quantize import num_bytes, require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.parts_on_disk import checkpoint_components
 from vlm_sft.progress import track
 from vlm_sft.train.checkpoint import require_space
+from vlm_sft.train.isolation import prepare_packing
 from vlm_sft.train.optim import peak_rate
 from vlm_sft.train.preflight import (
     is_trainable,
@@ -80,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
         return _check_tokenizer(arguments)
     config = load_config(arguments.config, arguments.overrides)
     read_deepspeed(config)
+    require_quantization(config.model.language_model, trainable_parts(config))
     verdict = Verdict()
     language = load_language(config)
     verdict.add_findings(examine_language(config, language), strict=arguments.strict)
@@ -334,6 +339,8 @@ def check_model(
     print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
     verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} a picture")
+    if config.train.packing is not None:
+        _check_packing(config, model, verdict)
     if records_are_good:
         _check_lengths(config, language, model, verdict)
     _check_saving(config, language, model, trainable, verdict)
@@ -354,6 +361,19 @@ def _has_language_rate(config: RunConfig) -> bool:
     return "language_model" in config.optim.learning_rate.model_fields_set
 
 
+def _check_packing(config: RunConfig, model: VisionLanguageModel, verdict: Verdict) -> None:
+    """Prove that records in a pack do not see each other, here on the CPU."""
+    assert config.train.packing is not None
+    anywhere = config.train.packing.model_copy(update={"attention": "auto"})
+    try:
+        prepare_packing(model, anywhere, config.train.precision, torch.device("cpu"))
+    except UserError as error:
+        verdict.add("packing", False, str(error))
+        return
+    words = "records of a pack do not see each other (proven on the CPU; a run proves it again)"
+    verdict.add("packing", True, words)
+
+
 def _check_lengths(
     config: RunConfig, language: Language, model: VisionLanguageModel, verdict: Verdict
 ) -> None:
@@ -366,12 +386,14 @@ def _check_lengths(
     errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
     for entry in errors[:SHOWN]:
         print(f"bad record: {CODES[entry.reason]}: {entry.message}", file=sys.stderr)
-    longest, plan = max(data.train.lengths), make_plan(config, language, data.train)
+    longest, plan = max(data.train.lengths), make_plan(config, language, data, model)
     words = f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
     if errors:
         words += f"; {len(errors):,} records do not fit"
     verdict.add("lengths", not errors, words)
     verdict.add("ledger", True, data.summary())
+    if not errors and (told := packing_told(plan, 1)) is not None:
+        verdict.add("packs", True, told.removeprefix("packing: "))
 
 
 def _entries(data: Data) -> list[Entry]:
@@ -406,7 +428,7 @@ def _check_saving(
 
 def memory_estimate(model: VisionLanguageModel) -> str:
     """Bytes for weights, gradients and AdamW's moments; activations come on top."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(map(num_bytes, model.parameters()))
     learning = sum(
         p.numel() * p.element_size()
         for named in named_parts(model).values()

@@ -52,6 +52,11 @@ class LanguageModelConfig(Section):
     """A folder or hub name; None: the one of `name`. `bytes`: a built-in byte tokenizer."""
     attn_implementation: str = "auto"
     """`auto`: flash-attention where installed and supported, else SDPA; or transformers' name."""
+    quantization: Literal["nf4", "fp4"] | None = None
+    """Hold the frozen linear layers, but for the head, in 4 bits (bitsandbytes; needs `lora` in
+    stage 2); null: all in the numbers of `train.precision`."""
+    double_quantization: bool = True
+    """Of 4-bit weights also the scales, in 8 bits (QLoRA, section 3): 0.37 bit a weight less."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "LanguageModelConfig":
@@ -70,6 +75,10 @@ class LoraConfig(Section):
     dropout: Fraction = 0.05
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Module names inside the language model (`q_proj`); `all-linear`: all but the head."""
+    use_dora: bool = False
+    """DoRA (arXiv 2402.09353): learn each output's magnitude apart from its direction."""
+    use_rslora: bool = False
+    """rsLoRA (arXiv 2312.03732): scale by alpha / sqrt(r) instead of alpha / r."""
 
 
 class ModelConfig(Section):
@@ -111,6 +120,15 @@ class DataConfig(Section):
     """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
     image_aspect: Literal["pad", "crop"] = "pad"
     """`pad`: whole picture on a square of the tower's mean colour; `crop`: centre square."""
+    image_processing: Literal["fast", "exact"] = "fast"
+    """`fast`: pixels at most 2 levels of 255 from Pillow's, in less than half the time; `exact`:
+    Pillow's own."""
+    feature_cache: str | None = None
+    """Folder where the frozen tower's features of all pictures are kept, computed before training
+    where they are not there yet; None: pictures go through the tower in every step. See
+    `docs/pictures.md` for when that pays."""
+    feature_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     cache_dir: str | None = None
     """Folder where rendered records are kept across runs; None: each start renders all anew."""
@@ -127,6 +145,9 @@ class LearningRates(Section):
 class OptimConfig(Section):
     """AdamW with linear warm-up and a schedule."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps both moments in a byte a number (bitsandbytes): 2 bytes for every weight
+    that learns instead of 8."""
     learning_rate: LearningRates
     weight_decay: NonNegative = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -137,6 +158,18 @@ class OptimConfig(Section):
     """Clip the gradient's global norm; None: never."""
 
 
+class PackingConfig(Section):
+    """Records laid end to end in rows, none seeing another, instead of padded batches."""
+
+    max_tokens: PositiveInt
+    """Of one row, image tokens included; at least `data.max_length`."""
+    round_to: PositiveInt = 1
+    """Fill rows up to a multiple of so many tokens: few shapes, for compiled kernels."""
+    attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
+    """The kernel: flash-attn, torch's variable-length attention, FlexAttention, or SDPA a record;
+    `auto` takes the first that is to be had."""
+
+
 class TrainConfig(Section):
     """How long, in what batches and numbers, and what is written down."""
 
@@ -145,8 +178,15 @@ class TrainConfig(Section):
     """Stop after this many optimiser steps; None: after `epochs`."""
     global_batch_size: PositiveInt
     """Records an optimiser step, over all processes and micro-batches."""
-    micro_batch_size: PositiveInt
-    """Records one process takes through the model at once."""
+    micro_batch_size: PositiveInt | None = None
+    """Records one process takes through the model at once, padded to the longest."""
+    packing: PackingConfig | None = None
+    """Instead of `micro_batch_size`: one process takes one row of packed records at once. Neither
+    changes which records a step has, nor its loss."""
+    share_prefixes: bool = False
+    """With `packing`: records of one picture that begin alike are trained on together, what comes
+    up to and with the picture being computed once. Their order is a shuffle of pictures instead of
+    records; each record's loss stays what it is."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Numbers of the frozen weights and of the forward pass; trained weights are kept in fp32."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
@@ -159,7 +199,20 @@ class TrainConfig(Section):
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Updates that may be left out in a run (`on_non_finite: skip`)."""
-    gradient_checkpointing: bool = False
+    neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """NEFTune (arXiv 2310.05914): noise on the embeddings of text while training, uniform in
+    +-alpha / sqrt(text tokens of the record x width); the paper takes 5 to 15. Null: none."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again: nothing, the cheap operations of every layer of the
+    language model, or whole layers; `auto` measures a step and takes the fastest that fits. None
+    changes a result."""
+    compile: bool = False
+    """Compile the language model's layers (torch.compile): a minute or more at the start, faster
+    steps after it; rounds otherwise than without. Needs a C++ compiler on a CPU, triton on a
+    GPU."""
+    fp8: bool = False
+    """Multiply in fp8 in the decoder's wide linear layers (torchao): less exact, and only on
+    NVIDIA's GPUs from Ada and Hopper on."""
     deterministic: bool = False
     """Only kernels that give the same bits every time, for the same machine and libraries; slower
     on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""
@@ -177,6 +230,18 @@ class TrainConfig(Section):
     log_every_steps: PositiveInt = 1
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
 
+    @model_validator(mode="after")
+    def _padded_or_packed(self) -> "TrainConfig":
+        if (self.micro_batch_size is None) == (self.packing is None):
+            raise ValueError(
+                "give exactly one of `micro_batch_size` (padded) and `packing`; null takes one away"
+            )
+        if self.packing is not None and self.group_by_length:
+            raise ValueError("`packing` needs no `group_by_length`; set that to false")
+        if self.share_prefixes and self.packing is None:
+            raise ValueError("`share_prefixes` needs `packing`; give that in place of padding")
+        return self
+
 
 class RunConfig(Section):
     """The whole file."""
@@ -191,6 +256,16 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _packs_hold_every_record(self) -> "RunConfig":
+        packing, longest = self.train.packing, self.data.max_length
+        if packing is not None and packing.max_tokens < longest:
+            raise ValueError(
+                f"train.packing.max_tokens is {packing.max_tokens}, but data.max_length lets a "
+                f"record have {longest} tokens; set it to at least that"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -160,7 +160,7 @@ class _Reader:
             raise self._wrong(
                 where,
                 f"offloading to {device!r} is not built; delete the section, and where memory is "
-                "short use more processes, LoRA, or train.gradient_checkpointing",
+                "short use more processes, LoRA, or train.activation_checkpointing: full",
             )
 
     def _precision(self, key: str, section: Any) -> None:
@@ -221,6 +221,11 @@ class _Reader:
         train = self._config.train
         if value == AUTO or self._processes is None:
             return
+        if train.micro_batch_size is None:
+            raise self._wrong(
+                "gradient_accumulation_steps",
+                'with train.packing the number of packs follows the records; say "auto"',
+            )
         together = train.micro_batch_size * self._processes
         expected = -(-train.global_batch_size // together)
         told = f"{self._processes} processes take {expected} micro-batches a step"

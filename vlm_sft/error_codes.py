@@ -80,8 +80,22 @@ ALL: Final = (
     ErrorCode(
         104,
         "cache_unusable",
-        "The file of rendered records in `data.cache_dir` cannot be read or written.",
+        "What is in `data.cache_dir` or `data.feature_cache` cannot be read or written.",
         "Remove that file, which costs time only, or give another folder with room in it.",
+    ),
+    ErrorCode(
+        105,
+        "feature_cache_full",
+        "The features of the run's pictures have no room, in `data.feature_cache_gb` or on the "
+        "disk.",
+        "Make room or raise the limit, or train without `data.feature_cache`.",
+    ),
+    ErrorCode(
+        106,
+        "features_damaged",
+        "A file in `data.feature_cache` is gone or is not what was written; it was removed.",
+        "Repeat the command: it computes these features again and goes on from the newest "
+        "checkpoint.",
     ),
     ErrorCode(
         110,
@@ -453,7 +467,14 @@ ALL: Final = (
         413,
         "out_of_memory",
         "The GPU has not enough memory for a micro-batch.",
-        "Lower `train.micro_batch_size` or `data.max_length`, or turn on gradient checkpointing.",
+        "Lower `train.micro_batch_size` (or `train.packing.max_tokens`) or `data.max_length`, or "
+        "turn on gradient checkpointing.",
+    ),
+    ErrorCode(
+        414,
+        "packing_leaks",
+        "The language model does not keep the records of a pack apart.",
+        "Train padded: set `train.micro_batch_size` and take `train.packing` away.",
     ),
 )
 """Every code, in order of numbers."""

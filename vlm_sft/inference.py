@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIterator
 
 from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part, TextPart, Turn
-from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
 from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import CheckpointError, UserError
@@ -38,6 +38,7 @@ class VlmRun:
     Attributes:
         model: In eval mode, nothing trainable.
         aspect: How pictures are made square.
+        processing: How exactly they are resized.
         manifest: The checkpoint's manifest (step, stage, libraries, ...).
     """
 
@@ -45,7 +46,8 @@ class VlmRun:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     image_spec: ImageSpec
-    aspect: Literal["pad", "crop"]
+    aspect: Aspect
+    processing: Processing
     config: RunConfig
     manifest: dict[str, Any]
 
@@ -60,12 +62,12 @@ class VlmRun:
         return padding_id(self.tokenizer)
 
     def pixels(self, source: ImageSource) -> Tensor:
-        """A picture as the tower wants it, float32 `[3, size, size]`.
+        """A picture as the tower wants it, uint8 `[3, size, size]`.
 
         Raises:
             ImageError: It is missing or broken.
         """
-        return to_pixels(open_image(source), self.image_spec, self.aspect)
+        return read_pixels(source, self.image_spec, self.aspect, self.processing)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Ids to generate from, `IMAGE_TOKEN_ID` once for each token of each picture."""
@@ -80,7 +82,7 @@ class VlmRun:
         """What the language model sees of pictures, `[tokens, D]` each; for `answers`.
 
         Args:
-            pixels: float32 `[3, size, size]` each, at least one.
+            pixels: uint8 `[3, size, size]` each, at least one.
         """
         return list(self.model.image_embeds_of(torch.stack(list(pixels)).to(self.device)))
 
@@ -216,12 +218,14 @@ def load_run(folder: str | Path, *, device: str | torch.device | None = None) ->
     _require_same_base(config, model, checkpoint.manifest, folder)
     _read_parts(config, model, folder)
     model.requires_grad_(False).eval()
+    prepared = _json(folder / "processor.json")
     return VlmRun(
         model=model.to(place),
         tokenizer=tokenizer,
         renderer=renderer,
         image_spec=model.vision_tower.image_spec,
-        aspect=_json(folder / "processor.json")["image_aspect"],
+        aspect=prepared["image_aspect"],
+        processing=prepared.get("image_processing", "exact"),  # before it was a choice
         config=config,
         manifest=checkpoint.manifest,
     )

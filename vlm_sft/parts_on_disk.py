@@ -20,6 +20,7 @@ from vlm_sft.data.masking import Renderer
 from vlm_sft.errors import CheckpointError
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
 from vlm_sft.model.parts import named_parts
+from vlm_sft.model.quantize import unquantized_digest
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train.checkpoint import (
     Component,
@@ -95,6 +96,7 @@ def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[st
     return {
         "image_spec": dataclasses.asdict(model.vision_tower.image_spec),
         "image_aspect": config.data.image_aspect,
+        "image_processing": config.data.image_processing,
         "num_image_tokens": model.vision_tower.num_tokens,
     }
 
@@ -114,7 +116,7 @@ def base_identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, An
             "grid_pool": tower.grid_pool,
             "image_size": model.vision_tower.image_spec.size,
         },
-        "language_model": sample_digest(_base_parameters(model)),
+        "language_model": _base_digest(model),
     }
 
 
@@ -287,6 +289,12 @@ def _write_adapter(
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _base_digest(model: VisionLanguageModel) -> str:
+    """The same for a base that is quantised and one that is not."""
+    found = unquantized_digest(causal_lm(model.language_model))
+    return sample_digest(_base_parameters(model)) if found is None else found
 
 
 def _base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,12 +12,16 @@ from vlm_sft.assemble import (
     load_language,
     load_model,
     make_trainer,
+    packing_told,
     write_report,
 )
 from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
+from vlm_sft.feature_cache import use_feature_cache
+from vlm_sft.model.fp8 import require_fp8
+from vlm_sft.model.quantize import require_quantization
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
@@ -45,6 +49,7 @@ def run_stage(
         KeyboardInterrupt: After Ctrl-C, once everything is saved.
     """
     require_trackers(config.train.trackers)
+    require_quantization(config.model.language_model, trainable)
     with deterministic(config.train.deterministic):
         return _run(config, stage, trainable, allowed)
 
@@ -86,6 +91,8 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
     sharing = settle_sharing(config, trainable, accelerator)
+    if config.train.fp8:
+        require_fp8(accelerator.device, config.train.precision)
     language = load_language(config)
     check_data_head(config, language.renderer)
     model, identity = load_model(config, trainable)
@@ -100,7 +107,10 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     if main:
         data.write_ledgers(Path(config.output_dir))
         say_on_stderr(data.summary())
+    use_feature_cache(config, model, accelerator, data)
     trainer = make_trainer(config, stage, accelerator, language, model, identity, data)
+    if main and (told := packing_told(trainer.plan, accelerator.num_processes)) is not None:
+        say_on_stderr(told)
     start_trackers(accelerator, config.model_dump(mode="json"), "vlm_sft")
     outcome = trainer.run()
     if main:
@@ -122,8 +132,9 @@ def settle_sharing(config: RunConfig, trainable: Set[str], accelerator: Accelera
     """What `train.sharding` or `train.deepspeed` come to in this run; a file's part is told.
 
     Raises:
-        ConfigError: Sharing was asked for where the language model does not learn in full, or
-            DeepSpeed's file does not go with the configuration.
+        ConfigError: Sharing was asked for where the language model does not learn in full,
+            DeepSpeed's file does not go with the configuration, or another setting not with
+            sharing.
     """
     in_full, processes = "language_model" in trainable, accelerator.num_processes
     request = read_deepspeed(config, num_processes=processes)
@@ -131,13 +142,32 @@ def settle_sharing(config: RunConfig, trainable: Set[str], accelerator: Accelera
         if accelerator.is_main_process:
             say_on_stderr(request.told(in_full=in_full, num_processes=processes))
         wanted = request.shares and in_full and processes > 1
-        return Sharing(wanted, request.reshard_after_forward)
+        return _goes_with(config, Sharing(wanted, request.reshard_after_forward))
     if config.train.sharding == "fsdp2" and not in_full:
         raise ConfigError(
             "train.sharding: fsdp2 is for stage 2 in full; the projector and adapters are small, "
             "so leave it at auto or none"
         )
-    return Sharing(in_full and config.train.sharding != "none" and processes > 1)
+    return _goes_with(
+        config, Sharing(in_full and config.train.sharding != "none" and processes > 1)
+    )
+
+
+def _goes_with(config: RunConfig, sharing: Sharing) -> Sharing:
+    """Refuse what is not built for weights that processes share."""
+    train = config.train
+    alone = {
+        "optim.optimizer: adamw_8bit": config.optim.optimizer == "adamw_8bit",
+        "train.compile: true": train.compile,
+        "train.fp8: true": train.fp8,
+    }
+    for setting, is_set in alone.items():
+        if sharing.wanted and is_set:
+            raise ConfigError(
+                f"{setting} does not go with weights that processes share out, as stage 2 in full "
+                "does with several; set train.sharding: none, or leave this setting at its default"
+            )
+    return sharing
 
 
 def _farewell(outcome: Outcome, *, say: bool) -> int:

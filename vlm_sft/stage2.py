@@ -17,6 +17,7 @@ EXAMPLES = """\
 examples:
   python -m vlm_sft.stage2 configs/tiny/stage2.yaml projector=runs/tiny/stage1/final
   python -m vlm_sft.stage2 configs/tiny/stage2_lora.yaml projector=runs/tiny/stage1/final
+  python -m vlm_sft.stage2 configs/tiny/stage2_qlora.yaml projector=runs/tiny/stage1/final
   torchrun --nproc-per-node 8 -m vlm_sft.stage2 configs/llava-1.5/stage2_lora.yaml"""
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,20 @@ def test_pictures_of_all_records_are_stacked_in_order_and_none_is_none():
     assert batch.pixel_values is not None
     assert torch.equal(batch.pixel_values, torch.cat([SHOWN.pixel_values, other.pixel_values]))
     assert collate([PLAIN], pad_token_id=0).pixel_values is None
+
+
+def test_kept_features_are_stacked_in_place_of_pictures_and_move_with_their_batch():
+    def kept(name, count):
+        plain = example(name, [IMAGE_TOKEN_ID] * count + [3], [-100] * count + [3])
+        features = torch.arange(count * 4.0).view(count, 1, 4) if count else None
+        return replace(plain, image_features=features)
+
+    one, none, two = kept("one", 1), kept("none", 0), kept("two", 2)
+    batch = collate([one, none, two], pad_token_id=0)
+    assert batch.pixel_values is None
+    assert torch.equal(batch.image_features, torch.cat([one.image_features, two.image_features]))
+    assert batch.to("meta").image_features.device.type == "meta"
+    assert collate([none], pad_token_id=0).image_features is None
 
 
 def test_targets_are_counted_as_the_shifted_loss_sees_them():

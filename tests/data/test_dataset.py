@@ -16,7 +16,7 @@ from vlm_sft.config import DataConfig, DataFile, LanguageModelConfig
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.spool import Spool
@@ -85,10 +85,9 @@ def test_pictures_come_in_reading_order_as_the_tower_wants_them(folder):
     for aspect in ("pad", "crop"):
         dataset, _ = build(folder, [record(turns=3, pictures=3)], image_aspect=aspect)
         pixels = dataset[0].pixel_values
-        assert pixels.shape == (3, 3, 14, 14) and pixels.dtype == torch.float32
+        assert pixels.shape == (3, 3, 14, 14) and pixels.dtype == torch.uint8
         for index in range(3):
-            expected = to_pixels(open_image(folder / f"{index}.png"), SPEC, aspect)
-            assert torch.equal(pixels[index], expected)
+            assert torch.equal(pixels[index], read_pixels(folder / f"{index}.png", SPEC, aspect))
 
 
 def test_a_text_record_has_no_pictures_but_their_shape(folder):
@@ -382,3 +381,61 @@ def test_a_spool_reads_back_from_pickles_and_is_gone_with_its_owner():
     assert path.exists()
     del spool
     assert not path.exists()
+
+
+def test_records_that_begin_alike_up_to_their_picture_have_one_key(folder: Path) -> None:
+    other = record(pictures=1)
+    other["image"] = ["1.png"]
+    later = record(pictures=1)
+    later["conversations"][0]["value"] = "Look: <image>\nQuestion?"
+    twice = record(turns=2, pictures=2)
+    rows = [record(pictures=1), record(turns=2, pictures=1), other, later, record(), twice]
+    dataset, _ = build(folder, rows)
+    keys = list(dataset.prefix_keys)
+    assert keys[0] == keys[1] == keys[5] >= 0
+    assert len({keys[0], keys[2], keys[3]}) == 3
+    assert keys[4] == -1 and list(dataset.prefix_lengths)[4] == 0
+    assert list(dataset.num_pictures) == [1, 1, 1, 1, 0, 2]
+    for index in (0, 1, 5):
+        length = dataset.prefix_lengths[index]
+        example = dataset[index]
+        assert example.input_ids[:length].tolist() == dataset[0].input_ids[:length].tolist()
+        assert example.input_ids[length - 1] == IMAGE_TOKEN_ID != example.input_ids[length]
+    whole, rest = dataset[5].pixel_values, dataset.example(5, first_picture=1).pixel_values
+    assert len(whole) == 2 and torch.equal(rest, whole[1:])
+    assert len(dataset.example(0, first_picture=1).pixel_values) == 0
+
+
+def test_pictures_within_the_records_are_told_apart_by_their_bytes(folder: Path) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    red, blue = ((folder / name).read_bytes() for name in ("0.png", "2.png"))
+    turns = [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "A."}]
+    rows = {
+        "conversations": [turns] * 3,
+        "image": [{"bytes": picture, "path": None} for picture in (red, red, blue)],
+    }
+    features = Features(
+        {
+            "conversations": [{"from": Value("string"), "value": Value("string")}],
+            "image": Picture(),
+        }
+    )
+    Dataset.from_dict(rows, features=features).to_parquet(str(folder / "rows.parquet"))
+    ledger = Ledger()
+    file = DataFile(path=str(folder / "rows.parquet"))
+    config = DataConfig(train=[file])
+    dataset = SupervisedDataset(
+        [file], RENDERER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
+    )
+    first, second, third = dataset.prefix_keys
+    assert first == second != third
+
+
+def test_a_beginning_that_is_learned_is_not_shared(folder: Path) -> None:
+    learned = record(turns=2)
+    learned["conversations"][2]["value"] = "<image>\nQuestion?"
+    learned["image"] = ["0.png"]
+    dataset, _ = build(folder, [learned, learned])
+    assert list(dataset.prefix_keys) == [-1, -1]

@@ -172,7 +172,7 @@ def example(pair: Pair, conversation: Conversation, number: int) -> Example:
         record_id=str(number),
         input_ids=torch.tensor(expand(rendered.input_ids, 3), dtype=torch.long),
         labels=torch.tensor(expand(rendered.input_ids, 3, labels), dtype=torch.long),
-        pixel_values=torch.full((len(conversation.images), 3, 2, 2), float(number)),
+        pixel_values=torch.full((len(conversation.images), 3, 2, 2), number, dtype=torch.uint8),
     )
 
 

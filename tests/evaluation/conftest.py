@@ -42,6 +42,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[VlmRun]:
         renderer=Renderer.from_name("chatml", tokenizer),
         image_spec=model.vision_tower.image_spec,
         aspect="pad",
+        processing="fast",
         config=config,
         manifest={},
     )

@@ -34,6 +34,11 @@ def probe(text: str, image: str = "a.png", answer: str = "yes") -> Probe:
     return Probe(text, image, text, answer, "random", ("yes", "no"))
 
 
+def noise(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, 28, 28), generator=generator, dtype=torch.uint8)
+
+
 def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) -> float:
     prompt = run.prompt_ids(question(asked.question, [b""]))
     answer = run.renderer.answer_ids(spell(choice))
@@ -45,7 +50,7 @@ def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) ->
 
 
 def test_cached_branches_score_as_whole_sequences_do(run: VlmRun) -> None:
-    pixels = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(1))
+    pixels = noise(1)
     probes = [probe("Is there a dog?"), probe("Can you see a very small cat?"), probe("Hm")]
     for verdict in judge_picture(run, probes, pixels):
         expected = [plain_score(run, verdict.probe, c, pixels) for c in ("yes", "no")]
@@ -53,7 +58,7 @@ def test_cached_branches_score_as_whole_sequences_do(run: VlmRun) -> None:
 
 
 def test_one_question_is_scored_as_well_as_many(run: VlmRun) -> None:
-    pixels = torch.zeros(3, 28, 28)
+    pixels = torch.zeros(3, 28, 28, dtype=torch.uint8)
     alone = judge_picture(run, [probe("Is there a dog?")], pixels)[0]
     together = judge_picture(run, [probe("Is there a dog?"), probe("Or a cow?")], pixels)[0]
     assert alone.log_probabilities == pytest.approx(together.log_probabilities, abs=1e-4)
@@ -93,7 +98,7 @@ def test_a_picture_is_run_once_whatever_is_asked_about_it(run: VlmRun, tmp_path:
 
 
 def test_answers_of_any_number_and_length_score_as_whole_sequences_do(run: VlmRun) -> None:
-    pixels = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(2))
+    pixels = noise(2)
     many = ("a", "b c", "a rather long answer", "two", "seven")
     probes = [
         Probe("1", "a.png", "How many?", "two", "counting", many),
@@ -144,7 +149,7 @@ def test_a_probe_without_answer_is_named(tmp_path: Path) -> None:
 
 
 def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
-    verdicts = judge_picture(run, [probe("a"), probe("b", answer="no")], torch.zeros(3, 28, 28))
+    verdicts = judge_picture(run, [probe("a"), probe("b", answer="no")], noise(3))
     found = summarize(verdicts)
     share = sum(v.correct for v in verdicts) / 2
     assert found["accuracy"]["estimate"] == share

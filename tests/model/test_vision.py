@@ -78,16 +78,17 @@ def test_the_same_clip_weights_through_open_clip_and_transformers_give_the_same_
     pixels = pictures(2)
     assert (ours(pixels) - theirs(pixels)).abs().max() <= 1e-5
     with torch.no_grad():
-        states = converted(pixels, output_hidden_states=True).hidden_states
+        states = converted(theirs.normalised(pixels), output_hidden_states=True).hidden_states
         expected = torch.cat([states[layer] for layer in layers], dim=-1)
     assert torch.equal(theirs(pixels), expected)
 
 
 def test_the_converted_encoder_ends_in_the_same_picture_embedding() -> None:
-    visual = tower(**OPEN_CLIP).encoder
+    made = tower(**OPEN_CLIP)
+    visual, pixels = made.encoder, made.normalised(pictures(2))
     with torch.no_grad():
-        pooled = clip_from_open_clip(visual)(pictures(2)).pooler_output @ visual.proj
-        assert (pooled - visual(pictures(2))).abs().max() <= 1e-5
+        pooled = clip_from_open_clip(visual)(pixels).pooler_output @ visual.proj
+        assert (pooled - visual(pixels)).abs().max() <= 1e-5
 
 
 def test_an_open_clip_file_of_weights_loads_by_name(tmp_path: Path) -> None:
@@ -124,7 +125,8 @@ def test_a_whole_clip_folder_gives_its_vision_part_and_its_own_normalisation(
     assert made.image_spec.std == (0.4, 0.5, 0.6)
     assert (made.image_spec.size, made.image_spec.interpolation) == (28, "bilinear")
     with torch.no_grad():
-        expected = whole.vision_model(pictures(1), output_hidden_states=True).hidden_states[-2]
+        pixels = made.normalised(pictures(1))
+        expected = whole.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
     assert (made(pictures(1)) - expected[:, 1:]).abs().max() <= 1e-6
 
 
@@ -156,7 +158,8 @@ def test_timm_weights_load_from_a_file_and_from_a_folder_as_timm_saves(
         keys |= {"name": str(tmp_path)}
     made = tower(**keys)
     with torch.no_grad():
-        expected = model.forward_features(pictures(1, size=64)).flatten(2).transpose(1, 2)
+        pixels = made.normalised(pictures(1, size=64))
+        expected = model.forward_features(pixels).flatten(2).transpose(1, 2)
     # Convolutions in another memory layout add up in another order.
     torch.testing.assert_close(made(pictures(1, size=64)), expected, rtol=1e-4, atol=1e-5)
     assert made.image_spec.mean == (0.485, 0.456, 0.406)
@@ -166,7 +169,10 @@ def test_timm_vit_states_are_numbered_like_hidden_states() -> None:
     made = tower(library="timm", config=VIT_TIMM, feature_layers=[1, 2])
     with torch.no_grad():
         blocks = made.encoder.forward_intermediates(
-            pictures(1, size=32), indices=[0, 1], intermediates_only=True, output_fmt="NLC"
+            made.normalised(pictures(1, size=32)),
+            indices=[0, 1],
+            intermediates_only=True,
+            output_fmt="NLC",
         )
     assert torch.equal(made(pictures(1, size=32)), torch.cat(blocks, dim=-1))
 
@@ -175,7 +181,7 @@ def test_a_feature_map_is_read_row_by_row_and_pooled_as_a_square() -> None:
     keys: dict[str, Any] = {"library": "timm", "config": NET, "feature_layers": [-1]}
     pixels = pictures(1, size=128)
     whole = tower(**keys, image_size=128)
-    square = whole.encoder.forward_features(pixels)
+    square = whole.encoder.forward_features(whole.normalised(pixels))
     assert torch.equal(whole(pixels)[0, 1], square[0, :, 0, 1])
     pooled = tower(**keys, image_size=128, grid_pool=2)(pixels)
     assert torch.allclose(pooled[0, 1], square[0, :, :2, 2:].mean(dim=(1, 2)), atol=1e-5)
@@ -185,12 +191,27 @@ def test_train_mode_never_reaches_a_tower_and_no_gradient_leaves_it() -> None:
     made = tower(library="timm", config=NET, feature_layers=[-1], image_size=64)
     before = made.digest()
     made.train()
-    pixels = pictures(2, size=64).requires_grad_()
-    features = made(pixels)
+    features = made(pictures(2, size=64))
     assert not any(module.training for module in made.modules())
     assert not any(parameter.requires_grad for parameter in made.parameters())
     assert not features.requires_grad
     assert made.digest() == before
+
+
+def test_a_tower_normalises_bytes_itself_and_takes_nothing_else() -> None:
+    made = tower(**CLIP)
+    red, green, blue = made.normalised(
+        torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    ).flatten()
+    assert red == pytest.approx((1 - 0.48145466) / 0.26862954)
+    assert green == pytest.approx(-0.4578275 / 0.26130258)
+    assert blue == pytest.approx((0.2 - 0.40821073) / 0.27577711)
+    half = build_vision_tower(VisionTowerConfig(**CLIP), dtype=torch.bfloat16)
+    pixels = pictures(2)
+    assert torch.equal(half.normalised(pixels), made.normalised(pixels).bfloat16())
+    assert half(pixels).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="uint8"):
+        made(torch.zeros(1, 3, 28, 28))
 
 
 def test_layers_after_the_deepest_wanted_one_are_not_run() -> None:

@@ -10,7 +10,7 @@ from tests.model.tiny import COHERE, GEMMA2, GRANITE, LLAMA, TOKENS, pictures, r
 from vlm_sft.config import LoraConfig
 from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.errors import UserError
-from vlm_sft.model import vlm as vlm_module
+from vlm_sft.model import loss
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel, check_head
 
@@ -53,7 +53,7 @@ def test_loss_in_several_chunks_has_the_same_value_and_gradient(
     batch = rows([5, -1, 6, 100, 101, 102, 103, 104], [9, 104, 105])
     found = []
     for chunk in (2048, 3):
-        monkeypatch.setattr(vlm_module, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(loss, "CHUNK", chunk)
         model = tiny_model()
         set_trainable(model, {"projector", "language_model"})
         output = model(*batch, pictures(1))
@@ -194,22 +194,6 @@ def test_generation_refuses_prompts_padded_on_the_right() -> None:
         tiny_model().generate(ids, mask, None, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("trainable", [{"projector"}, {"projector", "adapter"}])
-def test_gradient_checkpointing_changes_no_gradient(trainable: set[str]) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = tiny_model(lora=LORA)
-        set_trainable(model, trainable)
-        model.train()
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        for batch, pixels in ((rows([5, -1, 6, 100]), pictures(1)), (rows([5, 100, 101]), None)):
-            model(*batch, pixels).loss_sum.backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in found[0].items():
-        assert torch.allclose(gradient, found[1][name], atol=1e-6), name
-
-
 def test_a_model_that_treats_its_logits_in_an_unknown_way_is_refused() -> None:
     language_model = tiny_model(language_model=COHERE).language_model
     language_model.logit_scale = 3.0  # as if its forward did something new
@@ -252,3 +236,19 @@ def test_any_mixture_of_pictures_and_text_has_the_reference_loss(
 
 
 _SHARED: list[VisionLanguageModel] = []
+
+
+def test_the_head_is_checked_on_a_cpu_although_flash_attention_is_meant_for_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model().language_model
+    set_to: list[str] = []
+
+    def set_attention(name: str) -> None:
+        set_to.append(name)
+        model.config._attn_implementation_internal = name
+
+    monkeypatch.setattr(model, "set_attn_implementation", set_attention)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    check_head(model)
+    assert set_to == ["eager", "flash_attention_2"]

@@ -61,11 +61,12 @@ def model_config(
     tower: dict[str, Any] = CLIP,
     language_model: dict[str, Any] = LLAMA,
     projector_type: str = "mlp2x_gelu",
+    **held: Any,
 ) -> ModelConfig:
     return ModelConfig(
         vision_tower=VisionTowerConfig(**tower),
         projector_type=projector_type,
-        language_model=LanguageModelConfig(config=language_model, tokenizer="bytes"),
+        language_model=LanguageModelConfig(config=language_model, tokenizer="bytes", **held),
     )
 
 
@@ -77,13 +78,15 @@ def tiny_model(
     lora: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
+    **held: Any,
 ) -> VisionLanguageModel:
-    config = model_config(tower, language_model, projector_type)
+    config = model_config(tower, language_model, projector_type, **held)
     return build_model(config, dtype=dtype, seed=seed, lora=lora)
 
 
 def pictures(count: int, *, seed: int = 0, size: int = 28) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
 def rows(*records: list[int]) -> tuple[Tensor, Tensor, Tensor]:

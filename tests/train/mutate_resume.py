@@ -7,23 +7,19 @@ Each mutant is an exact replacement in a copy of the sources, tried on the tests
 it. The exit code is 1 when one survives.
 """
 
-import argparse
 import sys
-import time
-from collections.abc import Sequence
 
-from tests.mutation import Mutant, copied_sources, killer
-from vlm_sft.progress import track
+from tests.mutation import Mutant, try_mutants
 
 DATA, TRAIN = "vlm_sft/data/", "vlm_sft/train/"
 CHECKPOINT = "tests/train/test_checkpoint.py"
+OPTIM = "tests/train/test_optim.py"
 RESUME = "tests/test_resume.py"
 BIT_FOR_BIT = (
     "tests/test_stages.py::test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit"
 )
 SYNCED = f"{CHECKPOINT}::test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name"
 READ_BACK = f"{CHECKPOINT}::test_a_save_that_does_not_read_back_leaves_the_one_before"
-FAST = ("-m", "not slow")
 
 MUTANTS = (
     Mutant(
@@ -186,6 +182,20 @@ MUTANTS = (
         (f"{CHECKPOINT}::test_an_optimiser_goes_on_from_its_files_bit_for_bit",),
     ),
     Mutant(
+        "8-bit moments are not restored",
+        TRAIN + "optimizer_state.py",
+        "    copy_tensors(found, live, file)\n",
+        "",
+        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
+    ),
+    Mutant(
+        "8-bit moments count their steps from 0 again",
+        TRAIN + "optimizer_state.py",
+        '["step"] = int(live[f"step/{name}"])',
+        '["step"] = 0',
+        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
+    ),
+    Mutant(
         "the order starts at the first step again",
         TRAIN + "loop.py",
         "self._batches_from(self.step,",
@@ -323,50 +333,5 @@ MUTANTS = (
 )
 
 
-def warm_up() -> None:
-    """Import what takes seconds; every trial is a fork of this."""
-    import accelerate  # noqa: F401
-    import hypothesis  # noqa: F401
-    import peft  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
-
-    torch.set_num_threads(1)
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mutate_resume", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--only", default="", metavar="WORD", help="mutants with this in the name")
-    arguments = parser.parse_args(argv)
-    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
-    with copied_sources(chosen) as root:
-        warm_up()
-        start = time.monotonic()
-        tests = sorted({test for mutant in chosen for test in mutant.tests})
-        if (broken := killer(root, (), tests, options=FAST)) is not None:
-            print(f"error: {broken} fails without any mutant; mend it first", file=sys.stderr)
-            return 1
-        print(f"without a mutant all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
-        seen_by = {
-            mutant.name: killer(root, (mutant,), mutant.tests, options=FAST)
-            for mutant in track(chosen, description="mutants")
-        }
-    return report(seen_by)
-
-
-def report(seen_by: dict[str, str | None]) -> int:
-    """Print the table; 1 when a mutant survived."""
-    width = max(map(len, seen_by))
-    print(f"{'mutant'.ljust(width)}  {'':8}  seen by")
-    for name, by in seen_by.items():
-        print(f"{name.ljust(width)}  {'killed' if by else 'SURVIVED':8}  {by or ''}")
-    survived = sum(by is None for by in seen_by.values())
-    print(f"\n{len(seen_by)} mutants, {survived} survived")
-    return int(survived > 0)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(try_mutants(sys.argv[1:], MUTANTS, prog="mutate_resume", about=__doc__ or ""))

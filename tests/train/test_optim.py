@@ -1,13 +1,24 @@
 """Learning rates by part, and the schedule."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.train.tiny import tiny_model
 from vlm_sft.config import LearningRates, LoraConfig, OptimConfig
+from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.parts import named_parts
-from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set_rates
+from vlm_sft.train.optim import (
+    build_optimizer,
+    gradient_norm,
+    rate_factor,
+    set_rates,
+    state_bytes,
+)
+from vlm_sft.train.optimizer_state import optimizer_component
 
 
 def config(**changes: object) -> OptimConfig:
@@ -54,3 +65,106 @@ def test_the_norm_is_taken_before_clipping_and_clipping_can_be_left_out() -> Non
     assert parameter.grad.tolist() == [3.0, 4.0]
     assert float(gradient_norm([parameter], 1.0)) == 5.0
     assert parameter.grad.tolist() == pytest.approx([0.6, 0.8], abs=1e-5)
+
+
+def eight_bit(layer: nn.Module) -> torch.optim.Optimizer:
+    pytest.importorskip("bitsandbytes")
+    parts = {"projector": list(layer.named_parameters())}
+    return build_optimizer(parts, config(optimizer="adamw_8bit", weight_decay=0.01))
+
+
+def learned(steps: int, *, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A layer with 8-bit moments (weight) and one with 32-bit ones (bias), after some steps."""
+    torch.manual_seed(seed)
+    layer = nn.Linear(128, 65)
+    optimizer = eight_bit(layer)
+    for step in range(steps):
+        learn(layer, optimizer, step)
+    return layer, optimizer
+
+
+def learn(layer: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    inputs = torch.randn(8, 128, generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    layer(inputs).square().sum().backward()
+    set_rates(optimizer, 1.0)
+    optimizer.step()
+
+
+def test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name(tmp_path: Path) -> None:
+    layer, optimizer = learned(3)
+    optimizer_component(optimizer).capture()(tmp_path)
+    tensors = load_file(tmp_path / "optimizer.safetensors")
+    assert {name: str(t.dtype) for name, t in tensors.items() if name.endswith("/weight")} == {
+        "state1/weight": "torch.uint8",
+        "state2/weight": "torch.uint8",
+        "absmax1/weight": "torch.float32",
+        "absmax2/weight": "torch.float32",
+        "step/weight": "torch.float32",
+    }
+    assert tensors["state1/bias"].dtype == torch.float32 and tensors["qmap1"].shape == (256,)
+    other, resumed = learned(0, seed=1)
+    other.load_state_dict(layer.state_dict())
+    read = optimizer_component(resumed).read
+    assert read is not None
+    read(tmp_path)
+    for step in (3, 4):
+        learn(layer, optimizer, step)
+        learn(other, resumed, step)
+    assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
+    live = optimizer_component(optimizer).tensors()
+    again = optimizer_component(resumed).tensors()
+    assert live.keys() == again.keys() and all(torch.equal(live[k], again[k]) for k in live)
+
+
+def test_eight_bit_moments_take_a_quarter_of_the_memory_and_learn_alike() -> None:
+    layer, optimizer = learned(5)
+    held = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and not key.startswith("qmap")
+    )
+    assert held == state_bytes(optimizer) == 2 * (8320 + 4 * 33) + 2 * 4 * 65
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 65)
+    before = plain.weight.detach().clone()
+    reference = build_optimizer(
+        {"projector": list(plain.named_parameters())}, config(weight_decay=0.01)
+    )
+    for step in range(5):
+        learn(plain, reference, step)
+    moved = (plain.weight - before).norm()
+    assert (layer.weight - plain.weight).norm() < 0.1 * moved
+    assert torch.equal(layer.bias, plain.bias) or torch.allclose(layer.bias, plain.bias, atol=1e-6)
+
+
+def test_bytes_of_another_meaning_or_kind_are_refused(tmp_path: Path) -> None:
+    optimizer_component(learned(1)[1]).capture()(tmp_path)
+    file = tmp_path / "optimizer.safetensors"
+    tensors = load_file(file)
+    resumed = learned(0)[1]
+    read = optimizer_component(resumed).read
+    assert read is not None
+    save_file({**tensors, "qmap2": tensors["qmap2"].flip(0).contiguous()}, file)
+    with pytest.raises(CheckpointError, match=r"numbers that its bytes stand for \(qmap2\)"):
+        read(tmp_path)
+    save_file({**tensors, "state1/weight": tensors["state1/weight"].float()}, file)
+    with pytest.raises(CheckpointError, match=r"'state1/weight' is torch.float32, expected"):
+        read(tmp_path)
+    save_file({k: t for k, t in tensors.items() if k != "absmax1/weight"}, file)
+    with pytest.raises(CheckpointError, match="'absmax1/weight' is missing"):
+        read(tmp_path)
+
+
+def test_without_bitsandbytes_eight_bit_moments_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"run `pip install 'vlm-sft\[quantized\]'`"):
+        build_optimizer({"projector": []}, config(optimizer="adamw_8bit"))
+
+
+def test_adamw_is_one_fused_kernel_here() -> None:
+    optimizer = build_optimizer(named_parts(tiny_model("projector")), config())
+    assert optimizer.defaults["fused"] is True

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests.tiny_runs import run
 from tests.train.test_step import eight_records
 from tests.train.tiny import double_model, in_processes
-from vlm_sft.config import OptimConfig
+from vlm_sft.config import OptimConfig, load_config
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.parts_on_disk import language_model_component
-from vlm_sft.train.batches import load_steps, split
+from vlm_sft.stage import settle_sharing
+from vlm_sft.train.batches import Padded, load_steps, split
 from vlm_sft.train.checkpoint import (
     CheckpointStore,
     Together,
@@ -86,13 +88,14 @@ class Run:
         return losses
 
     def _step(self) -> float:
+        batching = Padded(2, pad_token_id=0)
         chunks = split(
+            batching,
             list(range(8)),
-            2,
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
         )
-        (batches,) = load_steps(eight_records(), [chunks], pad_token_id=0, num_workers=0)
+        (batches,) = load_steps(eight_records(), [chunks], batching=batching, num_workers=0)
         self.optimizer.zero_grad()
         gradient = accumulate_gradient(self.model, batches, self.accelerator)
         gradient_norm(self.model.parameters(), 1.0)
@@ -265,5 +268,14 @@ def test_sharing_out_is_refused_where_it_does_not_go(
     monkeypatch.chdir(Path(__file__).parent.parent.parent)
     with pytest.raises(ConfigError, match="for stage 2 in full"):
         run("stage1", tmp_path / "run", "train.sharding=fsdp2")
+    config = load_config("configs/tiny/stage2.yaml")
+    two: Any = SimpleNamespace(num_processes=2)
+    for key in ("optim.optimizer=adamw_8bit", "train.compile=true", "train.fp8=true"):
+        setting = key.replace("=", ": ")
+        asked = load_config("configs/tiny/stage2.yaml", [key])
+        with pytest.raises(ConfigError, match=f"{setting} does not go with weights that processes"):
+            settle_sharing(asked, {"projector", "language_model"}, two)
+        assert not settle_sharing(asked, {"projector", "adapter"}, two).wanted
+    assert settle_sharing(config, {"projector", "language_model"}, two).wanted
     with pytest.raises(ConfigError, match="use bf16 or fp32"):
         shard(double_model("projector"), make_accelerator("fp32"), "fp16")

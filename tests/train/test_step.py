@@ -14,7 +14,7 @@ from vlm_sft.data.collate import collate
 from vlm_sft.data.dataset import Example
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.parts import named_parts
-from vlm_sft.train.batches import load_steps, split
+from vlm_sft.train.batches import Padded, load_steps, split
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.loop import evaluate
 from vlm_sft.train.optim import gradient_norm
@@ -49,13 +49,14 @@ def gradients(
     if sharded:
         shard(model, accelerator, "fp32", reshard_after_forward=reshard_after_forward)
     wrapped = model if sharded else accelerator.prepare(model)
+    batching = Padded(micro_batch_size, pad_token_id=0)
     mine = split(
+        batching,
         records,
-        micro_batch_size,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
     )
-    (batches,) = load_steps(eight_records(), [mine], pad_token_id=0, num_workers=0)
+    (batches,) = load_steps(eight_records(), [mine], batching=batching, num_workers=0)
     found = accumulate_gradient(wrapped, batches, accelerator)
     found_by_name = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     grads = {name: whole(grad).numpy() for name, grad in found_by_name.items()}
@@ -180,7 +181,10 @@ class BrokenRecords(Records):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_record_is_raised_in_its_turn_from_a_worker_too(num_workers: int) -> None:
     steps = load_steps(
-        BrokenRecords(eight_records()), [[[0], [1]], [[2]]], pad_token_id=0, num_workers=num_workers
+        BrokenRecords(eight_records()),
+        [[[0], [1]], [[2]]],
+        batching=Padded(1, 0),
+        num_workers=num_workers,
     )
     assert [batch.record_ids for batch in next(steps)] == [("record-0",), ("record-1",)]
     with pytest.raises(RecordError) as raised:
@@ -196,16 +200,21 @@ def test_a_step_without_supervised_tokens_has_loss_and_gradient_zero() -> None:
 
 
 def test_split_gives_every_process_the_same_number_of_micro_batches() -> None:
-    assert split(range(5), 2, world_size=2, rank=0) == [[0, 1], [4]]
-    assert split(range(5), 2, world_size=2, rank=1) == [[2, 3], []]
+    assert split(Padded(2, 0), range(5), world_size=2, rank=0) == [[0, 1], [4]]
+    assert split(Padded(2, 0), range(5), world_size=2, rank=1) == [[2, 3], []]
 
 
 def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
     accelerator = make_accelerator("fp32")
     model = tiny_model("projector")
     records = Records([example(1, length=6), example(2, length=6), example(3, length=6)])
-    records[1].pixel_values[:] = float("nan")
-    (batches,) = load_steps(records, [[[0, 1, 2]]], pad_token_id=0, num_workers=0)
+    records[1].pixel_values[:] = 255
+
+    def spoil(_tower: object, pictures: tuple[torch.Tensor], features: torch.Tensor) -> None:
+        features[(pictures[0] == 255).all(dim=(1, 2, 3))] = float("nan")
+
+    model.vision_tower.register_forward_hook(spoil)
+    (batches,) = load_steps(records, [[[0, 1, 2]]], batching=Padded(8, 0), num_workers=0)
     gradient = accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     norm = gradient_norm(model.multi_modal_projector.parameters(), 1.0)
     with pytest.raises(UserError, match=r"step 7: the loss is not finite \(records 'record-2'\)"):
@@ -224,8 +233,7 @@ def held_out_loss(accelerator: Accelerator, micro_batch_size: int) -> Any:
         model,
         records,
         accelerator,
-        micro_batch_size=micro_batch_size,
-        pad_token_id=0,
+        batching=Padded(micro_batch_size, pad_token_id=0),
         num_workers=0,
     )
 
@@ -245,7 +253,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens_however_it_is_cut_up(
 def test_frozen_parts_get_no_gradient() -> None:
     accelerator = make_accelerator("fp32")
     model = tiny_model("projector")
-    (batches,) = load_steps(eight_records(), [[[0, 1]]], pad_token_id=0, num_workers=0)
+    (batches,) = load_steps(eight_records(), [[[0, 1]]], batching=Padded(8, 0), num_workers=0)
     accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     for part, named in named_parts(model).items():
         assert all((p.grad is not None) == (part == "projector") for _, p in named)
@@ -267,4 +275,4 @@ def test_no_room_on_the_gpu_is_told_with_the_records(
     with pytest.raises(UserError, match=r"records 'record-0', 'record-1'") as caught:
         accumulate_gradient(model, [batch], accelerator)
     assert caught.value.reason == "out_of_memory"
-    assert "2 records of up to 11 tokens and 2 pictures" in str(caught.value)
+    assert "2 records, 11 tokens long, and 2 pictures" in str(caught.value)

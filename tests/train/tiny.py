@@ -86,7 +86,8 @@ def example(number: int, *, length: int, supervised: bool = True, image: bool = 
     labels = torch.full_like(ids, IGNORE_INDEX)
     if supervised:
         labels[-(length // 2) :] = ids[-(length // 2) :]
-    pixels = torch.randn(int(image), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    shape = (int(image), 3, IMAGE_SIZE, IMAGE_SIZE)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return Example(f"record-{number}", ids, labels, pixels)
 
 

@@ -1,7 +1,8 @@
 """Examples to one right-padded batch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Batch:
         attention_mask: [B, T] bool, False on padding.
         labels: [B, T] int64, aligned with `input_ids` (unshifted), `IGNORE_INDEX` where there is
             no loss; never a label at position 0.
-        pixel_values: [N, 3, H, W] float32, all records' pictures in reading order; None if none.
+        pixel_values: [N, 3, H, W] uint8, all records' pictures in reading order; None if none.
+        image_features: [N, tokens, width], kept features of the pictures, in place of them.
     """
 
     record_ids: tuple[str, ...]
@@ -29,6 +31,7 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     pixel_values: Tensor | None
+    image_features: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -37,25 +40,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        pixels = self.pixel_values
-        return Batch(
-            self.record_ids,
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            None if pixels is None else pixels.to(device, non_blocking=True),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (DataLoader calls this)."""
-        pixels = self.pixel_values
-        return Batch(
-            self.record_ids,
-            self.input_ids.pin_memory(),
-            self.attention_mask.pin_memory(),
-            self.labels.pin_memory(),
-            None if pixels is None else pixels.pin_memory(),
-        )
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {
+            field.name: change(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **changed)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -73,10 +70,12 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         [example.labels for example in examples], batch_first=True, padding_value=IGNORE_INDEX
     )
     pictures = [example.pixel_values for example in examples if len(example.pixel_values)]
+    features = [e.image_features for e in examples if e.image_features is not None]
     return Batch(
         record_ids=tuple(example.record_id for example in examples),
         input_ids=input_ids,
         attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None],
         labels=labels,
         pixel_values=torch.cat(pictures) if pictures else None,
+        image_features=torch.cat(features) if features else None,
     )

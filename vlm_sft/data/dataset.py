@@ -5,14 +5,15 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,8 +27,9 @@ from vlm_sft.data.conversation import (
     TextPart,
     Turn,
 )
+from vlm_sft.data.feature_store import FeatureStore
 from vlm_sft.data.formats import open_records
-from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.spool import Spool, SpoolRef
 from vlm_sft.errors import ImageError, RecordError, UserError
@@ -42,13 +44,16 @@ class Example:
         record_id: The record's id.
         input_ids: [T] int64; `IMAGE_TOKEN_ID` once for each image feature.
         labels: [T] int64, unshifted; `IGNORE_INDEX` where there is no loss, always on pictures.
-        pixel_values: [n, 3, H, W] float32, the pictures in reading order; n may be 0.
+        pixel_values: [n, 3, H, W] uint8, the pictures in reading order; n may be 0.
+        image_features: [n, tokens, width], what the tower made of the pictures; then there are no
+            `pixel_values`.
     """
 
     record_id: str
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor
+    image_features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,13 @@ class SupervisedDataset(Dataset[Example]):
         self.weights: list[float] = []
         """How often each record is seen in an epoch."""
         self.has_image: list[bool] = []
+        self.num_pictures = array("i")
+        self.prefix_keys = array("q")
+        """The same number for records that begin alike up to and with their first picture, none of
+        that supervised; -1 where there is no such beginning."""
+        self.prefix_lengths = array("i")
+        """Tokens of that beginning."""
+        self._prefixes: dict[bytes, int] = {}  # their digests, while reading
         self._renderer, self._image_spec = renderer, image_spec
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
         self._wheres: list[str] = []
@@ -126,6 +138,7 @@ class SupervisedDataset(Dataset[Example]):
         self._first_sizes = array("q")  # where each record's sizes begin
         self._turns: list[SpoolRef] = []
         self._spool = Spool()
+        self._features: FeatureStore | None = None
         self._entries = array("q")  # where in the ledger each record stands
         self.contents: list[FileContent] = []
         """What each file gave, in order."""
@@ -136,12 +149,18 @@ class SupervisedDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         """The example; raises RecordError naming record and file if a picture is broken."""
+        return self.example(index)
+
+    def example(self, index: int, *, first_picture: int = 0) -> Example:
+        """As by indexing, but with the pixels of its pictures only from that number on."""
         ids, labels = self._expanded(index)
+        features = self._kept_features(index, first_picture)
         return Example(
             record_id=self.record_ids[index],
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            pixel_values=self._pixels(index),
+            pixel_values=self._pixels(index, first_picture if features is None else None),
+            image_features=features,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,11 +191,34 @@ class SupervisedDataset(Dataset[Example]):
         errors = []
         for index in track(range(len(self)), description="opening pictures"):
             try:
-                for number in range(len(self._pictures[index])):
-                    self._open(index, number)
+                self._pixels(index, 0)
             except RecordError as error:
                 errors.append(error)
         return errors
+
+    # --- pictures, numbered over all records
+
+    def pictures(self) -> Iterator[ImageSource]:
+        """Every picture of every record, in order."""
+        return (self._source(picture) for record in self._pictures for picture in record)
+
+    def picture(self, number: int) -> ImageSource:
+        """The picture of that number."""
+        index = bisect_right(self._first_sizes, number) - 1
+        return self._source(self._pictures[index][number - self._first_sizes[index]])
+
+    def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
+        """Load kept features from now on instead of opening pictures.
+
+        Args:
+            store: Where they are.
+            digests: sha256 of each picture's bytes, None for one that has no features; such a
+                record raises as if there were no store.
+        """
+        self._features = store
+        self._has_features = np.array([digest is not None for digest in digests], dtype=np.bool_)
+        plain = b"".join(digest or bytes(32) for digest in digests)
+        self._digests = np.frombuffer(plain, dtype=np.uint8).reshape(-1, 32)
 
     # --- reading
 
@@ -201,6 +243,7 @@ class SupervisedDataset(Dataset[Example]):
                     flags.extend(label != IGNORE_INDEX for label in fitted[1].labels)
                     starts.append(len(ids))
             self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
+        self._prefixes.clear()
         self._spool.flush()
         self._ids = np.array(ids, dtype=np.int32)
         self._supervised = np.array(flags, dtype=np.bool_)
@@ -229,6 +272,8 @@ class SupervisedDataset(Dataset[Example]):
         self.lengths.append(rendering.length)
         self.weights.append(weight)
         self.has_image.append(bool(record.images))
+        self.num_pictures.append(len(record.images))
+        self._note_prefix(record, rendering)
         self._wheres.append(record.where)
         self._turns.append(self._spool.append(_turns_to_json(record.turns)))
         self._pictures.append(
@@ -237,6 +282,19 @@ class SupervisedDataset(Dataset[Example]):
                 for source in record.images
             )
         )
+
+    def _note_prefix(self, record: Conversation, rendering: Rendering) -> None:
+        """Whether other records can share what comes up to and with the first picture."""
+        key, length = -1, 0
+        if record.images:
+            end = rendering.input_ids.index(IMAGE_TOKEN_ID) + 1
+            unsupervised = all(label == IGNORE_INDEX for label in rendering.labels[:end])
+            if unsupervised and end < len(rendering.input_ids):
+                digest = _prefix_digest(rendering.input_ids[:end], record.images[0])
+                key = self._prefixes.setdefault(digest, len(self._prefixes))
+                length = end - 1 + self._num_image_tokens
+        self.prefix_keys.append(key)
+        self.prefix_lengths.append(length)
 
     # --- looking
 
@@ -249,20 +307,50 @@ class SupervisedDataset(Dataset[Example]):
         times = np.where(is_image, self._num_image_tokens, 1)
         return np.repeat(ids, times), np.repeat(labels, times)
 
-    def _pixels(self, index: int) -> Tensor:
-        spec, aspect = self._image_spec, self._config.image_aspect
-        count = len(self._pictures[index])
-        if not count:
-            return torch.empty(0, 3, spec.size, spec.size)
-        images = (self._open(index, number) for number in range(count))
-        return torch.stack([to_pixels(image, spec, aspect) for image in images])
+    def _pixels(self, index: int, first: int | None) -> Tensor:
+        """A record's pictures from that number on, uint8 [n, 3, H, W]; None: none of them."""
+        count, size = len(self._pictures[index]), self._image_spec.size
+        if first is None or first >= count:
+            return torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.stack([self._square(index, number) for number in range(first, count)])
 
-    def _open(self, index: int, number: int) -> Image.Image:
-        """A record's picture of that number."""
+    def _square(self, index: int, number: int) -> Tensor:
+        """A record's picture of that number, uint8 [3, H, W]."""
+        spec, config = self._image_spec, self._config
+        with self._told_of(index):
+            source = self._checked_source(index, number)
+            return read_pixels(source, spec, config.image_aspect, config.image_processing)
+
+    def _kept_features(self, index: int, first: int) -> Tensor | None:
+        """Features of a record's pictures [n, tokens, width] from one on; None if there is none."""
+        store, count = self._features, len(self._pictures[index])
+        if store is None or first >= count:
+            return None
+        return torch.stack([self._feature(store, index, number) for number in range(first, count)])
+
+    def _feature(self, store: FeatureStore, index: int, number: int) -> Tensor:
+        place = self._first_sizes[index] + number
+        with self._told_of(index):
+            source = self._checked_source(index, number)
+            if not self._has_features[place]:
+                self._square(index, number)  # tells what is wrong with it
+                raise ImageError(
+                    "image_changed",
+                    f"{source!s}: could not be opened when features were computed, but can be "
+                    "now; repeat the command",
+                )
+        return store.read(self._digests[place].tobytes())
+
+    def _checked_source(self, index: int, number: int) -> ImageSource:
         source = self._source(self._pictures[index][number])
+        _require_size(source, self._sizes[self._first_sizes[index] + number])
+        return source
+
+    @contextmanager
+    def _told_of(self, index: int) -> Iterator[None]:
+        """While it holds, a picture's fault is the record's."""
         try:
-            _require_size(source, self._sizes[self._first_sizes[index] + number])
-            return open_image(source)
+            yield
         except ImageError as error:
             record_id, where = self.record_ids[index], self._wheres[index]
             raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
@@ -287,6 +375,11 @@ def _require_size(source: ImageSource, expected: int) -> None:
             f"{source!s}: has {found:,} bytes, but had {expected:,} when the run read its records; "
             "put the old file back, or start a new run",
         )
+
+
+def _prefix_digest(ids: Sequence[int], picture: ImageSource) -> bytes:
+    name = b"bytes" + picture if isinstance(picture, bytes) else b"file" + os.fsencode(picture)
+    return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]
 
 
 def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:

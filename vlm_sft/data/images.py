@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.errors import ImageError
 
 Aspect = Literal["pad", "crop"]
+Processing = Literal["fast", "exact"]
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded, told by content and not by name. Others (EPS, WMF, ...) may run programs."""
@@ -33,6 +36,9 @@ _PLAIN_CANVAS: Final = 4096
 """Up to this side the padded square is made whole; beyond it, one axis at a time."""
 
 _MISSING: Final = "no such picture file; check the name (a record's starts from its `image_root`)"
+
+_FAST_RESIZES: Final = ("bilinear", "bicubic")
+"""What torch resizes bytes by as Pillow does."""
 
 _LONG_STRIP: Final = 64
 """Up to this aspect ratio the whole picture is resized and then cropped, as CLIPImageProcessor
@@ -69,14 +75,57 @@ def open_image(source: ImageSource) -> Image.Image:
             (permissions, disk), `image_format` (none of FORMATS), `image_too_large` (over
             MAX_PIXELS or MAX_SIDE), `image_broken` (truncated or corrupt).
     """
-    name = f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
-    with _open_bytes(source, name) as file, _strict_pillow():
+    with _opened(source) as (file, name):
+        return _decode(_read_header(file, name), name)
+
+
+def read_pixels(
+    source: ImageSource, spec: ImageSpec, aspect: Aspect, processing: Processing = "fast"
+) -> Tensor:
+    """A picture as a tower's square of bytes, uint8 [3, size, size] in red, green, blue.
+
+    Args:
+        source: A file or its bytes.
+        spec: What the tower wants; its mean and standard deviation are the tower's own business,
+            except for the colour that `pad` fills up with.
+        aspect: See `to_pixels`.
+        processing: `exact` is `to_pixels(open_image(...))`. `fast` has the same contract and the
+            same errors: plain JPEGs are decoded to the same bytes by libjpeg-turbo itself, and
+            torch resizes in Pillow's fixed-point arithmetic, to at most 2 levels of 255 of it.
+            What these two do not do exactly so (other formats and modes, files with any fault,
+            other resizings, narrow crops, sides over 4,096) goes the exact way.
+
+    Raises:
+        ImageError: As `open_image`.
+    """
+    if processing == "exact":
+        return to_pixels(open_image(source), spec, aspect)
+    with _opened(source) as (file, name):
         image = _read_header(file, name)
-        return _decode(image, name)
+        plain = _decode_plain_jpeg(file, image)
+        picture = np.array(_decode(image, name)) if plain is None else plain
+    if _resizes_fast(picture, spec, aspect):
+        return (_pad_fast if aspect == "pad" else _crop_fast)(picture, spec)
+    return to_pixels(Image.fromarray(picture), spec, aspect)
+
+
+def read_bytes(source: ImageSource) -> bytes:
+    """A picture file's bytes as they are.
+
+    Raises:
+        ImageError: `image_missing`, `image_not_file` or `image_unreadable`.
+    """
+    if isinstance(source, bytes):
+        return source
+    with _open_bytes(source, str(source)) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise _unreadable(str(source), error) from None
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec, aspect: Aspect) -> Tensor:
-    """A picture from `open_image` as a tower's input, float32 [3, size, size], normalised.
+    """A picture from `open_image` as a tower's square of bytes, uint8 [3, size, size], by Pillow.
 
     `pad` puts the whole picture on a square of colour int(255 * mean), offset floor((max - min) /
     2), and resizes it (LLaVA `llava/mm_utils.py:expand2square`). `crop` resizes the short side to
@@ -84,10 +133,15 @@ def to_pixels(image: Image.Image, spec: ImageSpec, aspect: Aspect) -> Tensor:
     """
     resample = Image.Resampling[spec.interpolation.upper()]
     fit = _pad if aspect == "pad" else _crop
-    pixels = torch.from_numpy(np.array(fit(image, spec, resample)))
-    mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-    normalised = (pixels.float() / 255 - mean) / std
-    return normalised.permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(fit(image, spec, resample))).permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def _opened(source: ImageSource) -> Iterator[tuple[IO[bytes], str]]:
+    """The file with the name that messages call it by, while Pillow is strict."""
+    name = f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    with _open_bytes(source, name) as file, _strict_pillow():
+        yield file, name
 
 
 @contextmanager
@@ -111,8 +165,12 @@ def _open_regular(path: Path, name: str) -> int:
     except FileNotFoundError:
         raise ImageError("image_missing", f"{name}: {_MISSING}") from None
     except (OSError, ValueError) as error:
-        text = getattr(error, "strerror", None) or str(error)
-        raise ImageError("image_unreadable", f"{name}: cannot be read: {text}") from None
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> ImageError:
+    text = getattr(error, "strerror", None) or str(error)
+    return ImageError("image_unreadable", f"{name}: cannot be read: {text}")
 
 
 def _refuse_special(mode: int, name: str) -> None:
@@ -238,17 +296,21 @@ _TURNS: Final[dict[object, Image.Transpose]] = {
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
-    """Turn by the EXIF orientation; EXIF that cannot be read leaves the picture as it is.
+    turn = _turn_of(original)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What sets a picture upright by its EXIF orientation; EXIF that cannot be read says nothing.
 
     `ImageOps.exif_transpose` also rewrites the whole EXIF block, and fails on pictures that are
     fine but for a damaged tag in it.
     """
     try:
-        orientation = original.getexif().get(0x0112)
+        orientation = image.getexif().get(0x0112)
     except Exception:  # damaged metadata must not cost a good picture
-        orientation = None
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return rgb if turn is None else rgb.transpose(turn)
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _crop(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Image.Image:
@@ -276,3 +338,53 @@ def _pad(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Ima
     canvas = Image.new("RGB", canvas_size, (red, green, blue))
     canvas.paste(image, offset)
     return canvas.resize((size, size), resample)
+
+
+# --- the fast way
+
+
+def _decode_plain_jpeg(file: IO[bytes], image: Image.Image) -> np.ndarray | None:
+    """uint8 [H, W, 3] of an upright grey or colour JPEG without any fault; None for all else."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or _turn_of(image) is not None:
+        return None
+    file.seek(0)
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(file.read(), colorspace="RGB", strict=True)
+    except Exception:  # whatever it is, Pillow decides whether it matters and what to say of it
+        return None
+    return pixels if pixels.shape[:2] == (image.height, image.width) else None
+
+
+def _resizes_fast(picture: np.ndarray, spec: ImageSpec, aspect: Aspect) -> bool:
+    height, width = picture.shape[:2]
+    if aspect == "pad":
+        fits = max(height, width) <= _PLAIN_CANVAS
+    else:  # what is taller, Pillow resizes downwards first, which torch does last
+        fits = height <= 2 * width <= 2 * _LONG_STRIP * height
+    return fits and spec.interpolation in _FAST_RESIZES
+
+
+def _crop_fast(picture: np.ndarray, spec: ImageSpec) -> Tensor:
+    size, short = spec.size, min(picture.shape[:2])
+    height, width = (int(size * side / short) for side in picture.shape[:2])
+    top, left = (height - size) // 2, (width - size) // 2
+    whole = _resize_fast(picture, (height, width), spec)
+    return whole[:, top : top + size, left : left + size].contiguous()
+
+
+def _pad_fast(picture: np.ndarray, spec: ImageSpec) -> Tensor:
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas = np.empty((side, side, 3), np.uint8)
+    row = np.tile(np.array([int(255 * mean) for mean in spec.mean], np.uint8), (side, 1))
+    canvas[:top] = canvas[top + height :] = row
+    canvas[:, :left], canvas[:, left + width :] = row[:left], row[left + width :]
+    canvas[top : top + height, left : left + width] = picture
+    return _resize_fast(canvas, (spec.size, spec.size), spec).contiguous()
+
+
+def _resize_fast(picture: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> Tensor:
+    """uint8 [H, W, 3] to uint8 [3, height, width], with the bytes lying as they lay before."""
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    return interpolate(pixels, size=size, mode=spec.interpolation, antialias=True)[0]

@@ -21,6 +21,7 @@ class StepSampler:
         seed: The run's seed.
         lengths: With `has_image`: put records of like length and one modality into a batch.
         has_image: Whether each record has pictures.
+        prefix_keys: Instead of these two: records of one key (not -1) come one behind the other.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class StepSampler:
         seed: int,
         lengths: Sequence[int] | None = None,
         has_image: Sequence[bool] | None = None,
+        prefix_keys: Sequence[int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self._weights = np.asarray(weights, dtype=np.float64)
         self._batch_size, self._seed = batch_size, seed
         self._lengths, self._has_image = lengths, has_image
+        self._prefix_keys = prefix_keys
         self._cached: tuple[int, list[int]] = (0, self._order(0))
 
     @property
@@ -70,6 +73,8 @@ class StepSampler:
 
     def _order(self, epoch: int) -> list[int]:
         order = epoch_order(self._weights, seed=self._seed, epoch=epoch)
+        if self._prefix_keys is not None:
+            return group_by_prefix(order, self._prefix_keys)
         if self._lengths is None or self._has_image is None:
             return order
         return group_by_length(
@@ -153,6 +158,21 @@ def group_by_length(
         for batch in shuffled
         for index in sorted(batch, key=lambda index: lengths[index], reverse=True)
     ]
+
+
+def group_by_prefix(order: Sequence[int], prefix_keys: Sequence[int]) -> list[int]:
+    """`order` rearranged so that records that share a prefix follow the first of them.
+
+    So pictures are shuffled instead of records. A record that an epoch sees again goes with the
+    others' second looks.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    looks: dict[int, int] = {}
+    for place, index in enumerate(order):
+        look = looks[index] = looks.get(index, -1) + 1
+        key = prefix_keys[index]
+        groups.setdefault((key, look) if key >= 0 else (-1 - place, 0), []).append(index)
+    return [index for group in groups.values() for index in group]
 
 
 def _window(members: Indices, fraction: float, seed: int, epoch: int) -> Indices:

@@ -37,7 +37,7 @@ def score_branches(
     Args:
         run: What is asked.
         branches: Prompts that show one picture each, all of them the same one, and go on behind it.
-        pixels: That picture, float32 `[3, size, size]`.
+        pixels: That picture, uint8 `[3, size, size]`.
     """
     if not branches:
         return []

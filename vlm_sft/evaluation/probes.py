@@ -152,7 +152,7 @@ def derangement(names: Iterable[str], *, seed: int) -> dict[str, str]:
 
 
 def blank_pixels(run: VlmRun) -> Tensor:
-    """A picture of the tower's mean colour, float32 `[3, size, size]`."""
+    """A picture of the tower's mean colour, uint8 `[3, size, size]`."""
     size = run.image_spec.size
     red, green, blue = (int(255 * value) for value in run.image_spec.mean)
     picture = Image.new("RGB", (size, size), (red, green, blue))

@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         run.tokenizer,
         args.out,
         image_aspect=run.aspect,
+        image_processing=run.processing,
         renderer_chat_template=run.renderer.to_jinja(),
         stop_token_ids=run.renderer.stop_token_ids,
         sample=sample,

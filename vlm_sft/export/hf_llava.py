@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import torch
 from PIL import Image
@@ -31,14 +32,12 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from vlm_sft.atomic import write_json, write_text
 from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
-from vlm_sft.data.images import ImageSpec, to_pixels
+from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
 from vlm_sft.errors import UserError
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.projector import LinearProjector, MlpProjector
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
-
-Aspect = Literal["pad", "crop"]
 
 _PATCHES_ONLY: Final = "default"
 _ALL_TOKENS: Final = "full"
@@ -79,6 +78,7 @@ def export_hf_llava(
     out_dir: str | Path,
     *,
     image_aspect: Aspect,
+    image_processing: Processing = "fast",
     renderer_chat_template: str | None,
     stop_token_ids: Sequence[int] = (),
     sample: tuple[Tensor, Tensor] | None = None,
@@ -92,12 +92,13 @@ def export_hf_llava(
         model: Not changed.
         tokenizer: The run's; `<image>` is added to a copy if it lacks it.
         out_dir: Must not exist or be empty.
-        image_aspect: How pictures were prepared in training.
+        image_aspect: How pictures were made square in training.
+        image_processing: How exactly they were resized there.
         renderer_chat_template: Jinja text of the run's chat template for the processor, or None.
         stop_token_ids: Ids that end an answer, for the generation settings; empty: the language
             model's own.
-        sample: Pixels `[N, 3, H, W]` and ids `[1, T]` (with `IMAGE_TOKEN_ID`) to compare logits
-            on; None: noise and the first ids of the vocabulary.
+        sample: Pixels `[N, 3, H, W]` uint8 and ids `[1, T]` (with `IMAGE_TOKEN_ID`) to compare
+            logits on; None: noise and the first ids of the vocabulary.
 
     Raises:
         UserError: If the folder is not empty, stock LLaVA cannot hold the model, or the reloaded
@@ -123,7 +124,8 @@ def export_hf_llava(
     with _atomic_folder(out_dir) as folder:
         llava.save_pretrained(folder)
         processor.save_pretrained(folder)
-        found, missing, unexpected = _reload(folder, pixels, ids, image_token_id)
+        normalised = model.vision_tower.normalised(pixels).cpu()
+        found, missing, unexpected = _reload(folder, normalised, ids, image_token_id)
         difference = (found[..., : expected.shape[-1]] - expected).abs().max().item()
         report = ExportReport(
             folder=str(out_dir),
@@ -132,7 +134,7 @@ def export_hf_llava(
             missing_keys=missing,
             unexpected_keys=unexpected,
             max_pixel_difference=_pixel_difference(
-                folder, model.vision_tower.image_spec, image_aspect
+                folder, model.vision_tower.image_spec, image_aspect, image_processing
             ),
             image_token_id=image_token_id,
             dtype=str(dtype).removeprefix("torch."),
@@ -194,7 +196,7 @@ def _made_up_sample(model: VisionLanguageModel) -> tuple[Tensor, Tensor]:
     tower = model.vision_tower
     size = tower.image_spec.size
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, 3, size, size, generator=generator)
+    pixels = torch.randint(0, 256, (1, 3, size, size), generator=generator, dtype=torch.uint8)
     text = torch.arange(16) % causal_lm(model.language_model).get_input_embeddings().weight.shape[0]
     ids = torch.cat([text[:4], torch.full((tower.num_tokens,), IMAGE_TOKEN_ID), text[4:]])
     return pixels, ids.unsqueeze(0)
@@ -385,7 +387,9 @@ def _reload(
     return logits.float(), missing, unexpected
 
 
-def _pixel_difference(folder: Path, spec: ImageSpec, aspect: Aspect) -> float:
+def _pixel_difference(
+    folder: Path, spec: ImageSpec, aspect: Aspect, processing: Processing
+) -> float:
     """Largest difference on one wide picture between reloaded processor and training, of 255."""
     generator = torch.Generator().manual_seed(0)
     shape = (spec.size, spec.size * 3 // 2, 3)
@@ -393,9 +397,11 @@ def _pixel_difference(folder: Path, spec: ImageSpec, aspect: Aspect) -> float:
     picture = Image.fromarray(noise.numpy())
     processor = AutoProcessor.from_pretrained(folder)
     stock = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
-    ours = to_pixels(picture, spec, aspect)
-    levels = (stock - ours) * torch.tensor(spec.std).view(3, 1, 1) * 255
-    return levels.abs().max().item()
+    file = BytesIO()
+    picture.save(file, "PNG")
+    ours = read_pixels(file.getvalue(), spec, aspect, processing)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    return ((stock * std + mean) * 255 - ours).abs().max().item()
 
 
 def _refuse_difference(report: ExportReport, dtype: torch.dtype) -> None:

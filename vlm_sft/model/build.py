@@ -11,6 +11,7 @@ from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.pretrained import load_pretrained, one_line
 from vlm_sft.model.projector import build_projector
+from vlm_sft.model.quantize import quantize
 from vlm_sft.model.vision import build_vision_tower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, check_head
 
@@ -49,17 +50,26 @@ def build_language_model(
 ) -> PreTrainedModel:
     """Load a causal language model in `dtype`, or draw one from `seed` out of a configuration.
 
+    With `quantization` its linear layers are held in 4 bits, what is left in `dtype`.
+
     Raises:
-        UserError: If the folder or the hub name cannot be loaded, or tensors are missing in it.
+        UserError: If the folder or the hub name cannot be loaded, tensors are missing in it, or it
+            was quantised before.
     """
     attention = choose_attention(config.attn_implementation, dtype)
+    # What is to be quantised is taken as it is stored: safetensors then maps the file, so that the
+    # whole weights are never in memory, and nothing is rounded twice.
+    quantized = config.quantization is not None
     if config.config is not None:
         model = _random(dict(config.config), attention, seed)
-        cast_floating(model, dtype)
+        if not quantized:
+            cast_floating(model, dtype)
     else:
         assert config.name is not None
-        model = _pretrained(config.name, attention, dtype)
+        model = _pretrained(config.name, attention, "auto" if quantized else dtype)
     check_head(model)
+    if quantized:
+        quantize(model, config, dtype)
     return model
 
 
@@ -95,9 +105,10 @@ def _random(tree: dict[str, Any], attention: str | None, seed: int) -> PreTraine
         raise UserError(f"{_WHERE}.config: {one_line(error)}") from None
 
 
-def _pretrained(name: str, attention: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(name: str, attention: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
     where = f"{_WHERE}.name"
     config: PretrainedConfig = load_pretrained(AutoConfig.from_pretrained, name, where)
+    _refuse_packed(config, name)
     model, info = load_pretrained(
         AutoModelForCausalLM.from_pretrained,
         name,
@@ -115,3 +126,13 @@ def _pretrained(name: str, attention: str | None, dtype: torch.dtype) -> PreTrai
             code="tensors_differ",
         )
     return cast(PreTrainedModel, model)
+
+
+def _refuse_packed(config: PretrainedConfig, name: str) -> None:
+    """A folder with packed weights could neither be trained in full nor be known by its digest."""
+    packed = getattr(config, "quantization_config", None) or {}
+    if dict(packed).get("quant_method") == "bitsandbytes":
+        raise UserError(
+            f"{_WHERE}.name: the weights of {name} are quantised by bitsandbytes; take the ones "
+            f"that they were made from, and set {_WHERE}.quantization: nf4"
+        )

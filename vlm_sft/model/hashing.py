@@ -12,10 +12,14 @@ SAMPLES_PER_TENSOR: Final = 64
 
 
 def tensors_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 (hex) over names, dtypes, shapes and every byte; the order given does not matter."""
+    """sha256 (hex) over names, dtypes, shapes and every byte; the order given does not matter.
+
+    Of a packed weight its scales count too.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(named_tensors, key=lambda pair: pair[0]):
-        _add(digest, name, tensor, tensor)
+    for whole_name, whole in sorted(named_tensors, key=lambda pair: pair[0]):
+        for name, tensor in held_tensors(whole_name, whole):
+            _add(digest, name, tensor, tensor)
     return digest.hexdigest()
 
 
@@ -33,6 +37,15 @@ def sample_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
         index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
         _add(digest, name, tensor, flat[index].to(torch.bfloat16), with_dtype=False)
     return digest.hexdigest()
+
+
+def held_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor and, where bitsandbytes has packed weights into it, what unpacks them again."""
+    yield name, tensor
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        for key, value in state.as_dict(packed=True).items():
+            yield f"{name}.{key}", value
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,20 +4,27 @@ import copy
 import difflib
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import peft
 import torch
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_sft.config import LoraConfig
 from vlm_sft.errors import UserError
+from vlm_sft.model.quantize import dequantize, is_quantized, linear_layers
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> None:
     """Wrap the language model in peft with float32 adapters drawn from `seed`.
+
+    Quantised layers are adapted as they are. peft's `prepare_model_for_kbit_training` has nothing
+    to add: `set_trainable` freezes, norms compute in float32 whatever their dtype, and gradient
+    checkpointing is of the kind that needs no gradient at its input.
 
     Targets are handed to peft as full paths inside the language model, so that no like-named
     module elsewhere (CLIP has `q_proj` too) can be hit.
@@ -32,18 +39,14 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> No
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         target_modules=paths,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft 0.19 still asks transformers 5.2x for this under its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(language_model, peft_config, autocast_adapter_dtype=True)
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.to(torch.float32)
-    model.language_model = wrapped
+        model.language_model = _wrapped(language_model, peft_config)
 
 
 def target_paths(language_model: PreTrainedModel, targets: Sequence[str] | str) -> list[str]:
@@ -55,12 +58,7 @@ def target_paths(language_model: PreTrainedModel, targets: Sequence[str] | str) 
     Raises:
         UserError: If a target matches nothing; the nearest name is told.
     """
-    head = language_model.get_output_embeddings()
-    linear = [
-        name
-        for name, module in language_model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
+    linear = list(linear_layers(language_model))
     if isinstance(targets, str):
         if not linear:
             raise UserError(
@@ -80,17 +78,58 @@ def merged_language_model(model: VisionLanguageModel) -> PreTrainedModel:
     A copy: `model` stays as it is, and for a moment the weights are in memory twice. Without
     adapters it is the language model itself. The sums are rounded to the weights' own dtype.
 
+    Quantised weights are unpacked first, to the dtype of the embeddings: adapters learnt beside
+    those, and added to the weights from before quantisation they would make another model.
+
     Raises:
         UserError: If an adapter holds NaN or infinity.
     """
     language_model = model.language_model
+    quantized = any(map(is_quantized, language_model.parameters()))
     if not isinstance(language_model, peft.PeftModel):
-        return cast(PreTrainedModel, language_model)
+        live = cast(PreTrainedModel, language_model)
+        return _dequantized(copy.deepcopy(live)) if quantized else live
+    copied = _on_plain_weights(language_model) if quantized else copy.deepcopy(language_model)
     try:
-        merged = copy.deepcopy(language_model).merge_and_unload(safe_merge=True)
+        merged = copied.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise UserError(f"the adapters cannot be merged: {' '.join(str(error).split())}") from None
     return cast(PreTrainedModel, merged)
+
+
+def _wrapped(language_model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
+    with warnings.catch_warnings():
+        # peft 0.19 still asks transformers 5.2x for this under its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        wrapped = peft.get_peft_model(language_model, config, autocast_adapter_dtype=True)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.float32)
+    if config.use_dora:
+        _measure_magnitudes(wrapped)
+    return cast(peft.PeftModel, wrapped)
+
+
+def _measure_magnitudes(wrapped: nn.Module) -> None:
+    """DoRA's first magnitudes in float32: rounded to bfloat16, fresh adapters change the model."""
+    for layer in wrapped.modules():
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = dequantize_module_weight(cast(Any, layer).get_base_layer())
+            magnitude.weight.data = torch.linalg.norm(weight.float(), dim=1)
+
+
+def _on_plain_weights(language_model: peft.PeftModel) -> peft.PeftModel:
+    """A copy whose adapters stand on unpacked weights."""
+    base = _dequantized(cast(Any, copy.deepcopy(language_model)).unload())
+    with torch.random.fork_rng(devices=[]):
+        wrapped = _wrapped(base, copy.copy(language_model.peft_config["default"]))
+    set_peft_model_state_dict(wrapped, get_peft_model_state_dict(language_model))
+    return wrapped
+
+
+def _dequantized(language_model: PreTrainedModel) -> PreTrainedModel:
+    dequantize(language_model, language_model.get_input_embeddings().weight.dtype)
+    return language_model
 
 
 def _matches(name: str, target: str) -> bool:

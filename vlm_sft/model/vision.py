@@ -54,6 +54,9 @@ class VisionTower(nn.Module):
         width: Features a token.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, loaded: LoadedEncoder, config: VisionTowerConfig) -> None:
         super().__init__()
         self.encoder = loaded.encoder
@@ -62,10 +65,13 @@ class VisionTower(nn.Module):
         self._source = loaded.source
         self._layers = _resolve_layers(config.feature_layers, loaded.source.num_states)
         self._drop = _tokens_to_drop(config, loaded.source)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.image_spec, name)).view(3, 1, 1)
+            self.register_buffer(f"_{name}", values, persistent=False)
         self.requires_grad_(False)
         self.eval()
         size = self.image_spec.size
-        probe = self(torch.zeros(1, 3, size, size))
+        probe = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         self.num_tokens: int = probe.shape[1]
         self.width: int = probe.shape[2]
 
@@ -85,13 +91,26 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pictures `[N, 3, H, W]` to features `[N, num_tokens, width]`, no gradient."""
-        pixels = pixel_values.to(device=self.device, dtype=self.dtype)
-        states = self._source.states(self.encoder, pixels, self._layers)
+        """Pictures `[N, 3, H, W]` uint8 to features `[N, num_tokens, width]`, no gradient."""
+        states = self._source.states(self.encoder, self.normalised(pixel_values), self._layers)
         features = torch.cat([state[:, self._drop :] for state in _same_grid(states)], dim=-1)
         if self.config.grid_pool is not None:
             features = _pool_grid(features, self.config.grid_pool)
         return features
+
+    def normalised(self, pixel_values: Tensor) -> Tensor:
+        """`(value / 255 - mean) / std` of bytes `[N, 3, H, W]`: what the encoder itself is fed.
+
+        Computed on the tower's device in float32 (or wider, as the tower is) and then rounded to
+        its dtype.
+
+        Raises:
+            TypeError: The pictures are not bytes; normalised ones would be normalised again.
+        """
+        if pixel_values.dtype != torch.uint8:
+            raise TypeError(f"pictures must be uint8 in 0..255, found {pixel_values.dtype}")
+        pixels = pixel_values.to(self.device).to(self._mean.dtype) / 255
+        return ((pixels - self._mean) / self._std).to(self.dtype)
 
     def digest(self) -> str:
         """sha256 over every parameter and buffer: equal before and after a run."""

@@ -1,19 +1,43 @@
 """The vision-language model: tower, projector and language model, and the loss where it counts."""
 
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import UserError
+from vlm_sft.model.attention import PackLayout
+from vlm_sft.model.loss import chunked_cross_entropy
+from vlm_sft.model.neftune import add_noise, text_lengths
 from vlm_sft.model.vision import VisionTower
 
-HEAD_CHUNK: Final = 2048
-"""Supervised positions that go through the head at once; bounds the memory of their logits."""
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which hidden states predict which tokens, in a batch whose rows are laid end to end.
+
+    Attributes:
+        sources: Places of the predicting states, `[num_targets]`.
+        targets: Ids of the tokens predicted, `[num_targets]`.
+        records: The record that each belongs to, `[num_targets]`.
+        num_records: Records of the batch.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    records: Tensor
+    num_records: int
+
+    @classmethod
+    def of_labels(cls, labels: Tensor) -> "Supervision":
+        """Of padded rows, each a record: labels `[B, T]` aligned with the ids, not shifted."""
+        shifted = labels[:, 1:]
+        rows, columns = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
+        sources = rows * labels.shape[1] + columns
+        return cls(sources, shifted[rows, columns], rows, len(labels))
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,8 @@ class VlmOutput:
 class VisionLanguageModel(nn.Module):
     """LLaVA's composition (arXiv 2304.08485, section 4.1): tower, projector, language model.
 
-    The submodules carry the names of `LlavaForConditionalGeneration`.
+    The submodules carry the names of `LlavaForConditionalGeneration`. `neftune_alpha`: strength of
+    the noise on text embeddings in training mode, None for none.
     """
 
     def __init__(
@@ -50,36 +75,51 @@ class VisionLanguageModel(nn.Module):
         self.vision_tower = vision_tower
         self.multi_modal_projector = multi_modal_projector
         self.language_model = language_model
+        self.neftune_alpha: float | None = None
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        *,
+        image_features: Tensor | None = None,
+        pack_layout: PackLayout | None = None,
+        supervision: Supervision | None = None,
     ) -> VlmOutput:
-        """Loss of a right-padded batch, or its logits when `labels` is None.
+        """Loss of padded or packed records, or their logits where nothing says what to predict.
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
-            attention_mask: `[B, T]`, false (0) on padding.
+            attention_mask: `[B, T]`, false (0) on padding; None: there is none.
             labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
+            image_features: `[N, tokens, width]`, what the tower makes of the pictures, instead.
+            pack_layout: The segments of one row `[1, T]` of packed records, in place of
+                `attention_mask`; the model needs `install_packed_attention`.
+            supervision: What to predict, in place of `labels`.
 
         Raises:
             UserError: If placeholders and pictures do not match, naming both counts.
         """
-        embeds = self.embed(input_ids, pixel_values)
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        images = None if image_features is None else self._projected(image_features)
+        embeds = self.embed(input_ids, pixel_values, images)
+        if self.training and self.neftune_alpha is not None:
+            is_text = input_ids != IMAGE_TOKEN_ID
+            if attention_mask is not None:
+                is_text = is_text & attention_mask.bool()
+            embeds = add_noise(embeds, text_lengths(is_text, pack_layout), self.neftune_alpha)
+        if images is None and (pixel_values is None or pixel_values.shape[0] == 0):
             embeds = embeds + self._constant_picture(embeds)
-        hidden = decoder_of(self.language_model)(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        if labels is None:
+        hidden = self._hidden(embeds, attention_mask, pack_layout)
+        if supervision is None and labels is not None:
+            supervision = Supervision.of_labels(labels)
+        if supervision is None:
             none = hidden.new_zeros((), dtype=_loss_dtype(hidden))
             count = torch.zeros((), dtype=torch.int64, device=hidden.device)
             return VlmOutput(none, count, none.expand(len(hidden)), self._logits(hidden))
-        return self._loss(hidden, labels)
+        return self._loss(hidden, supervision)
 
     def embed(
         self,
@@ -91,7 +131,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
-            pixel_values: `[N, 3, H, W]`, in the order of the placeholders; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
             image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the pictures, instead.
 
         Raises:
@@ -133,22 +173,11 @@ class VisionLanguageModel(nn.Module):
             ),
         )
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute the language model's layers in the backward pass instead of keeping them.
-
-        The non-reentrant kind: it needs no gradient at its input, so frozen embeddings and
-        text-only batches work unchanged.
-        """
-        model: Any = causal_lm(self.language_model)
-        reentrant = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=reentrant)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
-
     def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
-        """Tower and projector: `[N, 3, H, W]` to `[N, tokens, D]`."""
-        features = self.vision_tower(pixel_values)
+        """Tower and projector: `[N, 3, H, W]` uint8 to `[N, tokens, D]`."""
+        return self._projected(self.vision_tower(pixel_values))
+
+    def _projected(self, features: Tensor) -> Tensor:
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
 
@@ -159,7 +188,8 @@ class VisionLanguageModel(nn.Module):
         stage 1 a text-only batch would have no gradient path at all.
         """
         size = self.vision_tower.image_spec.size
-        images = self.image_embeds_of(embeds.new_zeros(1, 3, size, size))
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)
+        images = self.image_embeds_of(blank)
         return (images.sum() * 0.0).to(embeds.dtype)
 
     def _check_counts(self, is_image: Tensor, num_pictures: int) -> None:
@@ -180,40 +210,36 @@ class VisionLanguageModel(nn.Module):
                     code="image_count",
                 )
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> VlmOutput:
-        shifted = labels[:, 1:]
-        rows, columns = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
-        states, targets = hidden[rows, columns], shifted[rows, columns]
-        losses = self._token_losses(states, targets)
-        per_record = losses.new_zeros(len(labels)).index_add(0, rows, losses.detach())
-        count = torch.tensor(len(rows), dtype=torch.int64, device=hidden.device)
-        return VlmOutput(losses.sum(), count, per_record)
+    def _hidden(
+        self, embeds: Tensor, attention_mask: Tensor | None, pack_layout: PackLayout | None
+    ) -> Tensor:
+        """Last hidden states `[B, T, D]`."""
+        options: dict[str, Any] = {}
+        if pack_layout is not None:
+            # A mask of four dimensions is taken as it is: transformers builds none of its own.
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+            options = {"position_ids": pack_layout.position_ids, "pack_layout": pack_layout}
+        decoder = decoder_of(self.language_model)
+        output = decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **options
+        )
+        return cast(Tensor, output.last_hidden_state)
 
-    def _token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each supervised position `[num_targets]`, in float32 or wider.
+    def _loss(self, hidden: Tensor, supervision: Supervision) -> VlmOutput:
+        states = hidden.flatten(0, 1)[supervision.sources]
+        head = cast(nn.Module, causal_lm(self.language_model).get_output_embeddings())
+        loss_sum, losses = chunked_cross_entropy(
+            self._wide_logits, states, supervision.targets, list(head.parameters())
+        )
+        per_record = losses.new_zeros(supervision.num_records).index_add(
+            0, supervision.records, losses
+        )
+        count = torch.tensor(len(losses), dtype=torch.int64, device=hidden.device)
+        return VlmOutput(loss_sum, count, per_record)
 
-        With no target the empty row still goes through the head, so that the sum is exactly 0
-        and its graph the same. Several chunks are recomputed in the backward pass, so that the
-        logits of only one are ever in memory.
-        """
-        count = len(targets)
-        if count <= HEAD_CHUNK:
-            return self._chunk_loss(states, targets)
-        chunks: list[Tensor] = [
-            checkpoint(
-                self._chunk_loss,
-                states[start : start + HEAD_CHUNK],
-                targets[start : start + HEAD_CHUNK],
-                use_reentrant=False,
-            )
-            for start in range(0, count, HEAD_CHUNK)
-        ]
-        return torch.cat(chunks)
-
-    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self._logits(states)
-        logits = logits.to(_loss_dtype(logits))
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
+    def _wide_logits(self, hidden: Tensor) -> Tensor:
+        logits = self._logits(hidden)
+        return logits.to(_loss_dtype(logits))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return head_logits(self.language_model, hidden)
@@ -262,12 +288,16 @@ def check_head(language_model: PreTrainedModel) -> None:
     embeddings = cast(nn.Module, language_model.get_input_embeddings())
     device = next(embeddings.parameters()).device
     ids = torch.arange(3, device=device).unsqueeze(0)
-    training = language_model.training
+    training, attention = language_model.training, language_model.config._attn_implementation
     language_model.eval()
+    if device.type == "cpu" and "flash" in str(attention):  # which computes on GPUs alone
+        language_model.set_attn_implementation("eager")
     expected = language_model(input_ids=ids, use_cache=False).logits
     hidden = decoder_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state
     found = head_logits(language_model, hidden)
     language_model.train(training)
+    if language_model.config._attn_implementation != attention:
+        language_model.set_attn_implementation(attention)
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"model.language_model: {type(language_model).__name__} computes its logits in a way "

@@ -7,9 +7,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vlm_sft.data.collate import Batch
 from vlm_sft.errors import UserError
-from vlm_sft.train.batches import Fault
+from vlm_sft.train.batches import AnyBatch, Fault
 from vlm_sft.train.metrics import MetricsFile
 
 
@@ -96,7 +95,9 @@ class Account:
                 code="too_many_not_finite",
             )
 
-    def require_planned(self, batches: Sequence[Batch], planned: Sequence[Sequence[int]]) -> None:
+    def require_planned(
+        self, batches: Sequence[AnyBatch], planned: Sequence[Sequence[int]]
+    ) -> None:
         """Compare what was loaded with what the order says.
 
         Raises:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +13,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.collate import Batch, collate
 from vlm_sft.data.dataset import Example
+from vlm_sft.data.packing import (
+    Group,
+    PackedBatch,
+    Sizes,
+    groups_of,
+    make_units,
+    pack,
+    plan_packs,
+)
 from vlm_sft.errors import RecordError, UserError
 
 NOTICE_SECONDS = 5.0
@@ -30,6 +39,12 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
+class PackableExamples(Examples, Sizes, Protocol):
+    """What packing needs of a dataset besides."""
+
+    def example(self, index: int, *, first_picture: int = 0) -> Example: ...
+
+
 @dataclass(frozen=True)
 class Fault:
     """A record that could not be loaded while a run went on, and was left out.
@@ -45,20 +60,131 @@ class Fault:
     message: str
 
 
-def split(
-    indices: Sequence[int], micro_batch_size: int, *, world_size: int, rank: int
-) -> list[list[int]]:
-    """This process's micro-batches of a step: chunk `j` goes to process `j % world_size`.
+class Batching(Protocol):
+    """How records become micro-batches: padded or packed."""
 
-    Every process gets the same number of micro-batches; where records run out, the last is empty.
+    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+        """The micro-batches of some records, a multiple of `num_processes`; see `split`."""
+        ...
+
+    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+        """Positions that a micro-batch takes through the model, what fills up included."""
+        ...
+
+    def load(self, examples: Any, indices: Sequence[int], faults: "Faults") -> "AnyBatch":
+        """One micro-batch; what cannot be loaded is noted in `faults`."""
+        ...
+
+
+@dataclass
+class Faults:
+    """What could not be loaded of a micro-batch.
+
+    Attributes:
+        lenient: Go on without such records; else the first raises.
+        met: They.
     """
-    chunks = [
-        list(indices[start : start + micro_batch_size])
-        for start in range(0, len(indices), micro_batch_size)
-    ]
-    rounds = -(-len(chunks) // world_size)
-    chunks += [[] for _ in range(rounds * world_size - len(chunks))]
-    return chunks[rank::world_size]
+
+    lenient: bool
+    met: list[Fault] = field(default_factory=list)
+
+    def note(self, index: int, error: RecordError) -> None:
+        """Keep an error, or raise it."""
+        if not self.lenient:
+            raise error
+        self.met.append(Fault(index, error.reason, str(error)))
+
+
+def split(
+    batching: Batching, indices: Sequence[int], *, world_size: int, rank: int
+) -> list[list[int]]:
+    """This process's micro-batches of a step: number `j` goes to process `j % world_size`.
+
+    Every process gets the same number of micro-batches; where records run out, they are empty.
+    """
+    return batching.share_out(indices, world_size)[rank::world_size]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """So many records at once, padded to the longest."""
+
+    micro_batch_size: int
+    pad_token_id: int
+
+    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+        """Chunks of records as they come; where they run out, empty ones."""
+        size = self.micro_batch_size
+        chunks = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+        return chunks + [[] for _ in range(-len(chunks) % num_processes)]
+
+    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+        """Every record is as long as the longest."""
+        return len(indices) * max((lengths[index] for index in indices), default=0)
+
+    def load(self, examples: "Examples", indices: Sequence[int], faults: Faults) -> Batch:
+        """The records that can be loaded, padded on the right."""
+        loaded: list[Example] = []
+        for index in indices:
+            try:
+                loaded.append(examples[index])
+            except RecordError as error:
+                faults.note(index, error)
+        return collate(loaded, self.pad_token_id) if loaded else empty_batch(self.pad_token_id)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Records laid end to end in rows of at most `max_tokens`; see `plan_packs`."""
+
+    sizes: Sizes
+    max_tokens: int
+    share_prefixes: bool
+    round_to: int
+    picture_cost: float
+    pad_token_id: int
+
+    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+        """Packs about equally heavy; where records run out, empty ones."""
+        return plan_packs(
+            indices,
+            self.sizes,
+            max_tokens=self.max_tokens,
+            share_prefixes=self.share_prefixes,
+            num_processes=num_processes,
+            picture_cost=self.picture_cost,
+        )
+
+    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+        """The records end to end, shared prefixes once, filled up."""
+        share = self.share_prefixes
+        units = make_units(indices, self.sizes, self.max_tokens, share_prefixes=share)
+        tokens = sum(unit.tokens for unit in units)
+        return tokens + -tokens % self.round_to
+
+    def load(
+        self, examples: "PackableExamples", indices: Sequence[int], faults: Faults
+    ) -> "AnyBatch":
+        """The records that can be loaded in one row; a shared picture is opened once."""
+        alone = ([index] for index in indices)
+        together = groups_of(indices, self.sizes.prefix_keys) if self.share_prefixes else alone
+        groups = []
+        for members in together:
+            loaded: list[Example] = []
+            for index in members:
+                try:
+                    loaded.append(examples.example(index, first_picture=1 if loaded else 0))
+                except RecordError as error:
+                    faults.note(index, error)
+            if loaded:
+                shared = self.sizes.prefix_lengths[members[0]] if len(loaded) > 1 else 0
+                groups.append(Group(loaded, shared))
+        if not groups:
+            return empty_batch(self.pad_token_id)
+        return pack(groups, self.pad_token_id, self.round_to)
+
+
+AnyBatch = Batch | PackedBatch
 
 
 def empty_batch(pad_token_id: int) -> Batch:
@@ -89,10 +215,10 @@ def load_steps(
     examples: Examples,
     steps: Sequence[Sequence[Sequence[int]]] | LazySteps,
     *,
-    pad_token_id: int,
+    batching: Batching,
     num_workers: int,
     on_fault: Callable[[Fault], None] | None = None,
-) -> Iterator[list[Batch]]:
+) -> Iterator[list[AnyBatch]]:
     """Yield the batches of one step after the other, as `steps` lists them.
 
     Workers read ahead by at most two micro-batches each; neither their number nor their speed
@@ -101,7 +227,7 @@ def load_steps(
     Args:
         examples: The dataset.
         steps: For each step its micro-batches, each a list of places in the dataset.
-        pad_token_id: Fills up shorter sequences.
+        batching: Makes a micro-batch of records.
         num_workers: Processes that load ahead.
         on_fault: Told of each record that cannot be loaded, before the step without it is yielded;
             None: such a record raises.
@@ -111,13 +237,14 @@ def load_steps(
         RuntimeError: A worker died; see `lost_workers_told`.
     """
     loader = DataLoader(
-        _Micro(examples, pad_token_id, lenient=on_fault is not None),
+        _Micro(examples, batching, lenient=on_fault is not None),
         batch_size=None,
         sampler=_Flat(steps),
         num_workers=num_workers,
         collate_fn=_same,
         prefetch_factor=2 if num_workers else None,
         generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
     )
     loaded = iter(loader)
     for step in steps:
@@ -148,7 +275,7 @@ def lost_workers_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch tells of a dead worker by its text alone
-        if "DataLoader worker" not in str(error):
+        if not any(text in str(error) for text in ("DataLoader worker", "Pin memory thread")):
             raise
         raise UserError(
             f"a loader process died while it read ahead ({' '.join(str(error).split())}); memory "
@@ -172,36 +299,32 @@ class _Flat(Sampler[list[int]]):
 class _Item:
     """A micro-batch of what could be loaded, and the rest."""
 
-    batch: Batch
+    batch: AnyBatch
     faults: tuple[Fault, ...] = ()
+
+    def pin_memory(self) -> "_Item":
+        """With its batch in page-locked memory (DataLoader calls this where CUDA is)."""
+        return replace(self, batch=self.batch.pin_memory())
 
 
 class _Micro(Dataset[_Item | UserError]):
     """A dataset whose items are micro-batches, asked for by lists of record indices."""
 
-    def __init__(self, examples: Examples, pad_token_id: int, *, lenient: bool) -> None:
+    def __init__(self, examples: Examples, batching: Batching, *, lenient: bool) -> None:
         self.examples = examples
-        self.pad_token_id = pad_token_id
+        self.batching = batching
         self.lenient = lenient
 
     def __getitem__(self, indices: list[int]) -> _Item | UserError:
-        loaded: list[Example] = []
-        faults: list[Fault] = []
+        faults = Faults(self.lenient)
         try:
-            for index in indices:
-                try:
-                    loaded.append(self.examples[index])
-                except RecordError as error:
-                    if not self.lenient:
-                        raise
-                    faults.append(Fault(index, error.reason, str(error)))
+            batch = self.batching.load(self.examples, indices, faults)
         except UserError as error:  # as a value: a worker would add its own traceback to the text
             return error
-        pad = self.pad_token_id
-        return _Item(collate(loaded, pad) if loaded else empty_batch(pad), tuple(faults))
+        return _Item(batch, tuple(faults.met))
 
 
-def _unwrap(item: _Item | UserError, on_fault: Callable[[Fault], None] | None) -> Batch:
+def _unwrap(item: _Item | UserError, on_fault: Callable[[Fault], None] | None) -> AnyBatch:
     if isinstance(item, UserError):
         raise item
     for fault in item.faults:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetensors")
+LIBRARIES_WHERE_USED = ("bitsandbytes",)
 
 
 Writer = Callable[[Path], None]
@@ -371,7 +373,8 @@ def software() -> dict[str, str]:
     sources = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         sources.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
-    return {**{name: version(name) for name in LIBRARIES}, "code": sources.hexdigest()}
+    used = [*LIBRARIES, *(name for name in LIBRARIES_WHERE_USED if name in sys.modules)]
+    return {**{name: version(name) for name in used}, "code": sources.hexdigest()}
 
 
 def software_difference(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:

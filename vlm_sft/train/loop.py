@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +17,22 @@ from torch import nn
 from vlm_sft.atomic import write_json
 from vlm_sft.config import OptimConfig, TrainConfig
 from vlm_sft.crash import crash_point
-from vlm_sft.data.collate import Batch
 from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.model.attention import Backend
+from vlm_sft.model.fp8 import use_fp8
+from vlm_sft.model.recompute import Policy, set_recomputing
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.account import Account
+from vlm_sft.train.activations import (
+    Trial,
+    device_named,
+    longest_micro_batch,
+    measure,
+    settle,
+)
 from vlm_sft.train.batches import (
+    AnyBatch,
+    Batching,
     Examples,
     Fault,
     LazySteps,
@@ -29,7 +41,9 @@ from vlm_sft.train.batches import (
     split,
 )
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
+from vlm_sft.train.compiled import compile_faults_told, compile_layers, eager
 from vlm_sft.train.distributed import Value, on_main, saving_processes, total
+from vlm_sft.train.isolation import prepare_packing
 from vlm_sft.train.metrics import (
     LiveLine,
     MetricsFile,
@@ -37,7 +51,7 @@ from vlm_sft.train.metrics import (
     memory_bytes,
     tracker_values,
 )
-from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set_rates
+from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set_rates, state_bytes
 from vlm_sft.train.optimizer_state import optimizer_component
 from vlm_sft.train.preflight import (
     Parts,
@@ -72,8 +86,9 @@ class Plan:
         total_steps: Optimiser steps of the whole run.
         records_of_step: The records of a step (from 0), a pure function.
         epoch_of_step: Epochs gone after so many steps.
-        pad_token_id: Fills up shorter sequences.
+        batching: How a step's records become micro-batches.
         num_workers: Processes that load records ahead.
+        eval_batching: The same for held-out records.
     """
 
     output_dir: Path
@@ -81,10 +96,13 @@ class Plan:
     total_steps: int
     records_of_step: Callable[[int], Sequence[int]]
     epoch_of_step: Callable[[int], float]
-    pad_token_id: int
+    batching: Batching
     num_workers: int
     train: TrainConfig
     optim: OptimConfig
+    eval_batching: Batching | None = None
+    lengths: Sequence[int] = ()
+    """Tokens of every record, for `activation_checkpointing: auto`."""
     max_quarantined: int | None = None
     """Records that may turn out broken on the way; None: the first one stops the run."""
 
@@ -164,7 +182,9 @@ class Trainer:
         else:
             self._resume(resumed)
         self._open_records(resumed)
-        with StopRequest() as request, self._live:
+        self._settle_activations()
+        told = compile_faults_told(self.plan.train.compile)
+        with StopRequest() as request, self._live, told:
             stopped = self._train(request)
             if self._saved_step < self.step:
                 self._save()
@@ -175,12 +195,19 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Device, precision and optimiser; the table of what learns."""
-        config = self.plan.train
-        if config.gradient_checkpointing:
-            cast(Any, self.model).enable_gradient_checkpointing()
         self.model.train()
         self._sharded = is_sharded(self.model.parameters())
+        if self.plan.train.fp8:
+            names = use_fp8(cast(VisionLanguageModel, self.model))
+            self.store.say(f"fp8: {len(names)} linear layers of the language model multiply in it")
+        if self.plan.train.compile:
+            compile_layers(
+                cast(VisionLanguageModel, self.model),
+                self.accelerator.device,
+                packed=self.plan.train.packing is not None,
+            )
         self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
+        self._backend = self._packed_attention()
         self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim)
         rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
         rows = parts_rows(self.hooks.parts, rates)
@@ -198,6 +225,21 @@ class Trainer:
             self.store.together = saving_processes(self.accelerator)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.store.num_bytes = 3 * sum(p.numel() * p.element_size() for p in self._parameters)
+
+    def _packed_attention(self) -> Backend:
+        """The kernel for packed records, proven to keep them apart."""
+        train = self.plan.train
+        if train.packing is None:
+            return "sdpa"
+        with eager(train.compile):
+            return prepare_packing(
+                cast(VisionLanguageModel, self.model),
+                train.packing,
+                train.precision,
+                self.accelerator.device,
+                self.accelerator.autocast(),
+                prune=not train.compile,
+            )
 
     def _saving(self, action: Callable[[], Value]) -> Value:
         """Do what concerns saving where it is done: in every process that shares the weights."""
@@ -261,12 +303,79 @@ class Trainer:
         self._started = time.monotonic() - before
         self._speed = Speed()
 
+    def _settle_activations(self) -> None:
+        """Keep what the configuration says to keep for the backward pass, or what fits."""
+        model, asked = cast(VisionLanguageModel, self.model), self.plan.train
+        policy: Policy | Literal["auto"] = asked.activation_checkpointing
+        if policy == "auto" and self._sharded:
+            policy = "full"  # one process out of memory would leave the others waiting for it
+            if self.accelerator.is_main_process:
+                self.store.say(
+                    "activation checkpointing: full; auto measures no step where processes share "
+                    "the weights, so ask for none or selective by name if there is room"
+                )
+        if policy == "auto":
+            indices, several = longest_micro_batch(
+                map(self._all_micro_batches, range(self.plan.total_steps)),
+                lambda records: self.plan.batching.num_positions(records, self.plan.lengths),
+                processes=self.accelerator.num_processes,
+            )
+            positions = self.plan.batching.num_positions(indices, self.plan.lengths)
+            basis = {
+                "device": device_named(self.accelerator.device),
+                "processes": self.accelerator.num_processes,
+                "precision": asked.precision,
+                "compile": asked.compile,
+                "fp8": asked.fp8,
+                "learning": sum(parameter.numel() for parameter in self._parameters),
+                "batch": f"{len(indices)} records in {positions:,} positions",
+            }
+            policy = settle(
+                self.plan.output_dir,
+                basis,
+                lambda: self._measured(self._account.usable(indices), several),
+                self.accelerator,
+                say=self.store.say,
+            ).policy
+        set_recomputing(model, policy)
+
+    def _measured(self, indices: Sequence[int], several: bool) -> tuple[Trial, ...]:
+        """Steps of these records under one policy after the other, until one fits."""
+        loaded = load_steps(
+            self.train_data,
+            [[list(indices)]],
+            batching=self.plan.batching,
+            num_workers=0,
+            on_fault=None if self.plan.max_quarantined is None else lambda fault: None,
+        )
+        ((batch,),) = loaded
+
+        def step() -> None:
+            for parameter in self._parameters if several else ():
+                parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
+            with self.accelerator.autocast():
+                output = forward(self.model, batch, self.accelerator.device, self._backend)
+            output.loss_sum.backward()
+
+        # What compiled code allocates on a CPU cannot be counted; without, it is no less.
+        uncounted = self.plan.train.compile and self.accelerator.device.type == "cpu"
+        model = cast(VisionLanguageModel, self.model)
+        with eager(uncounted), compile_faults_told(self.plan.train.compile):
+            return measure(
+                step,
+                lambda policy: set_recomputing(model, policy),
+                self.model,
+                self.accelerator,
+                later_bytes=0 if self.optimizer.state else state_bytes(self.optimizer),
+            )
+
     @lost_workers_told()
     def _train(self, request: StopRequest) -> bool:
         """Train to the end, saving on the way; whether a process was asked to stop before."""
         for batches in self._batches_from(self.step, self.plan.total_steps):
             gradient = self._train_step(batches, self._asks(request))
-            self._maybe_evaluate()
+            with eager(self.plan.train.compile):
+                self._maybe_evaluate()
             if gradient.asks.stop:
                 return True
             due = self.step % self.plan.train.save_every_steps == 0
@@ -288,21 +397,26 @@ class Trainer:
         return load_steps(
             self.train_data,
             steps,
-            pad_token_id=self.plan.pad_token_id,
+            batching=self.plan.batching,
             num_workers=self.plan.num_workers,
             on_fault=None if self.plan.max_quarantined is None else self._account.meet,
         )
 
+    def _all_micro_batches(self, step: int) -> list[list[int]]:
+        """Of every process."""
+        records = self.plan.records_of_step(step)
+        return self.plan.batching.share_out(records, self.accelerator.num_processes)
+
     def _micro_batches(self, step: int) -> list[list[int]]:
         chunks = split(
+            self.plan.batching,
             self.plan.records_of_step(step),
-            self.plan.train.micro_batch_size,
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
         )
         return [self._account.usable(chunk) for chunk in chunks]
 
-    def _train_step(self, batches: list[Batch], asks: Asks) -> StepGradient:
+    def _train_step(self, batches: list[AnyBatch], asks: Asks) -> StepGradient:
         """Gradient, checks, update, and a row of metrics."""
         self.optimizer.zero_grad(set_to_none=True)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -312,6 +426,7 @@ class Trainer:
             self.accelerator,
             asks=asks,
             seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
+            backend=self._backend,
         )
         crash_point("step.gradient")
         self._account.settle(gradient.asks.faults)
@@ -411,10 +526,10 @@ class Trainer:
             self.model,
             self.eval_data,
             self.accelerator,
-            micro_batch_size=self.plan.train.micro_batch_size,
-            pad_token_id=self.plan.pad_token_id,
+            batching=self.plan.eval_batching or self.plan.batching,
             num_workers=self.plan.num_workers,
             on_fault=None if self.plan.max_quarantined is None else met.append,
+            backend=self._backend,
         )
         for fault in gather_object(met) if self.accelerator.num_processes > 1 else met:
             if self.accelerator.is_main_process:
@@ -475,10 +590,10 @@ def evaluate(
     examples: Examples,
     accelerator: Accelerator,
     *,
-    micro_batch_size: int,
-    pad_token_id: int,
+    batching: Batching,
     num_workers: int,
     on_fault: Callable[[Fault], None] | None = None,
+    backend: Backend = "sdpa",
 ) -> tuple[float, int]:
     """Mean loss (nats) of a supervised token over all `examples`, and the number of such tokens.
 
@@ -486,8 +601,8 @@ def evaluate(
     that cannot be loaded and are left out; without it they raise.
     """
     mine = split(
+        batching,
         range(len(examples)),
-        micro_batch_size,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
     )
@@ -498,13 +613,13 @@ def evaluate(
     batches = load_steps(
         examples,
         steps,
-        pad_token_id=pad_token_id,
+        batching=batching,
         num_workers=num_workers,
         on_fault=on_fault,
     )
     with accelerator.autocast():
         for (batch,) in batches:
-            output = forward(model, batch, accelerator.device)
+            output = forward(model, batch, accelerator.device, backend)
             loss += output.loss_sum
             count += output.num_targets
     targets = int(total(accelerator, count))

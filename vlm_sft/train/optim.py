@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from vlm_sft.config import LearningRates, OptimConfig
-from vlm_sft.train.sharding import whole
+from vlm_sft.train.eight_bit import eight_bit_adamw, is_eight_bit, moment_bytes
+from vlm_sft.train.sharding import own_part, whole
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(parts: Mapping[str, NamedParameters], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parts: Mapping[str, NamedParameters], config: OptimConfig
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of every part.
 
     Each parameter group carries `part` (its part's name), `peak_lr` and `names` (its parameters'
@@ -21,7 +24,10 @@ def build_optimizer(parts: Mapping[str, NamedParameters], config: OptimConfig) -
 
     Args:
         parts: For each part its named parameters; frozen ones are left out.
-        config: Rates, decay, betas, epsilon.
+        config: Kind, rates, decay, betas, epsilon.
+
+    Raises:
+        ConfigError: 8-bit moments where they cannot be had (see `eight_bit_adamw`).
     """
     groups: list[dict[str, Any]] = []
     for part, named in parts.items():
@@ -40,10 +46,11 @@ def build_optimizer(parts: Mapping[str, NamedParameters], config: OptimConfig) -
                         "weight_decay": config.weight_decay if decayed else 0.0,
                     }
                 )
-    fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=True if fused else None
-    )
+    if config.optimizer == "adamw_8bit":
+        return eight_bit_adamw(groups, config)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = True if devices <= {"cpu", "cuda"} else None
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=fused)
 
 
 def peak_rate(part: str, rates: LearningRates) -> float:
@@ -72,6 +79,14 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, floa
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Memory that the optimiser's state takes once the first step is done."""
+    parameters = [own_part(p) for group in optimizer.param_groups for p in group["params"]]
+    if is_eight_bit(optimizer):
+        return sum(moment_bytes(p.numel()) for p in parameters)
+    return sum(2 * p.numel() * p.element_size() for p in parameters)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:

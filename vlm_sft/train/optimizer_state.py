@@ -12,16 +12,18 @@ from vlm_sft.atomic import write_json
 from vlm_sft.errors import CheckpointError
 from vlm_sft.train.checkpoint import (
     Component,
+    check_tensors,
     copy_tensors,
     host_copies,
     load_tensors,
     save_tensors,
 )
+from vlm_sft.train.eight_bit import MAPS, is_eight_bit, make_state
 from vlm_sft.train.pieces import has_pieces, hold, read_pieces
 from vlm_sft.train.sharding import is_sharded
 
 TENSORS, VALUES, PIECES = "optimizer.safetensors", "optimizer.json", "optimizer"
-STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+ADAMW_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def optimizer_component(
@@ -39,13 +41,15 @@ def optimizer_component(
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The live state by name; empty before the first step."""
-    return {
-        f"{key}/{name}": optimizer.state[parameter][key]
-        for name, parameter in _named(optimizer).items()
-        if parameter in optimizer.state
-        for key in STATE_KEYS
-    }
+    """The live state as `key/name`, and once what all share; empty before the first step."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in _named(optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            is_tensor = isinstance(value, torch.Tensor)
+            found[key if key in MAPS else f"{key}/{name}"] = (
+                value if is_tensor else torch.tensor(float(value))
+            )
+    return found
 
 
 def _capture(
@@ -84,16 +88,50 @@ def _read(
             "names; resume with the configuration it was made with",
             code="tensors_differ",
         )
+    if is_eight_bit(optimizer):
+        _read_eight_bit(folder / TENSORS, optimizer)
+    else:
+        _read_adamw(folder, optimizer)
+    if scaler is not None and values["grad_scaler"]:
+        scaler.load_state_dict(values["grad_scaler"])
+
+
+def _read_adamw(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     tensors = _read_tensors(folder, _named(optimizer))
     state = optimizer.state_dict()
     state["state"] = {
-        index: {key: tensors[f"{key}/{name}"] for key in STATE_KEYS}
+        index: {key: tensors[f"{key}/{name}"] for key in ADAMW_KEYS}
         for index, name in enumerate(_named(optimizer))
         if tensors
     }
     optimizer.load_state_dict(state)
-    if scaler is not None and values["grad_scaler"]:
-        scaler.load_state_dict(values["grad_scaler"])
+
+
+def _read_eight_bit(file: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Bytes, scales and step counts as they were; what the bytes mean must be what it was."""
+    found = load_tensors(file)
+    if not found:
+        return
+    make_state(optimizer)
+    live = _tensors(optimizer)
+    check_tensors(found, live, file)
+    for key in MAPS:
+        if key in live and not torch.equal(found[key], live[key].cpu()):
+            raise CheckpointError(
+                f"{file}: the numbers that its bytes stand for ({key}) are not those of the "
+                "bitsandbytes installed here; install the version it was made with",
+                code="tensors_differ",
+            )
+    for name, target in live.items():
+        if found[name].dtype != target.dtype:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} is {found[name].dtype}, expected {target.dtype}; install "
+                "the bitsandbytes it was made with",
+                code="tensors_differ",
+            )
+    copy_tensors(found, live, file)
+    for name, parameter in _named(optimizer).items():
+        optimizer.state[parameter]["step"] = int(live[f"step/{name}"])
 
 
 def _read_tensors(folder: Path, named: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:

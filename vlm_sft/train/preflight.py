@@ -10,6 +10,7 @@ from torch import nn
 
 from vlm_sft.crash import crash_point
 from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.model.quantize import num_weights, number_format
 from vlm_sft.train.checkpoint import Component, Together, remove, verify, write_checkpoint
 from vlm_sft.train.optim import NamedParameters
 from vlm_sft.train.sharding import own_part, whole
@@ -34,11 +35,11 @@ def parts_rows(parts: Parts, rates: Mapping[str, float]) -> list[dict[str, str]]
         if not named:
             continue
         learns = is_trainable(named)
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})
+        dtypes = sorted({number_format(p) for _, p in named})
         values = (
             part,
             "trainable" if learns else "frozen",
-            f"{sum(parameter.numel() for _, parameter in named):,}",
+            f"{sum(num_weights(parameter) for _, parameter in named):,}",
             ", ".join(dtypes),
             f"{rates[part]:.2e}" if learns else "-",
         )

@@ -52,7 +52,7 @@ def shard(
         reduce_dtype=torch.float32 if COMPUTE_DTYPES[precision] else None,
     )
     model.vision_tower.to(accelerator.device)
-    for layer in _layers(causal_lm(model.language_model)):
+    for layer in layers_of(causal_lm(model.language_model)):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     frozen = set(model.vision_tower.parameters())
     fully_shard(
@@ -107,7 +107,7 @@ def own_rows(tensor: Tensor) -> tuple[int, int] | None:
     return rows_of(tensor.shape[0], *process_of(tensor))
 
 
-def _layers(language_model: nn.Module) -> list[nn.Module]:
+def layers_of(language_model: nn.Module) -> list[nn.Module]:
     """The modules that transformers says must stay in one piece: a model's layers."""
     names = set(cast(Any, language_model)._no_split_modules or ())
     return [module for module in language_model.modules() if type(module).__name__ in names]

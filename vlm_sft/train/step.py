@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from vlm_sft.data.collate import Batch
+from vlm_sft.data.packing import PackedBatch
 from vlm_sft.errors import UserError
-from vlm_sft.model.vlm import VlmOutput
+from vlm_sft.model.attention import Backend, PackLayout
+from vlm_sft.model.vlm import Supervision, VlmOutput
+from vlm_sft.train.batches import AnyBatch
 from vlm_sft.train.distributed import total
 
 
@@ -60,11 +62,12 @@ class StepGradient:
 
 def accumulate_gradient(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[AnyBatch],
     accelerator: Accelerator,
     *,
     asks: Asks = NOTHING,
     seed_of: Callable[[int], int] | None = None,
+    backend: Backend = "sdpa",
 ) -> StepGradient:
     """Run all micro-batches of a step forward and backward.
 
@@ -78,6 +81,7 @@ def accumulate_gradient(
         accelerator: Device, precision and processes.
         asks: What this process asks for after the step; told to all.
         seed_of: Seed of the random generators (dropout) for micro-batch `i` of this process.
+        backend: The attention kernel of packed batches.
     """
     mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
     wants = [int(asks.stop), int(asks.save), asks.faults]
@@ -93,7 +97,7 @@ def accumulate_gradient(
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast(), told_with_records(batch):
-                output = forward(model, batch, accelerator.device)
+                output = forward(model, batch, accelerator.device, backend)
             with told_with_records(batch):
                 accelerator.backward(output.loss_sum * scale)
         loss_sums.append(output.loss_sum.detach())
@@ -109,7 +113,7 @@ def accumulate_gradient(
 
 
 @contextmanager
-def told_with_records(batch: Batch) -> Iterator[None]:
+def told_with_records(batch: AnyBatch) -> Iterator[None]:
     """Name the micro-batch that the GPU had no room for; none is ever left out.
 
     Raises:
@@ -118,25 +122,45 @@ def told_with_records(batch: Batch) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        rows, tokens = batch.input_ids.shape
-        pictures = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        rows, tokens = len(batch.record_ids), batch.input_ids.shape[1]
+        shown = batch.pixel_values if batch.image_features is None else batch.image_features
+        pictures = 0 if shown is None else len(shown)
         named = ", ".join(repr(name) for name in batch.record_ids[:8])
         raise UserError(
-            f"the GPU has no room for a micro-batch of {rows} records of up to {tokens} tokens and "
-            f"{pictures} pictures (records {named}); lower train.micro_batch_size or "
-            "data.max_length, or set train.gradient_checkpointing: true",
+            f"the GPU has no room for a micro-batch of {rows} records, {tokens} tokens long, and "
+            f"{pictures} pictures (records {named}); lower train.micro_batch_size (or "
+            "train.packing.max_tokens) or data.max_length, or set "
+            "train.activation_checkpointing: full",
             code="out_of_memory",
         ) from None
 
 
-def forward(model: nn.Module, batch: Batch, device: torch.device) -> VlmOutput:
+def forward(
+    model: nn.Module, batch: AnyBatch, device: torch.device, backend: Backend = "sdpa"
+) -> VlmOutput:
     """The model's output for one batch, moved to `device` first."""
+    if isinstance(batch, PackedBatch):
+        return _forward_packed(model, batch.to(device), device, backend)
     batch = batch.to(device)
     output: VlmOutput = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         labels=batch.labels,
         pixel_values=batch.pixel_values,
+        image_features=batch.image_features,
+    )
+    return output
+
+
+def _forward_packed(
+    model: nn.Module, batch: PackedBatch, device: torch.device, backend: Backend
+) -> VlmOutput:
+    output: VlmOutput = model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.pixel_values,
+        image_features=batch.image_features,
+        pack_layout=PackLayout(batch.segments, device, backend, batch.needed),
+        supervision=Supervision(batch.sources, batch.targets, batch.records, len(batch.record_ids)),
     )
     return output
 

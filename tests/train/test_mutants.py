@@ -1,6 +1,6 @@
-"""The seeded bugs of resuming still fit the sources, and the tests that must see them are there.
+"""The seeded bugs of resuming and packing still fit the sources; the tests named are there.
 
-`scripts/mutate_resume` tries every mutant on those tests.
+`scripts/mutate_resume` and `scripts/mutate_packing` try every mutant on those tests.
 """
 
 from pathlib import Path
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.mutation import ROOT, Mutant, require_fit
-from tests.train.mutate_resume import MUTANTS
+from tests.train import mutate_packing, mutate_resume
+
+MUTANTS = (*mutate_resume.MUTANTS, *mutate_packing.MUTANTS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

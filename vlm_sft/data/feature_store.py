@@ -1,0 +1,150 @@
+"""A frozen tower's features on disk: a file a picture, found by the picture's bytes."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from vlm_sft.atomic import write_bytes, write_json
+from vlm_sft.errors import UserError
+
+STALE_SECONDS: Final = 3600.0
+"""An unfinished file of that age was left by a process that was killed."""
+
+
+class FeatureStore:
+    """Features `[tokens, width]` by sha256 of the picture's bytes, under all that decides them.
+
+    A file is complete or absent, so that any number of runs may fill a folder at once and be killed
+    at any point. Each holds a sha256 of its features, which every reading compares.
+
+    Args:
+        folder: Of all stores; each recipe has a folder of its own in it.
+        recipe: Everything besides the picture's bytes that decides its features, as plain JSON.
+        shape: `(tokens, width)`.
+        dtype: Of the features.
+
+    Attributes:
+        folder: The recipe's own.
+        entry_bytes: What one picture takes on disk.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        recipe: Mapping[str, Any],
+        *,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        described = {**recipe, "shape": list(shape), "dtype": str(dtype)}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        self.folder = Path(folder) / digest[:16]
+        self._recipe, self._shape, self._dtype = described, shape, dtype
+        self.entry_bytes = len(_packed(torch.zeros(shape, dtype=dtype)))
+
+    def describe(self) -> None:
+        """Make the folder and write `recipe.json`, which says what its features are of.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        try:
+            write_json(self.folder / "recipe.json", self._recipe)
+        except OSError as error:
+            raise _unusable(self.folder, error) from None
+
+    def path(self, digest: bytes) -> Path:
+        """Where a picture's features are or would be."""
+        name = digest.hex()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether a picture's file is there and as long as it should be; its content is unread."""
+        try:
+            return self.path(digest).stat().st_size == self.entry_bytes
+        except OSError:
+            return False
+
+    def write(self, digest: bytes, features: Tensor) -> None:
+        """Keep a picture's features.
+
+        Raises:
+            UserError: The disk is full or refuses.
+        """
+        try:
+            write_bytes(self.path(digest), _packed(features.detach().cpu()))
+        except OSError as error:
+            raise _unusable(self.folder, error) from None
+
+    def read(self, digest: bytes) -> Tensor:
+        """A picture's features.
+
+        Raises:
+            UserError: They are missing or damaged; a damaged file is removed, so that the next
+                start computes them again.
+        """
+        path = self.path(digest)
+        try:
+            features = _unpacked(path.read_bytes())
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            fault = " ".join(str(error).split())
+        else:
+            if (tuple(features.shape), features.dtype) == (self._shape, self._dtype):
+                return features
+            fault = f"{tuple(features.shape)} of {features.dtype}"
+        with suppress(OSError):
+            path.unlink()
+        raise UserError(
+            f"{path}: the features kept there are missing or damaged ({fault}); the file was "
+            "removed: repeat the command, which computes them again and goes on from the newest "
+            "checkpoint",
+            code="features_damaged",
+        )
+
+
+def disk_use(folder: str | Path) -> int:
+    """Bytes of all files under `folder`; unfinished ones of killed processes are removed."""
+    total, now = 0, time.time()
+    for path in Path(folder).rglob("*"):
+        with suppress(OSError):  # gone meanwhile: another run works here
+            state = path.stat()
+            if path.suffix == ".tmp" and now - state.st_mtime > STALE_SECONDS:
+                path.unlink()
+            elif path.is_file():
+                total += state.st_size
+    return total
+
+
+def _packed(features: Tensor) -> bytes:
+    features = features.contiguous()
+    return save({"features": features, "sha256": _checksum(features)})
+
+
+def _unpacked(data: bytes) -> Tensor:
+    tensors = load(data)
+    features = tensors["features"]
+    if not torch.equal(_checksum(features), tensors["sha256"]):
+        raise ValueError("its checksum differs")
+    return features
+
+
+def _checksum(features: Tensor) -> Tensor:
+    plain = features.reshape(-1).view(torch.uint8).numpy().data
+    return torch.frombuffer(bytearray(hashlib.sha256(plain).digest()), dtype=torch.uint8)
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data.feature_cache: {folder} cannot be written ({error.strerror or error}); make room, "
+        "give another folder, or leave data.feature_cache out",
+        code="cache_unusable",
+    )
