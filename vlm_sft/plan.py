@@ -2,8 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from rich.console import Console
@@ -11,16 +12,17 @@ from rich.console import Console
 from vlm_sft.assemble import load_language, run_parser
 from vlm_sft.config import RunConfig, load_config
 from vlm_sft.errors import UserError, run_command
+from vlm_sft.model.recompute import POLICIES, Policy
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import require_local_tokenizer
 from vlm_sft.planning.calibrate import Calibration, calibrate
 from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GPUS, find_device
-from vlm_sft.planning.estimate import METHODS, Estimator, Method, host_pictures_per_second
+from vlm_sft.planning.estimate import METHODS, Estimator, Memory, Method, host_pictures_per_second
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.report import PlanReport, Way
-from vlm_sft.planning.simulate import POLICIES, Policy
 from vlm_sft.planning.workload import Survey, Workload, pictures_per_cpu_second, plan_workload
 from vlm_sft.planning.workload import survey as survey_data
+from vlm_sft.train.activations import MARGIN
 
 ABOUT = f"""\
 Plan a run: read the data's real lengths and pictures, and work out memory by part, the largest
@@ -67,8 +69,11 @@ def main(argv: Sequence[str]) -> int:
     found = survey_data(
         config, renderer, num_image_tokens=tower.num_tokens, sample=arguments.sample
     )
-    work = plan_workload(config, found, gpus=arguments.gpus)
-    rate = pictures_per_cpu_second(found.sources, tower.image_spec, config)
+    weight = planner.picture_cost(method_of(config)) if config.train.packing else 0.0
+    work = plan_workload(config, found, gpus=arguments.gpus, picture_cost=weight)
+    rate = None
+    if config.data.feature_cache is None:
+        rate = pictures_per_cpu_second(found.sources, tower.image_spec, config)
     outlook = _Outlook(planner, found, work, rate)
     report = PlanReport(
         config=arguments.config,
@@ -80,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
         pictures_per_cpu_second=rate,
         policies=outlook.policies(),
         ways=[outlook.best(method) for method in METHODS],
+        unplanned=_unplanned(config, planner),
         calibration=calibration,
     )
     if arguments.json:
@@ -96,7 +102,10 @@ def _calibration(planner: Estimator, arguments: argparse.Namespace) -> Calibrati
     """Real steps; what they reach is what the plan for this machine goes on with."""
     if arguments.gpu not in (None, "cpu") or arguments.gpus != 1:
         raise UserError("--calibrate: trains on this machine's device; leave --gpu and --gpus out")
-    found = calibrate(planner, method_of(planner.config), policy_of(planner.config))
+    config = planner.config
+    asked = config.train.activation_checkpointing
+    policy: Policy = "none" if asked == "auto" else asked  # a few steps are to run here anyhow
+    found = calibrate(planner, method_of(config), policy)
     planner.efficiency = min(1.0, found.efficiency)
     return found
 
@@ -104,17 +113,28 @@ def _calibration(planner: Estimator, arguments: argparse.Namespace) -> Calibrati
 def method_of(config: RunConfig) -> Method:
     """The way of training that a configuration asks for, as `vlm_sft.check` tells it."""
     if config.lora is not None:
-        return "lora"
+        return "lora" if config.model.language_model.quantization is None else "qlora"
     learns = "language_model" in config.optim.learning_rate.model_fields_set
     return "full" if learns else "stage1"
 
 
-def policy_of(config: RunConfig) -> Policy:
-    """The activation checkpointing that a configuration asks for."""
-    return "full" if config.train.gradient_checkpointing else "none"
+def _unplanned(config: RunConfig, planner: Estimator) -> list[str]:
+    """What the configuration asks for and the plan does not know."""
+    settings = {"train.compile": config.train.compile, "train.fp8": config.train.fp8}
+    told = [
+        f"{name}: not planned; bytes and time are those without"
+        for name, on in settings.items()
+        if on
+    ]
+    if config.optim.optimizer == "adamw_8bit" and planner.is_sharded("full"):
+        told.append(
+            "optim.optimizer: adamw_8bit does not go with weights that processes share out, so "
+            "full training is planned with moments in float32"
+        )
+    return told
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Outlook:
     """Ways of training, looked at one by one."""
 
@@ -125,41 +145,59 @@ class _Outlook:
 
     def policies(self) -> list[Way]:
         """The configured method under every policy."""
-        return [self._way(method_of(self.planner.config), policy) for policy in POLICIES]
+        method, chosen = method_of(self.planner.config), self.policy
+        ways = (self._way(method, policy) for policy in POLICIES)
+        return [replace(way, configured=way.policy == chosen) for way in ways]
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The configured activation checkpointing; `auto`: what training's own rule would take."""
+        asked = self.planner.config.train.activation_checkpointing
+        if asked != "auto":
+            return asked
+        method = method_of(self.planner.config)
+        return next((policy for policy in POLICIES if self._leaves_margin(method, policy)), "full")
+
+    def _leaves_margin(self, method: Method, policy: Policy) -> bool:
+        return self.planner.fits(self._memory(method, policy), margin=MARGIN)
 
     def best(self, method: Method) -> Way:
         """A method under the configured policy if it is configured, else the fastest that fits."""
         if method == method_of(self.planner.config):
-            return self._sized(self._way(method, policy_of(self.planner.config)))
+            return self._sized(replace(self._way(method, self.policy), configured=True))
         for policy in POLICIES:
             way = self._way(method, policy)
             if way.fits:
                 break
         return self._sized(way)
 
-    def _way(self, method: Method, policy: Policy) -> Way:
-        planner, work, config = self.planner, self.work, self.planner.config
-        memory = planner.memory(
+    def _memory(self, method: Method, policy: Policy) -> Memory:
+        work = self.work
+        return self.planner.memory(
             method, policy, work.largest, micro_batches=work.micro_batches_a_step
         )
+
+    def _way(self, method: Method, policy: Policy) -> Way:
+        planner, work, config = self.planner, self.work, self.planner.config
+        memory = self._memory(method, policy)
         loaded = host_pictures_per_second(config, planner.gpus, self.pictures_per_cpu_second)
         return Way(
             method,
             policy,
-            configured=(method, policy) == (method_of(config), policy_of(config)),
+            configured=False,
             memory=memory,
             fits=planner.fits(memory),
             speed=planner.speed(method, policy, work, pictures_per_second=loaded or None),
         )
 
     def _sized(self, way: Way) -> Way:
-        """The same with the largest micro-batch and pack that fit."""
-
-        def largest(make: Callable[[int], MicroBatch]) -> int:
-            return self.planner.largest(way.method, way.policy, make, limit=MOST)
-
-        rows, units = largest(self._longest), largest(self._pack)
-        return replace(way, largest_micro_batch=rows, largest_pack=units * PACK_UNIT)
+        """The same with the largest micro-batch, or pack where records are packed, that fits."""
+        packed = self.planner.config.train.packing is not None
+        make = self._pack if packed else self._longest
+        found = self.planner.largest(way.method, way.policy, make, limit=MOST)
+        if packed:
+            return replace(way, largest_pack=found * PACK_UNIT)
+        return replace(way, largest_micro_batch=found)
 
     def _longest(self, rows: int) -> MicroBatch:
         """So many records of the longest length, with targets and pictures as in the largest."""
@@ -171,14 +209,13 @@ class _Outlook:
     def _pack(self, units: int) -> MicroBatch:
         """One row of so many tokens, with records, targets and pictures in their proportions."""
         tokens = units * PACK_UNIT
-        records = tokens / self.survey.mean("lengths")
+        share = tokens / self.work.total("length")
+
+        def part(what: str) -> int:
+            return max(1, round(share * self.work.total(what)))
+
         return MicroBatch(
-            1,
-            tokens,
-            max(1, round(records * self.survey.mean("targets"))),
-            round(records * self.survey.mean("pictures")),
-            max(1, round(records)),
-            round(records * self.survey.mean("squares")),
+            1, tokens, part("targets"), part("pictures"), part("records"), part("attended")
         )
 
 

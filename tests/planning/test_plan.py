@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.tiny import reset_accelerate
 from vlm_sft.assemble import load_language, make_plan
 from vlm_sft.config import LoraConfig, RunConfig, load_config
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.errors import UserError
-from vlm_sft.plan import main
+from vlm_sft.model.recompute import Policy
+from vlm_sft.plan import main, method_of
 from vlm_sft.planning.calibrate import calibrate
 from vlm_sft.planning.devices import GPUS, find_device
-from vlm_sft.planning.estimate import Estimator, quantised_sizes
+from vlm_sft.planning.estimate import Estimator, Method, quantised_sizes
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Workload, plan_workload, survey
 from vlm_sft.train.batches import split
@@ -25,6 +25,9 @@ from vlm_sft.train.batches import split
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 STAGE2 = "configs/tiny/stage2.yaml"
+LORA = "configs/tiny/stage2_lora.yaml"
+QLORA = "configs/tiny/stage2_qlora.yaml"
+EIGHT_BIT = ["optim.optimizer=adamw_8bit"]
 SHALLOW = ["projector=null", "model.language_model.config.num_hidden_layers=1"]
 
 
@@ -117,20 +120,31 @@ def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> No
     assert steps[1] == pytest.approx(steps[0], rel=0.15)
 
 
+PACKED = [
+    "train.micro_batch_size=null",
+    "train.packing={max_tokens: 512}",
+    "train.share_prefixes=true",
+]
+
+
 @pytest.mark.parametrize(
-    ("path", "overrides"),
+    ("path", "method", "policy", "overrides"),
     [
-        (STAGE2, ["train.precision=fp32", "train.micro_batch_size=8"]),
-        ("configs/tiny/stage2_lora.yaml", ["train.gradient_checkpointing=true"]),
+        (STAGE2, "full", "none", ["train.precision=fp32", "train.micro_batch_size=8"]),
+        (STAGE2, "full", "selective", PACKED),
+        pytest.param(LORA, "lora", "full", [], marks=pytest.mark.slow),
+        pytest.param(LORA, "lora", "none", PACKED, marks=pytest.mark.slow),
+        pytest.param(QLORA, "qlora", "none", [], marks=pytest.mark.slow),
+        pytest.param(STAGE2, "full", "none", EIGHT_BIT, marks=pytest.mark.slow),
     ],
 )
-def test_calibration_finds_the_predicted_memory(path: str, overrides: list[str]) -> None:
+def test_calibration_finds_the_predicted_memory(
+    path: str, method: Method, policy: Policy, overrides: list[str]
+) -> None:
     config = load_config(path, ["projector=null", *overrides])
-    method = "lora" if config.lora else "full"
-    policy = "full" if config.train.gradient_checkpointing else "none"
-    reset_accelerate()
-    found = calibrate(estimator(config, "cpu"), method, policy)  # type: ignore[arg-type]
-    assert abs(found.memory_error) < 0.05
+    assert method_of(config) == method
+    found = calibrate(estimator(config, "cpu"), method, policy)
+    assert abs(found.memory_error) < 0.05, found
     assert found.measured_seconds > 0 and 0 < found.efficiency < 1.5
 
 

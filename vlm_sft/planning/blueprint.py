@@ -122,7 +122,11 @@ class GivenFeatures(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[N, 3, H, W]` to `[N, num_tokens, width]`."""
-        return torch.empty(len(pixel_values), self.num_tokens, self.width, dtype=self._dtype)
+        return self.features(len(pixel_values))
+
+    def features(self, pictures: int) -> Tensor:
+        """`[N, num_tokens, width]`, as a feature cache gives them."""
+        return torch.empty(pictures, self.num_tokens, self.width, dtype=self._dtype)
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:

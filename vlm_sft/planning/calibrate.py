@@ -11,15 +11,19 @@ from torch import nn
 
 from vlm_sft.assemble import load_data, load_language, load_model, make_plan
 from vlm_sft.config import RunConfig
-from vlm_sft.constants import IGNORE_INDEX
-from vlm_sft.data.collate import Batch
+from vlm_sft.data.packing import PackedBatch
+from vlm_sft.feature_cache import use_feature_cache
+from vlm_sft.model.attention import Backend, PackLayout
+from vlm_sft.model.hashing import held_tensors
 from vlm_sft.model.parts import named_parts
+from vlm_sft.model.quantize import require_quantization
+from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.planning.estimate import TRAINABLE, Estimator, Method
 from vlm_sft.planning.live_bytes import LiveBytes
 from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.planning.simulate import Policy
-from vlm_sft.train.batches import load_steps, split
+from vlm_sft.train.batches import AnyBatch, load_steps, split
 from vlm_sft.train.distributed import make_accelerator
+from vlm_sft.train.isolation import prepare_packing
 from vlm_sft.train.optim import build_optimizer, gradient_norm
 from vlm_sft.train.step import accumulate_gradient
 
@@ -79,7 +83,7 @@ class Calibration:
 
 
 def calibrate(estimator: Estimator, method: Method, policy: Policy) -> Calibration:
-    """Train a few steps as the stages do and compare; nothing is written.
+    """Train a few steps as the stages do and compare; only a feature cache is written to.
 
     Args:
         estimator: Of the run, on this machine's device.
@@ -89,7 +93,7 @@ def calibrate(estimator: Estimator, method: Method, policy: Policy) -> Calibrati
     Raises:
         UserError: Model or data cannot be loaded, or a step does not fit.
     """
-    steps = _Steps(estimator.config, method)
+    steps = _Steps(estimator.config, method, policy)
     steps.take(0)
     seconds = sorted(steps.timed(number) for number in range(1, STEPS + 1))[STEPS // 2]
     batches = [_shape_of(batch) for batch in steps.batches(STEPS + 1)]
@@ -113,27 +117,36 @@ def calibrate(estimator: Estimator, method: Method, policy: Policy) -> Calibrati
 class _Steps:
     """The run's first steps, to be taken one by one."""
 
-    def __init__(self, config: RunConfig, method: Method) -> None:
-        self._config = config
+    _backend: Backend = "sdpa"
+
+    def __init__(self, config: RunConfig, method: Method, policy: Policy) -> None:
+        require_quantization(config.model.language_model, TRAINABLE[method])
+        self._max_norm = config.optim.max_grad_norm
         self._accelerator: Accelerator = make_accelerator(config.train.precision)
         language = load_language(config)
         model, _ = load_model(config, TRAINABLE[method])
-        self._data = load_data(config, language.renderer, model).train
-        self._plan = make_plan(config, language, self._data)
-        if config.train.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        data = load_data(config, language.renderer, model)
+        use_feature_cache(config, model, self._accelerator, data)
+        self._data, self._plan = data.train, make_plan(config, language, data, model)
+        set_recomputing(model, policy)
         model.train()
         self._model: nn.Module = model
         self._wrapped: nn.Module = self._accelerator.prepare(model)
+        if config.train.packing is not None:
+            precision, device = config.train.precision, self._accelerator.device
+            autocast = self._accelerator.autocast()
+            self._backend = prepare_packing(
+                model, config.train.packing, precision, device, autocast
+            )
         self._optimizer = build_optimizer(named_parts(model), config.optim)
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def batches(self, number: int) -> list[Batch]:
+    def batches(self, number: int) -> list[AnyBatch]:
         """The micro-batches of a step; beyond the run's last it begins anew."""
         records = self._plan.records_of_step(number % self._plan.total_steps)
-        chunks = split(records, self._config.train.micro_batch_size, world_size=1, rank=0)
-        pad = self._plan.pad_token_id
-        return next(load_steps(self._data, [chunks], pad_token_id=pad, num_workers=0))
+        batching = self._plan.batching
+        chunks = split(batching, records, world_size=1, rank=0)
+        return next(load_steps(self._data, [chunks], batching=batching, num_workers=0))
 
     def take(self, number: int) -> None:
         """One step in full."""
@@ -156,19 +169,22 @@ class _Steps:
             torch.cuda.reset_peak_memory_stats()
             self._update(batches)
             return float(torch.cuda.max_memory_allocated())
-        state = [t for s in self._optimizer.state.values() for t in s.values()]
-        known = [*self._model.parameters(), *self._model.buffers(), *state]
-        pixels = [b.pixel_values for b in batches if b.pixel_values is not None]
+        states = (value for kept in self._optimizer.state.values() for value in kept.values())
+        state = [value for value in states if isinstance(value, torch.Tensor)]
+        parameters = (held_tensors("", p) for p in self._model.parameters())
+        weights = [tensor for held in parameters for _, tensor in held]
+        known = [*weights, *self._model.buffers(), *state]
+        pixels = [shown for batch in batches if (shown := _shown(batch)) is not None]
         live = LiveBytes([*known, *pixels])
         with live:
             self._update(batches)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in known}
         return sum(storages.values()) + max((t.nbytes for t in pixels), default=0) + live.peak
 
-    def _update(self, batches: list[Batch]) -> None:
+    def _update(self, batches: list[AnyBatch]) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        accumulate_gradient(self._wrapped, batches, self._accelerator)
-        gradient_norm(self._trained, self._config.optim.max_grad_norm)
+        accumulate_gradient(self._wrapped, batches, self._accelerator, backend=self._backend)
+        gradient_norm(self._trained, self._max_norm)
         self._optimizer.step()
 
     def _wait(self) -> None:
@@ -176,8 +192,18 @@ class _Steps:
             torch.cuda.synchronize()
 
 
-def _shape_of(batch: Batch) -> MicroBatch:
-    lengths = [batch.input_ids.shape[1]] * batch.input_ids.shape[0]
-    targets = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-    pictures = 0 if batch.pixel_values is None else len(batch.pixel_values)
-    return MicroBatch.padded(lengths, targets=targets, pictures=pictures)
+def _shown(batch: AnyBatch) -> torch.Tensor | None:
+    """A batch's pictures, or their features."""
+    return batch.pixel_values if batch.image_features is None else batch.image_features
+
+
+def _shape_of(batch: AnyBatch) -> MicroBatch:
+    shown, (rows, length) = _shown(batch), batch.input_ids.shape
+    pictures = 0 if shown is None else len(shown)
+    if not isinstance(batch, PackedBatch):
+        return MicroBatch.padded([length] * rows, targets=batch.num_targets, pictures=pictures)
+    layout = PackLayout(batch.segments)
+    pairs = zip(layout.num_keys, layout.lengths, strict=True)
+    attended = sum(keys**2 - (keys - own) ** 2 for keys, own in pairs)
+    records = len(batch.record_ids)
+    return MicroBatch(1, length, batch.num_targets, pictures, records, attended)

@@ -1,5 +1,6 @@
 """Memory and time of a way of training: from shapes, simulated micro-batches and a device."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,16 +9,20 @@ from typing import Final, Literal
 import torch
 from torch import nn
 
+from vlm_sft.assemble import picture_cost
 from vlm_sft.config import LoraConfig, RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.model.parts import named_parts
+from vlm_sft.model.quantize import linear_layers
+from vlm_sft.model.recompute import Policy
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import Blueprint, layers_of
 from vlm_sft.planning.devices import CUDA_OVERHEAD, FRAGMENTATION, Device
 from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.planning.simulate import Policy, Simulation, TowerSimulation
+from vlm_sft.planning.simulate import Simulation, TowerSimulation
 from vlm_sft.planning.workload import Workload
+from vlm_sft.train.eight_bit import moment_bytes
 
 Method = Literal["stage1", "lora", "qlora", "full"]
 METHODS: Final[tuple[Method, ...]] = ("stage1", "lora", "qlora", "full")
@@ -29,13 +34,14 @@ TRAINABLE: Final[dict[Method, set[str]]] = {
     "full": {"projector", "language_model"},
 }
 
-NF4_BYTES: Final = 4.127 / 8
-"""A weight in 4 bits with double quantisation: 0.127 bits for its block's constants (QLoRA, arXiv
-2305.14314, section 3)."""
-
 ADAMW_BYTES: Final = 8
 """State of a trained weight: two moments in float32."""
 
+_BLOCK: Final = 64
+"""Weights in 4 bits that share a scale (bitsandbytes)."""
+
+_NESTED: Final = 256
+"""Scales in 8 bits that share one themselves."""
 
 _NEARLY_FULL: Final = 0.003
 """Share of the memory that may be left free by what is called the largest."""
@@ -48,7 +54,7 @@ class Standing:
     Attributes:
         weights: By part of the model.
         gradients: Of what is trained.
-        optimizer: AdamW's moments.
+        optimizer: AdamW's moments, in float32 or in a byte each.
         exchange: Buckets of gradients for other processes; whole layers while they are worked on;
             with QLoRA a layer's weight in 16 bits.
     """
@@ -153,6 +159,8 @@ class Estimator:
                 lora=self._lora(method),
                 precision=self.config.train.precision,
                 sharded=key[1],
+                packed=self.config.train.packing is not None,
+                features=self.config.data.feature_cache is not None,
             )
         return self._simulations[key]
 
@@ -162,6 +170,21 @@ class Estimator:
             return False
         request = read_deepspeed(self.config, num_processes=self.gpus)
         return self.config.train.sharding != "none" if request is None else request.shares
+
+    def is_quantized(self, method: Method) -> bool:
+        """Whether the language model's linear layers are held in 4 bits."""
+        asked = self.config.model.language_model.quantization is not None
+        return method == "qlora" or (method == "stage1" and asked)
+
+    def picture_cost(self, method: Method) -> float:
+        """What a picture weighs in a pack, in tokens; as training reckons it."""
+        if self.config.data.feature_cache is not None:
+            return 0.0
+        model = self._model(method)
+        whole = VisionLanguageModel(
+            self.blueprint.tower, model.multi_modal_projector, model.language_model
+        )
+        return picture_cost(whole)
 
     # --- memory
 
@@ -175,16 +198,23 @@ class Estimator:
         }
         tower = self.blueprint.tower.parameters()
         weights["vision_tower"] = float(sum(p.numel() * p.element_size() for p in tower))
-        if method == "qlora":
-            saved = self.blueprint.dtype.itemsize - NF4_BYTES
-            weights["language_model"] -= saved * sum(quantised_sizes(model))
-        trained = sum(p.numel() for named in parts.values() for _, p in named if p.requires_grad)
+        learning = [p.numel() for named in parts.values() for _, p in named if p.requires_grad]
+        trained = sum(learning)
         if self.is_sharded(method):
             return self._shared_out(model, weights, trained)
         exchange = 4.0 * trained if self.gpus > 1 else 0.0  # data-parallel buckets
-        if method == "qlora":
-            exchange += self.blueprint.dtype.itemsize * max(quantised_sizes(model))
-        return Standing(weights, 4.0 * trained, float(ADAMW_BYTES * trained), exchange)
+        if self.is_quantized(method):
+            sizes, size = quantised_sizes(model), self.blueprint.dtype.itemsize
+            weights["language_model"] += self._packed_bytes(sizes) - size * sum(sizes)
+            exchange += size * max(sizes)
+        moments = float(ADAMW_BYTES * trained)
+        if self.config.optim.optimizer == "adamw_8bit":
+            moments = float(sum(map(moment_bytes, learning)))
+        return Standing(weights, 4.0 * trained, moments, exchange)
+
+    def _packed_bytes(self, sizes: list[int]) -> int:
+        double = self.config.model.language_model.double_quantization
+        return sum(packed_bytes(size, double=double) for size in sizes)
 
     def memory(
         self, method: Method, policy: Policy, batch: MicroBatch, *, micro_batches: int = 2
@@ -202,8 +232,7 @@ class Estimator:
         kept = found.pictures + found.activations + found.loss
         update, peak = self._update_bytes(method), found.peak
         if self.device.is_cpu:  # where the batch itself is used, and stays, instead of a copy
-            side = self.blueprint.tower.image_spec.size
-            peak = max(found.forward_peak, found.backward_peak + 12 * batch.pictures * side**2)
+            peak = max(found.forward_peak, found.backward_peak + self._shown_bytes(batch))
         if micro_batches == 1:
             gradients, passing = max(0.0, standing.gradients + update - peak), peak - kept
         else:
@@ -223,9 +252,16 @@ class Estimator:
             overhead=idle + (0 if self.device.is_cpu else CUDA_OVERHEAD),
         )
 
-    def fits(self, memory: Memory) -> bool:
-        """Whether the device has room for it."""
-        return memory.total <= self.device.memory
+    def _shown_bytes(self, batch: MicroBatch) -> int:
+        """Bytes of a micro-batch's pictures, or of their features."""
+        tower = self.blueprint.tower
+        if self.config.data.feature_cache is not None:
+            return batch.pictures * tower.num_tokens * tower.width * tower.dtype.itemsize
+        return 3 * batch.pictures * tower.image_spec.size**2
+
+    def fits(self, memory: Memory, *, margin: float = 0.0) -> bool:
+        """Whether the device has room for it, this share of the room being left free."""
+        return memory.total <= (1 - margin) * self.device.memory
 
     def largest(
         self, method: Method, policy: Policy, make: Callable[[int], MicroBatch], *, limit: int
@@ -313,20 +349,21 @@ class Estimator:
     def _update_traffic(self, method: Method) -> float:
         """Seconds to read weights, gradients and moments, and to write all but the gradients."""
         standing = self.standing(method)
-        moved = 2.5 * standing.optimizer + standing.gradients  # AdamW: 3 x 4 bytes back, of 8
+        moved = 2 * standing.optimizer + 3 * standing.gradients  # a weight is as its gradient
         return moved / self.device.bandwidth
 
     def _dequantising(self, method: Method, policy: Policy) -> float:
         """Seconds of a micro-batch in which 4-bit weights are read and written in 16 bits."""
-        if method != "qlora":
+        if not self.is_quantized(method):
             return 0.0
-        moved = sum(quantised_sizes(self._model(method))) * (NF4_BYTES + 2)
+        sizes = quantised_sizes(self._model(method))
+        moved = self._packed_bytes(sizes) + self.blueprint.dtype.itemsize * sum(sizes)
         return self._passes(policy) * moved / self.device.bandwidth
 
     def _exchange_seconds(self, method: Method, work: Workload) -> float:
         """Seconds of a step on the links: a ring's, (N - 1) / N of the bytes each way."""
         share = (self.gpus - 1) / self.gpus
-        trained = self.standing(method).optimizer / ADAMW_BYTES
+        trained = self.standing(method).gradients / 4
         if not self.is_sharded(method):
             return 2 * share * 4 * trained / self.device.link
         size = trained * self.gpus
@@ -384,14 +421,24 @@ class Estimator:
 
 
 def quantised_sizes(model: VisionLanguageModel) -> list[int]:
-    """Weights of each linear layer that QLoRA holds in 4 bits: all frozen ones but the head's."""
-    language_model = causal_lm(model.language_model)
-    head = language_model.get_output_embeddings()
-    return [
-        module.weight.numel()
-        for name, module in language_model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
-    ]
+    """Weights of each linear layer that is held in 4 bits: all but the head and adapters."""
+    layers = linear_layers(causal_lm(model.language_model))
+    return [layer.weight.numel() for name, layer in layers.items() if ".lora_" not in name]
+
+
+def packed_bytes(size: int, *, double: bool) -> int:
+    """Of a layer of so many weights in 4 bits, as bitsandbytes holds them (QLoRA, section 3).
+
+    Args:
+        size: Weights.
+        double: The scales are in a byte each, with scales of their own.
+    """
+    table, scales = 16 * 4, math.ceil(size / _BLOCK)
+    own = math.ceil(size / 2) + table
+    if not double:
+        return own + 4 * scales
+    offset_and_table = 4 + 256 * 4
+    return own + scales + 4 * math.ceil(scales / _NESTED) + offset_and_table
 
 
 def host_pictures_per_second(config: RunConfig, gpus: int, of_one_core: float | None) -> float:

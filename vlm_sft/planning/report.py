@@ -8,18 +8,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlm_sft.model.recompute import Policy
 from vlm_sft.planning.calibrate import Calibration
 from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GIB, MATMUL_SHARE, Device
 from vlm_sft.planning.estimate import Memory, Method, Speed
 from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.planning.simulate import Policy
 from vlm_sft.planning.workload import Survey, Workload
 from vlm_sft.progress import format_seconds
 
 NAMES: Final[dict[Method, str]] = {
     "stage1": "stage 1 (projector)",
     "lora": "stage 2, LoRA",
-    "qlora": "stage 2, QLoRA (nf4)",
+    "qlora": "stage 2, QLoRA",
     "full": "stage 2, full",
 }
 
@@ -28,8 +28,7 @@ _WAY_COLUMNS: Final = (
     "checkpointing",
     "size",
     "fits",
-    "largest micro-batch",
-    "largest pack",
+    "largest",
     "TFLOP a sample",
     "samples/s",
     "of peak",
@@ -69,8 +68,8 @@ class Way:
         memory: Of one process at the run's largest micro-batch.
         fits: Whether the device has room for it.
         largest_micro_batch: Padded records of the longest length that fit, at most 1,024; 0: none;
-            None: not asked.
-        largest_pack: Tokens of one row that fit, likewise at most 262,144.
+            None: not asked, or records are packed.
+        largest_pack: Where they are: `max_tokens` that fit, likewise at most 262,144.
         speed: In time.
     """
 
@@ -106,6 +105,7 @@ class PlanReport:
         pictures_per_cpu_second: Measured here; None: no picture could be opened.
         policies: The configured method under every policy.
         ways: Every method under its best policy.
+        unplanned: Sentences on what the configuration asks for and the plan does not know.
         calibration: A few real steps, if they were asked for.
     """
 
@@ -118,6 +118,7 @@ class PlanReport:
     pictures_per_cpu_second: float | None
     policies: Sequence[Way]
     ways: Sequence[Way]
+    unplanned: Sequence[str] = ()
     calibration: Calibration | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -142,7 +143,8 @@ class PlanReport:
                 "records": self.work.records,
                 "micro_batches_a_step": self.work.micro_batches_a_step,
                 "largest_micro_batch": asdict(self.work.largest),
-                "padding": self.padding,
+                "padding": None if self.work.packing else self.padding,
+                "packing": asdict(self.work.packing) if self.work.packing else None,
             },
             "memory_by_policy": [way.as_json() for way in self.policies],
             "ways": [way.as_json() for way in self.ways],
@@ -190,7 +192,15 @@ class PlanReport:
             rate = f"{self.pictures_per_cpu_second:,.0f} pictures a second on one core"
             notes.append(f"picture loading: {rate}, measured on this machine with this data")
         else:
-            notes.append("picture loading: not counted, no picture of the data could be opened")
+            notes.append(
+                "picture loading: not counted (features are kept, or none could be opened)"
+            )
+        if self.work.packing and self.work.packing.saved and not self.survey.is_whole:
+            notes.append(
+                "shared prefixes: found in a sample, where fewer records of one picture meet than "
+                "in the run, which therefore saves more; --sample 0 reads all records"
+            )
+        notes += self.unplanned
         if self.work.micro_batches_a_step == 1:
             notes.append(
                 "a step is one micro-batch: its gradients come while its activations go, and the "
@@ -215,8 +225,16 @@ class PlanReport:
         largest = self.work.largest
         return (
             f"run: {self.work.steps:,} steps, {self.work.micro_batches_a_step} micro-batch(es) a "
-            f"step and process; largest {_shape(largest)}; padding takes "
-            f"{1 - 1 / self.padding:.1%} of all positions; on {self.gpus} x {self.device.name}"
+            f"step and process; largest {_shape(largest)}; {self._filling()}; on {self.gpus} x "
+            f"{self.device.name}"
+        )
+
+    def _filling(self) -> str:
+        if self.work.packing is None:
+            return f"padding takes {1 - 1 / self.padding:.1%} of all positions"
+        return (
+            f"packs {self.work.packing.filled:.0%} filled, shared prefixes save "
+            f"{self.work.packing.saved:.1%} of all tokens"
         )
 
     def _left_out(self) -> list[str]:
@@ -248,7 +266,7 @@ class PlanReport:
         table.add_row("total", *(t + v for t, v in zip(totals, verdicts, strict=True)))
         speeds = [f"{way.speed.samples_per_second:,.1f}" for way in self.policies]
         table.add_row("samples/s", *speeds)
-        table.caption = "> as configured; ! does not fit"
+        table.caption = "> taken; ! does not fit"
         return table
 
     def _ways_table(self) -> Table:
@@ -263,21 +281,26 @@ class PlanReport:
                 way.policy,
                 size(way.memory.total),
                 "yes" if way.fits else "no",
-                f"{way.largest_micro_batch:,}" if way.largest_micro_batch else "none",
-                f"{way.largest_pack:,}" if way.largest_pack else "none",
+                _largest(way),
                 f"{speed.teraflop_per_sample:.4g}",
                 f"{speed.samples_per_second:,.1f}",
                 f"{speed.utilisation:.0%}",
                 format_seconds(speed.hours * 3600),
                 speed.bottleneck,
             )
-        table.caption = "largest micro-batch: records of the longest length; pack: tokens of a row"
+        what = "tokens of a pack" if self.work.packing else "records of the longest length"
+        table.caption = f"largest: {what} that fit into one micro-batch"
         return table
 
 
 def _file_json(file: Any) -> dict[str, Any]:
     counts = {"path": file.path, "records": file.records, "looked_at": file.looked_at}
     return {**counts, "would_train_on": len(file.lengths), "left_out": dict(file.left_out)}
+
+
+def _largest(way: Way) -> str:
+    found = way.largest_micro_batch or way.largest_pack
+    return f"{found:,}" if found else "none"
 
 
 def _shape(batch: MicroBatch) -> str:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +20,20 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlm_sft.config import LoraConfig
 from vlm_sft.errors import UserError
+from vlm_sft.model.attention import PackLayout, install_packed_attention
+from vlm_sft.model.last_layer import prune_last_mlp
+from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.model.vision import VisionTower, cast_floating
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
-from vlm_sft.planning.blueprint import Blueprint, layers_of, make_fake
+from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm, decoder_of
+from vlm_sft.planning.blueprint import Blueprint, GivenFeatures, layers_of, make_fake
 from vlm_sft.planning.live_bytes import LiveBytes
 from vlm_sft.planning.micro_batch import MicroBatch
-
-Policy = Literal["none", "selective", "full"]
-"""What is computed again in the backward pass: nothing; of the language model's layers all but
-matrix products and attention; whole layers."""
-
-POLICIES: Final[tuple[Policy, ...]] = ("none", "selective", "full")
 
 SHALLOW: Final = (2, 3)
 """Layers of the two small models that stand for a deep one whose layers are all alike."""
@@ -161,7 +157,7 @@ class TowerSimulation:
 
     def _pixels(self, count: int) -> Tensor:
         size = self._tower.image_spec.size
-        return torch.empty(count, 3, size, size)
+        return torch.empty(count, 3, size, size, dtype=torch.uint8)
 
 
 class Simulation:
@@ -174,6 +170,8 @@ class Simulation:
         lora: Adapters, where `adapter` learns.
         precision: bf16, fp16 or fp32.
         sharded: Weights are gathered in the dtype of the forward pass, so none are cast in it.
+        packed: Micro-batches are packs; else padded.
+        features: The tower's features come from a cache, in the place of pictures.
     """
 
     def __init__(
@@ -185,8 +183,11 @@ class Simulation:
         lora: LoraConfig | None,
         precision: str,
         sharded: bool = False,
+        packed: bool = False,
+        features: bool = False,
     ) -> None:
         self._blueprint, self._tower, self._precision = blueprint, tower, precision
+        self._packed, self._features = packed, features
         self._trainable, self._lora, self._sharded = trainable, lora, sharded
         self._models: dict[int, tuple[FakeTensorMode, VisionLanguageModel]] = {}
         self._footprints: dict[tuple[MicroBatch, Policy], Footprint] = {}
@@ -196,7 +197,8 @@ class Simulation:
         found = self._footprints.get((batch, policy))
         if found is None:
             found = self._at_full_depth(lambda depth: self._run(depth, batch, policy))
-            tower = self._tower.peak(max(1, batch.pictures))
+            shown = 0 if self._features and batch.pictures else max(1, batch.pictures)
+            tower = self._tower.peak(shown) if shown else 0.0
             found = dataclasses.replace(found, forward_peak=max(found.forward_peak, tower))
             self._footprints[batch, policy] = found
         return found
@@ -211,8 +213,9 @@ class Simulation:
         mode, model = self._model(SHALLOW[0])
         _require_dense(model, self._decoder_flops(SHALLOW[0]))
         with mode:
-            picture = self._tower.flops + sum(_counted(lambda: self._projector_pass(model)))
-            target = sum(_counted(lambda: self._head_pass(model))) / _PROBE
+            tower = 0.0 if self._features else self._tower.flops
+            picture = tower + sum(_counted(lambda: self._projector_pass(model)))
+            target = self._target_flops(model)
         return Flops(self._at_full_depth(self._decoder_flops), target, picture)
 
     # --- depth
@@ -250,6 +253,9 @@ class Simulation:
             model = self._blueprint.model(self._trainable, lora=self._lora, num_layers=depth)
             if self._sharded:
                 cast_floating(model, self._blueprint.dtype)
+            if self._packed:
+                install_packed_attention(causal_lm(model.language_model))
+                prune_last_mlp(model.language_model)
             mode = FakeTensorMode()
             make_fake(model, mode)
             self._models[depth] = mode, model.train()
@@ -259,8 +265,9 @@ class Simulation:
 
     def _run(self, depth: int, batch: MicroBatch, policy: Policy) -> Footprint:
         mode, model = self._model(depth)
-        set_policy(model, policy)
-        with mode, _no_mask_made(model) if batch.rows == 1 else nullcontext():
+        set_recomputing(model, policy)
+        alone = batch.rows == 1 and not self._packed
+        with mode, _no_mask_made(model) if alone else nullcontext():
             live = LiveBytes(_with_gradients(model))
             with live:
                 loss, parts = self._forward(model, batch, live)
@@ -276,23 +283,33 @@ class Simulation:
 
         What they look up by value (places of pictures and targets) is given here by its size.
         """
-        size = self._blueprint.tower.image_spec.size
-        pixels = torch.empty(max(1, batch.pictures), 3, size, size)
+        pictures = self._pictures(model, max(1, batch.pictures))
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
         mask = torch.ones(batch.rows, batch.length, dtype=torch.bool) if batch.rows > 1 else None
         chosen = torch.zeros(batch.targets, dtype=torch.int64)
+        # Bytes do not depend on the records of a pack: its attention keeps the same of each token.
+        layout = PackLayout([(batch.length, -1)], needed=chosen) if self._packed else None
         with self._autocast():
             table = cast(nn.Module, causal_lm(model.language_model).get_input_embeddings())
-            images = model.image_embeds_of(pixels)
+            images = self._image_embeds(model, pictures)
             embeds = cast(Tensor, table(ids))
             embeds = embeds.masked_scatter((ids == 1)[..., None], images.to(embeds.dtype))
-            pictures = live.now
-            hidden = decoder_of(model.language_model)(
-                inputs_embeds=embeds, attention_mask=mask, use_cache=False
-            ).last_hidden_state
-            activations = live.now - pictures
-            loss = model._token_losses(hidden[chosen, chosen], chosen).sum()
-            return loss, (pictures, activations, live.now - pictures - activations)
+            seen = live.now
+            hidden = model._hidden(embeds, mask, layout)
+            activations = live.now - seen
+            supervision = Supervision(chosen, chosen, chosen, batch.records)
+            loss = model._loss(hidden, supervision).loss_sum
+            return loss, (seen, activations, live.now - seen - activations)
+
+    def _pictures(self, model: VisionLanguageModel, count: int) -> Tensor:
+        """What a batch brings along of so many pictures: bytes, or features."""
+        if self._features:
+            return cast(GivenFeatures, model.vision_tower).features(count)
+        size = self._blueprint.tower.image_spec.size
+        return torch.empty(count, 3, size, size, dtype=torch.uint8)
+
+    def _image_embeds(self, model: VisionLanguageModel, pictures: Tensor) -> Tensor:
+        return (model._projected if self._features else model.image_embeds_of)(pictures)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == "fp32":
@@ -303,7 +320,7 @@ class Simulation:
 
     def _decoder_flops(self, depth: int) -> DecoderFlops:
         mode, model = self._model(depth)
-        set_policy(model, "none")
+        set_recomputing(model, "none")
         decoder = decoder_of(model.language_model)
         hidden: list[Tensor] = []
 
@@ -318,35 +335,26 @@ class Simulation:
         return DecoderFlops(products / _PROBE, backward / _PROBE, attention / _PROBE**2)
 
     def _projector_pass(self, model: VisionLanguageModel) -> None:
-        size = self._blueprint.tower.image_spec.size
         with self._autocast():
-            images = model.image_embeds_of(torch.empty(1, 3, size, size))
+            images = self._image_embeds(model, self._pictures(model, 1))
         images.sum().backward()
 
-    def _head_pass(self, model: VisionLanguageModel) -> None:
-        states = torch.empty(_PROBE, _width(model), dtype=self._dtype, requires_grad=True)
+    def _target_flops(self, model: VisionLanguageModel) -> float:
+        """Forward, and once more for the states' gradient and, where it learns, the head's own.
+
+        Not counted in the loss itself, which takes its gradient inside the forward pass, where the
+        counter cannot follow.
+        """
+        states = torch.empty(_PROBE, _width(model), dtype=self._dtype)
+        head = cast(nn.Module, causal_lm(model.language_model).get_output_embeddings())
+        passes = 2 + any(parameter.requires_grad for parameter in head.parameters())
         with self._autocast():
-            loss = model._token_losses(states, torch.zeros(_PROBE, dtype=torch.int64)).sum()
-        loss.backward()
+            forward = sum(_counted(lambda: model._wide_logits(states)))
+        return passes * forward / _PROBE
 
     @property
     def _dtype(self) -> torch.dtype:
         return self._blueprint.dtype
-
-
-def set_policy(model: VisionLanguageModel, policy: Policy) -> None:
-    """Make the language model's layers keep or recompute what `policy` says."""
-    language_model: Any = causal_lm(model.language_model)
-    renamed = hasattr(language_model, "activation_checkpointing_enable")  # since 5.2x
-    prefix = "activation" if renamed else "gradient"
-    if policy == "none":
-        getattr(language_model, f"{prefix}_checkpointing_disable")()
-        return
-    how: dict[str, Any] = {"use_reentrant": False}
-    if policy == "selective":
-        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(_KEPT))
-    enable = getattr(language_model, f"{prefix}_checkpointing_enable")
-    enable(**{f"{prefix}_checkpointing_kwargs": how})
 
 
 @contextmanager
@@ -371,14 +379,6 @@ def _no_mask_made(model: VisionLanguageModel) -> Iterator[None]:
 
 
 _MASKLESS: Final = "sdpa_without_mask"
-
-_KEPT: Final = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
-"""What `selective` keeps."""
 
 
 def _with_gradients(model: nn.Module) -> list[Tensor]:

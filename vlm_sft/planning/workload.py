@@ -4,6 +4,7 @@ Read as training reads it: the same files, renderer, length limit and order of r
 """
 
 import dataclasses
+import hashlib
 import math
 import random
 import time
@@ -15,12 +16,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from vlm_sft.assemble import STEPS_LOOKED_AT
 from vlm_sft.config import DataFile, RunConfig
 from vlm_sft.constants import IMAGE_TOKEN_ID
 from vlm_sft.data.admission import Admission, Outcome, RecordRenderer
 from vlm_sft.data.conversation import Conversation, ImageSource
+from vlm_sft.data.dataset import shared_prefix
 from vlm_sft.data.formats import open_records
-from vlm_sft.data.images import ImageSpec, open_image, to_pixels
+from vlm_sft.data.images import ImageSpec, read_pixels
+from vlm_sft.data.packing import PackingFigures, make_units, packing_figures, plan_packs
 from vlm_sft.data.sampling import StepSampler
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.planning.micro_batch import MicroBatch
@@ -43,6 +47,8 @@ class FileSurvey:
         lengths: Tokens of each that would be, image tokens included.
         targets: Likewise supervised tokens.
         pictures: Likewise pictures.
+        prefixes: Likewise a digest of what other records may begin with too; empty: none.
+        prefix_lengths: Likewise its tokens.
     """
 
     path: str
@@ -53,16 +59,22 @@ class FileSurvey:
     lengths: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     pictures: list[int] = field(default_factory=list)
+    prefixes: list[bytes] = field(default_factory=list)
+    prefix_lengths: list[int] = field(default_factory=list)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome, *, num_image_tokens: int) -> None:
         """Count one record in."""
         self.looked_at += 1
-        if outcome.rendering is None:
+        if outcome.rendering is None or outcome.kept is None:
             self.left_out[outcome.entry.reason] += 1
             return
         self.lengths.append(outcome.rendering.length)
         self.targets.append(outcome.rendering.num_targets)
         self.pictures.append(outcome.rendering.input_ids.count(IMAGE_TOKEN_ID))
+        found = shared_prefix(outcome.kept, outcome.rendering, num_image_tokens=num_image_tokens)
+        prefix, length = found or (b"", 0)
+        self.prefixes.append(prefix)
+        self.prefix_lengths.append(length)
 
     @property
     def scale(self) -> float:
@@ -134,7 +146,10 @@ def survey(
     """
     admission = Admission(renderer, num_image_tokens=num_image_tokens, config=config.data)
     sources: list[ImageSource] = []
-    files = [_survey_file(file, admission, sources, sample) for file in config.data.train]
+    files = [
+        _survey_file(file, admission, sources, sample, num_image_tokens)
+        for file in config.data.train
+    ]
     found = Survey(tuple(files), tuple(sources))
     if not found.records_per_epoch:
         names = ", ".join(file.path for file in files)
@@ -148,26 +163,33 @@ def survey(
 
 
 def _survey_file(
-    file: DataFile, admission: Admission, sources: list[ImageSource], sample: int
+    file: DataFile,
+    admission: Admission,
+    sources: list[ImageSource],
+    sample: int,
+    num_image_tokens: int,
 ) -> FileSurvey:
     found = FileSurvey(file.path, file.weight)
     records = open_records(file)
     tracked = track(records.conversations, records.total, f"reading {Path(file.path).name}")
     counted = _counted(tracked, found, sources)
     for outcome in admission.decide_all(_sampled(counted, sample) if sample else counted):
-        found.add(outcome)
+        found.add(outcome, num_image_tokens=num_image_tokens)
     return found
 
 
 def _counted(
     records: Iterator[Conversation | RecordError], found: FileSurvey, sources: list[ImageSource]
 ) -> Iterator[Conversation | RecordError]:
-    """The records without the bytes of embedded pictures; a few of those are kept apart."""
+    """The records with digests for embedded pictures; a few of those are kept apart."""
     for record in records:
         found.records += 1
         if isinstance(record, Conversation):
             sources.extend(record.images[: TIMED_PICTURES - len(sources)])
-            images = tuple(b"" if isinstance(image, bytes) else image for image in record.images)
+            images = tuple(
+                hashlib.sha256(image).digest() if isinstance(image, bytes) else image
+                for image in record.images
+            )
             record = dataclasses.replace(record, images=images)
         yield record
 
@@ -195,8 +217,9 @@ class Workload:
         steps: Optimiser steps of the run.
         records: Records that the run sees.
         micro_batches_a_step: Of each process.
-        mean_length: Tokens of a record, without padding.
-        mean_square: Its square's mean.
+        mean_length: Tokens of a record, without padding; a shared prefix counts once.
+        mean_square: Of what attends to itself, the square's mean; likewise.
+        packing: Of some steps, where records are packed; None: they are padded.
     """
 
     batches: tuple[MicroBatch, ...]
@@ -205,6 +228,7 @@ class Workload:
     micro_batches_a_step: int
     mean_length: float
     mean_square: float
+    packing: PackingFigures | None = None
 
     @property
     def largest(self) -> MicroBatch:
@@ -216,53 +240,144 @@ class Workload:
         return sum(getattr(batch, what) for batch in self.batches)
 
 
-def plan_workload(config: RunConfig, found: Survey, *, gpus: int) -> Workload:
-    """The micro-batches that the run's sampler and seed make of the records."""
-    lengths, targets, pictures, weights = (
-        [value for file in found.files for value in values(file)]
-        for values in (
-            lambda file: file.lengths,
-            lambda file: file.targets,
-            lambda file: file.pictures,
-            lambda file: [file.weight * file.scale] * len(file.lengths),
+@dataclass(frozen=True)
+class _Records:
+    """The records looked at, one by one; what packing needs to know of them (`Sizes`)."""
+
+    lengths: list[int]
+    targets: list[int]
+    num_pictures: list[int]
+    prefix_keys: list[int]
+    prefix_lengths: list[int]
+    weights: list[float]
+
+    @classmethod
+    def of(cls, found: Survey) -> "_Records":
+        """Of all files; a sample's in the proportions of the run."""
+
+        def joined(name: str) -> list[Any]:
+            return [value for file in found.files for value in getattr(file, name)]
+
+        weights = [file.weight * file.scale for file in found.files for _ in file.lengths]
+        if found.is_whole:
+            weights = [file.weight for file in found.files for _ in file.lengths]
+        else:  # an epoch of the sample
+            smallest = min(weights)
+            weights = [weight / smallest for weight in weights]
+        numbers: dict[bytes, int] = {}
+        keys = [numbers.setdefault(p, len(numbers)) if p else -1 for p in joined("prefixes")]
+        lengths, prefix_lengths = joined("lengths"), joined("prefix_lengths")
+        return cls(lengths, joined("targets"), joined("pictures"), keys, prefix_lengths, weights)
+
+    def padded(self, indices: Sequence[int]) -> MicroBatch:
+        """Records padded to the longest."""
+        return MicroBatch.padded(
+            [self.lengths[i] for i in indices],
+            targets=sum(self.targets[i] for i in indices),
+            pictures=sum(self.num_pictures[i] for i in indices),
         )
-    )
-    if not found.is_whole:  # an epoch of the sample, its files in the proportions of the run
-        smallest = min(weights)
-        weights = [weight / smallest for weight in weights]
+
+    def packed(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
+        """Records in one row, a shared prefix once."""
+        packing, share = config.train.packing, config.train.share_prefixes
+        assert packing is not None
+        units = list(make_units(indices, self, packing.max_tokens, share_prefixes=share))
+        tokens = sum(unit.tokens for unit in units)
+        squares = sum(self.lengths[i] ** 2 for i in indices)
+        shared = sum(
+            (len(unit.indices) - 1) * self.prefix_lengths[unit.indices[0]] ** 2 for unit in units
+        )
+        return MicroBatch(
+            1,
+            tokens + -tokens % packing.round_to,
+            sum(self.targets[i] for i in indices),
+            sum(unit.pictures for unit in units),
+            len(indices),
+            squares - shared,
+        )
+
+
+def plan_workload(
+    config: RunConfig, found: Survey, *, gpus: int, picture_cost: float = 0.0
+) -> Workload:
+    """The micro-batches that the run's sampler and seed make of the records.
+
+    Args:
+        config: The run.
+        found: Its records.
+        gpus: Processes that share a step.
+        picture_cost: What a picture weighs where records are packed, in tokens.
+    """
+    records = _Records.of(found)
+    sampler = _sampler(config, records)
+    split = _packs if config.train.packing is not None else _chunks
+    of_steps = [
+        split(config, records, sampler.step_indices(step), gpus, picture_cost)
+        for step in range(sampler.steps_per_epoch)
+    ]
+    batches = tuple(batch for of_step in of_steps for batch in of_step)
+    steps, seen = _length_of_run(config, found, sampler)
+    a_step = math.ceil(max(map(len, of_steps)) / gpus)
+    length, square = found.mean("lengths"), found.mean("squares")
+    if config.train.packing is None:
+        return Workload(batches, steps, seen, a_step, length, square)
+    looks = sum(batch.records for batch in batches)
+    length = sum(batch.length for batch in batches) / looks
+    square = sum(batch.attended for batch in batches) / looks
+    figures = _packing_figures(config, records, sampler, gpus, picture_cost)
+    return Workload(batches, steps, seen, a_step, length, square, figures)
+
+
+def _sampler(config: RunConfig, records: _Records) -> StepSampler:
     train = config.train
-    sampler = StepSampler(
-        weights,
+    by_length = train.group_by_length
+    return StepSampler(
+        records.weights,
         batch_size=train.global_batch_size,
         seed=config.seed,
-        lengths=lengths if train.group_by_length else None,
-        has_image=[count > 0 for count in pictures] if train.group_by_length else None,
+        lengths=records.lengths if by_length else None,
+        has_image=[count > 0 for count in records.num_pictures] if by_length else None,
+        prefix_keys=records.prefix_keys if train.share_prefixes else None,
     )
-    batches = tuple(
-        MicroBatch.padded(
-            [lengths[i] for i in chunk],
-            targets=sum(targets[i] for i in chunk),
-            pictures=sum(pictures[i] for i in chunk),
-        )
-        for chunk in _chunks(sampler, train.micro_batch_size)
-    )
-    steps, records = _length_of_run(config, found, sampler)
-    chunks_a_step = math.ceil(train.global_batch_size / train.micro_batch_size)
-    return Workload(
-        batches,
-        steps,
+
+
+def _chunks(
+    config: RunConfig, records: _Records, indices: Sequence[int], gpus: int, picture_cost: float
+) -> list[MicroBatch]:
+    size = config.train.micro_batch_size
+    assert size is not None
+    starts = range(0, len(indices), size)
+    return [records.padded(indices[start : start + size]) for start in starts]
+
+
+def _packs(
+    config: RunConfig, records: _Records, indices: Sequence[int], gpus: int, picture_cost: float
+) -> list[MicroBatch]:
+    assert config.train.packing is not None
+    packs = plan_packs(
+        indices,
         records,
-        math.ceil(chunks_a_step / gpus),
-        found.mean("lengths"),
-        found.mean("squares"),
+        max_tokens=config.train.packing.max_tokens,
+        share_prefixes=config.train.share_prefixes,
+        num_processes=gpus,
+        picture_cost=picture_cost,
     )
+    return [records.packed(pack, config) for pack in packs if pack]
 
 
-def _chunks(sampler: StepSampler, size: int) -> Iterator[Sequence[int]]:
-    for step in range(sampler.steps_per_epoch):
-        indices = sampler.step_indices(step)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+def _packing_figures(
+    config: RunConfig, records: _Records, sampler: StepSampler, gpus: int, picture_cost: float
+) -> PackingFigures:
+    assert config.train.packing is not None
+    count = min(STEPS_LOOKED_AT, sampler.steps_per_epoch)
+    return packing_figures(
+        [sampler.step_indices(i * sampler.steps_per_epoch // count) for i in range(count)],
+        records,
+        max_tokens=config.train.packing.max_tokens,
+        share_prefixes=config.train.share_prefixes,
+        num_processes=gpus,
+        picture_cost=picture_cost,
+    )
 
 
 def _length_of_run(config: RunConfig, found: Survey, sampler: StepSampler) -> tuple[int, float]:
@@ -289,7 +404,7 @@ def pictures_per_cpu_second(
     for source in sources:
         start = time.process_time()
         try:
-            to_pixels(open_image(source), spec, config.data.image_aspect)
+            read_pixels(source, spec, config.data.image_aspect, config.data.image_processing)
         except UserError:
             continue  # training's affair: the picture is only wanted for its time here
         seconds.append(time.process_time() - start)
