@@ -1,26 +1,30 @@
 """`python -m vlm_sft.plan`: data as training reads it, memory by part, what fits, and errors."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from vlm_sft.assemble import load_language, make_plan
-from vlm_sft.config import LoraConfig, RunConfig, load_config
+from tests.conftest import ROOT
+from vlm_sft.assemble import load_data, load_language, load_model, make_plan, picture_cost
+from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.images import ImageSpec
-from vlm_sft.data.ledger import Ledger
 from vlm_sft.errors import UserError
+from vlm_sft.model.quantize import _quantized
 from vlm_sft.model.recompute import Policy
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.plan import main, method_of
-from vlm_sft.planning.calibrate import calibrate
+from vlm_sft.planning.calibrate import _shape_of, calibrate
 from vlm_sft.planning.devices import GPUS, find_device
 from vlm_sft.planning.estimate import Estimator, Method, quantised_sizes
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Workload, plan_workload, survey
-from vlm_sft.train.batches import split
+from vlm_sft.train.batches import load_steps, split
+from vlm_sft.train.loop import Plan
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -28,6 +32,11 @@ STAGE2 = "configs/tiny/stage2.yaml"
 LORA = "configs/tiny/stage2_lora.yaml"
 QLORA = "configs/tiny/stage2_qlora.yaml"
 EIGHT_BIT = ["optim.optimizer=adamw_8bit"]
+PACKED = [
+    "train.micro_batch_size=null",
+    "train.packing={max_tokens: 512}",
+    "train.share_prefixes=true",
+]
 SHALLOW = ["projector=null", "model.language_model.config.num_hidden_layers=1"]
 
 
@@ -40,10 +49,10 @@ def estimator(config: RunConfig, gpu: str = "4090", gpus: int = 1) -> Estimator:
     return Estimator(config, device, gpus=gpus, efficiency=0.5)
 
 
-def workload(config: RunConfig, *, sample: int = 0, gpus: int = 1) -> Workload:
+def workload(config: RunConfig, *, sample: int = 0, picture_cost: float = 0.0) -> Workload:
     renderer = load_language(config).renderer
     found = survey(config, renderer, num_image_tokens=9, sample=sample)
-    return plan_workload(config, found, gpus=gpus)
+    return plan_workload(config, found, gpus=1, picture_cost=picture_cost)
 
 
 def test_the_command_prints_memory_by_part_and_every_way_of_training(
@@ -67,24 +76,27 @@ def test_the_command_prints_memory_by_part_and_every_way_of_training(
     assert any("assumed" in note for note in plan["notes"])
 
 
-def test_records_and_micro_batches_are_those_of_training() -> None:
+@pytest.fixture(scope="module")
+def model() -> VisionLanguageModel:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return load_model(config_of(), {"projector", "language_model"})[0]
+
+
+def data_of(config: RunConfig, model: VisionLanguageModel) -> tuple[Plan, SupervisedDataset]:
+    language = load_language(config)
+    data = load_data(config, language.renderer, model)
+    return make_plan(config, language, data, model), data.train
+
+
+def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageModel) -> None:
     config = config_of(STAGE2, "train.group_by_length=true", "train.micro_batch_size=3")
-    language, ledger = load_language(config), Ledger()
-    spec = ImageSpec(48, (0.0,) * 3, (1.0,) * 3, "bicubic")
-    data = SupervisedDataset(
-        config.data.train,
-        language.renderer,
-        spec,
-        num_image_tokens=9,
-        config=config.data,
-        ledger=ledger,
-    )
-    plan, work = make_plan(config, language, data), workload(config)
+    (plan, data), work = data_of(config, model), workload(config)
     assert work.steps == plan.total_steps
     chunks = [
         chunk
         for step in range(3)
-        for chunk in split(plan.records_of_step(step), 3, world_size=1, rank=0)
+        for chunk in split(plan.batching, plan.records_of_step(step), world_size=1, rank=0)
     ]
     assert len(work.batches) == len(chunks)
     for batch, chunk in zip(work.batches, chunks, strict=True):
@@ -93,6 +105,48 @@ def test_records_and_micro_batches_are_those_of_training() -> None:
         assert batch.length == max(len(e.input_ids) for e in examples)
         assert batch.targets == sum(int((e.labels != -100).sum()) for e in examples)
         assert batch.pictures == sum(len(e.pixel_values) for e in examples)
+
+
+def test_packs_are_those_of_training_with_shared_prefixes(
+    model: VisionLanguageModel, tmp_path: Path
+) -> None:
+    file = records_of_two_pictures(tmp_path)
+    config = config_of(STAGE2, f"data.train=[{{path: {file}, image_root: {tmp_path}}}]", *PACKED)
+    plan, data = data_of(config, model)
+    cost = estimator(config).picture_cost("full")
+    assert cost == pytest.approx(picture_cost(model))
+    work = workload(config, picture_cost=cost)
+    steps = [
+        split(plan.batching, plan.records_of_step(step), world_size=1, rank=0)
+        for step in range(math.ceil(len(data) / config.train.global_batch_size))
+    ]
+    loaded = next(
+        load_steps(
+            data, [[pack for step in steps for pack in step]], batching=plan.batching, num_workers=0
+        )
+    )
+    assert work.batches == tuple(_shape_of(batch) for batch in loaded)
+    assert work.packing is not None and work.packing.saved > 0.2
+    assert work.total("pictures") < len(data) == work.total("records")
+
+
+def records_of_two_pictures(folder: Path) -> Path:
+    for name in ("a", "b"):
+        Image.new("RGB", (48, 48), "red").save(folder / f"{name}.png")
+    rows = [
+        {
+            "id": f"{name}{n}",
+            "image": f"{name}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\n" + "why? " * n},
+                {"from": "gpt", "value": "so"},
+            ],
+        }
+        for name in ("a", "b")
+        for n in range(1, 9)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
 
 
 def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> None:
@@ -118,13 +172,6 @@ def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> No
     assert 0 < error < 1.5 * part.error_of_mean() < 0.25
     steps = [plan_workload(config, found, gpus=1).steps for found in (whole, part)]
     assert steps[1] == pytest.approx(steps[0], rel=0.15)
-
-
-PACKED = [
-    "train.micro_batch_size=null",
-    "train.packing={max_tokens: 512}",
-    "train.share_prefixes=true",
-]
 
 
 @pytest.mark.parametrize(
@@ -165,16 +212,45 @@ def test_processes_share_out_what_full_training_holds() -> None:
 
 
 def test_qlora_holds_linear_layers_in_four_bits_and_nothing_else() -> None:
-    config = config_of("configs/tiny/stage2_lora.yaml", "train.precision=bf16")
-    planner = estimator(config)
+    planner = estimator(config_of(LORA, "train.precision=bf16"))
     lora, qlora = planner.standing("lora"), planner.standing("qlora")
-    model = planner.blueprint.model({"projector", "adapter"}, lora=LoraConfig())
     hidden, inner, kv = 64, 128, 32  # of the tiny Llama: q, k, v, o and the three of its MLP
-    linear = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
-    assert sum(quantised_sizes(model)) == linear
+    sizes = [hidden * hidden, kv * hidden, kv * hidden, hidden * hidden, *[hidden * inner] * 3]
+    assert quantised_sizes(planner.blueprint.model({"projector"})) == sizes
     saved = lora.weights["language_model"] - qlora.weights["language_model"]
-    assert saved == pytest.approx(linear * (2 - 4.127 / 8))
+    assert saved == 2 * sum(sizes) - sum(packed_bytes(size, double=True) for size in sizes)
     assert qlora.exchange == 2 * hidden * inner
+    assert qlora.optimizer == lora.optimizer
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_four_bits_take_what_bitsandbytes_packs(double: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    held = LanguageModelConfig(
+        config={}, tokenizer="bytes", quantization="nf4", double_quantization=double
+    )
+    layer: Any = _quantized(torch.nn.Linear(300, 200), held, torch.bfloat16)
+    state = layer.quant_state
+    kept = [layer.weight, state.absmax, state.code]
+    if double:
+        kept += [state.offset, state.state2.absmax, state.state2.code]
+    assert packed_bytes(300 * 200, double=double) == sum(tensor.nbytes for tensor in kept)
+
+
+def test_vicuna_7b_in_four_bits_takes_the_counted_gigabytes() -> None:
+    per_layer = [4096 * 4096] * 4 + [4096 * 11008] * 3
+    head_and_table = 2 * 2 * 32000 * 4096
+    packed = 32 * sum(packed_bytes(size, double=True) for size in per_layer) + head_and_table
+    assert packed / 1e9 == pytest.approx(3.87, abs=0.005)
+    assert (2 * 32 * sum(per_layer) + head_and_table) / 1e9 == pytest.approx(13.48, abs=0.005)
+
+
+def test_eight_bit_moments_take_a_quarter() -> None:
+    eight = estimator(config_of(STAGE2, *EIGHT_BIT)).standing("full")
+    full = estimator(config_of()).standing("full")
+    assert full.optimizer == 2 * full.gradients
+    assert eight.gradients == full.gradients
+    assert 2.03 / 8 <= eight.optimizer / full.optimizer < 0.3  # small tensors keep four bytes
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
