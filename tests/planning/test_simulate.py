@@ -1,6 +1,7 @@
 """What is predicted for a micro-batch against what real ones keep and compute."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -102,6 +103,11 @@ class Saved:
         self.tensor = tensor
 
 
+def bytes_of(saved: Iterable[Saved]) -> int:
+    storages = (kept.tensor.untyped_storage() for kept in saved)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def real_step(
     language: dict[str, Any], method: str, dtype: torch.dtype, policy: Policy
 ) -> tuple[Footprint, MicroBatch]:
@@ -135,8 +141,7 @@ def real_step(
         ):
             loss = model(ids, mask, labels, pixels).loss_sum
         forward_peak = live.peak + pixels.nbytes
-        storages = {kept.tensor.untyped_storage() for kept in saved}
-        alive = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        alive = bytes_of(saved)
         live.restart()
         loss.backward()
     targets = int((labels[:, 1:] != -100).sum())
