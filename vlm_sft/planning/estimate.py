@@ -43,7 +43,7 @@ _BLOCK: Final = 64
 _NESTED: Final = 256
 """Scales in 8 bits that share one themselves."""
 
-_NEARLY_FULL: Final = 0.003
+_NEARLY_FULL: Final = 0.01
 """Share of the memory that may be left free by what is called the largest."""
 
 
