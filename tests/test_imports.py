@@ -14,6 +14,7 @@ ENTRY_POINTS = {
     "vlm_sft.stage1",
     "vlm_sft.stage2",
     "vlm_sft.check",
+    "vlm_sft.plan",
     "vlm_sft.show",
     "vlm_sft.chat",
     "vlm_sft.evaluate",

@@ -279,15 +279,10 @@ class SupervisedDataset(Dataset[Example]):
 
     def _note_prefix(self, record: Conversation, rendering: Rendering) -> None:
         """Whether other records can share what comes up to and with the first picture."""
-        key, length = -1, 0
-        if record.images:
-            end = rendering.input_ids.index(IMAGE_TOKEN_ID) + 1
-            unsupervised = all(label == IGNORE_INDEX for label in rendering.labels[:end])
-            if unsupervised and end < len(rendering.input_ids):
-                digest = _prefix_digest(rendering.input_ids[:end], record.images[0])
-                key = self._prefixes.setdefault(digest, len(self._prefixes))
-                length = end - 1 + self._num_image_tokens
-        self.prefix_keys.append(key)
+        found = shared_prefix(record, rendering, num_image_tokens=self._num_image_tokens)
+        digest, length = found or (b"", 0)
+        known = self._prefixes.setdefault(digest, len(self._prefixes)) if digest else -1
+        self.prefix_keys.append(known)
         self.prefix_lengths.append(length)
 
     # --- looking
@@ -374,6 +369,25 @@ def _require_size(source: ImageSource, expected: int) -> None:
             f"{source!s}: has {found:,} bytes, but had {expected:,} when the run read its records; "
             "put the old file back, or start a new run",
         )
+
+
+def shared_prefix(
+    record: Conversation, rendering: Rendering, *, num_image_tokens: int
+) -> tuple[bytes, int] | None:
+    """What other records may begin with too, up to and with the first picture.
+
+    Returns:
+        A digest of it and its tokens; None where there is no picture, something of it is
+        supervised, or nothing follows.
+    """
+    if not record.images:
+        return None
+    end = rendering.input_ids.index(IMAGE_TOKEN_ID) + 1
+    unsupervised = all(label == IGNORE_INDEX for label in rendering.labels[:end])
+    if not unsupervised or end >= len(rendering.input_ids):
+        return None
+    digest = _prefix_digest(rendering.input_ids[:end], record.images[0])
+    return digest, end - 1 + num_image_tokens
 
 
 def _prefix_digest(ids: Sequence[int], picture: ImageSource) -> bytes:

@@ -1,0 +1,302 @@
+"""`python -m vlm_sft.plan`: data as training reads it, memory by part, what fits, and errors."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT
+from vlm_sft.assemble import load_data, load_language, load_model, make_plan, picture_cost
+from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
+from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.errors import UserError
+from vlm_sft.model.quantize import _quantized
+from vlm_sft.model.recompute import Policy
+from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.plan import main, method_of
+from vlm_sft.planning.calibrate import _shape_of, calibrate
+from vlm_sft.planning.devices import GPUS, find_device
+from vlm_sft.planning.estimate import Estimator, Method, packed_bytes, quantised_sizes
+from vlm_sft.planning.micro_batch import MicroBatch
+from vlm_sft.planning.workload import Workload, plan_workload, survey
+from vlm_sft.train.batches import load_steps, split
+from vlm_sft.train.loop import Plan
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
+
+STAGE2 = "configs/tiny/stage2.yaml"
+LORA = "configs/tiny/stage2_lora.yaml"
+QLORA = "configs/tiny/stage2_qlora.yaml"
+EIGHT_BIT = ["optim.optimizer=adamw_8bit"]
+PACKED = [
+    "train.micro_batch_size=null",
+    "train.packing={max_tokens: 512}",
+    "train.share_prefixes=true",
+]
+SHALLOW = ["projector=null", "model.language_model.config.num_hidden_layers=1"]
+
+
+def config_of(path: str = STAGE2, *overrides: str) -> RunConfig:
+    return load_config(path, [*SHALLOW, *overrides])
+
+
+def estimator(config: RunConfig, gpu: str = "4090", gpus: int = 1) -> Estimator:
+    device = find_device(gpu, torch.float32)
+    return Estimator(config, device, gpus=gpus, efficiency=0.5)
+
+
+def workload(config: RunConfig, *, sample: int = 0, picture_cost: float = 0.0) -> Workload:
+    renderer = load_language(config).renderer
+    found = survey(config, renderer, num_image_tokens=9, sample=sample)
+    return plan_workload(config, found, gpus=1, picture_cost=picture_cost)
+
+
+def test_the_command_prints_memory_by_part_and_every_way_of_training(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([STAGE2, "--gpu", "l4", "--json", *SHALLOW]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert plan["data"]["records_per_epoch"] == 24
+    assert plan["data"]["every_record_read"] is True
+    assert [way["method"] for way in plan["ways"]] == ["stage1", "lora", "qlora", "full"]
+    assert [way["method"] for way in plan["ways"] if way["configured"]] == ["full"]
+    assert all(way["fits"] and way["largest_micro_batch"] > 100 for way in plan["ways"])
+    for way in [*plan["memory_by_policy"], *plan["ways"]]:
+        memory = way["memory"]
+        weights = memory.pop("weights")
+        parts = [memory[key] for key in memory if key not in ("allocated", "total", "overhead")]
+        assert sum(weights.values()) + sum(parts) == pytest.approx(memory["allocated"], abs=10)
+        assert memory["allocated"] + memory["overhead"] == pytest.approx(memory["total"], abs=10)
+    configured = plan["memory_by_policy"][0]["memory"]
+    assert configured["optimizer"] == 2 * configured["gradients"]
+    assert any("assumed" in note for note in plan["notes"])
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionLanguageModel:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return load_model(config_of(), {"projector", "language_model"})[0]
+
+
+def data_of(config: RunConfig, model: VisionLanguageModel) -> tuple[Plan, SupervisedDataset]:
+    language = load_language(config)
+    data = load_data(config, language.renderer, model)
+    return make_plan(config, language, data, model), data.train
+
+
+def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageModel) -> None:
+    config = config_of(STAGE2, "train.group_by_length=true", "train.micro_batch_size=3")
+    (plan, data), work = data_of(config, model), workload(config)
+    assert work.steps == plan.total_steps
+    chunks = [
+        chunk
+        for step in range(3)
+        for chunk in split(plan.batching, plan.records_of_step(step), world_size=1, rank=0)
+    ]
+    assert len(work.batches) == len(chunks)
+    for batch, chunk in zip(work.batches, chunks, strict=True):
+        examples = [data[i] for i in chunk]
+        assert batch.rows == batch.records == len(chunk)
+        assert batch.length == max(len(e.input_ids) for e in examples)
+        assert batch.targets == sum(int((e.labels != -100).sum()) for e in examples)
+        assert batch.pictures == sum(len(e.pixel_values) for e in examples)
+
+
+def test_packs_are_those_of_training_with_shared_prefixes(
+    model: VisionLanguageModel, tmp_path: Path
+) -> None:
+    file = records_of_two_pictures(tmp_path)
+    config = config_of(STAGE2, f"data.train=[{{path: {file}, image_root: {tmp_path}}}]", *PACKED)
+    plan, data = data_of(config, model)
+    cost = estimator(config).picture_cost("full")
+    assert cost == pytest.approx(picture_cost(model))
+    work = workload(config, picture_cost=cost)
+    steps = [
+        split(plan.batching, plan.records_of_step(step), world_size=1, rank=0)
+        for step in range(math.ceil(len(data) / config.train.global_batch_size))
+    ]
+    loaded = next(
+        load_steps(
+            data, [[pack for step in steps for pack in step]], batching=plan.batching, num_workers=0
+        )
+    )
+    assert work.batches == tuple(_shape_of(batch) for batch in loaded)
+    assert work.packing is not None and work.packing.saved > 0.2
+    assert work.total("pictures") < len(data) == work.total("records")
+
+
+def records_of_two_pictures(folder: Path) -> Path:
+    for name in ("a", "b"):
+        Image.new("RGB", (48, 48), "red").save(folder / f"{name}.png")
+    rows = [
+        {
+            "id": f"{name}{n}",
+            "image": f"{name}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\n" + "why? " * n},
+                {"from": "gpt", "value": "so"},
+            ],
+        }
+        for name in ("a", "b")
+        for n in range(1, 9)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x" * n}]}
+        for n in range(1, 201)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    config = config_of(STAGE2, f"data.train=[{{path: {file}, weight: 2}}]", "data.max_length=180")
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"length_policy": "skip"})}
+    )
+    renderer = load_language(config).renderer
+    whole = survey(config, renderer, num_image_tokens=9, sample=0)
+    part = survey(config, renderer, num_image_tokens=9, sample=100)
+    assert whole.is_whole and whole.error_of_mean() == 0
+    assert whole.files[0].left_out["too_long"] == 200 - len(whole.files[0].lengths) > 0
+    assert whole.records_per_epoch == 2 * len(whole.files[0].lengths)
+    assert not part.is_whole and part.files[0].looked_at == 100
+    assert part.records_per_epoch == pytest.approx(whole.records_per_epoch, rel=0.15)
+    error = abs(part.mean("lengths") / whole.mean("lengths") - 1)
+    assert 0 < error < 1.5 * part.error_of_mean() < 0.25
+    steps = [plan_workload(config, found, gpus=1).steps for found in (whole, part)]
+    assert steps[1] == pytest.approx(steps[0], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "policy", "overrides"),
+    [
+        (STAGE2, "full", "none", ["train.precision=fp32", "train.micro_batch_size=8"]),
+        (STAGE2, "full", "selective", PACKED),
+        pytest.param(LORA, "lora", "full", [], marks=pytest.mark.slow),
+        pytest.param(LORA, "lora", "none", PACKED, marks=pytest.mark.slow),
+        pytest.param(QLORA, "qlora", "none", [], marks=pytest.mark.slow),
+        pytest.param(STAGE2, "full", "none", EIGHT_BIT, marks=pytest.mark.slow),
+    ],
+)
+def test_calibration_finds_the_predicted_memory(
+    path: str, method: Method, policy: Policy, overrides: list[str]
+) -> None:
+    config = load_config(path, ["projector=null", *overrides])
+    assert method_of(config) == method
+    found = calibrate(estimator(config, "cpu"), method, policy)
+    assert abs(found.memory_error) < 0.05, found
+    assert found.measured_seconds > 0 and 0 < found.efficiency < 1.5
+
+
+def test_processes_share_out_what_full_training_holds() -> None:
+    config, batch = config_of(), MicroBatch.padded([90] * 4, targets=40, pictures=4)
+    one = estimator(config).standing("full")
+    four = estimator(config, gpus=4).standing("full")
+    assert four.optimizer == one.optimizer / 4 and four.gradients == one.gradients / 4
+    assert four.weights["language_model"] == one.weights["language_model"] / 4
+    assert four.weights["vision_tower"] == one.weights["vision_tower"]
+    assert four.exchange > 0 == one.exchange
+    lora = estimator(config_of("configs/tiny/stage2_lora.yaml"), gpus=4)
+    assert lora.standing("lora").exchange == lora.standing("lora").gradients
+    apart = estimator(config_of(STAGE2, "train.sharding=none"), gpus=4).memory(
+        "full", "none", batch
+    )
+    assert apart.optimizer == one.optimizer
+
+
+def test_qlora_holds_linear_layers_in_four_bits_and_nothing_else() -> None:
+    planner = estimator(config_of(LORA, "train.precision=bf16"))
+    lora, qlora = planner.standing("lora"), planner.standing("qlora")
+    hidden, inner, kv = 64, 128, 32  # of the tiny Llama: q, k, v, o and the three of its MLP
+    sizes = [hidden * hidden, kv * hidden, kv * hidden, hidden * hidden, *[hidden * inner] * 3]
+    assert quantised_sizes(planner.blueprint.model({"projector"})) == sizes
+    saved = lora.weights["language_model"] - qlora.weights["language_model"]
+    assert saved == 2 * sum(sizes) - sum(packed_bytes(size, double=True) for size in sizes)
+    assert qlora.exchange == 2 * hidden * inner
+    assert qlora.optimizer == lora.optimizer
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_four_bits_take_what_bitsandbytes_packs(double: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    held = LanguageModelConfig(
+        config={}, tokenizer="bytes", quantization="nf4", double_quantization=double
+    )
+    layer: Any = _quantized(torch.nn.Linear(300, 200), held, torch.bfloat16)
+    state = layer.quant_state
+    kept = [layer.weight, state.absmax, state.code]
+    if double:
+        kept += [state.offset, state.state2.absmax, state.state2.code]
+    assert packed_bytes(300 * 200, double=double) == sum(tensor.nbytes for tensor in kept)
+
+
+def test_vicuna_7b_in_four_bits_takes_the_counted_gigabytes() -> None:
+    per_layer = [4096 * 4096] * 4 + [4096 * 11008] * 3
+    head_and_table = 2 * 2 * 32000 * 4096
+    packed = 32 * sum(packed_bytes(size, double=True) for size in per_layer) + head_and_table
+    assert packed / 1e9 == pytest.approx(3.87, abs=0.005)
+    assert (2 * 32 * sum(per_layer) + head_and_table) / 1e9 == pytest.approx(13.48, abs=0.005)
+
+
+def test_eight_bit_moments_take_a_quarter() -> None:
+    eight = estimator(config_of(STAGE2, *EIGHT_BIT)).standing("full")
+    full = estimator(config_of()).standing("full")
+    assert full.optimizer == 2 * full.gradients
+    assert eight.gradients == full.gradients
+    assert 2.03 / 8 <= eight.optimizer / full.optimizer < 0.35  # small tensors keep all eight
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
+    planner = estimator(config_of(STAGE2, "train.precision=bf16"))
+
+    def of(rows: int) -> MicroBatch:
+        return MicroBatch.padded([2000] * rows, targets=2 * rows, pictures=rows)
+
+    found = planner.largest("full", "none", of, limit=4_000)
+    assert found > 100
+    memory = planner.memory("full", "none", of(found))
+    assert planner.fits(memory) and memory.total > 0.99 * GPUS["4090"].memory
+    assert not planner.fits(planner.memory("full", "none", of(round(1.02 * found) + 1)))
+
+
+def test_slow_picture_loading_is_named_as_what_holds_the_run_up() -> None:
+    config = config_of()
+    planner, work = estimator(config), workload(config)
+    fast = planner.speed("full", "none", work, pictures_per_second=1e12)
+    slow = planner.speed("full", "none", work, pictures_per_second=2.0)
+    assert fast.bottleneck != "picture loading" == slow.bottleneck
+    assert slow.samples_per_second == pytest.approx(2.0)  # each of its records has one picture
+    assert slow.hours == pytest.approx(work.records / 2.0 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h1000"], "--gpu h1000: not known"),
+        (["--gpus", "0"], "--gpus 0: expected 1 or more"),
+        (["--efficiency", "1.5"], "--efficiency 1.5: expected"),
+        (["--calibrate", "--gpu", "h200"], "leave --gpu and --gpus out"),
+        (
+            ["model.language_model={name: someone/never-fetched}"],
+            "not on this machine and planning downloads nothing",
+        ),
+        (
+            ["model.vision_tower={library: transformers, name: someone/never-fetched}"],
+            "model.vision_tower.name: the configuration of 'someone/never-fetched'",
+        ),
+        (
+            ["model.vision_tower={library: timm, name: 'hf-hub:someone/never-fetched'}"],
+            "only known to the hub",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_a_sentence(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        main([STAGE2, *arguments])

@@ -1,0 +1,254 @@
+"""What a run will need, before it: `python -m vlm_sft.plan CONFIG.yaml`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+from rich.console import Console
+
+from vlm_sft.assemble import load_language, run_parser
+from vlm_sft.config import RunConfig, load_config
+from vlm_sft.errors import UserError, run_command
+from vlm_sft.model.recompute import POLICIES, Policy
+from vlm_sft.parts_on_disk import dtype_of
+from vlm_sft.planning.blueprint import require_local_tokenizer
+from vlm_sft.planning.calibrate import Calibration, calibrate
+from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GPUS, find_device
+from vlm_sft.planning.estimate import METHODS, Estimator, Memory, Method, host_pictures_per_second
+from vlm_sft.planning.micro_batch import MicroBatch
+from vlm_sft.planning.report import PlanReport, Way
+from vlm_sft.planning.workload import Survey, Workload, pictures_per_cpu_second, plan_workload
+from vlm_sft.planning.workload import survey as survey_data
+from vlm_sft.train.activations import MARGIN
+
+ABOUT = f"""\
+Plan a run: read the data's real lengths and pictures, and work out memory by part, the largest
+micro-batch, samples/s, hours and what holds the run up, for stage 1, LoRA, QLoRA and full training.
+
+Nothing is downloaded and no weight is allocated: the model is built from its configuration alone,
+and its own code runs on tensors without values. GPUs known by name: {", ".join(GPUS)}."""
+
+EXAMPLES = """\
+examples:
+  python -m vlm_sft.plan configs/tiny/stage2.yaml
+  python -m vlm_sft.plan configs/tiny/stage2_lora.yaml --gpu 4090
+  python -m vlm_sft.plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
+  python -m vlm_sft.plan my.yaml --gpu h200 --json > plan.json
+
+  # a few real steps on this machine beside the prediction, with the error of both
+  python -m vlm_sft.plan configs/tiny/stage2.yaml --calibrate
+
+With hub names, their configuration and tokenizer (not the weights) must be in the local cache."""
+
+SAMPLE: Final = 20_000
+"""Records of each file that are rendered unless `--sample` says otherwise."""
+
+PACK_UNIT: Final = 256
+"""The largest pack is searched in so many tokens."""
+
+MOST: Final = 1024
+"""Rows, and units of a pack, beyond which no larger one is looked for."""
+
+WIDTH: Final = 160
+"""Columns where the output is no terminal."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of a configuration; returns 0, also where the run would not fit."""
+    arguments = _parse(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    require_local_tokenizer(config.model.language_model)
+    device = find_device(arguments.gpu, dtype_of(config))
+    planner = Estimator(config, device, gpus=arguments.gpus, efficiency=arguments.efficiency)
+    calibration = _calibration(planner, arguments) if arguments.calibrate else None
+    renderer = load_language(config).renderer
+    tower = planner.blueprint.tower
+    found = survey_data(
+        config, renderer, num_image_tokens=tower.num_tokens, sample=arguments.sample
+    )
+    weight = planner.picture_cost(method_of(config)) if config.train.packing else 0.0
+    work = plan_workload(config, found, gpus=arguments.gpus, picture_cost=weight)
+    rate = None
+    if config.data.feature_cache is None:
+        rate = pictures_per_cpu_second(found.sources, tower.image_spec, config)
+    outlook = _Outlook(planner, found, work, rate)
+    report = PlanReport(
+        config=arguments.config,
+        device=device,
+        gpus=arguments.gpus,
+        efficiency=planner.efficiency,
+        survey=found,
+        work=work,
+        pictures_per_cpu_second=rate,
+        policies=outlook.policies(),
+        ways=[outlook.best(method) for method in METHODS],
+        unplanned=_unplanned(config, planner),
+        calibration=calibration,
+    )
+    if arguments.json:
+        print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    report.print(console)
+    return 0
+
+
+def _calibration(planner: Estimator, arguments: argparse.Namespace) -> Calibration:
+    """Real steps; what they reach is what the plan for this machine goes on with."""
+    if arguments.gpu not in (None, "cpu") or arguments.gpus != 1:
+        raise UserError("--calibrate: trains on this machine's device; leave --gpu and --gpus out")
+    config = planner.config
+    asked = config.train.activation_checkpointing
+    policy: Policy = "none" if asked == "auto" else asked  # a few steps are to run here anyhow
+    found = calibrate(planner, method_of(config), policy)
+    planner.efficiency = min(1.0, found.efficiency)
+    return found
+
+
+def method_of(config: RunConfig) -> Method:
+    """The way of training that a configuration asks for, as `vlm_sft.check` tells it."""
+    if config.lora is not None:
+        return "lora" if config.model.language_model.quantization is None else "qlora"
+    learns = "language_model" in config.optim.learning_rate.model_fields_set
+    return "full" if learns else "stage1"
+
+
+def _unplanned(config: RunConfig, planner: Estimator) -> list[str]:
+    """What the configuration asks for and the plan does not know."""
+    settings = {"train.compile": config.train.compile, "train.fp8": config.train.fp8}
+    told = [
+        f"{name}: not planned; bytes and time are those without"
+        for name, on in settings.items()
+        if on
+    ]
+    if config.optim.optimizer == "adamw_8bit" and planner.is_sharded("full"):
+        told.append(
+            "optim.optimizer: adamw_8bit does not go with weights that processes share out, so "
+            "full training is planned with moments in float32"
+        )
+    return told
+
+
+@dataclass
+class _Outlook:
+    """Ways of training, looked at one by one."""
+
+    planner: Estimator
+    survey: Survey
+    work: Workload
+    pictures_per_cpu_second: float | None
+
+    def policies(self) -> list[Way]:
+        """The configured method under every policy."""
+        method, chosen = method_of(self.planner.config), self.policy
+        ways = (self._way(method, policy) for policy in POLICIES)
+        return [replace(way, configured=way.policy == chosen) for way in ways]
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The configured activation checkpointing; `auto`: what training's own rule would take."""
+        asked = self.planner.config.train.activation_checkpointing
+        if asked != "auto":
+            return asked
+        method = method_of(self.planner.config)
+        return next((policy for policy in POLICIES if self._leaves_margin(method, policy)), "full")
+
+    def _leaves_margin(self, method: Method, policy: Policy) -> bool:
+        return self.planner.fits(self._memory(method, policy), margin=MARGIN)
+
+    def best(self, method: Method) -> Way:
+        """A method under the configured policy if it is configured, else the fastest that fits."""
+        if method == method_of(self.planner.config):
+            return self._sized(replace(self._way(method, self.policy), configured=True))
+        for policy in POLICIES:
+            way = self._way(method, policy)
+            if way.fits:
+                break
+        return self._sized(way)
+
+    def _memory(self, method: Method, policy: Policy) -> Memory:
+        work = self.work
+        return self.planner.memory(
+            method, policy, work.largest, micro_batches=work.micro_batches_a_step
+        )
+
+    def _way(self, method: Method, policy: Policy) -> Way:
+        planner, work, config = self.planner, self.work, self.planner.config
+        memory = self._memory(method, policy)
+        loaded = host_pictures_per_second(config, planner.gpus, self.pictures_per_cpu_second)
+        return Way(
+            method,
+            policy,
+            configured=False,
+            memory=memory,
+            fits=planner.fits(memory),
+            speed=planner.speed(method, policy, work, pictures_per_second=loaded or None),
+        )
+
+    def _sized(self, way: Way) -> Way:
+        """The same with the largest micro-batch, or pack where records are packed, that fits."""
+        packed = self.planner.config.train.packing is not None
+        make = self._pack if packed else self._longest
+        found = self.planner.largest(way.method, way.policy, make, limit=MOST)
+        if packed:
+            return replace(way, largest_pack=found * PACK_UNIT)
+        return replace(way, largest_micro_batch=found)
+
+    def _longest(self, rows: int) -> MicroBatch:
+        """So many records of the longest length, with targets and pictures as in the largest."""
+        largest, longest = self.work.largest, self.survey.longest()
+        targets = max(1, rows * largest.targets // largest.rows)
+        pictures = -(-rows * largest.pictures // largest.rows)
+        return MicroBatch(rows, longest, targets, pictures, rows, rows * longest**2)
+
+    def _pack(self, units: int) -> MicroBatch:
+        """One row of so many tokens, with records, targets and pictures in their proportions."""
+        tokens = units * PACK_UNIT
+        share = tokens / self.work.total("length")
+
+        def part(what: str) -> int:
+            return max(1, round(share * self.work.total(what)))
+
+        return MicroBatch(
+            1, tokens, part("targets"), part("pictures"), part("records"), part("attended")
+        )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = run_parser("python -m vlm_sft.plan", ABOUT, EXAMPLES)
+    add = parser.add_argument
+    add("--gpu", metavar="NAME", help="what to plan for (default: this machine's GPU, else cpu)")
+    add("--gpus", type=int, default=1, metavar="N", help="how many of them (default: 1)")
+    add(
+        "--efficiency",
+        type=float,
+        default=ASSUMED_EFFICIENCY,
+        metavar="SHARE",
+        help=f"of the matrix products' rate that a step reaches (default: {ASSUMED_EFFICIENCY})",
+    )
+    add(
+        "--sample",
+        type=int,
+        default=SAMPLE,
+        metavar="N",
+        help=f"records of each file to render, drawn at random; 0: all (default: {SAMPLE:,})",
+    )
+    add("--json", action="store_true", help="the plan as one JSON object on stdout")
+    add("--calibrate", action="store_true", help="also train a few steps here; needs the weights")
+    arguments = parser.parse_intermixed_args(argv)
+    for name, least in {"gpus": 1, "sample": 0}.items():
+        if getattr(arguments, name) < least:
+            found = getattr(arguments, name)
+            raise UserError(f"--{name} {found}: expected {least} or more")
+    if not 0 < arguments.efficiency <= 1:
+        raise UserError(f"--efficiency {arguments.efficiency}: expected more than 0, at most 1")
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)
