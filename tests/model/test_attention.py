@@ -1,5 +1,6 @@
 """Packed records do not see each other, whichever kernel computes their attention."""
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -217,6 +218,27 @@ def test_variable_length_kernels_are_told_the_same_as_is_computed_segment_by_seg
     found = attend(SEGMENTS, backend, sliding_window=window)
     expected = attend(SEGMENTS, "sdpa", sliding_window=window)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_kernels_that_autocast_does_not_know_get_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    seen: list[torch.dtype] = []
+
+    @functools.wraps(new_varlen_stand_in)
+    def stand_in(*args: Any, **options: Any) -> Tensor:
+        seen.extend(state.dtype for state in args[:3])
+        return new_varlen_stand_in(*args, **options)
+
+    monkeypatch.setitem(
+        sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=stand_in)
+    )
+    expected = attend(SEGMENTS, "sdpa")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(SEGMENTS, "varlen")
+    assert seen == [torch.bfloat16] * 3
+    assert torch.allclose(found.float(), expected, atol=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -231,9 +231,17 @@ def _segment_by_segment(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
+def _of_one_dtype(*states: Tensor) -> list[Tensor]:
+    """As autocast hands them to SDPA: it does not know these kernels, and rotation may widen."""
+    kind = states[0].device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else states[-1].dtype
+    return [state.to(dtype) for state in states]
+
+
 def _rows(layout: PackLayout, *states: Tensor) -> list[Tensor]:
     """`[1, H, T, D]` to `[T, H, D]`: queries as they lie, then keys and values as they are seen."""
-    query, *others = (state[0].transpose(0, 1) for state in states)
+    query, *others = (state[0].transpose(0, 1) for state in _of_one_dtype(*states))
     if layout.key_index is not None:
         others = [state.index_select(0, layout.key_index) for state in others]
     return [query.contiguous(), *(state.contiguous() for state in others)]
@@ -317,6 +325,7 @@ def _flex(
             f"train.packing.attention: flex does not know this model's sliding window of {window} "
             "tokens; set it to sdpa"
         )
+    query, key, value = _of_one_dtype(query, key, value)
     attend = _compiled_flex() if query.is_cuda else _plain_flex()
     gqa = key.shape[1] != query.shape[1]
     output = attend(query, key, value, block_mask=layout.block_mask, scale=scale, enable_gqa=gqa)
