@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.tiny_runs import ROOT, run
 from tests.train.tiny import example, reset_accelerate, tiny_config, tiny_model
 from vlm_sft import check
+from vlm_sft.changes import rule_of
 from vlm_sft.config import LearningRates, LoraConfig, OptimConfig, load_config
 from vlm_sft.data.collate import collate
 from vlm_sft.errors import ConfigError
@@ -283,6 +284,7 @@ def test_it_is_refused_where_processes_share_the_weights_and_cannot_change_withi
         settle_sharing(asked, {"projector", "language_model"}, two)
     alone = load_config("configs/tiny/stage2.yaml", [*NONE, "train.sharding=none"])
     assert not settle_sharing(alone, {"projector", "language_model"}, two).wanted
+    assert rule_of("train.master_weights") == "forbidden"
 
 
 def test_only_the_language_model_stays_narrow() -> None:
