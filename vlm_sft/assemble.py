@@ -206,7 +206,8 @@ def load_model(
     identity = base_identity(config, model)
     if config.projector is not None:
         load_projector(model, Path(config.projector), identity)
-    set_trainable(model, trainable)
+    widen = config.train.master_weights == "fp32"
+    set_trainable(model, trainable, widen_language_model=widen)
     model.neftune_alpha = config.train.neftune_alpha
     return model, identity
 

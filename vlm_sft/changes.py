@@ -49,6 +49,7 @@ RULES: Mapping[str, Rule] = {
     "train.packing": "explicit",
     "train.share_prefixes": "forbidden",
     "train.precision": "explicit",
+    "train.master_weights": "forbidden",
     "train.sharding": "explicit",
     "train.deepspeed": "explicit",
     "train.on_non_finite": "explicit",

@@ -45,7 +45,7 @@ from vlm_sft.parts_on_disk import checkpoint_components
 from vlm_sft.progress import track
 from vlm_sft.train.checkpoint import require_space
 from vlm_sft.train.isolation import prepare_packing
-from vlm_sft.train.optim import peak_rate
+from vlm_sft.train.optim import MOMENT_BYTES, peak_rate
 from vlm_sft.train.preflight import (
     is_trainable,
     parts_rows,
@@ -53,6 +53,7 @@ from vlm_sft.train.preflight import (
     print_table,
     rehearse_saving,
 )
+from vlm_sft.train.stochastic import require_roundable
 
 ABOUT = """\
 Read and render every record, open every picture in full, build the model, rehearse saving, and
@@ -85,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(arguments.config, arguments.overrides)
     read_deepspeed(config)
     require_quantization(config.model.language_model, trainable_parts(config))
+    require_roundable(config, trainable_parts(config))
     verdict = Verdict()
     language = load_language(config)
     verdict.add_findings(examine_language(config, language), strict=arguments.strict)
@@ -412,7 +414,7 @@ def _check_saving(
     trained = [
         (name, p) for named in named_parts(model).values() for name, p in named if p.requires_grad
     ]
-    size = 3 * sum(p.numel() * p.element_size() for _, p in trained)
+    size = sum(p.numel() * (p.element_size() + MOMENT_BYTES) for _, p in trained)
     try:
         require_space(output_dir, size)
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".check-") as place:
@@ -430,14 +432,14 @@ def memory_estimate(model: VisionLanguageModel) -> str:
     """Bytes for weights, gradients and AdamW's moments; activations come on top."""
     weights = sum(map(num_bytes, model.parameters()))
     learning = sum(
-        p.numel() * p.element_size()
+        p.numel() * (p.element_size() + MOMENT_BYTES)
         for named in named_parts(model).values()
         if is_trainable(named)
         for _, p in named
     )
     return (
-        f"{(weights + 3 * learning) / 1e9:.2f} GB a process for weights ({weights / 1e9:.2f}), "
-        f"gradients and AdamW ({3 * learning / 1e9:.2f}); activations come on top"
+        f"{(weights + learning) / 1e9:.2f} GB a process for weights ({weights / 1e9:.2f}), "
+        f"gradients and AdamW ({learning / 1e9:.2f}); activations come on top"
     )
 
 

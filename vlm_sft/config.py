@@ -188,7 +188,10 @@ class TrainConfig(Section):
     up to and with the picture being computed once. Their order is a shuffle of pictures instead of
     records; each record's loss stays what it is."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Numbers of the frozen weights and of the forward pass; trained weights are kept in fp32."""
+    """Numbers of the frozen weights and of the forward pass."""
+    master_weights: Literal["fp32", "none"] = "fp32"
+    """Trained weights are kept in fp32; with `none` the language model's, in stage 2 in full and
+    bf16, are kept in bfloat16 alone, each update being rounded stochastically."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     """Share out weights, gradients and optimiser state over the processes (`fsdp2`), or let every
     process hold them (`none`); `auto` shares where the language model learns in full."""

@@ -30,6 +30,7 @@ from vlm_sft.train.loop import Outcome, say_on_stderr
 from vlm_sft.train.metrics import require_trackers, start_trackers
 from vlm_sft.train.sharding import shard
 from vlm_sft.train.signals import exit_code
+from vlm_sft.train.stochastic import require_roundable
 
 LENGTH = ("train.epochs", "train.max_steps")
 """Settings that make a finished run unfinished."""
@@ -50,6 +51,7 @@ def run_stage(
     """
     require_trackers(config.train.trackers)
     require_quantization(config.model.language_model, trainable)
+    require_roundable(config, trainable)
     with deterministic(config.train.deterministic):
         return _run(config, stage, trainable, allowed)
 
@@ -160,6 +162,7 @@ def _goes_with(config: RunConfig, sharing: Sharing) -> Sharing:
         "optim.optimizer: adamw_8bit": config.optim.optimizer == "adamw_8bit",
         "train.compile: true": train.compile,
         "train.fp8: true": train.fp8,
+        "train.master_weights: none": train.master_weights == "none",
     }
     for setting, is_set in alone.items():
         if sharing.wanted and is_set:

@@ -32,19 +32,24 @@ def part_of(name: str) -> str:
     return "adapter" if ".lora_" in name else "language_model"
 
 
-def set_trainable(model: VisionLanguageModel, trainable: Set[str]) -> None:
+def set_trainable(
+    model: VisionLanguageModel, trainable: Set[str], *, widen_language_model: bool = True
+) -> None:
     """Train these parts, in float32, and freeze all others, in the dtype they have.
 
     Args:
         model: Changed in place.
         trainable: Of `projector`, `language_model`, `adapter`; each must have parameters.
+        widen_language_model: False trains the language model's weights in the dtype they have.
     """
     unknown = set(trainable) - (set(PARTS) - {"vision_tower"})
     assert not unknown, f"cannot be trained: {sorted(unknown)}"
     for part, parameters in named_parts(model).items():
         assert part not in trainable or parameters, f"the model has no {part}"
+        widen = widen_language_model or part != "language_model"
         for _, parameter in parameters:
             parameter.requires_grad_(False)
             if part in trainable:
-                parameter.data = parameter.data.to(torch.float32)
+                if widen:
+                    parameter.data = parameter.data.to(torch.float32)
                 parameter.requires_grad_(True)

@@ -51,7 +51,14 @@ from vlm_sft.train.metrics import (
     memory_bytes,
     tracker_values,
 )
-from vlm_sft.train.optim import build_optimizer, gradient_norm, rate_factor, set_rates, state_bytes
+from vlm_sft.train.optim import (
+    MOMENT_BYTES,
+    build_optimizer,
+    gradient_norm,
+    rate_factor,
+    set_rates,
+    state_bytes,
+)
 from vlm_sft.train.optimizer_state import optimizer_component
 from vlm_sft.train.preflight import (
     Parts,
@@ -82,7 +89,7 @@ class Plan:
 
     Attributes:
         output_dir: The run folder.
-        seed: Of dropout; data order has its own, inside `records_of_step`.
+        seed: Of dropout and of rounding; data order has its own, inside `records_of_step`.
         total_steps: Optimiser steps of the whole run.
         records_of_step: The records of a step (from 0), a pure function.
         epoch_of_step: Epochs gone after so many steps.
@@ -208,7 +215,7 @@ class Trainer:
             )
         self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
         self._backend = self._packed_attention()
-        self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim)
+        self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim, seed=self.plan.seed)
         rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
         rows = parts_rows(self.hooks.parts, rates)
         if self.accelerator.is_main_process:
@@ -224,7 +231,9 @@ class Trainer:
         if self._sharded:
             self.store.together = saving_processes(self.accelerator)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.store.num_bytes = 3 * sum(p.numel() * p.element_size() for p in self._parameters)
+        self.store.num_bytes = sum(
+            p.numel() * (p.element_size() + MOMENT_BYTES) for p in self._parameters
+        )
 
     def _packed_attention(self) -> Backend:
         """The kernel for packed records, proven to keep them apart."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -10,12 +10,16 @@ from torch import nn
 from vlm_sft.config import LearningRates, OptimConfig
 from vlm_sft.train.eight_bit import eight_bit_adamw, is_eight_bit, moment_bytes
 from vlm_sft.train.sharding import own_part, whole
+from vlm_sft.train.stochastic import StochasticAdamW
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
+MOMENT_BYTES: Final = 8
+"""AdamW's state of a weight of at most 32 bits: two float32 numbers."""
+
 
 def build_optimizer(
-    parts: Mapping[str, NamedParameters], config: OptimConfig
+    parts: Mapping[str, NamedParameters], config: OptimConfig, *, seed: int = 0
 ) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of every part.
 
@@ -25,6 +29,7 @@ def build_optimizer(
     Args:
         parts: For each part its named parameters; frozen ones are left out.
         config: Kind, rates, decay, betas, epsilon.
+        seed: Of the rounding of weights that are kept in bfloat16, if any are.
 
     Raises:
         ConfigError: 8-bit moments where they cannot be had (see `eight_bit_adamw`).
@@ -50,6 +55,8 @@ def build_optimizer(
         return eight_bit_adamw(groups, config)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = True if devices <= {"cpu", "cuda"} else None
+    if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+        return StochasticAdamW(groups, config, seed=seed, fused=fused)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=fused)
 
 
@@ -86,13 +93,29 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     parameters = [own_part(p) for group in optimizer.param_groups for p in group["params"]]
     if is_eight_bit(optimizer):
         return sum(moment_bytes(p.numel()) for p in parameters)
-    return sum(2 * p.numel() * p.element_size() for p in parameters)
+    return sum(p.numel() * max(MOMENT_BYTES, 2 * p.element_size()) for p in parameters)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """Global 2-norm of the gradients before clipping (scalar tensor); clips them if asked to."""
+    """Global 2-norm of the gradients before clipping (scalar tensor); clips them if asked to.
+
+    Both in float32 or wider.
+    """
     parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
+        return _norm_in_float32(gradients, max_norm)
     if max_norm is None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
         return whole(torch.nn.utils.get_total_norm(gradients))
     return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def _norm_in_float32(gradients: Sequence[torch.Tensor], max_norm: float | None) -> torch.Tensor:
+    """The same where torch would round each tensor's norm, and the factor, to bfloat16."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.copy_(gradient.float() * factor)
+    return norm

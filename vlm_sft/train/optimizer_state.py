@@ -21,9 +21,10 @@ from vlm_sft.train.checkpoint import (
 from vlm_sft.train.eight_bit import MAPS, is_eight_bit, make_state
 from vlm_sft.train.pieces import has_pieces, hold, read_pieces
 from vlm_sft.train.sharding import is_sharded
+from vlm_sft.train.stochastic import MOMENTS
 
 TENSORS, VALUES, PIECES = "optimizer.safetensors", "optimizer.json", "optimizer"
-ADAMW_KEYS = ("exp_avg", "exp_avg_sq", "step")
+ADAMW_KEYS = (*MOMENTS, "step")
 
 
 def optimizer_component(
@@ -105,6 +106,9 @@ def _read_adamw(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         if tensors
     }
     optimizer.load_state_dict(state)
+    for name, parameter in _named(optimizer).items() if tensors else ():
+        # torch gives the moments the dtype of their weights, which may be narrower.
+        optimizer.state[parameter] |= {key: tensors[f"{key}/{name}"] for key in MOMENTS}
 
 
 def _read_eight_bit(file: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -138,8 +142,9 @@ def _read_tensors(folder: Path, named: Mapping[str, torch.nn.Parameter]) -> dict
     """The state as this process holds it, whole or in rows, however it was written."""
     live: dict[str, torch.Tensor] = {}
     for name, parameter in named.items():
-        live[f"exp_avg/{name}"] = torch.zeros_like(parameter)
-        live[f"exp_avg_sq/{name}"] = torch.zeros_like(parameter)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        for key in MOMENTS:
+            live[f"{key}/{name}"] = torch.zeros_like(parameter, dtype=dtype)
         live[f"step/{name}"] = torch.zeros(())
     if has_pieces(folder / PIECES):
         read_pieces(folder / PIECES, live)
