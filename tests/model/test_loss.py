@@ -82,3 +82,19 @@ def test_each_chunk_is_computed_once_in_training(monkeypatch: pytest.MonkeyPatch
     total, _ = chunked_cross_entropy(head, states, targets, list(head.parameters()))
     total.backward()
     assert calls == [5, 5]
+
+
+def test_the_heads_gradient_is_summed_in_float32_over_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 1)
+    head, states, targets = problem(400)
+    exact = gradients(cross_entropy(head(states), targets, reduction="sum"), head, states)[1]
+    head.bfloat16()
+    narrow = states.detach().bfloat16()
+    total, _ = chunked_cross_entropy(
+        lambda h: head(h).float(), narrow, targets, list(head.parameters())
+    )
+    (found,) = torch.autograd.grad(total * 0.3, [head.weight])
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - exact).norm() / exact.norm()) < 0.005

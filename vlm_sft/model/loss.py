@@ -45,7 +45,9 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, head: Head, states: Tensor, targets: Tensor, *learning: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, of_states = [], []
-        of_head = [torch.zeros_like(parameter) for parameter in learning]
+        # In float32 at least: sums of a few hundred bfloat16 chunks would lose digits.
+        wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in learning]
+        of_head = [torch.zeros_like(p, dtype=w) for p, w in zip(learning, wide, strict=True)]
         for part, wanted in _chunks(states, targets):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
@@ -55,7 +57,8 @@ class _Chunked(torch.autograd.Function):
             of_states.append(found[0])
             for total, gradient in zip(of_head, found[1:], strict=True):
                 total += gradient
-        ctx.save_for_backward(torch.cat(of_states), *of_head)
+        narrow = (g.to(p.dtype) for g, p in zip(of_head, learning, strict=True))
+        ctx.save_for_backward(torch.cat(of_states), *narrow)
         joined = torch.cat(losses)
         ctx.mark_non_differentiable(joined)
         return joined.sum(), joined
