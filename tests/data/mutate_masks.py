@@ -176,7 +176,7 @@ MUTANTS = (
     Mutant(
         "pictures are trained",
         DATA + "dataset.py",
-        "self._supervised[part] & ~is_image",
+        "kept.supervised & ~is_image",
         "self._supervised[part] | is_image",
     ),
     Mutant(

@@ -61,9 +61,7 @@ def learned(model: nn.Module, lengths: list[int]) -> tuple[float, dict[str, Tens
     ("policy", "lora", "backend"),
     [
         ("none", None, "eager"),
-        pytest.param("none", LORA, "aot_eager", marks=pytest.mark.slow),
         pytest.param("selective", LORA, "aot_eager", marks=pytest.mark.slow),
-        pytest.param("full", LORA, "aot_eager", marks=pytest.mark.slow),
     ],
 )
 def test_after_the_first_batches_nothing_is_compiled_again(
