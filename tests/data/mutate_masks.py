@@ -177,7 +177,7 @@ MUTANTS = (
         "pictures are trained",
         DATA + "dataset.py",
         "kept.supervised & ~is_image",
-        "self._supervised[part] | is_image",
+        "kept.supervised | is_image",
     ),
     Mutant(
         "labels do not move when pictures are expanded",
