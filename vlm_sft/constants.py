@@ -1,4 +1,4 @@
-"""Token ids that are ours, not a tokenizer's; they have this one home."""
+"""Token ids that are ours, not a tokenizer's, and what a packed row is made of; their one home."""
 
 from typing import Final
 
@@ -14,3 +14,10 @@ tokenizer and no text can produce it.
 
 IMAGE_PLACEHOLDER: Final = "<image>"
 """How LLaVA-form records spell an image inside a human turn."""
+
+Segment = tuple[int, int]
+"""Tokens of one stretch of a packed row, and the number of the segment it continues (-1: none).
+
+A record that shares nothing is one segment. Where records share a prefix, the prefix is a segment
+and each of them another that continues it.
+"""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from vlm_sft.constants import Segment
 from vlm_sft.errors import UserError
 from vlm_sft.model import attention
 from vlm_sft.model.attention import (
     PackLayout,
-    Segment,
     choose_backend,
     install_packed_attention,
     packed_attention,

@@ -85,8 +85,8 @@ MUTANTS = (
     Mutant(
         "variable-length kernels get keys in the row's order",
         ATTENTION,
-        "        others = [state.index_select(0, layout.key_index) for state in others]\n",
-        "        others = [state[: len(layout.key_index)] for state in others]\n",
+        "        others = [state.index_select(0, call.layout.key_index) for state in others]\n",
+        "        others = [state[: len(call.layout.key_index)] for state in others]\n",
         (VARLEN,),
     ),
     Mutant(

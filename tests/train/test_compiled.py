@@ -12,8 +12,9 @@ from tests.model.tiny import pictures, rows, tiny_model
 from tests.tiny_runs import rows as read_rows
 from tests.tiny_runs import run
 from vlm_sft.config import LoraConfig
+from vlm_sft.constants import Segment
 from vlm_sft.errors import ConfigError
-from vlm_sft.model.attention import PackLayout, Segment, install_packed_attention
+from vlm_sft.model.attention import PackLayout, install_packed_attention
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,28 @@ from vlm_sft.data.dataset import Example
 
 
 @dataclass(frozen=True)
-class Batch:
+class Tensors:
+    """What holds tensors in its fields and moves with them."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory (DataLoader calls this)."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {
+            field.name: change(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Batch(Tensors):
     """Records padded on the right to the longest.
 
     Attributes:
@@ -37,22 +58,6 @@ class Batch:
     def num_targets(self) -> int:
         """Positions that carry loss."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory (DataLoader calls this)."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed: dict[str, Any] = {
-            field.name: change(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **changed)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:

@@ -3,17 +3,15 @@
 import heapq
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vlm_sft.constants import IGNORE_INDEX
+from vlm_sft.constants import IGNORE_INDEX, Segment
+from vlm_sft.data.collate import Tensors
 from vlm_sft.data.dataset import Example
-
-Segment = tuple[int, int]
-"""Tokens of one stretch of a row, and the number of the segment it continues (-1: none)."""
 
 
 class Sizes(Protocol):
@@ -39,7 +37,7 @@ class Sizes(Protocol):
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(Tensors):
     """One row of records laid end to end.
 
     Attributes:
@@ -68,22 +66,6 @@ class PackedBatch:
     def num_targets(self) -> int:
         """Positions that carry loss."""
         return len(self.targets)
-
-    def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on another device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "PackedBatch":
-        """The same batch in page-locked memory (DataLoader calls this)."""
-        return self._mapped(lambda tensor: tensor.pin_memory())
-
-    def _mapped(self, function: Any) -> "PackedBatch":
-        tensors = {
-            field.name: function(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

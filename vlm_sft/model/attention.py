@@ -1,12 +1,13 @@
 """Attention over packed records: a token sees its own record and the prefix it shares, no other."""
 
+import functools
 import importlib.util
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Final, Literal, cast, get_args
+from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from vlm_sft.constants import Segment
 from vlm_sft.errors import UserError
 
 Backend = Literal["flash_attn", "varlen", "flex", "sdpa"]
@@ -23,13 +25,6 @@ FlexAttention; `sdpa`: one call of scaled_dot_product_attention for every segmen
 
 NAME: Final = "vlm_sft_packed"
 """Under which transformers knows `packed_attention`."""
-
-Segment = tuple[int, int]
-"""Tokens of one stretch of a packed row, and the number of the segment it continues (-1: none).
-
-A record that shares nothing is one segment. Where records share a prefix, the prefix is a segment
-and each of them another that continues it.
-"""
 
 
 class PackLayout:
@@ -194,18 +189,23 @@ def packed_attention(
             f"{type(module).__name__} wants; set it to sdpa"
         )
     kernel = _KERNELS[pack_layout.backend]
-    return kernel(pack_layout, query, key, value, scale, window, dropout), None
+    return kernel(_Call(pack_layout, query, key, value, scale, window, dropout)), None
 
 
-def _segment_by_segment(
-    layout: PackLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    dropout: float,
-) -> Tensor:
+class _Call(NamedTuple):
+    """What a kernel is asked: `[1, heads, T, D]` each, and how."""
+
+    layout: PackLayout
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    window: int | None
+    dropout: float
+
+
+def _segment_by_segment(call: _Call) -> Tensor:
+    layout, query, key, value, scale, window, dropout = call
     # split, not slices: its backward pass writes each gradient once, not a whole row for each.
     queries, keys, values = (t.split(layout.lengths, dim=2) for t in (query, key, value))
     outputs = []
@@ -239,59 +239,43 @@ def _of_one_dtype(*states: Tensor) -> list[Tensor]:
     return [state.to(dtype) for state in states]
 
 
-def _rows(layout: PackLayout, *states: Tensor) -> list[Tensor]:
+def _rows(call: _Call) -> list[Tensor]:
     """`[1, H, T, D]` to `[T, H, D]`: queries as they lie, then keys and values as they are seen."""
-    query, *others = (state[0].transpose(0, 1) for state in _of_one_dtype(*states))
-    if layout.key_index is not None:
-        others = [state.index_select(0, layout.key_index) for state in others]
+    states = _of_one_dtype(call.query, call.key, call.value)
+    query, *others = (state[0].transpose(0, 1) for state in states)
+    if call.layout.key_index is not None:
+        others = [state.index_select(0, call.layout.key_index) for state in others]
     return [query.contiguous(), *(state.contiguous() for state in others)]
 
 
-def _flash_attn(
-    layout: PackLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    dropout: float,
-) -> Tensor:
+def _flash_attn(call: _Call) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v = _rows(layout, query, key, value)
+    layout, window = call.layout, call.window
     output = flash_attn_varlen_func(
-        q,
-        k,
-        v,
+        *_rows(call),
         *layout.cu_seqlens,
         max(layout.lengths),
         max(layout.num_keys),
-        dropout_p=dropout,
-        softmax_scale=scale,
+        dropout_p=call.dropout,
+        softmax_scale=call.scale,
         causal=True,  # aligned with the last key, since flash-attn 2.1
         window_size=(-1, -1) if window is None else (window - 1, 0),
     )
     return cast(Tensor, output).unsqueeze(0)
 
 
-def _varlen(
-    layout: PackLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    dropout: float,
-) -> Tensor:
+def _varlen(call: _Call) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = _rows(layout, query, key, value)
-    known = inspect.signature(varlen_attn).parameters
+    layout, window = call.layout, call.window
+    q, k, v = _rows(call)
+    known = _parameters(varlen_attn)
     options: dict[str, Any] = {}
     if "scale" in known:
-        options["scale"] = scale
+        options["scale"] = call.scale
     else:  # torch 2.11 always divides by the root of the width
-        q = q * (scale * math.sqrt(q.shape[-1]))
+        q = q * (call.scale * math.sqrt(q.shape[-1]))
     if "window_size" in known:
         options["window_size"] = (-1, 0) if window is None else (window - 1, 0)
     elif window is not None and window < max(layout.num_keys):
@@ -311,43 +295,40 @@ def _varlen(
     return cast(Tensor, output).unsqueeze(0)
 
 
-def _flex(
-    layout: PackLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    dropout: float,
-) -> Tensor:
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of what a function takes; every layer of every step asks."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _flex(call: _Call) -> Tensor:
+    layout, window = call.layout, call.window
     if window is not None and window < max(layout.num_keys):
         raise UserError(
             f"train.packing.attention: flex does not know this model's sliding window of {window} "
             "tokens; set it to sdpa"
         )
-    query, key, value = _of_one_dtype(query, key, value)
-    attend = _compiled_flex() if query.is_cuda else _plain_flex()
-    gqa = key.shape[1] != query.shape[1]
-    output = attend(query, key, value, block_mask=layout.block_mask, scale=scale, enable_gqa=gqa)
+    query, key, value = _of_one_dtype(call.query, call.key, call.value)
+    output = _flex_attention(compiled=query.is_cuda)(
+        query,
+        key,
+        value,
+        block_mask=layout.block_mask,
+        scale=call.scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
     return cast(Tensor, output).transpose(1, 2)
 
 
-def _plain_flex() -> Callable[..., Any]:
+@functools.cache
+def _flex_attention(*, compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention
+    attend: Callable[..., Any] = flex_attention
+    return torch.compile(attend, dynamic=True) if compiled else attend
 
 
-_compiled: list[Callable[..., Any]] = []
-
-
-def _compiled_flex() -> Callable[..., Any]:
-    if not _compiled:
-        _compiled.append(torch.compile(_plain_flex(), dynamic=True))
-    return _compiled[0]
-
-
-_KERNELS: Final[dict[str, Callable[..., Tensor]]] = {
+_KERNELS: Final[dict[str, Callable[[_Call], Tensor]]] = {
     "flash_attn": _flash_attn,
     "varlen": _varlen,
     "flex": _flex,

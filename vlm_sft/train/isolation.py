@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from vlm_sft.config import PackingConfig
+from vlm_sft.constants import Segment
 from vlm_sft.errors import UserError
 from vlm_sft.model.attention import (
     NAME,
     Backend,
     PackLayout,
-    Segment,
     choose_backend,
     install_packed_attention,
 )
