@@ -36,8 +36,8 @@ from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.recompute import POLICIES, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.activations import LiveBytes
 from vlm_sft.train.compiled import compile_layers
+from vlm_sft.train.live_bytes import LiveBytes
 from vlm_sft.train.optim import build_optimizer, set_rates, state_bytes
 
 STAGES: dict[str, set[str]] = {
@@ -196,9 +196,9 @@ def _measured(
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.manual_seed(0)
-    with LiveBytes(2**62) as live:
+    with LiveBytes() as live:
         loss = model(**batch).loss_sum
-        kept = live.live
+        kept = live.now
         loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return kept, live.peak, {"loss": loss.detach(), **found}

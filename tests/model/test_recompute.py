@@ -16,7 +16,7 @@ from vlm_sft.model import recompute
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.recompute import POLICIES, Policy, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
-from vlm_sft.train.activations import LiveBytes
+from vlm_sft.train.live_bytes import LiveBytes
 
 LORA = LoraConfig(r=4, alpha=8, dropout=0.2)
 STAGES = {
@@ -60,10 +60,10 @@ def test_selective_keeps_less_where_weights_learn_and_full_keeps_least(stage: st
     kept = []
     for policy in POLICIES:
         model = learning(stage, policy, num_hidden_layers=4)
-        with LiveBytes(2**40) as live:
+        with LiveBytes() as live:
             batch = rows([5, -1] + [6, 100] * 100)
             output = model(*batch, pictures(1))
-            kept.append(live.live)
+            kept.append(live.now)
         output.loss_sum.backward()
     # Frozen layers keep little as it is (see below): 6 widths and 3 gates, or 7 widths and 2 gates.
     assert kept[1] < (1.05 if stage == "stage 1" else 0.7) * kept[0]

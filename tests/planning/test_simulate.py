@@ -22,9 +22,9 @@ from vlm_sft.errors import UserError
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.planning.blueprint import Blueprint
-from vlm_sft.planning.live_bytes import LiveBytes
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.simulate import Footprint, Simulation, TowerSimulation
+from vlm_sft.train.live_bytes import LiveBytes
 
 CLIP_LARGE: dict[str, Any] = {
     "model_type": "clip_vision_model",

@@ -15,9 +15,10 @@ from tests.train.tiny import example, reset_accelerate, tiny_model
 from vlm_sft.data.collate import collate
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.train import activations
-from vlm_sft.train.activations import LiveBytes, NoRoom, Trial, longest_micro_batch, measure
+from vlm_sft.train.activations import Trial, longest_micro_batch, measure
 from vlm_sft.train.batches import Padded
 from vlm_sft.train.checkpoint import read_manifest
+from vlm_sft.train.live_bytes import LiveBytes, NoRoom
 from vlm_sft.train.step import forward
 
 
@@ -71,15 +72,15 @@ def test_where_nothing_fits_the_last_is_taken_and_told(monkeypatch: pytest.Monke
 
 
 def test_live_bytes_counts_what_lives_and_no_view_twice() -> None:
-    with LiveBytes(10_000) as live:
+    with LiveBytes(limit=10_000) as live:
         kept = torch.zeros(1000)  # 4000 bytes
-        assert live.live == 4000
+        assert live.now == 4000
         view = kept[10:].view(-1)
         view.add_(1)
-        assert live.live == 4000
+        assert live.now == 4000
         passing = kept + 1
         del passing
-        assert (live.live, live.peak) == (4000, 8000)
+        assert (live.now, live.peak) == (4000, 8000)
         with pytest.raises(NoRoom):
             torch.zeros(2000)
 

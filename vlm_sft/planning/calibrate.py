@@ -19,11 +19,11 @@ from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantize import require_quantization
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.planning.estimate import TRAINABLE, Estimator, Method
-from vlm_sft.planning.live_bytes import LiveBytes
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.train.batches import AnyBatch, load_steps, split
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.isolation import prepare_packing
+from vlm_sft.train.live_bytes import LiveBytes
 from vlm_sft.train.optim import build_optimizer, gradient_norm
 from vlm_sft.train.step import accumulate_gradient
 

@@ -32,8 +32,8 @@ from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.model.vision import VisionTower, cast_floating
 from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.planning.blueprint import Blueprint, GivenFeatures, layers_of, make_fake
-from vlm_sft.planning.live_bytes import LiveBytes
 from vlm_sft.planning.micro_batch import MicroBatch
+from vlm_sft.train.live_bytes import LiveBytes
 
 SHALLOW: Final = (2, 3)
 """Layers of the two small models that stand for a deep one whose layers are all alike."""

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_sft.atomic import write_json
 from vlm_sft.model.recompute import POLICIES, Policy
 from vlm_sft.train.distributed import on_main, total
+from vlm_sft.train.live_bytes import LiveBytes, NoRoom
 
 FILE: Final = "activation_checkpointing.json"
 
@@ -200,7 +199,7 @@ def _peak_of(step: Callable[[], None], device: torch.device, *, limit: int) -> i
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
         if not cuda:
-            live = LiveBytes(limit)
+            live = LiveBytes(limit=limit)
             try:
                 with live:
                     step()
@@ -216,54 +215,6 @@ def _peak_of(step: Callable[[], None], device: torch.device, *, limit: int) -> i
             return None
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_reserved(device) - before
-
-
-class NoRoom(Exception):
-    """More bytes are live than `LiveBytes` was given."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """While it holds, counts the bytes of all tensors that operations make and that still live.
-
-    Attributes:
-        live: How many there are now.
-        peak: The most at a time.
-
-    Raises:
-        NoRoom: From within the operation that takes them beyond `limit`; a CPU has no error of its
-            own for that, its process is killed.
-    """
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.peak = 0
-        self._limit, self.live = limit, 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor, args)
-        if self.live > self._limit:
-            raise NoRoom
-        return result
-
-    def _note(self, tensor: torch.Tensor, args: Sequence[Any]) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        given = any(isinstance(a, torch.Tensor) and a.untyped_storage()._cdata == key for a in args)
-        if key in self._known or given:  # a view, or written in place
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 def _agreed(trial: Trial, accelerator: Accelerator) -> Trial:
