@@ -23,7 +23,7 @@ TINY = ROOT / "configs" / "tiny" / "stage2_lora.yaml"
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key that a configuration can have, without places in lists."""
-    from vlm_sft.config import _section_of
+    from vlm_sft.settings import _section_of
 
     found = []
     for name, field in section.model_fields.items():

@@ -1,23 +1,16 @@
-"""A run's configuration: typed YAML plus `key.path=value` overrides; unknown keys are errors."""
+"""A run's configuration, as its YAML file has it."""
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from vlm_sft.errors import ConfigError
+from vlm_sft import settings
+from vlm_sft.settings import Section
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A mapping of the YAML file; unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class VisionTowerConfig(Section):
@@ -31,7 +24,7 @@ class VisionTowerConfig(Section):
     weights: str | None = None
     """open_clip: a pretrained tag or a file; timm: a state-dict file. None: the library's default
     weights for `name` (open_clip: needed; random weights are only made from `config`)."""
-    feature_layers: Annotated[list[int], Field(min_length=1)] = [-2]
+    feature_layers: list[int] = Field(default=[-2], min_length=1)
     """Indices into the hidden states (0 = embeddings, -1 = last); several are concatenated."""
     feature_select: Literal["patch", "cls_patch"] = "patch"
     """`patch` drops the class token, `cls_patch` keeps it (LLaVA `mm_vision_select_feature`)."""
@@ -104,7 +97,7 @@ class DataConfig(Section):
     """Which records, under which template, and what to do with those that do not fit."""
 
     train: Annotated[list[DataFile], Field(min_length=1)]
-    eval: list[DataFile] = []
+    eval: list[DataFile] = Field(default=[])
     template: str = "auto"
     """A name of `vlm_sft/data/templates`, a YAML file, or `auto`: the model's own chat template."""
     system: str | None = None
@@ -231,7 +224,7 @@ class TrainConfig(Section):
     eval_samples: Annotated[int, Field(ge=0)] = 3
     """Held-out records answered by the model at each evaluation."""
     log_every_steps: PositiveInt = 1
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
 
     @model_validator(mode="after")
     def _padded_or_packed(self) -> "TrainConfig":
@@ -272,29 +265,18 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key.path=value` overrides, and check every key and value.
-
-    Raises:
-        ConfigError: In one sentence, with the file, the key's path, what was found and expected;
-            an unknown key names the nearest known one.
-    """
-    tree = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
+    """A run's file with `key.path=value` overrides; raises as `settings.load` does."""
+    return settings.load(RunConfig, path, overrides)
 
 
 def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:
     """Check a tree of plain values; `where` names it in errors."""
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_one_sentence(error)}") from None
+    return settings.parse(RunConfig, tree, where)
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return settings.dump(config)
 
 
 def means_folder(name: str) -> bool:
@@ -305,138 +287,3 @@ def means_folder(name: str) -> bool:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         return True
     return "/" in name and Path(name).parent.is_dir()
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such configuration file; see configs/") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {detail}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    return tree
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys and reads `2e-5` as the number that it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, (list, dict)):
-                raise yaml.YAMLError(f"line {line}: a key must be plain text")
-            if key in seen:
-                raise yaml.YAMLError(f"line {line}: key {key!r} appears twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _install_float_resolver() -> None:
-    import re
-
-    pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
-
-
-_install_float_resolver()
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, raw = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected key.path=value")
-    try:
-        value = yaml.load(raw, Loader=_Loader) if raw else None
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    node: Any = tree
-    parts = key.split(".")
-    for depth, part in enumerate(parts[:-1]):
-        node = _descend(node, part, ".".join(parts[: depth + 1]), override)
-    last = parts[-1]
-    if isinstance(node, list):
-        node[_list_index(node, last, key, override)] = value
-    else:
-        node[last] = value
-
-
-def _descend(node: Any, part: str, path: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_index(node, part, path, override)]
-    child = node.get(part)
-    if child is None:
-        child = node[part] = {}
-    if not isinstance(child, (dict, list)):
-        raise ConfigError(f"override {override!r}: {path} is a value, not a section")
-    return child
-
-
-def _list_index(node: list[Any], part: str, path: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
-            f"override {override!r}: {path}: expected an index from 0 to {len(node) - 1}"
-        )
-    return int(part)
-
-
-def _one_sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not str(part).startswith(("list[", "literal["))]
-    path = ".".join(str(part) for part in location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest_hint(location)}{more}"
-    if first["type"] == "missing":
-        return f"key {path!r} is missing; add it{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    found = first["input"]
-    shown = f" (found {found!r})" if isinstance(found, (str, int, float, type(None))) else ""
-    return f"{path or 'the file'}: {message}{shown}{more}"
-
-
-def _nearest_hint(location: Sequence[Any]) -> str:
-    known = _known_keys(RunConfig, location[:-1])
-    everywhere = dict(_all_paths(RunConfig, ""))
-    if str(location[-1]) in everywhere:
-        return f"; did you mean {everywhere[str(location[-1])]!r}?"
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {'.'.join([*map(str, location[:-1]), near[0]])!r}?"
-    return f"; known here: {', '.join(known)}"
-
-
-def _known_keys(section: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        child = _section_of(section.model_fields[part].annotation)
-        if child is None:
-            return []
-        section = child
-    return list(section.model_fields)
-
-
-def _all_paths(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in section.model_fields.items():
-        yield name, prefix + name
-        child = _section_of(field.annotation)
-        if child is not None:
-            yield from _all_paths(child, f"{prefix}{name}.")
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None
