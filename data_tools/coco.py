@@ -13,7 +13,10 @@ from vlm_sft.errors import UserError
 
 @dataclass(frozen=True)
 class Box:
-    """One annotated object (or, if `crowd`, a region with an unknown number of them); pixels."""
+    """One annotated object (or, if `crowd`, a region with an unknown number of them); pixels.
+
+    `id` is the annotation's; 0 for a box that was never in a file.
+    """
 
     category: str
     left: float
@@ -21,6 +24,7 @@ class Box:
     width: float
     height: float
     crowd: bool
+    id: int = 0
 
     @property
     def right(self) -> float:
@@ -44,6 +48,8 @@ class Picture:
         height: Pixels.
         captions: In the file's order, white space made single.
         boxes: In the file's order. Empty means unknown, never that nothing is there.
+        caption_ids: The captions' annotation ids, in the order of `captions`.
+        license: COCO's number of the picture's licence; None where the files name none.
     """
 
     id: int
@@ -52,6 +58,8 @@ class Picture:
     height: int
     captions: tuple[str, ...]
     boxes: tuple[Box, ...]
+    caption_ids: tuple[int, ...] = ()
+    license: int | None = None
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -91,7 +99,7 @@ def read_coco(instances: Path | None, captions: Path | None) -> CocoIndex:
             category it does not list, or has a box that is degenerate or outside its picture.
     """
     images: dict[int, dict[str, Any]] = {}
-    sentences: dict[int, list[str]] = {}
+    sentences: dict[int, list[tuple[int, str]]] = {}
     boxes: dict[int, list[Box]] = {}
     categories: dict[int, str] = {}
     if captions is not None:
@@ -102,7 +110,7 @@ def read_coco(instances: Path | None, captions: Path | None) -> CocoIndex:
             text = " ".join(str(entry["caption"]).split())
             if not text:
                 raise UserError(f"{captions}: annotation {entry['id']}: the caption is empty")
-            sentences.setdefault(entry["image_id"], []).append(text)
+            sentences.setdefault(entry["image_id"], []).append((entry["id"], text))
     if instances is not None:
         document = _load(instances, ("images", "annotations", "categories"))
         own = _images(document["images"], instances)
@@ -117,8 +125,10 @@ def read_coco(instances: Path | None, captions: Path | None) -> CocoIndex:
             file_name=image["file_name"],
             width=image["width"],
             height=image["height"],
-            captions=tuple(sentences.get(image_id, ())),
+            captions=tuple(text for _, text in sentences.get(image_id, ())),
             boxes=tuple(boxes.get(image_id, ())),
+            caption_ids=tuple(number for number, _ in sentences.get(image_id, ())),
+            license=image.get("license"),
         )
         for image_id, image in sorted(images.items())
     )
@@ -246,7 +256,7 @@ def _box(
             f"{where}: bbox {values} leaves its picture of {image['width']} x {image['height']} "
             "pixels; expected [x, y, width, height] in pixels"
         )
-    return Box(name, left, top, width, height, bool(entry.get("iscrowd", 0)))
+    return Box(name, left, top, width, height, bool(entry.get("iscrowd", 0)), entry["id"])
 
 
 def _field(entry: Any, key: str, kind: type, where: str) -> Any:

@@ -1,0 +1,75 @@
+"""Build instruction data from COCO's annotations, stage by stage.
+
+Every command takes the run's YAML file (configs/instruct/) and may be given again: what is there is
+not made or paid for twice.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+from data_tools.instruct.config import InstructConfig
+from vlm_sft import settings
+from vlm_sft.errors import run_command
+
+EXAMPLES = """examples:
+  python -m data_tools.instruct plan configs/instruct/rules.yaml        # count, tokens, money
+  python -m data_tools.instruct run configs/instruct/rules.yaml        # every stage in turn
+  python -m data_tools.instruct generate my.yaml teacher.concurrency=64 limits.usd=20
+  python -m data_tools.instruct verify my.yaml                         # free, on the answers there
+  python -m data_tools.instruct explain my.yaml 000000033471-detail-0
+"""
+
+STAGES = {
+    "index": ("indexing", "read and check the annotations"),
+    "plan": ("planning", "choose pictures, write the requests, estimate tokens and money"),
+    "generate": ("generating", "ask the teacher what has no answer yet"),
+    "verify": ("verifying", "read the answers and hold every claim against the annotations"),
+    "clean": ("cleaning", "take out duplicates, balance answers and types"),
+    "export": ("exporting", "write the training files"),
+    "report": ("reporting", "one HTML page of what was made, and of what was not"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the stage `argv` names; returns the exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    stages = list(STAGES) if arguments.command == "run" else [arguments.command]
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    options = [word for word in rest if word not in overrides]
+    config = settings.load(InstructConfig, arguments.config, overrides)
+    for name in stages:
+        stage = import_module(f"data_tools.instruct.{module_of(name)}")
+        stage.command(config, options)
+    return 0
+
+
+def module_of(command: str) -> str:
+    """The module whose `command(config, options)` runs the stage."""
+    return "explaining" if command == "explain" else STAGES[command][0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    stages = "\n".join(f"  {name:<9} {text}" for name, (_, text) in STAGES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.instruct",
+        description=f"{__doc__}\ncommands:\n{stages}\n  run       all of these in turn\n"
+        "  explain   one sample: what was shown, asked, answered and found",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=[*STAGES, "run", "explain"], metavar="COMMAND")
+    parser.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    parser.add_argument(
+        "rest",
+        nargs="*",
+        metavar="KEY=VALUE | OPTION",
+        help="overrides of the file's values; options of the command (COMMAND CONFIG --help)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,118 @@
+"""What one run of `data_tools.instruct` is told: its YAML file."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from data_tools.instruct.schema import SampleType
+from vlm_sft.settings import Section
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class CocoConfig(Section):
+    """COCO's annotation files, 2014 or 2017, and the folder of the pictures."""
+
+    instances: str | None = None
+    captions: str | None = None
+    images: str
+
+
+class GuardConfig(Section):
+    """Pictures that evaluations use are not trained on."""
+
+    lists: list[str] = Field(default=[])
+    """Files with image ids of the user's own evaluations."""
+    allow_evaluation_images: bool = False
+
+
+class PicturesConfig(Section):
+    """Which pictures are asked about."""
+
+    count: PositiveInt | None = None
+    """None: all."""
+    choose: Literal["random", "balanced"] = "balanced"
+    """`balanced`: pictures with rare categories first, as LLaVA balanced its noun phrases."""
+
+
+class RequestsConfig(Section):
+    """What is asked, and what of a picture is shown."""
+
+    shares: dict[SampleType, Annotated[float, Field(ge=0)]] = Field(
+        default={"conversation": 1.0, "detail": 0.41, "reasoning": 1.0}
+    )
+    """Requests a picture of each type; a fraction asks for that share of the pictures."""
+    decimals: Annotated[int, Field(ge=1, le=4)] = 2
+    max_boxes: PositiveInt = 30
+    """Beyond, the smallest are told as a number."""
+    min_area: Share = 0.002
+    """Boxes below this share of the picture are told as a number."""
+
+
+class PricesConfig(Section):
+    """US dollars for a million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+    cached: Annotated[float, Field(ge=0)] | None = None
+    """None: as `input`."""
+
+
+class TeacherConfig(Section):
+    """Who writes the answers."""
+
+    kind: Literal["openai", "batch", "rules", "replay"]
+    model: str = ""
+    base_url: str | None = None
+    """Of an OpenAI-compatible server, ending in `/v1`; plain http on this machine only."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; the key itself is never written anywhere."""
+    replay_from: str | None = None
+    """`replay`: a folder of recorded answers."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: PositiveInt = 1024
+    structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
+    """How the server is held to JSON; `auto` asks it once."""
+    concurrency: PositiveInt = 16
+    requests_per_minute: PositiveInt | None = None
+    tokens_per_minute: PositiveInt | None = None
+    attempts: PositiveInt = 5
+    timeout_seconds: PositiveFloat = 120.0
+    prices: PricesConfig | None = None
+
+
+class LimitsConfig(Section):
+    """What a run may spend, over all of its starts; None: no limit."""
+
+    requests: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    usd: PositiveFloat | None = None
+
+
+class VerifyConfig(Section):
+    """How strict the checks are."""
+
+
+class CleanConfig(Section):
+    """What is taken out of the accepted samples."""
+
+
+class ExportConfig(Section):
+    """Which files are written."""
+
+
+class InstructConfig(Section):
+    """The whole file."""
+
+    output_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    coco: CocoConfig
+    guard: GuardConfig = GuardConfig()
+    pictures: PicturesConfig = PicturesConfig()
+    requests: RequestsConfig = RequestsConfig()
+    teacher: TeacherConfig
+    limits: LimitsConfig = LimitsConfig()
+    verify: VerifyConfig = VerifyConfig()
+    clean: CleanConfig = CleanConfig()
+    export: ExportConfig = ExportConfig()

@@ -1,0 +1,49 @@
+"""Files of one JSON object a line, read and written as a stream."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from vlm_sft.atomic import atomic_open
+from vlm_sft.errors import UserError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def read_lines(path: Path, model: type[ModelT]) -> Iterator[ModelT]:
+    """The file's objects, one at a time.
+
+    Raises:
+        UserError: There is no such file, or a line is not of this form; named by its number.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: there is no such file; run the stage that writes it first",
+            code="data_file_missing",
+        ) from None
+    with file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield model.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise UserError(
+                    f"{path}:{number}: {place + ': ' if place else ''}{first['msg']}; the file was "
+                    "not written by this version, or was changed; run its stage again",
+                    code="json_syntax",
+                ) from None
+
+
+def write_lines(path: Path, values: Iterable[BaseModel]) -> int:
+    """Replace the file by the objects, in order, when all are on the disk; returns how many."""
+    count = 0
+    with atomic_open(path) as file:
+        for value in values:
+            file.write(value.model_dump_json().encode() + b"\n")
+            count += 1
+    return count

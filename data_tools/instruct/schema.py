@@ -1,0 +1,213 @@
+"""The lines of a run's files: requests, answers, samples with what was found about each claim."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SampleType = Literal["conversation", "detail", "reasoning"]
+"""LLaVA's three types (arXiv 2304.08485, section 3)."""
+
+Kind = Literal[
+    "existence", "count", "place", "object", "attribute", "action", "relation",
+    "description", "reasoning", "cannot_tell",
+]  # fmt: skip
+"""What a question is about; `cannot_tell`: the right answer is that the picture does not say."""
+
+Verdict = Literal["supported", "contradicted", "unknown"]
+
+
+class Line(BaseModel):
+    """One line of JSON; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Shown(Line):
+    """What a teacher was told of a picture.
+
+    Captions carry the labels `c1`, `c2`, ... and boxes `b1`, `b2`, ... in the order given here;
+    answers cite those.
+
+    Attributes:
+        captions: Annotation ids of the captions.
+        boxes: Annotation ids of the boxes that were shown one by one.
+        summarised: Annotation ids of boxes that were told as a number only (small ones, or more
+            than the limit), by category.
+        frame: Box corners are shares of the width and height of the `original` picture.
+        decimals: Digits of these shares.
+    """
+
+    captions: tuple[int, ...] = ()
+    boxes: tuple[int, ...] = ()
+    summarised: dict[str, tuple[int, ...]] = {}
+    frame: Literal["original"] = "original"
+    decimals: int = 2
+
+
+class Request(Line):
+    """One question to a teacher; `id` is the SHA-256 of all that determines the answer.
+
+    Attributes:
+        id: Hex digest over everything below except `sample_id`.
+        sample_id: Unique in a run, `000000033471-detail-0`.
+        picture: COCO's image id.
+        number: Which of several samples of one picture and type, from 0.
+        template: The prompt's name; its text (system, seed examples) lies in `templates.json`.
+        template_sha256: Digest of that text.
+        question: The question, where we ask it (`detail`); None: the teacher writes it.
+        context: The last user message: captions and boxes as text, and what is asked for.
+        parameters: Sampling parameters as sent, `model` among them, all explicit.
+        shown: The annotations behind `context`.
+    """
+
+    id: str
+    sample_id: str
+    picture: int
+    type: SampleType
+    number: int
+    template: str
+    template_sha256: str
+    question: str | None
+    context: str
+    parameters: dict[str, Any]
+    shown: Shown
+
+
+class Answer(Line):
+    """What a teacher said to one request, as it came.
+
+    Attributes:
+        request: The request's id.
+        teacher: Who answered.
+        text: Untouched.
+        finish: The server's finish reason (`stop`, `length`, `content_filter`, ...).
+        model: As the server names itself.
+        fingerprint: The server's `system_fingerprint`.
+        tokens_in: Of the prompt; `tokens_cached` of them at the cached price.
+        usd: By the price table of the configuration; None where it has none.
+        attempts: Sendings it took, the last included.
+        seconds: From sending to the last byte; left out of everything that must repeat.
+    """
+
+    request: str
+    teacher: Literal["openai", "batch", "rules", "replay"]
+    text: str
+    finish: str | None = None
+    model: str = ""
+    fingerprint: str | None = None
+    tokens_in: int = 0
+    tokens_cached: int = 0
+    tokens_out: int = 0
+    usd: float | None = None
+    attempts: int = 1
+    seconds: float = 0.0
+
+
+class Turn(Line):
+    """A question with its answer, and the labels (`c2`, `b1`) that the answer rests on."""
+
+    question: str
+    answer: str
+    kind: Kind
+    evidence: tuple[str, ...] = ()
+
+
+class Check(Line):
+    """What was found about one claim, or about the form of a sample.
+
+    Attributes:
+        rule: Which rule spoke, e.g. `object`, `count`, `side`, `leak`, `form`.
+        verdict: What the annotations say of the claim; faults of form are `contradicted`.
+        code: Why this rejects the sample, e.g. `OBJECT_NOT_FOUND`; None where it does not.
+        turn: Index of the turn; None: the sample as a whole.
+        part: In which text of the turn.
+        span: Characters of that text, from and to.
+        claim: In plain words, e.g. `two dogs`, `cat left of cup`.
+        evidence: Annotation ids of the captions and boxes that decided.
+    """
+
+    rule: str
+    verdict: Verdict
+    code: str | None = None
+    turn: int | None = None
+    part: Literal["question", "answer"] | None = None
+    span: tuple[int, int] | None = None
+    claim: str = ""
+    evidence: tuple[int, ...] = ()
+
+
+class PictureSource(Line):
+    """The picture a sample is about; `license` is COCO's number, None where unknown."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    license: int | None = None
+
+
+class Cost(Line):
+    """What a sample's answer took."""
+
+    tokens_in: int = 0
+    tokens_cached: int = 0
+    tokens_out: int = 0
+    usd: float | None = None
+    attempts: int = 1
+
+
+class Sample(Line):
+    """A finished sample with its receipt; a line of `samples.jsonl` or `rejected.jsonl`.
+
+    Attributes:
+        origin: `llm`, `rules` (made by program, always said), `human`, or `imported`.
+        turns: Empty where the answer could not be read.
+        raw: The answer's text where `turns` is empty.
+        shown, request, template, template_sha256, parameters, model, fingerprint: As in `Request`
+            and `Answer`.
+        tool: Name and version of what made and checked it.
+        status: `accepted`, or `rejected` for the `reasons`, codes in the order found, each once.
+    """
+
+    schema_: Annotated[Literal["vlm_sft.sample/1"], Field(alias="schema")] = "vlm_sft.sample/1"
+    id: str
+    type: SampleType
+    origin: Literal["llm", "rules", "human", "imported"]
+    picture: PictureSource
+    turns: tuple[Turn, ...]
+    raw: str | None = None
+    shown: Shown
+    request: str
+    template: str
+    template_sha256: str
+    model: str
+    fingerprint: str | None = None
+    parameters: dict[str, Any]
+    cost: Cost
+    tool: str
+    checks: tuple[Check, ...] = ()
+    status: Literal["accepted", "rejected"]
+    reasons: tuple[str, ...] = ()
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True,
+        serialize_by_alias=True,
+    )  # fmt: skip
+
+
+class ConversationForm(Line):
+    """What a teacher is to answer with for `conversation` and `reasoning`: JSON of this form."""
+
+    turns: tuple[Turn, ...]
+
+
+class DetailForm(Line):
+    """What a teacher is to answer with for `detail`, whose question is ours."""
+
+    answer: str
+    evidence: tuple[str, ...]
+
+
+def answer_form(sample_type: SampleType) -> type[ConversationForm] | type[DetailForm]:
+    """The form of a type's answers; `.model_json_schema()` is what servers are given."""
+    return DetailForm if sample_type == "detail" else ConversationForm
