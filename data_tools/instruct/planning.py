@@ -99,10 +99,11 @@ def _choose(
 
 def _not_none(requests: Iterable[Request], left_out: Mapping[str, int]) -> Iterator[Request]:
     """The requests unchanged; an error where there are none, before the old file is replaced."""
-    count = 0
-    for count, request in enumerate(requests, 1):
+    some = False
+    for request in requests:
+        some = True
         yield request
-    if not count:
+    if not some:
         told = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n)
         raise UserError(
             f"no request is left to make (pictures left out: {told or 'none'}); see pictures, "

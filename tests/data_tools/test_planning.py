@@ -171,7 +171,7 @@ def test_nothing_left_to_ask_is_an_error(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG]})
     (tmp_path / "mine.txt").write_text("1")
     config = config_of(files, guard={"lists": {"mine": str(tmp_path / "mine.txt")}})
-    with pytest.raises(UserError, match="no request is left to make .*1 of evaluations"):
+    with pytest.raises(UserError, match=r"no request is left to make .*1 of evaluations"):
         plan(config)
     assert not (files["out"] / "requests.jsonl").exists()
 
@@ -194,4 +194,4 @@ def test_without_a_plan_reading_one_says_what_to_run(tmp_path: Path) -> None:
 def test_tokens_are_estimated_by_words_numbers_and_signs() -> None:
     assert estimate_tokens("") == 0
     assert estimate_tokens("A dog sits.") == 4
-    assert estimate_tokens("[0.25, 1.00]") == 9
+    assert estimate_tokens("[0.25, 1.00]") == 10
