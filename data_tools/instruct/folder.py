@@ -31,6 +31,11 @@ class RunFolder:
         return self.root / "templates.json"
 
     @property
+    def plan(self) -> Path:
+        """`plan`: what was chosen, refused and left out, with the estimates."""
+        return self.root / "plan.json"
+
+    @property
     def requests(self) -> Path:
         """`plan`: one `schema.Request` a line."""
         return self.root / "requests.jsonl"

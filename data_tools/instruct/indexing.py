@@ -27,6 +27,21 @@ def read_pictures(folder: RunFolder) -> dict[int, Picture]:
     return {picture.id: picture for picture in pictures}
 
 
+def read_categories(folder: RunFolder) -> tuple[str, ...]:
+    """Names of all categories that the annotations know, with a box or without.
+
+    Raises:
+        UserError: The annotations have not been indexed.
+    """
+    try:
+        index = json.loads(folder.index.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder.index}: there is no such file; run `index` first", code="data_file_missing"
+        ) from None
+    return tuple(index["categories"])
+
+
 def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> None:
     """Replace the indexed pictures."""
     with atomic_open(folder.pictures) as file:
