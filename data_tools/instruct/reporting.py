@@ -49,8 +49,8 @@ def read(config: InstructConfig, folder: RunFolder) -> Report:
         pictures,
         Path(config.coco.images),
         index=_json(folder.index),
-        plan={},
-        export={},
+        plan=_json(folder.plan),
+        export=_json(folder.exports / "export.json"),
         meanings={},
     )
 

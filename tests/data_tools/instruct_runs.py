@@ -35,7 +35,7 @@ def config_of(root: Path, images: Path, **more: Any) -> InstructConfig:
     """A configuration whose run lies in `root`."""
     values: dict[str, Any] = {
         "output_dir": str(root),
-        "coco": {"images": str(images)},
+        "coco": {"images": str(images), "captions": "captions.json"},
         "teacher": {"kind": "openai", "model": "scripted"},
     }
     return InstructConfig.model_validate(values | more)
@@ -64,7 +64,7 @@ class Run:
             "clean": [(folder.kept, self.kept), (folder.set_aside, self.set_aside)],
         }
         for stage in stages or files:
-            for path, lines in files[stage] if stage in files else ():
+            for path, lines in files.get(stage, ()):
                 write_lines(path, lines)
         if "plan" in (stages or files):
             folder.templates.write_text(json.dumps(TEMPLATES))

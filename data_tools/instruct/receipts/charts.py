@@ -8,12 +8,13 @@ from data_tools.instruct.receipts.markup import escaped
 
 STYLE: Final = """
 .bars{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr max-content;gap:.3rem .8rem;
-align-items:center;font-size:.92rem}
-.bars .bl{overflow-wrap:anywhere;max-width:22rem}
-.bars .bt{display:flex;height:1.15rem;background:var(--chip);border-radius:4px;overflow:hidden;
+font-size:.92rem}
+.bar{display:grid;grid-column:1/-1;grid-template-columns:subgrid;align-items:center}
+.bl{overflow-wrap:anywhere;max-width:22rem}
+.bt{display:flex;height:1.15rem;background:var(--chip);border-radius:4px;overflow:hidden;
 min-width:4rem}
-.bars .bn{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.bars .loss{grid-column:2/4;color:var(--soft);font-size:.84rem;margin:-.15rem 0 .35rem;
+.bn{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.loss{grid-column:2/4;color:var(--soft);font-size:.84rem;margin-bottom:.35rem;
 overflow-wrap:anywhere}
 .bt i{display:block;height:100%;min-width:0}
 .bt .accent{background:var(--accent)}
@@ -26,14 +27,14 @@ var(--bar-unknown-2) 2px 5px)}
 --bar-unknown:#8a6d00;--bar-unknown-2:#e9d794}
 @media(prefers-color-scheme:dark){:root{--bar-supported:#56a9e4;--bar-contradicted:#ff8a3d;
 --bar-contradicted-2:#8a4414;--bar-unknown:#e6c65c;--bar-unknown-2:#6b591c}}
-.key i{display:inline-block;width:1.4rem;height:.8rem;border-radius:3px;vertical-align:-.05rem;
-margin:0 .35rem 0 0}.key span{margin-right:1.1rem;white-space:nowrap}
+.key{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .45rem}
+.key .bt{min-width:0;width:1.4rem;height:.8rem;border-radius:3px}.key .bt i{width:100%}
+.key span+span{margin-right:1rem}
 .hist{width:100%;height:auto;display:block}.hist rect{fill:var(--accent)}
 .hist text{fill:var(--soft);font:11px system-ui,sans-serif}
 .hist line{stroke:var(--line)}.hist .axis{stroke:var(--soft)}
-@media(max-width:40rem){.bars{grid-template-columns:1fr max-content}
-.bars .bt{grid-column:1/3;order:0}.bars .bl{grid-column:1}.bars .bn{grid-column:2;grid-row:auto}
-.bars .loss{grid-column:1/3}}
+@media(max-width:40rem){.bars{grid-template-columns:1fr max-content;gap:.3rem .6rem}
+.bar .bt{grid-column:1/3;grid-row:2}.loss{grid-column:1/3}}
 """
 
 
@@ -63,12 +64,12 @@ def bars(rows: Sequence[Bar], whole: float) -> str:
             for css, length in row.parts.items()
             if length
         )
+        below = f'<span class="loss">{escaped(row.below)}</span>' if row.below else ""
         lines.append(
-            f'<span class="bl">{escaped(row.label)}</span><span class="bn">'
-            f'{escaped(row.number)}</span><span class="bt">{inner}</span>'
+            f'<div class="bar"><span class="bl">{escaped(row.label)}</span>'
+            f'<span class="bt">{inner}</span><span class="bn">{escaped(row.number)}</span>'
+            f"{below}</div>"
         )
-        if row.below:
-            lines.append(f'<span class="loss">{escaped(row.below)}</span>')
     return f'<div class="bars">{"".join(lines)}</div>'
 
 
@@ -79,9 +80,10 @@ def _share(length: float, whole: float) -> str:
 def key(names: Mapping[str, str]) -> str:
     """What the colours of bars mean, by their classes."""
     items = "".join(
-        f'<span><i class="{css}"></i>{escaped(words)}</span>' for css, words in names.items()
+        f'<span class="bt"><i class="{css}"></i></span><span>{escaped(words)}</span> '
+        for css, words in names.items()
     )
-    return f'<p class="note key bt" style="background:none;height:auto">{items}</p>'
+    return f'<p class="note key">{items}</p>'
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ COLOURS: Final[dict[Verdict | None, str]] = {
 }
 """Blue, vermillion and ochre stay apart for colour-blind readers (Okabe and Ito's palette)."""
 
-FEW: Final = 8
+FEW: Final = 5
 """Up to so many boxes all are named in a small picture; beyond, only those that decided."""
 
 _LETTER: Final = 0.56

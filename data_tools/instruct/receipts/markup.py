@@ -113,6 +113,7 @@ class Extent:
         every: All checks are numbered and listed; else those that decided.
         longest: Side of the picture, pixels.
         quality: Of its JPEG.
+        letter: Height of the letters on it, pixels.
     """
 
     characters: int | None = None
@@ -120,10 +121,11 @@ class Extent:
     every: bool = True
     longest: int = 900
     quality: int = 85
+    letter: float = 15
 
 
 WHOLE: Final = Extent()
-BRIEF: Final = Extent(characters=500, turns=3, every=False, longest=360, quality=72)
+BRIEF: Final = Extent(characters=500, turns=3, every=False, longest=360, quality=72, letter=16)
 
 
 def figure(images: Path, picture: Picture, shown: Shown, sample: Sample | None, to: Extent) -> str:
@@ -136,12 +138,12 @@ def figure(images: Path, picture: Picture, shown: Shown, sample: Sample | None, 
         size = (to.longest, max(1, round(to.longest * picture.height / picture.width)))
         return gone + _blank(size, drawn, to)
     data, size = drawing.jpeg(image, to.longest, to.quality)
-    over = drawing.svg(drawn, size, all_=to.every)
+    over = drawing.svg(drawn, size, letter=to.letter, all_=to.every)
     return f'<div class="pic">{embedded(data, "", text, "jpeg")}{over}</div>'
 
 
 def _blank(size: tuple[int, int], drawn: Sequence[drawing.Mark], to: Extent) -> str:
-    over = drawing.svg(drawn, size, all_=to.every)
+    over = drawing.svg(drawn, size, letter=to.letter, all_=to.every)
     blank = f'<div class="blank" style="aspect-ratio:{size[0]}/{size[1]}"></div>'
     return f'<div class="pic">{blank}{over}</div>'
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from data_tools.coco import Picture
+from data_tools.instruct.exporting import LICENSES
 from data_tools.instruct.receipts import charts, markup
 from data_tools.instruct.receipts.charts import Bar
 from data_tools.instruct.receipts.evidence import SYMBOLS, VERDICTS
@@ -32,13 +33,14 @@ STYLE: Final = (
     markup.STYLE
     + charts.STYLE
     + """
-main{max-width:76rem}
+main{max-width:80rem}
 .headline{grid-template-columns:repeat(auto-fit,minmax(12.5rem,1fr))}
 .headline .big{font-size:1.75rem}
 .banner{border-left:4px solid var(--accent);background:var(--card);border-radius:0 8px 8px 0;
 padding:.5rem .9rem;margin:.6rem 0}
 .banner.warn{border-color:var(--contradicted)}
-.samples{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr))}
+.samples{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));
+align-items:start}
 .samples .sample{padding:.7rem;display:flex;flex-direction:column;gap:.5rem}
 .samples .turn,.samples h4{margin:0}
 h3{font-size:1.02rem;margin:1.4rem 0 .3rem}h3 code{font-size:1rem}
@@ -211,7 +213,7 @@ def _funnel(report: Report) -> str:
         for step, words in STEPS.items()
     ]
     return (
-        f"{charts.bars(pictures, whole)}<hr style='border:0;height:.6rem'>"
+        f'{charts.bars(pictures, whole)}<div style="height:1rem"></div>'
         f"{charts.bars(steps, planned)}<details><summary>By type</summary>"
         f"{_table(('', *TYPES), rows)}</details>"
     )
@@ -372,7 +374,7 @@ def _openings(figures: Figures) -> str:
         at_least = "at least " if openings.least else ""
         note = f"{openings.total:,} texts, {at_least}{openings.different:,} different openings."
         columns.append(
-            f"<div><h3>{title}</h3>{charts.bars(bars, top[0][1])}<p class='note'>{note}</p></div>"
+            f'<div><h3>{title}</h3>{charts.bars(bars, top[0][1])}<p class="note">{note}</p></div>'
         )
     return f'<div class="two">{"".join(columns)}</div>'
 
@@ -510,7 +512,35 @@ def _makers(figures: Figures) -> str:
 
 
 def _overlap(report: Report) -> str:
-    return ""
+    """What the split guard found when the requests were planned."""
+    guard = report.plan.get("guard")
+    if not guard:
+        return ""
+    verdict = (
+        "were let through, for guard.allow_evaluation_images is true"
+        if guard["allow_evaluation_images"]
+        else "were refused: no request is about them"
+    )
+    rows = [
+        {
+            "evaluation": name,
+            "looked at": found["status"],
+            "ids in its files": f"{found['listed']:,}" if found["listed"] else "–",
+            "pictures here": "?" if found["status"] == "not checked" else f"{found['overlap']:,}",
+        }
+        for name, found in guard["lists"].items()
+    ]
+    unchecked = [name for name, found in guard["lists"].items() if "not" in found["status"]]
+    note = (
+        f'<p class="note">Nobody looked for pictures of {escaped(", ".join(unchecked))}: no file '
+        "with their ids was given (guard.lists).</p>"
+        if unchecked
+        else ""
+    )
+    return (
+        f"<p>{guard['evaluation_images']:,} of {report.figures.pictures:,} indexed pictures are "
+        f"used by evaluations; they {verdict}.</p>{_table(tuple(rows[0]), rows)}{note}"
+    )
 
 
 def _licences(report: Report) -> str:
@@ -521,7 +551,7 @@ def _licences(report: Report) -> str:
     rows = [
         {
             "licence": "unknown" if number is None else str(number),
-            "name": str(known.get(str(number), {}).get("name", "")),
+            "name": str(known.get(str(number), {}).get("name") or LICENSES.get(number or 0, "")),
             "pictures with a sample": f"{count:,}",
         }
         for number, count in sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0])))
@@ -559,4 +589,5 @@ def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
     head = "".join(cell("th", name, name) for name in columns)
     lines = ("".join(cell("td", name, row[name]) for name in columns) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
