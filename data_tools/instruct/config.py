@@ -1,5 +1,6 @@
 """What one run of `data_tools.instruct` is told: its YAML file."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -78,10 +79,13 @@ class TeacherConfig(Section):
 
     kind: Literal["openai", "batch", "rules", "replay"]
     model: str = ""
-    base_url: str | None = None
-    """Of an OpenAI-compatible server, ending in `/v1`; plain http on this machine only."""
+    base_url: str | list[str] | None = None
+    """Of an OpenAI-compatible server, ending in `/v1`; plain http on this machine only. Of several
+    servers with the same model each request has one, and the next one after a failure."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; the key itself is never written anywhere."""
+    answers_dir: str | None = None
+    """A folder of answers that runs share; None: `answers` in the run's own."""
     replay_from: str | None = None
     """`replay`: a folder of recorded answers."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
@@ -93,8 +97,31 @@ class TeacherConfig(Section):
     requests_per_minute: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
     attempts: PositiveInt = 5
+    """Sendings of one request in one start of the command."""
+    backoff_seconds: PositiveFloat = 1.0
+    """Wait before the second attempt, doubled before each further one, where the server names no
+    time of its own."""
     timeout_seconds: PositiveFloat = 120.0
+    """From sending a request to the last byte of its answer."""
+    max_answer_bytes: PositiveInt = 1 << 22
+    """Longer responses are cut off and count as failures."""
+    failures_allowed: Share = 0.0
+    """More requests without an answer than this share end the command with exit code 3."""
+    batch_size: Annotated[int, Field(ge=1, le=50_000)] = 10_000
+    """`batch`: requests of one batch."""
+    poll_seconds: PositiveFloat = 30.0
+    """`batch`: between two looks at the batches."""
     prices: PricesConfig | None = None
+
+    @model_validator(mode="after")
+    def _no_key(self) -> Self:
+        # On the whole section, for errors of one field print its value, which may be the key.
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env is no name of an environment variable (not shown here, for it may be "
+                "the key itself); put the key into a variable and give its name"
+            )
+        return self
 
 
 class LimitsConfig(Section):
