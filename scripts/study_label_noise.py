@@ -11,8 +11,8 @@ and from the same projector, on
     unverified  the spoilt data
     verified    what `python -m data_tools.instruct verify --file` accepts of the spoilt data
 
-and asked about held-out pictures, by the training artist and by one never seen. Repeated, it goes on
-with the runs that are missing.
+and asked about held-out pictures, by the training artist and by one never seen. Repeated, it goes
+on with the runs that are missing.
 """
 
 import argparse
