@@ -46,6 +46,26 @@ class RunFolder:
         return self.root / "answers"
 
     @property
+    def failures(self) -> Path:
+        """`generate`: one `schema.Failure` a line, appended; the last of a request is the truth."""
+        return self.root / "failures.jsonl"
+
+    @property
+    def spending(self) -> Path:
+        """`generate`: what was sent and what it took, appended; the sum is what the run spent."""
+        return self.root / "spending.jsonl"
+
+    @property
+    def teacher(self) -> Path:
+        """`generate`: what was found out about the server."""
+        return self.root / "teacher.json"
+
+    @property
+    def batches(self) -> Path:
+        """`generate`: batches handed in and what became of them, appended."""
+        return self.root / "batches.jsonl"
+
+    @property
     def samples(self) -> Path:
         """`verify`: accepted `schema.Sample`s, in the order of the requests."""
         return self.root / "samples.jsonl"
@@ -74,6 +94,11 @@ class RunFolder:
     def cleaning(self) -> Path:
         """`clean`: counts, balances, duplicates."""
         return self.root / "cleaning.json"
+
+    @property
+    def picture_hashes(self) -> Path:
+        """`clean`: a cache of what pictures look like; no result, and free to be deleted."""
+        return self.root / "cache" / "picture_hashes.jsonl"
 
     @property
     def exports(self) -> Path:
