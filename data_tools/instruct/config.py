@@ -21,12 +21,6 @@ class CocoConfig(Section):
     """Share of the boxes, captions or pictures that one kind of fault may set aside; beyond, the
     files are taken for wrong ones. 1 where only part of the annotated pictures is on the disk."""
 
-    @model_validator(mode="after")
-    def _something_is_read(self) -> Self:
-        if self.instances is None and self.captions is None:
-            raise ValueError("give instances, captions or both: there is nothing to build from")
-        return self
-
 
 class GuardConfig(Section):
     """Pictures that evaluations use are not trained on."""

@@ -27,6 +27,10 @@ _BOX_FIELDS: Final = tuple(field.name for field in fields(Box))
 def command(config: InstructConfig, options: Sequence[str]) -> None:
     """Read and check the annotations, unless `pictures.jsonl` is of these very files."""
     argparse.ArgumentParser(prog="index", description=__doc__).parse_args(options)
+    if config.coco.instances is None and config.coco.captions is None:
+        raise UserError(
+            "give coco.instances, coco.captions or both: there is nothing to build from"
+        )
     folder = RunFolder(Path(config.output_dir))
     inputs = _inputs(config.coco)
     told = _up_to_date(folder, inputs)

@@ -156,6 +156,14 @@ def test_category_names_cannot_smuggle_text_into_prompts(tmp_path: Path) -> None
         index(files)
 
 
+def test_without_annotations_there_is_nothing_to_build_from(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [DOG]})
+    with pytest.raises(UserError, match=r"give coco.instances, coco.captions or both"):
+        index(files, instances=None, captions=None)
+    assert index(files, instances=None)["boxes"] == 0
+    assert index(files, captions=None)["captions"] == 0
+
+
 def test_annotations_may_stand_before_images_and_categories(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG]})
     document = json.loads(files["instances"].read_text())
