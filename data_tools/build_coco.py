@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         for name, output in outputs.items():
             write_json(Path(arguments.out) / f"{name}.json", output.records)
         write_json(Path(arguments.out) / "build.json", receipt)
-    print("\n".join(_table(receipt)))
+    print("\n".join([*index.findings.lines(), *_table(receipt)]))
     return 0
 
 
@@ -278,6 +278,7 @@ def _receipt(
             "without_captions": sum(not picture.captions for picture in pictures),
             "without_boxes": sum(not picture.boxes for picture in pictures),
         },
+        "findings": index.findings.told(),
         "files": {f"{name}.json": output.summary() for name, output in outputs.items()},
     }
 

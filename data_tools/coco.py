@@ -1,17 +1,28 @@
 """COCO's annotation files as an index: what is known about each picture, and what is not."""
 
-import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple
 
+from data_tools.findings import MAX_FAULTY, Findings
+from data_tools.json_lists import Element, read_lists
 from vlm_sft.errors import UserError
+from vlm_sft.progress import track
+
+MAX_CAPTION: Final = 5_000
+"""Characters; longer texts are no captions."""
+SLACK: Final = 1.0
+"""Pixels; published COCO boxes leave their picture by rounding, never by a whole pixel."""
+
+_CATEGORY_NAME: Final = re.compile(r"\w[\w .,'&/()+-]{0,59}")
+_SPLIT: Final = re.compile(r"(?:^|[/_])((?:train|val|test)20(?:14|15|17))(?=[/_])")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Box:
     """One annotated object (or, if `crowd`, a region with an unknown number of them); pixels.
 
@@ -37,7 +48,7 @@ class Box:
         return self.top + self.height
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A picture with its captions and boxes.
 
@@ -50,6 +61,7 @@ class Picture:
         boxes: In the file's order. Empty means unknown, never that nothing is there.
         caption_ids: The captions' annotation ids, in the order of `captions`.
         license: COCO's number of the picture's licence; None where the files name none.
+        split: The part of COCO that the picture's name or address speaks of, e.g. `val2014`.
     """
 
     id: int
@@ -60,6 +72,7 @@ class Picture:
     boxes: tuple[Box, ...]
     caption_ids: tuple[int, ...] = ()
     license: int | None = None
+    split: str | None = None
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -73,10 +86,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """All pictures in order of their ids, and the names of all categories that are annotated."""
+    """All pictures in order of their ids, and the names of all categories that are annotated.
+
+    Attributes:
+        licenses: The files' table of licences, by number, as they have it.
+        findings: What was wrong or is worth knowing, and what was set aside for it.
+    """
 
     pictures: tuple[Picture, ...]
     categories: tuple[str, ...]
+    licenses: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
 
     def frequencies(self) -> Counter[str]:
         """In how many pictures each category occurs."""
@@ -91,48 +111,32 @@ class CocoIndex:
         return counts
 
 
-def read_coco(instances: Path | None, captions: Path | None) -> CocoIndex:
-    """Read COCO's files (2014 and 2017 have one form); either may be None.
+def read_coco(
+    instances: Path | None, captions: Path | None, max_faulty: float = MAX_FAULTY
+) -> CocoIndex:
+    """Read COCO's files (2014 and 2017 have one form) as a stream; either may be None.
+
+    Single faulty boxes and captions are set aside and told in the index's `findings`.
+
+    Args:
+        instances: `instances_*.json`.
+        captions: `captions_*.json`.
+        max_faulty: Share of the boxes or captions that may be set aside for one fault.
 
     Raises:
         UserError: A file is missing, is no JSON, lacks a key, repeats an id, names an image or
-            category it does not list, or has a box that is degenerate or outside its picture.
+            category it does not list, disagrees with the other, or has too many faulty boxes
+            (degenerate, outside their pictures) or captions.
     """
-    images: dict[int, dict[str, Any]] = {}
-    sentences: dict[int, list[tuple[int, str]]] = {}
-    boxes: dict[int, list[Box]] = {}
-    categories: dict[int, str] = {}
-    if captions is not None:
-        document = _load(captions, ("images", "annotations"))
-        own = _images(document["images"], captions)
-        _merge(images, own, captions)
-        for entry in _annotations(document, own, captions, ("caption",)):
-            text = " ".join(str(entry["caption"]).split())
-            if not text:
-                raise UserError(f"{captions}: annotation {entry['id']}: the caption is empty")
-            sentences.setdefault(entry["image_id"], []).append((entry["id"], text))
-    if instances is not None:
-        document = _load(instances, ("images", "annotations", "categories"))
-        own = _images(document["images"], instances)
-        _merge(images, own, instances)
-        categories = _categories(document["categories"], instances)
-        for entry in _annotations(document, own, instances, ("bbox", "category_id")):
-            box = _box(entry, own[entry["image_id"]], categories, instances)
-            boxes.setdefault(entry["image_id"], []).append(box)
-    pictures = (
-        Picture(
-            id=image_id,
-            file_name=image["file_name"],
-            width=image["width"],
-            height=image["height"],
-            captions=tuple(text for _, text in sentences.get(image_id, ())),
-            boxes=tuple(boxes.get(image_id, ())),
-            caption_ids=tuple(number for number, _ in sentences.get(image_id, ())),
-            license=image.get("license"),
-        )
-        for image_id, image in sorted(images.items())
+    reader = _Reader(Findings())
+    sentences = reader.captions(captions) if captions is not None else {}
+    boxes = reader.boxes(instances) if instances is not None else {}
+    reader.findings.require_few(reader.totals, max_faulty)
+    pictures = tuple(
+        _picture(image, sentences.get(image.id, ()), boxes.get(image.id, ()), reader.findings)
+        for image in (reader.images[image_id] for image_id in sorted(reader.images))
     )
-    return CocoIndex(tuple(pictures), tuple(categories.values()))
+    return CocoIndex(pictures, reader.categories, reader.licenses, reader.findings)
 
 
 def check_pictures(pictures: Iterable[Picture], folder: Path) -> None:
@@ -153,110 +157,274 @@ def check_pictures(pictures: Iterable[Picture], folder: Path) -> None:
         )
 
 
-def _load(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file", code="data_file_missing") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: is not valid JSON ({error}); download or write it again", code="json_syntax"
-        ) from error
-    for key in keys:
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
+class _Image(NamedTuple):
+    """An entry of a file's `images`, as far as we use it."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    license: int | None
+    split: str | None
+
+
+class _Sentence(NamedTuple):
+    id: int
+    text: str
+
+
+class _Entry(NamedTuple):
+    """An annotation that has been looked at by itself, but not yet beside its picture."""
+
+    id: int
+    image_id: int
+    position: int
+    content: Any
+
+
+_ContentOf = Callable[[Any, str], Any]
+"""What we use of an annotation, checked by itself; the text says where it stands."""
+
+
+class _Reader:
+    """The two files, one after the other; what both say must agree."""
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+        self.images: dict[int, _Image] = {}
+        self.licenses: dict[int, Mapping[str, Any]] = {}
+        self.categories: tuple[str, ...] = ()
+        self.totals: Counter[str] = Counter()
+
+    def captions(self, path: Path) -> dict[int, list[_Sentence]]:
+        """The usable captions by picture."""
+        found: dict[int, list[_Sentence]] = defaultdict(list)
+        for entry in self._annotations(path, _caption_of, {}):
+            self.totals["caption"] += 1
+            text = self._usable_caption(entry, path)
+            if text is not None:
+                found[entry.image_id].append(_Sentence(entry.id, text))
+        return found
+
+    def boxes(self, path: Path) -> dict[int, list[Box]]:
+        """The usable boxes by picture."""
+        found: dict[int, list[Box]] = defaultdict(list)
+        categories: dict[int, str] = {}
+        for entry in self._annotations(path, _box_of, categories):
+            self.totals["box"] += 1
+            box = self._usable_box(entry, categories, path)
+            if box is not None and not self._repeats(box, found[entry.image_id], path):
+                found[entry.image_id].append(box)
+        self.categories = tuple(categories.values())
+        return found
+
+    def _annotations(
+        self, path: Path, content_of: _ContentOf, categories: dict[int, str]
+    ) -> Iterator[_Entry]:
+        """A file's annotations when all of it is read: their images may stand behind them."""
+        own: dict[int, _Image] = {}
+        entries: list[_Entry] = []
+        keys = ["images", "annotations", *(["categories"] if content_of is _box_of else [])]
+        elements = read_lists(path, keys, optional=("licenses",))
+        for element in track(elements, description=f"reading {path.name}"):
+            where = f"{path}: {element.key}[{element.position}]"
+            match element.key:
+                case "images":
+                    _add_image(own, element.value, where)
+                case "annotations":
+                    entries.append(_entry(element, where, content_of))
+                case "categories":
+                    _add_category(categories, element.value, where)
+                case _:
+                    _add_license(self.licenses, element.value, where)
+        self._merge(own, path)
+        yield from _checked(entries, own, path)
+
+    def _merge(self, own: Mapping[int, _Image], path: Path) -> None:
+        for image_id, image in own.items():
+            known = self.images.setdefault(image_id, image)
+            for key in ("file_name", "width", "height"):
+                here, there = getattr(image, key), getattr(known, key)
+                if here != there:
+                    raise UserError(
+                        f"{path}: image {image_id}: {key} is {here!r} here and {there!r} in "
+                        "the captions file; the two files must speak of the same pictures"
+                    )
+
+    def _usable_caption(self, entry: _Entry, path: Path) -> str | None:
+        text = " ".join(entry.content.split())
+        where = f"{path.name}: annotation {entry.id}"
+        if not text:
+            self.findings.add("caption_empty", f"{where}: the caption is empty")
+        elif len(text) > MAX_CAPTION:
+            problem = f"a caption of {len(text):,} characters, expected {MAX_CAPTION:,} at most"
+            self.findings.add("caption_long", f"{where}: {problem}")
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            problem = "half a surrogate pair in the caption, which is no Unicode text"
+            self.findings.add("caption_unreadable", f"{where}: {problem}")
+        else:
+            return text
+        return None
+
+    def _usable_box(self, entry: _Entry, categories: Mapping[int, str], path: Path) -> Box | None:
+        (left, top, width, height), category_id, crowd = entry.content
+        where = f"{path.name}: annotation {entry.id}"
+        name = categories.get(category_id)
+        if name is None:
             raise UserError(
-                f"{path}: expected COCO's form, an object with a list {key!r}, and found none",
-                code="data_file_unreadable",
+                f"{path}: annotation {entry.id}: category_id {category_id} is not among the "
+                "categories"
             )
-    return document
+        box = Box(name, left, top, width, height, crowd, entry.id)
+        values = [left, top, width, height]
+        image = self.images[entry.image_id]
+        beyond = max(-box.left, -box.top, box.right - image.width, box.bottom - image.height)
+        if box.width <= 0 or box.height <= 0:
+            problem = f"bbox {values} has no area; width and height must be above 0"
+            self.findings.add("box_without_area", f"{where}: {problem}")
+            return None
+        if beyond > SLACK:
+            self.findings.add(
+                "box_outside",
+                f"{where}: bbox {values} leaves its picture of {image.width} x "
+                f"{image.height} pixels; expected [x, y, width, height] in pixels",
+            )
+            return None
+        if beyond > 0:
+            self.findings.add("box_rounded", f"{where}: bbox {values}, {beyond:.2g} pixels")
+        if crowd:
+            self.findings.add("box_crowd", f"{where}: {name}")
+        return box
+
+    def _repeats(self, box: Box, others: Iterable[Box], path: Path) -> bool:
+        """Whether a box stands twice under two ids, which would count one thing as two."""
+        for other in others:
+            if (other.left, other.top, other.width, other.height, other.category) == (
+                box.left, box.top, box.width, box.height, box.category,
+            ):  # fmt: skip
+                problem = f"the same {box.category} in the same place as annotation {other.id}"
+                self.findings.add("box_repeated", f"{path.name}: annotation {box.id}: {problem}")
+                return True
+        return False
 
 
-def _images(entries: list[Any], path: Path) -> dict[int, dict[str, Any]]:
-    images: dict[int, dict[str, Any]] = {}
-    for position, entry in enumerate(entries):
-        where = f"{path}: images[{position}]"
-        image_id = _field(entry, "id", int, where)
-        _field(entry, "file_name", str, where)
-        for side in ("width", "height"):
-            if _field(entry, side, int, where) < 1:
-                raise UserError(f"{where}: {side} is {entry[side]}, expected at least 1 pixel")
-        if image_id in images:
-            raise UserError(f"{where}: image id {image_id} stands twice; ids must be unique")
-        images[image_id] = entry
-    return images
+def _picture(
+    image: _Image,
+    sentences: Iterable[_Sentence],
+    boxes: Iterable[Box],
+    findings: Findings,
+) -> Picture:
+    picture = Picture(
+        id=image.id,
+        file_name=image.file_name,
+        width=image.width,
+        height=image.height,
+        captions=tuple(sentence.text for sentence in sentences),
+        boxes=tuple(boxes),
+        caption_ids=tuple(sentence.id for sentence in sentences),
+        license=image.license,
+        split=image.split,
+    )
+    if not picture.captions:
+        findings.add("picture_without_captions", image.file_name)
+    if not picture.boxes:
+        findings.add("picture_without_boxes", image.file_name)
+    for _ in range(len(picture.captions) - len(set(picture.captions))):
+        findings.add("caption_repeated", image.file_name)
+    return picture
 
 
-def _merge(
-    images: dict[int, dict[str, Any]], own: Mapping[int, dict[str, Any]], path: Path
-) -> None:
-    for image_id, entry in own.items():
-        known = images.setdefault(image_id, entry)
-        for key in ("file_name", "width", "height"):
-            if known[key] != entry[key]:
-                raise UserError(
-                    f"{path}: image {image_id}: {key} is {entry[key]!r} here and {known[key]!r} in "
-                    "the captions file; the two files must speak of the same pictures"
-                )
+def _entry(element: Element, where: str, content_of: _ContentOf) -> _Entry:
+    number = _field(element.value, "id", int, where)
+    image_id = _field(element.value, "image_id", int, where)
+    return _Entry(number, image_id, element.position, content_of(element.value, where))
 
 
-def _categories(entries: list[Any], path: Path) -> dict[int, str]:
-    categories: dict[int, str] = {}
-    for position, entry in enumerate(entries):
-        where = f"{path}: categories[{position}]"
-        number, name = _field(entry, "id", int, where), _field(entry, "name", str, where)
-        if number in categories or name in categories.values():
-            raise UserError(f"{where}: id {number} or name {name!r} stands twice")
-        categories[number] = name
-    return categories
+def _caption_of(value: Mapping[str, Any], where: str) -> str:
+    text: str = _field(value, "caption", str, where)
+    return text
 
 
-def _annotations(
-    document: Mapping[str, Any], images: Mapping[int, Any], path: Path, keys: Sequence[str]
-) -> Iterable[dict[str, Any]]:
+def _box_of(
+    value: Mapping[str, Any], where: str
+) -> tuple[tuple[float, float, float, float], int, bool]:
+    for key in ("bbox", "category_id"):
+        if key not in value:
+            raise UserError(f"{where}: {key!r} is missing")
+    numbers = value["bbox"]
+    if not (
+        isinstance(numbers, list)
+        and len(numbers) == 4
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    ):
+        raise UserError(f"{where}: bbox is {numbers}, expected four numbers [x, y, width, height]")
+    left, top, width, height = map(float, numbers)
+    return (left, top, width, height), value["category_id"], bool(value.get("iscrowd", 0))
+
+
+def _checked(
+    entries: Iterable[_Entry], images: Mapping[int, _Image], path: Path
+) -> Iterator[_Entry]:
     seen: set[int] = set()
-    for position, entry in enumerate(document["annotations"]):
-        where = f"{path}: annotations[{position}]"
-        number = _field(entry, "id", int, where)
-        image_id = _field(entry, "image_id", int, where)
-        if number in seen:
-            raise UserError(f"{where}: annotation id {number} stands twice; ids must be unique")
-        if image_id not in images:
-            raise UserError(f"{where}: image_id {image_id} is not among the file's images")
-        for key in keys:
-            if key not in entry:
-                raise UserError(f"{where}: {key!r} is missing")
-        seen.add(number)
+    for entry in entries:
+        where = f"{path}: annotations[{entry.position}]"
+        if entry.id in seen:
+            raise UserError(f"{where}: annotation id {entry.id} stands twice; ids must be unique")
+        if entry.image_id not in images:
+            raise UserError(f"{where}: image_id {entry.image_id} is not among the file's images")
+        seen.add(entry.id)
         yield entry
 
 
-def _box(
-    entry: Mapping[str, Any], image: Mapping[str, Any], categories: Mapping[int, str], path: Path
-) -> Box:
-    where = f"{path}: annotation {entry['id']}"
-    name = categories.get(entry["category_id"])
-    if name is None:
-        raise UserError(f"{where}: category_id {entry['category_id']} is not among the categories")
-    values = entry["bbox"]
-    if not (
-        isinstance(values, list)
-        and len(values) == 4
-        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-    ):
-        raise UserError(f"{where}: bbox is {values}, expected four numbers [x, y, width, height]")
-    left, top, width, height = (float(value) for value in values)
-    if width <= 0 or height <= 0:
+def _add_image(images: dict[int, _Image], value: Any, where: str) -> None:
+    image_id = _field(value, "id", int, where)
+    name = _field(value, "file_name", str, where)
+    if not _is_below(name):
         raise UserError(
-            f"{where}: bbox {values} has no area; width and height must be above 0, "
-            "so mend or delete the annotation"
+            f"{where}: file_name is {name!r}, expected a path below the folder of pictures",
+            code="image_path",
         )
-    slack = 1.0  # published COCO boxes leave their picture by rounding, never by a whole pixel
-    outside = left < -slack or top < -slack
-    if outside or left + width > image["width"] + slack or top + height > image["height"] + slack:
+    for side in ("width", "height"):
+        if _field(value, side, int, where) < 1:
+            raise UserError(f"{where}: {side} is {value[side]}, expected at least 1 pixel")
+    if image_id in images:
+        raise UserError(f"{where}: image id {image_id} stands twice; ids must be unique")
+    license = value.get("license")
+    if license is not None:
+        license = _field(value, "license", int, where)
+    split = _SPLIT.search(f"{name} {value.get('coco_url', '')}")
+    images[image_id] = _Image(
+        image_id, name, value["width"], value["height"], license, split.group(1) if split else None
+    )
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name stays in the folder it starts from, on every system, and can be written."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    whole = bool(name) and name.isprintable()
+    return whole and not path.is_absolute() and ".." not in path.parts and ":" not in name
+
+
+def _add_category(categories: dict[int, str], value: Any, where: str) -> None:
+    number, name = _field(value, "id", int, where), _field(value, "name", str, where)
+    if number in categories or name in categories.values():
+        raise UserError(f"{where}: id {number} or name {name!r} stands twice")
+    if not _CATEGORY_NAME.fullmatch(name):
         raise UserError(
-            f"{where}: bbox {values} leaves its picture of {image['width']} x {image['height']} "
-            "pixels; expected [x, y, width, height] in pixels"
+            f"{where}: name is {name!r}, expected up to 60 letters, digits, spaces and .,'&/()+-"
         )
-    return Box(name, left, top, width, height, bool(entry.get("iscrowd", 0)), entry["id"])
+    categories[number] = name
+
+
+def _add_license(licenses: dict[int, Mapping[str, Any]], value: Any, where: str) -> None:
+    """Keep a licence by its number; the two files' tables must agree."""
+    number = _field(value, "id", int, where)
+    known = licenses.setdefault(number, {"name": value.get("name"), "url": value.get("url")})
+    for key, there in known.items():
+        if value.get(key) != there:
+            raise UserError(
+                f"{where}: licence {number} has {key} {value.get(key)!r} here and {there!r} before"
+            )
 
 
 def _field(entry: Any, key: str, kind: type, where: str) -> Any:

@@ -35,6 +35,7 @@ FAMILIES: Final[Mapping[int, str]] = {
     2: "Pictures",
     3: "Records, texts and templates",
     4: "Numbers, and parts that do not go together",
+    5: "Teachers and answers of instruction data",
 }
 """Titles by the hundreds of a code's number."""
 
@@ -475,6 +476,33 @@ ALL: Final = (
         "packing_leaks",
         "The language model does not keep the records of a pack apart.",
         "Train padded: set `train.micro_batch_size` and take `train.packing` away.",
+    ),
+    # --- teachers and answers of instruction data
+    ErrorCode(
+        500,
+        "teacher_address",
+        "A teacher's address cannot be used, or would carry the key in the open.",
+        "Give `teacher.base_url` as https://host/v1, or http:// for a server on this machine, "
+        "without user name or password.",
+    ),
+    ErrorCode(
+        501,
+        "teacher_key",
+        "The environment variable with the teacher's key is not set, or holds no key.",
+        "Set the variable that `teacher.api_key_env` names.",
+    ),
+    ErrorCode(
+        502,
+        "teacher_refused",
+        "The teacher's server refuses every request for a reason that repeating does not change.",
+        "Mend what the message names (key, model, address, parameters, account), then give the "
+        "same command again.",
+    ),
+    ErrorCode(
+        503,
+        "answers_damaged",
+        "A line among the recorded answers is no answer.",
+        "Delete the line that the message names; its request is asked again.",
     ),
 )
 """Every code, in order of numbers."""

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from data_tools.instruct.config import InstructConfig
 from vlm_sft import settings
-from vlm_sft.errors import run_command
+from vlm_sft.errors import UserError, run_command
 
 EXAMPLES = """examples:
   python -m data_tools.instruct plan configs/instruct/rules.yaml        # count, tokens, money
@@ -33,20 +33,27 @@ STAGES = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the stage `argv` names; returns the exit code."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    stages = list(STAGES) if arguments.command == "run" else [arguments.command]
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    options = [word for word in rest if word not in overrides]
+    arguments = _parser().parse_args(argv[:2])  # what follows is overrides and the stage's options
+    overrides = [word for word in argv[2:] if _is_override(word)]
+    options = [word for word in argv[2:] if not _is_override(word)]
     config = settings.load(InstructConfig, arguments.config, overrides)
-    for name in stages:
-        stage = import_module(f"data_tools.instruct.{module_of(name)}")
+    commands = list(STAGES) if arguments.command == "run" else [arguments.command]
+    if len(commands) > 1 and options:
+        raise UserError(
+            f"run takes no options, found {options[0]!r}: they belong to the stages; give "
+            "KEY=VALUE overrides here, or run the stages one by one"
+        )
+    for command in commands:
+        stage = import_module(f"data_tools.instruct.{_module_of(command)}")
         stage.command(config, options)
     return 0
 
 
-def module_of(command: str) -> str:
-    """The module whose `command(config, options)` runs the stage."""
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
+
+
+def _module_of(command: str) -> str:
     return "explaining" if command == "explain" else STAGES[command][0]
 
 
@@ -56,18 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m data_tools.instruct",
         description=f"{__doc__}\ncommands:\n{stages}\n  run       all of these in turn\n"
         "  explain   one sample: what was shown, asked, answered and found",
+        usage="%(prog)s COMMAND CONFIG [KEY=VALUE ...] [options of the command]",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=[*STAGES, "run", "explain"], metavar="COMMAND")
     parser.add_argument("config", metavar="CONFIG", help="the run's YAML file")
-    parser.add_argument(
-        "rest",
-        nargs="*",
-        metavar="KEY=VALUE | OPTION",
-        help="overrides of the file's values; options of the command (COMMAND CONFIG --help)",
-    )
     return parser
 
 

@@ -1,8 +1,9 @@
 """What one run of `data_tools.instruct` is told: its YAML file."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_tools.instruct.schema import SampleType
 from vlm_sft.settings import Section
@@ -16,14 +17,25 @@ class CocoConfig(Section):
     instances: str | None = None
     captions: str | None = None
     images: str
+    max_faulty: Share = 0.01
+    """Share of the boxes, captions or pictures that one kind of fault may set aside; beyond, the
+    files are taken for wrong ones. 1 where only part of the annotated pictures is on the disk."""
+
+    @model_validator(mode="after")
+    def _something_is_read(self) -> Self:
+        if self.instances is None and self.captions is None:
+            raise ValueError("give instances, captions or both: there is nothing to build from")
+        return self
 
 
 class GuardConfig(Section):
     """Pictures that evaluations use are not trained on."""
 
-    lists: list[str] = Field(default=[])
-    """Files with image ids of the user's own evaluations."""
+    lists: dict[str, str | list[str]] = Field(default={})
+    """Files with the image ids of evaluations, by name: the known ones (`pope`,
+    `llava_bench_coco`, `karpathy_test`, `val2014`, `val2017`), and the user's own by any name."""
     allow_evaluation_images: bool = False
+    """Train on them all the same; what is measured on them afterwards is void."""
 
 
 class PicturesConfig(Section):
@@ -32,16 +44,20 @@ class PicturesConfig(Section):
     count: PositiveInt | None = None
     """None: all."""
     choose: Literal["random", "balanced"] = "balanced"
-    """`balanced`: pictures with rare categories first, as LLaVA balanced its noun phrases."""
+    """`balanced`: every category gets its pictures in turn, the rarest first, in the spirit of
+    LLaVA's balancing of noun phrases (arXiv 2304.08485, appendix E)."""
 
 
 class RequestsConfig(Section):
     """What is asked, and what of a picture is shown."""
 
     shares: dict[SampleType, Annotated[float, Field(ge=0)]] = Field(
-        default={"conversation": 1.0, "detail": 0.41, "reasoning": 1.0}
+        default={"conversation": 0.70, "detail": 0.29, "reasoning": 0.94}
     )
-    """Requests a picture of each type; a fraction asks for that share of the pictures."""
+    """Requests a picture of each type; a fraction asks for that share of the pictures. LLaVA's own:
+    56,681, 23,240 and 76,643 samples of 81,479 pictures."""
+    prompts: str | None = None
+    """Folder with own prompts and seed examples; None: those of `data_tools/instruct/prompts`."""
     decimals: Annotated[int, Field(ge=1, le=4)] = 2
     max_boxes: PositiveInt = 30
     """Beyond, the smallest are told as a number."""
@@ -63,10 +79,13 @@ class TeacherConfig(Section):
 
     kind: Literal["openai", "batch", "rules", "replay"]
     model: str = ""
-    base_url: str | None = None
-    """Of an OpenAI-compatible server, ending in `/v1`; plain http on this machine only."""
+    base_url: str | list[str] | None = None
+    """Of an OpenAI-compatible server, ending in `/v1`; plain http on this machine only. Of several
+    servers with the same model each request has one, and the next one after a failure."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; the key itself is never written anywhere."""
+    answers_dir: str | None = None
+    """A folder of answers that runs share; None: `answers` in the run's own."""
     replay_from: str | None = None
     """`replay`: a folder of recorded answers."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
@@ -78,8 +97,31 @@ class TeacherConfig(Section):
     requests_per_minute: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
     attempts: PositiveInt = 5
+    """Sendings of one request in one start of the command."""
+    backoff_seconds: PositiveFloat = 1.0
+    """Wait before the second attempt, doubled before each further one, where the server names no
+    time of its own."""
     timeout_seconds: PositiveFloat = 120.0
+    """From sending a request to the last byte of its answer."""
+    max_answer_bytes: PositiveInt = 1 << 22
+    """Longer responses are cut off and count as failures."""
+    failures_allowed: Share = 0.0
+    """More requests without an answer than this share end the command with exit code 3."""
+    batch_size: Annotated[int, Field(ge=1, le=50_000)] = 10_000
+    """`batch`: requests of one batch."""
+    poll_seconds: PositiveFloat = 30.0
+    """`batch`: between two looks at the batches."""
     prices: PricesConfig | None = None
+
+    @model_validator(mode="after")
+    def _no_key(self) -> Self:
+        # On the whole section, for errors of one field print its value, which may be the key.
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env is no name of an environment variable (not shown here, for it may be "
+                "the key itself); put the key into a variable and give its name"
+            )
+        return self
 
 
 class LimitsConfig(Section):
@@ -90,8 +132,53 @@ class LimitsConfig(Section):
     usd: PositiveFloat | None = None
 
 
+class TurnsConfig(Section):
+    """How many turns a sample has, and how long its texts are, in words."""
+
+    turns: tuple[PositiveInt, PositiveInt]
+    answer_words: tuple[PositiveInt, PositiveInt]
+
+
 class VerifyConfig(Section):
-    """How strict the checks are."""
+    """How strict the checks are; docs/instruction-data/verification.md tells what each one sees."""
+
+    forms: dict[SampleType, TurnsConfig] = Field(
+        default={
+            "conversation": TurnsConfig(turns=(1, 20), answer_words=(1, 150)),
+            "detail": TurnsConfig(turns=(1, 1), answer_words=(5, 400)),
+            "reasoning": TurnsConfig(turns=(1, 1), answer_words=(5, 500)),
+        }
+    )
+    max_question_words: PositiveInt = 80
+    """Of any question."""
+    max_hedged: Share = 0.25
+    """Of a description's or conversation's sentences; reasoning may guess."""
+    all_yes_from: PositiveInt = 3
+    """So many yes/no questions, all answered yes, reject a conversation."""
+    unseen_objects: Literal["reject", "keep"] = "reject"
+    """Things in neither boxes nor captions, in descriptions and conversations; in reasoning they
+    are refused where they are said to be visible."""
+    under_labelled: list[str] = Field(
+        default=["person", "car", "chair", "dining table", "cup", "book"]
+    )
+    """Categories that COCO often leaves without a box: an unseen one counts as unknown, not as
+    contradicted (RePOPE, arXiv 2504.15707); `unseen_objects` decides about it all the same."""
+    uncertain_counts: Literal["reject", "keep"] = "reject"
+    """`How many` of what the annotations cannot count."""
+    unknown_attributes: Literal["reject", "keep"] = "keep"
+    """Colours, materials and actions that no caption has."""
+    countable: PositiveInt = 8
+    """More boxes of one category than this are not counted: annotators stop there."""
+    tiny: Share = 0.002
+    """Boxes below this share of the picture may or may not be counted."""
+    gap: Share = 0.02
+    """Share of the side that must lie between two boxes, or a box and the middle, for a side to be
+    certain."""
+    centres: Share = 0.15
+    """Where boxes overlap in one direction: share of the side that their centres must differ by."""
+    far: Share = 0.25
+    """A gap of this share of the side between two boxes refutes that one is on, in or next to the
+    other."""
 
 
 class NearDuplicatesConfig(Section):

@@ -31,6 +31,11 @@ class RunFolder:
         return self.root / "templates.json"
 
     @property
+    def plan(self) -> Path:
+        """`plan`: what was chosen, refused and left out, with the estimates."""
+        return self.root / "plan.json"
+
+    @property
     def requests(self) -> Path:
         """`plan`: one `schema.Request` a line."""
         return self.root / "requests.jsonl"
@@ -39,6 +44,26 @@ class RunFolder:
     def answers(self) -> Path:
         """`generate`: a folder of append-only files of `schema.Answer`; runs may share it."""
         return self.root / "answers"
+
+    @property
+    def failures(self) -> Path:
+        """`generate`: one `schema.Failure` a line, appended; the last of a request is the truth."""
+        return self.root / "failures.jsonl"
+
+    @property
+    def spending(self) -> Path:
+        """`generate`: what was sent and what it took, appended; the sum is what the run spent."""
+        return self.root / "spending.jsonl"
+
+    @property
+    def teacher(self) -> Path:
+        """`generate`: what was found out about the server."""
+        return self.root / "teacher.json"
+
+    @property
+    def batches(self) -> Path:
+        """`generate`: batches handed in and what became of them, appended."""
+        return self.root / "batches.jsonl"
 
     @property
     def samples(self) -> Path:

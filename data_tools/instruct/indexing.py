@@ -1,13 +1,37 @@
 """The annotations of a run: read and checked once, then one picture a line."""
 
+import argparse
+import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
 
-from data_tools.coco import Box, Picture
+from data_tools.coco import Box, CocoIndex, Picture, read_coco
+from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
-from vlm_sft.atomic import atomic_open
-from vlm_sft.errors import UserError
+from vlm_sft.atomic import atomic_open, write_json
+from vlm_sft.errors import ImageError, UserError
+from vlm_sft.progress import track
+
+FORMAT: Final = 1
+"""Raised when this module would write other files from the same annotations."""
+
+
+def command(config: InstructConfig, options: Sequence[str]) -> None:
+    """Read and check the annotations, unless `pictures.jsonl` is of these very files."""
+    argparse.ArgumentParser(prog="index", description=__doc__).parse_args(options)
+    folder = RunFolder(Path(config.output_dir))
+    inputs = _inputs(config.coco)
+    told = _up_to_date(folder, inputs)
+    if told is None:
+        told = _index(folder, inputs, config.coco)
+    else:
+        print(f"{folder.pictures}: made from these very files before; nothing to do")
+    print("\n".join(_table(told)))
 
 
 def read_pictures(folder: RunFolder) -> dict[int, Picture]:
@@ -20,23 +44,190 @@ def read_pictures(folder: RunFolder) -> dict[int, Picture]:
         with folder.pictures.open("rb") as file:
             pictures = [_picture(json.loads(line)) for line in file]
     except FileNotFoundError:
-        raise UserError(
-            f"{folder.pictures}: there is no such file; run `index` first",
-            code="data_file_missing",
-        ) from None
+        raise _not_indexed(folder.pictures) from None
     return {picture.id: picture for picture in pictures}
 
 
-def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> None:
-    """Replace the indexed pictures."""
+def read_categories(folder: RunFolder) -> tuple[str, ...]:
+    """Names of all categories that the annotations know, with a box or without.
+
+    Raises:
+        UserError: The annotations have not been indexed.
+    """
+    try:
+        index = json.loads(folder.index.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _not_indexed(folder.index) from None
+    return tuple(index["categories"])
+
+
+def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> str:
+    """Replace the indexed pictures; returns the file's SHA-256."""
+    digest = hashlib.sha256()
     with atomic_open(folder.pictures) as file:
         for picture in pictures:
-            file.write(json.dumps(asdict(picture), ensure_ascii=False).encode() + b"\n")
+            line = json.dumps(asdict(picture), ensure_ascii=False).encode() + b"\n"
+            digest.update(line)
+            file.write(line)
+    return digest.hexdigest()
 
 
-def _picture(values: dict[str, object]) -> Picture:
-    known: dict[str, object] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+def _not_indexed(path: Path) -> UserError:
+    return UserError(f"{path}: there is no such file; run `index` first", code="data_file_missing")
+
+
+def _picture(values: dict[str, Any]) -> Picture:
+    boxes = tuple(Box(**box) for box in values.pop("boxes"))
+    captions, caption_ids = tuple(values.pop("captions")), tuple(values.pop("caption_ids"))
+    return Picture(**values, boxes=boxes, captions=captions, caption_ids=caption_ids)
+
+
+def _index(folder: RunFolder, inputs: dict[str, Any], config: CocoConfig) -> dict[str, Any]:
+    index = read_coco(_path(config.instances), _path(config.captions), config.max_faulty)
+    pictures = list(_usable(index, Path(config.images)))
+    remedy = (
+        "; coco.images is to be the folder these pictures lie in, and coco.max_faulty=1 takes "
+        "what is there"
+    )
+    index.findings.require_few({"picture": len(index.pictures)}, config.max_faulty, remedy)
+    if not pictures:
+        raise UserError(f"{config.images}: not one annotated picture is there", code="no_records")
+    written = write_pictures(folder, track(pictures, description="writing pictures"))
+    told = _told(index, pictures, inputs, written)
+    write_json(folder.index, told)
+    return told
+
+
+def _usable(index: CocoIndex, images: Path) -> Iterator[Picture]:
+    """The pictures whose file is there and is, by its header, what the annotations speak of."""
+    for picture in track(index.pictures, description="looking at pictures"):
+        problem = _problem(picture, images)
+        if problem is None:
+            yield picture
+        else:
+            kind, found = problem
+            index.findings.add(kind, f"{picture.file_name}: {found}")
+
+
+def _problem(picture: Picture, images: Path) -> tuple[str, str] | None:
+    from vlm_sft.data.images import upright_size
+
+    try:
+        size = upright_size(images / picture.file_name)
+    except ImageError as error:
+        missing = error.reason == "image_missing"
+        return "picture_missing" if missing else "picture_unreadable", str(error)
+    annotated = f"{picture.width} x {picture.height}"
+    if (size.width, size.height) != (picture.width, picture.height):
+        return "picture_size", f"{size.width} x {size.height} pixels, annotated as {annotated}"
+    if size.turn == "other" or (size.turn == "sideways" and size.width == size.height):
+        return "picture_turned", f"{annotated} fits it before and after"
+    return None
+
+
+def _told(
+    index: CocoIndex, pictures: Sequence[Picture], inputs: dict[str, Any], written: str
+) -> dict[str, Any]:
+    """The content of `index.json`: without paths, so that the same files give the same bytes."""
+    frequencies = CocoIndex(tuple(pictures), index.categories).frequencies()
+    boxes = Counter(box.category for picture in pictures for box in picture.boxes)
+    of_license = Counter(picture.license for picture in pictures)
+    return {
+        "format": FORMAT,
+        "inputs": inputs,
+        "pictures_sha256": written,
+        "pictures": {
+            "annotated": len(index.pictures),
+            "indexed": len(pictures),
+            "with_captions": sum(bool(picture.captions) for picture in pictures),
+            "with_boxes": sum(bool(picture.boxes) for picture in pictures),
+            "by_split": dict(
+                sorted(Counter(picture.split or "unknown" for picture in pictures).items())
+            ),
+        },
+        "captions": sum(len(picture.captions) for picture in pictures),
+        "boxes": boxes.total(),
+        "categories": {
+            name: {"pictures": frequencies[name], "boxes": boxes[name]} for name in index.categories
+        },
+        "licenses": {
+            str(number): {**index.licenses.get(number, {}), "pictures": of_license[number]}
+            for number in sorted(n for n in of_license if n is not None)
+        },
+        "pictures_without_license": of_license[None],
+        "findings": index.findings.told(),
     }
-    known["boxes"] = tuple(Box(**box) for box in values["boxes"])  # type: ignore[attr-defined]
-    return Picture(**known)  # type: ignore[arg-type]
+
+
+def _table(told: dict[str, Any]) -> Iterator[str]:
+    pictures = told["pictures"]
+    yield (
+        f"{pictures['indexed']:,} of {pictures['annotated']:,} annotated pictures: "
+        f"{pictures['with_captions']:,} with captions ({told['captions']:,}), "
+        f"{pictures['with_boxes']:,} with boxes ({told['boxes']:,} of "
+        f"{len(told['categories'])} categories)"
+    )
+    for found in told["findings"].values():
+        lost = found["consequence"] != "told"
+        example = f": {found['consequence']}, e.g. {found['examples'][0]}" if lost else ""
+        yield f"{found['count']:>9,}  {found['meaning']}{example}"
+    for number, entry in told["licenses"].items():
+        yield f"{entry['pictures']:>9,}  under licence {number}: {entry.get('name', 'not named')}"
+    if told["pictures_without_license"]:
+        yield f"{told['pictures_without_license']:>9,}  of unknown licence"
+
+
+def _inputs(config: CocoConfig) -> dict[str, Any]:
+    """What the index is made of, by content; pictures by name and size in bytes."""
+    inputs: dict[str, Any] = {"max_faulty": config.max_faulty}
+    for name in ("instances", "captions"):
+        path = _path(getattr(config, name))
+        inputs[name] = None if path is None else {"file": path.name, "sha256": _digest(path)}
+    inputs["images"] = _listing(Path(config.images))
+    return inputs
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
+
+
+def _listing(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(
+            f"coco.images {folder}: is not a folder; give the one the pictures lie in",
+            code="image_missing",
+        )
+    digest, count = hashlib.sha256(), 0
+    for name, size in _files(folder, ""):
+        digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        count += 1
+    return {"files": count, "sha256": digest.hexdigest()}
+
+
+def _files(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    """Names below the folder and sizes in bytes, in the order of names."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from _files(folder / entry.name, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name, entry.stat().st_size
+
+
+def _up_to_date(folder: RunFolder, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of `index.json` where it and the pictures are what these inputs give."""
+    try:
+        told: dict[str, Any] = json.loads(folder.index.read_bytes())
+        if (told["format"], told["inputs"]) != (FORMAT, inputs):
+            return None
+        return told if told["pictures_sha256"] == _digest(folder.pictures) else None
+    except (OSError, UserError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)

@@ -103,6 +103,29 @@ class Answer(Line):
     seconds: float = 0.0
 
 
+class Failure(Line):
+    """Why a request has no answer yet; it is asked again when the command is given again.
+
+    Attributes:
+        request: The request's id.
+        reason: `nothing_to_say` is no fault: the rules find nothing certain to say about the
+            picture. `not_recorded`: the replayed folder lacks the request.
+        message: In one sentence; foreign text in it is made safe to print.
+        status: The server's HTTP status, where it gave one.
+        attempts: Sendings.
+    """
+
+    request: str
+    sample_id: str
+    reason: Literal[
+        "rate_limited", "server_error", "timeout", "connection", "too_long", "not_an_answer",
+        "refused", "expired", "nothing_to_say", "not_recorded",
+    ]  # fmt: skip
+    message: str
+    status: int | None = None
+    attempts: int = 0
+
+
 class Turn(Line):
     """A question with its answer, and the labels (`c2`, `b1`) that the answer rests on."""
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Final, Literal
+from typing import IO, Final, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -77,6 +77,29 @@ def open_image(source: ImageSource) -> Image.Image:
     """
     with _opened(source) as (file, name):
         return _decode(_read_header(file, name), name)
+
+
+class UprightSize(NamedTuple):
+    """Sides as `open_image` gives them, and what EXIF had done to the picture before."""
+
+    width: int
+    height: int
+    turn: Literal["none", "sideways", "other"]
+
+
+def upright_size(source: ImageSource) -> UprightSize:
+    """The picture's size from its header alone: what is broken behind it is not found.
+
+    Raises:
+        ImageError: As `open_image`, for what a header shows.
+    """
+    with _opened(source) as (file, name):
+        image = _read_header(file, name)
+        turn = _turn_of(image)
+        width, height = image.size
+    if turn in _SIDEWAYS:
+        return UprightSize(height, width, "sideways")
+    return UprightSize(width, height, "none" if turn is None else "other")
 
 
 def read_pixels(
@@ -293,6 +316,8 @@ _TURNS: Final[dict[object, Image.Transpose]] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS: Final = tuple(_TURNS[number] for number in (5, 6, 7, 8))
+"""Turns that swap width and height."""
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:

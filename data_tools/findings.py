@@ -1,0 +1,109 @@
+"""What was found in annotations: counted by kind, with the first examples, and never silent."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from vlm_sft.errors import UserError
+
+Consequence = Literal["annotation set aside", "picture set aside", "told"]
+
+MAX_EXAMPLES: Final = 5
+MAX_FAULTY: Final = 0.01
+"""Share of all annotations or pictures that may have one fault and be set aside; a larger one
+speaks of a wrong file (or of corners in place of sizes), not of a slip of its makers."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A kind of thing that annotations may show.
+
+    Attributes:
+        meaning: In the plural, behind a count.
+        consequence: What becomes of the annotation or the picture.
+    """
+
+    meaning: str
+    consequence: Consequence
+
+
+KINDS: Final[Mapping[str, Finding]] = {
+    "box_without_area": Finding("boxes without area", "annotation set aside"),
+    "box_outside": Finding("boxes leaving their picture by over a pixel", "annotation set aside"),
+    "box_repeated": Finding("boxes repeating one of their picture", "annotation set aside"),
+    "box_rounded": Finding("boxes leaving their picture by up to a pixel, kept", "told"),
+    "box_crowd": Finding("boxes of crowds, never counted", "told"),
+    "caption_empty": Finding("captions without a word", "annotation set aside"),
+    "caption_long": Finding("captions of over 5,000 characters", "annotation set aside"),
+    "caption_unreadable": Finding("captions that are no Unicode text", "annotation set aside"),
+    "caption_repeated": Finding("captions repeating one of their picture, kept", "told"),
+    "picture_without_captions": Finding("pictures without captions", "told"),
+    "picture_without_boxes": Finding("pictures without boxes: absence unknown", "told"),
+    "picture_missing": Finding("pictures without a file", "picture set aside"),
+    "picture_unreadable": Finding("pictures that cannot be opened", "picture set aside"),
+    "picture_size": Finding("pictures of another size than annotated", "picture set aside"),
+    "picture_turned": Finding(
+        "pictures turned by their EXIF data, unlike their boxes", "picture set aside"
+    ),
+}
+
+
+@dataclass
+class Findings:
+    """Counts and first examples by kind."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str) -> None:
+        """Count one finding; its sentence is kept while few are."""
+        assert kind in KINDS, kind
+        self.counts[kind] += 1
+        kept = self.examples.setdefault(kind, [])
+        if len(kept) < MAX_EXAMPLES:
+            kept.append(example)
+
+    def require_few(self, totals: Mapping[str, int], share: float, remedy: str = "") -> None:
+        """Refuse faults that set too large a part aside.
+
+        Args:
+            totals: How many there are of what kinds begin with (`box`, `caption`, `picture`).
+            share: The largest part that may be set aside for one fault.
+            remedy: What else can be done, told at the sentence's end.
+
+        Raises:
+            UserError: One kind of fault has more; the first example is told.
+        """
+        for kind, count in self.counts.items():
+            total = totals.get(kind.partition("_")[0], 0)
+            if KINDS[kind].consequence == "told" or count <= share * total:
+                continue
+            missing = kind.startswith("picture_missing")
+            raise UserError(
+                f"{self.examples[kind][0]} ({count:,} of {total:,} {KINDS[kind].meaning}; up to "
+                f"{share:.3g} of them would be set aside){remedy}",
+                code="image_missing" if missing else None,
+            )
+
+    def told(self) -> dict[str, dict[str, Any]]:
+        """All kinds found, in the order of `KINDS`."""
+        return {
+            kind: {
+                "count": self.counts[kind],
+                "meaning": finding.meaning,
+                "consequence": finding.consequence,
+                "examples": self.examples[kind],
+            }
+            for kind, finding in KINDS.items()
+            if self.counts[kind]
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The same for a terminal; an example only where something is set aside."""
+        for kind, told in self.told().items():
+            lost = told["consequence"] != "told"
+            yield (
+                f"{told['count']:>9,}  {told['meaning']}"
+                + (f": {told['consequence']}, e.g. {self.examples[kind][0]}" if lost else "")
+            )

@@ -1,0 +1,232 @@
+"""The split guard: pictures that evaluations use are found by their numeric id and not trained on.
+
+train2017 is train2014 and 35,504 of the 40,504 pictures of val2014, so a picture of POPE,
+LLaVA-Bench (COCO) or Karpathy's test split, all from val2014, most likely lies in train2017.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from data_tools.coco import Picture
+from data_tools.instruct.config import GuardConfig
+from data_tools.json_lists import read_lists
+from vlm_sft.errors import UserError
+
+KNOWN: Final[Mapping[str, str | None]] = {
+    "pope": "val2014",
+    "llava_bench_coco": "val2014",
+    "karpathy_test": "val2014",
+    "val2014": None,
+    "val2017": None,
+}
+"""Evaluations on COCO's pictures, and the part of COCO that holds all of their pictures."""
+
+CANNOT_MEET: Final[Mapping[str, frozenset[str]]] = {
+    "train2014": frozenset(KNOWN),
+    "train2017": frozenset({"val2017"}),
+}
+"""By part of COCO, the evaluations without a picture of it: COCO's splits say so, and val2017 is
+from val2014."""
+
+Status = Literal["checked", "by split", "covered", "split only", "not checked"]
+
+_HEAD: Final = 1 << 16
+_ID_KEYS: Final = ("image_id", "cocoid", "image", "id", "file_name", "filename")
+"""Where an entry of a list names its picture, the first that it has."""
+_COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+20\d\d_)?0*(\d{1,12})(?:\.[A-Za-z]{3,4})?")
+
+
+@dataclass(frozen=True)
+class ListFigures:
+    """What was found about one evaluation.
+
+    Attributes:
+        name: As in `guard.lists`, or a known one without a file.
+        status: `checked` by a file; `by split`: known of every picture by COCO's own splits;
+            `covered` by another list that holds all of its pictures; `split only`: no file, but
+            some pictures say themselves that they are of it; `not checked`.
+        listed: Ids in its files.
+        overlap: Pictures of ours among them.
+    """
+
+    name: str
+    status: Status
+    listed: int
+    overlap: int
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Which pictures evaluations use, and the figures behind that."""
+
+    evaluations: Mapping[int, tuple[str, ...]]
+    figures: tuple[ListFigures, ...]
+    allowed: bool
+
+    def refuses(self, picture_id: int) -> bool:
+        """Whether the picture may not be trained on."""
+        return not self.allowed and picture_id in self.evaluations
+
+    def told(self) -> dict[str, Any]:
+        """For `plan.json`."""
+        return {
+            "allow_evaluation_images": self.allowed,
+            "evaluation_images": len(self.evaluations),
+            "lists": {
+                f.name: {"status": f.status, "listed": f.listed, "overlap": f.overlap}
+                for f in self.figures
+            },
+        }
+
+    def lines(self) -> Iterator[str]:
+        """For a terminal: what is refused, and plainly what nobody looked at."""
+        verdict = "kept (guard.allow_evaluation_images)" if self.allowed else "refused"
+        yield f"{len(self.evaluations):>9,}  pictures of evaluations: {verdict}"
+        for f in self.figures:
+            match f.status:
+                case "checked":
+                    said = (
+                        f"{f.listed:,} ids in its files, {f.overlap:,} of our pictures among them"
+                    )
+                case "split only":
+                    said = (
+                        f"{f.overlap:,} of our pictures say that they are of it; what else of "
+                        f"it is here is NOT CHECKED: give its ids as guard.lists.{f.name}"
+                    )
+                case "covered":
+                    said = f"its pictures are all among {KNOWN[f.name]}'s, which were checked"
+                case "by split":
+                    said = f"{f.overlap:,} of our pictures, by COCO's own splits"
+                case _:
+                    within = KNOWN[f.name]
+                    said = f"NOT CHECKED: give its ids as guard.lists.{f.name}" + (
+                        f", or {within}'s, which hold them" if within else ""
+                    )
+            yield f"           {f.name}: {said}"
+
+
+def check(pictures: Iterable[Picture], config: GuardConfig) -> Guard:
+    """Hold the pictures against the evaluations' ids.
+
+    Raises:
+        UserError: A list cannot be read, names no picture, or one that has no numeric id.
+    """
+    pictures = list(pictures)
+    listed = {
+        name: frozenset().union(*(read_ids(Path(path), name) for path in _paths(files)))
+        for name, files in config.lists.items()
+    }
+    evaluations: dict[int, list[str]] = {}
+    figures: dict[str, ListFigures] = {}
+    for name in dict.fromkeys([*listed, *sorted(KNOWN, key=lambda name: KNOWN[name] or "")]):
+        met = [p for p in pictures if p.id in listed.get(name, ()) or p.split == name]
+        for picture in met:
+            evaluations.setdefault(picture.id, []).append(name)
+        status = "checked" if name in listed else _status(name, figures, pictures, bool(met))
+        figures[name] = ListFigures(name, status, len(listed.get(name, ())), len(met))
+    return Guard(
+        {image_id: tuple(names) for image_id, names in sorted(evaluations.items())},
+        tuple(figures.values()),
+        config.allow_evaluation_images,
+    )
+
+
+def _status(
+    name: str, figures: Mapping[str, ListFigures], pictures: Iterable[Picture], met: bool
+) -> Status:
+    """What is known of an evaluation without a file; the part that holds it has been looked at."""
+    if all(p.split == name or name in CANNOT_MEET.get(p.split or "", ()) for p in pictures):
+        return "by split"
+    within = KNOWN[name]
+    if within is not None and figures[within].status in ("checked", "by split"):
+        return "covered"
+    return "split only" if met else "not checked"
+
+
+def _paths(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else files
+
+
+def read_ids(path: Path, name: str = "") -> frozenset[int]:
+    """The ids of the pictures that a file lists.
+
+    A COCO annotation file or Karpathy's `dataset_coco.json` (an object with `images`; for a `name`
+    like `karpathy_test` only entries whose `split` is `test`); a JSON list or JSON lines of ids,
+    file names, or objects with `image_id`, `cocoid`, `image`, `file_name` or `id`; plain text with
+    one id or file name a line.
+
+    Raises:
+        UserError: The file is not there, is none of these, is empty, or an entry has no COCO id.
+    """
+    ids = frozenset(_id_of(entry, where) for entry, where in _entries(path) if _wanted(entry, name))
+    if not ids:
+        raise UserError(
+            f"{path}: lists no picture; guard.lists is to name files with ids of pictures",
+            code="no_records",
+        )
+    return ids
+
+
+def _wanted(entry: Any, name: str) -> bool:
+    if not (isinstance(entry, dict) and "split" in entry and name.startswith("karpathy_")):
+        return True
+    return bool(entry["split"] == name.removeprefix("karpathy_"))
+
+
+def _entries(path: Path) -> Iterator[tuple[Any, str]]:
+    """What the file lists, with the place for messages."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            head = file.read(_HEAD).lstrip()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason})", code="json_syntax") from None
+    if head.startswith("["):
+        entries = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+        yield from ((entry, f"{path}[{position}]") for position, entry in enumerate(entries))
+    elif head.startswith("{") and not _is_json_line(head):
+        for element in read_lists(path, ("images",)):
+            yield element.value, f"{path}: images[{element.position}]"
+    else:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield _parse(line, where) if line.lstrip()[0] == "{" else line.strip(), where
+
+
+def _is_json_line(head: str) -> bool:
+    """Whether a text begins with a line that is an object of its own, not one with `images`."""
+    try:
+        first = json.loads(head.split("\n", 1)[0])
+    except json.JSONDecodeError:
+        return False
+    return isinstance(first, dict) and "images" not in first
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is not valid JSON ({error})", code="json_syntax") from None
+
+
+def _id_of(entry: Any, where: str) -> int:
+    value = entry
+    if isinstance(entry, dict):
+        value = next((entry[key] for key in _ID_KEYS if key in entry), None)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _COCO_NAME.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise UserError(
+            f"{where}: found {str(entry)[:80]!r}, expected COCO's numeric id of a picture, a file "
+            f"name with it (COCO_val2014_000000033471.jpg), or an object with one of "
+            f"{', '.join(_ID_KEYS)}"
+        )
+    return int(match.group(1))

@@ -1,0 +1,116 @@
+"""What can go wrong with a sending, and what follows from it."""
+
+import email.utils
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from data_tools.instruct.schema import Failure
+from data_tools.instruct.teachers.client import Key, TooLong
+from data_tools.instruct.teachers.wire import NotAnAnswer, printable
+
+Reason = Literal[
+    "rate_limited", "server_error", "timeout", "connection", "too_long", "not_an_answer", "refused"
+]
+
+LONGEST_WAIT: Final = 600.0
+"""Seconds; a server that asks for a longer wait is asked again by the next start."""
+
+_POLICY_CODES: Final = ("content_filter", "content_policy_violation", "content_policy")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why one sending brought no answer.
+
+    Attributes:
+        retry: Whether repeating it can help.
+        wait: Seconds that the server asks to wait.
+        free: Whether the server surely charged nothing.
+        fatal: No other request would fare better.
+        policy: The server holds the request's content to be against its rules.
+        parameter: The parameter that the server complains about.
+    """
+
+    reason: Reason
+    message: str
+    status: int | None = None
+    retry: bool = True
+    wait: float | None = None
+    free: bool = False
+    fatal: bool = False
+    policy: bool = False
+    parameter: str | None = None
+
+    def failure(self, request: str, sample_id: str, attempts: int) -> Failure:
+        """The failure of a request that ended with this."""
+        return Failure(
+            request=request, sample_id=sample_id, reason=self.reason, message=self.message,
+            status=self.status, attempts=attempts,
+        )  # fmt: skip
+
+
+def fault_of(error: Exception, key: Key) -> Fault:
+    """The fault that an exception of a sending stands for.
+
+    Raises:
+        Exception: `error` itself, where it is none of these.
+    """
+    import httpx2
+    import openai
+
+    if isinstance(error, NotAnAnswer):
+        return Fault("not_an_answer", str(error))
+    if isinstance(error, TooLong):
+        return Fault("too_long", str(error))
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        return Fault("timeout", "no whole answer within teacher.timeout_seconds")
+    if isinstance(error, openai.APIConnectionError):
+        cause = error.__cause__
+        never_sent = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
+        what = "cannot be reached" if never_sent else "dropped the connection"
+        name = type(cause).__name__
+        return Fault("connection", f"the server {what} ({name})", free=never_sent)
+    if isinstance(error, openai.APIStatusError):
+        return _of_status(error.status_code, error.response.headers, error.body, key)
+    raise error
+
+
+def _of_status(status: int, headers: Mapping[str, str], body: Any, key: Key) -> Fault:
+    told = body if isinstance(body, dict) else {"message": body or ""}
+    words = printable(key.removed_from(str(told.get("message") or "")))
+    message = f"the server says {status}" + (f": {words}" if words else "")
+    code, parameter = str(told.get("code") or ""), told.get("param")
+    fault = Fault("refused", message, status=status, retry=False, free=True)
+    wait = retry_after(headers)
+    if 300 <= status < 400:
+        elsewhere = "; it points elsewhere, which is not followed, for the key would go there"
+        return replace(fault, message=message + elsewhere, fatal=True)
+    if status == 429:
+        spent = code == "insufficient_quota"
+        return replace(fault, reason="rate_limited", wait=wait, retry=not spent, fatal=spent)
+    if code in _POLICY_CODES:
+        return replace(fault, policy=True)
+    if status in (401, 403, 404):
+        return replace(fault, fatal=True)
+    if status in (408, 409) or (status >= 500 and status != 501):
+        return replace(fault, reason="server_error", wait=wait, retry=True)
+    return replace(fault, parameter=parameter if isinstance(parameter, str) else None)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a response asks to wait: `Retry-After` as a number or a date."""
+    value = headers.get("retry-after", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        parsed = email.utils.parsedate_tz(value)
+        if parsed is None:
+            return None
+        try:
+            seconds = email.utils.mktime_tz(parsed) - time.time()
+        except (OverflowError, ValueError, OSError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -1,0 +1,33 @@
+"""The teacher that a configuration names."""
+
+from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.indexing import read_pictures
+from data_tools.instruct.planning import read_templates
+from data_tools.instruct.teachers import Teacher
+from data_tools.instruct.teachers.spending import Spending
+from data_tools.instruct.teachers.stopping import Stopping
+
+
+def make_teacher(
+    config: InstructConfig, folder: RunFolder, spending: Spending, stopping: Stopping
+) -> Teacher:
+    """The teacher, ready to be asked.
+
+    Raises:
+        UserError: Its settings, its key or the files it needs are wrong.
+    """
+    if config.teacher.kind == "rules":
+        from data_tools.instruct.teachers.rules import RulesTeacher
+
+        return RulesTeacher(read_pictures(folder))
+    if config.teacher.kind == "replay":
+        from data_tools.instruct.teachers.replay import ReplayTeacher
+
+        return ReplayTeacher(config.teacher)
+    from data_tools.instruct.teachers.chat import ChatTeacher
+
+    return ChatTeacher(
+        config.teacher, read_templates(folder), spending, stopping, seed=config.seed,
+        found=folder.teacher,
+    )  # fmt: skip
