@@ -27,6 +27,7 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import write_pictures
 from data_tools.instruct.lines import write_lines
 from data_tools.instruct.schema import Cost, PictureSource, Sample, Shown, Turn
+from vlm_sft.atomic import write_json
 from vlm_sft.errors import run_command
 from vlm_sft.settings import parse
 
@@ -113,7 +114,7 @@ def run_config(run: Path) -> InstructConfig:
     """Everything on, but that no picture is opened."""
     values = {
         "output_dir": str(run),
-        "coco": {"images": str(run / "images")},
+        "coco": {"captions": "captions.json", "images": str(run / "images")},
         "teacher": {"kind": "rules"},
         "clean": {"same_pictures": {"action": "keep"}},
     }
@@ -141,6 +142,7 @@ def make_run(run: Path, count: int) -> None:
         )
     folder = RunFolder(run)
     write_pictures(folder, pictures)
+    write_json(folder.index, {"categories": dict.fromkeys(CATEGORIES)})
     (run / "images").mkdir()
     for picture in pictures:
         (run / "images" / picture.file_name).touch()

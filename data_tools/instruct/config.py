@@ -232,6 +232,9 @@ class OpeningsConfig(Section):
     """Shorter answers are not counted: their form is given by the question."""
     least: PositiveInt = 20
     """So many of one opening are always let be."""
+    max_loss: Share = 0.2
+    """Where the share would cost more than this part of a type's answers, none is taken and that is
+    said: the cure for such monotony is another prompt."""
 
 
 class CleanConfig(Section):

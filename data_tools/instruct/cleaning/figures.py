@@ -215,7 +215,8 @@ class Figures:
             if over:
                 found.append(
                     f"openings of {name}: {over[0]['opening']!r} begins {over[0]['share']:.0%} of "
-                    f"the answers, above {openings.max_share:.0%}: there are too few other openings"
+                    f"the answers, above {openings.max_share:.0%}, which cannot be reached without "
+                    f"losing more than {openings.max_loss:.0%} of them (clean.openings)"
                 )
         return found
 

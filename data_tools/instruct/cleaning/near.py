@@ -136,7 +136,7 @@ def _beside(table: "Table", live: NDArray[np.bool_], threshold: float) -> set[in
 class _Compare:
     def __init__(self, table: "Table", reader: "Reader", config: NearDuplicatesConfig) -> None:
         self._table, self._reader, self._config = table, reader, config
-        self._of = lru_cache(4096)(self._read)
+        self._of = lru_cache(512)(self._read)
 
     def is_repeat(self, number: int, earlier: list[int]) -> bool:
         """Whether one of the earlier is too like it; if so, it is marked with the first such."""
