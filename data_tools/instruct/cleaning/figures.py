@@ -62,7 +62,9 @@ class Figures:
     def as_dict(self, folder: RunFolder) -> dict[str, Any]:
         """All of it, for `cleaning.json`."""
         return {
-            "settings": self._config.model_dump(mode="json"),
+            "settings": self._config.model_dump(
+                mode="json", exclude={"same_pictures": {"workers"}}
+            ),
             "input": _file(folder.samples) | self._of_all(np.ones_like(self._live)),
             "kept": _file(folder.kept) | self._of_all(self._live),
             "set_aside": _file(folder.set_aside) | self._set_aside(),
