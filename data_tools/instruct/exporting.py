@@ -22,6 +22,18 @@ FILES: Final = {"llava": "llava.json", "messages": "messages.jsonl", "parquet": 
 RECEIPTS: Final = "receipts.jsonl"
 
 IMAGE_MARK: Final = IMAGE_LINE.strip()
+LICENSES: Final = {
+    1: "CC BY-NC-SA 2.0",
+    2: "CC BY-NC 2.0",
+    3: "CC BY-NC-ND 2.0",
+    4: "CC BY 2.0",
+    5: "CC BY-SA 2.0",
+    6: "CC BY-ND 2.0",
+    7: "no known copyright restrictions",
+    8: "United States Government work",
+}
+"""COCO's numbers, for annotations that do not name them."""
+
 _ROWS_AT_ONCE: Final = 1000
 
 
@@ -142,7 +154,7 @@ class _Counts:
             "origins": dict(sorted(self._origins.items())),
             "models": dict(sorted(self._models.items())),
             "picture_licenses": {
-                names.get(str(number), f"licence {number}" if number else "not told"): count
+                names.get(str(number)) or LICENSES.get(number, "not told"): count
                 for number, count in sorted(licenses.items())
             },
             "boxes_in_texts": {"frame": config.box_frame, "count": self.boxes},

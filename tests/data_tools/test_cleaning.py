@@ -13,12 +13,11 @@ from PIL import Image
 
 from data_tools.instruct import cleaning
 from data_tools.instruct.cleaning import balance, texts
-from data_tools.instruct.cleaning.choices import choice_of, group_of
+from data_tools.instruct.cleaning.choices import Categories, choice_of, group_of
 from data_tools.instruct.cleaning.near import MISSED, banding
 from data_tools.instruct.cleaning.pictures import hash_of, look, near_pairs
 from data_tools.instruct.config import InstructConfig, SamePictureConfig
 from data_tools.instruct.schema import Sample
-from data_tools.instruct.verification.lexicon import Lexicon
 from tests.data_tools.instruct_samples import draw, kept, run_folder, sample, set_aside, turn
 from vlm_sft.errors import UserError
 
@@ -258,13 +257,13 @@ def test_a_choice_is_told_by_question_and_answer(
 
 
 def test_categories_are_found_by_plural_and_synonym() -> None:
-    lexicon = Lexicon(["dog", "dining table", "person"])
+    categories = Categories(["dog", "dining table", "person"])
 
     def group(question: str) -> tuple[str, str, str]:
         found = turn(question, "Yes.", "existence")
         choice = choice_of(found)
         assert choice is not None
-        return group_of(found, choice, lexicon)
+        return group_of(found, choice, categories)
 
     asked = group("Are men at the table with their puppies?")
     assert asked == ("yes_no", "existence", "dining table+dog+person")

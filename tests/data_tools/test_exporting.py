@@ -94,7 +94,7 @@ def test_the_receipt_names_request_model_cost_and_checks(tmp_path: Path) -> None
     assert (told["samples"], told["turns"], told["pictures"]) == (2, 3, 2)
     assert told["picture_licenses"] == {
         "Attribution-NonCommercial License": 1,
-        "licence 4": 1,
+        "CC BY 2.0": 1,
     }
     assert sorted(told["files"]) == [
         "llava.json",

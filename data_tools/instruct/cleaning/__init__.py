@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_tools.coco import Picture
 from data_tools.instruct.cleaning import near, pictures, receipts, steps
+from data_tools.instruct.cleaning.choices import Categories
 from data_tools.instruct.cleaning.figures import Figures
 from data_tools.instruct.cleaning.table import Reader, Table, TableBuilder, line_offsets
 from data_tools.instruct.config import CleanConfig, InstructConfig
@@ -17,7 +18,6 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_categories, read_pictures
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.schema import Sample
-from data_tools.instruct.verification.lexicon import Lexicon
 from vlm_sft.atomic import atomic_open, write_json
 from vlm_sft.errors import UserError
 from vlm_sft.progress import track
@@ -46,7 +46,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
 
 
 def _read(folder: RunFolder, config: InstructConfig, known: dict[int, Picture]) -> Table:
-    builder = TableBuilder(config.clean, Lexicon(read_categories(folder)), config.seed)
+    builder = TableBuilder(config.clean, Categories(read_categories(folder)), config.seed)
     samples = track(read_lines(folder.samples, Sample), description="reading samples")
     for sample, offset in zip(samples, line_offsets(folder.samples), strict=True):
         if sample.picture.id not in known:

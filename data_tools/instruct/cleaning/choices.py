@@ -1,6 +1,7 @@
 """Questions that are a choice among a few answers, of which a guesser could know the commoner."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -97,12 +98,22 @@ def _place(turn: Turn) -> Choice | None:
     return None
 
 
-def group_of(turn: Turn, choice: Choice, lexicon: Lexicon) -> tuple[str, Kind, str]:
-    """What a guesser who does not see the picture knows: family, kind, categories named.
-
-    A wider word (`vehicle`) is a category of its own here: the guesser reads the word.
-    """
+def group_of(turn: Turn, choice: Choice, categories: "Categories") -> tuple[str, Kind, str]:
+    """What a guesser who does not see the picture knows: family, kind, categories named."""
     family = choice.family if choice.family != "option" else f"option_of_{choice.options}"
-    found = lexicon.matches(words(turn.question))
-    named = {"|".join(match.entry.categories) for match in found}
-    return family, turn.kind, "+".join(sorted(named))
+    return family, turn.kind, "+".join(categories.named(turn.question))
+
+
+class Categories:
+    """Finds the annotated categories that a question names, by the words that `verify` knows."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._lexicon = Lexicon(names)
+
+    def named(self, text: str) -> list[str]:
+        """The categories in the order of their names, each once.
+
+        A wider word (`vehicle`) is a category of its own here: the guesser reads the word.
+        """
+        found = self._lexicon.matches(words(text))
+        return sorted({"|".join(match.entry.categories) for match in found})

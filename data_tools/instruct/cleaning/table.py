@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.instruct.cleaning import texts
-from data_tools.instruct.cleaning.choices import VALUES, choice_of, group_of
+from data_tools.instruct.cleaning.choices import VALUES, Categories, choice_of, group_of
 from data_tools.instruct.cleaning.near import Signatures
 from data_tools.instruct.config import CleanConfig
 from data_tools.instruct.schema import Sample, SampleType, Turn
-from data_tools.instruct.verification.lexicon import Lexicon
 
 TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
 
@@ -111,8 +110,8 @@ class Table:
 class TableBuilder:
     """Takes the samples one by one; `finished` gives the table."""
 
-    def __init__(self, config: CleanConfig, lexicon: Lexicon, seed: int) -> None:
-        self._config, self._lexicon, self._seed = config, lexicon, seed
+    def __init__(self, config: CleanConfig, categories: Categories, seed: int) -> None:
+        self._config, self._categories, self._seed = config, categories, seed
         self._groups: dict[tuple[str, str, str], int] = {}
         self._families = {str(family) for family in config.answers.families}
         near = config.near_duplicates
@@ -159,7 +158,7 @@ class TableBuilder:
         choice = choice_of(turn)
         if choice is None or choice.family not in self._families:
             return NO_GROUP, 0
-        name = group_of(turn, choice, self._lexicon)
+        name = group_of(turn, choice, self._categories)
         return self._groups.setdefault(name, len(self._groups)), choice.value
 
     def finished(self) -> Table:
