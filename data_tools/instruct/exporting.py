@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
@@ -32,7 +32,7 @@ LICENSES: Final = {
     7: "no known copyright restrictions",
     8: "United States Government work",
 }
-"""COCO's numbers, as the `licenses` of its annotation files name them."""
+"""COCO's numbers, for annotations that do not name them."""
 
 _ROWS_AT_ONCE: Final = 1000
 
@@ -66,7 +66,8 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     for old in FILES.keys() - set(config.export.formats):  # of an earlier export
         (folder.exports / FILES[old]).unlink(missing_ok=True)
     names = [*(FILES[name] for name in config.export.formats), RECEIPTS]
-    told = counts.as_dict(config.export) | {"files": _digests(folder.exports, names)}
+    told = counts.as_dict(config.export, _license_names(folder))
+    told["files"] = _digests(folder.exports, names)
     write_json(folder.exports / "export.json", told)
     print(counts.summary(folder.exports, names))
 
@@ -143,7 +144,7 @@ class _Counts:
         self._models[sample.model] += 1
         self._license_of[sample.picture.id] = sample.picture.license or 0
 
-    def as_dict(self, config: ExportConfig) -> dict[str, Any]:
+    def as_dict(self, config: ExportConfig, names: Mapping[str, str]) -> dict[str, Any]:
         licenses = Counter(self._license_of.values())
         return {
             "samples": self.samples,
@@ -153,7 +154,8 @@ class _Counts:
             "origins": dict(sorted(self._origins.items())),
             "models": dict(sorted(self._models.items())),
             "picture_licenses": {
-                LICENSES.get(number, "unknown"): count for number, count in sorted(licenses.items())
+                names.get(str(number)) or LICENSES.get(number, "not told"): count
+                for number, count in sorted(licenses.items())
             },
             "boxes_in_texts": {"frame": config.box_frame, "count": self.boxes},
             "left_out": {"IMAGE_MARK_IN_QUESTION": self.left_out},
@@ -272,6 +274,14 @@ def _conversation(turns: Turns) -> list[dict[str, str]]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _license_names(folder: RunFolder) -> dict[str, str]:
+    """The licences' names by number, as the annotations give them; none without an index."""
+    if not folder.index.exists():
+        return {}
+    licenses = json.loads(folder.index.read_bytes()).get("licenses", {})
+    return {number: license["name"] for number, license in licenses.items()}
 
 
 def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:

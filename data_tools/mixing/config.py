@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from data_tools.instruct.config import GuardConfig
 from vlm_sft.settings import Section
 
 CANNOT_TELL: Final = (
@@ -48,14 +49,6 @@ class SourceConfig(Section):
         return self
 
 
-class GuardLists(Section):
-    """Pictures that evaluations use are left out, by COCO's numeric id."""
-
-    lists: dict[str, str | list[str]] = Field(default={})
-    """Files of ids by the evaluation's name."""
-    allow_evaluation_images: bool = False
-
-
 class MixConfig(Section):
     """The whole file."""
 
@@ -77,7 +70,8 @@ class MixConfig(Section):
     """When more is wanted than there is: stop, or repeat records and say so."""
     missing_pictures: Literal["error", "leave_out"] = "error"
     bad_records: Literal["error", "leave_out"] = "error"
-    guard: GuardLists = GuardLists()
+    guard: GuardConfig = GuardConfig()
+    """Pictures that evaluations use are left out, by COCO's numeric id."""
 
     @field_validator("cannot_tell_pattern")
     @classmethod

@@ -11,6 +11,7 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import write_pictures
 from data_tools.instruct.lines import read_lines, write_lines
 from data_tools.instruct.schema import Check, Cost, Kind, PictureSource, Sample, Shown, Turn
+from vlm_sft.atomic import write_json
 from vlm_sft.settings import parse
 
 Talk = tuple[str, str] | tuple[str, str, Kind]
@@ -92,12 +93,15 @@ def run_folder(
         )
     config = {
         "output_dir": str(folder / "run"),
-        "coco": {"images": str(images)},
+        "coco": {"captions": "captions.json", "images": str(images)},
         "teacher": {"kind": "rules"},
         "clean": clean,
     }
     run = RunFolder(folder / "run")
     write_pictures(run, [known[number] for number in sorted(known)])
+    names = ("dog", "cat", "person", "bear", *(n for p in known.values() for n in p.categories))
+    licenses = {"2": {"name": "Attribution-NonCommercial License"}}
+    write_json(run.index, {"categories": dict.fromkeys(names), "licenses": licenses})
     write_lines(run.samples, samples)
     return parse(InstructConfig, config, "test")
 

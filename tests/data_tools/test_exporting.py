@@ -92,7 +92,10 @@ def test_the_receipt_names_request_model_cost_and_checks(tmp_path: Path) -> None
     assert receipts[0]["checks"] == {"supported": 2}
     told = json.loads((folder / "export.json").read_text())
     assert (told["samples"], told["turns"], told["pictures"]) == (2, 3, 2)
-    assert told["picture_licenses"] == {"CC BY-NC 2.0": 1, "CC BY 2.0": 1}
+    assert told["picture_licenses"] == {
+        "Attribution-NonCommercial License": 1,
+        "CC BY 2.0": 1,
+    }
     assert sorted(told["files"]) == [
         "llava.json",
         "messages.jsonl",

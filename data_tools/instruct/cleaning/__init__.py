@@ -15,7 +15,7 @@ from data_tools.instruct.cleaning.figures import Figures
 from data_tools.instruct.cleaning.table import Reader, Table, TableBuilder, line_offsets
 from data_tools.instruct.config import CleanConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import read_pictures
+from data_tools.instruct.indexing import read_categories, read_pictures
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.schema import Sample
 from vlm_sft.atomic import atomic_open, write_json
@@ -46,8 +46,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
 
 
 def _read(folder: RunFolder, config: InstructConfig, known: dict[int, Picture]) -> Table:
-    names = {box.category for picture in known.values() for box in picture.boxes}
-    builder = TableBuilder(config.clean, Categories(names), config.seed)
+    builder = TableBuilder(config.clean, Categories(read_categories(folder)), config.seed)
     samples = track(read_lines(folder.samples, Sample), description="reading samples")
     for sample, offset in zip(samples, line_offsets(folder.samples), strict=True):
         if sample.picture.id not in known:

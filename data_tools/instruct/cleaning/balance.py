@@ -53,25 +53,31 @@ def over_cap(
     return free & (_rank(keys, order, free) < (counts - limits)[keys])
 
 
-def share_limit(counts: Ints, share: float, least: int) -> int:
-    """The highest count that no member may exceed so that none has more than `share` of the rest.
+def share_limit(counts: Ints, share: float, *, least: int, max_loss: float) -> int:
+    """The count that no member may exceed so that none has more than `share` of what is left.
 
-    With every count cut to L, the total is sum(min(count, L)), and L may be `share` of that. At
-    least `least`; where even levelling all counts leaves a larger share (fewer than 1 / share
-    different members), nothing is cut.
+    At least `least`. Where even equal counts have a larger share (fewer than 1 / share members), or
+    more than `max_loss` of all would go, it is the largest count: nothing is cut.
     """
+    limit = max(_highest(counts, share), least)
+    lost = int(np.maximum(counts - limit, 0).sum())
+    return limit if lost <= max_loss * int(counts.sum()) else int(counts.max())
+
+
+def _highest(counts: Ints, share: float) -> int:
+    """With every count cut to L, the total is sum(min(count, L)), and L may be `share` of that."""
     ascending = np.sort(counts)
     below = np.concatenate([[0], np.cumsum(ascending)])
     if len(counts) * share < 1:
-        return int(ascending[-1]) if len(counts) else least
+        return int(ascending[-1])
     for place in range(len(counts) - 1, -1, -1):
         cut = len(counts) - place
         rest = 1 - share * cut
         limit = math.inf if rest <= 0 else share * float(below[place]) / rest
         limit = min(limit, float(ascending[place]))
         if place == 0 or limit >= ascending[place - 1]:
-            return max(int(limit + 1e-9), least)
-    return least
+            return int(limit + 1e-9)
+    raise AssertionError("cutting all counts to 0 always keeps the share")
 
 
 def in_proportion(counts: Ints, shares: NDArray[np.float64]) -> Ints:

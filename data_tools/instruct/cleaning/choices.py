@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from data_tools import wording, words
+from data_tools.instruct.cleaning.texts import words
 from data_tools.instruct.schema import Kind, Turn
+from data_tools.instruct.verification.lexicon import Lexicon
 
 Family = Literal["yes_no", "side", "height", "option"]
 
@@ -97,26 +98,22 @@ def _place(turn: Turn) -> Choice | None:
     return None
 
 
-def group_of(turn: Turn, choice: Choice, named: Iterable[str]) -> tuple[str, Kind, str]:
+def group_of(turn: Turn, choice: Choice, categories: "Categories") -> tuple[str, Kind, str]:
     """What a guesser who does not see the picture knows: family, kind, categories named."""
     family = choice.family if choice.family != "option" else f"option_of_{choice.options}"
-    return family, turn.kind, "+".join(named)
+    return family, turn.kind, "+".join(categories.named(turn.question))
 
 
 class Categories:
-    """Finds the categories that a text names, by their names, plurals and synonyms."""
+    """Finds the annotated categories that a question names, by the words that `verify` knows."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._spelled: dict[str, str] = {}
-        for name in sorted(names):
-            synonyms: list[str] = wording.load("words")["synonyms"].get(name, [])
-            for spelling in (name, words.plural(name), name + "s", *synonyms):
-                self._spelled.setdefault(spelling.casefold(), name)
-        ordered = sorted(self._spelled, key=lambda spelling: (-len(spelling), spelling))
-        pattern = "|".join(map(re.escape, ordered)) or r"(?!)"
-        self._pattern = re.compile(rf"\b(?:{pattern})\b")
+        self._lexicon = Lexicon(names)
 
     def named(self, text: str) -> list[str]:
-        """The categories in the order of their names, each once."""
-        found = self._pattern.findall(text.casefold())
-        return sorted({self._spelled[spelling] for spelling in found})
+        """The categories in the order of their names, each once.
+
+        A wider word (`vehicle`) is a category of its own here: the guesser reads the word.
+        """
+        found = self._lexicon.matches(words(text))
+        return sorted({"|".join(match.entry.categories) for match in found})

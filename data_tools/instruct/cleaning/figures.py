@@ -62,7 +62,9 @@ class Figures:
     def as_dict(self, folder: RunFolder) -> dict[str, Any]:
         """All of it, for `cleaning.json`."""
         return {
-            "settings": self._config.model_dump(mode="json"),
+            "settings": self._config.model_dump(
+                mode="json", exclude={"same_pictures": {"workers"}}
+            ),
             "input": _file(folder.samples) | self._of_all(np.ones_like(self._live)),
             "kept": _file(folder.kept) | self._of_all(self._live),
             "set_aside": _file(folder.set_aside) | self._set_aside(),
@@ -215,7 +217,8 @@ class Figures:
             if over:
                 found.append(
                     f"openings of {name}: {over[0]['opening']!r} begins {over[0]['share']:.0%} of "
-                    f"the answers, above {openings.max_share:.0%}: there are too few other openings"
+                    f"the answers, above {openings.max_share:.0%}, which cannot be reached without "
+                    f"losing more than {openings.max_loss:.0%} of them (clean.openings)"
                 )
         return found
 

@@ -117,7 +117,9 @@ def _mark_openings(table: Table, config: OpeningsConfig) -> None:
         if not len(turns):
             continue
         _, keys, counts = np.unique(table.openings[turns], return_inverse=True, return_counts=True)
-        limit = balance.share_limit(counts, config.max_share, config.least)
+        limit = balance.share_limit(
+            counts, config.max_share, least=config.least, max_loss=config.max_loss
+        )
         over = balance.over_cap(
             keys, np.full(len(counts), limit), order=table.turn_orders[turns], free=free[turns]
         )

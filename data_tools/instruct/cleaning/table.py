@@ -137,10 +137,10 @@ class TableBuilder:
         if near is None or self._signatures is None:
             return 0
         words = texts.words(texts.compared(sample.turns, sample.type))
-        shingles = texts.shingles(words, near.shingle_words)
         if sample.origin in near.across_origins and len(words) >= near.across_words:
-            self._signatures.add(len(self._samples["offsets"]) - 1, shingles)
-        return len(shingles)
+            number = len(self._samples["offsets"]) - 1
+            self._signatures.add(number, words, near.shingle_words)
+        return len(texts.shingles(words, near.shingle_words))
 
     def _add_turn(self, sample: Sample, number: int, turn: Turn) -> None:
         columns, openings = self._turns, self._config.openings
@@ -158,7 +158,7 @@ class TableBuilder:
         choice = choice_of(turn)
         if choice is None or choice.family not in self._families:
             return NO_GROUP, 0
-        name = group_of(turn, choice, self._categories.named(turn.question))
+        name = group_of(turn, choice, self._categories)
         return self._groups.setdefault(name, len(self._groups)), choice.value
 
     def finished(self) -> Table:
