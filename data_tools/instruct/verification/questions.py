@@ -50,12 +50,14 @@ class Question:
 
     @cached_property
     def counted(self) -> Mention | None:
-        """The thing whose number is asked for."""
+        """The thing whose number is asked for; None for the sum of several."""
         if self._how_many is None:
             return None
         after = [m for m in self.mentions if m.first >= self._how_many]
-        near = after and after[0].first <= self._how_many + 3
-        return after[0] if near else None
+        if not after or after[0].first > self._how_many + 3 or self.sentence is None:
+            return None
+        several = len(after) > 1 and self.sentence.words[after[0].last + 1] == "and"
+        return None if several else after[0]
 
     @cached_property
     def is_unrestricted(self) -> bool:
