@@ -40,9 +40,7 @@ def check_sample(
         policy: How strict; the annotated categories.
     """
     knowledge = policy.knowledge(picture)
-    cases = [
-        Case(turn, index, sample_type, knowledge, policy) for index, turn in enumerate(turns)
-    ]
+    cases = [Case(turn, index, sample_type, knowledge, policy) for index, turn in enumerate(turns)]
     found: list[Check] = list(form.check_sample(cases, sample_type))
     for case in cases:
         found += check_citations(case.turn, case.index, shown)

@@ -36,4 +36,4 @@ def _found(verdict: str, code: str | None, index: int, claim: str, ids: tuple[in
     return Check.model_construct(
         rule="citation", verdict=verdict, code=code, turn=index, part="answer", span=None,
         claim=claim, evidence=ids,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip

@@ -32,7 +32,7 @@ ALL: Final = (
          "`{\"question\": \"...\"}`"),
     Code("REFUSAL", "reading", "The teacher refuses or speaks of itself.",
          "`I'm sorry, but I cannot see images.`"),
-    Code("PROMPT_ECHO", "reading", "The answer repeats what was sent.", "`c1: A cat on a mat. ...`"),
+    Code("PROMPT_ECHO", "reading", "The answer repeats what was sent.", "`c1: A cat ...`"),
     Code("LABEL_UNKNOWN", "reading", "It cites a caption or box that was not shown.", "`b9` of 4"),
     Code("TURN_COUNT", "form", "Too few or too many turns for the type.", "a detail with 2 turns"),
     Code("TURN_EMPTY", "form", "A question or an answer without words.", "`\"answer\": \" \"`"),

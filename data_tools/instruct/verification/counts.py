@@ -35,13 +35,15 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
     tally = Tally(case, asked.entry)
     span = sentence.span(asked.first, asked.last)
     claim = f"how many {asked.word}: {value}"
-    if value == 0 or not tally.boxes and case.knowledge.has_boxes:
+    if value == 0 or (not tally.boxes and case.knowledge.has_boxes):
         return  # `objects` says whether any is there
     verdict, code = tally.exactly(value)
     if asked.entry.narrow or not case.question.is_unrestricted:
         verdict, code = tally.at_least(value)
-    if verdict == "unknown" and case.config.uncertain_counts == "reject" and not (
-        asked.entry.narrow and tally.boxes or not case.question.is_unrestricted
+    if (
+        verdict == "unknown"
+        and case.config.uncertain_counts == "reject"
+        and not ((asked.entry.narrow and tally.boxes) or not case.question.is_unrestricted)
     ):
         code = "COUNT_UNCERTAIN"
     yield case.check("count", verdict, code, "question", span, claim, tally.evidence(value))
@@ -75,7 +77,7 @@ def _judge(
 ) -> Iterator[Check]:
     tally = Tally(case, mention.entry)
     value = number.least
-    if not tally.boxes and case.knowledge.has_boxes or value < 2 and not number.exact:
+    if (not tally.boxes and case.knowledge.has_boxes) or (value < 2 and not number.exact):
         return
     exact = number.exact and not mention.entry.narrow
     verdict, code = tally.exactly(value) if exact else tally.at_least(value)
@@ -145,7 +147,5 @@ class Tally:
         known = self.case.knowledge
         counts = known.whole_counts if whole else known.counts
         return [
-            counts[name][value]
-            for name in self.entry.categories
-            if value in counts.get(name, ())
+            counts[name][value] for name in self.entry.categories if value in counts.get(name, ())
         ]

@@ -6,6 +6,7 @@ from typing import Final
 
 from data_tools.instruct.schema import Check, SampleType
 from data_tools.instruct.verification.case import Case
+from data_tools.instruct.verification.lexicon import word_set
 from data_tools.instruct.verification.manner import hedged_sentences
 
 LONG_ANSWER: Final = 5
@@ -147,12 +148,10 @@ _ROLE: Final = re.compile(
     r"\[/?INST\]|^#{2,}|\n===|```",
     re.IGNORECASE,
 )
-_INSTRUCTIONS: Final = frozenset(
+_INSTRUCTIONS: Final = word_set(
     "describe tell list count name explain say give identify point find show write summarise "
-    "summarize mention state provide discuss outline compare imagine walk look what which who where "
-    "when why how is are does do can could".split()
+    "summarize mention state provide discuss outline compare imagine walk look what which who "
+    "where when why how is are does do can could"
 )
-_BEFORE_ORDERS: Final = frozenset("please now then and also first finally , briefly".split())
-_EMPTY_WORDS: Final = frozenset(
-    "the a an is are it its this that there of in on at to and".split()
-)
+_BEFORE_ORDERS: Final = word_set("please now then and also first finally , briefly")
+_EMPTY_WORDS: Final = word_set("the a an is are it its this that there of in on at to and")

@@ -11,7 +11,9 @@ Direction = Literal["left", "right", "above", "below"]
 Region = Literal["left", "right", "top", "bottom", "centre"]
 
 
-def order(one: Box, other: Box, direction: Direction, picture: Picture, by: VerifyConfig) -> Verdict:
+def order(
+    one: Box, other: Box, direction: Direction, picture: Picture, by: VerifyConfig
+) -> Verdict:
     """Whether `one` lies in this direction of `other`.
 
     Certain where a gap of `by.gap` of the side lies between the boxes, or their centres differ by

@@ -37,6 +37,11 @@ class Match:
     last: int
 
 
+def word_set(text: str) -> frozenset[str]:
+    """The words of a list written as one text."""
+    return frozenset(text.split())
+
+
 class Lexicon:
     """Finds the annotated categories in a sentence's words.
 
@@ -126,8 +131,8 @@ class Lexicon:
         return entries
 
 
-_BEFORE_VERBS = frozenset(
-    "to can will may might could would should must they we you i not who don't can't".split()
+_BEFORE_VERBS = word_set(
+    "to can will may might could would should must they we you i not who don't can't"
 )
 
 

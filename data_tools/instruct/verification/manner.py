@@ -7,6 +7,7 @@ from typing import Final
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verification.case import Case, Part
 from data_tools.instruct.verification.knowledge import Knowledge
+from data_tools.instruct.verification.lexicon import word_set
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -24,16 +25,24 @@ def check(case: Case) -> Iterator[Check]:
 
 
 def hedged_sentences(case: Case) -> tuple[int, int]:
-    """How many sentences of an answer guess, and how many there are."""
-    text = case.turn.answer
+    """How many sentences of an answer guess, and how many there are.
+
+    Words of a caption are the annotator's, who saw the picture.
+    """
     sentences = case.answer_reading.sentences
-    if not _HEDGE.search(text):
+    places = [
+        match.start()
+        for match in _HEDGE.finditer(case.turn.answer)
+        if not _is_in_captions(case.knowledge, match[0])
+    ]
+    if not places:
         return 0, len(sentences)
-    places = [match.start() for match in _HEDGE.finditer(text)]
-    guessing = sum(
-        any(s.starts[0] <= place < s.ends[-1] for place in places) for s in sentences
-    )
+    guessing = sum(any(s.starts[0] <= place < s.ends[-1] for place in places) for s in sentences)
     return guessing, len(sentences)
+
+
+def _is_in_captions(knowledge: Knowledge, phrase: str) -> bool:
+    return any(phrase.lower() in caption.reading.text.lower() for caption in knowledge.captions)
 
 
 def is_refusal(text: str) -> bool:
@@ -87,26 +96,28 @@ _LEAK: Final = _any(
     r"\bcaption(?:s|ed)?\b",
     r"\bbounding[ -]?box(?:es)?\b",
     r"\bannotat(?:ion|ions|ed|or|ors)\b",
-    r"\b(?:the|its|their|these|exact|image|pixel|given|provided) coordinates\b|\bcoordinates (?:of|are)\b",
+    r"\b(?:the|its|their|these|exact|image|pixel|given|provided) coordinates\b",
+    r"\bcoordinates (?:of|are)\b",
     r"\bmetadata\b",
     r"(?-i:\b[bc]\d{1,3}\b)",
     r"[(\[][bc]\d{1,3}\b",
     r"[\[(]\s*\d*\.\d+\s*,",
     r"\b0?\.\d+\s*,\s*0?\.\d+\b",
-    r"\b(?:provided|given|supplied) (?:description|text|information|context|data|sentences?|details)",
-    r"\b(?:according to|based on|from|in|per|mentioned in|described in|stated in) (?:the|these|this) "
-    r"(?:\w+ )?(?:descriptions?|text|annotations?|data|information|sentences|context|labels|input)\b",
-    r"\b(?:descriptions?|sentences|text|context) (?:says?|states?|mentions?|indicates?|describes?|suggests?)\b",
-    r"\b(?:is|are|was|were) (?:also )?(?:described|mentioned|listed|labell?ed|annotated|reported|stated) "
-    r"(?:as|in|to|by)\b",
+    r"\b(?:provided|given|supplied) (?:description|text|information|context|data|details)",
+    r"\b(?:according to|based on|from|in|per|(?:mentioned|described|stated) in) (?:the|these|this) "
+    r"(?:\w+ )?(?:descriptions?|text|data|information|sentences|context|labels|input)\b",
+    r"\b(?:descriptions?|sentences|text|context) "
+    r"(?:says?|states?|mentions?|indicates?|describes?|suggests?)\b",
+    r"\b(?:is|are|was|were) (?:also )?"
+    r"(?:described|mentioned|listed|labell?ed|reported|stated) (?:as|in|to|by)\b",
     r"\bas (?:described|mentioned|stated|indicated|listed)\b",
     r"\b(?:object|detection) (?:list|labels?|detector)\b|\bdetected objects?\b",
     r"\bcrowd region\b|\bi was (?:told|given|shown)\b|\bwe (?:were|are) told\b",
     r"\bmentioned that\b|\bnot mentioned\b",
 )
 _REFUSAL: Final = _any(
-    r"\b(?:as|i am|i'm|being) an? (?:ai|artificial intelligence|(?:large |text-based )?language model|"
-    r"text-based|assistant|machine)\b",
+    r"\b(?:as|i am|i'm|being) an? (?:ai|artificial intelligence|"
+    r"(?:large |text-based )?language model|text-based|assistant|machine)\b",
     r"\bi(?:'m| am) (?:really |very |so )?sorry\b",
     r"\bi apologi[sz]e\b",
     r"\b(?:can ?not|can't|could not|couldn't|unable to|not able to) (?:\w+ )?"
@@ -128,22 +139,23 @@ _HEDGE: Final = _any(
     r"\bsome (?:sort|kind) of\b|\bit is (?:unclear|difficult to tell|hard to tell)\b",
 )
 _ORDERS: Final = _any(
-    r"\b(?:ignore|disregard|forget|override) (?:\w+ ){0,3}(?:instructions?|prompts?|rules|above|previous|"
-    r"everything)\b",
+    r"\b(?:ignore|disregard|forget|override) (?:\w+ ){0,3}"
+    r"(?:instructions?|prompts?|rules|above|previous|everything)\b",
     r"\bsystem prompt\b|\bnew instructions?\b|\bdeveloper mode\b|\bjailbreak\b",
-    r"\b(?:reply|respond|answer|output|say|print|write|end|begin|start) (?:\w+ ){0,3}(?:only with|with the "
-    r"(?:word|phrase|text|string)|the (?:word|phrase|string)|exactly)\b",
+    r"\b(?:reply|respond|answer|output|say|print|write|end|begin|start) (?:\w+ ){0,3}"
+    r"(?:only with|with the (?:word|phrase|text|string)|the (?:word|phrase|string)|exactly)\b",
     r"https?://\S+|\bwww\.\S+|<script\b|\bapi[_ -]?key\b",
     r"\byou are (?:now|no longer)\b|\bact as (?:an?|if)\b",
 )
 _STRIKING: Final = re.compile(
-    r"[\"'“]([^\"'”]{3,40})[\"'”]|\b(?=\w*[A-Z])(?=\w*\d)[\w-]{4,}\b|\b[A-Z][A-Z_-]{4,}\b|https?://\S+"
+    r"[\"'“]([^\"'”]{3,40})[\"'”]|\b(?=\w*[A-Z])(?=\w*\d)[\w-]{4,}\b|\b[A-Z][A-Z_-]{4,}\b"
+    r"|https?://\S+"
 )
-_ENGLISH: Final = frozenset(
-    "the a an of and or in on at to is are was were be been it its this that these those there with "
-    "for from by as has have had not no yes can could will would may might he she they his her their "
-    "them him you your we our i one two three four some any all both each other another which who "
-    "what where when while but if so than then into over under near next behind front left right up "
-    "down out off about around between through picture image photo scene also very more most many "
-    "much such how does do did being only just because".split()
+_ENGLISH: Final = word_set(
+    "the a an of and or in on at to is are was were be been it its this that these those there "
+    "with for from by as has have had not no yes can could will would may might he she they his "
+    "her their them him you your we our i one two three four some any all both each other another "
+    "which who what where when while but if so than then into over under near next behind front "
+    "left right up down out off about around between through picture image photo scene also very "
+    "more most many much such how does do did being only just because"
 )

@@ -1,16 +1,39 @@
 """How many of a thing a text says there are."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from data_tools.instruct.verification.lexicon import word_set
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 NUMBERS: Final = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
     )
 } | {"dozen": 12, "single": 1, "both": 2, "couple": 2, "pair": 2, "trio": 3, "duo": 2}
 """Words for numbers."""
@@ -86,7 +109,7 @@ def _is_total(sentence: Sentence, index: int, last: int) -> bool:
     before = words[max(0, index - 4) : index]
     if not (_THERE & set(before) and not _NOT_TOTAL & set(words[:index])):
         return False
-    begin, end = sentence.clause(last)
+    _, end = sentence.clause(last)
     rest = words[last + 1 : end]
     goes_on = end < len(words) and words[end] in ("and", ",") and _has_same(sentence, end)
     return all(word in _FRAME for word in rest) and not goes_on
@@ -103,11 +126,11 @@ def _several(word: str, mention: Mention, index: int) -> Quantity | None:
     return None
 
 
-def _is_partitive(words: list[str] | tuple[str, ...]) -> bool:
+def _is_partitive(words: Sequence[str]) -> bool:
     """`two of the dogs`."""
-    return len(words) == 3 and words[1:] == ["of", "the"] and number_of(words[0]) is not None or (
-        len(words) >= 2 and words[-1] == "of" and number_of(words[-2]) is not None
-    )
+    return (
+        len(words) == 3 and list(words[1:]) == ["of", "the"] and number_of(words[0]) is not None
+    ) or (len(words) >= 2 and words[-1] == "of" and number_of(words[-2]) is not None)
 
 
 def _is_adjective(word: str, before: str) -> bool:
@@ -121,20 +144,20 @@ def _is_adjective(word: str, before: str) -> bool:
 
 _DIGITS: Final = re.compile(r"\d{1,3}")
 _AT_LEAST_TWO: Final = frozenset({"several", "many", "multiple", "various", "numerous", "few"})
-_NOT_ADJECTIVES: Final = frozenset(
+_NOT_ADJECTIVES: Final = word_set(
     "a an the of in on at to with by from near is are was were be been has have had and or that "
     "which who it its his her their this these those for as some any no not about over under i we "
     "you there into while up down out off along across around behind between through toward "
     "towards against before after during without within holds ride sit stand wear hold several "
-    "many multiple various numerous few women men people".split()
+    "many multiple various numerous few women men people"
 )
-_THERE: Final = frozenset("there shows show contains contain includes include see features".split())
-_NOT_TOTAL: Final = frozenset("on in near behind at to left right foreground background".split())
-_FRAME: Final = frozenset(
+_THERE: Final = word_set("there shows show contains contain includes include see features")
+_NOT_TOTAL: Final = word_set("on in near behind at to left right foreground background")
+_FRAME: Final = word_set(
     "in the this picture image photo photograph scene view frame visible shown here present that "
-    "can be seen total altogether are is all".split()
+    "can be seen total altogether are is all"
 )
-_MORE: Final = frozenset("another more other others one".split())
+_MORE: Final = word_set("another more other others one")
 
 Comparison = Literal["supported", "too_high", "wrong", "fewer", "unknown"]
 """How a claimed number stands to the annotated one; `fewer` may speak of some of them."""

@@ -40,9 +40,12 @@ def _check_question(case: Case) -> Iterator[Check]:
                     yield _judge_denied(case, question.sentence, mention, "question")
             elif question.polarity == "yes" or question.kind == "how_many":
                 yield _judge_named(case, question.sentence, mention, "question")
-        elif not says_no and not refused.intersection(mention.entry.categories):
-            if case.turn.kind != "cannot_tell":
-                yield _judge_named(case, question.sentence, mention, "question")
+        elif (
+            not says_no
+            and not refused.intersection(mention.entry.categories)
+            and case.turn.kind != "cannot_tell"
+        ):
+            yield _judge_named(case, question.sentence, mention, "question")
 
 
 def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -> Check:

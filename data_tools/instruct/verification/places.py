@@ -77,7 +77,7 @@ def _beside_verdict(case: Case, placing: Beside) -> tuple[Verdict, tuple[Box, ..
     picture = case.knowledge.picture
     if placing.how in ("left", "right", "above", "below"):
         verdicts = {
-            order(one, other, placing.how, picture, case.config)  # type: ignore[arg-type]
+            order(one, other, placing.how, picture, case.config)
             for one in boxes
             for other in others
             if one is not other

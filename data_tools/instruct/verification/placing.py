@@ -1,10 +1,11 @@
-"""Where a sentence says that things are: `the cat is left of the cup`, `in the lower right corner`."""
+"""Where a sentence says that things are: `the cat is left of the cup`, `at the top left`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from data_tools.instruct.verification.geometry import Direction, Region
+from data_tools.instruct.verification.lexicon import word_set
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 Touch = Literal["on", "under", "in", "next to"]
@@ -186,34 +187,30 @@ def _may_end(word: str) -> bool:
     return not word or not word[0].isalpha() or word in _AFTER_PLAIN
 
 
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_SIDES: Final = _set("left right")
+_SIDES: Final = word_set("left right")
 _VERTICAL_OF: Final[dict[str, Region]] = {
     "upper": "top", "top": "top", "lower": "bottom", "bottom": "bottom",
 }  # fmt: skip
 _VERTICAL: Final = frozenset(_VERTICAL_OF)
-_CENTRES: Final = _set("centre center middle")
+_CENTRES: Final = word_set("centre center middle")
 _ORDER: Final[dict[str, Direction]] = {"above": "above", "below": "below"}
 _TOUCHES: Final[dict[str, Touch]] = {
     "on": "on", "onto": "on", "atop": "on", "under": "under", "underneath": "under",
     "beneath": "under", "in": "in", "inside": "in", "next": "next to", "beside": "next to",
 }  # fmt: skip
-_CUES: Final = (
-    _SIDES | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
+_CUES: Final = _SIDES | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
+_BEFORE_SIDE: Final = word_set("the far upper lower top bottom immediate extreme")
+_PARTS: Final = word_set("hand side half part portion third corner edge section area")
+_FRAME: Final = word_set("picture image photo photograph frame scene shot view")
+_BODY: Final = word_set("hand arm leg foot shoulder ear eye wing paw knee turn lane")
+_AFTER_PLAIN: Final = word_set("is are and while with has in appears stands sits there we or")
+_BE: Final = word_set("is are was were be stays lies located positioned placed situated")
+_POSTURES: Final = word_set(
+    "sitting standing lying laying sits stands lies lays placed resting rests perched seated "
+    "parked located positioned"
 )
-_BEFORE_SIDE: Final = _set("the far upper lower top bottom immediate extreme")
-_PARTS: Final = _set("hand side half part portion third corner edge section area")
-_FRAME: Final = _set("picture image photo photograph frame scene shot view")
-_BODY: Final = _set("hand arm leg foot shoulder ear eye wing paw knee turn lane")
-_AFTER_PLAIN: Final = _set("is are and while with has in appears stands sits there we or")
-_BE: Final = _set("is are was were be stays lies located positioned placed situated")
-_POSTURES: Final = _set(
-    "sitting standing lying laying sits stands lies lays placed resting rests perched seated parked "
-    "located positioned"
+_LEADING: Final = word_set("on to in at the far immediate directly just and , towards toward")
+_INVERTED: Final = word_set("is are there stands sits lies , we")
+_NOT_BEFORE_NOUN: Final = word_set(
+    "of is are and or with that which to in on at from by some several"
 )
-_LEADING: Final = _set("on to in at the far immediate directly just and , towards toward")
-_INVERTED: Final = _set("is are there stands sits lies , we")
-_NOT_BEFORE_NOUN: Final = _set("of is are and or with that which to in on at from by some several")

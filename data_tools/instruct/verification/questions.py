@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
+from data_tools.instruct.verification.lexicon import word_set
 from data_tools.instruct.verification.numbers import number_of
 from data_tools.instruct.verification.reading import Mention, Reading, Sentence
 
@@ -49,12 +50,14 @@ class Question:
 
     @cached_property
     def counted(self) -> Mention | None:
-        """The thing whose number is asked for."""
+        """The thing whose number is asked for; None for the sum of several."""
         if self._how_many is None:
             return None
         after = [m for m in self.mentions if m.first >= self._how_many]
-        near = after and after[0].first <= self._how_many + 3
-        return after[0] if near else None
+        if not after or after[0].first > self._how_many + 3 or self.sentence is None:
+            return None
+        several = len(after) > 1 and self.sentence.words[after[0].last + 1] == "and"
+        return None if several else after[0]
 
     @cached_property
     def is_unrestricted(self) -> bool:
@@ -73,7 +76,9 @@ class Question:
             return None
         if words[0] in _YES:
             return "yes"
-        if words[0] in ("no", "nope") and (len(words) == 1 or words[1] in (",", ".", "!", ";", "-")):
+        if words[0] in ("no", "nope") and (
+            len(words) == 1 or words[1] in (",", ".", "!", ";", "-")
+        ):
             return "no"
         # `I see a cat and a cup, so yes.`: reasons first, then the verdict
         if words[-1] == "." and words[-3:-1] in (["so", "yes"], ["so", "no"]):
@@ -95,8 +100,10 @@ class Question:
             if value is not None:
                 return value
         for _, mention in self.answer.mentions:
-            if mention.number == "one" and self.counted and self.counted.entry.categories == (
-                mention.entry.categories
+            if (
+                mention.number == "one"
+                and self.counted
+                and self.counted.entry.categories == (mention.entry.categories)
             ):
                 return 1
         return None
@@ -122,13 +129,13 @@ class Question:
         return existential and self.is_unrestricted and bool(self.mentions)
 
 
-_POLITE: Final = frozenset("please so and now , tell me".split())
-_AUXILIARIES: Final = frozenset("is are does do can could was were has have did".split())
-_YES: Final = frozenset("yes yeah yep correct indeed".split())
-_SHOWING: Final = frozenset("show contain include have feature visible present".split())
-_OF_EXISTENCE: Final = frozenset(
-    "is are there a an any some the can could you we i one see do does did picture image photo photograph "
-    "scene show contain include have feature in this here visible present be seen how many number "
-    "of what s or at all shown pictured pair pairs piece pieces and , anywhere please total ? me "
-    "tell".split()
+_POLITE: Final = word_set("please so and now , tell me")
+_AUXILIARIES: Final = word_set("is are does do can could was were has have did")
+_YES: Final = word_set("yes yeah yep correct indeed")
+_SHOWING: Final = word_set("show contain include have feature visible present")
+_OF_EXISTENCE: Final = word_set(
+    "is are there a an any some the can could you we i one see do does did picture image photo "
+    "photograph scene show contain include have feature in this here visible present be seen how "
+    "many number of what s or at all shown pictured pair pairs piece pieces and , anywhere please "
+    "total me tell"
 )

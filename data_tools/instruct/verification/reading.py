@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
-from data_tools.instruct.verification.lexicon import Entry, GrammaticalNumber, Lexicon, Match
+from data_tools.instruct.verification.lexicon import (
+    Entry,
+    GrammaticalNumber,
+    Lexicon,
+    Match,
+    word_set,
+)
 
 Stance = Literal["asserted", "denied", "local", "hypothetical", "generic", "depicted"]
 """How a thing is named: as there; as not in the picture; as not here or not done (`not on the
@@ -214,7 +220,7 @@ class _Stances:
                 continue
             if word in ("can", "could") and i + 1 < len(words):
                 nearby = words[i + 1 : i + 3]
-                if "see" in nearby or "be" in nearby and "seen" in words[i + 2 : i + 4]:
+                if "see" in nearby or ("be" in nearby and "seen" in words[i + 2 : i + 4]):
                     continue
             if word == "like" and (i == 0 or words[i - 1] in _LIKED):
                 continue
@@ -236,53 +242,51 @@ class _Stances:
         return any(word in self._depicts for word in before)
 
 
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_TOKEN: Final = re.compile(r"[^\W\d_]+(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]")
+_TOKEN: Final = re.compile(
+    r"[^\W\d_]+(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
+)
 _SENTENCE_ENDS: Final = frozenset(".!?\n")
-_CLAUSE_WORDS: Final = _set("; : ( ) but while although though whereas however because since")
-_STARTERS: Final = _set(
+_CLAUSE_WORDS: Final = word_set("; : ( ) but while although though whereas however because since")
+_STARTERS: Final = word_set(
     "a an the there it he she they this that these those but while and with which who whose where "
     "only just one two three four five six several some its his her their however instead so "
     "because although i we you another many both each as in on to at near next behind"
 )
-_OR_GOES_ON: Final = _set("a an any the other")
-_NEGATIONS: Final = _set(
+_OR_GOES_ON: Final = word_set("a an any the other")
+_NEGATIONS: Final = word_set(
     "no not without neither nor never none nobody isn't aren't wasn't weren't don't doesn't didn't "
     "can't cannot couldn't won't lack lacks lacking absence absent"
 )
-_HAVING: Final = _set("has have had having with of by")
-_FRAME_NOUNS: Final = _set("picture image photo photograph scene view frame shot")
-_EXISTENTIAL_SUBJECTS: Final = _FRAME_NOUNS | _set(
+_HAVING: Final = word_set("has have had having with of by")
+_FRAME_NOUNS: Final = word_set("picture image photo photograph scene view frame shot")
+_EXISTENTIAL_SUBJECTS: Final = _FRAME_NOUNS | word_set(
     "there is are in the this a an , i we you one it does do can be also and or visible"
 )
-_EXISTENTIAL_VERBS: Final = _set(
+_EXISTENTIAL_VERBS: Final = word_set(
     "any a an the see show contain include have feature depict be seen find single visible spot "
     "also , or and nor other"
 )
-_BE: Final = _set("is are was were can does do to be isn't aren't cannot can't doesn't don't")
-_VISIBLE: Final = _set("visible present seen shown there pictured depicted appear here") | (
+_BE: Final = word_set("is are was were can does do to be isn't aren't cannot can't doesn't don't")
+_VISIBLE: Final = word_set("visible present seen shown there pictured depicted appear here") | (
     _FRAME_NOUNS
 )
-_FRAME_WORDS: Final = _VISIBLE | _set(
+_FRAME_WORDS: Final = _VISIBLE | word_set(
     "in the this at all anywhere is are can be to or and nor , of within part entire whole either"
 )
-_STOPS: Final = _set(
+_STOPS: Final = word_set(
     "of in on at to with by from near behind is are was were be been has have had the a an and or "
     "that which who it its his her their , wearing holding"
 )
-_HYPOTHETICAL: Final = _set(
+_HYPOTHETICAL: Final = word_set(
     "can could might may would should must perhaps possibly probably likely maybe presumably "
     "if unless suggest suggests suggesting indicate indicates indicating imply implies implying "
     "potential potentially whether such like as for help helps allow allows allowing able designed "
     "intended want wants need needs hope hoping expect expecting imagine instead rather avoid "
     "prevent protect ready prepare waiting future either evokes reminiscent enjoy enjoying"
 )
-_LIKED: Final = _set("look looks feel feels i we you they would do to people")
-_DEFINITE: Final = _set("the this these that those")
-_GENERIC: Final = _set(
+_LIKED: Final = word_set("look looks feel feels i we you they would do to people")
+_DEFINITE: Final = word_set("the this these that those")
+_GENERIC: Final = word_set(
     "often usually typically generally commonly sometimes normally traditionally known popular "
     "always generally tend tends everyday rarely"
 )
