@@ -46,7 +46,8 @@ font-weight:600}.pic .tag.supported rect{fill:#0072b2}.pic .tag.contradicted rec
 .pic .tag.hot rect{fill:#e0007a!important}
 .gone{border:2px dashed var(--contradicted);border-radius:8px;padding:.6rem;font-size:.83rem;
 overflow-wrap:anywhere;line-height:1.4}
-.sample{min-width:0}.sample h4{margin:0 0 .35rem;font-size:.92rem;overflow-wrap:anywhere}
+.sample{min-width:0}.sample h4{margin:0 0 .35rem;line-height:1.5;font-size:.92rem;
+overflow-wrap:anywhere}
 .sample .id{font-family:ui-monospace,monospace;font-size:.8rem;font-weight:500}
 .sample .turn{margin:.45rem 0;font-size:.93rem;overflow-wrap:anywhere;unicode-bidi:isolate}
 .turn p{margin:.1rem 0;white-space:pre-wrap;unicode-bidi:isolate}
@@ -81,7 +82,7 @@ function mark(event, on) {
   const scope = claim.closest("[data-scope]");
   if (scope === null) return;
   for (const label of claim.dataset.rests.split(" ")) {
-    for (const box of scope.querySelectorAll(`svg [data-b="${label}"]`)) {
+    for (const box of scope.querySelectorAll(`[data-b="${label}"]`)) {
       box.classList.toggle("hot", on);
     }
   }
@@ -232,9 +233,9 @@ def _piece(
 
 
 def _rests(check: Check, names: Mapping[int, str]) -> list[str]:
-    """Labels of the boxes a check rests on, without their categories."""
+    """Labels of the boxes and captions a check rests on, without categories."""
     found = (names.get(number, "").split(" ")[0] for number in check.evidence)
-    return [label for label in found if label[:1] == "b" and label[1:].isdigit()]
+    return [label for label in found if label[:1] in "bc" and label[1:].isdigit()]
 
 
 def findings(sample: Sample, names: Mapping[int, str], to: Extent) -> str:

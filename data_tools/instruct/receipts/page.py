@@ -18,8 +18,9 @@ from data_tools.instruct.receipts.figures import (
     Figures,
     Spending,
     Step,
+    by_code,
 )
-from data_tools.instruct.receipts.journeys import OUTCOMES, Journey
+from data_tools.instruct.receipts.journeys import OUTCOMES, Journey, Outcome
 from data_tools.instruct.receipts.markup import escaped
 from vlm_sft.page import page, section
 
@@ -28,6 +29,9 @@ PICTURED: Final = 10
 FEW: Final = 2
 MOST_ROWS: Final = 40
 """Rows of a table; what is left out is counted."""
+
+WAITING: Final[tuple[Outcome, ...]] = ("unanswered", "unverified", "accepted")
+"""Outcomes that a further stage goes on with."""
 
 STYLE: Final = (
     markup.STYLE
@@ -44,7 +48,8 @@ align-items:start}
 .samples .sample{padding:.7rem;display:flex;flex-direction:column;gap:.5rem}
 .samples .turn,.samples h4{margin:0}
 h3{font-size:1.02rem;margin:1.4rem 0 .3rem}h3 code{font-size:1rem}
-details>summary{padding:.2rem 0}.meaning{color:var(--soft);margin:0 0 .7rem}
+.bars+details{margin-top:.9rem}details>summary{padding:.2rem 0}
+.meaning{color:var(--soft);margin:0 0 .7rem}
 .two{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))}
 .two>*,.samples>*{min-width:0}
 td.n,th.n{text-align:right;white-space:nowrap}
@@ -77,6 +82,12 @@ class Report:
     plan: Mapping[str, Any]
     export: Mapping[str, Any]
     meanings: Mapping[str, str]
+
+    @property
+    def left_out(self) -> str:
+        """Pictures without a request, by the plan's own words."""
+        found = {why.replace("_", " "): n for why, n in self.plan.get("left_out", {}).items() if n}
+        return lost_words(found)
 
 
 def build(report: Report) -> str:
@@ -130,7 +141,7 @@ def headline(figures: Figures) -> list[tuple[str, str]]:
 
 def _price(figures: Figures) -> tuple[str, str]:
     total, good = figures.total_spending(), figures.good.samples
-    if set(figures.good.origins) == {"rules"} and not total.is_priced:
+    if set(figures.good.origins) == {"rules"} and not total.usd:
         return "no cost", "made by rules on this machine"
     if total.is_priced:
         each = money(total.usd / good) if good else "–"
@@ -169,11 +180,9 @@ def _banners(figures: Figures) -> Iterator[str]:
             f'<p class="banner">{share} of the {samples:,} samples were made by rules, a program '
             "that puts annotations into sentences, not by a language model.</p>"
         )
-    waiting = [
-        f"{figures.outcomes[outcome]:,} are {words}"
-        for outcome, words in OUTCOMES.items()
-        if outcome in ("unanswered", "unverified", "accepted") and figures.outcomes[outcome]
-    ]
+    open_ = Counter({outcome: figures.outcomes[outcome] for outcome in WAITING})
+    open_["unanswered"] -= figures.lost["answered", "nothing_to_say"]
+    waiting = [f"{count:,} are {OUTCOMES[outcome]}" for outcome, count in open_.items() if count]
     if waiting:
         yield (
             f'<p class="banner warn"><strong>Not finished.</strong> Of '
@@ -193,40 +202,42 @@ def _anchor(title: str) -> str:
 
 def _funnel(report: Report) -> str:
     figures = report.figures
-    whole = figures.pictures
-    pictures = [
-        Bar("pictures indexed", {"accent": whole}, f"{whole:,}"),
-        Bar("pictures asked about", {"accent": len(figures.asked)}, f"{len(figures.asked):,}"),
-    ]
     planned = figures.step("planned")
+    bars = [
+        _share("pictures indexed", figures.pictures, figures.pictures),
+        _share("pictures asked about", len(figures.asked), figures.pictures, report.left_out),
+    ]
     if not planned:
-        return charts.bars(pictures, whole)
-    steps = [
-        Bar(words, {"accent": figures.step(step)}, _of(figures.step(step), planned), lost)
-        for step, words, lost in funnel(figures)
+        return charts.bars(bars, 1)
+    bars += [
+        _share(words, figures.step(step), planned, lost) for step, words, lost in funnel(figures)
     ]
     exported = report.export.get("samples")
     if exported is not None:
-        steps.append(Bar("exported", {"accent": exported}, _of(exported, planned)))
+        bars.append(_share("exported", exported, planned))
     rows = [
         {"": words, **{name: f"{figures.step(step, name):,}" for name in TYPES}}
         for step, words in STEPS.items()
     ]
     return (
-        f'{charts.bars(pictures, whole)}<div style="height:1rem"></div>'
-        f"{charts.bars(steps, planned)}<details><summary>By type</summary>"
+        f"{charts.bars(bars, 1)}<details><summary>By type</summary>"
         f"{_table(('', *TYPES), rows)}</details>"
     )
+
+
+def _share(label: str, count: int, whole: int, below: str = "") -> Bar:
+    return Bar(label, {"accent": count / whole if whole else 0}, _of(count, whole), below)
 
 
 def funnel(figures: Figures) -> Iterator[tuple[Step, str, str]]:
     """Each step with its name and what was lost on the way to it, in words."""
     for step, words in STEPS.items():
         lost = {why: n for (found, why), n in figures.lost.items() if found == step}
-        yield step, words, _lost(lost)
+        yield step, words, lost_words(lost)
 
 
-def _lost(lost: Mapping[str, int], most: int = 6) -> str:
+def lost_words(lost: Mapping[str, int], most: int = 6) -> str:
+    """`− 6 lost: REFUSAL 4, NOT_JSON 2`; "" where nothing was."""
     ordered = sorted(lost.items(), key=lambda entry: (-entry[1], entry[0]))
     if not ordered:
         return ""
@@ -238,14 +249,6 @@ def _lost(lost: Mapping[str, int], most: int = 6) -> str:
 
 def _of(part: int, whole: int) -> str:
     return f"{part:,} ({percent(part, whole)})"
-
-
-def by_code(counts: Mapping[tuple[str, Any], int]) -> list[tuple[str, int]]:
-    """Samples by code over all types, the commonest first."""
-    total: Counter[str] = Counter()
-    for (code, _), count in counts.items():
-        total[code] += count
-    return sorted(total.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 def _reasons(report: Report) -> str:
@@ -263,7 +266,7 @@ def _reasons(report: Report) -> str:
         parts.append(charts.bars([_reason_bar(code, n, whole) for code, n in codes], codes[0][1]))
         parts += [_examples(report, code, n, rank) for rank, (code, n) in enumerate(codes)]
     if figures.turns_set_aside:
-        turns = _lost(figures.turns_set_aside, most=20).removeprefix("− ")
+        turns = lost_words(figures.turns_set_aside, most=20).removeprefix("− ")
         parts.append(f'<p class="note">Single turns of samples that are kept: {escaped(turns)}</p>')
     return markup.LEGEND + "".join(parts) if parts else ""
 
