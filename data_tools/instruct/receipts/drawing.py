@@ -168,7 +168,7 @@ def svg(drawn: Sequence[Mark], size: tuple[int, int], *, letter: float = 11, all
 
 
 def _classes(mark: Mark) -> str:
-    words = [mark.verdict or "plain"]
+    words: list[str] = [mark.verdict or "plain"]
     words += ["crowd"] if mark.crowd else []
     words += [] if mark.label else ["told"]
     return " ".join(words)
@@ -199,9 +199,9 @@ def _outline(draw: Any, mark: Mark, size: tuple[int, int], line: int) -> None:
     left, top = mark.left * size[0], mark.top * size[1]
     right, bottom = left + mark.width * size[0], top + mark.height * size[1]
     wide = line + (2 if mark.verdict else 0)
-    step = {True: line * 6, False: line * 3}[mark.crowd] if mark.crowd or not mark.label else 0
-    sides = ((left, top, right, top), (right, top, right, bottom))
-    sides += ((left, bottom, right, bottom), (left, top, left, bottom))
+    step = line * 6 if mark.crowd else 0 if mark.label else line * 3
+    sides = [(left, top, right, top), (right, top, right, bottom)]
+    sides += [(left, bottom, right, bottom), (left, top, left, bottom)]
     for colour, thick in (("white", wide + 2), (COLOURS[mark.verdict], wide)):
         for side in sides:
             _side(draw, side, step, colour, thick)

@@ -258,12 +258,13 @@ def _lost(journey: Journey) -> tuple[Step, str]:
     first = journey.reasons[0] if journey.reasons else "no reason given"
     if journey.outcome == "rejected":
         return ("accepted" if journey.sample and journey.sample.turns else "read"), first
-    return {
+    stopped: dict[Outcome, tuple[Step, str]] = {
         "unanswered": ("answered", journey.reasons[0] if journey.reasons else "not asked yet"),
         "unverified": ("read", "not verified yet"),
         "accepted": ("kept", "not cleaned yet"),
         "set_aside": ("kept", first),
-    }[journey.outcome]
+    }
+    return stopped[journey.outcome]
 
 
 def _add_maker(figures: Figures, sample: Sample) -> None:

@@ -28,7 +28,7 @@ STYLE: Final = """
 --unknown:#e6c65c;--supported-soft:#10324a;--contradicted-soft:#4a2510;--unknown-soft:#3d340f;
 --chip:#2b3443}}
 .pic{position:relative;line-height:0;border-radius:8px;overflow:hidden;background:var(--chip);
-align-self:start}.pic img,.pic .blank{width:100%;border-radius:0}
+align-self:stretch}.pic img,.pic .blank{width:100%;border-radius:0}
 .pic svg{position:absolute;inset:0;width:100%;height:100%}.pic figure{line-height:0}
 .pic rect{fill:none;vector-effect:non-scaling-stroke;pointer-events:all}
 .pic .under{stroke:#fff;stroke-width:3px;opacity:.75;pointer-events:none}
@@ -48,7 +48,7 @@ font-weight:600}.pic .tag.supported rect{fill:#0072b2}.pic .tag.contradicted rec
 overflow-wrap:anywhere;line-height:1.4}
 .sample{min-width:0}.sample h4{margin:0 0 .35rem;line-height:1.5;font-size:.92rem;
 overflow-wrap:anywhere}
-.sample .id{font-family:ui-monospace,monospace;font-size:.8rem;font-weight:500}
+.sample .id{display:block;font-family:ui-monospace,monospace;font-size:.74rem;font-weight:500}
 .sample .turn{margin:.45rem 0;font-size:.93rem;overflow-wrap:anywhere;unicode-bidi:isolate}
 .turn p{margin:.1rem 0;white-space:pre-wrap;unicode-bidi:isolate}
 .turn .q{color:var(--soft)}.turn b{font-weight:700;margin-right:.35rem}
@@ -256,9 +256,10 @@ def _check(check: Check, number: int | None, names: Mapping[int, str]) -> str:
     rests = evidence(check, names)
     rests = f' <span class="rests">— rests on {escaped(rests)}</span>' if rests else ""
     claim = f" “{escaped(check.claim[:200])}”" if check.claim else ""
+    verdict = "set aside" if check.rule == "clean" and check.code else check.verdict
     return (
         f'<li class="{check.verdict}" data-rests="{" ".join(_rests(check, names))}">'
-        f'<span class="sy">{SYMBOLS[check.verdict]}{number or ""} {check.verdict}</span>'
+        f'<span class="sy">{SYMBOLS[check.verdict]}{number or ""} {verdict}</span>'
         f"{code}{claim}{rests}</li>"
     )
 

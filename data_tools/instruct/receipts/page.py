@@ -22,12 +22,13 @@ from data_tools.instruct.receipts.figures import (
 )
 from data_tools.instruct.receipts.journeys import OUTCOMES, Journey, Outcome
 from data_tools.instruct.receipts.markup import escaped
+from data_tools.instruct.schema import Verdict
 from vlm_sft.page import page, section
 
 PICTURED: Final = 10
 """Reasons with all their examples; rarer ones have `FEW` each, so that the page stays small."""
 FEW: Final = 2
-MOST_ROWS: Final = 40
+MOST_ROWS: Final = 30
 """Rows of a table; what is left out is counted."""
 
 WAITING: Final[tuple[Outcome, ...]] = ("unanswered", "unverified", "accepted")
@@ -86,7 +87,7 @@ class Report:
     @property
     def left_out(self) -> str:
         """Pictures without a request, by the plan's own words."""
-        found = {why.replace("_", " "): n for why, n in self.plan.get("left_out", {}).items() if n}
+        found = {why: n for why, n in self.plan.get("left_out", {}).items() if n}
         return lost_words(found)
 
 
@@ -241,7 +242,9 @@ def lost_words(lost: Mapping[str, int], most: int = 6) -> str:
     ordered = sorted(lost.items(), key=lambda entry: (-entry[1], entry[0]))
     if not ordered:
         return ""
-    named = [f"{why} {n:,}" for why, n in ordered[:most]]
+    named = [
+        f"{why.replace('_', ' ') if why.islower() else why} {n:,}" for why, n in ordered[:most]
+    ]
     if rest := sum(n for _, n in ordered[most:]):
         named.append(f"others {rest:,}")
     return f"− {sum(lost.values()):,} lost: {', '.join(named)}"
@@ -291,7 +294,9 @@ def _examples(report: Report, code: str, count: int, rank: int) -> str:
 def _card(report: Report, journey: Journey) -> str:
     sample = journey.left_out[0] if journey.outcome == "set_aside" else journey.sample
     assert sample is not None
-    verdict = "contradicted" if journey.outcome in ("rejected", "set_aside") else "supported"
+    verdict: Verdict = (
+        "contradicted" if journey.outcome in ("rejected", "set_aside") else "supported"
+    )
     word = OUTCOMES[journey.outcome].split(",")[0]
     if journey.outcome == "set_aside":
         word = "set aside"
@@ -310,12 +315,11 @@ def _claims(figures: Figures) -> str:
     rules.sort(key=lambda rule: (-totals[rule], rule))
     by_rule = [_verdict_bar(rule, {v: figures.claims[rule, v] for v in VERDICTS}) for rule in rules]
     by_type = [
-        _verdict_bar(name, counts)
+        _verdict_bar(name, {v: figures.claims_by_type[name, v] for v in VERDICTS})
         for name in TYPES
-        if any(counts := {v: figures.claims_by_type[name, v] for v in VERDICTS})
-        and sum(counts.values())
+        if any(figures.claims_by_type[name, v] for v in VERDICTS)
     ]
-    names = {verdict: f"{SYMBOLS[verdict]} {verdict}" for verdict in VERDICTS}
+    names = {str(verdict): f"{SYMBOLS[verdict]} {verdict}" for verdict in VERDICTS}
     return (
         f"{charts.key(names)}<h3>By rule</h3>{charts.bars(by_rule, max(totals.values()))}"
         f"<h3>By type, each as a whole</h3>{charts.bars([_whole(bar) for bar in by_type], 1)}"
@@ -396,16 +400,17 @@ def _balance(figures: Figures) -> str:
     families = sorted({family for family, _ in good.choices})
     if not families:
         return ""
-    parts = [
-        '<p class="sub">Questions that are a choice among a few answers: what a guesser who '
-        "does not look would profit from.</p>"
-    ]
+    note = (
+        '<p class="sub">Questions that are a choice among a few answers: what a guesser who does '
+        "not look could profit from.</p>"
+    )
+    parts = []
     for family in families:
         said = {value: n for (found, value), n in sorted(good.choices.items()) if found == family}
         total = sum(said.values())
         bars = [Bar(value, {"accent": n}, _of(n, total)) for value, n in said.items()]
         parts.append(f"<div><h3>{family.replace('_', ' / ')}</h3>{charts.bars(bars, total)}</div>")
-    return f'<div class="two">{"".join(parts)}</div>' + _yes_no(figures)
+    return f'{note}<div class="two">{"".join(parts)}</div>' + _yes_no(figures)
 
 
 def _yes_no(figures: Figures) -> str:
@@ -450,7 +455,8 @@ def _lengths(figures: Figures) -> str:
 
 def _spread(counts: Mapping[int, int]) -> str:
     """Median, 95th percentile and longest of counted numbers."""
-    total, seen, places = sum(counts.values()), 0, {}
+    total, seen = sum(counts.values()), 0
+    places: dict[float, int] = {}
     for value in sorted(counts):
         seen += counts[value]
         for share in (0.5, 0.95, 1.0):

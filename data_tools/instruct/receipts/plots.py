@@ -110,6 +110,7 @@ def _lengths(figures: Figures) -> bytes:
         starts = [i * shape.width for i in range(len(shape.counts))]
         axes.bar(starts, shape.counts, width=shape.width * 0.92, align="edge", color=_BLUE)
         axes.set(title=name, xlabel="words of an answer", ylabel="answers")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         _tidy(axes)
     return _png(figure)
 
