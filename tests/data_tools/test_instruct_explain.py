@@ -108,7 +108,7 @@ def test_an_unknown_id_is_answered_with_the_nearest(tmp_path: Path, run: Run) ->
 def test_a_terminal_is_not_commanded_by_foreign_text(tmp_path: Path) -> None:
     run = hostile_run(tmp_path)
     run.write(tmp_path / "run")
-    for request in run.requests[:10]:
+    for request in (run.requests[0], run.requests[6], run.requests[8]):  # kept and rejected
         text = shown(tmp_path, request.sample_id, whole_prompt=True)
         assert not {c for c in text if (ord(c) < 32 and c != "\n") or ord(c) in range(0x7F, 0xA0)}
         assert "\u202e" not in text and ("\u241b" in text)
