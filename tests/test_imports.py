@@ -23,6 +23,7 @@ ENTRY_POINTS = {
     "vlm_sft.evaluate",
     "data_tools.make_scenes",
     "data_tools.build_coco",
+    "data_tools.mix",
 }
 
 

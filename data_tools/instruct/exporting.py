@@ -50,10 +50,11 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     folder = RunFolder(Path(config.output_dir))
     counts = _Counts()
     with ExitStack() as files:
-        writers = [
-            _WRITERS[name](files.enter_context(atomic_open(folder.exports / FILES[name])))
-            for name in config.export.formats
-        ]
+        writers: list[_Writer] = []
+        for name in config.export.formats:
+            file = files.enter_context(atomic_open(folder.exports / FILES[name]))
+            writers.append(_WRITERS[name](file))
+            files.callback(writers[-1].finish)  # before the file takes its place
         receipts = files.enter_context(atomic_open(folder.exports / RECEIPTS))
         samples = track(read_lines(folder.kept, Sample), description="exporting samples")
         for sample, turns in _told(samples, config.export, counts):
@@ -62,10 +63,8 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
                     sample.id, config.export.image_prefix + sample.picture.file_name, turns
                 )
             receipts.write(_json(receipt(sample)))
-        for writer in writers:
-            writer.finish()
-    for name in FILES.keys() - config.export.formats:  # of an earlier export
-        (folder.exports / FILES[name]).unlink(missing_ok=True)
+    for old in FILES.keys() - set(config.export.formats):  # of an earlier export
+        (folder.exports / FILES[old]).unlink(missing_ok=True)
     names = [*(FILES[name] for name in config.export.formats), RECEIPTS]
     told = counts.as_dict(config.export) | {"files": _digests(folder.exports, names)}
     write_json(folder.exports / "export.json", told)

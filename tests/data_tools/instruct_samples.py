@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data_tools.coco import Box, Picture
 from data_tools.instruct.config import InstructConfig
@@ -81,7 +81,15 @@ def run_folder(
             draw(images / source.file_name, source.id)
         names = (categories or {}).get(source.id, ["dog"])
         boxes = tuple(Box(name, 1, 1, 20, 20, False, i) for i, name in enumerate(names, 1))
-        known[source.id] = Picture(source.id, source.file_name, 64, 48, ("A dog.",), boxes, (1,))
+        known[source.id] = Picture(
+            id=source.id,
+            file_name=source.file_name,
+            width=64,
+            height=48,
+            captions=("A dog.",),
+            boxes=boxes,
+            caption_ids=(1,),
+        )
     config = {
         "output_dir": str(folder / "run"),
         "coco": {"images": str(images)},
@@ -100,6 +108,3 @@ def kept(config: InstructConfig) -> list[Sample]:
 
 def set_aside(config: InstructConfig) -> list[Sample]:
     return list(read_lines(RunFolder(Path(config.output_dir)).set_aside, Sample))
-
-
-__all__ = ["ImageDraw", "draw", "kept", "run_folder", "sample", "set_aside", "turn"]
