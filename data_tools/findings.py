@@ -68,7 +68,8 @@ class Findings:
         """Refuse faults that set too large a part aside.
 
         Args:
-            totals: How many there are of what kinds begin with (`box`, `caption`, `picture`).
+            totals: How many there are of what kinds begin with (`box`, `caption`, `picture`);
+                kinds of others are not looked at.
             share: The largest part that may be set aside for one fault.
             remedy: What else can be done, told at the sentence's end.
 
@@ -76,14 +77,13 @@ class Findings:
             UserError: One kind of fault has more; the first example is told.
         """
         for kind, count in self.counts.items():
-            total = totals.get(kind.partition("_")[0], 0)
-            if KINDS[kind].consequence == "told" or count <= share * total:
+            total = totals.get(kind.partition("_")[0])
+            if total is None or KINDS[kind].consequence == "told" or count <= share * total:
                 continue
-            missing = kind.startswith("picture_missing")
             raise UserError(
-                f"{self.examples[kind][0]} ({count:,} of {total:,} {KINDS[kind].meaning}; up to "
-                f"{share:.3g} of them would be set aside){remedy}",
-                code="image_missing" if missing else None,
+                f"{self.examples[kind][0]} ({KINDS[kind].meaning}: {count:,} of {total:,}, and up "
+                f"to {share:.3g} of them would be set aside){remedy}",
+                code="image_missing" if kind == "picture_missing" else None,
             )
 
     def told(self) -> dict[str, dict[str, Any]]:

@@ -125,9 +125,11 @@ class _Text:
             except RecursionError:
                 raise self.fault("lists within lists too deep to read") from None
             else:
-                # A number at the buffer's end may go on in the next part of the file.
-                if end < len(self.buffer) or not self._more():
-                    self.place = end
+                # A number at the buffer's end (`1`, and what is left of `1.5e+3` cut at its point
+                # or sign) may go on in the next part of the file.
+                length = end - self.place
+                if end + 2 < len(self.buffer) or not self._more():
+                    self.place += length
                     return value
 
     def _take(self, character: str) -> None:

@@ -106,8 +106,8 @@ def _objects(
         )
         return
     yield (
-        "OBJECTS (corners left, top, right, bottom as shares of the width and height of the "
-        "original picture; 0, 0 is its top left corner):"
+        "OBJECTS (left, top, right, bottom as shares of the original picture's width and height, "
+        "from its top left corner):"
     )
     number = 0
     for name, group in groups.items():
@@ -119,14 +119,14 @@ def _objects(
     small = {name: boxes for name, boxes in summarised.items() if name not in groups}
     if small:
         told = ", ".join(f"{name}: {_count(boxes, 0)}" for name, boxes in small.items())
-        yield f"Too small to list, by number only: {told}"
+        yield f"By number only, without a box here: {told}"
 
 
 def _count(boxes: Sequence[Box], listed: int) -> str:
     """How many there are, as we count them; a crowd is `many`, whatever stands beside it."""
     singles, small = sum(not box.crowd for box in boxes), len(boxes) - listed
     total = str(singles) if singles == len(boxes) else "many (a crowd, not to be counted)"
-    return total + (f", {small} of them too small to list" if listed and small else "")
+    return total + (f", {small} of them without a box here" if listed and small else "")
 
 
 def _corners(box: Box, picture: Picture, decimals: int) -> str:

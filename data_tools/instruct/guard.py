@@ -84,8 +84,9 @@ class Guard:
 
     def lines(self) -> Iterator[str]:
         """For a terminal: what is refused, and plainly what nobody looked at."""
-        verdict = "kept (guard.allow_evaluation_images)" if self.allowed else "refused"
-        yield f"{len(self.evaluations):>9,}  pictures of evaluations: {verdict}"
+        verdict = ", kept (guard.allow_evaluation_images)" if self.allowed else ", refused"
+        found = len(self.evaluations)
+        yield f"{found:>9,}  pictures of evaluations found{verdict if found else ''}"
         for f in self.figures:
             match f.status:
                 case "checked":

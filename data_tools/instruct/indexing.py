@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,9 @@ from vlm_sft.progress import track
 
 FORMAT: Final = 1
 """Raised when this module would write other files from the same annotations."""
+
+_PICTURE_FIELDS: Final = tuple(field.name for field in fields(Picture))
+_BOX_FIELDS: Final = tuple(field.name for field in fields(Box))
 
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
@@ -66,7 +69,7 @@ def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> str:
     digest = hashlib.sha256()
     with atomic_open(folder.pictures) as file:
         for picture in pictures:
-            line = json.dumps(asdict(picture), ensure_ascii=False).encode() + b"\n"
+            line = json.dumps(_plain(picture), ensure_ascii=False).encode() + b"\n"
             digest.update(line)
             file.write(line)
     return digest.hexdigest()
@@ -74,6 +77,13 @@ def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> str:
 
 def _not_indexed(path: Path) -> UserError:
     return UserError(f"{path}: there is no such file; run `index` first", code="data_file_missing")
+
+
+def _plain(picture: Picture) -> dict[str, Any]:
+    """As `dataclasses.asdict`, at a tenth of its time: a picture has many boxes."""
+    values = {name: getattr(picture, name) for name in _PICTURE_FIELDS}
+    boxes = [{name: getattr(box, name) for name in _BOX_FIELDS} for box in picture.boxes]
+    return {**values, "boxes": boxes}
 
 
 def _picture(values: dict[str, Any]) -> Picture:
@@ -100,8 +110,10 @@ def _index(folder: RunFolder, inputs: dict[str, Any], config: CocoConfig) -> dic
 
 def _usable(index: CocoIndex, images: Path) -> Iterator[Picture]:
     """The pictures whose file is there and is, by its header, what the annotations speak of."""
+    from vlm_sft.data.images import upright_size
+
     for picture in track(index.pictures, description="looking at pictures"):
-        problem = _problem(picture, images)
+        problem = _problem(picture, images / picture.file_name, upright_size)
         if problem is None:
             yield picture
         else:
@@ -109,11 +121,12 @@ def _usable(index: CocoIndex, images: Path) -> Iterator[Picture]:
             index.findings.add(kind, f"{picture.file_name}: {found}")
 
 
-def _problem(picture: Picture, images: Path) -> tuple[str, str] | None:
-    from vlm_sft.data.images import upright_size
-
+def _problem(
+    picture: Picture, path: Path, upright_size: Callable[[Path], Any]
+) -> tuple[str, str] | None:
+    """The kind of finding and what was found; training's own loader says what the file is."""
     try:
-        size = upright_size(images / picture.file_name)
+        size = upright_size(path)
     except ImageError as error:
         missing = error.reason == "image_missing"
         return "picture_missing" if missing else "picture_unreadable", str(error)

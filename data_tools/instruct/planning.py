@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,41 +37,24 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     indexing.command(config, ())
     folder = RunFolder(Path(config.output_dir))
     pictures = list(indexing.read_pictures(folder).values())
-    templates = make_templates(
-        indexing.read_categories(folder), config.requests.decimals, config.requests.prompts
-    )
+    categories = indexing.read_categories(folder)
+    templates = make_templates(categories, config.requests.decimals, config.requests.prompts)
     guarded = guard.check(pictures, config.guard)
-    usable = [p for p in pictures if not guarded.refuses(p.id)]
-    known = [p for p in usable if p.captions or p.boxes]
-    chosen = choose(known, config.pictures.count, config.pictures.choose, config.seed)
+    chosen, left_out = _choose(pictures, guarded, config)
     tally = Tally(templates)
     requests = make_requests(track(chosen, description="planning"), templates, config)
-    write_lines(folder.requests, tally.through(requests))
-    if not tally.pictures:
-        raise UserError(
-            f"{config.output_dir}: no request is left to make of {len(pictures):,} pictures: "
-            f"{len(pictures) - len(usable):,} are of evaluations, "
-            f"{len(usable) - len(known):,} without annotations; see pictures, guard and "
-            "requests.shares in the configuration",
-            code="no_records",
-        )
+    write_lines(folder.requests, _not_none(tally.through(requests), left_out))
     write_json(folder.templates, templates)
     write_text(folder.config, settings.dump(config))
-    left_out = {
-        "of_evaluations": len(pictures) - len(usable),
-        "without_annotations": len(usable) - len(known),
-        "not_chosen": len(known) - len(chosen),
-        "chosen_without_a_type": len(chosen) - tally.pictures,
-    }
     told = {
         "pictures": {"indexed": len(pictures), "asked_about": tally.pictures},
-        "left_out": left_out,
+        "left_out": {**left_out, "chosen_without_a_type": len(chosen) - tally.pictures},
         "guard": guarded.told(),
         **tally.told(config.teacher),
     }
     write_json(folder.plan, told)
     print("\n".join([*guarded.lines(), *_table(told, config)]))
-    for request, _ in zip(read_requests(folder), range(arguments.show), strict=False):
+    for request in islice(read_requests(folder), arguments.show):
         print("\n".join(_in_full(request, templates)))
 
 
@@ -97,6 +81,35 @@ def read_templates(folder: RunFolder) -> Mapping[str, Any]:
             code="data_file_missing",
         ) from None
     return templates
+
+
+def _choose(
+    pictures: Sequence[Picture], guarded: guard.Guard, config: InstructConfig
+) -> tuple[list[Picture], dict[str, int]]:
+    """The pictures to ask about, and how many are left out for what."""
+    usable = [picture for picture in pictures if not guarded.refuses(picture.id)]
+    known = [picture for picture in usable if picture.captions or picture.boxes]
+    chosen = choose(known, config.pictures.count, config.pictures.choose, config.seed)
+    return chosen, {
+        "of_evaluations": len(pictures) - len(usable),
+        "without_annotations": len(usable) - len(known),
+        "not_chosen": len(known) - len(chosen),
+    }
+
+
+def _not_none(requests: Iterable[Request], left_out: Mapping[str, int]) -> Iterator[Request]:
+    """The requests unchanged; an error where there are none, before the old file is replaced."""
+    some = False
+    for request in requests:
+        some = True
+        yield request
+    if not some:
+        told = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n)
+        raise UserError(
+            f"no request is left to make (pictures left out: {told or 'none'}); see pictures, "
+            "guard and requests.shares in the configuration",
+            code="no_records",
+        )
 
 
 def make_requests(

@@ -3,20 +3,15 @@
 import re
 from typing import Final
 
-_PIECES: Final = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]|_")
-_LONG_WORD: Final = 9
-"""Letters; common words up to this length are one token in vocabularies of 100,000 and more."""
+_TOKEN: Final = re.compile(r"[^\W\d_]{1,11}| ?[^\w\s]{1,3}|\d{1,3}|\s+(?=\d)|[\r\n]+|_")
+"""Vocabularies of 100,000 tokens and more split alike: a word with the space before it, long words
+in several, signs in a row, up to three digits, a space before a digit."""
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of English text with numbers and JSON in it."""
-    return sum(_tokens(piece) for piece in _PIECES.findall(text))
+    """Tokens of English text with numbers and JSON in it.
 
-
-def _tokens(piece: str) -> int:
-    first = piece[0]
-    if first.isdigit():
-        return -(-len(piece) // 3)
-    if first.isspace():
-        return int(piece != " ")
-    return 1 if not first.isalpha() else -(-len(piece) // _LONG_WORD)
+    Within 1 % for Llama 3 and 4 on planned requests, 9 to 14 % too few for vocabularies that spell
+    numbers digit by digit (`scripts/bench_token_estimate.py`).
+    """
+    return len(_TOKEN.findall(text))

@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools import json_lists
+from data_tools.json_lists import Element, read_lists
+from vlm_sft.errors import UserError
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    lists=st.dictionaries(st.sampled_from("abc"), st.lists(values, max_size=5), min_size=1),
+    others=st.dictionaries(st.sampled_from("xyz"), values),
+    indent=st.sampled_from([None, 1]),
+    chunk=st.integers(1, 7),
+)
+def test_elements_are_those_of_the_whole_document_wherever_the_text_is_cut(
+    tmp_path_factory: pytest.TempPathFactory,
+    lists: dict[str, list[Any]],
+    others: dict[str, Any],
+    indent: int | None,
+    chunk: int,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "lists.json"
+    text = json.dumps({**others, **lists}, indent=indent)
+    path.write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lists, "CHUNK", chunk)
+        found = list(read_lists(path, list(lists)))
+    assert found == [
+        Element(key, position, value)
+        for key, values in lists.items()
+        for position, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "an object with a list 'a'"),
+        ("[1]", "an object with a list 'a'"),
+        ("{}", "an object with a list 'a', and found none"),
+        ('{"a": 3}', "an object with a list 'a', and found none"),
+        ('{"a": [1', "is not valid JSON"),
+        ('{"a": [1,]}', "is not valid JSON"),
+        ('{"a": [1] "b": 2}', r"expected ',', at character 10"),
+        ('{"a": [1, nope, 2]}', "Expecting value, at character 10"),
+        ('{"a": [], "a": []}', "the key 'a' stands twice"),
+        ('{"a": []} {}', "more behind the object's end"),
+        ('{"x": ' + "[" * 100_000, "too deep"),
+        ("{1: []}", "not valid JSON"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        list(read_lists(path, ("a",)))
+
+
+def test_bytes_that_are_no_text_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(b'{"a": ["\xff"]}')
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(read_lists(path, ("a",)))
+    with pytest.raises(UserError, match="there is no such file"):
+        list(read_lists(tmp_path / "none.json", ("a",)))
+
+
+def test_a_value_that_never_ends_is_not_read_into_memory_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_lists, "CHUNK", 10)
+    monkeypatch.setattr(json_lists, "MAX_VALUE", 1_000)
+    path = tmp_path / "file.json"
+    path.write_text('{"a": ["' + "x" * 100_000)
+    held: list[int] = []
+    more = json_lists._Text._more
+
+    def watched(self: json_lists._Text) -> bool:
+        read = more(self)
+        held.append(len(self.buffer))
+        return read
+
+    monkeypatch.setattr(json_lists._Text, "_more", watched)
+    with pytest.raises(UserError, match="Unterminated string"):
+        list(read_lists(path, ("a",)))
+    assert max(held) < 5_000
