@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from data_tools import wording
 
@@ -50,8 +51,16 @@ def capital(text: str) -> str:
 
 
 def mentions(text: str, name: str) -> bool:
-    """Whether a caption speaks of the category: its name, plural, or a synonym we know."""
-    synonyms: list[str] = wording.load("words")["synonyms"].get(name, [])
-    spellings = {name, plural(name), name + "s", name.replace(" ", ""), *synonyms}
-    pattern = "|".join(re.escape(word) for word in sorted(spellings, key=len, reverse=True))
-    return re.search(rf"\b(?:{pattern})\b", text, re.IGNORECASE) is not None
+    """Whether a caption may speak of the category: its name, plural, a synonym, a wider word."""
+    return _spellings(name).search(text) is not None
+
+
+@cache
+def _spellings(name: str) -> re.Pattern[str]:
+    known = wording.load("words")
+    wider = [word for word, names in known["broad"].items() if name in names]
+    spellings = {name + "s", name.replace(" ", "")}
+    for word in (name, *known["synonyms"].get(name, ()), *wider):
+        spellings |= {word, plural(word)}
+    pattern = "|".join(re.escape(word) for word in sorted(spellings, key=lambda w: (-len(w), w)))
+    return re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)

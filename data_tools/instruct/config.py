@@ -132,8 +132,53 @@ class LimitsConfig(Section):
     usd: PositiveFloat | None = None
 
 
+class TurnsConfig(Section):
+    """How many turns a sample has, and how long its texts are, in words."""
+
+    turns: tuple[PositiveInt, PositiveInt]
+    answer_words: tuple[PositiveInt, PositiveInt]
+
+
 class VerifyConfig(Section):
-    """How strict the checks are."""
+    """How strict the checks are; docs/instruction-data/verification.md tells what each one sees."""
+
+    forms: dict[SampleType, TurnsConfig] = Field(
+        default={
+            "conversation": TurnsConfig(turns=(1, 20), answer_words=(1, 150)),
+            "detail": TurnsConfig(turns=(1, 1), answer_words=(5, 400)),
+            "reasoning": TurnsConfig(turns=(1, 1), answer_words=(5, 500)),
+        }
+    )
+    max_question_words: PositiveInt = 80
+    """Of any question."""
+    max_hedged: Share = 0.25
+    """Of a description's or conversation's sentences; reasoning may guess."""
+    all_yes_from: PositiveInt = 3
+    """So many yes/no questions, all answered yes, reject a conversation."""
+    unseen_objects: Literal["reject", "keep"] = "reject"
+    """Things in neither boxes nor captions, in descriptions and conversations; in reasoning they
+    are refused where they are said to be visible."""
+    under_labelled: list[str] = Field(
+        default=["person", "car", "chair", "dining table", "cup", "book"]
+    )
+    """Categories that COCO often leaves without a box: an unseen one counts as unknown, not as
+    contradicted (RePOPE, arXiv 2504.15707); `unseen_objects` decides about it all the same."""
+    uncertain_counts: Literal["reject", "keep"] = "reject"
+    """`How many` of what the annotations cannot count."""
+    unknown_attributes: Literal["reject", "keep"] = "keep"
+    """Colours, materials and actions that no caption has."""
+    countable: PositiveInt = 8
+    """More boxes of one category than this are not counted: annotators stop there."""
+    tiny: Share = 0.002
+    """Boxes below this share of the picture may or may not be counted."""
+    gap: Share = 0.02
+    """Share of the side that must lie between two boxes, or a box and the middle, for a side to be
+    certain."""
+    centres: Share = 0.15
+    """Where boxes overlap in one direction: share of the side that their centres must differ by."""
+    far: Share = 0.25
+    """A gap of this share of the side between two boxes refutes that one is on, in or next to the
+    other."""
 
 
 class CleanConfig(Section):

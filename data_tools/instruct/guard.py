@@ -29,12 +29,13 @@ CANNOT_MEET: Final[Mapping[str, frozenset[str]]] = {
     "train2014": frozenset(KNOWN),
     "train2017": frozenset({"val2017"}),
 }
-"""Evaluations without a picture of a part of COCO, by COCO's own splits (val2017 is from val2014)."""
+"""By part of COCO, the evaluations without a picture of it: COCO's splits say so, and val2017 is
+from val2014."""
 
 Status = Literal["checked", "by split", "covered", "split only", "not checked"]
 
 _HEAD: Final = 1 << 16
-_ID_KEYS: Final = ("image_id", "cocoid", "id", "image", "file_name", "filename")
+_ID_KEYS: Final = ("image_id", "cocoid", "image", "id", "file_name", "filename")
 """Where an entry of a list names its picture, the first that it has."""
 _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+20\d\d_)?0*(\d{1,12})(?:\.[A-Za-z]{3,4})?")
 

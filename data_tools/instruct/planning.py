@@ -1,13 +1,77 @@
 """Pictures become requests: chosen, guarded, written down and priced before anything is sent."""
 
+import argparse
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
 
+from data_tools.coco import Picture
+from data_tools.instruct import guard, indexing
+from data_tools.instruct.choosing import choose, integer, types_of
+from data_tools.instruct.config import InstructConfig, TeacherConfig
+from data_tools.instruct.context import describe
 from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.lines import read_lines
-from data_tools.instruct.schema import Request
+from data_tools.instruct.lines import read_lines, write_lines
+from data_tools.instruct.prompting import TYPES, closing, digest, make_templates, messages
+from data_tools.instruct.schema import Request, SampleType
+from data_tools.instruct.tokens import estimate_tokens
+from vlm_sft import settings
+from vlm_sft.atomic import write_json, write_text
 from vlm_sft.errors import UserError
+from vlm_sft.progress import track
+
+MESSAGE_TOKENS: Final = 4
+"""What a chat template adds around a message."""
+PAID: Final = ("openai", "batch")
+
+
+def command(config: InstructConfig, options: Sequence[str]) -> None:
+    """Write the requests and what they will take; nothing is sent."""
+    parser = argparse.ArgumentParser(prog="plan", description=__doc__)
+    parser.add_argument("--show", type=int, default=0, help="print the first N requests in full")
+    arguments = parser.parse_args(options)
+    indexing.command(config, ())
+    folder = RunFolder(Path(config.output_dir))
+    pictures = list(indexing.read_pictures(folder).values())
+    templates = make_templates(
+        indexing.read_categories(folder), config.requests.decimals, config.requests.prompts
+    )
+    guarded = guard.check(pictures, config.guard)
+    usable = [p for p in pictures if not guarded.refuses(p.id)]
+    known = [p for p in usable if p.captions or p.boxes]
+    chosen = choose(known, config.pictures.count, config.pictures.choose, config.seed)
+    tally = Tally(templates)
+    requests = make_requests(track(chosen, description="planning"), templates, config)
+    write_lines(folder.requests, tally.through(requests))
+    if not tally.pictures:
+        raise UserError(
+            f"{config.output_dir}: no request is left to make of {len(pictures):,} pictures: "
+            f"{len(pictures) - len(usable):,} are of evaluations, "
+            f"{len(usable) - len(known):,} without annotations; see pictures, guard and "
+            "requests.shares in the configuration",
+            code="no_records",
+        )
+    write_json(folder.templates, templates)
+    write_text(folder.config, settings.dump(config))
+    left_out = {
+        "of_evaluations": len(pictures) - len(usable),
+        "without_annotations": len(usable) - len(known),
+        "not_chosen": len(known) - len(chosen),
+        "chosen_without_a_type": len(chosen) - tally.pictures,
+    }
+    told = {
+        "pictures": {"indexed": len(pictures), "asked_about": tally.pictures},
+        "left_out": left_out,
+        "guard": guarded.told(),
+        **tally.told(config.teacher),
+    }
+    write_json(folder.plan, told)
+    print("\n".join([*guarded.lines(), *_table(told, config)]))
+    for request, _ in zip(read_requests(folder), range(arguments.show), strict=False):
+        print("\n".join(_in_full(request, templates)))
 
 
 def read_requests(folder: RunFolder) -> Iterator[Request]:
@@ -20,7 +84,7 @@ def read_requests(folder: RunFolder) -> Iterator[Request]:
 
 
 def read_templates(folder: RunFolder) -> Mapping[str, Any]:
-    """The prompts by name: `messages` (the fixed beginning), `answer_schema`, `sha256`.
+    """The prompts by name: `messages` (the fixed beginning), `answer_schema`, `sha256`, ...
 
     Raises:
         UserError: Nothing has been planned yet.
@@ -33,3 +97,193 @@ def read_templates(folder: RunFolder) -> Mapping[str, Any]:
             code="data_file_missing",
         ) from None
     return templates
+
+
+def make_requests(
+    pictures: Iterable[Picture], templates: Mapping[str, Any], config: InstructConfig
+) -> Iterator[Request]:
+    """The requests in the order of pictures, types and numbers.
+
+    A request depends on its own picture, the templates, the seed and the teacher's parameters only.
+    """
+    for picture in pictures:
+        context = describe(
+            picture,
+            config.requests.decimals,
+            config.requests.max_boxes,
+            config.requests.min_area,
+        )
+        for sample_type, number in types_of(picture.id, config.requests.shares, config.seed):
+            template = templates[sample_type]
+            what = (picture.id, sample_type, number)
+            question = _question(template["questions"], picture.id, number, config.seed)
+            content = {
+                "picture": picture.id,
+                "type": sample_type,
+                "number": number,
+                "template": sample_type,
+                "template_sha256": template["sha256"],
+                "question": question,
+                "context": closing(context.text, template["ask"], question or ""),
+                "parameters": parameters(config.teacher, integer(config.seed, "request", *what)),
+                "shown": context.shown,
+            }
+            yield request_of(content)
+
+
+def request_of(content: Mapping[str, Any]) -> Request:
+    """A request with its sample's id, and its own: the digest of all the rest."""
+    sample_id = f"{content['picture']:012d}-{content['type']}-{content['number']}"
+    unnamed = Request(id="", sample_id=sample_id, **content)
+    return unnamed.model_copy(update={"id": request_id(unnamed)})
+
+
+def request_id(request: Request) -> str:
+    """SHA-256 of canonical JSON of all that determines the answer.
+
+    The fixed messages and the answer's schema are in it by `template_sha256`, the last message as
+    `context`.
+    """
+    return digest(request.model_dump(mode="json", exclude={"id", "sample_id"}))
+
+
+def parameters(teacher: TeacherConfig, seed: int) -> dict[str, Any]:
+    """What is sent beside the messages, every value said; servers have defaults of their own.
+
+    Args:
+        teacher: `rules` has no sampling parameters.
+        seed: Any whole number; servers get 31 bits of it.
+    """
+    if teacher.kind == "rules":
+        return {"model": teacher.model or "rules", "seed": seed % 2**31}
+    return {
+        "model": teacher.model,
+        "temperature": teacher.temperature,
+        "top_p": teacher.top_p,
+        "max_tokens": teacher.max_tokens,
+        "seed": seed % 2**31,
+    }
+
+
+def _question(questions: Sequence[str], picture_id: int, number: int, seed: int) -> str | None:
+    if not questions:
+        return None
+    return questions[(integer(seed, "question", picture_id) + number) % len(questions)]
+
+
+@dataclass
+class Tally:
+    """What the requests that went through add up to."""
+
+    templates: Mapping[str, Any]
+    requests: Counter[SampleType] = field(default_factory=Counter)
+    context_tokens: Counter[SampleType] = field(default_factory=Counter)
+    pictures: int = 0
+    boxes_listed: int = 0
+    boxes_by_number: int = 0
+    _last: int | None = None
+
+    def through(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The requests unchanged, counted."""
+        for request in requests:
+            self.requests[request.type] += 1
+            self.context_tokens[request.type] += estimate_tokens(request.context) + MESSAGE_TOKENS
+            if request.picture != self._last:
+                self._last = request.picture
+                self.pictures += 1
+                self.boxes_listed += len(request.shown.boxes)
+                self.boxes_by_number += sum(map(len, request.shown.summarised.values()))
+            yield request
+
+    def told(self, teacher: TeacherConfig) -> dict[str, Any]:
+        """By type and in all: requests, tokens in, of these repeated prefix, out; US dollars."""
+        types = {name: self._of(name, teacher) for name in TYPES if self.requests[name]}
+        total = {key: sum(of[key] for of in types.values()) for key in next(iter(types.values()))}
+        return {
+            "boxes": {"listed": self.boxes_listed, "by_number_only": self.boxes_by_number},
+            "requests": {**types, "all": total},
+            "usd": _usd(total, teacher),
+        }
+
+    def _of(self, name: SampleType, teacher: TeacherConfig) -> dict[str, int]:
+        """Answers are taken to be as long as the seed examples' are."""
+        fixed, count = self.templates[name]["messages"], self.requests[name]
+        prefix = sum(estimate_tokens(message["content"]) + MESSAGE_TOKENS for message in fixed)
+        answers = [m["content"] for m in fixed if m["role"] == "assistant"]
+        long = sum(map(estimate_tokens, answers)) / len(answers)
+        return {
+            "requests": count,
+            "tokens_in": prefix * count + self.context_tokens[name],
+            "repeated_prefix": prefix * (count - 1),
+            "tokens_out": round(min(long, teacher.max_tokens) * count),
+            "tokens_out_at_most": teacher.max_tokens * count,
+        }
+
+
+def _usd(total: Mapping[str, int], teacher: TeacherConfig) -> dict[str, float] | None:
+    if teacher.prices is None or teacher.kind not in PAID:
+        return None
+    prices = teacher.prices
+    cached = prices.input if prices.cached is None else prices.cached
+    output = total["tokens_out"] * prices.output
+    full = total["tokens_in"] * prices.input + output
+    saved = total["repeated_prefix"] * (prices.input - cached)
+    most = full - output + total["tokens_out_at_most"] * prices.output
+    amounts = {"nothing_cached": full, "prefixes_cached": full - saved, "longest_answers": most}
+    return {name: round(amount / 1e6, 4) for name, amount in amounts.items()}
+
+
+def _table(told: Mapping[str, Any], config: InstructConfig) -> Iterator[str]:
+    left = ", ".join(
+        f"{count:,} {name.replace('_', ' ')}" for name, count in told["left_out"].items() if count
+    )
+    boxes = told["boxes"]
+    yield (
+        f"{told['pictures']['asked_about']:,} of {told['pictures']['indexed']:,} pictures are "
+        f"asked about{'; left out: ' + left if left else ''}"
+    )
+    yield (
+        f"{boxes['listed']:,} boxes are shown, {boxes['by_number_only']:,} told by number only "
+        "(small, or beyond requests.max_boxes)"
+    )
+    yield f"{'type':<14}{'requests':>10}{'tokens in':>15}{'of it prefix':>15}{'tokens out':>14}"
+    for name, of in told["requests"].items():
+        yield (
+            f"{name:<14}{of['requests']:>10,}{of['tokens_in']:>15,}"
+            f"{of['repeated_prefix']:>15,}{of['tokens_out']:>14,}"
+        )
+    yield from _money(told, config)
+
+
+def _money(told: Mapping[str, Any], config: InstructConfig) -> Iterator[str]:
+    if config.teacher.kind not in PAID:
+        yield f"teacher {config.teacher.kind}: nothing is sent and nothing paid"
+        return
+    total, usd = told["requests"]["all"], told["usd"]
+    share = total["repeated_prefix"] / total["tokens_in"]
+    yield (
+        f"estimated without a tokenizer; answers as long as the seed examples'. {share:.0%} of the "
+        "tokens in are the same beginning again: what a server's prefix cache can save"
+    )
+    if usd is None:
+        yield "no teacher.prices in the configuration: no estimate of money"
+    else:
+        yield (
+            f"about {usd['prefixes_cached']:,.2f} US dollars with every prefix cached, "
+            f"{usd['nothing_cached']:,.2f} with none; {usd['longest_answers']:,.2f} if every "
+            f"answer took teacher.max_tokens"
+        )
+    limits = config.limits
+    for name, limit, need in (
+        ("requests", limits.requests, total["requests"]),
+        ("tokens", limits.tokens, total["tokens_in"] + total["tokens_out"]),
+        ("usd", limits.usd, usd["nothing_cached"] if usd else 0),
+    ):
+        if limit is not None and need > limit:
+            yield f"limits.{name} {limit:,} is below that: generation will stop there"
+
+
+def _in_full(request: Request, templates: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\n===== {request.sample_id}, request {request.id}"
+    for message in messages(request, templates):
+        yield f"----- {message['role']}\n{message['content']}"

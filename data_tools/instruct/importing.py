@@ -1,0 +1,150 @@
+"""Conversations of LLaVA's form, as others made them, checked like our own."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from data_tools.coco import Picture
+from data_tools.instruct.schema import Cost, Kind, Sample, SampleType, Shown, Turn
+from data_tools.instruct.verification import Policy, check_sample, reasons
+from vlm_sft.errors import UserError
+from vlm_sft.progress import track
+
+PLACEHOLDER: Final = "<image>"
+LONG_ANSWER: Final = 60
+"""A single answer of so many words, not to a request for a description, counts as reasoning."""
+
+
+def imported_samples(
+    path: Path, pictures: Mapping[int, Picture], policy: Policy, left_out: Counter[str]
+) -> Iterator[Sample]:
+    """The file's records as checked samples, in the file's order, one at a time.
+
+    Args:
+        path: A JSON list, or one JSON object a line (`.jsonl`).
+        pictures: By id; a record's picture is found by the number in its file's name.
+        policy: How strict.
+        left_out: Counts what cannot be checked: text only, pictures without annotations, records
+            that are not of the form.
+
+    Raises:
+        UserError: The file is missing or no JSON, or `ijson` is not installed.
+    """
+    from data_tools.instruct.verifying import TOOL, picture_source
+
+    for position, record in enumerate(track(_records(path), description=f"checking {path.name}")):
+        turns = _turns(record)
+        if turns is None:
+            left_out["records that are not of LLaVA's form"] += 1
+            continue
+        if not record.get("image"):
+            left_out["records without a picture"] += 1
+            continue
+        picture = _picture(str(record["image"]), pictures)
+        if picture is None:
+            left_out["records whose picture is not indexed"] += 1
+            continue
+        sample_type = type_of(turns)
+        checks = check_sample(turns, sample_type, picture, Shown(), policy)
+        codes = reasons(checks)
+        yield Sample(
+            id=f"{record.get('id', 'record')}-{position}", type=sample_type, origin="imported",
+            picture=picture_source(picture), turns=turns, shown=Shown(), request="", template="",
+            template_sha256="", model="", parameters={}, cost=Cost(), tool=TOOL, checks=checks,
+            status="rejected" if codes else "accepted", reasons=codes,
+        )  # fmt: skip
+
+
+def type_of(turns: tuple[Turn, ...]) -> SampleType:
+    """Which type a conversation is, as far as its form tells."""
+    if len(turns) > 1:
+        return "conversation"
+    if turns[0].kind == "description":
+        return "detail"
+    return "reasoning" if len(turns[0].answer.split()) >= LONG_ANSWER else "conversation"
+
+
+def kind_of(question: str) -> Kind:
+    """What a question is about, by its first words."""
+    words = question.lower().split()
+    text = " ".join(words[:12])
+    for kind, cues in _KINDS.items():
+        if any(text.startswith(cue) or f" {cue} " in f" {text} " for cue in cues):
+            return kind
+    return "object"
+
+
+def _turns(record: Any) -> tuple[Turn, ...] | None:
+    try:
+        said = [(part["from"], str(part["value"])) for part in record["conversations"]]
+    except (KeyError, TypeError):
+        return None
+    said = [part for part in said if part[0] != "system"]
+    roles = [role for role, _ in said]
+    if not said or roles != ["human", "gpt"] * (len(said) // 2):
+        return None
+    turns: list[Turn] = []
+    for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=True):
+        if not turns:
+            question = question.replace(PLACEHOLDER, "", 1)
+        question = question.strip()
+        turns.append(Turn(question=question, answer=answer.strip(), kind=kind_of(question)))
+    return tuple(turns)
+
+
+def _picture(name: str, pictures: Mapping[int, Picture]) -> Picture | None:
+    digits = Path(name).stem.rpartition("_")[2]
+    return pictures.get(int(digits)) if digits.isascii() and digits.isdigit() else None
+
+
+def _records(path: Path) -> Iterator[Any]:
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                yield from _lines(path, lines)
+            return
+        try:
+            import ijson
+        except ImportError:
+            raise UserError(
+                f"{path}: reading a JSON list piece by piece needs ijson; "
+                "pip install 'vlm_sft[instruct]'"
+            ) from None
+        with path.open("rb") as file:
+            try:
+                yield from ijson.items(file, "item", use_float=True)
+            except ijson.JSONError as error:
+                raise UserError(
+                    f"{path}: is not valid JSON ({error})", code="json_syntax"
+                ) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
+
+
+def _lines(path: Path, lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{path}:{number}: is not valid JSON ({error})", code="json_syntax"
+            ) from None
+
+
+_KINDS: Final[dict[Kind, tuple[str, ...]]] = {
+    "count": ("how many", "number of"),
+    "reasoning": (
+        "why", "how might", "how could", "what could", "what might", "what can be inferred",
+    ),
+    "description": (
+        "describe", "what is this", "write a", "explain the visual", "can you describe",
+        "analyze the image", "what do you see", "what's happening", "explain the various",
+        "characterize",
+    ),
+    "existence": ("is there", "are there", "does the picture", "does the image", "can you see"),
+    "place": ("where", "left", "right", "which side"),
+    "attribute": ("what color", "what colour", "what type", "what kind"),
+    "action": ("doing", "what activity"),
+}  # fmt: skip

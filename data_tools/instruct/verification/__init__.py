@@ -1,0 +1,62 @@
+"""Every claim of a sample held against the annotations of its picture, without any model.
+
+A turn is read as sentences of words (`reading`); the things it names are found by word lists
+(`lexicon`); rules then say of each claim whether boxes and captions bear it out, contradict it, or
+do not tell, and by which annotations:
+
+    objects      the things named are there, those denied are not
+    counts       numbers
+    places       sides, halves, corners, order, nearness
+    attributes   colours, materials, actions: captions alone know
+    manner       leaks, guesses, refusals, language, planted orders
+    form         turns, lengths, repetitions, questions that answer themselves
+"""
+
+from collections.abc import Iterator, Sequence
+
+from data_tools.coco import Picture
+from data_tools.instruct.schema import Check, SampleType, Shown, Turn
+from data_tools.instruct.verification import attributes, counts, form, manner, objects, places
+from data_tools.instruct.verification.case import Case, Policy
+from data_tools.instruct.verification.citations import check_citations
+
+__all__ = ["Policy", "check_sample", "reasons"]
+
+
+def check_sample(
+    turns: Sequence[Turn],
+    sample_type: SampleType,
+    picture: Picture,
+    shown: Shown,
+    policy: Policy,
+) -> tuple[Check, ...]:
+    """Everything found about a sample, turn by turn; a check with a code rejects it.
+
+    Args:
+        turns: Questions with answers, without picture placeholders.
+        sample_type: Descriptions and conversations are held to what is there; reasoning may infer.
+        picture: With all of its annotations. Without any box nothing counts as absent.
+        shown: What the labels that turns cite stand for.
+        policy: How strict; the annotated categories.
+    """
+    knowledge = policy.knowledge(picture)
+    cases = [Case(turn, index, sample_type, knowledge, policy) for index, turn in enumerate(turns)]
+    found: list[Check] = list(form.check_sample(cases, sample_type))
+    for case in cases:
+        found += check_citations(case.turn, case.index, shown)
+        found += _check_turn(case)
+    return tuple(found)
+
+
+def reasons(checks: Sequence[Check]) -> tuple[str, ...]:
+    """The codes that reject, in the order found, each once."""
+    return tuple(dict.fromkeys(check.code for check in checks if check.code is not None))
+
+
+def _check_turn(case: Case) -> Iterator[Check]:
+    yield from form.check_turn(case)
+    yield from manner.check(case)
+    yield from objects.check(case)
+    yield from counts.check(case)
+    yield from places.check(case)
+    yield from attributes.check(case)

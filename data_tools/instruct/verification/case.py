@@ -1,0 +1,90 @@
+"""What a rule is given: one turn read, the picture's knowledge, and how strict to be."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from data_tools.coco import Picture
+from data_tools.instruct.config import VerifyConfig
+from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
+from data_tools.instruct.verification.knowledge import Knowledge
+from data_tools.instruct.verification.lexicon import Lexicon
+from data_tools.instruct.verification.questions import Question
+from data_tools.instruct.verification.reading import Reading
+
+Part = Literal["question", "answer"]
+REMEMBERED = 256
+"""So many pictures' knowledge is kept at a time."""
+
+
+class Policy:
+    """How strict the checks are, and the words they look for.
+
+    Args:
+        config: The run's `verify` section.
+        categories: Names of all categories that are annotated, whether in this picture or not.
+    """
+
+    def __init__(self, config: VerifyConfig, categories: Iterable[str]) -> None:
+        self.config = config
+        self.lexicon = Lexicon(categories)
+        self.under_labelled = frozenset(config.under_labelled)
+        self._known: dict[int, Knowledge] = {}
+
+    def knowledge(self, picture: Picture) -> Knowledge:
+        """What the annotations say of a picture; samples of one picture share it."""
+        known = self._known.get(picture.id)
+        if known is None or known.picture is not picture:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            known = self._known[picture.id] = Knowledge(picture, self.lexicon)
+        return known
+
+
+@dataclass(frozen=True)
+class Case:
+    """One turn of a sample under examination."""
+
+    turn: Turn
+    index: int
+    sample_type: SampleType
+    knowledge: Knowledge
+    policy: Policy
+
+    @property
+    def config(self) -> VerifyConfig:
+        """The run's `verify` section."""
+        return self.policy.config
+
+    @cached_property
+    def question(self) -> Question:
+        """The question, and what its answer says to it."""
+        return Question(self.question_reading, self.answer_reading)
+
+    @cached_property
+    def question_reading(self) -> Reading:
+        """The question taken apart."""
+        return Reading(self.turn.question, self.policy.lexicon)
+
+    @cached_property
+    def answer_reading(self) -> Reading:
+        """The answer taken apart."""
+        return Reading(self.turn.answer, self.policy.lexicon)
+
+    def check(
+        self,
+        rule: str,
+        verdict: Verdict,
+        code: str | None,
+        part: Part,
+        span: tuple[int, int] | None,
+        claim: str,
+        evidence: tuple[int, ...] = (),
+    ) -> Check:
+        """A finding about this turn."""
+        # Built without validation: these are our own values, and there are many.
+        return Check.model_construct(
+            rule=rule, verdict=verdict, code=code, turn=self.index, part=part, span=span,
+            claim=claim, evidence=evidence,
+        )  # fmt: skip

@@ -1,0 +1,150 @@
+"""What the annotations say of one picture, put so that claims can be held against it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from data_tools import wording
+from data_tools.coco import Box, Picture
+from data_tools.instruct.verification.lexicon import Entry, Lexicon
+from data_tools.instruct.verification.numbers import quantity
+from data_tools.instruct.verification.reading import Reading
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption taken apart; `id` is the annotation's, 0 where the files have none."""
+
+    id: int
+    reading: Reading
+
+
+class Knowledge:
+    """A picture's boxes and captions by category.
+
+    Everything annotated counts, shown to the teacher or not: what is true of the picture is no
+    fault of an answer.
+    """
+
+    def __init__(self, picture: Picture, lexicon: Lexicon) -> None:
+        self.picture = picture
+        self._lexicon = lexicon
+        self.boxes: dict[str, tuple[Box, ...]] = {
+            name: picture.of(name) for name in picture.categories
+        }
+        ids = picture.caption_ids or (0,) * len(picture.captions)
+        self.captions = tuple(
+            Caption(number, Reading(text, lexicon))
+            for number, text in zip(ids, picture.captions, strict=True)
+        )
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether anything is boxed; if not, nothing is known to be absent."""
+        return bool(self.boxes)
+
+    @cached_property
+    def named(self) -> dict[str, tuple[int, ...]]:
+        """Captions (annotation ids) that name a category, by its firm words."""
+        return self._by_category(firm_only=True)
+
+    @cached_property
+    def perhaps_named(self) -> dict[str, tuple[int, ...]]:
+        """The same by wider words too, `bike` for a bicycle."""
+        return self._by_category(firm_only=False)
+
+    @cached_property
+    def words(self) -> dict[str, tuple[int, ...]]:
+        """Captions that have a word."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for caption in self.captions:
+            for word in sorted(caption.reading.vocabulary):
+                found[word].append(caption.id)
+        return {word: tuple(ids) for word, ids in found.items()}
+
+    @cached_property
+    def counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Numbers that captions give for a category, with the captions; `two cats` is 2."""
+        return self._counts(whole=False)
+
+    @cached_property
+    def whole_counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """The same by words for all of a category: `two women` are not all of the people."""
+        return self._counts(whole=True)
+
+    @cached_property
+    def actions(self) -> dict[str, tuple[int, ...]]:
+        """Captions that have a verb of the list, in whatever form."""
+        stems = action_stems()
+        found: dict[str, list[int]] = defaultdict(list)
+        for caption in self.captions:
+            for stem in sorted({stems[w] for w in caption.reading.vocabulary if w in stems}):
+                found[stem].append(caption.id)
+        return {stem: tuple(ids) for stem, ids in found.items()}
+
+    def boxes_of(self, categories: Iterable[str]) -> tuple[Box, ...]:
+        """The boxes of any of the categories."""
+        return tuple(box for name in categories for box in self.boxes.get(name, ()))
+
+    def support(self, entry: Entry, word: str) -> tuple[int, ...] | None:
+        """Ids of the boxes and captions that have the thing; None where nothing has."""
+        boxes = self.boxes_of(entry.categories)
+        captions: set[int] = set()
+        named = False
+        for name in entry.categories:
+            if name in self.perhaps_named:
+                named = True
+                captions.update(self.perhaps_named[name])
+        if all(part in self.words for part in word.split()):
+            named = True
+            captions.update(self.words[word.split()[-1]])
+        if not boxes and not named:
+            return None
+        return evidence(boxes, captions)
+
+    def _counts(self, *, whole: bool) -> dict[str, dict[int, tuple[int, ...]]]:
+        found: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for caption in self.captions:
+            for sentence, mention in caption.reading.mentions:
+                number = quantity(sentence, mention)
+                if number is not None and not (whole and mention.entry.narrow):
+                    for name in mention.entry.categories:
+                        found[name][number.least].append(caption.id)
+        return {
+            name: {number: tuple(ids) for number, ids in numbers.items()}
+            for name, numbers in found.items()
+        }
+
+    def _by_category(self, *, firm_only: bool) -> dict[str, tuple[int, ...]]:
+        found: dict[str, list[int]] = defaultdict(list)
+        for caption in self.captions:
+            names: set[str] = set()
+            for _, mention in caption.reading.mentions:
+                entry = mention.entry
+                if mention.stance in ("denied", "local", "hypothetical") and firm_only:
+                    continue
+                if mention.stance == "denied":
+                    continue
+                if (entry.firm and mention.stance != "depicted") or not firm_only:
+                    names.update(entry.categories)
+            for name in sorted(names):
+                found[name].append(caption.id)
+        return {name: tuple(ids) for name, ids in found.items()}
+
+
+def evidence(boxes: Sequence[Box], captions: Iterable[int] = ()) -> tuple[int, ...]:
+    """Annotation ids, boxes first; those that were never in a file are left out."""
+    ids = [box.id for box in boxes] + sorted(captions)
+    return tuple(number for number in ids if number)
+
+
+def action_stems() -> dict[str, str]:
+    """`riding` -> `ride`, of the verbs that are looked at."""
+    if not _STEMS:
+        for stem, forms in wording.load("claims")["actions"].items():
+            _STEMS.update(dict.fromkeys(forms, stem))
+    return _STEMS
+
+
+_STEMS: dict[str, str] = {}

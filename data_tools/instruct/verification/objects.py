@@ -1,0 +1,97 @@
+"""Are the things that a turn names in the picture, and those that it denies not?"""
+
+from collections.abc import Iterator
+from typing import Final
+
+from data_tools.instruct.schema import Check
+from data_tools.instruct.verification.case import Case, Part
+from data_tools.instruct.verification.knowledge import evidence
+from data_tools.instruct.verification.reading import Mention, Sentence
+
+
+def check(case: Case) -> Iterator[Check]:
+    """One finding for every thing named in question and answer."""
+    for sentence, mention in case.answer_reading.mentions:
+        if mention.stance == "denied":
+            yield _judge_denied(case, sentence, mention, "answer")
+        else:
+            yield _judge_named(case, sentence, mention, "answer")
+    yield from _check_question(case)
+
+
+def _check_question(case: Case) -> Iterator[Check]:
+    """What the question takes for granted, and what its yes or no says."""
+    question = case.question
+    if question.sentence is None:
+        return
+    refused = {
+        name
+        for _, mention in case.answer_reading.mentions
+        if mention.stance in ("denied", "local")
+        for name in mention.entry.categories
+    }
+    says_no = question.polarity == "no" or (question.kind == "how_many" and question.number == 0)
+    for mention in question.mentions:
+        if mention.stance not in ("asserted", "depicted"):
+            continue
+        if question.kind == "existence" or (question.kind == "how_many" and says_no):
+            if says_no:
+                if question.is_unrestricted:
+                    yield _judge_denied(case, question.sentence, mention, "question")
+            elif question.polarity == "yes" or question.kind == "how_many":
+                yield _judge_named(case, question.sentence, mention, "question")
+        elif (
+            not says_no
+            and not refused.intersection(mention.entry.categories)
+            and case.turn.kind != "cannot_tell"
+        ):
+            yield _judge_named(case, question.sentence, mention, "question")
+
+
+def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -> Check:
+    knowledge, entry = case.knowledge, mention.entry
+    span = sentence.span(mention.first, mention.last)
+    support = knowledge.support(entry, mention.word)
+    if support is not None:
+        return case.check("object", "supported", None, part, span, mention.word, support)
+    certain = mention.stance == "asserted" and entry.firm and knowledge.has_boxes
+    tolerated = case.sample_type == "reasoning" and not _is_said_visible(sentence, mention)
+    if not certain or tolerated:
+        return case.check("object", "unknown", None, part, span, mention.word)
+    under_labelled = case.policy.under_labelled.issuperset(entry.categories)
+    verdict = "unknown" if under_labelled else "contradicted"
+    code = "OBJECT_NOT_FOUND" if case.config.unseen_objects == "reject" else None
+    return case.check("object", verdict, code, part, span, mention.word)  # type: ignore[arg-type]
+
+
+def _judge_denied(case: Case, sentence: Sentence, mention: Mention, part: Part) -> Check:
+    knowledge, entry = case.knowledge, mention.entry
+    span = sentence.span(mention.first, mention.last)
+    claim = f"no {mention.word}"
+    boxes = knowledge.boxes_of(entry.categories)
+    captions = tuple(n for name in entry.categories for n in knowledge.named.get(name, ()))
+    same_word = mention.word in knowledge.words
+    is_there = bool(boxes or any(name in knowledge.named for name in entry.categories))
+    if is_there and (same_word or (entry.firm and not entry.narrow)):
+        ids = evidence(boxes, set(captions))
+        return case.check("absence", "contradicted", "OBJECT_DENIED", part, span, claim, ids)
+    if not knowledge.has_boxes or knowledge.support(entry, mention.word) is not None:
+        return case.check("absence", "unknown", None, part, span, claim)
+    return case.check("absence", "supported", None, part, span, claim)
+
+
+def _is_said_visible(sentence: Sentence, mention: Mention) -> bool:
+    """Whether the sentence says that the thing is to be seen, not merely speaks of it."""
+    before = sentence.words[max(0, mention.first - 6) : mention.first]
+    after = sentence.words[mention.last + 1 : mention.last + 5]
+    near = set(before[-4:])
+    if "there" in near and near & _BE:
+        return True
+    if {"image", "picture", "photo", "scene"} & set(before) and near & _SHOWS:
+        return True
+    return bool(_SEEN & set(after)) and bool(_BE & set(after))
+
+
+_BE: Final = frozenset({"is", "are", "be"})
+_SHOWS: Final = frozenset({"shows", "show", "depicts", "features", "contains", "includes", "with"})
+_SEEN: Final = frozenset({"visible", "seen", "shown", "present", "pictured"})
