@@ -113,6 +113,7 @@ class Generation:
         self._answers = Answers(place)
         self._writer, self._claims = AnswerWriter(place), Claims(place)
         self._failures = _FailureLog(folder.failures)
+        self._judge = _judge(config, folder)
         self._asking: set[str] = set()
         self._elsewhere = 0
         self._streak = 0
@@ -209,7 +210,7 @@ class Generation:
             if request.id in self._answers:  # another process was quicker
                 self.standing.before += 1
                 return
-            self._record(await teacher.ask(request))
+            self._record(await teacher.ask(request), request)
         finally:
             self._asking.discard(request.id)
             self._claims.release(request.id)
@@ -220,12 +221,12 @@ class Generation:
         if outcome.request not in self._answers:
             self._record(outcome)
 
-    def _record(self, outcome: Answer | Failure) -> None:
+    def _record(self, outcome: Answer | Failure, request: Request | None = None) -> None:
         if isinstance(outcome, Answer):
             self._writer.write(outcome)
             self._dirty = True
             self._streak = 0
-            self.standing.take(outcome)
+            self.standing.take(outcome, request and self._judge(request, outcome))
             return
         self._failures.add(outcome)
         if outcome.reason == "nothing_to_say":
@@ -289,6 +290,26 @@ class Generation:
         self._answers.close()
         self._failures.close()
         self._spending.close()
+
+
+def _judge(config: InstructConfig, folder: RunFolder) -> Callable[[Request, Answer], bool | None]:
+    """Whether `verify` will accept an answer, for the rate that is shown; it decides nothing."""
+    if not folder.index.exists():
+        return lambda request, answer: None
+    from data_tools.instruct.indexing import read_categories, read_pictures
+    from data_tools.instruct.verification import Policy
+    from data_tools.instruct.verifying import make_sample
+
+    pictures = read_pictures(folder)
+    policy = Policy(config.verify, read_categories(folder))
+
+    def accepted(request: Request, answer: Answer) -> bool | None:
+        picture = pictures.get(request.picture)
+        if picture is None:
+            return None
+        return make_sample(request, answer, picture, policy).status == "accepted"
+
+    return accepted
 
 
 class _FailureLog:
