@@ -4,24 +4,29 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_tools.coco import Picture
 from data_tools.instruct import generating
 from data_tools.instruct.answers import read_answers
-from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.config import InstructConfig, TeacherConfig
 from data_tools.instruct.context import describe
+from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.planning import read_requests
 from data_tools.instruct.prompting import closing, messages
 from data_tools.instruct.schema import Answer
+from data_tools.instruct.teachers.client import Key, addresses
 from data_tools.instruct.verification import Policy
 from data_tools.instruct.verifying import make_sample
 from tests.data_tools.asked import picture, planned, request_of
 from tests.data_tools.teacher_server import Act, Received, drop, fail, say, send, served
 from vlm_sft import settings
+from vlm_sft.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = "sk-canary-0123456789-do-not-show"
@@ -30,16 +35,17 @@ INJECTIONS: list[str] = json.loads((Path(__file__).parent / "injections.json").r
 CANARY = "CANARY-7F31"
 
 
-def run_with_key(folder: Path, config: InstructConfig, **environment: str) -> str:
-    """Run `generate` in a process of its own; all that it said, with its exit code."""
-    path = folder / "config.yaml"
-    path.write_text(settings.dump(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "data_tools.instruct", "generate", str(path)],
-        env=os.environ | {"TEACHER_KEY": KEY, "PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True, text=True, cwd=ROOT,
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    return KEY
+
+
+def with_key(folder: Path, url: str, pictures: int = 1, **more: Any) -> tuple[Any, RunFolder]:
+    return planned(
+        folder, pictures, kind="openai", base_url=url, structured="none",
+        api_key_env="TEACHER_KEY", **more,
     )  # fmt: skip
-    return f"{done.stdout}{done.stderr}exit code {done.returncode}"
 
 
 def echo_everything(received: Received) -> Act:
@@ -57,63 +63,69 @@ def echo_everything(received: Received) -> Act:
     return acts[min(received.times - 1, len(acts) - 1)]
 
 
-@pytest.mark.parametrize("log", ["", "debug"])
-def test_the_key_is_found_in_nothing_that_is_written_or_said(tmp_path: Path, log: str) -> None:
+def test_the_key_is_found_in_nothing_that_is_written_or_said(tmp_path: Path, key: str) -> None:
     with served(echo_everything) as server:
-        config, run = planned(
-            tmp_path / "run", 2, kind="openai", base_url=server.url, structured="none",
-            api_key_env="TEACHER_KEY", attempts=5, backoff_seconds=0.01,
+        config, run = with_key(tmp_path / "run", server.url, 2, backoff_seconds=0.01)
+        path = tmp_path / "config.yaml"
+        path.write_text(settings.dump(config))
+        done = subprocess.run(
+            [sys.executable, "-m", "data_tools.instruct", "generate", str(path)],
+            env=os.environ | {"OPENAI_LOG": "debug", "PYTHONASYNCIODEBUG": "1"},
+            capture_output=True, text=True, cwd=ROOT,
         )  # fmt: skip
-        said = run_with_key(tmp_path, config, OPENAI_LOG=log, PYTHONASYNCIODEBUG="1")
-    assert server.received[0].headers["authorization"] == f"Bearer {KEY}"
-    assert len(read_answers(run.answers)) == 6 and "exit code 0" in said
-    assert "[key removed]" in next(iter(read_answers(run.answers).values())).text
-    assert KEY not in said and "\x1b" not in said
+    assert server.received[0].headers["authorization"] == f"Bearer {key}"
+    texts = [answer.text for answer in read_answers(run.answers).values()]
+    assert len(texts) == 6 and done.returncode == 0
+    assert "You sent Bearer [key removed]" in texts
+    assert "DEBUG" in done.stderr and key not in done.stdout + done.stderr
     for file in tmp_path.rglob("*"):
-        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+        assert not file.is_file() or key.encode() not in file.read_bytes(), file
 
 
 @pytest.mark.parametrize("status", [401, 400, 307])
-def test_the_key_is_not_in_the_sentence_of_a_refusal(tmp_path: Path, status: int) -> None:
-    with served(lambda r: fail(status, f"wrong key {KEY} \x1b[2J")) as server:
-        config, _ = planned(
-            tmp_path / "run", 1, kind="openai", base_url=server.url, structured="none",
-            api_key_env="TEACHER_KEY",
-        )  # fmt: skip
-        said = run_with_key(tmp_path, config)
-    assert "exit code 2" in said and "Traceback" not in said
-    assert KEY not in said and "\x1b" not in said and f"the server says {status}" in said
+def test_the_key_is_not_in_a_refusal_nor_behind_it(tmp_path: Path, key: str, status: int) -> None:
+    with served(lambda r: fail(status, f"wrong key {key} \x1b[2J")) as server:
+        config, _ = with_key(tmp_path, server.url)
+        with pytest.raises(UserError, match=f"the server says {status}") as told:
+            generating.command(config, [])
+    shown = "".join(traceback.format_exception(told.value))
+    assert key not in shown and "\x1b" not in shown and "[key removed]" in shown
 
 
-def test_the_key_follows_no_redirect(tmp_path: Path) -> None:
+def test_the_key_follows_no_redirect(tmp_path: Path, key: str) -> None:
     with served(lambda r: say(GOOD)) as thief:
         away = send(307, {}, {"Location": f"{thief.url}/chat/completions"})
         with served(lambda r: away) as server:
-            config, _ = planned(
-                tmp_path / "run", 1, kind="openai", base_url=server.url, structured="none",
-                api_key_env="TEACHER_KEY",
-            )  # fmt: skip
-            said = run_with_key(tmp_path, config)
-    assert not thief.received and "points elsewhere" in said
+            config, _ = with_key(tmp_path, server.url)
+            with pytest.raises(UserError, match="it points elsewhere"):
+                generating.command(config, [])
+    assert not thief.received
 
 
-def test_nothing_of_the_environment_reaches_the_server_but_the_key(tmp_path: Path) -> None:
+def test_nothing_of_the_environment_reaches_the_server_but_the_key(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with served(lambda r: say(GOOD)) as proxy, served(lambda r: say(GOOD)) as server:
-        config, _run = planned(
-            tmp_path / "run", 1, kind="openai", base_url=server.url, structured="none",
-            api_key_env="TEACHER_KEY",
-        )  # fmt: skip
-        said = run_with_key(
-            tmp_path, config, HTTP_PROXY=proxy.url, ALL_PROXY=proxy.url, http_proxy=proxy.url,
-            OPENAI_BASE_URL=proxy.url, OPENAI_ORG_ID="org-other", OPENAI_PROJECT_ID="other",
-            OPENAI_ADMIN_KEY="sk-admin-other", OPENAI_API_KEY="sk-other",
-            OPENAI_CUSTOM_HEADERS="Authorization: Bearer sk-other\nX-Other: sk-other",
-        )  # fmt: skip
-    assert not proxy.received and "exit code 0" in said
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "OPENAI_BASE_URL"):
+            monkeypatch.setenv(name, proxy.url)
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY", "OPENAI_API_KEY"):
+            monkeypatch.setenv(name, "sk-other")
+        custom = "Authorization: Bearer sk-other\nX-Other: sk-other"
+        monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", custom)
+        config, run = with_key(tmp_path, server.url)
+        generating.command(config, [])
+    assert not proxy.received and len(read_answers(run.answers)) == 3
     for received in server.received:
         assert "other" not in json.dumps(received.headers)
-        assert received.headers["authorization"] == f"Bearer {KEY}"
+        assert received.headers["authorization"] == f"Bearer {key}"
         assert not any(name.startswith("x-stainless") for name in received.headers)
+
+
+def test_the_objects_that_hold_the_key_do_not_show_it(tmp_path: Path, key: str) -> None:
+    config = TeacherConfig(kind="openai", api_key_env="TEACHER_KEY")
+    held = Key(config, addresses(config))
+    assert key not in repr(held) and key not in str(held) and key not in f"{vars(config)}"
+    assert held.reveal() == key
 
 
 def test_a_server_on_this_machine_needs_no_key(

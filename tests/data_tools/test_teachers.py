@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kill_generation import trial
 
 from data_tools.instruct import generating
 from data_tools.instruct.answers import read_answers
@@ -217,10 +218,8 @@ def start(folder: Path, url: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_answers_under_way_come_in_and_sends_nothing_more(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_lets_answers_under_way_come_in_and_sends_nothing_more(tmp_path: Path) -> None:
+    number = signal.SIGTERM
     with served(lambda received: after(0.2, say(GOOD))) as server:
         process = start(tmp_path, server.url)
         while len(server.received) < 4:
@@ -370,3 +369,9 @@ def test_a_missing_or_broken_key_is_told_without_showing_it(
     with pytest.raises(UserError, match="TEACHER_KEY") as told:
         generating.command(config, [])
     assert told.value.reason == "teacher_key" and "secr" not in str(told.value)
+
+
+def test_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
+    found = trial(tmp_path, kills=1, seed=1)
+    assert (found["lost"], found["doubled"], found["records"]) == (0, 0, found["requests"])
+    assert found["resent"] <= found["in_flight_at_kills"] <= found["concurrency"]
