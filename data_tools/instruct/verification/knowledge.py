@@ -109,7 +109,7 @@ class Knowledge:
             for sentence, mention in caption.reading.mentions:
                 number = quantity(sentence, mention)
                 if number is not None and not (whole and mention.entry.narrow):
-                    for name in mention.entry.categories:
+                    for name in names_for_counts(mention.entry, mention.word):
                         found[name][number.least].append(caption.id)
         return {
             name: {number: tuple(ids) for number, ids in numbers.items()}
@@ -131,6 +131,11 @@ class Knowledge:
             for name in sorted(names):
                 found[name].append(caption.id)
         return {name: tuple(ids) for name, ids in found.items()}
+
+
+def names_for_counts(entry: Entry, word: str) -> tuple[str, ...]:
+    """Under which names numbers are kept: `two bikes` counts neither bicycles nor motorcycles."""
+    return entry.categories if entry.firm else (f"word {word}",)
 
 
 def evidence(boxes: Sequence[Box], captions: Iterable[int] = ()) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from data_tools.instruct.schema import Check
 from data_tools.instruct.verification.case import Case, Part
 from data_tools.instruct.verification.knowledge import Knowledge
 from data_tools.instruct.verification.lexicon import word_set
+from data_tools.instruct.verification.reading import Reading
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -18,7 +19,7 @@ def check(case: Case) -> Iterator[Check]:
     if case.turn.kind != "cannot_tell" or _OF_ITSELF.search(case.turn.answer):
         yield from _find(case, "answer", case.turn.answer, "refusal", "REFUSAL", _REFUSAL)
     yield from _planted(case)
-    if not is_english(case.answer_reading.words):
+    if not is_english(case.answer_reading):
         yield case.check(
             "language", "contradicted", "LANGUAGE", "answer", None, case.turn.answer[:60]
         )
@@ -50,14 +51,24 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.search(text) is not None
 
 
-def is_english(words: list[str]) -> bool:
-    """By English function words among the words; too short a text counts as English."""
-    letters = [word for word in words if word[0].isalpha()]
-    if len(letters) < 6:
-        return all(word.isascii() for word in letters) or len(letters) < 3
-    foreign = sum(not word.isascii() for word in letters)
-    common = sum(word in _ENGLISH for word in letters)
-    return common >= 0.12 * len(letters) and foreign <= 0.3 * len(letters)
+def is_english(reading: Reading) -> bool:
+    """By its letters, and by the English function words among its words.
+
+    Texts of a few words pass unless their letters are foreign: too little is there to tell.
+    """
+    text = reading.text
+    if not text.isascii():
+        letters = [char for char in text if char.isalpha()]
+        foreign = sum(char > _LATIN for char in letters)
+        accented = sum(not char.isascii() for char in letters)
+        if foreign > 0.3 * len(letters) or accented > 0.08 * len(letters):
+            return False
+    words = [word for word in reading.words if word[0].isalpha()]
+    if len(words) < 5:
+        return True
+    english = sum(word in _ENGLISH for word in words)
+    other = sum(word in _OTHER for word in words)
+    return english > other or (not other and len(words) < 10)  # a list has no function words
 
 
 def _find(
@@ -151,11 +162,26 @@ _STRIKING: Final = re.compile(
     r"[\"'“]([^\"'”]{3,40})[\"'”]|\b(?=\w*[A-Z])(?=\w*\d)[\w-]{4,}\b|\b[A-Z][A-Z_-]{4,}\b"
     r"|https?://\S+"
 )
+_LATIN: Final = "\u024f"
+"""The last letter of the extended Latin alphabets."""
 _ENGLISH: Final = word_set(
-    "the a an of and or in on at to is are was were be been it its this that these those there "
-    "with for from by as has have had not no yes can could will would may might he she they his "
-    "her their them him you your we our i one two three four some any all both each other another "
-    "which who what where when while but if so than then into over under near next behind front "
-    "left right up down out off about around between through picture image photo scene also very "
-    "more most many much such how does do did being only just because"
+    "the a an of and or in on at to is are was be it its this that these those there with for from "
+    "by as has have had not no yes can will may he she they his her their them him you your we our "
+    "one two three some any all both each other another which who what where when while but if so "
+    "than then into over under near next behind front left right up down out off about around "
+    "between through also very more most many much such how does being only just because"
 )
+_OTHER: Final = (
+    word_set(
+        "der die das den dem des ein eine einen einem einer und ist sind auf mit von zu im am nicht "
+        "man le la les un une des du et est sont sur dans avec il y au aux qui que ce cette pas "
+        "el los las una unas unos y en es son con por del al se lo no hay que su "
+        "lo gli i il della dello dei nel nella sul sulla ci sono di e che non per una uno da "
+        "de het een en is zijn op te van naast er met voor niet "
+        "o os as um uma no na nos nas do da dos das ao e com em que "
+        "och att det som ett av vid og er pa til i ja w na z jest si do bir ve di yang dan"
+    )
+    - _ENGLISH
+    - word_set("is am man die do son me as no in was van date come per")
+)
+"""Common words of other languages in Latin letters that are no English words."""

@@ -222,8 +222,8 @@ class _Stances:
                 nearby = words[i + 1 : i + 3]
                 if "see" in nearby or ("be" in nearby and "seen" in words[i + 2 : i + 4]):
                     continue
-            if word == "like" and (i == 0 or words[i - 1] in _LIKED):
-                continue
+            if word == "like" and (i == 0 or words[i - 1] not in _LIKENED):
+                continue  # `items like a bottle` are there, `shaped like a bottle` is not one
             if word == "for" and (match.first - i > 3 or words[i + 1] in _DEFINITE):
                 continue
             if word in ("for", "like", "as") and i < self._sentence.clause(match.first)[0]:
@@ -243,7 +243,7 @@ class _Stances:
 
 
 _TOKEN: Final = re.compile(
-    r"[^\W\d_]+(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
+    r"[^\W\d_][^\W_]*(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
 )
 _SENTENCE_ENDS: Final = frozenset(".!?\n")
 _CLAUSE_WORDS: Final = word_set("; : ( ) but while although though whereas however because since")
@@ -263,8 +263,8 @@ _EXISTENTIAL_SUBJECTS: Final = _FRAME_NOUNS | word_set(
     "there is are in the this a an , i we you one it does do can be also and or visible"
 )
 _EXISTENTIAL_VERBS: Final = word_set(
-    "any a an the see show contain include have feature depict be seen find single visible spot "
-    "also , or and nor other"
+    "any some a an the see show contain include have feature depict be seen find single visible "
+    "spot also , or and nor other"
 )
 _BE: Final = word_set("is are was were can does do to be isn't aren't cannot can't doesn't don't")
 _VISIBLE: Final = word_set("visible present seen shown there pictured depicted appear here") | (
@@ -280,11 +280,13 @@ _STOPS: Final = word_set(
 _HYPOTHETICAL: Final = word_set(
     "can could might may would should must perhaps possibly probably likely maybe presumably "
     "if unless suggest suggests suggesting indicate indicates indicating imply implies implying "
-    "potential potentially whether such like as for help helps allow allows allowing able designed "
+    "potential potentially whether like as for help helps allow allows allowing able designed "
     "intended want wants need needs hope hoping expect expecting imagine instead rather avoid "
     "prevent protect ready prepare waiting future either evokes reminiscent enjoy enjoying"
 )
-_LIKED: Final = word_set("look looks feel feels i we you they would do to people")
+_LIKENED: Final = word_set(
+    "look looks looking seems seem feel feels is are shaped dressed just much"
+)
 _DEFINITE: Final = word_set("the this these that those")
 _GENERIC: Final = word_set(
     "often usually typically generally commonly sometimes normally traditionally known popular "
