@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from data_tools.coco import Box
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verification.case import Case, Part
 from data_tools.instruct.verification.knowledge import evidence, names_for_counts
+from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Entry
 from data_tools.instruct.verification.numbers import Quantity, quantity
 from data_tools.instruct.verification.reading import Mention, Sentence
@@ -99,7 +99,7 @@ class Tally:
     entry: Entry
     word: str
 
-    @cached_property
+    @lazy
     def boxes(self) -> tuple[Box, ...]:
         """Every box that may be meant."""
         return self.case.knowledge.boxes_of(self.entry.categories)
