@@ -119,7 +119,7 @@ def swap_object(
     """A thing that is there becomes one that is not."""
     absent = [name for name in categories if _is_absent(picture, name)]
     for index, turn in _rotated(list(enumerate(turns)), key):
-        if turn.answer.startswith("No"):
+        if re.search(r"(?i)\bno\b", turn.answer):
             continue
         for name in _rotated(list(picture.categories), key + "c"):
             new = _picked(absent, key + name)
@@ -304,7 +304,7 @@ def _renamed(text: str, old: str, new: str) -> str:
 
     # Not where the name is part of a longer one that says something else: `hot dog`, `dog park`.
     pattern = (
-        rf"(?i)(?<![\w-])(?:(?P<article>a pair of|an|a)\s+)?(?P<name>{_pattern(forms)})(?![\w-])"
+        rf"(?i)(?<![\w-])(?:(?P<article>a pair of|an|a)\s+)?(?P<name>{_pattern(forms)}){_ALONE}"
     )
     return re.sub(pattern, replace, text)
 
@@ -312,7 +312,7 @@ def _renamed(text: str, old: str, new: str) -> str:
 def _recounted(text: str, name: str, step: int, there: int) -> str:
     forms = _forms(name)
     numbers = "|".join(words.number(n) for n in range(1, 13))
-    pattern = rf"(?i)\b(?P<be>is |are )?(?P<n>{numbers}|a) (?P<name>{_pattern(forms)})(?![\w-])"
+    pattern = rf"(?i)\b(?P<be>is |are )?(?P<n>{numbers}|a) (?P<name>{_pattern(forms)}){_ALONE}"
 
     def replace(match: re.Match[str]) -> str:
         value = 1 if match["n"].lower() == "a" else _value(match["n"])
@@ -425,6 +425,10 @@ def _as_text(template: str) -> Callable[[Answer, Request], Answer]:
     )
 
 
+_ALONE = (
+    r"(?![\w-])(?! (?:game|match|court|player|field|uniform|team|net|racket|tournament|league|"
+    r"freezer|sign|parking|screen))"
+)
 _LEAKS = (
     ("According to the captions, ", ""),
     ("", " The caption mentions this."),
