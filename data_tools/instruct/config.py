@@ -186,7 +186,7 @@ class NearDuplicatesConfig(Section):
 
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """Jaccard similarity of the word shingles from which the later of two texts is set aside."""
-    shingle_words: PositiveInt = 3
+    shingle_words: Annotated[int, Field(ge=1, le=16)] = 3
     across_origins: list[Literal["llm", "rules", "human", "imported"]] = Field(
         default=["llm", "human", "imported"]
     )
@@ -201,10 +201,11 @@ class SamePictureConfig(Section):
 
     action: Literal["set_aside", "keep"] = "set_aside"
     """`set_aside`: samples on the later picture; `keep` opens no picture."""
-    max_distance: Annotated[int, Field(ge=0, le=16)] = 4
+    max_distance: Annotated[int, Field(ge=0, le=16)] = 6
     """Bits of 64 by which the perceptual hashes of candidates may differ."""
     max_difference: Annotated[float, Field(ge=0, le=255)] = 10.0
-    """Mean difference of 16 x 16 colour thumbnails, of 255, up to which candidates are the same."""
+    """Mean difference of 16 x 16 colour thumbnails, of 255 and apart from their brightness, up to
+    which candidates are the same; a perceptual hash alone sees no colour."""
     workers: PositiveInt = 1
     """Processes that open pictures; the result is the same for any number."""
 

@@ -2,9 +2,10 @@
 
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,23 +49,32 @@ class Signatures:
     def __init__(self, threshold: float) -> None:
         datasketch = require("datasketch")
         self.bands, self._rows = banding(threshold)
-        first = datasketch.MinHash(num_perm=self.bands * self._rows, seed=1)
-        self._new = lambda: datasketch.MinHash(
-            num_perm=first.num_perm, permutations=first.permutations, scheme=first.scheme
-        )
+        # Shingles come as 32-bit hashes already; by default each would cost a SHA-1.
+        self._minhash = datasketch.MinHash(num_perm=self.bands * self._rows, seed=1, hashfunc=int)
         self._owners = array("I")
         self._keys = array("I")
-        self._mix = np.random.default_rng(1).integers(2**63, size=self._rows, dtype=np.uint64) | 1
+        self._mix = np.random.default_rng(1).integers(2**63, size=32, dtype=np.uint64) | 1
 
-    def add(self, number: int, shingles: frozenset[str]) -> None:
-        """Sign the sample of that number; numbers grow."""
-        minhash = self._new()
-        minhash.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles])
-        rows = minhash.hashvalues.astype(np.uint64).reshape(self.bands, self._rows)
-        with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is what mixes
-            keys = (rows * self._mix).sum(axis=1) >> np.uint64(32)
+    def add(self, number: int, words: Sequence[str], shingle_words: int) -> None:
+        """Sign the sample of that number; numbers grow, and there is at least one word."""
+        size = min(shingle_words, len(words))
+        encoded = [crc32(word.encode("utf-8", "surrogatepass")) for word in words]
+        crcs, runs = np.array(encoded, np.uint64), len(words) - size + 1
+        self._minhash.clear()
+        self._minhash.update_batch(
+            self._mixed([crcs[start : start + runs] for start in range(size)]).tolist()
+        )
+        rows = self._minhash.hashvalues.astype(np.uint64).reshape(self.bands, self._rows)
+        keys = self._mixed(list(rows.T))
         self._owners.append(number)
         self._keys.frombytes(keys.astype(np.uint32).tobytes())
+
+    def _mixed(self, columns: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+        """32 bits of each row; arithmetic modulo 2^64 is what mixes."""
+        mixed = np.zeros(len(columns[0]), np.uint64)
+        for column, factor in zip(columns, self._mix, strict=False):
+            mixed += column * factor
+        return mixed >> np.uint64(32)
 
     def bytes(self) -> int:
         """Memory of the columns."""
@@ -150,7 +160,7 @@ class _Compare:
             if smaller >= self._config.threshold * larger:
                 yield other
 
-    def _read(self, number: int) -> tuple[list[str], frozenset[str]]:
+    def _read(self, number: int) -> tuple[list[str], texts.Shingles]:
         sample = self._reader.sample(number)
         words = texts.words(texts.compared(sample.turns, sample.type))
         return words, texts.shingles(words, self._config.shingle_words)

@@ -142,8 +142,9 @@ class _Alike:
     def _read(self, number: int) -> NDArray[np.float32]:
         from vlm_sft.data.images import open_image
 
-        image = open_image(self._paths[number]).resize(THUMBNAIL, 2, reducing_gap=2.0)
-        return np.asarray(image, np.float32)
+        image = open_image(self._paths[number])
+        values = np.asarray(image.resize(THUMBNAIL, reducing_gap=2.0), np.float32)
+        return values - values.mean()  # brightness is no difference
 
 
 def _hashes(paths: Sequence[Path], workers: int) -> Iterator[int | ImageError]:

@@ -137,10 +137,10 @@ class TableBuilder:
         if near is None or self._signatures is None:
             return 0
         words = texts.words(texts.compared(sample.turns, sample.type))
-        shingles = texts.shingles(words, near.shingle_words)
         if sample.origin in near.across_origins and len(words) >= near.across_words:
-            self._signatures.add(len(self._samples["offsets"]) - 1, shingles)
-        return len(shingles)
+            number = len(self._samples["offsets"]) - 1
+            self._signatures.add(number, words, near.shingle_words)
+        return len(texts.shingles(words, near.shingle_words))
 
     def _add_turn(self, sample: Sample, number: int, turn: Turn) -> None:
         columns, openings = self._turns, self._config.openings

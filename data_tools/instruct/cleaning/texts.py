@@ -4,9 +4,13 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 from data_tools.instruct.schema import SampleType, Turn
+
+Shingles = frozenset[tuple[str, ...]]
+"""Runs of words."""
 
 _WORD: Final = re.compile(r"\w+(?:['’]\w+)*")
 _REFERS_BACK: Final = re.compile(
@@ -22,7 +26,7 @@ _OF_THE_PICTURE: Final = re.compile(
 
 def words(text: str) -> list[str]:
     """The text's words in lower case, without punctuation."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _WORD.findall(_folded(text))
 
 
 def compared(turns: Sequence[Turn], sample_type: SampleType) -> str:
@@ -36,14 +40,14 @@ def compared(turns: Sequence[Turn], sample_type: SampleType) -> str:
     return "\n".join(turn.answer for turn in turns)
 
 
-def shingles(found: Sequence[str], size: int) -> frozenset[str]:
+def shingles(found: Sequence[str], size: int) -> Shingles:
     """All runs of `size` words; the whole text where it is shorter."""
     if len(found) <= size:
-        return frozenset([" ".join(found)])
-    return frozenset(" ".join(found[i : i + size]) for i in range(len(found) - size + 1))
+        return frozenset([tuple(found)])
+    return frozenset(zip(*(found[start:] for start in range(size)), strict=False))
 
 
-def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
+def jaccard(first: Shingles, second: Shingles) -> float:
     """Common shingles by all shingles, from 0 to 1."""
     common = len(first & second)
     return common / (len(first) + len(second) - common)
@@ -51,8 +55,12 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
 
 def opening(answer: str, min_words: int) -> str | None:
     """The first three words; None for answers of fewer than `min_words`."""
-    found = words(answer)
-    return " ".join(found[:3]) if len(found) >= min_words else None
+    found = [match[0] for match in islice(_WORD.finditer(_folded(answer)), min_words)]
+    return " ".join(found[:3]) if len(found) == min_words else None
+
+
+def _folded(text: str) -> str:
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
 
 
 def refers_back(question: str) -> bool:
