@@ -69,7 +69,7 @@ sup.unknown,li.unknown .sy,td.unknown,.badge.unknown{color:var(--unknown)}
 .found{list-style:none;margin:.5rem 0 0;padding:.45rem 0 0;border-top:1px solid var(--line);
 font-size:.86rem}.found li{margin:.2rem 0;overflow-wrap:anywhere}.sy{font-weight:700}
 .found code,code{font-size:.92em;font-weight:600}.rests{color:var(--soft)}
-.raw{background:var(--chip);border-radius:8px;padding:.6rem;max-height:24rem;overflow:auto;
+.raw{background:var(--chip);border-radius:8px;padding:.6rem;max-height:11rem;overflow:auto;
 unicode-bidi:isolate}
 """
 """Of every page with samples."""
@@ -114,7 +114,7 @@ class Extent:
         every: All checks are numbered and listed; else those that decided.
         longest: Side of the picture, pixels.
         quality: Of its JPEG.
-        letter: Height of the letters on it, pixels.
+        letter: Height of the letters on a picture that is `longest` wide, pixels.
     """
 
     characters: int | None = None
@@ -124,6 +124,11 @@ class Extent:
     quality: int = 85
     letter: float = 15
 
+
+FINDINGS: Final = 4
+"""Of a sample that is shown in brief."""
+LONGEST_CLAIM: Final = 200
+"""Characters, in brief."""
 
 WHOLE: Final = Extent()
 BRIEF: Final = Extent(characters=500, turns=3, every=False, longest=360, quality=72, letter=16)
@@ -139,12 +144,18 @@ def figure(images: Path, picture: Picture, shown: Shown, sample: Sample | None, 
         size = (to.longest, max(1, round(to.longest * picture.height / picture.width)))
         return gone + _blank(size, drawn, to)
     data, size = drawing.jpeg(image, to.longest, to.quality)
-    over = drawing.svg(drawn, size, letter=to.letter, all_=to.every)
+    over = _over(drawn, size, to)
     return f'<div class="pic">{embedded(data, "", text, "jpeg")}{over}</div>'
 
 
+def _over(drawn: Sequence[drawing.Mark], size: tuple[int, int], to: Extent) -> str:
+    """The boxes; pages show wide and high pictures in one width, so letters go by the width."""
+    letter = round(to.letter * size[0] / to.longest, 1)
+    return drawing.svg(drawn, size, letter=letter, all_=to.every)
+
+
 def _blank(size: tuple[int, int], drawn: Sequence[drawing.Mark], to: Extent) -> str:
-    over = drawing.svg(drawn, size, letter=to.letter, all_=to.every)
+    over = _over(drawn, size, to)
     blank = f'<div class="blank" style="aspect-ratio:{size[0]}/{size[1]}"></div>'
     return f'<div class="pic">{blank}{over}</div>'
 
@@ -240,26 +251,27 @@ def _rests(check: Check, names: Mapping[int, str]) -> list[str]:
 
 def findings(sample: Sample, names: Mapping[int, str], to: Extent) -> str:
     """The list of what was found: all checks, or those that rejected the sample."""
-    found = [
-        (number, check)
-        for number, check in enumerate(sample.checks, 1)
-        if to.every or check.code is not None
-    ]
-    if not found:
-        return ""
-    items = "".join(_check(check, number if to.every else None, names) for number, check in found)
-    return f'<ol class="found">{items}</ol>'
+    if to.every:
+        items = [_check(check, number, names) for number, check in enumerate(sample.checks, 1)]
+    else:
+        coded = (check for check in sample.checks if check.code is not None)
+        items = list(dict.fromkeys(_check(check, None, names) for check in coded))
+        items[FINDINGS:] = [f"<li>{n:,} more</li>"] if (n := len(items) - FINDINGS) > 0 else []
+    return f'<ol class="found">{"".join(items)}</ol>' if items else ""
 
 
 def _check(check: Check, number: int | None, names: Mapping[int, str]) -> str:
     code = f" <code>{escaped(check.code)}</code>" if check.code else ""
     rests = evidence(check, names)
     rests = f' <span class="rests">— rests on {escaped(rests)}</span>' if rests else ""
-    claim = f" “{escaped(check.claim[:200])}”" if check.claim else ""
-    verdict = "set aside" if check.rule == "clean" and check.code else check.verdict
+    is_long = number is None and len(check.claim) > LONGEST_CLAIM
+    claim = check.claim[:LONGEST_CLAIM] + " …" if is_long else check.claim
+    claim = f" “{escaped(claim)}”" if claim else ""
+    verdict: str = "set aside" if check.rule == "clean" and check.code else check.verdict
+    said = f"{number} {verdict}" if number else verdict if check.rule == "clean" else ""
     return (
         f'<li class="{check.verdict}" data-rests="{" ".join(_rests(check, names))}">'
-        f'<span class="sy">{SYMBOLS[check.verdict]}{number or ""} {verdict}</span>'
+        f'<span class="sy">{SYMBOLS[check.verdict]}{said}</span>'
         f"{code}{claim}{rests}</li>"
     )
 

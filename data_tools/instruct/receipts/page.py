@@ -28,6 +28,8 @@ from vlm_sft.page import page, section
 PICTURED: Final = 10
 """Reasons with all their examples; rarer ones have `FEW` each, so that the page stays small."""
 FEW: Final = 2
+OPENED: Final = 3
+"""Reasons whose examples are open at first."""
 MOST_ROWS: Final = 30
 """Rows of a table; what is left out is counted."""
 
@@ -267,7 +269,10 @@ def _reasons(report: Report) -> str:
         note = f"{whole:,} samples are {title}; one may have several reasons."
         parts.append(f'<p class="sub">{note}</p>')
         parts.append(charts.bars([_reason_bar(code, n, whole) for code, n in codes], codes[0][1]))
-        parts += [_examples(report, code, n, rank) for rank, (code, n) in enumerate(codes)]
+        opened = [code for code, _ in codes if _speaks(figures, code)][:OPENED]
+        parts += [
+            _examples(report, code, n, rank, code in opened) for rank, (code, n) in enumerate(codes)
+        ]
     if figures.turns_set_aside:
         turns = lost_words(figures.turns_set_aside, most=20).removeprefix("− ")
         parts.append(f'<p class="note">Single turns of samples that are kept: {escaped(turns)}</p>')
@@ -278,12 +283,17 @@ def _reason_bar(code: str, count: int, whole: int) -> Bar:
     return Bar(code, {"accent": count}, _of(count, whole))
 
 
-def _examples(report: Report, code: str, count: int, rank: int) -> str:
+def _speaks(figures: Figures, code: str) -> bool:
+    """Whether samples with the code could be read, so that there is a claim to look at."""
+    return any(j.sample and j.sample.turns for j in figures.examples[code].items())
+
+
+def _examples(report: Report, code: str, count: int, rank: int, is_open: bool) -> str:
     found = report.figures.examples[code].items()
     chosen = found if rank < PICTURED else found[:FEW]
     cards = "".join(_card(report, journey) for journey in chosen)
     meaning = report.meanings.get(code, "")
-    opened = " open" if rank < 3 else ""
+    opened = " open" if is_open else ""
     return (
         f"<details{opened}><summary><code>{escaped(code)}</code>: {count:,} "
         f"sample{'' if count == 1 else 's'}, {len(chosen)} shown</summary>"

@@ -14,7 +14,7 @@ _STYLE: Final = (
     + """
 main{max-width:80rem}
 .whole{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:1.2rem}
-.whole .shown{position:sticky;top:1rem;align-self:start}
+.whole .raw{max-height:none}.whole .shown{position:sticky;top:1rem;align-self:start}
 @media(max-width:52rem){.whole{grid-template-columns:minmax(0,1fr)}.whole .shown{position:static}}
 .caps{display:grid;grid-template-columns:max-content 1fr;gap:.15rem .7rem;margin-top:.7rem;
 font-size:.93rem}.caps dt,.caps dd{margin:0;border-radius:4px}
