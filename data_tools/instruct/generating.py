@@ -10,11 +10,11 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from data_tools.instruct.answers import Answers, AnswerWriter, Claims, answers_folder
 from data_tools.instruct.appending import SharedLog
@@ -28,6 +28,9 @@ from data_tools.instruct.teachers.making import make_teacher
 from data_tools.instruct.teachers.spending import LimitReached, Spending
 from data_tools.instruct.teachers.stopping import Stopped, Stopping
 from vlm_sft.errors import UserError
+
+if TYPE_CHECKING:
+    from data_tools.instruct.teachers.batch import BatchTeacher
 
 GRACE_SECONDS: Final = 10.0
 """After the first Ctrl-C, answers that are under way are waited for so long."""
@@ -110,6 +113,7 @@ class Generation:
         self._answers = Answers(place)
         self._writer, self._claims = AnswerWriter(place), Claims(place)
         self._failures = _FailureLog(folder.failures)
+        self._judge = _judge(config, folder)
         self._asking: set[str] = set()
         self._elsewhere = 0
         self._streak = 0
@@ -125,7 +129,7 @@ class Generation:
                 f"{self._writer.torn:,} bytes were taken away, and the request is asked again"
             )
 
-    async def run(self, teacher: Teacher) -> None:
+    async def run(self, teacher: "Teacher | BatchTeacher") -> None:
         """Ask until nothing is left to ask, or a reason to stop has come up.
 
         Raises:
@@ -158,12 +162,13 @@ class Generation:
                 "than once; of each, the answer with the smaller SHA-256 counts"
             )
 
-    async def _pass(self, teacher: Teacher) -> None:
+    async def _pass(self, teacher: "Teacher | BatchTeacher") -> None:
         queue = self._pending()
-        self._workers = [
-            asyncio.create_task(self._work(queue, teacher))
-            for _ in range(self._config.teacher.concurrency)
-        ]
+        if isinstance(teacher, Teacher):
+            works = [self._work(queue, teacher) for _ in range(self._config.teacher.concurrency)]
+        else:
+            works = [self._guarded(teacher.fill(queue, self._record_new))]
+        self._workers = [asyncio.create_task(work) for work in works]
         await asyncio.wait(self._workers)
 
     def _pending(self) -> Iterator[Request]:
@@ -174,11 +179,18 @@ class Generation:
                 yield request
 
     async def _work(self, queue: Iterator[Request], teacher: Teacher) -> None:
-        try:
+        async def every() -> None:
             for request in queue:
                 self._stopping.check()
                 await self._handle(request, teacher)
                 await asyncio.sleep(0)  # the rules never wait; signals are to be heard all the same
+
+        await self._guarded(every())
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it; what ends it ends the whole run in order."""
+        try:
+            await work
         except LimitReached:
             self._limited = True
             self._stopping.request()
@@ -198,22 +210,23 @@ class Generation:
             if request.id in self._answers:  # another process was quicker
                 self.standing.before += 1
                 return
-            self.record(request, await teacher.ask(request))
+            self._record(await teacher.ask(request), request)
         finally:
             self._asking.discard(request.id)
             self._claims.release(request.id)
 
-    def record(self, request: Request, outcome: Answer | Failure) -> None:
-        """Write down what came of a request.
+    def _record_new(self, outcome: Answer | Failure) -> None:
+        """Of a batch that was taken in before, in part, what is new."""
+        self._answers.refresh()
+        if outcome.request not in self._answers:
+            self._record(outcome)
 
-        Raises:
-            OSError: The disk is full or fails.
-        """
+    def _record(self, outcome: Answer | Failure, request: Request | None = None) -> None:
         if isinstance(outcome, Answer):
             self._writer.write(outcome)
             self._dirty = True
             self._streak = 0
-            self.standing.take(outcome)
+            self.standing.take(outcome, request and self._judge(request, outcome))
             return
         self._failures.add(outcome)
         if outcome.reason == "nothing_to_say":
@@ -277,6 +290,26 @@ class Generation:
         self._answers.close()
         self._failures.close()
         self._spending.close()
+
+
+def _judge(config: InstructConfig, folder: RunFolder) -> Callable[[Request, Answer], bool | None]:
+    """Whether `verify` will accept an answer, for the rate that is shown; it decides nothing."""
+    if not folder.index.exists():
+        return lambda request, answer: None
+    from data_tools.instruct.indexing import read_categories, read_pictures
+    from data_tools.instruct.verification import Policy
+    from data_tools.instruct.verifying import make_sample
+
+    pictures = read_pictures(folder)
+    policy = Policy(config.verify, read_categories(folder))
+
+    def accepted(request: Request, answer: Answer) -> bool | None:
+        picture = pictures.get(request.picture)
+        if picture is None:
+            return None
+        return make_sample(request, answer, picture, policy).status == "accepted"
+
+    return accepted
 
 
 class _FailureLog:

@@ -13,8 +13,10 @@ from data_tools.instruct.indexing import read_pictures
 from data_tools.instruct.receipts import page
 from data_tools.instruct.receipts.figures import Figures, gather
 from data_tools.instruct.receipts.journeys import journeys
+from data_tools.instruct.receipts.meanings import meanings
 from data_tools.instruct.receipts.page import Report
-from vlm_sft.atomic import write_text
+from data_tools.instruct.receipts.plots import plots
+from vlm_sft.atomic import write_bytes, write_text
 from vlm_sft.progress import track
 
 
@@ -29,7 +31,12 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     report = read(config, folder)
     path = folder.report / "report.html"
     write_text(path, page.build(report))
-    print(f"{path}")
+    drawn = dict(plots(report.figures))
+    for name, data in drawn.items():
+        write_bytes(folder.report / name, data)
+    for old in set(folder.report.glob("*.png")) - {folder.report / name for name in drawn}:
+        old.unlink()
+    print(f"{path}, and {len(drawn)} plots beside it")
     for figure, words in page.headline(report.figures):
         print(f"{figure:>16}  {words}")
 
@@ -51,7 +58,7 @@ def read(config: InstructConfig, folder: RunFolder) -> Report:
         index=_json(folder.index),
         plan=_json(folder.plan),
         export=_json(folder.exports / "export.json"),
-        meanings={},
+        meanings=meanings(),
     )
 
 

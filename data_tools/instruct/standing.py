@@ -27,6 +27,8 @@ class Standing:
         failed: Requests whose attempts ended without one.
         silent: Requests about which the rules have nothing to say.
         tokens: In and out, of this start's answers.
+        judged: Answers of this start that were held against the annotations at once.
+        accepted: Those of them that `verify` will accept.
     """
 
     spending: Spending
@@ -36,11 +38,15 @@ class Standing:
     failed: int = 0
     silent: int = 0
     tokens: int = 0
+    judged: int = 0
+    accepted: int = 0
     _start: float = field(default_factory=time.monotonic)
 
-    def take(self, answer: Answer) -> None:
-        """Count an answer."""
+    def take(self, answer: Answer, accepted: bool | None) -> None:
+        """Count an answer; `accepted` is None where it was not judged."""
         self.answered += 1
+        self.judged += accepted is not None
+        self.accepted += accepted is True
         self.tokens += answer.tokens_in + answer.tokens_out
 
     @property
@@ -49,10 +55,11 @@ class Standing:
         return self.before + self.answered + self.failed + self.silent
 
     def figures(self) -> str:
-        """`120 answered, 2 failed, 14.0/s, 33,000 tokens, $0.42, 3 min 05 s left`."""
+        """`120 answered (93% accepted), 2 failed, 14.0/s, 3,300 tokens, $0.42, 3 min left`."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self.before) / elapsed
-        parts = [f"{self.answered:,} answered"]
+        rate_told = f" ({self.accepted / self.judged:.0%} accepted)" if self.judged else ""
+        parts = [f"{self.answered:,} answered{rate_told}"]
         parts += [f"{self.failed:,} failed"] if self.failed else []
         parts += [f"{rate:,.1f}/s"]
         parts += [f"{self.tokens:,} tokens"] if self.tokens else []
@@ -70,6 +77,8 @@ class Standing:
         parts += [f"{missing:,} without an answer ({self.failed:,} failed)"] if missing else []
         parts += [f"{self.silent:,} with nothing to say"] if self.silent else []
         text = f"generate: {self.total:,} requests: {', '.join(parts)}"
+        if self.judged:
+            text += f"; {self.accepted:,} of {self.judged:,} judged now are accepted"
         if spent.requests:
             text += f"; all starts: {spent.requests:,} sendings, {spent.tokens:,} tokens"
             text += f", ${spent.usd:,.4f}" if spent.usd else ""

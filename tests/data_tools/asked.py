@@ -56,7 +56,7 @@ def planned(folder: Path, pictures: int = 2, **teacher: Any) -> tuple[InstructCo
     limits = teacher.pop("limits", {})
     values = {
         "output_dir": str(folder),
-        "coco": {"images": "images"},
+        "coco": {"images": "images", "captions": "captions.json"},
         "teacher": {"kind": "rules", "backoff_seconds": 0.02, "concurrency": 4} | teacher,
         "limits": limits,
     }

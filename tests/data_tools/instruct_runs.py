@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class Run:
     rejected: list[Sample] = field(default_factory=list)
     kept: list[Sample] = field(default_factory=list)
     set_aside: list[Sample] = field(default_factory=list)
+    numbers: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Requests so far by picture and type."""
 
     def write(self, root: Path, *stages: str) -> RunFolder:
         """Write what the stages named would have written; without names, what all would have."""
@@ -101,7 +104,9 @@ def _forever(values: Sequence[str]) -> Iterator[str]:
 
 def add(run: Run, picture: Picture, sample_type: SampleType, fate: str) -> None:
     """One request with all that came of it."""
-    request = request_about(picture, sample_type, len(run.requests))
+    number = run.numbers[picture.id, sample_type]
+    run.numbers[picture.id, sample_type] += 1
+    request = request_about(picture, sample_type, number)
     run.requests.append(request)
     if fate == "unanswered":
         return
@@ -161,8 +166,8 @@ def request_about(picture: Picture, sample_type: SampleType, number: int) -> Req
     lines += [f"b{i}: {box.category}" for i, box in enumerate(picture.boxes[:30], 1)]
     return Request(
         id=hashlib.sha256(f"{picture.id}-{sample_type}-{number}".encode()).hexdigest(),
-        sample_id=f"{picture.id:012d}-{sample_type}-0",
-        picture=picture.id, type=sample_type, number=0, template=sample_type,
+        sample_id=f"{picture.id:012d}-{sample_type}-{number}",
+        picture=picture.id, type=sample_type, number=number, template=sample_type,
         template_sha256=hashlib.sha256(sample_type.encode()).hexdigest(),
         question="Describe the picture." if sample_type == "detail" else None,
         context="\n".join(lines), parameters={"model": "scripted", "temperature": 0.7},

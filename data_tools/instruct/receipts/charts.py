@@ -29,7 +29,7 @@ var(--bar-unknown-2) 2px 5px)}
 --bar-contradicted-2:#8a4414;--bar-unknown:#e6c65c;--bar-unknown-2:#6b591c}}
 .key{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .45rem}
 .key .bt{min-width:0;width:1.4rem;height:.8rem;border-radius:3px}.key .bt i{width:100%}
-.key span+span{margin-right:1rem}
+.key .kw{margin-right:1rem}
 .hist{width:100%;height:auto;display:block}.hist rect{fill:var(--accent)}
 .hist text{fill:var(--soft);font:11px system-ui,sans-serif}
 .hist line{stroke:var(--line)}.hist .axis{stroke:var(--soft)}
@@ -80,7 +80,7 @@ def _share(length: float, whole: float) -> str:
 def key(names: Mapping[str, str]) -> str:
     """What the colours of bars mean, by their classes."""
     items = "".join(
-        f'<span class="bt"><i class="{css}"></i></span><span>{escaped(words)}</span> '
+        f'<span class="bt"><i class="{css}"></i></span><span class="kw">{escaped(words)}</span> '
         for css, words in names.items()
     )
     return f'<p class="note key">{items}</p>'
@@ -107,13 +107,13 @@ def binned(values: Mapping[int, int], most: int = 40) -> Bins:
 def histogram(values: Mapping[int, int], unit: str, things: str) -> str:
     """Counts of whole numbers as SVG with both axes named."""
     shape = binned(values)
-    width, height, left, bottom = 380, 190, 46, 36
+    width, height, left, bottom = 380, 200, 46, 36
     tallest = max(shape.counts, default=0) or 1
     step = (width - left - 8) / len(shape.counts)
     floor = height - bottom
     parts = [_level(share, tallest, left, width, floor) for share in (0, 0.5, 1)]
     for i, count in enumerate(shape.counts):
-        tall = (floor - 12) * count / tallest
+        tall = (floor - 24) * count / tallest
         title = f"{i * shape.width:,} to {(i + 1) * shape.width - 1:,} {unit}: {count:,} {things}"
         parts.append(
             f'<rect x="{left + i * step + 0.5:.1f}" y="{floor - tall:.1f}" '
@@ -133,7 +133,7 @@ def histogram(values: Mapping[int, int], unit: str, things: str) -> str:
 
 
 def _level(share: float, tallest: int, left: int, width: int, floor: int) -> str:
-    y = floor - (floor - 12) * share
+    y = floor - (floor - 24) * share
     css = ' class="axis"' if share == 0 else ""
     label = f"{tallest * share:,.0f}" if float(tallest * share).is_integer() else ""
     return (

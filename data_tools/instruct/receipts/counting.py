@@ -52,10 +52,16 @@ class Openings:
         words = text[:200].lower().split()[:OPENING_WORDS]
         self._counts[" ".join(words)[:60]] += 1
         self.total += 1
-        while len(self._counts) > MOST_OPENINGS:
-            self.least += 1
-            kept = {words: n for words, n in self._counts.items() if n > self.least}
-            self._counts = Counter(kept)
+        if len(self._counts) > MOST_OPENINGS:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Forget the rarest until half of the room is free."""
+        rare = 0
+        while len(self._counts) > MOST_OPENINGS // 2:
+            rare += 1
+            self._counts = Counter({words: n for words, n in self._counts.items() if n > rare})
+        self.least += rare
 
     def most_common(self, count: int) -> list[tuple[str, int]]:
         """The commonest openings, equally common ones by the alphabet."""

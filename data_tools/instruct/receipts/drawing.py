@@ -25,7 +25,7 @@ COLOURS: Final[dict[Verdict | None, str]] = {
 """Blue, vermillion and ochre stay apart for colour-blind readers (Okabe and Ito's palette)."""
 
 FEW: Final = 5
-"""Up to so many boxes all are named in a small picture; beyond, only those that decided."""
+"""Up to so many boxes all are named in a small picture; beyond, those that decided by label."""
 
 _LETTER: Final = 0.56
 """Width of a letter as a share of its height; names are placed before anyone draws them."""
@@ -110,21 +110,23 @@ def tags(drawn: Sequence[Mark], size: tuple[float, float], letter: float, all_: 
         drawn: The boxes.
         size: Of the picture, pixels.
         letter: Height of a letter, pixels.
-        all_: Name every shown box; else those with a verdict, and all where they are few.
+        all_: Name every shown box; else those with a verdict, shortly where they are many, and all
+            where they are few.
     """
     wanted = [mark for mark in drawn if mark.label or mark.verdict]
     if not all_ and len(wanted) > FEW:
         wanted = [mark for mark in wanted if mark.verdict]
+    short = not all_ and len(wanted) > FEW
     placed: list[Tag] = []
     for mark in sorted(wanted, key=lambda mark: mark.verdict is None):
-        choices = _choices(mark, size, letter)
+        text = mark.label or mark.category if short else mark.name
+        choices = _choices(mark, visible(text), size, letter)
         free = (tag for tag in choices if not any(tag.meets(other) for other in placed))
         placed.append(next(free, choices[0]))
     return placed
 
 
-def _choices(mark: Mark, size: tuple[float, float], letter: float) -> list[Tag]:
-    text = visible(mark.name)
+def _choices(mark: Mark, text: str, size: tuple[float, float], letter: float) -> list[Tag]:
     width, height = len(text) * letter * _LETTER + 6, letter + 5
     left, right = mark.left * size[0], (mark.left + mark.width) * size[0] - width
     top, bottom = mark.top * size[1], (mark.top + mark.height) * size[1]
@@ -166,7 +168,7 @@ def svg(drawn: Sequence[Mark], size: tuple[int, int], *, letter: float = 11, all
 
 
 def _classes(mark: Mark) -> str:
-    words = [mark.verdict or "plain"]
+    words: list[str] = [mark.verdict or "plain"]
     words += ["crowd"] if mark.crowd else []
     words += [] if mark.label else ["told"]
     return " ".join(words)
@@ -197,9 +199,9 @@ def _outline(draw: Any, mark: Mark, size: tuple[int, int], line: int) -> None:
     left, top = mark.left * size[0], mark.top * size[1]
     right, bottom = left + mark.width * size[0], top + mark.height * size[1]
     wide = line + (2 if mark.verdict else 0)
-    step = {True: line * 6, False: line * 3}[mark.crowd] if mark.crowd or not mark.label else 0
-    sides = ((left, top, right, top), (right, top, right, bottom))
-    sides += ((left, bottom, right, bottom), (left, top, left, bottom))
+    step = line * 6 if mark.crowd else 0 if mark.label else line * 3
+    sides = [(left, top, right, top), (right, top, right, bottom)]
+    sides += [(left, bottom, right, bottom), (left, top, left, bottom)]
     for colour, thick in (("white", wide + 2), (COLOURS[mark.verdict], wide)):
         for side in sides:
             _side(draw, side, step, colour, thick)

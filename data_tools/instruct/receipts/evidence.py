@@ -17,19 +17,23 @@ _WEIGHT: Final[dict[Verdict, int]] = {"contradicted": 2, "unknown": 1, "supporte
 
 
 def labels(picture: Picture | None, shown: Shown) -> dict[int, str]:
-    """What each annotation id was called before the teacher: `c2`, `b1 dog`, `a small cup`."""
+    """What each annotation id was called before the teacher: `c2`, `b1 dog`, `#7 cup (...)`."""
     category = {box.id: box.category for box in picture.boxes} if picture else {}
     names = {number: f"c{i}" for i, number in enumerate(shown.captions, 1)}
     for i, number in enumerate(shown.boxes, 1):
         names[number] = f"b{i} {category.get(number, '')}".rstrip()
     for name, numbers in shown.summarised.items():
-        names.update({number: f"{name} (told as a number)" for number in numbers})
+        names.update({number: f"#{number} {name} (told as a number)" for number in numbers})
     return names
 
 
 def evidence(check: Check, names: Mapping[int, str]) -> str:
-    """The check's evidence by its labels; ids that were not shown stand as `#id`."""
-    return ", ".join(names.get(number, f"#{number}") for number in check.evidence)
+    """The check's evidence by its labels, `c2, b1 b3 dog`; ids that were not shown as `#id`."""
+    groups: dict[str, list[str]] = {}
+    for number in check.evidence:
+        label, _, category = names.get(number, f"#{number}").partition(" ")
+        groups.setdefault(category, []).append(label)
+    return ", ".join(" ".join([*found, category]).rstrip() for category, found in groups.items())
 
 
 def deciding(sample: Sample) -> tuple[Check, ...]:

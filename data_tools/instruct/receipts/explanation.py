@@ -14,10 +14,11 @@ from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.exporting import RECEIPTS
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_pictures
+from data_tools.instruct.lines import read_lines
 from data_tools.instruct.planning import read_requests, read_templates
 from data_tools.instruct.prompting import messages
 from data_tools.instruct.receipts.evidence import labels
-from data_tools.instruct.schema import Answer, Request, Sample
+from data_tools.instruct.schema import Answer, Failure, Request, Sample
 from vlm_sft.errors import UserError
 
 NEAREST: Final = 5
@@ -146,7 +147,7 @@ def _stages(
 ) -> Iterator[Stage]:
     yield Stage("planned", True, f"request {request.id}")
     if answer is None:
-        yield Stage("answered", None, "not answered yet")
+        yield _unanswered(folder, request)
         return
     cost = f"{answer.tokens_in:,} + {answer.tokens_out:,} tokens"
     yield Stage("answered", True, f"by {answer.teacher} {answer.model}, {cost}")
@@ -162,6 +163,18 @@ def _stages(
     yield _cleaned(folder, kept, left_out)
     if kept is not None:
         yield _exported(folder, kept.id)
+
+
+def _unanswered(folder: RunFolder, request: Request) -> Stage:
+    """Why there is no answer; the last failure written is the truth."""
+    lines = read_lines(folder.failures, Failure) if folder.failures.exists() else ()
+    last = None
+    for failure in lines:
+        if failure.request == request.id:
+            last = failure
+    if last is None:
+        return Stage("answered", None, "not asked yet")
+    return Stage("answered", False, f"{last.reason}: {last.message}")
 
 
 def _cleaned(folder: RunFolder, kept: Sample | None, left_out: tuple[Sample, ...]) -> Stage:

@@ -4,7 +4,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from data_tools.coco import Picture
 from data_tools.instruct.cleaning.choices import VALUES, Categories, Family, choice_of
@@ -185,6 +185,14 @@ class Figures:
         return total
 
 
+def by_code(counts: Mapping[tuple[str, Any], int]) -> list[tuple[str, int]]:
+    """Samples by code over all types, the commonest first."""
+    total: Counter[str] = Counter()
+    for (code, _), count in counts.items():
+        total[code] += count
+    return sorted(total.items(), key=lambda entry: (-entry[1], entry[0]))
+
+
 def gather(
     found: Iterable[Journey],
     pictures: Mapping[int, Picture],
@@ -250,12 +258,13 @@ def _lost(journey: Journey) -> tuple[Step, str]:
     first = journey.reasons[0] if journey.reasons else "no reason given"
     if journey.outcome == "rejected":
         return ("accepted" if journey.sample and journey.sample.turns else "read"), first
-    return {
-        "unanswered": ("answered", "no answer yet"),
+    stopped: dict[Outcome, tuple[Step, str]] = {
+        "unanswered": ("answered", journey.reasons[0] if journey.reasons else "not asked yet"),
         "unverified": ("read", "not verified yet"),
         "accepted": ("kept", "not cleaned yet"),
         "set_aside": ("kept", first),
-    }[journey.outcome]
+    }
+    return stopped[journey.outcome]
 
 
 def _add_maker(figures: Figures, sample: Sample) -> None:

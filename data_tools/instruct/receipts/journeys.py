@@ -9,7 +9,7 @@ from data_tools.instruct.answers import read_answers
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.planning import read_requests
-from data_tools.instruct.schema import Answer, Request, Sample
+from data_tools.instruct.schema import Answer, Failure, Request, Sample
 from vlm_sft.errors import UserError
 
 Outcome = Literal["unanswered", "unverified", "rejected", "accepted", "set_aside", "kept"]
@@ -35,7 +35,8 @@ class Journey:
         sample: Where there is one, as it was verified.
         kept: Where it is `kept`, as it is trained on: perhaps with fewer turns.
         left_out: What cleaning took out: the sample, or single turns of it.
-        reasons: Codes that rejected the sample or set it aside as a whole.
+        reasons: Codes that rejected the sample or set it aside as a whole; why it is unanswered,
+            where the teacher was asked.
     """
 
     request: Request
@@ -62,6 +63,7 @@ def journeys(folder: RunFolder, answers_folder: Path) -> Iterator[Journey]:
     answers: Mapping[str, Answer] = read_answers(answers_folder)
     accepted, rejected = _Beside(folder.samples, "verify"), _Beside(folder.rejected, "verify")
     kept, set_aside = _Beside(folder.kept, "clean"), _Beside(folder.set_aside, "clean")
+    failures = _failures(folder)
     for request in read_requests(folder):
         if (sample := accepted.take(request)) is not None:
             yield _cleaned(request, sample, kept, set_aside)
@@ -70,9 +72,17 @@ def journeys(folder: RunFolder, answers_folder: Path) -> Iterator[Journey]:
         elif (answer := answers.get(request.id)) is not None:
             yield Journey(request, "unverified", answer=answer)
         else:
-            yield Journey(request, "unanswered")
+            why = failures.get(request.id)
+            yield Journey(request, "unanswered", reasons=(why,) if why else ())
     for file in (accepted, rejected, kept, set_aside):
         file.require_read()
+
+
+def _failures(folder: RunFolder) -> dict[str, str]:
+    """Why requests have no answer, by their id."""
+    if not folder.failures.exists():
+        return {}
+    return {found.request: found.reason for found in read_lines(folder.failures, Failure)}
 
 
 def _cleaned(request: Request, sample: Sample, kept: "_Beside", set_aside: "_Beside") -> Journey:

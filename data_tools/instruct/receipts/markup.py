@@ -28,7 +28,7 @@ STYLE: Final = """
 --unknown:#e6c65c;--supported-soft:#10324a;--contradicted-soft:#4a2510;--unknown-soft:#3d340f;
 --chip:#2b3443}}
 .pic{position:relative;line-height:0;border-radius:8px;overflow:hidden;background:var(--chip);
-align-self:start}.pic img,.pic .blank{width:100%;border-radius:0}
+align-self:stretch}.pic img,.pic .blank{width:100%;border-radius:0}
 .pic svg{position:absolute;inset:0;width:100%;height:100%}.pic figure{line-height:0}
 .pic rect{fill:none;vector-effect:non-scaling-stroke;pointer-events:all}
 .pic .under{stroke:#fff;stroke-width:3px;opacity:.75;pointer-events:none}
@@ -46,8 +46,9 @@ font-weight:600}.pic .tag.supported rect{fill:#0072b2}.pic .tag.contradicted rec
 .pic .tag.hot rect{fill:#e0007a!important}
 .gone{border:2px dashed var(--contradicted);border-radius:8px;padding:.6rem;font-size:.83rem;
 overflow-wrap:anywhere;line-height:1.4}
-.sample{min-width:0}.sample h4{margin:0 0 .35rem;font-size:.92rem;overflow-wrap:anywhere}
-.sample .id{font-family:ui-monospace,monospace;font-size:.8rem;font-weight:500}
+.sample{min-width:0}.sample h4{margin:0 0 .35rem;line-height:1.5;font-size:.92rem;
+overflow-wrap:anywhere}
+.sample .id{display:block;font-family:ui-monospace,monospace;font-size:.74rem;font-weight:500}
 .sample .turn{margin:.45rem 0;font-size:.93rem;overflow-wrap:anywhere;unicode-bidi:isolate}
 .turn p{margin:.1rem 0;white-space:pre-wrap;unicode-bidi:isolate}
 .turn .q{color:var(--soft)}.turn b{font-weight:700;margin-right:.35rem}
@@ -68,7 +69,7 @@ sup.unknown,li.unknown .sy,td.unknown,.badge.unknown{color:var(--unknown)}
 .found{list-style:none;margin:.5rem 0 0;padding:.45rem 0 0;border-top:1px solid var(--line);
 font-size:.86rem}.found li{margin:.2rem 0;overflow-wrap:anywhere}.sy{font-weight:700}
 .found code,code{font-size:.92em;font-weight:600}.rests{color:var(--soft)}
-.raw{background:var(--chip);border-radius:8px;padding:.6rem;max-height:24rem;overflow:auto;
+.raw{background:var(--chip);border-radius:8px;padding:.6rem;max-height:11rem;overflow:auto;
 unicode-bidi:isolate}
 """
 """Of every page with samples."""
@@ -81,7 +82,7 @@ function mark(event, on) {
   const scope = claim.closest("[data-scope]");
   if (scope === null) return;
   for (const label of claim.dataset.rests.split(" ")) {
-    for (const box of scope.querySelectorAll(`svg [data-b="${label}"]`)) {
+    for (const box of scope.querySelectorAll(`[data-b="${label}"]`)) {
       box.classList.toggle("hot", on);
     }
   }
@@ -113,7 +114,7 @@ class Extent:
         every: All checks are numbered and listed; else those that decided.
         longest: Side of the picture, pixels.
         quality: Of its JPEG.
-        letter: Height of the letters on it, pixels.
+        letter: Height of the letters on a picture that is `longest` wide, pixels.
     """
 
     characters: int | None = None
@@ -123,6 +124,11 @@ class Extent:
     quality: int = 85
     letter: float = 15
 
+
+FINDINGS: Final = 4
+"""Of a sample that is shown in brief."""
+LONGEST_CLAIM: Final = 200
+"""Characters, in brief."""
 
 WHOLE: Final = Extent()
 BRIEF: Final = Extent(characters=500, turns=3, every=False, longest=360, quality=72, letter=16)
@@ -138,12 +144,18 @@ def figure(images: Path, picture: Picture, shown: Shown, sample: Sample | None, 
         size = (to.longest, max(1, round(to.longest * picture.height / picture.width)))
         return gone + _blank(size, drawn, to)
     data, size = drawing.jpeg(image, to.longest, to.quality)
-    over = drawing.svg(drawn, size, letter=to.letter, all_=to.every)
+    over = _over(drawn, size, to)
     return f'<div class="pic">{embedded(data, "", text, "jpeg")}{over}</div>'
 
 
+def _over(drawn: Sequence[drawing.Mark], size: tuple[int, int], to: Extent) -> str:
+    """The boxes; pages show wide and high pictures in one width, so letters go by the width."""
+    letter = round(to.letter * size[0] / to.longest, 1)
+    return drawing.svg(drawn, size, letter=letter, all_=to.every)
+
+
 def _blank(size: tuple[int, int], drawn: Sequence[drawing.Mark], to: Extent) -> str:
-    over = drawing.svg(drawn, size, letter=to.letter, all_=to.every)
+    over = _over(drawn, size, to)
     blank = f'<div class="blank" style="aspect-ratio:{size[0]}/{size[1]}"></div>'
     return f'<div class="pic">{blank}{over}</div>'
 
@@ -232,32 +244,34 @@ def _piece(
 
 
 def _rests(check: Check, names: Mapping[int, str]) -> list[str]:
-    """Labels of the boxes a check rests on, without their categories."""
+    """Labels of the boxes and captions a check rests on, without categories."""
     found = (names.get(number, "").split(" ")[0] for number in check.evidence)
-    return [label for label in found if label[:1] == "b" and label[1:].isdigit()]
+    return [label for label in found if label[:1] in "bc" and label[1:].isdigit()]
 
 
 def findings(sample: Sample, names: Mapping[int, str], to: Extent) -> str:
     """The list of what was found: all checks, or those that rejected the sample."""
-    found = [
-        (number, check)
-        for number, check in enumerate(sample.checks, 1)
-        if to.every or check.code is not None
-    ]
-    if not found:
-        return ""
-    items = "".join(_check(check, number if to.every else None, names) for number, check in found)
-    return f'<ol class="found">{items}</ol>'
+    if to.every:
+        items = [_check(check, number, names) for number, check in enumerate(sample.checks, 1)]
+    else:
+        coded = (check for check in sample.checks if check.code is not None)
+        items = list(dict.fromkeys(_check(check, None, names) for check in coded))
+        items[FINDINGS:] = [f"<li>{n:,} more</li>"] if (n := len(items) - FINDINGS) > 0 else []
+    return f'<ol class="found">{"".join(items)}</ol>' if items else ""
 
 
 def _check(check: Check, number: int | None, names: Mapping[int, str]) -> str:
     code = f" <code>{escaped(check.code)}</code>" if check.code else ""
     rests = evidence(check, names)
     rests = f' <span class="rests">— rests on {escaped(rests)}</span>' if rests else ""
-    claim = f" “{escaped(check.claim[:200])}”" if check.claim else ""
+    is_long = number is None and len(check.claim) > LONGEST_CLAIM
+    claim = check.claim[:LONGEST_CLAIM] + " …" if is_long else check.claim
+    claim = f" “{escaped(claim)}”" if claim else ""
+    verdict: str = "set aside" if check.rule == "clean" and check.code else check.verdict
+    said = f"{number} {verdict}" if number else verdict if check.rule == "clean" else ""
     return (
         f'<li class="{check.verdict}" data-rests="{" ".join(_rests(check, names))}">'
-        f'<span class="sy">{SYMBOLS[check.verdict]}{number or ""} {check.verdict}</span>'
+        f'<span class="sy">{SYMBOLS[check.verdict]}{said}</span>'
         f"{code}{claim}{rests}</li>"
     )
 

@@ -18,16 +18,23 @@ from data_tools.instruct.receipts.figures import (
     Figures,
     Spending,
     Step,
+    by_code,
 )
-from data_tools.instruct.receipts.journeys import OUTCOMES, Journey
+from data_tools.instruct.receipts.journeys import OUTCOMES, Journey, Outcome
 from data_tools.instruct.receipts.markup import escaped
+from data_tools.instruct.schema import Verdict
 from vlm_sft.page import page, section
 
 PICTURED: Final = 10
 """Reasons with all their examples; rarer ones have `FEW` each, so that the page stays small."""
 FEW: Final = 2
-MOST_ROWS: Final = 40
+OPENED: Final = 3
+"""Reasons whose examples are open at first."""
+MOST_ROWS: Final = 30
 """Rows of a table; what is left out is counted."""
+
+WAITING: Final[tuple[Outcome, ...]] = ("unanswered", "unverified", "accepted")
+"""Outcomes that a further stage goes on with."""
 
 STYLE: Final = (
     markup.STYLE
@@ -44,7 +51,8 @@ align-items:start}
 .samples .sample{padding:.7rem;display:flex;flex-direction:column;gap:.5rem}
 .samples .turn,.samples h4{margin:0}
 h3{font-size:1.02rem;margin:1.4rem 0 .3rem}h3 code{font-size:1rem}
-details>summary{padding:.2rem 0}.meaning{color:var(--soft);margin:0 0 .7rem}
+.bars+details{margin-top:.9rem}details>summary{padding:.2rem 0}
+.meaning{color:var(--soft);margin:0 0 .7rem}
 .two{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))}
 .two>*,.samples>*{min-width:0}
 td.n,th.n{text-align:right;white-space:nowrap}
@@ -77,6 +85,12 @@ class Report:
     plan: Mapping[str, Any]
     export: Mapping[str, Any]
     meanings: Mapping[str, str]
+
+    @property
+    def left_out(self) -> str:
+        """Pictures without a request, by the plan's own words."""
+        found = {why: n for why, n in self.plan.get("left_out", {}).items() if n}
+        return lost_words(found)
 
 
 def build(report: Report) -> str:
@@ -130,7 +144,7 @@ def headline(figures: Figures) -> list[tuple[str, str]]:
 
 def _price(figures: Figures) -> tuple[str, str]:
     total, good = figures.total_spending(), figures.good.samples
-    if set(figures.good.origins) == {"rules"} and not total.is_priced:
+    if set(figures.good.origins) == {"rules"} and not total.usd:
         return "no cost", "made by rules on this machine"
     if total.is_priced:
         each = money(total.usd / good) if good else "–"
@@ -169,11 +183,9 @@ def _banners(figures: Figures) -> Iterator[str]:
             f'<p class="banner">{share} of the {samples:,} samples were made by rules, a program '
             "that puts annotations into sentences, not by a language model.</p>"
         )
-    waiting = [
-        f"{figures.outcomes[outcome]:,} are {words}"
-        for outcome, words in OUTCOMES.items()
-        if outcome in ("unanswered", "unverified", "accepted") and figures.outcomes[outcome]
-    ]
+    open_ = Counter({outcome: figures.outcomes[outcome] for outcome in WAITING})
+    open_["unanswered"] -= figures.lost["answered", "nothing_to_say"]
+    waiting = [f"{count:,} are {OUTCOMES[outcome]}" for outcome, count in open_.items() if count]
     if waiting:
         yield (
             f'<p class="banner warn"><strong>Not finished.</strong> Of '
@@ -193,44 +205,48 @@ def _anchor(title: str) -> str:
 
 def _funnel(report: Report) -> str:
     figures = report.figures
-    whole = figures.pictures
-    pictures = [
-        Bar("pictures indexed", {"accent": whole}, f"{whole:,}"),
-        Bar("pictures asked about", {"accent": len(figures.asked)}, f"{len(figures.asked):,}"),
-    ]
     planned = figures.step("planned")
+    bars = [
+        _share("pictures indexed", figures.pictures, figures.pictures),
+        _share("pictures asked about", len(figures.asked), figures.pictures, report.left_out),
+    ]
     if not planned:
-        return charts.bars(pictures, whole)
-    steps = [
-        Bar(words, {"accent": figures.step(step)}, _of(figures.step(step), planned), lost)
-        for step, words, lost in funnel(figures)
+        return charts.bars(bars, 1)
+    bars += [
+        _share(words, figures.step(step), planned, lost) for step, words, lost in funnel(figures)
     ]
     exported = report.export.get("samples")
     if exported is not None:
-        steps.append(Bar("exported", {"accent": exported}, _of(exported, planned)))
+        bars.append(_share("exported", exported, planned))
     rows = [
         {"": words, **{name: f"{figures.step(step, name):,}" for name in TYPES}}
         for step, words in STEPS.items()
     ]
     return (
-        f'{charts.bars(pictures, whole)}<div style="height:1rem"></div>'
-        f"{charts.bars(steps, planned)}<details><summary>By type</summary>"
+        f"{charts.bars(bars, 1)}<details><summary>By type</summary>"
         f"{_table(('', *TYPES), rows)}</details>"
     )
+
+
+def _share(label: str, count: int, whole: int, below: str = "") -> Bar:
+    return Bar(label, {"accent": count / whole if whole else 0}, _of(count, whole), below)
 
 
 def funnel(figures: Figures) -> Iterator[tuple[Step, str, str]]:
     """Each step with its name and what was lost on the way to it, in words."""
     for step, words in STEPS.items():
         lost = {why: n for (found, why), n in figures.lost.items() if found == step}
-        yield step, words, _lost(lost)
+        yield step, words, lost_words(lost)
 
 
-def _lost(lost: Mapping[str, int], most: int = 6) -> str:
+def lost_words(lost: Mapping[str, int], most: int = 6) -> str:
+    """`− 6 lost: REFUSAL 4, NOT_JSON 2`; "" where nothing was."""
     ordered = sorted(lost.items(), key=lambda entry: (-entry[1], entry[0]))
     if not ordered:
         return ""
-    named = [f"{why} {n:,}" for why, n in ordered[:most]]
+    named = [
+        f"{why.replace('_', ' ') if why.islower() else why} {n:,}" for why, n in ordered[:most]
+    ]
     if rest := sum(n for _, n in ordered[most:]):
         named.append(f"others {rest:,}")
     return f"− {sum(lost.values()):,} lost: {', '.join(named)}"
@@ -238,14 +254,6 @@ def _lost(lost: Mapping[str, int], most: int = 6) -> str:
 
 def _of(part: int, whole: int) -> str:
     return f"{part:,} ({percent(part, whole)})"
-
-
-def by_code(counts: Mapping[tuple[str, Any], int]) -> list[tuple[str, int]]:
-    """Samples by code over all types, the commonest first."""
-    total: Counter[str] = Counter()
-    for (code, _), count in counts.items():
-        total[code] += count
-    return sorted(total.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 def _reasons(report: Report) -> str:
@@ -261,9 +269,12 @@ def _reasons(report: Report) -> str:
         note = f"{whole:,} samples are {title}; one may have several reasons."
         parts.append(f'<p class="sub">{note}</p>')
         parts.append(charts.bars([_reason_bar(code, n, whole) for code, n in codes], codes[0][1]))
-        parts += [_examples(report, code, n, rank) for rank, (code, n) in enumerate(codes)]
+        opened = [code for code, _ in codes if _speaks(figures, code)][:OPENED]
+        parts += [
+            _examples(report, code, n, rank, code in opened) for rank, (code, n) in enumerate(codes)
+        ]
     if figures.turns_set_aside:
-        turns = _lost(figures.turns_set_aside, most=20).removeprefix("− ")
+        turns = lost_words(figures.turns_set_aside, most=20).removeprefix("− ")
         parts.append(f'<p class="note">Single turns of samples that are kept: {escaped(turns)}</p>')
     return markup.LEGEND + "".join(parts) if parts else ""
 
@@ -272,12 +283,17 @@ def _reason_bar(code: str, count: int, whole: int) -> Bar:
     return Bar(code, {"accent": count}, _of(count, whole))
 
 
-def _examples(report: Report, code: str, count: int, rank: int) -> str:
+def _speaks(figures: Figures, code: str) -> bool:
+    """Whether samples with the code could be read, so that there is a claim to look at."""
+    return any(j.sample and j.sample.turns for j in figures.examples[code].items())
+
+
+def _examples(report: Report, code: str, count: int, rank: int, is_open: bool) -> str:
     found = report.figures.examples[code].items()
     chosen = found if rank < PICTURED else found[:FEW]
     cards = "".join(_card(report, journey) for journey in chosen)
     meaning = report.meanings.get(code, "")
-    opened = " open" if rank < 3 else ""
+    opened = " open" if is_open else ""
     return (
         f"<details{opened}><summary><code>{escaped(code)}</code>: {count:,} "
         f"sample{'' if count == 1 else 's'}, {len(chosen)} shown</summary>"
@@ -288,7 +304,9 @@ def _examples(report: Report, code: str, count: int, rank: int) -> str:
 def _card(report: Report, journey: Journey) -> str:
     sample = journey.left_out[0] if journey.outcome == "set_aside" else journey.sample
     assert sample is not None
-    verdict = "contradicted" if journey.outcome in ("rejected", "set_aside") else "supported"
+    verdict: Verdict = (
+        "contradicted" if journey.outcome in ("rejected", "set_aside") else "supported"
+    )
     word = OUTCOMES[journey.outcome].split(",")[0]
     if journey.outcome == "set_aside":
         word = "set aside"
@@ -307,12 +325,11 @@ def _claims(figures: Figures) -> str:
     rules.sort(key=lambda rule: (-totals[rule], rule))
     by_rule = [_verdict_bar(rule, {v: figures.claims[rule, v] for v in VERDICTS}) for rule in rules]
     by_type = [
-        _verdict_bar(name, counts)
+        _verdict_bar(name, {v: figures.claims_by_type[name, v] for v in VERDICTS})
         for name in TYPES
-        if any(counts := {v: figures.claims_by_type[name, v] for v in VERDICTS})
-        and sum(counts.values())
+        if any(figures.claims_by_type[name, v] for v in VERDICTS)
     ]
-    names = {verdict: f"{SYMBOLS[verdict]} {verdict}" for verdict in VERDICTS}
+    names = {str(verdict): f"{SYMBOLS[verdict]} {verdict}" for verdict in VERDICTS}
     return (
         f"{charts.key(names)}<h3>By rule</h3>{charts.bars(by_rule, max(totals.values()))}"
         f"<h3>By type, each as a whole</h3>{charts.bars([_whole(bar) for bar in by_type], 1)}"
@@ -393,16 +410,17 @@ def _balance(figures: Figures) -> str:
     families = sorted({family for family, _ in good.choices})
     if not families:
         return ""
-    parts = [
-        '<p class="sub">Questions that are a choice among a few answers: what a guesser who '
-        "does not look would profit from.</p>"
-    ]
+    note = (
+        '<p class="sub">Questions that are a choice among a few answers: what a guesser who does '
+        "not look could profit from.</p>"
+    )
+    parts = []
     for family in families:
         said = {value: n for (found, value), n in sorted(good.choices.items()) if found == family}
         total = sum(said.values())
         bars = [Bar(value, {"accent": n}, _of(n, total)) for value, n in said.items()]
         parts.append(f"<div><h3>{family.replace('_', ' / ')}</h3>{charts.bars(bars, total)}</div>")
-    return f'<div class="two">{"".join(parts)}</div>' + _yes_no(figures)
+    return f'{note}<div class="two">{"".join(parts)}</div>' + _yes_no(figures)
 
 
 def _yes_no(figures: Figures) -> str:
@@ -447,7 +465,8 @@ def _lengths(figures: Figures) -> str:
 
 def _spread(counts: Mapping[int, int]) -> str:
     """Median, 95th percentile and longest of counted numbers."""
-    total, seen, places = sum(counts.values()), 0, {}
+    total, seen = sum(counts.values()), 0
+    places: dict[float, int] = {}
     for value in sorted(counts):
         seen += counts[value]
         for share in (0.5, 0.95, 1.0):

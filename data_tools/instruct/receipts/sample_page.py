@@ -14,9 +14,11 @@ _STYLE: Final = (
     + """
 main{max-width:80rem}
 .whole{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:1.2rem}
-.whole .pic{position:sticky;top:1rem}
-@media(max-width:52rem){.whole{grid-template-columns:minmax(0,1fr)}.whole .pic{position:relative;
-top:0}}
+.whole .raw{max-height:none}.whole .shown{position:sticky;top:1rem;align-self:start}
+@media(max-width:52rem){.whole{grid-template-columns:minmax(0,1fr)}.whole .shown{position:static}}
+.caps{display:grid;grid-template-columns:max-content 1fr;gap:.15rem .7rem;margin-top:.7rem;
+font-size:.93rem}.caps dt,.caps dd{margin:0;border-radius:4px}
+.caps .hot{background:var(--unknown-soft);outline:2px solid #e0007a}
 .stages{list-style:none;padding:0;margin:0;display:flex;flex-wrap:wrap;gap:.4rem 1.2rem}
 .stages li{overflow-wrap:anywhere}
 .turn .cites{color:var(--soft);font-size:.84rem}
@@ -58,12 +60,13 @@ def _picture(found: Explanation) -> str:
         return f'<p class="gone">picture {found.request.picture} is not in the index</p>'
     shown, sample = found.request.shown, found.sample
     captions = "".join(
-        f"<dt>{label}</dt><dd>{escaped(text)}</dd>" for label, text in found.captions.items()
+        f'<dt>{label}</dt><dd data-b="{label}">{escaped(text)}</dd>'
+        for label, text in found.captions.items()
     )
     told = "; ".join(f"{len(ids)} {name}" for name, ids in shown.summarised.items())
-    told = f"<dt>told as a number</dt><dd>{escaped(told)}</dd>" if told else ""
+    told = f"<dt>number</dt><dd>{escaped(told)}</dd>" if told else ""
     figure = markup.figure(found.images, found.picture, shown, sample, markup.WHOLE)
-    return f"<div>{figure}<dl>{captions}{told}</dl></div>"
+    return f'<div class="shown">{figure}<dl class="caps">{captions}{told}</dl></div>'
 
 
 def _turns(found: Explanation) -> str:

@@ -6,11 +6,12 @@ rules/       sentences read off the annotations, without any model
 replay.py    answers that another run recorded
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from data_tools.instruct.schema import Answer, Failure, Request
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Answers one request, or says why it cannot."""
 

@@ -63,21 +63,21 @@ class ChatTeacher:
         self._answered = False
 
     async def ask(self, request: Request) -> Answer | Failure:
-        dialect = await self._settled(request)
+        dialect = await self.dialect(request)
         schema = self._templates[request.template]["answer_schema"]
         body = body_of(request, messages(request, self._templates), schema, dialect)
         begun = time.monotonic()
         outcome, attempts = await self.attempts(request.id, body)
         if isinstance(outcome, Reply):
             self._answered = True
-            answer = answer_of(request, outcome, "openai", self._config.prices)
+            answer = answer_of(request.id, outcome, "openai", self._config.prices)
         elif outcome.policy:  # the server's last word on this content
             answer = Answer(
                 request=request.id, teacher="openai", text="", finish="content_filter", usd=0.0
             )
         else:
             if outcome.reason == "refused" and not self._answered:
-                raise _refusal(outcome, self._urls)
+                raise refusal(outcome, self._urls)
             return outcome.failure(request.id, request.sample_id, attempts)
         seconds = round(time.monotonic() - begun, 3)
         return answer.model_copy(update={"attempts": attempts, "seconds": seconds})
@@ -85,6 +85,19 @@ class ChatTeacher:
     async def close(self) -> None:
         for client in self._clients:
             await client.close()
+
+    async def dialect(self, request: Request) -> Dialect:
+        """How the server wants to be asked; found out at the first call.
+
+        Raises:
+            UserError, LimitReached, Stopped: As `attempts`.
+        """
+        async with self._settling:
+            if self._dialect is None:
+                self._dialect = await settle_dialect(
+                    self._config, self._urls, request.parameters, self._found, self.attempts
+                )
+        return self._dialect
 
     async def attempts(self, request: str, body: dict[str, Any]) -> tuple[Reply | Fault, int]:
         """Send until there is a reply, a fault that repeating does not mend, or no attempt left.
@@ -98,7 +111,7 @@ class ChatTeacher:
             if isinstance(outcome, Reply):
                 return outcome, attempt
             if outcome.fatal:
-                raise _refusal(outcome, self._urls)
+                raise refusal(outcome, self._urls)
             too_long = (outcome.wait or 0) > LONGEST_WAIT
             if not outcome.retry or too_long or attempt == self._config.attempts:
                 return outcome, attempt
@@ -144,15 +157,6 @@ class ChatTeacher:
         usd = cost(*tokens, self._config.prices) or 0.0
         return Usage(1, outcome.tokens_in + outcome.tokens_out, usd)
 
-    async def _settled(self, request: Request) -> Dialect:
-        async with self._settling:
-            if self._dialect is None:
-                parameters = request.parameters
-                self._dialect = await settle_dialect(
-                    self._config, self._urls, parameters, self._found, self.attempts
-                )
-        return self._dialect
-
 
 async def _post(client: "AsyncOpenAI", request: str, body: dict[str, Any]) -> tuple[bytes, str]:
     """One sending: the response's bytes and content type; errors are the client's own."""
@@ -167,7 +171,8 @@ async def _post(client: "AsyncOpenAI", request: str, body: dict[str, Any]) -> tu
     return raw.content, raw.headers.get("content-type", "")
 
 
-def _refusal(fault: Fault, urls: list[str]) -> UserError:
+def refusal(fault: Fault, urls: list[str]) -> UserError:
+    """The sentence that a fault ends the run with."""
     return UserError(
         f"{', '.join(urls)}: {fault.message}; repeating does not change that, so the run stops: "
         "mend teacher.base_url, teacher.model, the key or the parameters",

@@ -74,11 +74,12 @@ def fault_of(error: Exception, key: Key) -> Fault:
         name = type(cause).__name__
         return Fault("connection", f"the server {what} ({name})", free=never_sent)
     if isinstance(error, openai.APIStatusError):
-        return _of_status(error.status_code, error.response.headers, error.body, key)
+        return fault_of_status(error.status_code, error.response.headers, error.body, key)
     raise error
 
 
-def _of_status(status: int, headers: Mapping[str, str], body: Any, key: Key) -> Fault:
+def fault_of_status(status: int, headers: Mapping[str, str], body: Any, key: Key) -> Fault:
+    """The fault that a status other than success stands for; `body` is the error as it came."""
     told = body if isinstance(body, dict) else {"message": body or ""}
     words = printable(key.removed_from(str(told.get("message") or "")))
     message = f"the server says {status}" + (f": {words}" if words else "")

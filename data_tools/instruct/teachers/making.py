@@ -1,5 +1,7 @@
 """The teacher that a configuration names."""
 
+from typing import TYPE_CHECKING
+
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_pictures
@@ -8,10 +10,13 @@ from data_tools.instruct.teachers import Teacher
 from data_tools.instruct.teachers.spending import Spending
 from data_tools.instruct.teachers.stopping import Stopping
 
+if TYPE_CHECKING:
+    from data_tools.instruct.teachers.batch import BatchTeacher
+
 
 def make_teacher(
     config: InstructConfig, folder: RunFolder, spending: Spending, stopping: Stopping
-) -> Teacher:
+) -> "Teacher | BatchTeacher":
     """The teacher, ready to be asked.
 
     Raises:
@@ -25,6 +30,13 @@ def make_teacher(
         from data_tools.instruct.teachers.replay import ReplayTeacher
 
         return ReplayTeacher(config.teacher)
+    if config.teacher.kind == "batch":
+        from data_tools.instruct.teachers.batch import BatchTeacher
+
+        return BatchTeacher(
+            config.teacher, read_templates(folder), spending, stopping, seed=config.seed,
+            found=folder.teacher, batches=folder.batches,
+        )  # fmt: skip
     from data_tools.instruct.teachers.chat import ChatTeacher
 
     return ChatTeacher(

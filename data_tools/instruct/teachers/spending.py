@@ -73,7 +73,7 @@ class Spending:
             LimitReached: It does not, though nothing of this process is in flight any more.
             Stopped: The run is to end.
         """
-        while not self._reserved(request, most):
+        while not self.reserve_now(request, most):
             if not self._open:
                 raise LimitReached
             self._settled.clear()
@@ -81,22 +81,27 @@ class Spending:
         self._open += 1
 
     def settle(self, request: str, reserved: Usage, spent: Usage) -> None:
-        """Correct a reservation by what it came to."""
+        """Correct what `reserve` wrote down by what it came to."""
+        self.settle_now(request, reserved, spent)
+        self._open -= 1
+        self._settled.set()
+
+    def settle_now(self, request: str, reserved: Usage, spent: Usage) -> None:
+        """Correct what `reserve_now` wrote down by what it came to."""
         if spent != reserved:
             with self._log.locked():
                 self._log.append((spent - reserved).line(request))
                 self._take_in()
-        self._open -= 1
-        self._settled.set()
 
     def close(self) -> None:
         """Put the account on the disk."""
         self._log.close()
 
-    def _reserved(self, request: str, most: Usage) -> bool:
+    def reserve_now(self, request: str, most: Usage) -> bool:
+        """Write the sending down if it fits below the caps; whether it does."""
         with self._log.locked():
             self._take_in()
-            if not self._fits(most):
+            if not self.fits(most):
                 return False
             self._log.append(most.line(request))
             self._take_in()
@@ -106,7 +111,8 @@ class Spending:
         for line in self._log.news():
             self._total += Usage.read(line)
 
-    def _fits(self, more: Usage) -> bool:
+    def fits(self, more: Usage) -> bool:
+        """Whether the caps have room for it, as far as this process knows."""
         after, limits = self._total + more, self._limits
         return (
             (limits.requests is None or after.requests <= limits.requests)

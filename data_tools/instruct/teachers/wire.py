@@ -140,11 +140,11 @@ def printable(text: str, most: int = 300) -> str:
     return safe if len(safe) <= most else safe[:most] + "..."
 
 
-def answer_of(request: Request, reply: Reply, teacher: Any, prices: PricesConfig | None) -> Answer:
+def answer_of(request: str, reply: Reply, teacher: Any, prices: PricesConfig | None) -> Answer:
     """The reply as it is recorded."""
     usd = cost(reply.tokens_in, reply.tokens_cached, reply.tokens_out, prices)
     return Answer(
-        request=request.id, teacher=teacher, text=reply.text, finish=reply.finish,
+        request=request, teacher=teacher, text=reply.text, finish=reply.finish,
         model=reply.model, fingerprint=reply.fingerprint, tokens_in=reply.tokens_in,
         tokens_cached=reply.tokens_cached, tokens_out=reply.tokens_out,
         usd=usd if reply.tokens_known else None,

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from data_tools.coco import Picture
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
 from data_tools.instruct.verification.knowledge import Knowledge
+from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Lexicon
 from data_tools.instruct.verification.questions import Question
 from data_tools.instruct.verification.reading import Reading
@@ -57,17 +57,17 @@ class Case:
         """The run's `verify` section."""
         return self.policy.config
 
-    @cached_property
+    @lazy
     def question(self) -> Question:
         """The question, and what its answer says to it."""
         return Question(self.question_reading, self.answer_reading)
 
-    @cached_property
+    @lazy
     def question_reading(self) -> Reading:
         """The question taken apart."""
         return Reading(self.turn.question, self.policy.lexicon)
 
-    @cached_property
+    @lazy
     def answer_reading(self) -> Reading:
         """The answer taken apart."""
         return Reading(self.turn.answer, self.policy.lexicon)
@@ -83,8 +83,7 @@ class Case:
         evidence: tuple[int, ...] = (),
     ) -> Check:
         """A finding about this turn."""
-        # Built without validation: these are our own values, and there are many.
-        return Check.model_construct(
+        return Check(
             rule=rule, verdict=verdict, code=code, turn=self.index, part=part, span=span,
             claim=claim, evidence=evidence,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data_tools.instruct.schema import Check, Shown, Turn
+from data_tools.instruct.schema import Check, Shown, Turn, Verdict
 
 
 def check_citations(turn: Turn, index: int, shown: Shown) -> Iterator[Check]:
@@ -13,14 +13,15 @@ def check_citations(turn: Turn, index: int, shown: Shown) -> Iterator[Check]:
     if not turn.evidence:
         yield _found("unknown", None, index, "cites nothing", ())
         return
-    unknown = [label for label in turn.evidence if resolve(label, shown) is None]
+    resolved = {label: resolve(label, shown) for label in turn.evidence}
+    unknown = [label for label, number in resolved.items() if number is None]
     if unknown:
         known = f"c1 to c{len(shown.captions)}, b1 to b{len(shown.boxes)}"
         claim = f"cites {', '.join(unknown[:3])}; shown were {known}"
         yield _found("contradicted", "LABEL_UNKNOWN", index, claim, ())
         return
-    ids = [resolve(label, shown) or 0 for label in turn.evidence]
-    yield _found("supported", None, index, ", ".join(turn.evidence), tuple(n for n in ids if n))
+    ids = tuple(number for number in resolved.values() if number)
+    yield _found("supported", None, index, ", ".join(turn.evidence), ids)
 
 
 def resolve(label: str, shown: Shown) -> int | None:
@@ -32,8 +33,10 @@ def resolve(label: str, shown: Shown) -> int | None:
     return of[int(digits) - 1] if int(digits) <= len(of) else None
 
 
-def _found(verdict: str, code: str | None, index: int, claim: str, ids: tuple[int, ...]) -> Check:
-    return Check.model_construct(
+def _found(
+    verdict: Verdict, code: str | None, index: int, claim: str, ids: tuple[int, ...]
+) -> Check:
+    return Check(
         rule="citation", verdict=verdict, code=code, turn=index, part="answer", span=None,
         claim=claim, evidence=ids,
     )  # fmt: skip

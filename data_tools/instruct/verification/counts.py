@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from data_tools.coco import Box
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verification.case import Case, Part
-from data_tools.instruct.verification.knowledge import evidence
+from data_tools.instruct.verification.knowledge import evidence, names_for_counts
+from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Entry
 from data_tools.instruct.verification.numbers import Quantity, quantity
 from data_tools.instruct.verification.reading import Mention, Sentence
@@ -32,7 +32,7 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
     sentence = case.question.sentence
     if value is None or sentence is None:
         return
-    tally = Tally(case, asked.entry)
+    tally = Tally(case, asked.entry, asked.word)
     span = sentence.span(asked.first, asked.last)
     claim = f"how many {asked.word}: {value}"
     if value == 0 or (not tally.boxes and case.knowledge.has_boxes):
@@ -62,7 +62,7 @@ def _check_yes_no(case: Case) -> Iterator[Check]:
         if question.polarity == "yes":
             yield from _judge(case, sentence, mention, number, "question")
             continue
-        tally = Tally(case, mention.entry)
+        tally = Tally(case, mention.entry, mention.word)
         if question.kind == "existence" and tally.is_countable and not mention.entry.narrow:
             wrong = len(tally.boxes) == number.least
             span = sentence.span(number.first, mention.last)
@@ -75,7 +75,7 @@ def _check_yes_no(case: Case) -> Iterator[Check]:
 def _judge(
     case: Case, sentence: Sentence, mention: Mention, number: Quantity, part: Part
 ) -> Iterator[Check]:
-    tally = Tally(case, mention.entry)
+    tally = Tally(case, mention.entry, mention.word)
     value = number.least
     if (not tally.boxes and case.knowledge.has_boxes) or (value < 2 and not number.exact):
         return
@@ -97,8 +97,9 @@ class Tally:
 
     case: Case
     entry: Entry
+    word: str
 
-    @cached_property
+    @lazy
     def boxes(self) -> tuple[Box, ...]:
         """Every box that may be meant."""
         return self.case.knowledge.boxes_of(self.entry.categories)
@@ -147,5 +148,7 @@ class Tally:
         known = self.case.knowledge
         counts = known.whole_counts if whole else known.counts
         return [
-            counts[name][value] for name in self.entry.categories if value in counts.get(name, ())
+            counts[name][value]
+            for name in names_for_counts(self.entry, self.word)
+            if value in counts.get(name, ())
         ]

@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from data_tools import wording
 from data_tools.instruct.schema import Check, SampleType
 from data_tools.instruct.verification.case import Case
 from data_tools.instruct.verification.lexicon import word_set
 from data_tools.instruct.verification.manner import hedged_sentences
+from data_tools.instruct.verification.numbers import number_of
 
 LONG_ANSWER: Final = 5
 """Answers of more words than this are not to be repeated."""
@@ -32,11 +34,11 @@ def check_turn(case: Case) -> Iterator[Check]:
         if not any(char.isalnum() for char in text):
             yield _fault(case, "TURN_EMPTY", part, f"the {part} has no words")
         for code, pattern in (("PICTURE_MARK", _PICTURE), ("ROLE_MARK", _ROLE)):
-            match = pattern.search(text)
+            match = None if _MARKS.isdisjoint(text) else pattern.search(text)
             if match:
                 yield _fault(case, code, part, match[0].strip(), match.span())
     least, most = config.forms[case.sample_type].answer_words
-    asked, answered = _length(case.question_reading.words), _length(case.answer_reading.words)
+    asked, answered = len(case.question_reading.spoken), len(case.answer_reading.spoken)
     if 0 < answered < least:
         yield _fault(case, "TOO_SHORT", "answer", f"{answered} words, at least {least} expected")
     if answered > most:
@@ -69,10 +71,8 @@ def _given_away(case: Case) -> str | None:
         counted = question.counted
         if value is None or counted is None or value < 2:
             return None
-        from data_tools.instruct.verification.numbers import number_of
-
         return next((word for word in words if number_of(word) == value), None)
-    content = [word for word in case.answer_reading.words if word[0].isalnum()]
+    content = case.answer_reading.spoken
     telling = [word for word in content if word not in _EMPTY_WORDS]
     if telling and len(content) <= 4 and all(word in words for word in telling):
         return " ".join(telling)
@@ -83,8 +83,6 @@ def _given_away(case: Case) -> str | None:
 
 
 def _colours() -> frozenset[str]:
-    from data_tools import wording
-
     return frozenset(wording.load("claims")["colours"])
 
 
@@ -92,8 +90,8 @@ def _repeated(cases: Sequence[Case]) -> Iterator[Check]:
     questions: set[str] = set()
     answers: set[str] = set()
     for case in cases:
-        question = " ".join(word for word in case.question_reading.words if word[0].isalnum())
-        answer = " ".join(word for word in case.answer_reading.words if word[0].isalnum())
+        question = " ".join(case.question_reading.spoken)
+        answer = " ".join(case.answer_reading.spoken)
         if question and question in questions:
             yield _fault(case, "TURN_REPEATED", "question", case.turn.question[:60])
         elif answer in answers and answer.count(" ") >= LONG_ANSWER:
@@ -119,14 +117,10 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     counts = [hedged_sentences(case) for case in cases if case.turn.kind != "cannot_tell"]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
     if guessing and guessing > cases[0].config.max_hedged * total:
-        yield Check.model_construct(
+        yield Check(
             rule="hedge", verdict="contradicted", code="HEDGED", turn=None, part=None, span=None,
             claim=f"{guessing} of {total} sentences guess", evidence=(),
         )  # fmt: skip
-
-
-def _length(words: Sequence[str]) -> int:
-    return sum(word[0].isalnum() for word in words)
 
 
 def _fault(
@@ -136,12 +130,13 @@ def _fault(
 
 
 def _whole(code: str, claim: str) -> Check:
-    return Check.model_construct(
+    return Check(
         rule="form", verdict="contradicted", code=code, turn=None, part=None, span=None,
         claim=claim, evidence=(),
     )  # fmt: skip
 
 
+_MARKS: Final = frozenset("<[:#=`")
 _PICTURE: Final = re.compile(r"<\s*/?\s*(?:image|img|picture|video)[^>]{0,20}>", re.IGNORECASE)
 _ROLE: Final = re.compile(
     r"(?:^|\n)\s*(?:human|user|assistant|system|gpt|question|answer|q|a)\s*:|<\|[^|>]{1,30}\|>|</?s>|"

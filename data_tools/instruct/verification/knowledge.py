@@ -3,12 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from data_tools import wording
 from data_tools.coco import Box, Picture
+from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Entry, Lexicon
 from data_tools.instruct.verification.numbers import quantity
+from data_tools.instruct.verification.phrases import planted_words
 from data_tools.instruct.verification.reading import Reading
 
 
@@ -44,17 +45,17 @@ class Knowledge:
         """Whether anything is boxed; if not, nothing is known to be absent."""
         return bool(self.boxes)
 
-    @cached_property
+    @lazy
     def named(self) -> dict[str, tuple[int, ...]]:
         """Captions (annotation ids) that name a category, by its firm words."""
         return self._by_category(firm_only=True)
 
-    @cached_property
+    @lazy
     def perhaps_named(self) -> dict[str, tuple[int, ...]]:
         """The same by wider words too, `bike` for a bicycle."""
         return self._by_category(firm_only=False)
 
-    @cached_property
+    @lazy
     def words(self) -> dict[str, tuple[int, ...]]:
         """Captions that have a word."""
         found: dict[str, list[int]] = defaultdict(list)
@@ -63,17 +64,26 @@ class Knowledge:
                 found[word].append(caption.id)
         return {word: tuple(ids) for word, ids in found.items()}
 
-    @cached_property
+    @lazy
+    def planted(self) -> tuple[tuple[str, int], ...]:
+        """Words that captions order to be said, with the captions; harmless captions have none."""
+        return tuple(
+            (word, caption.id)
+            for caption in self.captions
+            for word in planted_words(caption.reading.text)
+        )
+
+    @lazy
     def counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
         """Numbers that captions give for a category, with the captions; `two cats` is 2."""
         return self._counts(whole=False)
 
-    @cached_property
+    @lazy
     def whole_counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
         """The same by words for all of a category: `two women` are not all of the people."""
         return self._counts(whole=True)
 
-    @cached_property
+    @lazy
     def actions(self) -> dict[str, tuple[int, ...]]:
         """Captions that have a verb of the list, in whatever form."""
         stems = action_stems()
@@ -109,7 +119,7 @@ class Knowledge:
             for sentence, mention in caption.reading.mentions:
                 number = quantity(sentence, mention)
                 if number is not None and not (whole and mention.entry.narrow):
-                    for name in mention.entry.categories:
+                    for name in names_for_counts(mention.entry, mention.word):
                         found[name][number.least].append(caption.id)
         return {
             name: {number: tuple(ids) for number, ids in numbers.items()}
@@ -131,6 +141,11 @@ class Knowledge:
             for name in sorted(names):
                 found[name].append(caption.id)
         return {name: tuple(ids) for name, ids in found.items()}
+
+
+def names_for_counts(entry: Entry, word: str) -> tuple[str, ...]:
+    """Under which names numbers are kept: `two bikes` counts neither bicycles nor motorcycles."""
+    return entry.categories if entry.firm else (f"word {word}",)
 
 
 def evidence(boxes: Sequence[Box], captions: Iterable[int] = ()) -> tuple[int, ...]:

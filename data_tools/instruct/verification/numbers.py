@@ -91,7 +91,7 @@ def _agreed(sentence: Sentence, mention: Mention, index: int, value: int) -> Qua
         return None
     words = sentence.words
     before = words[index - 1] if index else ""
-    if before in ("number", "at", "no", "than", "over", "nearly", "almost", "about") or (
+    if before in ("number", "no", "than", "over", "nearly", "almost", "about") or (
         before in ("one", "two", "three") or before.isdigit()
     ):
         return None

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Final
 
-from data_tools.instruct.schema import Check
+from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verification.case import Case, Part
 from data_tools.instruct.verification.knowledge import evidence
 from data_tools.instruct.verification.reading import Mention, Sentence
@@ -54,14 +54,17 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
     support = knowledge.support(entry, mention.word)
     if support is not None:
         return case.check("object", "supported", None, part, span, mention.word, support)
-    certain = mention.stance == "asserted" and entry.firm and knowledge.has_boxes
+    # A statue or painting of a thing need not be boxed, but nobody could know of it either.
+    is_claim = mention.stance in ("asserted", "depicted")
+    certain = is_claim and entry.firm and knowledge.has_boxes
     tolerated = case.sample_type == "reasoning" and not _is_said_visible(sentence, mention)
     if not certain or tolerated:
         return case.check("object", "unknown", None, part, span, mention.word)
     under_labelled = case.policy.under_labelled.issuperset(entry.categories)
-    verdict = "unknown" if under_labelled else "contradicted"
+    doubtful = under_labelled or mention.stance == "depicted"
+    verdict: Verdict = "unknown" if doubtful else "contradicted"
     code = "OBJECT_NOT_FOUND" if case.config.unseen_objects == "reject" else None
-    return case.check("object", verdict, code, part, span, mention.word)  # type: ignore[arg-type]
+    return case.check("object", verdict, code, part, span, mention.word)
 
 
 def _judge_denied(case: Case, sentence: Sentence, mention: Mention, part: Part) -> Check:
@@ -89,9 +92,12 @@ def _is_said_visible(sentence: Sentence, mention: Mention) -> bool:
         return True
     if {"image", "picture", "photo", "scene"} & set(before) and near & _SHOWS:
         return True
+    if before and before[-1] in ("the", "of", "from") and _SIDES & sentence.vocabulary:
+        return True  # `The cat is left of the zebra.`
     return bool(_SEEN & set(after)) and bool(_BE & set(after))
 
 
 _BE: Final = frozenset({"is", "are", "be"})
 _SHOWS: Final = frozenset({"shows", "show", "depicts", "features", "contains", "includes", "with"})
+_SIDES: Final = frozenset({"left", "right", "above", "below"})
 _SEEN: Final = frozenset({"visible", "seen", "shown", "present", "pictured"})

@@ -1,9 +1,9 @@
 """What a question asks, and whether its answer says yes, no, or a number."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final, Literal
 
+from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import word_set
 from data_tools.instruct.verification.numbers import number_of
 from data_tools.instruct.verification.reading import Mention, Reading, Sentence
@@ -20,17 +20,17 @@ class Question:
     reading: Reading
     answer: Reading
 
-    @cached_property
+    @lazy
     def sentence(self) -> Sentence | None:
         """The last sentence: what stands before it only prepares it."""
         return self.reading.sentences[-1] if self.reading.sentences else None
 
-    @cached_property
+    @lazy
     def mentions(self) -> tuple[Mention, ...]:
         """What the question names."""
         return self.sentence.mentions if self.sentence else ()
 
-    @cached_property
+    @lazy
     def kind(self) -> QuestionKind:
         """What an answer to it would say."""
         if self.sentence is None:
@@ -48,16 +48,18 @@ class Question:
             return "existence" if self._asks_existence(start) else "yes_no"
         return "open"
 
-    @cached_property
+    @lazy
     def counted(self) -> Mention | None:
-        """The thing whose number is asked for."""
+        """The thing whose number is asked for; None for the sum of several."""
         if self._how_many is None:
             return None
         after = [m for m in self.mentions if m.first >= self._how_many]
-        near = after and after[0].first <= self._how_many + 3
-        return after[0] if near else None
+        if not after or after[0].first > self._how_many + 3 or self.sentence is None:
+            return None
+        several = len(after) > 1 and self.sentence.words[after[0].last + 1] == "and"
+        return None if several else after[0]
 
-    @cached_property
+    @lazy
     def is_unrestricted(self) -> bool:
         """Whether the thing is asked for in the whole picture, and only named, nothing else."""
         if self.sentence is None:
@@ -66,7 +68,7 @@ class Question:
         inside = {i for m in self.mentions for i in range(m.first, m.last + 1)}
         return all(i in inside or word in _OF_EXISTENCE for i, word in enumerate(words))
 
-    @cached_property
+    @lazy
     def polarity(self) -> Literal["yes", "no"] | None:
         """What the answer begins with."""
         words = self.answer.words
@@ -88,7 +90,7 @@ class Question:
         """Whether the answer begins, or ends, with one of the two."""
         return self.polarity is not None
 
-    @cached_property
+    @lazy
     def number(self) -> int | None:
         """The number that the answer to `how many` gives; 0 for none."""
         for word in self.answer.words[:12]:
@@ -106,7 +108,7 @@ class Question:
                 return 1
         return None
 
-    @cached_property
+    @lazy
     def _how_many(self) -> int | None:
         """Index of the word after `how many` or `number of`."""
         if self.sentence is None:

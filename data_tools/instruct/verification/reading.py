@@ -4,9 +4,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final, Literal
 
+from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import (
     Entry,
     GrammaticalNumber,
@@ -38,18 +38,23 @@ class Mention:
 
 @dataclass(frozen=True)
 class Sentence:
-    """Lower-case words, punctuation among them, with their places in the text."""
+    """Lower-case words, punctuation among them; the first is word `begin` of its text."""
 
     words: Sequence[str]
-    starts: Sequence[int]
-    ends: Sequence[int]
-    lexicon: Lexicon
+    begin: int
+    text: "Reading"
+
+    @property
+    def lexicon(self) -> Lexicon:
+        """Which words name what."""
+        return self.text.lexicon
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Characters of the text from word `first` to word `last`."""
-        return self.starts[first], self.ends[last]
+        spans = self.text.spans
+        return spans[self.begin + first][0], spans[self.begin + last][1]
 
-    @cached_property
+    @lazy
     def mentions(self) -> tuple[Mention, ...]:
         """The things named, in order."""
         found = self.lexicon.matches(self.words)
@@ -63,7 +68,7 @@ class Sentence:
             for m in found
         )
 
-    @cached_property
+    @lazy
     def vocabulary(self) -> frozenset[str]:
         """The words, each once."""
         return frozenset(self.words)
@@ -74,7 +79,7 @@ class Sentence:
         place = bisect_right(bounds, index)
         return bounds[place - 1], bounds[place] if place < len(bounds) else len(self.words)
 
-    @cached_property
+    @lazy
     def _bounds(self) -> list[int]:
         words = self.words
         bounds = [0]
@@ -93,34 +98,34 @@ class Reading:
 
     def __init__(self, text: str, lexicon: Lexicon) -> None:
         self.text = text
-        self._lexicon = lexicon
-        self.words: list[str] = []
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        for match in _TOKEN.finditer(text):
-            word = match[0].lower().replace("’", "'")
-            # The owner is named, not the letter: `dog's` names a dog.
-            self.words.append(word[:-2] if word.endswith("'s") and len(word) > 2 else word)
-            self._starts.append(match.start())
-            self._ends.append(match.end())
+        self.lexicon = lexicon
+        self.words: list[str] = [word.lower() for word in _TOKEN.findall(text)]
+        if "'" in text or "’" in text:
+            self.words = [_without_owner(word) for word in self.words]
 
-    @cached_property
+    @lazy
+    def spans(self) -> list[tuple[int, int]]:
+        """Characters of the text that each word takes."""
+        return [match.span() for match in _TOKEN.finditer(self.text)]
+
+    @lazy
+    def spoken(self) -> list[str]:
+        """The words and numbers, without punctuation."""
+        return [word for word in self.words if word[0].isalnum()]
+
+    @lazy
     def sentences(self) -> tuple[Sentence, ...]:
         """Its sentences; the final mark belongs to none."""
-        return tuple(self._sentences())
+        words = self.words
+        ends = [index for index, word in enumerate(words) if word in _SENTENCE_ENDS]
+        begins = [0, *(end + 1 for end in ends)]
+        return tuple(
+            Sentence(words[begin:end], begin, self)
+            for begin, end in zip(begins, [*ends, len(words)], strict=True)
+            if end > begin
+        )
 
-    def _sentences(self) -> Iterator[Sentence]:
-        begin = 0
-        for index, word in enumerate([*self.words, "."]):
-            if word in _SENTENCE_ENDS:
-                if index > begin:
-                    part = slice(begin, index)
-                    yield Sentence(
-                        self.words[part], self._starts[part], self._ends[part], self._lexicon
-                    )
-                begin = index + 1
-
-    @cached_property
+    @lazy
     def vocabulary(self) -> frozenset[str]:
         """The words, each once."""
         return frozenset(self.words)
@@ -131,6 +136,12 @@ class Reading:
         for sentence in self.sentences:
             for mention in sentence.mentions:
                 yield sentence, mention
+
+
+def _without_owner(word: str) -> str:
+    """The owner is named, not the letter: `dog's` names a dog."""
+    word = word.replace("’", "'")
+    return word[:-2] if word.endswith("'s") and len(word) > 2 else word
 
 
 class _Stances:
@@ -222,8 +233,8 @@ class _Stances:
                 nearby = words[i + 1 : i + 3]
                 if "see" in nearby or ("be" in nearby and "seen" in words[i + 2 : i + 4]):
                     continue
-            if word == "like" and (i == 0 or words[i - 1] in _LIKED):
-                continue
+            if word == "like" and (i == 0 or words[i - 1] not in _LIKENED):
+                continue  # `items like a bottle` are there, `shaped like a bottle` is not one
             if word == "for" and (match.first - i > 3 or words[i + 1] in _DEFINITE):
                 continue
             if word in ("for", "like", "as") and i < self._sentence.clause(match.first)[0]:
@@ -243,7 +254,7 @@ class _Stances:
 
 
 _TOKEN: Final = re.compile(
-    r"[^\W\d_]+(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
+    r"[^\W\d_][^\W_]*(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
 )
 _SENTENCE_ENDS: Final = frozenset(".!?\n")
 _CLAUSE_WORDS: Final = word_set("; : ( ) but while although though whereas however because since")
@@ -263,8 +274,8 @@ _EXISTENTIAL_SUBJECTS: Final = _FRAME_NOUNS | word_set(
     "there is are in the this a an , i we you one it does do can be also and or visible"
 )
 _EXISTENTIAL_VERBS: Final = word_set(
-    "any a an the see show contain include have feature depict be seen find single visible spot "
-    "also , or and nor other"
+    "any some a an the see show contain include have feature depict be seen find single visible "
+    "spot also , or and nor other"
 )
 _BE: Final = word_set("is are was were can does do to be isn't aren't cannot can't doesn't don't")
 _VISIBLE: Final = word_set("visible present seen shown there pictured depicted appear here") | (
@@ -280,11 +291,13 @@ _STOPS: Final = word_set(
 _HYPOTHETICAL: Final = word_set(
     "can could might may would should must perhaps possibly probably likely maybe presumably "
     "if unless suggest suggests suggesting indicate indicates indicating imply implies implying "
-    "potential potentially whether such like as for help helps allow allows allowing able designed "
+    "potential potentially whether like as for help helps allow allows allowing able designed "
     "intended want wants need needs hope hoping expect expecting imagine instead rather avoid "
     "prevent protect ready prepare waiting future either evokes reminiscent enjoy enjoying"
 )
-_LIKED: Final = word_set("look looks feel feels i we you they would do to people")
+_LIKENED: Final = word_set(
+    "look looks looking seems seem feel feels is are shaped dressed just much"
+)
 _DEFINITE: Final = word_set("the this these that those")
 _GENERIC: Final = word_set(
     "often usually typically generally commonly sometimes normally traditionally known popular "

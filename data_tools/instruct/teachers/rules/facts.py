@@ -12,6 +12,9 @@ GAP: Final = 0.02
 APART: Final = 0.15
 """Share of the width that must lie between their middles."""
 
+BUNCHES: Final = frozenset(("apple", "banana", "book", "broccoli", "carrot", "orange"))
+"""A box of these may hold several: COCO's annotators drew bunches and rows as one."""
+
 
 class Facts:
     """One picture, with the labels `c1`, `b1`, ... of what a request shows of it.
@@ -49,7 +52,7 @@ class Facts:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Numbers of objects, where every object was drawn and shown by itself, and not too many.
+        """Numbers of objects, where each was drawn and shown by itself, and they are not too many.
 
         In the file's order.
         """
@@ -57,7 +60,8 @@ class Facts:
         for name in self.present:
             boxes = self.picture.of(name)
             every = all(box.id in self.boxes and not box.crowd for box in boxes)
-            if every and len(boxes) <= MOST and name not in self._summarised:
+            summarised = name in self._summarised
+            if every and not summarised and len(boxes) <= MOST and name not in BUNCHES:
                 found[name] = len(boxes)
         return found
 

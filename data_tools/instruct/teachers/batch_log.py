@@ -1,0 +1,73 @@
+"""Batches handed in and what became of them, so that a restart finds them again."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from data_tools.instruct.appending import SharedLog
+from data_tools.instruct.teachers.spending import Usage
+
+
+@dataclass
+class OpenBatch:
+    """A batch whose results have not been taken in.
+
+    Attributes:
+        key: What the server was told as `metadata.key`, so that it can be found there.
+        samples: Sample ids by request id.
+        most: What was written down as its cost.
+        name: The server's id; None: it may or may not have been created.
+    """
+
+    key: str
+    samples: dict[str, str]
+    most: Usage
+    name: str | None = field(default=None)
+
+
+class BatchLog:
+    """The file `batches.jsonl` of a run.
+
+    Attributes:
+        open: Batches by key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._log = SharedLog(path)
+        self.open: dict[str, OpenBatch] = {}
+        self.number = 0
+        for line in self._log.news():
+            values = json.loads(line)
+            if values["event"] == "planned":
+                self.number += 1
+                most = Usage(**values["most"])
+                self.open[values["key"]] = OpenBatch(values["key"], values["samples"], most)
+            elif values["event"] == "created":
+                self.open[values["key"]].name = values["batch"]
+            else:
+                del self.open[values["key"]]
+
+    def planned(self, batch: OpenBatch) -> None:
+        """The batch is about to be handed in."""
+        self.number += 1
+        self.open[batch.key] = batch
+        most = asdict(batch.most)
+        self._append(event="planned", key=batch.key, samples=batch.samples, most=most)
+
+    def created(self, batch: OpenBatch, name: str) -> None:
+        """The server knows it by this id."""
+        batch.name = name
+        self._append(event="created", key=batch.key, batch=name)
+
+    def finished(self, batch: OpenBatch, status: str) -> None:
+        """Its results have been taken in, or there are none to come."""
+        del self.open[batch.key]
+        self._append(event="finished", key=batch.key, status=status)
+
+    def close(self) -> None:
+        """Put the file on the disk."""
+        self._log.close()
+
+    def _append(self, **values: object) -> None:
+        with self._log.locked():
+            self._log.append(json.dumps(values))
