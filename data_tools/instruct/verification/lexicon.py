@@ -9,7 +9,7 @@ from data_tools import wording, words
 GrammaticalNumber = Literal["one", "many", "any"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """What a word or phrase may name.
 

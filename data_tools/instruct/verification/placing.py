@@ -40,7 +40,7 @@ class Beside:
 
 def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
     """Every place that a sentence gives to a thing it names."""
-    if not sentence.mentions or not sentence.vocabulary & _CUES:
+    if not sentence.mentions or CUES.isdisjoint(sentence.words):
         return
     words = sentence.words
     for index, word in enumerate(words):
@@ -198,7 +198,7 @@ _TOUCHES: Final[dict[str, Touch]] = {
     "on": "on", "onto": "on", "atop": "on", "under": "under", "underneath": "under",
     "beneath": "under", "in": "in", "inside": "in", "next": "next to", "beside": "next to",
 }  # fmt: skip
-_CUES: Final = _SIDES | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
+CUES: Final = _SIDES | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
 _BEFORE_SIDE: Final = word_set("the far upper lower top bottom immediate extreme")
 _PARTS: Final = word_set("hand side half part portion third corner edge section area")
 _FRAME: Final = word_set("picture image photo photograph frame scene shot view")
