@@ -75,6 +75,7 @@ def _side(sentence: Sentence, index: int) -> InFrame | Beside | None:
         if _frame_follows(words, last + 2):
             return _in_frame(sentence, regions, False, first, last)
         direct = before in ("the", "immediate", "far") or before in _BE or index == 0
+        direct = direct or any(m.last == index - 1 for m in sentence.mentions)
         if len(regions) == 1 and (direct or before in ("directly", "just", "immediately")):
             return _beside(sentence, first, last + 1, side)  # type: ignore[arg-type]
         return None
