@@ -176,8 +176,8 @@ _ENGLISH: Final = word_set(
 _OTHER: Final = (
     word_set(
         "der die das den dem des ein eine einen einem einer und ist sind auf mit von zu im am "
-        "nicht man le la les un une des du et est sont sur dans avec il y au aux qui que ce cette pas "
-        "el los las una unas unos y en es son con por del al se lo no hay que su "
+        "nicht man le la les un une des du et est sont sur dans avec il y au aux qui que ce cette "
+        "pas el los las una unas unos y en es son con por del al se lo no hay que su "
         "lo gli i il della dello dei nel nella sul sulla ci sono di e che non per una uno da "
         "de het een en is zijn op te van naast er met voor niet "
         "o os as um uma no na nos nas do da dos das ao e com em que "

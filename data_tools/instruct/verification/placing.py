@@ -44,6 +44,8 @@ def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
         return
     words = sentence.words
     for index, word in enumerate(words):
+        if word not in CUES:
+            continue
         if word in _SIDES:
             found = _side(sentence, index)
         elif word in _VERTICAL:
@@ -52,10 +54,8 @@ def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
             found = _centre(sentence, index)
         elif word in _ORDER:
             found = _beside(sentence, index, index, _ORDER[word])
-        elif word in _TOUCHES:
-            found = _touch(sentence, index)
         else:
-            continue
+            found = _touch(sentence, index)
         if found is not None:
             yield found
 

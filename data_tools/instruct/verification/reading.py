@@ -20,7 +20,7 @@ Stance = Literal["asserted", "denied", "local", "hypothetical", "generic", "depi
 table`); as possible; as a remark about its kind; as an image of one (`statue of a dog`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Mention:
     """A thing named in a text; `first` and `last` are words of its sentence."""
 
@@ -36,7 +36,7 @@ class Mention:
         return self.entry.number
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Sentence:
     """Lower-case words, punctuation among them; the first is word `begin` of its text."""
 
