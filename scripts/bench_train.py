@@ -1,6 +1,7 @@
 """Training speed and peak memory of vlm_sft and its peers on the same rows, order and weights.
 
     scripts/bench_train                                  # CPU, tiny LLaVA, all peers
+    scripts/bench_train --sharing --size small           # shared prefixes alone, other shapes
     scripts/bench_train --device cuda --size 7b          # GPU: stage 1, LoRA, QLoRA, full
     scripts/bench_train --stages --steps 2               # the GPU's code path, tiny, on the CPU
 
@@ -10,6 +11,7 @@ peers' environments are made by uv below --environments the first time.
 """
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -32,6 +34,7 @@ from vlm_sft.data.sampling import epoch_order
 from vlm_sft.errors import UserError, run_command
 
 SHARING_ROWS, SHARING_BATCH = 48, 16
+SHARING = f"Records of one picture together: {SHARING_ROWS} rows in steps of {SHARING_BATCH}"
 PACKED = {"train": {"micro_batch_size": None, "packing": {"max_tokens": 2048}}}
 SHARED = {"train": {**PACKED["train"], "share_prefixes": True}}
 CANNOT_PACK = "not measured: this version of vlm_sft has no train.packing"
@@ -64,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
         say("drawing the weights")
         wide = torch.bfloat16 if device == "cuda" else torch.float32
         make_model(size, work / "model", device=device, dtype=wide)
-        if arguments.stages or arguments.size != "tiny":
+        if arguments.sharing:
+            _compare_sharing(work, arguments, facts)
+        elif arguments.stages or arguments.size != "tiny":
             stage_rows(work, arguments, facts, Runs(work, arguments))
         else:
             _compare_peers(work, arguments, facts)
@@ -199,6 +204,26 @@ def _loss_difference(runs: Sequence[JobFields], reference: Sequence[JobFields]) 
 # --- prefix sharing
 
 
+def _compare_sharing(work: Path, arguments: argparse.Namespace, facts: JobFields) -> None:
+    sharing, runs = (OURS_PACKED, OURS_SHARED), Runs(work, arguments)
+    steps = SHARING_ROWS // SHARING_BATCH
+    runs.planned = arguments.rounds * sum(peer.weight * 4 * (steps + 3) for peer in sharing)
+    table = _sharing(work, runs, sharing, sharing, arguments.rounds)
+    title = f"Shared prefixes, {arguments.size} shapes on one CPU thread"
+    print_table(SHARING, SHARING_COLUMNS, table)
+    name = f"sharing-cpu-{arguments.size}"
+    write_results(
+        Path(arguments.output),
+        name,
+        title=title,
+        command=command_line("scripts/bench_train", arguments.given),
+        tables=[(SHARING, SHARING_COLUMNS, table)],
+        details={"shapes": dataclasses.asdict(SIZES[arguments.size])},
+        facts=facts,
+    )
+    Console().print(f"written: {Path(arguments.output) / name}.json, .md", highlight=False)
+
+
 def _sharing(
     work: Path,
     runs: Runs,
@@ -307,9 +332,8 @@ def _tell(
 ) -> None:
     title = "Training step: vlm_sft and its peers on one CPU thread"
     peers = f"Tiny LLaVA, {steps} steps of {BATCH} rows, {arguments.rounds} rounds"
-    sharing = f"Records of one picture together: {SHARING_ROWS} rows in steps of {SHARING_BATCH}"
     print_table(peers, PEER_COLUMNS, table)
-    print_table(sharing, SHARING_COLUMNS, shared)
+    print_table(SHARING, SHARING_COLUMNS, shared)
     for row in table:
         if (row.get("loss_difference") or 0.0) > EQUAL_LOSS:
             say(f"{row['name']}: its losses differ from the reference by more than {EQUAL_LOSS}")
@@ -320,7 +344,7 @@ def _tell(
         name,
         title=title,
         command=command_line("scripts/bench_train", arguments.given),
-        tables=[(peers, PEER_COLUMNS, table), (sharing, SHARING_COLUMNS, shared)],
+        tables=[(peers, PEER_COLUMNS, table), (SHARING, SHARING_COLUMNS, shared)],
         details={"runs": {key: [_kept(one) for one in value] for key, value in found.items()}},
         facts=facts,
         plot=f"{name}.png",
@@ -342,6 +366,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--sharing", action="store_true", help="shared prefixes alone, on a CPU")
     parser.add_argument("--stages", action="store_true", help="the stages instead of the peers")
     parser.add_argument(
         "--only", nargs="*", choices=tuple(STAGES), default=list(STAGES), help="of the stages"

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash"}
+BASE = {
+    "constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash",
+    "visible",
+}  # fmt: skip
 ENTRY_POINTS = {
     "vlm_sft.stage1",
     "vlm_sft.stage2",
@@ -20,6 +23,7 @@ ENTRY_POINTS = {
     "vlm_sft.evaluate",
     "data_tools.make_scenes",
     "data_tools.build_coco",
+    "data_tools.mix",
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from vlm_sft.data.formats import read_records
 from vlm_sft.data.images import open_image, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
-from vlm_sft.data.packing import packing_figures
+from vlm_sft.data.packing import Sizes, packing_figures
 from vlm_sft.data.render_cache import CachedRenderer
 from vlm_sft.data.sampling import StepSampler
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
@@ -303,19 +303,27 @@ def make_plan(
         total_steps=steps,
         records_of_step=sampler.step_indices,
         epoch_of_step=sampler.epoch_of,
-        batching=make_batching(config, language.pad_token_id, train, model),
+        batching=make_batching(config, language.pad_token_id, picture_cost(model)),
         num_workers=config.data.num_workers,
         train=config.train,
         optim=config.optim,
-        lengths=train.lengths,
         max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else None,
-        eval_batching=None
-        if data.eval is None
-        else make_batching(config, language.pad_token_id, data.eval, model),
     )
 
 
-def make_sampler(config: RunConfig, train: SupervisedDataset) -> StepSampler:
+class Ordered(Sizes, Protocol):
+    """What the order of a run's records hangs on."""
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """How often each record is seen in an epoch."""
+        ...
+
+    @property
+    def has_image(self) -> Sequence[bool]: ...
+
+
+def make_sampler(config: RunConfig, train: Ordered) -> StepSampler:
     """The order of the run's records."""
     by_length = config.train.group_by_length
     return StepSampler(
@@ -328,42 +336,47 @@ def make_sampler(config: RunConfig, train: SupervisedDataset) -> StepSampler:
     )
 
 
-def make_batching(
-    config: RunConfig, pad_token_id: int, dataset: SupervisedDataset, model: VisionLanguageModel
-) -> Batching:
-    """Padded or packed, as the configuration says."""
+def make_batching(config: RunConfig, pad_token_id: int, picture_cost: float) -> Batching:
+    """Padded or packed, as the configuration says.
+
+    Args:
+        config: The run.
+        pad_token_id: Fills up.
+        picture_cost: What encoding a picture costs, in tokens; see `picture_cost`.
+    """
     packing = config.train.packing
     if packing is None:
         assert config.train.micro_batch_size is not None
         return Padded(config.train.micro_batch_size, pad_token_id)
     return Packed(
-        sizes=dataset,
         max_tokens=packing.max_tokens,
         share_prefixes=config.train.share_prefixes,
         round_to=packing.round_to,
-        picture_cost=0.0 if config.data.feature_cache else picture_cost(model),
+        picture_cost=0.0 if config.data.feature_cache else picture_cost,
         pad_token_id=pad_token_id,
     )
 
 
 STEPS_LOOKED_AT = 50
-"""Steps, spread over the run, that the figures of packing are taken from."""
 
 
-def packing_told(plan: Plan, num_processes: int) -> str | None:
+def steps_looked_at(total: int) -> list[int]:
+    """Some steps spread over a run, from which the figures of packing are taken."""
+    count = min(STEPS_LOOKED_AT, total)
+    return [i * total // count for i in range(count)]
+
+
+def packing_told(plan: Plan, train: Sizes, num_processes: int) -> str | None:
     """What packing makes of the run's steps, in a sentence; None where it is padded."""
     batching = plan.batching
     if not isinstance(batching, Packed):
         return None
-    count = min(STEPS_LOOKED_AT, plan.total_steps)
-    steps = [plan.records_of_step(i * plan.total_steps // count) for i in range(count)]
+    steps = [
+        batching.share_out(train, plan.records_of_step(step), num_processes)
+        for step in steps_looked_at(plan.total_steps)
+    ]
     return packing_figures(
-        steps,
-        batching.sizes,
-        max_tokens=batching.max_tokens,
-        share_prefixes=batching.share_prefixes,
-        num_processes=num_processes,
-        picture_cost=batching.picture_cost,
+        steps, train, max_tokens=batching.max_tokens, share_prefixes=batching.share_prefixes
     ).told(batching.max_tokens)
 
 

@@ -394,7 +394,7 @@ def _check_lengths(
         words += f"; {len(errors):,} records do not fit"
     verdict.add("lengths", not errors, words)
     verdict.add("ledger", True, data.summary())
-    if not errors and (told := packing_told(plan, 1)) is not None:
+    if not errors and (told := packing_told(plan, data.train, 1)) is not None:
         verdict.add("packs", True, told.removeprefix("packing: "))
 
 

@@ -111,7 +111,10 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         say_on_stderr(data.summary())
     use_feature_cache(config, model, accelerator, data)
     trainer = make_trainer(config, stage, accelerator, language, model, identity, data)
-    if main and (told := packing_told(trainer.plan, accelerator.num_processes)) is not None:
+    if (
+        main
+        and (told := packing_told(trainer.plan, data.train, accelerator.num_processes)) is not None
+    ):
         say_on_stderr(told)
     start_trackers(accelerator, config.model_dump(mode="json"), "vlm_sft")
     outcome = trainer.run()

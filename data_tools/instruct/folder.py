@@ -96,6 +96,11 @@ class RunFolder:
         return self.root / "cleaning.json"
 
     @property
+    def picture_hashes(self) -> Path:
+        """`clean`: a cache of what pictures look like; no result, and free to be deleted."""
+        return self.root / "cache" / "picture_hashes.jsonl"
+
+    @property
     def exports(self) -> Path:
         """`export`: training files and `export.json`, which counts them."""
         return self.root / "export"

@@ -149,12 +149,12 @@ def test_packs_are_about_equally_heavy_in_tokens_and_pictures() -> None:
 
 def test_figures_say_what_a_shared_prefix_saves() -> None:
     sizes = Lengths([60, 70, 80, 90], [1, 1, 1, 0], [0, 0, -1, -1], [50, 50, 0, 0])
-    figures = packing_figures([[0, 1, 2, 3]], sizes, max_tokens=250, share_prefixes=True)
+    figures = packing_figures([[[0, 1, 2, 3]]], sizes, max_tokens=250, share_prefixes=True)
     assert figures.packs_per_step == 1 and figures.heaviest == 1
     assert figures.saved == pytest.approx(50 / 300) and figures.filled == pytest.approx(1.0)
     assert "1.0 packs of up to 250 tokens a step, 100% filled" in figures.told(250)
     assert "save 16.7% of all tokens" in figures.told(250)
-    apart = packing_figures([[0, 1, 2, 3]], sizes, max_tokens=300, share_prefixes=False)
+    apart = packing_figures([[[0, 1, 2, 3]]], sizes, max_tokens=300, share_prefixes=False)
     assert apart.saved == 0
 
 

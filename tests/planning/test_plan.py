@@ -96,7 +96,7 @@ def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageMo
     chunks = [
         chunk
         for step in range(3)
-        for chunk in split(plan.batching, plan.records_of_step(step), world_size=1, rank=0)
+        for chunk in split(plan.batching, data, plan.records_of_step(step), world_size=1, rank=0)
     ]
     assert len(work.batches) == len(chunks)
     for batch, chunk in zip(work.batches, chunks, strict=True):
@@ -117,7 +117,7 @@ def test_packs_are_those_of_training_with_shared_prefixes(
     assert cost == pytest.approx(picture_cost(model))
     work = workload(config, picture_cost=cost)
     steps = [
-        split(plan.batching, plan.records_of_step(step), world_size=1, rank=0)
+        split(plan.batching, data, plan.records_of_step(step), world_size=1, rank=0)
         for step in range(math.ceil(len(data) / config.train.global_batch_size))
     ]
     loaded = next(

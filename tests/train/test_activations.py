@@ -86,11 +86,11 @@ def test_live_bytes_counts_what_lives_and_no_view_twice() -> None:
 
 
 def test_the_longest_micro_batch_is_the_one_with_most_positions() -> None:
-    lengths = [10, 50, 20, 30, 5, 5, 5]
+    sizes = SimpleNamespace(lengths=[10, 50, 20, 30, 5, 5, 5])
     steps = [[[0, 1], [2, 3]], [[4, 5, 6]]]
 
     def positions(indices: Sequence[int]) -> int:
-        return Padded(2, 0).num_positions(indices, lengths)
+        return Padded(2, 0).num_positions(sizes, indices)
 
     assert longest_micro_batch(steps, positions, processes=1) == ([0, 1], True)
     assert longest_micro_batch(steps, positions, processes=2) == ([0, 1], False)

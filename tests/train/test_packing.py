@@ -90,7 +90,7 @@ def records(count: int = 9) -> Pictured:
 
 
 def packed(max_tokens: int, *, share: bool, round_to: int = 1) -> Packed:
-    return Packed(records(), max_tokens, share, round_to, picture_cost=0.0, pad_token_id=0)
+    return Packed(max_tokens, share, round_to, picture_cost=0.0, pad_token_id=0)
 
 
 def gradients(
@@ -102,7 +102,11 @@ def gradients(
         shard(model, accelerator, "fp32")
     wrapped = model if sharded else accelerator.prepare(model)
     mine = split(
-        batching, range(9), world_size=accelerator.num_processes, rank=accelerator.process_index
+        batching,
+        records(),
+        range(9),
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
     )
     (batches,) = load_steps(records(), [mine], batching=batching, num_workers=0)
     found = accumulate_gradient(wrapped, batches, accelerator)
@@ -186,7 +190,7 @@ def test_a_record_that_cannot_be_loaded_leaves_the_rest_of_its_group_whole() -> 
     broken.broken = (0,)
     batching = packed(400, share=True)
     met: list[Fault] = []
-    step = split(batching, range(9), world_size=1, rank=0)
+    step = split(batching, records(), range(9), world_size=1, rank=0)
     (batches,) = load_steps(broken, [step], batching=batching, num_workers=0, on_fault=met.append)
     assert [(fault.index, fault.reason) for fault in met] == [(0, "image_broken")]
     (batch,) = batches
@@ -203,7 +207,7 @@ def test_a_pack_of_which_nothing_can_be_loaded_adds_nothing() -> None:
     broken.broken = tuple(range(9))
     batching = packed(400, share=True)
     met: list[Fault] = []
-    step = split(batching, range(9), world_size=1, rank=0)
+    step = split(batching, records(), range(9), world_size=1, rank=0)
     ((batch,),) = load_steps(broken, [step], batching=batching, num_workers=0, on_fault=met.append)
     assert len(met) == 9 and batch.record_ids == () and batch.num_targets == 0
 
@@ -294,7 +298,7 @@ def llama_gradients(prune: bool, checkpointing: bool = False) -> tuple[dict[str,
     last = causal_lm(model.language_model).model.layers[-1]  # type: ignore[attr-defined]
     last.mlp.down_proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))
     batching = packed(400, share=True)
-    step = split(batching, range(9), world_size=1, rank=0)
+    step = split(batching, records(), range(9), world_size=1, rank=0)
     (batches,) = load_steps(records(), [step], batching=batching, num_workers=0)
     accumulate_gradient(model, batches, make_accelerator("fp32"))
     grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}

@@ -91,6 +91,7 @@ class Run:
         batching = Padded(2, pad_token_id=0)
         chunks = split(
             batching,
+            eight_records(),
             list(range(8)),
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,

@@ -52,6 +52,7 @@ def gradients(
     batching = Padded(micro_batch_size, pad_token_id=0)
     mine = split(
         batching,
+        eight_records(),
         records,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
@@ -200,8 +201,8 @@ def test_a_step_without_supervised_tokens_has_loss_and_gradient_zero() -> None:
 
 
 def test_split_gives_every_process_the_same_number_of_micro_batches() -> None:
-    assert split(Padded(2, 0), range(5), world_size=2, rank=0) == [[0, 1], [4]]
-    assert split(Padded(2, 0), range(5), world_size=2, rank=1) == [[2, 3], []]
+    assert split(Padded(2, 0), None, range(5), world_size=2, rank=0) == [[0, 1], [4]]
+    assert split(Padded(2, 0), None, range(5), world_size=2, rank=1) == [[2, 3], []]
 
 
 def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:

@@ -9,8 +9,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -414,9 +415,26 @@ class _Kept:
 
     input_ids: np.ndarray
     supervised: np.ndarray
-    turns: list[Any]
-    pictures: list[str | SpoolRef]
-    where: str
+    rest: bytes
+
+    @cached_property
+    def _parsed(self) -> list[Any]:
+        return cast(list[Any], json.loads(self.rest))
+
+    @property
+    def turns(self) -> list[Any]:
+        """As `_plain` made them."""
+        return cast(list[Any], self._parsed[0])
+
+    @property
+    def pictures(self) -> list[str | SpoolRef]:
+        """Paths, or where in the spool an embedded picture lies."""
+        return [name if isinstance(name, str) else SpoolRef(*name) for name in self._parsed[1]]
+
+    @property
+    def where(self) -> str:
+        """File and line."""
+        return str(self._parsed[2])
 
 
 def _to_bytes(
@@ -432,13 +450,10 @@ def _to_bytes(
 def _from_bytes(data: bytes) -> _Kept:
     count = int(np.frombuffer(data, np.int32, 1)[0])
     flags = 4 + 4 * count
-    turns, pictures, where = json.loads(data[flags + count :])
     return _Kept(
         np.frombuffer(data, np.int32, count, 4),
         np.frombuffer(data, np.bool_, count, flags),
-        turns,
-        [picture if isinstance(picture, str) else SpoolRef(*picture) for picture in pictures],
-        where,
+        data[flags + count :],
     )
 
 

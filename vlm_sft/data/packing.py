@@ -282,26 +282,16 @@ class PackingFigures:
 
 
 def packing_figures(
-    steps: Sequence[Sequence[int]],
+    steps: Sequence[Sequence[Sequence[int]]],
     sizes: Sizes,
     *,
     max_tokens: int,
     share_prefixes: bool,
-    num_processes: int = 1,
-    picture_cost: float = 0.0,
 ) -> PackingFigures:
-    """What `plan_packs` would make of some steps' records, nothing being loaded."""
+    """How well the packs of some steps (as `plan_packs` planned them) are filled."""
     whole, room, counts, heaviest = 0, 0, 0, 0.0
     kept = 0
-    for indices in steps:
-        packs = plan_packs(
-            indices,
-            sizes,
-            max_tokens=max_tokens,
-            share_prefixes=share_prefixes,
-            num_processes=num_processes,
-            picture_cost=picture_cost,
-        )
+    for packs in steps:
         tokens = [
             sum(
                 unit.tokens
@@ -309,7 +299,7 @@ def packing_figures(
             )
             for pack in packs
         ]
-        whole += sum(sizes.lengths[index] for index in indices)
+        whole += sum(sizes.lengths[index] for pack in packs for index in pack)
         kept += sum(tokens)
         room += max_tokens * len(packs)
         counts += len(packs)

@@ -26,8 +26,9 @@ from vlm_sft.inspection.statistics import (
     spread,
 )
 from vlm_sft.inspection.terminal import message
-from vlm_sft.inspection.tokens import Spelled, Stretch, Token, spell, visible
+from vlm_sft.inspection.tokens import Spelled, Stretch, Token, spell
 from vlm_sft.page import page, picture
+from vlm_sft.visible import visible
 
 THUMBNAIL: Final = 256
 """Longest side of an embedded picture."""

@@ -16,7 +16,8 @@ from rich.text import Text
 from vlm_sft.data.conversation import TextPart
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.statistics import BUCKETS, FREE_TEXT, FigureTable
-from vlm_sft.inspection.tokens import Spelled, visible
+from vlm_sft.inspection.tokens import Spelled
+from vlm_sft.visible import visible
 
 _WIDTH_OF_A_FILE = 160
 

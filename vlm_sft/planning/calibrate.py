@@ -145,7 +145,7 @@ class _Steps:
         """The micro-batches of a step; beyond the run's last it begins anew."""
         records = self._plan.records_of_step(number % self._plan.total_steps)
         batching = self._plan.batching
-        chunks = split(batching, records, world_size=1, rank=0)
+        chunks = split(batching, self._data, records, world_size=1, rank=0)
         return next(load_steps(self._data, [chunks], batching=batching, num_workers=0))
 
     def take(self, number: int) -> None:

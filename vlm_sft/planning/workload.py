@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from vlm_sft.assemble import STEPS_LOOKED_AT
+from vlm_sft.assemble import make_batching, make_sampler, steps_looked_at
 from vlm_sft.config import DataFile, RunConfig
 from vlm_sft.constants import IMAGE_TOKEN_ID
 from vlm_sft.data.admission import Admission, Outcome, RecordRenderer
@@ -24,7 +24,7 @@ from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import shared_prefix
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.images import ImageSpec, read_pixels
-from vlm_sft.data.packing import PackingFigures, make_units, packing_figures, plan_packs
+from vlm_sft.data.packing import PackingFigures, make_units, packing_figures
 from vlm_sft.data.sampling import StepSampler
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.planning.micro_batch import MicroBatch
@@ -269,16 +269,25 @@ class _Records:
         lengths, prefix_lengths = joined("lengths"), joined("prefix_lengths")
         return cls(lengths, joined("targets"), joined("pictures"), keys, prefix_lengths, weights)
 
-    def padded(self, indices: Sequence[int]) -> MicroBatch:
-        """Records padded to the longest."""
+    @property
+    def has_image(self) -> list[bool]:
+        """Whether a record has a picture."""
+        return [count > 0 for count in self.num_pictures]
+
+    def batch(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
+        """The shape of a micro-batch of these records, packed or padded."""
+        return (
+            self._padded(indices) if config.train.packing is None else self._packed(indices, config)
+        )
+
+    def _padded(self, indices: Sequence[int]) -> MicroBatch:
         return MicroBatch.padded(
             [self.lengths[i] for i in indices],
             targets=sum(self.targets[i] for i in indices),
             pictures=sum(self.num_pictures[i] for i in indices),
         )
 
-    def packed(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
-        """Records in one row, a shared prefix once."""
+    def _packed(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
         packing, share = config.train.packing, config.train.share_prefixes
         assert packing is not None
         units = list(make_units(indices, self, packing.max_tokens, share_prefixes=share))
@@ -309,13 +318,16 @@ def plan_workload(
         picture_cost: What a picture weighs where records are packed, in tokens.
     """
     records = _Records.of(found)
-    sampler = _sampler(config, records)
-    split = _packs if config.train.packing is not None else _chunks
+    sampler = make_sampler(config, records)
+    batching = make_batching(config, 0, picture_cost)  # nothing is loaded, so nothing filled up
     of_steps = [
-        split(config, records, sampler.step_indices(step), gpus, picture_cost)
-        for step in range(sampler.steps_per_epoch)
+        [micro_batch for micro_batch in of_step if micro_batch]
+        for of_step in (
+            batching.share_out(records, sampler.step_indices(step), gpus)
+            for step in range(sampler.steps_per_epoch)
+        )
     ]
-    batches = tuple(batch for of_step in of_steps for batch in of_step)
+    batches = tuple(records.batch(indices, config) for of_step in of_steps for indices in of_step)
     steps, seen = _length_of_run(config, found, sampler)
     a_step = math.ceil(max(map(len, of_steps)) / gpus)
     length, square = found.mean("lengths"), found.mean("squares")
@@ -324,60 +336,13 @@ def plan_workload(
     looks = sum(batch.records for batch in batches)
     length = sum(batch.length for batch in batches) / looks
     square = sum(batch.attended for batch in batches) / looks
-    figures = _packing_figures(config, records, sampler, gpus, picture_cost)
+    figures = packing_figures(
+        [of_steps[step] for step in steps_looked_at(len(of_steps))],
+        records,
+        max_tokens=config.train.packing.max_tokens,
+        share_prefixes=config.train.share_prefixes,
+    )
     return Workload(batches, steps, seen, a_step, length, square, figures)
-
-
-def _sampler(config: RunConfig, records: _Records) -> StepSampler:
-    train = config.train
-    by_length = train.group_by_length
-    return StepSampler(
-        records.weights,
-        batch_size=train.global_batch_size,
-        seed=config.seed,
-        lengths=records.lengths if by_length else None,
-        has_image=[count > 0 for count in records.num_pictures] if by_length else None,
-        prefix_keys=records.prefix_keys if train.share_prefixes else None,
-    )
-
-
-def _chunks(
-    config: RunConfig, records: _Records, indices: Sequence[int], gpus: int, picture_cost: float
-) -> list[MicroBatch]:
-    size = config.train.micro_batch_size
-    assert size is not None
-    starts = range(0, len(indices), size)
-    return [records.padded(indices[start : start + size]) for start in starts]
-
-
-def _packs(
-    config: RunConfig, records: _Records, indices: Sequence[int], gpus: int, picture_cost: float
-) -> list[MicroBatch]:
-    assert config.train.packing is not None
-    packs = plan_packs(
-        indices,
-        records,
-        max_tokens=config.train.packing.max_tokens,
-        share_prefixes=config.train.share_prefixes,
-        num_processes=gpus,
-        picture_cost=picture_cost,
-    )
-    return [records.packed(pack, config) for pack in packs if pack]
-
-
-def _packing_figures(
-    config: RunConfig, records: _Records, sampler: StepSampler, gpus: int, picture_cost: float
-) -> PackingFigures:
-    assert config.train.packing is not None
-    count = min(STEPS_LOOKED_AT, sampler.steps_per_epoch)
-    return packing_figures(
-        [sampler.step_indices(i * sampler.steps_per_epoch // count) for i in range(count)],
-        records,
-        max_tokens=config.train.packing.max_tokens,
-        share_prefixes=config.train.share_prefixes,
-        num_processes=gpus,
-        picture_cost=picture_cost,
-    )
 
 
 def _length_of_run(config: RunConfig, found: Survey, sampler: StepSampler) -> tuple[int, float]:

@@ -63,11 +63,13 @@ class Fault:
 class Batching(Protocol):
     """How records become micro-batches: padded or packed."""
 
-    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+    def share_out(
+        self, records: Any, indices: Sequence[int], num_processes: int
+    ) -> list[list[int]]:
         """The micro-batches of some records, a multiple of `num_processes`; see `split`."""
         ...
 
-    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+    def num_positions(self, records: Any, indices: Sequence[int]) -> int:
         """Positions that a micro-batch takes through the model, what fills up included."""
         ...
 
@@ -96,13 +98,13 @@ class Faults:
 
 
 def split(
-    batching: Batching, indices: Sequence[int], *, world_size: int, rank: int
+    batching: Batching, records: Any, indices: Sequence[int], *, world_size: int, rank: int
 ) -> list[list[int]]:
     """This process's micro-batches of a step: number `j` goes to process `j % world_size`.
 
     Every process gets the same number of micro-batches; where records run out, they are empty.
     """
-    return batching.share_out(indices, world_size)[rank::world_size]
+    return batching.share_out(records, indices, world_size)[rank::world_size]
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,17 @@ class Padded:
     micro_batch_size: int
     pad_token_id: int
 
-    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+    def share_out(
+        self, records: Any, indices: Sequence[int], num_processes: int
+    ) -> list[list[int]]:
         """Chunks of records as they come; where they run out, empty ones."""
         size = self.micro_batch_size
         chunks = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
         return chunks + [[] for _ in range(-len(chunks) % num_processes)]
 
-    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+    def num_positions(self, records: Sizes, indices: Sequence[int]) -> int:
         """Every record is as long as the longest."""
-        return len(indices) * max((lengths[index] for index in indices), default=0)
+        return len(indices) * max((records.lengths[index] for index in indices), default=0)
 
     def load(self, examples: "Examples", indices: Sequence[int], faults: Faults) -> Batch:
         """The records that can be loaded, padded on the right."""
@@ -137,28 +141,29 @@ class Padded:
 class Packed:
     """Records laid end to end in rows of at most `max_tokens`; see `plan_packs`."""
 
-    sizes: Sizes
     max_tokens: int
     share_prefixes: bool
     round_to: int
     picture_cost: float
     pad_token_id: int
 
-    def share_out(self, indices: Sequence[int], num_processes: int) -> list[list[int]]:
+    def share_out(
+        self, records: Sizes, indices: Sequence[int], num_processes: int
+    ) -> list[list[int]]:
         """Packs about equally heavy; where records run out, empty ones."""
         return plan_packs(
             indices,
-            self.sizes,
+            records,
             max_tokens=self.max_tokens,
             share_prefixes=self.share_prefixes,
             num_processes=num_processes,
             picture_cost=self.picture_cost,
         )
 
-    def num_positions(self, indices: Sequence[int], lengths: Sequence[int]) -> int:
+    def num_positions(self, records: Sizes, indices: Sequence[int]) -> int:
         """The records end to end, shared prefixes once, filled up."""
         share = self.share_prefixes
-        units = make_units(indices, self.sizes, self.max_tokens, share_prefixes=share)
+        units = make_units(indices, records, self.max_tokens, share_prefixes=share)
         tokens = sum(unit.tokens for unit in units)
         return tokens + -tokens % self.round_to
 
@@ -167,7 +172,7 @@ class Packed:
     ) -> "AnyBatch":
         """The records that can be loaded in one row; a shared picture is opened once."""
         alone = ([index] for index in indices)
-        together = groups_of(indices, self.sizes.prefix_keys) if self.share_prefixes else alone
+        together = groups_of(indices, examples.prefix_keys) if self.share_prefixes else alone
         groups = []
         for members in together:
             loaded: list[Example] = []
@@ -177,7 +182,7 @@ class Packed:
                 except RecordError as error:
                     faults.note(index, error)
             if loaded:
-                shared = self.sizes.prefix_lengths[members[0]] if len(loaded) > 1 else 0
+                shared = examples.prefix_lengths[members[0]] if len(loaded) > 1 else 0
                 groups.append(Group(loaded, shared))
         if not groups:
             return empty_batch(self.pad_token_id)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -95,7 +96,6 @@ class Plan:
         epoch_of_step: Epochs gone after so many steps.
         batching: How a step's records become micro-batches.
         num_workers: Processes that load records ahead.
-        eval_batching: The same for held-out records.
     """
 
     output_dir: Path
@@ -107,9 +107,6 @@ class Plan:
     num_workers: int
     train: TrainConfig
     optim: OptimConfig
-    eval_batching: Batching | None = None
-    lengths: Sequence[int] = ()
-    """Tokens of every record, for `activation_checkpointing: auto`."""
     max_quarantined: int | None = None
     """Records that may turn out broken on the way; None: the first one stops the run."""
 
@@ -326,10 +323,10 @@ class Trainer:
         if policy == "auto":
             indices, several = longest_micro_batch(
                 map(self._all_micro_batches, range(self.plan.total_steps)),
-                lambda records: self.plan.batching.num_positions(records, self.plan.lengths),
+                partial(self.plan.batching.num_positions, self.train_data),
                 processes=self.accelerator.num_processes,
             )
-            positions = self.plan.batching.num_positions(indices, self.plan.lengths)
+            positions = self.plan.batching.num_positions(self.train_data, indices)
             basis = {
                 "device": device_named(self.accelerator.device),
                 "processes": self.accelerator.num_processes,
@@ -414,11 +411,13 @@ class Trainer:
     def _all_micro_batches(self, step: int) -> list[list[int]]:
         """Of every process."""
         records = self.plan.records_of_step(step)
-        return self.plan.batching.share_out(records, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        return self.plan.batching.share_out(self.train_data, records, processes)
 
     def _micro_batches(self, step: int) -> list[list[int]]:
         chunks = split(
             self.plan.batching,
+            self.train_data,
             self.plan.records_of_step(step),
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
@@ -535,7 +534,7 @@ class Trainer:
             self.model,
             self.eval_data,
             self.accelerator,
-            batching=self.plan.eval_batching or self.plan.batching,
+            batching=self.plan.batching,
             num_workers=self.plan.num_workers,
             on_fault=None if self.plan.max_quarantined is None else met.append,
             backend=self._backend,
@@ -611,6 +610,7 @@ def evaluate(
     """
     mine = split(
         batching,
+        examples,
         range(len(examples)),
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,

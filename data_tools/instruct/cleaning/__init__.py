@@ -1,0 +1,111 @@
+"""Accepted samples without repeats, and with no answer, opening or type outweighing the others.
+
+Two passes over `samples.jsonl`: the first keeps a few numbers of each sample, from which all is
+decided; the second writes `kept.jsonl` and `set_aside.jsonl`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from data_tools.coco import Picture
+from data_tools.instruct.cleaning import near, pictures, receipts, steps
+from data_tools.instruct.cleaning.choices import Categories
+from data_tools.instruct.cleaning.figures import Figures
+from data_tools.instruct.cleaning.table import Reader, Table, TableBuilder, line_offsets
+from data_tools.instruct.config import CleanConfig, InstructConfig
+from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.indexing import read_pictures
+from data_tools.instruct.lines import read_lines
+from data_tools.instruct.schema import Sample
+from vlm_sft.atomic import atomic_open, write_json
+from vlm_sft.errors import UserError
+from vlm_sft.progress import track
+
+__all__ = ["command"]
+
+
+def command(config: InstructConfig, options: Sequence[str]) -> None:
+    """Read `samples.jsonl`, write `kept.jsonl`, `set_aside.jsonl` and `cleaning.json`.
+
+    Raises:
+        UserError: A stage before has not run, or the samples are of other pictures.
+    """
+    if options:
+        raise UserError(f"clean: takes no options, found {' '.join(options)}; set keys under clean")
+    folder = RunFolder(Path(config.output_dir))
+    known = read_pictures(folder)
+    table = _read(folder, config, known)
+    reader = Reader(folder.samples, table.offsets)
+    looks = _decide(table, reader, folder, config, known)
+    figures = Figures(config.clean, table, known, looks)
+    _write(folder, table, reader, figures)
+    write_json(folder.cleaning, figures.as_dict(folder))
+    reader.close()
+    print(figures.summary())
+
+
+def _read(folder: RunFolder, config: InstructConfig, known: dict[int, Picture]) -> Table:
+    names = {box.category for picture in known.values() for box in picture.boxes}
+    builder = TableBuilder(config.clean, Categories(names), config.seed)
+    samples = track(read_lines(folder.samples, Sample), description="reading samples")
+    for sample, offset in zip(samples, line_offsets(folder.samples), strict=True):
+        if sample.picture.id not in known:
+            raise UserError(
+                f"{folder.samples}: sample {sample.id!r} is about picture {sample.picture.id}, "
+                f"which {folder.pictures.name} does not have; run `index` and the stages after it"
+            )
+        builder.add(sample, offset)
+    return builder.finished()
+
+
+def _decide(
+    table: Table,
+    reader: Reader,
+    folder: RunFolder,
+    config: InstructConfig,
+    known: dict[int, Picture],
+) -> pictures.Looks:
+    looks = pictures.Looks({}, {}, 0)
+    if config.clean.same_pictures.action == "set_aside":
+        used = dict.fromkeys(table.pictures.tolist())
+        paths = {number: Path(config.coco.images, known[number].file_name) for number in used}
+        looks = pictures.look(paths, folder.picture_hashes, config.clean.same_pictures)
+        steps.mark_pictures(table, looks.repeats, looks.unreadable)
+    if config.clean.near_duplicates is not None:
+        near.mark_duplicates(table, reader, config.clean.near_duplicates)
+    if config.clean.same_questions:
+        steps.mark_questions(table)
+    steps.mark_balance(table, config.clean, _category_numbers(config.clean, known))
+    return looks
+
+
+def _category_numbers(config: CleanConfig, known: dict[int, Picture]) -> dict[int, tuple[int, ...]]:
+    if config.max_per_category is None:
+        return {}
+    numbers: dict[str, int] = {}
+    return {
+        picture.id: tuple(numbers.setdefault(name, len(numbers)) for name in picture.categories)
+        for picture in known.values()
+    }
+
+
+def _write(folder: RunFolder, table: Table, reader: Reader, figures: Figures) -> None:
+    samples = track(read_lines(folder.samples, Sample), len(table), "writing samples")
+    with ExitStack() as files:
+        kept = files.enter_context(atomic_open(folder.kept))
+        aside = files.enter_context(atomic_open(folder.set_aside))
+        for before, after, lost in _outcomes(samples, table, reader):
+            figures.count(before, after, lost)
+            if after is not None:
+                kept.write(after.model_dump_json().encode() + b"\n")
+            for sample in lost:
+                aside.write(sample.model_dump_json().encode() + b"\n")
+
+
+def _outcomes(
+    samples: Iterator[Sample], table: Table, reader: Reader
+) -> Iterator[tuple[Sample, Sample | None, list[Sample]]]:
+    for number, sample in enumerate(samples):
+        after, lost = receipts.outcome(sample, number, table, lambda n: reader.sample(n).id)
+        yield sample, after, lost

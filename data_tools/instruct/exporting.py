@@ -1,0 +1,282 @@
+"""Training files from kept samples, each read by the trainer as it is; receipts beside them."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, Final, Protocol
+
+from data_tools.instruct.boxes import convert
+from data_tools.instruct.config import ExportConfig, InstructConfig
+from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.lines import read_lines
+from data_tools.instruct.schema import Sample
+from data_tools.records import IMAGE_LINE
+from vlm_sft.atomic import atomic_open, write_json
+from vlm_sft.errors import UserError
+from vlm_sft.progress import track
+
+FILES: Final = {"llava": "llava.json", "messages": "messages.jsonl", "parquet": "train.parquet"}
+RECEIPTS: Final = "receipts.jsonl"
+
+IMAGE_MARK: Final = IMAGE_LINE.strip()
+LICENSES: Final = {
+    1: "CC BY-NC-SA 2.0",
+    2: "CC BY-NC 2.0",
+    3: "CC BY-NC-ND 2.0",
+    4: "CC BY 2.0",
+    5: "CC BY-SA 2.0",
+    6: "CC BY-ND 2.0",
+    7: "no known copyright restrictions",
+    8: "United States Government work",
+}
+"""COCO's numbers, as the `licenses` of its annotation files name them."""
+
+_ROWS_AT_ONCE: Final = 1000
+
+
+def command(config: InstructConfig, options: Sequence[str]) -> None:
+    """Read `kept.jsonl`, write the folder `export`: training files, receipts, `export.json`.
+
+    Every file holds the same conversations under the same ids, in the same order.
+
+    Raises:
+        UserError: `clean` has not run, or an id stands twice.
+    """
+    if options:
+        raise UserError(f"export: takes no options, found {' '.join(options)}; see `export` keys")
+    folder = RunFolder(Path(config.output_dir))
+    counts = _Counts()
+    with ExitStack() as files:
+        writers: list[_Writer] = []
+        for name in config.export.formats:
+            file = files.enter_context(atomic_open(folder.exports / FILES[name]))
+            writers.append(_WRITERS[name](file))
+            files.callback(writers[-1].finish)  # before the file takes its place
+        receipts = files.enter_context(atomic_open(folder.exports / RECEIPTS))
+        samples = track(read_lines(folder.kept, Sample), description="exporting samples")
+        for sample, turns in _told(samples, config.export, counts):
+            for writer in writers:
+                writer.write(
+                    sample.id, config.export.image_prefix + sample.picture.file_name, turns
+                )
+            receipts.write(_json(receipt(sample)))
+    for old in FILES.keys() - set(config.export.formats):  # of an earlier export
+        (folder.exports / FILES[old]).unlink(missing_ok=True)
+    names = [*(FILES[name] for name in config.export.formats), RECEIPTS]
+    told = counts.as_dict(config.export) | {"files": _digests(folder.exports, names)}
+    write_json(folder.exports / "export.json", told)
+    print(counts.summary(folder.exports, names))
+
+
+def receipt(sample: Sample) -> dict[str, Any]:
+    """What a sample came from and cost, without its text: a line of `receipts.jsonl`."""
+    return {
+        "id": sample.id,
+        "type": sample.type,
+        "origin": sample.origin,
+        "kinds": [turn.kind for turn in sample.turns],
+        "picture": sample.picture.id,
+        "license": sample.picture.license,
+        "request": sample.request,
+        "template": sample.template,
+        "template_sha256": sample.template_sha256,
+        "model": sample.model,
+        "fingerprint": sample.fingerprint,
+        "parameters": sample.parameters,
+        "cost": sample.cost.model_dump(mode="json"),
+        "checks": dict(sorted(Counter(check.verdict for check in sample.checks).items())),
+        "evidence": sorted({number for check in sample.checks for number in check.evidence}),
+        "tool": sample.tool,
+    }
+
+
+Turns = list[tuple[str, str]]
+"""Questions with their answers."""
+
+
+def _told(
+    samples: Iterator[Sample], config: ExportConfig, counts: "_Counts"
+) -> Iterator[tuple[Sample, Turns]]:
+    """The samples that can be written, with their texts as they are to stand in the files."""
+    seen: set[int] = set()
+    for sample in samples:
+        digest = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "little")
+        if digest in seen:
+            raise UserError(f"export: the id {sample.id!r} stands twice; run `clean` again")
+        seen.add(digest)
+        turns: Turns = []
+        for turn in sample.turns:
+            question, first = _framed(turn.question, sample, config)
+            answer, second = _framed(turn.answer, sample, config)
+            counts.boxes += first + second
+            turns.append((question, answer))
+        if any(IMAGE_MARK in question for question, _ in turns):
+            counts.left_out.append(sample.id)
+            continue
+        counts.add(sample)
+        yield sample, turns
+
+
+def _framed(text: str, sample: Sample, config: ExportConfig) -> tuple[str, int]:
+    picture = sample.picture
+    return convert(text, picture.width, picture.height, sample.shown.frame, config.box_frame)
+
+
+class _Counts:
+    def __init__(self) -> None:
+        self.samples = self.turns = self.boxes = 0
+        self.left_out: list[str] = []
+        self._types: Counter[str] = Counter()
+        self._origins: Counter[str] = Counter()
+        self._models: Counter[str] = Counter()
+        self._licenses: Counter[int] = Counter()
+        self._license_of: dict[int, int] = {}
+
+    def add(self, sample: Sample) -> None:
+        self.samples += 1
+        self.turns += len(sample.turns)
+        self._types[sample.type] += 1
+        self._origins[sample.origin] += 1
+        self._models[sample.model] += 1
+        self._license_of[sample.picture.id] = sample.picture.license or 0
+
+    def as_dict(self, config: ExportConfig) -> dict[str, Any]:
+        licenses = Counter(self._license_of.values())
+        return {
+            "samples": self.samples,
+            "turns": self.turns,
+            "pictures": len(self._license_of),
+            "types": dict(sorted(self._types.items())),
+            "origins": dict(sorted(self._origins.items())),
+            "models": dict(sorted(self._models.items())),
+            "picture_licenses": {
+                LICENSES.get(number, "unknown"): count for number, count in sorted(licenses.items())
+            },
+            "boxes_in_texts": {"frame": config.box_frame, "count": self.boxes},
+            "left_out": {"IMAGE_MARK_IN_QUESTION": self.left_out},
+            "image_prefix": config.image_prefix,
+        }
+
+    def summary(self, folder: Path, names: Sequence[str]) -> str:
+        text = f"{folder}: {self.samples:,} samples with {self.turns:,} turns on "
+        text += f"{len(self._license_of):,} pictures in {', '.join(names)}"
+        if self.left_out:
+            text += f"\nleft out: {len(self.left_out):,} samples whose question contains "
+            text += f"{IMAGE_MARK!r}, which readers take for a picture (listed in export.json)"
+        return text
+
+
+# --- the forms
+
+
+class _Writer(Protocol):
+    def __init__(self, file: IO[bytes]) -> None: ...
+
+    def write(self, record_id: str, image: str, turns: Turns) -> None:
+        """One record."""
+
+    def finish(self) -> None:
+        """What stands behind the last record."""
+
+
+class _Llava:
+    """One JSON list of LLaVA's records, a record a line."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._separator = file, b"[\n"
+
+    def write(self, record_id: str, image: str, turns: Turns) -> None:
+        record = {"id": record_id, "image": image, "conversations": _conversation(turns)}
+        self._file.write(self._separator + _json(record).rstrip())
+        self._separator = b",\n"
+
+    def finish(self) -> None:
+        self._file.write(b"[]\n" if self._separator == b"[\n" else b"\n]\n")
+
+
+class _Messages:
+    """One object of messages a line, their content in parts.
+
+    The first text begins with the line end that LLaVA puts behind `<image>`, so that training sees
+    the same tokens whichever file it reads.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, record_id: str, image: str, turns: Turns) -> None:
+        messages: list[dict[str, Any]] = []
+        for number, (question, answer) in enumerate(turns):
+            parts: list[dict[str, str]] = [{"type": "text", "text": question}]
+            if number == 0:
+                parts = [
+                    {"type": "image", "image": image},
+                    {"type": "text", "text": "\n" + question},
+                ]
+            messages.append({"role": "user", "content": parts})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        self._file.write(_json({"id": record_id, "messages": messages}))
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+class _Parquet:
+    """LLaVA's records as columns: id, image (a name), conversations."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+        self._schema = pa.schema(
+            [("id", pa.string()), ("image", pa.string()), ("conversations", pa.list_(turn))]
+        )
+        self._table = parquet.ParquetWriter(file, self._schema)
+        self._rows: list[dict[str, Any]] = []
+
+    def write(self, record_id: str, image: str, turns: Turns) -> None:
+        self._rows.append({"id": record_id, "image": image, "conversations": _conversation(turns)})
+        if len(self._rows) == _ROWS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._table.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows = []
+
+    def finish(self) -> None:
+        self._flush()
+        self._table.close()
+
+
+_WRITERS: Final[dict[str, type[_Writer]]] = {
+    "llava": _Llava,
+    "messages": _Messages,
+    "parquet": _Parquet,
+}
+
+
+def _conversation(turns: Turns) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    for number, (question, answer) in enumerate(turns):
+        opening = "" if number else IMAGE_LINE
+        found.append({"from": "human", "value": opening + question})
+        found.append({"from": "gpt", "value": answer})
+    return found
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -1,0 +1,1 @@
+"""What became of every request of a run, counted and shown."""

@@ -1,0 +1,63 @@
+"""`report`: one HTML page of what was made, and of what was not, with its plots."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.instruct.answers import answers_folder
+from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.indexing import read_pictures
+from data_tools.instruct.receipts import page
+from data_tools.instruct.receipts.figures import Figures, gather
+from data_tools.instruct.receipts.journeys import journeys
+from data_tools.instruct.receipts.page import Report
+from vlm_sft.atomic import write_text
+from vlm_sft.progress import track
+
+
+def command(config: InstructConfig, options: Sequence[str]) -> None:
+    """Write `report/report.html` and its plots; print where it lies and five figures.
+
+    Raises:
+        UserError: Nothing is indexed, or files of the run do not belong together.
+    """
+    argparse.ArgumentParser(prog="report", description=__doc__).parse_args(options)
+    folder = RunFolder(Path(config.output_dir))
+    report = read(config, folder)
+    path = folder.report / "report.html"
+    write_text(path, page.build(report))
+    print(f"{path}")
+    for figure, words in page.headline(report.figures):
+        print(f"{figure:>16}  {words}")
+
+
+def read(config: InstructConfig, folder: RunFolder) -> Report:
+    """Everything a page is made of, in one pass over the run's files."""
+    pictures = read_pictures(folder)
+    found = journeys(folder, answers_folder(config)) if folder.requests.exists() else ()
+    figures: Figures = gather(
+        track(found, description="reading samples"),
+        pictures,
+        seed=config.seed,
+        good_outcome="kept" if folder.kept.exists() else "accepted",
+    )
+    return Report(
+        figures,
+        pictures,
+        Path(config.coco.images),
+        index=_json(folder.index),
+        plan=_json(folder.plan),
+        export=_json(folder.exports / "export.json"),
+        meanings={},
+    )
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """The file's object; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

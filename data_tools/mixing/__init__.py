@@ -1,0 +1,1 @@
+"""Several sources of records as one training file, in wanted shares."""

@@ -1,0 +1,238 @@
+"""The stages in turn, as a user runs them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_tools import make_scenes
+from data_tools.instruct.__main__ import STAGES, main
+from data_tools.instruct.answers import read_answers
+from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.planning import read_requests
+from tests.data_tools.teacher_server import Act, Received, drop, fail, fenced, say, served
+from tests.tiny_runs import run as run_stage
+from vlm_sft.config import DataFile
+from vlm_sft.data.formats import read_records
+from vlm_sft.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    make_scenes.main(["--out", str(folder), "--artist", "twemoji", "--count", "12", "--seed", "3"])
+    return folder
+
+
+def config_file(folder: Path, scenes: Path, **sections: Any) -> Path:
+    annotations = scenes / "annotations"
+    values = {
+        "output_dir": str(folder / "run"),
+        "seed": 1,
+        "coco": {
+            "instances": str(annotations / "instances_twemoji.json"),
+            "captions": str(annotations / "captions_twemoji.json"),
+            "images": str(scenes / "images"),
+        },
+        "teacher": {"kind": "rules"},
+        **sections,
+    }
+    path = folder / "instruct.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    names = ("samples.jsonl", "rejected.jsonl", "kept.jsonl", "export/llava.json")
+    names += ("export/messages.jsonl", "export/train.parquet", "report/report.html")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_run_makes_training_files_and_a_second_run_changes_no_byte(
+    tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file(tmp_path, scenes)
+    assert main(["run", str(config)]) == 0
+    before = files_of(tmp_path / "run")
+    assert main(["run", str(config)]) == 0
+    assert files_of(tmp_path / "run") == before
+    samples = (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(samples) > 12 and before["rejected.jsonl"] == b""
+    found = list(
+        read_records(
+            DataFile(
+                path=str(tmp_path / "run/export/llava.json"), image_root=str(scenes / "images")
+            )
+        )
+    )
+    kept = (tmp_path / "run/kept.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [getattr(record, "id", None) for record in found] == [json.loads(k)["id"] for k in kept]
+
+
+def test_the_order_of_answers_and_the_number_of_workers_change_no_byte(
+    tmp_path: Path, scenes: Path
+) -> None:
+    results = []
+    for name, overrides in (("one", ["teacher.concurrency=1"]), ("many", [])):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = config_file(folder, scenes, output_dir=str(tmp_path / "run"))
+        for command in ("index", "plan"):
+            main([command, str(config), *overrides])
+        if name == "one":
+            main(["generate", str(config), *overrides])
+        else:  # in three shards, the last first
+            for shard in (3, 1, 2):
+                main(["generate", str(config), "--shard", f"{shard}/3"])
+        for command in ("verify", "clean", "export", "report"):
+            main([command, str(config), *overrides])
+        results.append(files_of(tmp_path / "run"))
+        (tmp_path / "run").rename(tmp_path / f"run-{name}")
+    assert results[0] == results[1]
+
+
+def test_stage_2_trains_on_the_exported_file(tmp_path: Path, scenes: Path) -> None:
+    config = config_file(tmp_path, scenes)
+    main(["run", str(config)])
+    run_stage(
+        "stage2",
+        tmp_path / "trained",
+        f"data.train=[{{path: {tmp_path / 'run/export/llava.json'}, "
+        f"image_root: {scenes / 'images'}}}]",
+        "data.eval=[]",
+        "data.max_length=1024",
+        "projector=null",
+        "train.max_steps=2",
+    )
+    assert (tmp_path / "trained/final/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("command", [*STAGES, "explain"])
+def test_every_stage_says_what_it_takes(command: str, tmp_path: Path, scenes: Path) -> None:
+    config = config_file(tmp_path, scenes)
+    with pytest.raises(SystemExit) as end:
+        main([command, str(config), "--help"])
+    assert end.value.code == 0
+
+
+def test_options_belong_to_a_stage(tmp_path: Path, scenes: Path) -> None:
+    config = config_file(tmp_path, scenes)
+    with pytest.raises(UserError, match="run takes no options, found '--shard'"):
+        main(["run", str(config), "--shard", "1/2"])
+
+
+def test_a_misspelt_setting_is_one_sentence_and_code_2(tmp_path: Path, scenes: Path) -> None:
+    config = config_file(tmp_path, scenes, teachr={})
+    done = subprocess.run(
+        [sys.executable, "-m", "data_tools.instruct", "plan", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert "did you mean 'teacher'?" in done.stderr and done.stderr.count("\n") == 1
+
+
+SLIPS: dict[str, tuple[Callable[[str, str], Act], str | None]] = {
+    "well": (lambda text, absent: say(text), None),
+    "fences": (lambda text, absent: say(fenced(text)), None),
+    "two objects": (lambda text, absent: say(text + text), "SEVERAL_OBJECTS"),
+    "wrong schema": (lambda text, absent: say('{"reply": 1}'), "WRONG_SCHEMA"),
+    "cut": (lambda text, absent: say(text[:40], finish="length"), "ANSWER_CUT"),
+    "refusal": (lambda text, absent: say("I'm sorry, but I cannot help with that."), "REFUSAL"),
+    "leak": (lambda text, absent: say(_said_more(text, "The caption says so.")), "LEAK"),
+    "hallucinated": (
+        lambda text, absent: say(_said_more(text, f"There is a {absent}.")),
+        "OBJECT_NOT_FOUND",
+    ),
+}  # what the server makes of a true answer, and the code that rejects it
+
+
+def _said_more(text: str, more: str) -> str:
+    """The JSON answer with a sentence at the end of its last answer."""
+    answer = json.loads(text)
+    last = answer["turns"][-1] if "turns" in answer else answer
+    last["answer"] += " " + more
+    return json.dumps(answer)
+
+
+def test_a_server_that_misbehaves_costs_no_record_and_nothing_wrong_is_kept(
+    tmp_path: Path, scenes: Path
+) -> None:
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    by_rules = config_file(truth, scenes)
+    for command in ("index", "plan", "generate"):
+        main([command, str(by_rules)])
+    run = RunFolder(truth / "run")
+    absent = _absent(scenes)
+    answers = read_answers(run.answers)
+    true = {r.sample_id: answers[r.id].text for r in read_requests(run) if r.id in answers}
+    slip_of = {name: list(SLIPS)[n % len(SLIPS)] for n, name in enumerate(true)}
+    sample_of: dict[str, str] = {}
+
+    def script(received: Received) -> Act:
+        if received.is_probe:
+            return say("{}")
+        if received.times == 1 and int(received.id[:2], 16) % 3 == 0:
+            return (drop, fail(500), fail(429, retry_after=0))[int(received.id[2], 16) % 3]
+        sample = sample_of[received.id]
+        if sample not in true:
+            return say("I cannot tell.")
+        return SLIPS[slip_of[sample]][0](true[sample], absent[int(sample[:12])])
+
+    with served(script) as server:
+        teacher = {"kind": "openai", "base_url": server.url, "model": "scripted"}
+        config = config_file(tmp_path, scenes, teacher={**teacher, "structured": "none"})
+        run = RunFolder(tmp_path / "run")
+        for command in ("index", "plan"):
+            main([command, str(config)])
+        sample_of.update({r.id: r.sample_id for r in read_requests(run)})
+        for command in ("generate", "verify", "clean", "export", "report"):
+            main([command, str(config)])
+        asked = sum(server.counts.values())
+        main(["generate", str(config)])
+        assert sum(server.counts.values()) == asked
+    accepted = _by_id(run.samples)
+    rejected = _by_id(run.rejected)
+    assert accepted.keys().isdisjoint(rejected) and accepted.keys() | rejected.keys() == set(
+        sample_of.values()
+    )
+    for sample, slip in slip_of.items():
+        code = SLIPS[slip][1]
+        if code is None:
+            assert sample in accepted, rejected[sample]["reasons"]
+        else:
+            assert code in rejected[sample]["reasons"]
+    fenced_one = accepted[_first(slip_of, "fences")]
+    assert [c["claim"] for c in fenced_one["checks"] if c["rule"] == "reading"] == [
+        "text around the object"
+    ]
+    page = (run.report / "report.html").read_text(encoding="utf-8")
+    assert "OBJECT_NOT_FOUND" in page
+
+
+def _absent(scenes: Path) -> dict[int, str]:
+    """Of every picture a kind of thing that is annotated elsewhere and not there."""
+    text = (scenes / "annotations/instances_twemoji.json").read_text(encoding="utf-8")
+    document = json.loads(text)
+    names = {entry["id"]: entry["name"] for entry in document["categories"]}
+    there: dict[int, set[str]] = {entry["id"]: set() for entry in document["images"]}
+    for entry in document["annotations"]:
+        there[entry["image_id"]].add(names[entry["category_id"]])
+    everything = set().union(*there.values())
+    return {image: min(everything - present) for image, present in there.items()}
+
+
+def _by_id(path: Path) -> dict[str, Any]:
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {row["id"]: row for row in rows}
+
+
+def _first(slip_of: dict[str, str], slip: str) -> str:
+    return next(sample for sample, its in slip_of.items() if its == slip)
