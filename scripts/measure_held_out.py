@@ -8,9 +8,10 @@ Needs a run over the pictures that tests/data_tools/held_out_answers.json speaks
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_tools.coco import Picture
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_categories, read_pictures
@@ -27,19 +28,24 @@ def main(argv: Sequence[str]) -> int:
     folder = RunFolder(Path(config.output_dir))
     pictures = read_pictures(folder)
     policy = Policy(config.verify, read_categories(folder))
-    outcomes: Counter[str] = Counter()
+    for outcome, count in sorted(outcomes(pictures, policy).items()):
+        print(f"{count:>4}  {outcome}")
+    return 0
+
+
+def outcomes(pictures: Mapping[int, Picture], policy: Policy) -> Counter[str]:
+    """How many were judged how; prints every answer that was judged wrongly."""
+    counts: Counter[str] = Counter()
     for entry in json.loads(ANSWERS.read_text(encoding="utf-8")):
         turns = [Turn(question=q, answer=a, kind="object") for q, a in entry["turns"]]
         picture = pictures[entry["picture"]]
         codes = reasons(check_sample(turns, entry["type"], picture, Shown(), policy))
         outcome = _outcome(set(entry["codes"]), set(codes))
-        outcomes[outcome] += 1
+        counts[outcome] += 1
         if outcome not in ("true, accepted", "false, rejected with the right code"):
             said = " / ".join(f"{q} {a}" for q, a in entry["turns"])
             print(f"{outcome}: {entry['picture']} {entry['type']}: {said} -> {codes}")
-    for outcome, count in sorted(outcomes.items()):
-        print(f"{count:>4}  {outcome}")
-    return 0
+    return counts
 
 
 def _outcome(expected: set[str], found: set[str]) -> str:

@@ -367,7 +367,8 @@ def _opposite(match: re.Match[str]) -> str:
 def _noes(name: str) -> list[str]:
     thing = f"{words.article(name)} {name}"
     return [
-        "No.", f"No, there is no {name} in the picture.", f"No, there isn't {thing} in the picture.",
+        "No.", f"No, there is no {name} in the picture.",
+        f"No, there isn't {thing} in the picture.",
         f"No, the picture does not show {thing}.", f"No, I don't see any {words.plural(name)}.",
     ]  # fmt: skip
 

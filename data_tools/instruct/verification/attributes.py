@@ -13,14 +13,14 @@ def check(case: Case) -> Iterator[Check]:
     """One finding for each word of the lists in the answer; never contradicted."""
     reading, knowledge = case.answer_reading, case.knowledge
     attributes, stems = _attributes(), action_stems()
-    if reading.vocabulary.isdisjoint(attributes) and reading.vocabulary.isdisjoint(stems):
+    known = {word for word in reading.vocabulary if word in attributes or word in stems}
+    if not known:
         return
-    done: set[str] = set()
     for sentence in reading.sentences:
         for index, word in enumerate(sentence.words):
-            if word in done or (word not in attributes and word not in stems):
+            if word not in known:
                 continue
-            done.add(word)
+            known.remove(word)  # once
             if word in attributes:
                 rule, captions = "attribute", knowledge.words.get(word, ())
             else:

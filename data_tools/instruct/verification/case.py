@@ -42,7 +42,7 @@ class Policy:
         return known
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Case:
     """One turn of a sample under examination."""
 

@@ -30,11 +30,13 @@ def check_sample(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Che
 def check_turn(case: Case) -> Iterator[Check]:
     """Findings about the form of one turn."""
     config, turn = case.config, case.turn
-    for part, text in (("question", turn.question), ("answer", turn.answer)):
-        if not any(char.isalnum() for char in text):
+    for part, reading in (("question", case.question_reading), ("answer", case.answer_reading)):
+        if not reading.spoken:
             yield _fault(case, "TURN_EMPTY", part, f"the {part} has no words")
+        if _MARKS.isdisjoint(reading.vocabulary):
+            continue  # most texts
         for code, pattern in (("PICTURE_MARK", _PICTURE), ("ROLE_MARK", _ROLE)):
-            match = None if _MARKS.isdisjoint(text) else pattern.search(text)
+            match = pattern.search(reading.text)
             if match:
                 yield _fault(case, code, part, match[0].strip(), match.span())
     least, most = config.forms[case.sample_type].answer_words

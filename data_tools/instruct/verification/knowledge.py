@@ -30,7 +30,7 @@ class Knowledge:
 
     def __init__(self, picture: Picture, lexicon: Lexicon) -> None:
         self.picture = picture
-        self._lexicon = lexicon
+        self._supports: dict[tuple[str, Entry], tuple[int, ...] | None] = {}
         self.boxes: dict[str, tuple[Box, ...]] = {
             name: picture.of(name) for name in picture.categories
         }
@@ -99,6 +99,12 @@ class Knowledge:
 
     def support(self, entry: Entry, word: str) -> tuple[int, ...] | None:
         """Ids of the boxes and captions that have the thing; None where nothing has."""
+        key = word, entry
+        if key not in self._supports:
+            self._supports[key] = self._support(entry, word)
+        return self._supports[key]
+
+    def _support(self, entry: Entry, word: str) -> tuple[int, ...] | None:
         boxes = self.boxes_of(entry.categories)
         captions: set[int] = set()
         named = False

@@ -9,7 +9,7 @@ from data_tools import wording, words
 GrammaticalNumber = Literal["one", "many", "any"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """What a word or phrase may name.
 
@@ -28,7 +28,7 @@ class Entry:
     narrow: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Match:
     """An entry found at a place of a sentence; `last` is the index of its last word."""
 

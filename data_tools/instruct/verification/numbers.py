@@ -78,10 +78,8 @@ def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
 
 def number_of(word: str) -> int | None:
     """`2` and `two` are 2."""
-    known = NUMBERS.get(word)
-    if known is not None and word not in ("single", "both", "couple", "pair", "trio", "duo"):
-        return known
-    if word == "single" or word == "both":
+    known = _COUNTING.get(word)
+    if known is not None or not word[:1].isdigit():
         return known
     return int(word) if _DIGITS.fullmatch(word) else None
 
@@ -142,6 +140,9 @@ def _is_adjective(word: str, before: str) -> bool:
     return not (word.endswith("s") and not word.endswith("ss"))
 
 
+_COUNTING: Final = {
+    word: value for word, value in NUMBERS.items() if word not in ("couple", "pair", "trio", "duo")
+}
 _DIGITS: Final = re.compile(r"\d{1,3}")
 _AT_LEAST_TWO: Final = frozenset({"several", "many", "multiple", "various", "numerous", "few"})
 _NOT_ADJECTIVES: Final = word_set(

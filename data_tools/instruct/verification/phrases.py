@@ -89,7 +89,8 @@ LEAK: Final = Phrases(
         r"\b0?\.\d+\s*,\s*0?\.\d+\b",
         r"\b(?:provided|given|supplied) (?:description|text|information|context|data|details)",
         r"\b(?:according to|based on|from|in|per|(?:mentioned|described|stated) in) "
-        r"(?:the|these|this) (?:\w+ )?(?:descriptions?|text|data|information|sentences|context|labels|input)\b",
+        r"(?:the|these|this) (?:\w+ )?"
+        r"(?:descriptions?|text|data|information|sentences|context|labels|input)\b",
         r"\b(?:descriptions?|sentences|text|context) "
         r"(?:says?|states?|mentions?|indicates?|describes?|suggests?)\b",
         r"\b(?:is|are|was|were) (?:also )?"
@@ -105,8 +106,8 @@ REFUSAL: Final = Phrases(
     "refusal",
     "REFUSAL",
     word_set(
-        "ai artificial language assistant machine text-based sorry apologize apologise cannot can't "
-        "can could couldn't unable able access ability visual guidelines policy policies"
+        "ai artificial language assistant machine text-based sorry apologize apologise cannot "
+        "can't can could couldn't unable able access ability visual guidelines policy policies"
     ),
     _any(
         r"\b(?:as|i am|i'm|being) an? (?:ai|artificial intelligence|"
@@ -124,7 +125,8 @@ OF_ITSELF: Final = _any(r"\blanguage model\b", r"\bas an ai\b", r"\bi(?:'m| am) 
 _HEDGE_CUES: Final = word_set(
     "appear appears appeared seem seems seemed perhaps possibly probably maybe presumably "
     "apparently supposedly seemingly likely conceivably might may could look looks suggest "
-    "suggests suggesting implies implying imply i what which some unclear difficult hard"
+    "suggests suggesting implies implying imply think guess believe suppose assume sort kind unclear "
+    "difficult hard"
 )
 HEDGE: Final = Phrases(
     "hedge",
@@ -174,9 +176,9 @@ _ENGLISH: Final = word_set(
 )
 _OTHER: Final = (
     word_set(
-        "der die das den dem des ein eine einen einem einer und ist sind auf mit von zu im am nicht "
-        "man le la les un une des du et est sont sur dans avec il y au aux qui que ce cette pas "
-        "el los las una unas unos y en es son con por del al se lo no hay que su "
+        "der die das den dem des ein eine einen einem einer und ist sind auf mit von zu im am "
+        "nicht man le la les un une des du et est sont sur dans avec il y au aux qui que ce cette "
+        "pas el los las una unas unos y en es son con por del al se lo no hay que su "
         "lo gli i il della dello dei nel nella sul sulla ci sono di e che non per una uno da "
         "de het een en is zijn op te van naast er met voor niet "
         "o os as um uma no na nos nas do da dos das ao e com em que "

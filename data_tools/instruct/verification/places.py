@@ -16,7 +16,7 @@ from data_tools.instruct.verification.geometry import (
     region,
 )
 from data_tools.instruct.verification.knowledge import evidence
-from data_tools.instruct.verification.placing import Beside, InFrame, placings
+from data_tools.instruct.verification.placing import CUES, Beside, InFrame, placings
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 PLAIN_MARGIN: Final = 0.1
@@ -25,7 +25,8 @@ PLAIN_MARGIN: Final = 0.1
 
 def check(case: Case) -> Iterator[Check]:
     """A finding for every place given, in sentences, in yes/no questions and in bare answers."""
-    for sentence in case.answer_reading.sentences:
+    answer = case.answer_reading
+    for sentence in () if CUES.isdisjoint(answer.vocabulary) else answer.sentences:
         for placing in placings(sentence):
             yield _judge(case, sentence, placing, "answer")
     yield from _check_yes_no(case)

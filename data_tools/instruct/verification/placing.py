@@ -40,10 +40,12 @@ class Beside:
 
 def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
     """Every place that a sentence gives to a thing it names."""
-    if not sentence.mentions or not sentence.vocabulary & _CUES:
+    if not sentence.mentions or CUES.isdisjoint(sentence.words):
         return
     words = sentence.words
     for index, word in enumerate(words):
+        if word not in CUES:
+            continue
         if word in _SIDES:
             found = _side(sentence, index)
         elif word in _VERTICAL:
@@ -52,10 +54,8 @@ def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
             found = _centre(sentence, index)
         elif word in _ORDER:
             found = _beside(sentence, index, index, _ORDER[word])
-        elif word in _TOUCHES:
-            found = _touch(sentence, index)
         else:
-            continue
+            found = _touch(sentence, index)
         if found is not None:
             yield found
 
@@ -75,6 +75,7 @@ def _side(sentence: Sentence, index: int) -> InFrame | Beside | None:
         if _frame_follows(words, last + 2):
             return _in_frame(sentence, regions, False, first, last)
         direct = before in ("the", "immediate", "far") or before in _BE or index == 0
+        direct = direct or any(m.last == index - 1 for m in sentence.mentions)
         if len(regions) == 1 and (direct or before in ("directly", "just", "immediately")):
             return _beside(sentence, first, last + 1, side)  # type: ignore[arg-type]
         return None
@@ -198,7 +199,7 @@ _TOUCHES: Final[dict[str, Touch]] = {
     "on": "on", "onto": "on", "atop": "on", "under": "under", "underneath": "under",
     "beneath": "under", "in": "in", "inside": "in", "next": "next to", "beside": "next to",
 }  # fmt: skip
-_CUES: Final = _SIDES | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
+CUES: Final = _SIDES | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
 _BEFORE_SIDE: Final = word_set("the far upper lower top bottom immediate extreme")
 _PARTS: Final = word_set("hand side half part portion third corner edge section area")
 _FRAME: Final = word_set("picture image photo photograph frame scene shot view")

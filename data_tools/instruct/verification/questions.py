@@ -114,6 +114,8 @@ class Question:
         if self.sentence is None:
             return None
         words = self.sentence.words
+        if "many" not in words and "number" not in words:
+            return None
         for i in range(len(words) - 1):
             if words[i : i + 2] in (["how", "many"], ["number", "of"]):
                 return i + 2

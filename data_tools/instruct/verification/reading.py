@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -20,7 +20,7 @@ Stance = Literal["asserted", "denied", "local", "hypothetical", "generic", "depi
 table`); as possible; as a remark about its kind; as an image of one (`statue of a dog`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Mention:
     """A thing named in a text; `first` and `last` are words of its sentence."""
 
@@ -36,7 +36,7 @@ class Mention:
         return self.entry.number
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Sentence:
     """Lower-case words, punctuation among them; the first is word `begin` of its text."""
 
@@ -60,10 +60,16 @@ class Sentence:
         found = self.lexicon.matches(self.words)
         if not found:
             return ()
-        stances = _Stances(self, found)
+        words = self.words
+        plain = self.lexicon.depictions.isdisjoint(words) and _STANCE_CUES.isdisjoint(words)
+        stances = None if plain else _Stances(self, found)
         return tuple(
             Mention(
-                m.entry, " ".join(self.words[m.first : m.last + 1]), m.first, m.last, stances.of(m)
+                m.entry,
+                words[m.first] if m.first == m.last else " ".join(words[m.first : m.last + 1]),
+                m.first,
+                m.last,
+                stances.of(m) if stances else "asserted",
             )
             for m in found
         )
@@ -130,12 +136,10 @@ class Reading:
         """The words, each once."""
         return frozenset(self.words)
 
-    @property
-    def mentions(self) -> Iterator[tuple[Sentence, Mention]]:
+    @lazy
+    def mentions(self) -> list[tuple[Sentence, Mention]]:
         """Every thing named, with its sentence."""
-        for sentence in self.sentences:
-            for mention in sentence.mentions:
-                yield sentence, mention
+        return [(sentence, found) for sentence in self.sentences for found in sentence.mentions]
 
 
 def _without_owner(word: str) -> str:
@@ -303,3 +307,4 @@ _GENERIC: Final = word_set(
     "often usually typically generally commonly sometimes normally traditionally known popular "
     "always generally tend tends everyday rarely"
 )
+_STANCE_CUES: Final = _NEGATIONS | _HYPOTHETICAL | _GENERIC
