@@ -226,7 +226,7 @@ class Generation:
             self._writer.write(outcome)
             self._dirty = True
             self._streak = 0
-            self.standing.take(outcome, request and self._judge(request, outcome))
+            self.standing.take(outcome, self._judge(request, outcome) if request else None)
             return
         self._failures.add(outcome)
         if outcome.reason == "nothing_to_say":

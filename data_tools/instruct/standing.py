@@ -64,7 +64,7 @@ class Standing:
         parts += [f"{rate:,.1f}/s"]
         parts += [f"{self.tokens:,} tokens"] if self.tokens else []
         usd = self.spending.total.usd
-        parts += [f"${usd:,.2f} in all starts"] if usd else []
+        parts += [f"${usd:,.{2 if usd >= 1 else 4}f} in all starts"] if usd else []
         if rate and self.total > self.done:
             parts.append(f"{format_seconds((self.total - self.done) / rate)} left")
         return ", ".join(parts)
@@ -117,8 +117,14 @@ async def _bar(standing: Standing) -> None:
     )
     with bar:
         task = bar.add_task("", total=None)
-        while True:
-            bar.update(
-                task, completed=standing.done, total=standing.total, description=standing.figures()
-            )
-            await asyncio.sleep(_REDRAW_SECONDS)
+
+        def draw() -> None:
+            figures = standing.figures()
+            bar.update(task, completed=standing.done, total=standing.total, description=figures)
+
+        try:
+            while True:
+                draw()
+                await asyncio.sleep(_REDRAW_SECONDS)
+        finally:
+            draw()

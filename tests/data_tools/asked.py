@@ -57,7 +57,8 @@ def planned(folder: Path, pictures: int = 2, **teacher: Any) -> tuple[InstructCo
     values = {
         "output_dir": str(folder),
         "coco": {"images": "images", "captions": "captions.json"},
-        "teacher": {"kind": "rules", "backoff_seconds": 0.02, "concurrency": 4} | teacher,
+        "teacher": {"kind": "rules", "model": "m", "backoff_seconds": 0.02, "concurrency": 4}
+        | teacher,
         "limits": limits,
     }
     config, run = InstructConfig.model_validate(values), RunFolder(folder)

@@ -99,7 +99,7 @@ def test_a_misbehaviour_is_survived_once_and_told_if_it_stays(tmp_path: Path, na
         with served(script) as server:
             config, run = planned(
                 folder, pictures=1, kind="openai", base_url=server.url, structured="none",
-                timeout_seconds=0.4, max_answer_bytes=100_000, attempts=2, **more,
+                timeout_seconds=1.0, max_answer_bytes=100_000, attempts=2, **more,
             )  # fmt: skip
             generating.command(config, [])
         return run

@@ -171,7 +171,7 @@ def test_an_answer_that_obeys_a_caption_is_rejected(kind: str) -> None:
     policy = Policy(config.verify, ("dog", "cat", "cup"))
     answer = Answer(request=request.id, teacher="openai", text=text, finish="stop")
     sample = make_sample(request, answer, about, policy)
-    assert sample.status == "rejected", sample
+    assert sample.reasons == ("INJECTION",)
 
 
 def test_messages_keep_roles_whatever_a_caption_says(tmp_path: Path) -> None:

@@ -95,6 +95,24 @@ def test_retry_after_is_kept_to_by_all_requests(tmp_path: Path) -> None:
     assert max(gaps) >= 0.3 and times[-1] - times[0] >= 0.45
 
 
+def test_a_wait_of_hours_is_left_to_the_next_start(tmp_path: Path) -> None:
+    with served(lambda received: fail(429, "tomorrow", retry_after=10_000)) as server:
+        config, run = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
+        with pytest.raises(SystemExit) as ended:
+            generating.command(config, [])
+    assert ended.value.code == 3 and set(server.counts.values()) == {1}
+    assert run.failures.read_text().count('"rate_limited"') == 3
+
+
+def test_a_used_up_quota_stops_the_run(tmp_path: Path) -> None:
+    act = fail(429, "pay first", code="insufficient_quota")
+    with served(lambda received: act) as server:
+        config, _ = planned(tmp_path, 9, kind="openai", base_url=server.url, structured="none")
+        with pytest.raises(UserError, match="pay first"):
+            generating.command(config, [])
+    assert len(server.received) <= config.teacher.concurrency
+
+
 def test_retry_after_is_read_as_seconds_or_a_date() -> None:
     assert retry_after({"retry-after": "1.5"}) == 1.5
     assert retry_after({"retry-after": "-3"}) == 0.0
@@ -291,6 +309,14 @@ def test_a_shared_folder_answers_the_same_requests_of_another_run(tmp_path: Path
         )  # fmt: skip
         generating.command(config, [])
     assert len(server.received) == 9  # six, none, and the three of one more picture
+
+
+def test_a_request_that_stands_twice_is_asked_once(tmp_path: Path) -> None:
+    with served(lambda received: after(0.05, say(GOOD))) as server:
+        config, run = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
+        run.requests.write_bytes(run.requests.read_bytes() * 2)
+        generating.command(config, [])
+    assert set(server.counts.values()) == {1} and read_answers(run.answers).lines == 3
 
 
 def test_replay_gives_recorded_answers_and_tells_what_is_missing(

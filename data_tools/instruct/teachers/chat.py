@@ -51,6 +51,8 @@ class ChatTeacher:
         found: Path,
     ) -> None:
         """Check address and key; `found` remembers what is found out about the server."""
+        if not config.model:
+            raise UserError("teacher.model is not set; name the model that the server has")
         self._config, self._templates, self._seed = config, templates, seed
         self._urls = addresses(config)
         self._key = Key(config, self._urls)
