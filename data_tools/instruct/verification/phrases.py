@@ -126,7 +126,7 @@ _HEDGE_CUES: Final = word_set(
     "appear appears appeared seem seems seemed perhaps possibly probably maybe presumably "
     "apparently supposedly seemingly likely conceivably might may could look looks suggest "
     "suggests suggesting implies implying imply think guess believe suppose assume sort kind unclear "
-    "difficult hard"
+    "kind difficult hard"
 )
 HEDGE: Final = Phrases(
     "hedge",
