@@ -125,8 +125,8 @@ OF_ITSELF: Final = _any(r"\blanguage model\b", r"\bas an ai\b", r"\bi(?:'m| am) 
 _HEDGE_CUES: Final = word_set(
     "appear appears appeared seem seems seemed perhaps possibly probably maybe presumably "
     "apparently supposedly seemingly likely conceivably might may could look looks suggest "
-    "suggests suggesting implies implying imply think guess believe suppose assume sort kind "
-    "unclear difficult hard"
+    "suggests suggesting implies implying imply think guess believe suppose assume sort "
+    "kind unclear difficult hard"
 )
 HEDGE: Final = Phrases(
     "hedge",
