@@ -1,5 +1,6 @@
 """Training files from kept samples, each read by the trainer as it is; receipts beside them."""
 
+import argparse
 import hashlib
 import json
 from collections import Counter
@@ -45,8 +46,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     Raises:
         UserError: `clean` has not run, or an id stands twice.
     """
-    if options:
-        raise UserError(f"export: takes no options, found {' '.join(options)}; see `export` keys")
+    argparse.ArgumentParser(prog="export", description=__doc__).parse_args(options)
     folder = RunFolder(Path(config.output_dir))
     counts = _Counts()
     with ExitStack() as files:

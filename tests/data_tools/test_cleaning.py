@@ -463,5 +463,3 @@ def test_samples_of_unknown_pictures_are_refused(tmp_path: Path) -> None:
     (run / "pictures.jsonl").write_text("")
     with pytest.raises(UserError, match=r"sample 'a' is about picture 1, which pictures\.jsonl"):
         cleaning.command(config, [])
-    with pytest.raises(UserError, match="clean: takes no options, found --fast"):
-        cleaning.command(config, ["--fast"])

@@ -4,6 +4,7 @@ Two passes over `samples.jsonl`: the first keeps a few numbers of each sample, f
 decided; the second writes `kept.jsonl` and `set_aside.jsonl`.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,8 +32,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     Raises:
         UserError: A stage before has not run, or the samples are of other pictures.
     """
-    if options:
-        raise UserError(f"clean: takes no options, found {' '.join(options)}; set keys under clean")
+    argparse.ArgumentParser(prog="clean", description=__doc__).parse_args(options)
     folder = RunFolder(Path(config.output_dir))
     known = read_pictures(folder)
     table = _read(folder, config, known)
