@@ -124,8 +124,10 @@ def _find(folder: RunFolder, wanted: str) -> Request:
     )
 
 
-def _likeness(found: str, wanted: str) -> tuple[float, str]:
-    return SequenceMatcher(None, found, wanted, autojunk=False).ratio(), found
+def _likeness(found: str, wanted: str) -> tuple[bool, float, str]:
+    """Samples of the same picture are nearer than others."""
+    same = found.split("-")[0] == wanted.split("-")[0]
+    return same, SequenceMatcher(None, found, wanted, autojunk=False).ratio(), found
 
 
 def _of_request(path: Path, request: str) -> list[Sample]:
