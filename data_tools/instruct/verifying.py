@@ -162,9 +162,11 @@ def print_summary(tally: Tally, folder: RunFolder) -> None:
     """The funnel, and the commonest reasons with an example each."""
     told = tally.told()["funnel"]
     console = Console(highlight=False)
+    asked = f"requests {told['requests']:,}: unanswered {told['unanswered']:,}"
+    if not told["requests"]:  # a file of others' was checked
+        asked = f"records {told['answered']:,}: left out {tally.left_out.total():,}"
     console.print(
-        f"requests {told['requests']:,}: unanswered {told['unanswered']:,}, accepted "
-        f"{told['accepted']:,}, rejected {told['rejected']:,} -> {folder.root}",
+        f"{asked}, accepted {told['accepted']:,}, rejected {told['rejected']:,} -> {folder.root}",
         soft_wrap=True,
     )
     for reason, count in sorted(tally.left_out.items()):
