@@ -21,6 +21,12 @@ def plural(name: str) -> str:
     return name + "s"
 
 
+def single(name: str) -> str:
+    """The name behind `one`: `dog`, `pair of scissors`, `piece of broccoli`."""
+    group, of, rest = plural(name).partition(" of ")
+    return f"{group.removesuffix('s')} of {rest}" if of and rest == name else name
+
+
 def article(name: str) -> str:
     """`a`, `an`, `some` or `a pair of`, as the name wants."""
     known: str | None = wording.load("words")["articles"].get(name)

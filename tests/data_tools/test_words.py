@@ -22,6 +22,16 @@ def test_names_are_counted_in_english(name: str, one: str, two: str) -> None:
     assert (words.counted(name, 1), words.counted(name, 2)) == (one, two)
 
 
+def test_what_comes_in_pairs_or_pieces_is_one_of_those() -> None:
+    names = ("dog", "scissors", "skis", "broccoli")
+    assert [words.single(name) for name in names] == [
+        "dog",
+        "pair of scissors",
+        "pair of skis",
+        "piece of broccoli",
+    ]
+
+
 @pytest.mark.parametrize(
     ("caption", "name", "spoken_of"),
     [

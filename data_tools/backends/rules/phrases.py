@@ -41,9 +41,9 @@ class Speaker:
         return texts[int(self.rng.integers(len(texts)))]
 
     def say(self, texts: Sequence[str], name: str, **values: str) -> str:
-        """One of the patterns, with `{name}`, `{names}`, `{a}` and `values` filled in."""
-        pattern = self.pick(texts)
-        return pattern.format(name=name, names=words.plural(name), a=words.article(name), **values)
+        """One of the patterns, with `{name}`, `{names}`, `{one}`, `{a}` and `values` filled in."""
+        forms = {"name": name, "names": words.plural(name), "one": words.single(name)}
+        return self.pick(texts).format(**forms, a=words.article(name), **values)
 
     def reply(self, answer: str, texts: Sequence[str], name: str, **values: str) -> str:
         """One of `texts`, which may hold `{answer}` too, in the sentence style; else `Yes.`."""

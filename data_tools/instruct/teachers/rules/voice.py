@@ -45,7 +45,9 @@ def be(count: int) -> str:
 
 def several(name: str, count: int) -> str:
     """`one dog`, `two dogs`."""
-    return f"one {name}" if count == 1 else f"{words.number(count)} {words.plural(name)}"
+    return (
+        f"one {words.single(name)}" if count == 1 else f"{words.number(count)} {words.plural(name)}"
+    )
 
 
 def turns(*said: Turn) -> dict[str, Any]:
