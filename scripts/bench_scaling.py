@@ -75,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
             tables.append(table)
             panels += shown
             _write(arguments, facts, tables, panels)
-    Console().print(f"written: {arguments.output}/scaling.json, .md, .png", highlight=False)
+    Console().print(
+        f"written: {arguments.output}/{arguments.name}.json, .md, .png", highlight=False
+    )
     return 0
 
 
@@ -362,16 +364,16 @@ def _write(
     title = "Cost against tokens, pictures, records and processes"
     output = Path(arguments.output)
     if panels:
-        plot_lines(panels, output / "scaling.png", title=title)
+        plot_lines(panels, output / f"{arguments.name}.png", title=title)
     write_results(
         output,
-        "scaling",
+        arguments.name,
         title=title,
         command=command_line("scripts/bench_scaling", arguments.given),
         tables=tables,
         details={},
         facts=facts,
-        plot="scaling.png" if panels else None,
+        plot=f"{arguments.name}.png" if panels else None,
     )
 
 
@@ -383,6 +385,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--records", nargs="+", type=int, default=list(RECORDS), metavar="COUNT")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--name", default="scaling", help="of the files (scaling)")
     parser.add_argument("--output", default=str(FOLDER), metavar="DIR")
     parser.add_argument("--scratch", default=None, metavar="DIR", help="1 M records take 1.5 GB")
     arguments = parser.parse_args(argv)
