@@ -6,7 +6,6 @@ and halves.json: single questions with their bare answers, for measuring.
 """
 
 import argparse
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 
 from data_tools.backends import Backend, make_backend
 from data_tools.coco import CocoIndex, Picture, check_pictures, read_coco
+from data_tools.digests import file_digest
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError, run_command
@@ -268,8 +268,7 @@ def _receipt(
         "turns": arguments.turns,
         "eval_share": arguments.eval_share,
         "inputs": {
-            name: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            for name, path in inputs.items()
+            name: {"file": path.name, "sha256": file_digest(path)} for name, path in inputs.items()
         },
         "pictures": {
             "all": len(pictures),

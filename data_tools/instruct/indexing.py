@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from data_tools.coco import Box, CocoIndex, Picture, read_coco
+from data_tools.digests import file_digest
 from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
 from vlm_sft.atomic import atomic_open, write_json
@@ -206,8 +207,7 @@ def _inputs(config: CocoConfig) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
 

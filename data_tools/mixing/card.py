@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.digests import file_digest
 from data_tools.mixing.config import MixConfig
 from data_tools.mixing.quotas import Available, Quota
 from data_tools.mixing.scan import Source
@@ -126,7 +127,7 @@ def _of_source(source: Source, row: Row, taken: NDArray[np.uint32]) -> dict[str,
         "wanted_share": round(row.wanted_share, 6),
         "reached_share": round(row.reached_share, 6),
         "path": given.path,
-        "sha256": file_digest(Path(given.path)),
+        "sha256": _digest(Path(given.path)),
         "license": given.license,
         "terms": given.terms,
         "replay": given.replay,
@@ -178,15 +179,14 @@ def markdown(told: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def file_digest(path: Path) -> str:
+def _digest(path: Path) -> str:
     """The SHA-256 of a file, or of a folder's files with their names."""
-    if path.is_dir():
-        whole = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            whole.update(f"{file.relative_to(path).as_posix()} {file_digest(file)}\n".encode())
-        return whole.hexdigest()
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    if not path.is_dir():
+        return file_digest(path)
+    whole = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        whole.update(f"{file.relative_to(path).as_posix()} {file_digest(file)}\n".encode())
+    return whole.hexdigest()
 
 
 def _share(part: int, whole: int) -> float:

@@ -1,6 +1,5 @@
 """What cleaning found and did, in numbers: `cleaning.json` and the lines on the terminal."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.coco import Picture
+from data_tools.digests import file_digest
 from data_tools.instruct.cleaning import texts
 from data_tools.instruct.cleaning.pictures import Looks
 from data_tools.instruct.cleaning.table import NO_GROUP, TYPES, Table, family_values
@@ -250,6 +250,4 @@ def _counted(digests: NDArray[np.uint64]) -> dict[int, int]:
 
 
 def _file(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "sha256": digest}
+    return {"file": path.name, "sha256": file_digest(path)}
