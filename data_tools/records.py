@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-IMAGE_LINE = "<image>\n"
+IMAGE_MARK = "<image>"
+"""Where a picture stands in a text (LLaVA's data form)."""
+
+IMAGE_LINE = f"{IMAGE_MARK}\n"
 """Opens the first human turn of a record with a picture (LLaVA's data form)."""
 
 AnswerStyle = Literal["short", "sentence", "evidence"]

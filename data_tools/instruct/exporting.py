@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from data_tools.digests import file_digest
 from data_tools.instruct.boxes import convert
 from data_tools.instruct.config import ExportConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.schema import Sample
-from data_tools.records import IMAGE_LINE
+from data_tools.records import IMAGE_LINE, IMAGE_MARK
 from vlm_sft.atomic import atomic_open, write_json
 from vlm_sft.errors import UserError
 from vlm_sft.progress import track
@@ -22,7 +23,6 @@ from vlm_sft.progress import track
 FILES: Final = {"llava": "llava.json", "messages": "messages.jsonl", "parquet": "train.parquet"}
 RECEIPTS: Final = "receipts.jsonl"
 
-IMAGE_MARK: Final = IMAGE_LINE.strip()
 LICENSES: Final = {
     1: "CC BY-NC-SA 2.0",
     2: "CC BY-NC 2.0",
@@ -285,8 +285,4 @@ def _license_names(folder: RunFolder) -> dict[str, str]:
 
 
 def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        with (folder / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {name: file_digest(folder / name) for name in names}

@@ -9,10 +9,10 @@ from typing import Any, Final
 from data_tools.coco import Picture
 from data_tools.instruct.schema import Cost, Kind, Sample, SampleType, Shown, Turn
 from data_tools.instruct.verification import Policy, check_sample, reasons
+from data_tools.records import IMAGE_MARK
 from vlm_sft.errors import UserError
 from vlm_sft.progress import track
 
-PLACEHOLDER: Final = "<image>"
 LONG_ANSWER: Final = 60
 """A single answer of so many words, not to a request for a description, counts as reasoning."""
 
@@ -88,7 +88,7 @@ def _turns(record: Any) -> tuple[Turn, ...] | None:
     turns: list[Turn] = []
     for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=True):
         if not turns:
-            question = question.replace(PLACEHOLDER, "", 1)
+            question = question.replace(IMAGE_MARK, "", 1)
         question = question.strip()
         turns.append(Turn(question=question, answer=answer.strip(), kind=kind_of(question)))
     return tuple(turns)
