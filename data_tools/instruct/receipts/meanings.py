@@ -1,23 +1,9 @@
 """What reason codes mean, of verification and of cleaning."""
 
-from typing import Final
-
+from data_tools.instruct.cleaning.codes import MEANINGS
 from data_tools.instruct.verification import codes
-
-CLEANING: Final = {
-    "PICTURE_UNREADABLE": "The picture cannot be opened.",
-    "PICTURE_DUPLICATE": "The picture looks the same as an earlier one.",
-    "EXACT_DUPLICATE": "An earlier sample has the same text.",
-    "NEAR_DUPLICATE": "An earlier sample says it in nearly the same words.",
-    "SAME_QUESTION": "The question was asked of the same picture before.",
-    "PICTURE_CAP": "The picture has as many samples as it may have.",
-    "CATEGORY_CAP": "All categories of the picture have as many samples as they may have.",
-    "TYPE_SHARE": "The type would have more than its share.",
-    "OPENING_CAP": "Too many answers begin with the same words.",
-    "ANSWER_BALANCE": "The answer is commoner than its alternatives, so that guessing would pay.",
-}
 
 
 def meanings() -> dict[str, str]:
     """Every code's meaning in a sentence."""
-    return {code.name: code.meaning for code in codes.ALL} | CLEANING
+    return {code.name: code.meaning for code in codes.ALL} | MEANINGS
