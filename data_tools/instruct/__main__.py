@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     overrides = [word for word in argv[2:] if _is_override(word)]
     options = [word for word in argv[2:] if not _is_override(word)]
     config = settings.load(InstructConfig, arguments.config, overrides)
-    commands = list(STAGES) if arguments.command == "run" else [arguments.command]
+    # `plan` indexes by itself: to begin with `index` would read and tell everything twice.
+    commands = list(STAGES)[1:] if arguments.command == "run" else [arguments.command]
     if len(commands) > 1 and options:
         raise UserError(
             f"run takes no options, found {options[0]!r}: they belong to the stages; give "
