@@ -91,7 +91,7 @@ class Answers(Mapping[str, Answer]):
         found = [answer for _, answer in self._candidates(request)]
         if not found:
             raise KeyError(request)
-        return min(found, key=_rank)
+        return found[0] if len(found) == 1 else min(found, key=_rank)
 
     def __contains__(self, request: object) -> bool:
         return isinstance(request, str) and any(

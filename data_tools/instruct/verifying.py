@@ -14,6 +14,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+import vlm_sft
 from data_tools.coco import Picture
 from data_tools.instruct.answers import answers_folder, read_answers
 from data_tools.instruct.config import InstructConfig
@@ -27,7 +28,7 @@ from vlm_sft.atomic import atomic_open, write_json
 from vlm_sft.errors import UserError
 from vlm_sft.progress import track
 
-TOOL: Final = "vlm_sft/0.1.0"
+TOOL: Final = f"vlm_sft/{vlm_sft.__version__}"
 EXAMPLES: Final = 5
 """So many samples of every reason are named in `verification.json`."""
 
