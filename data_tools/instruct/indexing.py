@@ -209,7 +209,11 @@ def _digest(path: Path) -> str:
     try:
         return file_digest(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
+        raise UserError(
+            f"{path}: there is no such file; give your annotation files as coco.instances and "
+            "coco.captions, in the configuration or behind it as coco.instances=FILE",
+            code="data_file_missing",
+        ) from None
 
 
 def _listing(folder: Path) -> dict[str, Any]:
