@@ -153,6 +153,13 @@ ALL: Final = (
         "Wait for the process that the message names, or choose another `output_dir`.",
     ),
     ErrorCode(
+        121,
+        "not_ours",
+        "An output would replace or delete something that this toolkit did not write, or an input.",
+        "Choose a new name or an empty directory, or allow the replacement of a file with "
+        "`--overwrite` where the command has it.",
+    ),
+    ErrorCode(
         131,
         "data_changed",
         "The training data is not what the run was started with.",
