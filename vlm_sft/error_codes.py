@@ -52,6 +52,18 @@ ALL: Final = (
         "Something given to a command (an option, a name, a file) cannot be used.",
         "Do what the message says; `--help` shows examples of every command.",
     ),
+    ErrorCode(
+        3,
+        "not_a_file",
+        "A directory, pipe, socket or device stands where a regular file is expected.",
+        "Give the name of a regular file.",
+    ),
+    ErrorCode(
+        4,
+        "file_too_large",
+        "A file is larger than any file of its kind, and is not read into memory.",
+        "Check that the name is the one that was meant.",
+    ),
     # --- disk, processes and checkpoints
     ErrorCode(
         100,

@@ -8,10 +8,14 @@ from functools import partial
 from typing import Any, ClassVar, Final
 
 from vlm_sft.error_codes import CODES, ErrorCode
+from vlm_sft.visible import shortened, visible, visible_line
 
 
 class UserError(ValueError):
-    """Wrong input, told in one sentence: what, where, what was expected, what to do.
+    """Wrong input, in one sentence: what, where, what was expected, what to do.
+
+    A message quotes what comes from outside, so the constructor makes it `visible` and bounds its
+    length; a raise site need not.
 
     Args:
         message: The sentence.
@@ -26,7 +30,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         self.code = CODES[code or self.default_code]
-        super().__init__(message)
+        super().__init__(shortened(visible(message)))
 
     @property
     def reason(self) -> str:
@@ -57,10 +61,11 @@ class RecordError(UserError):
     """
 
     def __init__(self, reason: str, message: str, *, record_id: str, where: str) -> None:
-        self.message = message
+        self.message = visible_line(message)
         self.record_id = record_id
         self.where = where
-        super().__init__(f"{where}: record {record_id!r}: {message}", code=reason)
+        shown = shortened(record_id, 200)
+        super().__init__(visible_line(f"{where}: record {shown!r}: {self.message}"), code=reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By keyword: pickle would otherwise call the class with the finished sentence alone.
@@ -78,7 +83,7 @@ class ImageError(UserError):
     """A picture cannot be used; `reason` is the fault's name in `error_codes`."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message, code=reason)
+        super().__init__(visible_line(message), code=reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, str(self))
@@ -104,8 +109,11 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def error_line(error: UserError) -> str:
-    """The line that commands print: `error VS311: data.json[3]: record 'r1': ...`."""
-    return f"error {error.code}: {_whose()}{error}"
+    """Return what commands print: `error VS311: data.json[3]: record 'r1': ...`.
+
+    Further lines of a message are indented, so that none can pass for a line of the command's own.
+    """
+    return f"error {error.code}: {_whose()}{error}".replace("\n", "\n    ")
 
 
 def _whose() -> str:
@@ -129,10 +137,9 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except BrokenPipeError:
         code = 141
     except OSError as error:
-        place = error.filename or "input/output"
-        print(
-            f"error {code_of(error)}: {_whose()}{place}: {error.strerror or error}", file=sys.stderr
-        )
+        place = visible_line(str(error.filename or "input/output"))
+        reason = visible_line(str(error.strerror or error))
+        print(f"error {code_of(error)}: {_whose()}{place}: {reason}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was saved is complete", file=sys.stderr)

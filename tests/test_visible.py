@@ -1,0 +1,73 @@
+"""Whatever comes from outside is shown on a terminal without commanding it."""
+
+import io
+
+import pytest
+from rich.table import Table
+
+from vlm_sft.console import Console, say
+from vlm_sft.errors import ConfigError, ImageError, RecordError, UserError, error_line
+from vlm_sft.visible import MAX_SHOWN, shortened, visible, visible_line
+
+HOSTILE = "a\x1b[2J\x9b\r\x07\u202eb\u2066\u200b\U000e0041\ufeffc"
+
+
+def dangerous(text: str) -> set[str]:
+    return set(text) & set(HOSTILE) - set("abc[2J")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError(HOSTILE),
+        ConfigError(HOSTILE),
+        ImageError("image_broken", f"{HOSTILE}\nerror VS001: forged"),
+        RecordError("format", HOSTILE + "\nforged", record_id=HOSTILE, where=f"{HOSTILE}\nx:1"),
+    ],
+)
+def test_no_error_line_carries_what_commands_a_terminal(error: UserError) -> None:
+    assert dangerous(str(error)) == set() == dangerous(error_line(error))
+    assert not isinstance(error, RecordError | ImageError) or "\n" not in error_line(error)
+
+
+def test_further_lines_of_a_message_cannot_pass_for_lines_of_the_command() -> None:
+    first, *others = error_line(UserError("a\nerror VS001: forged\nthe run can start")).split("\n")
+    assert first == "error VS002: a"
+    assert len(others) == 2 and all(line.startswith("    ") for line in others)
+
+
+def test_a_message_of_five_megabytes_is_shortened_in_every_kind_of_error() -> None:
+    text = "x" * 5_000_000
+    errors = [
+        UserError(text),
+        ImageError("image_broken", text),
+        RecordError("format", text, record_id=text, where=text),
+    ]
+    for error in errors:
+        assert len(error_line(error)) < MAX_SHOWN + 100
+        assert len(getattr(error, "message", "")) <= MAX_SHOWN
+
+
+def test_shortening_keeps_both_ends_and_says_how_much_there_was() -> None:
+    short = shortened("a" * 100 + "b" * 100, 64)
+    assert len(short) == 64 and short[0] == "a" and short[-1] == "b" and "200 characters" in short
+    assert shortened("a" * 64, 64) == "a" * 64
+
+
+def test_visible_text_stays_as_it_is_when_made_visible_again() -> None:
+    once = visible(HOSTILE)
+    assert visible(once) == once and visible_line(once) == once
+
+
+def test_say_and_the_console_show_hostile_text_harmlessly() -> None:
+    file = io.StringIO()
+    say(HOSTILE, file=file)
+    console = Console(file=file, force_terminal=True, width=200)
+    console.print(HOSTILE, markup=False, highlight=False)
+    table = Table(title="t")
+    table.add_column("name")
+    table.add_row(HOSTILE)
+    console.print(table)
+    shown = file.getvalue()
+    assert not {"\x9b", "\r", "\x07", "\u202e", "\u2066", "\u200b"} & set(shown)
+    assert "\x1b[2J" not in shown and shown.count("␛[2J") == 3
