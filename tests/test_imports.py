@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BASE = {
     "constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash",
-    "visible", "ownership", "console", "image_paths", "reading",
+    "visible", "ownership", "libraries", "console", "image_paths", "reading",
 }  # fmt: skip
 ENTRY_POINTS = {
     "vlm_sft.stage1",

@@ -18,6 +18,7 @@ from vlm_sft.atomic import write_json, write_text
 from vlm_sft.config import RunConfig, dump_config
 from vlm_sft.data.masking import Renderer
 from vlm_sft.errors import CheckpointError
+from vlm_sft.libraries import one_line
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantize import unquantized_digest
@@ -210,11 +211,11 @@ def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
             loaded, info = type(live).from_pretrained(
                 place, dtype=dtype, output_loading_info=True, local_files_only=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:
         raise CheckpointError(
-            f"{place}: cannot be loaded: {reason}", code="checkpoint_damaged"
-        ) from None
+            f"{place}: transformers cannot load this folder: {one_line(error)}",
+            code="checkpoint_damaged",
+        ) from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if wrong:
         raise CheckpointError(

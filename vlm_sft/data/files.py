@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.libraries import library_call
 
 MAX_LINE_BYTES: Final = 64 * 2**20
 """A longer line of JSONL is one bad record, and is passed over without being held in memory."""
 
 _ROWS_AT_ONCE: Final = 16
+_UNREADABLE: Final = "data_file_unreadable"
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _BOM: Final = b"\xef\xbb\xbf"
 _WINDOW: Final = 2**20
@@ -361,50 +363,45 @@ def _open_folder(path: Path) -> RecordFile:
 def _open_parquet(paths: list[Path]) -> RecordFile:
     from pyarrow import parquet
 
-    try:
-        total = sum(parquet.ParquetFile(path).metadata.num_rows for path in paths)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{paths[0]}: damaged Parquet file: {_first_line(error)}", code="data_file_unreadable"
-        ) from None
+    total = 0
+    for path in paths:
+        with library_call("pyarrow", str(path), "read this Parquet file", code=_UNREADABLE):
+            total += parquet.ParquetFile(path).metadata.num_rows
     return RecordFile(total, _read_parquet(paths))
 
 
 def _read_parquet(paths: list[Path]) -> Iterator[RawRecord | RecordError]:
+    for path in paths:
+        yield from _arrow_rows(path, _parquet_batches(path), "pyarrow", "read this Parquet file")
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
-    for path in paths:
-        index = 0
-        try:
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE):
-                for row in batch.to_pylist():
-                    yield RawRecord(row, f"{path}[{index}]", f"index-{index}")
-                    index += 1
-        except (OSError, ValueError) as error:
-            message = f"{path}[{index}]: damaged Parquet file: {_first_line(error)}"
-            raise UserError(message, code="data_file_unreadable") from None
+    yield from parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE)
 
 
 def _open_datasets_folder(path: Path) -> RecordFile:
     import datasets
 
-    try:
-        # Arrow rows keep a picture as its bytes and path; other formats would decode it here.
+    action = "load this folder"
+    with library_call("datasets", str(path), action, code=_UNREADABLE):
+        # Arrow rows keep an image as its bytes and path; other formats would decode it here.
         table = datasets.load_from_disk(str(path)).with_format("arrow")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: damaged `datasets` folder: {_first_line(error)}", code="data_file_unreadable"
-        ) from None
-    return RecordFile(len(table), _read_dataset(path, table))
+        batches = iter(table.iter(batch_size=_ROWS_AT_ONCE))
+    return RecordFile(len(table), _arrow_rows(path, batches, "datasets", action))
 
 
-def _read_dataset(path: Path, table: Any) -> Iterator[RawRecord | RecordError]:
+def _arrow_rows(
+    path: Path, batches: Iterator[Any], library: str, action: str
+) -> Iterator[RawRecord | RecordError]:
     index = 0
-    for batch in table.iter(batch_size=_ROWS_AT_ONCE):
-        for row in batch.to_pylist():
+    while True:
+        with library_call(library, f"{path}[{index}]", action, code=_UNREADABLE):
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for row in rows:
             yield RawRecord(row, f"{path}[{index}]", f"index-{index}")
             index += 1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vlm_sft.config import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 
 Context = Literal["start", "after_control", "continuation"]
 """Where a run of text begins: first in the sequence, right after a control token, or elsewhere
@@ -43,11 +44,8 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
             f"{key}: no such folder {name!r} (looked for {folder.absolute()}); give a folder with "
             "tokenizer.json or a hub name"
         )
-    try:
+    with library_call("transformers", key, f"load a tokenizer from {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {reason}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{key}: the tokenizer of {name!r} is {type(tokenizer).__name__}, which "
@@ -124,7 +122,8 @@ class TextEncoder:
         self._prefix = _remove_dummy_prefix(state)
         if state["pre_tokenizer"] is not None:
             _keep_spaces(state["pre_tokenizer"])
-        self._backend = Tokenizer.from_str(json.dumps(state))
+        with library_call("tokenizers", "model.language_model.tokenizer", "rebuild this tokenizer"):
+            self._backend = Tokenizer.from_str(json.dumps(state))
         self._normalizer = _without_space_marks(state)
         self._space_mark_bytes = _space_mark_bytes(state)
         self._lost = _lost_characters(state)

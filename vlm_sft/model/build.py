@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig
 from vlm_sft.errors import UserError
-from vlm_sft.model.pretrained import load_pretrained, one_line
+from vlm_sft.libraries import library_call
+from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantize import quantize
 from vlm_sft.model.vision import build_vision_tower, cast_floating
@@ -67,9 +68,12 @@ def build_language_model(
     else:
         assert config.name is not None
         model = _pretrained(config.name, attention, "auto" if quantized else dtype)
-    check_head(model)
+    where = f"{_WHERE}.config" if config.name is None else f"{_WHERE}.name"
+    with library_call("transformers", where, f"run {type(model).__name__} on three tokens"):
+        check_head(model)
     if quantized:
-        quantize(model, config, dtype)
+        with library_call("bitsandbytes", f"{_WHERE}.quantization", "quantize this model"):
+            quantize(model, config, dtype)
     return model
 
 
@@ -91,7 +95,7 @@ def _random(tree: dict[str, Any], attention: str | None, seed: int) -> PreTraine
     model_type = tree.pop("model_type", None)
     if model_type is None:
         raise UserError(f"{_WHERE}.config: key 'model_type' is missing; add it, e.g. llama")
-    try:
+    with library_call("transformers", f"{_WHERE}.config", f"build a {model_type} model"):
         config = AutoConfig.for_model(model_type, **copy.deepcopy(tree))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -101,8 +105,6 @@ def _random(tree: dict[str, Any], attention: str | None, seed: int) -> PreTraine
                     config, attn_implementation=attention, dtype=torch.float32
                 ),
             )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{_WHERE}.config: {one_line(error)}") from None
 
 
 def _pretrained(name: str, attention: str | None, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from vlm_sft.config import LoraConfig
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 from vlm_sft.model.quantize import dequantize, is_quantized, linear_layers
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
@@ -44,7 +45,8 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> No
         target_modules=paths,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):
+    adding = library_call("peft", "lora", "add adapters to this model")
+    with adding, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.language_model = _wrapped(language_model, peft_config)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlm_sft.config import means_folder
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 
 
 def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: Any) -> Any:
@@ -24,20 +25,8 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
     if means_folder(name) and not folder.is_dir():
         raise UserError(f"{where}: no such folder {name!r}; give a model folder or a hub name")
     source = str(folder) if folder.is_dir() else name
-    try:
+    action = f"load the folder {name!r}"
+    if not folder.is_dir():
+        action = f"get {name!r} from the hub, and there is no folder of that name"
+    with library_call("transformers", where, action):
         return load(source, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        if folder.is_dir():
-            raise UserError(
-                f"{where}: cannot load the folder {name!r}: {one_line(error)}"
-            ) from None
-        raise UserError(
-            f"{where}: no such folder {name!r}, and it could not be had from the hub under that "
-            f"name: {one_line(error)}"
-        ) from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first sentence or so of a library's message, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

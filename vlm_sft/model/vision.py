@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vlm_sft.config import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 from vlm_sft.model.hashing import named_state, tensors_digest
 
 
@@ -128,10 +129,12 @@ def build_vision_tower(
     if (config.name is None) == (config.config is None):
         raise UserError("model.vision_tower: give exactly one of `name` and `config`")
     load = _loader(config.library)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        loaded = load(config)
-    tower = VisionTower(loaded, config)
+    key = f"model.vision_tower.{'config' if config.name is None else 'name'}"
+    with library_call(config.library, key, "build this encoder and run it on one image"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            loaded = load(config)
+        tower = VisionTower(loaded, config)
     cast_floating(tower, dtype)
     return tower
 

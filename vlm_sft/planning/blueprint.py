@@ -20,9 +20,9 @@ from vlm_sft.config import (
     means_folder,
 )
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.pretrained import one_line
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.vision import VisionTower, build_vision_tower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
@@ -85,12 +85,10 @@ class Blueprint:
             config.num_hidden_layers = num_layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:num_layers]
-        try:
+        with library_call("transformers", _LANGUAGE, f"build a {config.model_type} model"):
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=self._attention, dtype=torch.float32
             )
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"{_LANGUAGE}: {one_line(error)}") from None
         cast_floating(model, self.dtype)
         return cast(PreTrainedModel, model)
 
@@ -231,10 +229,8 @@ def language_model_config(config: LanguageModelConfig) -> PretrainedConfig:
     model_type = tree.pop("model_type", None)
     if model_type is None:
         raise UserError(f"{_LANGUAGE}.config: key 'model_type' is missing; add it, e.g. llama")
-    try:
+    with library_call("transformers", f"{_LANGUAGE}.config", f"build a {model_type} model"):
         return AutoConfig.for_model(model_type, **copy.deepcopy(tree))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{_LANGUAGE}.config: {one_line(error)}") from None
 
 
 def require_local_tokenizer(config: LanguageModelConfig) -> None:
@@ -256,15 +252,13 @@ def _local_config(name: str, where: str) -> PretrainedConfig:
     folder = Path(name).expanduser()
     if means_folder(name) and not folder.is_dir():
         raise UserError(f"{where}: no such folder {name!r}; give a model folder or a hub name")
+    if folder.is_dir():
+        with library_call("transformers", where, f"read the config.json of {name!r}"):
+            return AutoConfig.from_pretrained(str(folder), local_files_only=True)
     try:
-        source = str(folder) if folder.is_dir() else name
-        return AutoConfig.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if folder.is_dir():
-            raise UserError(
-                f"{where}: {name!r} has no usable config.json: {one_line(error)}"
-            ) from None
-        raise _not_here(name, where, "configuration", "'*.json'") from None
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except Exception as error:
+        raise _not_here(name, where, "configuration", "'*.json'") from error
 
 
 def _local_json(name: str, file: str) -> dict[str, Any]:

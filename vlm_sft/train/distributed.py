@@ -9,6 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from accelerate.utils import broadcast_object_list as broadcast_objects
 
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 from vlm_sft.train.checkpoint import Together
 
 Value = TypeVar("Value")
@@ -32,13 +33,14 @@ def make_accelerator(
         raise UserError("train.precision: fp16 needs an NVIDIA or AMD GPU; use fp32 or bf16 here")
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError("train.precision: this GPU has no bf16; use fp16 or fp32")
-    return Accelerator(
-        cpu=not has_gpu,
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    with library_call("accelerate", "train.precision, train.trackers or the launcher", "start"):
+        return Accelerator(
+            cpu=not has_gpu,
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:

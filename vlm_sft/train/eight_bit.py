@@ -9,6 +9,7 @@ import torch
 
 from vlm_sft.config import OptimConfig
 from vlm_sft.errors import ConfigError
+from vlm_sft.libraries import library_call
 
 SMALLEST: Final = 4096
 """Tensors of fewer numbers keep moments in float32; bitsandbytes' `min_8bit_size`."""
@@ -31,10 +32,11 @@ def eight_bit_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
             "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
             "`pip install 'vlm-sft[qlora]'`, or set it to adamw"
         )
-    kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
-    made: torch.optim.Optimizer = kind(
-        groups, lr=0.0, betas=config.betas, eps=config.epsilon, min_8bit_size=SMALLEST
-    )
+    with library_call("bitsandbytes", "optim", "make its 8-bit AdamW"):
+        kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
+        made: torch.optim.Optimizer = kind(
+            groups, lr=0.0, betas=config.betas, eps=config.epsilon, min_8bit_size=SMALLEST
+        )
     return made
 
 

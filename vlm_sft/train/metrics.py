@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm_sft.atomic import write_bytes
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 from vlm_sft.progress import format_seconds
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,8 @@ def require_trackers(names: Sequence[str]) -> None:
 def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_name: str) -> None:
     """Open the trackers named when `accelerator` was made, with the run's configuration."""
     if accelerator.log_with:
-        accelerator.init_trackers(run_name, config=flat(config))
+        with library_call("accelerate", "train.trackers", "start the trackers"):
+            accelerator.init_trackers(run_name, config=flat(config))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

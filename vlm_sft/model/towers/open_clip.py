@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlm_sft.config import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.model.pretrained import one_line
+from vlm_sft.libraries import library_call
 from vlm_sft.model.towers.timm import timm_source
 from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
 
@@ -115,15 +115,16 @@ def _random(tree: dict[str, Any], config: VisionTowerConfig) -> tuple[Any, dict[
     for key in vision:
         if key not in known:
             raise UserError(f"{_WHERE}.config.vision_cfg: unknown key {key!r}{_hint(key, known)}")
-    model = open_clip.CLIP(
-        embed_dim=tree.get("embed_dim", 8),
-        vision_cfg=open_clip.CLIPVisionCfg(**vision),
-        text_cfg=open_clip.CLIPTextCfg(**_TINY_TEXT),
-        quick_gelu=bool(tree.get("quick_gelu", False)),
-    )
-    visual: Any = model.visual
-    if isinstance(visual, TimmModel) and "image_size" in vision:
-        visual.set_input_size(vision["image_size"])
+    with library_call("open_clip", f"{_WHERE}.config", "build this encoder"):
+        model = open_clip.CLIP(
+            embed_dim=tree.get("embed_dim", 8),
+            vision_cfg=open_clip.CLIPVisionCfg(**vision),
+            text_cfg=open_clip.CLIPTextCfg(**_TINY_TEXT),
+            quick_gelu=bool(tree.get("quick_gelu", False)),
+        )
+        visual: Any = model.visual
+        if isinstance(visual, TimmModel) and "image_size" in vision:
+            visual.set_input_size(vision["image_size"])
     return visual, preprocessing
 
 
@@ -137,14 +138,10 @@ def _pretrained(config: VisionTowerConfig) -> tuple[Any, dict[str, Any]]:
                 + (f"; its tags: {', '.join(tags)}" if tags else "")
             )
         _check_weights(name, weights, bool(_model_config(name).get("quick_gelu", False)))
-    try:
+    with library_call("open_clip", _WHERE, f"load {name!r} with weights {weights!r}"):
         model = open_clip.create_model(
             name, pretrained=weights, force_image_size=config.image_size, precision="fp32"
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{_WHERE}: open_clip cannot load {name!r} with weights {weights!r}: {one_line(error)}"
-        ) from None
     visual = model.visual
     return visual, dict(getattr(visual, "preprocess_cfg", {}))
 

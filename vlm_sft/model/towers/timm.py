@@ -5,13 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Final, cast
 
 import timm
 import timm.data
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from vlm_sft.config import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.model.pretrained import one_line
+from vlm_sft.libraries import library_call
 from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
 
 _WHERE: Final = "model.vision_tower"
@@ -105,13 +103,9 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
 
 def _by_name(name: str, config: VisionTowerConfig) -> Any:
     if config.weights is None:
-        try:
+        action = f"load the weights of {name!r} (or give a file as {_WHERE}.weights)"
+        with library_call("timm", f"{_WHERE}.name", action):
             return _create(name, config.image_size, None, {}, pretrained=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{_WHERE}.name: the weights of {name!r} could not be had: {one_line(error)}; give "
-                "a state-dict file as model.vision_tower.weights"
-            ) from None
     model = _create(name, config.image_size, None, {})
     _load_weights(model, Path(config.weights).expanduser(), f"{_WHERE}.weights")
     return model
@@ -150,15 +144,13 @@ def _create(
     keywords: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, **arguments}
     if pretrained_cfg is not None:
         keywords["pretrained_cfg_overlay"] = dict(pretrained_cfg)
-    if image_size is not None:
-        try:
-            return timm.create_model(architecture, **{**keywords, "img_size": image_size})
-        except TypeError:
-            pass  # a net without a position table takes any size
-    try:
+    with library_call("timm", f"{_WHERE}.config", f"build {architecture}"):
+        if image_size is not None:
+            try:
+                return timm.create_model(architecture, **{**keywords, "img_size": image_size})
+            except TypeError:
+                pass  # a net without a position table takes any size
         return timm.create_model(architecture, **keywords)
-    except TypeError as error:
-        raise UserError(f"{_WHERE}.config: timm's {architecture}: {one_line(error)}") from None
 
 
 def _load_weights(model: Any, path: Path, where: str) -> None:
@@ -169,10 +161,8 @@ def _load_weights(model: Any, path: Path, where: str) -> None:
         prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
         grid = model.patch_embed.grid_size
         state["pos_embed"] = resample_abs_pos_embed(table, grid, num_prefix_tokens=prefix)
-    try:
+    with library_call("timm", where, f"load {path}, which is of another model"):
         result = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{where}: {path} is of another model: {one_line(error)}") from None
     unexpected = [key for key in result.unexpected_keys if not _is_classifier(key, model)]
     if result.missing_keys or unexpected:
         first = (result.missing_keys or unexpected)[0]
@@ -186,12 +176,10 @@ def _load_weights(model: Any, path: Path, where: str) -> None:
 def _read_state(path: Path, where: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{where}: no such file {str(path)!r}; give a .safetensors or .pth file")
-    try:
+    with library_call("torch", where, f"read {path} as weights"):
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise UserError(f"{where}: {path} cannot be read as weights: {one_line(error)}") from None
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{where}: {path} holds no state dict; save model.state_dict()")

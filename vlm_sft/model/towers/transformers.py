@@ -28,7 +28,8 @@ from transformers.image_utils import (
 from vlm_sft.config import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.model.pretrained import load_pretrained, one_line
+from vlm_sft.libraries import library_call
+from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.vision import BlockStates, LoadedEncoder
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -129,14 +130,13 @@ def _random(tree: dict[str, Any]) -> PreTrainedModel:
             f"model.vision_tower.config.model_type: found {model_type!r}, expected one of "
             f"{', '.join(_CLASSES)}"
         )
-    try:
+    action = f"build a {model_type} encoder"
+    with library_call("transformers", "model.vision_tower.config", action):
         config = AutoConfig.for_model(model_type, **copy.deepcopy(tree))
         model_class = _CLASSES[model_type]
         if model_class is AutoModel:
             return AutoModel.from_config(config)
         return model_class(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.vision_tower.config: {one_line(error)}") from None
 
 
 def _pretrained(name: str) -> PreTrainedModel:
