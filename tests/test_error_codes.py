@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 NAME_AT = {
     "RecordError": 0,
     "ImageError": 0,
-    "_NotARecord": 0,
+    "StrictJsonError": 0,
     "self.error": 0,
     "self._error": 1,
 }

@@ -526,7 +526,7 @@ def test_a_page_shows_pictures_small_and_says_which_are_missing_or_broken(tmp_pa
     text, page = page_of([str(mixed(tmp_path))], tmp_path)
     assert text.count("data:image/jpeg;base64,") == 1
     assert 'width="256" height="128"' in text and "1: ok.png, 600 x 300" in page.texts[0]
-    assert "picture 1:" in page.texts[2] and "no such picture file" in page.texts[2]
+    assert "picture 1:" in page.texts[2] and "no such image file" in page.texts[2]
     assert "broken.png: truncated or corrupt" in page.texts[3]
 
 

@@ -26,6 +26,7 @@ RULES: Mapping[str, Rule] = {
     "data.train": "forbidden",
     "data.train.path": "explicit",
     "data.train.image_root": "explicit",
+    "data.train.follow_symlinks": "free",
     "data.eval": "explicit",
     "data.template": "forbidden",
     "data.system": "forbidden",

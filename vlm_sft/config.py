@@ -88,7 +88,9 @@ class DataFile(Section):
     path: str
     format: Literal["auto", "llava", "messages", "alpaca"] = "auto"
     image_root: str | None = None
-    """Folder that relative picture names start from; None: the file's own folder."""
+    """Folder that relative image names start from; None: the file's own folder."""
+    follow_symlinks: bool = False
+    """Whether symbolic links below `image_root` may lead out of it; `..` never may."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How often each record is seen in one epoch: 2 twice, 0.5 every other record."""
 

@@ -231,8 +231,9 @@ ALL: Final = (
     ErrorCode(
         207,
         "image_path",
-        "A picture's name is a URL or leads out of the folder of pictures.",
-        "Set `image_root` to a folder above all pictures, or move the picture.",
+        "An image's name is a URL, or leads out of the image root by `..` or a symbolic link.",
+        "Set `image_root` to a folder above all images, allow links with `follow_symlinks: true`, "
+        "or move the image.",
     ),
     ErrorCode(
         208,
@@ -292,7 +293,7 @@ ALL: Final = (
     ErrorCode(
         307,
         "line_too_long",
-        "A line of records is longer than is ever held in memory.",
+        "A record is larger than is ever held in memory.",
         "Put pictures into files instead of the record, or remove the line.",
     ),
     ErrorCode(

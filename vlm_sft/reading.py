@@ -4,6 +4,7 @@ A named pipe or a device under the name of a configuration, a checkpoint's manif
 would make a command wait forever or read without end. Every reader of such files opens them here.
 """
 
+import errno
 import json
 import os
 import stat
@@ -48,16 +49,26 @@ def open_regular(path: str | Path) -> IO[bytes]:
         # Looked at before it is opened: opening alone can rewind a tape or start a watchdog.
         _refuse_special(os.stat(path).st_mode, path)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except (ValueError, UnicodeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise NotARegularFile(f"{str(path)!r}: no file can have this name: {error}") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a NUL or half a surrogate pair in the name
+        raise OSError(errno.EINVAL, f"no file has such a name ({error})", str(path)) from None
     try:
         _refuse_special(os.fstat(descriptor).st_mode, path)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def require_regular(path: str | Path) -> None:
+    """Refuse a pipe, device or directory that a library would open by its name.
+
+    Raises:
+        NotARegularFile: It is one of these.
+        OSError: As `os.stat`.
+    """
+    _refuse_special(os.stat(path).st_mode, path)
 
 
 def _refuse_special(mode: int, path: str | Path) -> None:

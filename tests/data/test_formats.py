@@ -429,7 +429,7 @@ def test_a_json_list_is_read_with_indices_and_bad_records_are_their_own_errors(t
         ('[{"id": 1}', ":1:11: not valid JSON: expected ',' or ']'"),
         ("[] []", ":1:4: not valid JSON: expected nothing after"),
         ("[" * 100_000, "nested too deeply"),
-        ('{\n "a": 1\n}', "expected a JSON list of records"),
+        ('{\n "a": 1\n}', "holds one JSON object over several lines"),
         ("hello", "expected a JSON list of records"),
     ],
 )

@@ -1,6 +1,7 @@
 """Files of raw records, each with its place: JSON, JSONL, Parquet, `datasets` folders."""
 
 import codecs
+import itertools
 import json
 import re
 from array import array
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.image_paths import current_directory_hint, nearest_existing
 from vlm_sft.libraries import library_call
+from vlm_sft.reading import StrictJsonError, open_regular, parse_json, require_regular
 
 MAX_LINE_BYTES: Final = 64 * 2**20
-"""A longer line of JSONL is one bad record, and is passed over without being held in memory."""
+"""A larger record, of whichever form, is one bad record and is skipped without being held in
+memory."""
 
 _ROWS_AT_ONCE: Final = 16
 _UNREADABLE: Final = "data_file_unreadable"
@@ -21,6 +25,10 @@ _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _BOM: Final = b"\xef\xbb\xbf"
 _WINDOW: Final = 2**20
 """Bytes of a JSON list that are held at least."""
+_GROWTH: Final = 8 * 2**20
+"""Bytes by which what is held grows at most at a time."""
+_STRING_REST: Final = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_BRACKET: Final = re.compile(r'["{}\[\],]')
 _EDGE: Final = 16
 """A mistake so near the window's end may only be a word or an escape that it cuts."""
 
@@ -61,16 +69,20 @@ def open_record_file(path: Path) -> RecordFile:
     try:
         if path.is_dir():
             return _open_folder(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4096)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such data file; check `path` under `data`", code="data_file_missing"
+            f"{path}: no such data file{current_directory_hint(path)}{nearest_existing(path)}; "
+            "check `path` under `data`",
+            code="data_file_missing",
         ) from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}", code="data_file_unreadable"
         ) from None
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: is UTF-16; save the file as UTF-8", code="not_utf8")
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _open_lines(path)
     if start.startswith(b"PAR1"):
@@ -80,6 +92,12 @@ def open_record_file(path: Path) -> RecordFile:
         return _open_list(path)
     if first == b"{" and _first_line_is_json(path):
         return _open_lines(path)
+    if first == b"{" and _is_one_object(path):
+        raise UserError(
+            f"{path}: holds one JSON object over several lines; expected a list of records (put "
+            "it between [ and ]) or one record a line",
+            code="data_file_unreadable",
+        )
     raise UserError(
         f"{path}: expected a JSON list of records, one JSON record a line, or Parquet, found a "
         f"file that begins with {start[:20]!r}",
@@ -88,10 +106,19 @@ def open_record_file(path: Path) -> RecordFile:
 
 
 def _first_line_is_json(path: Path) -> bool:
-    with path.open("rb") as file:
-        line = file.readline(MAX_LINE_BYTES).removeprefix(_BOM)
+    with open_regular(path) as file:
+        return _is_json(file.readline(MAX_LINE_BYTES))
+
+
+def _is_one_object(path: Path) -> bool:
+    with open_regular(path) as file:
+        data = file.read(MAX_LINE_BYTES + 1)
+    return len(data) <= MAX_LINE_BYTES and _is_json(data)
+
+
+def _is_json(data: bytes) -> bool:
     try:
-        json.loads(line)
+        json.loads(data.removeprefix(_BOM))
     except (ValueError, RecursionError):
         return False
     return True
@@ -102,7 +129,7 @@ def _first_line_is_json(path: Path) -> bool:
 
 def _open_lines(path: Path) -> RecordFile:
     total, last = 0, b"\n"
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(2**20):
             total += block.count(b"\n")
             last = block[-1:]
@@ -110,15 +137,14 @@ def _open_lines(path: Path) -> RecordFile:
 
 
 def _read_lines(path: Path) -> Iterator[RawRecord | RecordError]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
             where, fallback_id = f"{path}:{number}", f"line-{number}"
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 _skip_line(file)
-                message = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
-                yield RecordError("line_too_long", message, record_id=fallback_id, where=where)
+                yield _too_large(where, fallback_id)
                 continue
             if number == 1:
                 line = line.removeprefix(_BOM)
@@ -126,7 +152,7 @@ def _read_lines(path: Path) -> Iterator[RawRecord | RecordError]:
                 continue
             try:
                 yield RawRecord(_parse_line(line), where, fallback_id)
-            except _NotARecord as error:
+            except StrictJsonError as error:
                 yield RecordError(error.reason, str(error), record_id=fallback_id, where=where)
 
 
@@ -136,10 +162,9 @@ def _skip_line(file: IO[bytes]) -> None:
             return
 
 
-class _NotARecord(ValueError):
-    def __init__(self, reason: str, message: str) -> None:
-        self.reason = reason
-        super().__init__(message)
+def _too_large(where: str, record_id: str) -> RecordError:
+    message = f"the record is larger than {MAX_LINE_BYTES:,} bytes"
+    return RecordError("line_too_long", message, record_id=record_id, where=where)
 
 
 def _parse_line(line: bytes) -> Any:
@@ -147,23 +172,17 @@ def _parse_line(line: bytes) -> Any:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         message = f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
-        raise _NotARecord("not_utf8", message) from None
+        raise StrictJsonError("not_utf8", message) from None
     return _parse(text)
 
 
 def _parse(text: str, start: int | None = None) -> Any:
-    """The text's one JSON value, or the value that begins at `start`; strictly JSON."""
+    """Parse the text's one JSON value, or the value that begins at `start`; strictly JSON."""
     try:
-        return _STRICT.decode(text) if start is None else _STRICT.raw_decode(text, start)[0]
-    except _NotARecord:
-        raise
-    except json.JSONDecodeError as error:
-        message = f"not valid JSON at column {error.colno}: {error.msg}{_hint(text, error.pos)}"
-        raise _NotARecord("json_syntax", message) from None
-    except RecursionError:
-        raise _NotARecord("json_depth", "JSON nested too deeply to be a record") from None
-    except ValueError as error:
-        raise _NotARecord("json_syntax", f"not valid JSON: {error}") from None
+        return parse_json(text, start)
+    except StrictJsonError as error:
+        hint = "" if error.position is None else _hint(text, error.position)
+        raise StrictJsonError(error.reason, f"{error}{hint}") from None
 
 
 def _hint(text: str, position: int) -> str:
@@ -172,22 +191,6 @@ def _hint(text: str, position: int) -> str:
     return ""
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        key = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise _NotARecord("json_duplicate_key", f"the key {key!r} appears twice in one object")
-    return table
-
-
-def _refuse_constant(name: str) -> Any:
-    raise _NotARecord("json_nan", f"the number {name} is not JSON")
-
-
-_STRICT: Final = json.JSONDecoder(
-    object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
-)
 _FAST: Final = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
@@ -195,7 +198,7 @@ _FAST: Final = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def _open_list(path: Path) -> RecordFile:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         bounds = _ListScan(path, file).bounds()
     return RecordFile(max(0, len(bounds) - 1), _read_list(path, bounds))
 
@@ -232,8 +235,9 @@ class _ListScan:
         position = self._after_space(position + 1)
         if self._mark(position) != "]":
             while True:
+                begin = self._byte(position)
                 end = self._item_end(position, len(starts))
-                starts.append(self._byte(position))
+                starts.append(begin)
                 position = self._after_space(self._move(end))
                 mark = self._mark(position)
                 if mark == "]":
@@ -249,6 +253,8 @@ class _ListScan:
 
     def _item_end(self, start: int, index: int) -> int:
         while True:
+            if len(self._text) - start > MAX_LINE_BYTES:
+                return self._skip_item(start)
             try:
                 end = _FAST.raw_decode(self._text, start)[1]
                 if end < len(self._text) or not self._more():
@@ -263,12 +269,39 @@ class _ListScan:
                 message = f"{self._path}[{index}]: JSON nested too deeply to be a record"
                 raise UserError(f"{message}; mend or remove it", code="json_depth") from None
 
+    def _skip_item(self, position: int) -> int:
+        """Return where a too large item ends, without holding it; only its brackets are counted."""
+        depth, in_string = 0, False
+        while True:
+            if in_string:
+                match = _STRING_REST.match(self._text, position)
+                assert match is not None
+                position = match.end()
+                if self._mark(position) == '"':
+                    in_string, position = False, position + 1
+                    continue
+            elif found := _BRACKET.search(self._text, position):
+                mark, position = found.group(), found.end()
+                if depth == 0 and mark in ",]}":
+                    return found.start()
+                in_string = mark == '"'
+                depth += (mark in "[{") - (mark in "]}")
+                continue
+            else:
+                position = len(self._text)
+            position = self._move(position)
+            if not self._more():
+                raise self._syntax_error(position, "the file ends inside a record")
+
     def _mark(self, position: int) -> str:
         return self._text[position : position + 1]
 
     def _after_space(self, position: int) -> int:
         position = _after_space(self._text, position)
-        while position >= len(self._text) and self._more():
+        while position >= len(self._text):
+            position = self._move(position)
+            if not self._more():
+                break
             position = _after_space(self._text, position)
         return position
 
@@ -276,7 +309,7 @@ class _ListScan:
         """Widen the window; whether there was anything left to read."""
         if self._ended:
             return False
-        data = self._file.read(max(_WINDOW, len(self._text)))
+        data = self._file.read(min(max(_WINDOW, len(self._text)), _GROWTH))
         try:
             self._text += self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
@@ -326,14 +359,17 @@ def _after_space(text: str, position: int) -> int:
 
 
 def _read_list(path: Path, bounds: "array[int]") -> Iterator[RawRecord | RecordError]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for index in range(len(bounds) - 1):
             where, fallback_id = f"{path}[{index}]", f"index-{index}"
+            if bounds[index + 1] - bounds[index] > MAX_LINE_BYTES:
+                yield _too_large(where, fallback_id)
+                continue
             file.seek(bounds[index])
             data = file.read(bounds[index + 1] - bounds[index])
             try:
                 yield RawRecord(_parse(data.decode(), 0), where, fallback_id)
-            except _NotARecord as error:
+            except StrictJsonError as error:
                 yield RecordError(error.reason, str(error), record_id=fallback_id, where=where)
 
 
@@ -365,6 +401,7 @@ def _open_parquet(paths: list[Path]) -> RecordFile:
 
     total = 0
     for path in paths:
+        require_regular(path)
         with library_call("pyarrow", str(path), "read this Parquet file", code=_UNREADABLE):
             total += parquet.ParquetFile(path).metadata.num_rows
     return RecordFile(total, _read_parquet(paths))
@@ -384,6 +421,8 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 def _open_datasets_folder(path: Path) -> RecordFile:
     import datasets
 
+    for entry in itertools.chain(path.glob("*.arrow"), path.glob("*.json")):
+        require_regular(entry)
     action = "load this folder"
     with library_call("datasets", str(path), action, code=_UNREADABLE):
         # Arrow rows keep an image as its bytes and path; other formats would decode it here.
@@ -399,9 +438,22 @@ def _arrow_rows(
     while True:
         with library_call(library, f"{path}[{index}]", action, code=_UNREADABLE):
             batch = next(batches, None)
-            rows = [] if batch is None else batch.to_pylist()
+            rows = [] if batch is None else _rows_of(batch)
         if batch is None:
             return
         for row in rows:
-            yield RawRecord(row, f"{path}[{index}]", f"index-{index}")
+            where, fallback_id = f"{path}[{index}]", f"index-{index}"
+            if row is None:
+                yield _too_large(where, fallback_id)
+            else:
+                yield RawRecord(row, where, fallback_id)
             index += 1
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """Return rows of an Arrow batch; None for one that is too large to become Python objects."""
+    if batch.nbytes <= MAX_LINE_BYTES:
+        rows: list[Any] = batch.to_pylist()
+        return rows
+    singles = (batch.slice(row, 1) for row in range(batch.num_rows))
+    return [None if row.nbytes > MAX_LINE_BYTES else row.to_pylist()[0] for row in singles]

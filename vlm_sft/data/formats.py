@@ -3,7 +3,7 @@
 import base64
 import binascii
 import difflib
-import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from vlm_sft.data.conversation import (
     Turn,
 )
 from vlm_sft.data.files import RawRecord, open_record_file
-from vlm_sft.errors import RecordError
+from vlm_sft.errors import ImageError, RecordError
+from vlm_sft.image_paths import image_path
 
 Form = Literal["llava", "messages", "alpaca"]
 
@@ -33,6 +34,14 @@ ROLES: Final[dict[str, Role]] = {
     "assistant": "assistant",
 }
 """Names of speakers, as `from` or `role` spells them."""
+
+MAX_ID: Final = 4096
+"""Longest id of a record in characters."""
+
+MAX_TURNS: Final = 10_000
+MAX_IMAGES: Final = 10_000
+"""Most turns and images of one record; each of them costs time and memory before any length limit
+can apply."""
 
 _MARKS: Final[dict[str, Form]] = {
     "conversations": "llava",
@@ -76,35 +85,38 @@ def open_records(file: DataFile) -> Records:
                 yield raw
                 continue
             try:
-                yield parse_record(raw, form, root)
+                yield parse_record(raw, form, root, follow_symlinks=file.follow_symlinks)
             except RecordError as error:
                 yield error
 
     return Records(opened.total, conversations())
 
 
-def parse_record(raw: RawRecord, form: Form | None, image_root: Path) -> Conversation:
-    """One parsed value as a conversation.
+def parse_record(
+    raw: RawRecord, form: Form | None, image_root: Path, *, follow_symlinks: bool = False
+) -> Conversation:
+    """Return one parsed value as a conversation.
 
     Args:
         raw: The value and its place.
         form: How it is written; None tells by its keys.
-        image_root: Folder that picture names start from and may not leave.
+        image_root: Folder that image names start from and may not leave.
+        follow_symlinks: Whether symbolic links below `image_root` may leave it.
 
     Raises:
         RecordError: With a reason for the ledger: `format`, `bad_id`, `bad_turn`, `unknown_role`,
             `role_order`, `no_answer`, `empty_answer`, `bad_loss`, `tool_calls`, `bad_text`,
             `image_count`, `image_path`, `image_field`, `image_in_answer`.
     """
-    return _Reader(raw, image_root).read(form)
+    return _Reader(raw, image_root, follow_symlinks).read(form)
 
 
 class _Reader:
     """Reads one record; holds its place for errors and its pictures in reading order."""
 
-    def __init__(self, raw: RawRecord, image_root: Path) -> None:
+    def __init__(self, raw: RawRecord, image_root: Path, follow_symlinks: bool) -> None:
         self.value, self.where, self.id = raw.value, raw.where, raw.fallback_id
-        self.root = image_root
+        self.root, self.follow_symlinks = image_root, follow_symlinks
         self.listed: list[Any] = []
         self.drafts: list[_Draft] = []
 
@@ -131,7 +143,11 @@ class _Reader:
             return self.id
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise self.error("bad_id", f"`id` must be text or an integer, found {_kind(value)}")
-        return self._clean(str(value), "id")
+        text = str(value)
+        if len(text) > MAX_ID:
+            message = f"`id` has {len(text):,} characters, at most {MAX_ID:,} are accepted"
+            raise self.error("bad_id", message)
+        return self._clean(text, "id")
 
     def _form(self, record: Mapping[str, Any]) -> Form:
         found = [key for key in _MARKS if record.get(key) is not None]
@@ -151,8 +167,13 @@ class _Reader:
             value = record.get(key)
             if value is not None and value != []:
                 found.append(value if isinstance(value, list) else [value])
+        if len(found) > 1:  # a column that names no image is no second list
+            found = [listed for listed in found if not all(map(_is_empty, listed))] or found[:1]
         if len(found) > 1:
             raise self.error("image_field", "has both `image` and `images`; keep one")
+        if found and len(found[0]) > MAX_IMAGES:
+            message = f"lists {len(found[0]):,} images, at most {MAX_IMAGES:,} are accepted"
+            raise self.error("image_count", message)
         return found[0] if found else []
 
     # --- the forms
@@ -162,6 +183,9 @@ class _Reader:
         turns = record.get(key)
         if not isinstance(turns, list):
             raise self.error("format", f"`{key}` must be a list of turns, found {_kind(turns)}")
+        if len(turns) > MAX_TURNS:
+            message = f"has {len(turns):,} turns, at most {MAX_TURNS:,} are accepted"
+            raise self.error("bad_turn", message)
         for number, turn in enumerate(turns):
             if not isinstance(turn, Mapping):
                 message = f"turn {number}: expected an object, found {_kind(turn)}"
@@ -198,9 +222,9 @@ class _Reader:
         if name is None:
             message = f"turn {number}: no speaker; expected `from` or `role`"
             raise self.error("unknown_role", message)
-        near = difflib.get_close_matches(str(name).lower(), ROLES, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(_quoted(name).strip("'").lower(), ROLES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(ROLES)}"
-        raise self.error("unknown_role", f"turn {number}: unknown role {name!r}; {hint}")
+        raise self.error("unknown_role", f"turn {number}: unknown role {_quoted(name)}; {hint}")
 
     def _refuse_tool_calls(self, turn: Mapping[str, Any], number: int) -> None:
         for key in ("tool_calls", "function_call"):
@@ -211,10 +235,10 @@ class _Reader:
     def _supervised(self, turn: Mapping[str, Any], role: Role, number: int) -> bool:
         loss, weight = turn.get("loss"), turn.get("weight")
         if loss is not None and not isinstance(loss, bool):
-            message = f"turn {number}: `loss` must be true or false, found {loss!r}"
+            message = f"turn {number}: `loss` must be true or false, found {_quoted(loss)}"
             raise self.error("bad_loss", message)
         if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-            message = f"turn {number}: `weight` must be 0 or 1, found {weight!r}"
+            message = f"turn {number}: `weight` must be 0 or 1, found {_quoted(weight)}"
             raise self.error("bad_loss", message)
         if role != "assistant" and (loss or weight):
             message = f"turn {number}: loss on a {role} turn; only answers are trained"
@@ -254,7 +278,7 @@ class _Reader:
         if kind == "image_url":
             url = part.get("image_url")
             return [_Picture(url.get("url") if isinstance(url, Mapping) else url)]
-        found = f"type {kind!r}" if kind is not None else _kind(part)
+        found = f"type {_quoted(kind)}" if kind is not None else _kind(part)
         message = f"turn {number}: expected a part of type text, image or image_url, found {found}"
         raise self.error("bad_turn", message)
 
@@ -292,12 +316,19 @@ class _Reader:
 
     def _conversation(self) -> Conversation:
         places = [p for d in self.drafts for p in d.parts if isinstance(p, _Picture)]
+        if len(places) > MAX_IMAGES:
+            message = f"has {len(places):,} images, at most {MAX_IMAGES:,} are accepted"
+            raise self.error("image_count", message)
         open_places = sum(place.source is None for place in places)
+        if not open_places and all(map(_is_empty, self.listed)):
+            self.listed = []  # tables fill the image column of text-only rows with empty values
         if open_places != len(self.listed):
             message = (
-                f"the text has places for {open_places} pictures ({IMAGE_PLACEHOLDER} or image "
+                f"the text has places for {open_places} images ({IMAGE_PLACEHOLDER} or image "
                 f"parts), the record lists {len(self.listed)}; they must agree"
             )
+            if any(map(_is_empty, self.listed)):
+                message += " (an empty image name counts)"
             raise self.error("image_count", message)
         listed = iter(self.listed)
         images: list[ImageSource] = []
@@ -315,13 +346,16 @@ class _Reader:
         return Conversation(self.id, tuple(turns), tuple(images), self.where)
 
     def _source(self, value: Any) -> ImageSource:
+        if _is_empty(value):
+            message = "an empty image name; name the image, or remove its place from the text"
+            raise self.error("image_field", message)
         if isinstance(value, Mapping):  # an image column: {"bytes": ..., "path": ...}
-            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+            value = value["bytes"] if value.get("bytes") else value.get("path")
         if isinstance(value, bytes):
             return value
-        if not isinstance(value, str) or not value:
-            found = "an empty name" if value == "" else _kind(value)
-            raise self.error("image_field", f"a picture must be a file's name, found {found}")
+        if not isinstance(value, str):
+            message = f"an image must be a file's name, found {_kind(value)}"
+            raise self.error("image_field", message)
         if value.startswith("data:"):
             return self._data_url(value)
         return self._path(value)
@@ -337,17 +371,11 @@ class _Reader:
             raise self.error("image_field", message) from None
 
     def _path(self, name: str) -> Path:
-        self._clean(name, "picture name")
-        scheme, separator, _ = name.partition("://")
-        if separator and scheme.isalnum():
-            message = f"the picture {name!r} is a URL; nothing is downloaded, give a file's name"
-            raise self.error("image_path", message)
-        root = os.path.abspath(self.root)
-        path = os.path.normpath(os.path.join(root, name))
-        if "\0" in name or os.path.commonpath([root, path]) != root or path == root:
-            message = f"the picture {name!r} is outside of the image root {self.root}"
-            raise self.error("image_path", f"{message}; set `image_root` or move the picture")
-        return Path(path)
+        self._clean(name, "image name")
+        try:
+            return image_path(self.root, name, follow_symlinks=self.follow_symlinks)
+        except ImageError as error:
+            raise self.error(error.reason, str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -376,8 +404,29 @@ def _first_of(table: Mapping[str, Any], *keys: str) -> Any:
     return next((table[key] for key in keys if table.get(key) is not None), None)
 
 
+def _is_empty(value: Any) -> bool:
+    """Return whether the value of an image column names no image."""
+    if isinstance(value, Mapping):
+        return not value.get("bytes") and not value.get("path")
+    return value is None or value in ("", b"", [])
+
+
+def _quoted(value: Any) -> str:
+    """Return a value of any size and depth in a few characters."""
+    return _BOUNDED.repr(value)
+
+
+def _bounded_repr() -> reprlib.Repr:
+    bounded = reprlib.Repr()
+    bounded.maxstring = bounded.maxother = bounded.maxlong = 60
+    return bounded
+
+
+_BOUNDED: Final = _bounded_repr()
+
+
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
     names = {str: "text", dict: "an object", list: "a list", bool: "true/false"}
-    return names.get(type(value), f"the {type(value).__name__} {str(value)[:40]}")
+    return names.get(type(value), f"the {type(value).__name__} {_quoted(value)}")

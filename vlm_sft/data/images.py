@@ -1,7 +1,6 @@
 """Picture files to pixels: one contract for every format, mode, rotation, alpha and bit depth."""
 
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from torch.nn.functional import interpolate
 
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.errors import ImageError
+from vlm_sft.image_paths import nearest_existing
+from vlm_sft.reading import NotARegularFile, open_regular
 
 Aspect = Literal["pad", "crop"]
 Processing = Literal["fast", "exact"]
@@ -29,13 +30,16 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS: Final = 120_000_000
 """Larger pictures are refused from their header, before anything is decoded."""
 
+MAX_BYTES: Final = 512 * 2**20
+"""Larger image files are refused unread; MAX_PIXELS without compression take less."""
+
 MAX_SIDE: Final = 65_535
 """Longest side in pixels, which is JPEG's own limit."""
 
 _PLAIN_CANVAS: Final = 4096
 """Up to this side the padded square is made whole; beyond it, one axis at a time."""
 
-_MISSING: Final = "no such picture file; check the name (a record's starts from its `image_root`)"
+_MISSING: Final = "check the name (a record's starts from its `image_root`)"
 
 _FAST_RESIZES: Final = ("bilinear", "bicubic")
 """What torch resizes bytes by as Pillow does."""
@@ -169,37 +173,36 @@ def _opened(source: ImageSource) -> Iterator[tuple[IO[bytes], str]]:
 
 @contextmanager
 def _open_bytes(source: ImageSource, name: str) -> Iterator[IO[bytes]]:
-    if isinstance(source, bytes):
-        yield BytesIO(source)
-        return
-    descriptor = _open_regular(source, name)
-    with os.fdopen(descriptor, "rb") as file:
-        _refuse_special(os.fstat(descriptor).st_mode, name)
+    with BytesIO(source) if isinstance(source, bytes) else _open_regular(source, name) as file:
+        _refuse_too_many_bytes(file, name)
         yield file
 
 
-def _open_regular(path: Path, name: str) -> int:
-    """A descriptor; opening must not wait for a pipe's writer nor wake a device."""
+def _open_regular(path: Path, name: str) -> IO[bytes]:
     try:
-        _refuse_special(path.stat().st_mode, name)
-        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except ImageError:
-        raise
+        return open_regular(path)
+    except NotARegularFile as error:
+        raise ImageError("image_not_file", str(error)) from None
     except FileNotFoundError:
-        raise ImageError("image_missing", f"{name}: {_MISSING}") from None
-    except (OSError, ValueError) as error:
+        message = f"{name}: no such image file{nearest_existing(path)}; {_MISSING}"
+        raise ImageError("image_missing", message) from None
+    except OSError as error:
         raise _unreadable(name, error) from None
+
+
+def _refuse_too_many_bytes(file: IO[bytes], name: str) -> None:
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if num_bytes > MAX_BYTES:
+        raise ImageError(
+            "image_too_large",
+            f"{name}: {num_bytes:,} bytes; at most {MAX_BYTES:,} are accepted; shrink it",
+        )
 
 
 def _unreadable(name: str, error: Exception) -> ImageError:
     text = getattr(error, "strerror", None) or str(error)
     return ImageError("image_unreadable", f"{name}: cannot be read: {text}")
-
-
-def _refuse_special(mode: int, name: str) -> None:
-    if not stat.S_ISREG(mode):
-        found = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise ImageError("image_not_file", f"{name}: expected a picture file, found {found}")
 
 
 @contextmanager
