@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.rounding import rounding, terms_of_a_run
 from tests.tiny_runs import ROOT, TINY, rows, run
 from tests.train.tiny import reset_accelerate
 from vlm_sft import stage
@@ -330,7 +331,8 @@ def test_packed_runs_take_the_same_records_in_the_same_order_to_the_same_losses(
     assert "activation checkpointing: none (a step of 8 records in" in said
     assert "packs of up to 300 tokens a step" in said and "save 0.0% of all tokens" in said
     assert trained_records(tmp_path / "packed") == trained_records(tmp_path / "padded")
-    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+    bound = rounding(terms_of_a_run())
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=bound)
 
 
 def test_a_packed_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.rounding import rounding, terms_of
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.masking import expand
 from vlm_sft.errors import UserError
@@ -66,11 +67,16 @@ def test_captions_of_unequal_length_are_measured_together_as_alone(
     found = list(caption_losses(run, records, others, batch_size=batch_size))
 
     assert [loss.image for loss in found] == names
+    bound = rounding(terms_of(run.model, length=40))
     for loss, record, text in zip(found, records, texts, strict=True):
         assert loss.num_tokens == len(run.renderer.answer_ids(text))
-        assert loss.right == pytest.approx(plain_loss(run, record, loss.image), rel=3e-6)
-        assert loss.shuffled == pytest.approx(plain_loss(run, record, others[loss.image]), rel=3e-6)
-        assert loss.right != pytest.approx(loss.shuffled, rel=3e-6)
+        right = plain_loss(run, record, loss.image)
+        shuffled = plain_loss(run, record, others[loss.image])
+        assert loss.right == pytest.approx(right, rel=bound)
+        assert loss.shuffled == pytest.approx(shuffled, rel=bound)
+        # An image makes little difference to an untrained model, and still more than rounding does.
+        assert abs(loss.right - right) < abs(loss.right - shuffled) / 10
+        assert abs(loss.shuffled - shuffled) < abs(loss.shuffled - right) / 10
 
 
 def captioned(name: str, text: str = "A thing.") -> Conversation:

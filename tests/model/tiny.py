@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.rounding import terms_of
 from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.model.build import build_model
@@ -82,6 +83,12 @@ def tiny_model(
 ) -> VisionLanguageModel:
     config = model_config(tower, language_model, projector_type, **held)
     return build_model(config, dtype=dtype, seed=seed, lora=lora)
+
+
+def sums_of(model: VisionLanguageModel) -> int:
+    """Return the terms that a tiny model's losses and logits pass through; see `rounding`."""
+    vocabulary = model.language_model.get_input_embeddings().weight.shape[0]
+    return terms_of(model, length=30) + int(vocabulary)
 
 
 def pictures(count: int, *, seed: int = 0, size: int = 28) -> Tensor:
