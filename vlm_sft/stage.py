@@ -26,6 +26,7 @@ from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
+from vlm_sft.train.environment import environment_notes, require_environment
 from vlm_sft.train.loop import Outcome, say_on_stderr
 from vlm_sft.train.metrics import require_trackers, start_trackers
 from vlm_sft.train.sharding import shard
@@ -49,6 +50,7 @@ def run_stage(
         UserError: With one sentence; see the functions called.
         KeyboardInterrupt: After Ctrl-C, once everything is saved.
     """
+    require_environment(config)
     require_trackers(config.train.trackers)
     require_quantization(config.model.language_model, trainable)
     require_roundable(config, trainable)
@@ -107,6 +109,8 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         )
     data = load_data(config, language.renderer, model)
     if main:
+        for note in environment_notes(config):
+            say_on_stderr(note)
         data.write_ledgers(Path(config.output_dir))
         say_on_stderr(data.summary())
     use_feature_cache(config, model, accelerator, data)

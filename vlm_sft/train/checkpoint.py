@@ -22,6 +22,7 @@ from vlm_sft.atomic import sync_folder, write_text
 from vlm_sft.crash import crash_point
 from vlm_sft.error_codes import CODE_OF_FACT
 from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.train.environment import environment_difference, recorded_environment
 from vlm_sft.train.sharding import fill, is_sharded, own_part, process_of, whole
 
 FORMAT = 2
@@ -315,6 +316,11 @@ class CheckpointStore:
             )
         if changed := software_difference(checkpoint.manifest.get("software", {}), software()):
             self.say(f"{checkpoint.folder} was made by other software ({changed})")
+        recorded = checkpoint.manifest.get("environment")
+        if recorded is not None and (
+            changed := environment_difference(recorded, recorded_environment())
+        ):
+            self.say(f"{checkpoint.folder} was made with other environment variables ({changed})")
         for component in self.components.values():
             if component.read is not None:
                 component.read(checkpoint.folder)
@@ -409,6 +415,7 @@ def _complete(building: Path, folder: Path, facts: Mapping[str, Any]) -> None:
         **facts,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "software": software(),
+        "environment": recorded_environment(),
         "files": files,
     }
     write_text(building / MANIFEST, _sealed(manifest))

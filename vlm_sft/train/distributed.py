@@ -5,7 +5,11 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 from accelerate.utils import broadcast_object_list as broadcast_objects
 
 from vlm_sft.errors import UserError
@@ -37,6 +41,8 @@ def make_accelerator(
         return Accelerator(
             cpu=not has_gpu,
             mixed_precision="no" if precision == "fp32" else precision,
+            # Given explicitly: a number from the environment would divide every gradient.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],

@@ -1,0 +1,166 @@
+"""Environment variables that would change a training run without appearing in its configuration.
+
+Libraries read many. Those that would change what is computed are refused by name, with the setting
+to use instead; those that change only how it is computed are recorded in every checkpoint, and a
+resumed run reports which of them differ.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from vlm_sft.config import RunConfig
+from vlm_sft.errors import UserError
+
+Environment = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One variable that a training run does not accept.
+
+    Attributes:
+        harmless: Values that change nothing, in lower case; an empty value never does.
+        effect: What another value would do to the run.
+        instead: What to do.
+    """
+
+    harmless: frozenset[str]
+    effect: str
+    instead: str
+
+
+_OFF: Final = frozenset({"0", "false", "no", "off", "n", "f"})
+_SHARDING: Final = "set train.sharding"
+
+REFUSED: Final[Mapping[str, Refused]] = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Refused(
+        frozenset({"1"}),
+        "divides every gradient by its value",
+        "set train.batch_size and train.micro_batch_size",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": Refused(
+        _OFF, "compiles the model outside of the configuration", "set train.compile"
+    ),
+    "ACCELERATE_USE_FSDP": Refused(_OFF, "shards the model in accelerate's own way", _SHARDING),
+    "ACCELERATE_USE_DEEPSPEED": Refused(
+        _OFF, "hands the model and the optimizer to DeepSpeed", _SHARDING
+    ),
+    "ACCELERATE_USE_MEGATRON_LM": Refused(_OFF, "hands the model to Megatron-LM", _SHARDING),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": Refused(
+        _OFF, "splits the model over processes in accelerate's own way", _SHARDING
+    ),
+    "ACCELERATE_DOWNCAST_BF16": Refused(_OFF, "rounds float32 to bfloat16", "set train.precision"),
+    "XLA_USE_BF16": Refused(_OFF, "rounds float32 to bfloat16", "set train.precision"),
+    "XLA_DOWNCAST_BF16": Refused(_OFF, "rounds float32 to bfloat16", "set train.precision"),
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": Refused(
+        _OFF,
+        "lets weight files run code when they are loaded",
+        "save the weights as safetensors",
+    ),
+}
+
+REFUSED_WHEN_COMPILING: Final[Mapping[str, Refused]] = {
+    name: Refused(_OFF, effect, "set train.compile: false")
+    for name, effect in (
+        ("TORCH_COMPILE_DISABLE", "switches train.compile off"),
+        ("TORCHDYNAMO_DISABLE", "switches train.compile off"),
+        ("TORCHDYNAMO_SUPPRESS_ERRORS", "lets layers fall back to uncompiled code unreported"),
+    )
+}
+
+TF32: Final = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+"""Variables that let fp32 matrix products keep 10 bits of mantissa; NVIDIA's images set one."""
+
+_RECORDED_PREFIXES: Final = (
+    "ACCELERATE_",
+    "ATEN_",
+    "AOTI",
+    "BNB_",
+    "CUBLAS",
+    "CUDA_",
+    "CUDNN_",
+    "FLASH_ATTENTION_",
+    "FSDP_",
+    "GOMP_",
+    "HF_DEACTIVATE_ASYNC_LOAD",
+    "HIP_VISIBLE_DEVICES",
+    "KMP_",
+    "MKL_",
+    "NCCL_",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_",
+    "ONEDNN_",
+    "OPENBLAS_",
+    "PARALLELISM_CONFIG_",
+    "PYTORCH_",
+    "ROCR_VISIBLE_DEVICES",
+    "TIMM_",
+    "TORCH",
+    "TRANSFORMERS_",
+    "USE_HUB_KERNELS",
+    "VLM_SFT_",
+    "XLA_",
+)
+_NOT_RECORDED: Final = ("TORCHELASTIC_", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_NCCL_")
+"""Set by the launcher or naming places only; they differ between runs that compute the same."""
+
+_SECRET: Final = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def require_environment(config: RunConfig, environment: Environment = os.environ) -> None:
+    """Refuse environment variables that would change the run beside its configuration.
+
+    Raises:
+        UserError: A variable is set to a value that changes the run; the message names it,
+            its effect and the setting to use instead.
+    """
+    refused = {**REFUSED, **(REFUSED_WHEN_COMPILING if config.train.compile else {})}
+    for name, rule in refused.items():
+        value = environment.get(name, "").strip().lower()
+        if value and value not in rule.harmless:
+            raise UserError(
+                f"the environment variable {name}={environment[name]} {rule.effect}, which the "
+                f"configuration does not show; unset it and {rule.instead}"
+            )
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "").strip().lower()
+    precision = config.train.precision
+    if launched not in ("", "no", precision):
+        raise UserError(
+            f"the environment variable ACCELERATE_MIXED_PRECISION={launched} differs from "
+            f"train.precision: {precision}; set train.precision, which is the one that counts, and "
+            "unset the variable (accelerate launch --mixed_precision no)"
+        )
+
+
+def environment_notes(config: RunConfig, environment: Environment = os.environ) -> list[str]:
+    """Return a line for each accepted variable that lowers the precision of the run."""
+    if config.train.precision != "fp32":
+        return []
+    return [
+        f"{name}={environment[name]}: fp32 matrix products on a GPU are computed in TF32"
+        for name in TF32
+        if environment.get(name) == "1"
+    ]
+
+
+def recorded_environment(environment: Environment = os.environ) -> dict[str, str]:
+    """Return the variables that numerical libraries read, for the manifest; no secret values."""
+    return {
+        name: environment[name]
+        for name in sorted(environment)
+        if name.startswith(_RECORDED_PREFIXES)
+        and not name.startswith(_NOT_RECORDED)
+        and not any(word in name for word in _SECRET)
+    }
+
+
+def environment_difference(then: Environment, now: Environment) -> str | None:
+    """Return how two recorded environments differ, in words; None if they do not."""
+    changed = [
+        f"{name} {then.get(name, 'unset')}, now {now.get(name, 'unset')}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    return "; ".join(changed) or None
