@@ -16,6 +16,7 @@ from data_tools.backgrounds import KINDS
 from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scene_rng
 from vlm_sft.atomic import write_json, write_text
 from vlm_sft.errors import UserError, run_command
+from vlm_sft.filesystem import naming
 from vlm_sft.progress import track
 
 FORMAT = 1
@@ -235,7 +236,8 @@ def _make_one(task: _Task) -> _Entry:
     scene = compose(settings, index)
     path = Path(folder) / _file_name(index)
     temporary = path.with_suffix(".part")
-    temporary.write_bytes(scene.jpeg)
+    with naming(path):
+        temporary.write_bytes(scene.jpeg)
     temporary.replace(path)
     image = {
         "license": art.ARTISTS[settings.artist].license_id,

@@ -1,12 +1,13 @@
-"""Files that are either complete or absent: written beside their place, then renamed into it."""
+"""Write files that are either complete or absent: write a temporary one, then rename it."""
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from vlm_sft.filesystem import create_exclusively, naming, sync, sync_folder, temporary_sibling
 
 
 def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
@@ -40,44 +41,47 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to write that takes the place of `path` when the block ends without error."""
+    """Open a binary file to write that replaces `path` when the block ends without an error.
+
+    A new file gets the mode that the umask gives, a replaced one keeps its mode where the file
+    system allows it.
+
+    Raises:
+        OSError: As `write_bytes`; the error names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp"
-    )
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            _take_mode(file.fileno(), path)
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-    sync_folder(path.parent)
+    temporary = temporary_sibling(path)
+    with naming(path):
+        with _called(path):
+            descriptor = create_exclusively(temporary)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                _keep_mode(file.fileno(), path)
+                sync(file.fileno(), path)
+            with _called(path):
+                os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk; systems that cannot sync a folder are let be."""
+@contextmanager
+def _called(path: Path) -> Iterator[None]:
+    """Name the file that the user knows in an error about the temporary one."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _take_mode(descriptor: int, path: Path) -> None:
-    """Give the temporary file the mode of the file it replaces, or that of an ordinary new file."""
-    try:
+def _keep_mode(descriptor: int, path: Path) -> None:
+    """Give the temporary file the mode of the file that it replaces, if there is one."""
+    with suppress(OSError):
         mode = path.stat().st_mode & 0o777
-    except OSError:
-        mode = 0o644
-    with suppress(OSError, AttributeError):
-        os.fchmod(descriptor, mode)
+        if mode != os.fstat(descriptor).st_mode & 0o777:
+            os.fchmod(descriptor, mode)

@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,7 @@ from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.feature_store import FeatureStore, disk_use
 from vlm_sft.data.images import ImageSpec, read_bytes, read_pixels
 from vlm_sft.errors import ImageError, UserError
+from vlm_sft.filesystem import free_bytes
 from vlm_sft.model.quantize import num_weights
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
@@ -262,8 +263,8 @@ def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
             "or leave data.feature_cache out",
             code="feature_cache_full",
         )
-    free = shutil.disk_usage(config.feature_cache).free
-    if worth.num_bytes > free:
+    free = free_bytes(Path(config.feature_cache))
+    if free is not None and worth.num_bytes > free:
         raise UserError(
             f"data.feature_cache: {config.feature_cache} has {_told(free)} free and "
             f"{_told(worth.num_bytes)} are needed; make room, give another folder, or leave "

@@ -1,6 +1,5 @@
 """A run's folder: one run at a time, one configuration for its whole life."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from vlm_sft.atomic import write_text
 from vlm_sft.changes import Change, changes_between, require_allowed
 from vlm_sft.config import RunConfig, dump_config, load_config
 from vlm_sft.errors import UserError
+from vlm_sft.filesystem import lock
 
 _held: set[int] = set()
 """Descriptors of locks, which a forked loader process must not keep when its parent is killed."""
@@ -31,6 +31,8 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     """Keep a second run out of the folder while the block lasts; a killed run leaves no lock.
 
+    Where the file system has no locks, a warning is printed and the run starts.
+
     Raises:
         UserError: Another process has it; it is named with its host and when it began.
     """
@@ -39,14 +41,12 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if lock(file.fileno(), Path(file.name), wait=False) == "held_elsewhere":
             raise UserError(
-                f"output_dir {output_dir} is in use by another run ({_holder(file)}); wait for it "
-                "or choose another",
+                f"output_dir {output_dir} is locked by another run ({_holder(file)}); wait for it "
+                "or choose another output_dir",
                 code="folder_in_use",
-            ) from None
+            )
         file.truncate(0)
         began = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}")
@@ -85,4 +85,4 @@ def settle_config(
 
 def _holder(file: IO[str]) -> str:
     file.seek(0)
-    return file.read(200).strip() or "which has not said its name"
+    return file.read(200).strip() or "its process is not known"

@@ -15,6 +15,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -26,8 +27,8 @@ from data_tools.instruct.appending import append_line, cut_torn_line
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.schema import Answer
-from vlm_sft.atomic import sync_folder
 from vlm_sft.errors import UserError
+from vlm_sft.filesystem import lock, sync, sync_folder
 
 _HEAD: Final = re.compile(rb'\{"request":"([^"\\]+)"')
 _FILE_BITS: Final = 20
@@ -217,7 +218,7 @@ class AnswerWriter:
 
     def sync(self) -> None:
         """Put what was written on the disk: it outlives the machine's power from here on."""
-        os.fsync(self._descriptor)
+        sync(self._descriptor, self.path)
 
     def close(self) -> None:
         """Sync, and leave the file to others."""
@@ -235,7 +236,7 @@ class Claims:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(folder / "claims", os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(folder / "claims", os.O_RDWR | os.O_CREAT, 0o666)
 
     def take(self, request: str) -> bool:
         """Whether the request is this process's to ask."""
@@ -249,7 +250,8 @@ class Claims:
 
     def release(self, request: str) -> None:
         """Let others have it."""
-        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _key(request) >> 2)
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _key(request) >> 2)
 
     def close(self) -> None:
         """Give all back."""
@@ -286,19 +288,18 @@ def _own_file(folder: Path) -> tuple[int, Path]:
         number += 1
         path = folder / f"part-{number:05d}.jsonl"
         try:
-            descriptor = os.open(path, flags, 0o644)
+            descriptor = os.open(path, flags, 0o666)
         except FileExistsError:
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        found = lock(descriptor, path, wait=False)
+        if found == "held_elsewhere":
             os.close(descriptor)
             continue
-        except OSError:  # a file system without locks: only a new file is surely nobody else's
-            if not flags & os.O_EXCL:
-                os.close(descriptor)
-                flags |= os.O_EXCL
-                continue
+        # Without locks only a new file certainly belongs to no other process.
+        if found == "unsupported" and not flags & os.O_EXCL:
+            os.close(descriptor)
+            flags |= os.O_EXCL
+            continue
         sync_folder(folder)
         return descriptor, path
 

@@ -1,10 +1,11 @@
 """Files that only grow, a line at a time, whole lines or none."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vlm_sft.filesystem import lock, sync, unlock
 
 
 class SharedLog:
@@ -13,19 +14,19 @@ class SharedLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         self._seen = 0
         with self.locked():
             cut_torn_line(self._descriptor)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else appends within the block."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        """Keep other processes from appending within the block, where the file system has locks."""
+        lock(self._descriptor, self._path, wait=True)
         try:
             yield
         finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            unlock(self._descriptor)
 
     def append(self, line: str) -> None:
         """Add a line; it outlives this process from here on.
@@ -45,7 +46,7 @@ class SharedLog:
 
     def close(self) -> None:
         """Put everything on the disk and let go of the file."""
-        os.fsync(self._descriptor)
+        sync(self._descriptor, self._path)
         os.close(self._descriptor)
 
 

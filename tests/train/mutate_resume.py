@@ -32,7 +32,7 @@ MUTANTS = (
     Mutant(
         "a checkpoint's manifest is not synced",
         "vlm_sft/atomic.py",
-        "            os.fsync(file.fileno())\n",
+        "            sync(file.fileno(), path)\n",
         "",
         (SYNCED,),
     ),
@@ -90,9 +90,11 @@ MUTANTS = (
     Mutant(
         "a file too many is let be",
         TRAIN + "checkpoint.py",
-        "if extra := sorted(present.keys() - recorded.keys()):",
-        "if extra := []:",
-        (f"{CHECKPOINT}::test_a_file_that_the_manifest_does_not_name_is_refused",),
+        "if _is_loaded(Path(name)):",
+        "if False:",
+        (
+            f"{CHECKPOINT}::test_a_file_that_a_library_would_load_is_refused_unless_the_manifest_names_it",
+        ),
     ),
     Mutant(
         "what a kill leaves is taken for a checkpoint",
@@ -104,7 +106,7 @@ MUTANTS = (
     Mutant(
         "a checkpoint that was being replaced is not put back",
         TRAIN + "checkpoint.py",
-        "            os.rename(old, folder)\n",
+        "            rename_folder(old, folder, last=MANIFEST)\n",
         "            remove(old)\n",
         (f"{CHECKPOINT}::test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one",),
     ),
@@ -319,8 +321,8 @@ MUTANTS = (
     Mutant(
         "the lock is not taken",
         "vlm_sft/run_folder.py",
-        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
-        "            pass\n",
+        'if lock(file.fileno(), Path(file.name), wait=False) == "held_elsewhere":',
+        "if False:",
         ("tests/test_stages.py::test_a_second_run_in_one_folder_is_refused",),
     ),
     Mutant(

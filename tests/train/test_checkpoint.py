@@ -168,10 +168,35 @@ def test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing(tmp_path:
     assert checkpoints.step_folders() == []
 
 
-def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "notes.txt", "language_model/._x.json"])
+def test_a_file_that_no_library_loads_is_a_warning_and_stays_out_of_final(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = store(tmp_path, [])
+    folder = checkpoints.save({"step": 5}).folder
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    newest = checkpoints.newest()
+    assert newest is not None and newest.step == 5
+    assert f"{folder}: {name} is not part of the checkpoint" in capsys.readouterr().err
+    assert not (checkpoints.finish(newest).folder / name).exists()
+    assert (folder / name).read_bytes() == b"x"
+
+
+def test_when_every_checkpoint_is_damaged_the_advice_deletes_nothing(tmp_path: Path) -> None:
+    damage(store(tmp_path, []).save({"step": 5}).folder)
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is complete") as caught:
+        store(tmp_path, []).newest()
+    assert "delete" not in str(caught.value) and "move that directory away" in str(caught.value)
+
+
+def test_a_file_that_a_library_would_load_is_refused_unless_the_manifest_names_it(
+    tmp_path: Path,
+) -> None:
     folder = store(tmp_path, []).save({"step": 5}).folder
-    (folder / "stranger.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"stranger\.safetensors is not in its manifest"):
+    (folder / "language_model").mkdir()
+    (folder / "language_model" / "adapter_config.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is not in its .* move that"):
         verify(folder)
 
 

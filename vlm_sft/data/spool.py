@@ -3,7 +3,8 @@
 import os
 import tempfile
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any, NamedTuple
 
 
@@ -21,22 +22,29 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        descriptor, self.path = tempfile.mkstemp(prefix="vlm-sft-", suffix=".spool")
+        with _explained("the temporary directory"):
+            descriptor, self.path = tempfile.mkstemp(prefix="vlm-sft-", suffix=".spool")
         self._writer = os.fdopen(descriptor, "wb")
         self._end = 0
         self._reader: int | None = None
         weakref.finalize(self, _remove, self.path, self._writer, os.getpid())
 
     def append(self, data: bytes) -> SpoolRef:
-        """Keep `data`."""
+        """Keep `data`.
+
+        Raises:
+            OSError: The temporary directory is full; the error names the file and `TMPDIR`.
+        """
         ref = SpoolRef(self._end, len(data))
-        self._writer.write(data)
+        with _explained(self.path):
+            self._writer.write(data)
         self._end += len(data)
         return ref
 
     def flush(self) -> None:
         """Make all that was appended readable; call it once, after the last `append`."""
-        self._writer.close()
+        with _explained(self.path):
+            self._writer.close()
 
     def read(self, ref: SpoolRef) -> bytes:
         """The bytes at `ref`, after `flush`."""
@@ -47,6 +55,17 @@ class Spool:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_reader": None}
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """Say in the error of a failed write what the file is for and how to move it elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror} (records are kept there while a command runs; set TMPDIR to a "
+        reason += "directory with room)"
+        raise OSError(error.errno, reason, error.filename or place) from None
 
 
 def _close(descriptor: int) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from vlm_sft.atomic import write_json, write_text
 from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
 from vlm_sft.errors import UserError
+from vlm_sft.filesystem import give_ordinary_modes, naming, rename_folder, temporary_sibling
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.projector import LinearProjector, MlpProjector
 from vlm_sft.model.vision import VisionTower
@@ -122,8 +122,9 @@ def export_hf_llava(
     processor.chat_template = renderer_chat_template
 
     with _atomic_folder(out_dir) as folder:
-        llava.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        with naming(folder):
+            llava.save_pretrained(folder)
+            processor.save_pretrained(folder)
         normalised = model.vision_tower.normalised(pixels).cpu()
         found, missing, unexpected = _reload(folder, normalised, ids, image_token_id)
         difference = (found[..., : expected.shape[-1]] - expected).abs().max().item()
@@ -439,15 +440,34 @@ def _refuse_nonempty(out_dir: Path) -> None:
 
 
 @contextmanager
-def _atomic_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder beside `out_dir` that takes its place when the block ends without error."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name[:100]}."))
+def _named_by_target(temporary: Path, target: Path) -> Iterator[None]:
+    """Name a failed write below the temporary directory by the place that the user gave."""
     try:
-        yield temporary
-        temporary.chmod(0o755)
+        yield
+    except OSError as error:
+        if error.filename is None or not Path(str(error.filename)).is_relative_to(temporary):
+            raise
+        name = target / Path(str(error.filename)).relative_to(temporary)
+        raise OSError(error.errno, error.strerror, str(name)) from None
+
+
+@contextmanager
+def _atomic_folder(out_dir: Path) -> Iterator[Path]:
+    """Create a directory next to `out_dir` that replaces it when the block ends without an error.
+
+    Raises:
+        OSError: The disk is full or refuses; the error names `out_dir`, and nothing is left of the
+            directory.
+    """
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(out_dir)
+    temporary.mkdir()
+    try:
+        with _named_by_target(temporary, out_dir):
+            yield temporary
+            give_ordinary_modes(temporary)
         if out_dir.exists():
             out_dir.rmdir()
-        temporary.rename(out_dir)
+        rename_folder(temporary, out_dir, last="export.json")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

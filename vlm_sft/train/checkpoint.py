@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,24 @@ from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
-from vlm_sft.atomic import sync_folder, write_text
+from vlm_sft.atomic import write_text
 from vlm_sft.crash import crash_point
 from vlm_sft.error_codes import CODE_OF_FACT
 from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.filesystem import (
+    files_below,
+    free_bytes,
+    give_ordinary_modes,
+    link_or_copy,
+    naming,
+    rename_folder,
+    sync,
+    sync_folder,
+    warn_once,
+)
+from vlm_sft.ownership import is_system_file
 from vlm_sft.train.environment import environment_difference, recorded_environment
 from vlm_sft.train.sharding import fill, is_sharded, own_part, process_of, whole
 
@@ -32,6 +43,10 @@ MANIFEST = "manifest.json"
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetensors")
 LIBRARIES_WHERE_USED = ("bitsandbytes",)
+LOADED_SUFFIXES = frozenset(
+    {".json", ".safetensors", ".bin", ".pt", ".model", ".jinja", ".txt", ".py"}
+)
+"""Files that transformers, peft and tokenizers look for in a model's directory."""
 
 
 Writer = Callable[[Path], None]
@@ -237,24 +252,8 @@ class CheckpointStore:
             remove(old)
 
     def finish(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Make `final/` a complete copy of `checkpoint`, by hard links where the disk has them.
-
-        What several processes wrote in pieces is one there.
-        """
-        building = _temporary(self.final_dir)
-        shutil.copytree(checkpoint.folder, building, copy_function=_link_or_copy)
-        if any([component.unite(building) for component in self.components.values()]):
-            (building / MANIFEST).unlink()  # the link, not the checkpoint's own
-            _sync_tree(building)
-            write_text(
-                building / MANIFEST, _sealed({**checkpoint.manifest, "files": _hashes(building)})
-            )
-        crash_point("final.copied")
-        _move_into_place(building, self.final_dir)
-        crash_point("final.renamed")
-        final = verify(self.final_dir)
-        crash_point("final.verified")
-        return final
+        """Make `final/` a complete copy of `checkpoint`; see `copy_checkpoint`."""
+        return copy_checkpoint(checkpoint, self.final_dir, self.components, reached=crash_point)
 
     def finished(self) -> Checkpoint | None:
         """The complete `final/` of a finished run, else None; a damaged one is named."""
@@ -286,8 +285,9 @@ class CheckpointStore:
                 self.say(f"passed over: {error}")
         if folders:
             raise CheckpointError(
-                f"{self.steps_dir}: none of the {len(folders)} checkpoints is complete; delete "
-                "that folder to start the run over, or copy a good checkpoint back",
+                f"{self.steps_dir}: none of the {len(folders)} checkpoints is complete (each one's "
+                "fault is listed above); copy a complete one back, or move that directory away to "
+                "start the run over",
                 code="checkpoints_all_damaged",
             )
         return None
@@ -374,6 +374,52 @@ def write_folder(
         raise
 
 
+def copy_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    components: Mapping[str, Component],
+    *,
+    reached: Callable[[str], None] = lambda point: None,
+) -> Checkpoint:
+    """Make `folder` a complete copy of a checkpoint, by hard links where the disk has them.
+
+    The files are those that the manifest names. What several processes wrote in pieces is united.
+
+    Args:
+        checkpoint: Verified.
+        folder: Replaced if it exists.
+        components: The checkpoint's, which unite the pieces.
+        reached: Called with the crash points of the end of a run.
+
+    Raises:
+        CheckpointError: The copy does not read back.
+        OSError: The disk refused.
+    """
+    building = _temporary(folder)
+    building.mkdir()
+    try:
+        for name in [*checkpoint.manifest["files"], MANIFEST]:
+            (building / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(checkpoint.folder / name, building / name)
+        with naming(building):
+            united = any([component.unite(building) for component in components.values()])
+        if united:
+            (building / MANIFEST).unlink()  # the link, not the checkpoint's own
+            give_ordinary_modes(building)
+            _sync_tree(building)
+            manifest = {**checkpoint.manifest, "files": _hashes(building)}
+            write_text(building / MANIFEST, _sealed(manifest))
+        reached("final.copied")
+        _move_into_place(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    reached("final.renamed")
+    final = verify(folder)
+    reached("final.verified")
+    return final
+
+
 def software() -> dict[str, str]:
     """Versions of what a run computes with, and the sha256 of this package's own sources."""
     sources = hashlib.sha256()
@@ -401,12 +447,13 @@ def _begin(folder: Path) -> Path:
 
 def _write_all(writers: Sequence[Writer], building: Path) -> None:
     for write in writers:
-        with _disk_errors(building):
+        with _write_errors(building):
             write(building)
         crash_point("checkpoint.component")
 
 
 def _complete(building: Path, folder: Path, facts: Mapping[str, Any]) -> None:
+    give_ordinary_modes(building)
     files = _hashes(building)
     _sync_tree(building)
     crash_point("checkpoint.files_synced")
@@ -424,18 +471,13 @@ def _complete(building: Path, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _disk_errors(place: Path) -> Iterator[None]:
-    """A disk's refusal, which safetensors tells by a text of its own, as an OSError again."""
+def _write_errors(place: Path) -> Iterator[None]:
+    """Turn what safetensors raises about a write into an `OSError` or a `CheckpointError`."""
     try:
-        yield
+        with naming(place):
+            yield
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise CheckpointError(
-                f"{place}: cannot be written: {error}", code="save_failed"
-            ) from None
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(place)) from None
+        raise CheckpointError(f"{place}: cannot be written: {error}", code="save_failed") from None
 
 
 def require_all_saved(
@@ -459,30 +501,47 @@ def require_all_saved(
 def verify(folder: Path) -> Checkpoint:
     """Read the manifest and compare every file, the manifest included, with its hash.
 
+    Files that the manifest does not name are reported and otherwise ignored, unless a library would
+    load them together with the checkpoint.
+
     Raises:
-        CheckpointError: No manifest, a newer format, a file missing, too many, or changed.
+        CheckpointError: No manifest, a newer format, a file missing or changed, or one that would
+            be loaded and is not the checkpoint's.
     """
     manifest = read_manifest(folder)
     recorded: dict[str, str] = manifest["files"]
-    present = {str(path.relative_to(folder)): path for path in _files(folder)}
+    present = {str(path.relative_to(folder)): path for path in files_below(folder)}
     present.pop(MANIFEST, None)
     if missing := sorted(recorded.keys() - present.keys()):
         raise CheckpointError(
             f"{folder}: {missing[0]} is missing; the checkpoint is incomplete",
             code="checkpoint_damaged",
         )
-    if extra := sorted(present.keys() - recorded.keys()):
-        raise CheckpointError(
-            f"{folder}: {extra[0]} is not in its manifest; remove that file",
-            code="checkpoint_damaged",
-        )
+    for name in sorted(present.keys() - recorded.keys()):
+        if _is_loaded(Path(name)):
+            raise CheckpointError(
+                f"{folder}: {name} is not in its manifest and would be loaded with the checkpoint; "
+                "move that file out of the directory",
+                code="checkpoint_damaged",
+            )
+        warn_once(f"{folder}: {name} is not part of the checkpoint; the file is ignored")
     for name, path in present.items():
-        if _sha256(path) != recorded[name]:
+        if name in recorded and _sha256(path) != recorded[name]:
             raise CheckpointError(
                 f"{folder}: {name} has changed since it was written (its sha256 differs)",
                 code="checkpoint_damaged",
             )
     return Checkpoint(folder, manifest)
+
+
+def _is_loaded(name: Path) -> bool:
+    """Return whether a library looks into a checkpoint for files of such a name."""
+    return (
+        len(name.parts) > 1
+        and not is_system_file(name.name)
+        and not name.name.startswith(".")
+        and name.suffix in LOADED_SUFFIXES
+    )
 
 
 def verify_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
@@ -558,7 +617,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, from any device, in the order of their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(held, str(path))
+    with naming(path):
+        save_file(held, str(path))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -569,6 +629,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return load_file(str(path))
+    except Exception:
+        pass  # where the file system cannot map files into memory, plain reading is left
+    try:
+        return load(path.read_bytes())
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors: {error}", code="checkpoint_damaged"
@@ -620,8 +684,8 @@ def require_space(place: Path, num_bytes: int) -> None:
     Raises:
         CheckpointError: With the space that is free and the space that is needed.
     """
-    free = shutil.disk_usage(place).free
-    if free < num_bytes:
+    free = free_bytes(place)
+    if free is not None and free < num_bytes:
         raise CheckpointError(
             f"{place}: {free / 1e9:.1f} GB free, but a checkpoint takes about "
             f"{num_bytes / 1e9:.1f} GB; free some space or choose another output_dir",
@@ -630,9 +694,9 @@ def require_space(place: Path, num_bytes: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, out of sight first so that a kill never leaves half of it under its name."""
+    """Delete a folder, renamed first so that a kill never leaves half of it under its name."""
     trash = _temporary(folder)
-    os.rename(folder, trash)
+    rename_folder(folder, trash, last=MANIFEST)
     crash_point("checkpoint.pruning")
     shutil.rmtree(trash)
 
@@ -644,9 +708,9 @@ def _move_into_place(building: Path, folder: Path) -> None:
     """Give `building` the name `folder`; at a kill `_sweep` finds the old one or the new one."""
     old = folder.with_name(f".{folder.name}{REPLACED}")
     if folder.exists():
-        os.rename(folder, old)
+        rename_folder(folder, old, last=MANIFEST)
         crash_point("checkpoint.replaced")
-    os.rename(building, folder)
+    rename_folder(building, folder, last=MANIFEST)
     crash_point("checkpoint.renamed")
     sync_folder(folder.parent)
     crash_point("checkpoint.folder_synced")
@@ -662,7 +726,7 @@ def _sweep(parent: Path) -> None:
         if folder.exists():
             remove(old)
         else:
-            os.rename(old, folder)
+            rename_folder(old, folder, last=MANIFEST)
 
 
 def _temporary(folder: Path) -> Path:
@@ -671,30 +735,17 @@ def _temporary(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.{os.urandom(4).hex()}.tmp"
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if not path.is_dir())
-
-
 def _sync_tree(folder: Path) -> None:
-    for path in _files(folder):
+    for path in files_below(folder):
         with path.open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno(), path)
     for below in [path for path in folder.rglob("*") if path.is_dir()]:
         sync_folder(below)
     sync_folder(folder)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
+    return {str(path.relative_to(folder)): _sha256(path) for path in files_below(folder)}
 
 
 def _sha256(path: Path) -> str:

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
 import resource
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm_sft.atomic import write_bytes
 from vlm_sft.errors import UserError
+from vlm_sft.filesystem import naming, sync
 from vlm_sft.libraries import library_call
 from vlm_sft.progress import format_seconds
 
@@ -50,13 +50,13 @@ class MetricsFile:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def sync(self) -> None:
         """Put what was written on the disk, where a power cut leaves it."""
         with self.path.open("ab") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno(), self.path)
 
 
 class LiveLine:

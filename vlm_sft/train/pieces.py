@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import CheckpointError
+from vlm_sft.filesystem import sync
 from vlm_sft.train.checkpoint import check_tensors, host_copies, save_tensors
 from vlm_sft.train.sharding import is_sharded, own_part, own_rows, process_of, rows_of
 
@@ -39,7 +39,7 @@ class Piece:
         file = piece_path(path, self.process, self.index["processes"])
         save_tensors(file, self.tensors)
         with file.open("rb") as written:
-            os.fsync(written.fileno())  # by who wrote it: shared disks may ask for that
+            sync(written.fileno(), file)  # by the process that wrote it: shared disks need that
         if self.process == 0:
             write_json(index_path(path), self.index)
 

@@ -11,7 +11,14 @@ from torch import nn
 from vlm_sft.crash import crash_point
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.model.quantize import num_weights, number_format
-from vlm_sft.train.checkpoint import Component, Together, remove, verify, write_checkpoint
+from vlm_sft.train.checkpoint import (
+    Component,
+    Together,
+    copy_checkpoint,
+    remove,
+    verify,
+    write_checkpoint,
+)
 from vlm_sft.train.optim import NamedParameters
 from vlm_sft.train.sharding import own_part, whole
 
@@ -92,21 +99,22 @@ def rehearse_saving(
     tensors: Sequence[tuple[str, nn.Parameter]],
     together: Together | None = None,
 ) -> None:
-    """Save a checkpoint into a folder of its own, read it back, compare bit by bit, remove it.
+    """Save a checkpoint, make `final/` of it, read it back, compare bit by bit, remove both.
 
-    The live weights are wiped before they are read back, so what is compared comes from the disk.
-    Processes that share the weights do it together.
+    The calls are those of a real save and of the end of a run, so that a file system that refuses
+    one of them is found out before the first step. The live weights are wiped before they are read
+    back, so what is compared comes from the disk. Processes that share the weights do it together.
 
     Raises:
         CheckpointError: A tensor came back changed or could not be read.
         OSError: The place cannot be written.
     """
     together = together or Together()
-    folder = output_dir / ".rehearsal.tmp"
+    folder, final = output_dir / ".rehearsal.tmp", output_dir / ".rehearsal-final.tmp"
     kept = [own_part(parameter.detach()).clone() for _, parameter in tensors]
     write_checkpoint(folder, components, {"step": 0, "rehearsal": True}, together)
     try:
-        together.first(lambda: verify(folder))
+        together.first(lambda: _rehearse_end(folder, final, components))
         crash_point("rehearsal.written")
         with torch.no_grad():
             for _, parameter in tensors:
@@ -118,6 +126,11 @@ def rehearse_saving(
             for (_, parameter), before in zip(tensors, kept, strict=True):
                 own_part(parameter).copy_(before)
         together.first(lambda: remove(folder))
+
+
+def _rehearse_end(folder: Path, final: Path, components: Mapping[str, Component]) -> None:
+    copy_checkpoint(verify(folder), final, components)
+    remove(final)
 
 
 def _read_and_compare(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_tools.instruct.cleaning.packages import require
 from data_tools.instruct.config import SamePictureConfig
 from vlm_sft.errors import ImageError
+from vlm_sft.filesystem import naming
 from vlm_sft.progress import track
 
 HASH_BITS: Final = 64
@@ -56,7 +57,7 @@ def look(paths: Mapping[int, Path], cache: Path, config: SamePictureConfig) -> L
     unreadable: dict[int, str] = {}
     found = _hashes([paths[number] for number in new], config.workers)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with cache.open("a", encoding="utf-8") as file:
+    with naming(cache), cache.open("a", encoding="utf-8") as file:
         for number, result in zip(new, track(found, len(new), "hashing pictures"), strict=True):
             key = keys[number]
             if isinstance(result, ImageError) or key is None:
