@@ -184,7 +184,7 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.joinpath("run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="in use by another run"):
+        with pytest.raises(UserError, match="locked by another run"):
             run("stage1", tmp_path / "run")
 
 

@@ -34,11 +34,16 @@ def rewrite(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(content.replace(old, new))
 
 
+def add(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "file missing": (lambda f: (f / "weights").unlink(), "VS111"),
     "file changed": (lambda f: (f / "weights").write_bytes(b"weightz"), "VS111"),
     "file cut": (lambda f: (f / "weights").write_bytes(b"wei"), "VS111"),
-    "file too many": (lambda f: (f / "extra").touch(), "VS111"),
+    "file too many": (lambda f: add(f / "language_model" / "adapter_config.json"), "VS111"),
     "file renamed": (lambda f: (f / "weights").rename(f / "weightz"), "VS111"),
     "manifest missing": (lambda f: (f / "manifest.json").unlink(), "VS113"),
     "manifest cut": (lambda f: (f / "manifest.json").write_text("{"), "VS112"),
