@@ -13,19 +13,14 @@ from typing import Any, Final, cast
 import torch
 from PIL import Image
 from tokenizers import AddedToken
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
+    AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPVisionModel,
-    Dinov2Model,
     GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    SiglipVisionModel,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -33,14 +28,29 @@ from vlm_sft.atomic import write_json, write_text
 from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
 from vlm_sft.errors import UserError
+from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.export.stock import (
+    ROW_MULTIPLE,
+    StockTower,
+    body_of,
+    can_tie,
+    empty_stock_model,
+    exported,
+    head_scale,
+    stock_config,
+    stock_projector,
+    stock_text_config,
+    stock_tower,
+    tie,
+)
+from vlm_sft.export.weights import released_state, write_weights
 from vlm_sft.filesystem import give_ordinary_modes, naming, rename_folder, temporary_sibling
 from vlm_sft.model.lora import merged_language_model
-from vlm_sft.model.projector import LinearProjector, MlpProjector
 from vlm_sft.model.vision import VisionTower
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
-_PATCHES_ONLY: Final = "default"
-_ALL_TOKENS: Final = "full"
+MAX_SHARD_SIZE: Final = "5GB"
+
 _RELATIVE_LIMIT: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference allowed, as a part of the largest logit; merging and casting round."""
 
@@ -82,10 +92,12 @@ def export_hf_llava(
     renderer_chat_template: str | None,
     stop_token_ids: Sequence[int] = (),
     sample: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> ExportReport:
     """Write a folder for `LlavaForConditionalGeneration` and `AutoProcessor`, and prove it.
 
-    Adapters are merged. All weights are written in the language model's dtype. The folder appears
+    Adapters are merged. All weights are written in one dtype. The folder appears
     only when the reload has 0 missing and 0 unexpected keys and the same logits.
 
     Args:
@@ -99,6 +111,8 @@ def export_hf_llava(
             model's own.
         sample: Pixels `[N, 3, H, W]` uint8 and ids `[1, T]` (with `IMAGE_TOKEN_ID`) to compare
             logits on; None: noise and the first ids of the vocabulary.
+        dtype: Of the exported weights; None: the language model's.
+        max_shard_size: Weights larger than this are written as several files.
 
     Raises:
         UserError: If the folder is not empty, stock LLaVA cannot hold the model, or the reloaded
@@ -106,25 +120,22 @@ def export_hf_llava(
     """
     out_dir = Path(out_dir)
     _refuse_nonempty(out_dir)
-    tower, layout = _stock_tower(model.vision_tower)
-    _refuse_scaled_head(causal_lm(model.language_model).config.get_text_config())
+    _refuse_obstacles(model)
+    tower = stock_tower(model.vision_tower)
     pixels, ids = sample if sample is not None else _made_up_sample(model)
     expected = _reference_logits(model, pixels, ids)
 
     language_model = merged_language_model(model)
-    dtype = language_model.get_input_embeddings().weight.dtype
+    dtype = dtype or language_model.get_input_embeddings().weight.dtype
     tokenizer, image_token_id = _with_image_token(tokenizer)
-    state, vocabulary = _state_dict(model, tower, language_model, image_token_id)
-    config = _llava_config(model, tower, layout, language_model, image_token_id, vocabulary)
-    llava = _assemble(config, {key: value.to(dtype) for key, value in state.items()})
+    llava = _stock_model(model, tower, language_model, image_token_id, dtype)
     llava.generation_config = _generation_config(language_model, tokenizer, stop_token_ids)
-    processor = _processor(model.vision_tower, layout, tokenizer, image_aspect)
+    processor = _processor(model.vision_tower, tower, tokenizer, image_aspect)
     processor.chat_template = renderer_chat_template
 
     with _atomic_folder(out_dir) as folder:
         with naming(folder):
-            llava.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            _write(folder, llava, processor, tower.released_level, max_shard_size)
         normalised = model.vision_tower.normalised(pixels).cpu()
         found, missing, unexpected = _reload(folder, normalised, ids, image_token_id)
         difference = (found[..., : expected.shape[-1]] - expected).abs().max().item()
@@ -150,47 +161,9 @@ def export_hf_llava(
     return report
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How stock LLaVA picks and counts the tower's tokens."""
-
-    select_strategy: str
-    num_additional_image_tokens: int
-    patch_size: int
-
-
-def _stock_tower(tower: VisionTower) -> tuple[PreTrainedModel, _Layout]:
-    if tower.config.grid_pool is not None:
-        raise UserError(
-            "export: stock LLaVA cannot average the feature grid (model.vision_tower.grid_pool is "
-            f"{tower.config.grid_pool}); train without grid_pool to export"
-        )
-    encoder: Any = tower.encoder
-    if tower.config.library == "open_clip":
-        from vlm_sft.model.clip_weights import clip_from_open_clip
-
-        try:
-            encoder = clip_from_open_clip(encoder)
-        except UserError as error:
-            raise UserError(f"export: transformers cannot hold this tower: {error}") from None
-    if not isinstance(encoder, (CLIPVisionModel, SiglipVisionModel, Dinov2Model)):
-        raise UserError(
-            f"export: transformers cannot hold this {tower.config.library} tower "
-            f"({type(encoder).__name__}) in LLaVA's classes; they take CLIP, SigLIP and DINOv2"
-        )
-    num_class_tokens = 0 if isinstance(encoder, SiglipVisionModel) else 1
-    drop = num_class_tokens == 1 and tower.config.feature_select == "patch"
-    strategy = _PATCHES_ONLY if drop else _ALL_TOKENS
-    return encoder, _Layout(strategy, num_class_tokens, encoder.config.patch_size)
-
-
-def _refuse_scaled_head(config: PretrainedConfig) -> None:
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1.0):
-            raise UserError(
-                f"export: stock LLaVA has a plain output head and this {config.model_type} model "
-                f"has {name} = {getattr(config, name)}; its answers would differ"
-            )
+def _refuse_obstacles(model: VisionLanguageModel) -> None:
+    if obstacles := export_obstacles(model):
+        raise UserError("export: " + "; ".join(obstacles))
 
 
 def _made_up_sample(model: VisionLanguageModel) -> tuple[Tensor, Tensor]:
@@ -223,35 +196,46 @@ def _with_image_token(
     return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))
 
 
-def _state_dict(
+def _stock_model(
     model: VisionLanguageModel,
-    tower: PreTrainedModel,
+    tower: StockTower,
     language_model: PreTrainedModel,
     image_token_id: int,
-) -> tuple[dict[str, Tensor], int]:
-    """Tensors under the names of `LlavaForConditionalGeneration`, and its vocabulary size."""
-    head: Any = language_model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise UserError(
-            "export: stock LLaVA's output head has no bias and "
-            f"{type(language_model).__name__}'s has one; it cannot be exported"
-        )
-    decoder = decoder_of(language_model)
-    state = {f"model.vision_tower.{k}": v for k, v in tower.state_dict().items()}
-    for key, value in _stock_projector(model.multi_modal_projector).items():
-        state[f"model.multi_modal_projector.{key}"] = value
-    state |= {f"model.language_model.{k}": v for k, v in decoder.state_dict().items()}
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Build the stock class around the model's own weights, cast to `dtype` where they differ."""
     table = language_model.get_input_embeddings().weight
     rows = table.shape[0]
     if rows <= image_token_id:
-        rows = -(-(image_token_id + 1) // 64) * 64
+        rows = -(-(image_token_id + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+    head: Any = language_model.get_output_embeddings()
+    scale = head_scale(language_model)
+    shared = head.weight.data_ptr() == table.data_ptr() and scale == 1.0
+    config = stock_config(model, tower, stock_text_config(language_model, rows), image_token_id)
+    stock = empty_stock_model(tower.model_class, config)
+    if shared and can_tie(stock):
+        tie(config)
+        stock = empty_stock_model(tower.model_class, config)
+
+    state = {f"model.vision_tower.{k}": v for k, v in tower.encoder.state_dict().items()}
+    for key, value in stock_projector(model.multi_modal_projector).items():
+        state[f"model.multi_modal_projector.{key}"] = value
     grown = _grow(table.detach(), rows)
-    names = [k for k, v in decoder.state_dict().items() if v.data_ptr() == table.data_ptr()]
-    for name in names:
-        state[f"model.language_model.{name}"] = grown
-    tied = head.weight.data_ptr() == table.data_ptr()
-    state["lm_head.weight"] = grown if tied else _grow(head.weight.detach(), rows)
-    return {key: value.detach().cpu() for key, value in state.items()}, rows
+    for key, value in body_of(language_model, stock).state_dict().items():
+        is_table = value.data_ptr() == table.data_ptr()
+        state[f"model.language_model.{key}"] = grown if is_table else value
+    if stock.config.tie_word_embeddings:
+        state["lm_head.weight"] = grown
+    else:  # a copy: files hold no two tensors in the same memory
+        state["lm_head.weight"] = _grow(head.weight.detach() * scale, rows)
+    _fill(stock, {key: _cast(value, dtype) for key, value in state.items()}, dtype)
+    return stock
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast weights to `dtype`, on the CPU; counters stay integers."""
+    value = value.detach().cpu()
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _grow(table: Tensor, rows: int) -> Tensor:
@@ -262,69 +246,13 @@ def _grow(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.expand(rows - table.shape[0], -1)])
 
 
-def _stock_projector(projector: nn.Module) -> dict[str, Tensor]:
-    """The projector as stock LLaVA's two layers; one linear layer is followed by the identity."""
-    state = projector.state_dict()
-    if isinstance(projector, LinearProjector):
-        hidden = projector.weight.shape[0]
-        return {
-            "linear_1.weight": state["weight"],
-            "linear_1.bias": state["bias"],
-            "linear_2.weight": torch.eye(hidden),
-            "linear_2.bias": torch.zeros(hidden),
-        }
-    if isinstance(projector, MlpProjector) and projector.depth == 2:
-        return dict(state)
-    depth = getattr(projector, "depth", "?")
-    raise UserError(
-        f"export: stock LLaVA's projector has two layers and this one (mlp{depth}x_gelu) has "
-        f"{depth}; train with mlp2x_gelu or linear to export"
-    )
-
-
-def _llava_config(
-    model: VisionLanguageModel,
-    tower: PreTrainedModel,
-    layout: _Layout,
-    language_model: PreTrainedModel,
-    image_token_id: int,
-    vocabulary: int,
-) -> LlavaConfig:
-    # Copies: a configuration that a live model shares would change under it.
-    text_config = copy.deepcopy(language_model.config)
-    text_config.vocab_size = vocabulary
-    layers = list(model.vision_tower.config.feature_layers)
-    linear = isinstance(model.multi_modal_projector, LinearProjector)
-    head: Any = language_model.get_output_embeddings()
-    tied = head.weight.data_ptr() == language_model.get_input_embeddings().weight.data_ptr()
-    text_config.tie_word_embeddings = tied
-    return LlavaConfig(
-        vision_config=copy.deepcopy(tower.config),
-        text_config=text_config,
-        image_token_index=image_token_id,
-        image_seq_length=model.vision_tower.num_tokens,
-        projector_hidden_act="linear" if linear else "gelu",
-        vision_feature_select_strategy=layout.select_strategy,
-        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
-        tie_word_embeddings=tied,
-    )
-
-
-def _assemble(config: LlavaConfig, state: dict[str, Tensor]) -> LlavaForConditionalGeneration:
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
-    try:
-        llava.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise UserError(
-            "export: stock LLaVA cannot hold this language model "
-            f"({config.text_config.model_type}): {' '.join(str(error).split())[:300]}"
-        ) from None
-    llava.tie_weights()
-    dtype = next(iter(state.values())).dtype
-    for part in (llava.config, llava.config.text_config, llava.config.vision_config):
+def _fill(stock: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    with exported("the model"):
+        stock.load_state_dict(state, strict=True, assign=True)
+        stock.tie_weights()
+    parts: Any = stock.config
+    for part in (parts, parts.text_config, parts.vision_config):
         part.dtype = dtype
-    return llava
 
 
 def _generation_config(
@@ -343,7 +271,7 @@ def _generation_config(
 
 
 def _processor(
-    tower: VisionTower, layout: _Layout, tokenizer: PreTrainedTokenizerBase, aspect: Aspect
+    tower: VisionTower, stock: StockTower, tokenizer: PreTrainedTokenizerBase, aspect: Aspect
 ) -> LlavaProcessor:
     spec = tower.image_spec
     image_processor = LlavaImageProcessorPil(
@@ -360,18 +288,38 @@ def _processor(
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=layout.patch_size,
-        vision_feature_select_strategy=layout.select_strategy,
-        num_additional_image_tokens=layout.num_additional_image_tokens,
+        patch_size=stock.patch_size,
+        vision_feature_select_strategy=stock.select_strategy,
+        num_additional_image_tokens=stock.num_additional_image_tokens,
         image_token=IMAGE_PLACEHOLDER,
     )
+
+
+def _write(
+    folder: Path,
+    stock: PreTrainedModel,
+    processor: LlavaProcessor,
+    vision_level: str,
+    max_shard_size: str,
+) -> None:
+    """Write weights, configurations, tokenizer and image processor."""
+    config: Any = stock.config
+    config.architectures = [type(stock).__name__]
+    config.save_pretrained(folder)
+    cast(GenerationConfig, stock.generation_config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    # Programs older than processor_config.json look for the image processor here.
+    image_processor = {**cast(Any, processor).image_processor.to_dict()}
+    image_processor["processor_class"] = type(processor).__name__
+    write_json(folder / "preprocessor_config.json", image_processor)
+    write_weights(folder, released_state(stock, vision_level), max_shard_size)
 
 
 @torch.no_grad()
 def _reload(
     folder: Path, pixels: Tensor, ids: Tensor, image_token_id: int
 ) -> tuple[Tensor, list[str], list[str]]:
-    loaded, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise UserError(

@@ -147,10 +147,17 @@ def _create(
     with library_call("timm", f"{_WHERE}.config", f"build {architecture}"):
         if image_size is not None:
             try:
-                return timm.create_model(architecture, **{**keywords, "img_size": image_size})
+                sized = {**arguments, "img_size": image_size}
+                return _remember(timm.create_model(architecture, **{**keywords, **sized}), sized)
             except TypeError:
                 pass  # a net without a position table takes any size
-        return timm.create_model(architecture, **keywords)
+        return _remember(timm.create_model(architecture, **keywords), arguments)
+
+
+def _remember(model: Any, arguments: Mapping[str, Any]) -> Any:
+    """Keep on the model what it was created with, from which an export creates it again."""
+    model.creation_arguments = dict(arguments)
+    return model
 
 
 def _load_weights(model: Any, path: Path, where: str) -> None:

@@ -1,0 +1,107 @@
+"""What an export refuses is known before training, as sentences."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.tiny import CLIP, COHERE, GEMMA2, GRANITE, LLAMA, VIT, tiny_model
+from vlm_sft.config import LoraConfig
+from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.errors import UserError
+from vlm_sft.export.hf_llava import export_hf_llava
+from vlm_sft.export.obstacles import export_obstacles
+
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 2,
+    "vocab_size": 300,
+    "n_positions": 128,
+}
+OPT = {
+    "model_type": "opt",
+    "hidden_size": 48,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+}
+NARROW_OPT = {**OPT, "word_embed_proj_dim": 32}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_key_value_heads": 1, "num_local_experts": 2}
+RESNET: dict[str, Any] = {
+    "library": "timm",
+    "config": {"architecture": "resnet18"},
+    "feature_layers": [-1],
+    "image_size": 64,
+}
+REGISTERS: dict[str, Any] = {
+    "library": "transformers",
+    "config": {"model_type": "dinov2_with_registers", **VIT},
+}
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentences"),
+    [
+        ({"projector_type": "mlp3x_gelu"}, ["mlp3x_gelu) has 3"]),
+        ({"tower": {**CLIP, "grid_pool": 1}}, ["model.vision_tower.grid_pool is 1"]),
+        ({"language_model": GEMMA2}, ["final_logit_softcapping = 0.05"]),
+        ({"language_model": {**LLAMA, "model_type": "phi"}}, ["has no bias and PhiForCausalLM's"]),
+        ({"language_model": NARROW_OPT}, ["lm_head.weight is [300, 32] here and [300, 48] there"]),
+        ({"tower": REGISTERS}, ["cannot hold the vision tower Dinov2WithRegistersModel"]),
+        ({"tower": {**RESNET, "feature_layers": [-2]}}, ["feature_layers: [-1]"]),
+        ({"tower": {**RESNET, "grid_pool": 1}}, ["model.vision_tower.grid_pool is 1"]),
+        (
+            {"tower": {**CLIP, "grid_pool": 1}, "projector_type": "mlp3x_gelu"},
+            ["grid_pool", "mlp3x_gelu"],
+        ),
+    ],
+)
+def test_each_part_that_no_class_holds_is_one_sentence_and_the_export_repeats_it(
+    parts: dict[str, Any], sentences: list[str], tmp_path: Path
+) -> None:
+    model = tiny_model(**parts)
+    found = export_obstacles(model)
+    assert len(found) == len(sentences)
+    for sentence, expected in zip(found, sentences, strict=True):
+        assert expected in sentence and "\n" not in sentence
+    with pytest.raises(UserError) as refused:
+        export_hf_llava(
+            model,
+            byte_tokenizer(),
+            tmp_path / "out",
+            image_aspect="pad",
+            renderer_chat_template=None,
+        )
+    assert all(sentence in str(refused.value) for sentence in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora": LoraConfig(r=2)},
+        {"language_model": GRANITE},
+        {"language_model": COHERE},
+        {"language_model": GPT2},
+        {"language_model": OPT},
+        {"language_model": MIXTRAL},
+        {"tower": RESNET},
+        {"projector_type": "linear"},
+        {"quantization": "nf4", "lora": LoraConfig(r=2)},
+    ],
+)
+def test_what_can_be_exported_has_no_obstacle_and_is_exported_exactly(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    if "quantization" in parts:
+        pytest.importorskip("bitsandbytes")
+    model = tiny_model(**parts)
+    assert export_obstacles(model) == []
+    report = export_hf_llava(
+        model, byte_tokenizer(), tmp_path / "out", image_aspect="pad", renderer_chat_template=None
+    )
+    assert report.max_abs_logit_difference <= 1e-5

@@ -1,0 +1,369 @@
+"""Decide which class of transformers holds a model, and what each of its parts becomes there.
+
+Every function raises a `UserError` with one sentence where transformers' own classes cannot hold a
+part; `obstacles.export_obstacles` collects those sentences without exporting anything.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Model,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
+
+from vlm_sft.errors import UserError
+from vlm_sft.libraries import one_line
+from vlm_sft.model.projector import LinearProjector, MlpProjector
+from vlm_sft.model.vision import VisionTower
+from vlm_sft.model.vlm import VisionLanguageModel
+
+ROW_MULTIPLE: Final = 64
+"""A vocabulary that has to grow is padded to a multiple of this, as GPU kernels like it."""
+
+_VISION_LEVEL: Final = "vision_model."
+"""Level in the released names of CLIP and SigLIP that transformers has dropped in memory."""
+
+
+@dataclass(frozen=True)
+class StockTower:
+    """A vision tower as one of transformers' classes, and how its tokens are chosen there.
+
+    Attributes:
+        encoder: Gives the same features as the tower.
+        model_class: The vision-language class that reads this encoder.
+        feature_layer: `vision_feature_layer` of the configuration.
+        select_strategy: `vision_feature_select_strategy`: "default" drops the class token.
+        num_additional_image_tokens: Class tokens, before any is dropped.
+        patch_size: For the processor, which computes the number of image tokens from it.
+        released_level: Stands between `vision_tower.` and the encoder's names in released folders.
+    """
+
+    encoder: PreTrainedModel
+    model_class: type[PreTrainedModel]
+    feature_layer: int | list[int]
+    select_strategy: str
+    num_additional_image_tokens: int
+    patch_size: int
+    released_level: str = ""
+
+
+def stock_tower(tower: VisionTower) -> StockTower:
+    """Return the tower as a class of transformers; weights are shared where possible.
+
+    Raises:
+        UserError: No class gives the same features.
+    """
+    if tower.config.library == "timm":
+        return _timm_tower(tower)
+    _refuse_pooling(tower)
+    encoder: Any = tower.encoder
+    if tower.config.library == "open_clip":
+        from vlm_sft.model.clip_weights import clip_from_open_clip
+
+        encoder = clip_from_open_clip(encoder)
+    if not isinstance(encoder, (CLIPVisionModel, SiglipVisionModel, Dinov2Model)):
+        raise UserError(
+            f"transformers' LLaVA classes cannot hold the vision tower {type(encoder).__name__}; "
+            "they hold CLIP, SigLIP and DINOv2"
+        )
+    num_class_tokens = 0 if isinstance(encoder, SiglipVisionModel) else 1
+    drops = num_class_tokens == 1 and tower.config.feature_select == "patch"
+    layers = list(tower.config.feature_layers)
+    return StockTower(
+        encoder=encoder,
+        model_class=LlavaForConditionalGeneration,
+        feature_layer=layers[0] if len(layers) == 1 else layers,
+        select_strategy="default" if drops else "full",
+        num_additional_image_tokens=num_class_tokens,
+        patch_size=encoder.config.patch_size,
+        released_level="" if isinstance(encoder, Dinov2Model) else _VISION_LEVEL,
+    )
+
+
+def _refuse_pooling(tower: VisionTower) -> None:
+    if tower.config.grid_pool is not None:
+        raise UserError(
+            "no class of transformers averages the feature grid of this vision tower "
+            f"(model.vision_tower.grid_pool is {tower.config.grid_pool}); train without grid_pool "
+            "to export"
+        )
+
+
+def _timm_tower(tower: VisionTower) -> StockTower:
+    """Return a convolutional net of timm as FastVLM reads one: its last feature map, by rows."""
+    from vlm_sft.model.towers.timm import FeatureMaps, timm_source
+
+    model: Any = tower.encoder
+    source = timm_source(model)
+    if not isinstance(source, FeatureMaps):
+        raise UserError(
+            f"transformers' LLaVA classes cannot hold timm's {type(model).__name__}; of timm they "
+            "hold convolutional nets, and other ViTs load with library: transformers or open_clip"
+        )
+    if [layer % source.num_states for layer in tower.config.feature_layers] != [source.num_stages]:
+        raise UserError(
+            "transformers' FastVlm reads the last feature map of a timm net alone "
+            f"(model.vision_tower.feature_layers is {tower.config.feature_layers}); train with "
+            "feature_layers: [-1] to export"
+        )
+    _refuse_pooling(tower)
+    encoder = _wrapped_timm(model, tower)
+    _require_same_features(encoder, tower)
+    return StockTower(
+        encoder=encoder,
+        model_class=FastVlmForConditionalGeneration,
+        feature_layer=-1,
+        select_strategy="full",
+        num_additional_image_tokens=0,
+        patch_size=_patch_size(tower.image_spec.size, tower.num_tokens),
+    )
+
+
+def _wrapped_timm(model: Any, tower: VisionTower) -> TimmWrapperModel:
+    arguments = dict(model.creation_arguments)
+    config = TimmWrapperConfig(
+        architecture=model.pretrained_cfg["architecture"],
+        model_args=arguments or None,
+        do_pooling=False,
+        num_labels=0,
+        hidden_size=tower.width,
+    )
+    with exported(f"timm's {type(model).__name__}"), torch.device("meta"):
+        wrapper = TimmWrapperModel(config)
+    wrapper.timm_model = model
+    return wrapper
+
+
+@torch.no_grad()
+def _require_same_features(encoder: PreTrainedModel, tower: VisionTower) -> None:
+    """Compare what FastVLM reads of an encoder with the tower, on an image of noise."""
+    if tower.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 3, tower.image_spec.size, tower.image_spec.size)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    expected = tower(pixels)
+    with exported(f"timm's {type(tower.encoder).__name__}"):
+        found = cast(Any, encoder)(tower.normalised(pixels)).last_hidden_state
+        found = found.flatten(2).permute(0, 2, 1)
+    limit = 1e-3 if tower.dtype == torch.float32 else 5e-2
+    same = found.shape == expected.shape
+    if not same or not (found - expected).abs().max() <= limit * expected.abs().max():
+        raise UserError(
+            f"transformers' FastVlm reads other features of timm's {type(tower.encoder).__name__} "
+            "than training does; use a tower that transformers has itself to export"
+        )
+
+
+def _patch_size(side: int, num_tokens: int) -> int:
+    """Return the patch size from which LLaVA's processor computes `num_tokens`."""
+    grid = round(num_tokens**0.5)
+    patch = side // grid
+    if grid * grid != num_tokens or (side // patch) ** 2 != num_tokens:
+        raise UserError(
+            f"LLaVA's processor cannot count the {num_tokens} tokens of an image of {side} pixels; "
+            "choose a model.vision_tower.image_size that is a multiple of the tower's stride"
+        )
+    return patch
+
+
+def stock_projector(projector: nn.Module) -> dict[str, Tensor]:
+    """Return the projector as the two layers of the stock classes, by their names.
+
+    One linear layer is followed by the identity.
+
+    Raises:
+        UserError: It has more than two layers.
+    """
+    state = projector.state_dict()
+    if is_linear(projector):
+        names = ("weight", "bias") if "weight" in state else ("linear_1.weight", "linear_1.bias")
+        weight, bias = (state[name] for name in names)
+        hidden = weight.shape[0]
+        return {
+            "linear_1.weight": weight,
+            "linear_1.bias": bias,
+            "linear_2.weight": torch.eye(hidden, device=weight.device),
+            "linear_2.bias": torch.zeros(hidden, device=weight.device),
+        }
+    depth = getattr(projector, "depth", "?")
+    if depth != 2:
+        raise UserError(
+            f"the projector of transformers' LLaVA has two layers and this one "
+            f"(model.projector_type: mlp{depth}x_gelu) has {depth}; train with mlp2x_gelu or "
+            "linear to export"
+        )
+    return dict(state)
+
+
+def is_linear(projector: nn.Module) -> bool:
+    """Return whether the projector is one linear layer, without activation."""
+    return isinstance(projector, LinearProjector) or (
+        isinstance(projector, MlpProjector) and projector.depth == 1
+    )
+
+
+def head_scale(language_model: PreTrainedModel) -> float:
+    """Return what the output head's weights are multiplied by, so that it needs no scale after it.
+
+    Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
+
+    Raises:
+        UserError: The head does what a matrix cannot: it has a bias, or squashes its logits.
+    """
+    config = language_model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        raise UserError(
+            "transformers' LLaVA has a plain output head and this "
+            f"{config.model_type} model has final_logit_softcapping = {cap}; its answers would "
+            "differ"
+        )
+    head: Any = language_model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UserError(
+            "the output head of transformers' LLaVA has no bias and "
+            f"{type(language_model).__name__}'s has one"
+        )
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
+
+
+def stock_text_config(language_model: PreTrainedModel, rows: int) -> Any:
+    """Return a copy of the language model's configuration for a plain, untied head."""
+    config: Any = copy.deepcopy(language_model.config.get_text_config())
+    config.vocab_size = rows
+    config.tie_word_embeddings = False
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 1.0)  # it is in the head's weights
+    return config
+
+
+def stock_config(
+    model: VisionLanguageModel,
+    tower: StockTower,
+    text_config: PretrainedConfig,
+    image_token_id: int,
+) -> PretrainedConfig:
+    """Return the configuration of the vision-language class that holds the model."""
+    fast = tower.model_class is FastVlmForConditionalGeneration
+    config_class: Any = FastVlmConfig if fast else LlavaConfig
+    return cast(
+        PretrainedConfig,
+        config_class(
+            # A copy: a configuration that a live model shares would change under it.
+            vision_config=copy.deepcopy(tower.encoder.config),
+            text_config=text_config,
+            image_token_index=image_token_id,
+            image_seq_length=model.vision_tower.num_tokens,
+            projector_hidden_act="linear" if is_linear(model.multi_modal_projector) else "gelu",
+            vision_feature_select_strategy=tower.select_strategy,
+            vision_feature_layer=tower.feature_layer,
+            tie_word_embeddings=False,
+        ),
+    )
+
+
+def empty_stock_model(
+    model_class: type[PreTrainedModel], config: PretrainedConfig
+) -> PreTrainedModel:
+    """Build a vision-language class on the meta device, without memory for weights.
+
+    Raises:
+        UserError: transformers cannot build it.
+    """
+    kind = cast(Any, config).text_config.model_type
+    with exported(f"the language model ({kind})"), torch.device("meta"):
+        return cast(PreTrainedModel, cast(Any, model_class)(config))
+
+
+def body_of(language_model: PreTrainedModel, stock: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal language model that the stock class has as `language_model`."""
+    wanted = type(cast(Any, stock).model.language_model)
+    base = language_model.base_model
+    if isinstance(base, wanted):
+        return cast(nn.Module, base)
+    decoder = language_model.get_decoder()
+    if isinstance(decoder, wanted):
+        return cast(nn.Module, decoder)
+    raise UserError(
+        f"transformers' LLaVA takes {wanted.__name__} for a {language_model.config.model_type} "
+        f"model and this one has {type(base).__name__}"
+    )
+
+
+def can_tie(stock: PreTrainedModel) -> bool:
+    """Return whether the stock class finds embeddings of this family to tie its head to."""
+    names = cast(Any, stock).model.language_model.state_dict()
+    return "embed_tokens.weight" in names
+
+
+def tie(config: PretrainedConfig) -> None:
+    """Have the stock class share its embeddings with its head."""
+    both: Any = config
+    both.tie_word_embeddings = both.text_config.tie_word_embeddings = True
+
+
+def require_language_model(language_model: PreTrainedModel) -> None:
+    """Check by names and shapes that the stock classes hold the language model.
+
+    Raises:
+        UserError: They do not.
+    """
+    head_scale(language_model)
+    table = language_model.get_input_embeddings().weight
+    text_config = stock_text_config(language_model, table.shape[0])
+    vision = CLIPVisionConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+    stock = empty_stock_model(
+        LlavaForConditionalGeneration, LlavaConfig(vision_config=vision, text_config=text_config)
+    )
+    with exported(f"the language model ({text_config.model_type})"), torch.device("meta"):
+        # Built anew: adapters and 4-bit weights have other names and shapes.
+        plain = AutoModelForCausalLM.from_config(language_model.config)
+    found = {f"language_model.{k}": v.shape for k, v in body_of(plain, stock).state_dict().items()}
+    found["lm_head.weight"] = cast(Any, plain.get_output_embeddings()).weight.shape
+    wanted = {
+        name.removeprefix("model."): value.shape
+        for name, value in stock.state_dict().items()
+        if name.startswith(("model.language_model.", "lm_head."))
+    }
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"transformers' LLaVA cannot hold the language model ({text_config.model_type}): "
+                f"{name} is {_shape(found.get(name))} here and {_shape(wanted.get(name))} there"
+            )
+
+
+def _shape(shape: Any) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+@contextmanager
+def exported(part: str) -> Iterator[None]:
+    """Report any exception of transformers about `part` of a model as one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"transformers cannot export {part}: {one_line(error)}") from error
