@@ -50,6 +50,7 @@ class PackedBatch(Tensors):
         needed: [rows] int64, `sources` with each place once (a prefix predicts several tokens).
         pixel_values: [N, 3, H, W] uint8, pictures in the placeholders' order; None if none.
         image_features: [N, tokens, width], kept features of the pictures, in place of them.
+        padding: Tokens at the end of the row that belong to no record.
     """
 
     record_ids: tuple[str, ...]
@@ -61,6 +62,7 @@ class PackedBatch(Tensors):
     needed: Tensor
     pixel_values: Tensor | None
     image_features: Tensor | None = None
+    padding: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -167,6 +169,7 @@ class _Row:
             needed=torch.unique(sources),
             pixel_values=torch.cat(self.pixels) if self.pixels else None,
             image_features=torch.cat(self.features) if self.features else None,
+            padding=missing,
         )
 
 

@@ -36,6 +36,7 @@ class PackLayout:
         backend: The kernel that computes it.
         needed: `[rows]` int64, where in the row a token is predicted, each place once; None: all
             states are wanted.
+        padding: Tokens at the end of the row that belong to no record.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class PackLayout:
         device: torch.device | str = "cpu",
         backend: Backend = "sdpa",
         needed: Tensor | None = None,
+        padding: int = 0,
     ) -> None:
+        self.padding = padding
         self.needed = needed
         self.lengths = [length for length, _ in segments]
         self.parents = [parent for _, parent in segments]
@@ -74,6 +77,14 @@ class PackLayout:
             for keys, length in zip(self.num_keys, self.lengths, strict=True)
         ]
         return torch.cat(ranges).unsqueeze(0).to(self.device, non_blocking=True)
+
+    @cached_property
+    def real_tokens(self) -> Tensor | None:
+        """`[1, T]` bool, false on padding; None: there is none."""
+        if not self.padding:
+            return None
+        num_tokens = sum(self.lengths)
+        return (torch.arange(num_tokens) < num_tokens - self.padding)[None].to(self.device)
 
     @cached_property
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlm_sft.model.vlm import decoder_of
+from vlm_sft.model.router import router_loss_coefficient
+from vlm_sft.model.vlm import causal_lm, decoder_of
 
 
 @dataclass
@@ -52,8 +53,11 @@ def prune_last_mlp(language_model: nn.Module) -> LastMlp | None:
     others hold what nobody reads. Rows without a `PackLayout.needed` are computed whole.
 
     Returns:
-        The hooks, or None where the layers are not made of `self_attn` and `mlp`.
+        The hooks, or None where the layers are not made of `self_attn` and `mlp`, or where the
+        router loss needs every position.
     """
+    if router_loss_coefficient(causal_lm(language_model)) is not None:
+        return None
     layers = getattr(decoder_of(language_model), "layers", None)
     last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
     attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)

@@ -4,12 +4,13 @@ import copy
 import difflib
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,7 +18,12 @@ from vlm_sft.config import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
 from vlm_sft.model.quantize import dequantize, is_quantized, linear_layers
+from vlm_sft.model.router import fused_experts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+
+_MISSPELLED: Final = 0.8
+"""Similarity (difflib's) from which a name passes for a misspelling: `q_prj`, but not `gate_proj`
+for `v_proj`."""
 
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> None:
@@ -34,7 +40,7 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> No
         UserError: If a target names no linear layer of the language model.
     """
     language_model = causal_lm(model.language_model)
-    paths = target_paths(language_model, config.targets)
+    paths = _kept_by_peft(language_model, target_paths(language_model, config.targets), config)
     peft_config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -70,7 +76,7 @@ def target_paths(language_model: PreTrainedModel, targets: Sequence[str] | str) 
         return linear
     for target in targets:
         if not any(_matches(name, target) for name in linear):
-            raise UserError(_unknown_target(target, linear))
+            raise UserError(_unknown_target(language_model, target, linear))
     return [name for name in linear if any(_matches(name, target) for target in targets)]
 
 
@@ -134,12 +140,58 @@ def _dequantized(language_model: PreTrainedModel) -> PreTrainedModel:
     return language_model
 
 
+def _kept_by_peft(
+    language_model: PreTrainedModel, paths: Sequence[str], config: LoraConfig
+) -> list[str]:
+    """Return the targets without those that peft would move from a linear layer to the experts.
+
+    In some families with fused experts peft takes `gate_proj`, which is also a linear layer of the
+    shared expert, for the fused tensor, whenever the adapter is made or loaded.
+
+    Raises:
+        UserError: The user named such a target.
+    """
+    moved = {name for name in {_last(path) for path in paths} if _is_moved(language_model, name)}
+    kept = [path for path in paths if _last(path) not in moved]
+    if moved and (not kept or not isinstance(config.targets, str)):
+        known = sorted({_last(path) for path in linear_layers(language_model)} - moved)
+        raise UserError(
+            f"lora.targets: peft takes {', '.join(sorted(moved))} of "
+            f"{type(language_model).__name__} for the fused experts, which get no adapter here; "
+            f"leave these out. Other linear layers: {', '.join(known)}"
+        )
+    return kept
+
+
+def _is_moved(language_model: PreTrainedModel, name: str) -> bool:
+    config = peft.LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model=language_model, conversions=None)
+    except ValueError:  # it would move this one only together with others
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _unknown_target(target: str, linear: Sequence[str]) -> str:
+def _unknown_target(model: PreTrainedModel, target: str, linear: Sequence[str]) -> str:
+    """Say why a target matches nothing: it is no `nn.Linear`, or misspelled."""
     known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}" if near else "known: " + ", ".join(known)
-    return f"lora.targets: {target!r} names no linear layer of the language model; {hint}?"
+    near = difflib.get_close_matches(target, known, n=1, cutoff=_MISSPELLED)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    if any(_matches(name, target) for name, _ in model.named_modules()):
+        hint = "it is a module of another kind, which gets no adapter here. "
+    elif experts := {name.rsplit(".", 1)[-1] for name in fused_experts(model)}:
+        hint += (
+            f"The experts' weights are fused ({', '.join(sorted(experts))}) and get no adapter. "
+        )
+    return (
+        f"lora.targets: {target!r} names no linear layer of the language model; {hint}"
+        f"known: {', '.join(known)}"
+    )

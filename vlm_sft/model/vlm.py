@@ -12,6 +12,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.model.attention import PackLayout
 from vlm_sft.model.loss import chunked_cross_entropy
 from vlm_sft.model.neftune import add_noise, text_lengths
+from vlm_sft.model.router import router_loss, router_loss_coefficient
 from vlm_sft.model.vision import VisionTower
 
 
@@ -46,9 +47,12 @@ class VlmOutput:
 
     Attributes:
         loss_sum: Cross-entropy summed over all supervised tokens, with gradient; in float32, or in
-            the model's own dtype where that is wider.
+            the model's own dtype where that is wider. In a mixture of experts whose own loss has
+            one, plus the router loss times `num_targets`, so that a token's mean is the model's
+            own loss.
         num_targets: Number of supervised tokens, int64 scalar.
-        per_record_loss: Summed cross-entropy of each record `[B]`, without gradient.
+        per_record_loss: Summed cross-entropy of each record `[B]`, without gradient and without
+            the router loss.
         logits: `[B, T, V]`, only when no labels were given.
     """
 
@@ -112,14 +116,16 @@ class VisionLanguageModel(nn.Module):
             embeds = add_noise(embeds, text_lengths(is_text, pack_layout), self.neftune_alpha)
         if images is None and (pixel_values is None or pixel_values.shape[0] == 0):
             embeds = embeds + self._constant_picture(embeds)
-        hidden = self._hidden(embeds, attention_mask, pack_layout)
         if supervision is None and labels is not None:
             supervision = Supervision.of_labels(labels)
+        hidden, of_router = self._hidden(
+            embeds, attention_mask, pack_layout, with_router_loss=supervision is not None
+        )
         if supervision is None:
             none = hidden.new_zeros((), dtype=_loss_dtype(hidden))
             count = torch.zeros((), dtype=torch.int64, device=hidden.device)
             return VlmOutput(none, count, none.expand(len(hidden)), self._logits(hidden))
-        return self._loss(hidden, supervision)
+        return self._loss(hidden, supervision, of_router)
 
     def embed(
         self,
@@ -211,21 +217,34 @@ class VisionLanguageModel(nn.Module):
                 )
 
     def _hidden(
-        self, embeds: Tensor, attention_mask: Tensor | None, pack_layout: PackLayout | None
-    ) -> Tensor:
-        """Last hidden states `[B, T, D]`."""
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        pack_layout: PackLayout | None,
+        *,
+        with_router_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states `[B, T, D]`, and the router loss where the model's own loss has it."""
         options: dict[str, Any] = {}
+        real = attention_mask if pack_layout is None else pack_layout.real_tokens
         if pack_layout is not None:
             # A mask of four dimensions is taken as it is: transformers builds none of its own.
             attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
             options = {"position_ids": pack_layout.position_ids, "pack_layout": pack_layout}
+        model = causal_lm(self.language_model)
+        routed = with_router_loss and router_loss_coefficient(model) is not None
+        if routed:
+            options["output_router_logits"] = True
         decoder = decoder_of(self.language_model)
         output = decoder(
             inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **options
         )
-        return cast(Tensor, output.last_hidden_state)
+        of_router = router_loss(model, output.router_logits, real) if routed else None
+        return cast(Tensor, output.last_hidden_state), of_router
 
-    def _loss(self, hidden: Tensor, supervision: Supervision) -> VlmOutput:
+    def _loss(
+        self, hidden: Tensor, supervision: Supervision, of_router: Tensor | None = None
+    ) -> VlmOutput:
         states = hidden.flatten(0, 1)[supervision.sources]
         head = cast(nn.Module, causal_lm(self.language_model).get_output_embeddings())
         loss_sum, losses = chunked_cross_entropy(
@@ -234,6 +253,8 @@ class VisionLanguageModel(nn.Module):
         per_record = losses.new_zeros(supervision.num_records).index_add(
             0, supervision.records, losses
         )
+        if of_router is not None:
+            loss_sum = loss_sum + of_router.to(loss_sum.dtype) * len(losses)
         count = torch.tensor(len(losses), dtype=torch.int64, device=hidden.device)
         return VlmOutput(loss_sum, count, per_record)
 
@@ -280,10 +301,11 @@ def head_logits(language_model: nn.Module, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(language_model: PreTrainedModel) -> None:
-    """Prove on three tokens that `head_logits` is what the model itself computes.
+    """Prove on three tokens that loss and logits are computed here as the model itself does.
 
     Raises:
-        UserError: If the model does something else to its logits, so that the loss would be wrong.
+        UserError: The model does something to its inputs, logits or loss that is not known here,
+            so that it would be trained on another loss than its own.
     """
     embeddings = cast(nn.Module, language_model.get_input_embeddings())
     device = next(embeddings.parameters()).device
@@ -292,15 +314,28 @@ def check_head(language_model: PreTrainedModel) -> None:
     language_model.eval()
     if device.type == "cpu" and "flash" in str(attention):  # which computes on GPUs alone
         language_model.set_attn_implementation("eager")
-    expected = language_model(input_ids=ids, use_cache=False).logits
-    hidden = decoder_of(language_model)(input_ids=ids, use_cache=False).last_hidden_state
-    found = head_logits(language_model, hidden)
+    expected = language_model(input_ids=ids, labels=ids, use_cache=False)
+    routed = router_loss_coefficient(language_model) is not None
+    options = {"output_router_logits": True} if routed else {}
+    output = decoder_of(language_model)(inputs_embeds=embeddings(ids), use_cache=False, **options)
+    logits = head_logits(language_model, output.last_hidden_state)
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    if routed:
+        loss = loss + router_loss(language_model, output.router_logits, None)
     language_model.train(training)
     if language_model.config._attn_implementation != attention:
         language_model.set_attn_implementation(attention)
-    if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
+    name = type(language_model).__name__
+    if not torch.allclose(logits.float(), expected.logits.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"model.language_model: {type(language_model).__name__} computes its logits in a way "
-            f"that is not known here (off by {(found - expected).abs().max().item():.2g}), so the "
-            "loss would be wrong; take a model of another family"
+            f"model.language_model: {name} computes its logits in a way that is not known here "
+            f"(off by {(logits - expected.logits).abs().max().item():.2g}), so the loss would be "
+            "wrong; use a model of another family"
+        )
+    if not torch.allclose(loss.float(), expected.loss.float(), rtol=1e-2, atol=1e-3):
+        raise UserError(
+            f"model.language_model: the own loss of {name} has a term that is not known here "
+            f"({expected.loss.item():.4f} on three tokens, {loss.item():.4f} without it), which "
+            "would be left out; use a model of another family, or set output_router_logits to "
+            "false in its configuration if that is the term"
         )

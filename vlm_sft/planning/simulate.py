@@ -295,10 +295,10 @@ class Simulation:
             embeds = cast(Tensor, table(ids))
             embeds = embeds.masked_scatter((ids == 1)[..., None], images.to(embeds.dtype))
             seen = live.now
-            hidden = model._hidden(embeds, mask, layout)
+            hidden, of_router = model._hidden(embeds, mask, layout, with_router_loss=True)
             activations = live.now - seen
             supervision = Supervision(chosen, chosen, chosen, batch.records)
-            loss = model._loss(hidden, supervision).loss_sum
+            loss = model._loss(hidden, supervision, of_router).loss_sum
             return loss, (seen, activations, live.now - seen - activations)
 
     def _pictures(self, model: VisionLanguageModel, count: int) -> Tensor:

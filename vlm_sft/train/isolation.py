@@ -63,12 +63,42 @@ def prepare_packing(
     text = language_model.config.get_text_config()
     dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0.0)) or 0.0
     backend = choose_backend(config.attention, device, dtype, dropout)
-    install_packed_attention(language_model)
     with autocast or nullcontext():
+        own = _logits_alone(model, device)
+        install_packed_attention(language_model)
+        _require_same_attention(own, _logits_alone(model, device), model, TOLERANCE[precision])
         prove_isolation(model, backend, device, TOLERANCE[precision])
         if prune:
             prune_where_safe(model, backend, device, TOLERANCE[precision])
     return backend
+
+
+@torch.no_grad()
+def _logits_alone(model: VisionLanguageModel, device: torch.device) -> Tensor:
+    """Logits of one record, unpacked, by whatever attention the model has now."""
+    was_training = model.training
+    model.eval()
+    logits = model(_probe(model, device)[:, list(RECORDS[2])]).logits
+    model.train(was_training)
+    return cast(Tensor, logits)
+
+
+def _require_same_attention(
+    own: Tensor, packed: Tensor, model: VisionLanguageModel, tolerance: float
+) -> None:
+    """Refuse a model whose own attention has more to it: sinks, capped scores, biases.
+
+    Raises:
+        UserError: Naming the model.
+    """
+    if (difference := _relative(packed, own)) > tolerance:
+        raise UserError(
+            f"train.packing: {type(causal_lm(model.language_model)).__name__} computes its "
+            "attention in a way that packed attention does not (attention sinks, capped scores or "
+            f"a bias; logits off by {difference:.2g}); set train.micro_batch_size instead of "
+            "train.packing",
+            code="packing_leaks",
+        )
 
 
 @torch.no_grad()

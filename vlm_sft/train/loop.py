@@ -21,6 +21,7 @@ from vlm_sft.crash import crash_point
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.model.attention import Backend
 from vlm_sft.model.fp8 import use_fp8
+from vlm_sft.model.notes import model_notes
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.account import Account
@@ -217,6 +218,8 @@ class Trainer:
         rows = parts_rows(self.hooks.parts, rates)
         if self.accelerator.is_main_process:
             print_table(parts_table(rows))
+            for note in model_notes(cast(VisionLanguageModel, self.model)):
+                self.store.say(note)
             write_json(self.plan.output_dir / "parts.json", rows)
         self._scaler = cast("torch.amp.GradScaler | None", self.accelerator.scaler)
         components: dict[str, Component] = {

@@ -159,7 +159,7 @@ def _forward_packed(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,
         image_features=batch.image_features,
-        pack_layout=PackLayout(batch.segments, device, backend, batch.needed),
+        pack_layout=PackLayout(batch.segments, device, backend, batch.needed, batch.padding),
         supervision=Supervision(batch.sources, batch.targets, batch.records, len(batch.record_ids)),
     )
     return output

@@ -1,0 +1,42 @@
+"""Lines for the start of a run about what a model has besides linear layers and cross-entropy."""
+
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlm_sft.model.parts import named_parts
+from vlm_sft.model.quantize import num_weights
+from vlm_sft.model.router import fused_experts, router_note
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+
+
+def model_notes(model: VisionLanguageModel) -> list[str]:
+    """Return what the user should know about router loss and weights that get no adapter."""
+    language_model = causal_lm(model.language_model)
+    notes = [router_note(language_model)]
+    if named_parts(model)["adapter"]:
+        notes.append(_without_adapter(language_model))
+    return [note for note in notes if note is not None]
+
+
+def _without_adapter(language_model: nn.Module) -> str | None:
+    """Name the weight matrices that LoRA leaves as they are, though the user may not expect it."""
+    found: dict[str, int] = {}
+    routed = bool(fused_experts(language_model))
+    head = cast(PreTrainedModel, language_model).get_output_embeddings()
+    for path, module in language_model.named_modules():
+        # Without experts every linear layer that has no adapter is one that the user left out.
+        adapted = isinstance(module, nn.Linear) and (not routed or path.endswith(".base_layer"))
+        if adapted or isinstance(module, nn.Embedding) or module is head or ".lora_" in path:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and "lora_" not in name:
+                label = f"{path.rsplit('.', 1)[-1]}.{name}"
+                found[label] = found.get(label, 0) + num_weights(parameter)
+    if not found:
+        return None
+    total = sum(num_weights(p) for p in language_model.parameters())
+    what = "experts" if routed else "some weights"
+    share = sum(found.values()) / total
+    return f"{what}: no adapter ({', '.join(found)}; {share:.0%} of the language model's weights)"
