@@ -458,7 +458,7 @@ def test_wrong_input_is_one_sentence(arguments: list[str], sentence: str) -> Non
 
 def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"generation_config\.json: no JSON"):
+    with pytest.raises(UserError, match=r"generation_config\.json:1:2: not valid JSON"):
         read_generation_config(tmp_path)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object, found list"):

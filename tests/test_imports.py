@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 BASE = {
     "constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash",
     "visible", "ownership", "libraries", "console", "image_paths", "reading",
-    "filesystem",
+    "filesystem", "model_folders",
 }  # fmt: skip
 ENTRY_POINTS = {
     "vlm_sft.stage1",

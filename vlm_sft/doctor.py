@@ -1,6 +1,5 @@
 """What a tokenizer and a chat template do together: tried on probe conversations, told in words."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from vlm_sft.diagnosis.spelling import spelling
 from vlm_sft.diagnosis.tokens import begin, fitting, generation, marks, padding, stop
 from vlm_sft.diagnosis.words import control_strings, unusual_writing
 from vlm_sft.errors import UserError
+from vlm_sft.reading import read_json
 
 _EXAMINATIONS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     begin,
@@ -76,12 +76,10 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
         UserError: The file is no JSON object.
     """
     file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: no JSON: {error}") from None
+        found = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -64,6 +64,12 @@ ALL: Final = (
         "A file is larger than any file of its kind, and is not read into memory.",
         "Check that the name is the one that was meant.",
     ),
+    ErrorCode(
+        5,
+        "custom_code",
+        "A model folder needs Python code of its own, which is never run.",
+        "Use a model that the library has built in, or convert the folder to such a model.",
+    ),
     # --- disk, processes and checkpoints
     ErrorCode(
         100,

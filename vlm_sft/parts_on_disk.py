@@ -209,7 +209,11 @@ def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
     try:
         with _without_bars():
             loaded, info = type(live).from_pretrained(
-                place, dtype=dtype, output_loading_info=True, local_files_only=True
+                place,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except Exception as error:
         raise CheckpointError(

@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vlm_sft.config import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
+from vlm_sft.model_folders import custom_code_refused, require_plain_folder
 
 Context = Literal["start", "after_control", "continuation"]
 """Where a run of text begins: first in the sequence, right after a control token, or elsewhere
@@ -44,8 +45,13 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
             f"{key}: no such folder {name!r} (looked for {folder.absolute()}); give a folder with "
             "tokenizer.json or a hub name"
         )
-    with library_call("transformers", key, f"load a tokenizer from {name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
+    action = f"load a tokenizer from {name!r}"
+    with library_call("transformers", key, action), custom_code_refused(key, name):
+        if folder.is_dir():
+            require_plain_folder(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder if folder.is_dir() else name, trust_remote_code=False
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{key}: the tokenizer of {name!r} is {type(tokenizer).__name__}, which "

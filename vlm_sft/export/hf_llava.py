@@ -319,7 +319,9 @@ def _write(
 def _reload(
     folder: Path, pixels: Tensor, ids: Tensor, image_token_id: int
 ) -> tuple[Tensor, list[str], list[str]]:
-    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False
+    )
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise UserError(
@@ -344,7 +346,7 @@ def _pixel_difference(
     shape = (spec.size, spec.size * 3 // 2, 3)
     noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     picture = Image.fromarray(noise.numpy())
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     stock = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
     file = BytesIO()
     picture.save(file, "PNG")

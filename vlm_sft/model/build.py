@@ -15,6 +15,7 @@ from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantize import quantize
 from vlm_sft.model.vision import build_vision_tower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, check_head
+from vlm_sft.model_folders import refuse_remote_kernels, report_unused_code
 
 _WHERE = "model.language_model"
 
@@ -102,7 +103,10 @@ def _random(tree: dict[str, Any], attention: str | None, seed: int) -> PreTraine
             return cast(
                 PreTrainedModel,
                 AutoModelForCausalLM.from_config(
-                    config, attn_implementation=attention, dtype=torch.float32
+                    config,
+                    attn_implementation=attention,
+                    dtype=torch.float32,
+                    trust_remote_code=False,
                 ),
             )
 
@@ -111,6 +115,8 @@ def _pretrained(name: str, attention: str | None, dtype: torch.dtype | str) -> P
     where = f"{_WHERE}.name"
     config: PretrainedConfig = load_pretrained(AutoConfig.from_pretrained, name, where)
     _refuse_packed(config, name)
+    refuse_remote_kernels(where, name, config)
+    report_unused_code(where, name, config)
     model, info = load_pretrained(
         AutoModelForCausalLM.from_pretrained,
         name,

@@ -1,16 +1,20 @@
 """Loading from a folder or the hub, with one sentence when it cannot be done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers import dynamic_module_utils
 
 from vlm_sft.config import means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
+from vlm_sft.model_folders import custom_code_refused, require_plain_folder
 
 
 def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: Any) -> Any:
-    """`load(name, **kwargs)` (a `from_pretrained`), its failures told in one sentence.
+    """Return `load(name, trust_remote_code=False, **kwargs)`; a failure is one sentence.
 
     Args:
         load: A `from_pretrained` of transformers.
@@ -19,7 +23,8 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
         kwargs: Handed on.
 
     Raises:
-        UserError: If the folder does not exist, is incomplete, or the hub cannot be reached.
+        UserError: If the folder does not exist, is incomplete, or the hub cannot be reached; if it
+            needs code of its own, or holds a pipe or a device.
     """
     folder = Path(name).expanduser()
     if means_folder(name) and not folder.is_dir():
@@ -28,5 +33,21 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
     action = f"load the folder {name!r}"
     if not folder.is_dir():
         action = f"get {name!r} from the hub, and there is no folder of that name"
-    with library_call("transformers", where, action):
-        return load(source, **kwargs)
+    with library_call("transformers", where, action), custom_code_refused(where, name):
+        if folder.is_dir():
+            require_plain_folder(folder)
+        return load(source, trust_remote_code=False, **kwargs)
+
+
+@contextmanager
+def no_questions() -> Iterator[None]:
+    """Have transformers refuse custom code instead of asking on the terminal whether to run it.
+
+    For libraries that call transformers themselves and do not pass `trust_remote_code` on.
+    """
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before

@@ -1,7 +1,6 @@
 """A run's model as shapes alone: built on the meta device from configurations, then made fake."""
 
 import copy
-import json
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,8 @@ from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.vision import VisionTower, build_vision_tower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
+from vlm_sft.model_folders import custom_code_refused, require_plain_folder
+from vlm_sft.reading import read_json
 
 _TOWER = "model.vision_tower"
 _LANGUAGE = "model.language_model"
@@ -87,7 +88,10 @@ class Blueprint:
                 config.layer_types = config.layer_types[:num_layers]
         with library_call("transformers", _LANGUAGE, f"build a {config.model_type} model"):
             model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=self._attention, dtype=torch.float32
+                config,
+                attn_implementation=self._attention,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
         cast_floating(model, self.dtype)
         return cast(PreTrainedModel, model)
@@ -253,10 +257,17 @@ def _local_config(name: str, where: str) -> PretrainedConfig:
     if means_folder(name) and not folder.is_dir():
         raise UserError(f"{where}: no such folder {name!r}; give a model folder or a hub name")
     if folder.is_dir():
-        with library_call("transformers", where, f"read the config.json of {name!r}"):
-            return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        action = f"read the config.json of {name!r}"
+        with library_call("transformers", where, action), custom_code_refused(where, name):
+            require_plain_folder(folder)
+            return AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        with custom_code_refused(where, name):
+            return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:
         raise _not_here(name, where, "configuration", "'*.json'") from error
 
@@ -266,7 +277,7 @@ def _local_json(name: str, file: str) -> dict[str, Any]:
     folder = Path(name).expanduser()
     path: Any = folder / file if folder.is_dir() else try_to_load_from_cache(name, file)
     try:
-        return cast(dict[str, Any], json.loads(Path(path).read_text(encoding="utf-8")))
+        return cast(dict[str, Any], read_json(Path(path)))
     except (OSError, TypeError, ValueError):
         return {}
 

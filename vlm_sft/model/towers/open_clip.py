@@ -18,8 +18,10 @@ from vlm_sft.config import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
+from vlm_sft.model.pretrained import no_questions
 from vlm_sft.model.towers.timm import timm_source
 from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
+from vlm_sft.model_folders import custom_code_refused, require_plain_folder
 
 _WHERE: Final = "model.vision_tower"
 _TINY_TEXT: Final = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
@@ -138,9 +140,19 @@ def _pretrained(config: VisionTowerConfig) -> tuple[Any, dict[str, Any]]:
                 + (f"; its tags: {', '.join(tags)}" if tags else "")
             )
         _check_weights(name, weights, bool(_model_config(name).get("quick_gelu", False)))
-    with library_call("open_clip", _WHERE, f"load {name!r} with weights {weights!r}"):
+    elif name.startswith("local-dir:"):
+        require_plain_folder(Path(name.removeprefix("local-dir:")))
+    with (
+        library_call("open_clip", _WHERE, f"load {name!r} with weights {weights!r}"),
+        custom_code_refused(_WHERE, name),
+        no_questions(),
+    ):
         model = open_clip.create_model(
-            name, pretrained=weights, force_image_size=config.image_size, precision="fp32"
+            name,
+            pretrained=weights,
+            force_image_size=config.image_size,
+            precision="fp32",
+            weights_only=True,
         )
     visual = model.visual
     return visual, dict(getattr(visual, "preprocess_cfg", {}))

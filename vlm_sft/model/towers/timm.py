@@ -1,7 +1,6 @@
 """Vision encoders of timm: ViTs as tokens, convolutional nets as their feature map row by row."""
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
 from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
+from vlm_sft.model_folders import require_plain_folder
+from vlm_sft.reading import read_json, require_regular
 
 _WHERE: Final = "model.vision_tower"
 
@@ -116,14 +117,19 @@ def _from_folder(folder: Path, config: VisionTowerConfig) -> Any:
         raise UserError(f"{_WHERE}.weights: the folder in `name` has its own; remove `weights`")
     where = f"{_WHERE}.name"
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architecture = saved["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):
+        require_plain_folder(folder)
+        saved = read_json(folder / "config.json")
+        architecture, arguments = saved["architecture"], saved.get("model_args", {})
+        if not isinstance(architecture, str) or not isinstance(arguments, dict):
+            raise TypeError
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError):
         raise UserError(
             f"{where}: {folder} has no timm config.json with an 'architecture'; expected that and "
             "model.safetensors, as timm saves a model"
         ) from None
-    model_args = {k: v for k, v in saved.get("model_args", {}).items() if k != "num_classes"}
+    model_args = {k: v for k, v in arguments.items() if k != "num_classes"}
     model = _create(architecture, config.image_size, saved.get("pretrained_cfg"), model_args)
     _load_weights(model, folder / "model.safetensors", where)
     return model
@@ -181,8 +187,9 @@ def _load_weights(model: Any, path: Path, where: str) -> None:
 
 
 def _read_state(path: Path, where: str) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{where}: no such file {str(path)!r}; give a .safetensors or .pth file")
+    require_regular(path)
     with library_call("torch", where, f"read {path} as weights"):
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -31,6 +31,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
 from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.vision import BlockStates, LoadedEncoder
+from vlm_sft.model_folders import refuse_remote_kernels, report_unused_code
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -135,13 +136,15 @@ def _random(tree: dict[str, Any]) -> PreTrainedModel:
         config = AutoConfig.for_model(model_type, **copy.deepcopy(tree))
         model_class = _CLASSES[model_type]
         if model_class is AutoModel:
-            return AutoModel.from_config(config)
+            return AutoModel.from_config(config, trust_remote_code=False)
         return model_class(config)
 
 
 def _pretrained(name: str) -> PreTrainedModel:
     where = "model.vision_tower.name"
     config = load_pretrained(AutoConfig.from_pretrained, name, where)
+    refuse_remote_kernels(where, name, config)
+    report_unused_code(where, name, config)
     kind = _VISION_PART.get(config.model_type, config.model_type)
     if kind not in _CLASSES:
         raise UserError(
