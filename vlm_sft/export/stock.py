@@ -338,7 +338,7 @@ def require_language_model(language_model: PreTrainedModel) -> None:
     )
     with exported(f"the language model ({text_config.model_type})"), torch.device("meta"):
         # Built anew: adapters and 4-bit weights have other names and shapes.
-        plain = AutoModelForCausalLM.from_config(language_model.config)
+        plain = AutoModelForCausalLM.from_config(language_model.config, trust_remote_code=False)
     found = {f"language_model.{k}": v.shape for k, v in body_of(plain, stock).state_dict().items()}
     found["lm_head.weight"] = cast(Any, plain.get_output_embeddings()).weight.shape
     wanted = {
