@@ -19,6 +19,7 @@ from data_tools.coco import CocoIndex, Picture, check_pictures, read_coco
 from data_tools.digests import file_digest
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
 from vlm_sft.atomic import write_json
+from vlm_sft.command_line import CommandParser
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.progress import track
 
@@ -63,8 +64,7 @@ class _Output:
 
 def main(argv: Sequence[str]) -> int:
     """Build the files `argv` asks for; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser().read(argv)
     _check(arguments)
     inputs = {
         name: Path(value)
@@ -100,18 +100,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.build_coco",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m data_tools.build_coco", __doc__, EXAMPLES)
     parser.add_argument("--instances", help="COCO's instances_*.json: boxes")
     parser.add_argument("--captions", help="COCO's captions_*.json")
     parser.add_argument("--images", required=True, help="folder of the pictures")
     parser.add_argument("--out", help="folder to write")
-    parser.add_argument("--backend", choices=["rules"], default="rules")
+    parser.add_argument(
+        "--backend",
+        choices=["rules"],
+        default="rules",
+        help="what writes the texts (default: rules)",
+    )
     parser.add_argument("--seed", type=int, required=True, help="0 or more")
     parser.add_argument(
         "--answers",

@@ -15,6 +15,7 @@ from data_tools import art, masks, scene_captions
 from data_tools.backgrounds import KINDS
 from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scene_rng
 from vlm_sft.atomic import write_json, write_text
+from vlm_sft.command_line import CommandParser
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.filesystem import naming
 from vlm_sft.progress import track
@@ -36,7 +37,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str]) -> int:
     """Make the scenes `argv` asks for; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().read(argv)
     settings = _settings(arguments)
     out = Path(arguments.out)
     receipt = {"format": FORMAT, "count": arguments.count, **asdict(settings)}
@@ -64,15 +65,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.make_scenes",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m data_tools.make_scenes", __doc__, EXAMPLES)
     parser.add_argument("--out", required=True, help="folder to write: images/, annotations/")
-    parser.add_argument("--artist", required=True, choices=sorted(art.ARTISTS))
+    parser.add_argument(
+        "--artist", required=True, choices=sorted(art.ARTISTS), help="whose drawings"
+    )
     parser.add_argument("--count", required=True, type=int, help="number of pictures")
     parser.add_argument("--seed", required=True, type=int, help="0 or more")
     parser.add_argument("--categories", help="names (dog,cat,...) or a JSON file; default: all")
@@ -88,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
         help="objects' longer side as a share of the picture's shorter side (0.2 0.55)",
     )
     parser.add_argument(
-        "--max-side", type=int, default=COCO_MAX_SIDE, help="longer side in pixels (640, as COCO)"
+        "--max-side",
+        type=int,
+        default=COCO_MAX_SIDE,
+        help="longer side in pixels (640, as COCO)",
     )
     parser.add_argument(
         "--augment", type=float, default=0.5, help="0..1: how much drawings are varied (0.5)"
@@ -104,7 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backgrounds", help=f"of {','.join(sorted(KINDS))}; default: all")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; no effect on results"
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes; no effect on results",
     )
     return parser
 

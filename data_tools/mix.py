@@ -4,7 +4,6 @@
 as the trainer does and writes `train.jsonl` (messages), `card.json` and `card.md`.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from data_tools.mixing.config import MixConfig
 from data_tools.mixing.quotas import quotas
 from vlm_sft import settings
 from vlm_sft.atomic import atomic_open, write_json, write_text
+from vlm_sft.command_line import CommandParser, add_overrides
 from vlm_sft.errors import run_command
 
 EXAMPLES = """examples:
@@ -24,15 +24,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str]) -> int:
     """Mix as `argv` says; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.mix",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="MIX.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    arguments = parser.parse_args(argv)
+    arguments = parser().read(argv)
     config = settings.load(MixConfig, arguments.config, arguments.overrides)
     split = config.cannot_tell_share is not None
     sources = scan.scan(config)
@@ -51,6 +43,14 @@ def main(argv: Sequence[str]) -> int:
     print(card.table(found))
     print(f"\n{output} and card.md; ids are `source/id`, pictures start from image_root {root}")
     return 0
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m data_tools.mix", __doc__, EXAMPLES, takes_settings=True)
+    parser.add_argument("config", metavar="MIX.yaml", help="the sources and their shares")
+    add_overrides(parser, "total=1000")
+    return parser
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(
     [
         (["--image", "gone.png"], "gone.png"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 or more"),
-        (["--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
+        (["--temperature", "-1"], "--temperature -1: expected 0 or more"),
         (["--device", "gpu"], "device 'gpu'"),
         (["--device", "cuda:99"], "device 'cuda:99'"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from vlm_sft import check
 from vlm_sft.assemble import load_language
+from vlm_sft.check import command
 from vlm_sft.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -79,9 +80,9 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path, ending:
         path.write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")
         config = load_config(CONFIG, [f"data.train.0.path={path}", "data.eval=[]"])
         language = load_language(config)
-        with check.open_bad_list(str(tmp_path / "bad.jsonl")) as listed:
+        with command.open_bad_list(str(tmp_path / "bad.jsonl")) as listed:
             tracemalloc.start()
-            assert check.check_records(config, language, check.Verdict(), listed) == count
+            assert command.check_records(config, language, command.Verdict(), listed) == count
             _, most = tracemalloc.get_traced_memory()
             tracemalloc.stop()
         return most

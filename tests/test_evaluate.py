@@ -81,7 +81,7 @@ def test_fewer_pictures_and_conditions_can_be_asked_for(trained: Path, probes: P
     ("arguments", "said"),
     [
         (["--probes", "{p}", "--conditions", "left"], "--conditions left: expected some of right"),
-        (["--probes", "missing.json"], "missing.json: no such file of probes"),
+        (["--probes", "missing.json"], "missing.json: no such file"),
         (["--captions", "missing.json"], "missing.json"),
         (["--probes", "{p}", "--max-pictures", "0"], "--max-pictures 0: expected 1 or more"),
         (["--probes", "{p}", "{p}"], "two files are named existence"),

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BASE = {
+    "command_line",
     "constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash",
     "visible", "ownership", "libraries", "console", "image_paths", "reading",
     "filesystem", "model_folders",

@@ -1,6 +1,5 @@
 """From a run's configuration to the objects that carry it out, in the order they can fail."""
 
-import argparse
 import dataclasses
 import importlib
 import importlib.util
@@ -14,8 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from vlm_sft.changes import require_changeable
-from vlm_sft.config import DataFile, RunConfig, load_config
+from vlm_sft.config import DataFile, RunConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset, content_difference
 from vlm_sft.data.formats import read_records
@@ -26,7 +24,7 @@ from vlm_sft.data.packing import Sizes, packing_figures
 from vlm_sft.data.render_cache import CachedRenderer
 from vlm_sft.data.sampling import StepSampler
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
-from vlm_sft.errors import ConfigError, ImageError, RecordError
+from vlm_sft.errors import ImageError, RecordError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.quantize import num_weights
@@ -93,61 +91,6 @@ class Data:
         if self.eval_ledger is not None:
             lines.append(f"held-out data: {self.eval_ledger.summary()}")
         return "\n".join(lines)
-
-
-def run_from_command_line(
-    argv: Sequence[str], *, prog: str, about: str, more: str
-) -> tuple[RunConfig, list[str]]:
-    """`CONFIG.yaml [key.path=value ...] [--allow-change KEY ...]` to a checked configuration and
-    the settings that may differ from the run's own; `--help` prints and exits.
-
-    Raises:
-        ConfigError: A wrong key or value, or a key to change that can change nothing.
-    """
-    parser = run_parser(prog, about, more)
-    parser.add_argument(
-        "--allow-change",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="go on with a run although this setting (or all that begin with it) differs from "
-        "what the run was started with; may be given several times",
-    )
-    arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    require_changeable(config, arguments.allow_change)
-    return config, arguments.allow_change
-
-
-def run_parser(prog: str, about: str, examples: str) -> argparse.ArgumentParser:
-    """A parser for a configuration file and its overrides."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run's configuration, see configs/")
-    parser.add_argument(
-        "overrides",
-        metavar="key.path=value",
-        nargs="*",
-        help="values that replace the file's, e.g. train.max_steps=10",
-    )
-    return parser
-
-
-def require_language_model_rate(config: RunConfig) -> None:
-    """Refuse a stage 2 whose language model would silently have the learning rate 0.
-
-    Raises:
-        ConfigError: `optim.learning_rate.language_model` was not given.
-    """
-    if "language_model" not in config.optim.learning_rate.model_fields_set:
-        raise ConfigError(
-            "optim.learning_rate.language_model is missing, but stage 2 trains the language "
-            "model or its adapters; give it, e.g. 2e-5 in full or 2e-4 with lora"
-        )
 
 
 def load_language(config: RunConfig) -> Language:

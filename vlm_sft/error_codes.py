@@ -3,7 +3,7 @@
 A ledger's `reason` is one of these names, and a command's error line begins with the code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -578,5 +578,18 @@ def page() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """Print `docs/errors.md`; returns the exit code."""
+    from vlm_sft.command_line import CommandParser
+
+    about = "Print every error code with its meaning and remedy, as Markdown."
+    example = "example:\n  python -m vlm_sft.error_codes > docs/errors.md"
+    CommandParser("python -m vlm_sft.error_codes", about, example).read(argv)
     print(page(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    from vlm_sft.errors import run_command
+
+    run_command(main)

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Final
 
@@ -130,11 +131,12 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        code = main(arguments)
+        code = _main_and_flush(main, arguments)
     except UserError as error:
         print(error_line(error), file=sys.stderr)
         code = 2
     except BrokenPipeError:
+        _forget_stdout()
         code = 141
     except OSError as error:
         place = visible_line(str(error.filename or "input/output"))
@@ -145,3 +147,18 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         print("stopped by Ctrl-C; what was saved is complete", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _main_and_flush(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run `main`; a reader that left (`| head`) is noticed here, not at interpreter exit."""
+    try:
+        return main(arguments)
+    finally:
+        if isinstance(sys.exception(), SystemExit | None):
+            sys.stdout.flush()
+
+
+def _forget_stdout() -> None:
+    """Send what is still buffered nowhere; Python would complain about it at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
 from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.inputs import require_checkpoint
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.parts_on_disk import (
@@ -263,10 +264,7 @@ def _device(name: str | torch.device | None) -> torch.device:
 
 
 def _checkpoint_folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; give a checkpoint, e.g. RUN/final", code="no_checkpoint"
-        )
+    require_checkpoint(folder)
     if not (folder / "manifest.json").exists() and (folder / "final" / "manifest.json").exists():
         return folder / "final"
     return folder

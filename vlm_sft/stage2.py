@@ -1,10 +1,9 @@
-"""Stage 2: teach the model to follow instructions about pictures; the vision tower stays frozen."""
+"""Stage 2: teach the model to follow instructions about images; the vision tower stays frozen."""
 
 from collections.abc import Sequence
 
-from vlm_sft.assemble import require_language_model_rate, run_from_command_line
+from vlm_sft.command_line import CommandParser, heavy_imports, training_parser
 from vlm_sft.errors import run_command
-from vlm_sft.stage import run_stage
 
 ABOUT = """\
 Train projector and language model on instructions (LLaVA's stage 2, visual instruction tuning).
@@ -23,14 +22,24 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run stage 2 and return the exit code."""
-    config, allowed = run_from_command_line(
-        argv, prog="python -m vlm_sft.stage2", about=ABOUT, more=EXAMPLES
-    )
-    require_language_model_rate(config)
+    arguments = parser().read(argv)
+    from vlm_sft.changes import require_changeable
+    from vlm_sft.inputs import read_config, require_stage2
+
+    config = read_config(arguments.config, arguments.overrides)
+    require_stage2(config)
+    require_changeable(config, arguments.allow_change)
+    with heavy_imports():
+        from vlm_sft.stage import run_stage
     # The projector learns in both ways; adapters take the language model's place where asked for.
-    language = "language_model" if config.lora is None else "adapter"
-    trainable = {"projector", language}
+    trainable = {"projector", "language_model" if config.lora is None else "adapter"}
+    allowed = arguments.allow_change
     return run_stage(config, stage="stage2", trainable=trainable, allowed=allowed)
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    return training_parser("python -m vlm_sft.stage2", ABOUT, EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ Every command takes the run's YAML file (configs/instruct/) and may be given aga
 not made or paid for twice.
 """
 
-import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
-from data_tools.instruct.config import InstructConfig
-from vlm_sft import settings
+from vlm_sft.command_line import CommandParser
 from vlm_sft.errors import UserError, run_command
 
 EXAMPLES = """examples:
@@ -33,9 +31,12 @@ STAGES = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the stage `argv` names; returns the exit code."""
-    arguments = _parser().parse_args(argv[:2])  # what follows is overrides and the stage's options
+    arguments = parser().read(argv[:2])  # what follows is overrides and the stage's options
     overrides = [word for word in argv[2:] if _is_override(word)]
     options = [word for word in argv[2:] if not _is_override(word)]
+    from data_tools.instruct.config import InstructConfig
+    from vlm_sft import settings
+
     config = settings.load(InstructConfig, arguments.config, overrides)
     # `plan` indexes by itself: to begin with `index` would read and tell everything twice.
     commands = list(STAGES)[1:] if arguments.command == "run" else [arguments.command]
@@ -58,18 +59,19 @@ def _module_of(command: str) -> str:
     return "explaining" if command == "explain" else STAGES[command][0]
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
+    """Return the parser of the stage and its configuration."""
     stages = "\n".join(f"  {name:<9} {text}" for name, (_, text) in STAGES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.instruct",
-        description=f"{__doc__}\ncommands:\n{stages}\n  run       all of these in turn\n"
+    parser = CommandParser(
+        "python -m data_tools.instruct",
+        f"{__doc__}\ncommands:\n{stages}\n  run       all of these in turn\n"
         "  explain   one sample: what was shown, asked, answered and found",
+        EXAMPLES,
+        takes_settings=True,
         usage="%(prog)s COMMAND CONFIG [KEY=VALUE ...] [options of the command]",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("command", choices=[*STAGES, "run", "explain"], metavar="COMMAND")
+    commands = [*STAGES, "run", "explain"]
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of those above")
     parser.add_argument("config", metavar="CONFIG", help="the run's YAML file")
     return parser
 

@@ -1,14 +1,15 @@
 """`explain`: one sample completely, on the terminal, as a page, or as a picture with its boxes."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.options import stage_parser
 from data_tools.instruct.receipts import drawing, sample_page, terminal
 from data_tools.instruct.receipts.evidence import deciding
 from data_tools.instruct.receipts.explanation import Explanation, explain
 from vlm_sft.atomic import write_bytes, write_text
+from vlm_sft.command_line import CommandParser
 from vlm_sft.errors import UserError
 
 
@@ -18,7 +19,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     Raises:
         UserError: There is no such id (the nearest are named), or no picture for `--png`.
     """
-    arguments = _parser().parse_args(options)
+    arguments = _parser().read(options)
     found = explain(config, arguments.id)
     if arguments.png:
         write_bytes(arguments.png, picture(found))
@@ -32,10 +33,8 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
         terminal.show(Console(highlight=False), found, whole_prompt=arguments.prompt)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.instruct explain CONFIG", description=__doc__
-    )
+def _parser() -> CommandParser:
+    parser = stage_parser("explain", __doc__)
     parser.add_argument("id", metavar="ID", help="of the sample, or of its request")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture with its boxes")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write all of it as a page")

@@ -1,6 +1,5 @@
 """Training files from kept samples, each read by the trainer as it is; receipts beside them."""
 
-import argparse
 import hashlib
 import json
 from collections import Counter
@@ -14,6 +13,7 @@ from data_tools.instruct.boxes import convert
 from data_tools.instruct.config import ExportConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.lines import read_lines
+from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
 from data_tools.records import IMAGE_LINE, IMAGE_MARK
 from vlm_sft.atomic import atomic_open, write_json
@@ -46,7 +46,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     Raises:
         UserError: `clean` has not run, or an id stands twice.
     """
-    argparse.ArgumentParser(prog="export", description=__doc__).parse_args(options)
+    stage_parser("export", __doc__).read(options)
     folder = RunFolder(Path(config.output_dir))
     counts = _Counts()
     with ExitStack() as files:

@@ -20,6 +20,7 @@ from data_tools.instruct.answers import Answers, AnswerWriter, Claims, answers_f
 from data_tools.instruct.appending import SharedLog
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.options import stage_parser
 from data_tools.instruct.planning import read_requests
 from data_tools.instruct.schema import Answer, Failure, Request
 from data_tools.instruct.standing import Standing, shown
@@ -27,6 +28,7 @@ from data_tools.instruct.teachers import Teacher
 from data_tools.instruct.teachers.making import make_teacher
 from data_tools.instruct.teachers.spending import LimitReached, Spending
 from data_tools.instruct.teachers.stopping import Stopped, Stopping
+from vlm_sft.command_line import CommandParser
 from vlm_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
         UserError: The settings, the key or the files are wrong, or the server refuses everything.
         SystemExit: With the exit code, where it is not 0.
     """
-    shard = _parser().parse_args(options).shard
+    shard = _parser().read(options).shard
     if config.limits.usd is not None and config.teacher.prices is None:
         raise UserError(
             "limits.usd is set and teacher.prices is not, so that no cost is known; give the "
@@ -366,10 +368,8 @@ class _Signals:
                 asyncio.get_running_loop().remove_signal_handler(number)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.instruct generate CONFIG", description=__doc__
-    )
+def _parser() -> CommandParser:
+    parser = stage_parser("generate", __doc__)
     parser.add_argument(
         "--shard",
         type=Shard.parse,

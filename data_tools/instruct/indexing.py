@@ -1,6 +1,5 @@
 """The annotations of a run: read and checked once, then one picture a line."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from data_tools.coco import Box, CocoIndex, Picture, read_coco
 from data_tools.digests import file_digest
 from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.options import stage_parser
 from vlm_sft.atomic import atomic_open, write_json
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.progress import track
@@ -27,7 +27,7 @@ _BOX_FIELDS: Final = tuple(field.name for field in fields(Box))
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
     """Read and check the annotations, unless `pictures.jsonl` is of these very files."""
-    argparse.ArgumentParser(prog="index", description=__doc__).parse_args(options)
+    stage_parser("index", __doc__).read(options)
     if config.coco.instances is None and config.coco.captions is None:
         raise UserError(
             "give coco.instances, coco.captions or both: there is nothing to build from"

@@ -1,6 +1,5 @@
 """Pictures become requests: chosen, guarded, written down and priced before anything is sent."""
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,13 @@ from data_tools.instruct.config import InstructConfig, TeacherConfig
 from data_tools.instruct.context import describe
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.lines import read_lines, write_lines
+from data_tools.instruct.options import stage_parser
 from data_tools.instruct.prompting import TYPES, closing, digest, make_templates, messages
 from data_tools.instruct.schema import Request, SampleType
 from data_tools.instruct.tokens import estimate_tokens
 from vlm_sft import settings
 from vlm_sft.atomic import write_json, write_text
+from vlm_sft.command_line import whole_number
 from vlm_sft.errors import UserError
 from vlm_sft.progress import track
 
@@ -31,9 +32,15 @@ PAID: Final = ("openai", "batch")
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
     """Write the requests and what they will take; nothing is sent."""
-    parser = argparse.ArgumentParser(prog="plan", description=__doc__)
-    parser.add_argument("--show", type=int, default=0, help="print the first N requests in full")
-    arguments = parser.parse_args(options)
+    parser = stage_parser("plan", __doc__)
+    parser.add_argument(
+        "--show",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="print the first N requests in full",
+    )
+    arguments = parser.read(options)
     indexing.command(config, ())
     folder = RunFolder(Path(config.output_dir))
     pictures = list(indexing.read_pictures(folder).values())

@@ -1,6 +1,5 @@
 """`report`: one HTML page of what was made, and of what was not, with its plots."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from data_tools.instruct.answers import answers_folder
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_pictures
+from data_tools.instruct.options import stage_parser
 from data_tools.instruct.receipts import page
 from data_tools.instruct.receipts.figures import Figures, gather
 from data_tools.instruct.receipts.journeys import journeys
@@ -26,7 +26,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     Raises:
         UserError: Nothing is indexed, or files of the run do not belong together.
     """
-    argparse.ArgumentParser(prog="report", description=__doc__).parse_args(options)
+    stage_parser("report", __doc__).read(options)
     folder = RunFolder(Path(config.output_dir))
     report = read(config, folder)
     path = folder.report / "report.html"

@@ -4,7 +4,6 @@ A pure function of pictures, requests and answers: it may be run again at no cos
 files give the same bytes.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from data_tools.instruct.answers import answers_folder, read_answers
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_categories, read_pictures
+from data_tools.instruct.options import stage_parser
 from data_tools.instruct.parsing import read_turns
 from data_tools.instruct.planning import read_requests
 from data_tools.instruct.schema import Answer, Check, Cost, PictureSource, Request, Sample
@@ -35,14 +35,14 @@ EXAMPLES: Final = 5
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
     """Write samples.jsonl, rejected.jsonl and verification.json, and tell what was found."""
-    parser = argparse.ArgumentParser(prog="verify", description=__doc__)
+    parser = stage_parser("verify", __doc__)
     parser.add_argument(
         "--file",
         metavar="LLAVA.json",
         help="check this file of LLaVA's form (.json or .jsonl) against the annotations instead; "
         "results go to OUTPUT_DIR/checked/NAME/",
     )
-    arguments = parser.parse_args(options)
+    arguments = parser.read(options)
     folder = RunFolder(Path(config.output_dir))
     policy = Policy(config.verify, read_categories(folder))
     pictures = read_pictures(folder)

@@ -17,10 +17,12 @@ from vlm_sft.errors import UserError
 from vlm_sft.model.quantize import _quantized
 from vlm_sft.model.recompute import Policy
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.plan import main, method_of
+from vlm_sft.plan import main
+from vlm_sft.plan.command import method_of
 from vlm_sft.planning.calibrate import _shape_of, calibrate
-from vlm_sft.planning.devices import GPUS, find_device
+from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import Estimator, Method, packed_bytes, quantised_sizes
+from vlm_sft.planning.gpus import GPUS
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Workload, plan_workload, survey
 from vlm_sft.train.batches import load_steps, split

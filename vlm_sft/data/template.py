@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.data.conversation import Role
+from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import TemplateError
 
 
@@ -353,12 +354,6 @@ def template_from_description(
         return JinjaTemplate(tokenizer)
     file = TemplateFile.model_validate(description["file"])
     return FileTemplate(file, bos=description["bos"], eos=description["eos"])
-
-
-def builtin_templates() -> list[str]:
-    """Names of the templates that come with the package."""
-    folder = resources.files("vlm_sft.data") / "templates"
-    return sorted(e.name[:-5] for e in folder.iterdir() if e.name.endswith(".yaml"))
 
 
 def _fitted(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTemplate:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,11 +14,10 @@ from torch import Tensor
 from vlm_sft.data.images import to_pixels
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.branches import Branch, score_branches
+from vlm_sft.evaluation.conditions import CONDITIONS, Condition
 from vlm_sft.evaluation.statistics import balanced_accuracy_interval, interval_of_shares
 from vlm_sft.inference import VlmRun, question
 
-Condition = Literal["right", "blank", "shuffled"]
-CONDITIONS: tuple[Condition, ...] = ("right", "blank", "shuffled")
 CLOSED_SETS = (("yes", "no"), ("left", "right"), ("top", "bottom"))
 
 

@@ -18,7 +18,7 @@ from vlm_sft.model.recompute import Policy
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import Blueprint, layers_of
-from vlm_sft.planning.devices import CUDA_OVERHEAD, FRAGMENTATION, Device
+from vlm_sft.planning.gpus import CUDA_OVERHEAD, FRAGMENTATION, Device
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.simulate import Simulation, TowerSimulation
 from vlm_sft.planning.workload import Workload

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from vlm_sft.model.recompute import Policy
 from vlm_sft.planning.calibrate import Calibration
-from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GIB, MATMUL_SHARE, Device
 from vlm_sft.planning.estimate import Memory, Method, Speed
+from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GIB, MATMUL_SHARE, Device
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Survey, Workload
 from vlm_sft.progress import format_seconds

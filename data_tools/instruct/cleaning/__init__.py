@@ -4,7 +4,6 @@ Two passes over `samples.jsonl`: the first keeps a few numbers of each sample, f
 decided; the second writes `kept.jsonl` and `set_aside.jsonl`.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from data_tools.instruct.config import CleanConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_categories, read_pictures
 from data_tools.instruct.lines import read_lines
+from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
 from vlm_sft.atomic import atomic_open, write_json
 from vlm_sft.errors import UserError
@@ -32,7 +32,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     Raises:
         UserError: A stage before has not run, or the samples are of other pictures.
     """
-    argparse.ArgumentParser(prog="clean", description=__doc__).parse_args(options)
+    stage_parser("clean", __doc__).read(options)
     folder = RunFolder(Path(config.output_dir))
     known = read_pictures(folder)
     table = _read(folder, config, known)

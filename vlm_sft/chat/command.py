@@ -1,25 +1,16 @@
-"""Ask a trained model about pictures: `python -m vlm_sft.chat CHECKPOINT --image FILE`."""
+"""Answer one question about images, or talk in the terminal."""
 
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_sft.data.conversation import TextPart, Turn
 from vlm_sft.data.images import open_image
-from vlm_sft.errors import UserError, error_line, run_command
+from vlm_sft.errors import UserError, error_line
 from vlm_sft.inference import VlmRun, load_run, question
-
-EXAMPLES = """examples:
-  python -m vlm_sft.chat runs/stage2/final --image cat.jpg --prompt "What is this?"
-  python -m vlm_sft.chat runs/stage2/final --image a.jpg --image b.jpg
-commands of the interactive chat:
-  /image FILE   show a picture with the next question
-  /reset        forget the conversation and its pictures
-  /quit         leave (or Ctrl-D)
-"""
 
 
 @dataclass
@@ -62,45 +53,18 @@ class Chat:
         self.turns, self.images = (), []
 
 
-def main(argv: Sequence[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Answer `--prompt`, or talk; returns the exit code."""
-    arguments = _parse(argv)
     for path in arguments.image:
         open_image(path)  # before the model is loaded, which takes long
-    run = load_run(arguments.checkpoint, device=arguments.device)
-    chat = Chat(run, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    vlm_run = load_run(arguments.checkpoint, device=arguments.device)
+    chat = Chat(vlm_run, arguments.max_new_tokens, arguments.temperature, arguments.seed)
     chat.images = list(arguments.image)
     if arguments.prompt is not None:
         _print_answer(chat, arguments.prompt)
         return 0
     _talk(chat)
     return 0
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vlm_sft.chat",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="RUN/final or RUN/checkpoints/step-N")
-    parser.add_argument(
-        "--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated"
-    )
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
-    )
-    parser.add_argument("--seed", type=int, help="makes answers with a temperature repeatable")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where it is")
-    arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected 1 or more")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise UserError(f"--temperature {arguments.temperature}: expected 0 or more")
-    return arguments
 
 
 def _talk(chat: Chat) -> None:
@@ -161,7 +125,3 @@ def _split(text: str) -> list[str]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    run_command(main)

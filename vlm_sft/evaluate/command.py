@@ -1,10 +1,10 @@
-"""Measure a checkpoint on held-out pictures: `python -m vlm_sft.evaluate CHECKPOINT ...`."""
+"""Measure a checkpoint on held-out images and print the table."""
 
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -14,16 +14,15 @@ from vlm_sft.atomic import write_json
 from vlm_sft.config import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import read_records
-from vlm_sft.errors import RecordError, UserError, run_command
+from vlm_sft.errors import RecordError, UserError
 from vlm_sft.evaluation.captions import (
     CaptionLoss,
     caption_losses,
     other_pictures,
     summarize_captions,
 )
+from vlm_sft.evaluation.conditions import Condition
 from vlm_sft.evaluation.probes import (
-    CONDITIONS,
-    Condition,
     Probe,
     Task,
     Verdict,
@@ -37,32 +36,24 @@ from vlm_sft.evaluation.probes import (
 from vlm_sft.inference import VlmRun, load_run
 from vlm_sft.progress import track
 
-EXAMPLE = """example:
-  python -m vlm_sft.evaluate runs/stage2/final --probes held_out/existence.json \\
-      held_out/counting.json --images held_out/images --captions held_out/captions.json \\
-      --out results.json
-"""
 
-
-def main(argv: Sequence[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write `--out`; returns the exit code."""
-    arguments = _parse(argv)
-    conditions = _conditions(arguments.conditions)
     files = {path: read_probes(path) for path in arguments.probes}
     records = _read_captions(arguments.captions, arguments.images) if arguments.captions else []
-    run = load_run(arguments.checkpoint, device=arguments.device)
+    vlm_run = load_run(arguments.checkpoint, device=arguments.device)
     if files:
-        require_questions(run)
+        require_questions(vlm_run)
     results: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
-        "step": run.manifest.get("step"),
+        "step": vlm_run.manifest.get("step"),
         "interval": "95 % percentile bootstrap over pictures; Wilson's where all answers are alike",
         "seed": arguments.seed,
         "answers": arguments.answers,
         "probes": {},
     }
-    tasks = _tasks(files, conditions, arguments)
-    losses, verdicts = _measure(run, tasks, records, arguments)
+    tasks = _tasks(files, arguments)
+    losses, verdicts = _measure(vlm_run, tasks, records, arguments)
     for (measure, condition), found in verdicts.items():
         summary = summarize(found, seed=arguments.seed)
         results["probes"].setdefault(measure, {})[condition] = summary
@@ -93,14 +84,12 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def _tasks(
-    files: dict[Path, list[Probe]], conditions: list[Condition], arguments: argparse.Namespace
-) -> list[Task]:
+def _tasks(files: dict[Path, list[Probe]], arguments: argparse.Namespace) -> list[Task]:
     tasks: list[Task] = []
     for path, probes in files.items():
-        kept = _first_pictures([p.image for p in probes], arguments.max_pictures)
+        kept = _first_pictures([p.image for p in probes], arguments.max_images)
         chosen = [probe for probe in probes if probe.image in kept]
-        asked: list[Condition] = ["right"] if path in arguments.beside else conditions
+        asked: list[Condition] = ["right"] if path in arguments.beside else arguments.conditions
         tasks += tasks_of(chosen, asked, measure=path.stem, seed=arguments.seed)
     return tasks
 
@@ -110,7 +99,7 @@ def _measure(
 ) -> tuple[list[CaptionLoss], dict[tuple[str, str], list[Verdict]]]:
     """Everything under one progress bar, which counts questions and captions."""
     if records:
-        kept = _first_pictures([str(r.images[0]) for r in records], arguments.max_pictures)
+        kept = _first_pictures([str(r.images[0]) for r in records], arguments.max_images)
         records = [record for record in records if str(record.images[0]) in kept]
     others = other_pictures(records, seed=arguments.seed) if records else {}
     captions = caption_losses(run, records, others)
@@ -144,63 +133,9 @@ def _first_pictures(images: Sequence[str], count: int | None) -> set[str]:
     return set(list(dict.fromkeys(images))[:count])
 
 
-def _conditions(text: str) -> list[Condition]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in get_args(Condition)]:
-        raise UserError(f"--conditions {unknown[0]}: expected some of {', '.join(CONDITIONS)}")
-    return [condition for condition in CONDITIONS if condition in names]
-
-
 def _percent(found: dict[str, float]) -> str:
     return f"{found['estimate']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
 
 
 def _number(found: dict[str, float]) -> str:
     return f"{found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vlm_sft.evaluate",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="RUN/final or RUN/checkpoints/step-N")
-    parser.add_argument("--probes", type=Path, nargs="+", default=[], metavar="FILE")
-    parser.add_argument(
-        "--beside",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="probes that are asked with the right picture alone, whatever the conditions",
-    )
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help="records of one picture each")
-    parser.add_argument(
-        "--answers",
-        choices=["likeliest", "spoken"],
-        default="likeliest",
-        help="compare the likelihood of the bare answers (default), or let the model speak and "
-        "take its last word for it; saying none of them is wrong",
-    )
-    parser.add_argument("--conditions", default=",".join(CONDITIONS), metavar="right,blank,...")
-    parser.add_argument("--max-pictures", type=int, metavar="N", help="the first N of each file")
-    parser.add_argument("--out", type=Path, default=Path("results.json"), metavar="FILE")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="default: cuda where it is, else cpu")
-    arguments = parser.parse_args(argv)
-    arguments.probes += arguments.beside
-    if not arguments.probes and not arguments.captions:
-        raise UserError("nothing to measure; give --probes FILE, --captions FILE or both")
-    stems = [path.stem for path in arguments.probes]
-    if twice := next((name for name in stems if stems.count(name) > 1), None):
-        raise UserError(f"--probes: two files are named {twice}; rename one or measure it alone")
-    if arguments.max_pictures is not None and arguments.max_pictures < 1:
-        raise UserError(f"--max-pictures {arguments.max_pictures}: expected 1 or more")
-    return arguments
-
-
-if __name__ == "__main__":
-    run_command(main)

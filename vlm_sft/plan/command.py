@@ -1,50 +1,26 @@
-"""What a run will need, before it: `python -m vlm_sft.plan CONFIG.yaml`."""
+"""Plan a run and print the plan."""
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
 from rich.console import Console
 
-from vlm_sft.assemble import load_language, run_parser
-from vlm_sft.config import RunConfig, load_config
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.assemble import load_language
+from vlm_sft.config import RunConfig
 from vlm_sft.model.recompute import POLICIES, Policy
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import require_local_tokenizer
 from vlm_sft.planning.calibrate import Calibration, calibrate
-from vlm_sft.planning.devices import ASSUMED_EFFICIENCY, GPUS, find_device
+from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import METHODS, Estimator, Memory, Method, host_pictures_per_second
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.report import PlanReport, Way
 from vlm_sft.planning.workload import Survey, Workload, pictures_per_cpu_second, plan_workload
 from vlm_sft.planning.workload import survey as survey_data
 from vlm_sft.train.activations import MARGIN
-
-ABOUT = f"""\
-Plan a run: read the data's real lengths and pictures, and work out memory by part, the largest
-micro-batch, samples/s, hours and what holds the run up, for stage 1, LoRA, QLoRA and full training.
-
-Nothing is downloaded and no weight is allocated: the model is built from its configuration alone,
-and its own code runs on tensors without values. GPUs known by name: {", ".join(GPUS)}."""
-
-EXAMPLES = """\
-examples:
-  python -m vlm_sft.plan configs/tiny/stage2.yaml
-  python -m vlm_sft.plan configs/tiny/stage2_lora.yaml --gpu 4090
-  python -m vlm_sft.plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
-  python -m vlm_sft.plan my.yaml --gpu h200 --json > plan.json
-
-  # a few real steps on this machine beside the prediction, with the error of both
-  python -m vlm_sft.plan configs/tiny/stage2.yaml --calibrate
-
-With hub names, their configuration and tokenizer (not the weights) must be in the local cache."""
-
-SAMPLE: Final = 20_000
-"""Records of each file that are rendered unless `--sample` says otherwise."""
 
 PACK_UNIT: Final = 256
 """The largest pack is searched in so many tokens."""
@@ -56,14 +32,12 @@ WIDTH: Final = 160
 """Columns where the output is no terminal."""
 
 
-def main(argv: Sequence[str]) -> int:
+def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Print the plan of a configuration; returns 0, also where the run would not fit."""
-    arguments = _parse(argv)
-    config = load_config(arguments.config, arguments.overrides)
     require_local_tokenizer(config.model.language_model)
     device = find_device(arguments.gpu, dtype_of(config))
     planner = Estimator(config, device, gpus=arguments.gpus, efficiency=arguments.efficiency)
-    calibration = _calibration(planner, arguments) if arguments.calibrate else None
+    calibration = _calibration(planner) if arguments.calibrate else None
     renderer = load_language(config).renderer
     tower = planner.blueprint.tower
     found = survey_data(
@@ -98,10 +72,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _calibration(planner: Estimator, arguments: argparse.Namespace) -> Calibration:
+def _calibration(planner: Estimator) -> Calibration:
     """Real steps; what they reach is what the plan for this machine goes on with."""
-    if arguments.gpu not in (None, "cpu") or arguments.gpus != 1:
-        raise UserError("--calibrate: trains on this machine's device; leave --gpu and --gpus out")
     config = planner.config
     asked = config.train.activation_checkpointing
     policy: Policy = "none" if asked == "auto" else asked  # a few steps are to run here anyhow
@@ -217,38 +189,3 @@ class _Outlook:
         return MicroBatch(
             1, tokens, part("targets"), part("pictures"), part("records"), part("attended")
         )
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = run_parser("python -m vlm_sft.plan", ABOUT, EXAMPLES)
-    add = parser.add_argument
-    add("--gpu", metavar="NAME", help="what to plan for (default: this machine's GPU, else cpu)")
-    add("--gpus", type=int, default=1, metavar="N", help="how many of them (default: 1)")
-    add(
-        "--efficiency",
-        type=float,
-        default=ASSUMED_EFFICIENCY,
-        metavar="SHARE",
-        help=f"of the matrix products' rate that a step reaches (default: {ASSUMED_EFFICIENCY})",
-    )
-    add(
-        "--sample",
-        type=int,
-        default=SAMPLE,
-        metavar="N",
-        help=f"records of each file to render, drawn at random; 0: all (default: {SAMPLE:,})",
-    )
-    add("--json", action="store_true", help="the plan as one JSON object on stdout")
-    add("--calibrate", action="store_true", help="also train a few steps here; needs the weights")
-    arguments = parser.parse_intermixed_args(argv)
-    for name, least in {"gpus": 1, "sample": 0}.items():
-        if getattr(arguments, name) < least:
-            found = getattr(arguments, name)
-            raise UserError(f"--{name} {found}: expected {least} or more")
-    if not 0 < arguments.efficiency <= 1:
-        raise UserError(f"--efficiency {arguments.efficiency}: expected more than 0, at most 1")
-    return arguments
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -26,18 +26,17 @@ from vlm_sft.assemble import (
     record_fault,
 )
 from vlm_sft.atomic import atomic_open
-from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig, load_config
+from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.ledger import Entry
 from vlm_sft.data.repeats import Repeats
-from vlm_sft.data.template import builtin_templates
 from vlm_sft.data.tokenizer import load_tokenizer
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.diagnosis.case import Finding, Level
 from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.error_codes import CODES
-from vlm_sft.errors import RecordError, TemplateError, UserError, run_command
+from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantize import num_bytes, require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -55,35 +54,12 @@ from vlm_sft.train.preflight import (
 )
 from vlm_sft.train.stochastic import require_roundable
 
-ABOUT = """\
-Read and render every record, open every picture in full, build the model, rehearse saving, and
-try what the tokenizer and the chat template do together. With --tokenizer instead of CONFIG.yaml:
-the tokenizer and the template alone.
-
-Lists all records that cannot be used, not only the first. Exit code 0: the run can start; 2: it
-cannot, or it would leave records out, or a finding is BAD."""
-
-EXAMPLES = """\
-examples:
-  python -m vlm_sft.check configs/tiny/stage1.yaml
-  python -m vlm_sft.check my.yaml data.max_length=1024
-  python -m vlm_sft.check my.yaml --no-model      (data only, no weights needed)
-  python -m vlm_sft.check my.yaml --bad bad.jsonl (all bad records into a file)
-
-  # do this model's tokenizer and a chat template go together? (0: yes, 2: something is BAD)
-  python -m vlm_sft.check --tokenizer models/qwen --template chatml
-  python -m vlm_sft.check --tokenizer models/vicuna --template vicuna_v1 --strict --json"""
-
 SHOWN = 20
 """Bad records that are printed; the rest is counted."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Check a configuration, or a tokenizer and a template alone; returns 0 or 2."""
-    arguments = _parse(argv)
-    if arguments.tokenizer is not None:
-        return _check_tokenizer(arguments)
-    config = load_config(arguments.config, arguments.overrides)
+def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
+    """Check a run's records, model and saving; returns 0 or 2."""
     read_deepspeed(config)
     require_quantization(config.model.language_model, trainable_parts(config))
     require_roundable(config, trainable_parts(config))
@@ -145,10 +121,9 @@ def examine_language(config: RunConfig, language: Language) -> list[Finding]:
     return diagnose(language.tokenizer, config.data.template, language.renderer, generation)
 
 
-def _check_tokenizer(arguments: argparse.Namespace) -> int:
-    """The doctor alone: findings as a table, or as JSON."""
+def check_tokenizer(arguments: argparse.Namespace) -> int:
+    """Print the findings about a tokenizer and a template as a table, or as JSON."""
     template = arguments.template or "auto"
-    _require_template(template)
     folder = Path(arguments.generation_config or arguments.tokenizer).expanduser()
     generation = read_generation_config(folder)
     if arguments.generation_config is not None and generation is None:
@@ -169,16 +144,6 @@ def _check_tokenizer(arguments: argparse.Namespace) -> int:
         _print_table(f"{arguments.tokenizer} with template {template}", rows_of_text)
         print(summary(findings))
     return 0 if good else 2
-
-
-def _require_template(name: str) -> None:
-    """A misspelt template is a mistake of the caller's, not a finding."""
-    known = ["auto", *builtin_templates()]
-    if name not in known and not Path(name).is_file():
-        raise TemplateError(
-            f"--template {name}: no such template or file; expected a YAML file or one of "
-            + ", ".join(known)
-        )
 
 
 def _fails(level: Level, *, strict: bool) -> bool:
@@ -206,61 +171,6 @@ def _print_table(title: str, rows: Sequence[tuple[str, Level, str]]) -> None:
     if not console.is_terminal:
         console.width = 120
     console.print(table)
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vlm_sft.check",
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a run's configuration")
-    parser.add_argument(
-        "overrides", metavar="key.path=value", nargs="*", help="values that replace the file's"
-    )
-    parser.add_argument(
-        "--no-model", action="store_true", help="leave the model out: data and pictures only"
-    )
-    parser.add_argument(
-        "--bad",
-        metavar="FILE.jsonl",
-        help="write every bad record there: where it is, its id, the reason, the message",
-    )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="warnings (about the template, about repeated records) count as BAD",
-    )
-    alone = parser.add_argument_group("a tokenizer and a template alone, without CONFIG.yaml")
-    alone.add_argument("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
-    alone.add_argument("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
-    alone.add_argument("--system", metavar="TEXT", help="system text for records that have none")
-    alone.add_argument(
-        "--generation-config",
-        metavar="DIR",
-        help="folder of generation_config.json (default: the tokenizer's)",
-    )
-    alone.add_argument("--json", action="store_true", help="the findings as JSON on stdout")
-    arguments = parser.parse_intermixed_args(argv)
-    _require_one_source(arguments)
-    return arguments
-
-
-def _require_one_source(arguments: argparse.Namespace) -> None:
-    if arguments.config is None and arguments.tokenizer is None:
-        raise UserError("give CONFIG.yaml, or --tokenizer DIR and --template NAME")
-    if arguments.config is None:
-        if arguments.no_model or arguments.bad:
-            option = "--no-model" if arguments.no_model else "--bad"
-            raise UserError(f"{option}: belongs to CONFIG.yaml; --tokenizer reads no data")
-        return
-    for name in ("tokenizer", "template", "system", "generation_config", "json"):
-        if getattr(arguments, name):
-            raise UserError(
-                f"--{name.replace('_', '-')}: give CONFIG.yaml or --tokenizer, not both; change a "
-                "configuration's settings with key.path=value"
-            )
 
 
 @contextmanager
@@ -450,7 +360,3 @@ def _existing_parent(folder: Path) -> Path:
             raise UserError(f"output_dir {folder}: no folder above it exists")
         folder = folder.parent
     return folder
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,0 +1,65 @@
+"""Ask a trained model about images: `python -m vlm_sft.chat CHECKPOINT --image FILE`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_sft.command_line import CommandParser, heavy_imports, number, whole_number
+
+EXAMPLES = """examples:
+  python -m vlm_sft.chat runs/stage2/final --image cat.jpg --prompt "What is this?"
+  python -m vlm_sft.chat runs/stage2/final --image a.jpg --image b.jpg
+commands of the interactive chat:
+  /image FILE   show an image with the next question
+  /reset        forget the conversation and its images
+  /quit         leave (or Ctrl-D)
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answer `--prompt`, or talk; returns the exit code."""
+    arguments = parser().read(argv)
+    from vlm_sft.inputs import require_checkpoint, require_images
+
+    require_images(arguments.image)
+    require_checkpoint(arguments.checkpoint)
+    with heavy_imports():
+        from vlm_sft.chat.command import run
+    return run(arguments)
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m vlm_sft.chat", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
+    add(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image that goes with the first question; may be repeated",
+    )
+    add("--prompt", metavar="TEXT", help="answer this question and exit")
+    add(
+        "--max-new-tokens",
+        type=whole_number(1),
+        default=256,
+        metavar="N",
+        help="longest answer in tokens (default: 256)",
+    )
+    add(
+        "--temperature",
+        type=number(0),
+        default=0.0,
+        metavar="T",
+        help="0 (default) takes the likeliest token",
+    )
+    add(
+        "--seed",
+        type=whole_number(0),
+        metavar="N",
+        help="makes answers with a temperature repeatable",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")
+    return parser

@@ -1,0 +1,60 @@
+"""Export a checkpoint and print how the result differs from it."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from vlm_sft.config import DataFile
+from vlm_sft.data.formats import read_records
+from vlm_sft.errors import RecordError
+from vlm_sft.export.hf_llava import export_hf_llava
+from vlm_sft.inference import VlmRun, load_run, question
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, compare with the reloaded folder, print the difference; returns the exit code."""
+    vlm_run = load_run(args.checkpoint, device="cpu")
+    sample = _sample(vlm_run, args.image or _first_picture(vlm_run), args.prompt)
+    report = export_hf_llava(
+        vlm_run.model,
+        vlm_run.tokenizer,
+        args.out,
+        image_aspect=vlm_run.aspect,
+        image_processing=vlm_run.processing,
+        renderer_chat_template=vlm_run.renderer.to_jinja(),
+        stop_token_ids=vlm_run.renderer.stop_token_ids,
+        sample=sample,
+    )
+    print(
+        f"{report.folder}: {report.dtype}; reloaded by stock LlavaForConditionalGeneration with "
+        f"{len(report.missing_keys)} missing and {len(report.unexpected_keys)} unexpected keys; "
+        f"largest logit difference {report.max_abs_logit_difference:.2e} (largest logit "
+        f"{report.max_abs_logit:.2f}); pictures differ by at most "
+        f"{report.max_pixel_difference:.1f} of 255 levels"
+    )
+    return 0
+
+
+def _sample(
+    run: VlmRun, image: Path | None, prompt: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Pixels and prompt to compare logits on; None (noise) where there is no picture at all."""
+    if image is None:
+        return None
+    ids = run.prompt_ids(question(prompt, [image]))
+    return run.pixels(image)[None], torch.tensor([ids])
+
+
+def _first_picture(run: VlmRun) -> Path | None:
+    """A picture of the training data, if it is still where it was."""
+    for file in run.config.data.train:
+        if not Path(file.path).exists():
+            continue
+        for record in read_records(DataFile.model_validate(file)):
+            if isinstance(record, RecordError):
+                continue
+            for image in record.images:
+                if isinstance(image, Path) and image.is_file():
+                    return image
+    return None
