@@ -7,14 +7,14 @@ compared with the run's own configuration: nothing in it is passed over in silen
 Source: DeepSpeed's "Configuration JSON" page; LLaVA's `scripts/zero2.json`, `scripts/zero3.json`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.config import RunConfig
-from vlm_sft.errors import ConfigError
+from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.reading import read_json
 
 AUTO = "auto"
 """What transformers' files say where the trainer's own setting counts."""
@@ -249,13 +249,13 @@ class _Reader:
 
 def _load(path: str) -> Mapping[str, Any]:
     try:
-        tree = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        tree = read_json(Path(path).expanduser())
     except OSError:
         raise ConfigError(
             f"train.deepspeed: {path}: no such file; give DeepSpeed's JSON, or delete the key"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"train.deepspeed: {path}: not valid JSON ({error})") from None
+    except UserError as error:
+        raise ConfigError(f"train.deepspeed: {error}", code=error.reason) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"train.deepspeed: {path}: expected a JSON object of settings")
     return tree

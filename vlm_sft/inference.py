@@ -1,6 +1,5 @@
 """A checkpoint brought back to life: pictures and a question in, an answer out, token by token."""
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from vlm_sft.parts_on_disk import (
     read_adapter,
     read_language_model,
 )
+from vlm_sft.reading import read_json
 from vlm_sft.train.checkpoint import copy_tensors, load_tensors, verify
 
 
@@ -272,7 +272,7 @@ def _checkpoint_folder(folder: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+        return cast(dict[str, Any], read_json(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error}); the checkpoint is damaged",

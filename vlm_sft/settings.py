@@ -8,7 +8,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vlm_sft.errors import ConfigError
+from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.image_paths import current_directory_hint, nearest_existing
+from vlm_sft.reading import parse_yaml, read_text
 
 
 class Section(BaseModel):
@@ -52,13 +54,18 @@ def dump(values: Section) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such configuration file; see configs/") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise ConfigError(
+            f"{path}: no such configuration file{current_directory_hint(path)}"
+            f"{nearest_existing(path)}; see configs/"
+        ) from None
+    except UserError as error:
+        raise ConfigError(str(error), code=error.reason) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        tree = yaml.load(text, Loader=_Loader)
+        tree = parse_yaml(text, _Loader)
     except yaml.YAMLError as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {detail}") from None
@@ -97,7 +104,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected key.path=value")
     try:
-        value = yaml.load(raw, Loader=_Loader) if raw else None
+        value = parse_yaml(raw, _Loader) if raw else None
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
     node: Any = tree

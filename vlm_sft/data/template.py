@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.data.conversation import Role
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import TemplateError
+from vlm_sft.reading import parse_yaml, read_text
 
 
 @dataclass(frozen=True)
@@ -331,14 +332,14 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate
     if name in builtin_templates():
         text = (resources.files("vlm_sft.data") / "templates" / f"{name}.yaml").read_text("utf-8")
     elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        text = Path(name).read_text("utf-8")
+        text = read_text(name)
     else:
         raise TemplateError(
             f"data.template: no template {name!r}; expected 'auto', a YAML file, or one of "
             + ", ".join(builtin_templates())
         )
     try:
-        file = TemplateFile.model_validate(yaml.safe_load(text))
+        file = TemplateFile.model_validate(parse_yaml(text))
     except (ValidationError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:300]
         raise TemplateError(f"template {name}: {reason}") from None

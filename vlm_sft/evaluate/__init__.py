@@ -66,6 +66,11 @@ def parser() -> CommandParser:
         metavar="DIR",
         help="the folder that image names of probes and captions start from",
     )
+    add(
+        "--follow-symlinks",
+        action="store_true",
+        help="let symbolic links below --images lead out of it",
+    )
     add("--captions", type=Path, metavar="FILE", help="records of one image each")
     add(
         "--answers",

@@ -29,6 +29,7 @@ from vlm_sft.evaluation.probes import (
     ask,
     judge,
     read_probes,
+    require_images_inside,
     require_questions,
     summarize,
     tasks_of,
@@ -40,7 +41,12 @@ from vlm_sft.progress import track
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write `--out`; returns the exit code."""
     files = {path: read_probes(path) for path in arguments.probes}
-    records = _read_captions(arguments.captions, arguments.images) if arguments.captions else []
+    links = arguments.follow_symlinks
+    for path, probes in files.items():
+        require_images_inside(path, probes, arguments.images, follow_symlinks=links)
+    records = (
+        _read_captions(arguments.captions, arguments.images, links) if arguments.captions else []
+    )
     vlm_run = load_run(arguments.checkpoint, device=arguments.device)
     if files:
         require_questions(vlm_run)
@@ -118,9 +124,11 @@ def _measure(
     return losses, verdicts
 
 
-def _read_captions(path: Path, images: Path) -> list[Conversation]:
+def _read_captions(path: Path, images: Path, follow_symlinks: bool) -> list[Conversation]:
     records = []
-    for record in read_records(DataFile(path=str(path), image_root=str(images))):
+    for record in read_records(
+        DataFile(path=str(path), image_root=str(images), follow_symlinks=follow_symlinks)
+    ):
         if isinstance(record, RecordError):
             raise record
         if len(record.images) != 1 or not isinstance(record.images[0], Path):

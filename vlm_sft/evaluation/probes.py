@@ -1,6 +1,5 @@
 """Questions with a known answer: which of the possible answers is likeliest, or is given."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_sft.data.images import to_pixels
-from vlm_sft.errors import UserError
+from vlm_sft.errors import ImageError, UserError
 from vlm_sft.evaluation.branches import Branch, score_branches
 from vlm_sft.evaluation.conditions import CONDITIONS, Condition
 from vlm_sft.evaluation.statistics import balanced_accuracy_interval, interval_of_shares
+from vlm_sft.image_paths import current_directory_hint, image_path, nearest_existing
 from vlm_sft.inference import VlmRun, question
+from vlm_sft.reading import read_json
+from vlm_sft.visible import shortened
 
 CLOSED_SETS = (("yes", "no"), ("left", "right"), ("top", "bottom"))
 
@@ -84,15 +86,12 @@ def read_probes(path: Path) -> list[Probe]:
         UserError: The file is missing or not such a list; the record is named.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
     except OSError:
         raise UserError(
-            f"{path}: no such file of probes; data_tools.build_coco makes them",
+            f"{path}: no such file of probes{current_directory_hint(path)}{nearest_existing(path)};"
+            " data_tools.build_coco makes them",
             code="data_file_missing",
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not valid JSON ({error}); make it again", code="json_syntax"
         ) from None
     if not isinstance(rows, list) or not rows:
         raise UserError(
@@ -110,6 +109,22 @@ def read_probes(path: Path) -> list[Probe]:
                 )
         open_sets.setdefault(row["kind"], set()).add(row["answer"])
     return [Probe(**{k: row[k] for k in keys}, choices=_choices(row, open_sets)) for row in rows]
+
+
+def require_images_inside(
+    path: Path, probes: Sequence[Probe], images_dir: Path, *, follow_symlinks: bool = False
+) -> None:
+    """Refuse probes of the file `path` whose image lies outside of `images_dir`.
+
+    Raises:
+        UserError: With the probe's id.
+    """
+    for probe in probes:
+        try:
+            image_path(images_dir, probe.image, follow_symlinks=follow_symlinks)
+        except ImageError as error:
+            shown = shortened(probe.id, 100)
+            raise UserError(f"{path}: probe {shown!r}: {error}", code=error.reason) from None
 
 
 def _choices(row: Mapping[str, str], open_sets: Mapping[str, set[str]]) -> tuple[str, ...]:
@@ -244,7 +259,10 @@ def judge(run: VlmRun, tasks: Sequence[Task], images_dir: Path) -> Iterator[tupl
 
 
 def _pixels(run: VlmRun, shown: str | None, images_dir: Path) -> Tensor:
-    return blank_pixels(run) if shown is None else run.pixels(images_dir / shown)
+    if shown is None:
+        return blank_pixels(run)
+    # Symbolic links are the caller's decision: `require_images_inside`.
+    return run.pixels(image_path(images_dir, shown, follow_symlinks=True))
 
 
 def judge_picture(run: VlmRun, probes: Sequence[Probe], pixels: Tensor) -> list[Verdict]:

@@ -77,6 +77,7 @@ def parser() -> CommandParser:
         help="the form of --records (default: auto)",
     )
     add("--image-root", metavar="DIR", help="where relative image names start")
+    add("--follow-symlinks", action="store_true", help="let links below it lead out of it")
     add("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
     add("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
     add("--system", metavar="TEXT", help="system text for records that have none")

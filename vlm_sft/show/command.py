@@ -169,7 +169,12 @@ def _of_records(args: argparse.Namespace) -> Inspection:
         default_system=args.system,
         recipe=args.recipe or "fixed",
     )
-    file = DataFile(path=args.records, format=args.format or "auto", image_root=args.image_root)
+    file = DataFile(
+        path=args.records,
+        format=args.format or "auto",
+        image_root=args.image_root,
+        follow_symlinks=args.follow_symlinks,
+    )
     config = DataConfig(
         train=[file],
         max_length=args.max_length or NO_LIMIT,

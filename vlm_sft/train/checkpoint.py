@@ -33,6 +33,7 @@ from vlm_sft.filesystem import (
     warn_once,
 )
 from vlm_sft.ownership import is_system_file
+from vlm_sft.reading import NotARegularFile, open_regular, parse_json, read_text
 from vlm_sft.train.environment import environment_difference, recorded_environment
 from vlm_sft.train.sharding import fill, is_sharded, own_part, process_of, whole
 
@@ -572,8 +573,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        text = read_text(path)
+        manifest = parse_json(text)
+    except NotARegularFile as error:
+        raise CheckpointError(str(error), code=error.reason) from None
     except OSError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}, so this is not a complete checkpoint; give a folder like "
@@ -749,7 +752,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,7 +1,6 @@
 """The optimiser's state as safetensors and JSON, by parameter name."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import CheckpointError
+from vlm_sft.reading import read_json
 from vlm_sft.train.checkpoint import (
     Component,
     check_tensors,
@@ -79,7 +79,7 @@ def _capture(
 def _read(
     folder: Path, optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler | None"
 ) -> None:
-    values: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_json(folder / VALUES)
     saved = [group["names"] for group in values["groups"]]
     own = [group["names"] for group in optimizer.param_groups]
     if saved != own:

@@ -3,7 +3,6 @@
 `NAME.pieces.json` says which rows of which tensor lie in which `NAME.piece-K-of-N.safetensors`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import CheckpointError
 from vlm_sft.filesystem import sync
+from vlm_sft.reading import read_json
 from vlm_sft.train.checkpoint import check_tensors, host_copies, save_tensors
 from vlm_sft.train.sharding import is_sharded, own_part, own_rows, process_of, rows_of
 
@@ -162,7 +162,7 @@ class _Files:
 
 
 def _index(path: Path) -> dict[str, Any]:
-    index: dict[str, Any] = json.loads(index_path(path).read_text(encoding="utf-8"))
+    index: dict[str, Any] = read_json(index_path(path))
     return index
 
 
