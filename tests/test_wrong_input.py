@@ -61,11 +61,11 @@ BAD_RECORDS = {
     ),
     "too many places": (
         record(conversations=[{"from": "human", "value": "<image><image>\nWhat?"}, GPT]),
-        ["VS313: ", "has places for 2 pictures", "the record lists 1"],
+        ["VS313: ", "has places for 2 images", "the record lists 1"],
     ),
     "too few places": (
         record(conversations=[{"from": "human", "value": "What?"}, GPT]),
-        ["VS313: ", "has places for 0 pictures", "the record lists 1"],
+        ["VS313: ", "has places for 0 images", "the record lists 1"],
     ),
     "unknown role": (
         record(conversations=[{**HUMAN, "from": "humann"}, GPT]),

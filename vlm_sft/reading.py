@@ -8,8 +8,9 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import yaml
 
@@ -44,7 +45,7 @@ class StrictJsonError(ValueError):
         super().__init__(message)
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading, without waiting for a pipe or waking a device.
 
     Raises:
