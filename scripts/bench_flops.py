@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from bench_model import NUM_IMAGE_TOKENS, Size
+from bench_sizes import NUM_IMAGE_TOKENS, Size
 
 
 @dataclass(frozen=True)

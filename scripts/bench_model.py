@@ -15,12 +15,12 @@ import gc
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_sizes import IMAGE, PATCH, Size
 from tokenizers import AddedToken, Tokenizer, decoders
 from transformers import (
     AutoModelForCausalLM,
@@ -42,8 +42,6 @@ from vlm_sft.model.build import build_model
 SEED = 42
 """Of the weights, of the rows and of the runs; the projector is drawn from it in every run."""
 
-IMAGE, PATCH = 336, 14
-NUM_IMAGE_TOKENS = (IMAGE // PATCH) ** 2
 TEMPLATE = "vicuna_v1"
 
 CHAT_TEMPLATE = (
@@ -59,29 +57,6 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 """`vicuna_v1` as transformers and TRL need it: answers marked, pictures as parts."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Shapes of CLIP and Llama; pictures are 336 x 336 in patches of 14."""
-
-    name: str
-    vision_layers: int
-    vision_width: int
-    vision_heads: int
-    layers: int
-    width: int
-    intermediate: int
-    heads: int
-    vocabulary: int = 32_064
-    """32,000 pieces, `<image>`, and rows up to a multiple of 64."""
-
-
-SIZES = {
-    "tiny": Size("tiny", 4, 128, 2, 4, 256, 688, 4),
-    "small": Size("small", 4, 128, 2, 8, 512, 1376, 8),
-    "7b": Size("7b", 24, 1024, 16, 32, 4096, 11008, 32),
-}
 
 
 def make_model(size: Size, folder: Path, *, device: str, dtype: torch.dtype) -> None:

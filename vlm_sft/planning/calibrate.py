@@ -96,12 +96,12 @@ def calibrate(estimator: Estimator, method: Method, policy: Policy) -> Calibrati
     steps = _Steps(estimator.config, method, policy)
     steps.take(0)
     seconds = sorted(steps.timed(number) for number in range(1, STEPS + 1))[STEPS // 2]
-    batches = [_shape_of(batch) for batch in steps.batches(STEPS + 1)]
+    batches = [micro_batch_of(batch) for batch in steps.batches(STEPS + 1)]
     measured = steps.bytes_of(STEPS + 1)
     largest = max(batches, key=lambda batch: batch.tokens)
     memory = estimator.memory(method, policy, largest, micro_batches=len(batches))
     flops = estimator.simulation(method).flops
-    mean = [_shape_of(b) for number in range(1, STEPS + 1) for b in steps.batches(number)]
+    mean = [micro_batch_of(b) for number in range(1, STEPS + 1) for b in steps.batches(number)]
     spent = sum(flops.of_batch(batch, policy) for batch in mean) / STEPS
     rate = estimator.device.flops
     return Calibration(
@@ -197,7 +197,8 @@ def _shown(batch: AnyBatch) -> torch.Tensor | None:
     return batch.pixel_values if batch.image_features is None else batch.image_features
 
 
-def _shape_of(batch: AnyBatch) -> MicroBatch:
+def micro_batch_of(batch: AnyBatch) -> MicroBatch:
+    """Return the shape of a batch, which memory and FLOPs depend on."""
     shown, (rows, length) = _shown(batch), batch.input_ids.shape
     pictures = 0 if shown is None else len(shown)
     if not isinstance(batch, PackedBatch):

@@ -1,0 +1,1 @@
+"""Acceptance on a GPU: correctness, throughput and memory against stated targets."""
