@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from vlm_sft.errors import UserError
@@ -43,3 +44,11 @@ def one_line(error: BaseException) -> str:
     if not text or isinstance(error, _TERSE):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def installed_version(name: str) -> str:
+    """Return a package's version, or "not installed": vlm-sft may be run from its sources."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

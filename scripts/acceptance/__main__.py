@@ -269,6 +269,8 @@ if __name__ == "__main__":
     except WheelError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was measured is in the files", file=sys.stderr)
         sys.exit(130)

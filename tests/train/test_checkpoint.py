@@ -1,6 +1,7 @@
 """Checkpoints are complete and proven, or they are not used."""
 
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,17 @@ def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
     checkpoints.facts = {"stage": "stage2"}
     with pytest.raises(CheckpointError, match='stage is "stage1", but this run\'s is "stage2"'):
         checkpoints.load(checkpoint)
+
+
+def test_a_checkpoint_is_written_by_a_package_that_runs_from_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("vlm_sft.libraries.version", version)
+    saved = store(tmp_path, []).save({"step": 5})
+    assert saved.manifest["software"]["vlm-sft"] == "not installed"
 
 
 def test_other_software_is_told_and_does_not_stop_the_run(

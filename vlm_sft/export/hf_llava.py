@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, cast
@@ -45,6 +44,7 @@ from vlm_sft.export.stock import (
 )
 from vlm_sft.export.weights import released_state, write_weights
 from vlm_sft.filesystem import give_ordinary_modes, naming, rename_folder, temporary_sibling
+from vlm_sft.libraries import installed_version
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
@@ -366,7 +366,7 @@ def _refuse_difference(report: ExportReport, dtype: torch.dtype) -> None:
 
 
 def _write_notes(folder: Path, report: ExportReport, aspect: Aspect) -> None:
-    libraries = {name: version(name) for name in ("torch", "transformers", "vlm-sft")}
+    libraries = {name: installed_version(name) for name in ("torch", "transformers", "vlm-sft")}
     write_json(folder / "export.json", {**asdict(report), "versions": libraries})
     write_text(
         folder / "README.md",

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -32,6 +31,7 @@ from vlm_sft.filesystem import (
     sync_folder,
     warn_once,
 )
+from vlm_sft.libraries import installed_version
 from vlm_sft.ownership import is_system_file
 from vlm_sft.reading import NotARegularFile, open_regular, parse_json, read_text
 from vlm_sft.train.environment import environment_difference, recorded_environment
@@ -427,7 +427,7 @@ def software() -> dict[str, str]:
     for path in sorted(PACKAGE.rglob("*.py")):
         sources.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
     used = [*LIBRARIES, *(name for name in LIBRARIES_WHERE_USED if name in sys.modules)]
-    return {**{name: version(name) for name in used}, "code": sources.hexdigest()}
+    return {**{name: installed_version(name) for name in used}, "code": sources.hexdigest()}
 
 
 def software_difference(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
