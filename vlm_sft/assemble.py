@@ -17,7 +17,7 @@ from vlm_sft.config import DataFile, RunConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset, content_difference
 from vlm_sft.data.formats import read_records
-from vlm_sft.data.images import open_image, read_pixels
+from vlm_sft.data.images import open_image
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.packing import Sizes, packing_figures
@@ -38,7 +38,7 @@ from vlm_sft.parts_on_disk import (
     template_digest,
     tokenizer_digest,
 )
-from vlm_sft.train.batches import Batching, Fault, Packed, Padded
+from vlm_sft.train.batches import Batching, Fault, Faults, Packed, Padded
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.loop import Hooks, Plan, Trainer, say_on_stderr
 
@@ -210,7 +210,7 @@ def make_trainer(
         keep=config.train.keep_checkpoints,
         say=say_on_stderr if accelerator.is_main_process else lambda text: None,
     )
-    answers: Callable[[], list[dict[str, Any]]] | None = None
+    answers: Answers | None = None
     if data.eval is not None and config.train.eval_samples:
         answers = Answers(config, language, model, data.eval)
     return Trainer(
@@ -337,17 +337,34 @@ def picture_cost(model: VisionLanguageModel) -> float:
 
 @dataclass(frozen=True)
 class Answers:
-    """The model's greedy answers to the first question of a few held-out records."""
+    """Greedy answers of the model to the first question of a few held-out records."""
 
     config: RunConfig
     language: Language
     model: VisionLanguageModel
     data: SupervisedDataset
 
-    def __call__(self) -> list[dict[str, Any]]:
-        """Rows of `id`, `question`, `answer`, `expected`; the records are spread over the set."""
+    def __call__(self, on_fault: Callable[[Fault], None] | None) -> list[dict[str, Any]]:
+        """Return rows of `id`, `question`, `answer`, `expected`, spread over the held-out records.
+
+        Args:
+            on_fault: Called with each record whose image cannot be read, which has no row; None:
+                such a record raises.
+
+        Raises:
+            RecordError: An image cannot be read and `on_fault` is None.
+        """
         count = min(self.config.train.eval_samples, len(self.data))
-        return [self._row(i * len(self.data) // count) for i in range(count)]
+        faults, rows = Faults(lenient=on_fault is not None), []
+        for index in (i * len(self.data) // count for i in range(count)):
+            try:
+                rows.append(self._row(index))
+            except RecordError as error:
+                faults.note(index, error)
+        if on_fault is not None:
+            for fault in faults.met:
+                on_fault(fault)
+        return rows
 
     def _row(self, index: int) -> dict[str, Any]:
         conversation = self.data.conversation(index)
@@ -358,20 +375,18 @@ class Answers:
         return {
             "id": conversation.id,
             "question": turns[-1].text if turns else "",
-            "answer": self._answer(asked),
+            "answer": self._answer(asked, self._pixels(index, num_images)),
             "expected": conversation.turns[first].text,
         }
 
-    def _answer(self, asked: Conversation) -> str:
+    def _pixels(self, index: int, count: int) -> list[torch.Tensor]:
+        return [self.data.pixels(index, number) for number in range(count)]
+
+    def _answer(self, asked: Conversation, pixels: list[torch.Tensor]) -> str:
         tower, tokenizer = self.model.vision_tower, self.language.tokenizer
         device = tower.device
         ids = expand(self.language.renderer.prompt(asked), tower.num_tokens)
         input_ids = torch.tensor([ids], device=device)
-        data = self.config.data
-        pixels = [
-            read_pixels(source, tower.image_spec, data.image_aspect, data.image_processing)
-            for source in asked.images
-        ]
         generated = self.model.generate(
             input_ids,
             torch.ones_like(input_ids),

@@ -226,6 +226,8 @@ class TrainConfig(Section):
     eval_samples: Annotated[int, Field(ge=0)] = 3
     """Held-out records answered by the model at each evaluation."""
     log_every_steps: PositiveInt = 1
+    """Steps from one row of `metrics.jsonl` to the next. Each row is also a line on stderr; on a
+    terminal a progress bar shows the newest one instead."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """What both stages do around their own decisions: folder, processes, training, farewell."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
 from vlm_sft.feature_cache import use_feature_cache
+from vlm_sft.libraries import one_line
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantize import require_quantization
 from vlm_sft.run_folder import locked, settle_config
@@ -69,12 +71,27 @@ def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[s
         if on_main(accelerator, lambda: _is_finished(config, allowed)):
             return 0
         outcome = _train(config, stage, trainable, accelerator)
-        accelerator.end_training()
+        _close(accelerator, output_dir)
         if outcome.stopped_by is None:
-            if accelerator.is_main_process:
-                write_report(output_dir)
             return 0
     return _farewell(outcome, say=accelerator.is_main_process)
+
+
+def _close(accelerator: Accelerator, output_dir: Path) -> None:
+    """Close the trackers and write the report; what fails is a warning, since all is saved."""
+    with _only_warned("closing the trackers"):
+        accelerator.end_training()
+    if accelerator.is_main_process:
+        with _only_warned(f"writing {output_dir / 'report.html'}"):
+            write_report(output_dir)
+
+
+@contextmanager
+def _only_warned(action: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        say_on_stderr(f"warning: {action} failed ({one_line(error)}); the run is not affected")
 
 
 def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:

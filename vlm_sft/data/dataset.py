@@ -307,10 +307,14 @@ class SupervisedDataset(Dataset[Example]):
         count, size = self.num_pictures[index], self._image_spec.size
         if first is None or first >= count:
             return torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return torch.stack([self._square(index, number) for number in range(first, count)])
+        return torch.stack([self.pixels(index, number) for number in range(first, count)])
 
-    def _square(self, index: int, number: int) -> Tensor:
-        """A record's picture of that number, uint8 [3, H, W]."""
+    def pixels(self, index: int, number: int) -> Tensor:
+        """Return a record's image of that number, uint8 [3, H, W].
+
+        Raises:
+            RecordError: The image is missing, broken or changed; the record is named.
+        """
         spec, config = self._image_spec, self._config
         with self._told_of(index):
             source = self._checked_source(index, number)
@@ -328,7 +332,7 @@ class SupervisedDataset(Dataset[Example]):
         with self._told_of(index):
             source = self._checked_source(index, number)
             if not self._has_features[place]:
-                self._square(index, number)  # tells what is wrong with it
+                self.pixels(index, number)  # tells what is wrong with it
                 raise ImageError(
                     "image_changed",
                     f"{source!s}: could not be opened when features were computed, but can be "

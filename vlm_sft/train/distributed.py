@@ -9,11 +9,12 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     ProjectConfiguration,
+    gather_object,
 )
 from accelerate.utils import broadcast_object_list as broadcast_objects
 
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
+from vlm_sft.libraries import library_call, one_line
 from vlm_sft.train.checkpoint import Together
 
 Value = TypeVar("Value")
@@ -81,6 +82,23 @@ def saving_processes(accelerator: Accelerator) -> Together:
         return found
 
     return Together(accelerator.process_index, gather)
+
+
+def raise_together(accelerator: Accelerator, failure: Exception | None) -> None:
+    """Raise in every process what any of them met, so that none waits for the others.
+
+    Args:
+        accelerator: The run's processes; all of them must call.
+        failure: What this process met, or None.
+    """
+    found = [failure]
+    if accelerator.num_processes > 1:
+        if failure is not None and not isinstance(failure, (UserError, OSError)):
+            found = [RuntimeError(one_line(failure))]  # another type may not survive pickling
+        found = gather_object(found)
+    for error in [failure, *found]:
+        if error is not None:
+            raise error
 
 
 def total(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

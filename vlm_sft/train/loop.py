@@ -1,5 +1,6 @@
 """The training loop: every step's batches, their gradient, the update, and what is written down."""
 
+import logging
 import math
 import signal
 import sys
@@ -19,6 +20,7 @@ from vlm_sft.atomic import write_json
 from vlm_sft.config import OptimConfig, TrainConfig
 from vlm_sft.crash import crash_point
 from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.libraries import one_line
 from vlm_sft.model.attention import Backend
 from vlm_sft.model.fp8 import use_fp8
 from vlm_sft.model.notes import model_notes
@@ -44,7 +46,7 @@ from vlm_sft.train.batches import (
 )
 from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
 from vlm_sft.train.compiled import compile_faults_told, compile_layers, eager
-from vlm_sft.train.distributed import Value, on_main, saving_processes, total
+from vlm_sft.train.distributed import Value, on_main, raise_together, saving_processes, total
 from vlm_sft.train.isolation import prepare_packing
 from vlm_sft.train.metrics import (
     LiveLine,
@@ -75,7 +77,6 @@ from vlm_sft.train.saver import Saver
 from vlm_sft.train.sharding import is_sharded
 from vlm_sft.train.signals import StopRequest
 from vlm_sft.train.step import (
-    Asks,
     StepGradient,
     accumulate_gradient,
     forward,
@@ -83,6 +84,8 @@ from vlm_sft.train.step import (
     refuse_non_finite,
     step_seed,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,29 @@ class Hooks:
         parts: The model's parameters by part.
         frozen_digests: Fingerprints of the parts that must not move, worked out anew.
         answers: Answers of the model to a few held-out records, as plain rows; None: no samples.
+            Records that cannot be loaded go to the function that it is called with, which is None
+            where the first one is an error.
         quarantine: Told of each record that is left out because it cannot be loaded, and whether
             it is a held-out one.
     """
 
     parts: Parts
     frozen_digests: Callable[[], dict[str, str]]
-    answers: Callable[[], list[dict[str, Any]]] | None = None
+    answers: Callable[[Callable[[Fault], None] | None], list[dict[str, Any]]] | None = None
     quarantine: Callable[[Fault, bool], None] = lambda fault, held_out: None
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What any process asks for after a step.
+
+    Attributes:
+        stop: Save and leave.
+        save: Save and continue.
+    """
+
+    stop: bool
+    save: bool
 
 
 @dataclass(frozen=True)
@@ -171,6 +189,7 @@ class Trainer:
     _saved_at: float = field(default=0.0, init=False)
     _resumed_from: Checkpoint | None = field(default=None, init=False)
     _gradients_seen: bool = field(default=False, init=False)
+    _tracker_failed: bool = field(default=False, init=False)
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal asks to stop.
@@ -380,26 +399,39 @@ class Trainer:
 
     @lost_workers_told()
     def _train(self, request: StopRequest) -> bool:
-        """Train to the end, saving on the way; whether a process was asked to stop before."""
+        """Train to the end, saving and evaluating; return whether a process was asked to stop.
+
+        The step that runs when the request comes is the last one. A checkpoint comes before the
+        evaluation of its step, so that nothing that happens in an evaluation costs training.
+        """
+        if self._lacks_evaluation():
+            self._evaluate_if_due()
         for batches in self._batches_from(self.step, self.plan.total_steps):
-            gradient = self._train_step(batches, self._asks(request))
-            with eager(self.plan.train.compile):
-                self._maybe_evaluate()
-            if gradient.asks.stop:
+            if self._stopped_alone(request):
                 return True
-            due = self.step % self.plan.train.save_every_steps == 0
-            if self.step < self.plan.total_steps and (due or gradient.asks.save):
+            self._train_step(batches)
+            requests, last = self._agreed(request), self.step == self.plan.total_steps
+            if requests.save or last or self.step % self.plan.train.save_every_steps == 0:
                 self._save()
+            if requests.stop and not last:
+                return True
+            self._evaluate_if_due()
         return False
 
-    def _asks(self, request: StopRequest) -> Asks:
-        """What this process wants done after the next step."""
+    def _stopped_alone(self, request: StopRequest) -> bool:
+        """Return whether the only process was asked to stop since its last step."""
+        return self.accelerator.num_processes == 1 and request.received is not None
+
+    def _agreed(self, request: StopRequest) -> Requests:
+        """Return what any process asks for; all of them must call."""
         minutes = self.plan.train.save_every_minutes
         long_ago = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         save = request.save_now or (long_ago and self.accelerator.is_main_process)
         request.save_now = False
         stop = request.received is not None or self._saver.failed
-        return Asks(stop=stop, save=save, faults=self._account.num_met)
+        asked = torch.tensor([int(stop), int(save)], device=self.accelerator.device)
+        stops, saves = total(self.accelerator, asked).tolist()
+        return Requests(stop=stops > 0, save=saves > 0)
 
     def _batches_from(self, first: int, last: int) -> Any:
         steps = LazySteps(first, last, self._micro_batches)
@@ -427,7 +459,7 @@ class Trainer:
         )
         return [self._account.usable(chunk) for chunk in chunks]
 
-    def _train_step(self, batches: list[AnyBatch], asks: Asks) -> StepGradient:
+    def _train_step(self, batches: list[AnyBatch]) -> None:
         """Gradient, checks, update, and a row of metrics."""
         self.optimizer.zero_grad(set_to_none=True)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -435,12 +467,12 @@ class Trainer:
             self._wrapped,
             batches,
             self.accelerator,
-            asks=asks,
+            num_faults=self._account.num_met,
             seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
             backend=self._backend,
         )
         crash_point("step.gradient")
-        self._account.settle(gradient.asks.faults)
+        self._account.settle(gradient.num_faults)
         self._account.require_planned(batches, self._micro_batches(self.step))
         norm, fault = self._checked_norm(gradient)
         factor = rate_factor(self.step, total_steps=self.plan.total_steps, config=self.plan.optim)
@@ -453,7 +485,6 @@ class Trainer:
         self._speed.add(gradient.num_records, gradient.num_targets)
         self._write_step(gradient, norm, rates)
         crash_point("step.recorded")
-        return gradient
 
     def _update(self) -> None:
         if self._scaler is None:
@@ -525,26 +556,82 @@ class Trainer:
     def _record(self, row: dict[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.write(row)
-        self.accelerator.log(tracker_values(row), step=self.step)
+        try:
+            self.accelerator.log(tracker_values(row), step=self.step)
+        except Exception as error:
+            if not self._tracker_failed:
+                self._live.say(
+                    f"warning: step {self.step}: a tracker failed ({one_line(error)}); training "
+                    "continues, and metrics.jsonl has every row"
+                )
+            self._tracker_failed = True
 
-    def _maybe_evaluate(self) -> None:
+    def _evaluation_is_due(self) -> bool:
         every = self.plan.train.eval_every_steps
         last = self.step == self.plan.total_steps
-        if self.eval_data is None or not (last or (every and self.step % every == 0)):
+        return self.eval_data is not None and (last or bool(every and self.step % every == 0))
+
+    def _lacks_evaluation(self) -> bool:
+        """Return whether a resumed run ended between a checkpoint and its evaluation."""
+        if self._resumed_from is None or not self._evaluation_is_due():
+            return False
+        return on_main(
+            self.accelerator, lambda: not cast(MetricsFile, self._metrics).has_evaluation(self.step)
+        )
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate if this step is one for it; a failure is reported and training continues.
+
+        Raises:
+            UserError: A held-out record is wrong and is not to be left out; all is saved.
+        """
+        if not self._evaluation_is_due():
             return
+        if self._sharded and self._saved_step < self.step:
+            self._save()  # where weights are shared, a process that fails leaves the others waiting
+        try:
+            with eager(self.plan.train.compile):
+                self._evaluate()
+        except UserError:
+            if self._saved_step < self.step:
+                self._save()
+            self._saving(self._saver.wait)
+            raise
+        except Exception as error:
+            self._survive(error)
+        finally:
+            self.model.train()
+            self._speed = Speed()
+
+    def _survive(self, error: Exception) -> None:
+        """Report an evaluation that failed."""
+        reason = one_line(error)
+        self._live.say(
+            f"warning: step {self.step}: the evaluation failed ({reason}); training continues"
+        )
+        logger.debug("the evaluation of step %d failed", self.step, exc_info=error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self._metrics is not None:
+            self._metrics.write({"step": self.step, "eval_error": reason})
+
+    def _evaluate(self) -> None:
+        assert self.eval_data is not None
         met: list[Fault] = []
+        on_fault = None if self.plan.max_quarantined is None else met.append
         loss, num_targets = evaluate(
             self.model,
             self.eval_data,
             self.accelerator,
             batching=self.plan.batching,
             num_workers=self.plan.num_workers,
-            on_fault=None if self.plan.max_quarantined is None else met.append,
+            on_fault=on_fault,
             backend=self._backend,
         )
-        for fault in gather_object(met) if self.accelerator.num_processes > 1 else met:
-            if self.accelerator.is_main_process:
-                self.hooks.quarantine(fault, True)
+        met = gather_object(met) if self.accelerator.num_processes > 1 else met
+        answers = self._answers(met.append if on_fault is not None else None)
+        for fault in met if self.accelerator.is_main_process else []:
+            self.hooks.quarantine(fault, True)
         self._record(
             {
                 "step": self.step,
@@ -554,20 +641,17 @@ class Trainer:
             }
         )
         self._live.say(f"step {self.step}: held-out loss {loss:.4f} over {num_targets:,} tokens")
-        self._write_answers()
-        self.model.train()
-        self._speed = Speed()
+        for row in answers if self._samples is not None else []:
+            self._samples.write({"step": self.step, **row})
+            self._live.say(f"  {row['id']}: {row['question']!r} -> {row['answer']!r}")
 
-    def _write_answers(self) -> None:
+    def _answers(self, on_fault: Callable[[Fault], None] | None) -> list[dict[str, Any]]:
         # Where the weights are shared every process has to answer, and all answer alike.
         if self.hooks.answers is None or (self._samples is None and not self._sharded):
-            return
+            return []
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            rows = self.hooks.answers()
-        for row in rows if self._samples is not None else []:
-            cast(MetricsFile, self._samples).write({"step": self.step, **row})
-            self._live.say(f"  {row['id']}: {row['question']!r} -> {row['answer']!r}")
+            return self.hooks.answers(on_fault)
 
     def _save(self) -> None:
         """Begin to save where the run is; in the background if the plan says so."""
@@ -610,6 +694,9 @@ def evaluate(
 
     Leaves the model in eval mode. 0.0 where nothing is supervised. `on_fault` is told of records
     that cannot be loaded and are left out; without it they raise.
+
+    Raises:
+        Exception: What any process met, in all of them.
     """
     mine = split(
         batching,
@@ -629,11 +716,16 @@ def evaluate(
         num_workers=num_workers,
         on_fault=on_fault,
     )
-    with accelerator.autocast():
-        for (batch,) in batches:
-            output = forward(model, batch, accelerator.device, backend)
-            loss += output.loss_sum
-            count += output.num_targets
+    failure: Exception | None = None
+    try:
+        with accelerator.autocast():
+            for (batch,) in batches:
+                output = forward(model, batch, accelerator.device, backend)
+                loss += output.loss_sum
+                count += output.num_targets
+    except Exception as error:
+        failure = error
+    raise_together(accelerator, failure)
     targets = int(total(accelerator, count))
     return float(total(accelerator, loss)) / max(1, targets), targets
 

@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import logging
+import math
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,14 +20,62 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm_sft.atomic import write_bytes
 from vlm_sft.errors import UserError
-from vlm_sft.filesystem import naming, sync
+from vlm_sft.filesystem import naming, sync, warn_once
 from vlm_sft.libraries import library_call
 from vlm_sft.progress import format_seconds
 
 logger = logging.getLogger(__name__)
 
-LINE_SECONDS = 5.0
-"""Where no terminal is, one plain line about this often."""
+
+EVALUATED = frozenset({"eval_loss", "eval_error"})
+"""Keys of which a row about an evaluation has one."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a file that a run appends to.
+
+    Attributes:
+        rows: JSON objects with a whole number `step`.
+        num_damaged: Lines that are something else.
+    """
+
+    rows: list[dict[str, Any]]
+    num_damaged: int
+
+
+def read_rows(path: Path) -> Rows:
+    """Read a run's JSON-lines file; lines that no run wrote whole are counted and skipped.
+
+    A last line without an end, which a kill leaves, and empty lines are not counted. A file that
+    does not exist has no rows.
+    """
+    if not path.exists():
+        return Rows([], 0)
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    lines = text[: text.rfind("\n") + 1].split("\n")
+    found = [_row(line) for line in lines if line.strip()]
+    rows = [row for row in found if row is not None]
+    return Rows(rows, len(found) - len(rows))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _seconds(row: Mapping[str, Any]) -> float:
+    seconds = row.get("seconds", 0.0)
+    usable = isinstance(seconds, (int, float)) and math.isfinite(seconds)
+    return float(seconds) if usable else 0.0
 
 
 class MetricsFile:
@@ -38,20 +89,23 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         self.path = path
-        kept = [
-            line for line in _whole_lines(path) if int(json.loads(line).get("step", 0)) <= last_step
-        ]
-        kept = kept if last_step else []
-        self.last_seconds = max(
-            (json.loads(line).get("seconds", 0.0) for line in kept), default=0.0
-        )
+        found = read_rows(path) if last_step else Rows([], 0)
+        if found.num_damaged:
+            warn_once(f"{path}: {found.num_damaged} damaged lines are left out")
+        kept = [row for row in found.rows if row["step"] <= last_step]
+        self.last_seconds = max(map(_seconds, kept), default=0.0)
         """Training time that the rows kept stand for."""
-        write_bytes(path, "".join(kept).encode())
+        write_bytes(path, "".join(map(_line, kept)).encode())
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether an evaluation of that step is on file, one that failed included."""
+        rows = read_rows(self.path).rows
+        return any(row["step"] == step and not row.keys().isdisjoint(EVALUATED) for row in rows)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_line(row))
 
     def sync(self) -> None:
         """Put what was written on the disk, where a power cut leaves it."""
@@ -60,12 +114,11 @@ class MetricsFile:
 
 
 class LiveLine:
-    """One line that keeps itself up to date: a bar on a terminal, else plain lines now and then."""
+    """Show every logged step: in a bar on a terminal, else as a line of its own."""
 
     def __init__(self, total_steps: int, first_step: int, *, enabled: bool) -> None:
         self.total_steps = total_steps
         self._first_step, self._start = first_step, time.monotonic()
-        self._last_line = 0.0
         self._enabled = enabled
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
@@ -98,18 +151,18 @@ class LiveLine:
         text = f"{row_text(row)}, {format_seconds(left)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif now - self._last_line >= LINE_SECONDS or step == self.total_steps:
-            print(f"step {step}/{self.total_steps}: {text}", file=sys.stderr, flush=True)
-            self._last_line = now
+        else:
+            self.say(f"step {step}/{self.total_steps}: {text}")
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal that is gone does not end the run
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
 
 def row_text(row: Mapping[str, Any]) -> str:
@@ -192,11 +245,3 @@ def tracker_values(row: Mapping[str, Any]) -> dict[str, float]:
     kind = "eval" if "eval_loss" in row else "train"
     numbers = {k: v for k, v in flat(row).items() if isinstance(v, (int, float)) and k != "step"}
     return {f"{kind}/{key}": float(value) for key, value in numbers.items()}
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The file's complete lines; a kill may have cut the last one."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and line.startswith("{")]

@@ -19,24 +19,6 @@ from vlm_sft.train.distributed import total
 
 
 @dataclass(frozen=True)
-class Asks:
-    """What a process wants done after a step; every process learns what any of them wants.
-
-    Attributes:
-        stop: Save and leave.
-        save: Save and go on.
-        faults: Records of this step that it could not load.
-    """
-
-    stop: bool = False
-    save: bool = False
-    faults: int = 0
-
-
-NOTHING = Asks()
-
-
-@dataclass(frozen=True)
 class StepGradient:
     """What a step's backward passes found; the gradients lie in the parameters' `.grad`.
 
@@ -45,14 +27,14 @@ class StepGradient:
         num_targets: Supervised tokens of the step, all processes.
         num_records: Records of the step, all processes.
         record_losses: This process's records with their summed losses, for messages.
-        asks: What any process asks for after this step.
+        num_faults: Records of the step that could not be loaded, all processes.
     """
 
     loss_sum: torch.Tensor
     num_targets: int
     num_records: int
     record_losses: tuple[tuple[str, torch.Tensor], ...]
-    asks: Asks
+    num_faults: int
 
     @property
     def loss(self) -> float:
@@ -65,7 +47,7 @@ def accumulate_gradient(
     batches: Sequence[AnyBatch],
     accelerator: Accelerator,
     *,
-    asks: Asks = NOTHING,
+    num_faults: int = 0,
     seed_of: Callable[[int], int] | None = None,
     backend: Backend = "sdpa",
 ) -> StepGradient:
@@ -79,14 +61,13 @@ def accumulate_gradient(
         model: Prepared by `accelerator`; returns a `VlmOutput`.
         batches: This process's micro-batches, as many as every other process has.
         accelerator: Device, precision and processes.
-        asks: What this process asks for after the step; told to all.
+        num_faults: Records of the step that this process could not load.
         seed_of: Seed of the random generators (dropout) for micro-batch `i` of this process.
         backend: The attention kernel of packed batches.
     """
     mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
-    wants = [int(asks.stop), int(asks.save), asks.faults]
-    counts = torch.tensor([*mine, *wants], device=accelerator.device)
-    num_targets, num_records, stops, saves, faults = (int(n) for n in total(accelerator, counts))
+    counts = torch.tensor([*mine, num_faults], device=accelerator.device)
+    num_targets, num_records, faults = (int(n) for n in total(accelerator, counts))
     # Data-parallel wrapping averages gradients over processes; the sum is wanted.
     scale = accelerator.num_processes / max(1, num_targets)
     loss_sums: list[torch.Tensor] = []
@@ -108,7 +89,7 @@ def accumulate_gradient(
         num_targets=num_targets,
         num_records=num_records,
         record_losses=tuple(record_losses),
-        asks=Asks(stops > 0, saves > 0, faults),
+        num_faults=faults,
     )
 
 
