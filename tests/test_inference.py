@@ -1,5 +1,6 @@
 """A checkpoint answers as the model that was trained, or is refused."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import trained
+from tests.tiny_runs import run as start
+from vlm_sft.bases import parse_bases
 from vlm_sft.config import load_config
 from vlm_sft.constants import IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
@@ -131,8 +134,43 @@ def test_a_run_on_a_base_folder_needs_that_folder_unchanged(
         load_run(run, device="cpu")
     weights.write_bytes(whole)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"config\.yaml: .*no such folder .*put it back"):
+    key = "model.language_model.name"
+    with pytest.raises(CheckpointError, match=rf"looked for {tmp_path}/base .*--base {key}=PATH"):
         load_run(run, device="cpu")
+    found = parse_bases([f"{key}={tmp_path}/moved"])
+    assert isinstance(load_run(run, device="cpu", bases=found).answer(question("Who?")), str)
+
+
+@pytest.mark.parametrize("wrong", ["x", "model.language_model.name=", "seed=1", "x=/tmp"])
+def test_a_base_that_is_no_key_and_path_is_refused(wrong: str) -> None:
+    with pytest.raises(UserError, match="expected KEY=PATH with one of the keys"):
+        parse_bases([wrong])
+    with pytest.raises(UserError, match="does not exist"):
+        parse_bases(["model.language_model.name=/nowhere"])
+
+
+def test_a_run_on_a_relative_base_loads_from_anywhere_and_after_both_were_moved(
+    full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(full_run / "final" / "language_model", tmp_path / "work" / "base")
+    shutil.copytree(ROOT / "configs", tmp_path / "work" / "configs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    base = ["model.language_model.config=null", "model.language_model.name=base"]
+    quiet = ["projector=null", "data.eval=[]", "train.max_steps=1"]
+    assert start("stage2", Path("runs/r"), *base, *quiet, config="stage2_lora") == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = tmp_path / "work" / "runs" / "r"
+    step = run / "checkpoints" / "step-00000001"
+    answers = {load_run(at, device="cpu").answer(question("Who?")) for at in (run, step)}
+    adapter = json.loads((run / "final" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "work" / "base")
+    run.rename(tmp_path / "elsewhere" / "r")  # the run alone: the base is where it was
+    answers.add(load_run("r", device="cpu").answer(question("Who?")))
+    shutil.move(tmp_path / "elsewhere" / "r", run)
+    (tmp_path / "work").rename(tmp_path / "moved")  # both together
+    answers.add(load_run(tmp_path / "moved/runs/r", device="cpu").answer(question("Who?")))
+    assert len(answers) == 1
 
 
 def test_a_stage_1_run_describes_a_picture_and_takes_one_question(tmp_path: Path) -> None:

@@ -249,3 +249,15 @@ def _leave_at_once(_signal: int, _frame: FrameType | None) -> None:
     sys.stdout.flush()
     os.write(2, b"stopped by Ctrl-C before the command started\n")
     os._exit(130)
+
+
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--base` of the commands that load a checkpoint; `vlm_sft.bases` reads its values."""
+    parser.add_argument(
+        "--base",
+        metavar="KEY=PATH",
+        action="append",
+        default=[],
+        help="where a base model of the checkpoint is now, if it was moved, e.g. "
+        "model.language_model.name=models/vicuna; may be repeated",
+    )

@@ -1,7 +1,7 @@
 """A checkpoint brought back to life: pictures and a question in, an answer out, token by token."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
+from vlm_sft.bases import find_bases
 from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part, TextPart, Turn
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
@@ -197,12 +198,18 @@ class VlmRun:
             raise failures[0]
 
 
-def load_run(folder: str | Path, *, device: str | torch.device | None = None) -> VlmRun:
+def load_run(
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    bases: Mapping[str, str] | None = None,
+) -> VlmRun:
     """Load a checkpoint after comparing every file with its manifest.
 
     Args:
         folder: A checkpoint (`RUN/final`, `RUN/checkpoints/step-N`), or a finished run's folder.
         device: None takes CUDA where it is, else the CPU.
+        bases: Where base models are now that were moved, by configuration key; see `vlm_sft.bases`.
 
     Raises:
         CheckpointError: The folder is no complete checkpoint, or the base models that its
@@ -212,7 +219,7 @@ def load_run(folder: str | Path, *, device: str | torch.device | None = None) ->
     place = _device(device)
     folder = _checkpoint_folder(Path(folder))
     checkpoint = verify(folder)
-    config = load_config(folder / "config.yaml")
+    config = find_bases(load_config(folder / "config.yaml"), folder, bases or {})
     tokenizer = load_tokenizer(LanguageModelConfig(name=str((folder / "tokenizer").absolute())))
     renderer = Renderer.from_description(_json(folder / "template.json"), tokenizer)
     model = _build(config, folder)
@@ -285,8 +292,8 @@ def _build(config: RunConfig, folder: Path) -> VisionLanguageModel:
         return build_model(config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora)
     except UserError as error:
         raise CheckpointError(
-            f"{folder / 'config.yaml'}: {error} (it was trained on that one: put it back, or start "
-            "in the folder where the run was started, from which relative names count)"
+            f"{folder / 'config.yaml'}: {error} (the checkpoint was trained on that one: put it "
+            "back, or give its new place with --base KEY=PATH)"
         ) from None
 
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from vlm_sft.atomic import write_json, write_text
+from vlm_sft.bases import FILE as BASES
+from vlm_sft.bases import absolute_if_local, describe_bases
 from vlm_sft.config import RunConfig, dump_config
 from vlm_sft.data.masking import Renderer
 from vlm_sft.errors import CheckpointError
@@ -65,6 +67,7 @@ def checkpoint_components(
             lambda f, tensors: save_tensors(f / PROJECTOR, tensors),
             lambda f: _read_projector(model, f),
         ),
+        "bases": plain_component(lambda f: write_json(f / BASES, describe_bases(config))),
         "tokenizer": plain_component(lambda f: _write_tokenizer(tokenizer, f)),
         "template": plain_component(lambda f: write_json(f / "template.json", renderer.describe())),
         "processor": plain_component(
@@ -284,10 +287,11 @@ def _without_bars() -> Iterator[None]:
 def _write_adapter(
     model: VisionLanguageModel, folder: Path, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The two files that `PeftModel.from_pretrained` reads."""
+    """Write the two files that `PeftModel.from_pretrained` reads; the base's path is absolute."""
     config = cast(Any, model.language_model).peft_config["default"]
     saved = copy.copy(config)
     saved.inference_mode = True
+    saved.base_model_name_or_path = absolute_if_local(saved.base_model_name_or_path)
     saved.save_pretrained(str(folder / ADAPTER))
     save_tensors(folder / ADAPTER / ADAPTER_TENSORS, tensors)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.command_line import CommandParser, heavy_imports, number, whole_number
+from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports, number, whole_number
 
 EXAMPLES = """examples:
   python -m vlm_sft.chat runs/stage2/final --image cat.jpg --prompt "What is this?"
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
 def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("python -m vlm_sft.chat", __doc__, EXAMPLES)
+    add_base_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
     add(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_sft.bases import parse_bases
 from vlm_sft.data.conversation import TextPart, Turn
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, error_line
@@ -57,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer `--prompt`, or talk; returns the exit code."""
     for path in arguments.image:
         open_image(path)  # before the model is loaded, which takes long
-    vlm_run = load_run(arguments.checkpoint, device=arguments.device)
+    vlm_run = load_run(
+        arguments.checkpoint, device=arguments.device, bases=parse_bases(arguments.base)
+    )
     chat = Chat(vlm_run, arguments.max_new_tokens, arguments.temperature, arguments.seed)
     chat.images = list(arguments.image)
     if arguments.prompt is not None:

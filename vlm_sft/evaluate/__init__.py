@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlm_sft.command_line import (
     CommandParser,
+    add_base_option,
     heavy_imports,
     require_file,
     require_folder,
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
 def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("python -m vlm_sft.evaluate", __doc__, EXAMPLE)
+    add_base_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
     add(

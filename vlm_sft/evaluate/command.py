@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_sft.atomic import write_json
+from vlm_sft.bases import parse_bases
 from vlm_sft.config import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import read_records
@@ -47,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     records = (
         _read_captions(arguments.captions, arguments.images, links) if arguments.captions else []
     )
-    vlm_run = load_run(arguments.checkpoint, device=arguments.device)
+    vlm_run = load_run(
+        arguments.checkpoint, device=arguments.device, bases=parse_bases(arguments.base)
+    )
     if files:
         require_questions(vlm_run)
     results: dict[str, Any] = {

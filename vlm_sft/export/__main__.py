@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.command_line import CommandParser, heavy_imports
+from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports
 from vlm_sft.errors import run_command
 
 EXAMPLES = """\
@@ -35,6 +35,7 @@ def parser() -> CommandParser:
         "Write a checkpoint in another program's format and prove it the same.",
         EXAMPLES,
     )
+    add_base_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
     add("out", type=Path, metavar="OUT_DIR", help="the folder to write; must be new or empty")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from vlm_sft.bases import parse_bases
 from vlm_sft.config import DataFile
 from vlm_sft.data.formats import read_records
 from vlm_sft.errors import RecordError
@@ -14,7 +15,7 @@ from vlm_sft.inference import VlmRun, load_run, question
 
 def run(args: argparse.Namespace) -> int:
     """Export, compare with the reloaded folder, print the difference; returns the exit code."""
-    vlm_run = load_run(args.checkpoint, device="cpu")
+    vlm_run = load_run(args.checkpoint, device="cpu", bases=parse_bases(args.base))
     sample = _sample(vlm_run, args.image or _first_picture(vlm_run), args.prompt)
     report = export_hf_llava(
         vlm_run.model,
