@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from vlm_sft.report import DemoReport, ShownPicture, write_demo_report, write_run_report
+from vlm_sft.errors import UserError
+from vlm_sft.report import DemoReport, ShownPicture, main, write_demo_report, write_run_report
 
 INTERVAL = {"estimate": 0.91, "low": 0.88, "high": 0.94}
 
@@ -64,3 +66,80 @@ def test_the_demo_report_is_one_page_with_its_pictures_inside(tmp_path: Path) ->
     assert "data:image/jpeg;base64," in page
     with Image.open(tmp_path / "out" / "demo.png") as curves:
         assert curves.width > 1000
+
+
+def test_a_run_in_several_starts_has_the_peak_of_all_and_counts_what_its_words_say(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "run")
+    rows = [
+        {"step": 1, "loss": 3.0, "samples_per_second": 1.0, "memory_bytes": 5 * 2**30},
+        {"step": 2, "loss": 2.5, "samples_per_second": 9.0, "memory_bytes": 5 * 2**30},
+        {"step": 3, "loss": 2.0, "samples_per_second": 2.0, "memory_bytes": 2**30},  # resumed
+        {"step": 3, "eval_error": "no room"},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "ledger_eval.jsonl").write_text('{"id": "1", "bucket": "evaluated"}\n')
+    (run / "trained.jsonl").write_text(
+        '{"step": 1, "records": ["a", "b"]}\n'
+        '{"step": 2, "records": ["a"], "update_left_out": "the loss is not finite"}\n'
+    )
+    page = write_run_report(run).read_text()
+    assert "peak memory of the first process over all starts</dt><dd>5.0 GiB" in page
+    assert "samples a second, median of the recorded steps</dt><dd>2.0" in page
+    assert "training loss at step 3" in page and "not finished" in page
+    assert "evaluations that failed</dt><dd>1<" in page
+    assert "2 steps are on record; they trained on 2 different record ids, 3 times in all" in page
+    assert "The update of 1 of these steps was left out" in page
+    assert "used whole" in page and ">trained<" not in page and ">evaluated<" not in page
+
+
+def test_damaged_lines_are_counted_and_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
+        path = run / name
+        path.write_text('{"step": 1, "lo\n[1]\n' + path.read_text() + '{"step": 9, "loss"')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 3, "loss": "low", "memory_bytes": NaN, "eval_loss": [1]}\n')
+    (run / "parts.json").write_text("[1]")
+    (run / "trained.jsonl").write_bytes(b'\xff\n{"step": 1, "records": 7}\n')
+    (run / "config.yaml").write_bytes(b"seed: 42 # \xff\n")
+    page = write_run_report(run).read_text()
+    assert "Damaged lines that are left out of this page" in page
+    for name, count in (("metrics", 3), ("samples", 2), ("ledger", 2), ("trained", 1)):
+        assert f"{name}.jsonl</td><td>{count}<" in page
+    assert "training loss at step 2" in page and "seed: 42" in page
+
+
+def test_the_command_writes_the_report_of_an_interrupted_run_again_and_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    for _ in range(2):  # its own page is replaced
+        assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n" * 2
+    assert main([str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "2.5000" in (tmp_path / "page.html").read_text()
+
+
+def test_the_command_refuses_a_folder_of_no_run_and_a_file_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not the output_dir of a training run"):
+        main([str(tmp_path)])
+    run = make_run(tmp_path / "run")
+    (tmp_path / "mine.html").write_text("<p>mine</p>")
+    with pytest.raises(UserError, match="was not written by"):
+        main([str(run), "--out", str(tmp_path / "mine.html")])
+    with pytest.raises(UserError, match="read"):
+        main([str(run), "--out", str(run / "metrics.jsonl")])
+    assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
+
+
+def test_the_report_names_the_software_of_the_run_and_not_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "Software that wrote this page" in write_run_report(run).read_text()
+    step = run / "checkpoints" / "step-00000002"
+    step.mkdir(parents=True)
+    manifest = {"step": 2, "software": {"torch": "1.2.3", "code": "0" * 64}}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    page = write_run_report(run).read_text()
+    assert "Software of the checkpoint of step 2" in page and "1.2.3" in page

@@ -87,9 +87,9 @@ class Data:
 
     def summary(self) -> str:
         """A line for each ledger."""
-        lines = [f"training data: {self.train_ledger.summary()}"]
+        lines = [f"train: {self.train_ledger.summary()}"]
         if self.eval_ledger is not None:
-            lines.append(f"held-out data: {self.eval_ledger.summary()}")
+            lines.append(f"validation: {self.eval_ledger.summary()}")
         return "\n".join(lines)
 
 
@@ -174,7 +174,7 @@ def load_data(config: RunConfig, renderer: Renderer, model: VisionLanguageModel)
     train = load(config.data.train, train_ledger)
     if not config.data.eval:
         return Data(train, train_ledger, None, None)
-    eval_ledger = Ledger()
+    eval_ledger = Ledger(held_out=True)
     return Data(train, train_ledger, load(config.data.eval, eval_ledger), eval_ledger)
 
 

@@ -1,24 +1,44 @@
-"""Pages that tell a run's story: settings, curves, answers; one file, no scripts, no network."""
+"""Write a run's settings, curves and answers as one HTML page: `python -m vlm_sft.report RUN`."""
 
+import argparse
 import io
 import json
+import math
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from PIL import Image
 
 from vlm_sft.atomic import write_bytes, write_text
+from vlm_sft.errors import UserError, run_command
 from vlm_sft.evaluation.probes import closed_set, spoken_choice
+from vlm_sft.ownership import require_output_file
 from vlm_sft.page import page, picture, section, table
 from vlm_sft.progress import format_seconds
+from vlm_sft.train.rows import has_step, read_rows
 
 Row = Mapping[str, Any]
+
+MANIFEST = "manifest.json"
+
+WRITTEN_BY_RUNS = ("metrics.jsonl", "ledger.jsonl", "parts.json", "checkpoints", "final")
+"""Names of which every run's folder has one."""
+
+EXAMPLES = """\
+examples:
+  # RUN/report.html, also of a run that was interrupted
+  python -m vlm_sft.report runs/stage2_lora
+
+  # a page somewhere else
+  python -m vlm_sft.report runs/stage2_lora --out stage2.html
+"""
 
 READINGS = {
     "right": "its own",
@@ -66,28 +86,75 @@ class DemoReport:
     credits: Sequence[str] = ()
 
 
-def write_run_report(run_dir: str | Path) -> Path:
-    """Write `report.html` from what a run's folder holds; returns its path.
+def main(argv: Sequence[str]) -> int:
+    """Write the report of a run, finished or interrupted, and print where it is.
 
-    Files that the run did not write (held-out answers, say) have no section.
+    Raises:
+        UserError: The folder is no run's, or the page would replace a file of another origin.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vlm_sft.report",
+        description="Write a run, finished or interrupted, as one HTML page.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace FILE although another program wrote it"
+    )
+    arguments = parser.parse_args(argv)
+    run = arguments.run
+    if not any((run / name).exists() for name in WRITTEN_BY_RUNS):
+        raise UserError(
+            f"{run}: not the output_dir of a training run (it has none of "
+            f"{', '.join(WRITTEN_BY_RUNS)}); give the folder that a stage trained in"
+        )
+    out = arguments.out or run / "report.html"
+    read = [run / name for name in ("metrics.jsonl", "ledger.jsonl", "config.yaml")]
+    require_output_file(out, inputs=read, overwrite=arguments.overwrite)
+    print(write_run_report(run, out))
+    return 0
+
+
+def write_run_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write what a run's folder holds as one HTML page, finished or not.
+
+    Files that the run did not write (held-out answers, say) have no section. Damaged lines and
+    files are counted in the page and otherwise skipped.
+
+    Args:
+        run_dir: The run's folder.
+        out: The page; None: `report.html` in the folder.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        OSError: A file cannot be read or the page cannot be written.
     """
     run_dir = Path(run_dir)
-    rows = read_rows(run_dir / "metrics.jsonl")
-    body = [_run_totals(rows)]
+    damaged: dict[str, int] = {}
+    rows = _read(run_dir / "metrics.jsonl", damaged)
+    manifest = _newest_manifest(run_dir)
+    body = [_run_totals(rows, run_dir)]
     if rows:
         body.append(section("Loss", picture(curves_png({"": rows}), "curve", "loss curves")))
-    body += _run_parts(run_dir)
-    body += _ledgers(run_dir)
-    samples = read_rows(run_dir / "samples.jsonl")
+    body += _run_parts(run_dir, damaged)
+    body += _ledgers(run_dir, damaged)
+    samples = _read(run_dir / "samples.jsonl", damaged)
     if samples:
         last = samples[-1].get("step")
-        newest = [row for row in samples if row.get("step") == last]
+        newest = [_shown(row) for row in samples if row.get("step") == last]
         columns = ("id", "question", "answer", "expected")
         body.append(section(f"Held-out answers at step {last}", table(columns, newest)))
-    body.append(section("Environment", table(("what", "version"), environment())))
+    body += _software(manifest)
     body += _settings(run_dir)
-    path = run_dir / "report.html"
-    write_text(path, page(f"Run {run_dir.name}", str(run_dir), body))
+    body += _damaged(damaged)
+    path = Path(out) if out is not None else run_dir / "report.html"
+    write_text(path, page(f"Run {run_dir.resolve().name}", str(run_dir), body))
     return path
 
 
@@ -97,7 +164,9 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
     The PNG has the page's name with `.png`. Returns the page's path.
     """
     path = Path(path)
-    curves = curves_png({title: read_rows(d / "metrics.jsonl") for title, d in report.runs.items()})
+    curves = curves_png(
+        {title: read_rows(d / "metrics.jsonl").rows for title, d in report.runs.items()}
+    )
     write_bytes(path.with_suffix(".png"), curves)
     cards = "".join(_picture_card(shown) for shown in report.pictures)
     body = [_headline(report.results), f'<div class="grid">{cards}</div>']
@@ -117,14 +186,6 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
     return path
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSON-lines file; none where there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-
-
 def curves_png(runs: Mapping[str, Sequence[Row]]) -> bytes:
     """Training and held-out loss against the step, one panel a run, as a PNG."""
     from matplotlib.figure import Figure
@@ -133,7 +194,7 @@ def curves_png(runs: Mapping[str, Sequence[Row]]) -> bytes:
     axes = figure.subplots(1, max(1, len(runs)), squeeze=False)[0]
     for panel, (title, rows) in zip(axes, runs.items(), strict=False):
         for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            points = [(row["step"], row[key]) for row in rows if _number(row, key) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), style, label=label, ms=4, lw=1.5)
         panel.set(title=title, xlabel="step", ylabel="loss, nats a token")
@@ -191,60 +252,153 @@ def environment() -> list[dict[str, str]]:
     return [*rows, {"what": "machine", "version": f"{platform.system()} {platform.machine()}"}]
 
 
-def _run_totals(rows: Sequence[Row]) -> str:
-    train = [row for row in rows if row.get("loss") is not None]
+def _run_totals(rows: Sequence[Row], run_dir: Path) -> str:
+    train = [row for row in rows if _number(row, "loss") is not None]
     if not train:
         return "<p>No training step has been recorded yet.</p>"
-    last, held_out = train[-1], [row["eval_loss"] for row in rows if "eval_loss" in row]
-    facts = {"steps": f"{last['step']:,}", "last training loss": f"{last['loss']:.4f}"}
+    finished = (run_dir / "final" / MANIFEST).is_file()
+    last, held_out = train[-1], [row for row in rows if _number(row, "eval_loss") is not None]
+    facts = {
+        "state": "finished" if finished else "not finished",
+        "steps recorded": f"{last['step']:,}",
+        f"training loss at step {last['step']:,}": f"{last['loss']:.4f}",
+    }
     if held_out:
-        facts["held-out loss"] = f"{held_out[-1]:.4f}"
+        newest = held_out[-1]
+        facts[f"held-out loss at step {newest['step']:,}"] = f"{newest['eval_loss']:.4f}"
+    if failed := sum("eval_error" in row for row in rows):
+        facts["evaluations that failed"] = f"{failed:,}"
     for key, name in (
-        ("samples_per_second", "samples a second, mean"),
-        ("target_tokens_per_second", "trained tokens a second, mean"),
+        ("samples_per_second", "samples a second, median of the recorded steps"),
+        ("target_tokens_per_second", "supervised tokens a second, median of the recorded steps"),
     ):
-        values = [row[key] for row in train if row.get(key) is not None]
+        values = [value for row in train if (value := _number(row, key)) is not None]
         if values:
-            facts[name] = f"{sum(values) / len(values):,.1f}"
-    if "memory_bytes" in last:
-        facts["peak memory"] = f"{last['memory_bytes'] / 2**30:.1f} GiB"
+            facts[name] = f"{median(values):,.1f}"
+    memory = [value for row in rows if (value := _number(row, "memory_bytes")) is not None]
+    if memory:
+        # A row has the peak of the process that wrote it; a resumed run has several.
+        facts["peak memory of the first process over all starts"] = f"{max(memory) / 2**30:.1f} GiB"
     items = "".join(
         f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()
     )
     return f'<dl class="card grid">{items}</dl>'
 
 
-def _run_parts(run_dir: Path) -> list[str]:
+def _run_parts(run_dir: Path, damaged: dict[str, int]) -> list[str]:
     path = run_dir / "parts.json"
     if not path.exists():
         return []
-    parts = json.loads(path.read_text(encoding="utf-8"))
-    return [section("Parts", table(tuple(parts[0]), parts))] if parts else []
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        return [section("Parts", table(tuple(parts[0]), parts))] if parts else []
+    except (ValueError, TypeError, LookupError, AttributeError):
+        damaged[path.name] = 1
+        return []
 
 
-def _ledgers(run_dir: Path) -> list[str]:
+USED = {
+    "trained": "used whole",
+    "evaluated": "used whole",
+    "turns_dropped": "used with turns dropped",
+}
+"""What a ledger's bucket means, where it is not a word of its own."""
+
+
+def _ledgers(run_dir: Path, damaged: dict[str, int]) -> list[str]:
     sections = []
     for name, title in (("ledger", "Training records"), ("ledger_eval", "Held-out records")):
-        rows = read_rows(run_dir / f"{name}.jsonl")
+        rows = _read(run_dir / f"{name}.jsonl", damaged, is_row=lambda row: True)
         counts: Counter[tuple[str, str]] = Counter()
         for row in rows:
-            bucket = row.get("bucket") or row.get("outcome") or row.get("status")
-            if bucket:
+            if bucket := row.get("bucket"):
                 counts[str(bucket), str(row.get("reason") or "")] += 1
         if counts:
             found = [
-                {"what became of it": bucket, "reason": reason, "records": f"{count:,}"}
+                {
+                    "what became of it": USED.get(bucket, bucket),
+                    "reason": reason,
+                    "records": f"{count:,}",
+                }
                 for (bucket, reason), count in counts.most_common()
             ]
-            sections.append(section(title, table(tuple(found[0]), found)))
+            seen = _seen(run_dir, damaged) if name == "ledger" else ""
+            sections.append(section(title, table(tuple(found[0]), found) + seen))
     return sections
+
+
+def _seen(run_dir: Path, damaged: dict[str, int]) -> str:
+    """How many records the steps so far have trained on, which the ledger does not know."""
+    rows = _read(run_dir / "trained.jsonl", damaged)
+    if not rows:
+        return ""
+    lists = [row["records"] for row in rows if isinstance(row.get("records"), list)]
+    seen = {str(record) for records in lists for record in records}
+    skipped = sum("update_left_out" in row for row in rows)
+    text = (
+        f"{len(rows):,} steps are on record; they trained on {len(seen):,} different record ids, "
+        f"{sum(map(len, lists)):,} times in all."
+    )
+    if skipped:
+        text += f" The update of {skipped:,} of these steps was left out."
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _read(
+    path: Path, damaged: dict[str, int], *, is_row: Callable[[dict[str, Any]], bool] = has_step
+) -> list[dict[str, Any]]:
+    """Read a file of the run and count its damaged lines."""
+    found = read_rows(path, is_row=is_row)
+    if found.num_damaged:
+        damaged[path.name] = found.num_damaged
+    return found.rows
+
+
+def _damaged(damaged: Mapping[str, int]) -> list[str]:
+    if not damaged:
+        return []
+    rows = [{"file": name, "lines": f"{count:,}"} for name, count in damaged.items()]
+    return [section("Damaged lines that are left out of this page", table(("file", "lines"), rows))]
+
+
+def _number(row: Row, key: str) -> float | None:
+    """Return a finite number of a row; None for anything else."""
+    value = row.get(key)
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if usable and abs(value) < math.inf else None
+
+
+def _shown(row: Row) -> dict[str, str]:
+    return {key: str(row.get(key, "")) for key in ("id", "question", "answer", "expected")}
+
+
+def _newest_manifest(run_dir: Path) -> dict[str, Any]:
+    """Return the manifest of the last checkpoint that has a readable one; empty without."""
+    steps = sorted((run_dir / "checkpoints").glob(f"step-*/{MANIFEST}"), reverse=True)
+    for path in (run_dir / "final" / MANIFEST, *steps):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("software"), dict):
+            return found
+    return {}
+
+
+def _software(manifest: Mapping[str, Any]) -> list[str]:
+    """What the run was trained with, by its newest checkpoint; else what writes this page."""
+    if not manifest:
+        return [section("Software that wrote this page", table(("what", "version"), environment()))]
+    rows = [{"what": k, "version": str(v)[:12]} for k, v in manifest["software"].items()]
+    title = f"Software of the checkpoint of step {manifest.get('step')}"
+    return [section(title, table(("what", "version"), rows))]
 
 
 def _settings(run_dir: Path) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    text = escape(path.read_text(encoding="utf-8"))
+    text = escape(path.read_text(encoding="utf-8", errors="replace"))
     return [
         section("Settings", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
     ]
@@ -301,3 +455,7 @@ def _interval(found: Mapping[str, float]) -> str:
 def _percent(found: Mapping[str, float]) -> str:
     low, high = 100 * found["low"], 100 * found["high"]
     return f"{100 * found['estimate']:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    run_command(main)

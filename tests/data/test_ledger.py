@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -26,10 +27,10 @@ def test_every_record_is_in_one_bucket_and_the_buckets_add_up():
 
 def test_the_summary_is_one_line_with_counts_by_bucket_and_reason():
     assert filled().summary() == (
-        "5 records: 1 trained on whole, 1 trained on with turns dropped (too_long 1), "
+        "5 records: 1 used whole, 1 used with turns dropped (too_long 1), "
         "1 skipped (too_long 1), 2 quarantined (empty_answer 1, image_missing 1)"
     )
-    assert Ledger().summary() == "0 records: 0 trained on whole"
+    assert Ledger().summary() == "0 records: 0 used whole"
 
 
 def test_the_file_begins_with_the_counts_and_has_a_line_for_every_record(tmp_path):
@@ -45,3 +46,13 @@ def test_the_file_begins_with_the_counts_and_has_a_line_for_every_record(tmp_pat
         "message": "f:4: record 'ü': no picture",
     }
     assert len(lines) == 5
+
+
+def test_held_out_records_are_evaluated_and_not_trained(tmp_path: Path) -> None:
+    ledger = Ledger(held_out=True)
+    ledger.add("a", "f:1", "trained")
+    assert ledger.summary() == "1 record, all used"
+    ledger.write(tmp_path / "ledger_eval.jsonl")
+    head, row = map(json.loads, (tmp_path / "ledger_eval.jsonl").read_text().splitlines())
+    assert head == {"total": 1, "evaluated": 1, "turns_dropped": 0, "skipped": 0, "quarantined": 0}
+    assert row["bucket"] == "evaluated"

@@ -12,8 +12,8 @@ from vlm_sft.errors import RecordError
 Bucket = Literal["trained", "turns_dropped", "skipped", "quarantined"]
 
 _WORDS: dict[Bucket, str] = {
-    "trained": "trained on whole",
-    "turns_dropped": "trained on with turns dropped",
+    "trained": "used whole",
+    "turns_dropped": "used with turns dropped",
     "skipped": "skipped",
     "quarantined": "quarantined",
 }
@@ -41,9 +41,15 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """The entries of one data set in reading order."""
+    """The entries of one data set in reading order.
+
+    Args:
+        entries: What is known already.
+        held_out: The records are evaluated and never trained on, which the file says.
+    """
 
     entries: list[Entry] = field(default_factory=list)
+    held_out: bool = False
 
     def add(
         self, record_id: str, where: str, bucket: Bucket, reason: str = "", message: str = ""
@@ -63,7 +69,7 @@ class Ledger:
 
     @property
     def reasons(self) -> dict[tuple[Bucket, str], int]:
-        """Records by bucket and reason, for those not trained on whole."""
+        """Records by bucket and reason, for those not used whole."""
         return dict(Counter((e.bucket, e.reason) for e in self.entries if e.bucket != "trained"))
 
     def add_up(self, total: int) -> None:
@@ -79,23 +85,34 @@ class Ledger:
             )
 
     def summary(self) -> str:
-        """One line, e.g. `10 records: 8 trained on whole, 2 quarantined (empty_answer 2)`."""
+        """Return a line, e.g. `10 records: 8 used whole, 2 quarantined (empty_answer 2)`."""
         parts = []
+        if self.entries and self.counts["trained"] == len(self.entries):
+            return f"{_records(len(self.entries))}, all used"
         for bucket, count in self.counts.items():
             if count or bucket == "trained":
                 reasons = [f"{r} {n}" for (b, r), n in self.reasons.items() if b == bucket and r]
                 detail = f" ({', '.join(sorted(reasons))})" if reasons else ""
                 parts.append(f"{count:,} {_WORDS[bucket]}{detail}")
-        return f"{len(self.entries):,} records: {', '.join(parts)}"
+        return f"{_records(len(self.entries))}: {', '.join(parts)}"
 
     def write(self, path: str | Path) -> None:
         """Write `ledger.jsonl`: a line with the counts, then one line a record. Atomic."""
+        names = {bucket: self._name(bucket) for bucket in _WORDS}
         head: dict[str, int] = {"total": len(self.entries)}
-        head |= {str(bucket): count for bucket, count in self.counts.items()}
+        head |= {names[bucket]: count for bucket, count in self.counts.items()}
         with atomic_open(path) as file:
             file.write(json.dumps(head).encode() + b"\n")
             for entry in self.entries:
-                line = {"id": entry.record_id, "where": entry.where, "bucket": entry.bucket}
+                line = {"id": entry.record_id, "where": entry.where, "bucket": names[entry.bucket]}
                 if entry.reason:
                     line |= {"reason": entry.reason, "message": entry.message}
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def _name(self, bucket: Bucket) -> str:
+        """Return a bucket's name in the file: held-out records are not `trained`."""
+        return "evaluated" if self.held_out and bucket == "trained" else bucket
+
+
+def _records(count: int) -> str:
+    return f"{count:,} record{'' if count == 1 else 's'}"

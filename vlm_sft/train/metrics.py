@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,49 +22,12 @@ from vlm_sft.errors import UserError
 from vlm_sft.filesystem import naming, sync, warn_once
 from vlm_sft.libraries import library_call
 from vlm_sft.progress import format_seconds
+from vlm_sft.train.rows import Rows, read_rows
 
 logger = logging.getLogger(__name__)
 
-
 EVALUATED = frozenset({"eval_loss", "eval_error"})
 """Keys of which a row about an evaluation has one."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a file that a run appends to.
-
-    Attributes:
-        rows: JSON objects with a whole number `step`.
-        num_damaged: Lines that are something else.
-    """
-
-    rows: list[dict[str, Any]]
-    num_damaged: int
-
-
-def read_rows(path: Path) -> Rows:
-    """Read a run's JSON-lines file; lines that no run wrote whole are counted and skipped.
-
-    A last line without an end, which a kill leaves, and empty lines are not counted. A file that
-    does not exist has no rows.
-    """
-    if not path.exists():
-        return Rows([], 0)
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    lines = text[: text.rfind("\n") + 1].split("\n")
-    found = [_row(line) for line in lines if line.strip()]
-    rows = [row for row in found if row is not None]
-    return Rows(rows, len(found) - len(rows))
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return row if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -89,7 +51,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         self.path = path
-        found = read_rows(path) if last_step else Rows([], 0)
+        found = read_rows(path) if last_step else Rows([])
         if found.num_damaged:
             warn_once(f"{path}: {found.num_damaged} damaged lines are left out")
         kept = [row for row in found.rows if row["step"] <= last_step]
@@ -171,7 +133,7 @@ def row_text(row: Mapping[str, Any]) -> str:
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     return (
         f"loss {loss}, lr {rates}, {row['samples_per_second']:.1f} samples/s, "
-        f"{row['target_tokens_per_second']:,.0f} trained tokens/s, "
+        f"{row['target_tokens_per_second']:,.0f} supervised tokens/s, "
         f"{row['memory_bytes'] / 2**30:.1f} GiB"
     )
 
