@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vlm_sft.ownership import html_mark
+
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2330;--soft:#5d6778;--paper:#f6f7f9;--card:#fff;
 --line:#e1e5ec;--accent:#2f6fde;--good:#1a7f4b;--bad:#c03434}
@@ -34,7 +36,15 @@ summary{cursor:pointer;color:var(--accent)}
 """
 
 
-def page(title: str, lead: str, body: Sequence[str], *, style: str = "", script: str = "") -> str:
+def page(
+    title: str,
+    lead: str,
+    body: Sequence[str],
+    *,
+    style: str = "",
+    script: str = "",
+    command: str = "page",
+) -> str:
     """A whole page.
 
     A content policy lets nothing but its own styles, embedded pictures and this one script run.
@@ -45,12 +55,14 @@ def page(title: str, lead: str, body: Sequence[str], *, style: str = "", script:
         body: Finished HTML.
         style: CSS behind that of every page.
         script: JavaScript; holds no data.
+        command: Name of the command that writes the page, for the mark in its head.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     scripts = f"; script-src 'sha256-{digest}'" if script else ""
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'{scripts}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{html_mark(command)}"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body><main>"

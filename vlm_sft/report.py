@@ -1,6 +1,5 @@
 """Write a run's settings, curves and answers as one HTML page: `python -m vlm_sft.report RUN`."""
 
-import argparse
 import io
 import json
 import math
@@ -17,8 +16,8 @@ from typing import Any
 from PIL import Image
 
 from vlm_sft.atomic import write_bytes, write_text
+from vlm_sft.command_line import CommandParser
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.evaluation.probes import closed_set, spoken_choice
 from vlm_sft.ownership import require_output_file
 from vlm_sft.page import page, picture, section, table
 from vlm_sft.progress import format_seconds
@@ -30,6 +29,8 @@ MANIFEST = "manifest.json"
 
 WRITTEN_BY_RUNS = ("metrics.jsonl", "ledger.jsonl", "parts.json", "checkpoints", "final")
 """Names of which every run's folder has one."""
+
+ABOUT = "Write a run, finished or interrupted, as one HTML page."
 
 EXAMPLES = """\
 examples:
@@ -92,20 +93,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: The folder is no run's, or the page would replace a file of another origin.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m vlm_sft.report",
-        description="Write a run, finished or interrupted, as one HTML page.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training run")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace FILE although another program wrote it"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = parser().read(argv)
     run = arguments.run
     if not any((run / name).exists() for name in WRITTEN_BY_RUNS):
         raise UserError(
@@ -117,6 +105,16 @@ def main(argv: Sequence[str]) -> int:
     require_output_file(out, inputs=read, overwrite=arguments.overwrite)
     print(write_run_report(run, out))
     return 0
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m vlm_sft.report", ABOUT, EXAMPLES)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the output_dir of a training run")
+    add("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
+    add("--overwrite", action="store_true", help="replace FILE although another program wrote it")
+    return parser
 
 
 def write_run_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -154,7 +152,7 @@ def write_run_report(run_dir: str | Path, out: str | Path | None = None) -> Path
     body += _settings(run_dir)
     body += _damaged(damaged)
     path = Path(out) if out is not None else run_dir / "report.html"
-    write_text(path, page(f"Run {run_dir.resolve().name}", str(run_dir), body))
+    write_text(path, page(f"Run {run_dir.resolve().name}", str(run_dir), body, command="report"))
     return path
 
 
@@ -429,6 +427,8 @@ def _headline(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _mark(answer: str, expected: str | None) -> str:
     if expected is None:
         return ""
+    from vlm_sft.evaluation.probes import closed_set, spoken_choice  # imports torch
+
     if spoken_choice(answer, closed_set(expected)) == expected.lower():
         return ' <span class="right">✓ right</span>'
     return f' <span class="wrong">✗ wrong, it is {escape(expected)}</span>'

@@ -32,7 +32,7 @@ MUTANTS = (
     Mutant(
         "a checkpoint's manifest is not synced",
         "vlm_sft/atomic.py",
-        "            sync(file.fileno(), path)\n",
+        "                sync(file.fileno(), path)\n",
         "",
         (SYNCED,),
     ),
@@ -76,7 +76,7 @@ MUTANTS = (
     Mutant(
         "the files' hashes are not compared",
         TRAIN + "checkpoint.py",
-        "if _sha256(path) != recorded[name]:",
+        "if name in recorded and _sha256(path) != recorded[name]:",
         "if False:",
         (f"{CHECKPOINT}::test_a_damaged_newest_is_named_and_the_one_before_is_used",),
     ),
@@ -293,8 +293,8 @@ MUTANTS = (
     Mutant(
         "rows of steps that are done again are kept",
         TRAIN + "metrics.py",
-        "<= last_step\n",
-        "<= last_step + 1000\n",
+        "<= last_step]\n",
+        "<= last_step + 1000]\n",
         (BIT_FOR_BIT,),
     ),
     Mutant(

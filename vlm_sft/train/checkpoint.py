@@ -408,8 +408,8 @@ def copy_checkpoint(
             (building / MANIFEST).unlink()  # the link, not the checkpoint's own
             give_ordinary_modes(building)
             _sync_tree(building)
-            manifest = {**checkpoint.manifest, "files": _hashes(building)}
-            write_text(building / MANIFEST, _sealed(manifest))
+            united_manifest = {**checkpoint.manifest, "files": _hashes(building)}
+            write_text(building / MANIFEST, _sealed(united_manifest))
         reached("final.copied")
         _move_into_place(building, folder)
     except BaseException:
