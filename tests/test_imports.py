@@ -13,7 +13,7 @@ BASE = {
     "command_line",
     "constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash",
     "visible", "ownership", "libraries", "console", "image_paths", "reading",
-    "filesystem", "model_folders",
+    "filesystem", "commands", "model_folders",
 }  # fmt: skip
 ENTRY_POINTS = {
     "vlm_sft.stage1",

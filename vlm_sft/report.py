@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -362,8 +361,9 @@ def _damaged(damaged: Mapping[str, int]) -> list[str]:
 def _number(row: Row, key: str) -> float | None:
     """Return a finite number of a row; None for anything else."""
     value = row.get(key)
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if usable and abs(value) < math.inf else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) < 1e300 else None  # no NaN, infinity or huge integer
 
 
 def _shown(row: Row) -> dict[str, str]:

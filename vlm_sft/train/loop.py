@@ -642,7 +642,7 @@ class Trainer:
         )
         self._live.say(f"step {self.step}: held-out loss {loss:.4f} over {num_targets:,} tokens")
         for row in answers if self._samples is not None else []:
-            self._samples.write({"step": self.step, **row})
+            cast(MetricsFile, self._samples).write({"step": self.step, **row})
             self._live.say(f"  {row['id']}: {row['question']!r} -> {row['answer']!r}")
 
     def _answers(self, on_fault: Callable[[Fault], None] | None) -> list[dict[str, Any]]:
