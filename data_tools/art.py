@@ -13,6 +13,7 @@ from typing import Any, Final
 from PIL import Image
 
 from vlm_sft.errors import UserError
+from vlm_sft.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def load_categories(source: str | None = None) -> tuple[SceneCategory, ...]:
         return known
     if source.endswith(".json"):
         try:
-            document = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            document = read_json(source)
+        except (OSError, UserError) as error:
             raise UserError(
                 f"{source}: cannot be read as a JSON file of categories ({error}); "
                 "copy data_tools/scene_categories.json and change it"

@@ -6,22 +6,34 @@ and halves.json: single questions with their bare answers, for measuring.
 """
 
 import argparse
+import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import numpy as np
 
 from data_tools.backends import Backend, make_backend
-from data_tools.coco import CocoIndex, Picture, check_pictures, read_coco
+from data_tools.coco import CocoIndex, Picture, read_coco
 from data_tools.digests import file_digest
+from data_tools.findings import MAX_FAULTY
+from data_tools.image_check import require_few_missing, usable_pictures
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
-from vlm_sft.atomic import write_json
 from vlm_sft.command_line import CommandParser
+from vlm_sft.console import say
 from vlm_sft.errors import UserError, run_command
+from vlm_sft.ownership import (
+    own_output,
+    read_marker,
+    refuse_input,
+    write_owned_json,
+    write_result,
+)
 from vlm_sft.progress import track
+from vlm_sft.reading import read_json
 
 EXAMPLES = """examples:
   python -m data_tools.build_coco --instances annotations/instances_train2017.json \\
@@ -35,6 +47,8 @@ EXAMPLES = """examples:
 PROBE_FAMILIES: Final = ("existence", "counting", "halves")
 FAMILIES: Final = ("stage1", "stage2", *PROBE_FAMILIES)
 DEFAULT_PROBES: Final = 6
+KIND: Final = "COCO build"
+"""What the marker of an output folder says that it holds."""
 
 
 @dataclass
@@ -71,8 +85,9 @@ def main(argv: Sequence[str]) -> int:
         for name in ("instances", "captions")
         if (value := getattr(arguments, name)) is not None
     }
-    index = read_coco(inputs.get("instances"), inputs.get("captions"))
-    check_pictures(index.pictures, Path(arguments.images))
+    if arguments.out_file is not None:
+        refuse_input(arguments.out_file, inputs.values())
+    index, annotated = _read(arguments, inputs)
     train, held_out = _split(index, arguments.seed, arguments.eval_share)
     if arguments.eval_share and not (train and held_out):
         raise UserError(
@@ -88,16 +103,74 @@ def main(argv: Sequence[str]) -> int:
         arguments.captions_from,
     )
     outputs = _outputs(arguments, backend, train, held_out)
-    receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), outputs)
+    receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), annotated, outputs)
     if arguments.out_file:
         [output] = outputs.values()
-        write_json(arguments.out_file, output.records)
+        write_result(
+            arguments.out_file,
+            (json.dumps(output.records, ensure_ascii=False, indent=2) + "\n").encode(),
+            inputs=inputs.values(),
+            overwrite=arguments.overwrite,
+        )
     else:
-        for name, output in outputs.items():
-            write_json(Path(arguments.out) / f"{name}.json", output.records)
-        write_json(Path(arguments.out) / "build.json", receipt)
-    print("\n".join([*index.findings.lines(), *_table(receipt)]))
+        _write_folder(arguments, inputs, outputs, receipt)
+    say("\n".join([*index.findings.lines(), *_table(receipt)]), file=sys.stdout)
     return 0
+
+
+def _read(arguments: argparse.Namespace, inputs: dict[str, Path]) -> tuple[CocoIndex, int]:
+    """Read the annotations; return those of usable images, and the number of annotated ones."""
+    share, images = arguments.max_faulty, Path(arguments.images)
+    remedy = "; --max-faulty 1 sets aside whatever is faulty"
+    index = read_coco(inputs.get("instances"), inputs.get("captions"), share, remedy)
+    require_few_missing(index.pictures, images, share)
+    pictures = usable_pictures(index, images, follow_symlinks=arguments.follow_symlinks)
+    index.findings.require_few({"picture": len(index.pictures)}, share, remedy)
+    if not pictures:
+        raise UserError(
+            f"--images {images}: not one of the {len(index.pictures):,} annotated pictures can be "
+            "used; give annotations that list images, and the folder of these images",
+            code="no_records",
+        )
+    return replace(index, pictures=pictures), len(index.pictures)
+
+
+def _write_folder(
+    arguments: argparse.Namespace,
+    inputs: dict[str, Path],
+    outputs: dict[str, _Output],
+    receipt: dict[str, Any],
+) -> None:
+    """Write all files into the output folder, replacing only what this command wrote there."""
+    folder = Path(arguments.out)
+    sources = [*inputs.values(), Path(arguments.images)]
+    if not arguments.overwrite:
+        _refuse_unmarked(folder)
+    names = [*(f"{name}.json" for name in outputs), "build.json"]
+    own_output(folder, KIND, names, inputs=sources, overwrite=arguments.overwrite)
+    for name, output in outputs.items():
+        write_owned_json(folder / f"{name}.json", output.records)
+    write_owned_json(folder / "build.json", receipt)
+
+
+def _refuse_unmarked(folder: Path) -> None:
+    """Refuse the output of an older version, which recorded no digests of its files."""
+    if read_marker(folder) is None and has_receipt(folder / "build.json", "data_tools.build_coco"):
+        raise UserError(
+            f"{folder}: was written by an older version, which did not record what it wrote, so "
+            "that files edited since cannot be told apart; choose a new folder, or replace its "
+            "files with --overwrite",
+            code="not_ours",
+        )
+
+
+def has_receipt(path: Path, command: str) -> bool:
+    """Return whether a JSON file says that `command` wrote it, as versions without marks did."""
+    try:
+        found = read_json(path)
+    except (OSError, UserError):
+        return False
+    return isinstance(found, dict) and found.get("command") == command
 
 
 def parser() -> CommandParser:
@@ -106,6 +179,11 @@ def parser() -> CommandParser:
     parser.add_argument("--instances", help="COCO's instances_*.json: boxes")
     parser.add_argument("--captions", help="COCO's captions_*.json")
     parser.add_argument("--images", required=True, help="folder of the pictures")
+    parser.add_argument(
+        "--follow-symlinks",
+        action="store_true",
+        help="use images that are symbolic links to a place outside of the folder",
+    )
     parser.add_argument("--out", help="folder to write")
     parser.add_argument(
         "--backend",
@@ -146,6 +224,19 @@ def parser() -> CommandParser:
         help=f"single questions a picture and family, on the pictures set aside, or on all with "
         f"--eval-share 0 (default: {DEFAULT_PROBES} where pictures are set aside, else none)",
     )
+    parser.add_argument(
+        "--max-faulty",
+        type=float,
+        default=MAX_FAULTY,
+        metavar="SHARE",
+        help="share of the boxes, captions or pictures that one kind of fault may set aside, 0..1 "
+        f"({MAX_FAULTY}); more is an error",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace output files that were edited or that this command did not write",
+    )
     parser.add_argument("--only", choices=FAMILIES, help="make one file only")
     parser.add_argument("--out-file", help="with --only: where that file goes, without build.json")
     return parser
@@ -164,6 +255,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("--captions-per-picture", arguments.captions_per_picture, 1, 1000),
         ("--eval-share", arguments.eval_share, 0, 0.9),
         ("--probes", arguments.probes, 2, 100),
+        ("--max-faulty", arguments.max_faulty, 0, 1),
     )
     for name, value, low, high in limits:
         if value is not None and not low <= value <= high:
@@ -257,6 +349,7 @@ def _receipt(
     index: CocoIndex,
     inputs: dict[str, Path],
     split: tuple[int, int],
+    annotated: int,
     outputs: dict[str, _Output],
 ) -> dict[str, Any]:
     pictures = index.pictures
@@ -272,12 +365,14 @@ def _receipt(
             name: {"file": path.name, "sha256": file_digest(path)} for name, path in inputs.items()
         },
         "pictures": {
+            "annotated": annotated,
             "all": len(pictures),
             "train": split[0],
             "set_aside": split[1],
             "without_captions": sum(not picture.captions for picture in pictures),
             "without_boxes": sum(not picture.boxes for picture in pictures),
         },
+        "max_faulty": arguments.max_faulty,
         "findings": index.findings.told(),
         "files": {f"{name}.json": output.summary() for name, output in outputs.items()},
     }
@@ -286,7 +381,8 @@ def _receipt(
 def _table(receipt: dict[str, Any]) -> Iterator[str]:
     pictures = receipt["pictures"]
     yield (
-        f"{pictures['all']} pictures: {pictures['train']} to train on, "
+        f"{pictures['all']} of {pictures['annotated']} annotated pictures: "
+        f"{pictures['train']} to train on, "
         f"{pictures['set_aside']} set aside"
     )
     if pictures["without_boxes"]:

@@ -1,6 +1,5 @@
 """COCO's annotation files as an index: what is known about each picture, and what is not."""
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,13 +10,20 @@ from typing import Any, Final, NamedTuple
 from data_tools.findings import MAX_FAULTY, Findings
 from data_tools.json_lists import Element, read_lists
 from vlm_sft.errors import UserError
+from vlm_sft.image_paths import MAX_NAME, shown_name
 from vlm_sft.progress import track
+from vlm_sft.visible import shortened
 
 MAX_CAPTION: Final = 5_000
 """Characters; longer texts are no captions."""
+MAX_ID: Final = 2**63
+"""Above every id; larger ones fit neither NumPy's integers nor Arrow's."""
+MAX_SIDE: Final = 1_000_000
+"""Pixels; no image that can be opened has a longer side."""
 SLACK: Final = 1.0
 """Pixels; published COCO boxes leave their picture by rounding, never by a whole pixel."""
 
+_KINDS: Final = {int: "a whole number", str: "a text"}
 _CATEGORY_NAME: Final = re.compile(r"\w[\w .,'&/()+-]{0,59}")
 _SPLIT: Final = re.compile(r"(?:^|[/_])((?:train|val|test)20(?:14|15|17))(?=[/_])")
 
@@ -112,7 +118,10 @@ class CocoIndex:
 
 
 def read_coco(
-    instances: Path | None, captions: Path | None, max_faulty: float = MAX_FAULTY
+    instances: Path | None,
+    captions: Path | None,
+    max_faulty: float = MAX_FAULTY,
+    remedy: str = "",
 ) -> CocoIndex:
     """Read COCO's files (2014 and 2017 have one form) as a stream; either may be None.
 
@@ -122,6 +131,7 @@ def read_coco(
         instances: `instances_*.json`.
         captions: `captions_*.json`.
         max_faulty: Share of the boxes or captions that may be set aside for one fault.
+        remedy: How the user raises that share, for the end of the message.
 
     Raises:
         UserError: A file is missing, is no JSON, lacks a key, repeats an id, names an image or
@@ -131,30 +141,12 @@ def read_coco(
     reader = _Reader(Findings())
     sentences = reader.captions(captions) if captions is not None else {}
     boxes = reader.boxes(instances) if instances is not None else {}
-    reader.findings.require_few(reader.totals, max_faulty)
+    reader.findings.require_few(reader.totals, max_faulty, remedy)
     pictures = tuple(
         _picture(image, sentences.get(image.id, ()), boxes.get(image.id, ()), reader.findings)
         for image in (reader.images[image_id] for image_id in sorted(reader.images))
     )
     return CocoIndex(pictures, reader.categories, reader.licenses, reader.findings)
-
-
-def check_pictures(pictures: Iterable[Picture], folder: Path) -> None:
-    """Refuse pictures without a file, naming the first few.
-
-    Raises:
-        UserError: The folder or at least one file is not there.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--images {folder}: is not a folder; give the one the pictures lie in")
-    missing = [p.file_name for p in pictures if not (folder / p.file_name).is_file()]
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"--images {folder}: {len(missing)} annotated pictures are not there ({shown}); "
-            "give the folder that holds them, or annotations of these pictures only",
-            code="image_missing",
-        )
 
 
 class _Image(NamedTuple):
@@ -246,8 +238,9 @@ class _Reader:
             for key in ("file_name", "width", "height"):
                 here, there = getattr(image, key), getattr(known, key)
                 if here != there:
+                    here, there = (shortened(repr(value), 200) for value in (here, there))
                     raise UserError(
-                        f"{path}: image {image_id}: {key} is {here!r} here and {there!r} in "
+                        f"{path}: image {image_id}: {key} is {here} here and {there} in "
                         "the captions file; the two files must speak of the same pictures"
                     )
 
@@ -355,11 +348,19 @@ def _box_of(
     if not (
         isinstance(numbers, list)
         and len(numbers) == 4
-        and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        and all(_is_pixels(number) for number in numbers)
     ):
-        raise UserError(f"{where}: bbox is {numbers}, expected four numbers [x, y, width, height]")
+        shown = shortened(repr(numbers), 200)
+        raise UserError(f"{where}: bbox is {shown}, expected four numbers [x, y, width, height]")
     left, top, width, height = map(float, numbers)
-    return (left, top, width, height), value["category_id"], bool(value.get("iscrowd", 0))
+    category = _field(value, "category_id", int, where)
+    return (left, top, width, height), category, bool(value.get("iscrowd", 0))
+
+
+def _is_pixels(number: Any) -> bool:
+    """Return whether a value is a number that can be a place or a length in an image."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and abs(number) <= MAX_SIDE  # false for NaN
 
 
 def _checked(
@@ -381,18 +382,21 @@ def _add_image(images: dict[int, _Image], value: Any, where: str) -> None:
     name = _field(value, "file_name", str, where)
     if not _is_below(name):
         raise UserError(
-            f"{where}: file_name is {name!r}, expected a path below the folder of pictures",
+            f"{where}: file_name is {shown_name(name)}, expected a path below the folder of "
+            f"pictures with '/' between folders and at most {MAX_NAME:,} characters",
             code="image_path",
         )
     for side in ("width", "height"):
-        if _field(value, side, int, where) < 1:
-            raise UserError(f"{where}: {side} is {value[side]}, expected at least 1 pixel")
+        if not 1 <= _field(value, side, int, where) <= MAX_SIDE:
+            shown = shortened(str(value[side]), 100)
+            raise UserError(f"{where}: {side} is {shown}, expected 1 to {MAX_SIDE:,} pixels")
     if image_id in images:
         raise UserError(f"{where}: image id {image_id} stands twice; ids must be unique")
     license = value.get("license")
     if license is not None:
         license = _field(value, "license", int, where)
-    split = _SPLIT.search(f"{name} {value.get('coco_url', '')}")
+    url = value.get("coco_url")
+    split = _SPLIT.search(f"{name} {url[:MAX_NAME] if isinstance(url, str) else ''}")
     images[image_id] = _Image(
         image_id, name, value["width"], value["height"], license, split.group(1) if split else None
     )
@@ -401,17 +405,19 @@ def _add_image(images: dict[int, _Image], value: Any, where: str) -> None:
 def _is_below(name: str) -> bool:
     """Whether a name stays in the folder it starts from, on every system, and can be written."""
     path = PurePosixPath(name.replace("\\", "/"))
-    whole = bool(name) and name.isprintable()
+    whole = 0 < len(name) <= MAX_NAME and name.isprintable()
     return whole and not path.is_absolute() and ".." not in path.parts and ":" not in name
 
 
 def _add_category(categories: dict[int, str], value: Any, where: str) -> None:
     number, name = _field(value, "id", int, where), _field(value, "name", str, where)
     if number in categories or name in categories.values():
-        raise UserError(f"{where}: id {number} or name {name!r} stands twice")
+        shown = shortened(name, 100)
+        raise UserError(f"{where}: id {number} or name {shown!r} stands twice")
     if not _CATEGORY_NAME.fullmatch(name):
         raise UserError(
-            f"{where}: name is {name!r}, expected up to 60 letters, digits, spaces and .,'&/()+-"
+            f"{where}: name is {shortened(name, 100)!r}, expected up to 60 letters, digits, spaces "
+            "and .,'&/()+-"
         )
     categories[number] = name
 
@@ -419,16 +425,30 @@ def _add_category(categories: dict[int, str], value: Any, where: str) -> None:
 def _add_license(licenses: dict[int, Mapping[str, Any]], value: Any, where: str) -> None:
     """Keep a licence by its number; the two files' tables must agree."""
     number = _field(value, "id", int, where)
+    for key in ("name", "url"):
+        if value.get(key) is not None:
+            _field(value, key, str, where)
     known = licenses.setdefault(number, {"name": value.get("name"), "url": value.get("url")})
     for key, there in known.items():
         if value.get(key) != there:
             raise UserError(
-                f"{where}: licence {number} has {key} {value.get(key)!r} here and {there!r} before"
+                f"{where}: licence {number} has {key} {shortened(repr(value.get(key)), 100)} here "
+                f"and {shortened(repr(there), 100)} before"
             )
 
 
 def _field(entry: Any, key: str, kind: type, where: str) -> Any:
-    value = entry.get(key) if isinstance(entry, dict) else None
+    """Return a value of this type; whole numbers are ids, counts or pixels."""
+    if not isinstance(entry, dict):
+        found = shortened(repr(entry), 100)
+        raise UserError(f"{where}: is {found}, expected an object with {key!r}")
+    if key not in entry:
+        raise UserError(f"{where}: {key!r} is missing")
+    value = entry[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{where}: {key!r} is {value!r}, expected {kind.__name__}")
+        found = shortened(repr(value), 100)
+        raise UserError(f"{where}: {key!r} is {found}, expected {_KINDS[kind]}")
+    if isinstance(value, int) and not 0 <= value < MAX_ID:
+        found = shortened(str(value), 100)
+        raise UserError(f"{where}: {key!r} is {found}, expected 0 to {MAX_ID - 1}")
     return value

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from vlm_sft.reading import open_regular
+
 
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex, read piece by piece.
@@ -10,5 +12,8 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: The file cannot be read.
     """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -4,10 +4,12 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, Final
 
 from vlm_sft.errors import UserError
+from vlm_sft.reading import open_regular
 
 CHUNK: Final = 1 << 22
 """Characters read at a time."""
@@ -38,7 +40,7 @@ def read_lists(
             is missing (known at the end, when everything else has been yielded).
     """
     try:
-        file = path.open(encoding="utf-8-sig", newline="")
+        file = TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
     seen: set[str] = set()
@@ -124,6 +126,8 @@ class _Text:
                     raise self.fault(error.msg, at) from None
             except RecursionError:
                 raise self.fault("lists within lists too deep to read") from None
+            except ValueError as error:  # a whole number of thousands of digits
+                raise self.fault(str(error)) from None
             else:
                 # A number at the buffer's end (`1`, and what is left of `1.5e+3` cut at its point
                 # or sign) may go on in the next part of the file.

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,23 @@ from typing import Any
 from data_tools import art, masks, scene_captions
 from data_tools.backgrounds import KINDS
 from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scene_rng
-from vlm_sft.atomic import write_json, write_text
 from vlm_sft.command_line import CommandParser
+from vlm_sft.console import say
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.filesystem import naming
+from vlm_sft.ownership import (
+    own_output,
+    read_marker,
+    write_owned,
+    write_owned_json,
+)
 from vlm_sft.progress import track
 
 FORMAT = 1
 """Raised when the same settings would give other pictures."""
+
+KIND = "scene set"
+"""What the marker of an output folder says that it holds."""
 
 MAX_OBJECTS = 4
 """Most categories in a picture, where not told."""
@@ -43,24 +53,29 @@ def main(argv: Sequence[str]) -> int:
     receipt = {"format": FORMAT, "count": arguments.count, **asdict(settings)}
     receipt = json.loads(json.dumps(receipt))
     if _is_done(out, receipt):
-        print(f"{out}: done already, {arguments.count} pictures with these settings")
+        say(f"{out}: done already, {arguments.count} pictures with these settings", file=sys.stdout)
         return 0
     artist = art.ARTISTS[settings.artist]
     art.check_drawings(artist, settings.categories)
+    _own(out, artist.name, arguments)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", {"sha256": _hash(receipt), "complete": False, **receipt})
-    instances, captions = _write_pictures(out, settings, arguments.count, arguments.workers)
+    told = {"sha256": _hash(receipt), "complete": False, **receipt}
+    write_owned_json(out / "settings.json", told)
+    instances, captions = _write_pictures(
+        out, settings, arguments.count, arguments.workers, overwrite=arguments.overwrite
+    )
     head = _head(settings)
     annotations = out / "annotations"
-    write_json(annotations / f"instances_{artist.name}.json", head | instances, indent=None)
-    write_json(annotations / f"captions_{artist.name}.json", head | captions, indent=None)
-    write_text(out / "ATTRIBUTION.md", art.attribution(artist))
-    write_json(out / "settings.json", {"sha256": _hash(receipt), "complete": True, **receipt})
+    write_owned_json(annotations / f"instances_{artist.name}.json", head | instances, indent=None)
+    write_owned_json(annotations / f"captions_{artist.name}.json", head | captions, indent=None)
+    write_owned(out / "ATTRIBUTION.md", art.attribution(artist).encode())
+    write_owned_json(out / "settings.json", told | {"complete": True})
     crowds = sum(entry["iscrowd"] for entry in instances["annotations"])
-    print(
+    say(
         f"{out}: {arguments.count} pictures, {len(instances['annotations'])} objects "
         f"({crowds} of them crowds), {len(settings.categories)} categories by {artist.name}, "
-        f"{len(captions['annotations'])} captions"
+        f"{len(captions['annotations'])} captions",
+        file=sys.stdout,
     )
     return 0
 
@@ -106,12 +121,27 @@ def parser() -> CommandParser:
     )
     parser.add_argument("--backgrounds", help=f"of {','.join(sorted(KINDS))}; default: all")
     parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files in the folder that were edited or that this command did not write",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         help="processes; no effect on results",
     )
     return parser
+
+
+def _own(out: Path, artist: str, arguments: argparse.Namespace) -> None:
+    """Check that the folder's files may be written; images are compared when they are made."""
+    is_old = read_marker(out) is None and (out / "settings.json").exists()
+    inputs = [name for name in [arguments.categories] if name and name.endswith(".json")]
+    names = [f"annotations/{kind}_{artist}.json" for kind in ("instances", "captions")]
+    names += ["ATTRIBUTION.md", "settings.json"]
+    # If there is no marker, `_is_done` has read the settings: an older version made the folder.
+    own_output(out, KIND, names, inputs=inputs, adopt=is_old, overwrite=arguments.overwrite)
 
 
 def _settings(arguments: argparse.Namespace) -> SceneSettings:
@@ -162,26 +192,25 @@ def _backgrounds(text: str | None) -> tuple[str, ...]:
 
 
 def _is_done(out: Path, receipt: dict[str, Any]) -> bool:
-    """Whether `out` holds exactly these scenes; refuses a folder of other settings."""
+    """Return whether `out` holds exactly these scenes; refuse a folder of other settings."""
     path = out / "settings.json"
     if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(
-                f"{out}: the folder is not empty and was not made by this command; "
-                "give --out a new folder"
-            )
         return False
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         same = found["sha256"] == _hash(receipt)
         complete = found["complete"] is True
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged; delete the folder and run again") from error
+        raise UserError(
+            f"{path}: is damaged or was not written by this command, so the folder's settings are "
+            "unknown; nothing was changed. Give --out a new folder",
+            code="not_ours",
+        ) from error
     if not same:
         changed = [key for key in receipt if found.get(key) != receipt[key]]
         raise UserError(
             f"{out}: holds scenes of other settings ({', '.join(changed) or 'unknown'} differ); "
-            "give --out a new folder or delete this one"
+            "nothing was changed. Give --out a new folder"
         )
     artist, count = receipt["artist"], receipt["count"]
     names = [out / "annotations" / f"{kind}_{artist}.json" for kind in ("instances", "captions")]
@@ -194,13 +223,13 @@ def _hash(receipt: dict[str, Any]) -> str:
 
 
 def _write_pictures(
-    out: Path, settings: SceneSettings, count: int, workers: int
+    out: Path, settings: SceneSettings, count: int, workers: int, *, overwrite: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write every picture; return what `instances` and `captions` say beside the common head."""
     images: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
-    tasks = ((str(out / "images"), settings, index) for index in range(1, count + 1))
+    tasks = ((str(out / "images"), settings, index, overwrite) for index in range(1, count + 1))
     description = f"composing {settings.artist} scenes"
     for image, objects, sentences in track(_in_order(tasks, workers), count, description):
         images.append(image)
@@ -219,7 +248,7 @@ def _write_pictures(
     )
 
 
-_Task = tuple[str, SceneSettings, int]
+_Task = tuple[str, SceneSettings, int, bool]
 _Entry = tuple[dict[str, Any], list[dict[str, Any]], list[str]]
 
 
@@ -237,13 +266,10 @@ def _leave_ctrl_c_to_parent() -> None:
 
 def _make_one(task: _Task) -> _Entry:
     """Compose one scene, write its picture, and return its entries for the annotation files."""
-    folder, settings, index = task
+    folder, settings, index, overwrite = task
     scene = compose(settings, index)
     path = Path(folder) / _file_name(index)
-    temporary = path.with_suffix(".part")
-    with naming(path):
-        temporary.write_bytes(scene.jpeg)
-    temporary.replace(path)
+    _write_image(path, scene.jpeg, overwrite=overwrite)
     image = {
         "license": art.ARTISTS[settings.artist].license_id,
         "file_name": path.name,
@@ -253,6 +279,26 @@ def _make_one(task: _Task) -> _Entry:
     }
     sentences = scene_captions.describe(scene, scene_rng(settings.seed, index, purpose=1))
     return image, _objects(scene), sentences
+
+
+def _write_image(path: Path, jpeg: bytes, *, overwrite: bool) -> None:
+    """Write an image unless it is there; a scene has the same bytes in every run.
+
+    Raises:
+        UserError: Another file has its name.
+    """
+    if path.exists() and not overwrite:
+        if path.is_file() and path.read_bytes() == jpeg:
+            return
+        raise UserError(
+            f"{path}: exists and is not the image that these settings give; it was changed or "
+            "made by another version. Move it away, or replace it with --overwrite",
+            code="not_ours",
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with naming(path):
+        temporary.write_bytes(jpeg)
+    temporary.replace(path)
 
 
 def _objects(scene: Scene) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def _fill(pattern: str, kinds: Sequence[_Kind], place: str, rng: np.random.Gener
         things=things,
         Things=words.capital(things),
         place=place,
-        are="are" if kinds[0].several else "is",
+        are="are" if kinds[0].several else words.be_one(kinds[0].name),
     )
 
 
@@ -77,6 +77,7 @@ def _beside(scene: Scene, rng: np.random.Generator) -> str | None:
         return None
     first, second = pairs[int(rng.integers(len(pairs)))]
     pattern = str(rng.choice(wording.load("scene_captions")["beside"]))
+    pattern = pattern.replace("{A} is", f"{{A}} {words.be_one(first)}")
     return pattern.format(A=words.capital(words.counted(first, 1)), b=words.counted(second, 1))
 
 

@@ -8,11 +8,16 @@ import pytest
 from vlm_sft.errors import UserError
 from vlm_sft.ownership import (
     MARKER,
+    OwnedFiles,
     has_mark,
     html_mark,
     own_directory,
+    owned_open,
     refuse_input,
+    remove_owned,
     require_output_file,
+    write_owned,
+    write_result,
 )
 
 
@@ -88,3 +93,68 @@ def test_a_place_that_takes_no_file_is_named_before_the_work(tmp_path: Path) -> 
     with pytest.raises(OSError) as caught:
         require_output_file(blocked / "out.json")
     assert str(blocked) in str(caught.value.filename)
+
+
+def test_a_file_that_was_edited_after_it_was_written_is_not_replaced(tmp_path: Path) -> None:
+    out = own_directory(tmp_path / "out", "mixture")
+    write_owned(out / "train.jsonl", b"ours")
+    OwnedFiles(out).require_unchanged(["train.jsonl", "new.jsonl"])
+    (out / "train.jsonl").write_bytes(b"edited")
+    with pytest.raises(UserError, match=r"train.jsonl: the file was changed after vlm_sft wrote"):
+        OwnedFiles(out).require_unchanged(["train.jsonl"])
+    OwnedFiles(out).require_unchanged(["train.jsonl"], overwrite=True)
+    OwnedFiles(out).accept(["train.jsonl"])
+    OwnedFiles(out).require_unchanged(["train.jsonl"])
+
+
+def test_a_file_is_known_as_ours_if_the_process_ends_before_or_after_its_renaming(
+    tmp_path: Path,
+) -> None:
+    out = own_directory(tmp_path / "out", "mixture")
+    write_owned(out / "a" / "b.json", b"first")
+    write_owned(out / "a" / "b.json", b"second")
+    for content in (b"first", b"second"):
+        (out / "a" / "b.json").write_bytes(content)
+        OwnedFiles(out).require_unchanged(["a/b.json"])
+    with pytest.raises(RuntimeError), owned_open(out / "a" / "b.json") as file:
+        file.write(b"third")
+        raise RuntimeError
+    assert (out / "a" / "b.json").read_bytes() == b"second"
+    OwnedFiles(out).require_unchanged(["a/b.json"])
+
+
+def test_an_owned_file_that_is_an_input_is_refused_under_every_name(tmp_path: Path) -> None:
+    out = own_directory(tmp_path / "out", "mixture")
+    write_owned(out / "train.jsonl", b"ours")
+    (tmp_path / "soft.jsonl").symlink_to(out / "train.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(out / "train.jsonl")
+    for name in ("out/train.jsonl", "out/../out/train.jsonl", "soft.jsonl", "hard.jsonl"):
+        with pytest.raises(UserError, match="is read by this command"):
+            OwnedFiles(out).require_unchanged(
+                ["train.jsonl"], inputs=[tmp_path / name], overwrite=True
+            )
+
+
+def test_only_unchanged_files_of_ours_are_deleted(tmp_path: Path) -> None:
+    out = own_directory(tmp_path / "out", "mixture")
+    for name in ("a.txt", "b.txt"):
+        write_owned(out / name, b"ours")
+    (out / "b.txt").write_bytes(b"edited")
+    (out / "c.txt").write_bytes(b"mine")
+    assert [remove_owned(out / name) for name in ("a.txt", "b.txt", "c.txt", "d.txt")] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert sorted(path.name for path in out.glob("*.txt")) == ["b.txt", "c.txt"]
+
+
+def test_a_result_without_a_mark_is_left_alone_if_equal_and_refused_if_not(tmp_path: Path) -> None:
+    path = tmp_path / "probes.json"
+    write_result(path, b"[1]")
+    write_result(path, b"[1]")
+    with pytest.raises(UserError, match="--overwrite"):
+        write_result(path, b"[2]")
+    assert path.read_bytes() == b"[1]"
+    write_result(path, b"[2]", overwrite=True)
+    assert path.read_bytes() == b"[2]"
+    with pytest.raises(UserError, match="is read by this command"):
+        write_result(path, b"[3]", inputs=[path], overwrite=True)

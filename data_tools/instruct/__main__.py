@@ -6,6 +6,8 @@ not made or paid for twice.
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
+from typing import Final
 
 from vlm_sft.command_line import CommandParser
 from vlm_sft.errors import UserError, run_command
@@ -17,6 +19,9 @@ EXAMPLES = """examples:
   python -m data_tools.instruct verify my.yaml                         # free, on the answers there
   python -m data_tools.instruct explain my.yaml 000000033471-detail-0
 """
+
+OVERWRITE: Final = "--overwrite"
+"""Option of every stage: replace files in `output_dir` that were changed since."""
 
 STAGES = {
     "index": ("indexing", "read and check the annotations"),
@@ -34,7 +39,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().read(argv[:2])  # what follows is overrides and the stage's options
     overrides = [word for word in argv[2:] if _is_override(word)]
     options = [word for word in argv[2:] if not _is_override(word)]
+    overwrite = arguments.command != "explain" and OVERWRITE in options
+    if overwrite:
+        options.remove(OVERWRITE)
     from data_tools.instruct.config import InstructConfig
+    from data_tools.instruct.folder import own_for
     from vlm_sft import settings
 
     config = settings.load(InstructConfig, arguments.config, overrides)
@@ -45,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
             f"run takes no options, found {options[0]!r}: they belong to the stages; give "
             "KEY=VALUE overrides here, or run the stages one by one"
         )
+    if arguments.command != "explain":
+        own_for(config, Path(arguments.config), commands, overwrite=overwrite)
     for command in commands:
         stage = import_module(f"data_tools.instruct.{_module_of(command)}")
         stage.command(config, options)
@@ -65,7 +76,9 @@ def parser() -> CommandParser:
     parser = CommandParser(
         "python -m data_tools.instruct",
         f"{__doc__}\ncommands:\n{stages}\n  run       all of these in turn\n"
-        "  explain   one sample: what was shown, asked, answered and found",
+        "  explain   one sample: what was shown, asked, answered and found\n\n"
+        "Files in output_dir that were edited since they were written are replaced only with "
+        "--overwrite.",
         EXAMPLES,
         takes_settings=True,
         usage="%(prog)s COMMAND CONFIG [KEY=VALUE ...] [options of the command]",

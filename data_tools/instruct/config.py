@@ -17,6 +17,8 @@ class CocoConfig(Section):
     instances: str | None = None
     captions: str | None = None
     images: str
+    follow_symlinks: bool = False
+    """Whether images may be symbolic links to a place outside of `images`."""
     max_faulty: Share = 0.01
     """Share of the boxes, captions or pictures that one kind of fault may set aside; beyond, the
     files are taken for wrong ones. 1 where only part of the annotated pictures is on the disk."""

@@ -1,16 +1,19 @@
 """`explain`: one sample completely, on the terminal, as a page, or as a picture with its boxes."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.folder import run_inputs
 from data_tools.instruct.options import stage_parser
 from data_tools.instruct.receipts import drawing, sample_page, terminal
 from data_tools.instruct.receipts.evidence import deciding
 from data_tools.instruct.receipts.explanation import Explanation, explain
-from vlm_sft.atomic import write_bytes, write_text
 from vlm_sft.command_line import CommandParser
+from vlm_sft.console import say
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import write_result
 
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
@@ -22,15 +25,28 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     arguments = _parser().read(options)
     found = explain(config, arguments.id)
     if arguments.png:
-        write_bytes(arguments.png, picture(found))
-        print(f"{arguments.png}: the picture with its boxes")
+        _write(arguments.png, picture(found), config, found, arguments.overwrite)
+        say(f"{arguments.png}: the picture with its boxes", file=sys.stdout)
     if arguments.html:
-        write_text(arguments.html, sample_page.build(found))
-        print(f"{arguments.html}: the sample as a page")
+        page = sample_page.build(found).encode()
+        _write(arguments.html, page, config, found, arguments.overwrite)
+        say(f"{arguments.html}: the sample as a page", file=sys.stdout)
     if not arguments.png and not arguments.html:
-        from rich.console import Console
+        from vlm_sft.console import Console
 
         terminal.show(Console(highlight=False), found, whole_prompt=arguments.prompt)
+
+
+def _write(
+    path: Path, data: bytes, config: InstructConfig, found: Explanation, overwrite: bool
+) -> None:
+    """Write a result; the run's own files, its annotations and the image are inputs."""
+    root = Path(config.output_dir)
+    inputs: list[str | Path] = [*run_inputs(config)]
+    inputs += [file for file in root.rglob("*") if file.is_file()]
+    if found.picture is not None:
+        inputs.append(found.images / found.picture.file_name)
+    write_result(path, data, inputs=inputs, overwrite=overwrite)
 
 
 def _parser() -> CommandParser:
@@ -39,6 +55,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture with its boxes")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write all of it as a page")
     parser.add_argument("--prompt", action="store_true", help="show system text and seed examples")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE, whatever it is")
     return parser
 
 

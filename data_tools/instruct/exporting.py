@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,9 +17,11 @@ from data_tools.instruct.lines import read_lines
 from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
 from data_tools.records import IMAGE_LINE, IMAGE_MARK
-from vlm_sft.atomic import atomic_open, write_json
+from vlm_sft.console import say
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import owned_open, remove_owned, write_owned_json
 from vlm_sft.progress import track
+from vlm_sft.reading import read_json
 
 FILES: Final = {"llava": "llava.json", "messages": "messages.jsonl", "parquet": "train.parquet"}
 RECEIPTS: Final = "receipts.jsonl"
@@ -49,13 +52,14 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     stage_parser("export", __doc__).read(options)
     folder = RunFolder(Path(config.output_dir))
     counts = _Counts()
+    before = _recorded(folder.exports / "export.json")
     with ExitStack() as files:
         writers: list[_Writer] = []
         for name in config.export.formats:
-            file = files.enter_context(atomic_open(folder.exports / FILES[name]))
+            file = files.enter_context(owned_open(folder.exports / FILES[name]))
             writers.append(_WRITERS[name](file))
             files.callback(writers[-1].finish)  # before the file takes its place
-        receipts = files.enter_context(atomic_open(folder.exports / RECEIPTS))
+        receipts = files.enter_context(owned_open(folder.exports / RECEIPTS))
         samples = track(read_lines(folder.kept, Sample), description="exporting samples")
         for sample, turns in _told(samples, config.export, counts):
             for writer in writers:
@@ -64,12 +68,23 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
                 )
             receipts.write(_json(receipt(sample)))
     for old in FILES.keys() - set(config.export.formats):  # of an earlier export
-        (folder.exports / FILES[old]).unlink(missing_ok=True)
+        path = folder.exports / FILES[old]
+        if not remove_owned(path) and path.is_file() and file_digest(path) == before.get(path.name):
+            path.unlink()
     names = [*(FILES[name] for name in config.export.formats), RECEIPTS]
     told = counts.as_dict(config.export, _license_names(folder))
     told["files"] = _digests(folder.exports, names)
-    write_json(folder.exports / "export.json", told)
-    print(counts.summary(folder.exports, names))
+    write_owned_json(folder.exports / "export.json", told)
+    say(counts.summary(folder.exports, names), file=sys.stdout)
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """Return the digests by file name that an earlier export wrote down."""
+    try:
+        files = read_json(path)["files"]
+    except (OSError, UserError, KeyError, TypeError):
+        return {}
+    return files if isinstance(files, dict) else {}
 
 
 def receipt(sample: Sample) -> dict[str, Any]:
@@ -109,15 +124,17 @@ def _told(
             raise UserError(f"export: the id {sample.id!r} stands twice; run `clean` again")
         seen.add(digest)
         turns: Turns = []
+        boxes = 0
         for turn in sample.turns:
             question, first = _framed(turn.question, sample, config)
             answer, second = _framed(turn.answer, sample, config)
-            counts.boxes += first + second
+            boxes += first + second
             turns.append((question, answer))
         if any(IMAGE_MARK in question for question, _ in turns):
             counts.left_out.append(sample.id)
             continue
         counts.add(sample)
+        counts.boxes += boxes
         yield sample, turns
 
 

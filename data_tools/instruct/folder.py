@@ -1,7 +1,45 @@
-"""Where the files of one run lie."""
+"""Where the files of one run lie, and which of them may be replaced."""
 
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+from data_tools.instruct.config import InstructConfig
+from vlm_sft import settings
+from vlm_sft.errors import UserError
+from vlm_sft.ownership import (
+    foreign_entries,
+    own_output,
+    read_marker,
+    refuse_input,
+)
+
+KIND: Final = "instruction-data run"
+"""What the marker of a run's folder says that it holds."""
+
+PLOTS: Final = (
+    "funnel.png", "reasons.png", "claims.png", "categories.png", "lengths.png", "yes-no.png",
+)  # fmt: skip
+EXPORTS: Final = ("llava.json", "messages.jsonl", "train.parquet", "receipts.jsonl", "export.json")
+
+WRITTEN: Final[dict[str, tuple[str, ...]]] = {
+    "index": ("pictures.jsonl", "index.json"),
+    "plan": ("requests.jsonl", "templates.json", "config.yaml", "plan.json"),
+    "generate": (),
+    "verify": ("samples.jsonl", "rejected.jsonl", "verification.json"),
+    "clean": ("kept.jsonl", "set_aside.jsonl", "cleaning.json"),
+    "export": tuple(f"export/{name}" for name in EXPORTS),
+    "report": ("report/report.html", *(f"report/{name}" for name in PLOTS)),
+}
+"""What each stage replaces, below the run's folder."""
+
+_APPENDED: Final = (
+    "answers", "failures.jsonl", "spending.jsonl", "teacher.json", "batches.jsonl", "cache",
+    "checked", "export", "report",
+)  # fmt: skip
+"""Other names in a run's folder: files that only grow, and folders."""
 
 
 @dataclass(frozen=True)
@@ -109,3 +147,97 @@ class RunFolder:
     def report(self) -> Path:
         """`report`: `report.html` and the plots."""
         return self.root / "report"
+
+
+def own_for(
+    config: InstructConfig, given: Path, commands: Sequence[str], *, overwrite: bool
+) -> None:
+    """Check, before any work, that commands replace nothing in the run's folder but their own.
+
+    Args:
+        config: The run's.
+        given: The configuration file that the user gave.
+        commands: Stages to be run; `plan` indexes as well.
+        overwrite: Whether the user allowed to replace files of any origin except inputs.
+    """
+    root = Path(config.output_dir)
+    stages = ["index", *commands] if "plan" in commands else commands
+    own = root / "config.yaml"
+    given_elsewhere = not own.exists() or not given.samefile(own)
+    inputs: list[str | Path] = [*run_inputs(config), *([given] if given_elsewhere else [])]
+    own_run(root, stages, inputs=inputs, overwrite=overwrite)
+    if "plan" in stages:
+        own_config(own, settings.dump(config), given)
+
+
+def own_run(
+    root: Path, stages: Iterable[str], *, inputs: Iterable[str | Path], overwrite: bool
+) -> None:
+    """Create or accept a run's folder, and check that the stages may replace their files.
+
+    A folder that an older version made is accepted if it holds nothing but the files of a run.
+
+    Raises:
+        UserError: The folder holds files of others, is one of the inputs, or a file that would be
+            replaced was changed since it was written.
+    """
+    inputs = list(inputs)
+    is_old = read_marker(root) is None and _is_unmarked_run(root)
+    for name in _APPENDED:
+        refuse_input(root / name, inputs)
+    names = [name for stage in stages for name in WRITTEN[stage]]
+    files = own_output(root, KIND, names, inputs=inputs, adopt=is_old, overwrite=overwrite)
+    if is_old:
+        files.accept(name for names in WRITTEN.values() for name in names)
+
+
+def own_config(path: Path, text: str, given: Path) -> None:
+    """Refuse to rewrite the configuration file that the user gave, under whatever name.
+
+    Args:
+        path: The run's own `config.yaml`.
+        text: What would be written there.
+        given: The file that the command was started with.
+    """
+    if path.is_file() and path.samefile(given) and path.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{given}: is the configuration that was given and would be rewritten with other "
+            "values or without its comments; give a copy of it outside of output_dir",
+            code="not_ours",
+        )
+
+
+def _is_unmarked_run(root: Path) -> bool:
+    """Return whether a folder has a run's index or requests, and nothing besides a run's files."""
+    known = {name.split("/")[0] for names in WRITTEN.values() for name in names} | {*_APPENDED}
+    if foreign_entries(root, known):
+        return False
+    return any(
+        _begins_with(root / name, keys)
+        for name, keys in (
+            ("pictures.jsonl", {"file_name", "caption_ids", "boxes"}),
+            ("requests.jsonl", {"sample_id", "template_sha256"}),
+            ("samples.jsonl", {"schema", "request"}),
+        )
+    )
+
+
+def _begins_with(path: Path, keys: set[str]) -> bool:
+    """Return whether the file's first line is a JSON object with these keys."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            first = json.loads(file.readline(1 << 24))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(first, dict) and keys <= first.keys()
+
+
+def run_inputs(config: InstructConfig) -> Iterator[str]:
+    """Yield every file and folder that a run's configuration names to be read."""
+    named = [config.coco.instances, config.coco.captions, config.coco.images]
+    named += [config.requests.prompts, config.teacher.replay_from]
+    for files in config.guard.lists.values():
+        named += [files] if isinstance(files, str) else files
+    yield from (name for name in named if name)

@@ -6,6 +6,7 @@ them again), 4 when a cap of `limits` was reached, 130 or 143 when Ctrl-C or SIG
 
 import argparse
 import asyncio
+import re
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ from data_tools.instruct.teachers.making import make_teacher
 from data_tools.instruct.teachers.spending import LimitReached, Spending
 from data_tools.instruct.teachers.stopping import Stopped, Stopping
 from vlm_sft.command_line import CommandParser
+from vlm_sft.console import say
 from vlm_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +79,8 @@ class Shard:
     def parse(cls, text: str) -> "Shard":
         """`2/8` is the second of eight."""
         number, _, count = text.partition("/")
-        if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        digits = re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text)
+        if not (digits and 1 <= int(number) <= int(count)):
             raise argparse.ArgumentTypeError(f"{text!r}: expected i/n, with i from 1 to n")
         return cls(int(number), int(count))
 
@@ -270,18 +273,19 @@ class Generation:
     def tell(self) -> int:
         """Say how the run stands; returns the exit code."""
         for line in [self.standing.summary(), *self._failures.lines()]:
-            print(line)
+            say(line, file=sys.stdout)
         if self._signal is not None:
             return 128 + int(self._signal)
         if self._limited:
-            print(
+            say(
                 "generate: a cap of limits was reached, counted at the most that a further request "
-                "may take; raise it and give the same command again"
+                "may take; raise it and give the same command again",
+                file=sys.stdout,
             )
             return 4
         failed, asked = self.standing.failed, self.standing.total - self.standing.silent
         if failed > self._config.teacher.failures_allowed * max(1, asked):
-            print("generate: the same command asks again what failed")
+            say("generate: the same command asks again what failed", file=sys.stdout)
             return 3
         return 0
 
@@ -381,4 +385,4 @@ def _parser() -> CommandParser:
 
 
 def _say(line: str) -> None:
-    print(f"generate: {line}", file=sys.stderr, flush=True)
+    say(f"generate: {line}")

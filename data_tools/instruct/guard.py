@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -15,6 +16,7 @@ from data_tools.coco import Picture
 from data_tools.instruct.config import GuardConfig
 from data_tools.json_lists import read_lists
 from vlm_sft.errors import UserError
+from vlm_sft.reading import StrictJsonError, open_regular, parse_json, read_text
 
 KNOWN: Final[Mapping[str, str | None]] = {
     "pope": "val2014",
@@ -35,6 +37,8 @@ from val2014."""
 Status = Literal["checked", "by split", "covered", "split only", "not checked"]
 
 _HEAD: Final = 1 << 16
+MAX_LIST_BYTES: Final = 1 << 30
+"""Largest JSON list of ids that is read as a whole."""
 _ID_KEYS: Final = ("image_id", "cocoid", "image", "id", "file_name", "filename")
 """Where an entry of a list names its picture, the first that it has."""
 _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+20\d\d_)?0*(\d{1,12})(?:\.[A-Za-z]{3,4})?")
@@ -181,47 +185,61 @@ def _wanted(entry: Any, name: str) -> bool:
 def _entries(path: Path) -> Iterator[tuple[Any, str]]:
     """What the file lists, with the place for messages."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with _opened(path) as file:
             head = file.read(_HEAD).lstrip()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason})", code="json_syntax") from None
     if head.startswith("["):
-        entries = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+        entries = _parse(read_text(path, MAX_LIST_BYTES), str(path))
         yield from ((entry, f"{path}[{position}]") for position, entry in enumerate(entries))
     elif head.startswith("{") and not _is_json_line(head):
         for element in read_lists(path, ("images",)):
             yield element.value, f"{path}: images[{element.position}]"
     else:
-        with path.open(encoding="utf-8-sig") as file:
+        yield from _lines(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+    number = 0
+    try:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     where = f"{path}:{number}"
                     yield _parse(line, where) if line.lstrip()[0] == "{" else line.strip(), where
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{number + 1}: not UTF-8 ({error.reason}) here or behind", code="json_syntax"
+        ) from None
+
+
+def _opened(path: Path) -> TextIOWrapper:
+    return TextIOWrapper(open_regular(path), encoding="utf-8-sig")
 
 
 def _is_json_line(head: str) -> bool:
     """Whether a text begins with a line that is an object of its own, not one with `images`."""
     try:
         first = json.loads(head.split("\n", 1)[0])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and "images" not in first
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not valid JSON ({error})", code="json_syntax") from None
+        return parse_json(text)
+    except StrictJsonError as error:
+        raise UserError(f"{where}: is not valid JSON ({error})", code=error.reason) from None
 
 
 def _id_of(entry: Any, where: str) -> int:
     value = entry
     if isinstance(entry, dict):
         value = next((entry[key] for key in _ID_KEYS if key in entry), None)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return value
     match = _COCO_NAME.fullmatch(value) if isinstance(value, str) else None
     if match is None:

@@ -1,6 +1,7 @@
 """Conversations of LLaVA's form, as others made them, checked like our own."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from data_tools.instruct.verification import Policy, check_sample, reasons
 from data_tools.records import IMAGE_MARK
 from vlm_sft.errors import UserError
 from vlm_sft.progress import track
+from vlm_sft.reading import open_regular
 
 LONG_ANSWER: Final = 60
 """A single answer of so many words, not to a request for a description, counts as reasoning."""
@@ -96,13 +98,13 @@ def _turns(record: Any) -> tuple[Turn, ...] | None:
 
 def _picture(name: str, pictures: Mapping[int, Picture]) -> Picture | None:
     digits = Path(name).stem.rpartition("_")[2]
-    return pictures.get(int(digits)) if digits.isascii() and digits.isdigit() else None
+    return pictures.get(int(digits)) if re.fullmatch(r"[0-9]{1,19}", digits) else None
 
 
 def _records(path: Path) -> Iterator[Any]:
     try:
         if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
+            with open_regular(path) as lines:
                 yield from _lines(path, lines)
             return
         try:
@@ -112,7 +114,7 @@ def _records(path: Path) -> Iterator[Any]:
                 f"{path}: reading a JSON list piece by piece needs ijson; "
                 "pip install 'vlm_sft[instruct]'"
             ) from None
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             try:
                 yield from ijson.items(file, "item", use_float=True)
             except ijson.JSONError as error:
@@ -123,11 +125,11 @@ def _records(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
 
 
-def _lines(path: Path, lines: Iterable[str]) -> Iterator[Any]:
+def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except ValueError as error:
+            yield json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}:{number}: is not valid JSON ({error})", code="json_syntax"
             ) from None

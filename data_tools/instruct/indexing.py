@@ -3,22 +3,25 @@
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 from data_tools.coco import Box, CocoIndex, Picture, read_coco
 from data_tools.digests import file_digest
+from data_tools.image_check import usable_pictures
 from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.options import stage_parser
-from vlm_sft.atomic import atomic_open, write_json
-from vlm_sft.errors import ImageError, UserError
+from vlm_sft.console import say
+from vlm_sft.errors import UserError
+from vlm_sft.ownership import owned_open, write_owned_json
 from vlm_sft.progress import track
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised when this module would write other files from the same annotations."""
 
 _PICTURE_FIELDS: Final = tuple(field.name for field in fields(Picture))
@@ -38,8 +41,8 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     if told is None:
         told = _index(folder, inputs, config.coco)
     else:
-        print(f"{folder.pictures}: made from these very files before; nothing to do")
-    print("\n".join(_table(told)))
+        say(f"{folder.pictures}: made from these very files before; nothing to do", file=sys.stdout)
+    say("\n".join(_table(told)), file=sys.stdout)
 
 
 def read_pictures(folder: RunFolder) -> dict[int, Picture]:
@@ -72,7 +75,7 @@ def read_categories(folder: RunFolder) -> tuple[str, ...]:
 def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> str:
     """Replace the indexed pictures; returns the file's SHA-256."""
     digest = hashlib.sha256()
-    with atomic_open(folder.pictures) as file:
+    with owned_open(folder.pictures) as file:
         for picture in pictures:
             line = json.dumps(_plain(picture), ensure_ascii=False).encode() + b"\n"
             digest.update(line)
@@ -98,8 +101,9 @@ def _picture(values: dict[str, Any]) -> Picture:
 
 
 def _index(folder: RunFolder, inputs: dict[str, Any], config: CocoConfig) -> dict[str, Any]:
-    index = read_coco(_path(config.instances), _path(config.captions), config.max_faulty)
-    pictures = list(_usable(index, Path(config.images)))
+    aside = "; coco.max_faulty=1 sets aside whatever is faulty"
+    index = read_coco(_path(config.instances), _path(config.captions), config.max_faulty, aside)
+    pictures = usable_pictures(index, Path(config.images), follow_symlinks=config.follow_symlinks)
     remedy = (
         "; coco.images is to be the folder these pictures lie in, and coco.max_faulty=1 takes "
         "what is there"
@@ -109,38 +113,8 @@ def _index(folder: RunFolder, inputs: dict[str, Any], config: CocoConfig) -> dic
         raise UserError(f"{config.images}: not one annotated picture is there", code="no_records")
     written = write_pictures(folder, track(pictures, description="writing pictures"))
     told = _told(index, pictures, inputs, written)
-    write_json(folder.index, told)
+    write_owned_json(folder.index, told)
     return told
-
-
-def _usable(index: CocoIndex, images: Path) -> Iterator[Picture]:
-    """The pictures whose file is there and is, by its header, what the annotations speak of."""
-    from vlm_sft.data.images import upright_size
-
-    for picture in track(index.pictures, description="looking at pictures"):
-        problem = _problem(picture, images / picture.file_name, upright_size)
-        if problem is None:
-            yield picture
-        else:
-            kind, found = problem
-            index.findings.add(kind, f"{picture.file_name}: {found}")
-
-
-def _problem(
-    picture: Picture, path: Path, upright_size: Callable[[Path], Any]
-) -> tuple[str, str] | None:
-    """The kind of finding and what was found; training's own loader says what the file is."""
-    try:
-        size = upright_size(path)
-    except ImageError as error:
-        missing = error.reason == "image_missing"
-        return "picture_missing" if missing else "picture_unreadable", str(error)
-    annotated = f"{picture.width} x {picture.height}"
-    if (size.width, size.height) != (picture.width, picture.height):
-        return "picture_size", f"{size.width} x {size.height} pixels, annotated as {annotated}"
-    if size.turn == "other" or (size.turn == "sideways" and size.width == size.height):
-        return "picture_turned", f"{annotated} fits it before and after"
-    return None
 
 
 def _told(
@@ -179,11 +153,12 @@ def _told(
 
 def _table(told: dict[str, Any]) -> Iterator[str]:
     pictures = told["pictures"]
+    used = sum(bool(found["boxes"]) for found in told["categories"].values())
     yield (
         f"{pictures['indexed']:,} of {pictures['annotated']:,} annotated pictures: "
         f"{pictures['with_captions']:,} with captions ({told['captions']:,}), "
-        f"{pictures['with_boxes']:,} with boxes ({told['boxes']:,} of "
-        f"{len(told['categories'])} categories)"
+        f"{pictures['with_boxes']:,} with boxes ({told['boxes']:,} boxes; {used:,} of "
+        f"{len(told['categories']):,} categories occur)"
     )
     for found in told["findings"].values():
         lost = found["consequence"] != "told"
@@ -197,7 +172,10 @@ def _table(told: dict[str, Any]) -> Iterator[str]:
 
 def _inputs(config: CocoConfig) -> dict[str, Any]:
     """What the index is made of, by content; pictures by name and size in bytes."""
-    inputs: dict[str, Any] = {"max_faulty": config.max_faulty}
+    inputs: dict[str, Any] = {
+        "max_faulty": config.max_faulty,
+        "follow_symlinks": config.follow_symlinks,
+    }
     for name in ("instances", "captions"):
         path = _path(getattr(config, name))
         inputs[name] = None if path is None else {"file": path.name, "sha256": _digest(path)}

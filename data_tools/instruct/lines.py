@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vlm_sft.atomic import atomic_open
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import owned_open
+from vlm_sft.reading import open_regular
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -19,7 +20,7 @@ def read_lines(path: Path, model: type[ModelT]) -> Iterator[ModelT]:
         UserError: There is no such file, or a line is not of this form; named by its number.
     """
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: there is no such file; run the stage that writes it first",
@@ -40,9 +41,9 @@ def read_lines(path: Path, model: type[ModelT]) -> Iterator[ModelT]:
 
 
 def write_lines(path: Path, values: Iterable[BaseModel]) -> int:
-    """Replace the file by the objects, in order, when all are on the disk; returns how many."""
+    """Replace the file by the objects, in order, when all are on the disk; return how many."""
     count = 0
-    with atomic_open(path) as file:
+    with owned_open(path) as file:
         for value in values:
             file.write(value.model_dump_json().encode() + b"\n")
             count += 1

@@ -38,7 +38,7 @@ class Parsed:
 
 def read_turns(request: Request, answer: Answer) -> Parsed:
     """The answer's turns, with a note for every deviation from plain JSON."""
-    text = answer.text.strip()
+    text, thought = _after_thinking(answer.text.strip())
     if answer.finish not in FINISHED:
         return _refused("ANSWER_CUT", f"finish: {answer.finish}")
     if not text:
@@ -47,6 +47,7 @@ def read_turns(request: Request, answer: Answer) -> Parsed:
     if isinstance(found, str):
         return _refused(_why(text, request) or found, text[:80])
     content, notes = found
+    notes = [*thought, *notes]
     outside = notes and _rest(text)
     if outside and is_refusal(outside):
         return _refused("REFUSAL", outside[:80])
@@ -56,6 +57,17 @@ def read_turns(request: Request, answer: Answer) -> Parsed:
     if isinstance(turns, str):
         return _refused("WRONG_SCHEMA", turns)
     return Parsed(turns, tuple(_note(note) for note in notes))
+
+
+def _after_thinking(text: str) -> tuple[str, list[str]]:
+    """Return the text behind a model's thinking, and a note if there was any.
+
+    Chat templates that open the thinking themselves leave only its end in the text.
+    """
+    match = None if _parses(text) else _THINKING.match(text)
+    if match is None:
+        return text, []
+    return text[match.end() :].strip(), ["thinking before the answer"]
 
 
 def _read_object(text: str) -> tuple[str, list[str]] | str:
@@ -85,16 +97,25 @@ def _read_object(text: str) -> tuple[str, list[str]] | str:
 def _objects(text: str) -> list[tuple[int, int]]:
     """Places of the outermost `{...}`, braces inside strings apart; an unclosed one is none."""
     found: list[tuple[int, int]] = []
-    depth, begin = 0, 0
-    for match in _BRACES.finditer(text):
-        if match[0] == "{":
-            begin = match.start() if depth == 0 else begin
-            depth += 1
-        elif match[0] == "}" and depth:
-            depth -= 1
-            if depth == 0:
-                found.append((begin, match.end()))
+    begin = text.find("{")
+    while begin >= 0:
+        end = _end_of_object(text, begin)
+        if end is None:
+            break
+        found.append((begin, end))
+        begin = text.find("{", end)
     return found
+
+
+def _end_of_object(text: str, begin: int) -> int | None:
+    """Return where the object that begins here ends; quotes outside of it are no strings."""
+    depth = 0
+    for match in _BRACES.finditer(text, begin):
+        if match[0] in "{}":
+            depth += 1 if match[0] == "{" else -1
+            if depth == 0:
+                return match.end()
+    return None
 
 
 def _parses(text: str) -> bool:
@@ -165,6 +186,11 @@ def _note(claim: str) -> Check:
     return Check(rule="reading", verdict="unknown", claim=claim)
 
 
+_THINKING: Final = re.compile(
+    r"(?:<(think|thinking|thought|reasoning)>.*?</\1>"
+    r"|(?:(?!<(?:think|thinking|thought|reasoning)>).)*?</(?:think|thinking|thought|reasoning)>)",
+    re.DOTALL | re.IGNORECASE,
+)
 _FENCE: Final = re.compile(r"```[a-zA-Z]*\s*\{.*\}\s*```", re.DOTALL)
 _BRACES: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]', re.DOTALL)
 _TRAILING_COMMA: Final = re.compile(r",(\s*[\]}])")

@@ -1,6 +1,7 @@
 """Pictures become requests: chosen, guarded, written down and priced before anything is sent."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from data_tools.instruct.prompting import TYPES, closing, digest, make_templates
 from data_tools.instruct.schema import Request, SampleType
 from data_tools.instruct.tokens import estimate_tokens
 from vlm_sft import settings
-from vlm_sft.atomic import write_json, write_text
 from vlm_sft.command_line import whole_number
+from vlm_sft.console import say
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import write_owned, write_owned_json
 from vlm_sft.progress import track
 
 MESSAGE_TOKENS: Final = 4
@@ -51,18 +53,18 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     tally = Tally(templates)
     requests = make_requests(track(chosen, description="planning"), templates, config)
     write_lines(folder.requests, _not_none(tally.through(requests), left_out))
-    write_json(folder.templates, templates)
-    write_text(folder.config, settings.dump(config))
+    write_owned_json(folder.templates, templates)
+    write_owned(folder.config, settings.dump(config).encode())
     told = {
         "pictures": {"indexed": len(pictures), "asked_about": tally.pictures},
         "left_out": {**left_out, "chosen_without_a_type": len(chosen) - tally.pictures},
         "guard": guarded.told(),
         **tally.told(config.teacher),
     }
-    write_json(folder.plan, told)
-    print("\n".join([*guarded.lines(), *_table(told, config)]))
+    write_owned_json(folder.plan, told)
+    say("\n".join([*guarded.lines(), *_table(told, config)]), file=sys.stdout)
     for request in islice(read_requests(folder), arguments.show):
-        print("\n".join(_in_full(request, templates)))
+        say("\n".join(_in_full(request, templates)), file=sys.stdout)
 
 
 def read_requests(folder: RunFolder) -> Iterator[Request]:

@@ -23,6 +23,7 @@ from data_tools.instruct.schema import (
     answer_form,
 )
 from vlm_sft.errors import UserError
+from vlm_sft.reading import read_text
 
 TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
 
@@ -144,15 +145,18 @@ class _Folder:
     def text(self, name: str) -> str:
         """A file's text without white space around it."""
         try:
-            return self.place.joinpath(name).read_text(encoding="utf-8").strip()
+            file = self.place.joinpath(name)
+            if isinstance(file, Path):
+                return read_text(file).strip()
+            return file.read_text(encoding="utf-8").strip()
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"requests.prompts: {self.place}/{name}: there is no such file; a folder of "
                 "prompts has common.txt, a file for each type, questions.txt and seeds.json",
                 code="data_file_missing",
             ) from None
-        except UnicodeDecodeError:
-            raise UserError(f"requests.prompts: {self.place}/{name}: is not UTF-8") from None
+        except UserError as error:
+            raise UserError(f"requests.prompts: {error}", code=error.reason) from None
 
     def task(self, name: SampleType) -> tuple[str, str]:
         """A type's part of the system text, and what its last message ends with."""

@@ -1,13 +1,14 @@
 """`report`: one HTML page of what was made, and of what was not, with its plots."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.instruct.answers import answers_folder
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.folder import PLOTS, RunFolder
 from data_tools.instruct.indexing import read_pictures
 from data_tools.instruct.options import stage_parser
 from data_tools.instruct.receipts import page
@@ -16,7 +17,8 @@ from data_tools.instruct.receipts.journeys import journeys
 from data_tools.instruct.receipts.meanings import meanings
 from data_tools.instruct.receipts.page import Report
 from data_tools.instruct.receipts.plots import plots
-from vlm_sft.atomic import write_bytes, write_text
+from vlm_sft.console import say
+from vlm_sft.ownership import remove_owned, write_owned
 from vlm_sft.progress import track
 
 
@@ -30,15 +32,15 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     folder = RunFolder(Path(config.output_dir))
     report = read(config, folder)
     path = folder.report / "report.html"
-    write_text(path, page.build(report))
+    write_owned(path, page.build(report).encode())
     drawn = dict(plots(report.figures))
     for name, data in drawn.items():
-        write_bytes(folder.report / name, data)
-    for old in set(folder.report.glob("*.png")) - {folder.report / name for name in drawn}:
-        old.unlink()
-    print(f"{path}, and {len(drawn)} plots beside it")
+        write_owned(folder.report / name, data)
+    for old in set(PLOTS) - set(drawn):  # of an earlier report
+        remove_owned(folder.report / old)
+    say(f"{path}, and {len(drawn)} plots beside it", file=sys.stdout)
     for figure, words in page.headline(report.figures):
-        print(f"{figure:>16}  {words}")
+        say(f"{figure:>16}  {words}", file=sys.stdout)
 
 
 def read(config: InstructConfig, folder: RunFolder) -> Report:

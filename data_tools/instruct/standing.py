@@ -10,6 +10,7 @@ from typing import Final
 
 from data_tools.instruct.schema import Answer
 from data_tools.instruct.teachers.spending import Spending
+from vlm_sft.console import say
 from vlm_sft.progress import LINE_SECONDS, format_seconds
 
 _REDRAW_SECONDS: Final = 0.5
@@ -101,12 +102,13 @@ async def _lines(standing: Standing) -> None:
     while True:
         await asyncio.sleep(LINE_SECONDS)
         share = f"{standing.done:,} of {standing.total:,}"
-        print(f"generate: {share}: {standing.figures()}", file=sys.stderr, flush=True)
+        say(f"generate: {share}: {standing.figures()}")
 
 
 async def _bar(standing: Standing) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from vlm_sft.console import Console
 
     bar = Progress(
         TextColumn("generating"),

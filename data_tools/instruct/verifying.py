@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 
 import vlm_sft
@@ -24,8 +23,9 @@ from data_tools.instruct.parsing import read_turns
 from data_tools.instruct.planning import read_requests
 from data_tools.instruct.schema import Answer, Check, Cost, PictureSource, Request, Sample
 from data_tools.instruct.verification import Policy, check_sample, reasons
-from vlm_sft.atomic import atomic_open, write_json
+from vlm_sft.console import Console
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import owned_open, refuse_input, write_owned_json
 from vlm_sft.progress import track
 
 TOOL: Final = f"vlm_sft/{vlm_sft.__version__}"
@@ -51,6 +51,8 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
 
         path = Path(arguments.file)
         folder = RunFolder(folder.root / "checked" / path.stem)
+        for output in (folder.samples, folder.rejected, folder.verification):
+            refuse_input(output, [path])
         tally = Tally()
         samples = imported_samples(path, pictures, policy, tally.left_out)
     else:
@@ -150,22 +152,23 @@ class Tally:
 def write_samples(folder: RunFolder, samples: Iterator[Sample], tally: Tally) -> None:
     """Write accepted and rejected samples as they come, and the counts; all or nothing."""
     with ExitStack() as stack:
-        accepted = stack.enter_context(atomic_open(folder.samples))
-        rejected = stack.enter_context(atomic_open(folder.rejected))
+        accepted = stack.enter_context(owned_open(folder.samples))
+        rejected = stack.enter_context(owned_open(folder.rejected))
         for sample in samples:
             tally.add(sample)
             file = accepted if sample.status == "accepted" else rejected
             file.write(sample.model_dump_json().encode() + b"\n")
-    write_json(folder.verification, tally.told())
+    write_owned_json(folder.verification, tally.told())
 
 
 def print_summary(tally: Tally, folder: RunFolder) -> None:
     """The funnel, and the commonest reasons with an example each."""
     told = tally.told()["funnel"]
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     asked = f"requests {told['requests']:,}: unanswered {told['unanswered']:,}"
     if not told["requests"]:  # a file of others' was checked
-        asked = f"records {told['answered']:,}: left out {tally.left_out.total():,}"
+        left_out = tally.left_out.total()
+        asked = f"records {told['answered'] + left_out:,}: left out {left_out:,}"
     console.print(
         f"{asked}, accepted {told['accepted']:,}, rejected {told['rejected']:,} -> {folder.root}",
         soft_wrap=True,

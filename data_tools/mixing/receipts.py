@@ -10,6 +10,7 @@ import numpy as np
 
 from data_tools.instruct.cleaning.texts import digest
 from vlm_sft.errors import UserError
+from vlm_sft.reading import open_regular
 
 
 class Receipts:
@@ -37,12 +38,14 @@ class Receipts:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 receipt = json.loads(line)
-                _ = receipt["id"], receipt["model"], receipt["kinds"]
-            except (ValueError, KeyError, TypeError):
+                if not isinstance(receipt["id"], str) or not isinstance(receipt["kinds"], list):
+                    raise TypeError
+                _ = receipt["model"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(
                     f"{path}:{number}: expected a receipt with `id`, `model` and `kinds`; give the "
                     "receipts.jsonl that `export` wrote",

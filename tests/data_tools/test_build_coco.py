@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_tools import build_coco, words
 from data_tools.backends.rules import RulesBackend
@@ -332,3 +333,72 @@ def test_captions_from_boxes_need_no_captions(tmp_path: Path) -> None:
     assert build_coco.main(arguments(files, "--captions-from", "boxes")) == 0
     pairs = [record["conversations"][1]["value"] for record in _read(files, "stage1")]
     assert pairs == ["A dog."], "a picture without boxes is of unknown content"
+
+
+def _turned(files: dict[str, Path], name: str, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", size).save(files["images"] / name, exif=exif)
+
+
+def test_an_image_that_exif_turns_unlike_its_boxes_is_set_aside_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dog, cat = ("dog", [0.0, 0.0, 40.0, 80.0], 0), ("cat", [150.0, 5.0, 40.0, 60.0], 0)
+    files = write_coco(tmp_path, {1: [dog], 2: [cat]})
+    _turned(files, "000000000001.jpg", (200, 100))
+    with pytest.raises(UserError, match=r"EXIF orientation turns it to 100 x 200.*--max-faulty"):
+        build_coco.main(arguments(files))
+    assert build_coco.main(arguments(files, "--max-faulty", "1")) == 0
+    for name in ("stage1", "stage2"):
+        assert {record["image"] for record in _read(files, name)} == {"000000000002.jpg"}
+    receipt = json.loads((files["out"] / "build.json").read_text())
+    assert receipt["findings"]["picture_turned"]["count"] == 1
+    assert "1 of 2 annotated pictures" in capsys.readouterr().out
+
+
+def test_an_image_that_exif_turns_as_its_boxes_say_is_used(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 40, 80], 0)]})
+    _turned(files, "000000000001.jpg", (100, 200))
+    assert build_coco.main(arguments(files)) == 0
+    assert _read(files, "stage2")
+
+
+def test_a_faulty_box_of_a_small_set_can_be_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 40, 80], 0), ("cat", [9, 9, 0, 5], 0)]})
+    with pytest.raises(UserError, match=r"has no area.*; --max-faulty 1 sets aside"):
+        build_coco.main(arguments(files))
+    assert build_coco.main(arguments(files, "--max-faulty", "0.5")) == 0
+    assert "1  boxes without area: annotation set aside" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--max-faulty: found 2.0, expected 0 to 1"):
+        build_coco.main(arguments(files, "--max-faulty", "2"))
+
+
+def test_a_missing_image_is_reported_with_the_name_that_is_near(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 40, 80], 0)]})
+    (files["images"] / "000000000001.jpg").rename(files["images"] / "000000000001.JPG")
+    with pytest.raises(UserError, match=r"'000000000001.JPG' exists, which differs in upper and"):
+        build_coco.main(arguments(files))
+
+
+def test_no_image_leads_outside_of_the_folder_unless_the_user_allows_it(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 40, 80], 0)]})
+    image = files["images"] / "000000000001.jpg"
+    image.rename(tmp_path / "elsewhere.jpg")
+    image.symlink_to(tmp_path / "elsewhere.jpg")
+    with pytest.raises(UserError, match=r"symbolic link.*--follow-symlinks"):
+        build_coco.main(arguments(files))
+    assert build_coco.main(arguments(files, "--follow-symlinks")) == 0
+
+
+def test_names_with_an_unusual_plural_give_correct_questions(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {n: [("dog", [5, 5, 30, 30], 0)] for n in range(1, 30)})
+    document = json.loads(files["instances"].read_text())
+    document["categories"][0]["name"] = "skis"
+    files["instances"].write_text(json.dumps(document))
+    assert build_coco.main(arguments(files, "--turns", "20", "--answers", "sentence")) == 0
+    text = (files["out"] / "stage2.json").read_text()
+    assert "the skis" in text and "skis are" in text
+    assert "Is the skis" not in text and "skis is" not in text

@@ -19,8 +19,16 @@ from data_tools.instruct.receipts import charts, drawing, page
 from data_tools.instruct.receipts.counting import MOST_OPENINGS, Openings, Reservoir
 from data_tools.instruct.receipts.evidence import evidence, labels, pieces
 from data_tools.instruct.receipts.meanings import meanings
-from data_tools.instruct.schema import Check, Shown
-from tests.data_tools.instruct_runs import Run, add, config_of, make_run
+from data_tools.instruct.schema import Answer, Check, Shown
+from tests.data_tools import asked
+from tests.data_tools.instruct_runs import (
+    Run,
+    add,
+    config_of,
+    make_run,
+    request_about,
+    sample_of,
+)
 from vlm_sft.errors import UserError
 
 TYPES = ("conversation", "detail", "reasoning")
@@ -332,3 +340,22 @@ def test_bins_hold_every_value() -> None:
 
 def test_every_code_of_cleaning_has_a_meaning() -> None:
     assert set(codes.CODES) - {""} <= set(meanings())
+
+
+def test_answers_that_could_not_be_read_count_as_no_claims(tmp_path: Path) -> None:
+    checks = (Check(rule="reading", verdict="contradicted", code="NOT_JSON", claim="x"),)
+    pictures = [asked.picture(1)]
+    run = Run(pictures)
+    for number in range(2):
+        request = request_about(pictures[0], "detail", number)
+        answer = Answer(request=request.id, teacher="openai", text="x", finish="stop")
+        run.requests.append(request)
+        run.answers.append(answer)
+        sample = sample_of(request, pictures[0], answer, (), checks, ("NOT_JSON",))
+        run.rejected.append(sample)
+    folder = run.write(tmp_path / "run")
+    config = config_of(folder.root, tmp_path / "images")
+    figures = reporting.read(config, folder).figures
+    words = {words: figure for figure, words in page.headline(figures)}
+    assert words["of 0 checked claims are contradicted"] == "–"
+    assert figures.other_checks == {("reading", "contradicted"): 2} and not figures.claims

@@ -110,7 +110,7 @@ def test_files_have_cocos_form_and_do_not_depend_on_the_number_of_workers(tmp_pa
     for name, workers in (("one", "1"), ("two", "2")):
         assert make_scenes.main([*_line(tmp_path / name), "--workers", workers]) == 0
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
-    assert len(files) == 4 + 4  # pictures; instances, captions, settings, attribution
+    assert len(files) == 4 + 5  # images; instances, captions, settings, attribution, marker
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     document = json.loads((tmp_path / "one/annotations/instances_twemoji.json").read_text())

@@ -75,3 +75,33 @@ def test_what_is_not_exactly_one_object_of_the_form_is_refused(text: str, code: 
 @pytest.mark.parametrize("finish", ["length", "content_filter"])
 def test_an_answer_that_was_stopped_is_refused_even_where_it_parses(finish: str) -> None:
     assert reasons(read(GOOD, finish).checks) == ("ANSWER_CUT",)
+
+
+@pytest.mark.parametrize(
+    "thinking",
+    [
+        '<think>\nLet me look. {"turns": [] }\n</think>\n\n',
+        "<thinking>Maybe {x} or I'm sorry, I cannot.</thinking>",
+        'The box says {"a": 1}.</think>\n',
+    ],
+)
+@pytest.mark.parametrize("wrapped", [GOOD, f"```json\n{GOOD}\n```"])
+def test_braces_and_words_of_thinking_are_no_part_of_the_answer(
+    thinking: str, wrapped: str
+) -> None:
+    parsed = read(thinking + wrapped)
+    assert [turn.answer for turn in parsed.turns] == ["A dog {x}."]
+    assert parsed.checks[0].claim == "thinking before the answer"
+
+
+def test_an_answer_that_only_mentions_the_end_of_thinking_is_read_whole() -> None:
+    text = GOOD.replace("A dog {x}.", "A sign says </think>.")
+    assert [turn.answer for turn in read(text).turns] == ["A sign says </think>."]
+
+
+def test_thinking_without_an_answer_is_an_empty_answer() -> None:
+    assert reasons(read(f"<think>{GOOD}</think>").checks) == ("ANSWER_EMPTY",)
+
+
+def test_quotes_in_the_words_around_an_object_do_not_hide_it() -> None:
+    assert len(read(f'The 5" plate: {GOOD}').turns) == 1

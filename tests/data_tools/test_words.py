@@ -1,6 +1,10 @@
+import re
+
+import numpy as np
 import pytest
 
-from data_tools import words
+from data_tools import wording, words
+from data_tools.backends.rules.phrases import Speaker
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,56 @@ def test_lists_and_numbers_are_written_out() -> None:
     assert words.listed(["a", "b", "c"]) == "a, b and c"
     assert words.listed(["a"]) == "a"
     assert [words.number(n) for n in (1, 12, 13)] == ["one", "twelve", "13"]
+
+
+@pytest.mark.parametrize(
+    ("name", "the", "exists", "one"),
+    [
+        ("skis", "the skis are", "is a pair of skis", "pair of skis"),
+        ("sunglasses", "the sunglasses are", "is a pair of sunglasses", "pair of sunglasses"),
+        ("shoes", "the shoes are", "are some shoes", "shoe"),
+        ("wine glasses", "the wine glasses are", "are some wine glasses", "wine glass"),
+        ("people", "the people are", "are some people", "person"),
+        ("batteries", "the batteries are", "are some batteries", "battery"),
+        ("boxes", "the boxes are", "are some boxes", "box"),
+        ("broccoli", "the broccoli is", "is some broccoli", "piece of broccoli"),
+        ("bus", "the bus is", "is a bus", "bus"),
+        ("wine glass", "the wine glass is", "is a wine glass", "wine glass"),
+        ("sheep", "the sheep is", "is a sheep", "sheep"),
+        ("cactus", "the cactus is", "is a cactus", "cactus"),
+        ("lens", "the lens is", "is a lens", "lens"),
+        ("unicorn", "the unicorn is", "is a unicorn", "unicorn"),
+        ("hourglass", "the hourglass is", "is an hourglass", "hourglass"),
+        ("uninflated ball", "the uninflated ball is", "is an uninflated ball", "uninflated ball"),
+    ],
+)
+def test_verbs_and_articles_agree_with_the_name(name: str, the: str, exists: str, one: str) -> None:
+    assert f"the {name} {words.be(name)}" == the
+    assert f"{words.be_one(name)} {words.article(name)} {name}" == exists
+    assert words.single(name) == one
+
+
+def test_plural_names_are_counted_without_a_second_plural() -> None:
+    assert [words.counted(name, 2) for name in ("shoes", "skis", "people", "sunglasses")] == [
+        "two shoes", "two pairs of skis", "two people", "two pairs of sunglasses",
+    ]  # fmt: skip
+
+
+def test_every_pattern_agrees_with_singular_plural_and_paired_names() -> None:
+    rng = np.random.default_rng(0)
+    speaker = Speaker(rng, "sentence")
+    said = [
+        speaker.say([pattern], name, answer="left", other="dog")
+        for name in ("skis", "shoes", "scissors")
+        for family in ("horizontal_half", "vertical_half", "relation", "existence")
+        for patterns in wording.load("questions")[family].values()
+        for pattern in patterns
+        if "{things}" not in pattern
+    ]
+    assert any("Are the skis in the" in text for text in said)
+    for text in said:
+        assert not re.search(r"\b[Ii]s (the|no) (skis|shoes|scissors)\b", text), text
+        assert not re.search(r"\b(skis|shoes|scissors) is\b|\ba shoes\b|[Ii]s there some", text), (
+            text
+        )
+        assert not re.search(r"\b[Aa]re there a pair|\bare a pair", text), text

@@ -41,9 +41,18 @@ class Speaker:
         return texts[int(self.rng.integers(len(texts)))]
 
     def say(self, texts: Sequence[str], name: str, **values: str) -> str:
-        """One of the patterns, with `{name}`, `{names}`, `{one}`, `{a}` and `values` filled in."""
-        forms = {"name": name, "names": words.plural(name), "one": words.single(name)}
-        return self.pick(texts).format(**forms, a=words.article(name), **values)
+        """Return one of the patterns, filled in with the forms of the name and `values`.
+
+        The forms are `{name}`, `{names}`, `{one}`, `{a}`, `{any}`, and the verbs `{be}` (behind
+        `the NAME`) and `{be_one}` (before `{a}`), with a capital letter as `{Be}`, `{Be_one}`.
+        """
+        be, be_one, article = words.be(name), words.be_one(name), words.article(name)
+        forms = {
+            "name": name, "names": words.plural(name), "one": words.single(name), "a": article,
+            "any": "any" if article == "some" else article, "be": be, "be_one": be_one,
+            "Be": words.capital(be), "Be_one": words.capital(be_one),
+        }  # fmt: skip
+        return self.pick(texts).format(**forms, **values)
 
     def reply(self, answer: str, texts: Sequence[str], name: str, **values: str) -> str:
         """One of `texts`, which may hold `{answer}` too, in the sentence style; else `Yes.`."""

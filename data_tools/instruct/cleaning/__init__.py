@@ -4,6 +4,7 @@ Two passes over `samples.jsonl`: the first keeps a few numbers of each sample, f
 decided; the second writes `kept.jsonl` and `set_aside.jsonl`.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,8 +20,9 @@ from data_tools.instruct.indexing import read_categories, read_pictures
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
-from vlm_sft.atomic import atomic_open, write_json
+from vlm_sft.console import say
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import owned_open, write_owned_json
 from vlm_sft.progress import track
 
 __all__ = ["command"]
@@ -40,9 +42,9 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     looks = _decide(table, reader, folder, config, known)
     figures = Figures(config.clean, table, known, looks)
     _write(folder, table, reader, figures)
-    write_json(folder.cleaning, figures.as_dict(folder))
+    write_owned_json(folder.cleaning, figures.as_dict(folder))
     reader.close()
-    print(figures.summary())
+    say(figures.summary(), file=sys.stdout)
 
 
 def _read(folder: RunFolder, config: InstructConfig, known: dict[int, Picture]) -> Table:
@@ -92,8 +94,8 @@ def _category_numbers(config: CleanConfig, known: dict[int, Picture]) -> dict[in
 def _write(folder: RunFolder, table: Table, reader: Reader, figures: Figures) -> None:
     samples = track(read_lines(folder.samples, Sample), len(table), "writing samples")
     with ExitStack() as files:
-        kept = files.enter_context(atomic_open(folder.kept))
-        aside = files.enter_context(atomic_open(folder.set_aside))
+        kept = files.enter_context(owned_open(folder.kept))
+        aside = files.enter_context(owned_open(folder.set_aside))
         for before, after, lost in _outcomes(samples, table, reader):
             figures.count(before, after, lost)
             if after is not None:

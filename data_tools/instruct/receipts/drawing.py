@@ -11,6 +11,7 @@ from data_tools.coco import Picture
 from data_tools.instruct.receipts.evidence import SYMBOLS, verdict_of
 from data_tools.instruct.schema import Check, Shown, Verdict
 from vlm_sft.errors import ImageError
+from vlm_sft.ownership import PNG_SOFTWARE
 from vlm_sft.visible import visible
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _classes(mark: Mark) -> str:
 def png(image: "Image.Image", drawn: Sequence[Mark]) -> bytes:
     """The picture with every box and its name; the same picture and boxes give the same bytes."""
     from PIL import ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 
     canvas = image.convert("RGB")
     draw = ImageDraw.Draw(canvas)
@@ -190,7 +192,9 @@ def png(image: "Image.Image", drawn: Sequence[Mark]) -> bytes:
         draw.rectangle(place, fill=COLOURS[tag.mark.verdict])
         draw.text((tag.left + 3, tag.top + 1), _drawable(tag.text), fill="white", font=font)
     buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG")
+    info = PngInfo()
+    info.add_text("Software", PNG_SOFTWARE)
+    canvas.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
 
 

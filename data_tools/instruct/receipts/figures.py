@@ -11,6 +11,7 @@ from data_tools.instruct.cleaning.choices import VALUES, Categories, Family, cho
 from data_tools.instruct.receipts.counting import Openings, Reservoir
 from data_tools.instruct.receipts.journeys import Journey, Outcome
 from data_tools.instruct.schema import Answer, Cost, Sample, SampleType, Turn, Verdict
+from data_tools.instruct.verification.codes import NOT_CLAIMS
 
 TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
 
@@ -143,8 +144,9 @@ class Figures:
         lost: Requests that did not come to a step, by what stopped them: the first reason.
         rejections, set_asides: Samples with a code, of which one may have several, by type.
         turns_set_aside: Turns taken out of samples that were kept, by code.
-        claims: Checks by rule and verdict, over all verified samples.
-        claims_by_type: Checks by the sample's type and verdict.
+        claims: Checks of claims about the picture by rule and verdict, over all verified samples.
+        claims_by_type: The same by the sample's type and verdict.
+        other_checks: Checks of form, manner and citations by rule and verdict.
         good: Of the samples that are `good_outcome`.
         spending: By type, all answers, whatever became of them.
         examples: Samples by the code that rejected them or set them aside.
@@ -164,6 +166,7 @@ class Figures:
     rejections: Counter[tuple[str, SampleType]] = field(default_factory=Counter)
     set_asides: Counter[tuple[str, SampleType]] = field(default_factory=Counter)
     claims: Counter[tuple[str, Verdict]] = field(default_factory=Counter)
+    other_checks: Counter[tuple[str, Verdict]] = field(default_factory=Counter)
     claims_by_type: Counter[tuple[SampleType, Verdict]] = field(default_factory=Counter)
     spending: defaultdict[SampleType, Spending] = field(
         default_factory=lambda: defaultdict(Spending)
@@ -232,6 +235,9 @@ def _add(figures: Figures, journey: Journey, picture: Picture | None) -> None:
     _add_maker(figures, sample)
     _add_reasons(figures, journey)
     for check in sample.checks:
+        if check.rule in NOT_CLAIMS:
+            figures.other_checks[check.rule, check.verdict] += 1
+            continue
         figures.claims[check.rule, check.verdict] += 1
         figures.claims_by_type[sample.type, check.verdict] += 1
     gallery = figures.gallery.setdefault(journey.outcome, Reservoir(GALLERY, figures.seed))

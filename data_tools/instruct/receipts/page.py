@@ -138,7 +138,10 @@ def headline(figures: Figures) -> list[tuple[str, str]]:
         (percent(accepted, read), f"of {read:,} answers that could be read passed every check"),
         (percent(contradicted, claims), f"of {claims:,} checked claims are contradicted"),
         _price(figures),
-        (f"{pictures:,} of {figures.pictures:,}", f"pictures have a sample, {categories}"),
+        (
+            f"{pictures:,} of {figures.pictures:,}",
+            f"pictures have a sample; {categories} occur in them",
+        ),
     ]
 
 
@@ -148,7 +151,10 @@ def _price(figures: Figures) -> tuple[str, str]:
         return "no cost", "made by rules on this machine"
     if total.is_priced:
         each = money(total.usd / good) if good else "–"
-        return each, f"a sample that is {figures.good_outcome}; {money(total.usd)} in all"
+        words = f"a sample that is {figures.good_outcome}; {money(total.usd)} in all"
+        if total.unpriced:
+            words += f", without {total.unpriced:,} of {total.answers:,} answers of unknown price"
+        return each, words
     tokens = total.tokens_in + total.tokens_out
     each = f"{tokens / good:,.0f} tokens" if good else "–"
     return each, f"a sample that is {figures.good_outcome}; {tokens:,} in all, no prices given"
@@ -318,22 +324,37 @@ def _card(report: Report, journey: Journey) -> str:
 
 
 def _claims(figures: Figures) -> str:
-    if not figures.claims:
+    if not figures.claims and not figures.other_checks:
         return ""
-    rules = sorted({rule for rule, _ in figures.claims})
-    totals = {rule: sum(figures.claims[rule, verdict] for verdict in VERDICTS) for rule in rules}
-    rules.sort(key=lambda rule: (-totals[rule], rule))
-    by_rule = [_verdict_bar(rule, {v: figures.claims[rule, v] for v in VERDICTS}) for rule in rules]
+    about, other = _rule_bars(figures.claims), _rule_bars(figures.other_checks)
     by_type = [
         _verdict_bar(name, {v: figures.claims_by_type[name, v] for v in VERDICTS})
         for name in TYPES
         if any(figures.claims_by_type[name, v] for v in VERDICTS)
     ]
     names = {str(verdict): f"{SYMBOLS[verdict]} {verdict}" for verdict in VERDICTS}
-    return (
-        f"{charts.key(names)}<h3>By rule</h3>{charts.bars(by_rule, max(totals.values()))}"
-        f"<h3>By type, each as a whole</h3>{charts.bars([_whole(bar) for bar in by_type], 1)}"
-    )
+    parts = [charts.key(names)]
+    if about:
+        whole = charts.bars([_whole(bar) for bar in by_type], 1)
+        parts.append(f"<h3>By rule</h3>{charts.bars(about, _longest(about))}")
+        parts.append(f"<h3>By type, each as a whole</h3>{whole}")
+    if other:
+        title = "Checks of form, manner and citations, which are no claims about the picture"
+        parts.append(f"<h3>{title}</h3>{charts.bars(other, _longest(other))}")
+    return "".join(parts)
+
+
+def _rule_bars(counts: Mapping[tuple[str, Verdict], int]) -> list[Bar]:
+    """Return a bar for each rule, the one with most checks first."""
+    rules: dict[str, dict[str, int]] = {}
+    for (rule, verdict), count in counts.items():
+        rules.setdefault(rule, dict.fromkeys(VERDICTS, 0))[verdict] = count
+    ordered = sorted(rules.items(), key=lambda entry: (-sum(entry[1].values()), entry[0]))
+    return [_verdict_bar(rule, found) for rule, found in ordered]
+
+
+def _longest(bars: Sequence[Bar]) -> float:
+    return max(sum(bar.parts.values()) for bar in bars)
 
 
 def _verdict_bar(label: str, counts: Mapping[Any, int]) -> Bar:
@@ -487,8 +508,8 @@ def _cost(figures: Figures) -> str:
     total = figures.total_spending()
     rows.append(_cost_row("all", total, figures.good.samples))
     note = (
-        f"{total.unpriced:,} of {total.answers:,} answers have no price, for the configuration "
-        "names none; the sums are of the others."
+        f"{total.unpriced:,} of {total.answers:,} answers have no price, since the configuration "
+        "names none or the server counted no tokens; the sums of money are of the others."
         if total.unpriced
         else "Money by the prices of the configuration; rejected answers are paid for too."
     )

@@ -8,6 +8,7 @@ from data_tools.instruct.receipts.charts import binned
 from data_tools.instruct.receipts.drawing import COLOURS
 from data_tools.instruct.receipts.evidence import VERDICTS
 from data_tools.instruct.receipts.figures import STEPS, TYPES, Figures, by_code
+from vlm_sft.ownership import PNG_SOFTWARE
 
 _BLUE: Final = "#3b6fb6"
 _HATCHES: Final = {"supported": "", "contradicted": "////", "unknown": "...."}
@@ -138,5 +139,5 @@ def _plain(text: str) -> str:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(buffer, format="png", metadata={"Software": PNG_SOFTWARE})
     return buffer.getvalue()

@@ -28,7 +28,13 @@ def resolve(label: str, shown: Shown) -> int | None:
     """The annotation id of `c2` or `b1`; None for a label that was not given."""
     of = {"c": shown.captions, "b": shown.boxes}.get(label[:1])
     digits = label[1:]
-    if of is None or not digits.isascii() or not digits.isdigit() or digits.startswith("0"):
+    if (
+        of is None
+        or not digits.isascii()
+        or not digits.isdigit()
+        or digits.startswith("0")
+        or len(digits) > 9
+    ):
         return None
     return of[int(digits) - 1] if int(digits) <= len(of) else None
 

@@ -78,6 +78,11 @@ ALL: Final = (
 )  # fmt: skip
 """In the order of the documentation."""
 
+NOT_CLAIMS: Final = frozenset(
+    {"reading", "form", "citation", "hedge", "leak", "language", "injection", "refusal", "clean"}
+)
+"""Rules whose checks are about the answer's form, manner or citations, not about the picture."""
+
 CODES: Final = {code.name: code for code in ALL}
 """Every code by its name."""
 

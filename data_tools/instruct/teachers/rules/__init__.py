@@ -16,7 +16,7 @@ from data_tools.instruct.teachers.rules.facts import Facts
 from data_tools.instruct.teachers.rules.reasoning import reasoning
 from data_tools.instruct.teachers.rules.voice import Voice
 
-VERSION: Final = "1"
+VERSION: Final = "2"
 """Another number whenever another answer is given to the same request."""
 
 WRITERS: Final[Mapping[str, Callable[[Facts, Voice], dict[str, Any] | None]]] = {

@@ -25,11 +25,9 @@ def detail(facts: Facts, voice: Voice) -> dict[str, Any] | None:
     first = next(iter(counted.values()))
     sentences.append(voice.fill(texts["inventory"], be=be(first), things=things))
     evidence += facts.labels(*counted)
-    places = [
-        voice.fill(texts["half"], name=box.category, answer=half) for box, half in facts.halves
-    ]
+    places = [voice.say(texts["half"], box.category, answer=half) for box, half in facts.halves]
     places += [
-        voice.fill(texts["relation"], name=a.category, other=b.category, answer="left")
+        voice.say(texts["relation"], a.category, other=b.category, answer="left")
         for a, b in facts.pairs
     ]
     sentences += voice.shuffled(places)[:MOST_PLACES]

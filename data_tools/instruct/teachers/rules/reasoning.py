@@ -49,6 +49,7 @@ def _outermost(facts: Facts, voice: Voice, texts: dict[str, Any]) -> Iterator[Tu
         things = words.listed([f"the {name}" for name in voice.shuffled(names)])
         for side, (a, b, c) in (("left", names), ("right", names[::-1])):
             values = {"side": side, "things": things, "a": a, "b": b, "c": c}
+            values |= {"be_a": words.be(a), "be_b": words.be(b)}
             yield _turn(texts["outermost"], voice, facts.labels(*names), values)
 
 
@@ -59,6 +60,7 @@ def _way(facts: Facts, voice: Voice, texts: dict[str, Any]) -> Iterator[Turn]:
             ("right", "left", right, left),
         ):
             values = {"name": one.category, "other": other.category, "here": here, "there": there}
+            values["be"] = words.be(one.category)
             yield _turn(texts["way"], voice, facts.labels(one.category, other.category), values)
 
 

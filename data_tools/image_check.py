@@ -1,0 +1,86 @@
+"""Set aside annotated images whose file is not what the annotations describe."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from data_tools.coco import CocoIndex, Picture
+from vlm_sft.errors import ImageError, UserError
+from vlm_sft.image_paths import image_path, nearest_existing
+from vlm_sft.progress import track
+from vlm_sft.visible import visible_line
+
+
+def usable_pictures(
+    index: CocoIndex, folder: Path, *, follow_symlinks: bool = False
+) -> tuple[Picture, ...]:
+    """Return the images whose file exists and has, by its header, the annotated size.
+
+    Images are compared as training shows them, EXIF orientation applied: boxes of an image that
+    EXIF turns although it was annotated as stored would name wrong sides. The others are added to
+    the index's findings.
+    """
+    from vlm_sft.data.images import upright_size
+
+    usable = []
+    for picture in track(index.pictures, description="looking at pictures"):
+        problem = _problem(picture, folder, upright_size, follow_symlinks)
+        if problem is None:
+            usable.append(picture)
+        else:
+            kind, found = problem
+            index.findings.add(kind, f"{visible_line(picture.file_name, 200)}: {found}")
+    return tuple(usable)
+
+
+def require_few_missing(pictures: Iterable[Picture], folder: Path, max_faulty: float) -> None:
+    """Refuse a folder in which too many of the annotated images are missing.
+
+    Raises:
+        UserError: The folder does not exist, or lacks more than the share `max_faulty` of them.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--images {folder}: is not a folder; give the one the pictures lie in",
+            code="image_missing",
+        )
+    pictures = list(pictures)
+    missing = [p.file_name for p in pictures if not (folder / p.file_name).exists()]
+    if len(missing) > max_faulty * len(pictures):
+        shown = ", ".join(visible_line(name, 200) for name in missing[:3])
+        more = ", ..." if len(missing) > 3 else ""
+        raise UserError(
+            f"--images {folder}: {len(missing)} annotated pictures are not there ({shown}{more})"
+            f"{nearest_existing(folder / missing[0])}; give the folder that holds them, "
+            "annotations of these pictures only, or --max-faulty 1 to build from the others",
+            code="image_missing",
+        )
+
+
+def _problem(
+    picture: Picture, folder: Path, upright_size: Callable[[Path], Any], follow_symlinks: bool
+) -> tuple[str, str] | None:
+    """Return the kind of finding and what was found; None for a usable image."""
+    try:
+        path = image_path(folder, picture.file_name, follow_symlinks=follow_symlinks)
+        size = upright_size(path)
+    except ImageError as error:
+        if error.reason == "image_missing":
+            return "picture_missing", f"{error}{nearest_existing(folder / picture.file_name)}"
+        return "picture_unreadable", str(error)
+    annotated = f"{picture.width} x {picture.height}"
+    fits = (size.width, size.height) == (picture.width, picture.height)
+    as_stored = size.turn == "sideways" and (size.height, size.width) == (
+        picture.width,
+        picture.height,
+    )
+    if fits and (size.turn == "other" or as_stored):
+        return "picture_turned", f"{annotated} fits it before and after EXIF turns it"
+    if as_stored:
+        return "picture_turned", (
+            f"annotated as stored ({annotated}), but its EXIF orientation turns it to "
+            f"{size.width} x {size.height} pixels; store it upright without EXIF orientation"
+        )
+    if not fits:
+        return "picture_size", f"{size.width} x {size.height} pixels, annotated as {annotated}"
+    return None
