@@ -1,11 +1,14 @@
 """Whatever comes from outside is shown on a terminal without commanding it."""
 
+import ast
 import io
+import json
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 
-from vlm_sft.console import Console, say
+from vlm_sft.console import Console, say, say_json
 from vlm_sft.errors import ConfigError, ImageError, RecordError, UserError, error_line
 from vlm_sft.visible import MAX_SHOWN, shortened, visible, visible_line
 
@@ -71,3 +74,33 @@ def test_say_and_the_console_show_hostile_text_harmlessly() -> None:
     shown = file.getvalue()
     assert not {"\x9b", "\r", "\x07", "\u202e", "\u2066", "\u200b"} & set(shown)
     assert "\x1b[2J" not in shown and shown.count("␛[2J") == 3
+
+
+def test_json_for_other_programs_commands_no_terminal_and_reads_back_as_it_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    value = {HOSTILE + "\x7f\u0085": ["é ü 图", HOSTILE, "\t"]}
+    say_json(value)
+    shown = capsys.readouterr().out
+    assert dangerous(shown) == set() and "\x7f" not in shown and "é ü 图" in shown
+    assert json.loads(shown) == value
+
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {"console.py", "errors.py", "error_codes.py"}
+"""Modules that may print: the two edges themselves, and the table that makes a page of docs."""
+
+
+def test_every_text_goes_to_the_terminal_through_the_one_function() -> None:
+    for file in sorted(ROOT.glob("vlm_sft/**/*.py")):
+        if file.name in ALLOWED and file.parent.name == "vlm_sft":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            place = f"{file}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name != "print", f"{place}: use vlm_sft.console.say"
+                assert not name.endswith(("stdout.write", "stderr.write")), place
+            if isinstance(node, ast.ImportFrom) and node.module == "rich.console":
+                names = {alias.name for alias in node.names}
+                assert "Console" not in names, f"{place}: use vlm_sft.console.Console"

@@ -3,6 +3,8 @@
 import sys
 from typing import Final
 
+from vlm_sft.console import say
+
 COMMANDS: Final = {
     "vlm_sft.stage1": "train the projector",
     "vlm_sft.stage2": "train the projector and the language model",
@@ -36,7 +38,7 @@ def refuse_other_modules(package: str) -> None:
     if name.split(".")[0] != package or name in COMMANDS:
         return
     known = ", ".join(command for command in COMMANDS if command.startswith(f"{package}."))
-    print(f"error: {name} is not a command; the commands are {known}", file=sys.stderr)
+    say(f"error: {name} is not a command; the commands are {known}")
     sys.exit(2)
 
 

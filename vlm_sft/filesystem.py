@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal
 
+from vlm_sft.console import say
 from vlm_sft.errors import UserError
 
 Lock = Literal["taken", "held_elsewhere", "unsupported"]
@@ -37,7 +37,7 @@ def warn_once(text: str) -> None:
     """Print a warning to stderr unless this process has printed the same one before."""
     if text not in _warned:
         _warned.add(text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}")
 
 
 def lock(descriptor: int, path: Path, *, wait: bool) -> Lock:

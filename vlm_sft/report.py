@@ -3,6 +3,7 @@
 import io
 import json
 import platform
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from PIL import Image
 
 from vlm_sft.atomic import write_bytes, write_text
 from vlm_sft.command_line import CommandParser
+from vlm_sft.console import say
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.ownership import require_output_file
 from vlm_sft.page import page, picture, section, table
@@ -102,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     out = arguments.out or run / "report.html"
     read = [run / name for name in ("metrics.jsonl", "ledger.jsonl", "config.yaml")]
     require_output_file(out, inputs=read, overwrite=arguments.overwrite)
-    print(write_run_report(run, out))
+    say(write_run_report(run, out), file=sys.stdout)
     return 0
 
 

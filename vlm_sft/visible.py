@@ -19,6 +19,9 @@ _VISIBLE: Final = {
     **{code: f"\\U{code:08x}" for code in _TAGS},
 }
 
+INVISIBLE_CODES: Final = tuple(_VISIBLE)
+"""Code points that `visible` replaces."""
+
 MAX_SHOWN: Final = 4_000
 """Longest message in characters; of a longer one the middle is left out."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_sft.bases import parse_bases
+from vlm_sft.console import say
 from vlm_sft.data.conversation import TextPart, Turn
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, error_line
@@ -107,12 +108,12 @@ def _obey_or_ask(chat: Chat, line: str) -> None:
 
 def _print_answer(chat: Chat, text: str) -> None:
     for piece in chat.ask(text):
-        print(piece, end="", flush=True)
-    print(flush=True)
+        say(piece, end="", file=sys.stdout)
+    say(file=sys.stdout)
 
 
 def _read() -> str:
-    print("> ", end="", file=sys.stderr, flush=True)
+    say("> ", end="")
     line = sys.stdin.readline()
     if not line:
         raise EOFError
@@ -127,4 +128,4 @@ def _split(text: str) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +26,7 @@ from vlm_sft.assemble import (
 )
 from vlm_sft.atomic import atomic_open
 from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig
+from vlm_sft.console import Console, say, say_json
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.ledger import Entry
@@ -111,7 +111,8 @@ class Verdict:
     def print(self) -> None:
         """One table on stdout, and one line that sums it up."""
         _print_table("check", [(what, level, words) for what, level, words in self.lines])
-        print("the run can start" if self.good else "the run cannot start as it is")
+        outcome = "the run can start" if self.good else "the run cannot start as it is"
+        say(outcome, file=sys.stdout)
 
 
 def examine_language(config: RunConfig, language: Language) -> list[Finding]:
@@ -138,11 +139,11 @@ def check_tokenizer(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [asdict(finding) for finding in findings]
         told = {"good": good, "summary": summary(findings), "findings": rows}
-        print(json.dumps(told, ensure_ascii=False, indent=2))
+        say_json(told, indent=2)
     else:
         rows_of_text = [(f.what, f.level, _in_lines(f)) for f in findings]
         _print_table(f"{arguments.tokenizer} with template {template}", rows_of_text)
-        print(summary(findings))
+        say(summary(findings), file=sys.stdout)
     return 0 if good else 2
 
 
@@ -216,7 +217,7 @@ def check_records(
                 bad += 1
                 listed(error)
                 if total_bad + bad <= SHOWN:
-                    print(f"bad record: {error.code}: {error}", file=sys.stderr)
+                    say(f"bad record: {error.code}: {error}")
             total_bad += bad
             kept_out = bad and config.data.on_error == "quarantine"
             words = f"{count - bad:,} of {count:,} records can be used"
@@ -225,7 +226,7 @@ def check_records(
             verdict.add(f"{name} {Path(file.path).name}", not bad, words)
     if total_bad > SHOWN:
         more = f"... and {total_bad - SHOWN:,} more bad records (--bad FILE lists all of them)"
-        print(more, file=sys.stderr)
+        say(more)
     verdict.add_repeats(repeats)
     return total_bad
 
@@ -297,7 +298,7 @@ def _check_lengths(
         return
     errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
     for entry in errors[:SHOWN]:
-        print(f"bad record: {CODES[entry.reason]}: {entry.message}", file=sys.stderr)
+        say(f"bad record: {CODES[entry.reason]}: {entry.message}")
     longest, plan = max(data.train.lengths), make_plan(config, language, data, model)
     words = f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
     if errors:

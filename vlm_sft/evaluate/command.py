@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from vlm_sft.atomic import write_json
 from vlm_sft.bases import parse_bases
 from vlm_sft.config import DataFile
+from vlm_sft.console import Console
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import read_records
 from vlm_sft.errors import RecordError, UserError

@@ -1,12 +1,14 @@
 """Export a checkpoint and print how the result differs from it."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from vlm_sft.bases import parse_bases
 from vlm_sft.config import DataFile
+from vlm_sft.console import say
 from vlm_sft.data.formats import read_records
 from vlm_sft.errors import RecordError
 from vlm_sft.export.hf_llava import export_hf_llava
@@ -27,12 +29,13 @@ def run(args: argparse.Namespace) -> int:
         stop_token_ids=vlm_run.renderer.stop_token_ids,
         sample=sample,
     )
-    print(
+    say(
         f"{report.folder}: {report.dtype}; reloaded by stock LlavaForConditionalGeneration with "
         f"{len(report.missing_keys)} missing and {len(report.unexpected_keys)} unexpected keys; "
         f"largest logit difference {report.max_abs_logit_difference:.2e} (largest logit "
         f"{report.max_abs_logit:.2f}); pictures differ by at most "
-        f"{report.max_pixel_difference:.1f} of 255 levels"
+        f"{report.max_pixel_difference:.1f} of 255 levels",
+        file=sys.stdout,
     )
     return 0
 

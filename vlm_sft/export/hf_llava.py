@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlm_sft.atomic import write_json, write_text
+from vlm_sft.console import say
 from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
 from vlm_sft.errors import UserError
@@ -153,10 +155,11 @@ def export_hf_llava(
         )
         _refuse_difference(report, dtype)
         _write_notes(folder, report, image_aspect)
-    print(
+    say(
         f"exported to {out_dir}: 0 missing and 0 unexpected keys, largest logit difference "
         f"{report.max_abs_logit_difference:.3g} (logits up to {report.max_abs_logit:.3g}), "
-        f"largest pixel difference {report.max_pixel_difference:.0f} of 255"
+        f"largest pixel difference {report.max_pixel_difference:.0f} of 255",
+        file=sys.stdout,
     )
     return report
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from vlm_sft.console import Console
 from vlm_sft.data.conversation import TextPart
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.statistics import BUCKETS, FREE_TEXT, FigureTable

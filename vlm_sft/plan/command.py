@@ -1,15 +1,13 @@
 """Plan a run and print the plan."""
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
-from rich.console import Console
-
 from vlm_sft.assemble import load_language
 from vlm_sft.config import RunConfig
+from vlm_sft.console import Console, say_json
 from vlm_sft.model.recompute import POLICIES, Policy
 from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import require_local_tokenizer
@@ -63,7 +61,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
         calibration=calibration,
     )
     if arguments.json:
-        print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
+        say_json(report.as_json(), indent=2)
         return 0
     console = Console()
     if not console.is_terminal:

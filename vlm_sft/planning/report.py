@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlm_sft.console import Console
 from vlm_sft.model.recompute import Policy
 from vlm_sft.planning.calibrate import Calibration
 from vlm_sft.planning.estimate import Memory, Method, Speed

@@ -1,12 +1,12 @@
 """Print records, their figures, or a page of them."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from vlm_sft.assemble import load_language
 from vlm_sft.config import DataConfig, DataFile, LanguageModelConfig, RunConfig
+from vlm_sft.console import say, say_json
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.tokenizer import load_tokenizer
 from vlm_sft.errors import UserError, error_line
@@ -42,9 +42,9 @@ def _survey(args: argparse.Namespace, inspection: Inspection, choice: Choice) ->
         page.write(args.html, statistics)
         size = Path(args.html).stat().st_size / 1e6
         shown = f"{page.num_shown:,} of {page.num_matching:,} records"
-        print(f"{args.html}: {shown}, {size:.1f} MB", file=sys.stderr)
+        say(f"{args.html}: {shown}, {size:.1f} MB")
     if args.statistics and args.json:
-        print(json.dumps(statistics.as_json(), ensure_ascii=False))
+        say_json(statistics.as_json())
     elif args.statistics:
         with output(_pager(args), no_color=args.no_color) as console:
             print_tables(console, statistics.tables())
@@ -72,9 +72,9 @@ def _print(args: argparse.Namespace, inspection: Inspection, choice: Choice) -> 
     if not shown:
         _say_none(inspection, choice, looked_at)
     if more:
-        print(f"{shown:,} records shown; there are more, see --limit", file=sys.stderr)
+        say(f"{shown:,} records shown; there are more, see --limit")
     if faulty:
-        print(f"error: {faulty:,} of {shown:,} records shown are faulty", file=sys.stderr)
+        say(f"error: {faulty:,} of {shown:,} records shown are faulty")
     return 2 if faulty else 0
 
 
@@ -97,9 +97,9 @@ def _print_json(args: argparse.Namespace, inspection: Inspection, choice: Choice
 def _print_line(found: Inspected, inspection: Inspection) -> bool:
     """Print a record as JSON, or its fault on stderr; whether it is faultless."""
     if found.outcome.error is not None:
-        print(error_line(found.outcome.error), file=sys.stderr)
+        say(error_line(found.outcome.error))
         return False
-    print(json.dumps(as_json(found, inspection.renderer), ensure_ascii=False))
+    say_json(as_json(found, inspection.renderer))
     return True
 
 
@@ -109,7 +109,7 @@ def _say_none(inspection: Inspection, choice: Choice, looked_at: int) -> None:
     if choice.record_id is not None and choice == Choice(choice.record_id):
         raise UserError(f"--record {choice.record_id}: no record with this id in {names}")
     chosen = f" is chosen by {choice.words()}" if choice.words() else " is there"
-    print(f"no record{chosen}, of {looked_at:,} in {names}", file=sys.stderr)
+    say(f"no record{chosen}, of {looked_at:,} in {names}")
 
 
 def _pager(args: argparse.Namespace) -> list[str]:
@@ -140,10 +140,9 @@ def _of_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
     except UserError as error:
         if args.html or args.statistics:
             raise UserError(f"{error}; or give --image-tokens N") from None
-        print(
+        say(
             f"note: {error}; so {LLAVA_IMAGE_TOKENS} image tokens a picture are counted and no "
-            "record is too long; --image-tokens N tells the true number",
-            file=sys.stderr,
+            "record is too long; --image-tokens N tells the true number"
         )
         unlimited = config.data.model_copy(update={"max_length": NO_LIMIT})
         return Inspection(files, renderer, unlimited, LLAVA_IMAGE_TOKENS)
@@ -153,10 +152,9 @@ def _image_tokens(config: RunConfig) -> int:
     """What a picture becomes, asked of the tower itself."""
     tower = config.model.vision_tower
     if tower.name is not None:
-        print(
+        say(
             f"building the vision tower {tower.name} to count its tokens a picture; "
-            "--image-tokens N leaves that out",
-            file=sys.stderr,
+            "--image-tokens N leaves that out"
         )
     return build_vision_tower(tower).num_tokens
 

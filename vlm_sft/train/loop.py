@@ -3,7 +3,6 @@
 import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import nn
 
 from vlm_sft.atomic import write_json
 from vlm_sft.config import OptimConfig, TrainConfig
+from vlm_sft.console import say
 from vlm_sft.crash import crash_point
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.libraries import one_line
@@ -732,4 +732,4 @@ def evaluate(
 
 def say_on_stderr(text: str) -> None:
     """A line for the user."""
-    print(text, file=sys.stderr, flush=True)
+    say(text)

@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm_sft.atomic import write_bytes
+from vlm_sft.console import Console, say
 from vlm_sft.errors import UserError
 from vlm_sft.filesystem import naming, sync, warn_once
 from vlm_sft.libraries import library_call
@@ -123,7 +123,7 @@ class LiveLine:
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
             else:
-                print(text, file=sys.stderr, flush=True)
+                say(text)
 
 
 def row_text(row: Mapping[str, Any]) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from vlm_sft.console import Console
 from vlm_sft.crash import crash_point
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.model.quantize import num_weights, number_format

@@ -6,6 +6,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from vlm_sft.console import say
+
 LEAVING = (signal.SIGINT, signal.SIGTERM)
 SAVING = signal.SIGUSR1
 
@@ -45,11 +47,9 @@ class StopRequest:
                 raise KeyboardInterrupt
             sys.exit(128 + number)
         self.received = signal.Signals(number)
-        print(
+        say(
             f"{self.received.name} received: finishing this step, then saving and leaving "
-            "(once more to leave at once)",
-            file=sys.stderr,
-            flush=True,
+            "(once more to leave at once)"
         )
 
 
