@@ -1,10 +1,19 @@
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
-from vlm_sft.config import dump_config, load_config, parse_config
+from data_tools.instruct.config import InstructConfig
+from data_tools.mixing.config import MixConfig
+from vlm_sft import settings
+from vlm_sft.config import RunConfig, dump_config, load_config, parse_config
 from vlm_sft.errors import ConfigError
+from vlm_sft.settings import Section
+from vlm_sft.yaml_text import YamlError, parse_yaml
 
 SMALLEST = """\
 output_dir: runs/x
@@ -57,7 +66,7 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
         ),
         (
             ["train.activation_checkpointing=true"],
-            "train.activation_checkpointing: Input should be 'auto', 'none', 'selective' or 'full'",
+            "train.activation_checkpointing: expected 'auto', 'none', 'selective' or 'full'",
         ),
         (["train.learning_rate=1"], "did you mean 'optim.learning_rate'"),
         (["data.train.0.wieght=2"], "did you mean 'data.train.0.weight'"),
@@ -85,7 +94,26 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
         (["model.language_model.config={a: 1}"], "exactly one of `name` and `config`"),
         (["seed"], "expected key.path=value"),
         (["data.train.3.path=x"], "expected an index from 0 to 0"),
-        (["seed.x=1"], "seed: .*valid integer"),
+        (["seed.x=1"], "seed: expected a whole number .found a section with x"),
+        (["optim.betas=[0.9]"], "key 'optim.betas.1' is missing|optim.betas: expected"),
+        (["optim.betas=[0.9, 2]"], "optim.betas.1: expected a number of at most 1 .found 2"),
+        (["data.train={path: a}"], "data.train: expected a list .found a section with path"),
+        (["data.train=[]"], "data.train: expected at least 1 entr.* .found an empty list"),
+        (["data.eval.0.path=x"], "data.eval: expected a list"),
+        (["train=3"], "train: expected a section of keys and values .found 3"),
+        (["lora.targets=7"], "lora.targets: expected a list or 'all-linear' .found 7"),
+        (["lora.targets=[1]"], "lora.targets.0: expected text .found 1"),
+        (["lora.targets=all_linear"], "did you mean 'all-linear'"),
+        (["train.trackers=[wand]"], "train.trackers.0: expected .*did you mean 'wandb'"),
+        (["train.trackers=wandb"], "train.trackers: expected a list .found 'wandb'"),
+        (["output_dir=null"], "output_dir: expected text .found null"),
+        (["train.max_steps", "3"], "expected key.path=value without spaces: train.max_steps=3"),
+        (["train.max_steps", "=", "3"], "without spaces: train.max_steps=3"),
+        (["train.max_steps=", "3"], "without spaces: train.max_steps=3"),
+        (["train.max_steps", "=3"], "without spaces: train.max_steps=3"),
+        (["train.max_steps:", "3"], "without spaces: train.max_steps=3"),
+        (["train..max_steps=3"], "the key has an empty part"),
+        (["train.max_stps=3"], "did you mean 'train.max_steps'"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(file: Path, overrides: list[str], message: str) -> None:
@@ -99,8 +127,26 @@ def test_a_wrong_setting_is_one_sentence(file: Path, overrides: list[str], messa
     [
         ("a: [1", "not valid YAML"),
         ("- a\n- b\n", "expected a mapping of keys, found list"),
-        (SMALLEST + "seed: 1\nseed: 2\n", "key 'seed' appears twice"),
+        (SMALLEST + "seed: 1\nseed: 2\n", r"key 'seed' appears twice \(lines 9 and 10\)"),
         (SMALLEST.replace("output_dir: runs/x\n", ""), "key 'output_dir' is missing"),
+        (
+            SMALLEST.replace("learning_rate", "learning_rte").replace("global_batch_size: 8, ", ""),
+            "unknown key 'optim.learning_rte'; did you mean 'optim.learning_rate', which is "
+            "missing.; key 'train.global_batch_size' is missing",
+        ),
+        ("output_dir: x\n", "keys 'model', 'data', 'optim', 'train' are missing"),
+        ("", "the file is empty"),
+        ("\ufeff", "the file is empty"),
+        ("# nothing\n", "comments only"),
+        ("just text\n", "expected a mapping of keys, found str"),
+        ("data:\n\tx: 2\n", "line 2, column 1: a tab stands where YAML needs spaces"),
+        ("seed: 1\n---\nseed: 2\n", "line 2, column 1: a second document"),
+        ("seed: *base\n", "line 1, column 7: the alias .base has no anchor &base"),
+        ("seed: !!python/name:os.system\n", "the tag .* is not supported"),
+        ("seed: a: b\n", "line 1, column 8: a second `:` on one line"),
+        ("[1, 2]: 3\n", "line 1: a key must be plain text"),
+        ("a: &a [*a]\n", "line 1: an alias refers to what contains it"),
+        ('{"seed": 1, "seed": 2}', "the key 'seed' appears twice"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(file: Path, text: str, message: str) -> None:
@@ -118,3 +164,79 @@ def test_plain_values_are_checked_the_same_way() -> None:
     tree: dict[str, Any] = {"output_dir": "x", "extra": 1}
     with pytest.raises(ConfigError, match="here: "):
         parse_config(tree, "here")
+
+
+def test_merge_keys_and_anchors_work_and_share_nothing(file: Path) -> None:
+    merged = """\
+data:
+  train:
+    - &common {path: a.json, image_root: images, weight: 2}
+    - {<<: *common, path: b.json}
+  eval: [*common]
+"""
+    file.write_text(SMALLEST.replace("data:\n  train: [{path: a.json}]\n", merged))
+    config = load_config(file, ["data.train.0.path=c.json"])
+    assert [f.path for f in config.data.train] == ["c.json", "b.json"]
+    assert config.data.train[1].image_root == "images" and config.data.train[1].weight == 2
+    assert config.data.eval[0].path == "a.json"
+
+
+def test_several_merged_sections_and_an_override_of_a_merged_key_are_no_duplicates() -> None:
+    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: [*b, {z: 3}], x: 4}\n"
+    assert parse_yaml(text)["c"] == {"x": 4, "y": 2, "z": 3}
+
+
+def test_aliases_that_expand_without_bound_are_refused_at_once() -> None:
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    with pytest.raises(YamlError, match="values once its aliases are expanded"):
+        parse_yaml("a0: &a0 [x]\n" + "\n".join(levels))
+    merges = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)]
+    with pytest.raises(YamlError, match="values once its aliases are expanded"):
+        parse_yaml("a0: &a0 {x: 1}\n" + "\n".join(merges))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_another_encoding_is_named(file: Path, encoding: str) -> None:
+    file.write_bytes(SMALLEST.encode(encoding))
+    with pytest.raises(ConfigError, match="not UTF-8 but UTF-16 or UTF-32; save it as UTF-8"):
+        load_config(file)
+
+
+def test_a_byte_order_mark_and_json_with_tabs_are_read(file: Path) -> None:
+    file.write_text("\ufeff" + SMALLEST)
+    config = load_config(file)
+    file.write_text(json.dumps(config.model_dump(mode="json"), indent="\t"))
+    assert load_config(file) == config
+
+
+def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for part in [field.annotation, *get_args(field.annotation)]:
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from fields_of(part, f"{prefix}{name}.")
+
+
+JARGON = re.compile(
+    r"Input|valid |pydantic|Extra inputs|instance of|type=|unable to parse|literal\b"
+)
+
+
+@pytest.mark.parametrize("section", [RunConfig, InstructConfig, MixConfig])
+def test_every_wrong_value_is_refused_in_plain_words(section: type[Section]) -> None:
+    wrong = ["[]", "[[1]]", "{}", "{a: 1}", "null", "text", "-1", "1.5", ".nan", "true", "1e400"]
+    tried = 0
+    for path in fields_of(section):
+        for value in wrong:
+            tree: dict[str, Any] = {}
+            node = tree
+            *parents, last = path.split(".")
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = parse_yaml(value)
+            try:
+                settings.parse(section, tree, "f.yaml")
+            except ConfigError as error:
+                tried += 1
+                assert not JARGON.search(str(error)), str(error)
+    assert tried > 200

@@ -13,8 +13,8 @@ from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.deepspeed_config import _load as load_deepspeed
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.probes import Probe, read_probes, require_images_inside
-from vlm_sft.reading import parse_yaml
 from vlm_sft.train.checkpoint import MANIFEST, read_manifest
+from vlm_sft.yaml_text import parse_yaml
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)

@@ -1,10 +1,11 @@
 """A run's configuration, as its YAML file has it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from vlm_sft import settings
 from vlm_sft.settings import Section
@@ -78,8 +79,18 @@ class ModelConfig(Section):
     """Tower, projector and language model."""
 
     vision_tower: VisionTowerConfig
-    projector_type: Annotated[str, Field(pattern=r"^(linear|mlp[1-9]\d*x_gelu)$")] = "mlp2x_gelu"
+    projector_type: str = "mlp2x_gelu"
+    """`linear`, or `mlpNx_gelu`: N linear layers with GELU between them."""
     language_model: LanguageModelConfig
+
+    @field_validator("projector_type")
+    @classmethod
+    def _known_projector(cls, name: str) -> str:
+        if re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", name) is None:
+            raise ValueError(
+                f"expected 'linear' or 'mlpNx_gelu' with N layers, e.g. mlp2x_gelu (found {name!r})"
+            )
+        return name
 
 
 class DataFile(Section):

@@ -12,17 +12,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from vlm_sft.errors import UserError
 from vlm_sft.visible import shortened
 
 MAX_FILE_BYTES: Final = 64 * 2**20
 """Largest file that is read into memory as a whole: configurations, templates, manifests."""
-
-
-MAX_YAML_VALUES: Final = 100_000
-"""Most values of a YAML file, each alias counting as what it stands for."""
 
 
 class NotARegularFile(UserError):
@@ -155,39 +149,6 @@ def parse_json(text: str, start: int | None = None) -> Any:
         raise StrictJsonError("json_depth", "JSON nested too deeply") from None
     except ValueError as error:
         raise StrictJsonError("json_syntax", f"not valid JSON: {error}") from None
-
-
-def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Parse YAML; whatever is wrong with it, or makes it endless, is a `yaml.YAMLError`.
-
-    Aliases let a few lines stand for more values than a computer holds ("billion laughs"), and let
-    a value contain itself; both are refused.
-    """
-    try:
-        tree = yaml.load(text, Loader=loader)
-        _num_values(tree, {})
-    except yaml.YAMLError:
-        raise
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise yaml.YAMLError(shortened(str(error), 300)) from None
-    return tree
-
-
-def _num_values(value: Any, known: dict[int, int]) -> int:
-    """Count values with every alias expanded."""
-    if not isinstance(value, (dict, list, tuple, set)):
-        return 1
-    if (count := known.get(id(value))) is None:
-        known[id(value)] = 0
-        children = value.values() if isinstance(value, dict) else value
-        count = known[id(value)] = 1 + sum(_num_values(child, known) for child in children)
-    if count == 0:
-        raise yaml.YAMLError("an alias stands inside the value that it names")
-    if count > MAX_YAML_VALUES:
-        raise yaml.YAMLError(f"more than {MAX_YAML_VALUES:,} values; aliases count in full")
-    return count
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,16 +1,18 @@
-"""Typed YAML with `key.path=value` overrides; unknown keys are errors, told in one sentence."""
+"""Typed YAML with `key.path=value` overrides; what is wrong is reported in one sentence."""
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import codecs
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.image_paths import current_directory_hint, nearest_existing
-from vlm_sft.reading import parse_yaml, read_text
+from vlm_sft.reading import StrictJsonError, parse_json, read_bytes
+from vlm_sft.setting_errors import in_words
+from vlm_sft.yaml_text import YamlError, parse_yaml
 
 
 class Section(BaseModel):
@@ -29,9 +31,9 @@ def load(section: type[SectionT], path: str | Path, overrides: Sequence[str] = (
         ConfigError: In one sentence, with the file, the key's path, what was found and expected;
             an unknown key names the nearest known one.
     """
-    tree = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(tree, override)
+    tree = _read_file(Path(path))
+    for position, override in enumerate(overrides):
+        _apply_override(tree, override, overrides[position + 1 :])
     return parse(section, tree, str(path))
 
 
@@ -44,7 +46,7 @@ def parse(section: type[SectionT], tree: Mapping[str, Any], where: str) -> Secti
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_one_sentence(section, error)}") from None
+        raise ConfigError(f"{where}: {in_words(section, error)}") from None
 
 
 def dump(values: Section) -> str:
@@ -52,10 +54,37 @@ def dump(values: Section) -> str:
     return yaml.safe_dump(values.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty; see configs/ for complete ones")
     try:
-        text = read_text(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        tree = _parse(text)
+    except YamlError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if tree is None:
+        raise ConfigError(f"{path}: the file has comments only; see configs/ for complete ones")
+    if isinstance(tree, list):
+        raise ConfigError(
+            f"{path}: expected a mapping of keys, found list; a configuration has `key: value` "
+            "lines (a file of records belongs into data.train)"
+        )
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: expected a mapping of keys, found {type(tree).__name__}; a configuration has "
+            "`key: value` lines"
+        )
+    return tree
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        inside = path / "config.yaml"
+        hint = f"; did you mean {inside}?" if inside.is_file() else "; give a YAML file"
+        raise ConfigError(f"{path}: no such configuration file: this is a folder{hint}")
+    try:
+        data = read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{path}: no such configuration file{current_directory_hint(path)}"
             f"{nearest_existing(path)}; see configs/"
@@ -64,51 +93,40 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(str(error), code=error.reason) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise ConfigError(f"{path}: not UTF-8 but UTF-16 or UTF-32; save it as UTF-8")
     try:
-        tree = parse_yaml(text, _Loader)
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {detail}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    return tree
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys and reads `2e-5` as the number that it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, (list, dict)):
-                raise yaml.YAMLError(f"line {line}: a key must be plain text")
-            if key in seen:
-                raise yaml.YAMLError(f"line {line}: key {key!r} appears twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def _parse(text: str) -> Any:
+    """Parse JSON where it is JSON, which may be indented with tabs, else YAML."""
+    if text.lstrip().startswith("{"):
+        try:
+            return parse_json(text)
+        except StrictJsonError as error:
+            if error.reason == "json_duplicate_key":
+                raise YamlError(str(error)) from None
+    return parse_yaml(text)
 
 
-def _install_float_resolver() -> None:
-    import re
-
-    pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
-
-
-_install_float_resolver()
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str, following: Sequence[str]) -> None:
     key, separator, raw = override.partition("=")
+    _require_form(override, following)
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected key.path=value")
     try:
-        value = parse_yaml(raw, _Loader) if raw else None
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        value = parse_yaml(raw) if raw else None
+    except YamlError as error:
+        raise ConfigError(
+            f"override {override!r}: the value is not valid YAML ({error}); quote it"
+        ) from None
     node: Any = tree
     parts = key.split(".")
+    if "" in parts:
+        raise ConfigError(f"override {override!r}: the key has an empty part; remove a dot")
     for depth, part in enumerate(parts[:-1]):
         node = _descend(node, part, ".".join(parts[: depth + 1]), override)
     last = parts[-1]
@@ -118,9 +136,30 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[last] = value
 
 
+def _require_form(override: str, following: Sequence[str]) -> None:
+    """Refuse `key = value`, `key value` and `key: value` with the right spelling."""
+    key, separator, raw = override.partition("=")
+    after = list(following[:2])
+    if after[:1] == ["="]:
+        value = after[1] if len(after) > 1 else "VALUE"
+    elif after and after[0].startswith("=") and not separator:
+        value = after[0][1:]
+    elif after and "=" not in after[0] and (not separator or not raw):
+        value = after[0]
+    else:
+        return
+    key = key.rstrip(":")
+    raise ConfigError(
+        f"override {override!r}: expected key.path=value without spaces: {key}={value}"
+    )
+
+
 def _descend(node: Any, part: str, path: str, override: str) -> Any:
     if isinstance(node, list):
         return node[_list_index(node, part, path, override)]
+    if not isinstance(node, dict):
+        parent = path.rpartition(".")[0]
+        raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
     child = node.get(part)
     if child is None:
         child = node[part] = {}
@@ -130,63 +169,10 @@ def _descend(node: Any, part: str, path: str, override: str) -> Any:
 
 
 def _list_index(node: list[Any], part: str, path: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not node:
+        raise ConfigError(f"override {override!r}: the list is empty; give all of it")
+    if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
         raise ConfigError(
             f"override {override!r}: {path}: expected an index from 0 to {len(node) - 1}"
         )
     return int(part)
-
-
-def _one_sentence(section: type[Section], error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not str(part).startswith(("list[", "literal["))]
-    path = ".".join(str(part) for part in location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest_hint(section, location)}{more}"
-    if first["type"] == "missing":
-        return f"key {path!r} is missing; add it{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    found = first["input"]
-    shown = f" (found {found!r})" if isinstance(found, (str, int, float, type(None))) else ""
-    return f"{path or 'the file'}: {message}{shown}{more}"
-
-
-def _nearest_hint(section: type[Section], location: Sequence[Any]) -> str:
-    known = _known_keys(section, location[:-1])
-    everywhere = dict(_all_paths(section, ""))
-    if str(location[-1]) in everywhere:
-        return f"; did you mean {everywhere[str(location[-1])]!r}?"
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {'.'.join([*map(str, location[:-1]), near[0]])!r}?"
-    return f"; known here: {', '.join(known)}"
-
-
-def _known_keys(section: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        child = _section_of(section.model_fields[part].annotation)
-        if child is None:
-            return []
-        section = child
-    return list(section.model_fields)
-
-
-def _all_paths(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in section.model_fields.items():
-        yield name, prefix + name
-        child = _section_of(field.annotation)
-        if child is not None:
-            yield from _all_paths(child, f"{prefix}{name}.")
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.data.conversation import Role
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import TemplateError
-from vlm_sft.reading import parse_yaml, read_text
+from vlm_sft.reading import read_text
+from vlm_sft.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
