@@ -23,11 +23,11 @@ TINY = ROOT / "configs" / "tiny" / "stage2_lora.yaml"
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key that a configuration can have, without places in lists."""
-    from vlm_sft.settings import _section_of
+    from vlm_sft.setting_errors import section_of
 
     found = []
     for name, field in section.model_fields.items():
-        child = _section_of(field.annotation)
+        child = section_of(field.annotation)
         if child is not None:
             found += keys_of(child, f"{prefix}{name}.")
         found.append(prefix + name)

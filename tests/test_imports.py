@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BASE = {
-    "command_line", "yaml_text", "setting_errors",
+    "command_line", "yaml_text", "setting_errors", "hub",
     "constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash",
     "visible", "ownership", "libraries", "console", "image_paths", "reading",
     "filesystem", "commands", "model_folders",

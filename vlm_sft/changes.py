@@ -69,6 +69,7 @@ RULES: Mapping[str, Rule] = {
     "train.eval_samples": "free",
     "train.log_every_steps": "free",
     "train.trackers": "free",
+    "train.tracking": "free",
 }
 """By key or by what it begins with, the longest counting; places in a list are left out.
 

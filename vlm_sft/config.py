@@ -176,6 +176,26 @@ class PackingConfig(Section):
     `auto` takes the first that is to be had."""
 
 
+class TrackingConfig(Section):
+    """How the trackers of `train.trackers` name the run, and where they write."""
+
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "vlm_sft"
+    """Project of wandb and trackio; for TensorBoard the folder inside `dir`."""
+    name: str | None = None
+    """Name of the run; null: the last part of `output_dir`."""
+    entity: str | None = None
+    """wandb's user or team; null: the account's default."""
+    dir: str | None = None
+    """Folder that trackers write to; null: `trackers` inside `output_dir`."""
+
+    @field_validator("project")
+    @classmethod
+    def _plain_project(cls, project: str) -> str:
+        if set(project) & set("/\\#?%:") or project in (".", ".."):
+            raise ValueError(f"expected a name without / \\ # ? % : (found {project!r})")
+        return project
+
+
 class TrainConfig(Section):
     """How long, in what batches and numbers, and what is written down."""
 
@@ -240,6 +260,8 @@ class TrainConfig(Section):
     """Steps from one row of `metrics.jsonl` to the next. Each row is also a line on stderr; on a
     terminal a progress bar shows the newest one instead."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
+    tracking: TrackingConfig = TrackingConfig()
+    """Names and places for `trackers`. A resumed run continues the same wandb or trackio run."""
 
     @model_validator(mode="after")
     def _padded_or_packed(self) -> "TrainConfig":

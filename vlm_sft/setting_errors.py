@@ -167,7 +167,7 @@ def _known_keys(section: type[BaseModel], path: Path) -> list[str]:
     for part in path:
         if isinstance(part, int):
             continue
-        child = _section_of(section.model_fields[part].annotation)
+        child = section_of(section.model_fields[part].annotation)
         if child is None:
             return []
         section = child
@@ -177,16 +177,17 @@ def _known_keys(section: type[BaseModel], path: Path) -> list[str]:
 def _all_paths(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in section.model_fields.items():
         yield name, prefix + name
-        child = _section_of(field.annotation)
+        child = section_of(field.annotation)
         if child is not None:
             yield from _all_paths(child, f"{prefix}{name}.")
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field's annotation holds, alone, in a union or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in get_args(annotation):
-        found = _section_of(argument)
+        found = section_of(argument)
         if found is not None:
             return found
     return None

@@ -30,7 +30,7 @@ from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.environment import environment_notes, require_environment
 from vlm_sft.train.loop import Outcome, say_on_stderr
-from vlm_sft.train.metrics import require_trackers, start_trackers
+from vlm_sft.train.metrics import require_trackers, start_trackers, tracking_folder
 from vlm_sft.train.sharding import shard
 from vlm_sft.train.signals import exit_code
 from vlm_sft.train.stochastic import require_roundable
@@ -65,7 +65,7 @@ def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[s
     accelerator = make_accelerator(
         config.train.precision,
         trackers=list(config.train.trackers),
-        project_dir=str(output_dir / "trackers"),
+        project_dir=str(tracking_folder(config)),
     )
     with locked(output_dir, enabled=accelerator.is_main_process):
         if on_main(accelerator, lambda: _is_finished(config, allowed)):
@@ -137,7 +137,7 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         and (told := packing_told(trainer.plan, data.train, accelerator.num_processes)) is not None
     ):
         say_on_stderr(told)
-    start_trackers(accelerator, config.model_dump(mode="json"), "vlm_sft")
+    start_trackers(accelerator, config)
     outcome = trainer.run()
     if main:
         say_on_stderr(data.summary())

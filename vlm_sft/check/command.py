@@ -129,7 +129,7 @@ def check_tokenizer(arguments: argparse.Namespace) -> int:
     generation = read_generation_config(folder)
     if arguments.generation_config is not None and generation is None:
         raise UserError(f"--generation-config {folder}: there is no generation_config.json in it")
-    tokenizer = load_tokenizer(LanguageModelConfig(name=arguments.tokenizer))
+    tokenizer = load_tokenizer(LanguageModelConfig(name=arguments.tokenizer), "--tokenizer")
     renderer = fitted(tokenizer, template, system=arguments.system)
     if isinstance(renderer, Finding):
         findings = [renderer]

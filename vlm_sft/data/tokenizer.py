@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vlm_sft.config import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
+from vlm_sft.hub import settle_hub
 from vlm_sft.libraries import library_call
 from vlm_sft.model_folders import custom_code_refused, require_plain_folder
 
@@ -27,8 +28,14 @@ BYTE_TOKENIZER_CHAT_TEMPLATE = (
 )
 
 
-def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: LanguageModelConfig, where: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a language model: `config.tokenizer`, or the one beside `config.name`.
+
+    Args:
+        config: Names the tokenizer.
+        where: What to call the name's origin in errors; None: its configuration key.
 
     Raises:
         UserError: The folder or hub name gives no tokenizer, or only one without a `tokenizers`
@@ -38,7 +45,7 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
     assert name is not None  # the config guarantees it
     if name == "bytes":
         return byte_tokenizer()
-    key = f"model.language_model.{'tokenizer' if config.tokenizer else 'name'}"
+    key = where or f"model.language_model.{'tokenizer' if config.tokenizer else 'name'}"
     folder = Path(name).expanduser()
     if means_folder(name) and not folder.is_dir():
         raise UserError(
@@ -46,6 +53,9 @@ def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
             "tokenizer.json or a hub name"
         )
     action = f"load a tokenizer from {name!r}"
+    if not folder.is_dir():
+        settle_hub()
+        action = f"get the tokenizer of {name!r} from the hub, and there is no folder of that name"
     with library_call("transformers", key, action), custom_code_refused(key, name):
         if folder.is_dir():
             require_plain_folder(folder)

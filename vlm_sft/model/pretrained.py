@@ -9,6 +9,7 @@ from transformers import dynamic_module_utils
 
 from vlm_sft.config import means_folder
 from vlm_sft.errors import UserError
+from vlm_sft.hub import settle_hub
 from vlm_sft.libraries import library_call
 from vlm_sft.model_folders import custom_code_refused, require_plain_folder
 
@@ -32,6 +33,7 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
     source = str(folder) if folder.is_dir() else name
     action = f"load the folder {name!r}"
     if not folder.is_dir():
+        settle_hub()
         action = f"get {name!r} from the hub, and there is no folder of that name"
     with library_call("transformers", where, action), custom_code_refused(where, name):
         if folder.is_dir():

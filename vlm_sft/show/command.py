@@ -160,7 +160,7 @@ def _image_tokens(config: RunConfig) -> int:
 
 
 def _of_records(args: argparse.Namespace) -> Inspection:
-    tokenizer = load_tokenizer(LanguageModelConfig(name=args.tokenizer))
+    tokenizer = load_tokenizer(LanguageModelConfig(name=args.tokenizer), "--tokenizer")
     renderer = Renderer.from_name(
         args.template or "auto",
         tokenizer,

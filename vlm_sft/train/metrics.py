@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import logging
+import os
+import re
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +19,13 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm_sft.atomic import write_bytes
+from vlm_sft.config import RunConfig
 from vlm_sft.console import Console, say
 from vlm_sft.errors import UserError
 from vlm_sft.filesystem import naming, sync, warn_once
 from vlm_sft.libraries import library_call
 from vlm_sft.progress import format_seconds
+from vlm_sft.reading import read_text
 from vlm_sft.train.rows import Rows, read_rows
 
 logger = logging.getLogger(__name__)
@@ -183,11 +188,62 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_name: str) -> None:
+def tracking_folder(config: RunConfig) -> Path:
+    """Return the folder that trackers write to."""
+    folder = config.train.tracking.dir
+    return Path(config.output_dir) / "trackers" if folder is None else Path(folder).expanduser()
+
+
+def tracker_arguments(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return what each tracker is started with besides the project.
+
+    The run's id is kept in its folder, so that a resumed run continues the same wandb run.
+    """
+    tracking, trackers = config.train.tracking, config.train.trackers
+    name = tracking.name or Path(config.output_dir).absolute().name
+    arguments: dict[str, dict[str, Any]] = {}
+    if "wandb" in trackers:
+        arguments["wandb"] = {
+            "name": name,
+            "entity": tracking.entity,
+            "dir": str(tracking_folder(config)),
+            "id": _tracking_id(Path(config.output_dir)),
+            "resume": "allow",
+        }
+    if "trackio" in trackers:
+        # trackio knows runs by name alone.
+        unique = f"{name}-{_tracking_id(Path(config.output_dir))}"
+        arguments["trackio"] = {"name": tracking.name or unique, "resume": "allow"}
+    return arguments
+
+
+def _tracking_id(output_dir: Path) -> str:
+    """Return the id of the run at its trackers, made at the first start."""
+    path = output_dir / "trackers" / "run_id"
+    try:
+        found = read_text(path, limit=1024).strip()
+    except FileNotFoundError:
+        found = secrets.token_hex(4)
+        write_bytes(path, f"{found}\n".encode())
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", found) is None:
+        raise UserError(f"{path}: expected the id of the tracked run; delete the file for a new id")
+    return found
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Open the trackers named when `accelerator` was made, with the run's configuration."""
     if accelerator.log_with:
+        arguments: dict[str, dict[str, Any]] = {}
+        if accelerator.is_main_process:
+            tracking_folder(config).mkdir(parents=True, exist_ok=True)
+            arguments = tracker_arguments(config)
+            os.environ.setdefault("TRACKIO_DIR", str(tracking_folder(config).absolute()))
         with library_call("accelerate", "train.trackers", "start the trackers"):
-            accelerator.init_trackers(run_name, config=flat(config))
+            accelerator.init_trackers(
+                config.train.tracking.project,
+                config=flat(config.model_dump(mode="json")),
+                init_kwargs=arguments,
+            )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlm_sft.config import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
+from vlm_sft.hub import settle_hub
 from vlm_sft.libraries import library_call
 from vlm_sft.model.pretrained import no_questions
 from vlm_sft.model.towers.timm import timm_source
@@ -142,6 +143,8 @@ def _pretrained(config: VisionTowerConfig) -> tuple[Any, dict[str, Any]]:
         _check_weights(name, weights, bool(_model_config(name).get("quick_gelu", False)))
     elif name.startswith("local-dir:"):
         require_plain_folder(Path(name.removeprefix("local-dir:")))
+    if not name.startswith("local-dir:") and not Path(weights or "").is_file():
+        settle_hub()
     with (
         library_call("open_clip", _WHERE, f"load {name!r} with weights {weights!r}"),
         custom_code_refused(_WHERE, name),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlm_sft.config import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
+from vlm_sft.hub import settle_hub
 from vlm_sft.libraries import library_call
 from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
 from vlm_sft.model_folders import require_plain_folder
@@ -104,6 +105,7 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
 
 def _by_name(name: str, config: VisionTowerConfig) -> Any:
     if config.weights is None:
+        settle_hub()
         action = f"load the weights of {name!r} (or give a file as {_WHERE}.weights)"
         with library_call("timm", f"{_WHERE}.name", action):
             return _create(name, config.image_size, None, {}, pretrained=True)
