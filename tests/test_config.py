@@ -145,7 +145,7 @@ def test_a_wrong_setting_is_one_sentence(file: Path, overrides: list[str], messa
         ("seed: !!python/name:os.system\n", "the tag .* is not supported"),
         ("seed: a: b\n", "line 1, column 8: a second `:` on one line"),
         ("[1, 2]: 3\n", "line 1: a key must be plain text"),
-        ("a: &a [*a]\n", "line 1: an alias refers to what contains it"),
+        ("a: &a [*a]\n", "line 1: an alias stands inside the value that it names"),
         ('{"seed": 1, "seed": 2}', "the key 'seed' appears twice"),
     ],
 )

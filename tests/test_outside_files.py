@@ -29,7 +29,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("[" * 5000, "nested too deeply"),
         ("a: " + "1" * 5000, "Exceeds the limit"),
         ("a: 2024-13-45", "month must be in 1..12"),
-        ("a: !!python/object/apply:os.mkdir [x]", "could not determine a constructor"),
+        ("a: !!python/object/apply:os.mkdir [x]", "tag .* is not supported"),
     ],
 )
 def test_yaml_bombs_and_impossible_values_are_one_sentence(

@@ -63,7 +63,7 @@ def _require_sound(root: yaml.Node) -> None:
     def size(node: yaml.Node) -> int:
         known = sizes.get(id(node), 0)
         if known is None:
-            raise YamlError(f"line {_line(node)}: an alias refers to what contains it")
+            raise YamlError(f"line {_line(node)}: an alias stands inside the value that it names")
         if known:
             return known
         sizes[id(node)] = None
