@@ -9,6 +9,7 @@ import pytest
 from vlm_sft import check
 from vlm_sft.assemble import load_language
 from vlm_sft.check import command
+from vlm_sft.check.verdict import Verdict
 from vlm_sft.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path, ending:
         language = load_language(config)
         with command.open_bad_list(str(tmp_path / "bad.jsonl")) as listed:
             tracemalloc.start()
-            assert command.check_records(config, language, command.Verdict(), listed) == count
+            assert command.check_records(config, language, Verdict(), listed) == count
             _, most = tracemalloc.get_traced_memory()
             tracemalloc.stop()
         return most

@@ -343,6 +343,7 @@ class Answers:
     language: Language
     model: VisionLanguageModel
     data: SupervisedDataset
+    max_new_tokens: int = MAX_ANSWER_TOKENS
 
     def __call__(self, on_fault: Callable[[Fault], None] | None) -> list[dict[str, Any]]:
         """Return rows of `id`, `question`, `answer`, `expected`, spread over the held-out records.
@@ -391,7 +392,7 @@ class Answers:
             input_ids,
             torch.ones_like(input_ids),
             torch.stack(pixels).to(device) if pixels else None,
-            max_new_tokens=MAX_ANSWER_TOKENS,
+            max_new_tokens=self.max_new_tokens,
             do_sample=False,
             eos_token_id=list(self.language.renderer.stop_token_ids),
             pad_token_id=self.language.pad_token_id,

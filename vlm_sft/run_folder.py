@@ -42,11 +42,7 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / ".lock").open("a+", encoding="utf-8") as file:
         if lock(file.fileno(), Path(file.name), wait=False) == "held_elsewhere":
-            raise UserError(
-                f"output_dir {output_dir} is locked by another run ({_holder(file)}); wait for it "
-                "or choose another output_dir",
-                code="folder_in_use",
-            )
+            raise _in_use(output_dir, file)
         file.truncate(0)
         began = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}")
@@ -74,13 +70,42 @@ def settle_config(
     Raises:
         ConfigError: The folder's checkpoints were made otherwise; every difference is shown.
     """
-    path = Path(config.output_dir) / "config.yaml"
-    granted: list[Change] = []
-    if has_checkpoints and path.exists():
-        changes = changes_between(load_config(path), config)
-        granted = require_allowed(changes, allowed, config.output_dir)
-    write_text(path, dump_config(config))
+    granted = require_same_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
+    write_text(Path(config.output_dir) / "config.yaml", dump_config(config))
     return granted
+
+
+def require_same_config(
+    config: RunConfig, *, has_checkpoints: bool, allowed: Sequence[str] = ()
+) -> list[Change]:
+    """Do what `settle_config` does, without writing anything."""
+    path = Path(config.output_dir) / "config.yaml"
+    if not has_checkpoints or not path.exists():
+        return []
+    changes = changes_between(load_config(path), config)
+    return require_allowed(changes, allowed, config.output_dir)
+
+
+def require_unlocked(output_dir: Path) -> None:
+    """Refuse a folder that another process trains in, without creating or changing a file.
+
+    Raises:
+        UserError: As `locked` raises it.
+    """
+    path = output_dir / ".lock"
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        if lock(file.fileno(), path, wait=False) == "held_elsewhere":
+            raise _in_use(output_dir, file)
+
+
+def _in_use(output_dir: Path, file: IO[str]) -> UserError:
+    return UserError(
+        f"output_dir {output_dir} is locked by another run ({_holder(file)}); wait for it or "
+        "choose another output_dir",
+        code="folder_in_use",
+    )
 
 
 def _holder(file: IO[str]) -> str:

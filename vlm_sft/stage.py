@@ -21,6 +21,7 @@ from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
 from vlm_sft.feature_cache import use_feature_cache
+from vlm_sft.fit import require_fit
 from vlm_sft.libraries import one_line
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantize import require_quantization
@@ -125,7 +126,10 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
             reshard_after_forward=sharing.reshard_after_forward,
         )
     data = load_data(config, language.renderer, model)
+    notes = require_fit(language, data, model)
     if main:
+        for note in notes:
+            say_on_stderr(f"warning: {note}")
         for note in environment_notes(config):
             say_on_stderr(note)
         data.write_ledgers(Path(config.output_dir))
@@ -162,21 +166,33 @@ def settle_sharing(config: RunConfig, trainable: Set[str], accelerator: Accelera
             DeepSpeed's file does not go with the configuration, or another setting not with
             sharing.
     """
-    in_full, processes = "language_model" in trainable, accelerator.num_processes
-    request = read_deepspeed(config, num_processes=processes)
+    sharing, told = sharing_for(config, trainable, num_processes=accelerator.num_processes)
+    if told is not None and accelerator.is_main_process:
+        say_on_stderr(told)
+    return sharing
+
+
+def sharing_for(
+    config: RunConfig, trainable: Set[str], *, num_processes: int
+) -> tuple[Sharing, str | None]:
+    """Return how so many processes share the weights, and a line about a DeepSpeed file.
+
+    Raises:
+        ConfigError: See `settle_sharing`.
+    """
+    in_full, several = "language_model" in trainable, num_processes > 1
+    request = read_deepspeed(config, num_processes=num_processes)
     if request is not None:
-        if accelerator.is_main_process:
-            say_on_stderr(request.told(in_full=in_full, num_processes=processes))
-        wanted = request.shares and in_full and processes > 1
-        return _goes_with(config, Sharing(wanted, request.reshard_after_forward))
+        told = request.told(in_full=in_full, num_processes=num_processes)
+        wanted = request.shares and in_full and several
+        return _goes_with(config, Sharing(wanted, request.reshard_after_forward)), told
     if config.train.sharding == "fsdp2" and not in_full:
         raise ConfigError(
             "train.sharding: fsdp2 is for stage 2 in full; the projector and adapters are small, "
             "so leave it at auto or none"
         )
-    return _goes_with(
-        config, Sharing(in_full and config.train.sharding != "none" and processes > 1)
-    )
+    wanted = in_full and config.train.sharding != "none" and several
+    return _goes_with(config, Sharing(wanted)), None
 
 
 def _goes_with(config: RunConfig, sharing: Sharing) -> Sharing:

@@ -4,15 +4,11 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
-
-import torch
-from rich.table import Table
-from rich.text import Text
 
 from vlm_sft.assemble import (
     Data,
@@ -25,25 +21,31 @@ from vlm_sft.assemble import (
     record_fault,
 )
 from vlm_sft.atomic import atomic_open
+from vlm_sft.check.machine import examine_machine
+from vlm_sft.check.place import examine_disk, examine_output_dir, examine_steps_done
+from vlm_sft.check.trial import try_an_answer, try_longest_batch
+from vlm_sft.check.verdict import Verdict, fails, print_lines
 from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig
-from vlm_sft.console import Console, say, say_json
+from vlm_sft.console import say, say_json
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import open_records
 from vlm_sft.data.ledger import Entry
 from vlm_sft.data.repeats import Repeats
 from vlm_sft.data.tokenizer import load_tokenizer
-from vlm_sft.deepspeed_config import read_deepspeed
-from vlm_sft.diagnosis.case import Finding, Level
+from vlm_sft.diagnosis.case import Finding
 from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.error_codes import CODES
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.fit import require_fit
+from vlm_sft.model.notes import model_notes
 from vlm_sft.model.parts import named_parts
-from vlm_sft.model.quantize import num_bytes, require_quantization
+from vlm_sft.model.quantize import num_bytes
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.parts_on_disk import checkpoint_components
 from vlm_sft.progress import track
 from vlm_sft.train.checkpoint import require_space
-from vlm_sft.train.isolation import prepare_packing
+from vlm_sft.train.loop import Plan
 from vlm_sft.train.optim import MOMENT_BYTES, peak_rate
 from vlm_sft.train.preflight import (
     is_trainable,
@@ -52,7 +54,6 @@ from vlm_sft.train.preflight import (
     print_table,
     rehearse_saving,
 )
-from vlm_sft.train.stochastic import require_roundable
 
 SHOWN = 20
 """Bad records that are printed; the rest is counted."""
@@ -60,59 +61,19 @@ SHOWN = 20
 
 def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Check a run's records, model and saving; returns 0 or 2."""
-    read_deepspeed(config)
-    require_quantization(config.model.language_model, trainable_parts(config))
-    require_roundable(config, trainable_parts(config))
     verdict = Verdict()
+    verdict.strict = arguments.strict
+    examine_machine(config, trainable_parts(config), verdict)
+    examine_output_dir(config, verdict)
     language = load_language(config)
     verdict.add_findings(examine_language(config, language), strict=arguments.strict)
     with open_bad_list(arguments.bad) as listed:
         num_bad = check_records(config, language, verdict, listed)
     if not arguments.no_model:
-        check_model(config, language, verdict, records_are_good=not num_bad)
+        with verdict.examine("model"):
+            check_model(config, language, verdict, records_are_good=not num_bad)
     verdict.print()
     return 0 if verdict.good else 2
-
-
-class Verdict:
-    """The lines of the result: what was looked at, how good it is, and a few words."""
-
-    def __init__(self) -> None:
-        self.lines: list[tuple[str, Level, str]] = []
-        self.strict = False
-
-    @property
-    def good(self) -> bool:
-        """Whether nothing is bad, and with `strict` nothing a warning."""
-        return not any(_fails(level, strict=self.strict) for _, level, _ in self.lines)
-
-    def add(self, what: str, good: bool, words: str) -> None:
-        """Add a line."""
-        self.lines.append((what, "good" if good else "bad", words))
-
-    def add_findings(self, findings: Sequence[Finding], *, strict: bool) -> None:
-        """Add the doctor's findings, a line each; `strict` makes warnings count as bad."""
-        self.strict = strict
-        for f in findings:
-            words = f"{f.found}; {f.advice}" if f.advice else f.found
-            self.lines.append((f.what, f.level, words))
-
-    def add_repeats(self, repeats: Repeats) -> None:
-        """Add what occurs twice, a warning each, or that nothing does."""
-        found = repeats.found()
-        for repeat in found:
-            self.lines.append(("repeats", "warning", str(repeat)))
-        if not found:
-            words = "no id and no record occurs twice"
-            if repeats.has_held_out:
-                words += ", no held-out picture is trained on"
-            self.add("repeats", True, words)
-
-    def print(self) -> None:
-        """One table on stdout, and one line that sums it up."""
-        _print_table("check", [(what, level, words) for what, level, words in self.lines])
-        outcome = "the run can start" if self.good else "the run cannot start as it is"
-        say(outcome, file=sys.stdout)
 
 
 def examine_language(config: RunConfig, language: Language) -> list[Finding]:
@@ -135,43 +96,20 @@ def check_tokenizer(arguments: argparse.Namespace) -> int:
         findings = [renderer]
     else:
         findings = diagnose(tokenizer, template, renderer, generation)
-    good = not any(_fails(finding.level, strict=arguments.strict) for finding in findings)
+    good = not any(fails(finding.level, strict=arguments.strict) for finding in findings)
     if arguments.json:
         rows = [asdict(finding) for finding in findings]
         told = {"good": good, "summary": summary(findings), "findings": rows}
         say_json(told, indent=2)
     else:
         rows_of_text = [(f.what, f.level, _in_lines(f)) for f in findings]
-        _print_table(f"{arguments.tokenizer} with template {template}", rows_of_text)
+        print_lines(f"{arguments.tokenizer} with template {template}", rows_of_text)
         say(summary(findings), file=sys.stdout)
     return 0 if good else 2
 
 
-def _fails(level: Level, *, strict: bool) -> bool:
-    return level == "bad" or (strict and level == "warning")
-
-
 def _in_lines(finding: Finding) -> str:
     return f"{finding.found}\n→ {finding.advice}" if finding.advice else finding.found
-
-
-_STYLES: dict[Level, str] = {
-    "good": "green",
-    "note": "cyan",
-    "warning": "yellow",
-    "bad": "bold red",
-}
-
-
-def _print_table(title: str, rows: Sequence[tuple[str, Level, str]]) -> None:
-    table = Table(title=Text(title), show_header=False)
-    for what, level, words in rows:
-        shown = "BAD" if level == "bad" else level
-        table.add_row(Text(what), Text(shown, style=_STYLES[level]), Text(words))
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
 
 
 @contextmanager
@@ -244,20 +182,32 @@ def _faults(
 def check_model(
     config: RunConfig, language: Language, verdict: Verdict, *, records_are_good: bool
 ) -> None:
-    """Build the model, fit the records to it, rehearse a save, estimate memory."""
+    """Build the model, train on the longest batch, rehearse a save, ask the export."""
     trainable = trainable_parts(config)
     model, _ = load_model(config, trainable)
     parts = named_parts(model)
     rates = {part: peak_rate(part, config.optim.learning_rate) for part in parts}
     print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
-    verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} a picture")
-    if config.train.packing is not None:
-        _check_packing(config, model, verdict)
+    verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} an image")
+    for note in model_notes(model):
+        verdict.report("model", "note", note)
+    _check_export(model, verdict)
+    total_steps = 0
     if records_are_good:
-        _check_lengths(config, language, model, verdict)
-    _check_saving(config, language, model, trainable, verdict)
+        total_steps = _check_data(config, language, model, verdict)
+    _check_saving(config, language, model, trainable, total_steps, verdict)
     verdict.add("memory", True, memory_estimate(model))
+
+
+def _check_export(model: VisionLanguageModel, verdict: Verdict) -> None:
+    """Say whether `export` will take the model; a run that is not to be exported may start."""
+    obstacles = export_obstacles(model)
+    words = "; ".join(obstacle.removeprefix("export: ") for obstacle in obstacles)
+    if obstacles:
+        verdict.report("export --to hf", "note", f"not possible: {words}")
+    else:
+        verdict.add("export --to hf", True, "possible")
 
 
 def trainable_parts(config: RunConfig) -> set[str]:
@@ -274,39 +224,52 @@ def _has_language_rate(config: RunConfig) -> bool:
     return "language_model" in config.optim.learning_rate.model_fields_set
 
 
-def _check_packing(config: RunConfig, model: VisionLanguageModel, verdict: Verdict) -> None:
-    """Prove that records in a pack do not see each other, here on the CPU."""
-    assert config.train.packing is not None
-    anywhere = config.train.packing.model_copy(update={"attention": "auto"})
-    try:
-        prepare_packing(model, anywhere, config.train.precision, torch.device("cpu"))
-    except UserError as error:
-        verdict.add("packing", False, str(error))
-        return
-    words = "records of a pack do not see each other (proven on the CPU; a run proves it again)"
-    verdict.add("packing", True, words)
-
-
-def _check_lengths(
+def _check_data(
     config: RunConfig, language: Language, model: VisionLanguageModel, verdict: Verdict
-) -> None:
+) -> int:
+    """Fit the records to the model and train on the longest batch; return the number of steps."""
     listing = config.data.model_copy(update={"on_error": "quarantine"})
-    try:
+    total_steps = 0
+    with verdict.examine("lengths"):
         data = load_data(config.model_copy(update={"data": listing}), language.renderer, model)
-    except UserError as error:
-        verdict.add("lengths", False, str(error))
-        return
-    errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
-    for entry in errors[:SHOWN]:
-        say(f"bad record: {CODES[entry.reason]}: {entry.message}")
-    longest, plan = max(data.train.lengths), make_plan(config, language, data, model)
-    words = f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
-    if errors:
-        words += f"; {len(errors):,} records do not fit"
-    verdict.add("lengths", not errors, words)
-    verdict.add("ledger", True, data.summary())
-    if not errors and (told := packing_told(plan, data.train, 1)) is not None:
+        errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
+        for entry in errors[:SHOWN]:
+            say(f"bad record: {CODES[entry.reason]}: {entry.message}")
+        longest, plan = max(data.train.lengths), make_plan(config, language, data, model)
+        total_steps = plan.total_steps
+        words = f"longest {longest:,} of {config.data.max_length:,} tokens; {total_steps:,} steps"
+        if errors:
+            words += f"; {len(errors):,} records do not fit"
+        verdict.add("lengths", not errors, words)
+        verdict.add("ledger", True, data.summary())
+        if not errors:
+            _check_steps(config, language, data, model, plan, verdict)
+    return total_steps
+
+
+def _check_steps(
+    config: RunConfig,
+    language: Language,
+    data: Data,
+    model: VisionLanguageModel,
+    plan: Plan,
+    verdict: Verdict,
+) -> None:
+    if (told := packing_told(plan, data.train, 1)) is not None:
         verdict.add("packs", True, told.removeprefix("packing: "))
+    examine_steps_done(config, plan.total_steps, verdict)
+    before = verdict.good
+    with verdict.examine("fit"):
+        for note in require_fit(language, data, model):
+            verdict.report("fit", "warning", note)
+    if before == verdict.good and not _is_bad(verdict, "precision"):
+        try_longest_batch(config, plan, data, model, verdict)
+        try_an_answer(config, language, data, model, verdict)
+        model.to("cpu").train()
+
+
+def _is_bad(verdict: Verdict, what: str) -> bool:
+    return any(line[:2] == (what, "bad") for line in verdict.lines)
 
 
 def _entries(data: Data) -> list[Entry]:
@@ -319,6 +282,7 @@ def _check_saving(
     language: Language,
     model: VisionLanguageModel,
     trainable: set[str],
+    total_steps: int,
     verdict: Verdict,
 ) -> None:
     output_dir = _existing_parent(Path(config.output_dir))
@@ -337,6 +301,8 @@ def _check_saving(
         verdict.add("saving", False, str(error))
         return
     verdict.add("saving", True, f"a checkpoint (about {size / 1e9:.2f} GB) was saved and read back")
+    if total_steps:
+        examine_disk(config, output_dir, total_steps, size, verdict)
 
 
 def memory_estimate(model: VisionLanguageModel) -> str:

@@ -179,6 +179,10 @@ class SupervisedDataset(Dataset[Example]):
         )
         return True
 
+    def token_ids(self, index: int) -> list[int]:
+        """Return a record's ids, `IMAGE_TOKEN_ID` in the places of image tokens."""
+        return [int(i) for i in self._expanded(index)[0]]
+
     def conversation(self, index: int) -> Conversation:
         """The record as it is trained on, after turns were dropped."""
         kept = self._kept(index)

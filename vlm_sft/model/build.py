@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig
 from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
+from vlm_sft.model.positions import find_position_limit
 from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantize import quantize
@@ -72,6 +73,7 @@ def build_language_model(
     where = f"{_WHERE}.config" if config.name is None else f"{_WHERE}.name"
     with library_call("transformers", where, f"run {type(model).__name__} on three tokens"):
         check_head(model)
+    cast(Any, model).position_limit = find_position_limit(model)
     if quantized:
         with library_call("bitsandbytes", f"{_WHERE}.quantization", "quantize this model"):
             quantize(model, config, dtype)

@@ -12,6 +12,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.model.attention import PackLayout
 from vlm_sft.model.loss import chunked_cross_entropy
 from vlm_sft.model.neftune import add_noise, text_lengths
+from vlm_sft.model.positions import position_limit
 from vlm_sft.model.router import router_loss, router_loss_coefficient
 from vlm_sft.model.vision import VisionTower
 
@@ -171,6 +172,15 @@ class VisionLanguageModel(nn.Module):
                 "generate: a batch of prompts must be padded on the left, not the right"
             )
         embeds = self.embed(input_ids, pixel_values, image_embeds)
+        limit = position_limit(causal_lm(self.language_model))
+        if limit is not None and limit.is_hard and "max_new_tokens" in generation_kwargs:
+            room = limit.tokens - input_ids.shape[1]
+            if room < 1:
+                raise UserError(
+                    f"the prompt has {input_ids.shape[1]:,} tokens, but the model has only "
+                    f"{limit.tokens:,} positions ({limit.key}); shorten it"
+                )
+            generation_kwargs["max_new_tokens"] = min(generation_kwargs["max_new_tokens"], room)
         generate = cast(Any, self.language_model).generate
         return cast(
             Tensor,

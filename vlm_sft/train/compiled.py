@@ -37,7 +37,7 @@ def compile_layers(
     Raises:
         ConfigError: The compiler is missing, or the model does not say what its layers are.
     """
-    _require_compiler(device)
+    require_compiler(device)
     language_model = causal_lm(model.language_model)
     layers: list[Any] = layers_of(language_model)
     if not layers:
@@ -85,7 +85,12 @@ def compile_faults_told(enabled: bool) -> Iterator[None]:
         ) from error
 
 
-def _require_compiler(device: torch.device) -> None:
+def require_compiler(device: torch.device) -> None:
+    """Refuse `train.compile` without the compiler that the device needs.
+
+    Raises:
+        ConfigError: Naming what to install.
+    """
     if device.type == "cpu":
         name = os.environ.get("CXX", "g++")
         if shutil.which(name) is None:

@@ -34,10 +34,7 @@ def make_accelerator(
         UserError: fp16 where no GPU is, or bf16 on a GPU that has none.
     """
     has_gpu = torch.accelerator.is_available()
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision: fp16 needs an NVIDIA or AMD GPU; use fp32 or bf16 here")
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision: this GPU has no bf16; use fp16 or fp32")
+    require_precision(precision)
     with library_call("accelerate", "train.precision, train.trackers or the launcher", "start"):
         return Accelerator(
             cpu=not has_gpu,
@@ -48,6 +45,18 @@ def make_accelerator(
             project_config=ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+
+
+def require_precision(precision: Literal["bf16", "fp16", "fp32"]) -> None:
+    """Refuse numbers that this machine does not compute with.
+
+    Raises:
+        UserError: fp16 where no GPU is, or bf16 on a GPU that has none.
+    """
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs an NVIDIA or AMD GPU; use fp32 or bf16 here")
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("train.precision: this GPU has no bf16; use fp16 or fp32")
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:

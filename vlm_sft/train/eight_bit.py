@@ -27,17 +27,26 @@ def eight_bit_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
-            "`pip install 'vlm-sft[qlora]'`, or set it to adamw"
-        )
+    require_eight_bit()
     with library_call("bitsandbytes", "optim", "make its 8-bit AdamW"):
         kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
         made: torch.optim.Optimizer = kind(
             groups, lr=0.0, betas=config.betas, eps=config.epsilon, min_8bit_size=SMALLEST
         )
     return made
+
+
+def require_eight_bit() -> None:
+    """Refuse 8-bit moments without bitsandbytes.
+
+    Raises:
+        ConfigError: With the line that installs it.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
+            "`pip install 'vlm-sft[qlora]'`, or set it to adamw"
+        )
 
 
 def is_eight_bit(optimizer: torch.optim.Optimizer) -> bool:

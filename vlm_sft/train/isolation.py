@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlm_sft.config import PackingConfig
 from vlm_sft.constants import Segment
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 from vlm_sft.model.attention import (
     NAME,
     Backend,
@@ -63,7 +64,8 @@ def prepare_packing(
     text = language_model.config.get_text_config()
     dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0.0)) or 0.0
     backend = choose_backend(config.attention, device, dtype, dropout)
-    with autocast or nullcontext():
+    packing = library_call("transformers", "train.packing", "compute attention of packed records")
+    with packing, autocast or nullcontext():
         own = _logits_alone(model, device)
         install_packed_attention(language_model)
         _require_same_attention(own, _logits_alone(model, device), model, TOLERANCE[precision])

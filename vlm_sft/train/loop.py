@@ -503,8 +503,9 @@ class Trainer:
                 "supervised token, so it adds nothing"
             )
         elif not self._gradients_seen and torch.isfinite(gradient.loss_sum):
-            require_gradients(self.hooks.parts)
-            self._gradients_seen = True
+            without = self._parts_without_records()
+            require_gradients(self.hooks.parts, without=without)
+            self._gradients_seen = not without
         norm = gradient_norm(self._parameters, self.plan.optim.max_grad_norm)
         if self._scaler is not None and torch.isfinite(gradient.loss_sum):
             return self._tolerated_overflow(norm), None
@@ -515,6 +516,13 @@ class Trainer:
             self._account.skip(fault, step=self.step + 1)
             self._live.say(f"step {self.step + 1}: {fault}; its update is left out")
         return norm, fault
+
+    def _parts_without_records(self) -> frozenset[str]:
+        """The projector, in a step whose records (those of all ranks) have no image."""
+        has_image = getattr(self.train_data, "has_image", None)
+        if has_image is None or any(has_image[i] for i in self.plan.records_of_step(self.step)):
+            return frozenset()
+        return frozenset({"projector"})
 
     def _tolerated_overflow(self, norm: torch.Tensor) -> torch.Tensor:
         """In fp16 an overflow of the scaled gradient is met by a smaller scale, down to 1."""

@@ -1,6 +1,6 @@
 """What is proven before and after a run: what learns, what must not move, that saving works."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -77,13 +77,19 @@ def is_trainable(named: NamedParameters) -> bool:
     return any(parameter.requires_grad for _, parameter in named)
 
 
-def require_gradients(parts: Parts) -> None:
+def require_gradients(parts: Parts, *, without: Set[str] = frozenset()) -> None:
     """After the first backward pass: every trainable part must have a gradient somewhere.
+
+    Args:
+        parts: The model's parameters by part.
+        without: Parts that the step had nothing for: the projector, if no record has an image.
 
     Raises:
         UserError: Naming the part, so that hours are not spent on weights that stay as they are.
     """
     for part, named in parts.items():
+        if part in without:
+            continue
         gradients = [p.grad for _, p in named if p.requires_grad]
         if gradients and not any(g is not None and bool(whole(g).any()) for g in gradients):
             raise UserError(

@@ -1,0 +1,350 @@
+"""Configurations that must fail later and that `check` must catch, and odd ones that are fine.
+
+Every bad one was run once without `check`: it ends with an error or a wrong result.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.model.tiny import LLAMA
+from tests.train.tiny import reset_accelerate
+from vlm_sft import check, stage1, stage2
+from vlm_sft.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny"
+LANGUAGE = "model.language_model.config"
+PACKED = {"train.micro_batch_size": None}
+Changes = dict[str, Any]
+
+SMALL: Changes = {**LLAMA, "vocab_size": 261, "num_key_value_heads": 2}
+MOE: Changes = {
+    **SMALL,
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "head_dim": 24,
+    "output_router_logits": True,
+}
+GEMMA2 = {**SMALL, "model_type": "gemma2", "head_dim": 24, "attn_logit_softcapping": 0.5}
+GPT_OSS = {
+    **SMALL,
+    "model_type": "gpt_oss",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 24,
+}
+
+
+def gpt2(positions: int) -> Changes:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": 261,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": positions,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+def opt(positions: int) -> Changes:
+    return {
+        "model_type": "opt",
+        "vocab_size": 261,
+        "hidden_size": 48,
+        "word_embed_proj_dim": 48,
+        "ffn_dim": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": positions,
+    }
+
+
+def packing(tokens: int = 256, **more: Any) -> Changes:
+    return {**PACKED, "train.packing": {"max_tokens": tokens, **more}}
+
+
+BAD: dict[str, tuple[str, Changes, str]] = {
+    "ordinary and control ids have no row": (
+        "stage2",
+        {
+            f"{LANGUAGE}.vocab_size": 257,
+            f"{LANGUAGE}.eos_token_id": 0,
+            f"{LANGUAGE}.bos_token_id": 0,
+        },
+        "has only 257 rows",
+    ),
+    "the stop token has no row": (
+        "stage2",
+        {f"{LANGUAGE}.vocab_size": 260},
+        "'<|im_end|>' = 260",
+    ),
+    "padding has no row": (
+        "stage1",
+        {
+            f"{LANGUAGE}.vocab_size": 258,
+            f"{LANGUAGE}.eos_token_id": 0,
+            f"{LANGUAGE}.bos_token_id": 0,
+        },
+        "for padding",
+    ),
+    "records beyond GPT-2's table": ("stage1", {LANGUAGE: gpt2(20)}, "records are longer than"),
+    "records beyond OPT's table": ("stage1", {LANGUAGE: opt(20)}, "records are longer than"),
+    "packed records beyond a table": (
+        "stage1",
+        {LANGUAGE: gpt2(20), **packing()},
+        "records are longer than",
+    ),
+    "a tracker is not installed": ("stage1", {"train.trackers": ["wandb"]}, "wandb is not"),
+    "fp16 without a GPU": ("stage1", {"train.precision": "fp16"}, "fp16 needs"),
+    "fp8 without a GPU": ("stage1", {"train.fp8": True, "train.precision": "bf16"}, "train.fp8"),
+    "flash-attention is not installed": (
+        "stage1",
+        {"model.language_model.attn_implementation": "flash_attention_2"},
+        "model.language_model",
+    ),
+    "a kernel for packs is not available": (
+        "stage1",
+        packing(attention="flash_attn"),
+        "train.packing.attention",
+    ),
+    "heads do not divide the width": (
+        "stage1",
+        {f"{LANGUAGE}.num_attention_heads": 5},
+        "model.language_model.config",
+    ),
+    "an unknown activation": ("stage1", {f"{LANGUAGE}.hidden_act": "gleu"}, "gleu"),
+    "a width that is no integer": ("stage1", {f"{LANGUAGE}.hidden_size": 64.0}, "hidden_size"),
+    "an unknown family": ("stage1", {f"{LANGUAGE}.model_type": "lama"}, "lama"),
+    "an unknown rope": (
+        "stage1",
+        {f"{LANGUAGE}.rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+        "spiral",
+    ),
+    "more experts per token than experts": (
+        "stage1",
+        {LANGUAGE: {**MOE, "num_experts_per_tok": 9}},
+        "model.language_model.config",
+    ),
+    "weights that overflow": (
+        "stage1",
+        {f"{LANGUAGE}.initializer_range": 1e30},
+        "model.language_model",
+    ),
+    "the tower's heads do not divide its width": (
+        "stage1",
+        {"model.vision_tower.config.num_attention_heads": 5},
+        "model.vision_tower.config",
+    ),
+    "a feature layer that is not there": (
+        "stage1",
+        {"model.vision_tower.feature_layers": [-9]},
+        "feature_layers",
+    ),
+    "a pooled grid larger than the grid": (
+        "stage1",
+        {"model.vision_tower.grid_pool": 7},
+        "grid_pool",
+    ),
+    "timm has no such model": (
+        "stage1",
+        {"model.vision_tower": {"library": "timm", "config": {"architecture": "vit_tny"}}},
+        "timm has no model",
+    ),
+    "weights of timm that are not there": (
+        "stage1",
+        {
+            "model.vision_tower": {
+                "library": "timm",
+                "name": "test_vit",
+                "weights": "/nowhere/weights.safetensors",
+            }
+        },
+        "no such file",
+    ),
+    "open_clip has no such model": (
+        "stage1",
+        {"model.vision_tower": {"library": "open_clip", "name": "ViT-Z", "weights": "openai"}},
+        "model.vision_tower",
+    ),
+    "no such projector": ("stage2", {"projector": "/nowhere/final"}, "/nowhere/final"),
+    "a target that names nothing": ("lora", {"lora.targets": ["q_prj"]}, "did you mean 'q_proj'"),
+    "a target inside fused experts": (
+        "lora",
+        {LANGUAGE: MOE, "lora.targets": ["gate_proj"]},
+        "get no adapter",
+    ),
+    "LoRA on a model without linear layers": ("lora", {LANGUAGE: gpt2(256)}, "no nn.Linear layer"),
+    "LoRA without a learning rate": (
+        "lora",
+        {"optim.learning_rate": {"projector": 1e-3}},
+        "language_model is missing",
+    ),
+    "4 bits that would be trained in full": (
+        "stage2",
+        {"model.language_model.quantization": "nf4"},
+        "model.language_model.quantization",
+    ),
+    "sharding of what is small": ("lora", {"train.sharding": "fsdp2"}, "train.sharding"),
+    "no record has an image": ("stage1", {"data.train": "TEXT_ONLY"}, "no record has an image"),
+    "an image is missing": ("stage1", {"data.train": "NO_IMAGE"}, "0 of 1 records can be used"),
+    "records are longer than max_length": ("stage1", {"data.max_length": 25}, "do not fit"),
+    "packing ignores capped attention": (
+        "stage1",
+        {LANGUAGE: GEMMA2, **packing()},
+        "train.packing",
+    ),
+    "packing ignores attention sinks": (
+        "stage1",
+        {LANGUAGE: GPT_OSS, **packing()},
+        "train.packing",
+    ),
+    "the template's tokens are not the tokenizer's": (
+        "stage2",
+        {"data.template": "llama3"},
+        "llama3",
+    ),
+    "another run trains there": ("stage1", {"output_dir": "LOCKED"}, "is locked"),
+    "output_dir is a file": ("stage1", {"output_dir": "FILE"}, "output_dir"),
+}
+
+GOOD: dict[str, tuple[str, Changes]] = {
+    "unused control tokens have no row": ("stage1", {f"{LANGUAGE}.vocab_size": 259}),
+    "records beyond what RoPE was trained on": (
+        "stage1",
+        {f"{LANGUAGE}.max_position_embeddings": 16},
+    ),
+    "max_length far beyond the positions": (
+        "stage1",
+        {LANGUAGE: gpt2(64), "data.max_length": 100_000},
+    ),
+    "a pack longer than the table of positions": (
+        "stage1",
+        {LANGUAGE: gpt2(64), **packing(512), "data.max_length": 60},
+    ),
+    "answers that would run beyond the table": ("stage1", {LANGUAGE: gpt2(30)}),
+    "a model that cannot be exported": (
+        "stage1",
+        {LANGUAGE: {**SMALL, "model_type": "granite", "logits_scaling": 4.0}},
+    ),
+    "experts without adapters and a router loss": ("lora", {LANGUAGE: MOE}),
+    "a warm-up as long as the run": ("stage1", {"optim.warmup_ratio": 1.0}),
+    "evaluation after the last step, of nothing": (
+        "stage1",
+        {"data.eval": [], "train.eval_every_steps": 10_000},
+    ),
+    "a batch larger than the data": (
+        "stage1",
+        {"train.global_batch_size": 1000, "train.micro_batch_size": 30},
+    ),
+    "one image among many texts": (
+        "stage1",
+        {"data.train": "ONE_IMAGE", "train.global_batch_size": 1, "data.template": "chatml"},
+    ),
+    "a projector that is not to learn": ("stage2", {"optim.learning_rate.projector": 0.0}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def records(kind: str, folder: Path) -> list[dict[str, Any]]:
+    """A data file for the configurations that name one of these kinds."""
+
+    def record(number: int, image: str | None) -> dict[str, Any]:
+        asked = "<image>\nWhat?" if image else "What?"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "yes"}]
+        return {"id": f"r{number}", "conversations": turns} | ({"image": image} if image else {})
+
+    images = {"TEXT_ONLY": [], "NO_IMAGE": ["gone.png"], "ONE_IMAGE": ["red-circle-0.png"]}[kind]
+    texts = 0 if kind == "NO_IMAGE" else 9
+    rows = [record(i, image) for i, image in enumerate([*images, *[None] * texts])]
+    path = folder / f"{kind}.json"
+    path.write_text(json.dumps(rows))
+    return [{"path": str(path), "image_root": str(TINY / "data" / "images")}]
+
+
+def configuration(folder: Path, stage: str, changes: Changes) -> str:
+    """The file of a tiny run with some changes, named by dotted keys."""
+    tree = yaml.safe_load(
+        (TINY / f"{'stage2_lora' if stage == 'lora' else stage}.yaml").read_text()
+    )
+    started = {"projector": None, "output_dir": str(folder / "run")}
+    quick = {"train.trackers": [], "train.max_steps": 1, "train.eval_samples": 1}
+    for key, value in {**started, **quick, **changes}.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        if key == "data.train" and isinstance(value, str):
+            value = records(value, folder)
+        if key == "output_dir":
+            value = {"LOCKED": str(folder / "locked"), "FILE": str(folder / "file")}.get(
+                value, value
+            )
+        node[last] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a file, and a run directory that another process has locked."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "locked").mkdir()
+    with (tmp_path / "locked" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tmp_path
+        os.unlink(lock.name)
+
+
+def words_of(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code of a command, and all that it printed on one line."""
+    try:
+        code, error = run(), ""
+    except UserError as caught:
+        code, error = 2, str(caught)
+    printed = capsys.readouterr()
+    text = " ".join((printed.out + printed.err + error).replace("│", " ").split())
+    return code, text
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_must_fail_later_is_found(
+    name: str, places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, changes, words = BAD[name]
+    if torch.cuda.is_available() and ("GPU" in name or "kernel" in name):
+        pytest.skip("this is available here")
+    path = configuration(places, stage, changes)
+    code, text = words_of(lambda: check.main([path]), capsys)
+    assert code == 2, text
+    assert words in text
+    assert not (places / "run").exists()
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_only_looks_odd_passes_and_trains(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, changes = GOOD[name]
+    path = configuration(tmp_path, stage, changes)
+    code, text = words_of(lambda: check.main([path]), capsys)
+    assert code == 0, text
+    reset_accelerate()
+    main = stage1.main if stage == "stage1" else stage2.main
+    assert main([path]) == 0
