@@ -530,6 +530,12 @@ ALL: Final = (
         "A line among the recorded answers is no answer.",
         "Delete the line that the message names; its request is asked again.",
     ),
+    ErrorCode(
+        504,
+        "spending_damaged",
+        "The record of what a run has spent was damaged or edited, so its limits cannot be kept.",
+        "Restore `spending.jsonl`, or move it away to count from zero.",
+    ),
 )
 """Every code, in order of numbers."""
 

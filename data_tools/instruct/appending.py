@@ -42,7 +42,7 @@ class SharedLog:
         new = os.pread(self._descriptor, size - self._seen, self._seen)
         whole = new[: new.rfind(b"\n") + 1]
         self._seen += len(whole)
-        return whole.decode().splitlines()
+        return whole.decode(errors="replace").split("\n")[:-1]
 
     def close(self) -> None:
         """Put everything on the disk and let go of the file."""

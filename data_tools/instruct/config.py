@@ -112,7 +112,9 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _no_key(self) -> Self:
         # On the whole section, for errors of one field print its value, which may be the key.
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+        name = self.api_key_env
+        looks_random = len(name) >= 20 and re.search("[a-z]", name) and re.search("[0-9]", name)
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name) or looks_random:
             raise ValueError(
                 "api_key_env is no name of an environment variable (not shown here, for it may be "
                 "the key itself); put the key into a variable and give its name"

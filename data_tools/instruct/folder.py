@@ -160,6 +160,7 @@ def own_for(
         commands: Stages to be run; `plan` indexes as well.
         overwrite: Whether the user allowed to replace files of any origin except inputs.
     """
+    _require_plain_addresses(config)
     root = Path(config.output_dir)
     stages = ["index", *commands] if "plan" in commands else commands
     own = root / "config.yaml"
@@ -168,6 +169,18 @@ def own_for(
     own_run(root, stages, inputs=inputs, overwrite=overwrite)
     if "plan" in stages:
         own_config(own, settings.dump(config), given)
+
+
+def _require_plain_addresses(config: InstructConfig) -> None:
+    """Refuse servers' addresses that may hold a key, before the configuration is written down."""
+    given = config.teacher.base_url or []
+    if any(sign in url for url in ([given] if isinstance(given, str) else given) for sign in "@?#"):
+        raise UserError(
+            "teacher.base_url holds a user name, a password, a query or a fragment (not shown, for "
+            "it may be a key); give https://host/v1, and put the key into the variable "
+            "teacher.api_key_env",
+            code="teacher_address",
+        )
 
 
 def own_run(

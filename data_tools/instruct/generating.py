@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import ValidationError
+
 from data_tools.instruct.answers import Answers, AnswerWriter, Claims, answers_folder
 from data_tools.instruct.appending import SharedLog
 from data_tools.instruct.config import InstructConfig
@@ -324,8 +326,11 @@ class _FailureLog:
     def __init__(self, path: Path) -> None:
         self._log = SharedLog(path)
         self._written = {}
-        for line in self._log.news():
-            self._written[Failure.model_validate_json(line).request] = line
+        for number, line in enumerate(self._log.news(), 1):
+            try:
+                self._written[Failure.model_validate_json(line).request] = line
+            except ValidationError:
+                say(f"generate: {path}:{number}: is no failure and is ignored; it was damaged")
         self._now: set[str] = set()
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, Failure] = {}

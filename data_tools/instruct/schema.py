@@ -16,6 +16,10 @@ Kind = Literal[
 Verdict = Literal["supported", "contradicted", "unknown"]
 
 
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Money = Annotated[float, Field(ge=0, le=1e15)]
+
+
 class Line(BaseModel):
     """One line of JSON; unknown keys are refused."""
 
@@ -95,11 +99,11 @@ class Answer(Line):
     finish: str | None = None
     model: str = ""
     fingerprint: str | None = None
-    tokens_in: int = 0
-    tokens_cached: int = 0
-    tokens_out: int = 0
-    usd: float | None = None
-    attempts: int = 1
+    tokens_in: Count = 0
+    tokens_cached: Count = 0
+    tokens_out: Count = 0
+    usd: Money | None = None
+    attempts: Count = 1
     seconds: float = 0.0
 
 
@@ -172,11 +176,11 @@ class PictureSource(Line):
 class Cost(Line):
     """What a sample's answer took."""
 
-    tokens_in: int = 0
-    tokens_cached: int = 0
-    tokens_out: int = 0
-    usd: float | None = None
-    attempts: int = 1
+    tokens_in: Count = 0
+    tokens_cached: Count = 0
+    tokens_out: Count = 0
+    usd: Money | None = None
+    attempts: Count = 1
 
 
 class Sample(Line):

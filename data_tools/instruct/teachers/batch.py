@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_tools.instruct.schema import Answer, Failure, Request
 from data_tools.instruct.teachers.batch_log import BatchLog, OpenBatch
 from data_tools.instruct.teachers.chat import ChatTeacher, refusal
 from data_tools.instruct.teachers.client import Key, addresses, make_client
-from data_tools.instruct.teachers.faults import Fault, fault_of, fault_of_status
+from data_tools.instruct.teachers.faults import LONGEST_WAIT, Fault, fault_of, fault_of_status
 from data_tools.instruct.teachers.pace import backoff
 from data_tools.instruct.teachers.spending import LimitReached, Spending, Usage, most
 from data_tools.instruct.teachers.stopping import Stopping
@@ -143,13 +144,13 @@ class BatchTeacher:
             ),
             before_again=partial(self._find, batch.key),
         )  # fmt: skip
-        self._log.created(batch, created.id)
+        self._log.created(batch, _name_of(created))
 
     async def _look_for(self, batch: OpenBatch) -> None:
         """A start ended while the batch was handed in: the server knows whether it exists."""
         found = await self._call(batch.key, partial(self._find, batch.key))
         if found is not None:
-            self._log.created(batch, found.id)
+            self._log.created(batch, _name_of(found))
             return
         self._log.finished(batch, "never created")
         self._spending.settle_now("batch", batch.most, Usage())
@@ -174,12 +175,15 @@ class BatchTeacher:
                         outcome = self._outcome(values, sample)
                         spent += _spent(outcome)
                         record(outcome)
-        why = "; ".join(error.message or "" for error in (state.errors and state.errors.data) or ())
-        message = f"the batch {state.id} ended as {state.status} without it"
+        message = f"the batch {printable(name, 100)} ended as {state.status} without it"
+        why = _errors_of(state)
         message += f": {printable(self._key.removed_from(why))}" if why else ""
         for request, sample in missing.items():
             record(Failure(request=request, sample_id=sample, reason="expired", message=message))
-        self._spending.settle_now("batch", batch.most, spent)
+        possible = batch.most.tokens * 2 + len(batch.samples) * 10_000
+        self._spending.settle_now(
+            "batch", batch.most, spent if spent.tokens <= possible else batch.most
+        )
         self._log.finished(batch, state.status)
 
     async def _results_in(self, file: str) -> list[dict[str, Any]]:
@@ -194,7 +198,7 @@ class BatchTeacher:
         return results
 
     def _outcome(self, values: dict[str, Any], sample: str) -> Answer | Failure:
-        request = str(values["custom_id"])
+        request = str(values["custom_id"])  # one of ours: it was found among the batch's samples
         response, error = values.get("response"), values.get("error")
         if not isinstance(response, dict):
             told = error if isinstance(error, dict) else {}
@@ -211,7 +215,7 @@ class BatchTeacher:
                 return Fault("not_an_answer", str(wrong)).failure(request, sample, 1)
             return answer_of(request, reply, "batch", self._config.prices)
         refused = body.get("error") if isinstance(body, dict) else None
-        fault = fault_of_status(status if isinstance(status, int) else 500, {}, refused, self._key)
+        fault = fault_of_status(_status_of(status), {}, refused, self._key)
         if fault.policy:
             return Answer(request=request, teacher="batch", text="", finish="content_filter", usd=0)
         return fault.failure(request, sample, 1)
@@ -236,8 +240,38 @@ class BatchTeacher:
             if not fault.retry or attempt == self._config.attempts:
                 raise refusal(fault, self._urls)
             pause = backoff(self._config.backoff_seconds, attempt, self._seed, key)
-            await self._stopping.sleep(fault.wait if fault.wait is not None else pause)
+            wait = pause if fault.wait is None else min(fault.wait, LONGEST_WAIT)
+            await self._stopping.sleep(wait)
         raise AssertionError("the loop above has no end")
+
+
+def _status_of(value: Any) -> int:
+    """Return an HTTP status; 500 for what is none."""
+    is_status = isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 999
+    return value if is_status else 500
+
+
+def _name_of(batch: "Batch") -> str:
+    """Return the server's id of a batch, which becomes part of addresses and of a file.
+
+    Raises:
+        UserError: It is no name.
+    """
+    name: Any = batch.id
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}", name):
+        raise UserError(
+            "the server created a batch without a usable id; it does not offer OpenAI's batches",
+            code="teacher_refused",
+        )
+    return name
+
+
+def _errors_of(batch: "Batch") -> str:
+    """Return what a server says against a batch as a whole, in whatever form."""
+    found: Any = getattr(batch.errors, "data", None)
+    if not isinstance(found, list):
+        return ""
+    return "; ".join(str(getattr(error, "message", None) or "")[:300] for error in found[:5])
 
 
 def _line(request: str, body: dict[str, Any]) -> bytes:

@@ -3,9 +3,11 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_tools.instruct.appending import SharedLog
 from data_tools.instruct.teachers.spending import Usage
+from vlm_sft.errors import UserError
 
 
 @dataclass
@@ -36,16 +38,28 @@ class BatchLog:
         self._log = SharedLog(path)
         self.open: dict[str, OpenBatch] = {}
         self.number = 0
-        for line in self._log.news():
-            values = json.loads(line)
-            if values["event"] == "planned":
-                self.number += 1
-                most = Usage(**values["most"])
-                self.open[values["key"]] = OpenBatch(values["key"], values["samples"], most)
-            elif values["event"] == "created":
-                self.open[values["key"]].name = values["batch"]
-            else:
-                del self.open[values["key"]]
+        for number, line in enumerate(self._log.news(), 1):
+            try:
+                self._take_in(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"{path}:{number}: is no line of this file ({type(error).__name__}); it was "
+                    "damaged or edited. Restore it, or move it away after the batches of this run "
+                    "have ended at the server",
+                    code="json_syntax",
+                ) from None
+
+    def _take_in(self, values: dict[str, Any]) -> None:
+        if values["event"] == "planned":
+            self.number += 1
+            most = Usage.of(values["most"])
+            self.open[str(values["key"])] = OpenBatch(
+                str(values["key"]), dict(values["samples"]), most
+            )
+        elif values["event"] == "created":
+            self.open[values["key"]].name = values["batch"]
+        else:
+            del self.open[values["key"]]
 
     def planned(self, batch: OpenBatch) -> None:
         """The batch is about to be handed in."""

@@ -17,6 +17,7 @@ from data_tools.instruct.teachers.spending import Spending, Usage, most
 from data_tools.instruct.teachers.stopping import Stopping
 from data_tools.instruct.teachers.wire import (
     Dialect,
+    NotAnAnswer,
     Reply,
     answer_of,
     body_of,
@@ -30,6 +31,8 @@ from vlm_sft.errors import UserError
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+_SLACK_TOKENS: Final = 10_000
+"""What a server may add to a prompt."""
 _REASONABLE_BYTES: Final = 3
 """Of English text for a token, for the rate of tokens alone; the caps count on the most."""
 
@@ -145,7 +148,9 @@ class ChatTeacher:
         try:
             async with asyncio.timeout(self._config.timeout_seconds):
                 content, content_type = await _post(client, request, body)
-            return read_completion(read_json(content, content_type), self._key.removed_from)
+            reply = read_completion(read_json(content, content_type), self._key.removed_from)
+            _require_possible(reply, most(body, None).tokens)
+            return reply
         except Exception as error:
             fault = fault_of(error, self._key)
         return fault
@@ -158,6 +163,13 @@ class ChatTeacher:
         tokens = outcome.tokens_in, outcome.tokens_cached, outcome.tokens_out
         usd = cost(*tokens, self._config.prices) or 0.0
         return Usage(1, outcome.tokens_in + outcome.tokens_out, usd)
+
+
+def _require_possible(reply: Reply, most_tokens: int) -> None:
+    """Refuse counts of tokens far beyond what the request can take; they would use up the caps."""
+    told, limit = reply.tokens_in + reply.tokens_out, 2 * most_tokens + _SLACK_TOKENS
+    if told > limit:
+        raise NotAnAnswer(f"it says that it took {told:,} tokens, and {limit:,} are possible")
 
 
 async def _post(client: "AsyncOpenAI", request: str, body: dict[str, Any]) -> tuple[bytes, str]:

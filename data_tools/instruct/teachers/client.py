@@ -4,12 +4,15 @@ The client's own retries are off (`chat` has the run's budget), redirects are no
 would go where they point), proxies and passwords of the environment are not looked at.
 """
 
+import codecs
 import ipaddress
 import os
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Final
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from data_tools.instruct.config import TeacherConfig
+from data_tools.instruct.teachers.secrets import Remover
 from vlm_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,12 +20,12 @@ if TYPE_CHECKING:
     import openai
 
 OPENAI: Final = "https://api.openai.com/v1"
-_SHORTEST_KEY: Final = 8
-"""Shorter values are no secrets, and taking them out of texts would damage these."""
 _HEADERS: Final = frozenset(
     (b"host", b"authorization", b"accept", b"accept-encoding", b"connection", b"user-agent",
      b"content-type", b"content-length", b"transfer-encoding", b"x-client-request-id")
 )  # fmt: skip
+_HEADER_NAME: Final = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
+_CHARSET: Final = re.compile(rb";\s*charset\s*=\s*\"?([^\s;\"]*)\"?", re.IGNORECASE)
 _INSTALL: Final = "pip install 'vlm_sft[instruct]'"
 
 
@@ -54,6 +57,7 @@ class Key:
                 code="teacher_key",
             )
         self._value = value or "none"
+        self.remover = Remover(value)
 
     def __repr__(self) -> str:
         return "Key(not shown)"
@@ -63,10 +67,8 @@ class Key:
         return self._value
 
     def removed_from(self, text: str) -> str:
-        """The text without the key, should a server have repeated it."""
-        if len(self._value) < _SHORTEST_KEY:
-            return text
-        return text.replace(self._value, "[key removed]")
+        """Return the text without the key, should a server have repeated it in some form."""
+        return self.remover.from_text(text)
 
 
 def addresses(config: TeacherConfig) -> list[str]:
@@ -97,7 +99,7 @@ def make_client(
     timeout = httpx2.Timeout(seconds, connect=min(seconds, 10.0), pool=None)
     limits = httpx2.Limits(max_connections=config.concurrency + 4)
     http = httpx2.AsyncClient(
-        transport=_bounded(limits, most_bytes or config.max_answer_bytes),
+        transport=_bounded(limits, most_bytes or config.max_answer_bytes, key.remover),
         timeout=timeout,
         follow_redirects=False,
         trust_env=False,
@@ -110,24 +112,24 @@ def make_client(
     )  # fmt: skip
 
 
-def _bounded(limits: "httpx2.Limits", most_bytes: int) -> "httpx2.AsyncBaseTransport":
-    """A transport whose responses end in `TooLong` after so many bytes."""
+def _bounded(
+    limits: "httpx2.Limits", most_bytes: int, remover: Remover
+) -> "httpx2.AsyncBaseTransport":
+    """Return a transport whose responses are bounded and free of the key.
+
+    This is the one place that texts of a server come through: status line, headers and body are
+    cleaned before the client, its logs and its errors see them.
+    """
     import httpx2
 
-    class BoundedStream(httpx2.AsyncByteStream):
-        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
-            self._stream = stream
-
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            seen = 0
-            async for piece in self._stream:
-                seen += len(piece)
-                if seen > most_bytes:
-                    raise TooLong(f"the response is longer than {most_bytes:,} bytes")
-                yield piece
-
-        async def aclose(self) -> None:
-            await self._stream.aclose()
+    async def body(stream: httpx2.AsyncByteStream) -> bytes:
+        pieces, seen = [], 0
+        async for piece in stream:
+            seen += len(piece)
+            if seen > most_bytes:
+                raise TooLong(f"the response is longer than {most_bytes:,} bytes")
+            pieces.append(piece)
+        return remover.from_bytes(b"".join(pieces))
 
     class BoundedTransport(httpx2.AsyncHTTPTransport):
         async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -136,14 +138,49 @@ def _bounded(limits: "httpx2.Limits", most_bytes: int) -> "httpx2.AsyncBaseTrans
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 await response.aclose()
                 raise TooLong("the response is compressed though it was asked not to be")
+            try:
+                content = await body(response.stream)
+            finally:
+                await response.aclose()
             return httpx2.Response(
                 status_code=response.status_code,
-                headers=response.headers,
-                stream=BoundedStream(response.stream),
-                extensions=response.extensions,
+                headers=_plain_headers(response.headers.raw, remover),
+                stream=httpx2.ByteStream(content),
+                extensions=_plain_extensions(response.extensions, remover),
             )
 
     return BoundedTransport(limits=limits, trust_env=False)
+
+
+def _plain_headers(
+    headers: Iterable[tuple[bytes, bytes]], remover: Remover
+) -> list[tuple[bytes, bytes]]:
+    """Return a response's headers without the key, and without a charset that is not known."""
+    cleaned = [(remover.from_bytes(name), remover.from_bytes(value)) for name, value in headers]
+    return [
+        (_HEADER_NAME.sub(b"-", name), _known_charset(value))
+        for name, value in cleaned
+        if name.lower() not in (b"content-length", b"transfer-encoding")
+    ]
+
+
+def _known_charset(value: bytes) -> bytes:
+    match = _CHARSET.search(value)
+    if match is None:
+        return value
+    try:
+        if len(match[1]) <= 40 and codecs.lookup(match[1].decode("ascii"))._is_text_encoding:
+            return value
+    except (LookupError, ValueError):
+        pass
+    return value[: match.start()]
+
+
+def _plain_extensions(extensions: Mapping[str, Any], remover: Remover) -> dict[str, Any]:
+    reason = extensions.get("reason_phrase")
+    if not isinstance(reason, bytes):
+        return dict(extensions)
+    return {**extensions, "reason_phrase": remover.from_bytes(reason)}
 
 
 def _plain(request: "httpx2.Request") -> "httpx2.Request":
@@ -168,9 +205,9 @@ def _check(url: str) -> None:
         host, _ = parts.hostname, parts.port
     except ValueError:
         raise _refused("is no address") from None
-    if "@" in parts.netloc:
+    if "@" in url:
         raise _refused("holds a user name or password")  # which is not to be printed
-    shown = f"{url!r}"
+    shown = repr(f"{parts.scheme}://{host}") if host else "(not shown, for it may hold a key)"
     if parts.scheme not in ("http", "https") or not host:
         raise _refused(f"{shown} is no http address")
     if parts.query or parts.fragment:

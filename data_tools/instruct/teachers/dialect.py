@@ -10,9 +10,12 @@ from data_tools.instruct.teachers.faults import Fault
 from data_tools.instruct.teachers.wire import LENGTHS, Dialect, Reply, strict
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError
+from vlm_sft.reading import read_json
 
 Attempts = Callable[[str, dict[str, Any]], Awaitable[tuple[Reply | Fault, int]]]
 
+MODES: Final = ("json_schema", "json_object", "none")
+"""What can hold a server to JSON, the strictest first."""
 _TOKENS: Final = 64
 """Of a probe's answer."""
 _QUESTION: Final = "Say hello to the reader in one short sentence. (If asked for JSON: as JSON.)"
@@ -48,8 +51,9 @@ async def settle_dialect(
 
 def _known(found: Path, identity: dict[str, Any]) -> Dialect | None:
     try:
-        values = json.loads(found.read_text(encoding="utf-8"))
-        if {name: values[name] for name in identity} == identity:
+        values = read_json(found)
+        known = values["structured"] in MODES and values["length"] in LENGTHS
+        if known and {name: values[name] for name in identity} == identity:
             return Dialect(values["structured"], values["length"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -62,7 +66,7 @@ async def _probe(
     tried: list[dict[str, str]] = []
     length = LENGTHS[0]
     message = ""
-    for mode in ("json_schema", "json_object", "none"):
+    for mode in MODES:
         outcome = await _try(parameters, mode, length, attempts)
         if isinstance(outcome, Fault) and outcome.parameter == LENGTHS[0]:
             length = LENGTHS[1]
@@ -105,6 +109,6 @@ def _keeps_to_the_schema(reply: Reply) -> bool:
         return reply.text.lstrip().startswith("{")
     try:
         value = json.loads(reply.text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and set(value) == {"greeting"}

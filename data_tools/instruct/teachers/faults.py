@@ -53,10 +53,10 @@ class Fault:
 
 
 def fault_of(error: Exception, key: Key) -> Fault:
-    """The fault that an exception of a sending stands for.
+    """Return the fault that an exception of a sending stands for.
 
-    Raises:
-        Exception: `error` itself, where it is none of these.
+    The client and the libraries below it raise whatever a strange response makes them stumble
+    over; one bad reply is one failed request.
     """
     import httpx2
     import openai
@@ -69,18 +69,22 @@ def fault_of(error: Exception, key: Key) -> Fault:
         return Fault("timeout", "no whole answer within teacher.timeout_seconds")
     if isinstance(error, openai.APIConnectionError):
         cause = error.__cause__
+        if isinstance(cause, TooLong):
+            return Fault("too_long", str(cause))
         never_sent = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
         what = "cannot be reached" if never_sent else "dropped the connection"
         name = type(cause).__name__
         return Fault("connection", f"the server {what} ({name})", free=never_sent)
     if isinstance(error, openai.APIStatusError):
         return fault_of_status(error.status_code, error.response.headers, error.body, key)
-    raise error
+    name = type(error).__name__
+    return Fault("not_an_answer", f"the response cannot be read as an answer ({name})")
 
 
 def fault_of_status(status: int, headers: Mapping[str, str], body: Any, key: Key) -> Fault:
     """The fault that a status other than success stands for; `body` is the error as it came."""
     told = body if isinstance(body, dict) else {"message": body or ""}
+    status = status if 100 <= status <= 999 else 500
     words = printable(key.removed_from(str(told.get("message") or "")))
     message = f"the server says {status}" + (f": {words}" if words else "")
     code, parameter = str(told.get("code") or ""), told.get("param")
@@ -103,15 +107,18 @@ def fault_of_status(status: int, headers: Mapping[str, str], body: Any, key: Key
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a response asks to wait: `Retry-After` as a number or a date."""
-    value = headers.get("retry-after", "").strip()
+    value = headers.get("retry-after", "")[:100].strip()
     try:
         seconds = float(value)
     except ValueError:
-        parsed = email.utils.parsedate_tz(value)
+        try:
+            parsed = email.utils.parsedate_tz(value)
+        except (ValueError, IndexError, TypeError):
+            return None
         if parsed is None:
             return None
         try:
             seconds = email.utils.mktime_tz(parsed) - time.time()
-        except (OverflowError, ValueError, OSError):
+        except (OverflowError, ValueError, OSError, TypeError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None

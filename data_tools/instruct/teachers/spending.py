@@ -9,12 +9,18 @@ import asyncio
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from data_tools.instruct.appending import SharedLog
 from data_tools.instruct.config import LimitsConfig, PricesConfig
 from data_tools.instruct.teachers.stopping import Stopping
 from data_tools.instruct.teachers.wire import cost, length_of
+from vlm_sft.errors import UserError
+
+MOST_SPENT: Final = 10**15
+"""Above every number of requests, tokens or dollars of a run."""
+_ROUNDING: Final = 1e-6
+"""US dollars by which sums of parts may differ."""
 
 
 class LimitReached(Exception):
@@ -38,14 +44,24 @@ class Usage:
         return self + Usage(-other.requests, -other.tokens, -other.usd)
 
     @classmethod
-    def read(cls, line: str) -> Self:
-        """As `line` writes it."""
-        values = json.loads(line)
-        return cls(values["requests"], values["tokens"], values["usd"])
+    def of(cls, values: Any) -> Self:
+        """Return what a file's object says.
+
+        Raises:
+            ValueError: A value is missing, of another type, or beyond what can be spent.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+        found: dict[str, Any] = {name: values.get(name) for name in ("requests", "tokens", "usd")}
+        for name, value in found.items():
+            is_number = isinstance(value, int | float if name == "usd" else int)
+            if not is_number or isinstance(value, bool) or not -MOST_SPENT <= value <= MOST_SPENT:
+                raise ValueError(f"{name} is no amount")
+        return cls(found["requests"], found["tokens"], float(found["usd"]))
 
     def line(self, request: str) -> str:
         """One line of the log."""
-        values = {"requests": self.requests, "tokens": self.tokens, "usd": self.usd}
+        values: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "usd": self.usd}
         return json.dumps({"request": request[:16], **values})
 
 
@@ -56,7 +72,9 @@ class Spending:
         self._stopping = stopping
         self._log = SharedLog(path)
         self._limits = limits
+        self._path, self._lines = path, 0
         self._total = Usage()
+        self._of: dict[str, Usage] = {}
         self._open = 0
         self._settled = asyncio.Event()
         self._take_in()
@@ -109,7 +127,25 @@ class Spending:
 
     def _take_in(self) -> None:
         for line in self._log.news():
-            self._total += Usage.read(line)
+            self._lines += 1
+            try:
+                values = json.loads(line)
+                usage, request = Usage.of(values), str(values.get("request"))[:64]
+            except (ValueError, RecursionError) as error:
+                raise self._edited(f"is no line of this file ({str(error)[:100]})") from None
+            known = self._of.get(request, Usage()) + usage
+            if known.requests < 0 or known.tokens < 0 or known.usd < -_ROUNDING:
+                raise self._edited("takes back more than its request was counted with")
+            self._of[request] = known
+            self._total += usage
+
+    def _edited(self, what: str) -> UserError:
+        return UserError(
+            f"{self._path}:{self._lines}: {what}; the file was damaged or edited, so what the run "
+            "has spent is unknown and limits cannot be kept. Restore the file, or move it away to "
+            "count from zero",
+            code="spending_damaged",
+        )
 
     def fits(self, more: Usage) -> bool:
         """Whether the caps have room for it, as far as this process knows."""

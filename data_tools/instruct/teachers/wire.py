@@ -9,6 +9,10 @@ from typing import Any, Final
 from data_tools.instruct.config import PricesConfig
 from data_tools.instruct.schema import Answer, Request
 
+MOST_TOKENS: Final = 10_000_000
+"""Of one prompt or answer; no model takes so many, and larger numbers are no counts."""
+_MOST_LETTERS: Final = 500
+"""Of a model's name or a finish reason."""
 LENGTHS: Final = ("max_tokens", "max_completion_tokens")
 """The two names that servers know the limit of an answer by."""
 
@@ -108,11 +112,17 @@ def read_completion(document: Any, clean: Callable[[str], str]) -> Reply:
     usage = document.get("usage")
     tokens_in, tokens_out = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    for name, value in (("finish_reason", finish), ("model", document.get("model"))):
+        if isinstance(value, str) and len(value) > _MOST_LETTERS:
+            raise NotAnAnswer(f"{name} is longer than {_MOST_LETTERS} letters")
     return Reply(
         text=clean(_text(text, "content")),
         finish=None if finish is None else clean(_text(finish, "finish_reason")),
         model=clean(_text(document.get("model") or "", "model")),
-        fingerprint=clean(_text(document.get("system_fingerprint") or "", "fingerprint")) or None,
+        fingerprint=clean(
+            _text(document.get("system_fingerprint") or "", "fingerprint")[:_MOST_LETTERS]
+        )
+        or None,
         tokens_in=tokens_in or 0,
         tokens_cached=min(_count(details, "cached_tokens") or 0, tokens_in or 0),
         tokens_out=tokens_out or 0,
@@ -127,7 +137,8 @@ def read_json(content: bytes, content_type: str) -> Any:
         NotAnAnswer: It says or shows that it is something else.
     """
     if "json" not in content_type.lower():
-        raise NotAnAnswer(f"the response is {content_type.split(';')[0]!r} and not JSON")
+        kind = printable(content_type.split(";")[0], 80)
+        raise NotAnAnswer(f"the response is {kind!r} and not JSON")
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -136,6 +147,7 @@ def read_json(content: bytes, content_type: str) -> Any:
 
 def printable(text: str, most: int = 300) -> str:
     """Foreign text on one line, safe for a terminal, not longer than `most` letters."""
+    text = text[: 20 * most]
     safe = "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
     return safe if len(safe) <= most else safe[:most] + "..."
 
@@ -176,6 +188,7 @@ def _count(usage: Any, name: str) -> int | None:
     value = usage.get(name) if isinstance(usage, dict) else None
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise NotAnAnswer(f"{name} is no count")
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    if not is_count or not 0 <= value <= MOST_TOKENS:
+        raise NotAnAnswer(f"{name} is no count of tokens from 0 to {MOST_TOKENS:,}")
     return value
