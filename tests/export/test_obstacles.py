@@ -11,6 +11,7 @@ from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.export.verify import reload_here
 
 GPT2 = {
     "model_type": "gpt2",
@@ -37,6 +38,7 @@ RESNET: dict[str, Any] = {
     "feature_layers": [-1],
     "image_size": 64,
 }
+LITE: dict[str, Any] = {**RESNET, "config": {"architecture": "tf_efficientnet_lite0"}}
 REGISTERS: dict[str, Any] = {
     "library": "transformers",
     "config": {"model_type": "dinov2_with_registers", **VIT},
@@ -54,6 +56,7 @@ REGISTERS: dict[str, Any] = {
         ({"tower": REGISTERS}, ["cannot hold the vision tower Dinov2WithRegistersModel"]),
         ({"tower": {**RESNET, "feature_layers": [-2]}}, ["feature_layers: [-1]"]),
         ({"tower": {**RESNET, "grid_pool": 1}}, ["model.vision_tower.grid_pool is 1"]),
+        ({"tower": {**LITE, "image_size": 128, "grid_pool": 1}}, ["2 is (model.vision_tower."]),
         (
             {"tower": {**CLIP, "grid_pool": 1}, "projector_type": "mlp3x_gelu"},
             ["grid_pool", "mlp3x_gelu"],
@@ -90,6 +93,9 @@ def test_each_part_that_no_class_holds_is_one_sentence_and_the_export_repeats_it
         {"language_model": OPT},
         {"language_model": MIXTRAL},
         {"tower": RESNET},
+        {"tower": {**LITE, "image_size": 64}},
+        {"tower": {**LITE, "image_size": 128, "grid_pool": 2}},
+        {"tower": {**LITE, "image_size": 96, "grid_pool": 1}},
         {"projector_type": "linear"},
         {"quantization": "nf4", "lora": LoraConfig(r=2)},
     ],
@@ -102,6 +108,11 @@ def test_what_can_be_exported_has_no_obstacle_and_is_exported_exactly(
     model = tiny_model(**parts)
     assert export_obstacles(model) == []
     report = export_hf_llava(
-        model, byte_tokenizer(), tmp_path / "out", image_aspect="pad", renderer_chat_template=None
+        model,
+        byte_tokenizer(),
+        tmp_path / "out",
+        image_aspect="pad",
+        renderer_chat_template=None,
+        reload=reload_here,
     )
     assert report.max_abs_logit_difference <= 1e-5

@@ -15,8 +15,6 @@ from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     GenerationConfig,
     LlavaProcessor,
     PreTrainedModel,
@@ -44,6 +42,7 @@ from vlm_sft.export.stock import (
     stock_tower,
     tie,
 )
+from vlm_sft.export.verify import Reload, Reloaded, noise_image, reload_in_new_process
 from vlm_sft.export.weights import released_state, write_weights
 from vlm_sft.filesystem import give_ordinary_modes, naming, rename_folder, temporary_sibling
 from vlm_sft.libraries import installed_version
@@ -63,6 +62,7 @@ class ExportReport:
 
     Attributes:
         folder: Where it lies.
+        model_class: The class of transformers that loads it.
         max_abs_logit_difference: Between the model and the reloaded stock class, over one picture
             and prompt, all positions and the whole vocabulary.
         max_abs_logit: Largest logit of the model there, to judge the difference by.
@@ -75,6 +75,7 @@ class ExportReport:
     """
 
     folder: str
+    model_class: str
     max_abs_logit_difference: float
     max_abs_logit: float
     missing_keys: list[str]
@@ -96,6 +97,7 @@ def export_hf_llava(
     sample: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    reload: Reload = reload_in_new_process,
 ) -> ExportReport:
     """Write a folder for `LlavaForConditionalGeneration` and `AutoProcessor`, and prove it.
 
@@ -115,6 +117,7 @@ def export_hf_llava(
             logits on; None: noise and the first ids of the vocabulary.
         dtype: Of the exported weights; None: the language model's.
         max_shard_size: Weights larger than this are written as several files.
+        reload: How the folder is loaded to compare it.
 
     Raises:
         UserError: If the folder is not empty, stock LLaVA cannot hold the model, or the reloaded
@@ -138,29 +141,29 @@ def export_hf_llava(
     with _atomic_folder(out_dir) as folder:
         with naming(folder):
             _write(folder, llava, processor, tower.released_level, max_shard_size)
-        normalised = model.vision_tower.normalised(pixels).cpu()
-        found, missing, unexpected = _reload(folder, normalised, ids, image_token_id)
-        difference = (found[..., : expected.shape[-1]] - expected).abs().max().item()
+        inputs = _compared_inputs(model, pixels, ids, image_token_id)
+        found = reload(folder, inputs)
+        _refuse_other_keys(found)
+        difference = (found.logits[..., : expected.shape[-1]] - expected).abs().max().item()
         report = ExportReport(
             folder=str(out_dir),
+            model_class=found.model_class,
             max_abs_logit_difference=difference,
             max_abs_logit=expected.abs().max().item(),
-            missing_keys=missing,
-            unexpected_keys=unexpected,
+            missing_keys=found.missing_keys,
+            unexpected_keys=found.unexpected_keys,
             max_pixel_difference=_pixel_difference(
-                folder, model.vision_tower.image_spec, image_aspect, image_processing
+                found.pixels,
+                inputs["image"],
+                model.vision_tower.image_spec,
+                image_aspect,
+                image_processing,
             ),
             image_token_id=image_token_id,
             dtype=str(dtype).removeprefix("torch."),
         )
         _refuse_difference(report, dtype)
         _write_notes(folder, report, image_aspect)
-    say(
-        f"exported to {out_dir}: 0 missing and 0 unexpected keys, largest logit difference "
-        f"{report.max_abs_logit_difference:.3g} (logits up to {report.max_abs_logit:.3g}), "
-        f"largest pixel difference {report.max_pixel_difference:.0f} of 255",
-        file=sys.stdout,
-    )
     return report
 
 
@@ -318,44 +321,35 @@ def _write(
     write_weights(folder, released_state(stock, vision_level), max_shard_size)
 
 
-@torch.no_grad()
-def _reload(
-    folder: Path, pixels: Tensor, ids: Tensor, image_token_id: int
-) -> tuple[Tensor, list[str], list[str]]:
-    loaded, info = AutoModelForImageTextToText.from_pretrained(
-        folder, output_loading_info=True, trust_remote_code=False
-    )
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+def _compared_inputs(
+    model: VisionLanguageModel, pixels: Tensor, ids: Tensor, image_token_id: int
+) -> dict[str, Tensor]:
+    """Return the sample as the stock class takes it, and an image for the image processor."""
+    return {
+        "input_ids": ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token_id),
+        "pixel_values": model.vision_tower.normalised(pixels).cpu().contiguous(),
+        "image": noise_image(model.vision_tower.image_spec.size),
+    }
+
+
+def _refuse_other_keys(found: Reloaded) -> None:
+    missing, unexpected = found.missing_keys, found.unexpected_keys
     if missing or unexpected:
         raise UserError(
             f"export: the reload has {len(missing)} missing and {len(unexpected)} unexpected "
             f"keys, the first being {(missing or unexpected)[0]}; nothing was written"
         )
-    loaded.eval()
-    stock_ids = ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token_id)
-    logits = loaded(
-        input_ids=stock_ids,
-        attention_mask=torch.ones_like(stock_ids),
-        pixel_values=pixels.to(loaded.dtype) if len(pixels) else None,
-    ).logits
-    return logits.float(), missing, unexpected
 
 
 def _pixel_difference(
-    folder: Path, spec: ImageSpec, aspect: Aspect, processing: Processing
+    prepared: Tensor, image: Tensor, spec: ImageSpec, aspect: Aspect, processing: Processing
 ) -> float:
-    """Largest difference on one wide picture between reloaded processor and training, of 255."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (spec.size, spec.size * 3 // 2, 3)
-    noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    picture = Image.fromarray(noise.numpy())
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    stock = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    """Return the largest difference of the image processor's pixels from training's, of 255."""
     file = BytesIO()
-    picture.save(file, "PNG")
+    Image.fromarray(image.numpy()).save(file, "PNG")
     ours = read_pixels(file.getvalue(), spec, aspect, processing)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
-    return ((stock * std + mean) * 255 - ours).abs().max().item()
+    return ((prepared * std + mean) * 255 - ours).abs().max().item()
 
 
 def _refuse_difference(report: ExportReport, dtype: torch.dtype) -> None:
@@ -375,8 +369,8 @@ def _write_notes(folder: Path, report: ExportReport, aspect: Aspect) -> None:
         folder / "README.md",
         "# A LLaVA model, exported by vlm_sft\n\n"
         "```python\n"
-        "from transformers import AutoProcessor, LlavaForConditionalGeneration\n\n"
-        "model = LlavaForConditionalGeneration.from_pretrained(folder)\n"
+        f"from transformers import AutoProcessor, {report.model_class}\n\n"
+        f"model = {report.model_class}.from_pretrained(folder)\n"
         "processor = AutoProcessor.from_pretrained(folder)\n"
         "```\n\n"
         f"Pictures were prepared with `{aspect}` in training; the processor here does the same, "

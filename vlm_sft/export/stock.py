@@ -123,8 +123,8 @@ def _timm_tower(tower: VisionTower) -> StockTower:
             f"(model.vision_tower.feature_layers is {tower.config.feature_layers}); train with "
             "feature_layers: [-1] to export"
         )
-    _refuse_pooling(tower)
-    encoder = _wrapped_timm(model, tower)
+    pools = tower.config.grid_pool is not None
+    encoder = _pooled_timm(model, tower) if pools else _wrapped_timm(model, tower)
     _require_same_features(encoder, tower)
     return StockTower(
         encoder=encoder,
@@ -134,6 +134,22 @@ def _timm_tower(tower: VisionTower) -> StockTower:
         num_additional_image_tokens=0,
         patch_size=_patch_size(tower.image_spec.size, tower.num_tokens),
     )
+
+
+def _pooled_timm(model: Any, tower: VisionTower) -> PreTrainedModel:
+    """Return an EfficientNet of transformers that averages its feature map itself."""
+    from vlm_sft.export.efficientnet import pooled_efficientnet
+
+    pooled = tower.config.grid_pool
+    try:
+        with exported(f"timm's {type(model).__name__}"):
+            return pooled_efficientnet(model, tower.image_spec.size, cast(int, pooled))
+    except UserError as error:
+        raise UserError(
+            "no class of transformers averages the feature grid of this vision tower "
+            f"(model.vision_tower.grid_pool is {pooled}): {error}; train without grid_pool to "
+            "export, or with an EfficientNet-Lite and half its grid"
+        ) from None
 
 
 def _wrapped_timm(model: Any, tower: VisionTower) -> TimmWrapperModel:

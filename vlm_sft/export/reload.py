@@ -1,0 +1,63 @@
+"""Load an exported folder with transformers alone and write down what it computes.
+
+    python vlm_sft/export/reload.py FOLDER INPUTS.safetensors OUTPUTS.safetensors
+
+A program of its own, which imports nothing of this toolkit: an export runs it in a new process, and
+`scripts/check_export_consumers` under other versions of transformers.
+
+INPUTS holds `input_ids` [1, T], `pixel_values` [N, 3, H, W] (N may be 0) and `image`, a test image
+[H, W, 3] uint8. OUTPUTS receives `logits` [1, T, V] and `pixels`, the test image as the exported
+image processor prepares it; its metadata has the missing and unexpected keys of the load.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+def main(argv: Sequence[str]) -> int:
+    """Load, compute, write."""
+    folder, inputs, outputs = argv
+    tensors, metadata = reload(folder, load_file(inputs))
+    save_file(tensors, outputs, metadata=metadata)
+    return 0
+
+
+@torch.no_grad()
+def reload(
+    folder: str, inputs: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata that the module's text names."""
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
+    )
+    model: Any = loaded.eval()
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixels.to(model.dtype) if len(pixels) else None,
+    ).logits
+    processor: Any = AutoProcessor.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    image = Image.fromarray(inputs["image"].numpy())
+    prepared = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    metadata = {
+        "class": type(model).__name__,
+        "transformers": transformers.__version__,
+        "missing": json.dumps(sorted(map(str, info["missing_keys"]))),
+        "unexpected": json.dumps(sorted(map(str, info["unexpected_keys"]))),
+    }
+    return {"logits": logits.float().contiguous(), "pixels": prepared.contiguous()}, metadata
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
