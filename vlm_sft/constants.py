@@ -21,3 +21,6 @@ Segment = tuple[int, int]
 A record that shares nothing is one segment. Where records share a prefix, the prefix is a segment
 and each of them another that continues it.
 """
+
+MAX_SHARD_SIZE: Final = "5GB"
+"""Exported weights larger than this are written as several files."""

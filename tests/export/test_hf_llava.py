@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import (
     AutoProcessor,
+    GenerationConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
@@ -18,7 +19,7 @@ from vlm_sft.data.images import to_pixels
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
-from vlm_sft.export.verify import reload_here
+from vlm_sft.export.verify import reload_here, reload_in_new_process
 from vlm_sft.model.hashing import named_state, tensors_digest
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -119,11 +120,12 @@ def test_the_processor_and_the_stock_model_answer_as_the_trained_one(
         out,
         image_aspect=aspect,
         renderer_chat_template=template,
-        stop_token_ids=[7, 9],
+        stop_token_ids=[260, 258],
     )
     processor = AutoProcessor.from_pretrained(out)
     stock = LlavaForConditionalGeneration.from_pretrained(out)
-    assert stock.generation_config.eos_token_id == [7, 9]
+    assert stock.generation_config.eos_token_id == [260, 258]
+    assert processor.tokenizer.eos_token_id == 260
     assert processor.chat_template == template
     picture = Image.effect_noise((90, 60), 80).convert("RGB")
     inputs = processor(images=picture, text="ab<image>cd", return_tensors="pt")
@@ -197,3 +199,60 @@ def test_a_folder_with_something_in_it_is_never_touched(
     with pytest.raises(UserError, match="is not an empty folder"):
         export(tiny_model(), tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_older_programs_find_the_image_processor_and_the_rotary_base(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0}
+    model = tiny_model(language_model={**LLAMA, "rope_parameters": rope})
+    export(model, tokenizer, tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == 50000.0
+    assert text["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert text["rope_parameters"] == rope
+    image = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    both = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert image.pop("processor_class") == "LlavaProcessor"
+    assert image == both["image_processor"]
+
+
+def test_sampling_settings_without_sampling_do_not_stop_the_export(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    settings = GenerationConfig(temperature=0.9, top_p=0.6, pad_token_id=0)
+    model.language_model.generation_config = settings
+    export(model, tokenizer, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert "temperature" not in written and written["pad_token_id"] == 0
+    assert settings.temperature == 0.9
+
+
+def test_the_comparison_is_made_in_a_new_process(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What this process has patched must not be seen by the comparison.
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", None)
+    report = export(tiny_model(), tokenizer, tmp_path / "out", reload=reload_in_new_process)
+    assert report.model_class == "LlavaForConditionalGeneration"
+    assert report.max_abs_logit_difference <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("keys", "loads"),
+    [
+        ({}, {"vLLM 0.32": "expected", "SGLang 0.5": "expected"}),
+        ({"tower": SIGLIP}, {"vLLM 0.32": "expected", "SGLang 0.5": "no"}),
+        ({"tower": DINO}, {"vLLM 0.32": "no", "SGLang 0.5": "no"}),
+        ({"tower": {**CLIP, "feature_layers": [-2, -1]}}, {"vLLM 0.32": "no"}),
+        ({"projector_type": "linear"}, {"vLLM 0.32": "no"}),
+    ],
+)
+def test_the_report_names_the_programs_that_cannot_load_the_folder(
+    keys: dict[str, Any], loads: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    report = export(tiny_model(**keys), tokenizer, tmp_path / "out")
+    found = {consumer.name: consumer.loads for consumer in report.consumers}
+    assert found["transformers"] == "yes"
+    assert loads.items() <= found.items()

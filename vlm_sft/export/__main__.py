@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports
+from vlm_sft.constants import MAX_SHARD_SIZE
 from vlm_sft.errors import run_command
 
 EXAMPLES = """\
 examples:
   # a folder for transformers' LlavaForConditionalGeneration and AutoProcessor, LoRA merged
   python -m vlm_sft.export runs/stage2_lora/final exported --to hf
+
+  # in bfloat16, in files of at most 2 GB
+  python -m vlm_sft.export runs/stage2_lora/final exported --dtype bfloat16 --max-shard-size 2GB
 
   # the same, with logits compared on an image of your own
   python -m vlm_sft.export runs/stage2_lora/final exported --to hf --image dog.jpg
@@ -51,6 +55,18 @@ def parser() -> CommandParser:
         default="What is in the picture?",
         metavar="TEXT",
         help="text to compare logits on (default: What is in the picture?)",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="dtype of the exported weights (auto: the language model's)",
+    )
+    add(
+        "--max-shard-size",
+        default=MAX_SHARD_SIZE,
+        metavar="SIZE",
+        help=f"write larger weights as several files (default: {MAX_SHARD_SIZE})",
     )
     return parser
 

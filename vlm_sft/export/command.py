@@ -11,12 +11,14 @@ from vlm_sft.config import DataFile
 from vlm_sft.console import say
 from vlm_sft.data.formats import read_records
 from vlm_sft.errors import RecordError
-from vlm_sft.export.hf_llava import export_hf_llava
+from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
+from vlm_sft.export.weights import require_shard_size
 from vlm_sft.inference import VlmRun, load_run, question
 
 
 def run(args: argparse.Namespace) -> int:
     """Export, compare with the reloaded folder, print the difference; returns the exit code."""
+    max_shard_size = require_shard_size(args.max_shard_size)
     vlm_run = load_run(args.checkpoint, device="cpu", bases=parse_bases(args.base))
     sample = _sample(vlm_run, args.image or _first_picture(vlm_run), args.prompt)
     report = export_hf_llava(
@@ -28,16 +30,26 @@ def run(args: argparse.Namespace) -> int:
         renderer_chat_template=vlm_run.renderer.to_jinja(),
         stop_token_ids=vlm_run.renderer.stop_token_ids,
         sample=sample,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        max_shard_size=max_shard_size,
     )
+    print_report(report)
+    return 0
+
+
+def print_report(report: ExportReport) -> None:
+    """Print what was compared, and which programs load the folder."""
     say(
-        f"{report.folder}: {report.dtype}; reloaded by stock LlavaForConditionalGeneration with "
-        f"{len(report.missing_keys)} missing and {len(report.unexpected_keys)} unexpected keys; "
-        f"largest logit difference {report.max_abs_logit_difference:.2e} (largest logit "
-        f"{report.max_abs_logit:.2f}); pictures differ by at most "
+        f"{report.folder}: {report.dtype}; reloaded by stock {report.model_class} in a new process "
+        f"with {len(report.missing_keys)} missing and {len(report.unexpected_keys)} unexpected "
+        f"keys; largest logit difference {report.max_abs_logit_difference:.2e} (largest logit "
+        f"{report.max_abs_logit:.2f}); images differ by at most "
         f"{report.max_pixel_difference:.1f} of 255 levels",
         file=sys.stdout,
     )
-    return 0
+    for consumer in report.consumers:
+        row = f"  {consumer.name:<24} {consumer.loads:<9} {consumer.reason}"
+        say(row, file=sys.stdout)
 
 
 def _sample(

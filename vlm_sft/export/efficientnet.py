@@ -6,7 +6,7 @@ convolution becomes the expansion of a block whose depthwise convolution, of str
 activation must leave averages of activations as they are, which ReLU and ReLU6 do.
 """
 
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from timm.layers import Conv2dSame
@@ -181,4 +181,4 @@ def _with_gates(state: dict[str, Tensor], model: EfficientNetModel) -> dict[str,
         if ".squeeze_excite." in name:
             opened = _OPEN if name.endswith(".expand.bias") else 0.0
             state[name] = torch.full(value.shape, opened, dtype=dtype)
-    return {name: cast(Tensor, value).detach() for name, value in state.items()}
+    return {name: value.detach() for name, value in state.items()}

@@ -1,8 +1,8 @@
 """Export to transformers: a folder that stock LLaVA classes load, checked against its origin."""
 
 import copy
+import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,10 +23,10 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlm_sft.atomic import write_json, write_text
-from vlm_sft.console import say
-from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
+from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
 from vlm_sft.errors import UserError
+from vlm_sft.export.consumers import Consumer, consumers
 from vlm_sft.export.obstacles import export_obstacles
 from vlm_sft.export.stock import (
     ROW_MULTIPLE,
@@ -50,8 +50,6 @@ from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
-MAX_SHARD_SIZE: Final = "5GB"
-
 _RELATIVE_LIMIT: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference allowed, as a part of the largest logit; merging and casting round."""
 
@@ -72,6 +70,7 @@ class ExportReport:
             one wide picture, in levels of 0..255.
         image_token_id: Id of `<image>` in the exported tokenizer.
         dtype: Of the exported weights.
+        consumers: Programs, and whether they load the folder.
     """
 
     folder: str
@@ -83,6 +82,7 @@ class ExportReport:
     max_pixel_difference: float
     image_token_id: int
     dtype: str
+    consumers: list[Consumer]
 
 
 def export_hf_llava(
@@ -134,6 +134,7 @@ def export_hf_llava(
     dtype = dtype or language_model.get_input_embeddings().weight.dtype
     tokenizer, image_token_id = _with_image_token(tokenizer)
     llava = _stock_model(model, tower, language_model, image_token_id, dtype)
+    _set_stop_token(tokenizer, stop_token_ids)
     llava.generation_config = _generation_config(language_model, tokenizer, stop_token_ids)
     processor = _processor(model.vision_tower, tower, tokenizer, image_aspect)
     processor.chat_template = renderer_chat_template
@@ -161,6 +162,7 @@ def export_hf_llava(
             ),
             image_token_id=image_token_id,
             dtype=str(dtype).removeprefix("torch."),
+            consumers=consumers(llava.config),
         )
         _refuse_difference(report, dtype)
         _write_notes(folder, report, image_aspect)
@@ -261,19 +263,35 @@ def _fill(stock: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) 
         part.dtype = dtype
 
 
+def _set_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+    """Make the template's stop token the tokenizer's EOS, which programs stop at.
+
+    Some read `tokenizer.eos_token_id` alone, not the generation settings: answers of a model
+    trained with ChatML on a base tokenizer would go on to the last token allowed.
+    """
+    named: Any = tokenizer
+    if named.pad_token is None and named.eos_token is not None:
+        named.pad_token = named.eos_token
+    if stop_token_ids:
+        named.eos_token = named.convert_ids_to_tokens(stop_token_ids[0])
+
+
 def _generation_config(
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stop_token_ids: Sequence[int],
 ) -> GenerationConfig:
-    config = copy.deepcopy(language_model.generation_config) or GenerationConfig()
+    config: Any = copy.deepcopy(language_model.generation_config) or GenerationConfig()
     if stop_token_ids:
         config.eos_token_id = list(stop_token_ids)
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    return config
+    if not config.do_sample:  # transformers refuses to write settings that have no effect
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(config, name, None)
+    return cast(GenerationConfig, config)
 
 
 def _processor(
@@ -312,6 +330,7 @@ def _write(
     config: Any = stock.config
     config.architectures = [type(stock).__name__]
     config.save_pretrained(folder)
+    _add_older_keys(folder / "config.json")
     cast(GenerationConfig, stock.generation_config).save_pretrained(folder)
     processor.save_pretrained(folder)
     # Programs older than processor_config.json look for the image processor here.
@@ -319,6 +338,21 @@ def _write(
     image_processor["processor_class"] = type(processor).__name__
     write_json(folder / "preprocessor_config.json", image_processor)
     write_weights(folder, released_state(stock, vision_level), max_shard_size)
+
+
+def _add_older_keys(path: Path) -> None:
+    """Add `rope_theta` and `rope_scaling`, which programs before transformers 5 read.
+
+    Without them such a program takes its default and computes other positions.
+    """
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    text = tree["text_config"]
+    rope = dict(text.get("rope_parameters") or {})
+    if "rope_theta" in rope and "rope_theta" not in text:
+        text["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = rope
+        write_json(path, tree)
 
 
 def _compared_inputs(
