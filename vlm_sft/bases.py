@@ -5,7 +5,6 @@ where that is, absolutely and from the run's folder, since the configuration may
 to the working directory of the training.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Final
 
 from vlm_sft.config import RunConfig, parse_config
 from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.reading import read_json
 
 FILE: Final = "bases.json"
 KEYS: Final = ("model.language_model.name", "model.vision_tower.name", "model.vision_tower.weights")
@@ -116,7 +116,7 @@ def _recorded(checkpoint: Path) -> dict[str, dict[str, str]]:
     if not path.exists():  # of a version that did not write it
         return {}
     try:
-        found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, dict[str, str]] = read_json(path)
         return {key: {"path": at["path"], "from_run": at["from_run"]} for key, at in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(

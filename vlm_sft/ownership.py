@@ -18,6 +18,7 @@ from typing import IO, Any, Final
 
 from vlm_sft.atomic import atomic_open, write_bytes, write_json
 from vlm_sft.errors import UserError
+from vlm_sft.reading import read_text
 
 MARKER: Final = ".vlm_sft.json"
 """Name of the file that marks a directory as an output of this toolkit."""
@@ -93,7 +94,7 @@ def own_directory(
 def read_marker(path: Path) -> dict[str, Any] | None:
     """Return the content of a directory's marker file; None if it has none that is ours."""
     try:
-        found = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        found = json.loads(read_text(path / MARKER, limit=2**20))
     except (OSError, ValueError):
         return None
     ours = isinstance(found, dict) and str(found.get(MADE_BY, "")).startswith("vlm_sft")

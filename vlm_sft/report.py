@@ -13,11 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
 from vlm_sft.atomic import write_bytes, write_text
 from vlm_sft.command_line import CommandParser
 from vlm_sft.console import say
+from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.ownership import require_output_file
 from vlm_sft.page import page, picture, section, table
@@ -437,7 +436,7 @@ def _mark(answer: str, expected: str | None) -> str:
 
 
 def _picture_card(shown: ShownPicture) -> str:
-    image = Image.open(shown.path).convert("RGB")
+    image = open_image(shown.path)
     image.thumbnail((640, 640))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
