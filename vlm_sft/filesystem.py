@@ -33,10 +33,16 @@ _DISK_FAILED: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
 _warned: set[str] = set()
 
 
-def warn_once(text: str) -> None:
-    """Print a warning to stderr unless this process has printed the same one before."""
-    if text not in _warned:
-        _warned.add(text)
+def warn_once(text: str, *, about: str | None = None) -> None:
+    """Print a warning to stderr, once in a process.
+
+    Args:
+        text: The warning.
+        about: What one warning is enough for; None: this text.
+    """
+    about = about or text
+    if about not in _warned:
+        _warned.add(about)
         say(f"warning: {text}")
 
 
@@ -81,9 +87,16 @@ def sync(descriptor: int, path: Path) -> None:
         if error.errno not in UNSUPPORTED:
             raise OSError(error.errno, error.strerror, str(path)) from None
         warn_once(
-            f"{path.parent}: the file system cannot sync files to the disk ({error.strerror}); "
-            "what was written last may be lost when the machine loses power"
+            f"{_lasting_folder(path)}: the file system cannot sync files to the disk "
+            f"({error.strerror}); what was written last may be lost when the machine loses power",
+            about=f"sync on device {os.fstat(descriptor).st_dev}",
         )
+
+
+def _lasting_folder(path: Path) -> Path:
+    """Return the nearest directory above a file that is not a temporary one of this toolkit."""
+    temporary = [p for p in path.parents if p.name.startswith(".") and p.name.endswith(".tmp")]
+    return temporary[-1].parent if temporary else path.parent
 
 
 def sync_folder(folder: Path) -> None:
