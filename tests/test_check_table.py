@@ -17,7 +17,9 @@ import yaml
 from tests.model.tiny import LLAMA
 from tests.train.tiny import reset_accelerate
 from vlm_sft import check, stage1, stage2
+from vlm_sft.check.trial import memory_faults
 from vlm_sft.errors import UserError
+from vlm_sft.libraries import library_call
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny"
@@ -137,9 +139,9 @@ BAD: dict[str, tuple[str, Changes, str]] = {
         {LANGUAGE: {**MOE, "num_experts_per_tok": 9}},
         "model.language_model.config",
     ),
-    "weights that overflow": (
+    "an initializer_range that is no number": (
         "stage1",
-        {f"{LANGUAGE}.initializer_range": 1e30},
+        {f"{LANGUAGE}.initializer_range": "wide"},
         "model.language_model",
     ),
     "the tower's heads do not divide its width": (
@@ -212,8 +214,8 @@ BAD: dict[str, tuple[str, Changes, str]] = {
     ),
     "the template's tokens are not the tokenizer's": (
         "stage2",
-        {"data.template": "llama3"},
-        "llama3",
+        {"data.template": "llama_3"},
+        "control token",
     ),
     "another run trains there": ("stage1", {"output_dir": "LOCKED"}, "is locked"),
     "output_dir is a file": ("stage1", {"output_dir": "FILE"}, "output_dir"),
@@ -337,6 +339,16 @@ def test_what_must_fail_later_is_found(
     assert not (places / "run").exists()
 
 
+def test_memory_that_is_not_there_is_one_sentence() -> None:
+    with (
+        pytest.raises(UserError, match="no memory for the run's longest batch") as caught,
+        library_call("transformers", "model", "train on the longest batch"),
+        memory_faults(),
+    ):
+        torch.empty(1 << 55)
+    assert caught.value.reason == "out_of_memory"
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_what_only_looks_odd_passes_and_trains(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -348,3 +360,24 @@ def test_what_only_looks_odd_passes_and_trains(
     reset_accelerate()
     main = stage1.main if stage == "stage1" else stage2.main
     assert main([path]) == 0
+
+
+def test_a_run_that_is_already_there_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reset_accelerate()
+    assert stage1.main([configuration(tmp_path, "stage1", {"data.eval": []})]) == 0
+    path = configuration(tmp_path, "stage1", {"data.eval": []})
+    code, text = words_of(lambda: check.main([path, "--no-model"]), capsys)
+    assert code == 0
+    assert "already finished" in text
+    path = configuration(tmp_path, "stage1", {"data.eval": [], "seed": 7})
+    code, text = words_of(lambda: check.main([path, "--no-model"]), capsys)
+    assert code == 2
+    assert "seed" in text
+    other = {"projector": str(tmp_path / "run" / "final"), "output_dir": str(tmp_path / "next")}
+    wider = {LANGUAGE: {**SMALL, "hidden_size": 96, "intermediate_size": 64}}
+    path = configuration(tmp_path, "stage2", {**other, **wider})
+    code, text = words_of(lambda: check.main([path]), capsys)
+    assert code == 2
+    assert "but this model's is" in text

@@ -35,7 +35,11 @@ def try_longest_batch(
 ) -> None:
     """Train on the run's longest batch without an update, and look at loss and gradients."""
     device, positions = run_device(), plan.batching.num_positions
-    with verdict.examine("longest batch"), _memory_faults(), deterministic(_repeats(config)):
+    with (
+        verdict.examine("longest batch"),
+        _shared_memory(model, verdict),
+        deterministic(config.train.deterministic),
+    ):
         steps = (
             plan.batching.share_out(data.train, plan.records_of_step(step), 1)
             for step in range(plan.total_steps)
@@ -46,7 +50,7 @@ def try_longest_batch(
             words = "not tried: it would take too long on a CPU; run the check on the GPU machine"
             verdict.report("longest batch", "note", words)
             return
-        with library_call("transformers", "model", "train on the longest batch"):
+        with library_call("transformers", "model", "train on the longest batch"), memory_faults():
             loss = _loss_with_gradients(config, plan, data, model, chosen, device)
         _require_finite(loss)
         _require_gradients_where_trained(model)
@@ -82,17 +86,13 @@ def try_an_answer(
     model.eval()
     with (
         verdict.examine("evaluation"),
-        _memory_faults(),
         library_call("transformers", "model.language_model", "generate an answer"),
+        memory_faults(),
         torch.no_grad(),
         _autocast(config, run_device()),
     ):
         answers(None if config.data.on_error == "stop" else lambda fault: None)
         verdict.add("evaluation", True, "the model answers held-out records")
-
-
-def _repeats(config: RunConfig) -> bool:
-    return config.train.deterministic
 
 
 def _affordable(
@@ -174,7 +174,19 @@ def _finite(parameter: nn.Parameter) -> bool:
 
 
 @contextmanager
-def _memory_faults() -> Iterator[None]:
+def _shared_memory(model: VisionLanguageModel, verdict: Verdict) -> Iterator[None]:
+    """Make missing memory a warning where several GPUs would share the weights in training."""
+    try:
+        yield
+    except UserError as error:
+        in_full = any(p.requires_grad for _, p in named_parts(model)["language_model"])
+        if error.reason != "out_of_memory" or not in_full or torch.cuda.device_count() < 2:
+            raise
+        verdict.report("longest batch", "warning", f"on one GPU, without sharing weights: {error}")
+
+
+@contextmanager
+def memory_faults() -> Iterator[None]:
     """Report memory that this machine does not have as a user error."""
     try:
         yield
