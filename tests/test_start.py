@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from vlm_sft.command_line import NOISE, silence_known_noise
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/tiny/stage1.yaml"
@@ -144,3 +147,19 @@ def test_every_option_has_a_description(command: str) -> None:
     parser = importlib.import_module(name).parser()
     unexplained = [a.option_strings or a.dest for a in actions_of(parser) if not a.help]
     assert unexplained == []
+
+
+def test_known_noise_is_dropped_and_real_warnings_of_the_same_logger_stay(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    silence_known_noise()
+    [(name, beginning)] = NOISE.items()
+    logging.getLogger(name).warning(f"{beginning}: No module named 'kernels'")
+    logging.getLogger(name).warning("the weights are corrupt")
+    assert [record.getMessage() for record in caplog.records] == ["the weights are corrupt"]
+
+
+@pytest.mark.slow
+def test_a_plan_prints_nothing_of_other_libraries() -> None:
+    code, _, err, _ = start("vlm_sft.plan", "configs/tiny/stage2_lora.yaml", "--sample", "5")
+    assert code == 0 and "kernels-community" not in err

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import vlm_sft
 from vlm_sft.errors import UserError
@@ -230,6 +231,7 @@ def heavy_imports() -> Iterator[None]:
     Ctrl-C ends the process at once: nothing was started, and libraries turn a KeyboardInterrupt
     in their imports into other exceptions or swallow it.
     """
+    silence_known_noise()
     try:
         before = signal.getsignal(signal.SIGINT)
         if before is not signal.default_int_handler:
@@ -243,6 +245,35 @@ def heavy_imports() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+NOISE: Final = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+}
+"""By logger, how messages begin that say nothing about the user's run and that nobody can act on.
+
+bitsandbytes logs this on import, whether or not anything is quantized; without that kernel it
+computes the same on a CPU by another way.
+"""
+
+
+def silence_known_noise() -> None:
+    """Drop the messages of `NOISE`, and no others of those loggers."""
+    for name, beginning in NOISE.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _DropMessages) for known in logger.filters):
+            logger.addFilter(_DropMessages(beginning))
+
+
+class _DropMessages(logging.Filter):
+    """Drop what begins with a known text."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self._beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._beginning)
 
 
 def _leave_at_once(_signal: int, _frame: FrameType | None) -> None:

@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure, print a table, write `--out`; returns the exit code."""
     arguments = parser().read(argv)
     _require_fitting(arguments)
+    from vlm_sft.evaluation.probe_files import read_rows
     from vlm_sft.inputs import require_checkpoint
 
     for path in arguments.probes:
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
         require_file("--captions", arguments.captions)
     require_folder("--images", arguments.images)
     require_checkpoint(arguments.checkpoint)
+    for path in arguments.probes:
+        read_rows(path)
     with heavy_imports():
         from vlm_sft.evaluate.command import run
     return run(arguments)

@@ -14,10 +14,10 @@ from vlm_sft.data.images import to_pixels
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.evaluation.branches import Branch, score_branches
 from vlm_sft.evaluation.conditions import CONDITIONS, Condition
+from vlm_sft.evaluation.probe_files import read_rows
 from vlm_sft.evaluation.statistics import balanced_accuracy_interval, interval_of_shares
-from vlm_sft.image_paths import current_directory_hint, image_path, nearest_existing
+from vlm_sft.image_paths import image_path
 from vlm_sft.inference import VlmRun, question
-from vlm_sft.reading import read_json
 from vlm_sft.visible import shortened
 
 CLOSED_SETS = (("yes", "no"), ("left", "right"), ("top", "bottom"))
@@ -77,38 +77,19 @@ class Task:
 
 
 def read_probes(path: Path) -> list[Probe]:
-    """Read a JSON list of `id, image, question, answer, kind`.
+    """Read a file of probes; see `probe_files` for its forms.
 
     Yes/no, left/right and top/bottom are chosen between the two; any other answer among all
     answers of the file of its kind.
 
     Raises:
-        UserError: The file is missing or not such a list; the record is named.
+        UserError: The file is missing or of no such form; the record is named.
     """
-    try:
-        rows = read_json(path)
-    except OSError:
-        raise UserError(
-            f"{path}: no such file of probes{current_directory_hint(path)}{nearest_existing(path)};"
-            " data_tools.build_coco makes them",
-            code="data_file_missing",
-        ) from None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(
-            f"{path}: expected a list of probes with at least one, found none",
-            code="data_file_unreadable",
-        )
-    keys = ("id", "image", "question", "answer", "kind")
+    rows = read_rows(path)
     open_sets: dict[str, set[str]] = {}
-    for index, row in enumerate(rows):
-        for key in keys:
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise UserError(
-                    f"{path}[{index}]: {key!r} is missing or not text; add it",
-                    code="data_file_unreadable",
-                )
+    for row in rows:
         open_sets.setdefault(row["kind"], set()).add(row["answer"])
-    return [Probe(**{k: row[k] for k in keys}, choices=_choices(row, open_sets)) for row in rows]
+    return [Probe(**row, choices=_choices(row, open_sets)) for row in rows]
 
 
 def require_images_inside(

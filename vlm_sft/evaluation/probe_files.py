@@ -1,0 +1,108 @@
+"""Read questions with known answers: our own form, POPE's, and LLaVA's with answers."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from vlm_sft.errors import UserError
+from vlm_sft.image_paths import current_directory_hint, nearest_existing
+from vlm_sft.reading import StrictJsonError, parse_json, read_text
+from vlm_sft.visible import shortened
+
+FORM: Final = (
+    '{"id": "1", "image": "a.jpg", "question": "Is there a dog?", "answer": "yes", "kind": '
+    '"existence"}, or POPE\'s {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", '
+    '"label": "yes"}'
+)
+"""The forms of a row, by example."""
+
+_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "id": ("id", "question_id"),
+    "image": ("image",),
+    "question": ("question", "text"),
+    "answer": ("answer", "label"),
+    "kind": ("kind", "category"),
+}
+"""Names of a value, ours first; then POPE's and those of LLaVA's question files."""
+
+_ANY_CASE: Final = ("yes", "no")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a JSON list or JSON lines of questions; rows have `id, image, question, answer, kind`.
+
+    Where a row has no kind, it is the name of the file.
+
+    Raises:
+        UserError: The file is missing, or a row has no such form; the row is named.
+    """
+    rows = [_row(path, where, value) for where, value in _values(path)]
+    if not rows:
+        raise UserError(
+            f"{path}: expected a list of probes with at least one, found none; a probe is {FORM}",
+            code="data_file_unreadable",
+        )
+    return rows
+
+
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every value with its place: `[index]` of a list, `:line` of JSON lines."""
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file of probes{current_directory_hint(path)}{nearest_existing(path)};"
+            " data_tools.build_coco makes them",
+            code="data_file_missing",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}", code="data_file_unreadable"
+        ) from None
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if len(lines) == 1 or text.lstrip()[:1] != "{" or lines[0][1].strip() == "{":
+        yield from _list_of(path, text)
+        return
+    for number, line in lines:
+        try:
+            yield f":{number}", parse_json(line)
+        except StrictJsonError as error:
+            raise UserError(f"{path}:{number}: {error}", code=error.reason) from None
+
+
+def _list_of(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if not text.strip():
+        return
+    try:
+        value = parse_json(text)
+    except StrictJsonError as error:
+        raise UserError(f"{path}: {error}; a probe is {FORM}", code=error.reason) from None
+    if isinstance(value, dict) and isinstance(value.get("questions"), list):
+        value = value["questions"]
+    values = value if isinstance(value, list) else [value]
+    yield from ((f"[{index}]", row) for index, row in enumerate(values))
+
+
+def _row(path: Path, where: str, value: Any) -> dict[str, str]:
+    place = f"{path}{where}"
+    if not isinstance(value, dict):
+        _refuse(place, f"found {shortened(repr(value), 80)}, which is no probe")
+    row = {"kind": path.stem}
+    for name, spellings in _NAMES.items():
+        found = next((value[spelling] for spelling in spellings if spelling in value), None)
+        if name == "id" and isinstance(found, int) and not isinstance(found, bool):
+            found = str(found)
+        if isinstance(found, str):
+            row[name] = found
+        elif name != "kind" or found is not None:
+            extra = ""
+            if name == "answer" and found is None:
+                extra = " (a file of questions alone, as LLaVA's, cannot be measured)"
+            _refuse(place, f"{name!r} is missing or not text{extra}")
+    if row["answer"].lower() in _ANY_CASE:
+        row["answer"] = row["answer"].lower()
+    return row
+
+
+def _refuse(place: str, what: str) -> NoReturn:
+    raise UserError(f"{place}: {what}; expected {FORM}", code="data_file_unreadable")
