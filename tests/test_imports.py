@@ -13,7 +13,7 @@ BASE = {
     "command_line", "yaml_text", "setting_errors", "hub",
     "constants", "error_codes", "errors", "settings", "config", "atomic", "progress", "crash",
     "visible", "ownership", "libraries", "console", "image_paths", "reading",
-    "filesystem", "commands", "model_folders",
+    "filesystem", "commands", "model_folders", "streams",
 }  # fmt: skip
 ENTRY_POINTS = {
     "vlm_sft.stage1",

@@ -8,6 +8,7 @@ from typing import IO, Any, Final
 import rich.console
 from rich.segment import Segment
 
+from vlm_sft.streams import holds_unicode
 from vlm_sft.visible import INVISIBLE_CODES, visible
 
 _JSON_ESCAPES: Final = {
@@ -27,7 +28,7 @@ def say(text: object = "", *, end: str = "\n", file: IO[str] | None = None) -> N
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
     """Print a value as JSON on stdout, with escapes for what would command a terminal."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    text = json.dumps(value, ensure_ascii=not holds_unicode(), indent=indent)
     print(text.translate(_JSON_ESCAPES), flush=True)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Final
 
 from vlm_sft.error_codes import CODES, ErrorCode
+from vlm_sft.streams import accept_any_text
 from vlm_sft.visible import shortened, visible, visible_line
 
 
@@ -123,6 +124,27 @@ def _whose() -> str:
     return "" if count == "1" else f"rank {os.environ.get('RANK', '?')} of {count}: "
 
 
+def as_text(text: str, name: str) -> str:
+    """Return text from an argument or from stdin as Unicode text.
+
+    Python keeps bytes that are not in the locale's encoding as half surrogate pairs; where they
+    are UTF-8 they are decoded.
+
+    Args:
+        text: As Python has it.
+        name: What it is, for the message.
+
+    Raises:
+        UserError: The bytes are not UTF-8.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise UserError(
+            f"{name}: {text[:60]!a} is not UTF-8 text; give it in UTF-8", code="bad_text"
+        ) from None
+
+
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's `main` and exit with its code; user errors become one line and code 2.
 
@@ -130,6 +152,7 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     one line too. Anything else is a bug and keeps its traceback.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    accept_any_text()
     try:
         code = _main_and_flush(main, arguments)
     except UserError as error:
