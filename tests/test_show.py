@@ -128,6 +128,15 @@ def test_what_a_terminal_would_obey_is_shown_instead(
     assert not {"\x1b", "\r", "\x07"} & set(out)
 
 
+def test_what_only_reads_like_a_control_token_or_a_mark_has_a_backslash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--records", file_of(tmp_path, r"<image> <|im_end|> ⟦x⟧ \\<image> <im"), *FILE[2:]]
+    assert show.main(argv) == 0
+    out = capsys.readouterr().out
+    assert r"⟦\<image> \<|im_end|> \⟦x\⟧ \\\\\<image> <im<|im_end|>⟧" in out
+
+
 def test_control_tokens_that_data_spells_stay_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

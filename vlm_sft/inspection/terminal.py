@@ -1,6 +1,7 @@
 """Records and figures for a terminal, a pager, or a file of text."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_sft.console import Console
+from vlm_sft.constants import IMAGE_PLACEHOLDER
 from vlm_sft.data.conversation import TextPart
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.statistics import BUCKETS, FREE_TEXT, FigureTable
@@ -30,9 +32,11 @@ class _Console(Console):
 
 
 def as_text(found: Inspected, spelled: Spelled | None) -> Text:
-    """One record for a terminal: trained text bold between ⟦ and ⟧, control tokens in colour.
+    """Return a record as text: trained text bold between ⟦ and ⟧, control tokens in color.
 
-    Control characters stand as their pictures (␛), so that data cannot command the terminal.
+    Ordinary text that spells a control token, `<image>` or one of the marks has a backslash before
+    it, so that it reads otherwise than the real one without colors too. Control characters stand
+    as their symbols (␛), so that data cannot command the terminal.
     """
     text = Text()
     text.append(visible(f"── {found.entry.record_id} "), style="bold")
@@ -43,7 +47,10 @@ def as_text(found: Inspected, spelled: Spelled | None) -> Text:
     if spelled is None:
         for turn in found.conversation.turns if found.conversation else ():
             text.append(f"{turn.role}: ", style="bold dim")
-            texts = (p.text if isinstance(p, TextPart) else "<image>" for p in turn.parts)
+            texts = (
+                _escaped(p.text, (IMAGE_PLACEHOLDER,)) if isinstance(p, TextPart) else "<image>"
+                for p in turn.parts
+            )
             text.append(visible("".join(texts)) + "\n", style="dim")
         return text
     for stretch in spelled.stretches:
@@ -52,11 +59,20 @@ def as_text(found: Inspected, spelled: Spelled | None) -> Text:
             text.append("⟦", style="bold green")
         for is_control, tokens in groupby(stretch.tokens, key=lambda token: token.is_control):
             style = "bold black on green" if is_trained else "dim"
-            spoken = visible("".join(token.text for token in tokens))
-            text.append(spoken, style="cyan" if is_control else style)
+            spoken = "".join(token.text for token in tokens)
+            if not is_control:
+                spoken = _escaped(spoken, spelled.control)
+            text.append(visible(spoken), style="cyan" if is_control else style)
         if is_trained:
             text.append("⟧", style="bold green")
     return text.append("\n")
+
+
+def _escaped(text: str, control: Sequence[str]) -> str:
+    """Put a backslash before what reads like a control token or a mark, and before its own."""
+    special = sorted({*control, "⟦", "⟧"}, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, special))
+    return re.sub(rf"(\\*)({pattern})", r"\1\1\\\2", text)
 
 
 def facts(found: Inspected, spelled: Spelled | None) -> str:

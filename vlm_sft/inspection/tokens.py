@@ -49,6 +49,7 @@ class Spelled:
         labels: `IGNORE_INDEX` where nothing is trained.
         length: Tokens, image tokens included.
         num_images: Pictures.
+        control: How the tokenizer's control tokens and an image's place are spelled.
     """
 
     stretches: tuple[Stretch, ...]
@@ -56,6 +57,7 @@ class Spelled:
     labels: list[int]
     length: int
     num_images: int
+    control: tuple[str, ...] = (IMAGE_PLACEHOLDER,)
 
     @property
     def num_trained(self) -> int:
@@ -92,7 +94,8 @@ def spell(found: Inspected, renderer: Renderer, num_image_tokens: int) -> Spelle
     stretches += _stretches(ids, labels, end, len(ids), "context", renderer)
     num_images = rendered.num_images
     length = len(ids) + num_images * (num_image_tokens - 1)
-    return Spelled(tuple(stretches), ids, labels, length, num_images)
+    control = (IMAGE_PLACEHOLDER, *renderer.encoder.control_ids)
+    return Spelled(tuple(stretches), ids, labels, length, num_images, control)
 
 
 def as_json(found: Inspected, renderer: Renderer) -> dict[str, Any]:
