@@ -126,3 +126,22 @@ def test_a_checkpoint_that_is_not_there_ends_with_one_sentence_and_2(
     assert code_of([str(tmp_path / "gone"), "--prompt", "x"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error VS") and err.count("\n") == 1 and "no such folder" in err
+
+
+def test_a_url_for_an_image_is_one_clear_sentence(
+    full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "https://example.org/cat.jpg"
+    assert code_of([str(full_run), "--image", url, "--prompt", "What?"]) == 2
+    sentence = f"the image '{url}' is a URL; nothing is downloaded, give a file's name"
+    assert sentence in capsys.readouterr().err
+    assert talk(full_run, f"/image {url}\n/image file://{RED}\n/quit\n", monkeypatch) == 0
+    err = capsys.readouterr().err
+    assert sentence in err and "picture 1 goes with the next question" in err
+
+
+def test_a_prompt_that_is_not_utf_8_is_one_sentence(
+    full_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of([str(full_run), "--prompt", "caf\udce9"]) == 2
+    assert "--prompt: 'caf\\udce9' is not UTF-8 text" in capsys.readouterr().err

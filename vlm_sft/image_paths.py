@@ -52,6 +52,15 @@ def image_path(root: str | Path, name: str, *, follow_symlinks: bool = False) ->
     return Path(path)
 
 
+def image_argument(name: str) -> Path:
+    """Return the path of an image that is named on the command line, without looking for it.
+
+    Raises:
+        ImageError: `image_path`: the name is a URL.
+    """
+    return Path(_without_scheme(name, shown_name(name))).expanduser()
+
+
 def _without_scheme(name: str, shown: str) -> str:
     """Return the path of a `file:` URL, or the name; any other URL is refused."""
     if _SCHEME.match(name) is None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports, number, whole_number
+from vlm_sft.errors import as_text
+from vlm_sft.image_paths import image_argument
 
 EXAMPLES = """examples:
   python -m vlm_sft.chat runs/stage2/final --image cat.jpg --prompt "What is this?"
@@ -20,6 +22,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().read(argv)
     from vlm_sft.inputs import require_checkpoint, require_images
 
+    arguments.image = [image_argument(name) for name in arguments.image]
+    if arguments.prompt is not None:
+        arguments.prompt = as_text(arguments.prompt, "--prompt")
     require_images(arguments.image)
     require_checkpoint(arguments.checkpoint)
     with heavy_imports():
@@ -35,7 +40,6 @@ def parser() -> CommandParser:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
     add(
         "--image",
-        type=Path,
         action="append",
         default=[],
         metavar="FILE",

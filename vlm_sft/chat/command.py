@@ -12,6 +12,7 @@ from vlm_sft.console import say
 from vlm_sft.data.conversation import TextPart, Turn
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, error_line
+from vlm_sft.image_paths import image_argument
 from vlm_sft.inference import VlmRun, load_run, question
 
 
@@ -98,7 +99,7 @@ def _obey_or_ask(chat: Chat, line: str) -> None:
         names = _split(rest)
         if len(names) != 1:
             raise UserError(f"/image {rest}: expected one file; quote a name with spaces")
-        chat.show(Path(names[0]).expanduser())
+        chat.show(image_argument(names[0]))
         _say(f"picture {len(chat.images)} goes with the next question")
     elif command.startswith("/"):
         raise UserError(f"{command}: unknown command; known: /image FILE, /reset, /quit")
