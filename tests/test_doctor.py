@@ -19,7 +19,7 @@ from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.masking import Rendered, Renderer
 from vlm_sft.data.tokenizer import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
-from vlm_sft.diagnosis.case import Finding
+from vlm_sft.diagnosis.case import Case, Finding
 from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.errors import UserError
 
@@ -85,7 +85,7 @@ def test_the_models_own_chatml_is_good_throughout() -> None:
     assert found["own_template"].level == found["export"].level == "good"
     assert found["generation_config"].level == "good"
     assert "260" in found["stop_is_not_eos"].found
-    assert "all 16 sequences" in found["export"].found
+    assert "all 18 sequences" in found["export"].found
     assert found["control"].found.startswith("5 strings (5 special, 0 merely added)")
 
 
@@ -137,16 +137,18 @@ def test_no_padding_token_is_a_note() -> None:
     assert "</s> (id 257) fills up, which is the stop token and EOS" in finding.found
 
 
-def test_a_jinja_template_that_trims_is_noted() -> None:
-    found = findings(with_template(CHATML.replace("message['content']", "message['content']|trim")))
-    assert found["template_trims"].level == "note"
-    assert "template_trims" not in findings(byte_tokenizer())
+def test_a_jinja_template_that_trims_is_exported_without_trimming() -> None:
+    trimming = CHATML.replace("message['content']", "message['content']|trim")
+    renderer = Renderer.from_name("auto", with_template(trimming))
+    text = Case(renderer.tokenizer, "auto", renderer, None).exported.apply_chat_template(
+        [{"role": "user", "content": "  Is there a dog?\n"}], tokenize=False
+    )
+    assert text == "<|im_start|>user\n  Is there a dog?\n<|im_end|>\n"
 
 
 def test_a_template_of_its_own_that_takes_no_system_text_is_compared_without() -> None:
     found = findings(sentencepiece_tokenizer(), "vicuna_v1")
     assert found["own_template_differs"].level == "warning"
-    assert "template_trims" not in found
 
 
 def test_header_marks_that_are_ordinary_text_are_bad() -> None:
@@ -351,7 +353,7 @@ def test_the_tokenizers_backend_is_compared_with_sentencepiece(tmp_path: Path) -
     folder = sentencepiece_folder(tmp_path)
     found = findings(load_tokenizer(LanguageModelConfig(name=str(folder))), "vicuna_v1")
     assert found["sentencepiece_differs_rarely"].level == "note"
-    assert "3 of 31 texts" in found["sentencepiece_differs_rarely"].found
+    assert "3 of 33 texts" in found["sentencepiece_differs_rarely"].found
     assert found["legacy_differs"].level == "note"
     assert "▁" in found["legacy_differs"].found
 

@@ -1,5 +1,6 @@
 """A checkpoint answers as the model that was trained, or is refused."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from tests.conftest import trained
@@ -21,7 +23,7 @@ from vlm_sft.model.build import build_model
 from vlm_sft.model.hashing import named_state
 from vlm_sft.model.vlm import causal_lm
 from vlm_sft.parts_on_disk import read_adapter
-from vlm_sft.train.checkpoint import load_tensors
+from vlm_sft.train.checkpoint import _sealed, load_tensors
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "configs" / "tiny" / "data" / "images"
@@ -293,3 +295,43 @@ def test_a_broken_picture_or_an_open_answer_is_refused(lora: VlmRun, tmp_path: P
         lora.answer(question("What?", [broken]))
     with pytest.raises(RecordError, match="must end in a user's turn"):
         lora.answer(Conversation("q", (Turn("assistant", (TextPart("a"),)),)))
+
+
+def older_checkpoint(run: Path, folder: Path, records: list[dict[str, object]]) -> VlmRun:
+    """A checkpoint made before template.json named an image separator, trained on `records`."""
+    shutil.copytree(run / "final", folder)
+    (folder.parent / "records.json").write_text(json.dumps(records), encoding="utf-8")
+    for name, change in {
+        "template.json": lambda plain: plain.pop("image_separator"),
+        "config.yaml": lambda plain: plain["data"].update(
+            train=[{"path": str(folder.parent / "records.json")}]
+        ),
+    }.items():
+        plain = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+        change(plain)
+        (folder / name).write_text(json.dumps(plain), encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for name in ("template.json", "config.yaml"):
+        manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    manifest.pop("sha256")
+    (folder / "manifest.json").write_text(_sealed(manifest), encoding="utf-8")
+    return load_run(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "separator"),
+    [
+        ("<image>\nWhat?", "\n"),
+        ("<image>What?", "\n"),
+        ([{"type": "image"}, {"type": "text", "text": "What?"}], ""),
+        ([{"type": "image"}, {"type": "text", "text": "\nWhat?"}], "\n"),
+    ],
+)
+def test_an_older_checkpoint_asks_as_its_content_parts_were_trained(
+    asked: object, separator: str, lora_run: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Red."}]
+    run = older_checkpoint(lora_run, tmp_path / "old", [{"messages": turns, "images": ["a.png"]}])
+    assert run.renderer.image_separator == separator
+    (tmp_path / "records.json").unlink()
+    assert load_run(tmp_path / "old", device="cpu").renderer.image_separator == "\n"

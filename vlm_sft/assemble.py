@@ -102,7 +102,11 @@ def load_language(config: RunConfig) -> Language:
     tokenizer = load_tokenizer(config.model.language_model)
     data = config.data
     renderer = Renderer.from_name(
-        data.template, tokenizer, default_system=data.system, recipe=data.recipe
+        data.template,
+        tokenizer,
+        default_system=data.system,
+        recipe=data.recipe,
+        image_separator=data.image_separator,
     )
     return Language(tokenizer, renderer)
 

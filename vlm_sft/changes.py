@@ -30,6 +30,7 @@ RULES: Mapping[str, Rule] = {
     "data.eval": "explicit",
     "data.template": "forbidden",
     "data.system": "forbidden",
+    "data.image_separator": "explicit",
     "data.recipe": "forbidden",
     "data.max_length": "forbidden",
     "data.length_policy": "forbidden",

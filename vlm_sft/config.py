@@ -115,6 +115,9 @@ class DataConfig(Section):
     """A name of `vlm_sft/data/templates`, a YAML file, or `auto`: the model's own chat template."""
     system: str | None = None
     """System text for records that have none; None: the template's default, "": none."""
+    image_separator: str | None = None
+    """Text between an image and its neighbors where content is a list of parts: in such records,
+    in `chat`, `evaluate` and the exported chat template; None: the template's, mostly a newline."""
     recipe: Literal["fixed", "llava-1.5"] = "fixed"
     """`llava-1.5` repeats LLaVA's quirks (`vlm_sft/data/recipe.py`), `fixed` none of them."""
     max_length: PositiveInt = 2048

@@ -3,8 +3,9 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIterator
 from vlm_sft.bases import find_bases
 from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part, TextPart, Turn
+from vlm_sft.data.formats import read_records
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
+from vlm_sft.data.layout import DEFAULT_SEPARATOR, separated_parts
 from vlm_sft.data.masking import Renderer, expand
 from vlm_sft.data.tokenizer import load_tokenizer, padding_id
-from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.errors import CheckpointError, UserError, as_text
 from vlm_sft.inputs import require_checkpoint
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -31,6 +34,9 @@ from vlm_sft.parts_on_disk import (
 )
 from vlm_sft.reading import read_json
 from vlm_sft.train.checkpoint import copy_tensors, load_tensors, verify
+
+_LOOKED_AT: Final = 1000
+"""Records of a training file that are read for the layout of an older checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,10 @@ def load_run(
     config = find_bases(load_config(folder / "config.yaml"), folder, bases or {})
     files = (folder / "tokenizer").absolute()
     tokenizer = load_tokenizer(LanguageModelConfig(name=str(files)), str(folder / "tokenizer"))
-    renderer = Renderer.from_description(_json(folder / "template.json"), tokenizer)
+    description = _json(folder / "template.json")
+    if "image_separator" not in description:
+        description["image_separator"] = _trained_separator(config)
+    renderer = Renderer.from_description(description, tokenizer)
     model = _build(config, folder)
     _require_same_base(config, model, checkpoint.manifest, folder)
     _read_parts(config, model, folder)
@@ -243,18 +252,23 @@ def load_run(
 def question(
     text: str, images: Sequence[ImageSource] = (), *, history: Sequence[Turn] = ()
 ) -> Conversation:
-    """A conversation that asks `text`; new pictures stand before it, each on its own line.
+    """Return a conversation that asks `text` about the new images, which stand before it.
+
+    The run's template says what separates an image from the text.
 
     Args:
         text: The user's words.
-        images: Every picture so far, those of `history` first.
+        images: Every image so far, those of `history` first.
         history: Earlier turns, ending in an assistant's.
+
+    Raises:
+        UserError: `text` is not Unicode text.
     """
+    text = as_text(text, "question")
     shown = sum(isinstance(part, ImagePart) for turn in history for part in turn.parts)
-    parts: list[Part] = []
-    for index in range(shown, len(images)):
-        parts += [ImagePart(index), TextPart("\n")]
-    turns = (*history, Turn("user", (*parts, TextPart(text))))
+    parts: list[Part] = [ImagePart(index) for index in range(shown, len(images))]
+    asked = Turn("user", (*parts, TextPart(text)), image_separator=None if parts else "")
+    turns = (*history, asked)
     return Conversation("question", turns, tuple(images))
 
 
@@ -286,6 +300,26 @@ def _json(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error}); the checkpoint is damaged",
             code="checkpoint_damaged",
         ) from None
+
+
+def _trained_separator(config: RunConfig) -> str | None:
+    """Return the image separator of a checkpoint made before template.json named one.
+
+    Then nothing was added to records whose content is a list of parts, so the first such record
+    of the training data, where it is still there, shows what the model saw. None: the template's.
+    """
+    for file in config.data.train:
+        if not Path(file.path).exists():
+            continue
+        for record in islice(read_records(file), _LOOKED_AT):
+            for turn in record.turns if isinstance(record, Conversation) else ():
+                if turn.image_separator is None:
+                    return (
+                        ""
+                        if separated_parts(turn.parts, DEFAULT_SEPARATOR) != list(turn.parts)
+                        else None
+                    )
+    return None
 
 
 def _build(config: RunConfig, folder: Path) -> VisionLanguageModel:

@@ -136,8 +136,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_digest(renderer: Renderer) -> str:
-    """sha256 of the template, the system text and the recipe that texts are rendered by."""
-    plain = json.dumps(renderer.describe(), sort_keys=True)
+    """sha256 of the template, the system text and the recipe that texts are rendered by.
+
+    The image separator is left out: runs made before there was one can be resumed. What it does to
+    a record is in the digest of the data.
+    """
+    described = {k: v for k, v in renderer.describe().items() if k != "image_separator"}
+    plain = json.dumps(described, sort_keys=True)
     return hashlib.sha256(plain.encode()).hexdigest()
 
 

@@ -87,6 +87,8 @@ def _message(turn: Turn, record: Conversation, image_root: Path) -> dict[str, An
         for part in turn.parts
     ]
     message: dict[str, Any] = {"role": turn.role, "content": parts}
+    if turn.image_separator is not None and any(p["type"] == "image" for p in parts):
+        message["image_separator"] = turn.image_separator
     if not turn.supervised:
         message["loss"] = False
     return message

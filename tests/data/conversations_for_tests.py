@@ -71,7 +71,7 @@ MARKS = (
     "{bos}",
     "{eos}",
     "{{ messages }}",
-    "vlmsftTurn0001Content",
+    "vlmsftTurn1Content",
     "<table>",
 )
 

@@ -59,7 +59,8 @@ def conversation(messages: Sequence[Message]) -> Conversation:
                 pictures += 1
             else:
                 parts.append(TextPart(part["text"]))
-        turns.append(Turn(message["role"], tuple(parts)))
+        separator = None if isinstance(content, list) else ""
+        turns.append(Turn(message["role"], tuple(parts), image_separator=separator))
     return Conversation("r1", tuple(turns), (b"",) * pictures)
 
 

@@ -98,10 +98,14 @@ def test_every_form_is_read_and_written_as_the_same_conversation(root: Path) -> 
     (root / "m.jsonl").write_text(json.dumps(messages) + "\n")
     alpaca = {"instruction": "Say hello", "input": "in French", "output": "Bonjour"}
     (root / "a.jsonl").write_text(json.dumps(alpaca) + "\n")
-    names = {"p": "p.parquet", "m": "m.jsonl", "a": "a.jsonl"}
+    image = {"type": "image", "image": "train2017/000000000001.png"}
+    content = [image, {"type": "text", "text": "What?"}]
+    parts = [{"role": "user", "content": content}, {"role": "assistant", "content": "A dog."}]
+    (root / "c.jsonl").write_text(json.dumps({"id": "c", "messages": parts}) + "\n")
+    names = {"p": "p.parquet", "m": "m.jsonl", "a": "a.jsonl", "c": "c.jsonl"}
     sources = [{"name": name, "path": str(root / file)} for name, file in names.items()]
     found = mixed(root, sources)
-    assert [one.id for one in found] == ["p/p", "m/m", "a/line-1"]
+    assert [one.id for one in found] == ["p/p", "m/m", "a/line-1", "c/c"]
     for one, (name, file) in zip(found, names.items(), strict=True):
         (before,) = read_records(DataFile(path=str(root / file), image_root=str(root)))
         assert isinstance(before, Conversation), name

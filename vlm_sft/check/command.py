@@ -29,6 +29,7 @@ from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.console import say, say_json
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import open_records
+from vlm_sft.data.layout import LayoutCheck
 from vlm_sft.data.ledger import Entry
 from vlm_sft.data.repeats import Repeats
 from vlm_sft.data.tokenizer import load_tokenizer
@@ -143,6 +144,7 @@ def check_records(
     Prints the first bad ones, gives every one to `listed`, and returns how many there are.
     """
     total_bad, repeats = 0, Repeats()
+    layout = LayoutCheck(language.renderer.image_separator)
     for name, files in (("training data", config.data.train), ("held-out data", config.data.eval)):
         for file in files:
             count, bad = 0, 0
@@ -151,6 +153,7 @@ def check_records(
                 count += 1
                 repeats.add(None if error else cast(Conversation, record))
                 if error is None:
+                    layout.add(cast(Conversation, record))
                     continue
                 bad += 1
                 listed(error)
@@ -166,6 +169,8 @@ def check_records(
         more = f"... and {total_bad - SHOWN:,} more bad records (--bad FILE lists all of them)"
         say(more)
     verdict.add_repeats(repeats)
+    if language.renderer.keeps_layout:
+        verdict.add_layout(layout)
     return total_bad
 
 

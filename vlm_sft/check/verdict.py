@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_sft.console import Console, say
+from vlm_sft.data.layout import LayoutCheck
 from vlm_sft.data.repeats import Repeats
 from vlm_sft.diagnosis.case import Finding, Level
 from vlm_sft.errors import UserError
@@ -70,6 +71,15 @@ class Verdict:
             if repeats.has_held_out:
                 words += ", no held-out picture is trained on"
             self.add("repeats", True, words)
+
+    def add_layout(self, layout: LayoutCheck) -> None:
+        """Add how questions about images differ from what the model will be asked."""
+        warnings = layout.warnings()
+        for words in warnings:
+            self.report("image layout", "warning", words)
+        if layout.num_questions and not warnings:
+            words = f"all {layout.num_questions:,} questions about images are asked as trained"
+            self.add("image layout", True, words)
 
     def print(self) -> None:
         """Print one table on stdout, and one line that sums it up."""

@@ -30,11 +30,20 @@ Part = TextPart | ImagePart
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says. `supervised` is meaningful for assistants only."""
+    """What one speaker says.
+
+    Attributes:
+        role: The speaker.
+        parts: Text and images in order.
+        supervised: Whether the turn is trained; meaningful for assistants only.
+        image_separator: Text to write between an image and its neighbors: "" where `parts` are
+            exactly what was written, None (content given as a list of parts) for the template's.
+    """
 
     role: Role
     parts: tuple[Part, ...]
     supervised: bool = True
+    image_separator: str | None = ""
 
     @property
     def text(self) -> str:

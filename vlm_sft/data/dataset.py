@@ -467,12 +467,17 @@ def _from_bytes(data: bytes) -> _Kept:
 
 def _plain(turns: Sequence[Turn]) -> list[Any]:
     return [
-        [t.role, t.supervised, [p.text if isinstance(p, TextPart) else p.index for p in t.parts]]
+        [
+            t.role,
+            t.supervised,
+            t.image_separator,
+            [p.text if isinstance(p, TextPart) else p.index for p in t.parts],
+        ]
         for t in turns
     ]
 
 
 def _turn_from_json(plain: list[Any]) -> Turn:
-    role, supervised, parts = plain
+    role, supervised, image_separator, parts = plain
     made = (TextPart(part) if isinstance(part, str) else ImagePart(part) for part in parts)
-    return Turn(role, tuple(made), supervised)
+    return Turn(role, tuple(made), supervised, image_separator)

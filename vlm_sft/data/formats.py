@@ -3,6 +3,7 @@
 import base64
 import binascii
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,13 @@ _MARKS: Final[dict[str, Form]] = {
 """The key that tells a record's form."""
 
 
+_FOREIGN_PLACEHOLDER: Final = re.compile(
+    r"<\|(image|image_pad|image_\d+|vision_start|IMAGE)\|>|<(image_placeholder|image_\d+|ImageHere"
+    r"|image_soft_token|start_of_image|Image|IMAGE|img|IMG|IMG_CONTEXT)>|\[IMG\]|<__media__>"
+)
+"""How other tools spell an image's place."""
+
+
 @dataclass(frozen=True)
 class Records:
     """The records of one file: at most `total` of them, to be iterated once."""
@@ -63,7 +71,10 @@ def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
     """The file's records in order; one that cannot be used comes as its error, and reading goes on.
 
     `<image>` is a picture's place in human turns of LLaVA and Alpaca records, and in user messages
-    given as plain text of `messages` records that list pictures; anywhere else it is text.
+    given as plain text of `messages` records that list pictures; anywhere else it is text. Text
+    with `<image>` in it is taken exactly as it is; where content is a list of parts, the chat
+    template says what stands between an image and its neighbors (`image_separator` of a message,
+    next to its content, says it for that message).
     Pictures are not opened and not looked for here.
 
     Raises:
@@ -195,7 +206,9 @@ class _Reader:
             content = _first_of(turn, "value", "content")
             marks = role == "user" and (form == "llava" or bool(self.listed))
             parts = self._content(content, number, marks)
-            self.drafts.append(_Draft(role, parts, self._supervised(turn, role, number)))
+            separator = self._separator(turn, content, number)
+            supervised = self._supervised(turn, role, number)
+            self.drafts.append(_Draft(role, parts, supervised, separator))
 
     def _read_alpaca(self, record: Mapping[str, Any]) -> None:
         instruction, output = record.get("instruction"), record.get("output")
@@ -255,6 +268,16 @@ class _Reader:
         for part in content:
             parts += self._part(part, number)
         return parts
+
+    def _separator(self, turn: Mapping[str, Any], content: Any, number: int) -> str | None:
+        """What stands between an image and its neighbors: nothing that a string does not spell."""
+        separator = turn.get("image_separator")
+        if separator is None:
+            return None if isinstance(content, list) else ""
+        if not isinstance(separator, str) or not isinstance(content, list):
+            message = f"turn {number}: `image_separator` must be text next to a list of parts"
+            raise self.error("bad_turn", f"{message}, found {separator!r}"[:300])
+        return self._clean(separator, f"turn {number}: image_separator")
 
     def _text(self, text: str, number: int, marks: bool) -> "list[_DraftPart]":
         self._clean(text, f"turn {number}")
@@ -329,6 +352,9 @@ class _Reader:
             )
             if any(map(_is_empty, self.listed)):
                 message += " (an empty image name counts)"
+            foreign = self._foreign_placeholder()
+            if foreign is not None and open_places < len(self.listed):
+                message += f"; {foreign} is another tool's placeholder, write {IMAGE_PLACEHOLDER}"
             raise self.error("image_count", message)
         listed = iter(self.listed)
         images: list[ImageSource] = []
@@ -342,8 +368,16 @@ class _Reader:
                     images.append(self._source(source))
                 else:
                     parts.append(TextPart(part))
-            turns.append(Turn(draft.role, tuple(parts), draft.supervised))
+            has_image = any(isinstance(part, ImagePart) for part in parts)
+            separator = draft.image_separator if has_image else ""
+            turns.append(Turn(draft.role, tuple(parts), draft.supervised, separator))
         return Conversation(self.id, tuple(turns), tuple(images), self.where)
+
+    def _foreign_placeholder(self) -> str | None:
+        """Return the first placeholder of another tool in a user's text."""
+        texts = (d.text for d in self.drafts if d.role == "user")
+        found = (match for text in texts if (match := _FOREIGN_PLACEHOLDER.search(text)))
+        return next((match.group() for match in found), None)
 
     def _source(self, value: Any) -> ImageSource:
         if _is_empty(value):
@@ -393,6 +427,7 @@ class _Draft:
     role: Role
     parts: Sequence[_DraftPart] = field(default_factory=list)
     supervised: bool = True
+    image_separator: str | None = ""
 
     @property
     def text(self) -> str:

@@ -10,8 +10,9 @@ from typing import Any, Final, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation, Role, TextPart, Turn
+from vlm_sft.data.layout import separated
 from vlm_sft.data.recipe import FIXED, PICTURE_FIRST, SPACE_BEHIND_PICTURE, Recipe, recipe_named
 from vlm_sft.data.template import (
     ChatTemplate,
@@ -115,6 +116,8 @@ class Renderer:
         default_system: System text for conversations that bring none; None: the template's, "":
             none.
         recipe: Which of LLaVA's quirks are repeated; none of them by default.
+        image_separator: Text between an image and its neighbors where content is given as a list
+            of parts; None: the template's.
 
     Attributes:
         stop_id: The control token that ends an answer; None where the template has none.
@@ -128,6 +131,7 @@ class Renderer:
         *,
         default_system: str | None = None,
         recipe: Recipe = FIXED,
+        image_separator: str | None = None,
     ) -> None:
         self.template = template
         self.tokenizer = tokenizer
@@ -135,6 +139,10 @@ class Renderer:
         self.encoder = TextEncoder(tokenizer)
         self.control_ids = frozenset(self.encoder.control_ids.values())
         self._system = template.default_system if default_system is None else default_system
+        self.image_separator = (
+            template.image_separator if image_separator is None else image_separator
+        )
+        self._require_plain(self.image_separator)
         self._behind_picture: Context = (
             "start" if SPACE_BEHIND_PICTURE in recipe.quirks else "after_control"
         )
@@ -154,11 +162,18 @@ class Renderer:
         *,
         default_system: str | None = None,
         recipe: str = "fixed",
+        image_separator: str | None = None,
     ) -> "Renderer":
         """A renderer for a template and a recipe by name (`load_template`, `recipe_named`)."""
         chosen = recipe_named(recipe)
         template = load_template(chosen.template(name), tokenizer)
-        return cls(template, tokenizer, default_system=default_system, recipe=chosen)
+        return cls(
+            template,
+            tokenizer,
+            default_system=default_system,
+            recipe=chosen,
+            image_separator=image_separator,
+        )
 
     @classmethod
     def from_description(
@@ -170,6 +185,7 @@ class Renderer:
             tokenizer,
             default_system=description["default_system"],
             recipe=recipe_named(description.get("recipe", "fixed")),
+            image_separator=description.get("image_separator"),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -178,21 +194,30 @@ class Renderer:
             "template": self.template.describe(),
             "default_system": self._system,
             "recipe": self.recipe.name,
+            "image_separator": self.image_separator,
         }
 
     def to_jinja(self) -> str:
         """A `chat_template` for transformers that writes what this renderer tokenises.
 
         It takes contents as text, or as lists of text and image parts. Repeated quirks of
-        tokenisation (the space behind a picture) are beyond a chat template.
+        tokenization (the space after an image) are beyond a chat template.
         """
-        picture_first = PICTURE_FIRST in self.recipe.quirks
-        prelude = jinja_prelude(self._system, picture_first=picture_first)
+        prelude = jinja_prelude(
+            self._system,
+            image_separator=self.image_separator,
+            image_first=PICTURE_FIRST in self.recipe.quirks,
+        )
         body = self.template.jinja_body()
         bos = self.tokenizer.bos_token
         if bos and self.template.begins_text and self.encoder.spaces_first_text_only:
             body = jinja_with_first_space(body, str(bos))
         return prelude + body
+
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether images stay where a record has them: no recipe or template rearranges them."""
+        return not (PICTURE_FIRST in self.recipe.quirks or self.template.images_only_users)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -266,7 +291,7 @@ class Renderer:
 
     def _draft(self, conversation: Conversation) -> "_Draft | RecordError":
         try:
-            arranged = self.recipe.arranged(conversation)
+            arranged = self.recipe.arranged(separated(conversation, self.image_separator))
             turns = self._with_system(arranged.turns)
             runs = self._runs(tuple(turn.role for turn in turns))
         except RecordError as error:
@@ -280,6 +305,17 @@ class Renderer:
             filled.append(made)
         num_control = sum(run.num_control for run in runs)
         return _Draft(arranged, filled, len(turns) - len(arranged.turns), num_control)
+
+    def _require_plain(self, separator: str) -> None:
+        """Refuse a separator that an exported chat template could not write as ordinary text."""
+        found = self.encoder.find_control(separator)
+        if IMAGE_PLACEHOLDER in separator:
+            found = [IMAGE_PLACEHOLDER]
+        if found:
+            raise TemplateError(
+                f"image separator {separator!r}: contains {found[0]!r}, which is not ordinary "
+                "text; use white space or words"
+            )
 
     def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if not self._system or (turns and turns[0].role == "system"):

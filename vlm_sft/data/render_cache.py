@@ -17,7 +17,7 @@ from vlm_sft.data.masking import CHUNK, Rendered, Renderer, batched
 from vlm_sft.errors import RecordError, UserError
 
 FILE_NAME: Final = "rendered.sqlite"
-RENDERING_MODULES: Final = ("masking", "template", "tokenizer", "recipe")
+RENDERING_MODULES: Final = ("layout", "masking", "template", "tokenizer", "recipe")
 
 
 class CachedRenderer:
@@ -79,7 +79,7 @@ class CachedRenderer:
     def _key(self, conversation: Conversation) -> bytes:
         digest = hashlib.sha256(self._fingerprint)
         for turn in conversation.turns:
-            digest.update(f"\0{turn.role}\0{turn.supervised}".encode())
+            digest.update(f"\0{turn.role}\0{turn.supervised}\0{turn.image_separator!r}".encode())
             for part in turn.parts:
                 text = f"<{part.index}>" if isinstance(part, ImagePart) else part.text
                 kind = "image" if isinstance(part, ImagePart) else "text"

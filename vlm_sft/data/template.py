@@ -1,6 +1,7 @@
 """Chat templates as data: where the turns of a conversation go, and what is control."""
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.data.conversation import Role
+from vlm_sft.data.layout import DEFAULT_SEPARATOR
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import TemplateError
 from vlm_sft.reading import read_text
@@ -49,6 +51,8 @@ class ChatTemplate(Protocol):
     """The text of the control token that ends an answer; "" where answers do not end by one."""
     default_system: str | None
     """System text for conversations that bring none."""
+    image_separator: str
+    """Text between an image and its neighbors where content is given as a list of parts."""
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
         """The sequence for these turns; with the generation prompt last when no answer is."""
@@ -104,6 +108,7 @@ class TemplateFile(BaseModel):
     begin: str = ""
     begins_text: bool = False
     default_system: str | None = None
+    image_separator: str = DEFAULT_SEPARATOR
     system: _SystemAffixes | None = None
     user: _UserAffixes = _UserAffixes()
     assistant: _AssistantAffixes = _AssistantAffixes()
@@ -126,6 +131,7 @@ class FileTemplate:
         self.images_only_users = file.user.images_only
         self.begins_text = file.begins_text
         self.default_system = file.default_system
+        self.image_separator = file.image_separator
         self.stop = self._fill(file.assistant.stop)
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
 
@@ -181,9 +187,12 @@ class FileTemplate:
         ]
 
     def describe(self) -> dict[str, Any]:
+        file = self._file.model_dump(mode="json")
+        if self.image_separator == DEFAULT_SEPARATOR:
+            del file["image_separator"]  # the digest of an older run's template stays what it was
         return {
             "kind": "file",
-            "file": self._file.model_dump(mode="json"),
+            "file": file,
             "bos": self._bos,
             "eos": self._eos,
         }
@@ -225,6 +234,7 @@ class JinjaTemplate:
     images_only_users = False
     begins_text = False
     default_system: str | None = None
+    image_separator = DEFAULT_SEPARATOR
     name = "auto"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -315,11 +325,11 @@ class JinjaTemplate:
         return {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
 
     def jinja_body(self) -> str:
-        return str(self._tokenizer.chat_template)
+        return _jinja_around_markers(str(self._tokenizer.chat_template))
 
 
 def _marker(turn: int) -> str:
-    return f"vlmsftTurn{turn:04d}Content"
+    return f"vlmsftTurn{turn}Content"
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -385,17 +395,37 @@ def _texts(file: TemplateFile) -> dict[str, str]:
     return flat
 
 
-_TEXT_CONTENTS = (
+_CONTENTS = (
     "{%- set ns = namespace(messages=[]) -%}"
     "{%- for m in messages -%}"
-    "{%- if m['content'] is string -%}{%- set c = m['content'] -%}"
-    "{%- else -%}{%- set p = namespace(text='') -%}"
-    "{%- for part in m['content'] -%}"
-    "{%- set p.text = p.text + ('<image>' if part['type'] == 'image' else part['text']) -%}"
-    "{%- endfor -%}{%- set c = p.text -%}{%- endif -%}"
+    "{%- if m['tool_calls'] -%}{{- raise_exception('tool_calls: this model was trained without "
+    "tools; write the call into the content') -}}{%- endif -%}"
+    "{%- set p = namespace(text='', run='', last='') -%}"
+    "{%- if m['content'] is string -%}{%- set p.text = m['content'] -%}"
+    "{%- elif m['content'] -%}{%- for part in m['content'] -%}"
+    "{%- set kind = 'text' if part is string else part['type'] -%}"
+    "{%- if kind == 'image' or kind == 'image_url' -%}"
+    "{%- if p.last == 'image' or (p.last == 'text' and not p.run.endswith(SEPARATOR)) -%}"
+    "{%- set p.text = p.text + SEPARATOR -%}{%- endif -%}"
+    "{%- set p.text = p.text + '<image>' -%}{%- set p.run = '' -%}{%- set p.last = 'image' -%}"
+    "{%- elif kind == 'text' -%}"
+    "{%- set t = part if part is string else part['text'] -%}"
+    "{%- if t -%}"
+    "{%- if p.last == 'image' and not t.startswith(SEPARATOR) -%}"
+    "{%- set p.text = p.text + SEPARATOR -%}{%- endif -%}"
+    "{%- set p.text = p.text + t -%}{%- set p.run = p.run + t -%}{%- set p.last = 'text' -%}"
+    "{%- endif -%}"
+    "{%- else -%}{{- raise_exception('content part of type ' ~ kind ~ ': expected text or image')"
+    " -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set c = p.text -%}"
 )
-_PICTURE_FIRST = (
+"""Contents as text: a list of parts by the rule of `layout.separated_parts`, none at all as ""."""
+
+_IMAGE_FIRST = (
     "{%- if m['role'] == 'user' and '<image>' in c -%}"
+    "{%- if c.split('<image>') | length > 2 -%}{{- raise_exception('several images in one turn: "
+    "this model was trained with one') -}}{%- endif -%}"
     "{%- set c = ('<image>\\n' + (c | replace('<image>', '') | trim)) | trim -%}{%- endif -%}"
 )
 _MESSAGES_DONE = (
@@ -404,20 +434,53 @@ _MESSAGES_DONE = (
 )
 
 
-def jinja_prelude(system: str | None, *, picture_first: bool) -> str:
-    """Jinja that turns contents into text with `<image>`, as processors expect, before a body.
+def jinja_prelude(system: str | None, *, image_separator: str, image_first: bool) -> str:
+    """Return Jinja to put before a body: contents become text with `<image>`.
 
     Args:
         system: System text for conversations that bring none.
-        picture_first: Put a user turn's picture on a line of its own before its text.
+        image_separator: Text between an image part and its neighbors.
+        image_first: Put a user turn's image on a line of its own before its text.
     """
-    prelude = _TEXT_CONTENTS + (_PICTURE_FIRST if picture_first else "") + _MESSAGES_DONE
+    contents = _CONTENTS.replace("SEPARATOR", _quote(image_separator))
+    prelude = contents + (_IMAGE_FIRST if image_first else "") + _MESSAGES_DONE
     if system:
         prelude += (
             "{%- if not messages or messages[0]['role'] != 'system' -%}{%- set messages = "
             f"[{{'role': 'system', 'content': {_quote(system)}}}] + messages -%}}{{%- endif -%}}"
         )
     return prelude
+
+
+def _jinja_around_markers(body: str) -> str:
+    """Return a body that sees a marker for each message's content, as in training.
+
+    What a model's own template does to contents (trimming, conditions on their words) would
+    otherwise happen in the export alone. Blocks of `{% generation %}`, whose offsets would be
+    wrong, become blocks without an effect.
+    """
+    body = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", body)
+    body = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", body)
+    marker = "'vlmsftTurn' ~ loop.index0 ~ 'Content'"
+    # The empty expressions keep white space at the body's ends from the tags around it.
+    return (
+        "{%- set hidden = namespace(messages=[]) -%}{%- for m in messages -%}"
+        "{%- set hidden.messages = hidden.messages + "
+        f"[{{'role': m['role'], 'content': {marker}}}] -%}}{{%- endfor -%}}"
+        "{%- set contents = messages -%}{%- set messages = hidden.messages -%}"
+        f"{{%- set written %}}{{{{ '' }}}}{_without_last_newline(body)}{{{{ '' }}}}{{% endset -%}}"
+        "{%- set filled = namespace(text='', rest=written) -%}{%- for m in contents -%}"
+        f"{{%- set cut = filled.rest.split({marker}) -%}}"
+        "{%- if cut | length != 2 -%}{{- raise_exception('the chat template does not write the ' "
+        "~ m['role'] ~ ' message exactly once') -}}{%- endif -%}"
+        "{%- set filled.text = filled.text + cut[0] + m['content'] -%}"
+        "{%- set filled.rest = cut[1] -%}{%- endfor -%}{{- filled.text + filled.rest -}}"
+    )
+
+
+def _without_last_newline(text: str) -> str:
+    """Return a Jinja source as Jinja reads it: one line end at its end does not count."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def jinja_with_first_space(body: str, bos: str) -> str:
@@ -442,6 +505,7 @@ def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
     if file.user.images_only:
         user = "'<image>' * (m['content'].split('<image>') | length - 1)"
     opening, system = f"{{{{- {quoted['user_prefix']} -}}}}", ""
+    no_system = " or true" if file.system is None else ""
     if file.system is not None:
         inside = file.system.inside_user
         before = f"{quoted['user_prefix']} + " if inside else ""
@@ -466,7 +530,9 @@ def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
     return (
         f"{{{{- {quoted['begin']} -}}}}{{%- for m in messages -%}}{system}"
         f"{{%- if m['role'] == 'user' -%}}{opening}{{{{- {user} + {quoted['user_suffix']} -}}}}"
-        f"{{%- elif m['role'] == 'assistant' -%}}{{{{- {answer} -}}}}{{%- endif -%}}"
+        f"{{%- elif m['role'] == 'assistant' -%}}{{{{- {answer} -}}}}"
+        f"{{%- elif m['role'] != 'system'{no_system} -%}}{{{{- raise_exception('no place for a "
+        "message of role ' ~ m['role'] ~ ' in this chat template') -}}{%- endif -%}"
         "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- {quoted['assistant_prefix']} -}}}}{{%- endif -%}}"
     )

@@ -1,17 +1,19 @@
 """Text to token ids, with data kept apart from control tokens whatever it spells."""
 
+import copy
 import functools
 import json
 import re
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vlm_sft.config import LanguageModelConfig, means_folder
+from vlm_sft.constants import IMAGE_PLACEHOLDER
 from vlm_sft.errors import UserError
 from vlm_sft.hub import settle_hub
 from vlm_sft.libraries import library_call
@@ -79,6 +81,29 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if candidate is not None:
             return int(candidate)
     return 0
+
+
+def exported_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+) -> PreTrainedTokenizerBase:
+    """Return a copy of a run's tokenizer as an export carries it.
+
+    `<image>` is a token of it, prompts of different length are padded on the left, as generation
+    needs, and where a chat template writes BOS nothing else does: text that the template wrote
+    gives the same ids with and without `add_special_tokens`.
+
+    Args:
+        tokenizer: Not changed.
+        chat_template: Jinja text of the run's chat template, or None.
+    """
+    made: Any = copy.deepcopy(tokenizer)
+    made.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)])
+    made.padding_side = made.init_kwargs["padding_side"] = "left"  # the latter is what is saved
+    if chat_template is not None:
+        made.chat_template = chat_template
+        if made("a")["input_ids"] != made("a", add_special_tokens=False)["input_ids"]:
+            made.add_bos_token = made.add_eos_token = False
+    return cast(PreTrainedTokenizerBase, made)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,7 +9,6 @@ from vlm_sft.diagnosis.case import (
     Case,
     Finding,
     conversation_of,
-    exchange,
     first_difference,
     messages_of,
     text_of,
@@ -111,7 +110,6 @@ def own_template(case: Case) -> Iterator[Finding]:
         )
     else:
         yield Finding("own_template_refuses", "note", what, "takes none of the probes")
-    yield from _trimming(case)
     if "strftime_now" in own and case.template_name == "auto":
         yield Finding(
             "dated",
@@ -160,25 +158,6 @@ def _own_text(case: Case, conversation: Conversation) -> str:
         except Exception:  # it takes no system text: what it writes without is still compared
             pass
     return text_of(case.tokenizer, conversation)
-
-
-def _trimming(case: Case) -> Iterator[Finding]:
-    """Whether a template strips what people write."""
-    padded = conversation_of("white space", *exchange("  Is there a dog?\n", "  Yes.\n"))
-    try:
-        text = text_of(case.exported, padded)
-    except Exception:  # reported by the other examinations
-        return
-    lost = [t.text for t in padded.turns if t.text.strip() in text and t.text not in text]
-    if lost:
-        yield Finding(
-            "template_trims",
-            "note",
-            "white space",
-            "the chat template strips white space around messages where it runs as Jinja "
-            f"({lost[0]!r}); training keeps every character of a record",
-            "strip your records if other tools will talk to the model",
-        )
 
 
 def generation_markers(case: Case) -> Iterator[Finding]:

@@ -1,17 +1,16 @@
 """Findings, probe conversations, and a tokenizer with a template as the examinations see them."""
 
-import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, Role, TextPart, Turn
 from vlm_sft.data.masking import Rendered, Renderer
+from vlm_sft.data.tokenizer import exported_tokenizer
 from vlm_sft.errors import RecordError
 
 Level = Literal["good", "note", "warning", "bad"]
@@ -88,11 +87,8 @@ class Case:
 
     @functools.cached_property
     def exported(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as an export writes it: with `<image>`, and with our chat template."""
-        tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)])
-        tokenizer.chat_template = self.renderer.to_jinja()
-        return tokenizer
+        """The tokenizer as an export writes it."""
+        return exported_tokenizer(self.tokenizer, self.renderer.to_jinja())
 
     def exported_ids(self, conversation: Conversation, *, generate: bool) -> list[int]:
         """What the export's `apply_chat_template` gives, pictures as `IMAGE_TOKEN_ID`."""
@@ -159,6 +155,10 @@ PROBES = tuple(
             _turn("user", 0, "\nWhat colour is the car?"),
             _turn("assistant", "Red."),
         ),
+        "image as a content part": (
+            replace(_turn("user", 0, "What colour is the car?"), image_separator=None),
+            _turn("assistant", "Red."),
+        ),
         "picture later": (
             _turn("user", "What do you see here?\n", 0),
             _turn("assistant", "A red car, parked."),
@@ -173,20 +173,17 @@ PROBES = tuple(
 
 
 def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
-    """The turns as transformers takes them: text, or lists of parts where pictures are."""
+    """The turns as transformers takes them: text with `<image>`, or lists of parts."""
+    return [{"role": turn.role, "content": _content(turn)} for turn in conversation.turns]
+
+
+def _content(turn: Turn) -> str | list[dict[str, str]]:
+    if turn.image_separator is not None:
+        texts = (p.text if isinstance(p, TextPart) else IMAGE_PLACEHOLDER for p in turn.parts)
+        return "".join(texts)
     return [
-        {
-            "role": turn.role,
-            "content": turn.text
-            if all(isinstance(part, TextPart) for part in turn.parts)
-            else [
-                {"type": "text", "text": part.text}
-                if isinstance(part, TextPart)
-                else {"type": "image"}
-                for part in turn.parts
-            ],
-        }
-        for turn in conversation.turns
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+        for part in turn.parts
     ]
 
 

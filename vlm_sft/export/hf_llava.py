@@ -12,7 +12,6 @@ from typing import Any, Final, cast
 
 import torch
 from PIL import Image
-from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -25,6 +24,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from vlm_sft.atomic import write_json, write_text
 from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
+from vlm_sft.data.tokenizer import exported_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.consumers import Consumer, consumers
 from vlm_sft.export.obstacles import export_obstacles
@@ -106,7 +106,7 @@ def export_hf_llava(
 
     Args:
         model: Not changed.
-        tokenizer: The run's; `<image>` is added to a copy if it lacks it.
+        tokenizer: The run's; a copy is exported (`exported_tokenizer`).
         out_dir: Must not exist or be empty.
         image_aspect: How pictures were made square in training.
         image_processing: How exactly they were resized there.
@@ -132,7 +132,8 @@ def export_hf_llava(
 
     language_model = merged_language_model(model)
     dtype = dtype or language_model.get_input_embeddings().weight.dtype
-    tokenizer, image_token_id = _with_image_token(tokenizer)
+    tokenizer = exported_tokenizer(tokenizer, renderer_chat_template)
+    image_token_id = int(cast(Any, tokenizer).convert_tokens_to_ids(IMAGE_PLACEHOLDER))
     llava = _stock_model(model, tower, language_model, image_token_id, dtype)
     _set_stop_token(tokenizer, stop_token_ids)
     llava.generation_config = _generation_config(language_model, tokenizer, stop_token_ids)
@@ -194,14 +195,6 @@ def _reference_logits(model: VisionLanguageModel, pixels: Tensor, ids: Tensor) -
     ).logits
     model.train(training)
     return cast(Tensor, logits).float().cpu()
-
-
-def _with_image_token(
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[PreTrainedTokenizerBase, int]:
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)])
-    return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))
 
 
 def _stock_model(

@@ -1,0 +1,132 @@
+"""The text between an image and its neighbors where a turn's content is a list of parts."""
+
+from dataclasses import replace
+from typing import Final
+
+from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
+
+DEFAULT_SEPARATOR: Final = "\n"
+"""LLaVA's records have each image on a line of its own."""
+
+
+def separated(conversation: Conversation, separator: str) -> Conversation:
+    """Return the conversation with every separator written out.
+
+    Args:
+        conversation: Turns whose `image_separator` is None get `separator`.
+        separator: The template's.
+    """
+    if all(turn.image_separator == "" for turn in conversation.turns):
+        return conversation
+    turns = tuple(_separated(turn, separator) for turn in conversation.turns)
+    return replace(conversation, turns=turns)
+
+
+def _separated(turn: Turn, separator: str) -> Turn:
+    if turn.image_separator is not None:
+        separator = turn.image_separator
+    return replace(turn, parts=tuple(separated_parts(turn.parts, separator)), image_separator="")
+
+
+def separated_parts(parts: tuple[Part, ...], separator: str) -> list[Part]:
+    """Return the parts with exactly one separator between an image and its neighbors.
+
+    Text that already begins or ends with the separator gets no second one; empty text is left
+    out. The exported chat template follows the same rule (`template.jinja_prelude`).
+    """
+    made: list[Part] = []
+    text = ""  # since the last image
+    for part in parts:
+        if isinstance(part, ImagePart):
+            if made and not (text and text.endswith(separator)):
+                made.append(TextPart(separator))
+            text = ""
+        elif not part.text:
+            continue
+        else:
+            follows_image = bool(made) and isinstance(made[-1], ImagePart)
+            if follows_image and not part.text.startswith(separator):
+                made.append(TextPart(separator))
+            text += part.text
+        made.append(part)
+    return [part for part in made if isinstance(part, ImagePart) or part.text]
+
+
+class LayoutCheck:
+    """Compare how training questions lay their images out with how the model will be asked.
+
+    `chat`, `evaluate` and the exported chat template with content parts ask with the images first
+    and the template's separator behind each.
+
+    Args:
+        separator: The template's.
+    """
+
+    def __init__(self, separator: str) -> None:
+        self._separator = separator
+        self.num_questions = 0
+        self._other_separator: list[str] = []
+        self._other_place: list[str] = []
+
+    def add(self, record: Conversation) -> None:
+        """Count a record's questions about images."""
+        for turn in separated(record, self._separator).turns:
+            if not any(isinstance(part, ImagePart) for part in turn.parts):
+                continue
+            self.num_questions += 1
+            written = _spelled(turn.parts)
+            if _spelled(_asked(turn.parts, self._separator)) != written:
+                self._other_separator.append(record.id)
+            elif not isinstance(turn.parts[0], ImagePart):
+                self._other_place.append(record.id)
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each way in which asking differs from training."""
+        found = []
+        if self._other_separator:
+            found.append(
+                f"{self._counted(self._other_separator)} have other text than {self._separator!r} "
+                "between an image and its neighbors, which chat, evaluate and the exported chat "
+                "template write; set data.image_separator to what the records have, or write them "
+                "alike"
+            )
+        if self._other_place:
+            found.append(
+                f"{self._counted(self._other_place)} do not begin with the image; chat and "
+                "evaluate put it first (data.recipe: llava-1.5 moves it there in training too)"
+            )
+        return found
+
+    def _counted(self, ids: list[str]) -> str:
+        return (
+            f"{len(ids):,} of {self.num_questions:,} questions about images "
+            f"(first: record {ids[0]!r})"
+        )
+
+
+def _asked(parts: tuple[Part, ...], separator: str) -> tuple[Part, ...]:
+    """Return the same parts in the same order as a caller gives them: without outer white space."""
+    bare = []
+    for index, part in enumerate(parts):
+        if isinstance(part, TextPart):
+            text = part.text
+            if index and isinstance(parts[index - 1], ImagePart):
+                text = text.lstrip()
+            if index + 1 < len(parts) and isinstance(parts[index + 1], ImagePart):
+                text = text.rstrip()
+            part = TextPart(text)
+        bare.append(part)
+    return tuple(separated_parts(tuple(bare), separator))
+
+
+def _spelled(parts: tuple[Part, ...]) -> list[str | int]:
+    """Return text and images with adjacent texts joined."""
+    made: list[str | int] = []
+    for part in parts:
+        if isinstance(part, ImagePart):
+            made.append(part.index)
+        elif made and isinstance(made[-1], str):
+            made[-1] += part.text
+        elif part.text:
+            made.append(part.text)
+    return made
