@@ -36,6 +36,12 @@ from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
 
 LIMIT: Final = 1e-5
+INSTALLED_HERE: Final = f"""\
+{sysconfig.get_path("purelib")}
+import sys; sys.modules["mistral_common"] = None
+"""
+"""Makes every other package the one that is installed here; packages found first win. The optional
+mistral_common goes with one version of transformers and breaks the import of others."""
 SIZES: Final[dict[str, Any]] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -211,8 +217,7 @@ def environment(directory: Path, wanted: str) -> str:
         metadata = next(packages.glob("transformers-*.dist-info")) / "METADATA"
         pins = pinned(metadata.read_text(encoding="utf-8"))
         install(packages, *pins)
-        # Everything else is what is installed here; packages found first win.
-        (packages / "zz_installed_here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (packages / "zz_installed_here.pth").write_text(INSTALLED_HERE)
         ready.write_text(json.dumps(pins))
     return str(python.absolute())
 

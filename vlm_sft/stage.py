@@ -20,11 +20,13 @@ from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
+from vlm_sft.export.obstacles import export_obstacles
 from vlm_sft.feature_cache import use_feature_cache
 from vlm_sft.fit import require_fit
 from vlm_sft.libraries import one_line
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantize import require_quantization
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.run_folder import locked, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
@@ -110,6 +112,13 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
     return final is not None
 
 
+def note_export_obstacles(model: VisionLanguageModel) -> None:
+    """Report before training what an export would refuse after it."""
+    with _only_warned("looking for what an export would refuse"):
+        for obstacle in export_obstacles(model):
+            say_on_stderr(f"note: this model cannot be exported with --to hf: {obstacle}")
+
+
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
     sharing = settle_sharing(config, trainable, accelerator)
@@ -118,6 +127,8 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     language = load_language(config)
     check_data_head(config, language.renderer)
     model, identity = load_model(config, trainable)
+    if main:
+        note_export_obstacles(model)
     if sharing.wanted:
         shard(
             model,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.model.tiny import CLIP, COHERE, GEMMA2, GRANITE, LLAMA, VIT, tiny_model
 from vlm_sft.config import LoraConfig
@@ -12,6 +13,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.obstacles import export_obstacles
 from vlm_sft.export.verify import reload_here
+from vlm_sft.stage import note_export_obstacles
 
 GPT2 = {
     "model_type": "gpt2",
@@ -116,3 +118,15 @@ def test_what_can_be_exported_has_no_obstacle_and_is_exported_exactly(
         reload=reload_here,
     )
     assert report.max_abs_logit_difference <= 1e-5
+
+
+def test_a_run_notes_at_its_start_what_an_export_would_refuse_and_draws_no_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_model(projector_type="mlp3x_gelu", tower=RESNET)
+    before = torch.get_rng_state()
+    note_export_obstacles(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    printed = capsys.readouterr().err
+    assert printed.startswith("note: this model cannot be exported with --to hf: ")
+    assert "mlp3x_gelu" in printed and printed.count("\n") == 1

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from vlm_sft.errors import UserError
 from vlm_sft.export.stock import require_language_model, stock_projector, stock_tower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
@@ -22,9 +24,10 @@ def export_obstacles(model: VisionLanguageModel) -> list[str]:
         lambda: require_language_model(causal_lm(model.language_model)),
     ]
     found = []
-    for ask in asked:
-        try:
-            ask()
-        except UserError as error:
-            found.append(str(error))
+    with torch.random.fork_rng(devices=[]):  # classes draw weights when they are built
+        for ask in asked:
+            try:
+                ask()
+            except UserError as error:
+                found.append(str(error))
     return found
