@@ -1,21 +1,27 @@
 """Nothing that the toolkit did not write is replaced, and no output is an input."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from vlm_sft.atomic import write_json, write_text
 from vlm_sft.errors import UserError
 from vlm_sft.ownership import (
+    MADE_BY,
     MARKER,
+    TRAINING_RUN,
     OwnedFiles,
     has_mark,
     html_mark,
+    made_by,
     own_directory,
     owned_open,
     refuse_input,
     remove_owned,
     require_output_file,
+    set_aside,
     write_owned,
     write_result,
 )
@@ -62,6 +68,24 @@ def test_a_file_of_others_is_replaced_only_when_the_user_says_so(tmp_path: Path)
     assert require_output_file(path, overwrite=True) == path
     path.write_text('{\n  "made_by": "vlm_sft evaluate"}')
     assert require_output_file(path) == path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"made_by": "vlm_sft evaluate"}]',
+        '{"all": [{"made_by": "vlm_sft evaluate"}]}',
+        '{"text": "\\"made_by\\": \\"vlm_sft evaluate"}',
+        '{"made_by": "vlm_sft show"}',
+        '<meta name="generator" content="vlm_sft evaluate">',
+    ],
+)
+def test_what_only_mentions_the_mark_is_not_the_commands_own(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    assert not has_mark(path, "evaluate")
+    write_json(path, {MADE_BY: made_by("evaluate")})
+    assert has_mark(path, "evaluate") and has_mark(path) and not has_mark(path, "show")
 
 
 def test_a_page_is_known_by_its_generator(tmp_path: Path) -> None:
@@ -158,3 +182,98 @@ def test_a_result_without_a_mark_is_left_alone_if_equal_and_refused_if_not(tmp_p
     assert path.read_bytes() == b"[2]"
     with pytest.raises(UserError, match="is read by this command"):
         write_result(path, b"[3]", inputs=[path], overwrite=True)
+
+
+def checkpoint_in(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    write_json(folder / "manifest.json", {"format": 2, "step": 1, "files": {}})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "run/final/manifest.json",
+        "run/final/page.html",
+        "run/final/tokenizer/page.html",
+        "run/checkpoints/page.html",
+        "run/checkpoints/step-00000001/x",
+        "link/page.html",
+    ],
+)
+def test_no_output_lies_in_a_checkpoint(tmp_path: Path, place: str) -> None:
+    checkpoint_in(tmp_path / "run" / "final")
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "final")
+    with pytest.raises(UserError, match="where a training run keeps checkpoints"):
+        require_output_file(tmp_path / place, overwrite=True)
+    with pytest.raises(UserError, match="where a training run keeps checkpoints"):
+        own_directory(tmp_path / place, "mix")
+    assert require_output_file(tmp_path / "run" / "page.html")
+
+
+def test_a_run_without_a_checkpoint_keeps_its_place_for_them(tmp_path: Path) -> None:
+    own_directory(tmp_path, TRAINING_RUN)
+    with pytest.raises(UserError, match="where a training run keeps checkpoints"):
+        own_directory(tmp_path / "final", "mix")
+
+
+def test_a_file_of_an_input_directory_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match="which this command reads"):
+        require_output_file(path, inputs=[path.parent], overwrite=True)
+    assert require_output_file(path.with_name("page.html"), inputs=[path.parent])
+
+
+def test_an_image_of_the_records_is_never_replaced(tmp_path: Path) -> None:
+    image, notes = tmp_path / "dog.jpg", tmp_path / "notes.txt"
+    for path in (image, notes):
+        path.write_text("x")
+    with pytest.raises(UserError, match="which this command reads"):
+        require_output_file(image, image_roots=[tmp_path], overwrite=True)
+    assert require_output_file(notes, image_roots=[tmp_path], overwrite=True) == notes
+
+
+def test_the_marker_is_no_output(tmp_path: Path) -> None:
+    own_directory(tmp_path, "mix")
+    with pytest.raises(UserError, match="marks a directory"):
+        require_output_file(tmp_path / MARKER, overwrite=True)
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    link = tmp_path / "results.json"
+    link.symlink_to(tmp_path / "target" / "results.json")
+    write_text(require_output_file(link), "new")
+    assert link.is_symlink() and link.read_text() == "new"
+    with pytest.raises(UserError, match="--overwrite"):
+        require_output_file(link)
+
+
+def test_a_device_is_written_and_stays_a_device(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(require_output_file(pipe), "hello")
+    assert os.read(reader, 10) == b"hello"
+    os.close(reader)
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_what_is_set_aside_takes_the_first_free_name(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        (tmp_path / "a").write_text(text)
+        set_aside(tmp_path / "a")
+    assert [(tmp_path / f"a.kept-{n}").read_text() for n in (1, 2)] == ["first", "second"]
+
+
+def test_a_directory_that_another_process_is_marking_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / f".{MARKER}.1a2b3c4d5e6f.tmp").write_text("")
+    assert own_directory(tmp_path, "mix") == tmp_path
+
+
+def test_a_directory_of_an_older_version_is_adopted(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    own_directory(tmp_path, "mix", adopt=True)
+    assert (tmp_path / MARKER).exists()

@@ -44,12 +44,16 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a binary file to write that replaces `path` when the block ends without an error.
 
     A new file gets the mode that the umask gives, a replaced one keeps its mode where the file
-    system allows it.
+    system allows it. A stream (see `is_stream`) is written in place.
 
     Raises:
         OSError: As `write_bytes`; the error names `path`.
     """
     path = Path(path)
+    if is_stream(path):
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     with naming(path):
@@ -68,6 +72,17 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
                 os.unlink(temporary)
             raise
         sync_folder(path.parent)
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether `path` is a device, a pipe or an open descriptor, which nothing may replace.
+
+    `/dev/stdout` is one even where it is redirected into a file.
+    """
+    name = os.path.abspath(path)
+    if name in ("/dev/stdout", "/dev/stderr") or name.startswith(("/dev/fd/", "/proc/")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager

@@ -2,39 +2,49 @@
 
 The rule: nothing that the toolkit did not write is replaced or deleted, and no output is one of the
 command's own inputs. A directory is ours if it carries the marker file that `own_directory` writes;
-a file is ours if it carries the mark of its format (`MADE_BY` in JSON, a generator tag in HTML).
+a checkpoint is ours if it carries its manifest; a file is ours if it carries the mark of its format
+(`MADE_BY` as the first key of a JSON object, a generator tag in HTML, a software note in PNG).
 Files of formats without room for a mark (a JSON list, JSON lines, text) are ours if they lie in a
 directory of ours and have the content that its marker file records: see `OwnedFiles`.
 """
 
 import hashlib
 import json
+import mimetypes
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
-from vlm_sft.atomic import atomic_open, write_bytes, write_json
+from vlm_sft.atomic import atomic_open, is_stream, write_bytes, write_json
 from vlm_sft.errors import UserError
+from vlm_sft.filesystem import rename_folder
 from vlm_sft.reading import read_text
 
 MARKER: Final = ".vlm_sft.json"
 """Name of the file that marks a directory as an output of this toolkit."""
 
+MANIFEST: Final = "manifest.json"
+"""Name of the file that makes a directory a checkpoint."""
+
+TRAINING_RUN: Final = "training run"
+CACHE: Final = "cache"
+
 MADE_BY: Final = "made_by"
-"""Key of a JSON output whose value begins with `vlm_sft`; see `has_mark`."""
+"""First key of a JSON output; its value begins with `vlm_sft` and the command; see `has_mark`."""
 
 SYSTEM_FILES: Final = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "lost+found", ".nfs"})
 """Names that file managers and file systems create in any directory; they belong to nobody."""
 
-_HTML_MARK: Final = b'<meta name="generator" content="vlm_sft'
-_PNG_MARK: Final = b"Software\0vlm_sft"
-_HEAD_BYTES: Final = 4096
-
 PNG_SOFTWARE: Final = "vlm_sft"
 """Value of a PNG file's `Software` text that marks it as written by this toolkit."""
+
+_MARKER_TEMPORARY: Final = re.compile(rf"\.{re.escape(MARKER)}\.[a-z0-9_]{{8,12}}\.tmp")
+_HEAD_BYTES: Final = 4096
+_MAX_MANIFEST_BYTES: Final = 64 << 20
 
 
 def is_system_file(name: str) -> bool:
@@ -42,13 +52,23 @@ def is_system_file(name: str) -> bool:
     return name in SYSTEM_FILES or name.startswith(("._", ".nfs"))
 
 
+def made_by(command: str) -> str:
+    """Return the value of `MADE_BY` in the JSON output of `command`."""
+    return f"vlm_sft {command}"
+
+
 def html_mark(command: str) -> str:
     """Return the tag that marks an HTML page as written by `command`; it goes into `<head>`."""
-    return f'<meta name="generator" content="vlm_sft {command}">'
+    return f'<meta name="generator" content="{made_by(command)}">'
 
 
 def own_directory(
-    path: str | Path, kind: str, *, inputs: Iterable[str | Path] = (), adopt: bool = False
+    path: str | Path,
+    kind: str,
+    *,
+    inputs: Iterable[str | Path] = (),
+    adopt: bool = False,
+    setting: str = "",
 ) -> Path:
     """Create and mark an output directory, or accept one that was marked before.
 
@@ -58,37 +78,94 @@ def own_directory(
         inputs: Files and directories that the command reads; none of them may be `path`.
         adopt: Whether to mark a directory that holds files already. The caller has recognized it
             as the output of an older version, or the user said `--overwrite`.
+        setting: The configuration key that names `path`, for the message.
 
     Returns:
         `path` as a `Path`.
 
     Raises:
-        UserError: The directory holds files and no marker, carries the marker of another kind, is a
-            file, or is one of the inputs.
+        UserError: As `require_directory`; nothing was changed.
     """
     path = Path(path)
-    refuse_input(path, inputs)
-    if path.exists() and not path.is_dir():
-        raise UserError(
-            f"{path}: is a file, but this command writes a directory; choose another name",
-            code="not_ours",
-        )
-    found = read_marker(path)
-    if found is None:
-        if not adopt and (entries := foreign_entries(path)):
-            raise UserError(
-                f"{path}: the directory is not empty ({_examples(entries)}) and was not created by "
-                f"vlm_sft as a {kind}; nothing was changed. Choose a new or empty directory",
-                code="not_ours",
-            )
+    if not require_directory(path, kind, inputs=inputs, adopt=adopt, setting=setting):
         write_json(path / MARKER, {MADE_BY: "vlm_sft", "kind": kind})
-    elif found.get("kind") != kind:
+    return path
+
+
+def require_directory(
+    path: str | Path,
+    kind: str,
+    *,
+    inputs: Iterable[str | Path] = (),
+    adopt: bool = False,
+    setting: str = "",
+) -> bool:
+    """Check that `own_directory` would accept a directory, without changing anything.
+
+    Returns:
+        Whether the directory carries the marker already.
+
+    Raises:
+        UserError: The directory holds files and no marker, carries the marker of another kind, is a
+            file, lies in a checkpoint, or is one of the inputs.
+    """
+    path = Path(path)
+    named = f"{setting} {path}".strip()
+    refuse_input(path, inputs)
+    refuse_in_checkpoint(path)
+    if os.path.lexists(path) and not path.is_dir():
         raise UserError(
-            f"{path}: the directory holds a {found.get('kind')}, but this command writes a {kind}; "
-            "nothing was changed. Choose a new or empty directory",
+            f"{named}: is not a directory, but this command writes one; choose another name",
             code="not_ours",
         )
-    return path
+    # Names before the marker: another process may be marking the directory and filling it.
+    entries, found = foreign_entries(path), read_marker(path)
+    if found is not None and found.get("kind") != kind:
+        raise UserError(
+            f"{named}: the directory holds a {found.get('kind')}, but this command writes a "
+            f"{kind}; nothing was changed. Choose a new or empty directory",
+            code="not_ours",
+        )
+    if found is None and entries and not adopt:
+        raise UserError(
+            f"{named}: the directory is not empty ({_examples(entries)}) and was not created by "
+            f"vlm_sft as a {kind}; nothing was changed. Choose a new or empty directory",
+            code="not_ours",
+        )
+    return found is not None
+
+
+def require_new_directory(path: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
+    """Check, before any work, that a directory made elsewhere can be renamed to `path`.
+
+    Args:
+        path: Must be missing, or a directory that is empty but for what file managers leave.
+        inputs: Files and directories that the command reads.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        UserError: It is something else, a link, a mount point, an input, or lies in a checkpoint.
+        OSError: The directory that it is to be in accepts no new files.
+    """
+    refuse_input(path, inputs)
+    refuse_in_checkpoint(path)
+    place = Path(os.path.abspath(path))
+    if place.is_symlink():
+        raise UserError(
+            f"{path}: is a symbolic link; give the directory that it means, or a new one",
+            code="not_ours",
+        )
+    if place.exists() and (not place.is_dir() or foreign_entries(place)):
+        raise UserError(f"{path}: is not an empty directory; give a new one", code="not_ours")
+    if place.is_mount():
+        raise UserError(
+            f"{path}: is a mount point, which cannot be replaced; give a new directory in it",
+            code="not_ours",
+        )
+    require_writable(place.parent)
+    return place
 
 
 def read_marker(path: Path) -> dict[str, Any] | None:
@@ -111,46 +188,130 @@ def foreign_entries(path: Path, known: Iterable[str] = ()) -> list[str]:
         names = sorted(os.listdir(path))
     except FileNotFoundError:
         return []
-    return [name for name in names if name not in known and not is_system_file(name)]
+    return [
+        name
+        for name in names
+        if not (name in known or is_system_file(name) or _MARKER_TEMPORARY.fullmatch(name))
+    ]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a directory holds the manifest of a checkpoint, damaged or not."""
+    path = folder / MANIFEST
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:
+            return False
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    keys = {"format": int, "step": int, "files": dict}
+    return isinstance(found, dict) and all(isinstance(found.get(k), t) for k, t in keys.items())
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a directory is a training run: marked as one, or one with a checkpoint."""
+    marker = read_marker(folder)
+    if marker is not None:
+        return marker.get("kind") == TRAINING_RUN
+    return any(map(is_checkpoint, (folder / "final", *folder.glob("checkpoints/step-*"))))
+
+
+def refuse_in_checkpoint(output: str | Path) -> None:
+    """Refuse an output inside a checkpoint, or where a run keeps its checkpoints.
+
+    Raises:
+        UserError: A file there would make the checkpoint damaged, or replace a part of it.
+    """
+    place = Path(os.path.realpath(output))
+    for folder in (place, *place.parents):
+        kept = folder.name in ("checkpoints", "final") and is_run(folder.parent)
+        if kept or is_checkpoint(folder):
+            raise UserError(
+                f"{output}: lies in {folder}, where a training run keeps checkpoints; nothing was "
+                "changed. Choose a place outside of it",
+                code="not_ours",
+            )
 
 
 def require_output_file(
-    path: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+    path: str | Path,
+    *,
+    inputs: Iterable[str | Path] = (),
+    image_roots: Iterable[str | Path] = (),
+    command: str = "",
+    overwrite: bool = False,
 ) -> Path:
     """Check that a command may write its result to `path`, before any work is done for it.
 
-    An existing file is replaced only if it carries the mark of this toolkit (`has_mark`) or the
-    user said `--overwrite`. The directory must accept a new file, which is tried.
+    An existing file is replaced only if it carries the mark of `command` (`has_mark`) or the user
+    said `--overwrite`. The directory must accept a new file, which is tried.
 
     Args:
-        path: The output file.
-        inputs: Files that the command reads; none of them is replaced, even with `overwrite`.
+        path: The output file. A symbolic link stays and its target is written.
+        inputs: Files that the command reads, and directories that it reads as a whole; neither is
+            replaced, nor a file in such a directory, even with `overwrite`.
+        image_roots: Directories that it reads images from; no image in them is replaced.
+        command: Name of the command in marks; empty: files of any command are replaced.
         overwrite: Whether the user allowed to replace a file of any origin.
 
     Returns:
-        `path` as a `Path`.
+        The path to write.
 
     Raises:
-        UserError: The file must not be replaced, is a directory or device, or is an input.
+        UserError: The file must not be replaced, is a directory, lies in a checkpoint, or is an
+            input.
         OSError: The directory does not accept new files.
     """
-    path = Path(path)
+    path, inputs = Path(path), list(inputs)
     refuse_input(path, inputs)
+    if is_stream(path):
+        return path  # a pipe or a terminal such as /dev/stdout holds nothing that could be lost
+    refuse_in_checkpoint(path)
     if path.is_dir():
         raise UserError(
             f"{path}: is a directory, but this command writes a file; choose another name",
             code="not_ours",
         )
-    if os.path.lexists(path) and path.exists() and not path.is_file():
-        return path  # a pipe or a terminal such as /dev/stdout holds nothing that could be lost
-    if path.exists() and not overwrite and path.stat().st_size > 0 and not has_mark(path):
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.exists():
+        _require_replaceable(path, target, inputs, image_roots, command, overwrite)
+    require_writable(target.parent)
+    return target
+
+
+def _require_replaceable(
+    path: Path,
+    target: Path,
+    inputs: Iterable[str | Path],
+    image_roots: Iterable[str | Path],
+    command: str,
+    overwrite: bool,
+) -> None:
+    if target.name == MARKER:
         raise UserError(
-            f"{path}: the file exists and was not written by vlm_sft; nothing was changed. Choose "
-            "another name, or replace it with --overwrite",
+            f"{path}: marks a directory as an output of vlm_sft; choose another name",
             code="not_ours",
         )
-    require_writable(path.parent)
-    return path
+    if has_mark(target, command):
+        return
+    is_image = str(mimetypes.guess_type(target.name)[0]).startswith("image/")
+    read = [*inputs, *(image_roots if is_image else ())]
+    if folder := next((source for source in read if _lies_in(target, source)), None):
+        raise UserError(
+            f"{path}: lies in {folder}, which this command reads, and would be replaced by its "
+            "output; choose another output",
+            code="not_ours",
+        )
+    if not overwrite and target.stat().st_size > 0:
+        raise UserError(
+            f"{path}: the file exists and was not written by {made_by(command).strip()}; nothing "
+            "was changed. Choose another name, or replace it with --overwrite",
+            code="not_ours",
+        )
+
+
+def _lies_in(path: Path, folder: str | Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def require_writable(directory: Path) -> None:
@@ -162,18 +323,26 @@ def require_writable(directory: Path) -> None:
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
     try:
-        with tempfile.TemporaryFile(dir=directory, prefix=".vlm_sft."):
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".vlm_sft."):
             pass
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
-def has_mark(path: Path) -> bool:
-    """Return whether a JSON, HTML or PNG file says in its first 4 KiB that we wrote it."""
+def has_mark(path: Path, command: str = "") -> bool:
+    """Return whether a JSON, HTML or PNG file says that `command` of this toolkit wrote it.
+
+    Looks at the first 4 KiB. Without `command`, any command of this toolkit.
+    """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    marks = (f'"{MADE_BY}": "vlm_sft'.encode(), _HTML_MARK, _PNG_MARK)
-    return any(mark in head for mark in marks)
+    mark = made_by(command).strip().encode()
+    if head.startswith(b"\x89PNG"):
+        return b"Software\0" + mark in head
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return b'<meta name="generator" content="' + mark in head
+    first_key = rb'\s*\{\s*"' + MADE_BY.encode() + rb'"\s*:\s*"' + re.escape(mark)
+    return re.match(first_key, head) is not None
 
 
 class OwnedFiles:
@@ -353,9 +522,7 @@ def write_result(
     refuse_input(path, inputs)
     same = path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
     require_output_file(path, inputs=inputs, overwrite=overwrite or same)
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-    elif not same:
+    if not same:
         write_bytes(path, data)
 
 
@@ -375,6 +542,21 @@ def refuse_input(output: str | Path, inputs: Iterable[str | Path]) -> None:
                 "another output",
                 code="not_ours",
             )
+
+
+def set_aside(path: Path, name: Path | None = None) -> Path:
+    """Rename a file or directory that must not be lost to `NAME.kept-N`, and return its new path.
+
+    N is the smallest number that is free; NAME is that of `name`, or of `path` itself.
+    """
+    name, number = name or path, 1
+    while os.path.lexists(kept := name.with_name(f"{name.name}.kept-{number}")):
+        number += 1
+    if path.is_dir() and not path.is_symlink():
+        rename_folder(path, kept, last=MANIFEST)
+    else:
+        os.rename(path, kept)
+    return kept
 
 
 def _digest(path: Path) -> str:
