@@ -20,6 +20,7 @@ from tests.train.tiny import reset_accelerate
 from vlm_sft import check, stage1, stage2
 from vlm_sft.config import load_config
 from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError
+from vlm_sft.ownership import own_directory
 from vlm_sft.train.checkpoint import read_manifest, verify
 
 
@@ -181,7 +182,7 @@ def test_a_missing_picture_stops_before_the_model_is_built(tmp_path: Path) -> No
 def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
     import fcntl
 
-    tmp_path.joinpath("run").mkdir()
+    own_directory(tmp_path / "run", "training run")
     with (tmp_path / "run" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="locked by another run"):

@@ -105,6 +105,10 @@ class DataFile(Section):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How often each record is seen in one epoch: 2 twice, 0.5 every other record."""
 
+    def images_start_in(self) -> Path:
+        """Return the directory that relative image names start from."""
+        return Path(self.path).parent if self.image_root is None else Path(self.image_root)
+
 
 class DataConfig(Section):
     """Which records, under which template, and what to do with those that do not fit."""
@@ -302,6 +306,29 @@ class RunConfig(Section):
                 f"record have {longest} tokens; set it to at least that"
             )
         return self
+
+    def input_paths(self) -> list[Path]:
+        """Return the files and directories that a run reads and that exist here.
+
+        Of the records' images only directories are known: see `image_roots`.
+        """
+        files = [*self.data.train, *self.data.eval]
+        names = (
+            self.projector,
+            self.model.vision_tower.name,
+            self.model.vision_tower.weights,
+            self.model.language_model.name,
+            self.model.language_model.tokenizer,
+            self.data.template,
+            self.train.deepspeed,
+            *(file.path for file in files),
+        )
+        paths = (Path(name).expanduser() for name in names if name)
+        return [path for path in paths if path.exists()]
+
+    def image_roots(self) -> list[Path]:
+        """Return the directories that relative image names of the records start from."""
+        return [file.images_start_in() for file in [*self.data.train, *self.data.eval]]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

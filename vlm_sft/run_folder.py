@@ -2,17 +2,19 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from vlm_sft.atomic import write_text
 from vlm_sft.changes import Change, changes_between, require_allowed
 from vlm_sft.config import RunConfig, dump_config, load_config
-from vlm_sft.errors import UserError
+from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.filesystem import lock
+from vlm_sft.ownership import TRAINING_RUN, is_run, own_directory, require_directory, set_aside
 
 _held: set[int] = set()
 """Descriptors of locks, which a forked loader process must not keep when its parent is killed."""
@@ -25,6 +27,78 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+WRITTEN: Final = frozenset(
+    {
+        ".lock",
+        "activation_checkpointing.json",
+        "checkpoints",
+        "config.yaml",
+        "final",
+        "ledger.jsonl",
+        "ledger_eval.jsonl",
+        "metrics.jsonl",
+        "parts.json",
+        "report.html",
+        "samples.jsonl",
+        "trackers",
+        "trained.jsonl",
+    }
+)
+"""Names that a run writes in its folder; others there are the user's and stay as they are."""
+
+
+def own_run_folder(config: RunConfig) -> None:
+    """Create and mark the run's folder, or accept one that a run made before.
+
+    Raises:
+        UserError: As `require_run_folder`; nothing was changed.
+    """
+    require_run_folder(config)
+    own_directory(
+        config.output_dir,
+        TRAINING_RUN,
+        adopt=_is_unmarked_run(Path(config.output_dir)),
+        setting="output_dir",
+    )
+
+
+def require_run_folder(config: RunConfig) -> None:
+    """Check that `output_dir` is new, empty, or a run's, without changing anything.
+
+    Raises:
+        UserError: It holds something else, or the run would replace what it reads.
+    """
+    output_dir, inputs = Path(config.output_dir), config.input_paths()
+    require_directory(
+        output_dir,
+        TRAINING_RUN,
+        inputs=inputs,
+        adopt=_is_unmarked_run(Path(config.output_dir)),
+        setting="output_dir",
+    )
+    written = {Path(os.path.realpath(output_dir / name)) for name in WRITTEN}
+    for source in inputs:
+        place = Path(os.path.realpath(source))
+        if not written.isdisjoint((place, *place.parents)):
+            raise UserError(
+                f"output_dir {output_dir}: the run would replace {source}, which it reads; choose "
+                "another output_dir",
+                code="not_ours",
+            )
+    checkpoints = output_dir / "checkpoints"
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise UserError(
+            f"{checkpoints}: is not a directory, but the run keeps its checkpoints under this "
+            "name; rename that file, or choose another output_dir",
+            code="not_ours",
+        )
+
+
+def _is_unmarked_run(folder: Path) -> bool:
+    """Return whether a version that wrote no markers trained in a folder."""
+    return (folder / "config.yaml").is_file() and is_run(folder)
 
 
 @contextmanager
@@ -59,6 +133,9 @@ def settle_config(
 ) -> list[Change]:
     """Write `config.yaml`, after refusing to go on with a run under another configuration.
 
+    A file that means the same stays as it is, comments included. One that was written by hand and
+    means something else is kept under another name.
+
     Args:
         config: This call's configuration.
         has_checkpoints: Whether the folder holds a run to go on with.
@@ -71,7 +148,18 @@ def settle_config(
         ConfigError: The folder's checkpoints were made otherwise; every difference is shown.
     """
     granted = require_same_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
-    write_text(Path(config.output_dir) / "config.yaml", dump_config(config))
+    path = Path(config.output_dir) / "config.yaml"
+    meaning = _meaning(path)
+    if meaning == dump_config(config):
+        return granted
+    if os.path.lexists(path) and _is_written_by_hand(path, meaning):
+        kept = set_aside(path)
+        print(
+            f"warning: {path} was written or edited by hand; it is now {kept}",
+            file=sys.stderr,
+            flush=True,
+        )
+    write_text(path, dump_config(config))
     return granted
 
 
@@ -106,6 +194,18 @@ def _in_use(output_dir: Path, file: IO[str]) -> UserError:
         "choose another output_dir",
         code="folder_in_use",
     )
+
+
+def _meaning(path: Path) -> str | None:
+    """Return a configuration file as `dump_config` would write it; None if it cannot be read."""
+    try:
+        return dump_config(load_config(path))
+    except (ConfigError, OSError):
+        return None
+
+
+def _is_written_by_hand(path: Path, meaning: str | None) -> bool:
+    return meaning is None or path.is_symlink() or path.read_bytes() != meaning.encode()
 
 
 def _holder(file: IO[str]) -> str:

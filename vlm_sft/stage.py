@@ -27,7 +27,7 @@ from vlm_sft.libraries import one_line
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantize import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.run_folder import locked, settle_config
+from vlm_sft.run_folder import locked, own_run_folder, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
@@ -70,6 +70,7 @@ def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[s
         trackers=list(config.train.trackers),
         project_dir=str(tracking_folder(config)),
     )
+    on_main(accelerator, lambda: own_run_folder(config))
     with locked(output_dir, enabled=accelerator.is_main_process):
         if on_main(accelerator, lambda: _is_finished(config, allowed)):
             return 0

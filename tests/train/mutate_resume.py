@@ -46,8 +46,9 @@ MUTANTS = (
     Mutant(
         "a checkpoint gets its name before its manifest",
         TRAIN + "checkpoint.py",
-        "    write_text(building / MANIFEST, _sealed(manifest))\n",
-        "    _move_into_place(building, folder)\n"
+        "    }\n    write_text(building / MANIFEST, _sealed(manifest))\n",
+        "    }\n"
+        "    _move_into_place(building, folder, say)\n"
         "    write_text(folder / MANIFEST, _sealed(manifest))\n"
         "    return\n",
         (SYNCED,),
@@ -69,8 +70,8 @@ MUTANTS = (
     Mutant(
         "damaged checkpoints count among those that are kept",
         TRAIN + "checkpoint.py",
-        " if folder not in self._damaged]",
-        "]",
+        " if f not in self._damaged and has_manifest(f)]",
+        " if has_manifest(f)]",
         (f"{CHECKPOINT}::test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept",),
     ),
     Mutant(
@@ -99,8 +100,8 @@ MUTANTS = (
     Mutant(
         "what a kill leaves is taken for a checkpoint",
         TRAIN + "checkpoint.py",
-        "        shutil.rmtree(leftover, ignore_errors=True)\n",
-        '        os.rename(leftover, parent / leftover.name.split(".")[1])\n',
+        "            delete_tree(leftover)\n",
+        '            os.rename(leftover, parent / leftover.name.split(".")[1])\n',
         (f"{CHECKPOINT}::test_what_a_kill_leaves_is_swept_and_never_taken_for_a_checkpoint",),
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """Checkpoints are complete and proven, or they are not used."""
 
 import os
+import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def test_a_file_that_a_library_would_load_is_refused_unless_the_manifest_names_i
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(building: Path, folder: Path) -> None:
+    def killed(building: Path, folder: Path, say: object) -> None:
         os.rename(folder, folder.with_name(f".{folder.name}.replaced"))
         raise KeyboardInterrupt
 
@@ -229,8 +230,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently(
 
 def test_what_a_kill_leaves_is_swept_and_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
     checkpoints = store(tmp_path, [])
-    leftover = tmp_path / "checkpoints" / ".step-00000010.ab12.tmp"
-    leftover.mkdir(parents=True)
+    leftover = checkpoint.begin_temporary(tmp_path / "checkpoints" / "step-00000010")
+    (leftover / "weights.safetensors").write_bytes(b"half")
     assert checkpoints.newest() is None
     assert not leftover.exists()
 
@@ -399,3 +400,103 @@ def test_an_optimiser_of_other_parameters_is_refused(tmp_path: Path) -> None:
     assert read is not None
     with pytest.raises(CheckpointError, match="hold 2 tensors in 1 groups, this run's 1 in 1"):
         read(tmp_path)
+
+
+# --- what others put into a run's folder
+
+
+def test_a_leftover_is_deleted_only_by_name_and_content(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, [])
+    names = (".mywork.tmp", ".final.1a2b3c4d.tmp", "checkpoints/.step-00000001.1a2b3c4d.tmp")
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "notes.txt").write_text("mine")
+    (tmp_path / ".rehearsal.tmp").write_text("mine")
+    checkpoints.newest()
+    assert all((tmp_path / name / "notes.txt").read_text() == "mine" for name in names)
+    assert (tmp_path / ".rehearsal.tmp").read_text() == "mine"
+
+
+def test_the_rest_of_a_deletion_that_was_killed_is_deleted(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, [], keep=2)
+    first = checkpoints.save({"step": 5}).folder
+    checkpoints.save({"step": 10})
+    trash = first.with_name(f".{first.name}.1a2b3c4d.tmp")
+    os.rename(first, trash)
+    (trash / "weights.safetensors").unlink()
+    checkpoints.newest()
+    assert not trash.exists()
+
+
+@pytest.mark.parametrize("foreign", ["step-1", "step-00000001"])
+def test_a_folder_of_others_among_the_checkpoints_stays(tmp_path: Path, foreign: str) -> None:
+    said: list[str] = []
+    notes = tmp_path / "checkpoints" / foreign / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    checkpoints = store(tmp_path, said, keep=1)
+    for step in (5, 10, 15):
+        checkpoints.save({"step": step})
+    assert notes.read_text() == "mine"
+    kept = {"step-1": [], "step-00000001": ["no valid manifest"]}[foreign]
+    assert len(said) == len(kept) and all(words in said[0] for words in kept)
+    assert [f.name for f in checkpoints.step_folders() if f != notes.parent] == ["step-00000015"]
+
+
+def test_a_checkpoint_with_a_file_of_others_is_not_pruned(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = store(tmp_path, said, keep=1)
+    notes = checkpoints.save({"step": 5}).folder / "notes.txt"
+    notes.write_text("mine")
+    for step in (10, 15):
+        checkpoints.save({"step": step})
+    assert notes.read_text() == "mine"
+    assert [f.name for f in checkpoints.step_folders()] == ["step-00000015", "step-00000005"]
+    assert len(said) == 1 and "notes.txt is not in its manifest" in said[0]
+
+
+def test_what_a_file_manager_left_in_a_checkpoint_does_not_keep_it(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, [], keep=1)
+    (checkpoints.save({"step": 5}).folder / ".DS_Store").write_text("")
+    checkpoints.save({"step": 10})
+    assert [f.name for f in checkpoints.step_folders()] == ["step-00000010"]
+
+
+@pytest.mark.parametrize("what", ["file added", "file edited", "folder", "file", "link"])
+def test_what_others_have_under_the_name_of_a_checkpoint_is_kept(tmp_path: Path, what: str) -> None:
+    said: list[str] = []
+    checkpoints = store(tmp_path, said)
+    saved = checkpoints.save({"step": 5})
+    final, mine = tmp_path / "final", tmp_path / "elsewhere"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    if what == "folder":
+        shutil.copytree(mine, final)
+    elif what == "file":
+        final.write_text("mine")
+    elif what == "link":
+        final.symlink_to(mine)
+    else:
+        checkpoints.finish(saved)
+        name = "notes.txt" if what == "file added" else "weights.safetensors"
+        (final / name).unlink(missing_ok=True)  # a link into the step's checkpoint
+        (final / name).write_text("mine")
+    checkpoints.finish(saved)
+    verify(final)
+    kept = tmp_path / "final.kept-1"
+    found = (
+        kept
+        if what == "file"
+        else kept / ("weights.safetensors" if "edited" in what else "notes.txt")
+    )
+    assert found.read_text() == "mine" and (mine / "notes.txt").read_text() == "mine"
+    assert len(said) == 1 and str(kept) in said[0]
+    checkpoints.finish(saved)
+    assert not (tmp_path / "final.kept-2").exists()
+
+
+def test_final_holds_only_what_the_manifest_lists(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, [])
+    saved = checkpoints.save({"step": 5})
+    (saved.folder / "notes.txt").write_text("mine")
+    assert not (checkpoints.finish(saved).folder / "notes.txt").exists()

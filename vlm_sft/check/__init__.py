@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from vlm_sft.command_line import CommandParser, add_overrides, heavy_imports
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import require_output_file
 
 ABOUT = """\
 Read and render every record, open every image in full, build the model, rehearse saving, and
@@ -41,6 +42,14 @@ def main(argv: Sequence[str]) -> int:
     no_model = {"model", "projector"} if arguments.no_model else set()
     parts = inputs.ALL_PARTS - no_model
     config = inputs.read_config(arguments.config, arguments.overrides, parts)
+    if arguments.bad is not None:
+        arguments.bad = require_output_file(
+            arguments.bad,
+            inputs=[arguments.config, *config.input_paths()],
+            image_roots=config.image_roots(),
+            command="check",
+            overwrite=arguments.overwrite,
+        )
     with heavy_imports():
         from vlm_sft.check.command import check_run
     return check_run(config, arguments)
@@ -58,6 +67,7 @@ def parser() -> CommandParser:
         metavar="FILE.jsonl",
         help="write every bad record there: where it is, its id, the reason, the message",
     )
+    add("--overwrite", action="store_true", help="replace the file of --bad if there is one")
     add(
         "--strict",
         action="store_true",

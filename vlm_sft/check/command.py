@@ -114,7 +114,7 @@ def _in_lines(finding: Finding) -> str:
 
 
 @contextmanager
-def open_bad_list(path: str | None) -> Iterator[Callable[[RecordError], None]]:
+def open_bad_list(path: str | Path | None) -> Iterator[Callable[[RecordError], None]]:
     """What writes a bad record into `path` as a line of JSON, as soon as it is found."""
     if path is None:
         yield lambda error: None

@@ -1,14 +1,12 @@
 """Whether the run can use its output directory, and whether the disk has room; writes nothing."""
 
 import math
-import os
 from pathlib import Path
 
 from vlm_sft.check.verdict import Verdict
 from vlm_sft.config import RunConfig
-from vlm_sft.errors import UserError
 from vlm_sft.filesystem import free_bytes
-from vlm_sft.run_folder import require_same_config, require_unlocked
+from vlm_sft.run_folder import require_run_folder, require_same_config, require_unlocked
 from vlm_sft.train.checkpoint import CheckpointStore
 
 
@@ -18,8 +16,7 @@ def examine_output_dir(config: RunConfig, verdict: Verdict) -> None:
     store = CheckpointStore(output_dir, {}, say=lambda text: None)
     has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
     with verdict.examine("output_dir"):
-        if os.path.lexists(output_dir) and not output_dir.is_dir():
-            raise UserError(f"output_dir {output_dir}: is not a directory; choose another name")
+        require_run_folder(config)
         require_unlocked(output_dir)
         require_same_config(config, has_checkpoints=has_checkpoints)
         if (final := store.finished()) is not None:

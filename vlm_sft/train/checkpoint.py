@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,15 @@ from vlm_sft.filesystem import (
     warn_once,
 )
 from vlm_sft.libraries import installed_version
-from vlm_sft.ownership import is_system_file
+from vlm_sft.ownership import (
+    MADE_BY,
+    MANIFEST,
+    MARKER,
+    foreign_entries,
+    is_system_file,
+    read_marker,
+    set_aside,
+)
 from vlm_sft.reading import NotARegularFile, open_regular, parse_json, read_text
 from vlm_sft.train.environment import environment_difference, recorded_environment
 from vlm_sft.train.sharding import fill, is_sharded, own_part, process_of, whole
@@ -40,7 +49,9 @@ from vlm_sft.train.sharding import fill, is_sharded, own_part, process_of, whole
 FORMAT = 2
 """Version of the folder's layout; another one is refused. In 2 the manifest is sealed."""
 
-MANIFEST = "manifest.json"
+EDITABLE_BYTES = 64 << 20
+"""Files up to this size may have been edited by hand; larger ones hold weights."""
+
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = ("vlm-sft", "torch", "transformers", "accelerate", "peft", "safetensors")
 LIBRARIES_WHERE_USED = ("bitsandbytes",)
@@ -193,6 +204,8 @@ class CheckpointStore:
     learning: Mapping[str, torch.Tensor] = field(default_factory=dict)
     together: Together = field(default_factory=Together)
     _damaged: set[Path] = field(default_factory=set, init=False)
+    _kept_for_others: set[Path] = field(default_factory=set, init=False)
+    """Folders that were not deleted and of which the user was warned."""
 
     @property
     def steps_dir(self) -> Path:
@@ -231,7 +244,7 @@ class CheckpointStore:
         crash_point("checkpoint.captured")
 
         def write() -> Checkpoint:
-            write_folder(folder, writers, facts, self.together)
+            write_folder(folder, writers, facts, self.together, self.say)
             return self.together.first(lambda: self._prove_and_prune(folder))
 
         return write
@@ -244,17 +257,26 @@ class CheckpointStore:
         return checkpoint
 
     def _prune(self, saved: Path) -> None:
-        """Leave `keep` checkpoints up to the one just proven, not counting damaged ones."""
+        """Leave `keep` checkpoints up to the one just proven, not counting damaged ones.
+
+        An older folder stays if it is not a checkpoint or holds anything that no save wrote.
+        """
         self._damaged.discard(saved)
         folders = self.step_folders()
         folders = folders[folders.index(saved) :]
-        good = [folder for folder in folders if folder not in self._damaged]
+        good = [f for f in folders if f not in self._damaged and has_manifest(f)]
         for old in folders[folders.index(good[: self.keep][-1]) + 1 :]:
-            remove(old)
+            if not (foreign := foreign_content(old)):
+                remove(old)
+            elif old not in self._kept_for_others:
+                self._kept_for_others.add(old)
+                self.say(f"warning: {old} was not deleted: {foreign}")
 
     def finish(self, checkpoint: Checkpoint) -> Checkpoint:
         """Make `final/` a complete copy of `checkpoint`; see `copy_checkpoint`."""
-        return copy_checkpoint(checkpoint, self.final_dir, self.components, reached=crash_point)
+        return copy_checkpoint(
+            checkpoint, self.final_dir, self.components, say=self.say, reached=crash_point
+        )
 
     def finished(self) -> Checkpoint | None:
         """The complete `final/` of a finished run, else None; a damaged one is named."""
@@ -275,8 +297,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: There are checkpoints and all of them are damaged.
         """
-        _sweep(self.output_dir)
-        _sweep(self.steps_dir)
+        _sweep(self.output_dir, self.say)
+        _sweep(self.steps_dir, self.say)
         folders = self.step_folders()
         for folder in folders:
             try:
@@ -328,7 +350,7 @@ class CheckpointStore:
 
     def step_folders(self) -> list[Path]:
         """Step checkpoints, complete or not, newest first."""
-        found = [f for f in self.steps_dir.glob("step-*") if f.name[5:].isdigit() and f.is_dir()]
+        found = [f for f in self.steps_dir.glob("step-*") if _STEP.fullmatch(f.name) and f.is_dir()]
         return sorted(found, key=lambda folder: int(folder.name[5:]), reverse=True)
 
 
@@ -358,17 +380,22 @@ def capture(components: Mapping[str, Component], together: Together) -> list[Wri
 
 
 def write_folder(
-    folder: Path, writers: Sequence[Writer], facts: Mapping[str, Any], together: Together
+    folder: Path,
+    writers: Sequence[Writer],
+    facts: Mapping[str, Any],
+    together: Together,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Write a complete checkpoint folder: all files, then the manifest, then the rename.
 
-    Everything is on the disk before the folder gets its name; a folder of that name is replaced.
+    Everything is on the disk before the folder gets its name. A checkpoint of that name is
+    replaced; anything else of that name is kept under another one, and `say` is called.
     """
-    building = together.first(lambda: _begin(folder))
+    building = together.first(lambda: begin_temporary(folder))
     crash_point("checkpoint.begun")
     try:
         together.every(lambda: _write_all(writers, building))
-        together.first(lambda: _complete(building, folder, facts))
+        together.first(lambda: _complete(building, folder, facts, say))
     except BaseException:
         if together.process == 0:
             shutil.rmtree(building, ignore_errors=True)
@@ -380,6 +407,7 @@ def copy_checkpoint(
     folder: Path,
     components: Mapping[str, Component],
     *,
+    say: Callable[[str], None] = print,
     reached: Callable[[str], None] = lambda point: None,
 ) -> Checkpoint:
     """Make `folder` a complete copy of a checkpoint, by hard links where the disk has them.
@@ -388,16 +416,16 @@ def copy_checkpoint(
 
     Args:
         checkpoint: Verified.
-        folder: Replaced if it exists.
+        folder: A checkpoint there is replaced; anything else there is kept under another name.
         components: The checkpoint's, which unite the pieces.
+        say: Called with a warning about what was kept.
         reached: Called with the crash points of the end of a run.
 
     Raises:
         CheckpointError: The copy does not read back.
         OSError: The disk refused.
     """
-    building = _temporary(folder)
-    building.mkdir()
+    building = begin_temporary(folder)
     try:
         for name in [*checkpoint.manifest["files"], MANIFEST]:
             (building / name).parent.mkdir(parents=True, exist_ok=True)
@@ -411,7 +439,8 @@ def copy_checkpoint(
             united_manifest = {**checkpoint.manifest, "files": _hashes(building)}
             write_text(building / MANIFEST, _sealed(united_manifest))
         reached("final.copied")
-        _move_into_place(building, folder)
+        _unmark(building)
+        _move_into_place(building, folder, say)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -440,10 +469,17 @@ def software_difference(then: Mapping[str, str], now: Mapping[str, str]) -> str 
     return "; ".join(changed) or None
 
 
-def _begin(folder: Path) -> Path:
+def begin_temporary(folder: Path) -> Path:
+    """Create a hidden, marked folder next to `folder`; `_sweep` deletes what a kill leaves."""
     building = _temporary(folder)
     building.mkdir(parents=True)
+    write_text(building / MARKER, json.dumps({MADE_BY: "vlm_sft", "kind": TEMPORARY}))
     return building
+
+
+def _unmark(building: Path) -> None:
+    (building / MARKER).unlink()
+    sync_folder(building)
 
 
 def _write_all(writers: Sequence[Writer], building: Path) -> None:
@@ -453,7 +489,9 @@ def _write_all(writers: Sequence[Writer], building: Path) -> None:
         crash_point("checkpoint.component")
 
 
-def _complete(building: Path, folder: Path, facts: Mapping[str, Any]) -> None:
+def _complete(
+    building: Path, folder: Path, facts: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
     give_ordinary_modes(building)
     files = _hashes(building)
     _sync_tree(building)
@@ -468,7 +506,8 @@ def _complete(building: Path, folder: Path, facts: Mapping[str, Any]) -> None:
     }
     write_text(building / MANIFEST, _sealed(manifest))
     crash_point("checkpoint.manifest")
-    _move_into_place(building, folder)
+    _unmark(building)
+    _move_into_place(building, folder, say)
 
 
 @contextmanager
@@ -701,35 +740,119 @@ def remove(folder: Path) -> None:
     trash = _temporary(folder)
     rename_folder(folder, trash, last=MANIFEST)
     crash_point("checkpoint.pruning")
-    shutil.rmtree(trash)
+    delete_tree(trash)
 
 
+def delete_tree(folder: Path) -> None:
+    """Delete a folder of ours, its marker and manifest last, so that `_sweep` can finish it."""
+    for name in os.listdir(folder):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif name not in (MANIFEST, MARKER):
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+TEMPORARY = "temporary folder"
 REPLACED = ".replaced"
+_STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
+_TEMPORARY_NAME = re.compile(
+    rf"\.(final|rehearsal|{_STEP.pattern})\.[0-9a-f]{{8}}\.tmp|\.rehearsal\.tmp"
+)
+_REPLACED_NAME = re.compile(rf"\.(final|{_STEP.pattern}){re.escape(REPLACED)}")
 
 
-def _move_into_place(building: Path, folder: Path) -> None:
+def _move_into_place(building: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Give `building` the name `folder`; at a kill `_sweep` finds the old one or the new one."""
     old = folder.with_name(f".{folder.name}{REPLACED}")
-    if folder.exists():
+    if os.path.lexists(folder):
+        if os.path.lexists(old):
+            _discard(old, folder, say)
         rename_folder(folder, old, last=MANIFEST)
         crash_point("checkpoint.replaced")
     rename_folder(building, folder, last=MANIFEST)
     crash_point("checkpoint.renamed")
     sync_folder(folder.parent)
     crash_point("checkpoint.folder_synced")
-    shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(old):
+        _discard(old, folder, say)
 
 
-def _sweep(parent: Path) -> None:
-    """Clear what a kill left: half-made folders go, one that was being replaced gets its name."""
+def _discard(old: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Delete what was replaced at `folder`, or keep it under a visible name if it is not ours."""
+    foreign = foreign_content(old)
+    if not foreign:
+        with suppress(OSError):  # a network disk keeps names of open files; `_sweep` comes again
+            delete_tree(old)
+        return
+    kept = set_aside(old, folder)
+    say(f"warning: what was in {folder} before is now in {kept}: {foreign}")
+
+
+def _sweep(parent: Path, say: Callable[[str], None]) -> None:
+    """Clear what a kill left: half-made folders go, one that was being replaced gets its name.
+
+    Only folders with a name and a content of our making are touched.
+    """
     for leftover in parent.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if _TEMPORARY_NAME.fullmatch(leftover.name) and _is_leftover(leftover):
+            delete_tree(leftover)
     for old in parent.glob(f".*{REPLACED}"):
+        if not _REPLACED_NAME.fullmatch(old.name):
+            continue
         folder = old.with_name(old.name[1 : -len(REPLACED)])
-        if folder.exists():
-            remove(old)
+        if os.path.lexists(folder):
+            _discard(old, folder, say)
         else:
             rename_folder(old, folder, last=MANIFEST)
+
+
+def _is_leftover(folder: Path) -> bool:
+    """Return whether a temporary folder is empty, marked, or a checkpoint of ours."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if not foreign_entries(folder):
+        return True
+    marker = read_marker(folder)
+    marked = marker is not None and marker.get("kind") == TEMPORARY
+    return marked or (has_manifest(folder) and not _unlisted(folder, read_manifest(folder)))
+
+
+def has_manifest(folder: Path) -> bool:
+    """Return whether a folder has an undamaged manifest of ours."""
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def foreign_content(folder: Path) -> str:
+    """Return, in words, what a checkpoint folder has that no save wrote; "" if nothing.
+
+    That is a folder without a valid manifest, a file that the manifest does not list, or a file of
+    up to `EDITABLE_BYTES` that was changed since.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is not a checkpoint folder"
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return "it has no valid manifest of a checkpoint"
+    if unlisted := _unlisted(folder, manifest):
+        return f"{unlisted[0]} is not in its manifest"
+    for name, digest in manifest["files"].items():
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= EDITABLE_BYTES and _sha256(path) != digest:
+            return f"{name} was changed after it was saved"
+    return ""
+
+
+def _unlisted(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    known = {MANIFEST, MARKER, *manifest["files"]}
+    names = (str(path.relative_to(folder)) for path in files_below(folder))
+    return [n for n in names if n not in known and not is_system_file(Path(n).name)]
 
 
 def _temporary(folder: Path) -> Path:
@@ -748,7 +871,11 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): _sha256(path) for path in files_below(folder)}
+    return {
+        str(path.relative_to(folder)): _sha256(path)
+        for path in files_below(folder)
+        if path != folder / MARKER
+    }
 
 
 def _sha256(path: Path) -> str:

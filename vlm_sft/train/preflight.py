@@ -14,8 +14,10 @@ from vlm_sft.model.quantize import num_weights, number_format
 from vlm_sft.train.checkpoint import (
     Component,
     Together,
+    begin_temporary,
     copy_checkpoint,
-    remove,
+    delete_tree,
+    step_name,
     verify,
     write_checkpoint,
 )
@@ -116,11 +118,12 @@ def rehearse_saving(
         OSError: The place cannot be written.
     """
     together = together or Together()
-    folder, final = output_dir / ".rehearsal.tmp", output_dir / ".rehearsal-final.tmp"
+    place = together.first(lambda: begin_temporary(output_dir / "rehearsal"))
+    folder = place / step_name(0)
     kept = [own_part(parameter.detach()).clone() for _, parameter in tensors]
-    write_checkpoint(folder, components, {"step": 0, "rehearsal": True}, together)
     try:
-        together.first(lambda: _rehearse_end(folder, final, components))
+        write_checkpoint(folder, components, {"step": 0, "rehearsal": True}, together)
+        together.first(lambda: copy_checkpoint(verify(folder), place / "final", components))
         crash_point("rehearsal.written")
         with torch.no_grad():
             for _, parameter in tensors:
@@ -131,12 +134,7 @@ def rehearse_saving(
         with torch.no_grad():
             for (_, parameter), before in zip(tensors, kept, strict=True):
                 own_part(parameter).copy_(before)
-        together.first(lambda: remove(folder))
-
-
-def _rehearse_end(folder: Path, final: Path, components: Mapping[str, Component]) -> None:
-    copy_checkpoint(verify(folder), final, components)
-    remove(final)
+        together.first(lambda: delete_tree(place))
 
 
 def _read_and_compare(

@@ -1,0 +1,157 @@
+"""A run writes into a folder of its own and loses nothing that the user put there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_runs import TINY, run
+from vlm_sft import check
+from vlm_sft.atomic import write_json
+from vlm_sft.config import RunConfig, dump_config, load_config
+from vlm_sft.errors import UserError
+from vlm_sft.ownership import MARKER, own_directory
+from vlm_sft.run_folder import WRITTEN, own_run_folder, settle_config
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
+
+
+def config_for(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(TINY / "stage1.yaml", [f"output_dir={folder}", *overrides])
+
+
+def unmarked_run(folder: Path) -> Path:
+    """A run's folder as versions without markers left it."""
+    write_json(folder / "final" / "manifest.json", {"format": 2, "step": 1, "files": {}})
+    (folder / "config.yaml").write_text(dump_config(config_for(folder)))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["final/a.txt", "metrics.jsonl", "config.yaml", ".mywork.tmp/notes.txt", "notes.txt"]
+)
+def test_a_folder_with_files_of_others_is_refused_and_left_as_it_is(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=r"not empty .* nothing was changed") as caught:
+        run("stage1", tmp_path)
+    assert caught.value.reason == "not_ours" and "\n" not in str(caught.value)
+    assert content(tmp_path) == before
+
+
+def test_a_configuration_inside_an_unmarked_folder_is_no_reason_to_write_there(
+    tmp_path: Path,
+) -> None:
+    text = "# my notes\n" + (TINY / "stage1.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"not empty \('config.yaml'\)"):
+        own_run_folder(load_config(tmp_path / "config.yaml", [f"output_dir={tmp_path}"]))
+    assert content(tmp_path) == {"config.yaml": text.encode()}
+
+
+def test_a_run_of_a_version_without_markers_is_taken_over(tmp_path: Path) -> None:
+    folder = unmarked_run(tmp_path / "run")
+    own_run_folder(config_for(folder))
+    assert (folder / MARKER).exists()
+    own_run_folder(config_for(folder))
+
+
+def test_a_copied_checkpoint_alone_makes_no_run(tmp_path: Path) -> None:
+    folder = unmarked_run(tmp_path / "run")
+    (folder / "config.yaml").unlink()
+    with pytest.raises(UserError, match="not empty"):
+        own_run_folder(config_for(folder))
+
+
+def test_a_run_does_not_write_into_what_it_reads(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(TINY / "data", data)
+    with pytest.raises(UserError, match="is read by this command"):
+        own_run_folder(
+            config_for(tmp_path / "p", f"projector={tmp_path}", f"output_dir={tmp_path}")
+        )
+    folder = unmarked_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"the run would replace .*final, which it reads"):
+        own_run_folder(config_for(folder, f"projector={folder / 'final'}"))
+    with pytest.raises(UserError, match="where a training run keeps checkpoints"):
+        own_run_folder(config_for(folder / "final" / "x"))
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_found_before_training(tmp_path: Path) -> None:
+    own_run_folder(config_for(tmp_path))
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(UserError, match="keeps its checkpoints under this name"):
+        own_run_folder(config_for(tmp_path))
+
+
+def test_check_says_that_the_folder_would_be_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert check.main([str(TINY / "stage1.yaml"), "--no-model", f"output_dir={tmp_path}"]) == 2
+    assert "not empty" in " ".join(capsys.readouterr().out.split())
+    assert list(content(tmp_path)) == ["notes.txt"]
+
+
+def test_a_configuration_that_means_the_same_keeps_its_comments(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    text = "# my notes\n" + dump_config(config)
+    (tmp_path / "config.yaml").write_text(text)
+    for has_checkpoints in (False, True):
+        settle_config(config, has_checkpoints=has_checkpoints)
+        assert (tmp_path / "config.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["# my notes\n{same}", "not: [yaml", "\x00", "{same}"])
+def test_a_configuration_edited_by_hand_is_kept_when_another_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    config, path = config_for(tmp_path), tmp_path / "config.yaml"
+    path.write_text(text.format(same=dump_config(config)))
+    before = path.read_text()
+    settle_config(config.model_copy(update={"seed": 7}), has_checkpoints=False)
+    assert load_config(path).seed == 7
+    kept, said = tmp_path / "config.yaml.kept-1", capsys.readouterr().err
+    if text == "{same}":  # written by a run
+        assert not kept.exists() and not said
+    else:
+        assert kept.read_text() == before and str(kept) in said
+
+
+def test_a_linked_configuration_is_not_written_through(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(dump_config(config_for(tmp_path)))
+    before = mine.read_text()
+    own_directory(tmp_path / "run", "training run")
+    (tmp_path / "run" / "config.yaml").symlink_to(mine)
+    settle_config(config_for(tmp_path / "run"), has_checkpoints=False)
+    assert mine.read_text() == before
+    assert not (tmp_path / "run" / "config.yaml").is_symlink()
+
+
+def test_a_finished_run_that_is_repeated_keeps_every_file_of_the_user(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    one = "train.max_steps=1"
+    assert run("stage1", folder, one) == 0
+    assert {path.name for path in folder.iterdir()} <= {MARKER, *WRITTEN}
+    names = ("final/a.txt", "checkpoints/step-1/a.txt", ".mywork.tmp/a.txt", "a.txt")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "report.html").write_text("mine")
+    longer = ("train.max_steps=2", "--allow-change=train.max_steps")
+    assert run("stage1", folder, *longer, "train.keep_checkpoints=1") == 0
+    found = {path.read_text() for path in folder.rglob("a.txt")}
+    assert found == set(names)
+    assert (folder / "report.html.kept-1").read_text() == "mine"
+    assert "generator" in (folder / "report.html").read_text()[:500]
