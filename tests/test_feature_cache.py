@@ -7,7 +7,6 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from vlm_sft.data.images import read_pixels
 from vlm_sft.errors import UserError
 from vlm_sft.feature_cache import Worth
 from vlm_sft.inference import load_run
+from vlm_sft.ownership import MARKER
 
 SHAPE = (9, 32)
 DIGEST, OTHER = bytes(range(32)), bytes(32)
@@ -112,6 +112,7 @@ def test_writers_of_one_file_leave_one_whole_file(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_whole_files_and_its_remains_are_cleared(tmp_path: Path) -> None:
     kept = store(tmp_path)
+    kept.describe()
 
     def fill() -> None:
         for number in range(10**6):
@@ -127,13 +128,47 @@ def test_a_killed_process_leaves_whole_files_and_its_remains_are_cleared(tmp_pat
     assert len(whole) > 20
     for path in whole:
         assert torch.equal(kept.read(bytes.fromhex(path.stem)), features())
-    old, young = kept.folder / "00" / ".old.tmp", kept.folder / "00" / ".young.tmp"
+    begun = f".{DIGEST.hex()}.safetensors"
+    old, young = (kept.folder / "00" / f"{begun}.{end}_123.tmp" for end in ("aged", "mine"))
     old.write_bytes(b"half")
     young.write_bytes(b"half")
     os.utime(old, (0, 0))
     rest = sum(path.stat().st_size for path in kept.folder.rglob("*.tmp") if path != old)
-    assert disk_use(tmp_path) == len(whole) * kept.entry_bytes + rest
+    recipe = (kept.folder / "recipe.json").stat().st_size
+    assert disk_use(tmp_path) == len(whole) * kept.entry_bytes + rest + recipe
     assert young.exists() and not old.exists()
+
+
+def test_files_of_others_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    kept.describe()
+    kept.write(DIGEST, features())
+    before = disk_use(tmp_path)
+    name = f".{DIGEST.hex()}.safetensors.abcdefgh.tmp"
+    elsewhere = tmp_path / "photos" / "00"
+    names = (tmp_path / name, tmp_path / "notes.tmp", elsewhere / name, elsewhere / ".x.tmp")
+    inside = (kept.folder / "mine.tmp", kept.folder / "00" / "mine.tmp", kept.folder / "big.bin")
+    for path in (*names, *inside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+        os.utime(path, (0, 0))
+    (tmp_path / ("0" * 16)).symlink_to(kept.folder)
+    assert disk_use(tmp_path) == before
+    assert all(path.read_bytes() == b"mine" for path in (*names, *inside))
+
+
+def test_a_directory_with_files_of_others_is_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"data\.feature_cache .* was not created by vlm_sft"):
+        store(tmp_path).describe()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_cache_without_a_marker_is_used_as_before(tmp_path: Path) -> None:
+    store(tmp_path).describe()
+    (tmp_path / MARKER).unlink()
+    store(tmp_path).describe()
+    assert (tmp_path / MARKER).exists()
 
 
 # --- whether it pays
@@ -184,7 +219,7 @@ def test_a_run_from_kept_features_has_the_losses_of_one_from_pictures(folder: Pa
 
 
 def test_kept_features_are_those_of_the_tower(folder: Path) -> None:
-    (recipe,) = (folder / "kept").iterdir()
+    (recipe,) = (path for path in (folder / "kept").iterdir() if path.is_dir())
     described = json.loads((recipe / "recipe.json").read_text())
     assert described["image_processing"] == "fast" and described["dtype"] == "torch.float32"
     vlm = load_run(folder / "without", device="cpu")
@@ -281,8 +316,7 @@ def test_what_has_no_room_is_refused_before_anything_is_computed(
     with pytest.raises(UserError, match=r"feature_cache_gb allows 1e-05 GB") as caught:
         run("stage1", tmp_path / "one", *overrides, "data.feature_cache_gb=0.00001")
     assert caught.value.reason == "feature_cache_full"
-    usage = SimpleNamespace(free=100)
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(feature_cache, "free_bytes", lambda path: 100)
     with pytest.raises(UserError, match=r"0\.1 kB free") as caught:
         run("stage1", tmp_path / "two", *overrides)
     assert caught.value.reason == "feature_cache_full"

@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vlm_sft.data.masking import Rendered, Renderer
 from vlm_sft.data.render_cache import FILE_NAME, CachedRenderer, fingerprint
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.ownership import MARKER, own_directory
 
 RENDERER = Renderer.from_name("chatml", byte_tokenizer())
 
@@ -97,7 +99,34 @@ def test_faulty_records_are_told_each_time_and_not_kept(tmp_path: Path) -> None:
         assert (cached.hits, cached.misses) == (0, 1)
 
 
-def test_a_file_that_is_no_cache_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_text("not a database, but long enough to be read as one " * 20)
-    with pytest.raises(UserError, match=r"rendered\.sqlite cannot be used .*; remove the file"):
+def test_a_damaged_cache_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    own_directory(tmp_path / "cache", "cache")
+    text = "not a database, but long enough to be read as one " * 20
+    (tmp_path / "cache" / FILE_NAME).write_text(text)
+    with pytest.raises(UserError, match=r"rendered\.sqlite cannot be used .*; give another"):
+        CachedRenderer(RENDERER, tmp_path / "cache")
+
+
+def test_a_directory_with_files_of_others_is_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"data\.cache_dir .* was not created by vlm_sft"):
         CachedRenderer(RENDERER, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_database_of_others_is_not_written_into(tmp_path: Path) -> None:
+    own_directory(tmp_path, "cache")
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as table, table:
+        table.execute("CREATE TABLE mine (name TEXT)")
+    before = (tmp_path / FILE_NAME).read_bytes()
+    with pytest.raises(UserError, match=r"a database that vlm_sft did not write"):
+        CachedRenderer(RENDERER, tmp_path)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_a_cache_without_a_marker_is_used_as_before(tmp_path: Path) -> None:
+    list(CachedRenderer(RENDERER, tmp_path).render_all(RECORDS[:2]))
+    (tmp_path / MARKER).unlink()
+    again = CachedRenderer(RENDERER, tmp_path)
+    assert same(again, RECORDS[:2]) and again.hits == 2
+    assert (tmp_path / MARKER).exists()

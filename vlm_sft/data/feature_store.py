@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +16,17 @@ from torch import Tensor
 
 from vlm_sft.atomic import write_bytes, write_json
 from vlm_sft.errors import UserError
+from vlm_sft.ownership import CACHE, own_directory
 
 STALE_SECONDS: Final = 3600.0
 """An unfinished file of that age was left by a process that was killed."""
+
+_RECIPE: Final = "recipe.json"
+_STORE_NAME: Final = re.compile(r"[0-9a-f]{16}")
+_FILE_NAME: Final = re.compile(r"[0-9a-f]{64}\.safetensors")
+_UNFINISHED_NAME: Final = re.compile(
+    r"\.([0-9a-f]{64}\.safetensors|recipe\.json)\.[a-z0-9_]{8,12}\.tmp"
+)
 
 
 class FeatureStore:
@@ -47,18 +56,25 @@ class FeatureStore:
     ) -> None:
         described = {**recipe, "shape": list(shape), "dtype": str(dtype)}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        self.folder = Path(folder) / digest[:16]
+        self._cache = Path(folder)
+        self.folder = self._cache / digest[:16]
         self._recipe, self._shape, self._dtype = described, shape, dtype
         self.entry_bytes = len(_packed(torch.zeros(shape, dtype=dtype)))
 
     def describe(self) -> None:
-        """Make the folder and write `recipe.json`, which says what its features are of.
+        """Mark the cache directory and write `recipe.json`, which says what its features are of.
 
         Raises:
-            UserError: The folder cannot be written.
+            UserError: The directory cannot be written, or holds files that are not of a cache.
         """
         try:
-            write_json(self.folder / "recipe.json", self._recipe)
+            own_directory(
+                self._cache,
+                CACHE,
+                adopt=is_feature_cache(self._cache),
+                setting="data.feature_cache",
+            )
+            write_json(self.folder / _RECIPE, self._recipe)
         except OSError as error:
             raise _unusable(self.folder, error) from None
 
@@ -112,16 +128,47 @@ class FeatureStore:
 
 
 def disk_use(folder: str | Path) -> int:
-    """Bytes of all files under `folder`; unfinished ones of killed processes are removed."""
+    """Return the bytes of all features under `folder`, after deleting stale unfinished files.
+
+    Only files that a store writes, in the folders that it creates, are counted or deleted.
+    """
     total, now = 0, time.time()
-    for path in Path(folder).rglob("*"):
+    for path in _own_files(Path(folder)):
         with suppress(OSError):  # gone meanwhile: another run works here
             state = path.stat()
-            if path.suffix == ".tmp" and now - state.st_mtime > STALE_SECONDS:
+            if _UNFINISHED_NAME.fullmatch(path.name) and now - state.st_mtime > STALE_SECONDS:
                 path.unlink()
-            elif path.is_file():
+            else:
                 total += state.st_size
     return total
+
+
+def is_feature_cache(folder: Path) -> bool:
+    """Return whether a directory holds the folder of a store, by its name and its recipe."""
+    return next(_stores(folder), None) is not None
+
+
+def _stores(folder: Path) -> Iterator[Path]:
+    """Yield the folders of the stores in a cache directory."""
+    for path in sorted(folder.glob("*")):
+        if not _STORE_NAME.fullmatch(path.name) or path.is_symlink():
+            continue
+        try:
+            recipe = json.loads((path / _RECIPE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(recipe, dict) and {"shape", "dtype"} <= recipe.keys():
+            yield path
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of all stores: features, recipes and unfinished ones of both."""
+    for store in _stores(folder):
+        for path in [*store.glob("*"), *store.glob("[0-9a-f][0-9a-f]/*")]:
+            names = (_FILE_NAME.fullmatch, _UNFINISHED_NAME.fullmatch)
+            ours = path.name == _RECIPE or any(match(path.name) for match in names)
+            if ours and path.is_file() and not path.is_symlink():
+                yield path
 
 
 def _packed(features: Tensor) -> bytes:

@@ -5,6 +5,7 @@ import json
 import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Final
@@ -15,9 +16,11 @@ from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.conversation import Conversation, ImagePart
 from vlm_sft.data.masking import CHUNK, Rendered, Renderer, batched
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.ownership import CACHE, own_directory
 
 FILE_NAME: Final = "rendered.sqlite"
 RENDERING_MODULES: Final = ("layout", "masking", "template", "tokenizer", "recipe")
+_TABLE: Final = "rendered (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID"
 
 
 class CachedRenderer:
@@ -30,14 +33,14 @@ class CachedRenderer:
 
     Args:
         renderer: Renders what is not there.
-        folder: Holds `rendered.sqlite`; made if missing.
+        folder: Holds `rendered.sqlite`; created and marked if missing or empty.
 
     Attributes:
         hits: Records that were found.
         misses: Records that were rendered.
 
     Raises:
-        UserError: The folder or the file in it cannot be used.
+        UserError: The folder or the file in it cannot be used, or is not a cache.
     """
 
     def __init__(self, renderer: Renderer, folder: str | Path) -> None:
@@ -45,13 +48,19 @@ class CachedRenderer:
         self._fingerprint = fingerprint(renderer)
         self.hits = self.misses = 0
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            own_directory(
+                folder, CACHE, adopt=is_render_cache(Path(folder)), setting="data.cache_dir"
+            )
             self._table = sqlite3.connect(self._path, timeout=60)
+            if not _is_ours(self._table):
+                raise UserError(
+                    f"data.cache_dir: {self._path} is a database that vlm_sft did not write; "
+                    "nothing was changed. Give another folder",
+                    code="not_ours",
+                )
             self._table.execute("PRAGMA journal_mode=WAL")
             self._table.execute("PRAGMA synchronous=NORMAL")
-            self._table.execute(
-                "CREATE TABLE IF NOT EXISTS rendered (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID"
-            )
+            self._table.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
         except (OSError, sqlite3.Error) as error:
             raise self._fault(error) from None
 
@@ -107,10 +116,28 @@ class CachedRenderer:
 
     def _fault(self, error: Exception) -> UserError:
         return UserError(
-            f"data.cache_dir: {self._path} cannot be used ({error}); remove the file, or give "
-            "another folder with room in it",
+            f"data.cache_dir: {self._path} cannot be used ({error}); give another folder with "
+            "room in it, or move the file away",
             code="cache_unusable",
         )
+
+
+def is_render_cache(folder: Path) -> bool:
+    """Return whether a directory holds a file of rendered records."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(path)) as table:
+            return _is_ours(table, empty=False)
+    except sqlite3.Error:
+        return False
+
+
+def _is_ours(table: sqlite3.Connection, *, empty: bool = True) -> bool:
+    """Return whether a database has our one table and no other; `empty` for one without tables."""
+    found = [row[0] for row in table.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")]
+    return found == [f"CREATE TABLE {_TABLE}"] or (empty and not found)
 
 
 def fingerprint(renderer: Renderer) -> bytes:
