@@ -96,7 +96,7 @@ def test_wrong_arguments_end_with_one_sentence_and_2(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     line = refusal([str(lora_run), str(tmp_path / "full")], capsys)
-    assert "is not an empty folder" in line
+    assert "is not an empty directory" in line
     line = refusal([str(lora_run), str(tmp_path / "o"), "--image", "gone.png"], capsys)
     assert "gone.png" in line
     assert not (tmp_path / "o").exists()

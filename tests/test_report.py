@@ -143,3 +143,24 @@ def test_the_report_names_the_software_of_the_run_and_not_its_own(tmp_path: Path
     (step / "manifest.json").write_text(json.dumps(manifest))
     page = write_run_report(run).read_text()
     assert "Software of the checkpoint of step 2" in page and "1.2.3" in page
+
+
+def test_a_report_replaces_only_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    path = write_run_report(tmp_path)
+    assert (tmp_path / "report.html.kept-1").read_text() == "mine"
+    assert "report.html.kept-1" in capsys.readouterr().err
+    assert write_run_report(tmp_path) == path
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_demo_report_replaces_only_its_own_page_and_curves(tmp_path: Path) -> None:
+    report = DemoReport("A model", "", [], {"Stage 1": make_run(tmp_path / "s1")})
+    for name in ("demo.html", "demo.png"):
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        write_demo_report(report, tmp_path / "demo.html")
+    kept = sorted(path.name for path in tmp_path.glob("*.kept-*"))
+    assert kept == ["demo.html.kept-1", "demo.png.kept-1"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import platform
 import sys
 from collections import Counter
@@ -18,12 +19,21 @@ from vlm_sft.command_line import CommandParser
 from vlm_sft.console import say
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.ownership import require_output_file
+from vlm_sft.ownership import (
+    has_mark,
+    made_by,
+    refuse_in_checkpoint,
+    require_output_file,
+    set_aside,
+)
 from vlm_sft.page import page, picture, section, table
 from vlm_sft.progress import format_seconds
 from vlm_sft.train.rows import has_step, read_rows
 
 Row = Mapping[str, Any]
+
+COMMAND = "report"
+"""Name in the marks of reports."""
 
 MANIFEST = "manifest.json"
 
@@ -102,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         )
     out = arguments.out or run / "report.html"
     read = [run / name for name in ("metrics.jsonl", "ledger.jsonl", "config.yaml")]
-    require_output_file(out, inputs=read, overwrite=arguments.overwrite)
+    out = require_output_file(out, inputs=read, command=COMMAND, overwrite=arguments.overwrite)
     say(write_run_report(run, out), file=sys.stdout)
     return 0
 
@@ -125,7 +135,8 @@ def write_run_report(run_dir: str | Path, out: str | Path | None = None) -> Path
 
     Args:
         run_dir: The run's folder.
-        out: The page; None: `report.html` in the folder.
+        out: The page, which is replaced; None: `report.html` in the folder, where a file that this
+            toolkit did not write is kept under another name.
 
     Returns:
         The page's path.
@@ -151,17 +162,23 @@ def write_run_report(run_dir: str | Path, out: str | Path | None = None) -> Path
     body += _software(manifest)
     body += _settings(run_dir)
     body += _damaged(damaged)
+    if out is None:
+        _keep_foreign(run_dir / "report.html")
     path = Path(out) if out is not None else run_dir / "report.html"
-    write_text(path, page(f"Run {run_dir.resolve().name}", str(run_dir), body, command="report"))
+    write_text(path, page(f"Run {run_dir.resolve().name}", str(run_dir), body, command=COMMAND))
     return path
 
 
 def write_demo_report(report: DemoReport, path: str | Path) -> Path:
     """Write one HTML page with everything inside it, and the curves beside it as a PNG.
 
-    The PNG has the page's name with `.png`. Returns the page's path.
+    The PNG has the page's name with `.png`. Returns the page's path. Files of these names that
+    this toolkit did not write are kept under other names.
     """
     path = Path(path)
+    refuse_in_checkpoint(path)
+    for written in (path, path.with_suffix(".png")):
+        _keep_foreign(written)
     curves = curves_png(
         {title: read_rows(d / "metrics.jsonl").rows for title, d in report.runs.items()}
     )
@@ -180,8 +197,15 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
     if report.credits:
         lines = "".join(f"<p>{escape(line)}</p>" for line in report.credits)
         body.append(section("Credits", lines))
-    write_text(path, page(report.title, report.lead, body))
+    write_text(path, page(report.title, report.lead, body, command=COMMAND))
     return path
+
+
+def _keep_foreign(path: Path) -> None:
+    """Rename a file that is about to be replaced unless a report was written there before."""
+    if os.path.lexists(path) and (not path.is_file() or not has_mark(path, COMMAND)):
+        kept = set_aside(path)
+        say(f"warning: {path} was not written by vlm_sft {COMMAND}; it is now {kept}")
 
 
 def curves_png(runs: Mapping[str, Sequence[Row]]) -> bytes:
@@ -200,7 +224,7 @@ def curves_png(runs: Mapping[str, Sequence[Row]]) -> bytes:
         if panel.lines:
             panel.legend(frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", metadata={"Software": made_by(COMMAND)})
     return buffer.getvalue()
 
 

@@ -14,6 +14,7 @@ from vlm_sft.command_line import (
 )
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.conditions import CONDITIONS, Condition
+from vlm_sft.ownership import require_output_file
 
 EXAMPLE = """example:
   python -m vlm_sft.evaluate runs/stage2/final --probes held_out/existence.json \\
@@ -35,6 +36,14 @@ def main(argv: Sequence[str]) -> int:
         require_file("--captions", arguments.captions)
     require_folder("--images", arguments.images)
     require_checkpoint(arguments.checkpoint)
+    captions = [arguments.captions] if arguments.captions else []
+    arguments.out = require_output_file(
+        arguments.out,
+        inputs=[arguments.checkpoint, *arguments.probes, *captions],
+        image_roots=[arguments.images],
+        command="evaluate",
+        overwrite=arguments.overwrite,
+    )
     for path in arguments.probes:
         read_rows(path)
     with heavy_imports():
@@ -103,6 +112,8 @@ def parser() -> CommandParser:
         metavar="FILE",
         help="where the figures are written as JSON (default: results.json)",
     )
+    replace = "replace --out even if this command did not write it"
+    add("--overwrite", action="store_true", help=replace)
     add(
         "--seed",
         type=whole_number(0),

@@ -36,6 +36,7 @@ from vlm_sft.evaluation.probes import (
     tasks_of,
 )
 from vlm_sft.inference import VlmRun, load_run
+from vlm_sft.ownership import MADE_BY, made_by
 from vlm_sft.progress import track
 
 
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if files:
         require_questions(vlm_run)
     results: dict[str, Any] = {
+        MADE_BY: made_by("evaluate"),
         "checkpoint": str(arguments.checkpoint),
         "step": vlm_run.manifest.get("step"),
         "interval": "95 % percentile bootstrap over pictures; Wilson's where all answers are alike",
@@ -68,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         results["probes"].setdefault(measure, {})[condition] = summary
     if records:
         results["captions"] = summarize_captions(losses, seed=arguments.seed)
+    Console().print(results_table(results))  # before writing: a full disk must not lose it
     write_json(arguments.out, results)
-    Console().print(results_table(results))
     return 0
 
 

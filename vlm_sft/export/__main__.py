@@ -6,6 +6,7 @@ from pathlib import Path
 from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports
 from vlm_sft.constants import MAX_SHARD_SIZE
 from vlm_sft.errors import run_command
+from vlm_sft.ownership import require_new_directory
 
 EXAMPLES = """\
 examples:
@@ -26,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
     from vlm_sft.inputs import require_checkpoint, require_images
 
     require_checkpoint(arguments.checkpoint)
-    require_images([arguments.image] if arguments.image else [])
+    images = [arguments.image] if arguments.image else []
+    require_images(images)
+    require_new_directory(arguments.out, inputs=[arguments.checkpoint, *images])
     with heavy_imports():
         from vlm_sft.export.command import run
     return run(arguments)

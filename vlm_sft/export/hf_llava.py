@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ from vlm_sft.libraries import installed_version
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.ownership import MADE_BY, is_system_file, made_by, require_new_directory
 
 _RELATIVE_LIMIT: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference allowed, as a part of the largest logit; merging and casting round."""
@@ -123,8 +125,7 @@ def export_hf_llava(
         UserError: If the folder is not empty, stock LLaVA cannot hold the model, or the reloaded
             model differs.
     """
-    out_dir = Path(out_dir)
-    _refuse_nonempty(out_dir)
+    place = require_new_directory(out_dir)
     _refuse_obstacles(model)
     tower = stock_tower(model.vision_tower)
     pixels, ids = sample if sample is not None else _made_up_sample(model)
@@ -140,7 +141,7 @@ def export_hf_llava(
     processor = _processor(model.vision_tower, tower, tokenizer, image_aspect)
     processor.chat_template = renderer_chat_template
 
-    with _atomic_folder(out_dir) as folder:
+    with _atomic_folder(place) as folder:
         with naming(folder):
             _write(folder, llava, processor, tower.released_level, max_shard_size)
         inputs = _compared_inputs(model, pixels, ids, image_token_id)
@@ -391,7 +392,8 @@ def _refuse_difference(report: ExportReport, dtype: torch.dtype) -> None:
 
 def _write_notes(folder: Path, report: ExportReport, aspect: Aspect) -> None:
     libraries = {name: installed_version(name) for name in ("torch", "transformers", "vlm-sft")}
-    write_json(folder / "export.json", {**asdict(report), "versions": libraries})
+    made = {MADE_BY: made_by("export"), **asdict(report), "versions": libraries}
+    write_json(folder / "export.json", made)
     write_text(
         folder / "README.md",
         "# A LLaVA model, exported by vlm_sft\n\n"
@@ -406,11 +408,6 @@ def _write_notes(folder: Path, report: ExportReport, aspect: Aspect) -> None:
         f"was {report.max_abs_logit_difference:.3g} (logits up to {report.max_abs_logit:.3g}, "
         f"{report.dtype}).\n",
     )
-
-
-def _refuse_nonempty(out_dir: Path) -> None:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"export: {out_dir} is not an empty folder; give a new one")
 
 
 @contextmanager
@@ -429,6 +426,8 @@ def _named_by_target(temporary: Path, target: Path) -> Iterator[None]:
 def _atomic_folder(out_dir: Path) -> Iterator[Path]:
     """Create a directory next to `out_dir` that replaces it when the block ends without an error.
 
+    What file managers left in `out_dir` is moved along.
+
     Raises:
         OSError: The disk is full or refuses; the error names `out_dir`, and nothing is left of the
             directory.
@@ -441,6 +440,8 @@ def _atomic_folder(out_dir: Path) -> Iterator[Path]:
             yield temporary
             give_ordinary_modes(temporary)
         if out_dir.exists():
+            for name in filter(is_system_file, os.listdir(out_dir)):
+                os.rename(out_dir / name, temporary / name)
             out_dir.rmdir()
         rename_folder(temporary, out_dir, last="export.json")
     finally:

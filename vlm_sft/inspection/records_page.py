@@ -194,7 +194,9 @@ class RecordsPage:
             self._tools(),
             *self._articles,
         ]
-        made = page(visible(f"Records of {names}"), visible(self._lead()), body, **_LOOK)
+        made = page(
+            visible(f"Records of {names}"), visible(self._lead()), body, command="show", **_LOOK
+        )
         write_text(path, made)
 
     def _lead(self) -> str:

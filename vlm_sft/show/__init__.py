@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.command_line import CommandParser, add_overrides, heavy_imports, whole_number
+from vlm_sft.config import DataFile, RunConfig
 from vlm_sft.errors import UserError
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, SHOWN, SHOWN_ON_A_PAGE
+from vlm_sft.ownership import require_output_file
 
 ABOUT = """\
 Show records as the model will see them, with the trained tokens marked, and what becomes of each
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
         inputs.require_records("--records", arguments.records)
         inputs.require_model_name("--tokenizer", arguments.tokenizer)
         inputs.require_template("--template", arguments.template or "auto")
+    if arguments.html is not None:
+        arguments.html = _require_page(arguments, config)
     with heavy_imports():
         from vlm_sft.show.command import run
     return run(arguments, config)
@@ -107,6 +111,7 @@ def parser() -> CommandParser:
     add("--limit", type=count, metavar="N", help=f"at most this many (default: {default})")
     add = parser.add_argument_group("how").add_argument
     add("--html", metavar="FILE", help="write one self-contained page")
+    add("--overwrite", action="store_true", help="replace --html even if `show` did not write it")
     add("--statistics", action="store_true", help="figures of all records instead of records")
     add("--json", action="store_true", help="one JSON object a line; with --statistics one in all")
     add("--no-pager", action="store_true", help="print to the terminal itself")
@@ -127,6 +132,24 @@ def _require_fitting(arguments: argparse.Namespace) -> None:
         raise UserError("--eval: belongs to CONFIG.yaml; with --records, name the held-out file")
     if missing:
         raise UserError(f"give CONFIG.yaml, or --records and --tokenizer (missing: {missing[0]})")
+
+
+def _require_page(arguments: argparse.Namespace, config: RunConfig | None) -> Path:
+    """Check, before any record is read, that the page may be written to `--html`."""
+    if config is not None:
+        inputs, images = [Path(arguments.config), *config.input_paths()], config.image_roots()
+    else:
+        names = (arguments.records, arguments.tokenizer, arguments.template)
+        inputs = [Path(name) for name in names if name]
+        file = DataFile(path=arguments.records, image_root=arguments.image_root)
+        images = [file.images_start_in()]
+    return require_output_file(
+        arguments.html,
+        inputs=inputs,
+        image_roots=images,
+        command="show",
+        overwrite=arguments.overwrite,
+    )
 
 
 def _refuse_together(arguments: argparse.Namespace) -> None:
