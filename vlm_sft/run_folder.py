@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import IO, Final
 from vlm_sft.atomic import write_text
 from vlm_sft.changes import Change, changes_between, require_allowed
 from vlm_sft.config import RunConfig, dump_config, load_config
+from vlm_sft.console import say
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.filesystem import lock
 from vlm_sft.ownership import TRAINING_RUN, is_run, own_directory, require_directory, set_aside
@@ -154,11 +154,7 @@ def settle_config(
         return granted
     if os.path.lexists(path) and _is_written_by_hand(path, meaning):
         kept = set_aside(path)
-        print(
-            f"warning: {path} was written or edited by hand; it is now {kept}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"warning: {path} was written or edited by hand; it is now {kept}")
     write_text(path, dump_config(config))
     return granted
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
 from vlm_sft.atomic import write_text
+from vlm_sft.console import say as console_say
 from vlm_sft.crash import crash_point
 from vlm_sft.error_codes import CODE_OF_FACT
 from vlm_sft.errors import CheckpointError, UserError
@@ -384,7 +385,7 @@ def write_folder(
     writers: Sequence[Writer],
     facts: Mapping[str, Any],
     together: Together,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = console_say,
 ) -> None:
     """Write a complete checkpoint folder: all files, then the manifest, then the rename.
 
@@ -407,7 +408,7 @@ def copy_checkpoint(
     folder: Path,
     components: Mapping[str, Component],
     *,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = console_say,
     reached: Callable[[str], None] = lambda point: None,
 ) -> Checkpoint:
     """Make `folder` a complete copy of a checkpoint, by hard links where the disk has them.
