@@ -315,8 +315,8 @@ MUTANTS = (
     Mutant(
         "changed settings are not looked at",
         "vlm_sft/run_folder.py",
-        "if has_checkpoints and path.exists():",
-        "if False:",
+        "if not has_checkpoints or not path.exists():",
+        "if True:",
         (f"{RESUME}::test_an_allowed_change_is_told_and_made",),
     ),
     Mutant(
