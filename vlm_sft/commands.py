@@ -14,6 +14,7 @@ COMMANDS: Final = {
     "vlm_sft.chat": "talk to a checkpoint",
     "vlm_sft.evaluate": "measure a checkpoint",
     "vlm_sft.export": "write a checkpoint for transformers",
+    "vlm_sft.export.reload": "compare an export with its origin, started by the export",
     "vlm_sft.report": "write a run as an HTML page",
     "vlm_sft.error_codes": "print the table of errors",
     "data_tools.build_coco": "build records from COCO annotations",
