@@ -172,7 +172,7 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     """Return the content of a directory's marker file; None if it has none that is ours."""
     try:
         found = json.loads(read_text(path / MARKER, limit=2**20))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     ours = isinstance(found, dict) and str(found.get(MADE_BY, "")).startswith("vlm_sft")
     return found if ours else None
@@ -533,6 +533,9 @@ def refuse_input(output: str | Path, inputs: Iterable[str | Path]) -> None:
         UserError: They are the same file or directory.
     """
     for source in inputs:
+        for name in (output, source):
+            if "\0" in str(name):
+                raise UserError(f"{str(name)!r}: no file can have this name", code="not_a_file")
         same = os.path.realpath(output) == os.path.realpath(source)
         if not same and os.path.exists(output) and os.path.exists(source):
             same = os.path.samefile(output, source)

@@ -297,8 +297,14 @@ def _license_names(folder: RunFolder) -> dict[str, str]:
     """The licences' names by number, as the annotations give them; none without an index."""
     if not folder.index.exists():
         return {}
-    licenses = json.loads(folder.index.read_bytes()).get("licenses", {})
-    return {number: license["name"] for number, license in licenses.items()}
+    index = read_json(folder.index)
+    licenses = index.get("licenses") if isinstance(index, dict) else None
+    names = {
+        number: license.get("name")
+        for number, license in (licenses if isinstance(licenses, dict) else {}).items()
+        if isinstance(license, dict)
+    }
+    return {number: name for number, name in names.items() if isinstance(name, str)}
 
 
 def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from vlm_sft.console import say
 from vlm_sft.errors import UserError
 from vlm_sft.ownership import owned_open, write_owned_json
 from vlm_sft.progress import track
+from vlm_sft.reading import open_regular, read_json
 
 FORMAT: Final = 2
 """Raised when this module would write other files from the same annotations."""
@@ -52,8 +53,8 @@ def read_pictures(folder: RunFolder) -> dict[int, Picture]:
         UserError: The annotations have not been indexed.
     """
     try:
-        with folder.pictures.open("rb") as file:
-            pictures = [_picture(json.loads(line)) for line in file]
+        with open_regular(folder.pictures) as file:
+            pictures = [_read_picture(line, folder.pictures, n) for n, line in enumerate(file, 1)]
     except FileNotFoundError:
         raise _not_indexed(folder.pictures) from None
     return {picture.id: picture for picture in pictures}
@@ -66,10 +67,13 @@ def read_categories(folder: RunFolder) -> tuple[str, ...]:
         UserError: The annotations have not been indexed.
     """
     try:
-        index = json.loads(folder.index.read_text(encoding="utf-8"))
+        index = read_json(folder.index)
     except FileNotFoundError:
         raise _not_indexed(folder.index) from None
-    return tuple(index["categories"])
+    categories = index.get("categories") if isinstance(index, dict) else None
+    if not isinstance(categories, dict):
+        raise _damaged(str(folder.index))
+    return tuple(categories)
 
 
 def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> str:
@@ -81,6 +85,22 @@ def write_pictures(folder: RunFolder, pictures: Iterable[Picture]) -> str:
             digest.update(line)
             file.write(line)
     return digest.hexdigest()
+
+
+def _read_picture(line: bytes, path: Path, number: int) -> Picture:
+    try:
+        picture = _picture(json.loads(line))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _damaged(f"{path}:{number}") from None
+    return picture
+
+
+def _damaged(where: str) -> UserError:
+    return UserError(
+        f"{where}: was damaged or not written by this version; delete the file and run `index` "
+        "again",
+        code="json_syntax",
+    )
 
 
 def _not_indexed(path: Path) -> UserError:

@@ -1,6 +1,5 @@
 """Pictures become requests: chosen, guarded, written down and priced before anything is sent."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from vlm_sft.console import say
 from vlm_sft.errors import UserError
 from vlm_sft.ownership import write_owned, write_owned_json
 from vlm_sft.progress import track
+from vlm_sft.reading import read_json
 
 MESSAGE_TOKENS: Final = 4
 """What a chat template adds around a message."""
@@ -83,12 +83,17 @@ def read_templates(folder: RunFolder) -> Mapping[str, Any]:
         UserError: Nothing has been planned yet.
     """
     try:
-        templates: Mapping[str, Any] = json.loads(folder.templates.read_text(encoding="utf-8"))
+        templates: Mapping[str, Any] = read_json(folder.templates)
     except FileNotFoundError:
         raise UserError(
             f"{folder.templates}: there is no such file; run `plan` first",
             code="data_file_missing",
         ) from None
+    if not isinstance(templates, dict) or not templates.keys() >= set(TYPES):
+        raise UserError(
+            f"{folder.templates}: was damaged or not written by this version; run `plan` again",
+            code="json_syntax",
+        )
     return templates
 
 

@@ -1,6 +1,5 @@
 """`report`: one HTML page of what was made, and of what was not, with its plots."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,10 @@ from data_tools.instruct.receipts.meanings import meanings
 from data_tools.instruct.receipts.page import Report
 from data_tools.instruct.receipts.plots import plots
 from vlm_sft.console import say
+from vlm_sft.errors import UserError
 from vlm_sft.ownership import remove_owned, write_owned
 from vlm_sft.progress import track
+from vlm_sft.reading import read_json
 
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
@@ -68,5 +69,11 @@ def _json(path: Path) -> Mapping[str, Any]:
     """The file's object; empty where there is no such file."""
     if not path.exists():
         return {}
-    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: Mapping[str, Any] = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: expected an object, found something else; the file was damaged, run its "
+            "stage again",
+            code="json_syntax",
+        )
     return content

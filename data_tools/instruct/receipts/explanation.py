@@ -8,6 +8,8 @@ from heapq import nlargest
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from data_tools.coco import Picture
 from data_tools.instruct.answers import answers_folder, read_answers
 from data_tools.instruct.config import InstructConfig
@@ -136,7 +138,19 @@ def _of_request(path: Path, request: str) -> list[Sample]:
         return []
     needle = request.encode()
     with path.open("rb") as file:
-        return [Sample.model_validate_json(line) for line in file if needle in line]
+        return [
+            _sample(line, path, number) for number, line in enumerate(file, 1) if needle in line
+        ]
+
+
+def _sample(line: bytes, path: Path, number: int) -> Sample:
+    try:
+        return Sample.model_validate_json(line)
+    except ValidationError:
+        raise UserError(
+            f"{path}:{number}: is no sample; the file was damaged, run its stage again",
+            code="json_syntax",
+        ) from None
 
 
 def _stages(
@@ -197,7 +211,7 @@ def _exported(folder: RunFolder, sample_id: str) -> Stage:
         return Stage("exported", None, "not exported yet")
     needle = json.dumps(sample_id).encode()
     with path.open("rb") as file:
-        found = any(needle in line and json.loads(line)["id"] == sample_id for line in file)
+        found = any(needle in line for line in file)
     if not found:
         return Stage("exported", False, "not among the exported samples; see export.json")
     names = sorted(p.name for p in folder.exports.iterdir() if p.name != RECEIPTS)

@@ -1,0 +1,125 @@
+"""Whatever stands in an input or in a damaged file of a run, a command ends in one sentence."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools import build_coco
+from data_tools.instruct.__main__ import main as instruct
+from tests.data_tools.coco_files import arguments, write_coco
+from tests.data_tools.test_ownership import CAT, DOG, instruct_line
+from vlm_sft.errors import UserError
+
+LONG = "x" * 5_000_000
+
+VALUES: list[tuple[str, Any]] = [
+    ("annotations.0.bbox", [1, 2, 3, float("nan")]),
+    ("annotations.0.bbox", [1, 2, 3, 10**400]),
+    ("annotations.0.bbox", [True, 0, 5, 5]),
+    ("annotations.0.bbox", LONG),
+    ("annotations.0.category_id", []),
+    ("annotations.0.category_id", 10**30),
+    ("annotations.0.id", -1),
+    ("annotations.0.image_id", 1.5),
+    ("annotations.0", None),
+    ("images.0.id", -5),
+    ("images.0.id", 2**63),
+    ("images.0.width", 10**400),
+    ("images.0.height", 0),
+    ("images.0.file_name", LONG),
+    ("images.0.file_name", "a\0b"),
+    ("images.0.file_name", "\x1b[31m.jpg"),
+    ("images.0.file_name", "train\\a.jpg"),
+    ("images.0.license", "x"),
+    ("images.0", LONG),
+    ("images", {}),
+    ("categories.0.name", LONG),
+    ("categories.0.name", "\u202e"),
+    ("categories", None),
+]
+
+
+@pytest.mark.parametrize("number", range(len(VALUES)))
+def test_a_wrong_value_in_annotations_is_one_short_sentence(tmp_path: Path, number: int) -> None:
+    path, value = VALUES[number]
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    document = json.loads(files["instances"].read_text())
+    node, *rest = document, *path.split(".")
+    for part in rest[:-1]:
+        node = node[int(part) if part.isdigit() else part]
+    node[int(rest[-1]) if rest[-1].isdigit() else rest[-1]] = value
+    files["instances"].write_text(json.dumps(document))
+    with pytest.raises(UserError) as told:
+        build_coco.main(arguments(files, "--max-faulty", "1"))
+    message = str(told.value)
+    assert len(message) < 1000 and "\x1b" not in message and "\u202e" not in message
+    assert not files["out"].exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"null", b"[]", b"\xff\xfe", b"\0" * 9, b"[" * 100_000, b'{"images": ' + b"[" * 99_999,
+        b'{"images": [{"id": ' + b"9" * 6000,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("which", ["instances", "captions"])
+def test_a_file_that_is_no_annotations_is_one_short_sentence(
+    tmp_path: Path, content: bytes, which: str
+) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    files[which].write_bytes(content)
+    with pytest.raises(UserError) as told:
+        build_coco.main(arguments(files))
+    assert len(str(told.value)) < 1000
+
+
+def test_a_pipe_a_device_and_a_folder_are_no_annotations(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="regular file"):
+            build_coco.main(arguments(files | {"instances": special}))
+
+
+DAMAGE = {"garbage": b"x\n", "a list": b"[]\n", "an object": b"{}\n", "deep": b"[" * 100_000}
+
+
+def test_damaged_files_of_a_run_end_every_stage_in_one_sentence(tmp_path: Path) -> None:
+    line = instruct_line(tmp_path)
+    for stage in ("plan", "generate", "verify", "clean", "export"):
+        assert instruct([stage, line[1]]) == 0
+    read_by = {
+        "index.json": ["verify", "clean", "export"],
+        "pictures.jsonl": ["verify", "clean"],
+        "templates.json": ["explain"],
+        "requests.jsonl": ["verify", "explain"],
+        "samples.jsonl": ["clean"],
+        "kept.jsonl": ["export"],
+        "spending.jsonl": ["generate"],
+        "failures.jsonl": ["generate"],
+        ".vlm_sft.json": ["verify"],
+    }
+    for name, stages in read_by.items():
+        path = tmp_path / "run" / name
+        before = path.read_bytes()
+        for content in DAMAGE.values():
+            for stage in stages:
+                path.write_bytes(content)
+                extra = ["000000000001-reasoning-0"] if stage == "explain" else ["--overwrite"]
+                try:
+                    instruct([stage, line[1], *extra])
+                except UserError as error:
+                    assert len(str(error)) < 1000, (name, stage)
+        path.write_bytes(before)
+
+
+def test_annotations_without_an_image_are_refused(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    for name in ("instances", "captions"):
+        files[name].write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(UserError, match="not one of the 0 annotated pictures can be used"):
+        build_coco.main(arguments(files))
