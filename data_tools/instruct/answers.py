@@ -31,6 +31,8 @@ from vlm_sft.errors import UserError
 from vlm_sft.filesystem import lock, sync, sync_folder
 
 _HEAD: Final = re.compile(rb'\{"request":"([^"\\]+)"')
+_BEGINNING: Final = b'{"request":"'
+"""Of every file of answers, even if a kill cut its first line."""
 _FILE_BITS: Final = 20
 """A place is one integer: the byte of a file above, the number of the file below."""
 _RECENT: Final = 1 << 16
@@ -300,8 +302,21 @@ def _own_file(folder: Path) -> tuple[int, Path]:
             os.close(descriptor)
             flags |= os.O_EXCL
             continue
+        _require_answers(descriptor, path)
         sync_folder(folder)
         return descriptor, path
+
+
+def _require_answers(descriptor: int, path: Path) -> None:
+    """Refuse a file of others before anything is appended to it or cut from its end."""
+    head = os.pread(descriptor, len(_BEGINNING), 0)
+    if not _BEGINNING.startswith(head):
+        os.close(descriptor)
+        raise UserError(
+            f"{path}: is no file of recorded answers; nothing was changed. Choose another "
+            "output_dir or teacher.answers_dir",
+            code="not_ours",
+        )
 
 
 def _key(request: str) -> int:

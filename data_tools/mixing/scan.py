@@ -21,6 +21,7 @@ from vlm_sft.config import DataFile
 from vlm_sft.data.conversation import Conversation, TextPart
 from vlm_sft.data.formats import open_records
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.image_paths import current_directory_hint, nearest_existing
 from vlm_sft.progress import track
 
 LEFT_OUT: Final = ("bad record", "picture missing", "evaluation picture", "repeats an earlier one")
@@ -88,6 +89,14 @@ def scan(config: MixConfig) -> list[Source]:
         UserError: A file cannot be read; or there is a bad record or a missing picture and
             `bad_records` or `missing_pictures` says `error`; or a replay source has pictures.
     """
+    for given in config.sources:
+        if not Path(given.path).exists():
+            raise UserError(
+                f"source {given.name}: {given.path}: no such file or folder"
+                f"{current_directory_hint(given.path)}{nearest_existing(given.path)}; correct "
+                "`path` of this source under `sources`",
+                code="data_file_missing",
+            )
     guarded = guarded_ids(config.guard)
     sources = [_Scan(config, source, guarded).run() for source in config.sources]
     everything = np.concatenate([source.contents for source in sources])

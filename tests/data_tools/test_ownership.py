@@ -259,3 +259,21 @@ def test_make_scenes_accepts_a_folder_that_an_older_version_made(tmp_path: Path)
     assert make_scenes.main(scenes(out)) == 0
     (out / "images" / "000000000002.jpg").unlink()
     assert make_scenes.main(scenes(out)) == 0
+
+
+def test_a_foreign_file_among_the_answers_is_refused_before_it_is_cut(tmp_path: Path) -> None:
+    line = instruct_line(tmp_path, "generate", teacher={"kind": "rules", "answers_dir": "mine"})
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "part-00001.jsonl").write_text('{"my": 1}\n{"own": "line without an end"}')
+    instruct(["plan", line[1], f"teacher.answers_dir={shared}"])
+    with pytest.raises(UserError, match="is no file of recorded answers"):
+        instruct([*line, f"teacher.answers_dir={shared}"])
+    assert (shared / "part-00001.jsonl").read_text().endswith('an end"}')
+
+
+def test_mix_names_the_source_whose_file_is_missing(tmp_path: Path) -> None:
+    missing = [{"name": "photos", "path": str(tmp_path / "source" / "Train.jsonl")}]
+    mixture(tmp_path)
+    with pytest.raises(UserError, match=r"source photos: .*no such file.*upper and lower case"):
+        mix.main(mixture(tmp_path, sources=missing))
