@@ -3,8 +3,7 @@
 import copy
 import gc
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,10 +12,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from bench_flops import Sample, sample_flops
 from bench_rows import Row, make_captions, make_rows
 from bench_sizes import NUM_IMAGE_TOKENS, SIZES, Size
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlm_sft.config import LanguageModelConfig, LoraConfig, RunConfig
+from vlm_sft.config import LoraConfig, RunConfig
 from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.lora import add_lora
@@ -96,7 +94,7 @@ def make_model(config: RunConfig, method: Method, device: torch.device) -> Visio
     with torch.device(device):
         language_model: Any = AutoModelForCausalLM.from_config(llama, dtype=dtype)
     if method == "qlora":
-        quantize(language_model, _quantized(config), frozen)
+        quantize(language_model, config.model.language_model, frozen)
     tower = build_vision_tower(config.model.vision_tower, dtype=frozen, seed=SEED)
     projector = build_projector(
         config.model.projector_type, tower.width, llama.hidden_size, seed=SEED
@@ -107,10 +105,6 @@ def make_model(config: RunConfig, method: Method, device: torch.device) -> Visio
     model.requires_grad_(False)
     set_trainable(model, TRAINABLE[method])
     return model.to(device).train()
-
-
-def _quantized(config: RunConfig) -> LanguageModelConfig:
-    return config.model.language_model
 
 
 def forget(device: torch.device) -> None:
@@ -131,7 +125,7 @@ class Records:
     Attributes:
         examples: The records; those that share an image hold the same pixels.
         prefix_keys: The same number for records that begin alike up to and with their image.
-        rows: What they were made from.
+        samples: Tokens, targets and images of each, to count operations with.
     """
 
     examples: list[Example]
@@ -251,12 +245,3 @@ def size_of(tiny: bool) -> Size:
     if tiny:
         return Size("tiny", 2, 32, 2, 2, 64, 96, 2, vocabulary=512)
     return SIZES["7b"]
-
-
-@contextmanager
-def on_device(device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """Delete what the block made when it ends, also by an error, and free the device's memory."""
-    try:
-        yield
-    finally:
-        forget(device)

@@ -96,7 +96,7 @@ def trainer_rate(
             max_grad_norm=0.0,
             gradient_checkpointing=recompute,
             gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
-            bf16=device == "cuda",
+            bf16=True,
             use_cpu=device == "cpu",
             remove_unused_columns=False,
             logging_strategy="no",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from acceptance.figures import Job
+from acceptance.figures import Job, read_rows
 from acceptance.models import (
     Records,
     captions,
@@ -25,7 +25,7 @@ from vlm_sft.assemble import picture_cost
 from vlm_sft.config import RunConfig
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.recompute import Policy, set_recomputing
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.calibrate import micro_batch_of
 from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import Estimator, Method
@@ -65,7 +65,7 @@ class Bench:
             prune=not self.config.train.compile,
         )
         if self.config.train.compile:
-            compile_layers(causal_lm(self.model.language_model), self.device, packed=True)
+            compile_layers(self.model, self.device, packed=True)
         self.wrapped = self.accelerator.prepare(self.model)
         self.optimizer = build_optimizer(named_parts(self.model), self.config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -239,8 +239,6 @@ def against_trainer(job: Job, method: Method) -> None:
     steps = WARM_UP + MEASURED - 1
     rate = trainer_rate(config, method, records, job.device, batch, micro, steps, recompute)
     job.record(f"{method}_trainer", rate, f"micro-batch {micro}, recomputation: {recompute}")
-    from acceptance.figures import read_rows
-
     ours = {r["key"]: r["value"] for r in read_rows(Path(job.results)) if r.get("value")}
     own = ours.get(f"{method}_packed", job.known.get(f"{method}_packed"))
     if own is None:
