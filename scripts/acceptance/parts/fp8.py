@@ -14,7 +14,7 @@ from acceptance.figures import Job
 from acceptance.models import SIZES, forget, make_model, run_config
 from vlm_sft.errors import UserError
 from vlm_sft.model.fp8 import require_fp8, use_fp8
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
+from vlm_sft.model.vlm import causal_lm, decoder_of
 
 
 def main(job: Job) -> None:
@@ -51,12 +51,15 @@ def main(job: Job) -> None:
     forget(device)
 
 
-def _decoder(model: VisionLanguageModel) -> Any:
+def _decoder(model: Any) -> Any:
+
     return decoder_of(causal_lm(model.language_model))
 
 
-def _seconds(decoder: Any, states: torch.Tensor) -> float:
+def _seconds(decoder: Any, states: "torch.Tensor") -> float:
     """Return the seconds of a forward and backward pass: median of 5 after 3 that warm up."""
+    import torch
+
     states = states.clone().requires_grad_()
     found = []
     for _ in range(8):
