@@ -202,3 +202,11 @@ def test_a_model_whose_own_loss_has_another_term_is_refused(
     )
     with pytest.raises(UserError, match="has a term that is not known here"):
         tiny_model()
+
+
+def test_dropout_of_the_models_own_configuration_is_reported() -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 300}
+    (note,) = model_notes(tiny_model(language_model=gpt2))
+    assert note.endswith("is active: attn_pdrop 0.1, embd_pdrop 0.1, resid_pdrop 0.1")
+    still = {**gpt2, "attn_pdrop": 0, "embd_pdrop": 0.0, "resid_pdrop": 0}
+    assert model_notes(tiny_model(language_model=still)) == []

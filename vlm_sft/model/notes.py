@@ -12,12 +12,32 @@ from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
 
 def model_notes(model: VisionLanguageModel) -> list[str]:
-    """Return what the user should know about router loss and weights that get no adapter."""
+    """Return what the user should know of the model beyond its linear layers and cross-entropy.
+
+    The router loss, weights that get no adapter, and dropout that the language model's own
+    configuration asks for.
+    """
     language_model = causal_lm(model.language_model)
-    notes = [router_note(language_model)]
+    notes = [router_note(language_model), _own_dropout(language_model)]
     if named_parts(model)["adapter"]:
         notes.append(_without_adapter(language_model))
     return [note for note in notes if note is not None]
+
+
+def _own_dropout(language_model: nn.Module) -> str | None:
+    """Name the dropout probabilities of the language model's configuration that are not zero."""
+    config = cast(PreTrainedModel, language_model).config.get_text_config()
+    found = [
+        f"{name} {value:g}"
+        for name, value in sorted(config.to_dict().items())
+        if "drop" in name
+        and not name.startswith(("classifier", "summary"))
+        and isinstance(value, (int, float))
+        and 0 < value < 1
+    ]
+    if not found:
+        return None
+    return f"dropout of the language model's own configuration is active: {', '.join(found)}"
 
 
 def _without_adapter(language_model: nn.Module) -> str | None:

@@ -37,7 +37,7 @@ from vlm_sft.train.optim import build_optimizer, gradient_norm
 from vlm_sft.train.step import accumulate_gradient
 
 WARM_UP, MEASURED = 1, 3
-"""Steps that are not counted, and steps whose median is."""
+"""Steps that are not counted, and steps whose median is; of tiny shapes one."""
 
 MFU_MODE = {"stage1": "stage1", "lora": "lora", "qlora": "lora", "full": "full"}
 
@@ -65,7 +65,8 @@ class Bench:
             prune=not self.config.train.compile,
         )
         if self.config.train.compile:
-            compile_layers(self.model, self.device, packed=True)
+            backend = "eager" if job.tiny else "inductor"  # tiny: without a minute of C++
+            compile_layers(self.model, self.device, backend=backend, packed=True)
         self.wrapped = self.accelerator.prepare(self.model)
         self.optimizer = build_optimizer(named_parts(self.model), self.config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -78,7 +79,7 @@ class Bench:
         """Return samples a second: the median of a few steps, loading not counted."""
         steps = len(records) // batch_size
         seconds = []
-        for step in range(WARM_UP + MEASURED):
+        for step in range(WARM_UP + (1 if self.job.tiny else MEASURED)):
             first = step % steps * batch_size
             batches = self.load(records, batching, range(first, first + batch_size))
             self._wait()
@@ -236,7 +237,7 @@ def against_trainer(job: Job, method: Method) -> None:
     recompute = method == "full"
     config = run_config(size, method, pack=None)
     forget(torch.device(job.device))
-    steps = WARM_UP + MEASURED - 1
+    steps = WARM_UP + (1 if job.tiny else MEASURED - 1)
     rate = trainer_rate(config, method, records, job.device, batch, micro, steps, recompute)
     job.record(f"{method}_trainer", rate, f"micro-batch {micro}, recomputation: {recompute}")
     ours = {r["key"]: r["value"] for r in read_rows(Path(job.results)) if r.get("value")}
