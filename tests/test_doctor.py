@@ -446,7 +446,10 @@ def test_the_check_of_a_configuration_has_the_findings_as_lines(
     ("arguments", "sentence"),
     [
         ([], "give CONFIG.yaml, or --tokenizer DIR"),
-        (["--tokenizer", "bytes", "--template", "chatlm"], "--template chatlm: no such template"),
+        (
+            ["--tokenizer", "bytes", "--template", "chatlm"],
+            "--template: no template 'chatlm'; did you mean 'chatml'",
+        ),
         (["--tokenizer", "/nowhere/at-all"], "no such folder"),
         (["--tokenizer", "bytes", "--no-model"], "--no-model: belongs to CONFIG.yaml"),
         (["my.yaml", "--template", "chatml"], "--template: give CONFIG.yaml or --tokenizer"),

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.command_line import NOISE, silence_known_noise
+from vlm_sft.command_line import NOISE, heavy_imports, silence_known_noise
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/tiny/stage1.yaml"
@@ -163,3 +164,16 @@ def test_known_noise_is_dropped_and_real_warnings_of_the_same_logger_stay(
 def test_a_plan_prints_nothing_of_other_libraries() -> None:
     code, _, err, _ = start("vlm_sft.plan", "configs/tiny/stage2_lora.yaml", "--sample", "5")
     assert code == 0 and "kernels-community" not in err
+
+
+def test_loading_bars_of_libraries_stay_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import logging as library
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    library.enable_progress_bar()
+    try:
+        with heavy_imports():
+            pass
+        assert not library.is_progress_bar_enabled()
+    finally:
+        library.enable_progress_bar()

@@ -245,6 +245,14 @@ def heavy_imports() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        _keep_bars_out_of_files()
+
+
+def _keep_bars_out_of_files() -> None:
+    """Switch transformers' loading bars off where stderr is no terminal that could redraw them."""
+    library = sys.modules.get("transformers.utils.logging")
+    if library is not None and not sys.stderr.isatty():
+        library.disable_progress_bar()
 
 
 NOISE: Final = {

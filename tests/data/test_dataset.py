@@ -166,7 +166,7 @@ def test_pipes_folders_and_impossible_names_are_no_pictures(folder):
 
 
 def test_no_record_left_is_an_error_that_tells_why(folder):
-    with pytest.raises(UserError, match=r"no record to train on; 2 records: 0 trained.*2 quaran"):
+    with pytest.raises(UserError, match=r"no record to train on; 2 records: 0 used.*2 quaran"):
         build(folder, faulty()[1:], on_error="quarantine")
     with pytest.raises(UserError, match="no record to train on; 0 records"):
         build(folder, [])
