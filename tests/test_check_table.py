@@ -6,6 +6,7 @@ Every bad one was run once without `check`: it ends with an error or a wrong res
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from vlm_sft import check, stage1, stage2
 from vlm_sft.check.trial import memory_faults
 from vlm_sft.errors import UserError
 from vlm_sft.libraries import library_call
+from vlm_sft.ownership import own_directory
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny"
 LANGUAGE = "model.language_model.config"
 PACKED = {"train.micro_batch_size": None}
+PLACES = ("LOCKED", "FILE", "OTHERS", "CACHE", "DAMAGED", "NEW")
+"""Values that stand for directories and files of the fixture `places`."""
 Changes = dict[str, Any]
 
 SMALL: Changes = {**LLAMA, "vocab_size": 261, "num_key_value_heads": 2}
@@ -219,6 +223,40 @@ BAD: dict[str, tuple[str, Changes, str]] = {
     ),
     "another run trains there": ("stage1", {"output_dir": "LOCKED"}, "is locked"),
     "output_dir is a file": ("stage1", {"output_dir": "FILE"}, "output_dir"),
+    "output_dir holds files of others": (
+        "stage1",
+        {"output_dir": "OTHERS"},
+        "not empty ('metrics.jsonl')",
+    ),
+    "output_dir is a cache": ("stage1", {"output_dir": "CACHE"}, "the directory holds a cache"),
+    "the run would replace what it reads": (
+        "stage2",
+        {"output_dir": "OTHERS", "projector": "OTHERS"},
+        "is read by this command",
+    ),
+    "the feature cache holds files of others": (
+        "stage1",
+        {"data.feature_cache": "OTHERS"},
+        "data.feature_cache",
+    ),
+    "the feature cache is a file": ("stage1", {"data.feature_cache": "FILE"}, "not a directory"),
+    "the feature cache cannot be created": (
+        "stage1",
+        {"data.feature_cache": "FILE/features"},
+        "cannot be written",
+    ),
+    "the feature cache has too low a limit": (
+        "stage1",
+        {"data.feature_cache": "NEW", "data.feature_cache_gb": 1e-6},
+        "but data.feature_cache_gb allows",
+    ),
+    "cache_dir holds files of others": ("stage1", {"data.cache_dir": "OTHERS"}, "data.cache_dir"),
+    "cache_dir cannot be created": (
+        "stage1",
+        {"data.cache_dir": "FILE/rendered"},
+        "cannot be used",
+    ),
+    "cache_dir has a damaged file": ("stage1", {"data.cache_dir": "DAMAGED"}, "data.cache_dir"),
 }
 
 GOOD: dict[str, tuple[str, Changes]] = {
@@ -293,10 +331,9 @@ def configuration(folder: Path, stage: str, changes: Changes) -> str:
             node = node[parent]
         if key == "data.train" and isinstance(value, str):
             value = records(value, folder)
-        if key == "output_dir":
-            value = {"LOCKED": str(folder / "locked"), "FILE": str(folder / "file")}.get(
-                value, value
-            )
+        first, slash, rest = str(value).partition("/")
+        if first in PLACES:
+            value = str(folder / first.lower()) + slash + rest
         node[last] = value
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -305,13 +342,22 @@ def configuration(folder: Path, stage: str, changes: Changes) -> str:
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a file, and a run directory that another process has locked."""
+    """A folder with a file, directories of others, and a run that another process has locked."""
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "locked").mkdir()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "metrics.jsonl").write_text("mine")
+    for name, kind in (("locked", "training run"), ("cache", "cache"), ("damaged", "cache")):
+        own_directory(tmp_path / name, kind)
+    (tmp_path / "damaged" / "rendered.sqlite").write_text("no database, but long enough" * 50)
     with (tmp_path / "locked" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield tmp_path
         os.unlink(lock.name)
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    """All files with their content, and all directories, below a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def words_of(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -333,10 +379,12 @@ def test_what_must_fail_later_is_found(
     if torch.cuda.is_available() and ("GPU" in name or "kernel" in name):
         pytest.skip("this is available here")
     path = configuration(places, stage, changes)
+    reset_accelerate()
+    before = everything(places)
     code, text = words_of(lambda: check.main([path]), capsys)
     assert code == 2, text
     assert words in text
-    assert not (places / "run").exists()
+    assert everything(places) == before
 
 
 def test_memory_that_is_not_there_is_one_sentence() -> None:
@@ -381,3 +429,81 @@ def test_a_run_that_is_already_there_is_reported(
     code, text = words_of(lambda: check.main([path]), capsys)
     assert code == 2
     assert "but this model's is" in text
+
+
+SAVED: Changes = {
+    "data.eval": [],
+    "data.train": "ONE_IMAGE",
+    "data.template": "chatml",
+    "train.max_steps": 4,
+    "train.save_every_steps": 1,
+    "train.global_batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that has two checkpoints and no `final`."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        reset_accelerate()
+        assert stage1.main([configuration(folder, "stage1", SAVED)]) == 0
+    shutil.rmtree(folder / "run" / "final")
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000004")
+    return folder
+
+
+def damage(checkpoint: Path) -> None:
+    path = checkpoint / "projector.safetensors"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("nothing", None),
+        ("the newest is damaged", None),
+        ("all are damaged", "none of the 1 checkpoints is complete"),
+        ("other records", "gave 10 records, now it gives 9"),
+        ("fewer steps", "the run is already at step 3, beyond the 1"),
+    ],
+)
+def test_a_resume_that_the_stage_would_refuse_is_bad_in_the_same_words(
+    fault: str,
+    words: str | None,
+    interrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    if "damaged" in fault:
+        shutil.copytree(checkpoints[-1], checkpoints[-1].with_name("step-00000009"))
+        damage(checkpoints[-1].with_name("step-00000009"))
+    if fault == "all are damaged":
+        for folder in checkpoints:
+            shutil.rmtree(folder)
+    config = configuration(tmp_path, "stage1", SAVED)
+    own = tmp_path / "run" / "config.yaml"
+    own.write_text(own.read_text().replace(str(interrupted), str(tmp_path)))
+    if fault == "other records":
+        data = tmp_path / "ONE_IMAGE.json"
+        data.write_text(json.dumps(json.loads(data.read_text())[:-1]))
+    if fault == "fewer steps":
+        config = configuration(tmp_path, "stage1", {**SAVED, "train.max_steps": 1})
+        own.write_text(own.read_text().replace("max_steps: 4", "max_steps: 1"))
+    before = everything(tmp_path)
+    code, text = words_of(lambda: check.main([config]), capsys)
+    assert everything(tmp_path) == before
+    assert code == (2 if words else 0), text
+    assert (words or "a run would resume") in text
+    assert ("passed over" in text) == ("damaged" in fault)
+    reset_accelerate()
+    if words:
+        with pytest.raises(UserError) as refusal:
+            stage1.main([config])
+        assert "".join(str(refusal.value).split()) in "".join(text.split())
+    else:
+        assert stage1.main([config]) == 0

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.rounding import assert_near, rounding, terms_of, terms_of_a_run
 from tests.tiny_runs import TINY, rows, run
 from vlm_sft import feature_cache
-from vlm_sft.data.feature_store import FeatureStore, disk_use
+from vlm_sft.data.feature_store import FeatureStore, disk_use, remove_stale
 from vlm_sft.data.images import read_pixels
 from vlm_sft.errors import UserError
 from vlm_sft.feature_cache import Worth
@@ -136,6 +136,9 @@ def test_a_killed_process_leaves_whole_files_and_its_remains_are_cleared(tmp_pat
     rest = sum(path.stat().st_size for path in kept.folder.rglob("*.tmp") if path != old)
     recipe = (kept.folder / "recipe.json").stat().st_size
     assert disk_use(tmp_path) == len(whole) * kept.entry_bytes + rest + recipe
+    assert old.exists(), "measuring deletes nothing"
+    remove_stale(tmp_path)
+    assert disk_use(tmp_path) == len(whole) * kept.entry_bytes + rest + recipe
     assert young.exists() and not old.exists()
 
 
@@ -154,6 +157,7 @@ def test_files_of_others_are_neither_counted_nor_deleted(tmp_path: Path) -> None
         os.utime(path, (0, 0))
     (tmp_path / ("0" * 16)).symlink_to(kept.folder)
     assert disk_use(tmp_path) == before
+    remove_stale(tmp_path)
     assert all(path.read_bytes() == b"mine" for path in (*names, *inside))
 
 

@@ -192,10 +192,42 @@ def make_trainer(
     data: Data,
 ) -> Trainer:
     """Everything wired together; `Trainer.run` does the rest."""
+    say = say_on_stderr if accelerator.is_main_process else lambda text: None
+    answers: Answers | None = None
+    if data.eval is not None and config.train.eval_samples:
+        answers = Answers(config, language, model, data.eval)
+    return Trainer(
+        model=model,
+        accelerator=accelerator,
+        plan=make_plan(config, language, data, model),
+        hooks=Hooks(
+            named_parts(model),
+            lambda: frozen_digests(model),
+            answers,
+            lambda fault, held_out: data.quarantine(
+                fault, Path(config.output_dir), held_out=held_out
+            ),
+        ),
+        store=make_store(config, stage, language, model, identity, data, say),
+        train_data=data.train,
+        eval_data=data.eval,
+    )
+
+
+def make_store(
+    config: RunConfig,
+    stage: str,
+    language: Language,
+    model: VisionLanguageModel,
+    identity: dict[str, Any],
+    data: Data,
+    say: Callable[[str], None],
+) -> CheckpointStore:
+    """Return the run's checkpoints, with everything that a resumed run must have in common."""
     parts = named_parts(model)
     trainable = {part for part, named in parts.items() if any(p.requires_grad for _, p in named)}
     files = [file.path for file in config.data.train]
-    store = CheckpointStore(
+    return CheckpointStore(
         Path(config.output_dir),
         checkpoint_components(config, model, language.tokenizer, language.renderer, trainable),
         facts={
@@ -212,26 +244,7 @@ def make_trainer(
             "data": lambda then, now: content_difference(files, then, data.train.contents),
         },
         keep=config.train.keep_checkpoints,
-        say=say_on_stderr if accelerator.is_main_process else lambda text: None,
-    )
-    answers: Answers | None = None
-    if data.eval is not None and config.train.eval_samples:
-        answers = Answers(config, language, model, data.eval)
-    return Trainer(
-        model=model,
-        accelerator=accelerator,
-        plan=make_plan(config, language, data, model),
-        hooks=Hooks(
-            parts,
-            lambda: frozen_digests(model),
-            answers,
-            lambda fault, held_out: data.quarantine(
-                fault, Path(config.output_dir), held_out=held_out
-            ),
-        ),
-        store=store,
-        train_data=data.train,
-        eval_data=data.eval,
+        say=say,
     )
 
 

@@ -19,10 +19,10 @@ from vlm_sft.assemble import Data
 from vlm_sft.config import DataConfig, RunConfig
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.feature_store import FeatureStore, disk_use
+from vlm_sft.data.feature_store import FeatureStore, disk_use, remove_stale
 from vlm_sft.data.images import ImageSpec, read_bytes, read_pixels
 from vlm_sft.errors import ImageError, UserError
-from vlm_sft.filesystem import free_bytes
+from vlm_sft.filesystem import existing_above, free_bytes
 from vlm_sft.model.quantize import num_weights
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
@@ -107,22 +107,70 @@ def use_feature_cache(
     """
     if config.data.feature_cache is None:
         return
-    tower = model.vision_tower.to(accelerator.device)
-    store = open_store(config.data, tower, accelerator)
-    datasets = [data.train] if data.eval is None else [data.train, data.eval]
-    digests = [_digests(dataset) for dataset in datasets]
-    missing = _missing(store, datasets, digests)
+    found = _look_up(config, model, accelerator, data)
+    store, missing = found.store, found.missing
     if missing:
         worth = _worth(config, model, data, missing=len(missing), num_bytes=store.entry_bytes)
         on_main(accelerator, lambda: _announce(worth, config.data, store))
-        _together(accelerator, lambda: _fill(store, tower, accelerator, config.data, missing))
-    for dataset, found in zip(datasets, digests, strict=True):
-        there = {digest for digest in found if digest is not None}
+        _together(
+            accelerator,
+            lambda: _fill(store, model.vision_tower, accelerator, config.data, missing),
+        )
+    for dataset, digests in zip(found.datasets, found.digests, strict=True):
+        there = {digest for digest in digests if digest is not None}
         kept = {digest for digest in there if digest not in missing or store.holds(digest)}
-        dataset.use_features(store, [d if d in kept else None for d in found])
+        dataset.use_features(store, [d if d in kept else None for d in digests])
     if accelerator.is_main_process:
-        distinct = len({d for found in digests for d in found if d is not None})
-        say_on_stderr(f"feature cache: {distinct:,} pictures from {store.folder}")
+        say_on_stderr(f"feature cache: {found.num_images:,} pictures from {store.folder}")
+
+
+def feature_cache_outlook(
+    config: RunConfig, model: VisionLanguageModel, accelerator: Accelerator, data: Data
+) -> str:
+    """Return what `use_feature_cache` would report, without computing or writing features.
+
+    Raises:
+        UserError: As `use_feature_cache`.
+    """
+    found = _look_up(config, model, accelerator, data)
+    if not found.missing:
+        return f"all {found.num_images:,} images are in {found.store.folder}"
+    num_missing, num_bytes = len(found.missing), found.store.entry_bytes
+    worth = _worth(config, model, data, missing=num_missing, num_bytes=num_bytes)
+    _require_room(worth, config.data, found.store)
+    return str(worth).removeprefix("feature cache: ")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A run's images in the cache.
+
+    Attributes:
+        store: The tower's features.
+        datasets: Training records, then held-out ones if there are any.
+        digests: Of each dataset's images, in order; None where a file cannot be read.
+        missing: Images without features, by digest: a dataset and a place in it.
+    """
+
+    store: FeatureStore
+    datasets: Sequence[SupervisedDataset]
+    digests: Sequence[Sequence[bytes | None]]
+    missing: Mapping[bytes, tuple[SupervisedDataset, int]]
+
+    @property
+    def num_images(self) -> int:
+        """Number of different images."""
+        return len({d for digests in self.digests for d in digests if d is not None})
+
+
+def _look_up(
+    config: RunConfig, model: VisionLanguageModel, accelerator: Accelerator, data: Data
+) -> _Found:
+    """Move the tower to the run's device and find which images have features."""
+    store = open_store(config.data, model.vision_tower.to(accelerator.device), accelerator)
+    datasets = [data.train] if data.eval is None else [data.train, data.eval]
+    digests = [_digests(dataset) for dataset in datasets]
+    return _Found(store, datasets, digests, _missing(store, datasets, digests))
 
 
 def open_store(config: DataConfig, tower: VisionTower, accelerator: Accelerator) -> FeatureStore:
@@ -246,14 +294,27 @@ def token_flops(model: VisionLanguageModel, checkpointing: bool) -> float:
 
 
 def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
-    """Say what is to come and refuse what has no room.
+    """Report what is to come, refuse what has no room, and mark the directory.
 
     Raises:
-        UserError: More than `data.feature_cache_gb` or than the disk has free.
+        UserError: As `_require_room`.
     """
     assert config.feature_cache is not None
     say_on_stderr(str(worth))
+    _require_room(worth, config, store)
     store.describe()
+    remove_stale(config.feature_cache)
+
+
+def _require_room(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
+    """Check the cache directory, its limit and the disk, without changing anything.
+
+    Raises:
+        UserError: The directory is not ours or cannot be written, or the features take more than
+            `data.feature_cache_gb` or than the disk has free.
+    """
+    assert config.feature_cache is not None
+    store.require_place()
     used, limit = disk_use(config.feature_cache), int(config.feature_cache_gb * 1e9)
     if used + worth.num_bytes > limit:
         raise UserError(
@@ -263,7 +324,7 @@ def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
             "or leave data.feature_cache out",
             code="feature_cache_full",
         )
-    free = free_bytes(Path(config.feature_cache))
+    free = free_bytes(existing_above(Path(config.feature_cache)))
     if free is not None and worth.num_bytes > free:
         raise UserError(
             f"data.feature_cache: {config.feature_cache} has {_told(free)} free and "

@@ -225,6 +225,13 @@ def rename_folder(source: Path, target: Path, *, last: str) -> None:
     shutil.rmtree(source, ignore_errors=True)
 
 
+def existing_above(path: Path) -> Path:
+    """Return `path` itself, or the nearest directory above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def free_bytes(place: Path) -> int | None:
     """Return the free space at `place` in bytes; None where the file system does not report it."""
     try:

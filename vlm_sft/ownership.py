@@ -21,7 +21,7 @@ from typing import IO, Any, Final
 
 from vlm_sft.atomic import atomic_open, is_stream, write_bytes, write_json
 from vlm_sft.errors import UserError
-from vlm_sft.filesystem import rename_folder
+from vlm_sft.filesystem import existing_above, rename_folder
 from vlm_sft.reading import read_text
 
 MARKER: Final = ".vlm_sft.json"
@@ -320,8 +320,7 @@ def require_writable(directory: Path) -> None:
     Raises:
         OSError: The directory does not accept new files; the error names it.
     """
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
+    directory = existing_above(directory)
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".vlm_sft."):
             pass

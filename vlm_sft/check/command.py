@@ -17,12 +17,18 @@ from vlm_sft.assemble import (
     load_language,
     load_model,
     make_plan,
+    make_store,
     packing_told,
     record_fault,
 )
 from vlm_sft.atomic import atomic_open
 from vlm_sft.check.machine import examine_machine
-from vlm_sft.check.place import examine_disk, examine_output_dir, examine_steps_done
+from vlm_sft.check.place import (
+    examine_cache_dir,
+    examine_disk,
+    examine_output_dir,
+    examine_resume,
+)
 from vlm_sft.check.trial import try_an_answer, try_longest_batch
 from vlm_sft.check.verdict import Verdict, fails, print_lines
 from vlm_sft.config import DataFile, LanguageModelConfig, RunConfig
@@ -38,14 +44,16 @@ from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.error_codes import CODES
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.feature_cache import feature_cache_outlook
 from vlm_sft.fit import require_fit
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantize import num_bytes
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.parts_on_disk import checkpoint_components
+from vlm_sft.parts_on_disk import checkpoint_components, frozen_digests
 from vlm_sft.progress import track
-from vlm_sft.train.checkpoint import require_space
+from vlm_sft.train.checkpoint import Checkpoint, require_space
+from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.loop import Plan
 from vlm_sft.train.optim import MOMENT_BYTES, peak_rate
 from vlm_sft.train.preflight import (
@@ -65,14 +73,15 @@ def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     verdict = Verdict()
     verdict.strict = arguments.strict
     examine_machine(config, trainable_parts(config), verdict)
-    examine_output_dir(config, verdict)
+    resumed = examine_output_dir(config, verdict)
+    config = examine_cache_dir(config, verdict)
     language = load_language(config)
     verdict.add_findings(examine_language(config, language), strict=arguments.strict)
     with open_bad_list(arguments.bad) as listed:
         num_bad = check_records(config, language, verdict, listed)
     if not arguments.no_model:
         with verdict.examine("model"):
-            check_model(config, language, verdict, records_are_good=not num_bad)
+            check_model(config, language, verdict, resumed, records_are_good=not num_bad)
     verdict.print()
     return 0 if verdict.good else 2
 
@@ -185,11 +194,16 @@ def _faults(
 
 
 def check_model(
-    config: RunConfig, language: Language, verdict: Verdict, *, records_are_good: bool
+    config: RunConfig,
+    language: Language,
+    verdict: Verdict,
+    resumed: Checkpoint | None,
+    *,
+    records_are_good: bool,
 ) -> None:
     """Build the model, train on the longest batch, rehearse a save, ask the export."""
     trainable = trainable_parts(config)
-    model, _ = load_model(config, trainable)
+    model, identity = load_model(config, trainable)
     parts = named_parts(model)
     rates = {part: peak_rate(part, config.optim.learning_rate) for part in parts}
     print_table(parts_table(parts_rows(parts, rates)))
@@ -199,8 +213,14 @@ def check_model(
         verdict.report("model", "note", note)
     _check_export(model, verdict)
     total_steps = 0
-    if records_are_good:
-        total_steps = _check_data(config, language, model, verdict)
+    loaded = _check_data(config, language, model, verdict) if records_are_good else None
+    if loaded is not None:
+        data, plan = loaded
+        total_steps = plan.total_steps
+        if resumed is not None and not _is_bad(verdict, "lengths"):
+            stage = "stage1" if trainable == {"projector"} else "stage2"
+            store = make_store(config, stage, language, model, identity, data, say)
+            examine_resume(resumed, store, total_steps, lambda: frozen_digests(model), verdict)
     _check_saving(config, language, model, trainable, total_steps, verdict)
     verdict.add("memory", True, memory_estimate(model))
 
@@ -231,25 +251,26 @@ def _has_language_rate(config: RunConfig) -> bool:
 
 def _check_data(
     config: RunConfig, language: Language, model: VisionLanguageModel, verdict: Verdict
-) -> int:
-    """Fit the records to the model and train on the longest batch; return the number of steps."""
+) -> tuple[Data, Plan] | None:
+    """Fit the records to the model and train on the longest batch; return records and steps."""
     listing = config.data.model_copy(update={"on_error": "quarantine"})
-    total_steps = 0
     with verdict.examine("lengths"):
         data = load_data(config.model_copy(update={"data": listing}), language.renderer, model)
         errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
         for entry in errors[:SHOWN]:
             say(f"bad record: {CODES[entry.reason]}: {entry.message}")
         longest, plan = max(data.train.lengths), make_plan(config, language, data, model)
-        total_steps = plan.total_steps
-        words = f"longest {longest:,} of {config.data.max_length:,} tokens; {total_steps:,} steps"
+        words = (
+            f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
+        )
         if errors:
             words += f"; {len(errors):,} records do not fit"
         verdict.add("lengths", not errors, words)
         verdict.add("ledger", True, data.summary())
         if not errors:
             _check_steps(config, language, data, model, plan, verdict)
-    return total_steps
+        return data, plan
+    return None
 
 
 def _check_steps(
@@ -262,11 +283,15 @@ def _check_steps(
 ) -> None:
     if (told := packing_told(plan, data.train, 1)) is not None:
         verdict.add("packs", True, told.removeprefix("packing: "))
-    examine_steps_done(config, plan.total_steps, verdict)
     before = verdict.good
     with verdict.examine("fit"):
         for note in require_fit(language, data, model):
             verdict.report("fit", "warning", note)
+    if config.data.feature_cache is not None and not _is_bad(verdict, "precision"):
+        with verdict.examine("feature cache"):
+            accelerator = make_accelerator(config.train.precision)
+            words = feature_cache_outlook(config, model, accelerator, data)
+            verdict.add("feature cache", True, words)
     if before == verdict.good and not _is_bad(verdict, "precision"):
         try_longest_batch(config, plan, data, model, verdict)
         try_an_answer(config, language, data, model, verdict)

@@ -1,19 +1,31 @@
-"""Whether the run can use its output directory, and whether the disk has room; writes nothing."""
+"""Whether the run can use its directories, resume there, and has room on the disk."""
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from vlm_sft.check.verdict import Verdict
 from vlm_sft.config import RunConfig
+from vlm_sft.data.render_cache import require_render_cache
 from vlm_sft.filesystem import free_bytes
 from vlm_sft.run_folder import require_run_folder, require_same_config, require_unlocked
-from vlm_sft.train.checkpoint import CheckpointStore
+from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, require_within
+from vlm_sft.train.preflight import require_unchanged
 
 
-def examine_output_dir(config: RunConfig, verdict: Verdict) -> None:
-    """Report what keeps a run out of its output directory: a lock, another run's settings."""
+def examine_output_dir(config: RunConfig, verdict: Verdict) -> Checkpoint | None:
+    """Report what keeps a run out of its output directory, without changing anything there.
+
+    Returns:
+        The checkpoint that the run would resume from.
+    """
     output_dir = Path(config.output_dir)
-    store = CheckpointStore(output_dir, {}, say=lambda text: None)
+
+    def warn(text: str) -> None:
+        verdict.report("output_dir", "warning", text)
+
+    store = CheckpointStore(output_dir, {}, say=warn)
     has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
     with verdict.examine("output_dir"):
         require_run_folder(config)
@@ -21,23 +33,51 @@ def examine_output_dir(config: RunConfig, verdict: Verdict) -> None:
         require_same_config(config, has_checkpoints=has_checkpoints)
         if (final := store.finished()) is not None:
             words = f"already finished: {final.folder} (step {final.step}); a run would do nothing"
-            verdict.report("output_dir", "warning", words)
-        elif has_checkpoints:
-            verdict.report("output_dir", "note", f"a run would resume in {output_dir}")
+            warn(words)
+        elif (newest := store.newest_complete()) is not None:
+            words = f"a run would resume from {newest.folder} (step {newest.step})"
+            verdict.report("output_dir", "note", words)
+            return newest
+    return None
 
 
-def examine_steps_done(config: RunConfig, total_steps: int, verdict: Verdict) -> None:
-    """Report a checkpoint that is already beyond the last step."""
-    store = CheckpointStore(Path(config.output_dir), {}, say=lambda text: None)
-    steps = [int(folder.name.removeprefix("step-")) for folder in store.step_folders()]
-    if steps and max(steps) > total_steps:
-        verdict.report(
-            "output_dir",
-            "bad",
-            f"{config.output_dir}: the run is already at step {max(steps):,}, beyond the "
-            f"{total_steps:,} that train.max_steps and train.epochs ask for; ask for more, or "
-            "choose another output_dir",
-        )
+def examine_cache_dir(config: RunConfig, verdict: Verdict) -> RunConfig:
+    """Report a `data.cache_dir` that the run cannot use; return a configuration without it."""
+    if config.data.cache_dir is None:
+        return config
+    with verdict.examine("cache_dir"):
+        require_render_cache(config.data.cache_dir)
+        verdict.add("cache_dir", True, f"{config.data.cache_dir} can be written and locked")
+        return config
+    data = config.data.model_copy(update={"cache_dir": None})
+    return config.model_copy(update={"data": data})
+
+
+def examine_resume(
+    checkpoint: Checkpoint,
+    store: CheckpointStore,
+    total_steps: int,
+    frozen_digests: Callable[[], Mapping[str, str]],
+    verdict: Verdict,
+) -> None:
+    """Report what keeps a run from resuming from a complete checkpoint of its own.
+
+    Args:
+        checkpoint: Where the run would resume from.
+        store: Of the run, with its model, data and template.
+        total_steps: Of the run.
+        frozen_digests: Fingerprints of the parts that must not move.
+        verdict: Gets the line.
+    """
+
+    def note(text: str) -> None:
+        verdict.report("resume", "note", text)
+
+    with verdict.examine("resume"):
+        replace(store, say=note).require_same_facts(checkpoint)
+        require_within(checkpoint, total_steps)
+        require_unchanged(checkpoint.manifest["frozen"], frozen_digests())
+        verdict.add("resume", True, "model, data and template are those of the checkpoint")
 
 
 def examine_disk(

@@ -98,7 +98,9 @@ def print_lines(title: str, lines: Sequence[Line]) -> None:
     table = Table(title=Text(title), show_header=False)
     for what, level, words in lines:
         shown = "BAD" if level == "bad" else level
-        table.add_row(Text(what), Text(shown, style=_STYLES[level]), Text(words))
+        # Long words are paths, which are no use without their end.
+        words_in_full = Text(words, overflow="fold")
+        table.add_row(Text(what, overflow="fold"), Text(shown, style=_STYLES[level]), words_in_full)
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console.width = 120

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_sft.atomic import write_bytes, write_json
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import CACHE, own_directory
+from vlm_sft.ownership import CACHE, own_directory, require_directory, require_writable
 
 STALE_SECONDS: Final = 3600.0
 """An unfinished file of that age was left by a process that was killed."""
@@ -60,6 +60,23 @@ class FeatureStore:
         self.folder = self._cache / digest[:16]
         self._recipe, self._shape, self._dtype = described, shape, dtype
         self.entry_bytes = len(_packed(torch.zeros(shape, dtype=dtype)))
+
+    def require_place(self) -> None:
+        """Check that `describe` and `write` would find a place of ours, without changing anything.
+
+        Raises:
+            UserError: As `describe`.
+        """
+        try:
+            require_directory(
+                self._cache,
+                CACHE,
+                adopt=is_feature_cache(self._cache),
+                setting="data.feature_cache",
+            )
+            require_writable(self.folder)
+        except OSError as error:
+            raise _unusable(self.folder, error) from None
 
     def describe(self) -> None:
         """Mark the cache directory and write `recipe.json`, which says what its features are of.
@@ -128,19 +145,29 @@ class FeatureStore:
 
 
 def disk_use(folder: str | Path) -> int:
-    """Return the bytes of all features under `folder`, after deleting stale unfinished files.
+    """Return the bytes of all features under `folder`, without stale unfinished files.
 
-    Only files that a store writes, in the folders that it creates, are counted or deleted.
+    Only files that a store writes, in the folders that it creates, are counted.
     """
-    total, now = 0, time.time()
+    total = 0
     for path in _own_files(Path(folder)):
         with suppress(OSError):  # gone meanwhile: another run works here
-            state = path.stat()
-            if _UNFINISHED_NAME.fullmatch(path.name) and now - state.st_mtime > STALE_SECONDS:
-                path.unlink()
-            else:
-                total += state.st_size
+            if not _is_stale(path):
+                total += path.stat().st_size
     return total
+
+
+def remove_stale(folder: str | Path) -> None:
+    """Delete the unfinished files that killed processes left under `folder`."""
+    for path in _own_files(Path(folder)):
+        with suppress(OSError):
+            if _is_stale(path):
+                path.unlink()
+
+
+def _is_stale(path: Path) -> bool:
+    unfinished = _UNFINISHED_NAME.fullmatch(path.name) is not None
+    return unfinished and time.time() - path.stat().st_mtime > STALE_SECONDS
 
 
 def is_feature_cache(folder: Path) -> bool:

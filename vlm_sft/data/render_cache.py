@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sqlite3
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -16,7 +17,8 @@ from vlm_sft.constants import IGNORE_INDEX
 from vlm_sft.data.conversation import Conversation, ImagePart
 from vlm_sft.data.masking import CHUNK, Rendered, Renderer, batched
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.ownership import CACHE, own_directory
+from vlm_sft.filesystem import existing_above
+from vlm_sft.ownership import CACHE, own_directory, require_directory, require_writable
 
 FILE_NAME: Final = "rendered.sqlite"
 RENDERING_MODULES: Final = ("layout", "masking", "template", "tokenizer", "recipe")
@@ -51,18 +53,9 @@ class CachedRenderer:
             own_directory(
                 folder, CACHE, adopt=is_render_cache(Path(folder)), setting="data.cache_dir"
             )
-            self._table = sqlite3.connect(self._path, timeout=60)
-            if not _is_ours(self._table):
-                raise UserError(
-                    f"data.cache_dir: {self._path} is a database that vlm_sft did not write; "
-                    "nothing was changed. Give another folder",
-                    code="not_ours",
-                )
-            self._table.execute("PRAGMA journal_mode=WAL")
-            self._table.execute("PRAGMA synchronous=NORMAL")
-            self._table.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
+            self._table = _open_table(self._path)
         except (OSError, sqlite3.Error) as error:
-            raise self._fault(error) from None
+            raise _fault(self._path, error) from None
 
     def render(self, conversation: Conversation) -> Rendered:
         """As `Renderer.render`, without `answers` where the record was found."""
@@ -102,7 +95,7 @@ class CachedRenderer:
                 f"SELECT key, row FROM rendered WHERE key IN ({marks})", keys
             ).fetchall()
         except sqlite3.Error as error:
-            raise self._fault(error) from None
+            raise _fault(self._path, error) from None
         unpacked = ((key, _unpacked(row)) for key, row in rows)
         return {key: rendered for key, rendered in unpacked if rendered is not None}
 
@@ -112,14 +105,57 @@ class CachedRenderer:
             with self._table:
                 self._table.executemany("INSERT OR REPLACE INTO rendered VALUES (?, ?)", values)
         except sqlite3.Error as error:
-            raise self._fault(error) from None
+            raise _fault(self._path, error) from None
 
-    def _fault(self, error: Exception) -> UserError:
-        return UserError(
-            f"data.cache_dir: {self._path} cannot be used ({error}); give another folder with "
-            "room in it, or move the file away",
-            code="cache_unusable",
+
+def require_render_cache(folder: str | Path) -> None:
+    """Check that `CachedRenderer` can use a directory, without changing anything that is kept.
+
+    SQLite's locks and its journal are tried on a temporary database in the same place.
+
+    Raises:
+        UserError: As `CachedRenderer`.
+    """
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    try:
+        require_directory(folder, CACHE, adopt=is_render_cache(folder), setting="data.cache_dir")
+        if path.exists():
+            with closing(sqlite3.connect(path, timeout=60)) as table:
+                _require_ours(table, path)
+                table.execute("BEGIN IMMEDIATE")  # takes the lock of a writer, which closing ends
+        require_writable(folder)
+        place = existing_above(folder)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".vlm_sft.") as temporary:
+            _open_table(Path(temporary) / FILE_NAME).close()
+    except (OSError, sqlite3.Error) as error:
+        raise _fault(path, error) from None
+
+
+def _open_table(path: Path) -> sqlite3.Connection:
+    table = sqlite3.connect(path, timeout=60)
+    _require_ours(table, path)
+    table.execute("PRAGMA journal_mode=WAL")
+    table.execute("PRAGMA synchronous=NORMAL")
+    table.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
+    return table
+
+
+def _require_ours(table: sqlite3.Connection, path: Path) -> None:
+    if not _is_ours(table):
+        raise UserError(
+            f"data.cache_dir: {path} is a database that vlm_sft did not write; nothing was "
+            "changed. Give another folder",
+            code="not_ours",
         )
+
+
+def _fault(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"data.cache_dir: {path} cannot be used ({error}); give another folder with room in it, "
+        "or move the file away",
+        code="cache_unusable",
+    )
 
 
 def is_render_cache(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from vlm_sft.atomic import write_text
 from vlm_sft.console import say as console_say
 from vlm_sft.crash import crash_point
 from vlm_sft.error_codes import CODE_OF_FACT
-from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.errors import CheckpointError, ConfigError, UserError
 from vlm_sft.filesystem import (
     files_below,
     free_bytes,
@@ -300,6 +300,14 @@ class CheckpointStore:
         """
         _sweep(self.output_dir, self.say)
         _sweep(self.steps_dir, self.say)
+        return self.newest_complete()
+
+    def newest_complete(self) -> Checkpoint | None:
+        """Return what `newest` does, without clearing what a kill left.
+
+        Raises:
+            CheckpointError: There are checkpoints and all of them are damaged.
+        """
         folders = self.step_folders()
         for folder in folders:
             try:
@@ -320,8 +328,19 @@ class CheckpointStore:
         """Read every component back.
 
         Raises:
-            CheckpointError: The checkpoint is of another stage, model, or data, or a tensor is
-                missing, too many, or of another shape.
+            CheckpointError: As `require_same_facts`, or a tensor is missing, too many, or of
+                another shape.
+        """
+        self.require_same_facts(checkpoint)
+        for component in self.components.values():
+            if component.read is not None:
+                component.read(checkpoint.folder)
+
+    def require_same_facts(self, checkpoint: Checkpoint) -> None:
+        """Compare what a checkpoint was made from with this run; report other software.
+
+        Raises:
+            CheckpointError: The checkpoint is of another stage, model, or data.
         """
         for name, expected in self.facts.items():
             found = checkpoint.manifest.get(name)
@@ -345,14 +364,26 @@ class CheckpointStore:
             changed := environment_difference(recorded, recorded_environment())
         ):
             self.say(f"{checkpoint.folder} was made with other environment variables ({changed})")
-        for component in self.components.values():
-            if component.read is not None:
-                component.read(checkpoint.folder)
 
     def step_folders(self) -> list[Path]:
         """Step checkpoints, complete or not, newest first."""
         found = [f for f in self.steps_dir.glob("step-*") if _STEP.fullmatch(f.name) and f.is_dir()]
         return sorted(found, key=lambda folder: int(folder.name[5:]), reverse=True)
+
+
+def require_within(checkpoint: Checkpoint, total_steps: int) -> None:
+    """Refuse to resume from a checkpoint that is beyond the last step.
+
+    Raises:
+        ConfigError: With both steps.
+    """
+    if checkpoint.step > total_steps:
+        raise ConfigError(
+            f"{checkpoint.folder}: the run is already at step {checkpoint.step}, beyond the "
+            f"{total_steps} that train.max_steps and train.epochs ask for; ask for more, or "
+            "choose another output_dir",
+            code="settings_changed",
+        )
 
 
 def step_name(step: int) -> str:

@@ -19,7 +19,7 @@ from vlm_sft.atomic import write_json
 from vlm_sft.config import OptimConfig, TrainConfig
 from vlm_sft.console import say
 from vlm_sft.crash import crash_point
-from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.errors import UserError
 from vlm_sft.libraries import one_line
 from vlm_sft.model.attention import Backend
 from vlm_sft.model.fp8 import use_fp8
@@ -44,7 +44,7 @@ from vlm_sft.train.batches import (
     lost_workers_told,
     split,
 )
-from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component
+from vlm_sft.train.checkpoint import Checkpoint, CheckpointStore, Component, require_within
 from vlm_sft.train.compiled import compile_faults_told, compile_layers, eager
 from vlm_sft.train.distributed import Value, on_main, raise_together, saving_processes, total
 from vlm_sft.train.isolation import prepare_packing
@@ -294,13 +294,7 @@ class Trainer:
         crash_point("resume.verified")
         self.store.load(checkpoint)
         crash_point("resume.loaded")
-        if checkpoint.step > self.plan.total_steps:
-            raise ConfigError(
-                f"{checkpoint.folder}: the run is already at step {checkpoint.step}, beyond the "
-                f"{self.plan.total_steps} that train.max_steps and train.epochs ask for; ask for "
-                "more, or choose another output_dir",
-                code="settings_changed",
-            )
+        require_within(checkpoint, self.plan.total_steps)
         self.step = self._saved_step = checkpoint.step
         self._resumed_from = checkpoint
         self._frozen = dict(checkpoint.manifest["frozen"])
