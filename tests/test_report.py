@@ -36,6 +36,7 @@ def test_a_run_report_holds_loss_ledger_answers_and_settings_escaped(tmp_path: P
     assert "&lt;script&gt;" in page and "<script" not in page and "<i>" not in page
     assert "data:image/png;base64," in page and "seed: 42" in page
     assert "://" not in page
+    assert "export --to hf" not in page, "an older version did not note it"
 
 
 def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
@@ -102,12 +103,14 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('\n{"step": 3, "loss": "low", "memory_bytes": NaN, "eval_loss": [1]}\n')
     (run / "parts.json").write_text("[1]")
+    (run / "export_outlook.json").write_text('{"hf": 1}')
     (run / "trained.jsonl").write_bytes(b'\xff\n{"step": 1, "records": 7}\n')
     (run / "config.yaml").write_bytes(b"seed: 42 # \xff\n")
     page = write_run_report(run).read_text()
     assert "Damaged lines that are left out of this page" in page
     for name, count in (("metrics", 3), ("samples", 2), ("ledger", 2), ("trained", 1)):
         assert f"{name}.jsonl</td><td>{count}<" in page
+    assert "export_outlook.json</td><td>1<" in page
     assert "training loss at step 2" in page and "seed: 42" in page
 
 

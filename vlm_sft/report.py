@@ -28,6 +28,7 @@ from vlm_sft.ownership import (
 )
 from vlm_sft.page import page, picture, section, table
 from vlm_sft.progress import format_seconds
+from vlm_sft.run_folder import EXPORT_OUTLOOK
 from vlm_sft.train.rows import has_step, read_rows
 
 Row = Mapping[str, Any]
@@ -152,6 +153,7 @@ def write_run_report(run_dir: str | Path, out: str | Path | None = None) -> Path
     if rows:
         body.append(section("Loss", picture(curves_png({"": rows}), "curve", "loss curves")))
     body += _run_parts(run_dir, damaged)
+    body += _export_outlook(run_dir, damaged)
     body += _ledgers(run_dir, damaged)
     samples = _read(run_dir / "samples.jsonl", damaged)
     if samples:
@@ -314,6 +316,19 @@ def _run_parts(run_dir: Path, damaged: dict[str, int]) -> list[str]:
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
         return [section("Parts", table(tuple(parts[0]), parts))] if parts else []
+    except (ValueError, TypeError, LookupError, AttributeError):
+        damaged[path.name] = 1
+        return []
+
+
+def _export_outlook(run_dir: Path, damaged: dict[str, int]) -> list[str]:
+    """Return a line about `export --to hf`, as the run found it out at its start."""
+    path = run_dir / EXPORT_OUTLOOK
+    if not path.exists():
+        return []
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))["hf"]
+        return [f'<p class="note">{escape(f"export --to hf: {words.strip()}")}</p>']
     except (ValueError, TypeError, LookupError, AttributeError):
         damaged[path.name] = 1
         return []

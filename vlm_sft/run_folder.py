@@ -29,12 +29,16 @@ def _let_go_in_child() -> None:
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
+EXPORT_OUTLOOK: Final = "export_outlook.json"
+"""Name of the file that keeps whether the run's model can be exported, for the report."""
+
 WRITTEN: Final = frozenset(
     {
         ".lock",
         "activation_checkpointing.json",
         "checkpoints",
         "config.yaml",
+        EXPORT_OUTLOOK,
         "final",
         "ledger.jsonl",
         "ledger_eval.jsonl",

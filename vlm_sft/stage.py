@@ -16,18 +16,19 @@ from vlm_sft.assemble import (
     packing_told,
     write_report,
 )
+from vlm_sft.atomic import write_json
 from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
-from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.export.obstacles import export_obstacles, outlook
 from vlm_sft.feature_cache import use_feature_cache
 from vlm_sft.fit import require_fit
 from vlm_sft.libraries import one_line
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantize import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.run_folder import locked, own_run_folder, settle_config
+from vlm_sft.run_folder import EXPORT_OUTLOOK, locked, own_run_folder, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
@@ -113,11 +114,13 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
     return final is not None
 
 
-def note_export_obstacles(model: VisionLanguageModel) -> None:
-    """Report before training what an export would refuse after it."""
+def note_export_obstacles(model: VisionLanguageModel, output_dir: Path) -> None:
+    """Report before training what an export would refuse after it, and keep it for the report."""
     with _only_warned("looking for what an export would refuse"):
-        for obstacle in export_obstacles(model):
+        obstacles = export_obstacles(model)
+        for obstacle in obstacles:
             say_on_stderr(f"note: this model cannot be exported with --to hf: {obstacle}")
+        write_json(output_dir / EXPORT_OUTLOOK, {"hf": outlook(obstacles)})
 
 
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
@@ -129,7 +132,7 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     check_data_head(config, language.renderer)
     model, identity = load_model(config, trainable)
     if main:
-        note_export_obstacles(model)
+        note_export_obstacles(model, Path(config.output_dir))
     if sharing.wanted:
         shard(
             model,

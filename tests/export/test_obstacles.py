@@ -11,8 +11,9 @@ from vlm_sft.config import LoraConfig
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
-from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.export.obstacles import export_consumers, export_obstacles
 from vlm_sft.export.verify import reload_here
+from vlm_sft.report import write_run_report
 from vlm_sft.stage import note_export_obstacles
 
 GPT2 = {
@@ -109,6 +110,7 @@ def test_what_can_be_exported_has_no_obstacle_and_is_exported_exactly(
         pytest.importorskip("bitsandbytes")
     model = tiny_model(**parts)
     assert export_obstacles(model) == []
+    expected = export_consumers(model)
     report = export_hf_llava(
         model,
         byte_tokenizer(),
@@ -118,15 +120,22 @@ def test_what_can_be_exported_has_no_obstacle_and_is_exported_exactly(
         reload=reload_here,
     )
     assert report.max_abs_logit_difference <= 1e-5
+    assert report.consumers == expected
 
 
 def test_a_run_notes_at_its_start_what_an_export_would_refuse_and_draws_no_number(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model(projector_type="mlp3x_gelu", tower=RESNET)
     before = torch.get_rng_state()
-    note_export_obstacles(model)
+    note_export_obstacles(model, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     printed = capsys.readouterr().err
     assert printed.startswith("note: this model cannot be exported with --to hf: ")
     assert "mlp3x_gelu" in printed and printed.count("\n") == 1
+    (obstacle,) = export_obstacles(model)
+    words = obstacle.removeprefix("export: ").replace("'", "&#x27;")
+    page = write_run_report(tmp_path).read_text()
+    assert f"export --to hf: not possible: {words}" in page
+    note_export_obstacles(tiny_model(), tmp_path)
+    assert "export --to hf: possible" in write_run_report(tmp_path).read_text()

@@ -43,7 +43,8 @@ from vlm_sft.diagnosis.case import Finding
 from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
 from vlm_sft.error_codes import CODES
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.export.consumers import consumers_in_words
+from vlm_sft.export.obstacles import export_consumers, export_obstacles, outlook
 from vlm_sft.feature_cache import feature_cache_outlook
 from vlm_sft.fit import require_fit
 from vlm_sft.model.notes import model_notes
@@ -228,11 +229,9 @@ def check_model(
 def _check_export(model: VisionLanguageModel, verdict: Verdict) -> None:
     """Say whether `export` will take the model; a run that is not to be exported may start."""
     obstacles = export_obstacles(model)
-    words = "; ".join(obstacle.removeprefix("export: ") for obstacle in obstacles)
-    if obstacles:
-        verdict.report("export --to hf", "note", f"not possible: {words}")
-    else:
-        verdict.add("export --to hf", True, "possible")
+    verdict.report("export --to hf", "note" if obstacles else "good", outlook(obstacles))
+    if not obstacles:
+        verdict.report("programs", "note", consumers_in_words(export_consumers(model)))
 
 
 def trainable_parts(config: RunConfig) -> set[str]:

@@ -4,6 +4,7 @@
 not run here; "no" names what the program lacks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -34,6 +35,18 @@ def consumers(config: PretrainedConfig) -> list[Consumer]:
         _served("mistral.rs 0.9", found, towers=_VLLM_TOWERS[:1]),
         Consumer("llama.cpp", "no", "its converter refuses the vision towers of LLaVA folders"),
     ]
+
+
+def consumers_in_words(found: Sequence[Consumer]) -> str:
+    """Return which programs would load an exported folder and which would not, and why."""
+    loading = [
+        consumer.name if consumer.loads == "yes" else f"{consumer.name} ({consumer.reason})"
+        for consumer in found
+        if consumer.loads != "no"
+    ]
+    others = [f"{c.name} ({c.reason})" for c in found if c.loads == "no"]
+    words = f"would load the exported folder: {', '.join(loading)}"
+    return f"{words}; would not: {', '.join(others)}" if others else words
 
 
 def _served(name: str, config: Any, *, towers: tuple[str, ...]) -> Consumer:

@@ -1,11 +1,18 @@
-"""What keeps a model from being exported, known before it is trained."""
+"""What becomes of a model when it is exported, known before it is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from vlm_sft.errors import UserError
-from vlm_sft.export.stock import require_language_model, stock_projector, stock_tower
+from vlm_sft.export.consumers import Consumer, consumers
+from vlm_sft.export.stock import (
+    require_language_model,
+    stock_config,
+    stock_projector,
+    stock_text_config,
+    stock_tower,
+)
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
 
@@ -31,3 +38,23 @@ def export_obstacles(model: VisionLanguageModel) -> list[str]:
             except UserError as error:
                 found.append(str(error))
     return found
+
+
+def outlook(obstacles: Sequence[str]) -> str:
+    """Return "possible", or "not possible" with what `export_obstacles` found."""
+    words = "; ".join(obstacle.removeprefix("export: ") for obstacle in obstacles)
+    return f"not possible: {words}" if obstacles else "possible"
+
+
+def export_consumers(model: VisionLanguageModel) -> list[Consumer]:
+    """Return what is known of each program about the exported folder of a model.
+
+    Args:
+        model: One that has no obstacles.
+    """
+    language_model = causal_lm(model.language_model)
+    rows = language_model.get_input_embeddings().weight.shape[0]
+    with torch.random.fork_rng(devices=[]):
+        tower = stock_tower(model.vision_tower)
+    text_config = stock_text_config(language_model, rows)
+    return consumers(stock_config(model, tower, text_config, image_token_id=rows))
