@@ -225,6 +225,27 @@ def rename_folder(source: Path, target: Path, *, last: str) -> None:
     shutil.rmtree(source, ignore_errors=True)
 
 
+@contextmanager
+def created_above(path: Path) -> Iterator[None]:
+    """Create the missing directories above `path`; remove them again if the block fails.
+
+    One that holds anything by then stays.
+
+    Raises:
+        OSError: A directory cannot be created.
+    """
+    parents = (path.parent, *path.parent.parents)
+    missing = [folder for folder in parents if not os.path.lexists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def existing_above(path: Path) -> Path:
     """Return `path` itself, or the nearest directory above it that exists."""
     while not path.exists() and path != path.parent:

@@ -19,7 +19,7 @@ from vlm_sft.data.images import to_pixels
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
-from vlm_sft.export.verify import reload_here, reload_in_new_process
+from vlm_sft.export.verify import Reloaded, reload_here, reload_in_new_process
 from vlm_sft.model.hashing import named_state, tensors_digest
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -192,11 +192,36 @@ def test_what_stock_llava_cannot_hold_is_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_failed_export_removes_the_empty_directories_that_it_created(
+    theirs: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "before").mkdir()
+    out = tmp_path / "before" / "a" / "b" / "out"
+
+    def broken(folder: Path, inputs: dict[str, torch.Tensor]) -> Reloaded:
+        if theirs:
+            (tmp_path / "before" / "a" / "notes.txt").write_text("put there meanwhile")
+        raise UserError("the comparison failed")
+
+    with pytest.raises(UserError, match="the comparison failed"):
+        export_hf_llava(
+            tiny_model(),
+            byte_tokenizer(),
+            out,
+            image_aspect="pad",
+            renderer_chat_template=None,
+            reload=broken,
+        )
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"before"} | ({"before/a", "before/a/notes.txt"} if theirs else set())
+
+
 def test_a_folder_with_something_in_it_is_never_touched(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not an empty folder"):
+    with pytest.raises(UserError, match="is not an empty directory"):
         export(tiny_model(), tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -45,7 +45,13 @@ from vlm_sft.export.stock import (
 )
 from vlm_sft.export.verify import Reload, Reloaded, noise_image, reload_in_new_process
 from vlm_sft.export.weights import released_state, write_weights
-from vlm_sft.filesystem import give_ordinary_modes, naming, rename_folder, temporary_sibling
+from vlm_sft.filesystem import (
+    created_above,
+    give_ordinary_modes,
+    naming,
+    rename_folder,
+    temporary_sibling,
+)
 from vlm_sft.libraries import installed_version
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.vision import VisionTower
@@ -147,20 +153,16 @@ def export_hf_llava(
         inputs = _compared_inputs(model, pixels, ids, image_token_id)
         found = reload(folder, inputs)
         _refuse_other_keys(found)
-        difference = (found.logits[..., : expected.shape[-1]] - expected).abs().max().item()
+        spec, image = model.vision_tower.image_spec, inputs["image"]
         report = ExportReport(
             folder=str(out_dir),
             model_class=found.model_class,
-            max_abs_logit_difference=difference,
+            max_abs_logit_difference=_largest_difference(found.logits, expected),
             max_abs_logit=expected.abs().max().item(),
             missing_keys=found.missing_keys,
             unexpected_keys=found.unexpected_keys,
             max_pixel_difference=_pixel_difference(
-                found.pixels,
-                inputs["image"],
-                model.vision_tower.image_spec,
-                image_aspect,
-                image_processing,
+                found.pixels, image, spec, image_aspect, image_processing
             ),
             image_token_id=image_token_id,
             dtype=str(dtype).removeprefix("torch."),
@@ -369,6 +371,11 @@ def _refuse_other_keys(found: Reloaded) -> None:
         )
 
 
+def _largest_difference(logits: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the vocabulary of the model, which may have grown."""
+    return (logits[..., : expected.shape[-1]] - expected).abs().max().item()
+
+
 def _pixel_difference(
     prepared: Tensor, image: Tensor, spec: ImageSpec, aspect: Aspect, processing: Processing
 ) -> float:
@@ -430,19 +437,19 @@ def _atomic_folder(out_dir: Path) -> Iterator[Path]:
 
     Raises:
         OSError: The disk is full or refuses; the error names `out_dir`, and nothing is left of the
-            directory.
+            directory or of those created above it.
     """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(out_dir)
-    temporary.mkdir()
-    try:
-        with _named_by_target(temporary, out_dir):
-            yield temporary
-            give_ordinary_modes(temporary)
-        if out_dir.exists():
-            for name in filter(is_system_file, os.listdir(out_dir)):
-                os.rename(out_dir / name, temporary / name)
-            out_dir.rmdir()
-        rename_folder(temporary, out_dir, last="export.json")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with created_above(out_dir):
+        temporary.mkdir()
+        try:
+            with _named_by_target(temporary, out_dir):
+                yield temporary
+                give_ordinary_modes(temporary)
+            if out_dir.exists():
+                for name in filter(is_system_file, os.listdir(out_dir)):
+                    os.rename(out_dir / name, temporary / name)
+                out_dir.rmdir()
+            rename_folder(temporary, out_dir, last="export.json")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
