@@ -1,8 +1,13 @@
 """Nothing that the toolkit did not write is replaced, and no output is an input."""
 
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -277,3 +282,41 @@ def test_a_directory_of_an_older_version_is_adopted(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     own_directory(tmp_path, "mix", adopt=True)
     assert (tmp_path / MARKER).exists()
+
+
+def record_files(directory: Path, own: int, barrier: Any, kind: str = "training run") -> None:
+    """Mark a directory and write files into it, as soon as all others do."""
+    barrier.wait()
+    own_directory(directory, kind, adopt=True)
+    for number in range(20):
+        write_owned(directory / f"{own}-{number}.txt", b"ours")
+
+
+def test_processes_that_write_into_one_directory_lose_no_record(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    processes = [
+        context.Process(target=record_files, args=(tmp_path, own, barrier)) for own in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    names = {f"{own}-{number}.txt" for own in range(4) for number in range(20)}
+    assert set(os.listdir(tmp_path)) == {MARKER, *names}
+    OwnedFiles(tmp_path).require_unchanged(names)
+
+
+def test_files_are_recorded_where_the_file_system_has_no_locks_and_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(os, "link", unsupported)
+    record_files(tmp_path, 0, threading.Barrier(1))
+    OwnedFiles(tmp_path).require_unchanged([f"0-{number}.txt" for number in range(20)])
+    assert capsys.readouterr().err.count("the file system has no file locks") == 1
+    assert len(os.listdir(tmp_path)) == 21

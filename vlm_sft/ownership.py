@@ -21,7 +21,7 @@ from typing import IO, Any, Final
 
 from vlm_sft.atomic import atomic_open, is_stream, write_bytes, write_json
 from vlm_sft.errors import UserError
-from vlm_sft.filesystem import existing_above, rename_folder
+from vlm_sft.filesystem import existing_above, lock, rename_folder, temporary_sibling
 from vlm_sft.reading import read_text
 
 MARKER: Final = ".vlm_sft.json"
@@ -44,6 +44,7 @@ PNG_SOFTWARE: Final = "vlm_sft"
 
 _MARKER_TEMPORARY: Final = re.compile(rf"\.{re.escape(MARKER)}\.[a-z0-9_]{{8,12}}\.tmp")
 _HEAD_BYTES: Final = 4096
+_LOCK_TRIALS: Final = 1000
 _MAX_MANIFEST_BYTES: Final = 64 << 20
 
 
@@ -88,8 +89,22 @@ def own_directory(
     """
     path = Path(path)
     if not require_directory(path, kind, inputs=inputs, adopt=adopt, setting=setting):
-        write_json(path / MARKER, {MADE_BY: "vlm_sft", "kind": kind})
+        _mark(path, kind)
     return path
+
+
+def _mark(path: Path, kind: str) -> None:
+    """Write a marker file, unless another process has written one meanwhile."""
+    marker = path / MARKER
+    temporary = temporary_sibling(marker)
+    write_json(temporary, {MADE_BY: "vlm_sft", "kind": kind})
+    try:
+        os.link(temporary, marker)  # fails where there is a marker, which may have records by now
+    except OSError:
+        if read_marker(path) is None:
+            os.replace(temporary, marker)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_directory(
@@ -401,8 +416,7 @@ class OwnedFiles:
         with atomic_open(self.directory / name) as file:
             yield file
             file.flush()
-            digests = [*self._digests(name)[-1:], _digest_of_open(file.fileno())]
-            self._record({name: list(dict.fromkeys(digests))})
+            self._record({name: [_digest_of_open(file.fileno())]}, keep_last=True)
 
     def is_ours(self, name: str) -> bool:
         """Return whether a file is missing, empty, or as it was written here."""
@@ -418,13 +432,38 @@ class OwnedFiles:
         digests = files.get(name) if isinstance(files, dict) else None
         return digests if isinstance(digests, list) else []
 
-    def _record(self, digests: dict[str, list[str]]) -> None:
-        marker = read_marker(self.directory)
-        if marker is None or not digests:
+    def _record(self, digests: dict[str, list[str]], *, keep_last: bool = False) -> None:
+        """Add digests to the marker file, `keep_last` next to the last one of each file."""
+        if not digests or read_marker(self.directory) is None:
             return
-        files = marker.get("files")
-        marker["files"] = (files if isinstance(files, dict) else {}) | digests
-        write_json(self.directory / MARKER, marker)
+        with _locked(self.directory / MARKER):
+            if (marker := read_marker(self.directory)) is None:
+                return
+            files = marker.get("files")
+            if keep_last:
+                digests = {
+                    name: list(dict.fromkeys([*self._digests(name)[-1:], *new]))
+                    for name, new in digests.items()
+                }
+            marker["files"] = (files if isinstance(files, dict) else {}) | digests
+            write_json(self.directory / MARKER, marker)
+
+
+@contextmanager
+def _locked(marker: Path) -> Iterator[None]:
+    """Keep other processes from changing a marker file while the block lasts.
+
+    Where the file system has no locks, a warning is printed and nothing is locked.
+    """
+    # Every change replaces the file: who has waited for it holds the lock of a file that is gone,
+    # and tries again. The number of trials ends that where a file never looks the same twice.
+    for trial in range(_LOCK_TRIALS):
+        with marker.open("r+b" if os.access(marker, os.W_OK) else "rb") as file:
+            state = lock(file.fileno(), marker, wait=True)
+            same = os.path.samestat(os.fstat(file.fileno()), marker.stat())
+            if same or state != "taken" or trial == _LOCK_TRIALS - 1:
+                yield
+                return
 
 
 def own_output(

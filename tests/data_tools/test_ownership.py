@@ -20,8 +20,8 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def refused(folder: Path, command: Any, line: list[str], message: str) -> None:
-    """The command ends with this message and leaves every file as it was."""
+def assert_refused(folder: Path, command: Any, line: list[str], message: str) -> None:
+    """Assert that the command ends with this message and leaves every file as it was."""
     before = everything(folder)
     with pytest.raises(UserError, match=message):
         command(line)
@@ -36,7 +36,9 @@ def test_build_coco_keeps_a_folder_of_others_and_edited_files(tmp_path: Path) ->
     line = arguments(files)
     files["out"].mkdir()
     (files["out"] / "stage2.json").write_text("[]")
-    refused(tmp_path, build_coco.main, line, "not empty .'stage2.json'. and was not created by")
+    assert_refused(
+        tmp_path, build_coco.main, line, "not empty .'stage2.json'. and was not created by"
+    )
     (files["out"] / "stage2.json").unlink()
     assert build_coco.main(line) == 0
     built = everything(files["out"])
@@ -44,7 +46,7 @@ def test_build_coco_keeps_a_folder_of_others_and_edited_files(tmp_path: Path) ->
     assert everything(files["out"]) == built
     (files["out"] / "stage2.json").write_text("[1]")
     (files["out"] / "notes.txt").write_text("mine")
-    refused(tmp_path, build_coco.main, line, r"stage2.json: the file was changed after")
+    assert_refused(tmp_path, build_coco.main, line, r"stage2.json: the file was changed after")
     assert build_coco.main([*line, "--overwrite"]) == 0
     assert everything(files["out"]) == built | {"notes.txt": b"mine"}
 
@@ -57,7 +59,7 @@ def test_build_coco_never_writes_over_its_input(tmp_path: Path, name: str) -> No
     (tmp_path / "hard.json").hardlink_to(files["captions"])
     del files["out"]
     line = arguments(files, "--only", "existence", "--out-file", str(tmp_path / name))
-    refused(tmp_path, build_coco.main, [*line, "--overwrite"], "is read by this command")
+    assert_refused(tmp_path, build_coco.main, [*line, "--overwrite"], "is read by this command")
 
 
 def test_build_coco_writes_one_file_again_if_equal_and_refuses_another(tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_build_coco_writes_one_file_again_if_equal_and_refuses_another(tmp_path:
     assert build_coco.main(line) == 0
     assert build_coco.main(line) == 0
     out.write_text("[]")
-    refused(tmp_path, build_coco.main, line, "was not written by vlm_sft")
+    assert_refused(tmp_path, build_coco.main, line, "was not written by vlm_sft")
     assert build_coco.main([*line, "--overwrite"]) == 0
     assert json.loads(out.read_text())
 
@@ -77,7 +79,7 @@ def test_build_coco_refuses_the_output_of_an_older_version_in_one_sentence(tmp_p
     files = write_coco(tmp_path, {1: [DOG, CAT]})
     build_coco.main(arguments(files))
     (files["out"] / ".vlm_sft.json").unlink()
-    refused(tmp_path, build_coco.main, arguments(files), "was written by an older version")
+    assert_refused(tmp_path, build_coco.main, arguments(files), "was written by an older version")
 
 
 # --- mix
@@ -96,14 +98,14 @@ def mixture(folder: Path, **changes: Any) -> list[str]:
 
 def test_mix_never_writes_into_the_folder_of_a_source(tmp_path: Path) -> None:
     line = mixture(tmp_path, output_dir=str(tmp_path / "source"))
-    refused(tmp_path, mix.main, line, "is read by this command")
+    assert_refused(tmp_path, mix.main, line, "is read by this command")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "card.md").write_text("mine")
     line = mixture(tmp_path, output_dir=str(tmp_path / "other"))
-    refused(tmp_path, mix.main, line, "was not created by vlm_sft as a mixture")
+    assert_refused(tmp_path, mix.main, line, "was not created by vlm_sft as a mixture")
     (tmp_path / "link").symlink_to(tmp_path / "source")
     line = mixture(tmp_path, output_dir=str(tmp_path / "link"))
-    refused(tmp_path, mix.main, [*line, "--overwrite"], "is read by this command")
+    assert_refused(tmp_path, mix.main, [*line, "--overwrite"], "is read by this command")
 
 
 def test_mix_refuses_its_own_output_as_a_source_and_edited_files(tmp_path: Path) -> None:
@@ -111,23 +113,23 @@ def test_mix_refuses_its_own_output_as_a_source_and_edited_files(tmp_path: Path)
     assert mix.main(line) == 0
     assert mix.main(line) == 0
     own = [{"name": "s", "path": str(tmp_path / "mix" / "train.jsonl")}]
-    refused(tmp_path, mix.main, mixture(tmp_path, sources=own), "is read by this command")
+    assert_refused(tmp_path, mix.main, mixture(tmp_path, sources=own), "is read by this command")
     (tmp_path / "mix" / "card.md").write_text("mine")
-    refused(tmp_path, mix.main, mixture(tmp_path), "card.md: the file was changed")
+    assert_refused(tmp_path, mix.main, mixture(tmp_path), "card.md: the file was changed")
     assert mix.main([*line, "--overwrite"]) == 0
 
 
 def test_mix_refuses_the_output_of_an_older_version_in_one_sentence(tmp_path: Path) -> None:
     mix.main(mixture(tmp_path))
     (tmp_path / "mix" / ".vlm_sft.json").unlink()
-    refused(tmp_path, mix.main, mixture(tmp_path), "was written by an older version")
+    assert_refused(tmp_path, mix.main, mixture(tmp_path), "was written by an older version")
 
 
 def test_mix_refuses_an_output_folder_inside_a_source_folder(tmp_path: Path) -> None:
     mixture(tmp_path)
     folder = [{"name": "s", "path": str(tmp_path / "source")}]
     line = mixture(tmp_path, sources=folder, output_dir=str(tmp_path / "source" / "mix"))
-    refused(tmp_path, mix.main, line, "lies in the folder of source s")
+    assert_refused(tmp_path, mix.main, line, "lies in the folder of source s")
 
 
 # --- instruct
@@ -156,7 +158,7 @@ def test_instruct_refuses_a_folder_with_files_of_others(tmp_path: Path, name: st
     line = instruct_line(tmp_path)
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("mine")
-    refused(tmp_path, instruct, line, "was not created by vlm_sft as a instruction-data run")
+    assert_refused(tmp_path, instruct, line, "was not created by vlm_sft as a instruction-data run")
 
 
 def test_instruct_keeps_what_others_put_into_its_folder_and_refuses_edited_files(
@@ -172,8 +174,10 @@ def test_instruct_keeps_what_others_put_into_its_folder_and_refuses_edited_files
     assert everything(tmp_path).keys() == made.keys()
     assert mine.items() <= everything(tmp_path).items()
     (tmp_path / "run" / "export" / "llava.json").write_text("[]")
-    refused(tmp_path, instruct, line, "export/llava.json: the file was changed")
-    refused(tmp_path, instruct, ["export", line[1]], "export/llava.json: the file was changed")
+    assert_refused(tmp_path, instruct, line, "export/llava.json: the file was changed")
+    assert_refused(
+        tmp_path, instruct, ["export", line[1]], "export/llava.json: the file was changed"
+    )
     assert instruct([*line, "--overwrite"]) == 0
     assert json.loads((tmp_path / "run" / "export" / "llava.json").read_text())
 
@@ -185,7 +189,7 @@ def test_instruct_accepts_a_run_that_an_older_version_made(tmp_path: Path) -> No
     assert instruct(["verify", line[1]]) == 0
     (tmp_path / "run" / "samples.jsonl").write_text("")
     (tmp_path / "run" / "rejected.jsonl").write_text("{}\n")
-    refused(tmp_path, instruct, ["verify", line[1]], "rejected.jsonl: the file was changed")
+    assert_refused(tmp_path, instruct, ["verify", line[1]], "rejected.jsonl: the file was changed")
 
 
 def test_instruct_leaves_the_configuration_that_was_given(tmp_path: Path) -> None:
@@ -194,20 +198,24 @@ def test_instruct_leaves_the_configuration_that_was_given(tmp_path: Path) -> Non
     own = str(tmp_path / "run" / "config.yaml")
     assert instruct(["plan", own]) == 0
     (tmp_path / "link.yaml").symlink_to(own)
-    refused(tmp_path, instruct, ["plan", str(tmp_path / "link.yaml"), "seed=5"], "would be rewritt")
+    assert_refused(
+        tmp_path, instruct, ["plan", str(tmp_path / "link.yaml"), "seed=5"], "would be rewritt"
+    )
 
 
 def test_instruct_refuses_an_output_that_is_an_input(tmp_path: Path) -> None:
     line = instruct_line(tmp_path)
     instruct(line)
     recorded = {"kind": "replay", "replay_from": str(tmp_path / "run" / "answers")}
-    refused(
+    assert_refused(
         tmp_path, instruct, instruct_line(tmp_path, teacher=recorded), "is read by this command"
     )
     checked = tmp_path / "run" / "checked" / "samples" / "samples.jsonl"
     checked.parent.mkdir(parents=True)
     checked.write_text("")
-    refused(tmp_path, instruct, ["verify", line[1], "--file", str(checked)], "is read by this")
+    assert_refused(
+        tmp_path, instruct, ["verify", line[1], "--file", str(checked)], "is read by this"
+    )
 
 
 def test_explain_replaces_no_file_of_others(tmp_path: Path) -> None:
@@ -215,10 +223,12 @@ def test_explain_replaces_no_file_of_others(tmp_path: Path) -> None:
     instruct(line)
     explain = ["explain", line[1], "000000000001-reasoning-0"]
     (tmp_path / "mine.html").write_text("mine")
-    refused(tmp_path, instruct, [*explain, "--html", str(tmp_path / "mine.html")], "--overwrite")
+    assert_refused(
+        tmp_path, instruct, [*explain, "--html", str(tmp_path / "mine.html")], "--overwrite"
+    )
     for name in ("instances.json", "run/samples.jsonl", "images/000000000001.jpg"):
         given = [*explain, "--png", str(tmp_path / name), "--overwrite"]
-        refused(tmp_path, instruct, given, "is read by this command")
+        assert_refused(tmp_path, instruct, given, "is read by this command")
     assert instruct([*explain, "--png", str(tmp_path / "a.png")]) == 0
     assert instruct([*explain, "--png", str(tmp_path / "a.png")]) == 0
 
@@ -235,13 +245,15 @@ def test_make_scenes_keeps_files_of_others_and_edited_ones(tmp_path: Path) -> No
     out = tmp_path / "scenes"
     out.mkdir()
     (out / "settings.json").write_text('{"mine": 1}')
-    refused(tmp_path, make_scenes.main, scenes(out), "was not written by this command")
+    assert_refused(tmp_path, make_scenes.main, scenes(out), "was not written by this command")
     (out / "settings.json").unlink()
     assert make_scenes.main(scenes(out)) == 0
     image, annotations = out / "images" / "000000000001.jpg", out / "annotations"
     (out / "images" / "000000000002.jpg").unlink()
     (annotations / "captions_twemoji.json").write_text("{}")
-    refused(tmp_path, make_scenes.main, scenes(out), "captions_twemoji.json: the file was changed")
+    assert_refused(
+        tmp_path, make_scenes.main, scenes(out), "captions_twemoji.json: the file was changed"
+    )
     made = image.read_bytes()
     image.write_bytes(b"mine")
     with pytest.raises(UserError, match="exists and is not the image"):
