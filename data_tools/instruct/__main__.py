@@ -4,6 +4,7 @@ Every command takes the run's YAML file (configs/instruct/) and may be given aga
 not made or paid for twice.
 """
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -59,7 +60,19 @@ def main(argv: Sequence[str]) -> int:
     for command in commands:
         stage = import_module(f"data_tools.instruct.{_module_of(command)}")
         stage.command(config, options)
+    if arguments.command == "run":
+        _repeat_refused(Path(config.output_dir))
     return 0
+
+
+def _repeat_refused(output_dir: Path) -> None:
+    """Print again at the end how many images the guard refused; the plan's lines are far above."""
+    from data_tools.instruct.folder import RunFolder
+    from data_tools.instruct.planning import refused_line
+    from vlm_sft.console import say
+
+    if (line := refused_line(RunFolder(output_dir))) is not None:
+        say(line, file=sys.stdout)
 
 
 def _is_override(word: str) -> bool:

@@ -34,6 +34,9 @@ CANNOT_MEET: Final[Mapping[str, frozenset[str]]] = {
 """By part of COCO, the evaluations without a picture of it: COCO's splits say so, and val2017 is
 from val2014."""
 
+REFUSED: Final = "refused; guard.allow_evaluation_images=true keeps them"
+"""What messages say of images that evaluations use, with the setting that allows them."""
+
 Status = Literal["checked", "by split", "covered", "split only", "not checked"]
 
 _HEAD: Final = 1 << 16
@@ -88,9 +91,9 @@ class Guard:
 
     def lines(self) -> Iterator[str]:
         """For a terminal: what is refused, and plainly what nobody looked at."""
-        verdict = ", kept (guard.allow_evaluation_images)" if self.allowed else ", refused"
+        verdict = ", kept (guard.allow_evaluation_images)" if self.allowed else f", {REFUSED}"
         found = len(self.evaluations)
-        yield f"{found:>9,}  pictures of evaluations found{verdict if found else ''}"
+        yield f"{found:>9,}  images of evaluations found{verdict if found else ''}"
         for f in self.figures:
             match f.status:
                 case "checked":

@@ -111,6 +111,12 @@ def _choose(
     }
 
 
+def refused_line(folder: RunFolder) -> str | None:
+    """Return the line about images that the plan refused because evaluations use them, if any."""
+    count = read_json(folder.plan)["left_out"]["of_evaluations"]
+    return f"images of evaluations: {count:,} {guard.REFUSED}" if count else None
+
+
 def _not_none(requests: Iterable[Request], left_out: Mapping[str, int]) -> Iterator[Request]:
     """The requests unchanged; an error where there are none, before the old file is replaced."""
     some = False
@@ -121,7 +127,8 @@ def _not_none(requests: Iterable[Request], left_out: Mapping[str, int]) -> Itera
         told = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n)
         raise UserError(
             f"no request is left to make (pictures left out: {told or 'none'}); see pictures, "
-            "guard and requests.shares in the configuration",
+            "guard (guard.allow_evaluation_images=true keeps images of evaluations) and "
+            "requests.shares in the configuration",
             code="no_records",
         )
 

@@ -150,6 +150,13 @@ def test_said_otherwise_they_are_kept_and_still_counted() -> None:
     found = guard.check(pictures(2, split="val2017"), config)
     assert not found.refuses(2)
     assert found.told()["evaluation_images"] == 1
-    assert "1  pictures of evaluations found, kept (guard.allow_evaluation_images)" in "\n".join(
+    assert "1  images of evaluations found, kept (guard.allow_evaluation_images)" in "\n".join(
         found.lines()
     )
+
+
+def test_refused_images_come_with_the_switch_that_keeps_them() -> None:
+    refused = guard.check(pictures(2, split="val2017"), GuardConfig())
+    assert "guard.allow_evaluation_images=true keeps them" in next(refused.lines())
+    nothing = guard.check(pictures(2, split="train2017"), GuardConfig())
+    assert "allow_evaluation_images" not in next(nothing.lines())

@@ -74,6 +74,20 @@ def test_run_makes_training_files_and_a_second_run_changes_no_byte(
     assert [getattr(record, "id", None) for record in found] == [json.loads(k)["id"] for k in kept]
 
 
+def test_a_run_ends_with_the_images_it_refused_and_the_switch_that_keeps_them(
+    tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations = json.loads((scenes / "annotations/captions_twemoji.json").read_text())
+    ids = tmp_path / "ids.txt"
+    ids.write_text(f"{annotations['images'][0]['id']}\n", encoding="utf-8")
+    config = config_file(tmp_path, scenes, guard={"lists": {"mine": str(ids)}})
+    assert main(["run", str(config)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "images of evaluations: 1 refused; guard.allow_evaluation_images=true keeps them"
+    assert main(["run", str(config), "guard.allow_evaluation_images=true"]) == 0
+    assert "refused" not in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_the_order_of_answers_and_the_number_of_workers_change_no_byte(
     tmp_path: Path, scenes: Path
 ) -> None:
