@@ -5,6 +5,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from vlm_sft.changes import changes_between
 from vlm_sft.config import DataFile, RunConfig, VisionTowerConfig, load_config, means_folder
 from vlm_sft.data.files import open_record_file
 from vlm_sft.data.template_names import builtin_templates
@@ -20,7 +21,8 @@ _TOWER = "model.vision_tower"
 def read_config(path: str, overrides: Sequence[str], parts: Set[Part] = ALL_PARTS) -> RunConfig:
     """Load a configuration and check that the files and folders that it names exist.
 
-    A finished run needs none of them any more: starting it again only reports that.
+    A finished run needs none of them any more: starting it again only reports that. With settings
+    that differ from the run's it is checked like a new one.
 
     Args:
         path: The YAML file.
@@ -33,9 +35,25 @@ def read_config(path: str, overrides: Sequence[str], parts: Set[Part] = ALL_PART
     if "=" in path and not Path(path).exists():
         raise UserError(f"{path}: the first argument is CONFIG.yaml; settings follow it")
     config = load_config(path, overrides)
-    if not (Path(config.output_dir) / "final" / "manifest.json").exists():
+    if not _is_finished(config):
         _require_places(config, parts)
     return config
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Return whether the output directory holds the finished run of this very configuration.
+
+    Under a changed setting that counts, a value that is itself wrong must be reported before the
+    difference is.
+    """
+    output_dir = Path(config.output_dir)
+    if not (output_dir / "final" / "manifest.json").exists():
+        return False
+    try:
+        before = load_config(output_dir / "config.yaml")
+    except (UserError, OSError):
+        return True  # the run's folder reports what is wrong with it
+    return all(change.rule == "free" for change in changes_between(before, config))
 
 
 def require_stage1(config: RunConfig) -> None:
