@@ -90,7 +90,11 @@ def test_other_errors_are_no_full_disk() -> None:
         (OSError(5, "Input/output error", "runs/a"), 2, "error VS102: runs/a: Input/output error"),
         (OSError("odd"), 2, "error VS102: input/output: odd\n"),
         (PermissionError(13, "Permission denied", "runs"), 2, "error VS103: runs: Permission den"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "stopped by Ctrl-C; files already saved, if any, are complete\n",
+        ),
         (BrokenPipeError(), 141, ""),
     ],
 )

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,12 @@ from tests.tiny_runs import FAST, ROOT, TINY, rows, run
 from tests.train.tiny import reset_accelerate
 from vlm_sft import check, stage1, stage2
 from vlm_sft.config import load_config
-from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError
+from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError, run_command
 from vlm_sft.ownership import own_directory
+from vlm_sft.parts_on_disk import unused_parts
+from vlm_sft.stage import farewell
 from vlm_sft.train.checkpoint import read_manifest, verify
+from vlm_sft.train.loop import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +119,25 @@ def test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit(
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
+    assert unused_parts(f"{stage1_run}/final") is None
+    unused = unused_parts(f"{tmp_path}/whole/final")
+    assert unused is not None and f"its trained {folder.strip('/').replace('_', ' ')}" in unused
+
+
+@pytest.mark.parametrize("stopped_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_ends_with_one_line_that_says_how_to_resume(
+    stopped_by: signal.Signals, stage1_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = verify(stage1_run / "final")
+
+    def main(argv: Sequence[str]) -> int:
+        return farewell(Outcome(step=4, checkpoint=saved, stopped_by=stopped_by), say=True)
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, [])
+    assert ended.value.code == 128 + stopped_by
+    line = f"stopped by {stopped_by.name} after step 4; saved in {saved.folder}; "
+    assert capsys.readouterr().err == f"{line}run the same command to resume\n"
 
 
 def test_a_projector_of_another_shape_is_refused_with_both_shapes(
@@ -305,7 +327,8 @@ def test_a_killed_run_and_a_terminated_one_end_with_the_weights_of_an_untouched_
     terminated = start()
     wait_for(tmp_path / f"hurt/checkpoints/step-{first + 5:08d}/manifest.json", terminated)
     terminated.send_signal(signal.SIGTERM)
-    assert "the same command goes on from there" in terminated.communicate()[1]
+    ended = terminated.communicate()[1]
+    assert "run the same command to resume" in ended and "stopped by Ctrl-C" not in ended
     assert terminated.returncode == 143
     for name in ("hurt", "whole"):
         reset_accelerate()

@@ -167,7 +167,7 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         print(f"error {code_of(error)}: {_whose()}{place}: {reason}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; what was saved is complete", file=sys.stderr)
+        print("stopped by Ctrl-C; files already saved, if any, are complete", file=sys.stderr)
         code = 130
     sys.exit(code)
 

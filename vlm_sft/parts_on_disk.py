@@ -180,6 +180,24 @@ def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str,
             )
 
 
+def unused_parts(projector: str | None) -> str | None:
+    """Return the line about trained parts of the `projector` checkpoint that a run does not use.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint.
+    """
+    if projector is None:
+        return None
+    folders = {name.partition("/")[0] for name in read_manifest(Path(projector))["files"]}
+    for folder, what in ((LANGUAGE_MODEL, "language model"), (ADAPTER, "adapter")):
+        if folder in folders:
+            return (
+                f"projector {projector}: only its projector is used; its trained {what} is not "
+                "(model.language_model names the one that is)"
+            )
+    return None
+
+
 def read_adapter(model: VisionLanguageModel, folder: Path) -> None:
     """Load `adapter/` into the LoRA matrices that are already in the model, strictly.
 

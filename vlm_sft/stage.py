@@ -28,6 +28,7 @@ from vlm_sft.libraries import one_line
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantize import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.parts_on_disk import unused_parts
 from vlm_sft.run_folder import EXPORT_OUTLOOK, locked, own_run_folder, settle_config
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
@@ -54,7 +55,6 @@ def run_stage(
 
     Raises:
         UserError: With one sentence; see the functions called.
-        KeyboardInterrupt: After Ctrl-C, once everything is saved.
     """
     require_environment(config)
     require_trackers(config.train.trackers)
@@ -79,7 +79,7 @@ def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[s
         _close(accelerator, output_dir)
         if outcome.stopped_by is None:
             return 0
-    return _farewell(outcome, say=accelerator.is_main_process)
+    return farewell(outcome, say=accelerator.is_main_process)
 
 
 def _close(accelerator: Accelerator, output_dir: Path) -> None:
@@ -130,6 +130,8 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         require_fp8(accelerator.device, config.train.precision)
     language = load_language(config)
     check_data_head(config, language.renderer)
+    if main and (unused := unused_parts(config.projector)) is not None:
+        say_on_stderr(f"note: {unused}")
     model, identity = load_model(config, trainable)
     if main:
         note_export_obstacles(model, Path(config.output_dir))
@@ -228,14 +230,12 @@ def _goes_with(config: RunConfig, sharing: Sharing) -> Sharing:
     return sharing
 
 
-def _farewell(outcome: Outcome, *, say: bool) -> int:
+def farewell(outcome: Outcome, *, say: bool) -> int:
+    """Print where a stopped run is saved, and return its exit code."""
     assert outcome.stopped_by is not None
     if say and outcome.checkpoint is not None:
         say_on_stderr(
             f"stopped by {outcome.stopped_by.name} after step {outcome.step}; saved in "
-            f"{outcome.checkpoint.folder}; the same command goes on from there"
+            f"{outcome.checkpoint.folder}; run the same command to resume"
         )
-    code = exit_code(outcome.stopped_by)
-    if code == 130:
-        raise KeyboardInterrupt
-    return code
+    return exit_code(outcome.stopped_by)

@@ -28,7 +28,7 @@ def terminations(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
         tally.trials += 1
         done = ended.code in (0, -signal.SIGTERM) and "finished:" in ended.said
         tally.kills += not done
-        asked = ended.code == 143 and "the same command goes on from there" in ended.said
+        asked = ended.code == 143 and "run the same command to resume" in ended.said
         if not (done or asked):
             tally.faults.append(f"{name}: ended with {ended.code}: {ended.said[-500:]}")
         elif lab.finish(name).code or lab.result(name) != expected:

@@ -51,7 +51,7 @@ from vlm_sft.model.notes import model_notes
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantize import num_bytes
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.parts_on_disk import checkpoint_components, frozen_digests
+from vlm_sft.parts_on_disk import checkpoint_components, frozen_digests, unused_parts
 from vlm_sft.progress import track
 from vlm_sft.train.checkpoint import Checkpoint, require_space
 from vlm_sft.train.distributed import make_accelerator
@@ -210,6 +210,8 @@ def check_model(
     print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
     verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} an image")
+    if (unused := unused_parts(config.projector)) is not None:
+        verdict.report("projector", "note", unused)
     for note in model_notes(model):
         verdict.report("model", "note", note)
     _check_export(model, verdict)
