@@ -28,6 +28,7 @@ from vlm_sft.errors import UserError, run_command
 from vlm_sft.ownership import (
     own_output,
     read_marker,
+    refuse_image,
     refuse_input,
     write_owned_json,
     write_result,
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         if (value := getattr(arguments, name)) is not None
     }
     if arguments.out_file is not None:
-        refuse_input(arguments.out_file, inputs.values())
+        _require_out_file(arguments, inputs)
     index, annotated = _read(arguments, inputs)
     train, held_out = _split(index, arguments.seed, arguments.eval_share)
     if arguments.eval_share and not (train and held_out):
@@ -104,18 +105,25 @@ def main(argv: Sequence[str]) -> int:
     )
     outputs = _outputs(arguments, backend, train, held_out)
     receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), annotated, outputs)
-    if arguments.out_file:
+    if arguments.out_file is not None:
         [output] = outputs.values()
         write_result(
             arguments.out_file,
             (json.dumps(output.records, ensure_ascii=False, indent=2) + "\n").encode(),
             inputs=inputs.values(),
+            image_roots=[arguments.images],
             overwrite=arguments.overwrite,
         )
     else:
         _write_folder(arguments, inputs, outputs, receipt)
     say("\n".join([*index.findings.lines(), *_table(receipt)]), file=sys.stdout)
     return 0
+
+
+def _require_out_file(arguments: argparse.Namespace, inputs: dict[str, Path]) -> None:
+    """Refuse, before the annotations are read, a file that is an input of the command."""
+    refuse_input(arguments.out_file, [*inputs.values(), arguments.images])
+    refuse_image(Path(arguments.out_file), [arguments.images])
 
 
 def _read(arguments: argparse.Namespace, inputs: dict[str, Path]) -> tuple[CocoIndex, int]:
@@ -147,7 +155,14 @@ def _write_folder(
     if not arguments.overwrite:
         _refuse_unmarked(folder)
     names = [*(f"{name}.json" for name in outputs), "build.json"]
-    own_output(folder, KIND, names, inputs=sources, overwrite=arguments.overwrite)
+    own_output(
+        folder,
+        KIND,
+        names,
+        inputs=sources,
+        image_roots=[arguments.images],
+        overwrite=arguments.overwrite,
+    )
     for name, output in outputs.items():
         write_owned_json(folder / f"{name}.json", output.records)
     write_owned_json(folder / "build.json", receipt)
@@ -247,6 +262,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("give --instances, --captions or both: there is nothing to build from")
     if (arguments.out is None) == (arguments.out_file is None):
         raise UserError("give either --out FOLDER, or --only FAMILY with --out-file FILE")
+    for name in ("out", "out_file", "images", "instances", "captions"):
+        if getattr(arguments, name) == "":
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}: the name is empty; give a path, or omit --{option}")
     if arguments.out_file is not None and arguments.only is None:
         raise UserError("--out-file holds one file: say which with --only")
     limits = (

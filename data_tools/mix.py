@@ -95,7 +95,8 @@ def _own(config: MixConfig, given: str, *, overwrite: bool) -> Path:
                 "whose records would change by it; choose another output_dir",
                 code="not_ours",
             )
-    own_output(folder, KIND, OUTPUTS, inputs=inputs, overwrite=overwrite)
+    roots = [s.image_root or str(Path(s.path).parent) for s in config.sources]
+    own_output(folder, KIND, OUTPUTS, inputs=inputs, image_roots=roots, overwrite=overwrite)
     return folder / "train.jsonl"
 
 

@@ -44,6 +44,10 @@ PNG_SOFTWARE: Final = "vlm_sft"
 
 _MARKER_TEMPORARY: Final = re.compile(rf"\.{re.escape(MARKER)}\.[a-z0-9_]{{8,12}}\.tmp")
 _HEAD_BYTES: Final = 4096
+_IMAGE_SIGNATURES: Final = (
+    b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0",
+)  # fmt: skip
+"""First bytes of JPEG, PNG, GIF, WebP, BMP, TIFF, and of HEIF and AVIF."""
 _LOCK_TRIALS: Final = 1000
 _MAX_MANIFEST_BYTES: Final = 64 << 20
 
@@ -309,14 +313,8 @@ def _require_replaceable(
         )
     if has_mark(target, command):
         return
-    is_image = str(mimetypes.guess_type(target.name)[0]).startswith("image/")
-    read = [*inputs, *(image_roots if is_image else ())]
-    if folder := next((source for source in read if _lies_in(target, source)), None):
-        raise UserError(
-            f"{path}: lies in {folder}, which this command reads, and would be replaced by its "
-            "output; choose another output",
-            code="not_ours",
-        )
+    _refuse_within(path, inputs)
+    refuse_image(path, image_roots)
     if not overwrite and target.stat().st_size > 0:
         raise UserError(
             f"{path}: the file exists and was not written by {made_by(command).strip()}; nothing "
@@ -325,8 +323,39 @@ def _require_replaceable(
         )
 
 
+def refuse_image(path: Path, image_roots: Iterable[str | Path]) -> None:
+    """Refuse to replace an image that lies in a directory from which the command reads images.
+
+    Raises:
+        UserError: `path` is an image by its name or its content, and lies in such a directory.
+    """
+    if path.is_file() and (_named_as_image(path) or _begins_as_image(path)):
+        _refuse_within(path, image_roots)
+
+
+def _named_as_image(path: Path) -> bool:
+    return str(mimetypes.guess_type(path.name)[0]).startswith("image/")
+
+
+def _begins_as_image(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES).startswith(_IMAGE_SIGNATURES)
+
+
+def _refuse_within(path: Path, folders: Iterable[str | Path]) -> None:
+    if folder := next((source for source in folders if _lies_in(path, source)), None):
+        raise UserError(
+            f"{path}: lies in {folder}, which this command reads, and would be replaced by its "
+            "output; choose another output",
+            code="not_ours",
+        )
+
+
 def _lies_in(path: Path, folder: str | Path) -> bool:
-    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+    """Return whether `path` or what it links to is below `folder`."""
+    named = Path(os.path.realpath(path.parent), path.name)
+    above = {*named.parents, *Path(os.path.realpath(path)).parents}
+    return Path(os.path.realpath(folder)) in above
 
 
 def require_writable(directory: Path) -> None:
@@ -472,6 +501,7 @@ def own_output(
     names: Iterable[str],
     *,
     inputs: Iterable[str | Path] = (),
+    image_roots: Iterable[str | Path] = (),
     adopt: bool = False,
     overwrite: bool = False,
 ) -> OwnedFiles:
@@ -482,6 +512,8 @@ def own_output(
         kind: As in `own_directory`.
         names: Files to be written, as paths below the directory.
         inputs: Files and directories that the command reads.
+        image_roots: Directories that it reads images from; no image in them is replaced, unless
+            it is a file of ours.
         adopt: Whether the caller recognized an unmarked directory as one of an older version; the
             present content of `names` is then taken for ours.
         overwrite: Whether the user allowed to replace files of any origin except inputs.
@@ -492,8 +524,11 @@ def own_output(
     path, names, inputs = Path(path), list(names), list(inputs)
     for name in names:
         refuse_input(path / name, inputs)
-    own_directory(path, kind, inputs=inputs, adopt=adopt or overwrite)
     files = OwnedFiles(path)
+    for name in names:
+        if not (adopt or files.is_ours(name)):
+            refuse_image(path / name, image_roots)
+    own_directory(path, kind, inputs=inputs, adopt=adopt or overwrite)
     if adopt:
         files.accept(names)
     files.require_unchanged(names, overwrite=overwrite)
@@ -546,7 +581,12 @@ def remove_owned(path: Path) -> bool:
 
 
 def write_result(
-    path: str | Path, data: bytes, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+    path: str | Path,
+    data: bytes,
+    *,
+    inputs: Iterable[str | Path] = (),
+    image_roots: Iterable[str | Path] = (),
+    overwrite: bool = False,
 ) -> None:
     """Write one file of a format without room for a mark to a place that the user named.
 
@@ -554,12 +594,13 @@ def write_result(
     `overwrite`.
 
     Raises:
-        UserError: The file has other content, is a directory, or is an input.
+        UserError: The file has other content, is a directory, an input, or an image in one of
+            `image_roots`.
     """
     path = Path(path)
     refuse_input(path, inputs)
     same = path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
-    require_output_file(path, inputs=inputs, overwrite=overwrite or same)
+    require_output_file(path, inputs=inputs, image_roots=image_roots, overwrite=overwrite or same)
     if not same:
         write_bytes(path, data)
 

@@ -166,7 +166,8 @@ def own_for(
     own = root / "config.yaml"
     given_elsewhere = not own.exists() or not given.samefile(own)
     inputs: list[str | Path] = [*run_inputs(config), *([given] if given_elsewhere else [])]
-    own_run(root, stages, inputs=inputs, overwrite=overwrite)
+    images = [config.coco.images] if config.coco.images else []
+    own_run(root, stages, inputs=inputs, image_roots=images, overwrite=overwrite)
     if "plan" in stages:
         own_config(own, settings.dump(config), given)
 
@@ -184,7 +185,12 @@ def _require_plain_addresses(config: InstructConfig) -> None:
 
 
 def own_run(
-    root: Path, stages: Iterable[str], *, inputs: Iterable[str | Path], overwrite: bool
+    root: Path,
+    stages: Iterable[str],
+    *,
+    inputs: Iterable[str | Path],
+    image_roots: Iterable[str | Path] = (),
+    overwrite: bool,
 ) -> None:
     """Create or accept a run's folder, and check that the stages may replace their files.
 
@@ -199,7 +205,15 @@ def own_run(
     for name in _APPENDED:
         refuse_input(root / name, inputs)
     names = [name for stage in stages for name in WRITTEN[stage]]
-    files = own_output(root, KIND, names, inputs=inputs, adopt=is_old, overwrite=overwrite)
+    files = own_output(
+        root,
+        KIND,
+        names,
+        inputs=inputs,
+        image_roots=image_roots,
+        adopt=is_old,
+        overwrite=overwrite,
+    )
     if is_old:
         files.accept(name for names in WRITTEN.values() for name in names)
 

@@ -62,6 +62,60 @@ def test_build_coco_never_writes_over_its_input(tmp_path: Path, name: str) -> No
     assert_refused(tmp_path, build_coco.main, [*line, "--overwrite"], "is read by this command")
 
 
+@pytest.mark.parametrize("name", ["000000000001.jpg", "link.json", "without-suffix", "away.jpg"])
+def test_build_coco_never_writes_over_one_of_its_images(tmp_path: Path, name: str) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    images, image = files["images"], files["images"] / "000000000001.jpg"
+    (tmp_path / "outside.jpg").write_bytes(image.read_bytes())
+    (images / "away.jpg").symlink_to(tmp_path / "outside.jpg")
+    (images / "link.json").symlink_to(image)
+    (images / "without-suffix").write_bytes(image.read_bytes())
+    del files["out"]
+    line = arguments(files, "--only", "existence", "--overwrite")
+    line += ["--out-file", str(images / name)]
+    assert_refused(tmp_path, build_coco.main, line, "lies in .*images, which this command reads")
+
+
+def test_build_coco_refuses_its_image_folder_as_the_output(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    del files["out"]
+    line = arguments(files, "--only", "existence", "--out-file", str(files["images"]))
+    assert_refused(tmp_path, build_coco.main, [*line, "--overwrite"], "is read by this command")
+    line = arguments(files, "--out", str(files["images"]), "--overwrite")
+    assert_refused(tmp_path, build_coco.main, line, "is read by this command")
+
+
+@pytest.mark.parametrize("option", ["--out", "--out-file", "--images", "--instances"])
+def test_build_coco_refuses_an_empty_name(tmp_path: Path, option: str) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    if option != "--out":
+        files["out-file"] = files.pop("out")
+    line = arguments(files, *(["--only", "stage1"] if option != "--out" else []), option, "")
+    assert_refused(tmp_path, build_coco.main, line, f"{option}: the name is empty")
+
+
+def test_no_output_folder_replaces_an_image_of_its_own_inputs(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    image = (files["images"] / "000000000001.jpg").read_bytes()
+    for name in ("stage1.json", "train.jsonl", "report/claims.png"):
+        place = files["images"] / "below" / name
+        place.parent.mkdir(exist_ok=True, parents=True)
+        place.write_bytes(image)
+    below, message = str(files["images"] / "below"), "lies in .*, which this command reads"
+    files.pop("out")
+    build = arguments(files, "--out", below, "--overwrite")
+    mixing = [*mixture(files["images"], output_dir=below), "--overwrite"]
+    mixing[1:1] = [f"sources.0.image_root={files['images']}"]
+    report = [*instruct_line(tmp_path, "report"), f"coco.images={files['images']}"]
+    lines: list[tuple[Any, list[str]]] = [
+        (build_coco.main, build),
+        (mix.main, mixing),
+        (instruct, [*report, f"output_dir={below}", "--overwrite"]),
+    ]
+    for command, line in lines:
+        assert_refused(tmp_path, command, line, message)
+
+
 def test_build_coco_writes_one_file_again_if_equal_and_refuses_another(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG, CAT]})
     del files["out"]
