@@ -33,7 +33,10 @@ def parse_yaml(text: str) -> Any:
     Raises:
         YamlError: Syntax, a duplicate key, an alias of itself, or aliases that expand too far.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)  # refuses characters that YAML does not allow
+    except yaml.YAMLError as error:
+        raise YamlError(_in_words(error)) from None
     try:
         node = loader.get_single_node()
         if node is None:
