@@ -92,6 +92,10 @@ def load_categories(source: str | None = None) -> tuple[SceneCategory, ...]:
             ) from error
         return _parse_categories(document, source)
     wanted = [name.strip() for name in source.split(",") if name.strip()]
+    if not wanted:
+        raise UserError(
+            f"--categories: found {source!r}, which names none; give dog,cat,... or omit it"
+        )
     by_name = {category.name: category for category in known}
     for name in wanted:
         if name not in by_name:
@@ -102,6 +106,12 @@ def load_categories(source: str | None = None) -> tuple[SceneCategory, ...]:
 
 
 def _parse_categories(document: Any, where: str) -> tuple[SceneCategory, ...]:
+    entries = document.get("categories") if isinstance(document, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(
+            f"{where}: expected an object with a list of objects under 'categories'; copy "
+            "data_tools/scene_categories.json and change it"
+        )
     try:
         categories = tuple(
             SceneCategory(
@@ -110,7 +120,7 @@ def _parse_categories(document: Any, where: str) -> tuple[SceneCategory, ...]:
                 str(entry["supercategory"]),
                 tuple(str(code).lower() for code in entry["code_points"]),
             )
-            for entry in document["categories"]
+            for entry in entries
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(

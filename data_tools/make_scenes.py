@@ -5,12 +5,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from data_tools import art, masks, scene_captions
 from data_tools.backgrounds import KINDS
@@ -20,12 +21,14 @@ from vlm_sft.console import say
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.filesystem import naming
 from vlm_sft.ownership import (
+    OwnedFiles,
     own_output,
     read_marker,
     write_owned,
     write_owned_json,
 )
 from vlm_sft.progress import track
+from vlm_sft.reading import read_json
 
 FORMAT = 1
 """Raised when the same settings would give other pictures."""
@@ -35,6 +38,8 @@ KIND = "scene set"
 
 MAX_OBJECTS = 4
 """Most categories in a picture, where not told."""
+
+_TEMPORARY: Final = re.compile(r"\.(?P<image>[0-9]{12}\.jpg)\.(?P<process>[0-9]{1,20})\.part")
 
 EXAMPLES = """examples:
   python -m data_tools.make_scenes --out scenes/train --artist openmoji --count 2000 --seed 1
@@ -52,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     out = Path(arguments.out)
     receipt = {"format": FORMAT, "count": arguments.count, **asdict(settings)}
     receipt = json.loads(json.dumps(receipt))
+    if not arguments.out:
+        raise UserError("--out: the name is empty; give a folder to write")
     if _is_done(out, receipt):
         say(f"{out}: done already, {arguments.count} pictures with these settings", file=sys.stdout)
         return 0
@@ -61,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     (out / "images").mkdir(parents=True, exist_ok=True)
     told = {"sha256": _hash(receipt), "complete": False, **receipt}
     write_owned_json(out / "settings.json", told)
-    instances, captions = _write_pictures(
+    instances, captions, digest = _write_pictures(
         out, settings, arguments.count, arguments.workers, overwrite=arguments.overwrite
     )
     head = _head(settings)
@@ -69,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     write_owned_json(annotations / f"instances_{artist.name}.json", head | instances, indent=None)
     write_owned_json(annotations / f"captions_{artist.name}.json", head | captions, indent=None)
     write_owned(out / "ATTRIBUTION.md", art.attribution(artist).encode())
-    write_owned_json(out / "settings.json", told | {"complete": True})
+    write_owned_json(out / "settings.json", told | {"complete": True, "images_sha256": digest})
     crowds = sum(entry["iscrowd"] for entry in instances["annotations"])
     say(
         f"{out}: {arguments.count} pictures, {len(instances['annotations'])} objects "
@@ -192,15 +199,19 @@ def _backgrounds(text: str | None) -> tuple[str, ...]:
 
 
 def _is_done(out: Path, receipt: dict[str, Any]) -> bool:
-    """Return whether `out` holds exactly these scenes; refuse a folder of other settings."""
+    """Return whether `out` holds exactly these scenes, unchanged since they were written.
+
+    Raises:
+        UserError: It holds scenes of other settings, or a `settings.json` of others.
+    """
     path = out / "settings.json"
     if not path.exists():
         return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         same = found["sha256"] == _hash(receipt)
         complete = found["complete"] is True
-    except (ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: is damaged or was not written by this command, so the folder's settings are "
             "unknown; nothing was changed. Give --out a new folder",
@@ -212,10 +223,26 @@ def _is_done(out: Path, receipt: dict[str, Any]) -> bool:
             f"{out}: holds scenes of other settings ({', '.join(changed) or 'unknown'} differ); "
             "nothing was changed. Give --out a new folder"
         )
-    artist, count = receipt["artist"], receipt["count"]
-    names = [out / "annotations" / f"{kind}_{artist}.json" for kind in ("instances", "captions")]
-    pictures = (out / "images" / _file_name(index) for index in range(1, count + 1))
-    return complete and all(name.is_file() for name in (*names, *pictures))
+    return complete and _is_unchanged(out, receipt, found.get("images_sha256"))
+
+
+def _is_unchanged(out: Path, receipt: dict[str, Any], images_sha256: Any) -> bool:
+    """Return whether annotations and images have the content that was recorded of them."""
+    names = [f"annotations/{kind}_{receipt['artist']}.json" for kind in ("instances", "captions")]
+    files = OwnedFiles(out)
+    if not all(_has_content(out / name) and files.is_ours(name) for name in names):
+        return False
+    digest = hashlib.sha256()
+    for index in range(1, receipt["count"] + 1):
+        path = out / "images" / _file_name(index)
+        if not _has_content(path):
+            return False
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest() == images_sha256
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _hash(receipt: dict[str, Any]) -> str:
@@ -224,14 +251,25 @@ def _hash(receipt: dict[str, Any]) -> str:
 
 def _write_pictures(
     out: Path, settings: SceneSettings, count: int, workers: int, *, overwrite: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write every picture; return what `instances` and `captions` say beside the common head."""
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Write every image.
+
+    Returns:
+        The content of `instances` and `captions` next to the common head, and one digest of the
+        images' digests.
+    """
     images: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
-    tasks = ((str(out / "images"), settings, index, overwrite) for index in range(1, count + 1))
+    digest = hashlib.sha256()
+    leftovers = _leftovers(out / "images")
+    tasks = (
+        (str(out / "images"), settings, index, overwrite, leftovers.get(_file_name(index), ()))
+        for index in range(1, count + 1)
+    )
     description = f"composing {settings.artist} scenes"
-    for image, objects, sentences in track(_in_order(tasks, workers), count, description):
+    for image, objects, sentences, sha256 in track(_in_order(tasks, workers), count, description):
+        digest.update(sha256)
         images.append(image)
         for entry in objects:
             instances.append({"id": len(instances) + 1, **entry})
@@ -245,11 +283,32 @@ def _write_pictures(
     return (
         {"images": images, "annotations": instances, "categories": categories},
         {"images": images, "annotations": captions},
+        digest.hexdigest(),
     )
 
 
-_Task = tuple[str, SceneSettings, int, bool]
-_Entry = tuple[dict[str, Any], list[dict[str, Any]], list[str]]
+def _leftovers(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Return, by image, the temporary files of processes that have ended."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in sorted(os.listdir(folder)):
+        match = _TEMPORARY.fullmatch(name)
+        if match and not _is_running(int(match["process"])):
+            found[match["image"]] = (*found.get(match["image"], ()), name)
+    return found
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+_Task = tuple[str, SceneSettings, int, bool, tuple[str, ...]]
+_Entry = tuple[dict[str, Any], list[dict[str, Any]], list[str], bytes]
 
 
 def _in_order(tasks: Iterable[_Task], workers: int) -> Iterator[_Entry]:
@@ -265,10 +324,12 @@ def _leave_ctrl_c_to_parent() -> None:
 
 
 def _make_one(task: _Task) -> _Entry:
-    """Compose one scene, write its picture, and return its entries for the annotation files."""
-    folder, settings, index, overwrite = task
+    """Compose one scene, write its image, and return its annotations and the image's SHA-256."""
+    folder, settings, index, overwrite, leftovers = task
     scene = compose(settings, index)
     path = Path(folder) / _file_name(index)
+    for name in leftovers:
+        _remove_leftover(path.with_name(name), scene.jpeg)
     _write_image(path, scene.jpeg, overwrite=overwrite)
     image = {
         "license": art.ARTISTS[settings.artist].license_id,
@@ -278,27 +339,47 @@ def _make_one(task: _Task) -> _Entry:
         "id": index,
     }
     sentences = scene_captions.describe(scene, scene_rng(settings.seed, index, purpose=1))
-    return image, _objects(scene), sentences
+    return image, _objects(scene), sentences, hashlib.sha256(scene.jpeg).digest()
+
+
+def _remove_leftover(path: Path, jpeg: bytes) -> None:
+    """Delete a temporary file if its content is a beginning of the image, and thus ours."""
+    small = path.is_file() and not path.is_symlink() and path.stat().st_size <= len(jpeg)
+    if small and jpeg.startswith(path.read_bytes()):
+        path.unlink(missing_ok=True)
 
 
 def _write_image(path: Path, jpeg: bytes, *, overwrite: bool) -> None:
     """Write an image unless it is there; a scene has the same bytes in every run.
 
     Raises:
-        UserError: Another file has its name.
+        UserError: Another file, a directory or a link has its name.
+        OSError: The disk is full or fails; no temporary file is left.
     """
-    if path.exists() and not overwrite:
-        if path.is_file() and path.read_bytes() == jpeg:
-            return
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(
+            f"{path}: is a directory, but this command writes an image there; move it away",
+            code="not_ours",
+        )
+    if path.is_file() and path.stat().st_size == len(jpeg) and path.read_bytes() == jpeg:
+        return
+    if not overwrite and os.path.lexists(path) and not _is_empty(path):
         raise UserError(
             f"{path}: exists and is not the image that these settings give; it was changed or "
             "made by another version. Move it away, or replace it with --overwrite",
             code="not_ours",
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with naming(path):
-        temporary.write_bytes(jpeg)
-    temporary.replace(path)
+    try:
+        with naming(path):
+            temporary.write_bytes(jpeg)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
 
 
 def _objects(scene: Scene) -> list[dict[str, Any]]:

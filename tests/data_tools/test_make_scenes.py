@@ -163,6 +163,9 @@ def test_objects_that_would_hide_too_much_of_others_are_left_out() -> None:
     ("extra", "message"),
     [
         (("--categories", "dog,unicorn"), "'unicorn' is not in the table"),
+        (("--categories", ""), "--categories: found '', which names none"),
+        (("--categories", " , "), "--categories: found ' , ', which names none"),
+        (("--out", ""), "--out: the name is empty"),
         (("--augment", "2"), "--augment: found 2.0, expected 0 to 1"),
         (("--min-objects", "5", "--max-objects", "4"), "--max-objects: found 4, expected 5 to 24"),
     ],
@@ -170,6 +173,13 @@ def test_objects_that_would_hide_too_much_of_others_are_left_out() -> None:
 def test_wrong_settings_are_told(tmp_path: Path, extra: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_scenes.main(_line(tmp_path / "scenes", *extra))
+
+
+@pytest.mark.parametrize("document", [[], ["dog"], {"categories": "dog"}, {"categories": ["dog"]}])
+def test_a_file_of_another_form_is_no_table_of_categories(tmp_path: Path, document: Any) -> None:
+    (tmp_path / "table.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="expected an object with a list of objects under 'categ"):
+        make_scenes.main(_line(tmp_path / "scenes", "--categories", str(tmp_path / "table.json")))
 
 
 _masks = hnp.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)))

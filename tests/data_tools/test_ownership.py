@@ -1,6 +1,9 @@
 """Data commands replace and delete nothing but what they wrote themselves."""
 
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +328,98 @@ def test_make_scenes_accepts_a_folder_that_an_older_version_made(tmp_path: Path)
     assert make_scenes.main(scenes(out)) == 0
     (out / "images" / "000000000002.jpg").unlink()
     assert make_scenes.main(scenes(out)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("images/000000000001.jpg", b"other", "exists and is not the image"),
+        ("annotations/instances_twemoji.json", b"{}", "instances_twemoji.json: the file was chang"),
+        ("annotations/captions_twemoji.json", b"{}", "captions_twemoji.json: the file was changed"),
+    ],
+)
+def test_scenes_that_were_changed_are_not_done_and_are_made_again_on_request(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    out = tmp_path / "scenes"
+    assert make_scenes.main(scenes(out)) == 0
+    made = everything(out)
+    (out / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        make_scenes.main(scenes(out))
+    assert (out / name).read_bytes() == content
+    assert make_scenes.main(scenes(out, "--overwrite")) == 0
+    (out / name).write_bytes(b"")
+    assert make_scenes.main(scenes(out)) == 0, "an empty file has nothing to lose"
+    again = everything(out)
+    assert again.pop(".vlm_sft.json") and made.pop(".vlm_sft.json")
+    assert again == made
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_make_scenes_keeps_links_and_folders_under_the_names_of_images(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    out = tmp_path / "scenes"
+    assert make_scenes.main(scenes(out)) == 0
+    image, folder = (out / "images" / f"00000000000{number}.jpg" for number in (1, 2))
+    folder.unlink()
+    folder.mkdir()
+    with pytest.raises(
+        UserError, match=r"2\.jpg: is a directory, but this command writes an image"
+    ):
+        make_scenes.main(scenes(out, *(["--overwrite"] if overwrite else [])))
+    folder.rmdir()
+    image.unlink()
+    image.symlink_to(tmp_path / "missing")
+    with pytest.raises(UserError, match="exists and is not the image"):
+        make_scenes.main(scenes(out))
+    assert image.is_symlink()
+    assert not list((out / "images").glob(".*"))
+
+
+def test_make_scenes_removes_what_is_left_of_its_own_images_only(tmp_path: Path) -> None:
+    out = tmp_path / "scenes"
+    assert make_scenes.main(scenes(out)) == 0
+    image = out / "images" / "000000000001.jpg"
+    content = {
+        f".{image.name}.999999999.part": image.read_bytes()[:100],
+        f".{image.name}.999999998.part": b"of others",
+        f".{image.name}.1.part": image.read_bytes(),
+    }
+    for name, data in content.items():
+        image.with_name(name).write_bytes(data)
+    image.unlink()
+    assert make_scenes.main(scenes(out)) == 0
+    left = {path.name for path in image.parent.glob(".*")}
+    assert left == {f".{image.name}.999999998.part", f".{image.name}.1.part"}
+
+
+def test_make_scenes_leaves_no_part_of_an_image_when_the_disk_is_full(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            make_scenes._write_image(tmp_path / "1.jpg", b"x" * 4096, overwrite=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["nested", "pipe", "list", "folder"])
+def test_make_scenes_refuses_settings_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "scenes"
+    out.mkdir()
+    path = out / "settings.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("[" * 200_000 if kind == "nested" else "[]")
+    assert_refused(tmp_path, make_scenes.main, scenes(out), "settings.json: is damaged or was not")
 
 
 def test_a_foreign_file_among_the_answers_is_refused_before_it_is_cut(tmp_path: Path) -> None:
