@@ -304,3 +304,36 @@ def test_no_temporary_directory_is_a_sentence_with_the_remedy(
     with pytest.raises(OSError, match="TMPDIR") as caught:
         Spool()
     assert caught.value.filename == "the temporary directory"
+
+
+def test_an_export_whose_place_was_filled_meanwhile_is_kept_and_nothing_else_is_lost(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "exported"
+    (out / "lost+found").mkdir(parents=True)
+    for name in ("._budget.xlsx", ".DS_Store", "lost+found/inode7"):
+        (out / name).write_text(name)
+    with (
+        pytest.raises(UserError, match=r"finished export is now .*exported\.kept-1$"),
+        hf_llava._atomic_folder(out) as folder,
+    ):
+        (folder / "export.json").write_text("{}")
+        (out / "notes.txt").write_text("mine")
+    assert {p.name: p.read_text() for p in out.rglob("*") if p.is_file()} == {
+        "._budget.xlsx": "._budget.xlsx",
+        ".DS_Store": ".DS_Store",
+        "inode7": "lost+found/inode7",
+        "notes.txt": "mine",
+    }
+    assert (tmp_path / "exported.kept-1" / "export.json").read_text() == "{}"
+    assert sorted(os.listdir(tmp_path)) == ["exported", "exported.kept-1"]
+
+
+def test_an_export_takes_the_place_of_a_directory_with_system_files(tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    out.mkdir()
+    (out / ".DS_Store").write_text("x")
+    with hf_llava._atomic_folder(out) as folder:
+        (folder / "export.json").write_text("{}")
+    assert sorted(os.listdir(out)) == [".DS_Store", "export.json"]
+    assert os.listdir(tmp_path) == ["exported"]

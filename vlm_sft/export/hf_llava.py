@@ -56,7 +56,7 @@ from vlm_sft.libraries import installed_version
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.ownership import MADE_BY, is_system_file, made_by, require_new_directory
+from vlm_sft.ownership import MADE_BY, is_system_file, made_by, require_new_directory, set_aside
 
 _RELATIVE_LIMIT: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference allowed, as a part of the largest logit; merging and casting round."""
@@ -438,6 +438,7 @@ def _atomic_folder(out_dir: Path) -> Iterator[Path]:
     Raises:
         OSError: The disk is full or refuses; the error names `out_dir`, and nothing is left of the
             directory or of those created above it.
+        UserError: As `_move_into_place`.
     """
     temporary = temporary_sibling(out_dir)
     with created_above(out_dir):
@@ -446,10 +447,34 @@ def _atomic_folder(out_dir: Path) -> Iterator[Path]:
             with _named_by_target(temporary, out_dir):
                 yield temporary
                 give_ordinary_modes(temporary)
-            if out_dir.exists():
-                for name in filter(is_system_file, os.listdir(out_dir)):
-                    os.rename(out_dir / name, temporary / name)
-                out_dir.rmdir()
-            rename_folder(temporary, out_dir, last="export.json")
-        finally:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _move_into_place(temporary, out_dir)
+
+
+def _move_into_place(exported: Path, out_dir: Path) -> None:
+    """Rename a finished export to `out_dir`, which may hold only what file managers leave.
+
+    Raises:
+        UserError: `out_dir` cannot be replaced, for example since a file was added to it meanwhile.
+            It holds what it held before, and the export is kept under another name.
+    """
+    system_files = list(filter(is_system_file, os.listdir(out_dir))) if out_dir.exists() else []
+    try:
+        for name in system_files:
+            os.rename(out_dir / name, exported / name)
+        if out_dir.exists():
+            out_dir.rmdir()
+        rename_folder(exported, out_dir, last="export.json")
+    except OSError as error:
+        for name in system_files:
+            out_dir.mkdir(exist_ok=True)
+            if os.path.lexists(exported / name):
+                os.rename(exported / name, out_dir / name)
+        kept = set_aside(exported, out_dir)
+        raise UserError(
+            f"{out_dir}: cannot be replaced by the export ({error.strerror}); nothing in it was "
+            f"changed, and the finished export is now {kept}",
+            code="not_ours",
+        ) from None
