@@ -25,6 +25,7 @@ from vlm_sft.ownership import (
     owned_open,
     refuse_input,
     remove_owned,
+    require_new_directory,
     require_output_file,
     set_aside,
     write_owned,
@@ -320,3 +321,30 @@ def test_files_are_recorded_where_the_file_system_has_no_locks_and_no_links(
     OwnedFiles(tmp_path).require_unchanged([f"0-{number}.txt" for number in range(20)])
     assert capsys.readouterr().err.count("the file system has no file locks") == 1
     assert len(os.listdir(tmp_path)) == 21
+
+
+@pytest.mark.parametrize("content", ["my notes", '{"made_by": "othertool"}', "[]"])
+@pytest.mark.parametrize("adopt", [False, True])
+def test_a_file_of_others_with_the_markers_name_is_never_replaced(
+    tmp_path: Path, content: str, adopt: bool
+) -> None:
+    (tmp_path / MARKER).write_text(content)
+    with pytest.raises(UserError, match="was not written by vlm_sft, or is damaged"):
+        own_directory(tmp_path, "mixture", adopt=adopt)
+    assert (tmp_path / MARKER).read_text() == content
+    (tmp_path / MARKER).write_text("")
+    own_directory(tmp_path, "mixture", adopt=adopt)
+
+
+def test_a_pipe_with_the_markers_name_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MARKER)
+    with pytest.raises(UserError, match="was not written by vlm_sft"):
+        own_directory(tmp_path, "mixture", adopt=True)
+
+
+def test_a_marked_directory_is_no_place_for_one_that_is_renamed_to_it(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").write_text("x")
+    assert require_new_directory(tmp_path) == tmp_path
+    own_directory(tmp_path, "cache")
+    with pytest.raises(UserError, match="not an empty directory"):
+        require_new_directory(tmp_path)

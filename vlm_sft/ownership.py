@@ -105,7 +105,7 @@ def _mark(path: Path, kind: str) -> None:
     try:
         os.link(temporary, marker)  # fails where there is a marker, which may have records by now
     except OSError:
-        if read_marker(path) is None:
+        if read_marker(path) is None and not _has_foreign_marker(path):
             os.replace(temporary, marker)
     finally:
         temporary.unlink(missing_ok=True)
@@ -125,8 +125,9 @@ def require_directory(
         Whether the directory carries the marker already.
 
     Raises:
-        UserError: The directory holds files and no marker, carries the marker of another kind, is a
-            file, lies in a checkpoint, or is one of the inputs.
+        UserError: The directory holds files and no marker, carries the marker of another kind or a
+            file of that name that is not ours, is a file, lies in a checkpoint, or is one of the
+            inputs.
     """
     path = Path(path)
     named = f"{setting} {path}".strip()
@@ -149,6 +150,12 @@ def require_directory(
         raise UserError(
             f"{named}: the directory is not empty ({_examples(entries)}) and was not created by "
             f"vlm_sft as a {kind}; nothing was changed. Choose a new or empty directory",
+            code="not_ours",
+        )
+    if _has_foreign_marker(path):
+        raise UserError(
+            f"{path / MARKER}: was not written by vlm_sft, or is damaged, and would be replaced; "
+            "nothing was changed. Move the file away, or choose another directory",
             code="not_ours",
         )
     return found is not None
@@ -176,7 +183,7 @@ def require_new_directory(path: str | Path, *, inputs: Iterable[str | Path] = ()
             f"{path}: is a symbolic link; give the directory that it means, or a new one",
             code="not_ours",
         )
-    if place.exists() and (not place.is_dir() or foreign_entries(place)):
+    if place.exists() and not (place.is_dir() and all(map(is_system_file, os.listdir(place)))):
         raise UserError(f"{path}: is not an empty directory; give a new one", code="not_ours")
     if place.is_mount():
         raise UserError(
@@ -195,6 +202,14 @@ def read_marker(path: Path) -> dict[str, Any] | None:
         return None
     ours = isinstance(found, dict) and str(found.get(MADE_BY, "")).startswith("vlm_sft")
     return found if ours else None
+
+
+def _has_foreign_marker(path: Path) -> bool:
+    """Return whether a file of the marker's name has content that is not ours."""
+    marker = path / MARKER
+    if not os.path.lexists(marker) or read_marker(path) is not None:
+        return False
+    return not marker.is_file() or marker.stat().st_size > 0
 
 
 def foreign_entries(path: Path, known: Iterable[str] = ()) -> list[str]:
