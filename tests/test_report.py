@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlm_sft.errors import UserError
 from vlm_sft.report import DemoReport, ShownPicture, main, write_demo_report, write_run_report
+from vlm_sft.run_folder import WRITTEN
 
 INTERVAL = {"estimate": 0.91, "low": 0.88, "high": 0.94}
 
@@ -167,3 +168,12 @@ def test_the_demo_report_replaces_only_its_own_page_and_curves(tmp_path: Path) -
         write_demo_report(report, tmp_path / "demo.html")
     kept = sorted(path.name for path in tmp_path.glob("*.kept-*"))
     assert kept == ["demo.html.kept-1", "demo.png.kept-1"]
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN - {"report.html"}))
+def test_the_report_replaces_no_other_file_of_its_run(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run")
+    (run / name).write_text("kept")
+    with pytest.raises(UserError, match=r"read|checkpoints"):
+        main([str(run), "--out", str(run / name), "--overwrite"])
+    assert (run / name).read_text() == "kept"

@@ -28,7 +28,7 @@ from vlm_sft.ownership import (
 )
 from vlm_sft.page import page, picture, section, table
 from vlm_sft.progress import format_seconds
-from vlm_sft.run_folder import EXPORT_OUTLOOK
+from vlm_sft.run_folder import EXPORT_OUTLOOK, WRITTEN
 from vlm_sft.train.rows import has_step, read_rows
 
 Row = Mapping[str, Any]
@@ -112,8 +112,8 @@ def main(argv: Sequence[str]) -> int:
             f"{', '.join(WRITTEN_BY_RUNS)}); give the folder that a stage trained in"
         )
     out = arguments.out or run / "report.html"
-    read = [run / name for name in ("metrics.jsonl", "ledger.jsonl", "config.yaml")]
-    out = require_output_file(out, inputs=read, command=COMMAND, overwrite=arguments.overwrite)
+    kept = [run / name for name in sorted(WRITTEN - {"report.html"})]
+    out = require_output_file(out, inputs=kept, command=COMMAND, overwrite=arguments.overwrite)
     say(write_run_report(run, out), file=sys.stdout)
     return 0
 
