@@ -1,5 +1,6 @@
 """A run writes into a folder of its own and loses nothing that the user put there."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from vlm_sft.atomic import write_json
 from vlm_sft.config import RunConfig, dump_config, load_config
 from vlm_sft.errors import UserError
 from vlm_sft.ownership import MARKER, own_directory
-from vlm_sft.run_folder import WRITTEN, own_run_folder, settle_config
+from vlm_sft.run_folder import (
+    WRITTEN,
+    locked,
+    own_run_folder,
+    require_unlocked,
+    settle_config,
+)
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -155,3 +162,30 @@ def test_a_finished_run_that_is_repeated_keeps_every_file_of_the_user(tmp_path: 
     assert found == set(names)
     assert (folder / "report.html.kept-1").read_text() == "mine"
     assert "generator" in (folder / "report.html").read_text()[:500]
+
+
+def test_a_lock_that_no_run_wrote_is_refused_and_kept(tmp_path: Path) -> None:
+    run_dir, notes = tmp_path / "run", tmp_path / "notes"
+    run_dir.mkdir()
+    notes.write_text("my thesis")
+    lock = run_dir / ".lock"
+    places = (lambda: lock.symlink_to(notes), lambda: os.link(notes, lock), lambda: os.mkfifo(lock))
+    for place in places:
+        place()
+        for command in (lambda: require_unlocked(run_dir), lambda: enter_and_leave(run_dir)):
+            with pytest.raises(UserError, match=r"\.lock: expected the lock file") as caught:
+                command()
+            assert caught.value.reason == "not_ours"
+        lock.unlink()
+    assert notes.read_text() == "my thesis"
+    for _ in range(2):  # its own lock is taken again
+        enter_and_leave(run_dir)
+        require_unlocked(run_dir)
+    lock.write_text("\0" * 40)
+    enter_and_leave(run_dir)
+    assert lock.read_text().startswith(f"process {os.getpid()} on ")
+
+
+def enter_and_leave(run_dir: Path) -> None:
+    with locked(run_dir, enabled=True):
+        pass

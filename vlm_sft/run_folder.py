@@ -1,7 +1,9 @@
 """A run's folder: one run at a time, one configuration for its whole life."""
 
 import os
+import re
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,6 +17,9 @@ from vlm_sft.console import say
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.filesystem import lock
 from vlm_sft.ownership import TRAINING_RUN, is_run, own_directory, require_directory, set_aside
+
+_LOCK_CONTENT: Final = re.compile(r"process \d+ on .* since \S+")
+_MAX_LOCK_CHARACTERS: Final = 1000
 
 _held: set[int] = set()
 """Descriptors of locks, which a forked loader process must not keep when its parent is killed."""
@@ -112,16 +117,19 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
     Where the file system has no locks, a warning is printed and the run starts.
 
     Raises:
-        UserError: Another process has it; it is named with its host and when it began.
+        UserError: Another process has it; it is named with its host and when it began. Or `.lock`
+            is a file that no run wrote.
     """
     if not enabled:
         yield
         return
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("a+", encoding="utf-8") as file:
+    with _open_lock(output_dir / ".lock", create=True) as file:
         if lock(file.fileno(), Path(file.name), wait=False) == "held_elsewhere":
             raise _in_use(output_dir, file)
-        file.truncate(0)
+        _require_own_lock(file)
+        file.seek(0)
+        file.truncate()
         began = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}")
         file.flush()
@@ -181,11 +189,44 @@ def require_unlocked(output_dir: Path) -> None:
         UserError: As `locked` raises it.
     """
     path = output_dir / ".lock"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
-    with path.open(encoding="utf-8") as file:
+    with _open_lock(path, create=False) as file:
         if lock(file.fileno(), path, wait=False) == "held_elsewhere":
             raise _in_use(output_dir, file)
+        _require_own_lock(file)
+
+
+def _open_lock(path: Path, *, create: bool) -> IO[str]:
+    """Open a lock file itself, never what a link of its name leads to.
+
+    Raises:
+        UserError: It is a link or no regular file.
+    """
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise _foreign_lock(path)
+
+    def opener(name: str, flags: int) -> int:
+        added = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
+        return os.open(name, flags | added, 0o666)
+
+    mode = "r+" if create else "r"
+    return open(path, mode, encoding="utf-8", errors="replace", opener=opener)
+
+
+def _require_own_lock(file: IO[str]) -> None:
+    """Refuse a file with content that no run writes into its lock."""
+    found = file.read(_MAX_LOCK_CHARACTERS + 1).strip("\0")  # zeros are left by a power cut
+    if found and not _LOCK_CONTENT.fullmatch(found):
+        raise _foreign_lock(Path(file.name))
+
+
+def _foreign_lock(path: Path) -> UserError:
+    return UserError(
+        f"{path}: expected the lock file of a training run, found something else; nothing was "
+        "changed. Move it away",
+        code="not_ours",
+    )
 
 
 def _in_use(output_dir: Path, file: IO[str]) -> UserError:
