@@ -122,6 +122,95 @@ def test_a_wrong_setting_is_one_sentence(file: Path, overrides: list[str], messa
     assert "\n" not in str(error.value)
 
 
+TOWER, LANGUAGE = "model.vision_tower", "model.language_model"
+BUILT = [f"{LANGUAGE}.name=null", f"{LANGUAGE}.tokenizer=bytes"]
+PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=4096"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.epochs=.inf"], "train.epochs: expected a finite number .found inf"),
+        (["train.epochs=1e300"], "train.epochs: expected a number of at most 1e[+]06"),
+        (["optim.epsilon=.inf"], "optim.epsilon: expected a finite number"),
+        (["optim.max_grad_norm=.inf"], "optim.max_grad_norm: expected a finite number"),
+        (["optim.betas=[.nan, 0.9]"], "optim.betas.0: expected a finite number"),
+        (["lora.alpha=.inf"], "lora.alpha: expected a finite number"),
+        (["lora.alpha=1e38"], "lora.alpha: expected a number of at most"),
+        (["train.save_every_minutes=1e300"], "train.save_every_minutes: .* of at most"),
+        (["data.train.0.weight=1e22"], "data.train.0.weight: expected a number of at most 10000"),
+        (["data.feature_cache_gb=1e300"], "data.feature_cache_gb: .* of at most"),
+        ([f"{LANGUAGE}.config.rms_norm_eps=.inf"], "rms_norm_eps: expected a finite number"),
+        ([f"{LANGUAGE}.tokenizer=''"], f"{LANGUAGE}.tokenizer: expected text that is not empty"),
+        (["output_dir=''"], "output_dir: expected text that is not empty"),
+        (["output_dir=' '"], "output_dir: expected text that is not empty"),
+        (["data.train.0.path=''"], "data.train.0.path: expected text that is not empty"),
+        (["data.train.0.image_root=''"], "data.train.0.image_root: expected text that is not"),
+        (["data.cache_dir=''"], "data.cache_dir: expected text that is not empty"),
+        (["data.template=''"], "data.template: expected text that is not empty"),
+        (["projector=''"], "projector: expected text that is not empty"),
+        (["train.deepspeed=''"], "train.deepspeed: expected text that is not empty"),
+        (["train.tracking.dir=''"], "train.tracking.dir: expected text that is not empty"),
+        (["lora.targets=['']"], "lora.targets.0: expected text that is not empty"),
+        ([f"{TOWER}.weights=''"], f"{TOWER}.weights: expected text that is not empty"),
+        ([*PACKED, "train.packing.round_to=4097"], "round_to is 4097, .* max_tokens, 4096"),
+        ([*PACKED, "train.packing.round_to=99999999999999999"], "round_to: .* at most"),
+        (["data.max_length=99999999999"], "data.max_length: expected a number of at most"),
+        (["train.global_batch_size=99999999999"], "global_batch_size: .* of at most"),
+        (["data.num_workers=99999999"], "data.num_workers: expected a number of at most 1024"),
+        (["lora.r=99999999999"], "lora.r: expected a number of at most"),
+        ([f"{TOWER}.image_size=99999999999"], "image_size: expected a number of at most"),
+        (["model.projector_type=mlp99999999x_gelu"], "model.projector_type: expected 'linear'"),
+        (
+            [*BUILT, f"{LANGUAGE}.config.num_hidden_layers=99999999999999999"],
+            "config: num_hidden_layers: expected at most 1,000 layers .found 9999",
+        ),
+        (
+            [f"{TOWER}.config.vision_cfg.layers=[3, 99999]"],
+            "config: vision_cfg.layers: expected at",
+        ),
+        ([*BUILT, f"{LANGUAGE}.config.attention_dropout=-1"], "attention_dropout: expected a num"),
+        ([*BUILT, f"{LANGUAGE}.config.attention_dropout=1e308"], "a number from 0 to 1 .found 1e"),
+        ([*BUILT, f"{LANGUAGE}.config.attn_pdrop=2"], "attn_pdrop: expected a number from 0 to 1"),
+        ([f"{TOWER}.config.drop_path_rate=1.5"], "drop_path_rate: expected a number from 0 to 1"),
+        ([f"{TOWER}.config.width={10**30}"], "config.width: expected a whole number below 2"),
+    ],
+)
+def test_a_value_that_no_run_can_use_is_refused_when_it_is_read(
+    file: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, overrides)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "a\udfff"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "output_dir",
+        "projector",
+        "data.train.0.image_root",
+        "data.cache_dir",
+        "data.image_separator",
+        "data.system",
+        "train.tracking.dir",
+        "train.trackers.0",
+        "model.language_model.config.model_type",
+    ],
+)
+def test_text_that_no_file_can_hold_is_refused_when_it_is_read(
+    file: Path, key: str, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^{file}: {re.escape(key)}: .* \(found '"):
+        load_config(file, [f"{key}={json.dumps(text)}"])
+
+
+def test_keys_without_unicode_text_are_refused_in_every_kind_of_file() -> None:
+    for section in (RunConfig, MixConfig, InstructConfig):
+        with pytest.raises(ConfigError, match=r"f\.yaml: .*expected text without NUL"):
+            settings.parse(section, {"output_dir": "x", "a\ud800": 1}, "f.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

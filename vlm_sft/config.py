@@ -3,48 +3,84 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from vlm_sft import settings
-from vlm_sft.settings import Section
+from vlm_sft.settings import NonEmptyText, Section
 
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+"""A whole number that may be 0."""
+
+_MOST_LAYERS: Final = 1000
+_LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks)$")
+"""Keys of other libraries' configurations that count layers: building one by one never ends."""
+_DROPOUT = re.compile(r"drop")
+"""Keys of probabilities that libraries only check in the first step."""
+
+
+def _plain_architecture(tree: dict[str, Any]) -> dict[str, Any]:
+    """Check what libraries do not check before the first step, or before memory is full."""
+    waiting: list[tuple[str, Any]] = list(tree.items())
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{key}.{name}", child) for name, child in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, child) for child in value]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            _require_plain_number(str(key), value)
+    return tree
+
+
+def _require_plain_number(key: str, number: float) -> None:
+    last = key.rpartition(".")[2]
+    if _LAYERS.search(last) and number > _MOST_LAYERS:
+        raise ValueError(f"{key}: expected at most {_MOST_LAYERS:,} layers (found {number})")
+    if _DROPOUT.search(last) and not 0 <= number <= 1:
+        raise ValueError(f"{key}: expected a number from 0 to 1 (found {number})")
+
+
+Architecture = Annotated[dict[str, Any], AfterValidator(_plain_architecture)]
+"""A configuration of another library, from which a model with random weights is built."""
 
 
 class VisionTowerConfig(Section):
     """Which frozen encoder, and which of its features."""
 
     library: Literal["open_clip", "transformers", "timm"]
-    name: str | None = None
+    name: NonEmptyText | None = None
     """A name of that library, a hub name, or a local folder (transformers)."""
-    config: dict[str, Any] | None = None
+    config: Architecture | None = None
     """Instead of `name`: build with random weights from this configuration (tests, tiny runs)."""
-    weights: str | None = None
+    weights: NonEmptyText | None = None
     """open_clip: a pretrained tag or a file; timm: a state-dict file. None: the library's default
     weights for `name` (open_clip: needed; random weights are only made from `config`)."""
     feature_layers: list[int] = Field(default=[-2], min_length=1)
     """Indices into the hidden states (0 = embeddings, -1 = last); several are concatenated."""
     feature_select: Literal["patch", "cls_patch"] = "patch"
     """`patch` drops the class token, `cls_patch` keeps it (LLaVA `mm_vision_select_feature`)."""
-    grid_pool: PositiveInt | None = None
+    grid_pool: Count | None = None
     """Average the square grid of patch features down to `grid_pool` x `grid_pool` tokens."""
-    image_size: PositiveInt | None = None
+    image_size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Side of the input square in pixels; None takes the tower's own."""
 
 
 class LanguageModelConfig(Section):
     """Which causal language model, and how it is held in memory."""
 
-    name: str | None = None
+    name: NonEmptyText | None = None
     """A local folder or a hub name that `AutoModelForCausalLM` loads."""
-    config: dict[str, Any] | None = None
+    config: Architecture | None = None
     """Instead of `name`: random weights from this configuration (needs `model_type`)."""
-    tokenizer: str | None = None
+    tokenizer: NonEmptyText | None = None
     """A folder or hub name; None: the one of `name`. `bytes`: a built-in byte tokenizer."""
-    attn_implementation: str = "auto"
+    attn_implementation: NonEmptyText = "auto"
     """`auto`: flash-attention where installed and supported, else SDPA; or transformers' name."""
     quantization: Literal["nf4", "fp4"] | None = None
     """Hold the frozen linear layers, but for the head, in 4 bits (bitsandbytes; needs `lora` in
@@ -64,10 +100,10 @@ class LanguageModelConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters on the language model (peft)."""
 
-    r: PositiveInt = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
+    r: Annotated[int, Field(gt=0, le=65_536)] = 16
+    alpha: Positive = 32
     dropout: Fraction = 0.05
-    targets: list[str] | Literal["all-linear"] = "all-linear"
+    targets: list[NonEmptyText] | Literal["all-linear"] = "all-linear"
     """Module names inside the language model (`q_proj`); `all-linear`: all but the head."""
     use_dora: bool = False
     """DoRA (arXiv 2402.09353): learn each output's magnitude apart from its direction."""
@@ -86,9 +122,10 @@ class ModelConfig(Section):
     @field_validator("projector_type")
     @classmethod
     def _known_projector(cls, name: str) -> str:
-        if re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", name) is None:
+        if re.fullmatch(r"linear|mlp[1-9]\d?x_gelu", name) is None:
             raise ValueError(
-                f"expected 'linear' or 'mlpNx_gelu' with N layers, e.g. mlp2x_gelu (found {name!r})"
+                "expected 'linear' or 'mlpNx_gelu' with N from 1 to 99, e.g. mlp2x_gelu "
+                f"(found {name!r})"
             )
         return name
 
@@ -96,13 +133,13 @@ class ModelConfig(Section):
 class DataFile(Section):
     """One file (or folder, for Parquet and `datasets`) of records."""
 
-    path: str
+    path: NonEmptyText
     format: Literal["auto", "llava", "messages", "alpaca"] = "auto"
-    image_root: str | None = None
+    image_root: NonEmptyText | None = None
     """Folder that relative image names start from; None: the file's own folder."""
     follow_symlinks: bool = False
     """Whether symbolic links below `image_root` may lead out of it; `..` never may."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] = 1.0
     """How often each record is seen in one epoch: 2 twice, 0.5 every other record."""
 
     def images_start_in(self) -> Path:
@@ -115,7 +152,7 @@ class DataConfig(Section):
 
     train: Annotated[list[DataFile], Field(min_length=1)]
     eval: list[DataFile] = Field(default=[])
-    template: str = "auto"
+    template: NonEmptyText = "auto"
     """A name of `vlm_sft/data/templates`, a YAML file, or `auto`: the model's own chat template."""
     system: str | None = None
     """System text for records that have none; None: the template's default, "": none."""
@@ -124,26 +161,26 @@ class DataConfig(Section):
     in `chat`, `evaluate` and the exported chat template; None: the template's, mostly a newline."""
     recipe: Literal["fixed", "llava-1.5"] = "fixed"
     """`llava-1.5` repeats LLaVA's quirks (`vlm_sft/data/recipe.py`), `fixed` none of them."""
-    max_length: PositiveInt = 2048
+    max_length: Count = 2048
     """Longest sequence in tokens, image tokens included."""
     length_policy: Literal["error", "drop_turns", "skip"] = "error"
     on_error: Literal["stop", "quarantine"] = "stop"
     """A record that cannot be used: stop, or leave it out and say so in the ledger."""
-    max_quarantined: Annotated[int, Field(ge=0)] = 100
+    max_quarantined: CountOrZero = 100
     """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
     image_aspect: Literal["pad", "crop"] = "pad"
     """`pad`: whole picture on a square of the tower's mean colour; `crop`: centre square."""
     image_processing: Literal["fast", "exact"] = "fast"
     """`fast`: pixels at most 2 levels of 255 from Pillow's, in less than half the time; `exact`:
     Pillow's own."""
-    feature_cache: str | None = None
+    feature_cache: NonEmptyText | None = None
     """Folder where the frozen tower's features of all pictures are kept, computed before training
     where they are not there yet; None: pictures go through the tower in every step. See
     `docs/pictures.md` for when that pays."""
-    feature_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    feature_cache_gb: Positive = 100.0
     """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
-    num_workers: Annotated[int, Field(ge=0)] = 2
-    cache_dir: str | None = None
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 2
+    cache_dir: NonEmptyText | None = None
     """Folder where rendered records are kept across runs; None: each start renders all anew."""
 
 
@@ -164,23 +201,32 @@ class OptimConfig(Section):
     learning_rate: LearningRates
     weight_decay: NonNegative = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    epsilon: Positive = 1e-8
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     """Clip the gradient's global norm; None: never."""
 
 
 class PackingConfig(Section):
     """Records laid end to end in rows, none seeing another, instead of padded batches."""
 
-    max_tokens: PositiveInt
+    max_tokens: Count
     """Of one row, image tokens included; at least `data.max_length`."""
-    round_to: PositiveInt = 1
+    round_to: Count = 1
     """Fill rows up to a multiple of so many tokens: few shapes, for compiled kernels."""
     attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
     """The kernel: flash-attn, torch's variable-length attention, FlexAttention, or SDPA a record;
     `auto` takes the first that is to be had."""
+
+    @model_validator(mode="after")
+    def _rows_hold_a_multiple(self) -> "PackingConfig":
+        if self.round_to > self.max_tokens:
+            raise ValueError(
+                f"round_to is {self.round_to}, but a row holds no more than max_tokens, "
+                f"{self.max_tokens}; set round_to to at most that"
+            )
+        return self
 
 
 class TrackingConfig(Section):
@@ -188,11 +234,11 @@ class TrackingConfig(Section):
 
     project: Annotated[str, Field(min_length=1, max_length=128)] = "vlm_sft"
     """Project of wandb and trackio; for TensorBoard the folder inside `dir`."""
-    name: str | None = None
+    name: NonEmptyText | None = None
     """Name of the run; null: the last part of `output_dir`."""
-    entity: str | None = None
+    entity: NonEmptyText | None = None
     """wandb's user or team; null: the account's default."""
-    dir: str | None = None
+    dir: NonEmptyText | None = None
     """Folder that trackers write to; null: `trackers` inside `output_dir`."""
 
     @field_validator("project")
@@ -206,12 +252,12 @@ class TrackingConfig(Section):
 class TrainConfig(Section):
     """How long, in what batches and numbers, and what is written down."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: PositiveInt | None = None
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
     """Stop after this many optimiser steps; None: after `epochs`."""
-    global_batch_size: PositiveInt
+    global_batch_size: Count
     """Records an optimiser step, over all processes and micro-batches."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Count | None = None
     """Records one process takes through the model at once, padded to the longest."""
     packing: PackingConfig | None = None
     """Instead of `micro_batch_size`: one process takes one row of packed records at once. Neither
@@ -228,14 +274,14 @@ class TrainConfig(Section):
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     """Share out weights, gradients and optimiser state over the processes (`fsdp2`), or let every
     process hold them (`none`); `auto` shares where the language model learns in full."""
-    deepspeed: str | None = None
+    deepspeed: NonEmptyText | None = None
     """DeepSpeed's JSON instead of `sharding`: its ZeRO stage, done by FSDP2; the rest of that file
     must say what this one says, or "auto"."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    max_skipped_steps: CountOrZero = 10
     """Updates that may be left out in a run (`on_non_finite: skip`)."""
-    neftune_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    neftune_alpha: Positive | None = None
     """NEFTune (arXiv 2310.05914): noise on the embeddings of text while training, uniform in
     +-alpha / sqrt(text tokens of the record x width); the paper takes 5 to 15. Null: none."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
@@ -254,16 +300,16 @@ class TrainConfig(Section):
     on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""
     group_by_length: bool = False
     """Put records of like length (and modality) into the same batch."""
-    save_every_steps: PositiveInt = 500
-    save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    save_every_steps: Count = 500
+    save_every_minutes: Positive | None = None
     """Save also when so much time has gone since the last save."""
     background_saving: bool = True
     """Write checkpoints beside training; the step that saves only waits for copies in memory."""
-    keep_checkpoints: PositiveInt = 2
-    eval_every_steps: PositiveInt | None = None
-    eval_samples: Annotated[int, Field(ge=0)] = 3
+    keep_checkpoints: Count = 2
+    eval_every_steps: Count | None = None
+    eval_samples: CountOrZero = 3
     """Held-out records answered by the model at each evaluation."""
-    log_every_steps: PositiveInt = 1
+    log_every_steps: Count = 1
     """Steps from one row of `metrics.jsonl` to the next. Each row is also a line on stderr; on a
     terminal a progress bar shows the newest one instead."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
@@ -286,9 +332,9 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """The whole file."""
 
-    output_dir: str
+    output_dir: NonEmptyText
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    projector: str | None = None
+    projector: NonEmptyText | None = None
     """A stage-1 checkpoint folder (`RUN/final`) whose projector this run starts from."""
     model: ModelConfig
     lora: LoraConfig | None = None

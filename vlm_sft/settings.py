@@ -1,17 +1,19 @@
 """Typed YAML with `key.path=value` overrides; what is wrong is reported in one sentence."""
 
 import codecs
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.image_paths import current_directory_hint, nearest_existing
 from vlm_sft.reading import StrictJsonError, parse_json, read_bytes
 from vlm_sft.setting_errors import in_words
+from vlm_sft.visible import shortened
 from vlm_sft.yaml_text import YamlError, parse_yaml
 
 
@@ -19,6 +21,16 @@ class Section(BaseModel):
     """A mapping of a YAML file; unknown keys and wrong types are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"expected text that is not empty (found {text!r})")
+    return text
+
+
+NonEmptyText = Annotated[str, AfterValidator(_not_blank)]
+"""A name or a path: text that is neither empty nor white space alone."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -43,10 +55,40 @@ def parse(section: type[SectionT], tree: Mapping[str, Any], where: str) -> Secti
     Raises:
         ConfigError: As `load`.
     """
+    _refuse_unusable(tree, where)
     try:
         return section.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{where}: {in_words(section, error)}") from None
+
+
+def _refuse_unusable(tree: Mapping[str, Any], where: str) -> None:
+    """Refuse text, keys and numbers, at any depth, that no file or file name can hold.
+
+    YAML and JSON have escapes for NUL and for half surrogate pairs, and YAML has infinities.
+    """
+    waiting: list[tuple[str, Any]] = [("", tree)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(key or "a key", name) for name in value if isinstance(name, str)]
+            waiting += [(f"{key}.{name}".lstrip("."), child) for name, child in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(f"{key}.{index}", child) for index, child in enumerate(value)]
+        elif (expected := _expected_instead(value)) is not None:
+            found = shortened(repr(value), 200)
+            raise ConfigError(f"{where}: {key}: expected {expected} (found {found})")
+
+
+def _expected_instead(value: Any) -> str | None:
+    if isinstance(value, str):
+        usable = "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+        return None if usable else "text without NUL or half surrogate pairs"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "a finite number"
+    if isinstance(value, int):
+        return None if abs(value) < 2**63 else "a whole number below 2**63"
+    return None
 
 
 def dump(values: Section) -> str:
