@@ -105,8 +105,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(
     ("options", "sentence"),
     [
         (["--image", "gone.png"], "gone.png"),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 or more"),
-        (["--temperature", "-1"], "--temperature -1: expected 0 or more"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 to 1000000"),
+        (["--temperature", "-1"], "--temperature -1: expected 0, or 0.01 to 100"),
+        (["--temperature", "1e-300"], "--temperature 1e-300: expected 0, or 0.01 to 100"),
+        (["--temperature", "nan"], "--temperature nan: expected 0, or 0.01 to 100"),
+        (["--temperature", "1e300"], "--temperature 1e300: expected 0, or 0.01 to 100"),
+        (["--seed", "9" * 30], "expected 0 to 4294967295"),
+        (["--max-new-tokens", "9" * 30], "expected 1 to 1000000"),
+        (["--prompt", "x" * 100_000], "tokens, but the model has only 512 positions"),
         (["--device", "gpu"], "device 'gpu'"),
         (["--device", "cuda:99"], "device 'cuda:99'"),
     ],
@@ -118,6 +124,14 @@ def test_wrong_arguments_end_with_one_sentence_and_2(
     out, err = capsys.readouterr()
     assert err.startswith("error VS") and err.count("\n") == 1 and sentence in err
     assert out == ""
+
+
+def test_an_answer_ends_where_the_positions_of_the_model_end(
+    full_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(full_run), "--device", "cpu", "--temperature", "100", "--seed", "1"]
+    assert code_of([*argv, "--prompt", "x" * 440, "--max-new-tokens", "100000"]) == 0
+    assert len(capsys.readouterr().out) < 512
 
 
 def test_a_checkpoint_that_is_not_there_ends_with_one_sentence_and_2(

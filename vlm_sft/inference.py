@@ -22,7 +22,8 @@ from vlm_sft.data.tokenizer import load_tokenizer, padding_id
 from vlm_sft.errors import CheckpointError, UserError, as_text
 from vlm_sft.inputs import require_checkpoint
 from vlm_sft.model.build import build_model
-from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.model.positions import position_limit
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.parts_on_disk import (
     ADAPTER,
     LANGUAGE_MODEL,
@@ -37,6 +38,9 @@ from vlm_sft.train.checkpoint import copy_tensors, load_tensors, verify
 
 _LOOKED_AT: Final = 1000
 """Records of a training file that are read for the layout of an older checkpoint."""
+
+_MOST_NEW_TOKENS: Final = 10**6
+"""Of an answer by a model whose configuration names no positions."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +144,18 @@ class VlmRun:
 
         Args:
             conversation: Ends in a user's turn.
-            max_new_tokens: The answer is cut there.
+            max_new_tokens: The answer is cut there, or where the model's positions end.
             temperature: 0 takes the likeliest token each time, larger values draw.
             seed: Of the drawing; None leaves torch's generator as it is.
 
         Raises:
             ImageError: A picture is missing or broken.
-            UserError: The conversation does not end in a user's turn.
+            UserError: The conversation does not end in a user's turn, or is longer than what the
+                model has positions for.
         """
-        ids = torch.tensor([self.prompt_ids(conversation)], device=self.device)
+        prompt = self.prompt_ids(conversation)
+        max_new_tokens = min(max_new_tokens, self._room(len(prompt)))
+        ids = torch.tensor([prompt], device=self.device)
         pixels = [self.pixels(source) for source in conversation.images]
         stacked = torch.stack(pixels).to(self.device) if pixels else None
         drawing = {"do_sample": True, "temperature": temperature, "top_p": None, "top_k": None}
@@ -167,6 +174,19 @@ class VlmRun:
             begun = begun or bool(shown)
             if shown:
                 yield shown
+
+    def _room(self, num_tokens: int) -> int:
+        """Return how many tokens an answer to a prompt of so many can have."""
+        limit = position_limit(causal_lm(self.model.language_model))
+        if limit is None:
+            return _MOST_NEW_TOKENS
+        if num_tokens >= limit.tokens:
+            raise UserError(
+                f"the conversation has {num_tokens:,} tokens, but the model has only "
+                f"{limit.tokens:,} positions ({limit.key}); shorten it, or begin a new one",
+                code="too_long",
+            )
+        return limit.tokens - num_tokens
 
     def _stream(
         self, ids: Tensor, pixels: Tensor | None, arguments: dict[str, Any]

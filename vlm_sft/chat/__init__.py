@@ -1,9 +1,10 @@
 """Ask a trained model about images: `python -m vlm_sft.chat CHECKPOINT --image FILE`."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports, number, whole_number
+from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports, whole_number
 from vlm_sft.errors import as_text
 from vlm_sft.image_paths import image_argument
 
@@ -32,6 +33,17 @@ def main(argv: Sequence[str]) -> int:
     return run(arguments)
 
 
+def temperature(text: str) -> float:
+    """Return a temperature that logits of every precision can be divided by."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected a number") from None
+    if value != 0 and not 0.01 <= value <= 100:
+        raise argparse.ArgumentTypeError("expected 0, or 0.01 to 100")
+    return value
+
+
 def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("python -m vlm_sft.chat", __doc__, EXAMPLES)
@@ -48,21 +60,21 @@ def parser() -> CommandParser:
     add("--prompt", metavar="TEXT", help="answer this question and exit")
     add(
         "--max-new-tokens",
-        type=whole_number(1),
+        type=whole_number(1, 10**6),
         default=256,
         metavar="N",
         help="longest answer in tokens (default: 256)",
     )
     add(
         "--temperature",
-        type=number(0),
+        type=temperature,
         default=0.0,
         metavar="T",
-        help="0 (default) takes the likeliest token",
+        help="0 (default) takes the likeliest token; 0.01 to 100 draws",
     )
     add(
         "--seed",
-        type=whole_number(0),
+        type=whole_number(0, 2**32 - 1),
         metavar="N",
         help="makes answers with a temperature repeatable",
     )
