@@ -155,7 +155,6 @@ PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=4096"]
         ([f"{TOWER}.weights=''"], f"{TOWER}.weights: expected text that is not empty"),
         ([*PACKED, "train.packing.round_to=4097"], "round_to is 4097, .* max_tokens, 4096"),
         ([*PACKED, "train.packing.round_to=99999999999999999"], "round_to: .* at most"),
-        (["data.max_length=99999999999"], "data.max_length: expected a number of at most"),
         (["train.global_batch_size=99999999999"], "global_batch_size: .* of at most"),
         (["data.num_workers=99999999"], "data.num_workers: expected a number of at most 1024"),
         (["lora.r=99999999999"], "lora.r: expected a number of at most"),

@@ -1,6 +1,7 @@
 """A run's configuration, as its YAML file has it."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -161,7 +162,7 @@ class DataConfig(Section):
     in `chat`, `evaluate` and the exported chat template; None: the template's, mostly a newline."""
     recipe: Literal["fixed", "llava-1.5"] = "fixed"
     """`llava-1.5` repeats LLaVA's quirks (`vlm_sft/data/recipe.py`), `fixed` none of them."""
-    max_length: Count = 2048
+    max_length: Annotated[int, Field(gt=0, le=sys.maxsize)] = 2048
     """Longest sequence in tokens, image tokens included."""
     length_policy: Literal["error", "drop_turns", "skip"] = "error"
     on_error: Literal["stop", "quarantine"] = "stop"
@@ -213,7 +214,7 @@ class PackingConfig(Section):
 
     max_tokens: Count
     """Of one row, image tokens included; at least `data.max_length`."""
-    round_to: Count = 1
+    round_to: Annotated[int, Field(gt=0, le=65_536)] = 1
     """Fill rows up to a multiple of so many tokens: few shapes, for compiled kernels."""
     attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
     """The kernel: flash-attn, torch's variable-length attention, FlexAttention, or SDPA a record;
