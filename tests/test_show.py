@@ -25,7 +25,7 @@ from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.masking import Renderer
 from vlm_sft.data.tokenizer import byte_tokenizer
-from vlm_sft.errors import run_command
+from vlm_sft.errors import UserError, run_command
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.tokens import spell
 
@@ -332,6 +332,24 @@ def test_a_choice_that_nothing_meets_is_told(
     assert show.main(argv) == 0
     out, err = capsys.readouterr()
     assert out == "" and "no record is chosen by --reason bad_id, of 9 in" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--reason", "too_lon", "--reason too_lon: no such reason; did you mean too_long?"),
+        ("--reason", "xyz", "--reason xyz: no such reason; docs/errors.md lists all reasons"),
+        ("--source", "x{near}", "no such file among those of this run; did you mean {near}?"),
+        ("--source", "xyz", "--source xyz: no such file among those of this run: "),
+    ],
+)
+def test_an_unknown_reason_or_file_is_refused_with_the_nearest_known_one(
+    option: str, value: str, message: str, tmp_path: Path
+) -> None:
+    config = mixed(tmp_path)
+    near = Path(load_config(config).data.train[0].path).name
+    with pytest.raises(UserError, match=re.escape(message.format(near=near))):
+        show.main([str(config), option, value.format(near=near)])
 
 
 def test_left_out_and_shortened_records_say_so_and_train_nothing_more(

@@ -1,5 +1,6 @@
 """Records with what becomes of each, as training would decide it, and the choice of some."""
 
+import difflib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -143,6 +144,9 @@ def files_named(files: Sequence[DataFile], name: str) -> list[DataFile]:
     found = [file for file in files if file.path == name]
     found = found or [file for file in files if Path(file.path).name == name]
     if not found:
-        known = ", ".join(file.path for file in files)
-        raise UserError(f"--source {name}: no such file among those of this run: {known}")
+        paths = [file.path for file in files]
+        names = [known for path in paths for known in (path, Path(path).name)]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f": {', '.join(paths)}"
+        raise UserError(f"--source {name}: no such file among those of this run{hint}")
     return found

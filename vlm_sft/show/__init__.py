@@ -1,11 +1,13 @@
 """Show records as the model will see them: `python -m vlm_sft.show CONFIG.yaml`."""
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.command_line import CommandParser, add_overrides, heavy_imports, whole_number
 from vlm_sft.config import DataFile, RunConfig
+from vlm_sft.error_codes import CODES
 from vlm_sft.errors import UserError
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, SHOWN, SHOWN_ON_A_PAGE
 from vlm_sft.ownership import require_output_file
@@ -94,7 +96,8 @@ def parser() -> CommandParser:
     )
     add = parser.add_argument_group("which records are shown").add_argument
     add("--record", metavar="ID", help="only the record with this id")
-    add("--reason", metavar="CODE", help="only those of this reason, e.g. too_long, empty_answer")
+    help_reason = "only those of this reason, e.g. too_long, empty_answer"
+    add("--reason", type=_reason, metavar="CODE", help=help_reason)
     add(
         "--longer-than",
         type=whole_number(0),
@@ -117,6 +120,15 @@ def parser() -> CommandParser:
     add("--no-pager", action="store_true", help="print to the terminal itself")
     add("--no-color", action="store_true", help="no colors (marks stay)")
     return parser
+
+
+def _reason(name: str) -> str:
+    """Check that a reason is one that a ledger can have."""
+    if name in CODES:
+        return name
+    near = difflib.get_close_matches(name, CODES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "docs/errors.md lists all reasons"
+    raise argparse.ArgumentTypeError(f"no such reason; {hint}")
 
 
 def _require_fitting(arguments: argparse.Namespace) -> None:
