@@ -41,7 +41,8 @@ def require_few_missing(pictures: Iterable[Picture], folder: Path, max_faulty: f
     """
     if not folder.is_dir():
         raise UserError(
-            f"--images {folder}: is not a folder; give the one the pictures lie in",
+            f"--images {folder}: not a folder{nearest_existing(folder)}; give the folder with the "
+            "images",
             code="image_missing",
         )
     pictures = list(pictures)

@@ -77,6 +77,7 @@ def test_links_within_the_root_and_a_root_that_is_a_link_are_accepted(root: Path
         ("train/dog.jpg", "dog.jpg", "the missing folder 'train'"),
         ("dog.jpg", "dog.jpeg", "the extension (.jpeg and .jpg)"),
         ("0000123.jpg", "000123.jpg", "spelling"),
+        ("images/dog.jpg", "image/dog.jpg", "spelling"),
     ],
 )
 def test_a_missing_name_is_explained_by_the_nearest_one(
@@ -92,6 +93,19 @@ def test_nothing_near_gives_no_hint_and_no_error(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_bytes(b"")
     for name in ("x/y/z.jpg", "dog.jpg", "a" * 400, "a\0b"):
         assert nearest_existing(tmp_path / name) == ""
+
+
+def test_a_name_with_another_number_is_not_taken_for_a_misspelt_one(tmp_path: Path) -> None:
+    for name in ("000000007991.jpg", "img_12.png"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("000000000999.jpg", "img_13.png", "img_2.png"):
+        assert nearest_existing(tmp_path / name) == ""
+    assert "'img_12.png' exists" in nearest_existing(tmp_path / "imgs_12.png")
+
+
+def test_a_missing_folder_is_explained_by_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    assert "'images' exists" in nearest_existing(tmp_path / "image")
 
 
 def test_a_relative_path_names_the_directory_that_it_starts_from(

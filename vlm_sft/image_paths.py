@@ -152,7 +152,11 @@ def _nearest(path: Path) -> tuple[str, str] | None:
     for folder in _subdirectories(ancestor):
         if ancestor.joinpath(folder, *parts).is_file():
             return "/".join((folder, *parts)), f"the missing folder {folder!r}"
-    return _similar(ancestor, parts) if len(parts) == 1 else None
+    similar = _similar(ancestor, parts)
+    if similar is None or len(parts) == 1:
+        return similar
+    found = "/".join((similar[0], *parts[1:]))
+    return (found, similar[1]) if ancestor.joinpath(found).is_file() else None
 
 
 def _spelled_otherwise(folder: Path, parts: list[str]) -> list[str] | None:
@@ -230,5 +234,12 @@ def _similar(folder: Path, parts: list[str]) -> tuple[str, str] | None:
             return name, f"the extension ({extension or 'none'} and {Path(name).suffix or 'none'})"
     if len(names) > _MAX_SIMILAR:
         return None
+    # Another number is another image, not a misspelt one.
+    names = [name for name in names if _numbers(name) == _numbers(parts[0])]
     near = difflib.get_close_matches(parts[0][:200], names, n=1, cutoff=0.8)
     return (near[0], "spelling") if near else None
+
+
+def _numbers(name: str) -> list[str]:
+    """Return the numbers in a name without leading zeros."""
+    return [digits.lstrip("0") for digits in re.findall(r"[0-9]+", name)]
