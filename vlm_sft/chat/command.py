@@ -14,6 +14,7 @@ from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, error_line
 from vlm_sft.image_paths import image_argument
 from vlm_sft.inference import VlmRun, load_run, question
+from vlm_sft.inputs import require_images
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Chat:
         Raises:
             ImageError: It is missing or broken.
         """
+        require_images([path])
         open_image(path)
         self.images.append(path)
 
@@ -73,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _talk(chat: Chat) -> None:
-    _say(f"{len(chat.images)} picture(s); /image FILE, /reset, /quit")
+    given = f"; images given so far: {len(chat.images)}" if chat.images else ""
+    _say(f"Ask a question, or type /image FILE, /reset or /quit{given}.")
     while True:
         try:
             line = _read()
