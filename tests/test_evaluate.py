@@ -11,6 +11,7 @@ from tests.train.tiny import reset_accelerate
 from vlm_sft import evaluate, stage1
 from vlm_sft.atomic import write_json
 from vlm_sft.errors import run_command
+from vlm_sft.evaluate.command import one_sided
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "configs" / "tiny" / "data"
@@ -65,7 +66,18 @@ def test_a_checkpoint_is_measured_into_one_file(
     assert found["difference"]["estimate"] == pytest.approx(difference)
     lines = capsys.readouterr().out.splitlines()
     assert any("existence" in line and "50.0%" in line for line in lines)
-    assert max(map(len, lines)) <= 80
+    table = [line for line in lines[:-1] if not line.startswith("note: ")]
+    assert max(map(len, table)) <= 80
+    assert lines[-1] == f"results: {out}" and not any("eld-out" in line for line in lines)
+
+
+def test_probes_that_got_one_answer_alone_are_noted_with_their_balanced_accuracy() -> None:
+    found = {"chosen": {"no": 1.0}, "balanced_accuracy": {"estimate": 0.5}}
+    mixed = {"chosen": {"no": 0.6, "yes": 0.4}, "balanced_accuracy": {"estimate": 0.5}}
+    results = {"probes": {"pope": {"right": found, "blank": mixed}}}
+    assert list(one_sided(results)) == [
+        "note: pope (right): 100% of the answers are 'no'; balanced accuracy 50.0%"
+    ]
 
 
 def test_fewer_pictures_and_conditions_can_be_asked_for(trained: Path, probes: Path) -> None:

@@ -1,4 +1,4 @@
-"""Measure a checkpoint: right answers to probes and caption losses, on held-out images."""
+"""Measure a checkpoint: right answers to probes and caption losses."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,6 +20,10 @@ EXAMPLE = """example:
   python -m vlm_sft.evaluate runs/stage2/final --probes held_out/existence.json \\
       held_out/counting.json --images held_out/images --captions held_out/captions.json \\
       --out results.json
+
+A file of probes is a JSON list or JSON lines, in this form or in POPE's:
+  {"id": "1", "image": "a.jpg", "question": "Is there a dog?", "answer": "yes"}
+  {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}
 """
 
 

@@ -1,10 +1,11 @@
 """Measure a checkpoint on held-out images and print the table."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich import box
 from rich.table import Table
@@ -12,7 +13,7 @@ from rich.table import Table
 from vlm_sft.atomic import write_json
 from vlm_sft.bases import parse_bases
 from vlm_sft.config import DataFile
-from vlm_sft.console import Console
+from vlm_sft.console import Console, say
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.formats import read_records
 from vlm_sft.errors import RecordError, UserError
@@ -38,6 +39,9 @@ from vlm_sft.evaluation.probes import (
 from vlm_sft.inference import VlmRun, load_run
 from vlm_sft.ownership import MADE_BY, made_by
 from vlm_sft.progress import track
+
+ONE_SIDED: Final = 0.95
+"""Share of one answer from which the accuracy alone would mislead."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,13 +75,29 @@ def run(arguments: argparse.Namespace) -> int:
     if records:
         results["captions"] = summarize_captions(losses, seed=arguments.seed)
     Console().print(results_table(results))  # before writing: a full disk must not lose it
+    for line in one_sided(results):
+        say(line, file=sys.stdout)
     write_json(arguments.out, results)
+    say(f"results: {arguments.out}", file=sys.stdout)
     return 0
+
+
+def one_sided(results: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for all probes that got nearly always the same answer."""
+    for measure, by_condition in results["probes"].items():
+        for condition, found in by_condition.items():
+            answer, share = max(found["chosen"].items(), key=lambda item: item[1])
+            if share >= ONE_SIDED:
+                balanced = found["balanced_accuracy"]["estimate"]
+                yield (
+                    f"note: {measure} ({condition}): {share:.0%} of the answers are {answer!r}; "
+                    f"balanced accuracy {balanced:.1%}"
+                )
 
 
 def results_table(results: dict[str, Any]) -> Table:
     """The results as a table for people, at most 80 columns wide."""
-    table = Table(title="Held-out pictures; 95 % intervals over pictures", box=box.SIMPLE_HEAD)
+    table = Table(title="Images of the probes; 95 % intervals over images", box=box.SIMPLE_HEAD)
     table.add_column("measure")
     table.add_column("picture")
     for name in ("questions", "right answers", "chance"):
