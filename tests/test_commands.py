@@ -63,3 +63,69 @@ def test_a_program_that_imports_the_package_runs(tmp_path: Path) -> None:
             env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "/usr/bin:/bin"},
         )
         assert done.stdout == "ran\n", done.stderr
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == {during!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["-m"]
+sys.orig_argv = ["python", "-m", {command!r}]
+runpy.run_module({command!r}, run_name="__main__", alter_sys=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "during"),
+    [
+        ("vlm_sft.stage1", "argparse"),
+        ("vlm_sft.stage1", "vlm_sft.error_codes"),
+        ("vlm_sft.chat", "vlm_sft.command_line"),
+        ("data_tools.make_scenes", "numpy"),
+        ("data_tools.instruct", "vlm_sft.errors"),
+    ],
+)
+def test_ctrl_c_during_the_first_imports_is_one_line(command: str, during: str) -> None:
+    code = INTERRUPTED.format(command=command, during=during)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "stopped by Ctrl-C before the command started\n"
+
+
+FAILING = """
+from vlm_sft.errors import UserError, run_command
+def main(argv):
+    raise {error}
+run_command(main, [])
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("UserError('x')", 2), ("OSError(28, 'full', 'f')", 2), ("KeyboardInterrupt", 130)],
+)
+def test_the_exit_code_does_not_depend_on_room_for_the_message(error: str, code: int) -> None:
+    with open("/dev/full", "w") as full:
+        script = FAILING.format(error=error)
+        done = subprocess.run([sys.executable, "-c", script], stderr=full, cwd=ROOT)
+    assert done.returncode == code
+
+
+def test_a_deleted_current_directory_is_one_sentence(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", "import os\nos.rmdir(os.getcwd())\n" + FAILING.format(error="0")],
+        capture_output=True,
+        text=True,
+        cwd=gone,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "the current directory was deleted; change to one that exists" in done.stderr

@@ -4,17 +4,16 @@ import argparse
 import difflib
 import logging
 import math
-import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final, NoReturn
 
 import vlm_sft
+from vlm_sft.commands import leave_at_once
 from vlm_sft.errors import UserError
 
 _NUMBER = re.compile(r"-\d*\.?\d+([eE][-+]?\d+)?")
@@ -237,7 +236,7 @@ def heavy_imports() -> Iterator[None]:
         if before is not signal.default_int_handler:
             yield
             return
-        signal.signal(signal.SIGINT, _leave_at_once)
+        signal.signal(signal.SIGINT, leave_at_once)
     except ValueError:  # not the main thread
         yield
         return
@@ -282,12 +281,6 @@ class _DropMessages(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self._beginning)
-
-
-def _leave_at_once(_signal: int, _frame: FrameType | None) -> None:
-    sys.stdout.flush()
-    os.write(2, b"stopped by Ctrl-C before the command started\n")
-    os._exit(130)
 
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:

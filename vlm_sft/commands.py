@@ -1,9 +1,11 @@
-"""Name the modules that `python -m` runs, and refuse to run the others in silence."""
+"""Name the modules that `python -m` runs, end them on Ctrl-C, and refuse to run the others."""
 
+import os
+import signal
 import sys
+from contextlib import suppress
+from types import FrameType
 from typing import Final
-
-from vlm_sft.console import say
 
 COMMANDS: Final = {
     "vlm_sft.stage1": "train the projector",
@@ -36,11 +38,37 @@ def refuse_other_modules(package: str) -> None:
         package: The package that is imported.
     """
     name = _asked_module() if sys.argv and sys.argv[0] == "-m" else ""
-    if name.split(".")[0] != package or name in COMMANDS:
+    if name.split(".")[0] != package:
         return
+    if name in COMMANDS:
+        _end_on_ctrl_c()
+        return
+    from vlm_sft.console import say  # imports rich, which a command should not wait for
+
     known = ", ".join(command for command in COMMANDS if command.startswith(f"{package}."))
     say(f"error: {name} is not a command; the commands are {known}")
     sys.exit(2)
+
+
+def _end_on_ctrl_c() -> None:
+    """Have Ctrl-C end a command's imports with one line, until `run_command` takes over."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave_at_once)
+
+
+def raise_on_ctrl_c() -> None:
+    """Have Ctrl-C raise `KeyboardInterrupt` again."""
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave_at_once(_signal: int, _frame: FrameType | None) -> None:
+    """Handle SIGINT while nothing was started: print one line and end the process with 130."""
+    with suppress(OSError, ValueError, AttributeError):  # closed, full or missing
+        sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, b"stopped by Ctrl-C before the command started\n")
+    os._exit(130)
 
 
 def _asked_module() -> str:

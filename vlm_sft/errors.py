@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, ClassVar, Final
+from typing import IO, Any, ClassVar, Final
 
+from vlm_sft.commands import raise_on_ctrl_c
 from vlm_sft.error_codes import CODES, ErrorCode
 from vlm_sft.streams import accept_any_text
 from vlm_sft.visible import shortened, visible, visible_line
@@ -152,28 +153,30 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     one line too. Anything else is a bug and keeps its traceback.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    raise_on_ctrl_c()
     accept_any_text()
     try:
         code = _main_and_flush(main, arguments)
     except UserError as error:
-        print(error_line(error), file=sys.stderr)
+        _print_last(error_line(error))
         code = 2
     except BrokenPipeError:
-        _forget_stdout()
+        _forget(sys.stdout)
         code = 141
     except OSError as error:
         place = visible_line(str(error.filename or "input/output"))
         reason = visible_line(str(error.strerror or error))
-        print(f"error {code_of(error)}: {_whose()}{place}: {reason}", file=sys.stderr)
+        _print_last(f"error {code_of(error)}: {_whose()}{place}: {reason}")
         code = 2
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; files already saved, if any, are complete", file=sys.stderr)
+        _print_last("stopped by Ctrl-C; files already saved, if any, are complete")
         code = 130
     sys.exit(code)
 
 
 def _main_and_flush(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Run `main`; a reader that left (`| head`) is noticed here, not at interpreter exit."""
+    _require_current_directory()
     try:
         return main(arguments)
     finally:
@@ -181,7 +184,30 @@ def _main_and_flush(main: Callable[[Sequence[str]], int], arguments: Sequence[st
             sys.stdout.flush()
 
 
-def _forget_stdout() -> None:
+def _require_current_directory() -> None:
+    """Refuse to run in a directory that was deleted, where libraries fail in ways of their own.
+
+    Raises:
+        UserError: There is no current directory.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the current directory was deleted; change to one that exists and run this again",
+            code="data_file_missing",
+        ) from None
+
+
+def _print_last(line: str) -> None:
+    """Print a command's last line to stderr; the exit code is kept where it cannot be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _forget(sys.stderr)
+
+
+def _forget(stream: IO[str]) -> None:
     """Send what is still buffered nowhere; Python would complain about it at exit."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
