@@ -10,7 +10,12 @@ import pytest
 
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.masking import Rendered, Renderer
-from vlm_sft.data.render_cache import FILE_NAME, CachedRenderer, fingerprint
+from vlm_sft.data.render_cache import (
+    FILE_NAME,
+    CachedRenderer,
+    fingerprint,
+    require_render_cache,
+)
 from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.ownership import MARKER, own_directory
@@ -130,3 +135,14 @@ def test_a_cache_without_a_marker_is_used_as_before(tmp_path: Path) -> None:
     again = CachedRenderer(RENDERER, tmp_path)
     assert same(again, RECORDS[:2]) and again.hits == 2
     assert (tmp_path / MARKER).exists()
+
+
+def test_a_database_that_holds_only_a_view_of_others_is_not_written_into(tmp_path: Path) -> None:
+    own_directory(tmp_path, "cache")
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as table, table:
+        table.execute("CREATE VIEW mine AS SELECT 1")
+    before = (tmp_path / FILE_NAME).read_bytes()
+    for use in (lambda: require_render_cache(tmp_path), lambda: CachedRenderer(RENDERER, tmp_path)):
+        with pytest.raises(UserError, match=r"a database that vlm_sft did not write"):
+            use()
+    assert (tmp_path / FILE_NAME).read_bytes() == before

@@ -171,8 +171,11 @@ def is_render_cache(folder: Path) -> bool:
 
 
 def _is_ours(table: sqlite3.Connection, *, empty: bool = True) -> bool:
-    """Return whether a database has our one table and no other; `empty` for one without tables."""
-    found = [row[0] for row in table.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")]
+    """Return whether a database has our one table and nothing else; `empty` for one with nothing.
+
+    Views, triggers and indices count: SQLite lists them in the same table.
+    """
+    found = [row[0] for row in table.execute("SELECT sql FROM sqlite_master")]
     return found == [f"CREATE TABLE {_TABLE}"] or (empty and not found)
 
 
