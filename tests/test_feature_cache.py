@@ -16,7 +16,7 @@ from PIL import Image
 from tests.rounding import assert_near, rounding, terms_of, terms_of_a_run
 from tests.tiny_runs import TINY, rows, run
 from vlm_sft import feature_cache
-from vlm_sft.data.feature_store import FeatureStore, disk_use, remove_stale
+from vlm_sft.data.feature_store import FeatureStore, disk_use, is_feature_cache, remove_stale
 from vlm_sft.data.images import read_pixels
 from vlm_sft.errors import UserError
 from vlm_sft.feature_cache import Worth
@@ -331,3 +331,26 @@ def test_a_run_may_take_up_a_cache_on_its_way_only_by_name(folder: Path) -> None
     changes = [f"data.feature_cache={folder / 'kept'}", "data.feature_cache_gb=3"]
     with pytest.raises(UserError, match=r"add --allow-change data.feature_cache$"):
         run("stage1", folder / "without", "train.eval_every_steps=2", *changes)
+
+
+def test_a_file_of_others_with_a_features_name_is_kept(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    path = kept.path(DIGEST)
+    path.parent.mkdir(parents=True)
+    path.write_text("my notes")
+    with pytest.raises(UserError, match=r"the file is now .*\.kept-1\. Repeat the command"):
+        kept.read(DIGEST)
+    assert path.with_name(f"{path.name}.kept-1").read_text() == "my notes" and not path.exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "\xff", "[]"])
+def test_a_damaged_recipe_makes_no_feature_cache(tmp_path: Path, text: str) -> None:
+    (tmp_path / "0123456789abcdef").mkdir()
+    (tmp_path / "0123456789abcdef" / "recipe.json").write_text(text, encoding="latin-1")
+    assert not is_feature_cache(tmp_path)
+
+
+def test_a_pipe_with_a_recipes_name_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "0123456789abcdef").mkdir()
+    os.mkfifo(tmp_path / "0123456789abcdef" / "recipe.json")
+    assert not is_feature_cache(tmp_path)

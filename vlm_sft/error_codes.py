@@ -112,8 +112,9 @@ ALL: Final = (
     ErrorCode(
         106,
         "features_damaged",
-        "A file in `data.feature_cache` is gone or is not what was written; it was removed.",
-        "Repeat the command: it computes these features again and goes on from the newest "
+        "A file in `data.feature_cache` is gone or is not what was written; what was there is kept "
+        "as `NAME.kept-N`.",
+        "Repeat the command: it computes these features again and resumes from the newest "
         "checkpoint.",
     ),
     ErrorCode(

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from vlm_sft.atomic import write_bytes, write_json
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import CACHE, own_directory, require_directory, require_writable
+from vlm_sft.ownership import (
+    CACHE,
+    own_directory,
+    require_directory,
+    require_writable,
+    set_aside,
+)
+from vlm_sft.reading import read_bytes, read_json
 
 STALE_SECONDS: Final = 3600.0
 """An unfinished file of that age was left by a process that was killed."""
@@ -122,24 +129,24 @@ class FeatureStore:
         """A picture's features.
 
         Raises:
-            UserError: They are missing or damaged; a damaged file is removed, so that the next
+            UserError: They are missing or damaged; a damaged file is renamed, so that the next
                 start computes them again.
         """
         path = self.path(digest)
         try:
-            features = _unpacked(path.read_bytes())
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            features = _unpacked(read_bytes(path, limit=self.entry_bytes))
+        except (OSError, UserError, ValueError, KeyError, SafetensorError) as error:
             fault = " ".join(str(error).split())
         else:
             if (tuple(features.shape), features.dtype) == (self._shape, self._dtype):
                 return features
             fault = f"{tuple(features.shape)} of {features.dtype}"
+        where = ""
         with suppress(OSError):
-            path.unlink()
+            where = f"; the file is now {set_aside(path)}"
         raise UserError(
-            f"{path}: the features kept there are missing or damaged ({fault}); the file was "
-            "removed: repeat the command, which computes them again and goes on from the newest "
-            "checkpoint",
+            f"{path}: the features kept there are missing or damaged ({fault}){where}. Repeat the "
+            "command, which computes them again and resumes from the newest checkpoint",
             code="features_damaged",
         )
 
@@ -181,8 +188,8 @@ def _stores(folder: Path) -> Iterator[Path]:
         if not _STORE_NAME.fullmatch(path.name) or path.is_symlink():
             continue
         try:
-            recipe = json.loads((path / _RECIPE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            recipe = read_json(path / _RECIPE)
+        except (OSError, UserError):
             continue
         if isinstance(recipe, dict) and {"shape", "dtype"} <= recipe.keys():
             yield path
