@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from tests.tiny_runs import run
 from tests.train.tiny import example, reset_accelerate, tiny_model
+from vlm_sft import filesystem
 from vlm_sft.data.collate import collate
 from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.train import activations
@@ -158,3 +159,48 @@ def test_another_device_is_measured_anew_and_told(
         "activation checkpointing: selective (a step of 2 records of up to 9 tokens: "
         "selective took 1.00 GiB of 4.00 GiB)",
     ]
+
+
+GOOD: dict[str, Any] = {
+    "policy": "none",
+    "trials": [{"policy": "none", "peak_bytes": 1, "room_bytes": 2}],
+    "basis": {"batch": "2 records"},
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "\xff",
+        "my notes",
+        "[]",
+        "{}",
+        "[" * 200_000,
+        json.dumps(GOOD)[:-9],
+        json.dumps({**GOOD, "policy": "fast"}),
+        json.dumps({**GOOD, "policy": {}}),
+        json.dumps({**GOOD, "trials": []}),
+        json.dumps({**GOOD, "trials": [{"policy": "none"}]}),
+        json.dumps({**GOOD, "trials": [{**GOOD["trials"][0], "room_bytes": "2"}]}),
+        json.dumps({**GOOD, "basis": []}),
+    ],
+)
+def test_a_damaged_choice_is_measured_again_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    monkeypatch.setattr(filesystem, "_warned", set())
+    reset_accelerate()
+    path = tmp_path / activations.FILE
+    path.write_text(text, encoding="latin-1")
+    measured = Trial("selective", 2**30, 2**32)
+    accelerator, basis = Accelerator(cpu=True), GOOD["basis"]
+    for _ in range(2):
+        choice = activations.settle(
+            tmp_path, basis, lambda: (measured,), accelerator, say=lambda text: None
+        )
+        assert choice.policy == "selective"
+    assert json.loads(path.read_text())["policy"] == "selective"
+    printed = capsys.readouterr().err
+    assert printed.count("cannot be used") == 1 and "measured again" in printed

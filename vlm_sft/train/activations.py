@@ -1,7 +1,6 @@
 """`train.activation_checkpointing: auto`: the fastest policy whose measured step fits in memory."""
 
 import gc
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from vlm_sft.atomic import write_json
+from vlm_sft.errors import UserError
+from vlm_sft.filesystem import warn_once
+from vlm_sft.libraries import one_line
 from vlm_sft.model.recompute import POLICIES, Policy
+from vlm_sft.reading import read_json
 from vlm_sft.train.distributed import on_main, total
 from vlm_sft.train.live_bytes import LiveBytes, NoRoom
 
@@ -188,10 +191,23 @@ def longest_micro_batch(
 
 
 def _read(path: Path) -> Choice | None:
-    if not path.is_file():
+    """Return the choice that a file keeps; None, with a warning, where it cannot be used."""
+    if not os.path.lexists(path):
         return None
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return Choice(tree["policy"], tuple(Trial(**trial) for trial in tree["trials"]), tree["basis"])
+    try:
+        return _choice(read_json(path))
+    except (OSError, UserError, LookupError, TypeError, ValueError) as error:
+        warn_once(f"{path}: cannot be used ({one_line(error)}); the memory is measured again")
+        return None
+
+
+def _choice(tree: Any) -> Choice:
+    trials = tuple(Trial(**trial) for trial in tree["trials"])
+    figures = [figure for t in trials for figure in (t.peak_bytes or 0, t.room_bytes)]
+    usable = bool(trials) and all(type(figure) is int for figure in figures)
+    if not usable or tree["policy"] not in POLICIES or not isinstance(tree["basis"], dict):
+        raise ValueError("it is not a choice with its measurements")
+    return Choice(tree["policy"], trials, tree["basis"])
 
 
 def _peak_of(step: Callable[[], None], device: torch.device, *, limit: int) -> int | None:
