@@ -328,3 +328,43 @@ def test_every_wrong_value_is_refused_in_plain_words(section: type[Section]) -> 
                 tried += 1
                 assert not JARGON.search(str(error)), str(error)
     assert tried > 200
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_file_name_is_refused(name: str) -> None:
+    paths = {
+        "output_dir": RunConfig,
+        "projector": RunConfig,
+        "data.train.0.path": RunConfig,
+        "data.train.0.image_root": RunConfig,
+        "data.cache_dir": RunConfig,
+        "data.feature_cache": RunConfig,
+        "model.vision_tower.weights": RunConfig,
+        "train.deepspeed": RunConfig,
+        "train.tracking.dir": RunConfig,
+    }
+    for path, section in paths.items():
+        tree: Any = {}
+        node = tree
+        *parents, last = path.split(".")
+        for part in parents:
+            child = {} if part != "train" or parents[0] != "data" else [{}]
+            node = node[0] if part == "0" else node.setdefault(part, child)
+        node[last] = name
+        with pytest.raises(ConfigError, match="expected text that is not empty") as caught:
+            settings.parse(section, tree, "f.yaml")
+        assert path in str(caught.value)
+
+
+def test_an_empty_file_name_is_refused_in_instruction_data_and_mixtures() -> None:
+    for section, tree in (
+        (MixConfig, {"output_dir": ""}),
+        (MixConfig, {"sources": [{"name": "a", "path": ""}]}),
+        (MixConfig, {"sources": [{"name": "a", "path": "b", "receipts": ""}]}),
+        (MixConfig, {"guard": {"lists": {"mine": [""]}}}),
+        (InstructConfig, {"output_dir": ""}),
+        (InstructConfig, {"coco": {"images": ""}}),
+        (InstructConfig, {"teacher": {"answers_dir": ""}}),
+    ):
+        with pytest.raises(ConfigError, match="expected text that is not empty"):
+            settings.parse(section, tree, "f.yaml")

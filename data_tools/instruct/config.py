@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_tools.instruct.schema import SampleType
-from vlm_sft.settings import Section
+from vlm_sft.settings import NonEmptyText, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -14,9 +14,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class CocoConfig(Section):
     """COCO's annotation files, 2014 or 2017, and the folder of the pictures."""
 
-    instances: str | None = None
-    captions: str | None = None
-    images: str
+    instances: NonEmptyText | None = None
+    captions: NonEmptyText | None = None
+    images: NonEmptyText
     follow_symlinks: bool = False
     """Whether images may be symbolic links to a place outside of `images`."""
     max_faulty: Share = 0.01
@@ -27,7 +27,7 @@ class CocoConfig(Section):
 class GuardConfig(Section):
     """Pictures that evaluations use are not trained on."""
 
-    lists: dict[str, str | list[str]] = Field(default={})
+    lists: dict[str, NonEmptyText | list[NonEmptyText]] = Field(default={})
     """Files with the image ids of evaluations, by name: the known ones (`pope`,
     `llava_bench_coco`, `karpathy_test`, `val2014`, `val2017`), and the user's own by any name."""
     allow_evaluation_images: bool = False
@@ -52,7 +52,7 @@ class RequestsConfig(Section):
     )
     """Requests a picture of each type; a fraction asks for that share of the pictures. LLaVA's own:
     56,681, 23,240 and 76,643 samples of 81,479 pictures."""
-    prompts: str | None = None
+    prompts: NonEmptyText | None = None
     """Folder with own prompts and seed examples; None: those of `data_tools/instruct/prompts`."""
     decimals: Annotated[int, Field(ge=1, le=4)] = 2
     max_boxes: PositiveInt = 30
@@ -80,9 +80,9 @@ class TeacherConfig(Section):
     servers with the same model each request has one, and the next one after a failure."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; the key itself is never written anywhere."""
-    answers_dir: str | None = None
+    answers_dir: NonEmptyText | None = None
     """A folder of answers that runs share; None: `answers` in the run's own."""
-    replay_from: str | None = None
+    replay_from: NonEmptyText | None = None
     """`replay`: a folder of recorded answers."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -268,7 +268,7 @@ class ExportConfig(Section):
 class InstructConfig(Section):
     """The whole file."""
 
-    output_dir: str
+    output_dir: NonEmptyText
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     coco: CocoConfig
     guard: GuardConfig = GuardConfig()

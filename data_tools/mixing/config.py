@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from data_tools.instruct.config import GuardConfig
-from vlm_sft.settings import Section
+from vlm_sft.settings import NonEmptyText, Section
 
 CANNOT_TELL: Final = (
     r"\b(?:can ?not|can['’]t|could ?n[o'’]t|unable to|(?:im|not )possible to|no way to|hard to) "
@@ -24,9 +24,9 @@ class SourceConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     """Stands before every id: `name/id`."""
-    path: str
+    path: NonEmptyText
     format: Literal["auto", "llava", "messages", "alpaca"] = "auto"
-    image_root: str | None = None
+    image_root: NonEmptyText | None = None
     """Folder that picture names start from; None: the file's own folder."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Share relative to the other sources; None for all: as many as there are."""
@@ -36,7 +36,7 @@ class SourceConfig(Section):
     """At most so many are available."""
     replay: bool = False
     """Text alone, against forgetting; their share is `replay_share`."""
-    receipts: str | None = None
+    receipts: NonEmptyText | None = None
     """`receipts.jsonl` of an export; None: the one beside the file, if there is one."""
     license: str = "not named"
     terms: str = "none named"
@@ -52,12 +52,12 @@ class SourceConfig(Section):
 class MixConfig(Section):
     """The whole file."""
 
-    output_dir: str
+    output_dir: NonEmptyText
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     total: PositiveInt | None = None
     """Records of the mixture; None: as many as the weights allow without repeating one."""
-    image_root: str | None = None
+    image_root: NonEmptyText | None = None
     """Folder that the mixture's picture names start from; None: the sources' nearest common one."""
     replay_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of the mixture, from sources with `replay`; LLaVA-1.5: 40,688 of 665,298, or 0.061."""
