@@ -14,11 +14,13 @@ from vlm_sft.errors import UserError
 from vlm_sft.ownership import MARKER, own_directory
 from vlm_sft.run_folder import (
     WRITTEN,
+    keep_foreign_files,
     locked,
     own_run_folder,
     require_unlocked,
     settle_config,
 )
+from vlm_sft.train.metrics import MetricsFile
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -189,3 +191,52 @@ def test_a_lock_that_no_run_wrote_is_refused_and_kept(tmp_path: Path) -> None:
 def enter_and_leave(run_dir: Path) -> None:
     with locked(run_dir, enabled=True):
         pass
+
+
+FOREIGN = {
+    "ledger.jsonl": '{"total": 1}\nmy notes\n',
+    "ledger_eval.jsonl": "my thesis",
+    "parts.json": '{"mine": 1}',
+    "export_outlook.json": "[" * 100_000,
+    "activation_checkpointing.json": "my notes",
+}
+
+
+def test_foreign_content_under_a_runs_names_is_kept_and_its_own_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("stage1", tmp_path, "train.max_steps=2") == 0
+    before = sorted(os.listdir(tmp_path))
+    keep_foreign_files(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before
+    for name, text in FOREIGN.items():
+        (tmp_path / name).write_text(text)
+    for name in ("metrics.jsonl", "trained.jsonl"):
+        (tmp_path / name).write_text("my thesis")
+    longer = ["train.max_steps=3", "--allow-change", "train.max_steps"]
+    capsys.readouterr()
+    assert run("stage1", tmp_path, *longer) == 0
+    printed = capsys.readouterr().err
+    for name, text in (
+        FOREIGN | dict.fromkeys(("metrics.jsonl", "trained.jsonl"), "my thesis")
+    ).items():
+        assert (tmp_path / f"{name}.kept-1").read_text() == text
+        assert f"now {tmp_path / name}.kept-1" in printed
+
+
+def test_rows_of_others_are_kept_although_the_run_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("epoch,loss\n1,2.5")
+    MetricsFile(tmp_path / "metrics.jsonl", last_step=0).write({"step": 1})
+    assert (tmp_path / "metrics.jsonl.kept-1").read_text() == "epoch,loss\n1,2.5"
+    MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "metrics.jsonl.kept-1"]
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN - {"checkpoints"}))
+def test_a_pipe_with_the_name_of_a_runs_file_is_refused_without_waiting(
+    tmp_path: Path, name: str
+) -> None:
+    own_run_folder(config_for(tmp_path))
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="expected a regular file, found a pipe"):
+        own_run_folder(config_for(tmp_path))

@@ -4,19 +4,20 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Final
 
-from vlm_sft.atomic import write_text
+from vlm_sft.atomic import is_stream, write_text
 from vlm_sft.changes import Change, changes_between, require_allowed
 from vlm_sft.config import RunConfig, dump_config, load_config
 from vlm_sft.console import say
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.filesystem import lock
 from vlm_sft.ownership import TRAINING_RUN, is_run, own_directory, require_directory, set_aside
+from vlm_sft.reading import open_regular, read_json, require_regular
 
 _LOCK_CONTENT: Final = re.compile(r"process \d+ on .* since \S+")
 _MAX_LOCK_CHARACTERS: Final = 1000
@@ -77,7 +78,8 @@ def require_run_folder(config: RunConfig) -> None:
     """Check that `output_dir` is new, empty, or a run's, without changing anything.
 
     Raises:
-        UserError: It holds something else, or the run would replace what it reads.
+        UserError: It holds something else, a pipe or a device has the name of a run's file, or the
+            run would replace what it reads.
     """
     output_dir, inputs = Path(config.output_dir), config.input_paths()
     require_directory(
@@ -96,6 +98,9 @@ def require_run_folder(config: RunConfig) -> None:
                 "another output_dir",
                 code="not_ours",
             )
+    for name in sorted(WRITTEN):
+        if (output_dir / name).exists() and is_stream(output_dir / name):
+            require_regular(output_dir / name)
     checkpoints = output_dir / "checkpoints"
     if os.path.lexists(checkpoints) and not checkpoints.is_dir():
         raise UserError(
@@ -138,6 +143,61 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
             yield
         finally:
             _held.discard(file.fileno())
+
+
+def keep_foreign_files(output_dir: Path) -> None:
+    """Rename the files that the run is about to replace and that no run has written so.
+
+    Files of rows, such as `metrics.jsonl`, are handled where they are opened.
+    """
+    for name, is_ours in _CONTENT.items():
+        path = output_dir / name
+        if os.path.lexists(path) and not _is_empty(path) and not is_ours(path):
+            kept = set_aside(path)
+            say(
+                f"warning: {path} was not written by a run, or was edited or damaged; it is now "
+                f"{kept}"
+            )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _is_ledger(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        head = file.readline()
+        return head.startswith(b'{"total": ') and all(map(_is_entry, file))
+
+
+def _is_entry(line: bytes) -> bool:
+    return line.startswith(b'{"id": ')
+
+
+def _has_keys(*keys: str) -> Callable[[Path], bool]:
+    """Return a test for a JSON object with these keys, or a list of objects with them."""
+
+    def test(path: Path) -> bool:
+        try:
+            found = read_json(path)
+        except (OSError, UserError):
+            return False
+        rows = found if isinstance(found, list) else [found]
+        return all(isinstance(row, dict) and row.keys() >= set(keys) for row in rows)
+
+    return test
+
+
+_CONTENT: Final[dict[str, Callable[[Path], bool]]] = {
+    "activation_checkpointing.json": _has_keys("policy", "trials", "basis"),
+    EXPORT_OUTLOOK: _has_keys("hf"),
+    "ledger.jsonl": _is_ledger,
+    "ledger_eval.jsonl": _is_ledger,
+    "parts.json": _has_keys("part"),
+}
+"""Files that a run replaces as a whole, and what tells that a run wrote them."""
 
 
 def settle_config(

@@ -29,7 +29,13 @@ from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantize import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.parts_on_disk import unused_parts
-from vlm_sft.run_folder import EXPORT_OUTLOOK, locked, own_run_folder, settle_config
+from vlm_sft.run_folder import (
+    EXPORT_OUTLOOK,
+    keep_foreign_files,
+    locked,
+    own_run_folder,
+    settle_config,
+)
 from vlm_sft.train.checkpoint import CheckpointStore
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
@@ -75,6 +81,7 @@ def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[s
     with locked(output_dir, enabled=accelerator.is_main_process):
         if on_main(accelerator, lambda: _is_finished(config, allowed)):
             return 0
+        on_main(accelerator, lambda: keep_foreign_files(output_dir))
         outcome = _train(config, stage, trainable, accelerator)
         _close(accelerator, output_dir)
         if outcome.stopped_by is None:

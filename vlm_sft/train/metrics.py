@@ -24,9 +24,10 @@ from vlm_sft.console import Console, say
 from vlm_sft.errors import UserError
 from vlm_sft.filesystem import naming, sync, warn_once
 from vlm_sft.libraries import library_call
+from vlm_sft.ownership import set_aside
 from vlm_sft.progress import format_seconds
 from vlm_sft.reading import read_text
-from vlm_sft.train.rows import Rows, read_rows
+from vlm_sft.train.rows import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +50,19 @@ class MetricsFile:
 
     Args:
         path: The file; rows of steps after `last_step` are cut off, since a resumed run makes
-            them again.
-        last_step: The step that the run goes on from; 0 starts the file anew.
+            them again. A file with lines that no run wrote is kept under another name.
+        last_step: The step that the run resumes from; 0 starts the file anew.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         self.path = path
-        found = read_rows(path) if last_step else Rows([])
+        found = read_rows(path)
         if found.num_damaged:
-            warn_once(f"{path}: {found.num_damaged} damaged lines are left out")
-        kept = [row for row in found.rows if row["step"] <= last_step]
+            warn_once(
+                f"{path}: {found.num_damaged} damaged lines are left out; the file as it was is "
+                f"now {set_aside(path)}"
+            )
+        kept = [row for row in found.rows if row["step"] <= last_step] if last_step else []
         self.last_seconds = max(map(_seconds, kept), default=0.0)
         """Training time that the rows kept stand for."""
         write_bytes(path, "".join(map(_line, kept)).encode())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.reading import open_regular
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -29,8 +31,8 @@ def has_step(row: dict[str, Any]) -> bool:
 def read_rows(path: Path, *, is_row: Callable[[dict[str, Any]], bool] = has_step) -> Rows:
     """Read a JSON-lines file; lines that no run wrote whole are counted and skipped.
 
-    A last line without an end, which a kill leaves, and empty lines are not counted. A file that
-    does not exist has no rows.
+    A last line that begins like a row and has no end, which a kill leaves, and empty lines are not
+    counted. A file that does not exist has no rows.
 
     Args:
         path: The file.
@@ -38,11 +40,16 @@ def read_rows(path: Path, *, is_row: Callable[[dict[str, Any]], bool] = has_step
 
     Raises:
         OSError: The file cannot be read.
+        NotARegularFile: It is a directory, a pipe or a device.
     """
     if not path.exists():
         return Rows([])
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    lines = [line for line in text[: text.rfind("\n") + 1].split("\n") if line.strip()]
+    with open_regular(path) as file:
+        text = file.read().decode("utf-8", errors="replace")
+    *lines, last = text.split("\n")
+    if not last.startswith("{"):
+        lines.append(last)
+    lines = [line for line in lines if line.strip()]
     rows = [row for row in map(_object, lines) if row is not None and is_row(row)]
     return Rows(rows, len(lines) - len(rows))
 
