@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_tools.instruct.config import GuardConfig
 from vlm_sft.settings import NonEmptyText, Section
@@ -18,6 +18,11 @@ CANNOT_TELL: Final = (
 )
 """What an answer says that refuses, or that the picture does not tell, where no receipt does."""
 
+MOST_RECORDS: Final = 2**32 - 1
+"""How often a record is taken is counted in 32 bits, and so is a mixture."""
+
+RecordCount = Annotated[int, Field(ge=1, le=MOST_RECORDS)]
+
 
 class SourceConfig(Section):
     """One file or folder of records, read as the trainer reads it."""
@@ -28,11 +33,11 @@ class SourceConfig(Section):
     format: Literal["auto", "llava", "messages", "alpaca"] = "auto"
     image_root: NonEmptyText | None = None
     """Folder that picture names start from; None: the file's own folder."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)] | None = None
     """Share relative to the other sources; None for all: as many as there are."""
-    count: PositiveInt | None = None
+    count: RecordCount | None = None
     """Records to take; in place of `weight`."""
-    cap: PositiveInt | None = None
+    cap: RecordCount | None = None
     """At most so many are available."""
     replay: bool = False
     """Text alone, against forgetting; their share is `replay_share`."""
@@ -55,7 +60,7 @@ class MixConfig(Section):
     output_dir: NonEmptyText
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    total: PositiveInt | None = None
+    total: RecordCount | None = None
     """Records of the mixture; None: as many as the weights allow without repeating one."""
     image_root: NonEmptyText | None = None
     """Folder that the mixture's picture names start from; None: the sources' nearest common one."""
@@ -64,7 +69,7 @@ class MixConfig(Section):
     cannot_tell_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of the mixture: records with an answer that refuses, or that the picture does not tell; None:
     as they come."""
-    cannot_tell_pattern: str = CANNOT_TELL
+    cannot_tell_pattern: Annotated[str, Field(max_length=10_000)] = CANNOT_TELL
     """Regular expression that tells such an answer where there is no receipt; any case."""
     when_short: Literal["error", "upsample"] = "error"
     """When more is wanted than there is: stop, or repeat records and say so."""
@@ -77,8 +82,10 @@ class MixConfig(Section):
     @classmethod
     def _compiles(cls, value: str) -> str:
         try:
-            re.compile(value)
-        except re.error as error:
+            re.compile(value, re.IGNORECASE)
+        except RecursionError:
+            raise ValueError("not a regular expression: it is nested too deeply") from None
+        except (re.error, OverflowError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 

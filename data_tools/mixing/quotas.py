@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data_tools.mixing.config import MixConfig, SourceConfig
+from data_tools.mixing.config import MOST_RECORDS, MixConfig, SourceConfig
 from vlm_sft.errors import UserError
 
 
@@ -132,6 +132,12 @@ def _in_proportion(available: Mapping[str, int], number: int) -> dict[str, int]:
 def _require_enough(
     config: MixConfig, available: Mapping[str, Available], found: Mapping[str, Quota]
 ) -> None:
+    wanted_of_all = sum(quota.plain + quota.cannot_tell for quota in found.values())
+    if wanted_of_all > MOST_RECORDS:
+        raise UserError(
+            f"sources: counts and shares give a mixture of {wanted_of_all:,} records, expected "
+            f"{MOST_RECORDS:,} at most; lower the total, counts or shares"
+        )
     short = []
     for source in config.sources:
         has, wanted = available[source.name], found[source.name]

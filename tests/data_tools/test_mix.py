@@ -209,6 +209,26 @@ def test_more_than_there_is_is_an_error_or_is_repeated_and_told(root: Path) -> N
     assert len(mixed(root, capped)) == 3
 
 
+def test_values_beyond_what_can_be_counted_are_refused_in_one_sentence(root: Path) -> None:
+    first = source(root, "a", [record(1), record(2)])
+    second = source(root, "b", [record(3)])
+    replay = source(root, "c", [record(4, image=False)]) | {"replay": True}
+    cases: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
+        ([first, second], {"cannot_tell_pattern": "(" * 5000 + ")" * 5000}, "nested too deeply"),
+        ([first], {"cannot_tell_pattern": "a{99999999999999999999}"}, "not a regular expression"),
+        ([first], {"cannot_tell_pattern": "a" * 20_000}, "cannot_tell_pattern"),
+        ([first | {"weight": 1e308}, second | {"weight": 1e308}], {}, r"sources.0.weight"),
+        ([first | {"count": 10**30}], {}, r"sources.0.count"),
+        ([first | {"cap": 10**30}], {}, r"sources.0.cap"),
+        ([first], {"total": 10**30}, "total"),
+        ([first, replay], {"replay_share": 1 - 1e-15}, "expected 4,294,967,295 at most"),
+    ]
+    for sources, values, message in cases:
+        with pytest.raises(UserError, match=message) as raised:
+            mixed(root, sources, when_short="upsample", **values)
+        assert len(str(raised.value)) < 1000
+
+
 def test_equal_records_of_two_sources_come_once(root: Path) -> None:
     sources = [source(root, "a", [record(1), record(1)]), source(root, "b", [record(1)])]
     with pytest.raises(UserError, match="b"):
