@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from data_tools.instruct.answers import answers_folder
 from data_tools.instruct.config import InstructConfig
@@ -18,9 +18,12 @@ from data_tools.instruct.receipts.page import Report
 from data_tools.instruct.receipts.plots import plots
 from vlm_sft.console import say
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import remove_owned, write_owned
+from vlm_sft.ownership import OwnedFiles, remove_owned, write_owned
 from vlm_sft.progress import track
 from vlm_sft.reading import read_json
+
+_RECEIPTS: Final = ("index.json", "plan.json", "export/export.json")
+"""What stages write about their results, below the run's folder."""
 
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
@@ -33,7 +36,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     folder = RunFolder(Path(config.output_dir))
     report = read(config, folder)
     path = folder.report / "report.html"
-    write_owned(path, page.build(report).encode())
+    write_owned(path, _built(report, folder).encode())
     drawn = dict(plots(report.figures))
     for name, data in drawn.items():
         write_owned(folder.report / name, data)
@@ -42,6 +45,26 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     say(f"{path}, and {len(drawn)} plots beside it", file=sys.stdout)
     for figure, words in page.headline(report.figures):
         say(f"{figure:>16}  {words}", file=sys.stdout)
+
+
+def _built(report: Report, folder: RunFolder) -> str:
+    """Return the page, or name the file that was edited and has other values than a stage writes.
+
+    Raises:
+        UserError: A receipt of a stage was changed, and the page cannot be made from it.
+    """
+    try:
+        return page.build(report)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        files = OwnedFiles(folder.root)
+        changed = [name for name in _RECEIPTS if not files.is_ours(name)]
+        if not changed:
+            raise
+        raise UserError(
+            f"{folder.root / changed[0]}: was changed after its stage wrote it and has values that "
+            f"the report cannot show ({error}); run its stage again with --overwrite",
+            code="json_syntax",
+        ) from error
 
 
 def read(config: InstructConfig, folder: RunFolder) -> Report:

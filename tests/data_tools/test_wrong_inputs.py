@@ -117,6 +117,21 @@ def test_damaged_files_of_a_run_end_every_stage_in_one_sentence(tmp_path: Path) 
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("value", [7, None, "x", [], {"lists": {"x": {"status": 7}}}])
+def test_an_edited_plan_ends_the_report_in_one_sentence(tmp_path: Path, value: Any) -> None:
+    line = instruct_line(tmp_path)
+    assert instruct(line) == 0
+    plan = tmp_path / "run" / "plan.json"
+    written = json.loads(plan.read_text())
+    for key in written:
+        plan.write_text(json.dumps(written | {key: value}))
+        try:
+            instruct(["report", line[1]])
+        except UserError as error:
+            assert "plan.json: was changed after its stage wrote it" in str(error)
+            assert len(str(error)) < 1000
+
+
 def test_annotations_without_an_image_are_refused(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG, CAT]})
     for name in ("instances", "captions"):
