@@ -13,6 +13,7 @@ from vlm_sft.ownership import (
     foreign_entries,
     own_output,
     read_marker,
+    refuse_in_checkpoint,
     refuse_input,
 )
 
@@ -167,9 +168,30 @@ def own_for(
     given_elsewhere = not own.exists() or not given.samefile(own)
     inputs: list[str | Path] = [*run_inputs(config), *([given] if given_elsewhere else [])]
     images = [config.coco.images] if config.coco.images else []
+    _require_own_answers_dir(config, root, inputs)
     own_run(root, stages, inputs=inputs, image_roots=images, overwrite=overwrite)
     if "plan" in stages:
         own_config(own, settings.dump(config), given)
+
+
+def _require_own_answers_dir(config: InstructConfig, root: Path, inputs: list[str | Path]) -> None:
+    """Refuse recorded answers in a directory that holds something else, before any is written."""
+    given = config.teacher.answers_dir
+    if not given:
+        return
+    refuse_input(given, inputs)
+    refuse_in_checkpoint(given)
+    place, run = Path(given).resolve(), root.resolve()
+    names = {name.split("/")[0] for names in WRITTEN.values() for name in names} | {*_APPENDED}
+    taken = place == run or any(
+        place.is_relative_to(run / name) for name in names - {RunFolder(root).answers.name}
+    )
+    if taken or read_marker(place) is not None:
+        raise UserError(
+            f"teacher.answers_dir {given}: holds other files of vlm_sft; choose a directory for "
+            "the answers alone, or omit it for output_dir/answers",
+            code="not_ours",
+        )
 
 
 def _require_plain_addresses(config: InstructConfig) -> None:
