@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from data_tools.instruct.appending import append_line, cut_torn_line
+from data_tools.instruct.appending import append_line, end_last_line
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.schema import Answer
@@ -208,7 +208,11 @@ class AnswerWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._descriptor, self.path = _own_file(folder)
-        self.torn = cut_torn_line(self._descriptor)
+        try:
+            self.torn = end_last_line(self._descriptor, self.path, _BEGINNING)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def write(self, answer: Answer) -> None:
         """Record one answer; it outlives this process from here on.

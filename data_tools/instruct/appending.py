@@ -1,23 +1,43 @@
 """Files that only grow, a line at a time, whole lines or none."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlm_sft.console import say
+from vlm_sft.errors import UserError
 from vlm_sft.filesystem import lock, sync, unlock
 
 
 class SharedLog:
-    """A file of lines that several processes append to, each after having read what is new."""
+    """A file of lines that several processes append to, each after having read what is new.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        beginning: First bytes of every line that is appended.
+
+    Raises:
+        UserError: As `end_last_line`.
+    """
+
+    def __init__(self, path: Path, beginning: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         self._seen = 0
-        with self.locked():
-            cut_torn_line(self._descriptor)
+        try:
+            with self.locked():
+                removed = end_last_line(self._descriptor, path, beginning)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        if removed:
+            say(
+                f"warning: {path}: the last line was cut when a process was ended; its {removed:,} "
+                "bytes were removed"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -66,8 +86,52 @@ def append_line(descriptor: int, line: bytes, path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def cut_torn_line(descriptor: int) -> int:
-    """Take away what stands behind the last line end; returns the number of bytes."""
+def end_last_line(descriptor: int, path: Path, beginning: bytes) -> int:
+    """End the last line of a file of JSON lines, or remove it if only a part was written.
+
+    Args:
+        descriptor: The open file.
+        path: Its name, for the message.
+        beginning: First bytes of every line.
+
+    Returns:
+        The number of bytes that were removed.
+
+    Raises:
+        UserError: The last line is unfinished, and it or the first line begins otherwise; nothing
+            was changed.
+    """
+    size, end = os.fstat(descriptor).st_size, _end_of_lines(descriptor)
+    last = os.pread(descriptor, size - end, end)
+    if not last:
+        return 0
+    # After a power failure a file may end in zeros where its last line was to be.
+    lines = [os.pread(descriptor, len(beginning), 0), last[: len(beginning)]]
+    foreign = [line for line in lines if not beginning.startswith(line.rstrip(b"\0"))]
+    if foreign:
+        raise UserError(
+            f"{path}: a line begins with {foreign[0]!r}, expected {beginning!r}; the file was not "
+            "written by this command or was edited, and nothing was changed. Move it away, or "
+            "remove that line",
+            code="not_ours",
+        )
+    if _is_whole(last):
+        append_line(descriptor, b"\n", path)
+        return 0
+    os.ftruncate(descriptor, end)
+    return len(last)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Return whether a line lacks its line end only, which editors may remove."""
+    try:
+        return isinstance(json.loads(line), (dict, list))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """Return the place after the last line end."""
     size, step = os.fstat(descriptor).st_size, 1 << 16
     end = size
     while end:
@@ -77,6 +141,4 @@ def cut_torn_line(descriptor: int) -> int:
             end = start + cut + 1
             break
         end = start
-    if end < size:
-        os.ftruncate(descriptor, end)
-    return size - end
+    return end

@@ -324,7 +324,7 @@ class _FailureLog:
     """The run's failures: of each request the last, written down where it is new."""
 
     def __init__(self, path: Path) -> None:
-        self._log = SharedLog(path)
+        self._log = SharedLog(path, b'{"request":"')
         self._written = {}
         for number, line in enumerate(self._log.news(), 1):
             try:

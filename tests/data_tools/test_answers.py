@@ -78,9 +78,31 @@ def test_a_last_line_cut_anywhere_costs_that_line_alone(
     os.truncate(path, 2 * line - cut)
     assert list(read_answers(folder)) == [f"{1:064x}"]
     writer = AnswerWriter(folder)
-    assert writer.torn == line - cut
+    is_whole = cut == 1
+    assert writer.torn == (0 if is_whole else line - cut)
     writer.write(answer(3))
-    assert list(read_answers(folder)) == [f"{1:064x}", f"{3:064x}"]
+    kept = [1, 2, 3] if is_whole else [1, 3]
+    assert list(read_answers(folder)) == [f"{number:064x}" for number in kept]
+
+
+def test_a_last_line_of_zeros_after_a_power_failure_is_removed(tmp_path: Path) -> None:
+    path = write(tmp_path, answer(1))
+    for torn in (b"\0" * 50, b'{"requ' + b"\0" * 50, b'{"request":"ab' + b"\0" * 50):
+        with path.open("ab") as file:
+            file.write(torn)
+        writer = AnswerWriter(tmp_path)
+        writer.close()
+        assert writer.torn == len(torn)
+        assert list(read_answers(tmp_path)) == [f"{1:064x}"]
+
+
+def test_a_last_line_of_others_behind_answers_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, answer(1))
+    content = path.read_bytes() + b"my last line"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="a line begins with b'my last line', expected"):
+        AnswerWriter(tmp_path)
+    assert path.read_bytes() == content
 
 
 def test_of_two_answers_to_one_request_the_files_order_decides_nothing(tmp_path: Path) -> None:

@@ -433,6 +433,42 @@ def test_a_foreign_file_among_the_answers_is_refused_before_it_is_cut(tmp_path: 
     assert (shared / "part-00001.jsonl").read_text().endswith('an end"}')
 
 
+@pytest.mark.parametrize("name", ["failures.jsonl", "spending.jsonl", "cache/picture_hashes.jsonl"])
+def test_the_last_line_of_a_file_of_others_is_not_cut(tmp_path: Path, name: str) -> None:
+    line = instruct_line(tmp_path, clean={"same_pictures": {"action": "set_aside"}})
+    assert instruct(line) == 0
+    path, stage = tmp_path / "run" / name, "clean" if name.startswith("cache") else "generate"
+    path.write_text("line 1\nmy last line without an end")
+    with pytest.raises(UserError, match=f"{name}: a line begins with b'"):
+        instruct([stage, line[1]])
+    assert path.read_text() == "line 1\nmy last line without an end"
+
+
+def test_the_cut_last_line_of_a_log_is_removed_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = instruct_line(tmp_path)
+    assert instruct(line) == 0
+    path = tmp_path / "run" / "failures.jsonl"
+    path.write_text('{"request":"ab')
+    assert instruct(["generate", line[1]]) == 0
+    assert "failures.jsonl: the last line was cut when a process was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["images", "run", "run/report", "run/export/x", "other", "given.yaml"]
+)
+def test_answers_are_not_recorded_among_other_files(tmp_path: Path, name: str) -> None:
+    line = instruct_line(tmp_path)
+    assert instruct([*line, f"output_dir={tmp_path / 'other'}"]) == 0
+    assert instruct(line) == 0
+    message = "answers_dir .*: holds other files of vlm_sft|is read by this command"
+    line = ["generate", line[1], f"teacher.answers_dir={tmp_path / name}"]
+    assert_refused(tmp_path, instruct, line, message)
+    shared = f"teacher.answers_dir={tmp_path / 'other' / 'answers'}"
+    assert instruct(["generate", line[1], shared]) == 0, "the answers of another run may be shared"
+
+
 def test_mix_names_the_source_whose_file_is_missing(tmp_path: Path) -> None:
     missing = [{"name": "photos", "path": str(tmp_path / "source" / "Train.jsonl")}]
     mixture(tmp_path)

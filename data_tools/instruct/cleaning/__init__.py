@@ -6,7 +6,7 @@ decided; the second writes `kept.jsonl` and `set_aside.jsonl`.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from data_tools.coco import Picture
@@ -38,12 +38,11 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     folder = RunFolder(Path(config.output_dir))
     known = read_pictures(folder)
     table = _read(folder, config, known)
-    reader = Reader(folder.samples, table.offsets)
-    looks = _decide(table, reader, folder, config, known)
-    figures = Figures(config.clean, table, known, looks)
-    _write(folder, table, reader, figures)
+    with closing(Reader(folder.samples, table.offsets)) as reader:
+        looks = _decide(table, reader, folder, config, known)
+        figures = Figures(config.clean, table, known, looks)
+        _write(folder, table, reader, figures)
     write_owned_json(folder.cleaning, figures.as_dict(folder))
-    reader.close()
     say(figures.summary(), file=sys.stdout)
 
 

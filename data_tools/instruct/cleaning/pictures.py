@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.instruct.appending import end_last_line
 from data_tools.instruct.cleaning.packages import require
 from data_tools.instruct.config import SamePictureConfig
 from vlm_sft.errors import ImageError
@@ -57,7 +58,8 @@ def look(paths: Mapping[int, Path], cache: Path, config: SamePictureConfig) -> L
     unreadable: dict[int, str] = {}
     found = _hashes([paths[number] for number in new], config.workers)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with naming(cache), cache.open("a", encoding="utf-8") as file:
+    with naming(cache), cache.open("a+", encoding="utf-8") as file:
+        end_last_line(file.fileno(), cache, b'["')
         for number, result in zip(new, track(found, len(new), "hashing pictures"), strict=True):
             key = keys[number]
             if isinstance(result, ImageError) or key is None:

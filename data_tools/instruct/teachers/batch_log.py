@@ -35,7 +35,7 @@ class BatchLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._log = SharedLog(path)
+        self._log = SharedLog(path, b'{"event": "')
         self.open: dict[str, OpenBatch] = {}
         self.number = 0
         for number, line in enumerate(self._log.news(), 1):

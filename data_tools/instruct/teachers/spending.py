@@ -70,7 +70,7 @@ class Spending:
 
     def __init__(self, path: Path, limits: LimitsConfig, stopping: Stopping) -> None:
         self._stopping = stopping
-        self._log = SharedLog(path)
+        self._log = SharedLog(path, b'{"request": "')
         self._limits = limits
         self._path, self._lines = path, 0
         self._total = Usage()
