@@ -1,13 +1,15 @@
 """Whatever stands in an input or in a damaged file of a run, a command ends in one sentence."""
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from data_tools import build_coco
+from data_tools import build_coco, mix
 from data_tools.instruct.__main__ import main as instruct
 from tests.data_tools.coco_files import arguments, write_coco
 from tests.data_tools.test_ownership import CAT, DOG, instruct_line
@@ -130,6 +132,42 @@ def test_an_edited_plan_ends_the_report_in_one_sentence(tmp_path: Path, value: A
         except UserError as error:
             assert "plan.json: was changed after its stage wrote it" in str(error)
             assert len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800"])
+def test_text_that_no_file_can_hold_is_refused_wherever_it_stands_in_a_configuration(
+    tmp_path: Path, value: str
+) -> None:
+    base = yaml.safe_load(Path(instruct_line(tmp_path)[1]).read_text())
+    cases: list[tuple[Any, str]] = [
+        (instruct, key)
+        for key in (
+            "output_dir", "coco.instances", "coco.captions", "coco.images", "guard.lists.val2014",
+            "requests.prompts", "teacher.answers_dir", "teacher.replay_from", "teacher.model",
+            "teacher.base_url", "teacher.api_key_env", "export.image_prefix",
+        )
+    ]  # fmt: skip
+    cases += [
+        (mix.main, key)
+        for key in (
+            "output_dir", "image_root", "sources.0.path", "sources.0.image_root",
+            "sources.0.license", "sources.0.receipts", "sources.0.terms", "guard.lists.val2014", "cannot_tell_pattern",
+        )
+    ]  # fmt: skip
+    for command, key in cases:
+        path = tmp_path / "wrong.json"
+        mixing = {"output_dir": "out", "sources": [{"name": "a", "path": "a.json"}]}
+        tree = copy.deepcopy(base if command is instruct else mixing)
+        node, *parts = tree, *key.split(".")
+        for part in parts[:-1]:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[parts[-1]] = value
+        path.write_text(json.dumps(tree))
+        with pytest.raises(UserError) as raised:
+            command([*(["plan"] if command is instruct else []), str(path)])
+        message = str(raised.value)
+        assert key.split(".")[-1] in message and len(message) < 1000
+        assert "\0" not in message and "\ud800" not in message
 
 
 def test_annotations_without_an_image_are_refused(tmp_path: Path) -> None:
