@@ -151,7 +151,8 @@ def test_text_that_no_file_can_hold_is_refused_wherever_it_stands_in_a_configura
         (mix.main, key)
         for key in (
             "output_dir", "image_root", "sources.0.path", "sources.0.image_root",
-            "sources.0.license", "sources.0.receipts", "sources.0.terms", "guard.lists.val2014", "cannot_tell_pattern",
+            "sources.0.license", "sources.0.receipts", "sources.0.terms",
+            "guard.lists.val2014", "cannot_tell_pattern",
         )
     ]  # fmt: skip
     for command, key in cases:
