@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -336,3 +337,25 @@ def test_a_killed_run_and_a_terminated_one_end_with_the_weights_of_an_untouched_
     for name in ("projector.safetensors", "optimizer.safetensors"):
         files = [verify(tmp_path / d / "final").manifest["files"] for d in ("hurt", "whole")]
         assert files[0][name] == files[1][name]
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("train.tracking.dir={file}", "train.tracking.dir: {file} cannot be written"),
+        ("train.tracking.dir={file}/below", "train.tracking.dir: {file}/below cannot be written"),
+        ("data.feature_cache={file}", "data.feature_cache {file}: is not a directory"),
+        ("data.feature_cache={file}/below", "data.feature_cache"),
+        ("data.feature_cache={folder}", "data.feature_cache {folder}: the directory is not empty"),
+    ],
+)
+def test_a_directory_that_a_run_cannot_use_is_refused_before_the_data_is_read(
+    setting: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"file": tmp_path / "folder" / "notes.txt", "folder": tmp_path / "folder"}
+    names["folder"].mkdir()
+    names["file"].write_text("mine")
+    with pytest.raises(UserError, match=re.escape(sentence.format(**names))):
+        run("stage1", tmp_path / "o", setting.format(**names), "train.trackers=[tensorboard]")
+    assert "train" not in capsys.readouterr().err
+    assert names["file"].read_text() == "mine"

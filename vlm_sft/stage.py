@@ -19,6 +19,7 @@ from vlm_sft.assemble import (
 from vlm_sft.atomic import write_json
 from vlm_sft.changes import diff_lines
 from vlm_sft.config import RunConfig
+from vlm_sft.data.feature_store import require_feature_cache
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.errors import ConfigError
 from vlm_sft.export.obstacles import export_obstacles, outlook
@@ -41,7 +42,12 @@ from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.environment import environment_notes, require_environment
 from vlm_sft.train.loop import Outcome, say_on_stderr
-from vlm_sft.train.metrics import require_trackers, start_trackers, tracking_folder
+from vlm_sft.train.metrics import (
+    require_trackers,
+    require_tracking_folder,
+    start_trackers,
+    tracking_folder,
+)
 from vlm_sft.train.sharding import shard
 from vlm_sft.train.signals import exit_code
 from vlm_sft.train.stochastic import require_roundable
@@ -130,8 +136,20 @@ def note_export_obstacles(model: VisionLanguageModel, output_dir: Path) -> None:
         write_json(output_dir / EXPORT_OUTLOOK, {"hf": outlook(obstacles)})
 
 
+def _require_directories(config: RunConfig) -> None:
+    """Check, before anything is read, the directories that the run writes to late.
+
+    Raises:
+        UserError: `train.tracking.dir` or `data.feature_cache` cannot be used.
+    """
+    require_tracking_folder(config)
+    if config.data.feature_cache is not None:
+        require_feature_cache(config.data.feature_cache)
+
+
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
+    on_main(accelerator, lambda: _require_directories(config))
     sharing = settle_sharing(config, trainable, accelerator)
     if config.train.fp8:
         require_fp8(accelerator.device, config.train.precision)

@@ -75,12 +75,7 @@ class FeatureStore:
             UserError: As `describe`.
         """
         try:
-            require_directory(
-                self._cache,
-                CACHE,
-                adopt=is_feature_cache(self._cache),
-                setting="data.feature_cache",
-            )
+            _require_cache(self._cache)
             require_writable(self.folder)
         except OSError as error:
             raise _unusable(self.folder, error) from None
@@ -175,6 +170,27 @@ def remove_stale(folder: str | Path) -> None:
 def _is_stale(path: Path) -> bool:
     unfinished = _UNFINISHED_NAME.fullmatch(path.name) is not None
     return unfinished and time.time() - path.stat().st_mtime > STALE_SECONDS
+
+
+def require_feature_cache(folder: str | Path) -> None:
+    """Check, before the tower is known, that a store would find a place, without changing anything.
+
+    A directory that holds stores may be read only: this run's features can all be there.
+
+    Raises:
+        UserError: As `FeatureStore.describe`.
+    """
+    try:
+        _require_cache(Path(folder))
+        if not is_feature_cache(Path(folder)):
+            require_writable(Path(folder))
+    except OSError as error:
+        raise _unusable(Path(folder), error) from None
+
+
+def _require_cache(folder: Path) -> None:
+    adopt = is_feature_cache(folder)
+    require_directory(folder, CACHE, adopt=adopt, setting="data.feature_cache")
 
 
 def is_feature_cache(folder: Path) -> bool:

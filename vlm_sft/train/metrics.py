@@ -1,5 +1,6 @@
 """What a run says while it goes: `metrics.jsonl`, trackers, and a live line."""
 
+import errno
 import importlib.util
 import json
 import logging
@@ -21,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from vlm_sft.atomic import write_bytes
 from vlm_sft.config import RunConfig
 from vlm_sft.console import Console, say
-from vlm_sft.errors import UserError
+from vlm_sft.errors import UserError, code_of
 from vlm_sft.filesystem import naming, sync, warn_once
 from vlm_sft.libraries import library_call
-from vlm_sft.ownership import set_aside
+from vlm_sft.ownership import require_writable, set_aside
 from vlm_sft.progress import format_seconds
 from vlm_sft.reading import read_text
 from vlm_sft.train.rows import read_rows
@@ -196,6 +197,27 @@ def tracking_folder(config: RunConfig) -> Path:
     """Return the folder that trackers write to."""
     folder = config.train.tracking.dir
     return Path(config.output_dir) / "trackers" if folder is None else Path(folder).expanduser()
+
+
+def require_tracking_folder(config: RunConfig) -> None:
+    """Check that trackers, if there are any, can write to their directory.
+
+    Raises:
+        UserError: It is a file, or does not accept new files.
+    """
+    folder = tracking_folder(config)
+    if not config.train.trackers:
+        return
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is not a directory", str(folder))
+        require_writable(folder)
+    except OSError as error:
+        raise UserError(
+            f"train.tracking.dir: {folder} cannot be written ({error.strerror or error}); give "
+            "another directory, or set train.trackers to []",
+            code=code_of(error).name,
+        ) from None
 
 
 def tracker_arguments(config: RunConfig) -> dict[str, dict[str, Any]]:
