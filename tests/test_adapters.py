@@ -1,5 +1,6 @@
 """Whole runs with adapters of every kind: trained, resumed, asked, measured, exported."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tests.conftest import trained
 from tests.rounding import assert_near, terms_of
 from tests.tiny_runs import ROOT, rows, run
-from vlm_sft import chat, check, evaluate
+from vlm_sft import chat, evaluate
 from vlm_sft.config import load_config, parse_config
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.export.__main__ import main as export
@@ -165,11 +166,10 @@ def test_adapters_of_another_kind_are_refused_by_their_tensors(
 
 @pytest.mark.usefixtures("in_the_repository")
 def test_quantised_training_in_full_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    changes = ["lora=null", "data.train.0.path=/no/such.json"]
+    (tmp_path / "unread.json").write_text("no JSON")
+    changes = ["projector=null", "lora=null", f"data.train.0.path={tmp_path / 'unread.json'}"]
     with pytest.raises(ConfigError, match="stage 2 would train them in full"):
-        run("stage2", tmp_path, *changes, config="stage2_qlora")
-    with pytest.raises(ConfigError, match="stage 2 would train them in full"):
-        check.main(["configs/tiny/stage2_qlora.yaml", *changes])
+        run("stage2", tmp_path / "out", *changes, config="stage2_qlora")
 
 
 @pytest.mark.usefixtures("in_the_repository")
@@ -178,12 +178,16 @@ def test_a_missing_bitsandbytes_is_told_before_the_data_is_read(
 ) -> None:
     from vlm_sft.model import quantize
 
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
-    changes = ["data.train.0.path=/no/such.json", "train.trackers=[]"]
+    (tmp_path / "unread.json").write_text("no JSON")
+    changes = ["projector=null", f"data.train.0.path={tmp_path / 'unread.json'}"]
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        quantize.importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "bitsandbytes" else find_spec(name, *more),
+    )
     with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[qlora\]'"):
-        check.main(["configs/tiny/stage2_qlora.yaml", *changes])
-    with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[qlora\]'"):
-        run("stage2", tmp_path, *changes, config="stage2_qlora")
+        run("stage2", tmp_path / "out", *changes, config="stage2_qlora")
 
 
 def test_the_recipe_for_7b_is_loras_with_the_language_model_in_4_bits() -> None:
