@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from bench_environments import PEERS
-from bench_model import IMAGE, NUM_IMAGE_TOKENS, SEED, SIZES, make_model, model_section
+from bench_model import SEED, make_model, model_section
 from bench_plots import plot_lines
 from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
 from bench_rows import make_rows, picture_bytes, write_pictures, write_rows
 from bench_runs import say
+from bench_sizes import IMAGE, NUM_IMAGE_TOKENS, SIZES
 from rich.console import Console
 from transformers import AutoTokenizer
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_model import NUM_IMAGE_TOKENS, SEED
+from bench_model import SEED
+from bench_sizes import NUM_IMAGE_TOKENS
 from transformers import AutoTokenizer
 
 from vlm_sft.config import DataConfig, DataFile

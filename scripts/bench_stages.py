@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bench_flops import Sample, sample_flops
-from bench_model import NUM_IMAGE_TOKENS, SEED, read_size
+from bench_model import SEED, read_size
 from bench_plots import plot_stages
 from bench_results import command_line, print_table, write_results
 from bench_rows import Row, make_captions, make_long_rows, make_rows, write_pictures, write_rows
 from bench_runs import JobFields, Peer, PeerError, Runs, say
+from bench_sizes import NUM_IMAGE_TOKENS
 from rich.console import Console
 from transformers import AutoTokenizer
 

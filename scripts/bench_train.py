@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from bench_environments import DEFAULT, environment_python
-from bench_model import SEED, SIZES, make_model
+from bench_model import SEED, make_model
 from bench_plots import plot_peers
 from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
 from bench_rows import Row, make_rows, write_pictures, write_rows
 from bench_runs import BATCH, JobFields, Peer, Runs, say
+from bench_sizes import SIZES
 from bench_stages import STAGES, stage_rows
 from rich.console import Console
 

@@ -8,6 +8,7 @@ import bench_flops
 import bench_model
 import bench_results
 import bench_rows
+import bench_sizes
 import bench_stages
 import bench_train
 import pytest
@@ -18,7 +19,7 @@ from vlm_sft.data.formats import read_records
 from vlm_sft.data.masking import Renderer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-SEVEN_B = bench_model.SIZES["7b"]
+SEVEN_B = bench_sizes.SIZES["7b"]
 
 
 def test_rows_have_the_mixtures_share_of_pictures_and_of_records_a_picture() -> None:

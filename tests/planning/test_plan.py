@@ -19,7 +19,7 @@ from vlm_sft.model.recompute import Policy
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.plan import main
 from vlm_sft.plan.command import method_of
-from vlm_sft.planning.calibrate import _shape_of, calibrate
+from vlm_sft.planning.calibrate import calibrate, micro_batch_of
 from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import Estimator, Method, packed_bytes, quantised_sizes
 from vlm_sft.planning.gpus import GPUS
@@ -127,7 +127,7 @@ def test_packs_are_those_of_training_with_shared_prefixes(
             data, [[pack for step in steps for pack in step]], batching=plan.batching, num_workers=0
         )
     )
-    assert work.batches == tuple(_shape_of(batch) for batch in loaded)
+    assert work.batches == tuple(micro_batch_of(batch) for batch in loaded)
     assert work.packing is not None and work.packing.saved > 0.2
     assert work.total("pictures") < len(data) == work.total("records")
 
