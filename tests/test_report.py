@@ -1,6 +1,7 @@
 """Reports: one file, everything escaped, every curve and answer in it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,17 @@ def test_the_report_replaces_no_other_file_of_its_run(tmp_path: Path, name: str)
     with pytest.raises(UserError, match=r"read|checkpoints"):
         main([str(run), "--out", str(run / name), "--overwrite"])
     assert (run / name).read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["parts.json", "export_outlook.json", "final/manifest.json"])
+def test_a_deeply_nested_file_or_a_pipe_of_a_run_is_counted_as_damaged(
+    tmp_path: Path, name: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[" * 200_000)
+    assert main([str(run)]) == 0
+    path.unlink()
+    os.mkfifo(path)
+    assert main([str(run)]) == 0

@@ -1,7 +1,6 @@
 """Write a run's settings, curves and answers as one HTML page: `python -m vlm_sft.report RUN`."""
 
 import io
-import json
 import os
 import platform
 import sys
@@ -28,6 +27,7 @@ from vlm_sft.ownership import (
 )
 from vlm_sft.page import page, picture, section, table
 from vlm_sft.progress import format_seconds
+from vlm_sft.reading import read_bytes, read_json
 from vlm_sft.run_folder import EXPORT_OUTLOOK, WRITTEN
 from vlm_sft.train.rows import has_step, read_rows
 
@@ -314,7 +314,7 @@ def _run_parts(run_dir: Path, damaged: dict[str, int]) -> list[str]:
     if not path.exists():
         return []
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
+        parts = read_json(path)
         return [section("Parts", table(tuple(parts[0]), parts))] if parts else []
     except (ValueError, TypeError, LookupError, AttributeError):
         damaged[path.name] = 1
@@ -327,7 +327,7 @@ def _export_outlook(run_dir: Path, damaged: dict[str, int]) -> list[str]:
     if not path.exists():
         return []
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))["hf"]
+        words = read_json(path)["hf"]
         return [f'<p class="note">{escape(f"export --to hf: {words.strip()}")}</p>']
     except (ValueError, TypeError, LookupError, AttributeError):
         damaged[path.name] = 1
@@ -415,7 +415,7 @@ def _newest_manifest(run_dir: Path) -> dict[str, Any]:
     steps = sorted((run_dir / "checkpoints").glob(f"step-*/{MANIFEST}"), reverse=True)
     for path in (run_dir / "final" / MANIFEST, *steps):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except (OSError, ValueError):
             continue
         if isinstance(found, dict) and isinstance(found.get("software"), dict):
@@ -436,7 +436,7 @@ def _settings(run_dir: Path) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    text = escape(path.read_text(encoding="utf-8", errors="replace"))
+    text = escape(read_bytes(path).decode(errors="replace"))
     return [
         section("Settings", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
     ]
