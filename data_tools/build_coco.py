@@ -89,6 +89,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.out_file is not None:
         _require_out_file(arguments, inputs)
     index, annotated = _read(arguments, inputs)
+    if arguments.follow_symlinks and arguments.out_file and Path(arguments.out_file).exists():
+        images = Path(arguments.images)
+        refuse_input(arguments.out_file, (images / p.file_name for p in index.pictures))
     train, held_out = _split(index, arguments.seed, arguments.eval_share)
     if arguments.eval_share and not (train and held_out):
         raise UserError(

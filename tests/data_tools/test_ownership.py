@@ -79,6 +79,17 @@ def test_build_coco_never_writes_over_one_of_its_images(tmp_path: Path, name: st
     assert_refused(tmp_path, build_coco.main, line, "lies in .*images, which this command reads")
 
 
+def test_build_coco_never_writes_over_what_an_image_links_to(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, {1: [DOG, CAT]})
+    image = files["images"] / "000000000001.jpg"
+    image.rename(tmp_path / "outside.jpg")
+    image.symlink_to(tmp_path / "outside.jpg")
+    del files["out"]
+    line = arguments(files, "--only", "existence", "--overwrite", "--follow-symlinks")
+    line += ["--out-file", str(tmp_path / "outside.jpg")]
+    assert_refused(tmp_path, build_coco.main, line, "is read by this command")
+
+
 def test_build_coco_refuses_its_image_folder_as_the_output(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG, CAT]})
     del files["out"]
