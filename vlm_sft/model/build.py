@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 from typing import Any, cast
 
 import torch
@@ -101,16 +102,33 @@ def _random(tree: dict[str, Any], attention: str | None, seed: int) -> PreTraine
     with library_call("transformers", f"{_WHERE}.config", f"build a {model_type} model"):
         config = AutoConfig.for_model(model_type, **copy.deepcopy(tree))
         with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                _require_memory(_from_config(copy.deepcopy(config), attention))
             torch.manual_seed(seed)
-            return cast(
-                PreTrainedModel,
-                AutoModelForCausalLM.from_config(
-                    config,
-                    attn_implementation=attention,
-                    dtype=torch.float32,
-                    trust_remote_code=False,
-                ),
-            )
+            return _from_config(config, attention)
+
+
+def _from_config(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+    return cast(
+        PreTrainedModel,
+        AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+        ),
+    )
+
+
+def _require_memory(model: PreTrainedModel) -> None:
+    """Refuse a model, given as shapes alone, whose weights are larger than all memory here.
+
+    Allocating it layer by layer would end with the process being killed.
+    """
+    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise UserError(
+            f"{_WHERE}.config: its weights take {needed / 1e9:,.0f} GB, but this machine has "
+            f"{total / 1e9:,.0f} GB of memory; give fewer layers or smaller ones"
+        )
 
 
 def _pretrained(name: str, attention: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
