@@ -68,6 +68,9 @@ def test_a_program_that_imports_the_package_runs(tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, runpy, signal, sys
 
+# A process that was started in the background ignores the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class CtrlC:
     def find_spec(self, name, path=None, target=None):
         if name == {during!r}:

@@ -26,7 +26,7 @@ NAME_AT = {
 REASON_AT = {"_entry": 2, "Entry": 3}
 """Which argument of a call of the trainer is a ledger's reason; the data tools have none."""
 
-RELAYS = ("CODE_OF_FACT.get(name)", "error.reason", "reason", "code")
+RELAYS = ("CODE_OF_FACT.get(name)", "code_of(error).name", "error.reason", "reason", "code")
 """Names that come from elsewhere: an error or a table that was checked where it was made."""
 
 ERRORS = {
