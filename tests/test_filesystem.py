@@ -94,7 +94,7 @@ def test_the_logs_of_instruct_work_where_files_cannot_be_locked(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", refusing(number))
     monkeypatch.setattr(fcntl, "lockf", refusing(number))
-    log = SharedLog(tmp_path / "spending.jsonl")
+    log = SharedLog(tmp_path / "spending.jsonl", b"{")
     with log.locked():
         log.append("a line")
     assert log.news() == ["a line"]
@@ -176,7 +176,7 @@ def test_where_files_cannot_be_synced_a_warning_names_the_place(
     monkeypatch.setattr(os, "fsync", refusing(number))
     save_and_finish(tmp_path / "run")
     atomic.write_text(tmp_path / "text", "x")
-    log = SharedLog(tmp_path / "failures.jsonl")
+    log = SharedLog(tmp_path / "failures.jsonl", b"{")
     log.append("x")
     log.close()
     warning = capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_every_new_file_follows_the_umask(tmp_path: Path, umask: int) -> None:
         atomic.write_text(tmp_path / "text", "x")
         AnswerWriter(tmp_path / "answers").close()
         Claims(tmp_path / "answers").close()
-        SharedLog(tmp_path / "failures.jsonl").close()
+        SharedLog(tmp_path / "failures.jsonl", b"{").close()
         with hf_llava._atomic_folder(tmp_path / "exported") as folder:
             save_tensors(folder / "model.safetensors", {"w": torch.zeros(1)})
     finally:
@@ -261,7 +261,7 @@ from vlm_sft.train.metrics import MetricsFile
 from data_tools.instruct.appending import SharedLog
 spool = Spool()
 metrics = MetricsFile(here / "metrics.jsonl", last_step=0)
-log = SharedLog(here / "log.jsonl")
+log = SharedLog(here / "log.jsonl", b"{")
 text = "x" * 10000
 
 def tokenizer():

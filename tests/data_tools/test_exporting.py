@@ -1,6 +1,7 @@
 """Three training files that the trainer reads to the same conversations, receipts beside them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def read(path: Path, image_root: Path) -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
     for record in read_records(DataFile(path=str(path), image_root=str(image_root))):
         assert isinstance(record, Conversation), record
-        found.append((record.id, record.turns, record.images))
+        # Parts of a list get the template's separator, which these spell out as strings do.
+        turns = tuple(replace(turn, image_separator=None) for turn in record.turns)
+        found.append((record.id, turns, record.images))
     return found
 
 
