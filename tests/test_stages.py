@@ -217,7 +217,9 @@ def test_infinite_losses_stop_before_the_update(tmp_path: Path) -> None:
         run(
             "stage1",
             tmp_path,
-            "optim.learning_rate.projector=1e30",
+            "optim.learning_rate.projector=1e6",
+            "optim.weight_decay=1e6",  # each update multiplies the weights by about -1e12
+            "optim.schedule=constant",
             "optim.max_grad_norm=null",
             "train.max_steps=30",
         )

@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,19 +232,17 @@ def heavy_imports() -> Iterator[None]:
     in their imports into other exceptions or swallow it.
     """
     silence_known_noise()
-    try:
-        before = signal.getsignal(signal.SIGINT)
-        if before is not signal.default_int_handler:
-            yield
-            return
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
         signal.signal(signal.SIGINT, leave_at_once)
-    except ValueError:  # not the main thread
-        yield
-        return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _keep_bars_out_of_files()
 
 

@@ -294,8 +294,8 @@ MUTANTS = (
     Mutant(
         "rows of steps that are done again are kept",
         TRAIN + "metrics.py",
-        "<= last_step]\n",
-        "<= last_step + 1000]\n",
+        "<= last_step] if",
+        "<= last_step + 1000] if",
         (BIT_FOR_BIT,),
     ),
     Mutant(
