@@ -22,8 +22,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ ROOT = Path(__file__).parent.parent.parent
 WHEELS = ROOT / ".wheels"
 TOTAL_SECONDS = 480
 """Time limit of a whole run on a GPU."""
+
+WRITING = threading.Lock()
+"""Held while the results are changed or written: parts of a tiny run go on at the same time."""
 
 LEAST_SECONDS = 10
 """A part that would have less is not started."""
@@ -56,9 +61,18 @@ def main(argv: Sequence[str]) -> int:
     environment, site = _environment(arguments.device)
     start = time.monotonic()
     try:
-        for part in PARTS:
-            if part.name in arguments.only:
+        parts = [part for part in PARTS if part.name in arguments.only]
+        if not arguments.tiny:  # one after the other: they would disturb each other's figures
+            for part in parts:
                 _run_part(part, arguments, results, out, environment, start)
+            return _summary(results, arguments, out)
+        with ThreadPoolExecutor(len(parts)) as pool:
+            jobs = [
+                pool.submit(_run_part, part, arguments, results, out, environment, start)
+                for part in parts
+            ]
+            for job in jobs:
+                job.result()
     finally:
         if site is not None:
             shutil.rmtree(site, ignore_errors=True)
@@ -79,15 +93,16 @@ def _run_part(
     if limit < LEAST_SECONDS:
         results["parts"][part.name] = {"state": "skipped, no time was left", "seconds": 0}
         return
-    for key in [key for key in results["figures"] if BY_KEY[key].part == part.name]:
-        del results["figures"][key]
-    with tempfile.TemporaryDirectory(prefix="vlm-sft-acceptance-") as name:
-        rows, job_file = Path(name, "rows.jsonl"), Path(name, "job.json")
+    with WRITING:
+        for key in [key for key in results["figures"] if BY_KEY[key].part == part.name]:
+            del results["figures"][key]
         known = {
             key: found["value"]
             for key, found in results["figures"].items()
             if found["value"] is not None
         }
+    with tempfile.TemporaryDirectory(prefix="vlm-sft-acceptance-") as name:
+        rows, job_file = Path(name, "rows.jsonl"), Path(name, "job.json")
         Job(arguments.device, arguments.tiny, limit, str(rows), known).write(job_file)
         print(f"== {part.title} (at most {limit:.0f} s)", file=sys.stderr, flush=True)
         began = time.monotonic()
@@ -133,11 +148,12 @@ def _wait(
 
 
 def _collect(results: dict[str, Any], rows: Path) -> None:
-    for row in read_rows(rows):
-        if "fact" in row:
-            results["facts"][row["fact"]] = row["value"]
-        else:
-            results["figures"][row["key"]] = {"value": row["value"], "note": row["note"]}
+    with WRITING:
+        for row in read_rows(rows):
+            if "fact" in row:
+                results["facts"][row["fact"]] = row["value"]
+            else:
+                results["figures"][row["key"]] = {"value": row["value"], "note": row["note"]}
 
 
 def _read(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -166,6 +182,11 @@ def _read(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _write(out: Path, results: dict[str, Any]) -> None:
     """Write both files, each complete or not at all."""
+    with WRITING:
+        _write_both(out, results)
+
+
+def _write_both(out: Path, results: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     for name, content in (("gpu.json", text), ("gpu.md", make_page(results))):

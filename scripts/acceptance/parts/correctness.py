@@ -176,27 +176,31 @@ class StageRuns:
         self.job = job
         self.folder = Path(tempfile.mkdtemp(prefix="vlm-sft-acceptance-runs-"))
         self.killed = self._start("killed", VLM_SFT_CRASH_AT=self.KILLED_AT)
-        self.running = [self._start("first"), self._start("second")]
+        names = ["first"] if job.tiny else ["first", "second"]
+        self.running = [self._start(name) for name in names]
 
     def compare(self) -> None:
         """Record whether the runs ended in the same bits, and the frozen parts unchanged."""
+        names = ["first", "killed"] if self.job.tiny else ["first", "killed", "second"]
         if self.killed.wait() != -9:
             raise RuntimeError(f"the run to be killed was not: {self._log('killed')}")
         self.running.append(self._start("killed"))
         for process in self.running:
             if process.wait() != 0:
-                raise RuntimeError("; ".join(self._log(n) for n in ("first", "second", "killed")))
+                raise RuntimeError("; ".join(self._log(name) for name in names))
         manifests = [
-            json.loads((self.folder / name / "final/manifest.json").read_text())
-            for name in ("first", "second", "killed")
+            json.loads((self.folder / name / "final/manifest.json").read_text()) for name in names
         ]
         weights = [
             {name: sha for name, sha in manifest["files"].items() if "safetensors" in name}
             for manifest in manifests
         ]
         assert weights[0]
-        self.job.record("deterministic", weights[0] == weights[1])
-        self.job.record("resume", weights[0] == weights[2], f"killed at {self.KILLED_AT}")
+        self.job.record("resume", weights[0] == weights[1], f"killed at {self.KILLED_AT}")
+        if self.job.tiny:
+            self.job.missing("deterministic", "one whole run when tiny; see the resumed one")
+        else:
+            self.job.record("deterministic", weights[0] == weights[2])
         frozen = [manifest["frozen"] for manifest in manifests]
         steps = sorted((self.folder / "first/checkpoints").glob("step-*/manifest.json"))
         earlier = [json.loads(path.read_text())["frozen"] for path in steps]

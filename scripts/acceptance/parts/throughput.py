@@ -65,8 +65,7 @@ class Bench:
             prune=not self.config.train.compile,
         )
         if self.config.train.compile:
-            backend = "eager" if job.tiny else "inductor"  # tiny: without a minute of C++
-            compile_layers(self.model, self.device, backend=backend, packed=True)
+            compile_layers(self.model, self.device, packed=True)
         self.wrapped = self.accelerator.prepare(self.model)
         self.optimizer = build_optimizer(named_parts(self.model), self.config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -79,7 +78,8 @@ class Bench:
         """Return samples a second: the median of a few steps, loading not counted."""
         steps = len(records) // batch_size
         seconds = []
-        for step in range(WARM_UP + (1 if self.job.tiny else MEASURED)):
+        warm_up, measured = (0, 1) if self.job.tiny else (WARM_UP, MEASURED)
+        for step in range(warm_up + measured):
             first = step % steps * batch_size
             batches = self.load(records, batching, range(first, first + batch_size))
             self._wait()
@@ -87,7 +87,7 @@ class Bench:
             self.step(batches)
             self._wait()
             seconds.append(time.perf_counter() - start)
-        return batch_size / statistics.median(seconds[WARM_UP:])
+        return batch_size / statistics.median(seconds[warm_up:])
 
     def load(self, records: Records, batching: Batching, indices: Sequence[int]) -> list[AnyBatch]:
         """Return the micro-batches of a step."""
@@ -150,7 +150,7 @@ def main(job: Job) -> None:
 
 def lora(job: Job) -> None:
     """Measure LoRA padded, packed and with shared prefixes."""
-    bench, batch = Bench(job, "lora", "none"), 4 if job.tiny else 32
+    bench, batch = Bench(job, "lora", "none"), 2 if job.tiny else 32
     records = mixture(2 * batch, bench.size)
     packed = bench.rate(records, bench.packed(), batch)
     job.record("lora_packed", packed, f"{bench.backend}, batch {batch}, no recomputation")
@@ -170,7 +170,7 @@ def lora(job: Job) -> None:
 
 def stage1(job: Job) -> None:
     """Measure stage 1 padded and packed."""
-    bench, batch = Bench(job, "stage1", "none"), 4 if job.tiny else 64
+    bench, batch = Bench(job, "stage1", "none"), 2 if job.tiny else 64
     records = captions(2 * batch, bench.size)
     packed = bench.rate(records, bench.packed(), batch)
     job.record("stage1_packed", packed, f"{bench.backend}, batch {batch}")
@@ -184,7 +184,7 @@ def full(job: Job) -> None:
     policies: tuple[Policy, ...] = ("selective", "full")
     for policy in policies:
         try:
-            bench, batch = Bench(job, "full", policy), 4 if job.tiny else 32
+            bench, batch = Bench(job, "full", policy), 2 if job.tiny else 32
             records = mixture(2 * batch, bench.size)
             rate = bench.rate(records, bench.packed(), batch)
             break
@@ -212,14 +212,17 @@ def one_long_record(job: Job, method: Method) -> None:
         job.missing(f"{method}_2048", "memory is measured on a GPU only")
     if method == "qlora":
         _record_error(job, "planner_qlora", measured, predicted)
-        batch = 4 if job.tiny else 16
+        batch = 2 if job.tiny else 16
         rate = bench.rate(mixture(2 * batch, bench.size), bench.packed(), batch)
         job.record("qlora_packed", rate, f"batch {batch}, everything recomputed")
 
 
 def compiled(job: Job) -> None:
     """Measure LoRA with compiled layers; the steps that compile are not counted."""
-    bench, batch = Bench(job, "lora", "none", compile=True), 4 if job.tiny else 32
+    if job.tiny:
+        job.missing("lora_compiled", "compiling takes half a minute of a CPU; not done when tiny")
+        return
+    bench, batch = Bench(job, "lora", "none", compile=True), 2 if job.tiny else 32
     records = mixture(2 * batch, bench.size)
     start = time.perf_counter()
     bench.step(bench.load(records, bench.packed(), range(batch)))
@@ -231,7 +234,7 @@ def compiled(job: Job) -> None:
 def against_trainer(job: Job, method: Method) -> None:
     """Measure transformers' Trainer on the same rows with the same flags."""
     size = size_of(job.tiny)
-    batch = 4 if job.tiny else {"stage1": 64, "lora": 32, "full": 32}[method]
+    batch = 2 if job.tiny else {"stage1": 64, "lora": 32, "full": 32}[method]
     records = captions(2 * batch, size) if method == "stage1" else mixture(2 * batch, size)
     micro = batch // 2 if method != "full" else max(1, batch // 8)
     recompute = method == "full"
@@ -249,6 +252,9 @@ def against_trainer(job: Job, method: Method) -> None:
 
 
 def _against_planner(job: Job, bench: Bench, records: Records, batch: int) -> None:
+    if job.tiny and bench.method != "lora":
+        job.missing(f"planner_{bench.method}", "planned for LoRA alone when tiny")
+        return
     batches = bench.load(records, bench.packed(), range(batch))
     measured, predicted = bench.memory(batches)
     _record_error(job, f"planner_{bench.method}", measured, predicted)
