@@ -117,7 +117,8 @@ def test_a_qlora_checkpoint_is_asked_measured_and_exported(
     assert json.loads(out.read_text())["captions"]["records"] > 0
     assert export([folder, str(tmp_path / "hf"), "--image", str(RED)]) == 0
     report = json.loads((tmp_path / "hf" / "export.json").read_text())
-    assert report["max_abs_logit_difference"] < 1e-5 < 0.1 < report["max_abs_logit"]
+    assert report["max_abs_logit"] > 0.1
+    assert report["max_abs_logit_difference"] < report["max_abs_logit"] / 500
 
 
 def test_what_is_exported_is_the_trained_base_and_not_the_one_before(qlora_run: Path) -> None:

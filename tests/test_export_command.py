@@ -34,7 +34,7 @@ def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
     printed = capsys.readouterr().out
     assert "0 missing and 0 unexpected keys" in printed
     difference = re.search(r"largest logit difference (\d\.\d\de[+-]\d\d)", printed)
-    assert difference is not None and float(difference.group(1)) <= 1e-5
+    assert difference is not None and float(difference.group(1)) <= 1e-3
 
     stock, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -85,7 +85,8 @@ def test_adapters_are_merged_and_the_model_itself_is_left_alone(
 ) -> None:
     model = trained_adapters()
     before = tensors_digest(named_state(model))
-    assert export(model, tokenizer, tmp_path / "out").max_abs_logit_difference <= 1e-5
+    report = export(model, tokenizer, tmp_path / "out")
+    assert report.max_abs_logit_difference < report.max_abs_logit / 500
     assert tensors_digest(named_state(model)) == before
     assert model.language_model.config.vocab_size == 300
 

@@ -58,8 +58,12 @@ from vlm_sft.model.vision import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.ownership import MADE_BY, is_system_file, made_by, require_new_directory, set_aside
 
-_RELATIVE_LIMIT: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest logit difference allowed, as a part of the largest logit; merging and casting round."""
+_RELATIVE_LIMIT: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest logit difference allowed, as a part of the largest logit; merging and casting round.
+
+Norms of small activations amplify rounding, on some CPU kernels to 2e-4 with tiny models in float32.
+A tensor that is missing, renamed or swapped makes a difference as large as the logits themselves.
+"""
 
 
 @dataclass(frozen=True)
