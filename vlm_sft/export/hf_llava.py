@@ -61,7 +61,7 @@ from vlm_sft.ownership import MADE_BY, is_system_file, made_by, require_new_dire
 _RELATIVE_LIMIT: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference allowed, as a part of the largest logit; merging and casting round.
 
-Norms of small activations amplify rounding, on some CPU kernels to 2e-4 with tiny models in float32.
+Norms of small activations amplify rounding, on some CPU kernels to 2e-4 with tiny fp32 models.
 A tensor that is missing, renamed or swapped makes a difference as large as the logits themselves.
 """
 
