@@ -13,7 +13,7 @@ from typing import Any, Final
 from PIL import Image
 
 from vlm_sft.errors import UserError
-from vlm_sft.reading import read_json
+from vlm_sft.utils.reading import read_json
 
 
 @dataclass(frozen=True)

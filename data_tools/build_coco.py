@@ -22,10 +22,10 @@ from data_tools.digests import file_digest
 from data_tools.findings import MAX_FAULTY
 from data_tools.image_check import require_few_missing, usable_pictures
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
-from vlm_sft.command_line import CommandParser
-from vlm_sft.console import say
+from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.ownership import (
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import (
     own_output,
     read_marker,
     refuse_image,
@@ -33,8 +33,8 @@ from vlm_sft.ownership import (
     write_owned_json,
     write_result,
 )
-from vlm_sft.progress import track
-from vlm_sft.reading import read_json
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import read_json
 
 EXAMPLES = """examples:
   python -m data_tools.build_coco --instances annotations/instances_train2017.json \\

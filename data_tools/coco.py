@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple
 from data_tools.findings import MAX_FAULTY, Findings
 from data_tools.json_lists import Element, read_lists
 from vlm_sft.errors import UserError
-from vlm_sft.image_paths import MAX_NAME, shown_name
-from vlm_sft.progress import track
-from vlm_sft.visible import shortened
+from vlm_sft.utils.escape import shortened
+from vlm_sft.utils.image_paths import MAX_NAME, shown_name
+from vlm_sft.utils.progress import track
 
 MAX_CAPTION: Final = 5_000
 """Characters; longer texts are no captions."""

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from vlm_sft.reading import open_regular
+from vlm_sft.utils.reading import open_regular
 
 
 def file_digest(path: Path) -> str:

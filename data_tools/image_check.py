@@ -6,9 +6,9 @@ from typing import Any
 
 from data_tools.coco import CocoIndex, Picture
 from vlm_sft.errors import ImageError, UserError
-from vlm_sft.image_paths import image_path, nearest_existing
-from vlm_sft.progress import track
-from vlm_sft.visible import visible_line
+from vlm_sft.utils.escape import visible_line
+from vlm_sft.utils.image_paths import image_path, nearest_existing
+from vlm_sft.utils.progress import track
 
 
 def usable_pictures(

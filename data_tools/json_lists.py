@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from vlm_sft.errors import UserError
-from vlm_sft.reading import open_regular
+from vlm_sft.utils.reading import open_regular
 
 CHUNK: Final = 1 << 22
 """Characters read at a time."""

@@ -16,19 +16,19 @@ from typing import Any, Final
 from data_tools import art, masks, scene_captions
 from data_tools.backgrounds import KINDS
 from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scene_rng
-from vlm_sft.command_line import CommandParser
-from vlm_sft.console import say
+from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.filesystem import naming
-from vlm_sft.ownership import (
+from vlm_sft.utils.console import say
+from vlm_sft.utils.filesystem import naming
+from vlm_sft.utils.ownership import (
     OwnedFiles,
     own_output,
     read_marker,
     write_owned,
     write_owned_json,
 )
-from vlm_sft.progress import track
-from vlm_sft.reading import read_json
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import read_json
 
 FORMAT = 1
 """Raised when the same settings would give other pictures."""

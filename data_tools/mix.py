@@ -13,18 +13,18 @@ from typing import Final
 from data_tools.mixing import card, scan, writing
 from data_tools.mixing.config import MixConfig
 from data_tools.mixing.quotas import quotas
-from vlm_sft import settings
-from vlm_sft.command_line import CommandParser, add_overrides
-from vlm_sft.console import say
+from vlm_sft.commands.parser import CommandParser, add_overrides
+from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.ownership import (
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import (
     own_output,
     owned_open,
     read_marker,
     write_owned,
     write_owned_json,
 )
-from vlm_sft.reading import read_json
+from vlm_sft.utils.reading import read_json
 
 KIND: Final = "mixture"
 """What the marker of an output folder says that it holds."""

@@ -35,7 +35,7 @@ from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from vlm_sft.data.images import ImageSpec, open_image, read_pixels
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.progress import track
+from vlm_sft.utils.progress import track
 
 SIZE = 336
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vlm_sft.config import (
+from vlm_sft.config.schema import (
     LanguageModelConfig,
     LearningRates,
     LoraConfig,
@@ -30,15 +30,15 @@ from vlm_sft.config import (
     OptimConfig,
     VisionTowerConfig,
 )
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import run_command
+from vlm_sft.model.activation_checkpointing import POLICIES, set_recomputing
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
-from vlm_sft.model.recompute import POLICIES, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.compiled import compile_layers
+from vlm_sft.train.compile import compile_layers
 from vlm_sft.train.live_bytes import LiveBytes
-from vlm_sft.train.optim import build_optimizer, set_rates, state_bytes
+from vlm_sft.train.optimizer import build_optimizer, set_rates, state_bytes
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 STAGES: dict[str, set[str]] = {
     "stage 1": {"projector"},

@@ -33,11 +33,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm_sft.atomic import write_json
-from vlm_sft.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.data.masking import Renderer
+from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.model.build import build_model
+from vlm_sft.utils.atomic_files import write_json
 
 SEED = 42
 """Of the weights, of the rows and of the runs; the projector is drawn from it in every run."""

@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from vlm_sft.config import LanguageModelConfig
+from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.render_cache import CachedRenderer
-from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.data.text_encoder import load_tokenizer
+from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize_cache import CachedRenderer
 from vlm_sft.errors import run_command
-from vlm_sft.progress import track
+from vlm_sft.utils.progress import track
 
 GENERATION_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

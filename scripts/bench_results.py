@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vlm_sft.atomic import write_json, write_text
+from vlm_sft.utils.atomic_files import write_json, write_text
 
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "pillow", "numpy")
 FOLDER = Path("docs/benchmarks")

@@ -14,7 +14,7 @@ from typing import Any
 from bench_environments import PEERS, environment_python
 
 from vlm_sft.errors import UserError
-from vlm_sft.progress import format_seconds
+from vlm_sft.utils.progress import format_seconds
 
 BATCH = 4
 """Records a step, where a job does not say otherwise."""

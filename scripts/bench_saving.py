@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from vlm_sft import stage1, stage2
 from vlm_sft.errors import run_command
-from vlm_sft.progress import track
+from vlm_sft.utils.progress import track
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny"
 STEPS, EVERY = 24, 6

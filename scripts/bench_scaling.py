@@ -32,17 +32,17 @@ from bench_sizes import IMAGE, NUM_IMAGE_TOKENS, SIZES
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from vlm_sft.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from vlm_sft.data.collate import collate
+from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.data.batch import collate
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.images import read_pixels
-from vlm_sft.data.masking import Renderer
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.train.step import forward
+from vlm_sft.train.train_step import forward
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 RECORDS = (1_000, 10_000, 100_000, 1_000_000)
 REPEATED, PICTURES = 2_000, 64

@@ -22,13 +22,13 @@ from bench_model import SEED
 from bench_sizes import NUM_IMAGE_TOKENS
 from transformers import AutoTokenizer
 
-from vlm_sft.config import DataConfig, DataFile
+from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.masking import Renderer
 from vlm_sft.data.packing import plan_packs
-from vlm_sft.data.sampling import StepSampler
+from vlm_sft.data.sampler import StepSampler
+from vlm_sft.data.tokenize import Renderer
 
 STEP, PACK, OPENED, LOOKED_AT = 128, 8192, 64, 1000
 CLIP = ImageSpec(336, (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758), "bicubic")

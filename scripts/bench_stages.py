@@ -25,10 +25,10 @@ from bench_sizes import NUM_IMAGE_TOKENS
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from vlm_sft.config import LanguageModelConfig, TrainConfig
-from vlm_sft.data.formats import DataFile, read_records
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.sampling import epoch_order
+from vlm_sft.config.schema import LanguageModelConfig, TrainConfig
+from vlm_sft.data.record_formats import DataFile, read_records
+from vlm_sft.data.sampler import epoch_order
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import RecordError
 
 LORA = {"lora_r": 128, "lora_alpha": 256}

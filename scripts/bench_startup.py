@@ -21,7 +21,7 @@ COMMANDS = (
     "vlm_sft.evaluate",
     "vlm_sft.export",
     "vlm_sft.report",
-    "vlm_sft.error_codes",
+    "vlm_sft.errors.codes",
     "data_tools.build_coco",
     "data_tools.make_scenes",
     "data_tools.mix",

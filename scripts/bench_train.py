@@ -30,8 +30,8 @@ from bench_sizes import SIZES
 from bench_stages import STAGES, stage_rows
 from rich.console import Console
 
-from vlm_sft.config import TrainConfig
-from vlm_sft.data.sampling import epoch_order
+from vlm_sft.config.schema import TrainConfig
+from vlm_sft.data.sampler import epoch_order
 from vlm_sft.errors import UserError, run_command
 
 SHARING_ROWS, SHARING_BATCH = 48, 16

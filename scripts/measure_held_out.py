@@ -17,7 +17,7 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import read_categories, read_pictures
 from data_tools.instruct.schema import Shown, Turn
 from data_tools.instruct.verification import Policy, check_sample, reasons
-from vlm_sft import settings
+from vlm_sft.config import loading as settings
 
 ANSWERS = Path(__file__).parent.parent / "tests" / "data_tools" / "held_out_answers.json"
 

@@ -31,7 +31,7 @@ from data_tools.instruct.planning import read_requests
 from data_tools.instruct.schema import Check, Sample, Shown, Turn
 from data_tools.instruct.verification import Policy, check_sample, reasons
 from data_tools.instruct.verification.codes import CODES
-from vlm_sft import settings
+from vlm_sft.config import loading as settings
 
 QUESTION = "Describe the picture."
 

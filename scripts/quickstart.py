@@ -26,11 +26,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.inference import VlmRun, load_run, question
-from vlm_sft.progress import format_seconds
+from vlm_sft.inference.loaded_model import VlmRun, load_run, question
 from vlm_sft.report import DemoReport, ShownPicture, write_demo_report
+from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.progress import format_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"

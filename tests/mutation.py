@@ -168,7 +168,7 @@ def try_mutants(argv: Sequence[str], mutants: Sequence[Mutant], *, prog: str, ab
     arguments = parser.parse_args(argv)
     chosen = [mutant for mutant in mutants if arguments.only in mutant.name]
     with copied_sources(chosen) as root:
-        from vlm_sft.progress import track
+        from vlm_sft.utils.progress import track
 
         _warm_up()
         start = time.monotonic()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlm_sft.config import load_config
+from vlm_sft.config.schema import load_config
 from vlm_sft.model.build import build_model
 
 ROOT = Path(__file__).parent.parent

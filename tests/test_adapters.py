@@ -13,14 +13,14 @@ from tests.conftest import trained
 from tests.rounding import assert_near, terms_of
 from tests.tiny_runs import ROOT, rows, run
 from vlm_sft import chat, evaluate
-from vlm_sft.config import load_config, parse_config
+from vlm_sft.checkpoint.components import read_adapter
+from vlm_sft.checkpoint.store import read_manifest, verify
+from vlm_sft.config.schema import load_config, parse_config
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.export.__main__ import main as export
-from vlm_sft.inference import load_run
+from vlm_sft.inference.loaded_model import load_run
 from vlm_sft.model.lora import merged_language_model
-from vlm_sft.model.quantize import is_quantized
-from vlm_sft.parts_on_disk import read_adapter
-from vlm_sft.train.checkpoint import read_manifest, verify
+from vlm_sft.model.quantization import is_quantized
 
 RED = ROOT / "configs" / "tiny" / "data" / "images" / "red-circle-0.png"
 NEW = ["projector=null", "data.eval=[]", "train.eval_samples=0"]
@@ -155,7 +155,7 @@ def test_adapters_of_another_kind_are_refused_by_their_tensors(
     first, second = (
         build_model(config.model, dtype=torch.float32, seed=1, lora=lora) for lora in build
     )
-    from vlm_sft.parts_on_disk import _write_adapter, adapter_tensors
+    from vlm_sft.checkpoint.components import _write_adapter, adapter_tensors
 
     _write_adapter(first, tmp_path, adapter_tensors(first))
     read_adapter(first, tmp_path)
@@ -177,7 +177,7 @@ def test_quantised_training_in_full_is_refused_before_anything_is_read(tmp_path:
 def test_a_missing_bitsandbytes_is_told_before_the_data_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from vlm_sft.model import quantize
+    from vlm_sft.model import quantization as quantize
 
     (tmp_path / "unread.json").write_text("no JSON")
     changes = ["projector=null", f"data.train.0.path={tmp_path / 'unread.json'}"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft import atomic
+from vlm_sft.utils import atomic_files as atomic
 
 
 def names(folder: Path) -> list[str]:

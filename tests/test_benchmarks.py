@@ -13,10 +13,10 @@ import bench_stages
 import bench_train
 import pytest
 
-from vlm_sft.config import DataFile
+from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.formats import read_records
-from vlm_sft.data.masking import Renderer
+from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.tokenize import Renderer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SEVEN_B = bench_sizes.SIZES["7b"]

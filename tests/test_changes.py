@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from vlm_sft.changes import (
+from vlm_sft.config.resume import (
     RULES,
     changes_between,
     flat,
@@ -14,7 +14,7 @@ from vlm_sft.changes import (
     require_changeable,
     rule_of,
 )
-from vlm_sft.config import RunConfig, load_config
+from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,7 @@ TINY = ROOT / "configs" / "tiny" / "stage2_lora.yaml"
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key that a configuration can have, without places in lists."""
-    from vlm_sft.setting_errors import section_of
+    from vlm_sft.config.validation_errors import section_of
 
     found = []
     for name, field in section.model_fields.items():

@@ -50,7 +50,7 @@ def test_a_talk_shows_pictures_forgets_and_ends(
 def test_a_talks_answers_are_those_of_its_whole_history(
     full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vlm_sft.inference import VlmRun
+    from vlm_sft.inference.loaded_model import VlmRun
 
     asked: list[tuple[int, int]] = []
     stream = VlmRun.stream
@@ -82,7 +82,7 @@ def test_slips_are_told_and_the_talk_goes_on(
 def test_ctrl_c_stops_the_answer_and_not_the_talk(
     full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vlm_sft.inference import VlmRun
+    from vlm_sft.inference.loaded_model import VlmRun
 
     calls: list[str] = []
     stream = VlmRun.stream

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from vlm_sft import check
-from vlm_sft.assemble import load_language
-from vlm_sft.check import command
-from vlm_sft.check.verdict import Verdict
-from vlm_sft.config import load_config
+from vlm_sft.checks.verdict import Verdict
+from vlm_sft.commands import check as command
+from vlm_sft.commands.assemble import load_language
+from vlm_sft.config.schema import load_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "tiny" / "stage1.yaml")

@@ -18,10 +18,10 @@ import yaml
 from tests.model.tiny import LLAMA
 from tests.train.tiny import reset_accelerate
 from vlm_sft import check, stage1, stage2
-from vlm_sft.check.trial import memory_faults
+from vlm_sft.checks.trial_step import memory_faults
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
-from vlm_sft.ownership import own_directory
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.ownership import own_directory
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.commands import COMMANDS
+from vlm_sft.commands.registry import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,15 +30,15 @@ def test_every_command_that_the_documents_name_is_one() -> None:
         name for text in texts for name in re.findall(r"-m ((?:vlm_sft|data_tools)[\w.]+)", text)
     }
     wrong = {name.rstrip(".") for name in named} - {*COMMANDS, "vlm_sft", "data_tools"}
-    assert wrong <= {"vlm_sft.page", "vlm_sft.doctor"}  # of the test below
+    assert wrong <= {"vlm_sft.utils.html", "vlm_sft.checks.tokenizer.diagnose"}  # of the test below
     assert len(named) > 10
 
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        (["-m", "vlm_sft.page"], "vlm_sft.page"),
-        (["-mvlm_sft.doctor"], "vlm_sft.doctor"),
+        (["-m", "vlm_sft.utils.html"], "vlm_sft.utils.html"),
+        (["-mvlm_sft.doctor"], "vlm_sft.checks.tokenizer.diagnose"),
         (["-m", "vlm_sft", "--help"], "vlm_sft"),
         (["-X", "utf8", "-m", "vlm_sft.data.images"], "vlm_sft.data.images"),
         (["-m", "vlm_sft.stage_1", "c.yaml"], "vlm_sft.stage_1"),
@@ -53,7 +53,7 @@ def test_a_module_that_is_no_command_says_so(arguments: list[str], name: str) ->
 
 
 def test_a_program_that_imports_the_package_runs(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text("import vlm_sft.page, data_tools\nprint('ran')\n")
+    (tmp_path / "program.py").write_text("import vlm_sft.utils.html, data_tools\nprint('ran')\n")
     for arguments in (["-m", "program"], ["program.py"], ["-c", "import program"]):
         done = subprocess.run(
             [sys.executable, *arguments],
@@ -88,8 +88,8 @@ runpy.run_module({command!r}, run_name="__main__", alter_sys=False)
     ("command", "during"),
     [
         ("vlm_sft.stage1", "argparse"),
-        ("vlm_sft.stage1", "vlm_sft.error_codes"),
-        ("vlm_sft.chat", "vlm_sft.command_line"),
+        ("vlm_sft.stage1", "vlm_sft.errors.codes"),
+        ("vlm_sft.chat", "vlm_sft.commands.parser"),
         ("data_tools.make_scenes", "numpy"),
         ("data_tools.instruct", "vlm_sft.errors"),
     ],

@@ -9,11 +9,11 @@ from pydantic import BaseModel
 
 from data_tools.instruct.config import InstructConfig
 from data_tools.mixing.config import MixConfig
-from vlm_sft import settings
-from vlm_sft.config import RunConfig, dump_config, load_config, parse_config
+from vlm_sft.config import loading as settings
+from vlm_sft.config.loading import Section
+from vlm_sft.config.schema import RunConfig, dump_config, load_config, parse_config
+from vlm_sft.config.yaml_text import YamlError, parse_yaml
 from vlm_sft.errors import ConfigError
-from vlm_sft.settings import Section
-from vlm_sft.yaml_text import YamlError, parse_yaml
 
 SMALLEST = """\
 output_dir: runs/x

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny_runs import ROOT, run
 from vlm_sft import check
-from vlm_sft.config import RunConfig, load_config
+from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.deepspeed_config import ZeroRequest, read_deepspeed
 from vlm_sft.errors import ConfigError
 

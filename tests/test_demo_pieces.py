@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError
+from vlm_sft.utils.atomic_files import write_json
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "demo_pieces.py"
 

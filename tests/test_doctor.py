@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.tokenizers_for_tests import load, missing, sentencepiece_tokenizer
 from vlm_sft import check
-from vlm_sft.config import LanguageModelConfig
-from vlm_sft.constants import IGNORE_INDEX
+from vlm_sft.checks.tokenizer.case import Case, Finding
+from vlm_sft.checks.tokenizer.diagnose import diagnose, fitted, read_generation_config, summary
+from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.masking import Rendered, Renderer
-from vlm_sft.data.tokenizer import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
-from vlm_sft.diagnosis.case import Case, Finding
-from vlm_sft.doctor import diagnose, fitted, read_generation_config, summary
+from vlm_sft.data.text_encoder import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
+from vlm_sft.data.tokenize import Rendered, Renderer
 from vlm_sft.errors import UserError
+from vlm_sft.utils.constants import IGNORE_INDEX
 
 ROOT = Path(__file__).parent.parent
 CHATML = BYTE_TOKENIZER_CHAT_TEMPLATE

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vlm_sft import errors
-from vlm_sft.error_codes import ALL, CODE_OF_FACT, CODES, FAMILIES
 from vlm_sft.errors import UserError
+from vlm_sft.errors.codes import ALL, CODE_OF_FACT, CODES, FAMILIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,8 +128,8 @@ def test_every_fact_of_a_manifest_that_can_differ_has_a_code() -> None:
 
 def test_the_page_is_what_the_module_prints() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft.error_codes"], capture_output=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "vlm_sft.errors.codes"], capture_output=True, cwd=ROOT, check=True
     )
     page = (ROOT / "docs" / "errors.md").read_bytes()
-    assert done.stdout == page, "run: python -m vlm_sft.error_codes > docs/errors.md"
+    assert done.stdout == page, "run: python -m vlm_sft.errors.codes > docs/errors.md"
     assert done.stderr == b""

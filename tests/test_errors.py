@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from vlm_sft.data.tokenizer import Unspellable
+from vlm_sft.data.text_encoder import Unspellable
 from vlm_sft.errors import (
     CheckpointError,
     ConfigError,

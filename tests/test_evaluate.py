@@ -9,9 +9,9 @@ import pytest
 
 from tests.train.tiny import reset_accelerate
 from vlm_sft import evaluate, stage1
-from vlm_sft.atomic import write_json
+from vlm_sft.commands.evaluate import one_sided
 from vlm_sft.errors import run_command
-from vlm_sft.evaluate.command import one_sided
+from vlm_sft.utils.atomic_files import write_json
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "configs" / "tiny" / "data"

@@ -10,7 +10,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_sft.errors import run_command
 from vlm_sft.export.__main__ import main
-from vlm_sft.inference import load_run, question
+from vlm_sft.inference.loaded_model import load_run, question
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 

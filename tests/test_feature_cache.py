@@ -15,13 +15,13 @@ from PIL import Image
 
 from tests.rounding import assert_near, rounding, terms_of, terms_of_a_run
 from tests.tiny_runs import TINY, rows, run
-from vlm_sft import feature_cache
 from vlm_sft.data.feature_store import FeatureStore, disk_use, is_feature_cache, remove_stale
 from vlm_sft.data.images import read_pixels
 from vlm_sft.errors import UserError
-from vlm_sft.feature_cache import Worth
-from vlm_sft.inference import load_run
-from vlm_sft.ownership import MARKER
+from vlm_sft.inference.loaded_model import load_run
+from vlm_sft.train import feature_cache
+from vlm_sft.train.feature_cache import Worth
+from vlm_sft.utils.ownership import MARKER
 
 SHAPE = (9, 32)
 DIGEST, OTHER = bytes(range(32)), bytes(32)

@@ -16,14 +16,15 @@ from torch import nn
 
 from data_tools.instruct.answers import AnswerWriter, Claims
 from data_tools.instruct.appending import SharedLog
-from vlm_sft import atomic, filesystem
+from vlm_sft.checkpoint import store as checkpoint
+from vlm_sft.checkpoint.run_dir import locked
+from vlm_sft.checkpoint.store import CheckpointStore, load_tensors, save_tensors, tensor_component
 from vlm_sft.data.spool import Spool
 from vlm_sft.errors import UserError
 from vlm_sft.export import hf_llava
-from vlm_sft.run_folder import locked
-from vlm_sft.train import checkpoint
-from vlm_sft.train.checkpoint import CheckpointStore, load_tensors, save_tensors, tensor_component
 from vlm_sft.train.preflight import rehearse_saving
+from vlm_sft.utils import atomic_files as atomic
+from vlm_sft.utils import filesystem
 
 NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO]
 
@@ -254,9 +255,9 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # EFBIG stands for a fu
 here = Path(sys.argv[1])
 from vlm_sft import atomic
 from vlm_sft.data.spool import Spool
-from vlm_sft.filesystem import naming
-from vlm_sft.data.tokenizer import byte_tokenizer
-from vlm_sft.train.checkpoint import save_tensors
+from vlm_sft.utils.filesystem import naming
+from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.checkpoint.store import save_tensors
 from vlm_sft.train.metrics import MetricsFile
 from data_tools.instruct.appending import SharedLog
 spool = Spool()

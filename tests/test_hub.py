@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from vlm_sft.config import LanguageModelConfig
-from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.config.schema import LanguageModelConfig
+from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
-from vlm_sft.hub import settle_hub
+from vlm_sft.utils.hub import settle_hub
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.errors import ImageError
-from vlm_sft.image_paths import current_directory_hint, image_path, nearest_existing
+from vlm_sft.utils.image_paths import current_directory_hint, image_path, nearest_existing
 
 
 def refused(root: Path, name: str, **settings: bool) -> str:

@@ -13,17 +13,17 @@ from PIL import Image
 
 from tests.conftest import trained
 from tests.tiny_runs import run as start
-from vlm_sft.bases import parse_bases
-from vlm_sft.config import load_config
-from vlm_sft.constants import IMAGE_TOKEN_ID
+from vlm_sft.checkpoint.base_models import parse_bases
+from vlm_sft.checkpoint.components import read_adapter
+from vlm_sft.checkpoint.store import _sealed, load_tensors
+from vlm_sft.config.schema import load_config
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.errors import CheckpointError, ImageError, RecordError, UserError
-from vlm_sft.inference import VlmRun, load_run, question
+from vlm_sft.inference.loaded_model import VlmRun, load_run, question
 from vlm_sft.model.build import build_model
 from vlm_sft.model.hashing import named_state
 from vlm_sft.model.vlm import causal_lm
-from vlm_sft.parts_on_disk import read_adapter
-from vlm_sft.train.checkpoint import _sealed, load_tensors
+from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "configs" / "tiny" / "data" / "images"
@@ -107,7 +107,7 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_read(
 def test_another_base_than_the_trained_one_is_refused(
     lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlm_sft import inference
+    from vlm_sft.inference import loaded_model as inference
 
     def other_seed(*args: object, **keys: object) -> object:
         return build_model(*args, **{**keys, "seed": 7})  # type: ignore[arg-type]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.config import dump_config, load_config
+from vlm_sft.commands.inputs import read_config, require_stage1, require_stage2
+from vlm_sft.config.schema import dump_config, load_config
 from vlm_sft.errors import ConfigError, TemplateError
-from vlm_sft.inputs import read_config, require_stage1, require_stage2
 
 TINY = Path(__file__).parents[1] / "configs/tiny"
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_sft.config import LanguageModelConfig, VisionTowerConfig
-from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig
+from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model
-from vlm_sft.model.vision import build_vision_tower
-from vlm_sft.model_folders import require_plain_folder
+from vlm_sft.model.vision_tower import build_vision_tower
 from vlm_sft.planning.blueprint import language_model_config
+from vlm_sft.utils.model_folders import require_plain_folder
 
 ROOT = Path(__file__).parent.parent
 LLAMA = {

@@ -161,7 +161,7 @@ def test_results_are_written_again_over_themselves_and_printed_first(
         raise OSError(28, "No space left on device")
 
     capsys.readouterr()
-    monkeypatch.setattr("vlm_sft.evaluate.command.write_json", disk_is_full)
+    monkeypatch.setattr("vlm_sft.commands.evaluate.write_json", disk_is_full)
     with pytest.raises(OSError, match="No space"):
         evaluate.main([*argv, *quick])
     assert "probes" in capsys.readouterr().out

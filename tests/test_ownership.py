@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from vlm_sft.atomic import write_json, write_text
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import (
+from vlm_sft.utils.atomic_files import write_json, write_text
+from vlm_sft.utils.ownership import (
     MADE_BY,
     MARKER,
     TRAINING_RUN,

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from vlm_sft.progress import format_seconds, track
+from vlm_sft.utils.progress import format_seconds, track
 
 
 class Clock:

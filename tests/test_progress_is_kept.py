@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 
 from tests.tiny_runs import ROOT, rows, run
+from vlm_sft.checkpoint.jsonl import read_rows
+from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.errors import RecordError
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train import loop
-from vlm_sft.train.checkpoint import CheckpointStore
+from vlm_sft.train import trainer as loop
 from vlm_sft.train.metrics import MetricsFile
-from vlm_sft.train.rows import read_rows
 
 DATA = ROOT / "configs" / "tiny" / "data"
 OFTEN = ["train.eval_every_steps=2", "train.eval_samples=2"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.errors import UserError
-from vlm_sft.reading import (
+from vlm_sft.utils.reading import (
     StrictJsonError,
     open_regular,
     parse_json,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlm_sft.checkpoint.run_dir import WRITTEN
 from vlm_sft.errors import UserError
 from vlm_sft.report import DemoReport, ShownPicture, main, write_demo_report, write_run_report
-from vlm_sft.run_folder import WRITTEN
 
 INTERVAL = {"estimate": 0.91, "low": 0.88, "high": 0.94}
 

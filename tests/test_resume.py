@@ -16,10 +16,10 @@ import torch
 from tests.rounding import rounding, terms_of_a_run
 from tests.tiny_runs import ROOT, TINY, rows, run
 from tests.train.tiny import reset_accelerate
-from vlm_sft import stage
+from vlm_sft.checkpoint.run_dir import locked
+from vlm_sft.checkpoint.store import CheckpointStore, load_tensors, verify
+from vlm_sft.commands import train as stage
 from vlm_sft.errors import CheckpointError, ConfigError, UserError
-from vlm_sft.run_folder import locked
-from vlm_sft.train.checkpoint import CheckpointStore, load_tensors, verify
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +267,7 @@ def test_time_passing_saves_too(tmp_path: Path) -> None:
 def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
     background: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlm_sft.train import checkpoint
+    from vlm_sft.checkpoint import store as checkpoint
 
     write = checkpoint.write_folder
     written: list[Path] = []

@@ -8,11 +8,7 @@ import pytest
 
 from tests.tiny_runs import TINY, run
 from vlm_sft import check
-from vlm_sft.atomic import write_json
-from vlm_sft.config import RunConfig, dump_config, load_config
-from vlm_sft.errors import UserError
-from vlm_sft.ownership import MARKER, own_directory
-from vlm_sft.run_folder import (
+from vlm_sft.checkpoint.run_dir import (
     WRITTEN,
     keep_foreign_files,
     locked,
@@ -20,7 +16,11 @@ from vlm_sft.run_folder import (
     require_unlocked,
     settle_config,
 )
+from vlm_sft.config.schema import RunConfig, dump_config, load_config
+from vlm_sft.errors import UserError
 from vlm_sft.train.metrics import MetricsFile
+from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.ownership import MARKER, own_directory
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 

@@ -16,15 +16,15 @@ from PIL import Image
 
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft import show
-from vlm_sft.config import DataConfig, DataFile, load_config
-from vlm_sft.data.admission import Admission
+from vlm_sft.config.schema import DataConfig, DataFile, load_config
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.formats import read_records
+from vlm_sft.data.filtering import Admission
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.tokens import spell

@@ -19,13 +19,13 @@ from tests.rounding import rounding, terms_of_a_run
 from tests.tiny_runs import FAST, ROOT, TINY, rows, run
 from tests.train.tiny import reset_accelerate
 from vlm_sft import check, stage1, stage2
-from vlm_sft.config import load_config
+from vlm_sft.checkpoint.components import unused_parts
+from vlm_sft.checkpoint.store import read_manifest, verify
+from vlm_sft.commands.train import farewell
+from vlm_sft.config.schema import load_config
 from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError, run_command
-from vlm_sft.ownership import own_directory
-from vlm_sft.parts_on_disk import unused_parts
-from vlm_sft.stage import farewell
-from vlm_sft.train.checkpoint import read_manifest, verify
-from vlm_sft.train.loop import Outcome
+from vlm_sft.train.trainer import Outcome
+from vlm_sft.utils.ownership import own_directory
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.command_line import NOISE, heavy_imports, silence_known_noise
+from vlm_sft.commands.parser import NOISE, heavy_imports, silence_known_noise
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/tiny/stage1.yaml"
@@ -28,7 +28,7 @@ COMMANDS = [
     "vlm_sft.chat",
     "vlm_sft.evaluate",
     "vlm_sft.export",
-    "vlm_sft.error_codes",
+    "vlm_sft.errors.codes",
     "data_tools.build_coco",
     "data_tools.make_scenes",
     "data_tools.mix",
@@ -129,7 +129,7 @@ def test_ctrl_c_during_heavy_imports_is_one_line() -> None:
         "import os, signal\n"
         # A process that was started in the background ignores the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from vlm_sft.command_line import heavy_imports\n"
+        "from vlm_sft.commands.parser import heavy_imports\n"
         "with heavy_imports():\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
@@ -142,7 +142,7 @@ def test_ctrl_c_during_heavy_imports_is_one_line() -> None:
 
 
 def test_ctrl_c_works_as_before_after_heavy_imports() -> None:
-    from vlm_sft.command_line import heavy_imports
+    from vlm_sft.commands.parser import heavy_imports
 
     before = signal.getsignal(signal.SIGINT)
     with heavy_imports():
@@ -154,7 +154,7 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     yield from parser._actions
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "vlm_sft.error_codes"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "vlm_sft.errors.codes"])
 def test_every_option_has_a_description(command: str) -> None:
     name = f"{command}.__main__" if command.split(".")[1] in ("export", "instruct") else command
     parser = importlib.import_module(name).parser()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken
 
-from vlm_sft.config import (
+from vlm_sft.config.schema import (
     DataConfig,
     DataFile,
     LanguageModelConfig,
@@ -17,18 +17,18 @@ from vlm_sft.config import (
     OptimConfig,
     VisionTowerConfig,
 )
-from vlm_sft.constants import IMAGE_TOKEN_ID
-from vlm_sft.data.collate import collate
+from vlm_sft.data.batch import collate
+from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.masking import Renderer, expand
-from vlm_sft.data.template import builtin_templates
-from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.tokenize import Renderer, expand
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.optim import build_optimizer
+from vlm_sft.train.optimizer import build_optimizer
+from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 CONFIG = ModelConfig(
     vision_tower=VisionTowerConfig(

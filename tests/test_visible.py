@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from vlm_sft.console import Console, say, say_json
 from vlm_sft.errors import ConfigError, ImageError, RecordError, UserError, error_line
-from vlm_sft.visible import MAX_SHOWN, shortened, visible, visible_line
+from vlm_sft.utils.console import Console, say, say_json
+from vlm_sft.utils.escape import MAX_SHOWN, shortened, visible, visible_line
 
 HOSTILE = "a\x1b[2J\x9b\r\x07\u202eb\u2066\u200b\U000e0041\ufeffc"
 
@@ -99,8 +99,8 @@ def test_every_text_goes_to_the_terminal_through_the_one_function() -> None:
             place = f"{file}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name != "print", f"{place}: use vlm_sft.console.say"
+                assert name != "print", f"{place}: use vlm_sft.utils.console.say"
                 assert not name.endswith(("stdout.write", "stderr.write")), place
             if isinstance(node, ast.ImportFrom) and node.module == "rich.console":
                 names = {alias.name for alias in node.names}
-                assert "Console" not in names, f"{place}: use vlm_sft.console.Console"
+                assert "Console" not in names, f"{place}: use vlm_sft.utils.console.Console"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlm_sft import check, stage1, stage2
-from vlm_sft.config import means_folder
+from vlm_sft.config.schema import means_folder
 from vlm_sft.errors import run_command
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")

@@ -1,6 +1,6 @@
 """Visual instruction tuning in LLaVA's two stages, with nothing silent."""
 
-from vlm_sft.commands import refuse_other_modules
+from vlm_sft.commands.registry import refuse_other_modules
 
 __version__ = "0.1.0"
 

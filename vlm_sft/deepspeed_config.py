@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.config import RunConfig
+from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import ConfigError, UserError
-from vlm_sft.reading import read_json
+from vlm_sft.utils.reading import read_json
 
 AUTO = "auto"
 """What transformers' files say where the trainer's own setting counts."""

@@ -13,23 +13,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vlm_sft.atomic import write_bytes, write_text
-from vlm_sft.command_line import CommandParser
-from vlm_sft.console import say
+from vlm_sft.checkpoint.jsonl import has_step, read_rows
+from vlm_sft.checkpoint.run_dir import EXPORT_OUTLOOK, WRITTEN
+from vlm_sft.commands.parser import CommandParser
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, run_command
-from vlm_sft.ownership import (
+from vlm_sft.utils.atomic_files import write_bytes, write_text
+from vlm_sft.utils.console import say
+from vlm_sft.utils.html import page, picture, section, table
+from vlm_sft.utils.ownership import (
     has_mark,
     made_by,
     refuse_in_checkpoint,
     require_output_file,
     set_aside,
 )
-from vlm_sft.page import page, picture, section, table
-from vlm_sft.progress import format_seconds
-from vlm_sft.reading import read_bytes, read_json
-from vlm_sft.run_folder import EXPORT_OUTLOOK, WRITTEN
-from vlm_sft.train.rows import has_step, read_rows
+from vlm_sft.utils.progress import format_seconds
+from vlm_sft.utils.reading import read_bytes, read_json
 
 Row = Mapping[str, Any]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vlm_sft.command_line import CommandParser, heavy_imports, training_parser
+from vlm_sft.commands.parser import CommandParser, heavy_imports, training_parser
 from vlm_sft.errors import run_command
 
 ABOUT = """\
@@ -23,14 +23,14 @@ examples:
 def main(argv: Sequence[str]) -> int:
     """Run stage 1 and return the exit code."""
     arguments = parser().read(argv)
-    from vlm_sft.changes import require_changeable
-    from vlm_sft.inputs import read_config, require_stage1
+    from vlm_sft.commands.inputs import read_config, require_stage1
+    from vlm_sft.config.resume import require_changeable
 
     config = read_config(arguments.config, arguments.overrides)
     require_stage1(config)
     require_changeable(config, arguments.allow_change)
     with heavy_imports():
-        from vlm_sft.stage import run_stage
+        from vlm_sft.commands.train import run_stage
     allowed = arguments.allow_change
     return run_stage(config, stage="stage1", trainable={"projector"}, allowed=allowed)
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from vlm_sft.command_line import CommandParser
+from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError, run_command
 
 EXAMPLES = """examples:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         options.remove(OVERWRITE)
     from data_tools.instruct.config import InstructConfig
     from data_tools.instruct.folder import own_for
-    from vlm_sft import settings
+    from vlm_sft.config import loading as settings
 
     config = settings.load(InstructConfig, arguments.config, overrides)
     # `plan` indexes by itself: to begin with `index` would read and tell everything twice.
@@ -69,7 +69,7 @@ def _repeat_refused(output_dir: Path) -> None:
     """Print again at the end how many images the guard refused; the plan's lines are far above."""
     from data_tools.instruct.folder import RunFolder
     from data_tools.instruct.planning import refused_line
-    from vlm_sft.console import say
+    from vlm_sft.utils.console import say
 
     if (line := refused_line(RunFolder(output_dir))) is not None:
         say(line, file=sys.stdout)

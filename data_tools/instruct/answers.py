@@ -28,7 +28,7 @@ from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.schema import Answer
 from vlm_sft.errors import UserError
-from vlm_sft.filesystem import lock, sync, sync_folder
+from vlm_sft.utils.filesystem import lock, sync, sync_folder
 
 _HEAD: Final = re.compile(rb'\{"request":"([^"\\]+)"')
 _BEGINNING: Final = b'{"request":"'

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm_sft.console import say
 from vlm_sft.errors import UserError
-from vlm_sft.filesystem import lock, sync, unlock
+from vlm_sft.utils.console import say
+from vlm_sft.utils.filesystem import lock, sync, unlock
 
 
 class SharedLog:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_tools.instruct.schema import SampleType
-from vlm_sft.settings import NonEmptyText, Section
+from vlm_sft.config.loading import NonEmptyText, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -10,10 +10,10 @@ from data_tools.instruct.options import stage_parser
 from data_tools.instruct.receipts import drawing, sample_page, terminal
 from data_tools.instruct.receipts.evidence import deciding
 from data_tools.instruct.receipts.explanation import Explanation, explain
-from vlm_sft.command_line import CommandParser
-from vlm_sft.console import say
+from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import write_result
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import write_result
 
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
         _write(arguments.html, page, config, found, arguments.overwrite)
         say(f"{arguments.html}: the sample as a page", file=sys.stdout)
     if not arguments.png and not arguments.html:
-        from vlm_sft.console import Console
+        from vlm_sft.utils.console import Console
 
         terminal.show(Console(highlight=False), found, whole_prompt=arguments.prompt)
 

@@ -17,11 +17,11 @@ from data_tools.instruct.lines import read_lines
 from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
 from data_tools.records import IMAGE_LINE, IMAGE_MARK
-from vlm_sft.console import say
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import owned_open, remove_owned, write_owned_json
-from vlm_sft.progress import track
-from vlm_sft.reading import read_json
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import owned_open, remove_owned, write_owned_json
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import read_json
 
 FILES: Final = {"llava": "llava.json", "messages": "messages.jsonl", "parquet": "train.parquet"}
 RECEIPTS: Final = "receipts.jsonl"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from data_tools.instruct.config import InstructConfig
-from vlm_sft import settings
+from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import (
+from vlm_sft.utils.ownership import (
     foreign_entries,
     own_output,
     read_marker,

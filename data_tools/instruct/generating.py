@@ -31,9 +31,9 @@ from data_tools.instruct.teachers import Teacher
 from data_tools.instruct.teachers.making import make_teacher
 from data_tools.instruct.teachers.spending import LimitReached, Spending
 from data_tools.instruct.teachers.stopping import Stopped, Stopping
-from vlm_sft.command_line import CommandParser
-from vlm_sft.console import say
+from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError
+from vlm_sft.utils.console import say
 
 if TYPE_CHECKING:
     from data_tools.instruct.teachers.batch import BatchTeacher

@@ -16,7 +16,7 @@ from data_tools.coco import Picture
 from data_tools.instruct.config import GuardConfig
 from data_tools.json_lists import read_lists
 from vlm_sft.errors import UserError
-from vlm_sft.reading import StrictJsonError, open_regular, parse_json, read_text
+from vlm_sft.utils.reading import StrictJsonError, open_regular, parse_json, read_text
 
 KNOWN: Final[Mapping[str, str | None]] = {
     "pope": "val2014",

@@ -12,8 +12,8 @@ from data_tools.instruct.schema import Cost, Kind, Sample, SampleType, Shown, Tu
 from data_tools.instruct.verification import Policy, check_sample, reasons
 from data_tools.records import IMAGE_MARK
 from vlm_sft.errors import UserError
-from vlm_sft.progress import track
-from vlm_sft.reading import open_regular
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import open_regular
 
 LONG_ANSWER: Final = 60
 """A single answer of so many words, not to a request for a description, counts as reasoning."""

@@ -16,11 +16,11 @@ from data_tools.image_check import usable_pictures
 from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.options import stage_parser
-from vlm_sft.console import say
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import owned_open, write_owned_json
-from vlm_sft.progress import track
-from vlm_sft.reading import open_regular, read_json
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import owned_open, write_owned_json
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import open_regular, read_json
 
 FORMAT: Final = 2
 """Raised when this module would write other files from the same annotations."""

@@ -1,6 +1,6 @@
 """Options of the stages."""
 
-from vlm_sft.command_line import CommandParser
+from vlm_sft.commands.parser import CommandParser
 
 
 def stage_parser(stage: str, about: str | None) -> CommandParser:

@@ -19,13 +19,13 @@ from data_tools.instruct.options import stage_parser
 from data_tools.instruct.prompting import TYPES, closing, digest, make_templates, messages
 from data_tools.instruct.schema import Request, SampleType
 from data_tools.instruct.tokens import estimate_tokens
-from vlm_sft import settings
-from vlm_sft.command_line import whole_number
-from vlm_sft.console import say
+from vlm_sft.commands.parser import whole_number
+from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import write_owned, write_owned_json
-from vlm_sft.progress import track
-from vlm_sft.reading import read_json
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import write_owned, write_owned_json
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import read_json
 
 MESSAGE_TOKENS: Final = 4
 """What a chat template adds around a message."""

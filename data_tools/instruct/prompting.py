@@ -23,7 +23,7 @@ from data_tools.instruct.schema import (
     answer_form,
 )
 from vlm_sft.errors import UserError
-from vlm_sft.reading import read_text
+from vlm_sft.utils.reading import read_text
 
 TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
 

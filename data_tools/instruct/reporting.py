@@ -16,11 +16,11 @@ from data_tools.instruct.receipts.journeys import journeys
 from data_tools.instruct.receipts.meanings import meanings
 from data_tools.instruct.receipts.page import Report
 from data_tools.instruct.receipts.plots import plots
-from vlm_sft.console import say
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import OwnedFiles, remove_owned, write_owned
-from vlm_sft.progress import track
-from vlm_sft.reading import read_json
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import OwnedFiles, remove_owned, write_owned
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import read_json
 
 _RECEIPTS: Final = ("index.json", "plan.json", "export/export.json")
 """What stages write about their results, below the run's folder."""

@@ -10,8 +10,8 @@ from typing import Final
 
 from data_tools.instruct.schema import Answer
 from data_tools.instruct.teachers.spending import Spending
-from vlm_sft.console import say
-from vlm_sft.progress import LINE_SECONDS, format_seconds
+from vlm_sft.utils.console import say
+from vlm_sft.utils.progress import LINE_SECONDS, format_seconds
 
 _REDRAW_SECONDS: Final = 0.5
 
@@ -108,7 +108,7 @@ async def _lines(standing: Standing) -> None:
 async def _bar(standing: Standing) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from vlm_sft.console import Console
+    from vlm_sft.utils.console import Console
 
     bar = Progress(
         TextColumn("generating"),

@@ -23,10 +23,10 @@ from data_tools.instruct.parsing import read_turns
 from data_tools.instruct.planning import read_requests
 from data_tools.instruct.schema import Answer, Check, Cost, PictureSource, Request, Sample
 from data_tools.instruct.verification import Policy, check_sample, reasons
-from vlm_sft.console import Console
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import owned_open, refuse_input, write_owned_json
-from vlm_sft.progress import track
+from vlm_sft.utils.console import Console
+from vlm_sft.utils.ownership import owned_open, refuse_input, write_owned_json
+from vlm_sft.utils.progress import track
 
 TOOL: Final = f"vlm_sft/{vlm_sft.__version__}"
 EXAMPLES: Final = 5

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.instruct.cleaning.texts import digest
 from vlm_sft.errors import UserError
-from vlm_sft.reading import open_regular
+from vlm_sft.utils.reading import open_regular
 
 
 class Receipts:

@@ -17,12 +17,12 @@ from data_tools.mixing.config import MixConfig, SourceConfig
 from data_tools.mixing.guard import coco_id, guarded_ids
 from data_tools.mixing.quotas import Available, Quota
 from data_tools.mixing.receipts import Receipts
-from vlm_sft.config import DataFile
+from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation, TextPart
-from vlm_sft.data.formats import open_records
+from vlm_sft.data.record_formats import open_records
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.image_paths import current_directory_hint, nearest_existing
-from vlm_sft.progress import track
+from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
+from vlm_sft.utils.progress import track
 
 LEFT_OUT: Final = ("bad record", "picture missing", "evaluation picture", "repeats an earlier one")
 """Why a record is not available; a state above 0 is a place in this list, counted from 1."""

@@ -15,7 +15,7 @@ from data_tools.mixing.config import MixConfig
 from data_tools.mixing.scan import Source, conversations, data_file
 from vlm_sft.data.conversation import Conversation, ImageSource, TextPart, Turn
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.progress import track
+from vlm_sft.utils.progress import track
 
 _KINDS: Final = {
     b"\xff\xd8": "jpeg",

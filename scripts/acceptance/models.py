@@ -14,16 +14,16 @@ from bench_rows import Row, make_captions, make_rows
 from bench_sizes import NUM_IMAGE_TOKENS, SIZES, Size
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlm_sft.config import LoraConfig, RunConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.projector import build_projector
-from vlm_sft.model.quantize import quantize
-from vlm_sft.model.vision import build_vision_tower
+from vlm_sft.model.quantization import quantize
+from vlm_sft.model.vision_tower import build_vision_tower
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.estimate import TRAINABLE, Method
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 SEED = 42
 TOKENS_A_WORD = 1.33

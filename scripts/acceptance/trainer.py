@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from acceptance.models import Records
-from vlm_sft.config import RunConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.config.schema import RunConfig
 from vlm_sft.planning.estimate import Method
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 IMAGE_ID = 2
 """A token that no row holds stands for the image."""

@@ -16,7 +16,7 @@ import pytest
 
 from tests.tokenizers_for_tests import load
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.masking import Rendered, Renderer
+from vlm_sft.data.tokenize import Rendered, Renderer
 from vlm_sft.errors import RecordError
 
 MASKED = -100

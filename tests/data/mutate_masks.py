@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tests.mutation import Mutant, copied_sources, killer
-from vlm_sft.progress import track
+from vlm_sft.utils.progress import track
 
 DATA = "vlm_sft/data/"
 TESTS = (

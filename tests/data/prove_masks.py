@@ -24,7 +24,7 @@ from tests.data.conversations_for_tests import conversations
 from tests.data.mask_oracle import MAIN_PAIRS, OTHER_PAIRS, Pair, check
 from tests.tokenizers_for_tests import missing
 from vlm_sft.data.conversation import Conversation, TextPart
-from vlm_sft.progress import format_seconds, track
+from vlm_sft.utils.progress import format_seconds, track
 
 STEP = 250
 """Conversations between two signs of life."""

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from vlm_sft.data.collate import collate
+from vlm_sft.data.batch import collate
 from vlm_sft.data.dataset import Example
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
 def example(name: str, ids: list[int], labels: list[int], pictures: int = 0) -> Example:

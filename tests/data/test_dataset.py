@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vlm_sft.config import DataConfig, DataFile, LanguageModelConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.masking import Renderer
 from vlm_sft.data.spool import Spool
-from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.data.text_encoder import load_tokenizer
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 SPEC = ImageSpec(size=14, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 TOKENS = 4

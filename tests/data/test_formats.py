@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_sft.config import DataFile
-from vlm_sft.data import files
+from vlm_sft.config.schema import DataFile
+from vlm_sft.data import record_files as files
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.files import RawRecord
-from vlm_sft.data.formats import open_records, parse_record, read_records
+from vlm_sft.data.record_files import RawRecord
+from vlm_sft.data.record_formats import open_records, parse_record, read_records
 from vlm_sft.errors import RecordError, UserError
 
 

@@ -11,12 +11,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from vlm_sft.config import DataFile
-from vlm_sft.data import files, images
+from vlm_sft.config.schema import DataFile
+from vlm_sft.data import images
+from vlm_sft.data import record_files as files
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.files import RawRecord
-from vlm_sft.data.formats import open_records, parse_record, read_records
 from vlm_sft.data.images import open_image
+from vlm_sft.data.record_files import RawRecord
+from vlm_sft.data.record_formats import open_records, parse_record, read_records
 from vlm_sft.errors import ImageError, RecordError, UserError, error_line
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]

@@ -26,11 +26,11 @@ from tests.data.mask_oracle import (
     supervised_runs,
 )
 from tests.tokenizers_for_tests import load, missing
-from vlm_sft.data.collate import collate
+from vlm_sft.data.batch import collate
+from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.masking import expand
-from vlm_sft.data.template import builtin_templates
+from vlm_sft.data.tokenize import expand
 from vlm_sft.errors import RecordError
 
 LONG = os.environ.get("VLM_SFT_LONG") == "1"

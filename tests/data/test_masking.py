@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tokenizers_for_tests import bpe_tokenizer, sentencepiece_tokenizer
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
-from vlm_sft.data.masking import Rendered, Renderer
-from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.tokenize import Rendered, Renderer
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 TOKENIZERS = {
     "bytes": byte_tokenizer(),

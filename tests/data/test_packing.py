@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.packing import (
     Group,
@@ -18,7 +17,8 @@ from vlm_sft.data.packing import (
     packing_figures,
     plan_packs,
 )
-from vlm_sft.data.sampling import StepSampler, group_by_prefix
+from vlm_sft.data.sampler import StepSampler, group_by_prefix
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
 @dataclass

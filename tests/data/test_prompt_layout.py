@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from tests.data.mask_oracle import MAIN_PAIRS, OTHER_PAIRS, PICTURE, Pair
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.files import RawRecord
-from vlm_sft.data.formats import Form, parse_record
-from vlm_sft.data.layout import LayoutCheck, separated_parts
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.tokenizer import exported_tokenizer
+from vlm_sft.data.image_separator import LayoutCheck, separated_parts
+from vlm_sft.data.record_files import RawRecord
+from vlm_sft.data.record_formats import Form, parse_record
+from vlm_sft.data.text_encoder import exported_tokenizer
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import RecordError, TemplateError
-from vlm_sft.inference import question
+from vlm_sft.inference.loaded_model import question
 
 IMAGE = None
 """An image among the items of a turn; everything else is text."""

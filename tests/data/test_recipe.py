@@ -5,11 +5,11 @@ import functools
 import pytest
 
 from tests.tokenizers_for_tests import sentencepiece_tokenizer
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.recipe import FIXED, LLAVA_1_5, RECIPES, recipe_named
+from vlm_sft.data.llava_quirks import FIXED, LLAVA_1_5, RECIPES, recipe_named
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
 def conversation(question: tuple[Part, ...], answer: str) -> Conversation:

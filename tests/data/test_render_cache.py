@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.masking import Rendered, Renderer
-from vlm_sft.data.render_cache import (
+from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.tokenize import Rendered, Renderer
+from vlm_sft.data.tokenize_cache import (
     FILE_NAME,
     CachedRenderer,
     fingerprint,
     require_render_cache,
 )
-from vlm_sft.data.tokenizer import byte_tokenizer
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.ownership import MARKER, own_directory
+from vlm_sft.utils.ownership import MARKER, own_directory
 
 RENDERER = Renderer.from_name("chatml", byte_tokenizer())
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.repeats import Repeats
+from vlm_sft.data.duplicates import Repeats
 
 
 def record(name: str, *pictures: bytes | Path, text: str = "A cat.") -> Conversation:

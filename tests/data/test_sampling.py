@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.data.sampling import StepSampler, epoch_order, group_by_length, step_indices
+from vlm_sft.data.sampler import StepSampler, epoch_order, group_by_length, step_indices
 
 ORDER_0 = [5, 7, 1, 0, 6, 3, 4, 2]
 ORDER_1 = [1, 3, 4, 0, 7, 2, 5, 6]

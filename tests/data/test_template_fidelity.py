@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from tests import chat_templates_for_tests as published
 from tests.data.mask_oracle import MAIN_PAIRS, MASKED, OTHER_PAIRS, PICTURE, Pair, renderer
 from tests.tokenizers_for_tests import load, missing
+from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.template import builtin_templates
+from vlm_sft.data.tokenize import Renderer
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "templates.md"
 

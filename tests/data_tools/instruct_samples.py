@@ -11,8 +11,8 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import write_pictures
 from data_tools.instruct.lines import read_lines, write_lines
 from data_tools.instruct.schema import Check, Cost, Kind, PictureSource, Sample, Shown, Turn
-from vlm_sft.atomic import write_json
-from vlm_sft.settings import parse
+from vlm_sft.config.loading import parse
+from vlm_sft.utils.atomic_files import write_json
 
 Talk = tuple[str, str] | tuple[str, str, Kind]
 

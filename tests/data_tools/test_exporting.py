@@ -16,11 +16,11 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.lines import write_lines
 from data_tools.instruct.schema import Sample
 from tests.data_tools.instruct_samples import run_folder, sample
-from vlm_sft.config import DataFile
+from vlm_sft.config.loading import parse
+from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.formats import read_records
+from vlm_sft.data.record_formats import read_records
 from vlm_sft.errors import UserError
-from vlm_sft.settings import parse
 
 TALK: list[Any] = [
     ("Is there a dog?", 'Yes – a "brown" one.\nIt\'s here: <image>.'),

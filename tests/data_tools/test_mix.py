@@ -14,11 +14,11 @@ from data_tools.mixing.config import CANNOT_TELL, MixConfig
 from data_tools.mixing.quotas import Available, quotas
 from data_tools.mixing.scan import content_digest
 from tests.data_tools.instruct_samples import draw
-from vlm_sft.config import DataFile
+from vlm_sft.config.loading import parse
+from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.formats import read_records
+from vlm_sft.data.record_formats import read_records
 from vlm_sft.errors import UserError
-from vlm_sft.settings import parse
 
 
 def record(number: int, *, name: str = "", answer: str = "", image: bool = True) -> dict[str, Any]:

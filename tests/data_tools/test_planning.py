@@ -12,7 +12,7 @@ from data_tools.instruct.prompting import make_templates, messages
 from data_tools.instruct.schema import Request
 from data_tools.instruct.tokens import estimate_tokens
 from tests.data_tools.coco_files import write_coco
-from vlm_sft import settings
+from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 
 DOG = ("dog", [10, 10, 40, 30], 0)

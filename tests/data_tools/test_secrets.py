@@ -15,7 +15,7 @@ from data_tools.instruct.__main__ import main as instruct
 from data_tools.instruct.teachers.secrets import REMOVED, Remover
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import Act, Handler, Received, served
-from vlm_sft import settings
+from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 
 KEY = "sk-canary-0123456789_do/not+show"

@@ -25,7 +25,7 @@ from data_tools.instruct.verification import Policy
 from data_tools.instruct.verifying import make_sample
 from tests.data_tools.asked import picture, planned, request_of
 from tests.data_tools.teacher_server import Act, Received, drop, fail, say, send, served
-from vlm_sft import settings
+from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

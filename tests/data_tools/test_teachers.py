@@ -24,7 +24,7 @@ from data_tools.instruct.teachers.stopping import Stopping
 from data_tools.instruct.teachers.wire import printable, strict
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import Act, Received, after, fail, say, served
-from vlm_sft import settings
+from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 
 GOOD = json.dumps({"answer": "There are two dogs.", "evidence": ["b1", "b2"]})

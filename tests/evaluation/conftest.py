@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vlm_sft.config import LoraConfig, parse_config
-from vlm_sft.data.masking import Renderer
-from vlm_sft.data.tokenizer import byte_tokenizer
-from vlm_sft.inference import VlmRun
+from vlm_sft.config.schema import LoraConfig, parse_config
+from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.tokenize import Renderer
+from vlm_sft.inference.loaded_model import VlmRun
 from vlm_sft.model.build import build_model
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.rounding import rounding, terms_of
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.masking import expand
+from vlm_sft.data.tokenize import expand
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.captions import (
     CaptionLoss,
@@ -16,7 +16,7 @@ from vlm_sft.evaluation.captions import (
     other_pictures,
     summarize_captions,
 )
-from vlm_sft.inference import VlmRun
+from vlm_sft.inference.loaded_model import VlmRun
 
 
 def test_losses_are_taken_a_token_and_differences_within_a_record() -> None:

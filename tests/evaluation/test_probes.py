@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.rounding import rounding, terms_of
-from vlm_sft.atomic import write_json
-from vlm_sft.data.masking import Renderer
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.probes import (
     Probe,
@@ -28,7 +27,8 @@ from vlm_sft.evaluation.probes import (
     summarize,
     tasks_of,
 )
-from vlm_sft.inference import VlmRun, question
+from vlm_sft.inference.loaded_model import VlmRun, question
+from vlm_sft.utils.atomic_files import write_json
 
 
 def probe(text: str, image: str = "a.png", answer: str = "yes") -> Probe:

@@ -13,16 +13,16 @@ from transformers import (
 )
 
 from tests.model.tiny import CLIP, GEMMA2, LLAMA, OPEN_CLIP, VIT, pictures, rows, tiny_model
-from vlm_sft.config import LoraConfig
-from vlm_sft.constants import IMAGE_TOKEN_ID
+from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.images import to_pixels
-from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
 from vlm_sft.export.verify import Reloaded, reload_here, reload_in_new_process
 from vlm_sft.model.hashing import named_state, tensors_digest
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 SIGLIP: dict[str, Any] = {
     "library": "transformers",

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests.model.tiny import CLIP, COHERE, GEMMA2, GRANITE, LLAMA, VIT, tiny_model
-from vlm_sft.config import LoraConfig
-from vlm_sft.data.tokenizer import byte_tokenizer
+from vlm_sft.commands.train import note_export_obstacles
+from vlm_sft.config.schema import LoraConfig
+from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.obstacles import export_consumers, export_obstacles
 from vlm_sft.export.verify import reload_here
 from vlm_sft.report import write_run_report
-from vlm_sft.stage import note_export_obstacles
 
 GPT2 = {
     "model_type": "gpt2",

@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.rounding import BACKWARD, assert_near, rounding, terms_of
-from vlm_sft.constants import Segment
 from vlm_sft.errors import UserError
-from vlm_sft.model import attention
-from vlm_sft.model.attention import (
+from vlm_sft.model import packed_attention as attention
+from vlm_sft.model.packed_attention import (
     PackLayout,
     choose_backend,
     install_packed_attention,
     packed_attention,
 )
+from vlm_sft.utils.constants import Segment
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},

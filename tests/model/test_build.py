@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.model.tiny import CLIP, LLAMA, model_config, tiny_model
 from tests.rounding import assert_near
-from vlm_sft.config import LanguageModelConfig, LoraConfig
+from vlm_sft.config.schema import LanguageModelConfig, LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model, choose_attention
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_sft.config import LanguageModelConfig
+from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.model.tiny import LLAMA, pictures, rows, tiny_model
 from tests.tiny_runs import run
-from vlm_sft.config import LoraConfig
+from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import ConfigError
 from vlm_sft.model import fp8
 from vlm_sft.model.fp8 import fp8_layers, require_fp8, use_fp8

@@ -3,7 +3,7 @@ import torch
 
 from tests.model.tiny import pictures, rows, sums_of, tiny_model
 from tests.rounding import assert_near
-from vlm_sft.config import LoraConfig
+from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.hashing import named_state, tensors_digest
 from vlm_sft.model.lora import merged_language_model, target_paths

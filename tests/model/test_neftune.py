@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.model.tiny import pictures, rows, sums_of, tiny_model
 from tests.rounding import assert_near
-from vlm_sft.model.attention import PackLayout
 from vlm_sft.model.neftune import add_noise, text_lengths
+from vlm_sft.model.packed_attention import PackLayout
 from vlm_sft.model.vlm import VlmOutput
 
 WIDTH = 32

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.model.tiny import LLAMA, pictures, rows, sums_of, tiny_model
 from tests.rounding import BACKWARD, assert_near
-from vlm_sft.config import LanguageModelConfig, LoraConfig
+from vlm_sft.config.schema import LanguageModelConfig, LoraConfig
 from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.model.activation_checkpointing import set_recomputing
 from vlm_sft.model.build import build_language_model
 from vlm_sft.model.hashing import tensors_digest
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.parts import named_parts, set_trainable
-from vlm_sft.model.quantize import (
+from vlm_sft.model.quantization import (
     is_quantized,
     linear_layers,
     num_bytes,
@@ -29,7 +30,6 @@ from vlm_sft.model.quantize import (
     require_quantization,
     unquantized_digest,
 )
-from vlm_sft.model.recompute import set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
 
 BATCH = rows([5, -1, 6, 100, 101], [7, 102])

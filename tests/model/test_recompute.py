@@ -10,11 +10,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tests.model.tiny import GEMMA2, LLAMA, pictures, rows, tiny_model
-from vlm_sft.config import LoraConfig
+from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
-from vlm_sft.model import recompute
+from vlm_sft.model import activation_checkpointing as recompute
+from vlm_sft.model.activation_checkpointing import POLICIES, Policy, set_recomputing
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.recompute import POLICIES, Policy, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.train.live_bytes import LiveBytes
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from tests.model.tiny import CLIP, LLAMA, pictures, tiny_model
-from vlm_sft.config import LoraConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from vlm_sft.data.collate import collate
+from vlm_sft.config.schema import LoraConfig
+from vlm_sft.data.batch import collate
 from vlm_sft.data.dataset import Example
+from vlm_sft.data.loader import AnyBatch
 from vlm_sft.data.packing import Group, pack
 from vlm_sft.errors import UserError
-from vlm_sft.model.attention import install_packed_attention
+from vlm_sft.model.activation_checkpointing import set_recomputing
 from vlm_sft.model.notes import model_notes
-from vlm_sft.model.recompute import set_recomputing
+from vlm_sft.model.packed_attention import install_packed_attention
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.train.batches import AnyBatch
-from vlm_sft.train.step import forward
+from vlm_sft.train.train_step import forward
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 SHARED: dict[str, Any] = {
     **LLAMA,

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.model.tiny import CLIP, LLAMA, OPEN_CLIP, tiny_model
-from vlm_sft.config import LanguageModelConfig, VisionTowerConfig
-from vlm_sft.data.files import open_record_file
-from vlm_sft.data.tokenizer import load_tokenizer
+from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig
+from vlm_sft.data.record_files import open_record_file
+from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
 from vlm_sft.model.build import build_language_model
-from vlm_sft.model.vision import build_vision_tower
+from vlm_sft.model.vision_tower import build_vision_tower
+from vlm_sft.utils.libraries import library_call
 
 GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head": 2, "vocab_size": 300}
 

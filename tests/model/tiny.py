@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tests.rounding import terms_of
-from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 VIT: dict[str, Any] = {
     "hidden_size": 32,

@@ -10,23 +10,23 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
-from vlm_sft.assemble import load_data, load_language, load_model, make_plan, picture_cost
-from vlm_sft.config import LanguageModelConfig, RunConfig, load_config
+from vlm_sft.commands.assemble import load_data, load_language, load_model, make_plan, picture_cost
+from vlm_sft.commands.plan import method_of
+from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.loader import load_steps, split
 from vlm_sft.errors import UserError
-from vlm_sft.model.quantize import _quantized
-from vlm_sft.model.recompute import Policy
+from vlm_sft.model.activation_checkpointing import Policy
+from vlm_sft.model.quantization import _quantized
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.plan import main
-from vlm_sft.plan.command import method_of
 from vlm_sft.planning.calibrate import calibrate, micro_batch_of
 from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import Estimator, Method, packed_bytes, quantised_sizes
 from vlm_sft.planning.gpus import GPUS
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Workload, plan_workload, survey
-from vlm_sft.train.batches import load_steps, split
-from vlm_sft.train.loop import Plan
+from vlm_sft.train.trainer import Plan
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 

@@ -17,10 +17,10 @@ from tests.model.tiny import (
     rows,
     tiny_model,
 )
-from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.errors import UserError
+from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.planning.blueprint import Blueprint
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.simulate import Footprint, Simulation, TowerSimulation

@@ -33,7 +33,7 @@ from tests.reliability.trouble import (
     terminations,
 )
 from vlm_sft.errors import run_command
-from vlm_sft.progress import format_seconds
+from vlm_sft.utils.progress import format_seconds
 
 PARTS = ("kills", "places", "signals", "disks", "damage", "processes")
 SETTINGS = (

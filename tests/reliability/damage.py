@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_sft.train.checkpoint import CheckpointStore
+from vlm_sft.checkpoint.store import CheckpointStore
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.reliability.lab import Ended, Lab, Running
-from vlm_sft.crash import CRASH_POINTS, VARIABLE
+from vlm_sft.utils.crash import CRASH_POINTS, VARIABLE
 
 HITS = (1, 1, 2, 3)
 """How often a run is hit: one of these, drawn at random."""

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from vlm_sft import stage1, stage2
+from vlm_sft.checkpoint.store import verify
 from vlm_sft.errors import run_command
-from vlm_sft.train.checkpoint import verify
 
 ROOT = Path(__file__).parent.parent.parent
 KINDS = ("stage1", "stage2", "stage2_lora")

@@ -28,12 +28,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tests.reliability.kills import HITS, strike
 from tests.reliability.lab import Ended, Lab, Running, forked
-from vlm_sft.assemble import load_data, load_language, load_model
-from vlm_sft.config import RunConfig, load_config
-from vlm_sft.data.collate import collate
+from vlm_sft.checkpoint.store import CheckpointStore, verify
+from vlm_sft.commands.assemble import load_data, load_language, load_model
+from vlm_sft.config.schema import RunConfig, load_config
+from vlm_sft.data.batch import collate
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.checkpoint import CheckpointStore, verify
 
 SETTINGS = (
     "train.micro_batch_size=4",

@@ -11,7 +11,7 @@ import sys
 
 from tests.mutation import Mutant, try_mutants
 
-ATTENTION, PACKING = "vlm_sft/model/attention.py", "vlm_sft/data/packing.py"
+ATTENTION, PACKING = "vlm_sft/model/packed_attention.py", "vlm_sft/data/packing.py"
 OF_ATTENTION, OF_PACKS = "tests/model/test_attention.py", "tests/data/test_packing.py"
 OF_DATA = "tests/data/test_dataset.py"
 ALONE = f"{OF_ATTENTION}::test_a_packed_record_has_the_states_and_gradients_that_it_has_alone"
@@ -210,7 +210,7 @@ MUTANTS = (
     ),
     Mutant(
         "a record stands among others' first looks at its second",
-        "vlm_sft/data/sampling.py",
+        "vlm_sft/data/sampler.py",
         "        look = looks[index] = looks.get(index, -1) + 1\n",
         "        look = looks[index] = 0\n",
         (
@@ -219,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "each record of a group brings the shared picture",
-        "vlm_sft/train/batches.py",
+        "vlm_sft/data/loader.py",
         "first_picture=1 if loaded else 0",
         "first_picture=0",
         (GRADIENT,),
@@ -268,14 +268,14 @@ MUTANTS = (
     ),
     Mutant(
         "the model is not asked whether it isolates",
-        "vlm_sft/train/isolation.py",
+        "vlm_sft/train/packing_check.py",
         "        prove_isolation(model, backend, device, TOLERANCE[precision])\n",
         "        pass\n",
         ("tests/train/test_packing.py",),
     ),
     Mutant(
         "small leaks are not looked for",
-        "vlm_sft/train/isolation.py",
+        "vlm_sft/train/packing_check.py",
         "    for number, places in enumerate(OWN):\n",
         "    for number, places in enumerate(()):\n",
         ("tests/train/test_packing.py",),

@@ -3,11 +3,11 @@
 import pytest
 
 from tests.train.tiny import example
-from vlm_sft.data.collate import collate
+from vlm_sft.data.batch import collate
+from vlm_sft.data.loader import Fault
 from vlm_sft.errors import UserError
-from vlm_sft.train.account import Account
-from vlm_sft.train.batches import Fault
 from vlm_sft.train.distributed import make_accelerator
+from vlm_sft.train.run_log import Account
 
 BROKEN = Fault(1, "image_broken", "record 'b': cut off")
 

@@ -12,15 +12,15 @@ from accelerate import Accelerator
 
 from tests.tiny_runs import run
 from tests.train.tiny import example, reset_accelerate, tiny_model
-from vlm_sft import filesystem
-from vlm_sft.data.collate import collate
-from vlm_sft.model.recompute import Policy, set_recomputing
-from vlm_sft.train import activations
-from vlm_sft.train.activations import Trial, longest_micro_batch, measure
-from vlm_sft.train.batches import Padded
-from vlm_sft.train.checkpoint import read_manifest
+from vlm_sft.checkpoint.store import read_manifest
+from vlm_sft.data.batch import collate
+from vlm_sft.data.loader import Padded
+from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.train import checkpointing_policy as activations
+from vlm_sft.train.checkpointing_policy import Trial, longest_micro_batch, measure
 from vlm_sft.train.live_bytes import LiveBytes, NoRoom
-from vlm_sft.train.step import forward
+from vlm_sft.train.train_step import forward
+from vlm_sft.utils import filesystem
 
 
 def trials_with(free: int, monkeypatch: pytest.MonkeyPatch, later: int = 0) -> tuple[Trial, ...]:

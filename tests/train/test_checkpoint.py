@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import nn
 
-from vlm_sft.errors import CheckpointError
-from vlm_sft.train import checkpoint
-from vlm_sft.train.checkpoint import (
+from vlm_sft.checkpoint import store as checkpoint
+from vlm_sft.checkpoint.optimizer import optimizer_component
+from vlm_sft.checkpoint.store import (
     CheckpointStore,
     copy_tensors,
     load_tensors,
@@ -25,7 +25,7 @@ from vlm_sft.train.checkpoint import (
     verify,
     write_checkpoint,
 )
-from vlm_sft.train.optimizer_state import optimizer_component
+from vlm_sft.errors import CheckpointError
 
 
 def store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module | None = None):  # type: ignore[no-untyped-def]
@@ -303,7 +303,7 @@ def test_a_checkpoint_is_written_by_a_package_that_runs_from_its_sources(
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("vlm_sft.libraries.version", version)
+    monkeypatch.setattr("vlm_sft.utils.libraries.version", version)
     saved = store(tmp_path, []).save({"step": 5})
     assert saved.manifest["software"]["vlm-sft"] == "not installed"
 

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from vlm_sft.errors import CheckpointError
-from vlm_sft.train import checkpoint
-from vlm_sft.train.checkpoint import (
+from vlm_sft.checkpoint import store as checkpoint
+from vlm_sft.checkpoint.async_save import Saver
+from vlm_sft.checkpoint.store import (
     CheckpointStore,
     copy_tensors,
     load_tensors,
@@ -21,7 +21,7 @@ from vlm_sft.train.checkpoint import (
     step_name,
     tensor_component,
 )
-from vlm_sft.train.saver import Saver
+from vlm_sft.errors import CheckpointError
 
 POINTS = (
     "checkpoint.captured",

@@ -12,15 +12,15 @@ from tests.model.tiny import pictures, rows, sums_of, tiny_model
 from tests.rounding import BACKWARD, assert_near, rounding, terms_of_a_run
 from tests.tiny_runs import rows as read_rows
 from tests.tiny_runs import run
-from vlm_sft.config import LoraConfig
-from vlm_sft.constants import Segment
+from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import ConfigError
-from vlm_sft.model.attention import PackLayout, install_packed_attention
+from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.packed_attention import PackLayout, install_packed_attention
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm
-from vlm_sft.train.compiled import compile_faults_told, compile_layers, eager
-from vlm_sft.train.sharding import layers_of
+from vlm_sft.train.compile import compile_faults_told, compile_layers, eager
+from vlm_sft.train.fsdp import layers_of
+from vlm_sft.utils.constants import Segment
 
 # The compiler looks at tensors in ways that torch warns of, and hides that elsewhere.
 pytestmark = [

@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny_runs import ROOT, run
 from vlm_sft.errors import ConfigError
-from vlm_sft.train import step
+from vlm_sft.train import train_step as step
 from vlm_sft.train.determinism import ENVIRONMENT, deterministic
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_sft.error_codes import CODE_OF_FACT
-from vlm_sft.errors import CheckpointError, UserError
-from vlm_sft.train.checkpoint import (
+from vlm_sft.checkpoint.async_save import Saver
+from vlm_sft.checkpoint.store import (
     Checkpoint,
     CheckpointStore,
     check_tensors,
     plain_component,
     verify,
 )
-from vlm_sft.train.saver import Saver
+from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.errors.codes import CODE_OF_FACT
 
 
 def write_weights(folder: Path) -> None:

@@ -6,8 +6,8 @@ from types import FrameType
 
 import pytest
 
+from vlm_sft.data import loader as batches
 from vlm_sft.errors import UserError
-from vlm_sft.train import batches
 
 
 class Broken(Iterator[batches._Item | UserError]):

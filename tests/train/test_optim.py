@@ -8,17 +8,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.train.tiny import tiny_model
-from vlm_sft.config import LearningRates, LoraConfig, OptimConfig
+from vlm_sft.checkpoint.optimizer import optimizer_component
+from vlm_sft.config.schema import LearningRates, LoraConfig, OptimConfig
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.parts import named_parts
-from vlm_sft.train.optim import (
+from vlm_sft.train.optimizer import (
     build_optimizer,
     gradient_norm,
     rate_factor,
     set_rates,
     state_bytes,
 )
-from vlm_sft.train.optimizer_state import optimizer_component
 
 
 def config(**changes: object) -> OptimConfig:

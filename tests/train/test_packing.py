@@ -22,21 +22,21 @@ from tests.train.tiny import (
     in_processes,
     tiny_model,
 )
-from vlm_sft.config import PackingConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.config.schema import PackingConfig
 from vlm_sft.data.dataset import Example
+from vlm_sft.data.loader import Batching, Fault, Packed, Padded, load_steps, split
 from vlm_sft.data.packing import PackedBatch
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.model.attention import PackLayout, install_packed_attention
-from vlm_sft.model.recompute import set_recomputing
+from vlm_sft.model.activation_checkpointing import set_recomputing
+from vlm_sft.model.packed_attention import PackLayout, install_packed_attention
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.train import isolation
-from vlm_sft.train.batches import Batching, Fault, Packed, Padded, load_steps, split
+from vlm_sft.train import packing_check as isolation
 from vlm_sft.train.distributed import make_accelerator
-from vlm_sft.train.isolation import prepare_packing, prove_isolation
-from vlm_sft.train.loop import evaluate
-from vlm_sft.train.sharding import shard, whole
-from vlm_sft.train.step import accumulate_gradient
+from vlm_sft.train.fsdp import shard, whole
+from vlm_sft.train.packing_check import prepare_packing, prove_isolation
+from vlm_sft.train.train_step import accumulate_gradient
+from vlm_sft.train.trainer import evaluate
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 TRAINABLE = ("projector", "language_model")
 

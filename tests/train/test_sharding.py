@@ -16,14 +16,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests.tiny_runs import run
 from tests.train.test_step import eight_records
 from tests.train.tiny import double_model, in_processes
-from vlm_sft.config import OptimConfig, load_config
-from vlm_sft.errors import CheckpointError, ConfigError
-from vlm_sft.model.parts import named_parts
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.parts_on_disk import language_model_component
-from vlm_sft.stage import settle_sharing
-from vlm_sft.train.batches import Padded, load_steps, split
-from vlm_sft.train.checkpoint import (
+from vlm_sft.checkpoint.components import language_model_component
+from vlm_sft.checkpoint.optimizer import optimizer_component
+from vlm_sft.checkpoint.shards import assemble, hold, read_pieces
+from vlm_sft.checkpoint.store import (
     CheckpointStore,
     Together,
     copy_tensors,
@@ -33,13 +29,17 @@ from vlm_sft.train.checkpoint import (
     tensor_component,
     verify,
 )
+from vlm_sft.commands.train import settle_sharing
+from vlm_sft.config.schema import OptimConfig, load_config
+from vlm_sft.data.loader import Padded, load_steps, split
+from vlm_sft.errors import CheckpointError, ConfigError
+from vlm_sft.model.parts import named_parts
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train.distributed import make_accelerator, saving_processes
-from vlm_sft.train.optim import build_optimizer, gradient_norm
-from vlm_sft.train.optimizer_state import optimizer_component
-from vlm_sft.train.pieces import assemble, hold, read_pieces
+from vlm_sft.train.fsdp import own_part, rows_of, shard, whole
+from vlm_sft.train.optimizer import build_optimizer, gradient_norm
 from vlm_sft.train.preflight import rehearse_saving
-from vlm_sft.train.sharding import own_part, rows_of, shard, whole
-from vlm_sft.train.step import accumulate_gradient
+from vlm_sft.train.train_step import accumulate_gradient
 
 STEPS = 2
 """Optimiser steps between two checkpoints."""

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 from tests.model.tiny import sums_of
 from tests.rounding import rounding
 from tests.train.tiny import Records, double_model, example, in_processes, tiny_model
-from vlm_sft.data.collate import collate
+from vlm_sft.data.batch import collate
 from vlm_sft.data.dataset import Example
+from vlm_sft.data.loader import Padded, load_steps, split
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.parts import named_parts
-from vlm_sft.train.batches import Padded, load_steps, split
 from vlm_sft.train.distributed import make_accelerator, on_main
-from vlm_sft.train.loop import evaluate
-from vlm_sft.train.optim import gradient_norm
-from vlm_sft.train.sharding import shard, whole
-from vlm_sft.train.step import (
+from vlm_sft.train.fsdp import shard, whole
+from vlm_sft.train.optimizer import gradient_norm
+from vlm_sft.train.train_step import (
     accumulate_gradient,
     forward,
     non_finite_fault,
     refuse_non_finite,
     step_seed,
 )
+from vlm_sft.train.trainer import evaluate
 
 TRAINABLE = ("projector", "language_model")
 

@@ -19,19 +19,19 @@ from tests.rounding import rounding
 from tests.tiny_runs import ROOT, run
 from tests.train.tiny import example, reset_accelerate, tiny_config, tiny_model
 from vlm_sft import check
-from vlm_sft.changes import rule_of
-from vlm_sft.config import LearningRates, LoraConfig, OptimConfig, load_config
-from vlm_sft.data.collate import collate
+from vlm_sft.checkpoint.optimizer import optimizer_component
+from vlm_sft.commands.train import settle_sharing
+from vlm_sft.config.resume import rule_of
+from vlm_sft.config.schema import LearningRates, LoraConfig, OptimConfig, load_config
+from vlm_sft.data.batch import collate
 from vlm_sft.errors import ConfigError
 from vlm_sft.export.__main__ import main as export
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.stage import settle_sharing
-from vlm_sft.train.optim import build_optimizer, gradient_norm, state_bytes
-from vlm_sft.train.optimizer_state import optimizer_component
-from vlm_sft.train.step import forward
-from vlm_sft.train.stochastic import StochasticAdamW, round_stochastically
+from vlm_sft.train.adamw_bf16 import StochasticAdamW, round_stochastically
+from vlm_sft.train.optimizer import build_optimizer, gradient_norm, state_bytes
+from vlm_sft.train.train_step import forward
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlm_sft.config import RunConfig, load_config
+from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.train.metrics import tracker_arguments, tracking_folder
 

@@ -10,12 +10,12 @@ import torch.multiprocessing
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 IMAGE_SIZE, NUM_IMAGE_TOKENS = 8, 4
 

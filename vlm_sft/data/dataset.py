@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm_sft.config import DataConfig, DataFile
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from vlm_sft.data.admission import Admission, Outcome, RecordRenderer, Rendering
+from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import (
     Conversation,
     ImagePart,
@@ -29,12 +27,14 @@ from vlm_sft.data.conversation import (
     Turn,
 )
 from vlm_sft.data.feature_store import FeatureStore
-from vlm_sft.data.formats import open_records
+from vlm_sft.data.filtering import Admission, Outcome, RecordRenderer, Rendering
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
+from vlm_sft.data.record_formats import open_records
 from vlm_sft.data.spool import Spool, SpoolRef
 from vlm_sft.errors import ImageError, RecordError, UserError
-from vlm_sft.progress import track
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.utils.progress import track
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vlm_sft.atomic import write_bytes, write_json
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import (
+from vlm_sft.utils.atomic_files import write_bytes, write_json
+from vlm_sft.utils.ownership import (
     CACHE,
     own_directory,
     require_directory,
     require_writable,
     set_aside,
 )
-from vlm_sft.reading import read_bytes, read_json
+from vlm_sft.utils.reading import read_bytes, read_json
 
 STALE_SECONDS: Final = 3600.0
 """An unfinished file of that age was left by a process that was killed."""

@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.errors import ImageError
-from vlm_sft.image_paths import nearest_existing
-from vlm_sft.reading import NotARegularFile, open_regular
+from vlm_sft.utils.image_paths import nearest_existing
+from vlm_sft.utils.reading import NotARegularFile, open_regular
 
 Aspect = Literal["pad", "crop"]
 Processing = Literal["fast", "exact"]

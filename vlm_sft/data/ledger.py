@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vlm_sft.atomic import atomic_open
 from vlm_sft.errors import RecordError
+from vlm_sft.utils.atomic_files import atomic_open
 
 Bucket = Literal["trained", "turns_dropped", "skipped", "quarantined"]
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlm_sft.constants import IGNORE_INDEX, Segment
-from vlm_sft.data.collate import Tensors
+from vlm_sft.data.batch import Tensors
 from vlm_sft.data.dataset import Example
+from vlm_sft.utils.constants import IGNORE_INDEX, Segment
 
 
 class Sizes(Protocol):

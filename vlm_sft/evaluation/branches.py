@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_sft.constants import IMAGE_TOKEN_ID
-from vlm_sft.inference import VlmRun
+from vlm_sft.inference.loaded_model import VlmRun
 from vlm_sft.model.vlm import decoder_of, head_logits
+from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 MAX_ANSWERS = 32
 """Answers that are scored together: the keys and values of a picture are held once for each."""

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from vlm_sft.constants import IGNORE_INDEX
-from vlm_sft.data.collate import collate
+from vlm_sft.data.batch import collate
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.masking import expand
+from vlm_sft.data.tokenize import expand
 from vlm_sft.evaluation.probes import derangement
 from vlm_sft.evaluation.statistics import cluster_bootstrap_ratio
-from vlm_sft.inference import VlmRun
+from vlm_sft.inference.loaded_model import VlmRun
+from vlm_sft.utils.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from vlm_sft.errors import UserError
-from vlm_sft.image_paths import current_directory_hint, nearest_existing
-from vlm_sft.reading import StrictJsonError, parse_json, read_text
-from vlm_sft.visible import shortened
+from vlm_sft.utils.escape import shortened
+from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
+from vlm_sft.utils.reading import StrictJsonError, parse_json, read_text
 
 FORM: Final = (
     '{"id": "1", "image": "a.jpg", "question": "Is there a dog?", "answer": "yes", "kind": '

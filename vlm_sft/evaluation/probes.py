@@ -16,9 +16,9 @@ from vlm_sft.evaluation.branches import Branch, score_branches
 from vlm_sft.evaluation.conditions import CONDITIONS, Condition
 from vlm_sft.evaluation.probe_files import read_rows
 from vlm_sft.evaluation.statistics import balanced_accuracy_interval, interval_of_shares
-from vlm_sft.image_paths import image_path
-from vlm_sft.inference import VlmRun, question
-from vlm_sft.visible import shortened
+from vlm_sft.inference.loaded_model import VlmRun, question
+from vlm_sft.utils.escape import shortened
+from vlm_sft.utils.image_paths import image_path
 
 CLOSED_SETS = (("yes", "no"), ("left", "right"), ("top", "bottom"))
 

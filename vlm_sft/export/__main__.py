@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.command_line import CommandParser, add_base_option, heavy_imports
-from vlm_sft.constants import MAX_SHARD_SIZE
+from vlm_sft.commands.parser import CommandParser, add_base_option, heavy_imports
 from vlm_sft.errors import run_command
-from vlm_sft.ownership import require_new_directory
+from vlm_sft.utils.constants import MAX_SHARD_SIZE
+from vlm_sft.utils.ownership import require_new_directory
 
 EXAMPLES = """\
 examples:
@@ -24,14 +24,14 @@ examples:
 def main(argv: Sequence[str]) -> int:
     """Export, compare with the reloaded folder, print the difference; returns the exit code."""
     arguments = parser().read(argv)
-    from vlm_sft.inputs import require_checkpoint, require_images
+    from vlm_sft.commands.inputs import require_checkpoint, require_images
 
     require_checkpoint(arguments.checkpoint)
     images = [arguments.image] if arguments.image else []
     require_images(images)
     require_new_directory(arguments.out, inputs=[arguments.checkpoint, *images])
     with heavy_imports():
-        from vlm_sft.export.command import run
+        from vlm_sft.commands.export import run
     return run(arguments)
 
 

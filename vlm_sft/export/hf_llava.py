@@ -22,10 +22,8 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vlm_sft.atomic import write_json, write_text
-from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
 from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
-from vlm_sft.data.tokenizer import exported_tokenizer
+from vlm_sft.data.text_encoder import exported_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.consumers import Consumer, consumers
 from vlm_sft.export.obstacles import export_obstacles
@@ -45,18 +43,26 @@ from vlm_sft.export.stock import (
 )
 from vlm_sft.export.verify import Reload, Reloaded, noise_image, reload_in_new_process
 from vlm_sft.export.weights import released_state, write_weights
-from vlm_sft.filesystem import (
+from vlm_sft.model.lora import merged_language_model
+from vlm_sft.model.vision_tower import VisionTower
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.utils.atomic_files import write_json, write_text
+from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
+from vlm_sft.utils.filesystem import (
     created_above,
     give_ordinary_modes,
     naming,
     rename_folder,
     temporary_sibling,
 )
-from vlm_sft.libraries import installed_version
-from vlm_sft.model.lora import merged_language_model
-from vlm_sft.model.vision import VisionTower
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.ownership import MADE_BY, is_system_file, made_by, require_new_directory, set_aside
+from vlm_sft.utils.libraries import installed_version
+from vlm_sft.utils.ownership import (
+    MADE_BY,
+    is_system_file,
+    made_by,
+    require_new_directory,
+    set_aside,
+)
 
 _RELATIVE_LIMIT: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference allowed, as a part of the largest logit; merging and casting round.

@@ -29,10 +29,10 @@ from transformers import (
 )
 
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import one_line
 from vlm_sft.model.projector import LinearProjector, MlpProjector
-from vlm_sft.model.vision import VisionTower
+from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils.libraries import one_line
 
 ROW_MULTIPLE: Final = 64
 """A vocabulary that has to grow is padded to a multiple of this, as GPU kernels like it."""
@@ -75,7 +75,7 @@ def stock_tower(tower: VisionTower) -> StockTower:
     _refuse_pooling(tower)
     encoder: Any = tower.encoder
     if tower.config.library == "open_clip":
-        from vlm_sft.model.clip_weights import clip_from_open_clip
+        from vlm_sft.export.clip_weights import clip_from_open_clip
 
         encoder = clip_from_open_clip(encoder)
     if not isinstance(encoder, (CLIPVisionModel, SiglipVisionModel, Dinov2Model)):

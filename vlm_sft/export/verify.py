@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
+from vlm_sft.utils.libraries import library_call
 
 _PROGRAM: Final = Path(__file__).with_name("reload.py")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError
+from vlm_sft.utils.atomic_files import write_json
 
 INDEX: Final = "model.safetensors.index.json"
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vlm_sft.config import DataConfig, DataFile
-from vlm_sft.data.admission import Admission, Outcome
+from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.formats import open_records
+from vlm_sft.data.filtering import Admission, Outcome
 from vlm_sft.data.ledger import Bucket, Entry
-from vlm_sft.data.masking import Renderer
+from vlm_sft.data.record_formats import open_records
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.progress import track
+from vlm_sft.utils.progress import track
 
 NO_LIMIT: Final = sys.maxsize
 """The `max_length` of records that are looked at without a configuration."""

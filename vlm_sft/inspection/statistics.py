@@ -9,12 +9,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from vlm_sft.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
-from vlm_sft.data.admission import Rendering, missing_pictures
 from vlm_sft.data.conversation import Conversation, TextPart
+from vlm_sft.data.filtering import Rendering, missing_pictures
 from vlm_sft.data.ledger import Bucket
-from vlm_sft.data.tokenizer import TextEncoder
+from vlm_sft.data.text_encoder import TextEncoder
 from vlm_sft.inspection.records import NO_LIMIT, Inspected, Inspection
+from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 
 BUCKETS: Final[dict[Bucket, str]] = {
     "trained": "trained",

@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from vlm_sft.console import Console
-from vlm_sft.constants import IMAGE_PLACEHOLDER
 from vlm_sft.data.conversation import TextPart
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.statistics import BUCKETS, FREE_TEXT, FigureTable
 from vlm_sft.inspection.tokens import Spelled
-from vlm_sft.visible import visible
+from vlm_sft.utils.console import Console
+from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
+from vlm_sft.utils.escape import visible
 
 _WIDTH_OF_A_FILE = 160
 

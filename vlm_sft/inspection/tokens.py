@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, Literal
 
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
-from vlm_sft.data.masking import Renderer
+from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import RecordError
 from vlm_sft.inspection.records import Inspected
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 
 Fate = Literal["context", "trained", "untrained"]
 """Read only; trained; an answer that is not trained."""

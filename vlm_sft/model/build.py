@@ -8,16 +8,16 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from vlm_sft.config import LanguageModelConfig, LoraConfig, ModelConfig
+from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
 from vlm_sft.model.positions import find_position_limit
 from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.projector import build_projector
-from vlm_sft.model.quantize import quantize
-from vlm_sft.model.vision import build_vision_tower, cast_floating
+from vlm_sft.model.quantization import quantize
+from vlm_sft.model.vision_tower import build_vision_tower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, check_head
-from vlm_sft.model_folders import refuse_remote_kernels, report_unused_code
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.model_folders import refuse_remote_kernels, report_unused_code
 
 _WHERE = "model.language_model"
 

@@ -14,12 +14,12 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlm_sft.config import LoraConfig
+from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
-from vlm_sft.model.quantize import dequantize, is_quantized, linear_layers
+from vlm_sft.model.quantization import dequantize, is_quantized, linear_layers
 from vlm_sft.model.router import fused_experts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.utils.libraries import library_call
 
 _MISSPELLED: Final = 0.8
 """Similarity (difflib's) from which a name passes for a misspelling: `q_prj`, but not `gate_proj`

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlm_sft.model.attention import PackLayout
+from vlm_sft.model.packed_attention import PackLayout
 
 
 def add_noise(embeds: Tensor, lengths: Tensor, alpha: float) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_sft.model.parts import named_parts
-from vlm_sft.model.quantize import num_weights
+from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.router import fused_experts, router_note
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import dynamic_module_utils
 
-from vlm_sft.config import means_folder
+from vlm_sft.config.schema import means_folder
 from vlm_sft.errors import UserError
-from vlm_sft.hub import settle_hub
-from vlm_sft.libraries import library_call
-from vlm_sft.model_folders import custom_code_refused, require_plain_folder
+from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
 
 def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: Any) -> Any:

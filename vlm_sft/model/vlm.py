@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlm_sft.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.errors import UserError
-from vlm_sft.model.attention import PackLayout
 from vlm_sft.model.loss import chunked_cross_entropy
 from vlm_sft.model.neftune import add_noise, text_lengths
+from vlm_sft.model.packed_attention import PackLayout
 from vlm_sft.model.positions import position_limit
 from vlm_sft.model.router import router_loss, router_loss_coefficient
-from vlm_sft.model.vision import VisionTower
+from vlm_sft.model.vision_tower import VisionTower
+from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from vlm_sft.config import (
+from vlm_sft.config.schema import (
     LanguageModelConfig,
     LoraConfig,
     ModelConfig,
@@ -19,14 +19,14 @@ from vlm_sft.config import (
     means_folder,
 )
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.projector import build_projector
-from vlm_sft.model.vision import VisionTower, build_vision_tower, cast_floating
+from vlm_sft.model.vision_tower import VisionTower, build_vision_tower, cast_floating
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
-from vlm_sft.model_folders import custom_code_refused, require_plain_folder
-from vlm_sft.reading import read_json
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
+from vlm_sft.utils.reading import read_json
 
 _TOWER = "model.vision_tower"
 _LANGUAGE = "model.language_model"

@@ -9,23 +9,23 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch import nn
 
-from vlm_sft.assemble import load_data, load_language, load_model, make_plan
-from vlm_sft.config import RunConfig
+from vlm_sft.commands.assemble import load_data, load_language, load_model, make_plan
+from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.loader import AnyBatch, load_steps, split
 from vlm_sft.data.packing import PackedBatch
-from vlm_sft.feature_cache import use_feature_cache
-from vlm_sft.model.attention import Backend, PackLayout
+from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.hashing import held_tensors
+from vlm_sft.model.packed_attention import Backend, PackLayout
 from vlm_sft.model.parts import named_parts
-from vlm_sft.model.quantize import require_quantization
-from vlm_sft.model.recompute import Policy, set_recomputing
+from vlm_sft.model.quantization import require_quantization
 from vlm_sft.planning.estimate import TRAINABLE, Estimator, Method
 from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.train.batches import AnyBatch, load_steps, split
 from vlm_sft.train.distributed import make_accelerator
-from vlm_sft.train.isolation import prepare_packing
+from vlm_sft.train.feature_cache import use_feature_cache
 from vlm_sft.train.live_bytes import LiveBytes
-from vlm_sft.train.optim import build_optimizer, gradient_norm
-from vlm_sft.train.step import accumulate_gradient
+from vlm_sft.train.optimizer import build_optimizer, gradient_norm
+from vlm_sft.train.packing_check import prepare_packing
+from vlm_sft.train.train_step import accumulate_gradient
 
 STEPS: Final = 3
 """Steps that are timed, after one that is not; one more is measured for its bytes."""

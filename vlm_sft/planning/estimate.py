@@ -9,20 +9,20 @@ from typing import Final, Literal
 import torch
 from torch import nn
 
-from vlm_sft.assemble import picture_cost
-from vlm_sft.config import LoraConfig, RunConfig
+from vlm_sft.checkpoint.components import dtype_of
+from vlm_sft.commands.assemble import picture_cost
+from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
+from vlm_sft.model.activation_checkpointing import Policy
 from vlm_sft.model.parts import named_parts
-from vlm_sft.model.quantize import linear_layers
-from vlm_sft.model.recompute import Policy
+from vlm_sft.model.quantization import linear_layers
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
-from vlm_sft.parts_on_disk import dtype_of
 from vlm_sft.planning.blueprint import Blueprint, layers_of
 from vlm_sft.planning.gpus import CUDA_OVERHEAD, FRAGMENTATION, Device
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.simulate import Simulation, TowerSimulation
 from vlm_sft.planning.workload import Workload
-from vlm_sft.train.eight_bit import moment_bytes
+from vlm_sft.train.adamw_8bit import moment_bytes
 
 Method = Literal["stage1", "lora", "qlora", "full"]
 METHODS: Final[tuple[Method, ...]] = ("stage1", "lora", "qlora", "full")

@@ -7,14 +7,14 @@ from typing import Any, Final
 from rich.markup import escape
 from rich.table import Table
 
-from vlm_sft.console import Console
-from vlm_sft.model.recompute import Policy
+from vlm_sft.model.activation_checkpointing import Policy
 from vlm_sft.planning.calibrate import Calibration
 from vlm_sft.planning.estimate import Memory, Method, Speed
 from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GIB, MATMUL_SHARE, Device
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Survey, Workload
-from vlm_sft.progress import format_seconds
+from vlm_sft.utils.console import Console
+from vlm_sft.utils.progress import format_seconds
 
 NAMES: Final[dict[Method, str]] = {
     "stage1": "stage 1 (projector)",

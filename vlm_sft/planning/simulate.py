@@ -24,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlm_sft.config import LoraConfig
+from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
-from vlm_sft.model.attention import PackLayout, install_packed_attention
+from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.last_layer import prune_last_mlp
-from vlm_sft.model.recompute import Policy, set_recomputing
-from vlm_sft.model.vision import VisionTower, cast_floating
+from vlm_sft.model.packed_attention import PackLayout, install_packed_attention
+from vlm_sft.model.vision_tower import VisionTower, cast_floating
 from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.planning.blueprint import Blueprint, GivenFeatures, layers_of, make_fake
 from vlm_sft.planning.micro_batch import MicroBatch

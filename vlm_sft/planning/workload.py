@@ -16,19 +16,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from vlm_sft.assemble import make_batching, make_sampler, steps_looked_at
-from vlm_sft.config import DataFile, RunConfig
-from vlm_sft.constants import IMAGE_TOKEN_ID
-from vlm_sft.data.admission import Admission, Outcome, RecordRenderer
+from vlm_sft.commands.assemble import make_batching, make_sampler, steps_looked_at
+from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import shared_prefix
-from vlm_sft.data.formats import open_records
+from vlm_sft.data.filtering import Admission, Outcome, RecordRenderer
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.packing import PackingFigures, make_units, packing_figures
-from vlm_sft.data.sampling import StepSampler
+from vlm_sft.data.record_formats import open_records
+from vlm_sft.data.sampler import StepSampler
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.progress import track
+from vlm_sft.utils.constants import IMAGE_TOKEN_ID
+from vlm_sft.utils.progress import track
 
 TIMED_PICTURES: Final = 12
 """Pictures that are opened to see how fast this machine does it."""

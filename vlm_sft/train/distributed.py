@@ -13,9 +13,9 @@ from accelerate.utils import (
 )
 from accelerate.utils import broadcast_object_list as broadcast_objects
 
+from vlm_sft.checkpoint.store import Together
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call, one_line
-from vlm_sft.train.checkpoint import Together
+from vlm_sft.utils.libraries import library_call, one_line
 
 Value = TypeVar("Value")
 

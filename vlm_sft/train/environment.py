@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from vlm_sft.config import RunConfig
+from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import UserError
 
 Environment = Mapping[str, str]

@@ -19,16 +19,16 @@ import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vlm_sft.atomic import write_bytes
-from vlm_sft.config import RunConfig
-from vlm_sft.console import Console, say
+from vlm_sft.checkpoint.jsonl import read_rows
+from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import UserError, code_of
-from vlm_sft.filesystem import naming, sync, warn_once
-from vlm_sft.libraries import library_call
-from vlm_sft.ownership import require_writable, set_aside
-from vlm_sft.progress import format_seconds
-from vlm_sft.reading import read_text
-from vlm_sft.train.rows import read_rows
+from vlm_sft.utils.atomic_files import write_bytes
+from vlm_sft.utils.console import Console, say
+from vlm_sft.utils.filesystem import naming, sync, warn_once
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.ownership import require_writable, set_aside
+from vlm_sft.utils.progress import format_seconds
+from vlm_sft.utils.reading import read_text
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from vlm_sft.console import Console
-from vlm_sft.crash import crash_point
-from vlm_sft.errors import CheckpointError, UserError
-from vlm_sft.model.quantize import num_weights, number_format
-from vlm_sft.train.checkpoint import (
+from vlm_sft.checkpoint.store import (
     Component,
     Together,
     begin_temporary,
@@ -21,8 +17,12 @@ from vlm_sft.train.checkpoint import (
     verify,
     write_checkpoint,
 )
-from vlm_sft.train.optim import NamedParameters
-from vlm_sft.train.sharding import own_part, whole
+from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.model.quantization import num_weights, number_format
+from vlm_sft.train.fsdp import own_part, whole
+from vlm_sft.train.optimizer import NamedParameters
+from vlm_sft.utils.console import Console
+from vlm_sft.utils.crash import crash_point
 
 Parts = Mapping[str, NamedParameters]
 

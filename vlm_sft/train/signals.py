@@ -6,7 +6,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from vlm_sft.console import say
+from vlm_sft.utils.console import say
 
 LEAVING = (signal.SIGINT, signal.SIGTERM)
 SAVING = signal.SIGUSR1

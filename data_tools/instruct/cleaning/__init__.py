@@ -20,10 +20,10 @@ from data_tools.instruct.indexing import read_categories, read_pictures
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
-from vlm_sft.console import say
 from vlm_sft.errors import UserError
-from vlm_sft.ownership import owned_open, write_owned_json
-from vlm_sft.progress import track
+from vlm_sft.utils.console import say
+from vlm_sft.utils.ownership import owned_open, write_owned_json
+from vlm_sft.utils.progress import track
 
 __all__ = ["command"]
 

@@ -14,7 +14,7 @@ from data_tools.instruct.cleaning import texts
 from data_tools.instruct.cleaning.codes import CODE
 from data_tools.instruct.cleaning.packages import require
 from data_tools.instruct.config import NearDuplicatesConfig
-from vlm_sft.progress import track
+from vlm_sft.utils.progress import track
 
 if TYPE_CHECKING:
     from data_tools.instruct.cleaning.table import Reader, Table

@@ -18,8 +18,8 @@ from data_tools.instruct.appending import end_last_line
 from data_tools.instruct.cleaning.packages import require
 from data_tools.instruct.config import SamePictureConfig
 from vlm_sft.errors import ImageError
-from vlm_sft.filesystem import naming
-from vlm_sft.progress import track
+from vlm_sft.utils.filesystem import naming
+from vlm_sft.utils.progress import track
 
 HASH_BITS: Final = 64
 THUMBNAIL: Final = (16, 16)

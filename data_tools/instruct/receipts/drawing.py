@@ -11,8 +11,8 @@ from data_tools.coco import Picture
 from data_tools.instruct.receipts.evidence import SYMBOLS, verdict_of
 from data_tools.instruct.schema import Check, Shown, Verdict
 from vlm_sft.errors import ImageError
-from vlm_sft.ownership import PNG_SOFTWARE
-from vlm_sft.visible import visible
+from vlm_sft.utils.escape import visible
+from vlm_sft.utils.ownership import PNG_SOFTWARE
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,8 +18,8 @@ from data_tools.instruct.receipts.evidence import (
     verdict_of,
 )
 from data_tools.instruct.schema import Check, Sample, Shown, Turn
-from vlm_sft.page import picture as embedded
-from vlm_sft.visible import visible
+from vlm_sft.utils.escape import visible
+from vlm_sft.utils.html import picture as embedded
 
 STYLE: Final = """
 :root{--supported:#0066a8;--contradicted:#b8480a;--unknown:#7a5f00;--plain:#4a5261;

@@ -23,7 +23,7 @@ from data_tools.instruct.receipts.figures import (
 from data_tools.instruct.receipts.journeys import OUTCOMES, Journey, Outcome
 from data_tools.instruct.receipts.markup import escaped
 from data_tools.instruct.schema import Verdict
-from vlm_sft.page import page, section
+from vlm_sft.utils.html import page, section
 
 PICTURED: Final = 10
 """Reasons with all their examples; rarer ones have `FEW` each, so that the page stays small."""

@@ -6,8 +6,8 @@ from typing import Final
 from data_tools.instruct.receipts import markup
 from data_tools.instruct.receipts.explanation import Explanation, cost, model, parameters
 from data_tools.instruct.receipts.markup import escaped
-from vlm_sft.page import page
-from vlm_sft.visible import visible
+from vlm_sft.utils.escape import visible
+from vlm_sft.utils.html import page
 
 _STYLE: Final = (
     markup.STYLE

@@ -10,7 +10,7 @@ from rich.text import Text
 from data_tools.instruct.receipts.evidence import SYMBOLS, deciding, evidence, pieces, spans_of
 from data_tools.instruct.receipts.explanation import Explanation, cost, model, parameters
 from data_tools.instruct.schema import Check, Sample, Verdict
-from vlm_sft.visible import visible
+from vlm_sft.utils.escape import visible
 
 _STYLES: dict[Verdict, str] = {
     "supported": "blue",

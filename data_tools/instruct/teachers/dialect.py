@@ -8,9 +8,9 @@ from typing import Any, Final
 from data_tools.instruct.config import TeacherConfig
 from data_tools.instruct.teachers.faults import Fault
 from data_tools.instruct.teachers.wire import LENGTHS, Dialect, Reply, strict
-from vlm_sft.atomic import write_json
 from vlm_sft.errors import UserError
-from vlm_sft.reading import read_json
+from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.reading import read_json
 
 Attempts = Callable[[str, dict[str, Any]], Awaitable[tuple[Reply | Fault, int]]]
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from acceptance.figures import Job
 from acceptance.models import Records, forget, make_model, mixture, run_config
+from vlm_sft.data.loader import Batching, Packed, Padded, load_steps, split
 from vlm_sft.errors import UserError
-from vlm_sft.model.attention import PackLayout, choose_backend, packed_attention
 from vlm_sft.model.lora import merged_language_model
+from vlm_sft.model.packed_attention import PackLayout, choose_backend, packed_attention
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.batches import Batching, Packed, Padded, load_steps, split
 from vlm_sft.train.distributed import make_accelerator
-from vlm_sft.train.isolation import prepare_packing
-from vlm_sft.train.optim import build_optimizer
-from vlm_sft.train.step import StepGradient, accumulate_gradient
+from vlm_sft.train.optimizer import build_optimizer
+from vlm_sft.train.packing_check import prepare_packing
+from vlm_sft.train.train_step import StepGradient, accumulate_gradient
 
 ROOT = Path(__file__).parent.parent.parent.parent
 SIZE = Size("small head dimensions", 2, 64, 2, 2, 128, 256, 2, vocabulary=512)

@@ -14,7 +14,7 @@ def main(job: Job) -> None:
     import torch
     import transformers  # noqa: F401
 
-    import vlm_sft.stage  # noqa: F401
+    import vlm_sft.commands.train  # noqa: F401
 
     job.record("start", time.perf_counter() - start)
     from bench_results import machine_facts

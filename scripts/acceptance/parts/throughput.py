@@ -21,20 +21,20 @@ from acceptance.models import (
     size_of,
 )
 from acceptance.trainer import trainer_rate
-from vlm_sft.assemble import picture_cost
-from vlm_sft.config import RunConfig
+from vlm_sft.commands.assemble import picture_cost
+from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.loader import AnyBatch, Batching, Packed, Padded, load_steps, split
+from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.parts import named_parts
-from vlm_sft.model.recompute import Policy, set_recomputing
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.calibrate import micro_batch_of
 from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import Estimator, Method
-from vlm_sft.train.batches import AnyBatch, Batching, Packed, Padded, load_steps, split
-from vlm_sft.train.compiled import compile_layers
+from vlm_sft.train.compile import compile_layers
 from vlm_sft.train.distributed import make_accelerator
-from vlm_sft.train.isolation import prepare_packing
-from vlm_sft.train.optim import build_optimizer, gradient_norm
-from vlm_sft.train.step import accumulate_gradient
+from vlm_sft.train.optimizer import build_optimizer, gradient_norm
+from vlm_sft.train.packing_check import prepare_packing
+from vlm_sft.train.train_step import accumulate_gradient
 
 WARM_UP, MEASURED = 1, 3
 """Steps that are not counted, and steps whose median is; of tiny shapes one."""

@@ -14,15 +14,15 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vlm_sft.config import VisionTowerConfig
+from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.hub import settle_hub
-from vlm_sft.libraries import library_call
 from vlm_sft.model.pretrained import no_questions
 from vlm_sft.model.towers.timm import timm_source
-from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
-from vlm_sft.model_folders import custom_code_refused, require_plain_folder
+from vlm_sft.model.vision_tower import BlockStates, FeatureSource, LoadedEncoder
+from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
 _WHERE: Final = "model.vision_tower"
 _TINY_TEXT: Final = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}

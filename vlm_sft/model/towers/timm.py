@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vlm_sft.config import VisionTowerConfig
+from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.hub import settle_hub
-from vlm_sft.libraries import library_call
-from vlm_sft.model.vision import BlockStates, FeatureSource, LoadedEncoder
-from vlm_sft.model_folders import require_plain_folder
-from vlm_sft.reading import read_json, require_regular
+from vlm_sft.model.vision_tower import BlockStates, FeatureSource, LoadedEncoder
+from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.model_folders import require_plain_folder
+from vlm_sft.utils.reading import read_json, require_regular
 
 _WHERE: Final = "model.vision_tower"
 

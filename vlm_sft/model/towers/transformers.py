@@ -25,13 +25,13 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from vlm_sft.config import VisionTowerConfig
+from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.libraries import library_call
 from vlm_sft.model.pretrained import load_pretrained
-from vlm_sft.model.vision import BlockStates, LoadedEncoder
-from vlm_sft.model_folders import refuse_remote_kernels, report_unused_code
+from vlm_sft.model.vision_tower import BlockStates, LoadedEncoder
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.model_folders import refuse_remote_kernels, report_unused_code
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 

@@ -1,0 +1,86 @@
+"""Ask a trained model about images: `python -m vlm_sft.chat CHECKPOINT --image FILE`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_sft.commands.parser import CommandParser, add_base_option, heavy_imports, whole_number
+from vlm_sft.errors import as_text, run_command
+from vlm_sft.utils.image_paths import image_argument
+
+EXAMPLES = """examples:
+  python -m vlm_sft.chat runs/stage2/final --image cat.jpg --prompt "What is this?"
+  python -m vlm_sft.chat runs/stage2/final --image a.jpg --image b.jpg
+commands of the interactive chat:
+  /image FILE   show an image with the next question
+  /reset        forget the conversation and its images
+  /quit         leave (or Ctrl-D)
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answer `--prompt`, or talk; returns the exit code."""
+    arguments = parser().read(argv)
+    from vlm_sft.commands.inputs import require_checkpoint, require_images
+
+    arguments.image = [image_argument(name) for name in arguments.image]
+    if arguments.prompt is not None:
+        arguments.prompt = as_text(arguments.prompt, "--prompt")
+    require_images(arguments.image)
+    require_checkpoint(arguments.checkpoint)
+    with heavy_imports():
+        from vlm_sft.commands.chat import run
+    return run(arguments)
+
+
+def temperature(text: str) -> float:
+    """Return a temperature that logits of every precision can be divided by."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected a number") from None
+    if value != 0 and not 0.01 <= value <= 100:
+        raise argparse.ArgumentTypeError("expected 0, or 0.01 to 100")
+    return value
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m vlm_sft.chat", __doc__, EXAMPLES)
+    add_base_option(parser)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image that goes with the first question; may be repeated",
+    )
+    add("--prompt", metavar="TEXT", help="answer this question and exit")
+    add(
+        "--max-new-tokens",
+        type=whole_number(1, 10**6),
+        default=256,
+        metavar="N",
+        help="longest answer in tokens (default: 256)",
+    )
+    add(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="0 (default) takes the likeliest token; 0.01 to 100 draws",
+    )
+    add(
+        "--seed",
+        type=whole_number(0, 2**32 - 1),
+        metavar="N",
+        help="makes answers with a temperature repeatable",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

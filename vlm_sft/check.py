@@ -1,0 +1,106 @@
+"""Everything that can fail later in a run, now: all records, images, masks, model and saving."""
+
+import argparse
+from collections.abc import Sequence
+
+from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports
+from vlm_sft.errors import UserError, run_command
+from vlm_sft.utils.ownership import require_output_file
+
+ABOUT = """\
+Read and render every record, open every image in full, build the model, rehearse saving, and
+try what the tokenizer and the chat template do together. With --tokenizer instead of CONFIG.yaml:
+the tokenizer and the template alone.
+
+Lists all records that cannot be used, not only the first. Exit code 0: the run can start; 2: it
+cannot, or it would leave records out, or a finding is BAD."""
+
+EXAMPLES = """\
+examples:
+  python -m vlm_sft.check configs/tiny/stage1.yaml
+  python -m vlm_sft.check my.yaml data.max_length=1024
+  python -m vlm_sft.check my.yaml --no-model      (data only, no weights needed)
+  python -m vlm_sft.check my.yaml --bad bad.jsonl (all bad records into a file)
+
+  # do this model's tokenizer and a chat template go together? (0: yes, 2: something is BAD)
+  python -m vlm_sft.check --tokenizer models/qwen --template chatml
+  python -m vlm_sft.check --tokenizer models/vicuna --template vicuna_v1 --strict --json"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check a configuration, or a tokenizer and a template alone; returns 0 or 2."""
+    arguments = parser().read(argv)
+    _require_one_source(arguments)
+    from vlm_sft.commands import inputs
+
+    if arguments.tokenizer is not None:
+        inputs.require_model_name("--tokenizer", arguments.tokenizer)
+        inputs.require_template("--template", arguments.template or "auto")
+        with heavy_imports():
+            from vlm_sft.commands.check import check_tokenizer
+        return check_tokenizer(arguments)
+    no_model = {"model", "projector"} if arguments.no_model else set()
+    parts = inputs.ALL_PARTS - no_model
+    config = inputs.read_config(arguments.config, arguments.overrides, parts)
+    if arguments.bad is not None:
+        arguments.bad = require_output_file(
+            arguments.bad,
+            inputs=[arguments.config, *config.input_paths()],
+            image_roots=config.image_roots(),
+            command="check",
+            overwrite=arguments.overwrite,
+        )
+    with heavy_imports():
+        from vlm_sft.commands.check import check_run
+    return check_run(config, arguments)
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m vlm_sft.check", ABOUT, EXAMPLES, takes_settings=True)
+    add = parser.add_argument
+    add("config", metavar="CONFIG.yaml", nargs="?", help="a run's configuration")
+    add_overrides(parser)
+    add("--no-model", action="store_true", help="leave the model out: data and images only")
+    add(
+        "--bad",
+        metavar="FILE.jsonl",
+        help="write every bad record there: where it is, its id, the reason, the message",
+    )
+    add("--overwrite", action="store_true", help="replace the file of --bad if there is one")
+    add(
+        "--strict",
+        action="store_true",
+        help="warnings (about the template, about repeated records) count as BAD",
+    )
+    alone = parser.add_argument_group("a tokenizer and a template alone, without CONFIG.yaml")
+    alone.add_argument("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
+    alone.add_argument("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
+    alone.add_argument("--system", metavar="TEXT", help="system text for records that have none")
+    alone.add_argument(
+        "--generation-config",
+        metavar="DIR",
+        help="folder of generation_config.json (default: the tokenizer's)",
+    )
+    alone.add_argument("--json", action="store_true", help="the findings as JSON on stdout")
+    return parser
+
+
+def _require_one_source(arguments: argparse.Namespace) -> None:
+    if arguments.config is None and arguments.tokenizer is None:
+        raise UserError("give CONFIG.yaml, or --tokenizer DIR and --template NAME")
+    if arguments.config is None:
+        if arguments.no_model or arguments.bad:
+            option = "--no-model" if arguments.no_model else "--bad"
+            raise UserError(f"{option}: belongs to CONFIG.yaml; --tokenizer reads no data")
+        return
+    for name in ("tokenizer", "template", "system", "generation_config", "json"):
+        if getattr(arguments, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: give CONFIG.yaml or --tokenizer, not both; change a "
+                "configuration's settings with key.path=value"
+            )
+
+
+if __name__ == "__main__":
+    run_command(main)

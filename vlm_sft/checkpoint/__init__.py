@@ -1,0 +1,1 @@
+"""Everything about a run's files on disk: run directory, checkpoints, shards, optimizer state."""

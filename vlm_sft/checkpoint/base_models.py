@@ -1,0 +1,140 @@
+"""Find the base models of a checkpoint again: after a move, from any working directory, or by name.
+
+A checkpoint holds what was trained. The frozen parts stay where they were, and `bases.json` records
+where that is, absolutely and from the run's folder, since the configuration may name them relative
+to the working directory of the training.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from vlm_sft.config.schema import RunConfig, parse_config
+from vlm_sft.errors import CheckpointError, UserError
+from vlm_sft.utils.reading import read_json
+
+FILE: Final = "bases.json"
+KEYS: Final = ("model.language_model.name", "model.vision_tower.name", "model.vision_tower.weights")
+"""Settings that may name a local file or folder which a checkpoint needs and does not hold."""
+
+_LOCAL_DIR: Final = "local-dir:"
+"""Prefix of a folder in timm's and open_clip's names."""
+
+
+def describe_bases(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return where each local base model is, by its key: `path`, absolute, and `from_run`."""
+    tree, found = config.model_dump(mode="json"), {}
+    for key in KEYS:
+        path = _local(_get(tree, key))
+        if path is not None and not _means_a_name_of_open_clip(config, key):
+            from_run = os.path.relpath(os.path.realpath(path), os.path.realpath(config.output_dir))
+            found[key] = {"path": str(path.absolute()), "from_run": from_run}
+    return found
+
+
+def find_bases(config: RunConfig, checkpoint: Path, given: Mapping[str, str]) -> RunConfig:
+    """Return the configuration with base models that exist in place of those of the training.
+
+    Each is looked for where the user says, where it was, and where it is if it was moved together
+    with the run, in this order.
+
+    Args:
+        config: The checkpoint's configuration.
+        checkpoint: Its folder, `RUN/final` or `RUN/checkpoints/step-N`.
+        given: Places that the user gave, by key.
+
+    Raises:
+        CheckpointError: A base model is not there any more.
+    """
+    recorded, tree = _recorded(checkpoint), config.model_dump(mode="json")
+    run = checkpoint.absolute().parent
+    run = run.parent if run.name == "checkpoints" else run
+    for key in KEYS:
+        if key in given:
+            _set(tree, key, given[key])
+        elif key in recorded:
+            place = recorded[key]
+            candidates = [Path(place["path"]), run / place["from_run"]]
+            existing = next((path for path in candidates if path.exists()), None)
+            if existing is None:
+                raise CheckpointError(
+                    f"{checkpoint}: the base model that it was trained on is not there any more "
+                    f"({key}: looked for {candidates[0]} and "
+                    f"{os.path.normpath(candidates[1])}); put it back, or give its new place with "
+                    f"--base {key}=PATH"
+                )
+            _set(tree, key, str(existing))
+    return parse_config(tree, str(checkpoint / "config.yaml"))
+
+
+def parse_bases(arguments: Sequence[str]) -> dict[str, str]:
+    """Read the values of `--base`.
+
+    Raises:
+        UserError: One is not `KEY=PATH`, the key is unknown, or the path does not exist.
+    """
+    found = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in KEYS or not value:
+            raise UserError(
+                f"--base {argument}: expected KEY=PATH with one of the keys {', '.join(KEYS)}"
+            )
+        if _local(value) is None:
+            raise UserError(f"--base {argument}: {value} does not exist")
+        found[key] = value
+    return found
+
+
+def absolute_if_local(name: str | None) -> str | None:
+    """Return the absolute path of a local folder or file; another name as it is."""
+    path = _local(name)
+    return name if path is None else str(path.absolute())
+
+
+def _means_a_name_of_open_clip(config: RunConfig, key: str) -> bool:
+    """Return whether open_clip looks a name up in its own list, whatever folders there are."""
+    tower = config.model.vision_tower
+    return (
+        key == "model.vision_tower.name"
+        and tower.library == "open_clip"
+        and not str(tower.name).startswith(_LOCAL_DIR)
+    )
+
+
+def _local(name: str | None) -> Path | None:
+    """Return the existing file or folder that a name means, if any."""
+    if not name:
+        return None
+    path = Path(name.removeprefix(_LOCAL_DIR)).expanduser()
+    return path if path.exists() else None
+
+
+def _recorded(checkpoint: Path) -> dict[str, dict[str, str]]:
+    path = checkpoint / FILE
+    if not path.exists():  # of a version that did not write it
+        return {}
+    try:
+        found: dict[str, dict[str, str]] = read_json(path)
+        return {key: {"path": at["path"], "from_run": at["from_run"]} for key, at in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{path}: cannot be read; the checkpoint is damaged", code="checkpoint_damaged"
+        ) from None
+
+
+def _get(tree: Mapping[str, Any], key: str) -> str | None:
+    value: Any = tree
+    for name in key.split("."):
+        value = value[name]
+    return value if isinstance(value, str) else None
+
+
+def _set(tree: dict[str, Any], key: str, value: str) -> None:
+    *sections, last = key.split(".")
+    section: dict[str, Any] = tree
+    for name in sections:
+        section = section[name]
+    prefix = _LOCAL_DIR if str(section[last]).startswith(_LOCAL_DIR) else ""
+    section[last] = prefix + value.removeprefix(_LOCAL_DIR)

@@ -1,0 +1,1 @@
+"""Checks that run before training and behind `vlm_sft.check`."""

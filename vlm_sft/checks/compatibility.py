@@ -1,0 +1,135 @@
+"""Whether tokenizer, records and model fit each other; asked by `check` and before training."""
+
+from collections.abc import Iterable, Sequence
+
+from vlm_sft.commands.assemble import Data, Language
+from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.text_encoder import padding_id
+from vlm_sft.errors import UserError
+from vlm_sft.model.positions import position_limit
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+
+PROBED_RECORDS = 8
+"""Records of each file set whose ids are looked at, for the control tokens that a template uses."""
+
+
+def require_fit(language: Language, data: Data, model: VisionLanguageModel) -> list[str]:
+    """Refuse what would fail in the middle of training; return what the user should know.
+
+    Raises:
+        UserError: An id has no row in the embedding table, a record is longer than the table of
+            positions, or no training record has an image.
+    """
+    require_images(data.train)
+    return [*require_rows(language, model, data), *require_positions(model, data)]
+
+
+def require_images(train: SupervisedDataset) -> None:
+    """Refuse data that gives the projector nothing to learn from.
+
+    Raises:
+        UserError: No training record has an image.
+    """
+    if not any(train.has_image):
+        raise UserError(
+            "data.train: no record has an image, so the projector would learn nothing; add records "
+            "with images",
+            code="nothing_learns",
+        )
+
+
+def require_rows(language: Language, model: VisionLanguageModel, data: Data) -> list[str]:
+    """Refuse a tokenizer whose ids go beyond the model's embedding table or output head.
+
+    Control tokens that neither the template nor padding uses never occur; they are reported only.
+
+    Raises:
+        UserError: Naming some of the ids, and what they are for.
+    """
+    tokenizer, renderer = language.tokenizer, language.renderer
+    rows = _num_rows(model)
+    name_of = {index: name for name, index in tokenizer.get_vocab().items()}
+    controls = renderer.control_ids
+    used = {
+        f"{name_of.get(language.pad_token_id)!r} for padding": {padding_id(tokenizer)},
+        "what ends an answer": set(renderer.stop_token_ids),
+        "the template's tokens": _ids_of_records(data) & controls,
+        "ordinary tokens": set(name_of) - controls,
+        "ids in the records": _ids_of_records(data),
+    }
+    faults = {what: sorted(i for i in ids if i >= rows) for what, ids in used.items()}
+    what, beyond = next(((w, ids) for w, ids in faults.items() if ids), ("", []))
+    kind = type(causal_lm(model.language_model)).__name__
+    if beyond:
+        shown = ", ".join(f"{name_of.get(i, '?')!r} = {i}" for i in beyond[:4])
+        raise UserError(
+            f"model.language_model.tokenizer: it has ids up to {max(name_of):,}, but "
+            f"{kind} has only {rows:,} rows of embeddings (ids 0 to {rows - 1:,}); without a row "
+            f"are {what} ({shown}{', ...' if len(beyond) > 4 else ''}). Use the tokenizer that "
+            f"belongs to the model, or a model with a vocab_size of at least {max(name_of) + 1:,}"
+        )
+    unused = sorted(i for i in name_of if i >= rows)
+    if not unused:
+        return []
+    shown = ", ".join(repr(name_of[i]) for i in unused[:4])
+    return [
+        f"{len(unused)} control tokens of the tokenizer ({shown}) have no row among the {rows:,} "
+        f"embeddings of {kind}; nothing here uses them"
+    ]
+
+
+def require_positions(model: VisionLanguageModel, data: Data) -> list[str]:
+    """Refuse records beyond a table of positions; report those beyond what a model was trained on.
+
+    Records in a pack each start at position 0, so the length of a row does not matter.
+
+    Raises:
+        UserError: A record is longer than the model's table of positions.
+    """
+    language_model = causal_lm(model.language_model)
+    limit = position_limit(language_model)
+    if limit is None:
+        return []
+    kind, notes = type(language_model).__name__, list[str]()
+    for key, dataset in (("data.train", data.train), ("data.eval", data.eval)):
+        lengths: Sequence[int] = () if dataset is None else dataset.lengths
+        count, longest = sum(n > limit.tokens for n in lengths), max(lengths, default=0)
+        if dataset is None or not count:
+            continue
+        where = (
+            f"{key}: {count:,} of {len(lengths):,} records are longer than the {limit.tokens:,} "
+            f"positions of {kind} ({limit.key}); the longest, "
+            f"{dataset.record_ids[lengths.index(longest)]!r}, has {longest:,} tokens"
+        )
+        advice = f"set data.max_length to {limit.tokens} and data.length_policy to skip"
+        if limit.is_hard:
+            raise UserError(
+                f"{where}, and the model fails on longer ones; {advice} or drop_turns, or use a "
+                "model with more positions",
+                code="too_long",
+            )
+        notes.append(
+            f"{where}. The model computes positions beyond that, but was not trained on them; "
+            f"{advice} to leave them out"
+        )
+    return notes
+
+
+def _num_rows(model: VisionLanguageModel) -> int:
+    language_model = causal_lm(model.language_model)
+    tables = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+    return min(int(table.weight.shape[0]) for table in tables)
+
+
+def _ids_of_records(data: Data) -> set[int]:
+    found: set[int] = set()
+    for dataset in (data.train, data.eval):
+        for index in _some(0 if dataset is None else len(dataset)):
+            assert dataset is not None
+            found.update(i for i in dataset.token_ids(index) if i >= 0)
+    return found
+
+
+def _some(count: int) -> Iterable[int]:
+    step = max(1, count // PROBED_RECORDS)
+    return range(0, count, step)

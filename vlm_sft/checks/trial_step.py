@@ -1,0 +1,204 @@
+"""The run's longest batch through the model, forward and backward, as training would take it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from vlm_sft.checks.machine import run_device
+from vlm_sft.checks.verdict import Verdict
+from vlm_sft.commands.assemble import Answers, Data, Language
+from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.loader import Faults
+from vlm_sft.errors import UserError
+from vlm_sft.model.packed_attention import Backend
+from vlm_sft.model.parts import named_parts
+from vlm_sft.model.quantization import num_weights
+from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.train.checkpointing_policy import longest_micro_batch
+from vlm_sft.train.determinism import deterministic
+from vlm_sft.train.optimizer import build_optimizer
+from vlm_sft.train.packing_check import prepare_packing
+from vlm_sft.train.train_step import forward, told_with_records
+from vlm_sft.train.trainer import Plan
+from vlm_sft.utils.libraries import library_call
+
+CPU_FLOPS: Final = 2e12
+"""Most work that is tried on a CPU, about a minute; a larger batch is cut to one record."""
+
+
+def try_longest_batch(
+    config: RunConfig, plan: Plan, data: Data, model: VisionLanguageModel, verdict: Verdict
+) -> None:
+    """Train on the run's longest batch without an update, and look at loss and gradients."""
+    device, positions = run_device(), plan.batching.num_positions
+    with (
+        verdict.examine("longest batch"),
+        _shared_memory(model, verdict),
+        deterministic(config.train.deterministic),
+    ):
+        steps = (
+            plan.batching.share_out(data.train, plan.records_of_step(step), 1)
+            for step in range(plan.total_steps)
+        )
+        indices, _ = longest_micro_batch(steps, lambda i: positions(data.train, i), processes=1)
+        chosen = _affordable(indices, data, model, device)
+        if chosen is None:
+            words = "not tried: it would take too long on a CPU; run the check on the GPU machine"
+            verdict.report("longest batch", "note", words)
+            return
+        with library_call("transformers", "model", "train on the longest batch"), memory_faults():
+            loss = _loss_with_gradients(config, plan, data, model, chosen, device)
+        _require_finite(loss)
+        _require_gradients_where_trained(model)
+        build_optimizer(named_parts(model), config.optim)
+        part = "" if len(chosen) == len(indices) else f" (of {len(indices)}, to be quick on a CPU)"
+        words = (
+            f"{len(chosen)} records{part} in {positions(data.train, chosen):,} positions went "
+            f"forward and backward on {device.type} in {config.train.precision}; loss {loss:.4f}, "
+            "gradients on all trained parts and on no frozen one"
+        )
+        verdict.add("longest batch", True, words)
+    model.zero_grad(set_to_none=True)
+
+
+def try_an_answer(
+    config: RunConfig,
+    language: Language,
+    data: Data,
+    model: VisionLanguageModel,
+    verdict: Verdict,
+) -> None:
+    """Generate two tokens for one held-out record, as an evaluation does for a few."""
+    if data.eval is None or not config.train.eval_samples or not len(data.eval):
+        return
+    if (
+        _affordable([0], Data(data.eval, data.train_ledger, None, None), model, run_device())
+        is None
+    ):
+        return
+    one = config.train.model_copy(update={"eval_samples": 1})
+    config = config.model_copy(update={"train": one})
+    answers = Answers(config, language, model, data.eval, max_new_tokens=2)
+    model.eval()
+    with (
+        verdict.examine("evaluation"),
+        library_call("transformers", "model.language_model", "generate an answer"),
+        memory_faults(),
+        torch.no_grad(),
+        _autocast(config, run_device()),
+    ):
+        answers(None if config.data.on_error == "stop" else lambda fault: None)
+        verdict.add("evaluation", True, "the model answers held-out records")
+
+
+def _affordable(
+    indices: Sequence[int], data: Data, model: VisionLanguageModel, device: torch.device
+) -> Sequence[int] | None:
+    """The batch, its longest record alone, or None where even that takes a CPU too long."""
+    weights = sum(map(num_weights, model.language_model.parameters()))
+    longest = max(indices, key=lambda index: data.train.lengths[index])
+
+    def flops(chosen: Sequence[int]) -> float:
+        return 6.0 * weights * sum(data.train.lengths[index] for index in chosen)
+
+    choices = (list(indices), [longest])
+    return next((c for c in choices if device.type != "cpu" or flops(c) <= CPU_FLOPS), None)
+
+
+def _loss_with_gradients(
+    config: RunConfig,
+    plan: Plan,
+    data: Data,
+    model: VisionLanguageModel,
+    indices: Sequence[int],
+    device: torch.device,
+) -> float:
+    lenient = config.data.on_error == "quarantine"
+    batch = plan.batching.load(data.train, indices, Faults(lenient))
+    model.to(device).train()
+    backend: Backend = "sdpa"
+    if (packing := config.train.packing) is not None:
+        precision = config.train.precision
+        backend = prepare_packing(model, packing, precision, device, _autocast(config, device))
+    torch.manual_seed(config.seed)
+    with told_with_records(batch):
+        with _autocast(config, device):
+            output = forward(model, batch, device, backend)
+        (output.loss_sum / max(1, int(output.num_targets))).backward()
+    return float(output.loss_sum.detach()) / max(1, int(output.num_targets))
+
+
+def _autocast(config: RunConfig, device: torch.device) -> Any:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(config.train.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _require_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss}; look at these records with vlm_sft.show, and at the weights that "
+            "the model was loaded from, or set train.precision to bf16 or fp32",
+            code="not_finite",
+        )
+
+
+def _require_gradients_where_trained(model: VisionLanguageModel) -> None:
+    """Every trained part needs a gradient; a single tensor may have none, e.g. an idle expert."""
+    for part, named in named_parts(model).items():
+        trained = [p for _, p in named if p.requires_grad]
+        if trained and not any(p.grad is not None for p in trained):
+            raise UserError(
+                f"{part} is trained, but no gradient reaches it from the loss",
+                code="nothing_learns",
+            )
+        moved = next((name for name, p in named if not p.requires_grad and _has(p)), None)
+        if moved is not None:
+            raise UserError(f"{part} is frozen, but {moved} has a gradient")
+        broken = next((name for name, p in named if _has(p) and not _finite(p)), None)
+        if broken is not None:
+            raise UserError(f"the gradient of {broken} is not finite", code="not_finite")
+
+
+def _has(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None
+
+
+def _finite(parameter: nn.Parameter) -> bool:
+    assert parameter.grad is not None
+    return bool(torch.isfinite(parameter.grad).all())
+
+
+@contextmanager
+def _shared_memory(model: VisionLanguageModel, verdict: Verdict) -> Iterator[None]:
+    """Make missing memory a warning where several GPUs would share the weights in training."""
+    try:
+        yield
+    except UserError as error:
+        in_full = any(p.requires_grad for _, p in named_parts(model)["language_model"])
+        if error.reason != "out_of_memory" or not in_full or torch.cuda.device_count() < 2:
+            raise
+        verdict.report("longest batch", "warning", f"on one GPU, without sharing weights: {error}")
+
+
+@contextmanager
+def memory_faults() -> Iterator[None]:
+    """Report memory that this machine does not have as a user error."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not (
+            isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text
+        ):
+            raise
+        raise UserError(
+            "this machine has no memory for the run's longest batch; lower train.micro_batch_size "
+            "(or train.packing.max_tokens) or data.max_length, set "
+            "train.activation_checkpointing: full, or train on more GPUs",
+            code="out_of_memory",
+        ) from error

@@ -1,0 +1,1 @@
+"""The commands behind the entry points, and the argument parser they share."""

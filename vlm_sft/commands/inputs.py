@@ -1,0 +1,202 @@
+"""Check a command's inputs before heavy imports: configuration, files, folders, model names."""
+
+import difflib
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from vlm_sft.config.resume import changes_between
+from vlm_sft.config.schema import DataFile, RunConfig, VisionTowerConfig, load_config, means_folder
+from vlm_sft.data.record_files import open_record_file
+from vlm_sft.data.template_names import builtin_templates
+from vlm_sft.errors import CheckpointError, ConfigError, ImageError, TemplateError, UserError
+
+Part = Literal["tokenizer", "model", "projector", "train", "eval"]
+ALL_PARTS: Final = frozenset[Part](get_args(Part))
+
+_LANGUAGE = "model.language_model"
+_TOWER = "model.vision_tower"
+
+
+def read_config(path: str, overrides: Sequence[str], parts: Set[Part] = ALL_PARTS) -> RunConfig:
+    """Load a configuration and check that the files and folders that it names exist.
+
+    A finished run needs none of them any more: starting it again only reports that. With settings
+    that differ from the run's it is checked like a new one.
+
+    Args:
+        path: The YAML file.
+        overrides: `key.path=value`.
+        parts: What the command will read.
+
+    Raises:
+        UserError: One sentence with the key or file.
+    """
+    if "=" in path and not Path(path).exists():
+        raise UserError(f"{path}: the first argument is CONFIG.yaml; settings follow it")
+    config = load_config(path, overrides)
+    if not _is_finished(config):
+        _require_places(config, parts)
+    return config
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Return whether the output directory holds the finished run of this very configuration.
+
+    Under a changed setting that counts, a value that is itself wrong must be reported before the
+    difference is.
+    """
+    output_dir = Path(config.output_dir)
+    if not (output_dir / "final" / "manifest.json").exists():
+        return False
+    try:
+        before = load_config(output_dir / "config.yaml")
+    except (UserError, OSError):
+        return True  # the run's folder reports what is wrong with it
+    return all(change.rule == "free" for change in changes_between(before, config))
+
+
+def require_stage1(config: RunConfig) -> None:
+    """Refuse settings of stage 2, which stage 1 would ignore.
+
+    Raises:
+        ConfigError: `lora`, or a learning rate of the language model.
+    """
+    if config.lora is not None:
+        raise ConfigError("lora: stage 1 trains the projector alone; remove it, or run stage 2")
+    rate = config.optim.learning_rate.language_model
+    if rate:
+        raise ConfigError(
+            f"optim.learning_rate.language_model is {rate:g}, but stage 1 trains the projector "
+            "alone; remove it, or run stage 2 (python -m vlm_sft.stage2)"
+        )
+
+
+def require_stage2(config: RunConfig) -> None:
+    """Refuse a stage 2 whose language model would silently have the learning rate 0.
+
+    Raises:
+        ConfigError: `optim.learning_rate.language_model` was not given.
+    """
+    if "language_model" not in config.optim.learning_rate.model_fields_set:
+        raise ConfigError(
+            "optim.learning_rate.language_model is missing, but stage 2 trains the language "
+            "model or its adapters; give it, e.g. 2e-5 in full or 2e-4 with lora"
+        )
+
+
+def _require_places(config: RunConfig, parts: Set[Part]) -> None:
+    language = config.model.language_model
+    if "tokenizer" in parts:
+        key = "name" if language.tokenizer is None else "tokenizer"
+        require_model_name(f"{_LANGUAGE}.{key}", getattr(language, key))
+        require_template("data.template", config.data.template)
+    if "model" in parts:
+        if language.name is not None:
+            require_model_name(f"{_LANGUAGE}.name", language.name)
+        _require_tower(config.model.vision_tower)
+        _require_deepspeed(config)
+    files = config.data.train if "train" in parts else []
+    for file in [*files, *(config.data.eval if "eval" in parts else [])]:
+        _require_data(file)
+    if "projector" in parts and config.projector is not None:
+        require_checkpoint(Path(config.projector), "projector: ")
+
+
+def _require_deepspeed(config: RunConfig) -> None:
+    path = config.train.deepspeed
+    if path is not None and not Path(path).expanduser().is_file():
+        raise ConfigError(
+            f"train.deepspeed: {path}: no such file; give DeepSpeed's JSON, or delete the key"
+        )
+
+
+def _require_tower(tower: VisionTowerConfig) -> None:
+    if tower.name is not None and tower.library == "transformers":
+        require_model_name(f"{_TOWER}.name", tower.name)
+    weights = tower.weights
+    if weights is not None and means_folder(weights) and not Path(weights).expanduser().is_file():
+        raise ConfigError(
+            f"{_TOWER}.weights: no such file {weights!r} (looked for {_absolute(weights)})"
+        )
+
+
+def _require_data(file: DataFile) -> None:
+    if not Path(file.path).exists():
+        open_record_file(Path(file.path))  # raises its own sentence
+
+
+def require_records(option: str, path: str) -> None:
+    """Refuse a missing file of records that an option names.
+
+    Raises:
+        UserError: Names the option and the absolute place.
+    """
+    if not Path(path).exists():
+        raise UserError(
+            f"{option} {path}: no such data file (looked for {_absolute(path)})",
+            code="data_file_missing",
+        )
+
+
+def require_model_name(where: str, name: str) -> None:
+    """Refuse a name that means a local folder, where there is none; hub names pass.
+
+    Args:
+        where: The configuration key or the option that gave the name.
+        name: A folder, a hub name, or `bytes`.
+
+    Raises:
+        UserError: Names the absolute place that was looked for.
+    """
+    if means_folder(name) and not Path(name).expanduser().is_dir():
+        raise UserError(
+            f"{where}: no such folder {name!r} (looked for {_absolute(name)}); give a model folder "
+            "or a hub name"
+        )
+
+
+def require_template(where: str, name: str) -> None:
+    """Refuse a chat template that is neither built in nor a YAML file.
+
+    Raises:
+        TemplateError: Names the nearest built-in template, or all of them.
+    """
+    known = ["auto", *builtin_templates()]
+    if name in known or Path(name).is_file():
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise TemplateError(
+        f"{where}: no template {name!r}{hint}; expected a YAML file or one of {', '.join(known)}"
+    )
+
+
+def require_checkpoint(folder: Path, where: str = "") -> None:
+    """Refuse a folder that does not exist or holds no checkpoint.
+
+    Raises:
+        CheckpointError: With `where` before the folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{where}{folder}: no such folder; give a checkpoint, e.g. RUN/final",
+            code="no_checkpoint",
+        )
+
+
+def require_images(paths: Sequence[Path]) -> None:
+    """Refuse image files that do not exist.
+
+    Raises:
+        ImageError: Names the absolute place.
+    """
+    for path in paths:
+        if not path.exists():
+            raise ImageError(
+                "image_missing", f"{path}: no such image file (looked for {path.absolute()})"
+            )
+
+
+def _absolute(name: str) -> Path:
+    return Path(name).expanduser().absolute()

@@ -1,0 +1,294 @@
+"""The argument parser that every command shares, and what happens before heavy imports."""
+
+import argparse
+import difflib
+import logging
+import math
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import vlm_sft
+from vlm_sft.commands.registry import leave_at_once
+from vlm_sft.errors import UserError
+
+_NUMBER = re.compile(r"-\d*\.?\d+([eE][-+]?\d+)?")
+
+
+_EXPECTED = {int: "expected a whole number", float: "expected a number"}
+"""What to say instead of argparse's `invalid int value`."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, raised as `UserError`.
+
+    Options are never abbreviated: a shortened name would change its meaning when another option
+    is added.
+
+    Args:
+        prog: As the user starts it, e.g. `python -m vlm_sft.stage1`.
+        about: What the command does.
+        examples: Shown below the options.
+        takes_settings: Whether the command accepts `key.path=value`.
+        usage: Replaces the generated usage line.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        about: str | None = None,
+        examples: str | None = None,
+        *,
+        takes_settings: bool = False,
+        usage: str | None = None,
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=about,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.takes_settings = takes_settings
+        self.add_argument(
+            "--version",
+            action="version",
+            version=f"vlm_sft {vlm_sft.__version__}",
+            help="print the version and exit",
+        )
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse `argv`; options may stand between positional arguments.
+
+        Raises:
+            UserError: Unknown option, missing argument or wrong value.
+        """
+        self._refuse_unknown_options(argv)
+        return self.parse_intermixed_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's complaint as a `UserError`."""
+        message = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if missing is not None:
+            message = f"missing: {missing[1]}; `{self.prog} --help` shows examples"
+        raise UserError(message)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            shown = arg_string if len(arg_string) <= 60 else f"{arg_string[:57]}..."
+            raise argparse.ArgumentError(
+                None, f"{_name_of(action)} {shown}: {error.message}"
+            ) from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        raise argparse.ArgumentError(None, f"{_name_of(action)} {value}: {hint}")
+
+    def _refuse_unknown_options(self, argv: Sequence[str]) -> None:
+        for position, word in enumerate(argv):
+            if word == "--":
+                return
+            name, equals, value = word.partition("=")
+            looks_like_option = name.startswith("-") and name != "-" and " " not in word
+            if not looks_like_option or _NUMBER.fullmatch(word):
+                continue
+            if name in self._option_string_actions:
+                continue
+            following = argv[position + 1] if position + 1 < len(argv) else "VALUE"
+            raise UserError(self._unknown_option(name, value if equals else following))
+
+    def _unknown_option(self, name: str, value: str) -> str:
+        key = name.lstrip("-")
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        if self.takes_settings and (not near or "." in key):
+            return (
+                f"{name}: unknown option; settings of the configuration are given as "
+                f"key.path=value, e.g. {key}={value}"
+            )
+        hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists all options"
+        return f"{name}: unknown option; {hint}"
+
+
+def _name_of(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+
+
+def config_parser(prog: str, about: str, examples: str) -> CommandParser:
+    """Return a parser for `CONFIG.yaml [key.path=value ...]`."""
+    parser = CommandParser(prog, about, examples, takes_settings=True)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a run's configuration, see configs/")
+    add_overrides(parser)
+    return parser
+
+
+def training_parser(prog: str, about: str, examples: str) -> CommandParser:
+    """Return the parser of a training stage."""
+    parser = config_parser(prog, about, examples)
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="resume a run although this setting (or all that begin with it) differs from what "
+        "the run was started with; may be given several times",
+    )
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str = "train.max_steps=10") -> None:
+    """Add the optional `key.path=value` arguments."""
+    parser.add_argument(
+        "overrides",
+        metavar="key.path=value",
+        nargs="*",
+        default=[],
+        help=f"values that replace the file's, e.g. {example}",
+    )
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return an argument type: a whole number from `least` to `most`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError("expected a whole number") from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"expected {_range(least, most)}")
+        return value
+
+    return convert
+
+
+def number(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """Return an argument type: a finite number from `least` (`above`: more than it) to `most`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError("expected a number") from None
+        too_small = value <= least if above else value < least
+        if too_small or value > most or not math.isfinite(value):
+            upper = f" and at most {most:g}" if math.isfinite(most) else ""
+            lower = f"more than {least:g}" if above else f"{least:g} or more"
+            raise argparse.ArgumentTypeError(f"expected {lower}{upper}")
+        return value
+
+    return convert
+
+
+def _range(least: int, most: int | None) -> str:
+    return f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def require_file(option: str, path: Path) -> None:
+    """Refuse an input file that does not exist.
+
+    Raises:
+        UserError: Names the option and the absolute place.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path}: this is a folder; give a file")
+    if not path.exists():
+        raise UserError(
+            f"{option} {path}: no such file (looked for {path.absolute()})",
+            code="data_file_missing",
+        )
+
+
+def require_folder(option: str, path: Path) -> None:
+    """Refuse an input folder that does not exist.
+
+    Raises:
+        UserError: Names the option and the absolute place.
+    """
+    if not path.is_dir():
+        found = "this is a file; give a folder" if path.exists() else "no such folder"
+        raise UserError(
+            f"{option} {path}: {found} (looked for {path.absolute()})", code="data_file_missing"
+        )
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import torch and the rest inside this block, after arguments and files are checked.
+
+    Ctrl-C ends the process at once: nothing was started, and libraries turn a KeyboardInterrupt
+    in their imports into other exceptions or swallow it.
+    """
+    silence_known_noise()
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, leave_at_once)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _keep_bars_out_of_files()
+
+
+def _keep_bars_out_of_files() -> None:
+    """Switch transformers' loading bars off where stderr is no terminal that could redraw them."""
+    library = sys.modules.get("transformers.utils.logging")
+    if library is not None and not sys.stderr.isatty():
+        library.disable_progress_bar()
+
+
+NOISE: Final = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+}
+"""By logger, how messages begin that say nothing about the user's run and that nobody can act on.
+
+bitsandbytes logs this on import, whether or not anything is quantized; without that kernel it
+computes the same on a CPU by another way.
+"""
+
+
+def silence_known_noise() -> None:
+    """Drop the messages of `NOISE`, and no others of those loggers."""
+    for name, beginning in NOISE.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _DropMessages) for known in logger.filters):
+            logger.addFilter(_DropMessages(beginning))
+
+
+class _DropMessages(logging.Filter):
+    """Drop what begins with a known text."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self._beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._beginning)
+
+
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--base` of the commands that load a checkpoint; see `checkpoint.base_models`."""
+    parser.add_argument(
+        "--base",
+        metavar="KEY=PATH",
+        action="append",
+        default=[],
+        help="where a base model of the checkpoint is now, if it was moved, e.g. "
+        "model.language_model.name=models/vicuna; may be repeated",
+    )

@@ -1,0 +1,266 @@
+"""What both stages do around their own decisions: folder, processes, training, farewell."""
+
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from vlm_sft.checkpoint.components import unused_parts
+from vlm_sft.checkpoint.run_dir import (
+    EXPORT_OUTLOOK,
+    keep_foreign_files,
+    locked,
+    own_run_folder,
+    settle_config,
+)
+from vlm_sft.checkpoint.store import CheckpointStore
+from vlm_sft.checks.compatibility import require_fit
+from vlm_sft.commands.assemble import (
+    check_data_head,
+    load_data,
+    load_language,
+    load_model,
+    make_trainer,
+    packing_told,
+    write_report,
+)
+from vlm_sft.config.resume import diff_lines
+from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.feature_store import require_feature_cache
+from vlm_sft.deepspeed_config import read_deepspeed
+from vlm_sft.errors import ConfigError
+from vlm_sft.export.obstacles import export_obstacles, outlook
+from vlm_sft.model.fp8 import require_fp8
+from vlm_sft.model.quantization import require_quantization
+from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.train.adamw_bf16 import require_roundable
+from vlm_sft.train.determinism import deterministic
+from vlm_sft.train.distributed import make_accelerator, on_main
+from vlm_sft.train.environment import environment_notes, require_environment
+from vlm_sft.train.feature_cache import use_feature_cache
+from vlm_sft.train.fsdp import shard
+from vlm_sft.train.metrics import (
+    require_trackers,
+    require_tracking_folder,
+    start_trackers,
+    tracking_folder,
+)
+from vlm_sft.train.signals import exit_code
+from vlm_sft.train.trainer import Outcome, say_on_stderr
+from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.libraries import one_line
+
+LENGTH = ("train.epochs", "train.max_steps")
+"""Settings that make a finished run unfinished."""
+
+
+def run_stage(
+    config: RunConfig, *, stage: str, trainable: Set[str], allowed: Sequence[str] = ()
+) -> int:
+    """Train `trainable` as `config` says, from the newest checkpoint of its folder if it has one.
+
+    Settings named in `allowed` may differ from those that the folder's run was started with.
+
+    Returns the exit code: 0 when finished (now or before), 128 + signal when asked to stop.
+
+    Raises:
+        UserError: With one sentence; see the functions called.
+    """
+    require_environment(config)
+    require_trackers(config.train.trackers)
+    require_quantization(config.model.language_model, trainable)
+    require_roundable(config, trainable)
+    with deterministic(config.train.deterministic):
+        return _run(config, stage, trainable, allowed)
+
+
+def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[str]) -> int:
+    output_dir = Path(config.output_dir)
+    accelerator = make_accelerator(
+        config.train.precision,
+        trackers=list(config.train.trackers),
+        project_dir=str(tracking_folder(config)),
+    )
+    on_main(accelerator, lambda: own_run_folder(config))
+    with locked(output_dir, enabled=accelerator.is_main_process):
+        if on_main(accelerator, lambda: _is_finished(config, allowed)):
+            return 0
+        on_main(accelerator, lambda: keep_foreign_files(output_dir))
+        outcome = _train(config, stage, trainable, accelerator)
+        _close(accelerator, output_dir)
+        if outcome.stopped_by is None:
+            return 0
+    return farewell(outcome, say=accelerator.is_main_process)
+
+
+def _close(accelerator: Accelerator, output_dir: Path) -> None:
+    """Close the trackers and write the report; what fails is a warning, since all is saved."""
+    with _only_warned("closing the trackers"):
+        accelerator.end_training()
+    if accelerator.is_main_process:
+        with _only_warned(f"writing {output_dir / 'report.html'}"):
+            write_report(output_dir)
+
+
+@contextmanager
+def _only_warned(action: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        say_on_stderr(f"warning: {action} failed ({one_line(error)}); the run is not affected")
+
+
+def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
+    """Settle the folder's configuration; say so if its run is done, and was not made longer."""
+    store = CheckpointStore(Path(config.output_dir), {}, say=say_on_stderr)
+    has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
+    changes = settle_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
+    if changes:
+        say_on_stderr("\n".join(["going on with changed settings:", *diff_lines(changes)]))
+    if any(change.key in LENGTH for change in changes):
+        return False
+    final = store.finished()
+    if final is not None:
+        say_on_stderr(f"finished before: {final.folder} (step {final.step})")
+    return final is not None
+
+
+def note_export_obstacles(model: VisionLanguageModel, output_dir: Path) -> None:
+    """Report before training what an export would refuse after it, and keep it for the report."""
+    with _only_warned("looking for what an export would refuse"):
+        obstacles = export_obstacles(model)
+        for obstacle in obstacles:
+            say_on_stderr(f"note: this model cannot be exported with --to hf: {obstacle}")
+        write_json(output_dir / EXPORT_OUTLOOK, {"hf": outlook(obstacles)})
+
+
+def _require_directories(config: RunConfig) -> None:
+    """Check, before anything is read, the directories that the run writes to late.
+
+    Raises:
+        UserError: `train.tracking.dir` or `data.feature_cache` cannot be used.
+    """
+    require_tracking_folder(config)
+    if config.data.feature_cache is not None:
+        require_feature_cache(config.data.feature_cache)
+
+
+def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
+    main = accelerator.is_main_process
+    on_main(accelerator, lambda: _require_directories(config))
+    sharing = settle_sharing(config, trainable, accelerator)
+    if config.train.fp8:
+        require_fp8(accelerator.device, config.train.precision)
+    language = load_language(config)
+    check_data_head(config, language.renderer)
+    if main and (unused := unused_parts(config.projector)) is not None:
+        say_on_stderr(f"note: {unused}")
+    model, identity = load_model(config, trainable)
+    if main:
+        note_export_obstacles(model, Path(config.output_dir))
+    if sharing.wanted:
+        shard(
+            model,
+            accelerator,
+            config.train.precision,
+            reshard_after_forward=sharing.reshard_after_forward,
+        )
+    data = load_data(config, language.renderer, model)
+    notes = require_fit(language, data, model)
+    if main:
+        for note in notes:
+            say_on_stderr(f"warning: {note}")
+        for note in environment_notes(config):
+            say_on_stderr(note)
+        data.write_ledgers(Path(config.output_dir))
+        say_on_stderr(data.summary())
+    use_feature_cache(config, model, accelerator, data)
+    trainer = make_trainer(config, stage, accelerator, language, model, identity, data)
+    if (
+        main
+        and (told := packing_told(trainer.plan, data.train, accelerator.num_processes)) is not None
+    ):
+        say_on_stderr(told)
+    start_trackers(accelerator, config)
+    outcome = trainer.run()
+    if main:
+        say_on_stderr(data.summary())
+        if outcome.stopped_by is None and outcome.checkpoint is not None:
+            say_on_stderr(f"finished: {outcome.checkpoint.folder} (step {outcome.step})")
+    return outcome
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether the processes share out the weights that learn, and how (see `shard`)."""
+
+    wanted: bool
+    reshard_after_forward: bool = True
+
+
+def settle_sharing(config: RunConfig, trainable: Set[str], accelerator: Accelerator) -> Sharing:
+    """What `train.sharding` or `train.deepspeed` come to in this run; a file's part is told.
+
+    Raises:
+        ConfigError: Sharing was asked for where the language model does not learn in full,
+            DeepSpeed's file does not go with the configuration, or another setting not with
+            sharing.
+    """
+    sharing, told = sharing_for(config, trainable, num_processes=accelerator.num_processes)
+    if told is not None and accelerator.is_main_process:
+        say_on_stderr(told)
+    return sharing
+
+
+def sharing_for(
+    config: RunConfig, trainable: Set[str], *, num_processes: int
+) -> tuple[Sharing, str | None]:
+    """Return how so many processes share the weights, and a line about a DeepSpeed file.
+
+    Raises:
+        ConfigError: See `settle_sharing`.
+    """
+    in_full, several = "language_model" in trainable, num_processes > 1
+    request = read_deepspeed(config, num_processes=num_processes)
+    if request is not None:
+        told = request.told(in_full=in_full, num_processes=num_processes)
+        wanted = request.shares and in_full and several
+        return _goes_with(config, Sharing(wanted, request.reshard_after_forward)), told
+    if config.train.sharding == "fsdp2" and not in_full:
+        raise ConfigError(
+            "train.sharding: fsdp2 is for stage 2 in full; the projector and adapters are small, "
+            "so leave it at auto or none"
+        )
+    wanted = in_full and config.train.sharding != "none" and several
+    return _goes_with(config, Sharing(wanted)), None
+
+
+def _goes_with(config: RunConfig, sharing: Sharing) -> Sharing:
+    """Refuse what is not built for weights that processes share."""
+    train = config.train
+    alone = {
+        "optim.optimizer: adamw_8bit": config.optim.optimizer == "adamw_8bit",
+        "train.compile: true": train.compile,
+        "train.fp8: true": train.fp8,
+        "train.master_weights: none": train.master_weights == "none",
+    }
+    for setting, is_set in alone.items():
+        if sharing.wanted and is_set:
+            raise ConfigError(
+                f"{setting} does not go with weights that processes share out, as stage 2 in full "
+                "does with several; set train.sharding: none, or leave this setting at its default"
+            )
+    return sharing
+
+
+def farewell(outcome: Outcome, *, say: bool) -> int:
+    """Print where a stopped run is saved, and return its exit code."""
+    assert outcome.stopped_by is not None
+    if say and outcome.checkpoint is not None:
+        say_on_stderr(
+            f"stopped by {outcome.stopped_by.name} after step {outcome.step}; saved in "
+            f"{outcome.checkpoint.folder}; run the same command to resume"
+        )
+    return exit_code(outcome.stopped_by)

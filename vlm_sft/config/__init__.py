@@ -1,0 +1,1 @@
+"""A run's configuration: schema, loading, error messages and resume policy."""

@@ -1,0 +1,543 @@
+"""Chat templates as data: where the turns of a conversation go, and what is control."""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from vlm_sft.config.yaml_text import parse_yaml
+from vlm_sft.data.conversation import Role
+from vlm_sft.data.image_separator import DEFAULT_SEPARATOR
+from vlm_sft.data.template_names import builtin_templates
+from vlm_sft.errors import TemplateError
+from vlm_sft.utils.reading import read_text
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """Text that the template writes; control tokens that it names count as such."""
+
+    text: str
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a turn's own text and pictures."""
+
+    turn: int
+    supervised: bool = False
+
+
+TemplatePiece = TemplateText | Slot
+
+
+class ChatTemplate(Protocol):
+    """Where turns go. The pieces depend on the roles alone, never on what the turns say."""
+
+    name: str
+    images_only_users: bool
+    """The template throws the users' words away and keeps their pictures (LLaVA's `plain`)."""
+    begins_text: bool
+    """The first run of text is tokenised as the start of a text, even behind BOS."""
+    stop: str
+    """The text of the control token that ends an answer; "" where answers do not end by one."""
+    default_system: str | None
+    """System text for conversations that bring none."""
+    image_separator: str
+    """Text between an image and its neighbors where content is given as a list of parts."""
+
+    def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
+        """The sequence for these turns; with the generation prompt last when no answer is."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that `template_from_description` turns back into this template."""
+        ...
+
+    def jinja_body(self) -> str:
+        """A `chat_template` for transformers that writes the same text for the same turns.
+
+        It takes messages whose contents are text; `Renderer.to_jinja` adds what makes them so.
+        """
+        ...
+
+
+class _Affixes(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefix: str = ""
+    suffix: str = ""
+
+
+class _SystemAffixes(_Affixes):
+    inside_user: bool = False
+    """The system text stands in the first user turn, behind its prefix (Llama 2, Gemma)."""
+
+
+class _UserAffixes(_Affixes):
+    images_only: bool = False
+
+
+class _AssistantAffixes(_Affixes):
+    answer_prefix: str = ""
+    """Supervised text between the generation prompt and the answer (Vicuna's space)."""
+    answer_suffix: str = ""
+    """Supervised text between the answer and its stop (Llama 2's space)."""
+    stop: str = "{eos}"
+
+
+class TemplateFile(BaseModel):
+    """A template file: text around each role's turns; `{bos}` and `{eos}` name the tokenizer's.
+
+    `control` lists the strings in it that must be control tokens of the tokenizer: without them
+    a header would silently be ordinary text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str
+    begin: str = ""
+    begins_text: bool = False
+    default_system: str | None = None
+    image_separator: str = DEFAULT_SEPARATOR
+    system: _SystemAffixes | None = None
+    user: _UserAffixes = _UserAffixes()
+    assistant: _AssistantAffixes = _AssistantAffixes()
+    max_exchanges: int | None = None
+    control: tuple[str, ...] = ()
+
+
+class FileTemplate:
+    """A template read from YAML.
+
+    Args:
+        file: The checked file.
+        bos: What `{bos}` stands for; "" where the tokenizer has none.
+        eos: What `{eos}` stands for.
+    """
+
+    def __init__(self, file: TemplateFile, *, bos: str, eos: str) -> None:
+        self._file, self._bos, self._eos = file, bos, eos
+        self.name = file.name
+        self.images_only_users = file.user.images_only
+        self.begins_text = file.begins_text
+        self.default_system = file.default_system
+        self.image_separator = file.image_separator
+        self.stop = self._fill(file.assistant.stop)
+        self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
+
+    def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
+        return self._cached(tuple(roles))
+
+    def _pieces(self, roles: tuple[Role, ...]) -> tuple[TemplatePiece, ...]:
+        self._check(roles)
+        pieces: list[TemplatePiece] = [TemplateText(self._fill(self._file.begin))]
+        for turn, role in enumerate(roles):
+            if role == "assistant":
+                pieces += self._answer(turn)
+            elif role == "system":
+                pieces += self._system(turn)
+            else:
+                inside = turn == 1 and roles[0] == "system" and self._system_is_inside
+                pieces += self._user(turn)[1 if inside else 0 :]
+        if roles[-1] != "assistant":
+            pieces.append(TemplateText(self._fill(self._file.assistant.prefix)))
+        return tuple(p for p in pieces if isinstance(p, Slot) or p.text)
+
+    @property
+    def _system_is_inside(self) -> bool:
+        return self._file.system is not None and self._file.system.inside_user
+
+    def _system(self, turn: int) -> list[TemplatePiece]:
+        around = self._file.system
+        assert around is not None  # checked
+        opening = self._file.user.prefix if around.inside_user else ""
+        return [
+            TemplateText(self._fill(opening + around.prefix)),
+            Slot(turn),
+            TemplateText(self._fill(around.suffix)),
+        ]
+
+    def _user(self, turn: int) -> list[TemplatePiece]:
+        around = self._file.user
+        return [
+            TemplateText(self._fill(around.prefix)),
+            Slot(turn),
+            TemplateText(self._fill(around.suffix)),
+        ]
+
+    def _answer(self, turn: int) -> list[TemplatePiece]:
+        answer = self._file.assistant
+        return [
+            TemplateText(self._fill(answer.prefix)),
+            TemplateText(self._fill(answer.answer_prefix), supervised=True),
+            Slot(turn, supervised=True),
+            TemplateText(self._fill(answer.answer_suffix), supervised=True),
+            TemplateText(self.stop, supervised=True),
+            TemplateText(self._fill(answer.suffix)),
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        file = self._file.model_dump(mode="json")
+        if self.image_separator == DEFAULT_SEPARATOR:
+            del file["image_separator"]  # the digest of an older run's template stays what it was
+        return {
+            "kind": "file",
+            "file": file,
+            "bos": self._bos,
+            "eos": self._eos,
+        }
+
+    def jinja_body(self) -> str:
+        return _jinja_body(self._file, {k: self._fill(v) for k, v in _texts(self._file).items()})
+
+    def _fill(self, text: str) -> str:
+        return text.replace("{bos}", self._bos).replace("{eos}", self._eos)
+
+    def _check(self, roles: Sequence[Role]) -> None:
+        if "system" in roles and self._file.system is None:
+            raise TemplateError(
+                f"template {self.name!r} has no place for a system message; remove it or choose "
+                "another template"
+            )
+        limit = self._file.max_exchanges
+        if limit is not None and sum(role == "user" for role in roles) > limit:
+            raise TemplateError(
+                f"template {self.name!r} takes {limit} question and answer a record, found "
+                f"{sum(role == 'user' for role in roles)}; choose a chat template"
+            )
+
+
+class JinjaTemplate:
+    """A model's own chat template, used without its text ever seeing the user's words.
+
+    The template is rendered with a marker for each turn's content and cut at the markers, so that
+    words can neither become control text nor change how the template behaves. Differences from
+    `apply_chat_template`: contents are never trimmed, and conditions on contents see the marker.
+
+    Args:
+        tokenizer: Its `chat_template` is used.
+
+    Raises:
+        TemplateError: There is none.
+    """
+
+    images_only_users = False
+    begins_text = False
+    default_system: str | None = None
+    image_separator = DEFAULT_SEPARATOR
+    name = "auto"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise TemplateError(
+                "data.template is 'auto' but the tokenizer has no chat template of its own; "
+                f"choose one of {', '.join(builtin_templates())}"
+            )
+        self._tokenizer = tokenizer
+        self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
+        self.stop = self._find_stop()
+
+    def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
+        return self._cached(tuple(roles))
+
+    def _pieces(self, roles: tuple[Role, ...]) -> tuple[TemplatePiece, ...]:
+        text = self._render(roles, generate=roles[-1] != "assistant")
+        pieces: list[TemplatePiece] = []
+        rest = text
+        for turn, role in enumerate(roles):
+            before, found, rest = rest.partition(_marker(turn))
+            if not found or _marker(turn) in rest:
+                raise TemplateError(
+                    f"the model's own chat template does not write the {role} message exactly "
+                    "once; choose one of " + ", ".join(builtin_templates())
+                )
+            if role != "assistant":
+                pieces += [TemplateText(before), Slot(turn)]
+                continue
+            pieces += self._answer(roles, turn, text, before)
+            if not rest.startswith(self.stop):
+                raise TemplateError(
+                    f"the model's own chat template ends an answer with {rest[:40]!r} here and "
+                    f"with {self.stop!r} elsewhere; choose one of " + ", ".join(builtin_templates())
+                )
+            rest = rest.removeprefix(self.stop)
+        pieces.append(TemplateText(rest))
+        return tuple(p for p in pieces if isinstance(p, Slot) or p.text)
+
+    def _answer(
+        self, roles: tuple[Role, ...], turn: int, text: str, before: str
+    ) -> list[TemplatePiece]:
+        """Header, anything the model itself must write before its answer, answer, stop."""
+        prompt = self._render(roles[:turn], generate=True)
+        if not text.startswith(prompt):
+            raise TemplateError(
+                "the model's own chat template gives a generation prompt that its training text "
+                f"does not begin with (prompt ends {prompt[-60:]!r}); choose one of "
+                + ", ".join(builtin_templates())
+            )
+        start = text.index(_marker(turn))
+        header_length = len(before) - (start - len(prompt))
+        return [
+            TemplateText(before[:header_length]),
+            TemplateText(before[header_length:], supervised=True),
+            Slot(turn, supervised=True),
+            TemplateText(self.stop, supervised=True),
+        ]
+
+    def _find_stop(self) -> str:
+        text = self._render(("user", "assistant", "user", "assistant"), generate=False)
+        after_first = text.partition(_marker(1))[2]
+        control = sorted(map(str, self._tokenizer.added_tokens_decoder.values()), key=len)
+        for token in reversed(control):
+            if after_first.startswith(token):
+                return token
+        raise TemplateError(
+            "the model's own chat template writes no control token right behind an answer (found "
+            f"{after_first[:40]!r}), so the model could not learn to stop; choose one of "
+            + ", ".join(builtin_templates())
+        )
+
+    def _render(self, roles: Sequence[Role], *, generate: bool) -> str:
+        messages = [{"role": role, "content": _marker(i)} for i, role in enumerate(roles)]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generate
+                )
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TemplateError(
+                f"the model's own chat template refuses the roles {', '.join(roles)}: {reason}"
+            ) from None
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
+
+    def jinja_body(self) -> str:
+        return _jinja_around_markers(str(self._tokenizer.chat_template))
+
+
+def _marker(turn: int) -> str:
+    return f"vlmsftTurn{turn}Content"
+
+
+def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """A template by built-in name, by YAML file, or the tokenizer's own (`auto`).
+
+    Raises:
+        TemplateError: No such template, a faulty file, or a control token it names is missing.
+    """
+    if name == "auto":
+        return JinjaTemplate(tokenizer)
+    if name in builtin_templates():
+        text = (resources.files("vlm_sft.data") / "templates" / f"{name}.yaml").read_text("utf-8")
+    elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        text = read_text(name)
+    else:
+        raise TemplateError(
+            f"data.template: no template {name!r}; expected 'auto', a YAML file, or one of "
+            + ", ".join(builtin_templates())
+        )
+    try:
+        file = TemplateFile.model_validate(parse_yaml(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TemplateError(f"template {name}: {reason}") from None
+    return _fitted(file, tokenizer)
+
+
+def template_from_description(
+    description: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> ChatTemplate:
+    """The template that a checkpoint's `template.json` describes."""
+    if description["kind"] == "jinja":
+        tokenizer.chat_template = description["chat_template"]
+        return JinjaTemplate(tokenizer)
+    file = TemplateFile.model_validate(description["file"])
+    return FileTemplate(file, bos=description["bos"], eos=description["eos"])
+
+
+def _fitted(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTemplate:
+    template = FileTemplate(file, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if template.stop and template.stop not in known:
+        raise TemplateError(
+            f"template {file.name!r} ends answers with the control token {template.stop!r}, which "
+            "this tokenizer does not have; choose another template or add the token"
+        )
+    missing = [token for token in file.control if token not in known]
+    if missing:
+        raise TemplateError(
+            f"template {file.name!r} needs the control tokens {', '.join(missing)}, which this "
+            "tokenizer would spell as ordinary text; choose another template or add the tokens"
+        )
+    return template
+
+
+def _texts(file: TemplateFile) -> dict[str, str]:
+    flat = {"begin": file.begin}
+    for role in ("system", "user", "assistant"):
+        section = getattr(file, role)
+        for key, value in (section.model_dump() if section is not None else {}).items():
+            if isinstance(value, str):
+                flat[f"{role}_{key}"] = value
+    return flat
+
+
+_CONTENTS = (
+    "{%- set ns = namespace(messages=[]) -%}"
+    "{%- for m in messages -%}"
+    "{%- if m['tool_calls'] -%}{{- raise_exception('tool_calls: this model was trained without "
+    "tools; write the call into the content') -}}{%- endif -%}"
+    "{%- set p = namespace(text='', run='', last='') -%}"
+    "{%- if m['content'] is string -%}{%- set p.text = m['content'] -%}"
+    "{%- elif m['content'] -%}{%- for part in m['content'] -%}"
+    "{%- set kind = 'text' if part is string else part['type'] -%}"
+    "{%- if kind == 'image' or kind == 'image_url' -%}"
+    "{%- if p.last == 'image' or (p.last == 'text' and not p.run.endswith(SEPARATOR)) -%}"
+    "{%- set p.text = p.text + SEPARATOR -%}{%- endif -%}"
+    "{%- set p.text = p.text + '<image>' -%}{%- set p.run = '' -%}{%- set p.last = 'image' -%}"
+    "{%- elif kind == 'text' -%}"
+    "{%- set t = part if part is string else part['text'] -%}"
+    "{%- if t -%}"
+    "{%- if p.last == 'image' and not t.startswith(SEPARATOR) -%}"
+    "{%- set p.text = p.text + SEPARATOR -%}{%- endif -%}"
+    "{%- set p.text = p.text + t -%}{%- set p.run = p.run + t -%}{%- set p.last = 'text' -%}"
+    "{%- endif -%}"
+    "{%- else -%}{{- raise_exception('content part of type ' ~ kind ~ ': expected text or image')"
+    " -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set c = p.text -%}"
+)
+"""Contents as text: a list of parts by the rule of `layout.separated_parts`, none at all as ""."""
+
+_IMAGE_FIRST = (
+    "{%- if m['role'] == 'user' and '<image>' in c -%}"
+    "{%- if c.split('<image>') | length > 2 -%}{{- raise_exception('several images in one turn: "
+    "this model was trained with one') -}}{%- endif -%}"
+    "{%- set c = ('<image>\\n' + (c | replace('<image>', '') | trim)) | trim -%}{%- endif -%}"
+)
+_MESSAGES_DONE = (
+    "{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': c}] -%}"
+    "{%- endfor -%}{%- set messages = ns.messages -%}"
+)
+
+
+def jinja_prelude(system: str | None, *, image_separator: str, image_first: bool) -> str:
+    """Return Jinja to put before a body: contents become text with `<image>`.
+
+    Args:
+        system: System text for conversations that bring none.
+        image_separator: Text between an image part and its neighbors.
+        image_first: Put a user turn's image on a line of its own before its text.
+    """
+    contents = _CONTENTS.replace("SEPARATOR", _quote(image_separator))
+    prelude = contents + (_IMAGE_FIRST if image_first else "") + _MESSAGES_DONE
+    if system:
+        prelude += (
+            "{%- if not messages or messages[0]['role'] != 'system' -%}{%- set messages = "
+            f"[{{'role': 'system', 'content': {_quote(system)}}}] + messages -%}}{{%- endif -%}}"
+        )
+    return prelude
+
+
+def _jinja_around_markers(body: str) -> str:
+    """Return a body that sees a marker for each message's content, as in training.
+
+    What a model's own template does to contents (trimming, conditions on their words) would
+    otherwise happen in the export alone. Blocks of `{% generation %}`, whose offsets would be
+    wrong, become blocks without an effect.
+    """
+    body = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", body)
+    body = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", body)
+    marker = "'vlmsftTurn' ~ loop.index0 ~ 'Content'"
+    # The empty expressions keep white space at the body's ends from the tags around it.
+    return (
+        "{%- set hidden = namespace(messages=[]) -%}{%- for m in messages -%}"
+        "{%- set hidden.messages = hidden.messages + "
+        f"[{{'role': m['role'], 'content': {marker}}}] -%}}{{%- endfor -%}}"
+        "{%- set contents = messages -%}{%- set messages = hidden.messages -%}"
+        f"{{%- set written %}}{{{{ '' }}}}{_without_last_newline(body)}{{{{ '' }}}}{{% endset -%}}"
+        "{%- set filled = namespace(text='', rest=written) -%}{%- for m in contents -%}"
+        f"{{%- set cut = filled.rest.split({marker}) -%}}"
+        "{%- if cut | length != 2 -%}{{- raise_exception('the chat template does not write the ' "
+        "~ m['role'] ~ ' message exactly once') -}}{%- endif -%}"
+        "{%- set filled.text = filled.text + cut[0] + m['content'] -%}"
+        "{%- set filled.rest = cut[1] -%}{%- endfor -%}{{- filled.text + filled.rest -}}"
+    )
+
+
+def _without_last_newline(text: str) -> str:
+    """Return a Jinja source as Jinja reads it: one line end at its end does not count."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def jinja_with_first_space(body: str, bos: str) -> str:
+    """A body whose text begins with a space behind `bos`.
+
+    Some tokenizers put their dummy space before a text, but not before what follows a control
+    token; a chat template writes BOS itself, so what they would put there must be written out.
+    """
+    start = len(bos)
+    return (
+        f"{{%- set text -%}}{body}{{%- endset -%}}"
+        f"{{%- if text[:{start}] == {_quote(bos)} and text[{start}:] and text[{start}] != ' ' "
+        f"and text[{start}:{start + 7}] != '<image>' -%}}"
+        f"{{{{- text[:{start}] + ' ' + text[{start}:] -}}}}"
+        "{%- else -%}{{- text -}}{%- endif -%}"
+    )
+
+
+def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
+    quoted = {key: _quote(value) for key, value in texts.items()}
+    user = "m['content']"
+    if file.user.images_only:
+        user = "'<image>' * (m['content'].split('<image>') | length - 1)"
+    opening, system = f"{{{{- {quoted['user_prefix']} -}}}}", ""
+    no_system = " or true" if file.system is None else ""
+    if file.system is not None:
+        inside = file.system.inside_user
+        before = f"{quoted['user_prefix']} + " if inside else ""
+        system = (
+            "{%- if m['role'] == 'system' -%}"
+            f"{{{{- {before}{quoted['system_prefix']} + m['content'] + "
+            f"{quoted['system_suffix']} -}}}}{{%- endif -%}}"
+        )
+        if inside:
+            first = "loop.index0 == 1 and messages[0]['role'] == 'system'"
+            opening = f"{{%- if not ({first}) -%}}{opening}{{%- endif -%}}"
+    answer = " + ".join(
+        (
+            quoted["assistant_prefix"],
+            quoted["assistant_answer_prefix"],
+            "m['content']",
+            quoted["assistant_answer_suffix"],
+            quoted["assistant_stop"],
+            quoted["assistant_suffix"],
+        )
+    )
+    return (
+        f"{{{{- {quoted['begin']} -}}}}{{%- for m in messages -%}}{system}"
+        f"{{%- if m['role'] == 'user' -%}}{opening}{{{{- {user} + {quoted['user_suffix']} -}}}}"
+        f"{{%- elif m['role'] == 'assistant' -%}}{{{{- {answer} -}}}}"
+        f"{{%- elif m['role'] != 'system'{no_system} -%}}{{{{- raise_exception('no place for a "
+        "message of role ' ~ m['role'] ~ ' in this chat template') -}}{%- endif -%}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {quoted['assistant_prefix']} -}}}}{{%- endif -%}}"
+    )
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"

@@ -1,0 +1,467 @@
+"""Records of every supported form, read into conversations; a bad record is its own error."""
+
+import base64
+import binascii
+import difflib
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from vlm_sft.config.schema import DataFile
+from vlm_sft.data.conversation import (
+    Conversation,
+    ImagePart,
+    ImageSource,
+    Part,
+    Role,
+    TextPart,
+    Turn,
+)
+from vlm_sft.data.record_files import RawRecord, open_record_file
+from vlm_sft.errors import ImageError, RecordError
+from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
+from vlm_sft.utils.image_paths import image_path
+
+Form = Literal["llava", "messages", "alpaca"]
+
+ROLES: Final[dict[str, Role]] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+"""Names of speakers, as `from` or `role` spells them."""
+
+MAX_ID: Final = 4096
+"""Longest id of a record in characters."""
+
+MAX_TURNS: Final = 10_000
+MAX_IMAGES: Final = 10_000
+"""Most turns and images of one record; each of them costs time and memory before any length limit
+can apply."""
+
+_MARKS: Final[dict[str, Form]] = {
+    "conversations": "llava",
+    "messages": "messages",
+    "instruction": "alpaca",
+}
+"""The key that tells a record's form."""
+
+
+_FOREIGN_PLACEHOLDER: Final = re.compile(
+    r"<\|(image|image_pad|image_\d+|vision_start|IMAGE)\|>|<(image_placeholder|image_\d+|ImageHere"
+    r"|image_soft_token|start_of_image|Image|IMAGE|img|IMG|IMG_CONTEXT)>|\[IMG\]|<__media__>"
+)
+"""How other tools spell an image's place."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of one file: at most `total` of them, to be iterated once."""
+
+    total: int
+    conversations: Iterator[Conversation | RecordError]
+
+
+def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
+    """The file's records in order; one that cannot be used comes as its error, and reading goes on.
+
+    `<image>` is a picture's place in human turns of LLaVA and Alpaca records, and in user messages
+    given as plain text of `messages` records that list pictures; anywhere else it is text. Text
+    with `<image>` in it is taken exactly as it is; where content is a list of parts, the chat
+    template says what stands between an image and its neighbors (`image_separator` of a message,
+    next to its content, says it for that message).
+    Pictures are not opened and not looked for here.
+
+    Raises:
+        UserError: The file as a whole cannot be read (missing, damaged, of no known kind).
+    """
+    return open_records(file).conversations
+
+
+def open_records(file: DataFile) -> Records:
+    """As `read_records`, with the number of records for a progress bar."""
+    path = Path(file.path)
+    root = Path(file.image_root) if file.image_root else path if path.is_dir() else path.parent
+    opened = open_record_file(path)
+    form = None if file.format == "auto" else file.format
+
+    def conversations() -> Iterator[Conversation | RecordError]:
+        for raw in opened.records:
+            if isinstance(raw, RecordError):
+                yield raw
+                continue
+            try:
+                yield parse_record(raw, form, root, follow_symlinks=file.follow_symlinks)
+            except RecordError as error:
+                yield error
+
+    return Records(opened.total, conversations())
+
+
+def parse_record(
+    raw: RawRecord, form: Form | None, image_root: Path, *, follow_symlinks: bool = False
+) -> Conversation:
+    """Return one parsed value as a conversation.
+
+    Args:
+        raw: The value and its place.
+        form: How it is written; None tells by its keys.
+        image_root: Folder that image names start from and may not leave.
+        follow_symlinks: Whether symbolic links below `image_root` may leave it.
+
+    Raises:
+        RecordError: With a reason for the ledger: `format`, `bad_id`, `bad_turn`, `unknown_role`,
+            `role_order`, `no_answer`, `empty_answer`, `bad_loss`, `tool_calls`, `bad_text`,
+            `image_count`, `image_path`, `image_field`, `image_in_answer`.
+    """
+    return _Reader(raw, image_root, follow_symlinks).read(form)
+
+
+class _Reader:
+    """Reads one record; holds its place for errors and its pictures in reading order."""
+
+    def __init__(self, raw: RawRecord, image_root: Path, follow_symlinks: bool) -> None:
+        self.value, self.where, self.id = raw.value, raw.where, raw.fallback_id
+        self.root, self.follow_symlinks = image_root, follow_symlinks
+        self.listed: list[Any] = []
+        self.drafts: list[_Draft] = []
+
+    def error(self, reason: str, message: str) -> RecordError:
+        return RecordError(reason, message, record_id=self.id, where=self.where)
+
+    def read(self, form: Form | None) -> Conversation:
+        record = self.value
+        if not isinstance(record, Mapping):
+            raise self.error("format", f"expected an object, found {_kind(record)}")
+        self.id = self._id(record)
+        form = form or self._form(record)
+        self.listed = self._listed_pictures(record)
+        if form == "alpaca":
+            self._read_alpaca(record)
+        else:
+            self._read_turns(record, form)
+        self._check_order()
+        return self._conversation()
+
+    def _id(self, record: Mapping[str, Any]) -> str:
+        value = record.get("id")
+        if value is None:
+            return self.id
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise self.error("bad_id", f"`id` must be text or an integer, found {_kind(value)}")
+        text = str(value)
+        if len(text) > MAX_ID:
+            message = f"`id` has {len(text):,} characters, at most {MAX_ID:,} are accepted"
+            raise self.error("bad_id", message)
+        return self._clean(text, "id")
+
+    def _form(self, record: Mapping[str, Any]) -> Form:
+        found = [key for key in _MARKS if record.get(key) is not None]
+        if len(found) == 1:
+            return _MARKS[found[0]]
+        known = ", ".join(f"`{key}` ({form})" for key, form in _MARKS.items())
+        if found:
+            problem = f"has {' and '.join(found)}; one is wanted, or `format` set for the file"
+        else:
+            keys = ", ".join(map(str, list(record)[:8])) or "no keys"
+            problem = f"none of the known keys {known}; found {keys}"
+        raise self.error("format", f"the form cannot be told: {problem}")
+
+    def _listed_pictures(self, record: Mapping[str, Any]) -> list[Any]:
+        found: list[list[Any]] = []
+        for key in ("image", "images"):
+            value = record.get(key)
+            if value is not None and value != []:
+                found.append(value if isinstance(value, list) else [value])
+        if len(found) > 1:  # a column that names no image is no second list
+            found = [listed for listed in found if not all(map(_is_empty, listed))] or found[:1]
+        if len(found) > 1:
+            raise self.error("image_field", "has both `image` and `images`; keep one")
+        if found and len(found[0]) > MAX_IMAGES:
+            message = f"lists {len(found[0]):,} images, at most {MAX_IMAGES:,} are accepted"
+            raise self.error("image_count", message)
+        return found[0] if found else []
+
+    # --- the forms
+
+    def _read_turns(self, record: Mapping[str, Any], form: Form) -> None:
+        key = "conversations" if form == "llava" else "messages"
+        turns = record.get(key)
+        if not isinstance(turns, list):
+            raise self.error("format", f"`{key}` must be a list of turns, found {_kind(turns)}")
+        if len(turns) > MAX_TURNS:
+            message = f"has {len(turns):,} turns, at most {MAX_TURNS:,} are accepted"
+            raise self.error("bad_turn", message)
+        for number, turn in enumerate(turns):
+            if not isinstance(turn, Mapping):
+                message = f"turn {number}: expected an object, found {_kind(turn)}"
+                raise self.error("bad_turn", message)
+            role = self._role(turn, number)
+            self._refuse_tool_calls(turn, number)
+            content = _first_of(turn, "value", "content")
+            marks = role == "user" and (form == "llava" or bool(self.listed))
+            parts = self._content(content, number, marks)
+            separator = self._separator(turn, content, number)
+            supervised = self._supervised(turn, role, number)
+            self.drafts.append(_Draft(role, parts, supervised, separator))
+
+    def _read_alpaca(self, record: Mapping[str, Any]) -> None:
+        instruction, output = record.get("instruction"), record.get("output")
+        extra, system = record.get("input"), record.get("system")
+        fields = {"instruction": instruction, "output": output}
+        fields |= {"input": extra or "", "system": system or ""}
+        for name, value in fields.items():
+            if not isinstance(value, str):
+                raise self.error("bad_turn", f"`{name}` must be text, found {_kind(value)}")
+        if record.get("history"):
+            raise self.error("format", "Alpaca `history` is not read; write the turns as messages")
+        if system:
+            self.drafts.append(_Draft("system", self._content(system, 0, False), True))
+        question = f"{instruction}\n{extra}" if extra else instruction
+        self.drafts.append(_Draft("user", self._content(question, 0, True), True))
+        self.drafts.append(_Draft("assistant", self._content(output, 1, False), True))
+
+    # --- one turn
+
+    def _role(self, turn: Mapping[str, Any], number: int) -> Role:
+        name = _first_of(turn, "from", "role")
+        if isinstance(name, str) and name in ROLES:
+            return ROLES[name]
+        if name is None:
+            message = f"turn {number}: no speaker; expected `from` or `role`"
+            raise self.error("unknown_role", message)
+        near = difflib.get_close_matches(_quoted(name).strip("'").lower(), ROLES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(ROLES)}"
+        raise self.error("unknown_role", f"turn {number}: unknown role {_quoted(name)}; {hint}")
+
+    def _refuse_tool_calls(self, turn: Mapping[str, Any], number: int) -> None:
+        for key in ("tool_calls", "function_call"):
+            if turn.get(key):
+                message = f"turn {number}: `{key}` would be lost; write the call into the text"
+                raise self.error("tool_calls", message)
+
+    def _supervised(self, turn: Mapping[str, Any], role: Role, number: int) -> bool:
+        loss, weight = turn.get("loss"), turn.get("weight")
+        if loss is not None and not isinstance(loss, bool):
+            message = f"turn {number}: `loss` must be true or false, found {_quoted(loss)}"
+            raise self.error("bad_loss", message)
+        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+            message = f"turn {number}: `weight` must be 0 or 1, found {_quoted(weight)}"
+            raise self.error("bad_loss", message)
+        if role != "assistant" and (loss or weight):
+            message = f"turn {number}: loss on a {role} turn; only answers are trained"
+            raise self.error("bad_loss", message)
+        return loss is not False and weight != 0
+
+    def _content(self, content: Any, number: int, marks: bool) -> "list[_DraftPart]":
+        if isinstance(content, str):
+            return self._text(content, number, marks)
+        if not isinstance(content, list):
+            message = f"turn {number}: expected text or a list of parts, found {_kind(content)}"
+            raise self.error("bad_turn", message)
+        parts: list[_DraftPart] = []
+        for part in content:
+            parts += self._part(part, number)
+        return parts
+
+    def _separator(self, turn: Mapping[str, Any], content: Any, number: int) -> str | None:
+        """What stands between an image and its neighbors: nothing that a string does not spell."""
+        separator = turn.get("image_separator")
+        if separator is None:
+            return None if isinstance(content, list) else ""
+        if not isinstance(separator, str) or not isinstance(content, list):
+            message = f"turn {number}: `image_separator` must be text next to a list of parts"
+            raise self.error("bad_turn", f"{message}, found {separator!r}"[:300])
+        return self._clean(separator, f"turn {number}: image_separator")
+
+    def _text(self, text: str, number: int, marks: bool) -> "list[_DraftPart]":
+        self._clean(text, f"turn {number}")
+        pieces = text.split(IMAGE_PLACEHOLDER) if marks else [text]
+        parts: list[_DraftPart] = []
+        for index, piece in enumerate(pieces):
+            if index:
+                parts.append(_Picture())
+            if piece:
+                parts.append(piece)
+        return parts
+
+    def _part(self, part: Any, number: int) -> "list[_DraftPart]":
+        if isinstance(part, str):
+            return self._text(part, number, False)
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            return self._text(part["text"], number, False)
+        if kind == "image":
+            return [_Picture(_first_of(part, "image", "path", "url"))]
+        if kind == "image_url":
+            url = part.get("image_url")
+            return [_Picture(url.get("url") if isinstance(url, Mapping) else url)]
+        found = f"type {_quoted(kind)}" if kind is not None else _kind(part)
+        message = f"turn {number}: expected a part of type text, image or image_url, found {found}"
+        raise self.error("bad_turn", message)
+
+    def _clean(self, text: str, place: str) -> str:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            message = f"{place}: half a surrogate pair (U+{code:04X}) is no text"
+            raise self.error("bad_text", message) from None
+        return text
+
+    # --- the whole
+
+    def _check_order(self) -> None:
+        roles = [draft.role for draft in self.drafts]
+        if "assistant" not in roles:
+            raise self.error("no_answer", "the conversation has no answer to train on")
+        first = 1 if roles[0] == "system" else 0
+        for number, role in enumerate(roles[first:], start=first):
+            expected = "user" if (number - first) % 2 == 0 else "assistant"
+            if role != expected:
+                message = f"turn {number} is the {role}'s, expected the {expected}'s"
+                raise self.error("role_order", f"{message}; speakers must alternate")
+        if roles[-1] != "assistant":
+            raise self.error("role_order", "ends with the user's turn, expected an answer")
+        for number, draft in enumerate(self.drafts):
+            pictures = any(isinstance(part, _Picture) for part in draft.parts)
+            if pictures and draft.role != "user":
+                message = f"turn {number}: a picture in the {draft.role}'s turn; only users show"
+                raise self.error("image_in_answer", f"{message} pictures")
+            if draft.role == "assistant" and not draft.text.strip():
+                message = f"turn {number}: the answer is empty; write one or remove the exchange"
+                raise self.error("empty_answer", message)
+
+    def _conversation(self) -> Conversation:
+        places = [p for d in self.drafts for p in d.parts if isinstance(p, _Picture)]
+        if len(places) > MAX_IMAGES:
+            message = f"has {len(places):,} images, at most {MAX_IMAGES:,} are accepted"
+            raise self.error("image_count", message)
+        open_places = sum(place.source is None for place in places)
+        if not open_places and all(map(_is_empty, self.listed)):
+            self.listed = []  # tables fill the image column of text-only rows with empty values
+        if open_places != len(self.listed):
+            message = (
+                f"the text has places for {open_places} images ({IMAGE_PLACEHOLDER} or image "
+                f"parts), the record lists {len(self.listed)}; they must agree"
+            )
+            if any(map(_is_empty, self.listed)):
+                message += " (an empty image name counts)"
+            foreign = self._foreign_placeholder()
+            if foreign is not None and open_places < len(self.listed):
+                message += f"; {foreign} is another tool's placeholder, write {IMAGE_PLACEHOLDER}"
+            raise self.error("image_count", message)
+        listed = iter(self.listed)
+        images: list[ImageSource] = []
+        turns: list[Turn] = []
+        for draft in self.drafts:
+            parts: list[Part] = []
+            for part in draft.parts:
+                if isinstance(part, _Picture):
+                    source = next(listed) if part.source is None else part.source
+                    parts.append(ImagePart(len(images)))
+                    images.append(self._source(source))
+                else:
+                    parts.append(TextPart(part))
+            has_image = any(isinstance(part, ImagePart) for part in parts)
+            separator = draft.image_separator if has_image else ""
+            turns.append(Turn(draft.role, tuple(parts), draft.supervised, separator))
+        return Conversation(self.id, tuple(turns), tuple(images), self.where)
+
+    def _foreign_placeholder(self) -> str | None:
+        """Return the first placeholder of another tool in a user's text."""
+        texts = (d.text for d in self.drafts if d.role == "user")
+        found = (match for text in texts if (match := _FOREIGN_PLACEHOLDER.search(text)))
+        return next((match.group() for match in found), None)
+
+    def _source(self, value: Any) -> ImageSource:
+        if _is_empty(value):
+            message = "an empty image name; name the image, or remove its place from the text"
+            raise self.error("image_field", message)
+        if isinstance(value, Mapping):  # an image column: {"bytes": ..., "path": ...}
+            value = value["bytes"] if value.get("bytes") else value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            message = f"an image must be a file's name, found {_kind(value)}"
+            raise self.error("image_field", message)
+        if value.startswith("data:"):
+            return self._data_url(value)
+        return self._path(value)
+
+    def _data_url(self, url: str) -> bytes:
+        head, _, body = url.partition(",")
+        try:
+            if not head.endswith(";base64"):
+                raise ValueError
+            return base64.b64decode(body, validate=True)
+        except (ValueError, binascii.Error):
+            message = f"the picture {url[:40]!r}... is not a base64 data URL"
+            raise self.error("image_field", message) from None
+
+    def _path(self, name: str) -> Path:
+        self._clean(name, "image name")
+        try:
+            return image_path(self.root, name, follow_symlinks=self.follow_symlinks)
+        except ImageError as error:
+            raise self.error(error.reason, str(error)) from None
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture's place; without a source it takes the next of the record's list."""
+
+    source: Any = None
+
+
+_DraftPart = str | _Picture
+
+
+@dataclass(frozen=True)
+class _Draft:
+    role: Role
+    parts: Sequence[_DraftPart] = field(default_factory=list)
+    supervised: bool = True
+    image_separator: str | None = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+def _first_of(table: Mapping[str, Any], *keys: str) -> Any:
+    """The first value that is there; columns of tables hold None where a key is absent."""
+    return next((table[key] for key in keys if table.get(key) is not None), None)
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether the value of an image column names no image."""
+    if isinstance(value, Mapping):
+        return not value.get("bytes") and not value.get("path")
+    return value is None or value in ("", b"", [])
+
+
+def _quoted(value: Any) -> str:
+    """Return a value of any size and depth in a few characters."""
+    return _BOUNDED.repr(value)
+
+
+def _bounded_repr() -> reprlib.Repr:
+    bounded = reprlib.Repr()
+    bounded.maxstring = bounded.maxother = bounded.maxlong = 60
+    return bounded
+
+
+_BOUNDED: Final = _bounded_repr()
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {str: "text", dict: "an object", list: "a list", bool: "true/false"}
+    return names.get(type(value), f"the {type(value).__name__} {_quoted(value)}")

@@ -1,0 +1,209 @@
+"""Rendered records kept across runs, by the content of the record and of all that renders it."""
+
+import hashlib
+import json
+import sqlite3
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from vlm_sft.data.conversation import Conversation, ImagePart
+from vlm_sft.data.tokenize import CHUNK, Rendered, Renderer, batched
+from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.constants import IGNORE_INDEX
+from vlm_sft.utils.filesystem import existing_above
+from vlm_sft.utils.ownership import CACHE, own_directory, require_directory, require_writable
+
+FILE_NAME: Final = "rendered.sqlite"
+RENDERING_MODULES: Final = ("layout", "masking", "template", "tokenizer", "recipe")
+_TABLE: Final = "rendered (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID"
+
+
+class CachedRenderer:
+    """A renderer that looks up what it, or another run, has rendered and proven before.
+
+    Keyed by sha256 over the record's turns and over everything that decides its ids: tokenizer,
+    template, system text, recipe, the code of this package that renders, and the version of
+    `tokenizers`. Every row carries a checksum; a row that fails it is rendered again. Safe for
+    several processes at once (SQLite). Faulty records are not kept.
+
+    Args:
+        renderer: Renders what is not there.
+        folder: Holds `rendered.sqlite`; created and marked if missing or empty.
+
+    Attributes:
+        hits: Records that were found.
+        misses: Records that were rendered.
+
+    Raises:
+        UserError: The folder or the file in it cannot be used, or is not a cache.
+    """
+
+    def __init__(self, renderer: Renderer, folder: str | Path) -> None:
+        self._renderer, self._path = renderer, Path(folder) / FILE_NAME
+        self._fingerprint = fingerprint(renderer)
+        self.hits = self.misses = 0
+        try:
+            own_directory(
+                folder, CACHE, adopt=is_render_cache(Path(folder)), setting="data.cache_dir"
+            )
+            self._table = _open_table(self._path)
+        except (OSError, sqlite3.Error) as error:
+            raise _fault(self._path, error) from None
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """As `Renderer.render`, without `answers` where the record was found."""
+        rendered = next(self.render_all([conversation]))
+        if isinstance(rendered, RecordError):
+            raise rendered
+        return rendered
+
+    def render_all(self, conversations: Iterable[Conversation]) -> Iterator[Rendered | RecordError]:
+        """As `Renderer.render_all`, without `answers` where a record was found."""
+        for chunk in batched(conversations, CHUNK):
+            keys = [self._key(conversation) for conversation in chunk]
+            found = self._found(keys)
+            missing = [c for c, key in zip(chunk, keys, strict=True) if key not in found]
+            self.hits += len(chunk) - len(missing)
+            self.misses += len(missing)
+            made = list(self._renderer.render_all(missing))
+            fresh = iter(made)
+            rows = [found[key] if key in found else next(fresh) for key in keys]
+            self._keep([(k, r) for k, r in zip(keys, rows, strict=True) if k not in found])
+            yield from rows
+
+    def _key(self, conversation: Conversation) -> bytes:
+        digest = hashlib.sha256(self._fingerprint)
+        for turn in conversation.turns:
+            digest.update(f"\0{turn.role}\0{turn.supervised}\0{turn.image_separator!r}".encode())
+            for part in turn.parts:
+                text = f"<{part.index}>" if isinstance(part, ImagePart) else part.text
+                kind = "image" if isinstance(part, ImagePart) else "text"
+                digest.update(f"\0{kind}\0{len(text)}\0{text}".encode())
+        return digest.digest()
+
+    def _found(self, keys: Sequence[bytes]) -> dict[bytes, Rendered]:
+        marks = ",".join("?" * len(keys))
+        try:
+            rows = self._table.execute(
+                f"SELECT key, row FROM rendered WHERE key IN ({marks})", keys
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise _fault(self._path, error) from None
+        unpacked = ((key, _unpacked(row)) for key, row in rows)
+        return {key: rendered for key, rendered in unpacked if rendered is not None}
+
+    def _keep(self, rows: Sequence[tuple[bytes, Rendered | RecordError]]) -> None:
+        values = [(key, _packed(row)) for key, row in rows if isinstance(row, Rendered)]
+        try:
+            with self._table:
+                self._table.executemany("INSERT OR REPLACE INTO rendered VALUES (?, ?)", values)
+        except sqlite3.Error as error:
+            raise _fault(self._path, error) from None
+
+
+def require_render_cache(folder: str | Path) -> None:
+    """Check that `CachedRenderer` can use a directory, without changing anything that is kept.
+
+    SQLite's locks and its journal are tried on a temporary database in the same place.
+
+    Raises:
+        UserError: As `CachedRenderer`.
+    """
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    try:
+        require_directory(folder, CACHE, adopt=is_render_cache(folder), setting="data.cache_dir")
+        if path.exists():
+            with closing(sqlite3.connect(path, timeout=60)) as table:
+                _require_ours(table, path)
+                table.execute("BEGIN IMMEDIATE")  # takes the lock of a writer, which closing ends
+        require_writable(folder)
+        place = existing_above(folder)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".vlm_sft.") as temporary:
+            _open_table(Path(temporary) / FILE_NAME).close()
+    except (OSError, sqlite3.Error) as error:
+        raise _fault(path, error) from None
+
+
+def _open_table(path: Path) -> sqlite3.Connection:
+    table = sqlite3.connect(path, timeout=60)
+    _require_ours(table, path)
+    table.execute("PRAGMA journal_mode=WAL")
+    table.execute("PRAGMA synchronous=NORMAL")
+    table.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
+    return table
+
+
+def _require_ours(table: sqlite3.Connection, path: Path) -> None:
+    if not _is_ours(table):
+        raise UserError(
+            f"data.cache_dir: {path} is a database that vlm_sft did not write; nothing was "
+            "changed. Give another folder",
+            code="not_ours",
+        )
+
+
+def _fault(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"data.cache_dir: {path} cannot be used ({error}); give another folder with room in it, "
+        "or move the file away",
+        code="cache_unusable",
+    )
+
+
+def is_render_cache(folder: Path) -> bool:
+    """Return whether a directory holds a file of rendered records."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(path)) as table:
+            return _is_ours(table, empty=False)
+    except sqlite3.Error:
+        return False
+
+
+def _is_ours(table: sqlite3.Connection, *, empty: bool = True) -> bool:
+    """Return whether a database has our one table and nothing else; `empty` for one with nothing.
+
+    Views, triggers and indices count: SQLite lists them in the same table.
+    """
+    found = [row[0] for row in table.execute("SELECT sql FROM sqlite_master")]
+    return found == [f"CREATE TABLE {_TABLE}"] or (empty and not found)
+
+
+def fingerprint(renderer: Renderer) -> bytes:
+    """sha256 over all that decides what a record's ids and labels are, besides the record."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(renderer.describe(), sort_keys=True).encode())
+    digest.update(renderer.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(metadata.version("tokenizers").encode())
+    for name in RENDERING_MODULES:
+        digest.update((resources.files("vlm_sft.data") / f"{name}.py").read_bytes())
+    return digest.digest()
+
+
+def _packed(rendered: Rendered) -> bytes:
+    """Checksum, then ids, then one byte a token: whether it is supervised."""
+    ids = array("i", rendered.input_ids).tobytes()
+    flags = bytes(label != IGNORE_INDEX for label in rendered.labels)
+    return hashlib.blake2b(ids + flags, digest_size=8).digest() + ids + flags
+
+
+def _unpacked(row: bytes) -> Rendered | None:
+    """The rendering, or None where its checksum does not fit."""
+    checksum, body = row[:8], row[8:]
+    if hashlib.blake2b(body, digest_size=8).digest() != checksum:
+        return None
+    count = len(body) // 5
+    ids = np.frombuffer(body, dtype=np.int32, count=count)
+    flags = np.frombuffer(body, dtype=np.bool_, offset=4 * count)
+    labels = np.where(flags, ids, IGNORE_INDEX)
+    return Rendered(ids.tolist(), labels.tolist(), ())

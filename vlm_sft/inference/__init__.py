@@ -1,0 +1,1 @@
+"""Load a checkpoint and generate answers."""

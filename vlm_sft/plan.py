@@ -1,0 +1,87 @@
+"""What a run will need, before it: `python -m vlm_sft.plan CONFIG.yaml`."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Final
+
+from vlm_sft.commands.parser import (
+    CommandParser,
+    config_parser,
+    heavy_imports,
+    number,
+    whole_number,
+)
+from vlm_sft.errors import UserError, run_command
+from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GPUS, require_known
+
+ABOUT = f"""\
+Plan a run: read the data's real lengths and images, and work out memory by part, the largest
+micro-batch, samples/s, hours and what holds the run up, for stage 1, LoRA, QLoRA and full training.
+
+Nothing is downloaded and no weight is allocated: the model is built from its configuration alone,
+and its own code runs on tensors without values. GPUs known by name: {", ".join(GPUS)}."""
+
+EXAMPLES = """\
+examples:
+  python -m vlm_sft.plan configs/tiny/stage2.yaml
+  python -m vlm_sft.plan configs/tiny/stage2_lora.yaml --gpu 4090
+  python -m vlm_sft.plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
+  python -m vlm_sft.plan my.yaml --gpu h200 --json > plan.json
+
+  # a few real steps on this machine beside the prediction, with the error of both
+  python -m vlm_sft.plan configs/tiny/stage2.yaml --calibrate
+
+With hub names, their configuration and tokenizer (not the weights) must be in the local cache."""
+
+SAMPLE: Final = 20_000
+"""Records of each file that are rendered unless `--sample` says otherwise."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of a configuration; returns 0, also where the run would not fit."""
+    arguments = parser().read(argv)
+    _require_fitting(arguments)
+    from vlm_sft.commands.inputs import ALL_PARTS, read_config
+
+    parts = ALL_PARTS - {"projector"}
+    config = read_config(arguments.config, arguments.overrides, parts)
+    with heavy_imports():
+        from vlm_sft.commands.plan import run
+    return run(config, arguments)
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = config_parser("python -m vlm_sft.plan", ABOUT, EXAMPLES)
+    add = parser.add_argument
+    add("--gpu", metavar="NAME", help="what to plan for (default: this machine's GPU, else cpu)")
+    add(
+        "--gpus", type=whole_number(1), default=1, metavar="N", help="how many of them (default: 1)"
+    )
+    add(
+        "--efficiency",
+        type=number(0, 1, above=True),
+        default=ASSUMED_EFFICIENCY,
+        metavar="SHARE",
+        help=f"of the matrix products' rate that a step reaches (default: {ASSUMED_EFFICIENCY})",
+    )
+    add(
+        "--sample",
+        type=whole_number(0),
+        default=SAMPLE,
+        metavar="N",
+        help=f"records of each file to render, drawn at random; 0: all (default: {SAMPLE:,})",
+    )
+    add("--json", action="store_true", help="the plan as one JSON object on stdout")
+    add("--calibrate", action="store_true", help="also train a few steps here; needs the weights")
+    return parser
+
+
+def _require_fitting(arguments: argparse.Namespace) -> None:
+    require_known(arguments.gpu)
+    if arguments.calibrate and (arguments.gpu not in (None, "cpu") or arguments.gpus != 1):
+        raise UserError("--calibrate: trains on this machine's device; leave --gpu and --gpus out")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,180 @@
+"""Show records as the model will see them: `python -m vlm_sft.show CONFIG.yaml`."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports, whole_number
+from vlm_sft.config.schema import DataFile, RunConfig
+from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors.codes import CODES
+from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, SHOWN, SHOWN_ON_A_PAGE
+from vlm_sft.utils.ownership import require_output_file
+
+ABOUT = """\
+Show records as the model will see them, with the trained tokens marked, and what becomes of each
+under the configuration's length limit and policy. On a terminal they come through a pager."""
+
+EXAMPLES = """\
+examples:
+  # the records of a configuration, trained tokens between marks
+  python -m vlm_sft.show configs/tiny/stage2.yaml --limit 3
+
+  # one record by its id, as JSON (ids, labels, tokens; one placeholder an image)
+  python -m vlm_sft.show configs/tiny/stage2.yaml --record red-circle-1 --json
+
+  # a page to hand to a colleague: images, trained tokens, figures, search
+  python -m vlm_sft.show configs/tiny/stage2.yaml --html page.html
+
+  # figures alone: outcomes, lengths, supervised share, truncation of each file
+  python -m vlm_sft.show configs/tiny/stage2.yaml --statistics
+
+  # what does not fit, from one of several files
+  python -m vlm_sft.show configs/tiny/stage2.yaml --source instructions.json --reason too_long
+
+  # any file under any tokenizer and template, without a configuration
+  python -m vlm_sft.show --records data.json --tokenizer DIR --template chatml
+
+Without a configuration no length limit holds unless --max-length sets one, and images need not
+be there. The exit code is 2 when a record that is printed is faulty; --statistics and --html
+report faults and exit with 0."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print or write records with what is trained in them; 2 when a printed record is faulty."""
+    arguments = parser().read(argv)
+    _require_fitting(arguments)
+    from vlm_sft.commands import inputs
+
+    config = None
+    if arguments.config is not None:
+        parts: set[inputs.Part] = {"tokenizer", "eval" if arguments.eval else "train"}
+        config = inputs.read_config(arguments.config, arguments.overrides, parts)
+        if arguments.eval and not config.data.eval:
+            raise UserError(f"--eval: {arguments.config} names no held-out files in data.eval")
+    else:
+        inputs.require_records("--records", arguments.records)
+        inputs.require_model_name("--tokenizer", arguments.tokenizer)
+        inputs.require_template("--template", arguments.template or "auto")
+    if arguments.html is not None:
+        arguments.html = _require_page(arguments, config)
+    with heavy_imports():
+        from vlm_sft.commands.show import run
+    return run(arguments, config)
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m vlm_sft.show", ABOUT, EXAMPLES, takes_settings=True)
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a run's YAML file")
+    add_overrides(parser)
+    count = whole_number(1)
+    add = parser.add_argument_group("what is read").add_argument
+    add("--eval", action="store_true", help="held-out files of the configuration")
+    add("--source", metavar="NAME", help="only this file of the configuration, by path or name")
+    asked = f"asked of the configuration's tower; with --records {LLAVA_IMAGE_TOKENS}, LLaVA-1.5's"
+    add("--image-tokens", type=count, metavar="N", help=f"an image's tokens (default: {asked})")
+    add = parser.add_argument_group("without a configuration").add_argument
+    add("--records", metavar="FILE", help="a file of records, without CONFIG.yaml")
+    add(
+        "--format",
+        choices=["auto", "llava", "messages", "alpaca"],
+        help="the form of --records (default: auto)",
+    )
+    add("--image-root", metavar="DIR", help="where relative image names start")
+    add("--follow-symlinks", action="store_true", help="let links below it lead out of it")
+    add("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
+    add("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
+    add("--system", metavar="TEXT", help="system text for records that have none")
+    add("--recipe", choices=["fixed", "llava-1.5"], help="LLaVA's quirks (default: fixed)")
+    add("--max-length", type=count, metavar="N", help="longest sequence (default: no limit)")
+    add(
+        "--length-policy",
+        choices=["error", "drop_turns", "skip"],
+        help="what becomes of longer records (default: error)",
+    )
+    add = parser.add_argument_group("which records are shown").add_argument
+    add("--record", metavar="ID", help="only the record with this id")
+    help_reason = "only those of this reason, e.g. too_long, empty_answer"
+    add("--reason", type=_reason, metavar="CODE", help=help_reason)
+    add(
+        "--longer-than",
+        type=whole_number(0),
+        metavar="N",
+        help="only records of more tokens, image tokens included, before turns are dropped",
+    )
+    add(
+        "--shorter-than",
+        type=whole_number(0),
+        metavar="N",
+        help="only records of fewer tokens, counted in the same way",
+    )
+    default = f"{SHOWN}; in a pager and with --json all; on a page {SHOWN_ON_A_PAGE}"
+    add("--limit", type=count, metavar="N", help=f"at most this many (default: {default})")
+    add = parser.add_argument_group("how").add_argument
+    add("--html", metavar="FILE", help="write one self-contained page")
+    add("--overwrite", action="store_true", help="replace --html even if `show` did not write it")
+    add("--statistics", action="store_true", help="figures of all records instead of records")
+    add("--json", action="store_true", help="one JSON object a line; with --statistics one in all")
+    add("--no-pager", action="store_true", help="print to the terminal itself")
+    add("--no-color", action="store_true", help="no colors (marks stay)")
+    return parser
+
+
+def _reason(name: str) -> str:
+    """Check that a reason is one that a ledger can have."""
+    if name in CODES:
+        return name
+    near = difflib.get_close_matches(name, CODES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "docs/errors.md lists all reasons"
+    raise argparse.ArgumentTypeError(f"no such reason; {hint}")
+
+
+def _require_fitting(arguments: argparse.Namespace) -> None:
+    if arguments.html is not None and arguments.json and not arguments.statistics:
+        raise UserError("--json and --html: give one of them, or add --statistics")
+    if arguments.html is not None and Path(arguments.html).is_dir():
+        raise UserError(f"--html {arguments.html}: this is a folder; give the page's file name")
+    if arguments.config is not None:
+        _refuse_together(arguments)
+        return
+    missing = [f"--{n}" for n in ("records", "tokenizer") if getattr(arguments, n) is None]
+    if arguments.eval and not missing:
+        raise UserError("--eval: belongs to CONFIG.yaml; with --records, name the held-out file")
+    if missing:
+        raise UserError(f"give CONFIG.yaml, or --records and --tokenizer (missing: {missing[0]})")
+
+
+def _require_page(arguments: argparse.Namespace, config: RunConfig | None) -> Path:
+    """Check, before any record is read, that the page may be written to `--html`."""
+    if config is not None:
+        inputs, images = [Path(arguments.config), *config.input_paths()], config.image_roots()
+    else:
+        names = (arguments.records, arguments.tokenizer, arguments.template)
+        inputs = [Path(name) for name in names if name]
+        file = DataFile(path=arguments.records, image_root=arguments.image_root)
+        images = [file.images_start_in()]
+    return require_output_file(
+        arguments.html,
+        inputs=inputs,
+        image_roots=images,
+        command="show",
+        overwrite=arguments.overwrite,
+    )
+
+
+def _refuse_together(arguments: argparse.Namespace) -> None:
+    """Refuse options that repeat what the configuration contains."""
+    names = ("records", "format", "image_root", "tokenizer", "template", "system", "recipe")
+    for name in (*names, "max_length", "length_policy"):
+        if getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise UserError(
+                f"--{option}: give CONFIG.yaml or --records, not both; change a configuration's "
+                "settings with key.path=value"
+            )
+
+
+if __name__ == "__main__":
+    run_command(main)

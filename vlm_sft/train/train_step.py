@@ -1,0 +1,188 @@
+"""One optimiser step's gradient: the sum of all token losses of the step over all its targets."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from vlm_sft.data.loader import AnyBatch
+from vlm_sft.data.packing import PackedBatch
+from vlm_sft.errors import UserError
+from vlm_sft.model.packed_attention import Backend, PackLayout
+from vlm_sft.model.vlm import Supervision, VlmOutput
+from vlm_sft.train.distributed import total
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """What a step's backward passes found; the gradients lie in the parameters' `.grad`.
+
+    Attributes:
+        loss_sum: Summed cross-entropy over the step's targets, all processes (scalar tensor).
+        num_targets: Supervised tokens of the step, all processes.
+        num_records: Records of the step, all processes.
+        record_losses: This process's records with their summed losses, for messages.
+        num_faults: Records of the step that could not be loaded, all processes.
+    """
+
+    loss_sum: torch.Tensor
+    num_targets: int
+    num_records: int
+    record_losses: tuple[tuple[str, torch.Tensor], ...]
+    num_faults: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a target in nats; 0 for a step without any."""
+        return float(self.loss_sum) / max(1, self.num_targets)
+
+
+def accumulate_gradient(
+    model: nn.Module,
+    batches: Sequence[AnyBatch],
+    accelerator: Accelerator,
+    *,
+    num_faults: int = 0,
+    seed_of: Callable[[int], int] | None = None,
+    backend: Backend = "sdpa",
+) -> StepGradient:
+    """Run all micro-batches of a step forward and backward.
+
+    The gradient is that of `sum of losses / number of targets` over every micro-batch of every
+    process, so that neither micro-batch size nor number of processes changes it. A batch without
+    targets adds exactly nothing.
+
+    Args:
+        model: Prepared by `accelerator`; returns a `VlmOutput`.
+        batches: This process's micro-batches, as many as every other process has.
+        accelerator: Device, precision and processes.
+        num_faults: Records of the step that this process could not load.
+        seed_of: Seed of the random generators (dropout) for micro-batch `i` of this process.
+        backend: The attention kernel of packed batches.
+    """
+    mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
+    counts = torch.tensor([*mine, num_faults], device=accelerator.device)
+    num_targets, num_records, faults = (int(n) for n in total(accelerator, counts))
+    # Data-parallel wrapping averages gradients over processes; the sum is wanted.
+    scale = accelerator.num_processes / max(1, num_targets)
+    loss_sums: list[torch.Tensor] = []
+    record_losses: list[tuple[str, torch.Tensor]] = []
+    for number, batch in enumerate(batches):
+        if seed_of is not None:
+            torch.manual_seed(seed_of(number))
+        last = number == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast(), told_with_records(batch):
+                output = forward(model, batch, accelerator.device, backend)
+            with told_with_records(batch):
+                accelerator.backward(output.loss_sum * scale)
+        loss_sums.append(output.loss_sum.detach())
+        record_losses += zip(batch.record_ids, output.per_record_loss.detach(), strict=False)
+    summed = torch.stack(loss_sums).sum()
+    return StepGradient(
+        loss_sum=total(accelerator, summed),
+        num_targets=num_targets,
+        num_records=num_records,
+        record_losses=tuple(record_losses),
+        num_faults=faults,
+    )
+
+
+@contextmanager
+def told_with_records(batch: AnyBatch) -> Iterator[None]:
+    """Name the micro-batch that the GPU had no room for; none is ever left out.
+
+    Raises:
+        UserError: In place of the GPU's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        rows, tokens = len(batch.record_ids), batch.input_ids.shape[1]
+        shown = batch.pixel_values if batch.image_features is None else batch.image_features
+        pictures = 0 if shown is None else len(shown)
+        named = ", ".join(repr(name) for name in batch.record_ids[:8])
+        raise UserError(
+            f"the GPU has no room for a micro-batch of {rows} records, {tokens} tokens long, and "
+            f"{pictures} pictures (records {named}); lower train.micro_batch_size (or "
+            "train.packing.max_tokens) or data.max_length, or set "
+            "train.activation_checkpointing: full",
+            code="out_of_memory",
+        ) from None
+
+
+def forward(
+    model: nn.Module, batch: AnyBatch, device: torch.device, backend: Backend = "sdpa"
+) -> VlmOutput:
+    """The model's output for one batch, moved to `device` first."""
+    if isinstance(batch, PackedBatch):
+        return _forward_packed(model, batch.to(device), device, backend)
+    batch = batch.to(device)
+    output: VlmOutput = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        pixel_values=batch.pixel_values,
+        image_features=batch.image_features,
+    )
+    return output
+
+
+def _forward_packed(
+    model: nn.Module, batch: PackedBatch, device: torch.device, backend: Backend
+) -> VlmOutput:
+    output: VlmOutput = model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.pixel_values,
+        image_features=batch.image_features,
+        pack_layout=PackLayout(batch.segments, device, backend, batch.needed, batch.padding),
+        supervision=Supervision(batch.sources, batch.targets, batch.records, len(batch.record_ids)),
+    )
+    return output
+
+
+def step_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of the random generators for one micro-batch, a pure function of its arguments."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def non_finite_fault(
+    gradient: StepGradient, norm: torch.Tensor, accelerator: Accelerator
+) -> str | None:
+    """What is not finite of a step, the loss or the gradient's norm; None where both are.
+
+    The same text in every process, with the records at fault where single ones stand out, else
+    with those of the step.
+    """
+    loss_is_finite = bool(torch.isfinite(gradient.loss_sum))
+    if loss_is_finite and bool(torch.isfinite(norm)):
+        return None
+    bad = [name for name, loss in gradient.record_losses if not bool(torch.isfinite(loss))]
+    everyone = [name for name, _ in gradient.record_losses]
+    pairs = gather_object([(bad, everyone)]) if accelerator.num_processes > 1 else [(bad, everyone)]
+    blamed = [name for pair in pairs for name in pair[0]]
+    suspects = blamed or [name for pair in pairs for name in pair[1]]
+    what = f"the gradient norm is {float(norm)}" if loss_is_finite else "the loss is not finite"
+    shown = ", ".join(repr(name) for name in suspects[:8])
+    more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
+    return f"{what} (records {shown}{more})"
+
+
+def refuse_non_finite(fault: str | None, *, step: int) -> None:
+    """Stop before the optimiser step where `non_finite_fault` found something.
+
+    Raises:
+        UserError: Saying so, with what can be done.
+    """
+    if fault is not None:
+        raise UserError(
+            f"step {step}: {fault}; the weights are those before this step - look at these records "
+            "with vlm_sft.show, lower the learning rate, or use precision bf16 or fp32",
+            code="not_finite",
+        )

@@ -1,0 +1,1 @@
+"""Files, text and terminal: what every other package builds on."""

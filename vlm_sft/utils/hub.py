@@ -1,0 +1,30 @@
+"""Reach the model hub once, instead of retrying for every file."""
+
+import functools
+
+from vlm_sft.utils.console import say
+from vlm_sft.utils.libraries import one_line
+
+TIMEOUT = 10.0
+"""Seconds that the hub may take for its first answer."""
+
+
+@functools.cache
+def settle_hub() -> None:
+    """Use only cached files for the rest of the process if the hub does not answer.
+
+    The hub's client retries every file for half a minute, and a model has many files. Call before
+    a library loads a name that is no local folder. `HF_HUB_OFFLINE` is respected.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception as error:  # whatever the HTTP library raises, the hub is not there
+        constants.HF_HUB_OFFLINE = True
+        say(
+            f"note: the hub {constants.ENDPOINT} cannot be reached ({one_line(error)}); only "
+            "models in its local cache are found"
+        )

@@ -1,0 +1,114 @@
+"""A progress bar with an estimate of the time left, for loops that take more than a few seconds."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from vlm_sft.utils.console import Console, say
+
+Item = TypeVar("Item")
+
+DELAY_SECONDS = 2.0
+"""Loops shorter than this print nothing."""
+LINE_SECONDS = 10.0
+"""Where no terminal is, one plain line about this often."""
+
+
+def track(
+    iterable: Iterable[Item],
+    total: int | None = None,
+    description: str = "working",
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """Yield the items of `iterable` unchanged and show on stderr how far the loop is.
+
+    A bar on a terminal, a plain line about every ten seconds otherwise, nothing for loops of under
+    two seconds.
+
+    Args:
+        iterable: What to go through.
+        total: Number of items; None takes `len(iterable)` if it has one, else no estimate is shown.
+        description: What is being done, e.g. `reading train.json`.
+        clock: Seconds that only grow.
+    """
+    if total is None:
+        total = len(iterable) if isinstance(iterable, Sized) else None
+    if sys.stderr.isatty():
+        yield from _with_bar(iterable, total, description, clock)
+    else:
+        yield from _with_lines(iterable, total, description, clock)
+
+
+def _with_bar(
+    iterable: Iterable[Item], total: int | None, description: str, clock: Callable[[], float]
+) -> Iterator[Item]:
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+    )
+    task = bar.add_task(description, total=total)
+    start, started = clock(), False
+    try:
+        for done, item in enumerate(iterable, start=1):
+            yield item
+            if not started and clock() - start > DELAY_SECONDS:
+                bar.start()
+                started = True
+            bar.update(task, completed=done)
+    finally:
+        if started:
+            bar.stop()
+
+
+def _with_lines(
+    iterable: Iterable[Item], total: int | None, description: str, clock: Callable[[], float]
+) -> Iterator[Item]:
+    start = last = clock()
+    done, shown = 0, False
+    for item in iterable:
+        yield item
+        done += 1
+        now = clock()
+        if now - last >= LINE_SECONDS:
+            _print(_line(description, done, total, now - start))
+            last, shown = now, True
+    if shown:
+        _print(f"{description}: {done:,} done in {format_seconds(clock() - start)}")
+
+
+def _line(description: str, done: int, total: int | None, elapsed: float) -> str:
+    if not total:
+        return f"{description}: {done:,}, {format_seconds(elapsed)} so far"
+    left = format_seconds(elapsed / done * max(total - done, 0))
+    return f"{description}: {done:,} of {total:,} ({done / total:.0%}), {left} left"
+
+
+def format_seconds(seconds: float) -> str:
+    """`7 s`, `2 min 05 s` or `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _print(line: str) -> None:
+    say(line)
