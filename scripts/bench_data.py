@@ -1,12 +1,12 @@
-"""Pictures a CPU-second from file to square, ours beside the usual ways.
+"""Images a CPU-second from file to square, ours beside the usual ways.
 
-    scripts/bench_data                                   # pictures made on the spot
-    scripts/bench_data --pictures coco/val2017           # JPEGs of a folder, the first 64 by name
+    scripts/bench_data                                   # images made on the spot
+    scripts/bench_data --images coco/val2017           # JPEGs of a folder, the first 64 by name
     scripts/bench_data --out docs/benchmarks             # keep table, figures and plot
 
 All ways go over the same JPEGs in memory, in turns, on one thread; figures are medians over rounds
-of pictures per CPU-second (process time), so that a busy machine changes them less. The made-up
-pictures have the size and the bytes of a photograph of COCO saved once more for the web (640 x 480,
+of images per CPU-second (process time), so that a busy machine changes them less. The made-up
+images have the size and the bytes of a photograph of COCO saved once more for the web (640 x 480,
 about 100 KB). The text path has its own: `scripts/bench_rendering.py`.
 """
 
@@ -43,7 +43,7 @@ SPEC = ImageSpec(SIZE, MEAN, STD)
 OURS = "vlm_sft: "
 COLUMNS = {
     "way": "way",
-    "rate": "pictures a CPU-second",
+    "rate": "images a CPU-second",
     "least": "least",
     "most": "most",
     "relative": "of fast, crop",
@@ -58,12 +58,12 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     facts = machine_facts()
     facts["versions"] |= {name: version(name) for name in ("simplejpeg", "open_clip_torch")}
-    pictures = _read(arguments.pictures, arguments.count)
-    rows = _rows(_rates(_ways(), pictures, arguments.rounds))
-    kilobytes = statistics.mean(map(len, pictures)) / 1e3
-    title = f"From JPEG to {SIZE} x {SIZE}: {len(pictures)} pictures of {kilobytes:.0f} KB"
+    images = _read(arguments.images, arguments.count)
+    rows = _rows(_rates(_ways(), images, arguments.rounds))
+    kilobytes = statistics.mean(map(len, images)) / 1e3
+    title = f"From JPEG to {SIZE} x {SIZE}: {len(images)} images of {kilobytes:.0f} KB"
     print_table(title, COLUMNS, rows)
-    parity = {aspect: _difference(pictures, aspect) for aspect in ("crop", "pad")}
+    parity = {aspect: _difference(images, aspect) for aspect in ("crop", "pad")}
     for aspect, (largest, mean) in parity.items():
         print(
             f"fast beside exact, {aspect}: at most {largest} of 255 levels, {mean:.4f} on average"
@@ -71,14 +71,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         _plot(rows, title, arguments.out / "data.png")
-        source = arguments.pictures or "made on the spot"
+        source = arguments.images or "made on the spot"
         write_results(
             arguments.out,
             "data",
             title=title,
             command="scripts/bench_data --out docs/benchmarks",
-            tables=[("Pictures", COLUMNS, rows)],
-            details={"pictures": str(source), "rounds": arguments.rounds, "parity": parity},
+            tables=[("Images", COLUMNS, rows)],
+            details={"images": str(source), "rounds": arguments.rounds, "parity": parity},
             facts=facts,
             plot="data.png",
         )
@@ -121,16 +121,16 @@ def _ways() -> dict[str, Way]:
     }
 
 
-def _rates(ways: dict[str, Way], pictures: Sequence[bytes], rounds: int) -> dict[str, list[float]]:
+def _rates(ways: dict[str, Way], images: Sequence[bytes], rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():  # what is imported and built at the first call
-        way(pictures[0])
+        way(images[0])
     for _ in track(range(rounds), rounds, "rounds"):
         for name, way in ways.items():
             start = time.process_time()
-            for data in pictures:
+            for data in images:
                 way(data)
-            rates[name].append(len(pictures) / (time.process_time() - start))
+            rates[name].append(len(images) / (time.process_time() - start))
     return rates
 
 
@@ -149,10 +149,10 @@ def _rows(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
     ]
 
 
-def _difference(pictures: Sequence[bytes], aspect: Any) -> tuple[int, float]:
+def _difference(images: Sequence[bytes], aspect: Any) -> tuple[int, float]:
     """Largest and mean distance of fast from exact, in levels of 255."""
     largest, means = 0, []
-    for data in pictures:
+    for data in images:
         fast, exact = (read_pixels(data, SPEC, aspect, how).int() for how in ("fast", "exact"))
         distance = (fast - exact).abs()
         largest = max(largest, int(distance.max()))
@@ -162,10 +162,10 @@ def _difference(pictures: Sequence[bytes], aspect: Any) -> tuple[int, float]:
 
 def _read(folder: Path | None, count: int) -> list[bytes]:
     if folder is None:
-        return [_made_up(number) for number in track(range(count), count, "making pictures")]
+        return [_made_up(number) for number in track(range(count), count, "making images")]
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
-        raise UserError(f"--pictures {folder}: no .jpg files there; give a folder of JPEGs")
+        raise UserError(f"--images {folder}: no .jpg files there; give a folder of JPEGs")
     return [file.read_bytes() for file in files[:count]]
 
 
@@ -174,14 +174,14 @@ def _made_up(number: int) -> bytes:
     draw = np.random.default_rng(number)
     wide = number % 4 != 3
     height, width = (480, 640) if wide else (640, 480)
-    picture = np.zeros((height, width, 3))
+    image = np.zeros((height, width, 3))
     for octave in range(8):
         rows, columns = (math.ceil(side / 2 ** (7 - octave)) + 1 for side in (height, width))
         coarse = Image.fromarray(draw.integers(0, 256, (rows, columns, 3), dtype=np.uint8))
         fine = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
-        picture += (fine - 128) * 0.62**octave
+        image += (fine - 128) * 0.62**octave
     buffer = BytesIO()
-    levels = np.clip(128 + picture * 0.6, 0, 255).astype(np.uint8)
+    levels = np.clip(128 + image * 0.6, 0, 255).astype(np.uint8)
     Image.fromarray(levels).save(buffer, "JPEG", quality=96)
     return buffer.getvalue()
 
@@ -190,9 +190,9 @@ def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     rows = list(reversed(rows))
     names = [row["way"] for row in rows]
     rates = [row["rate"] for row in rows]
-    colours = ["#0b6e99" if name.startswith(OURS) else "#b8c4cc" for name in names]
+    colors = ["#0b6e99" if name.startswith(OURS) else "#b8c4cc" for name in names]
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1.4), layout="constrained")
-    axes.barh(names, rates, color=colours, height=0.68)
+    axes.barh(names, rates, color=colors, height=0.68)
     low = [row["rate"] - row["least"] for row in rows]
     high = [row["most"] - row["rate"] for row in rows]
     reach = {"xerr": (low, high), "fmt": "none", "ecolor": "#22303a", "capsize": 3}
@@ -201,7 +201,7 @@ def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axes.annotate(
             f"{rate:.0f}", (row["most"], name), (5, 0), textcoords="offset points", va="center"
         )
-    axes.set_xlabel("pictures a CPU-second, median and range over rounds")
+    axes.set_xlabel("images a CPU-second, median and range over rounds")
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -214,8 +214,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="a folder of JPEGs")
-    parser.add_argument("--count", type=int, default=64, help="pictures (64)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of JPEGs")
+    parser.add_argument("--count", type=int, default=64, help="images (64)")
     parser.add_argument("--rounds", type=int, default=7, help="times over all ways (7)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where table and plot are kept")
     return parser.parse_args(argv)

@@ -17,11 +17,11 @@ from bench_sizes import NUM_IMAGE_TOKENS, Size
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one record, image tokens included, how many carry loss, and its pictures."""
+    """Tokens of one record, image tokens included, how many carry loss, and its images."""
 
     tokens: int
     targets: int
-    pictures: int
+    images: int
 
 
 def sample_flops(size: Size, sample: Sample, mode: str) -> float:
@@ -32,8 +32,8 @@ def sample_flops(size: Size, sample: Sample, mode: str) -> float:
     attention = 2 * sample.tokens**2 * size.width * size.layers
     head = 2 * sample.targets * size.width * size.vocabulary
     projector = 2 * NUM_IMAGE_TOKENS * (size.vision_width * size.width + size.width**2)
-    pictures = sample.pictures * (3 * projector + _tower(size))
-    return learns * (linear + head) + 3 * attention + pictures
+    images = sample.images * (3 * projector + _tower(size))
+    return learns * (linear + head) + 3 * attention + images
 
 
 def _tower(size: Size) -> float:

@@ -6,7 +6,7 @@
 A Llama with random weights and a tiny tower, in each of the stages: bytes that the forward pass
 leaves for the backward pass, bytes at the peak of both, CPU-seconds of both (medians over rounds,
 the policies in turns), and whether loss and gradients are the same bits. Then a step of each
-optimiser over as many weights: bytes of its state and CPU-seconds. `--compile` times compiled
+optimizer over as many weights: bytes of its state and CPU-seconds. `--compile` times compiled
 layers too. One thread.
 """
 
@@ -45,8 +45,8 @@ STAGES: dict[str, set[str]] = {
     "stage 2, LoRA": {"projector", "adapter"},
     "stage 2 in full": {"projector", "language_model"},
 }
-PICTURE = 16
-"""Tokens of the tiny tower's one picture."""
+IMAGE = 16
+"""Tokens of the tiny tower's one image."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +88,7 @@ def _policies(arguments: argparse.Namespace) -> Table:
 
 
 def _optimisers(arguments: argparse.Namespace) -> Table:
-    table = Table(title="optimisers, stage 2 in full")
+    table = Table(title="optimizers, stage 2 in full")
     for column in ("optimizer", "weights", "state bytes a weight", "CPU-s a step"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     for kind in ("adamw", "adamw_8bit"):
@@ -169,10 +169,10 @@ def _model(stage: str, arguments: argparse.Namespace) -> VisionLanguageModel:
 
 
 def _batch(arguments: argparse.Namespace) -> dict[str, Tensor]:
-    """A picture first, then words, a seventh of all positions supervised."""
+    """An image first, then words, a seventh of all positions supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 1024, (arguments.rows, arguments.tokens), generator=generator)
-    ids[:, 1 : 1 + PICTURE] = IMAGE_TOKEN_ID
+    ids[:, 1 : 1 + IMAGE] = IMAGE_TOKEN_ID
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -arguments.tokens // 7 :] = ids[:, -arguments.tokens // 7 :]
     return {

@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
     "{{ message['content'][0]['text'] }}{% endif %}{{ eos_token }}{% endgeneration %}"
     "{% endif %}{% endfor %}"
 )
-"""`vicuna_v1` as transformers and TRL need it: answers marked, pictures as parts."""
+"""`vicuna_v1` as transformers and TRL need it: answers marked, images as parts."""
 
 
 def make_model(size: Size, folder: Path, *, device: str, dtype: torch.dtype) -> None:
@@ -105,7 +105,7 @@ def model_section(folder: Path) -> dict[str, Any]:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """The 32,000 SentencePiece pieces of Mistral v1 (mistral-common), Llama's and Vicuna's kind.
 
-    Without the space that SentencePiece puts before a text: some peers tokenise a conversation in
+    Without the space that SentencePiece puts before a text: some peers tokenize a conversation in
     one go and others in stretches, and only so do all get the same ids.
     """
     source = resources.files("mistral_common") / "data" / "tokenizer.model.v1"

@@ -1,4 +1,4 @@
-"""Pictures of the benchmarks' results."""
+"""Images of the benchmarks' results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,19 +18,19 @@ def plot_peers(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Bars of speed (with the range over rounds) and of peak memory, one line a peer."""
     rows = sorted(rows, key=lambda row: row["rate"])
     names = [row["name"] for row in rows]
-    colours = [OURS if name.startswith("vlm_sft") else OTHERS for name in names]
+    colors = [OURS if name.startswith("vlm_sft") else OTHERS for name in names]
     figure, (speed, memory) = plt.subplots(
         1, 2, figsize=(11, 0.55 * len(rows) + 1.6), sharey=True, width_ratios=(3, 2)
     )
     rates = [row["rate"] for row in rows]
     low = [row["rate"] - row["rate_least"] for row in rows]
     high = [row["rate_most"] - row["rate"] for row in rows]
-    speed.barh(names, rates, color=colours, height=0.68)
+    speed.barh(names, rates, color=colors, height=0.68)
     speed.errorbar(rates, names, xerr=(low, high), fmt="none", ecolor=INK, elinewidth=1, capsize=3)
     _label_bars(speed, rates, [row["rate_most"] for row in rows], "{:.2f}")
     speed.set_xlabel("samples per CPU-second (more is better; line: least to most over rounds)")
     peaks = [row["peak_gib"] for row in rows]
-    memory.barh(names, peaks, color=colours, height=0.68)
+    memory.barh(names, peaks, color=colors, height=0.68)
     _label_bars(memory, peaks, peaks, "{:.1f}")
     memory.set_xlabel("peak resident memory, GiB (less is better)")
     _finish(figure, (speed, memory), path, title)
@@ -40,16 +40,16 @@ def plot_stages(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Bars of samples a second and of peak memory, grouped by stage."""
     ordered = list(reversed(rows))
     names = [f"{row['stage']}: {row['name']}" for row in ordered]
-    colours = [OURS if row["name"].startswith("vlm_sft") else OTHERS for row in ordered]
+    colors = [OURS if row["name"].startswith("vlm_sft") else OTHERS for row in ordered]
     figure, (speed, memory) = plt.subplots(
         1, 2, figsize=(12, 0.5 * len(names) + 1.6), sharey=True, width_ratios=(3, 2)
     )
     rates = [row["rate"] for row in ordered]
-    speed.barh(names, rates, color=colours, height=0.7)
+    speed.barh(names, rates, color=colors, height=0.7)
     _label_bars(speed, rates, rates, "{:.3g}")
     speed.set_xlabel("samples per second (more is better)")
     peaks = [row["peak_gib"] for row in ordered]
-    memory.barh(names, peaks, color=colours, height=0.7)
+    memory.barh(names, peaks, color=colors, height=0.7)
     _label_bars(memory, peaks, peaks, "{:.3g}")
     memory.set_xlabel("peak memory, GiB (less is better)")
     _finish(figure, (speed, memory), path, title)
@@ -63,13 +63,13 @@ def plot_lines(panels: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
     flat = list(axes.flat)
     for axis, panel in zip(flat, panels, strict=False):
         for place, (name, values) in enumerate(panel["y"].items()):
-            colour = (OURS, "#d1782f", "#6b8f3c", "#8a5fa8")[place % 4]
-            axis.plot(panel["x"], values, marker="o", color=colour, label=name, linewidth=1.8)
+            color = (OURS, "#d1782f", "#6b8f3c", "#8a5fa8")[place % 4]
+            axis.plot(panel["x"], values, marker="o", color=color, label=name, linewidth=1.8)
         if panel.get("logx"):
             axis.set_xscale("log")
         top = max(max(values) for values in panel["y"].values())
         axis.set_ylim(0, 1.1 * top)
-        if panel["xlabel"] == "pictures" and max(panel["x"]) < 10:
+        if panel["xlabel"] == "images" and max(panel["x"]) < 10:
             axis.set_xticks(panel["x"])
         axis.set_xlabel(panel["xlabel"])
         axis.set_ylabel(panel["ylabel"])

@@ -1,4 +1,4 @@
-"""Records a second through template, tokeniser, mask and proof, beside transformers' own mask.
+"""Records a second through template, tokenizer, mask and proof, beside transformers' own mask.
 
     .venv/bin/python scripts/bench_rendering.py                          # SmolLM2 of the quickstart
     .venv/bin/python scripts/bench_rendering.py --tokenizer DIR --template vicuna_v1

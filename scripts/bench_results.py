@@ -83,7 +83,7 @@ def write_results(
         tables: Heading, columns (key to heading) and rows of each.
         details: What else was measured, for the JSON alone.
         facts: `machine_facts()` from before the benchmark.
-        plot: File name of a picture that lies beside, if any.
+        plot: File name of an image that lies beside, if any.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = {heading: list(found) for heading, _, found in tables}

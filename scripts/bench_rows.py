@@ -1,7 +1,7 @@
-"""Rows and pictures for the benchmarks: made up from a seed, shaped like LLaVA-1.5's 665K mixture.
+"""Rows and images for the benchmarks: made up from a seed, shaped like LLaVA-1.5's 665K mixture.
 
 Which share each component has, how often it asks, how long its questions and answers are, and how
-many of its records show one picture follow what is published about the mixture; lengths within a
+many of its records show one image follow what is published about the mixture; lengths within a
 component are drawn here, so figures made with them speak of the shape, not of LLaVA's own text.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-PICTURE_SIZE = (640, 480)
+IMAGE_SIZE = (640, 480)
 MAX_IMAGE_WORDS, MAX_TEXT_WORDS = 950, 1400
-"""Longest conversations in words: none passes 2,048 tokens, its picture's 576 included."""
+"""Longest conversations in words: none passes 2,048 tokens, its image's 576 included."""
 
 LONG_ANSWER = 85
-"""Words of each of ten answers that, with their questions and a picture, come near 2,048 tokens."""
+"""Words of each of ten answers that, with their questions and an image, come near 2,048 tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Component:
         thousands: Its records in LLaVA-1.5's table (paper, appendix A), in thousands.
         exchanges: Least and most questions a record, drawn evenly.
         question, answer: Least and most words.
-        pictures: The pool it draws from: `coco` is shared by several components (3.08 records a
-            picture), `own` has one record a picture, None is text alone.
+        images: The pool it draws from: `coco` is shared by several components (3.08 records an
+            image), `own` has one record an image, None is text alone.
     """
 
     thousands: int
     exchanges: tuple[int, int]
     question: tuple[int, int]
     answer: tuple[int, int]
-    pictures: str | None
+    images: str | None
 
 
 MIXTURE = (
@@ -57,21 +57,21 @@ MIXTURE = (
     Component(48, (3, 10), (10, 18), (6, 12), "coco"),  # RefCOCO
     Component(86, (5, 20), (8, 16), (4, 12), "own"),  # Visual Genome
 )
-COCO_RECORDS_A_PICTURE = 364_100 / 118_287
-"""Of the mixture's records with a COCO picture; all others have a picture of their own."""
+COCO_RECORDS_PER_IMAGE = 364_100 / 118_287
+"""Of the mixture's records with a COCO image; all others have an image of their own."""
 
 Row = dict[str, Any]
 
 
 def make_rows(count: int, *, seed: int) -> list[Row]:
-    """`count` records in LLaVA's form, in a drawn order; `image` is `pictures/NUMBER.jpg`.
+    """`count` records in LLaVA's form, in a drawn order; `image` is `images/NUMBER.jpg`.
 
-    The components' shares hold for any count, and so do the records a picture has.
+    The components' shares hold for any count, and so do the records an image has.
     """
     draw = random.Random(seed)
     words = _words()
     components = _spread(count)
-    numbers = _picture_numbers(components, draw)
+    numbers = _image_numbers(components, draw)
     rows = [
         _row(place, component, number, words, draw)
         for place, (component, number) in enumerate(zip(components, numbers, strict=True))
@@ -81,14 +81,14 @@ def make_rows(count: int, *, seed: int) -> list[Row]:
 
 
 def make_captions(count: int, *, seed: int) -> list[Row]:
-    """Rows of stage 1: one picture each and a caption of about 22 tokens."""
+    """Rows of stage 1: one image each and a caption of about 22 tokens."""
     draw, words = random.Random(seed), _words()
     caption = Component(1, (1, 1), (3, 8), (10, 24), "own")
     return [_row(place, caption, place, words, draw) for place in range(count)]
 
 
 def make_long_rows(count: int, *, seed: int) -> list[Row]:
-    """Rows with one picture and about 2,000 tokens, to see how much memory those take."""
+    """Rows with one image and about 2,000 tokens, to see how much memory those take."""
     draw, words = random.Random(seed), _words()
     long = Component(1, (10, 10), (20, 20), (LONG_ANSWER, LONG_ANSWER), "own")
     return [_row(place, long, place, words, draw, limit=10**6) for place in range(count)]
@@ -104,8 +104,8 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_pictures(rows: Sequence[Row], folder: Path, *, distinct: int | None = None) -> None:
-    """A JPEG of 640x480 and about 100 KB for every picture that the rows name, below `folder`.
+def write_images(rows: Sequence[Row], folder: Path, *, distinct: int | None = None) -> None:
+    """A JPEG of 640x480 and about 100 KB for every image that the rows name, below `folder`.
 
     `distinct`: draw only so many and repeat them.
     """
@@ -113,26 +113,26 @@ def write_pictures(rows: Sequence[Row], folder: Path, *, distinct: int | None = 
     drawn: list[bytes] = []
     for place, name in enumerate(names):
         if distinct is None or place < distinct:
-            drawn.append(picture_bytes(place))
+            drawn.append(image_bytes(place))
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(drawn[place % len(drawn)])
 
 
-def picture_bytes(seed: int) -> bytes:
+def image_bytes(seed: int) -> bytes:
     """A JPEG with broad shapes and fine grain, as compressible as a photograph."""
     noise = np.random.default_rng(seed)
-    width, height = PICTURE_SIZE
-    picture = np.zeros((height, width, 3))
+    width, height = IMAGE_SIZE
+    image = np.zeros((height, width, 3))
     for cells, strength in ((4, 90), (16, 45), (64, 22), (160, 14)):
         coarse = noise.normal(128, strength, (cells * 3 // 4, cells, 3)).clip(0, 255)
         grown = Image.fromarray(coarse.astype(np.uint8)).resize(
-            PICTURE_SIZE, Image.Resampling.BICUBIC
+            IMAGE_SIZE, Image.Resampling.BICUBIC
         )
-        picture += np.asarray(grown, dtype=np.float64) - 128
-    picture += noise.normal(128, 6, picture.shape)
+        image += np.asarray(grown, dtype=np.float64) - 128
+    image += noise.normal(128, 6, image.shape)
     buffer = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
@@ -151,16 +151,16 @@ def _spread(count: int) -> list[Component]:
     return chosen
 
 
-def _picture_numbers(components: Sequence[Component], draw: random.Random) -> list[int | None]:
-    coco = [place for place, one in enumerate(components) if one.pictures == "coco"]
+def _image_numbers(components: Sequence[Component], draw: random.Random) -> list[int | None]:
+    coco = [place for place, one in enumerate(components) if one.images == "coco"]
     draw.shuffle(coco)
-    pool = max(1, round(len(coco) / COCO_RECORDS_A_PICTURE))
+    pool = max(1, round(len(coco) / COCO_RECORDS_PER_IMAGE))
     numbers: list[int | None] = [None] * len(components)
     for order, place in enumerate(coco):
         numbers[place] = order % pool
     following = pool
     for place, one in enumerate(components):
-        if one.pictures == "own":
+        if one.images == "own":
             numbers[place] = following
             following += 1
     return numbers
@@ -193,11 +193,11 @@ def _row(
         conversations.append({"from": "gpt", "value": answered})
     row: Row = {"id": f"record-{place}", "conversations": conversations}
     if number is not None:
-        row["image"] = f"pictures/{number}.jpg"
+        row["image"] = f"images/{number}.jpg"
     return row
 
 
 def _words() -> list[str]:
-    """English words: those of this repository's licence, letters alone."""
+    """English words: those of this repository's license, letters alone."""
     text = Path(__file__).parent.parent.joinpath("LICENSE").read_text(encoding="utf-8")
     return [word for word in text.lower().split() if word.isalpha()]

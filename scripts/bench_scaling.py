@@ -1,12 +1,12 @@
-"""What training costs against tokens, pictures, records and processes; one thread a process.
+"""What training costs against tokens, images, records and processes; one thread a process.
 
     scripts/bench_scaling                                   # 1,000 to 1,000,000 records
     scripts/bench_scaling --records 1000 10000 --parts records step
 
-Records: made-up records of one exchange that repeat a few real pictures are read, rendered,
+Records: made-up records of one exchange that repeat a few real images are read, rendered,
 admitted, put in order and packed as a run does it; what each costs should not depend on how many
 there are (needs Linux: memory is read from /proc). Step, text
-and image: a step of the tiny LLaVA, rendering, and opening pictures. Processes: the same steps of
+and image: a step of the tiny LLaVA, rendering, and opening images. Processes: the same steps of
 `vlm_sft.stage2` under torchrun with one process and with two.
 """
 
@@ -26,7 +26,7 @@ from bench_environments import PEERS
 from bench_model import SEED, make_model, model_section
 from bench_plots import plot_lines
 from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
-from bench_rows import make_rows, picture_bytes, write_pictures, write_rows
+from bench_rows import image_bytes, make_rows, write_images, write_rows
 from bench_runs import say
 from bench_sizes import IMAGE, NUM_IMAGE_TOKENS, SIZES
 from rich.console import Console
@@ -45,8 +45,8 @@ from vlm_sft.train.train_step import forward
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 RECORDS = (1_000, 10_000, 100_000, 1_000_000)
-REPEATED, PICTURES = 2_000, 64
-"""Different records and pictures that any number of records repeats."""
+REPEATED, IMAGES = 2_000, 64
+"""Different records and images that any number of records repeats."""
 ROUNDS = 5
 PARTS = ("records", "step", "paths", "processes")
 
@@ -135,9 +135,9 @@ def _records_once(work: Path, count: int) -> dict[str, Any]:
     rows = make_rows(min(count, REPEATED), seed=SEED)
     for place, row in enumerate(rows):
         if "image" in row:
-            row["image"] = f"pictures/{place % PICTURES}.jpg"
+            row["image"] = f"images/{place % IMAGES}.jpg"
         row["conversations"] = row["conversations"][:2]
-    write_pictures(rows, folder)
+    write_images(rows, folder)
     path, result = folder / f"{count}.jsonl", folder / f"{count}.json"
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -180,11 +180,11 @@ def _record_row(found: Mapping[str, Any]) -> dict[str, Any]:
 # --- one step
 
 
-STEP_COLUMNS = {"what": "one record", "tokens": "tokens", "pictures": "pictures", "ms": "CPU-ms"}
+STEP_COLUMNS = {"what": "one record", "tokens": "tokens", "images": "images", "ms": "CPU-ms"}
 
 
 def _step(work: Path) -> tuple[Table, list[Panel]]:
-    """Forward and backward of one record of the tiny model, by its tokens and by its pictures."""
+    """Forward and backward of one record of the tiny model, by its tokens and by its images."""
     section = model_section(work / "model")
     config = ModelConfig(
         vision_tower=VisionTowerConfig(**section["vision_tower"]),
@@ -194,40 +194,40 @@ def _step(work: Path) -> tuple[Table, list[Panel]]:
     set_trainable(model, {"projector", "language_model"})
     rows = []
     by_tokens = [(tokens, 1) for tokens in (704, 832, 1088, 1600, 2048)]
-    by_pictures = [(2816, pictures) for pictures in (0, 1, 2, 3, 4)]
-    for tokens, pictures in by_tokens + by_pictures:
-        say(f"a step of {tokens} tokens with {pictures} pictures")
-        ms = 1e3 * _median_cpu(lambda t=tokens, p=pictures: _one_step(model, t, p))
-        what = f"{tokens} tokens, {pictures} pictures"
-        rows.append({"what": what, "tokens": tokens, "pictures": pictures, "ms": ms})
+    by_images = [(2816, images) for images in (0, 1, 2, 3, 4)]
+    for tokens, images in by_tokens + by_images:
+        say(f"a step of {tokens} tokens with {images} images")
+        ms = 1e3 * _median_cpu(lambda t=tokens, p=images: _one_step(model, t, p))
+        what = f"{tokens} tokens, {images} images"
+        rows.append({"what": what, "tokens": tokens, "images": images, "ms": ms})
     first, second = rows[: len(by_tokens)], rows[len(by_tokens) :]
     panels = [
-        _panel("Step by tokens (1 picture, 14 % of tokens supervised)", first, "tokens", "ms"),
-        _panel("Step by pictures (2,816 tokens in all)", second, "pictures", "ms"),
+        _panel("Step by tokens (1 image, 14 % of tokens supervised)", first, "tokens", "ms"),
+        _panel("Step by images (2,816 tokens in all)", second, "images", "ms"),
     ]
     return ("Forward and backward of one record, tiny LLaVA, fp32", STEP_COLUMNS, rows), panels
 
 
-def _one_step(model: torch.nn.Module, tokens: int, pictures: int) -> None:
+def _one_step(model: torch.nn.Module, tokens: int, images: int) -> None:
     ids = torch.randint(3, 32_000, (tokens,), generator=torch.Generator().manual_seed(SEED))
-    ids[8 : 8 + pictures * NUM_IMAGE_TOKENS] = IMAGE_TOKEN_ID
+    ids[8 : 8 + images * NUM_IMAGE_TOKENS] = IMAGE_TOKEN_ID
     labels = ids.clone()
     labels[: -round(0.14 * tokens)] = IGNORE_INDEX
-    pixels = torch.zeros(pictures, 3, IMAGE, IMAGE, dtype=torch.uint8)
+    pixels = torch.zeros(images, 3, IMAGE, IMAGE, dtype=torch.uint8)
     batch = collate([Example("one", ids, labels, pixels)], 0)
     forward(model, batch, torch.device("cpu")).loss_sum.backward()
     for parameter in model.parameters():
         parameter.grad = None
 
 
-# --- text and pictures
+# --- text and images
 
 
 PATH_COLUMNS = {"what": "path", "size": "of", "ms": "CPU-ms", "rate": "per CPU-second"}
 
 
 def _paths(work: Path) -> tuple[Table, list[Panel]]:
-    """Rendering by tokens, and opening and preparing pictures by how many."""
+    """Rendering by tokens, and opening and preparing images by how many."""
     renderer = Renderer.from_name(
         "vicuna_v1", AutoTokenizer.from_pretrained(work / "model/tokenizer")
     )
@@ -237,11 +237,11 @@ def _paths(work: Path) -> tuple[Table, list[Panel]]:
         tokens = len(renderer.render(conversation).input_ids)
         ms = 1e3 * _median_cpu(lambda c=conversation: [renderer.render(c) for _ in range(50)]) / 50
         texts.append({"what": "text", "size": tokens, "ms": ms, "rate": 1e3 / ms})
-    path = work / "picture.jpg"
-    path.write_bytes(picture_bytes(0))
+    path = work / "image.jpg"
+    path.write_bytes(image_bytes(0))
     from bench_scaling_records import CLIP
 
-    pictures = []
+    images = []
     for count in (1, 4, 16, 64):
 
         def prepare(count: int = count) -> None:
@@ -249,18 +249,18 @@ def _paths(work: Path) -> tuple[Table, list[Panel]]:
                 read_pixels(path, CLIP, "pad")
 
         ms = 1e3 * _median_cpu(prepare)
-        pictures.append({"what": "pictures", "size": count, "ms": ms, "rate": 1e3 * count / ms})
+        images.append({"what": "images", "size": count, "ms": ms, "rate": 1e3 * count / ms})
     panels = [
         _panel("Rendering a conversation", texts, "size", "ms", xlabel="text tokens"),
-        _panel("Opening 640x480 JPEGs", pictures, "size", "ms", xlabel="pictures"),
+        _panel("Opening 640x480 JPEGs", images, "size", "ms", xlabel="images"),
     ]
-    return ("Text path and image path", PATH_COLUMNS, texts + pictures), panels
+    return ("Text path and image path", PATH_COLUMNS, texts + images), panels
 
 
 def _conversation(exchanges: int) -> Conversation:
     turns: list[Turn] = []
     for number in range(exchanges):
-        asked = TextPart(f"What is the {number}th thing that is seen in the left of this picture?")
+        asked = TextPart(f"What is the {number}th thing that is seen in the left of this image?")
         parts = (ImagePart(0), TextPart("\n"), asked) if number == 0 else (asked,)
         answer = TextPart(f"It is a {number} that stands beside a red house with a small garden.")
         turns += [Turn("user", parts), Turn("assistant", (answer,))]
@@ -287,7 +287,7 @@ def _processes(work: Path) -> tuple[Table, list[Panel]]:
     rows = make_rows(steps * batch, seed=SEED)
     folder = work / "processes"
     folder.mkdir()
-    write_pictures(rows, folder)
+    write_images(rows, folder)
     write_rows(rows, folder / "rows.jsonl")
     table = []
     for count in (1, 2):
@@ -362,7 +362,7 @@ def _write(
     tables: Sequence[Table],
     panels: Sequence[Panel],
 ) -> None:
-    title = "Cost against tokens, pictures, records and processes"
+    title = "Cost against tokens, images, records and processes"
     output = Path(arguments.output)
     if panels:
         plot_lines(panels, output / f"{arguments.name}.png", title=title)

@@ -19,7 +19,7 @@ from bench_flops import Sample, sample_flops
 from bench_model import SEED, read_size
 from bench_plots import plot_stages
 from bench_results import command_line, print_table, write_results
-from bench_rows import Row, make_captions, make_long_rows, make_rows, write_pictures, write_rows
+from bench_rows import Row, make_captions, make_long_rows, make_rows, write_images, write_rows
 from bench_runs import JobFields, Peer, PeerError, Runs, say
 from bench_sizes import NUM_IMAGE_TOKENS
 from rich.console import Console
@@ -32,7 +32,7 @@ from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import RecordError
 
 LORA = {"lora_r": 128, "lora_alpha": 256}
-QUANTISED = {"model": {"language_model": {"quantization": "nf4"}}}
+QUANTIzED = {"model": {"language_model": {"quantization": "nf4"}}}
 CAPTION_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<image>' }}{% else %}"
     "{% generation %}{{ m['content'][0]['text'] }}{{ eos_token }}{% endgeneration %}{% endif %}"
@@ -102,13 +102,13 @@ def _peers(stage: Stage) -> list[Peer]:
     HF Trainer runs in this environment: all that it needs vlm_sft needs too.
     """
     train = {"gradient_checkpointing": stage.checkpointing}
-    quantised = QUANTISED if stage.mode == "qlora" else {}
+    quantized = QUANTIzED if stage.mode == "qlora" else {}
     packing = {"micro_batch_size": None, "packing": {"max_tokens": MAX_PACK}}
-    packed = {"train": {**train, **packing}, **quantised}
-    shared = {"train": {**train, **packing, "share_prefixes": True}, **quantised}
+    packed = {"train": {**train, **packing}, **quantized}
+    shared = {"train": {**train, **packing, "share_prefixes": True}, **quantized}
     size = stage.micro_batch_size
     peers = [
-        Peer("vlm_sft, padded", "ours.py", None, 1.0, size, {"train": train, **quantised}),
+        Peer("vlm_sft, padded", "ours.py", None, 1.0, size, {"train": train, **quantized}),
         Peer("HF Trainer", "hf_trainer.py", None, 2.0, size),
     ]
     if stage.batch_size > 1:
@@ -188,7 +188,7 @@ def _data(work: Path, name: str, stage: Stage, steps: int) -> tuple[dict[str, An
     rows = makers[stage.rows](count, seed=SEED)
     folder = work / name.replace(" ", "-").replace(",", "")
     folder.mkdir()
-    write_pictures(rows, folder, distinct=32)
+    write_images(rows, folder, distinct=32)
     write_rows(rows, folder / "rows.jsonl")
     order = epoch_order([1.0] * len(rows), seed=SEED, epoch=0)
     write_rows([rows[index] for index in order], folder / "ordered.jsonl")
@@ -211,9 +211,9 @@ def _samples(path: Path, rows: Sequence[Row], model: Path, stage: Stage) -> list
         if isinstance(record, RecordError):
             raise record
         rendered = renderer.render(record)
-        pictures = int("image" in row)
-        tokens = len(rendered.input_ids) + pictures * (NUM_IMAGE_TOKENS - 1)
-        found.append(Sample(tokens, sum(label >= 0 for label in rendered.labels), pictures))
+        images = int("image" in row)
+        tokens = len(rendered.input_ids) + images * (NUM_IMAGE_TOKENS - 1)
+        found.append(Sample(tokens, sum(label >= 0 for label in rendered.labels), images))
     return found
 
 
@@ -240,7 +240,7 @@ def _tell(
     print_table(heading, COLUMNS, table)
     output = Path(arguments.output)
     measured = [row for row in table if "rate" in row]
-    picture = f"{name}.png" if measured else None
+    image = f"{name}.png" if measured else None
     write_results(
         output,
         name,
@@ -249,8 +249,8 @@ def _tell(
         tables=[(heading, COLUMNS, table)],
         details={"matmul_flops": peak, "stages": json.loads(json.dumps(STAGES, default=vars))},
         facts=facts,
-        plot=picture,
+        plot=image,
     )
-    if picture is not None:
-        plot_stages(measured, output / picture, title=title)
+    if image is not None:
+        plot_stages(measured, output / image, title=title)
     Console().print(f"written: {output / name}.json, .md", highlight=False)

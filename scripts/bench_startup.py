@@ -21,14 +21,14 @@ COMMANDS = (
     "vlm_sft.evaluate",
     "vlm_sft.export",
     "vlm_sft.report",
-    "vlm_sft.errors.codes",
+    "vlm_sft.errors",
     "data_tools.build_coco",
     "data_tools.make_scenes",
     "data_tools.mix",
     "data_tools.instruct",
 )
 WRONG = {
-    "misspelt key": [CONFIG, "data.max_lenght=3"],
+    "misspelled key": [CONFIG, "data.max_lenght=3"],
     "no config": ["nowhere.yaml"],
     "no data": [CONFIG, "data.train.0.path=nowhere.json"],
 }

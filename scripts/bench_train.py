@@ -24,7 +24,7 @@ from bench_environments import DEFAULT, environment_python
 from bench_model import SEED, make_model
 from bench_plots import plot_peers
 from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
-from bench_rows import Row, make_rows, write_pictures, write_rows
+from bench_rows import Row, make_rows, write_images, write_rows
 from bench_runs import BATCH, JobFields, Peer, Runs, say
 from bench_sizes import SIZES
 from bench_stages import STAGES, stage_rows
@@ -35,7 +35,7 @@ from vlm_sft.data.sampler import epoch_order
 from vlm_sft.errors import UserError, run_command
 
 SHARING_ROWS, SHARING_BATCH = 48, 16
-SHARING = f"Records of one picture together: {SHARING_ROWS} rows in steps of {SHARING_BATCH}"
+SHARING = f"Records of one image together: {SHARING_ROWS} rows in steps of {SHARING_BATCH}"
 PACKED = {"train": {"micro_batch_size": None, "packing": {"max_tokens": 2048}}}
 SHARED = {"train": {**PACKED["train"], "share_prefixes": True}}
 CANNOT_PACK = "not measured: this version of vlm_sft has no train.packing"
@@ -124,7 +124,7 @@ def _missing(peer: Peer) -> str | None:
 def _data(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     """The rows on the disk: as they are for vlm_sft, in the order of its seed for the peers."""
     folder.mkdir()
-    write_pictures(rows, folder)
+    write_images(rows, folder)
     write_rows(rows, folder / "rows.jsonl")
     order = epoch_order([1.0] * len(rows), seed=SEED, epoch=0)
     write_rows([rows[index] for index in order], folder / "ordered.jsonl")

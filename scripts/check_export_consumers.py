@@ -169,7 +169,7 @@ def exported(case: Case, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
         logits = model(ids, torch.ones_like(ids), None, pixels).logits
     inputs = {
         "input_ids": ids.masked_fill(ids == IMAGE_TOKEN_ID, report.image_token_id),
-        "pixel_values": model.vision_tower.normalised(pixels),
+        "pixel_values": model.vision_tower.normalized(pixels),
         "image": noise_image(model.vision_tower.image_spec.size),
     }
     return inputs, logits

@@ -209,7 +209,7 @@ def _timm_config(model: Any) -> dict[str, Any]:
 
 
 def _fixed_input() -> torch.Tensor:
-    """A smooth colourful picture, the same everywhere: `[1, 3, 224, 224]` in [-1, 1]."""
+    """A smooth colorful image, the same everywhere: `[1, 3, 224, 224]` in [-1, 1]."""
     x = torch.linspace(-1, 1, 224)
     return torch.stack([x.expand(224, 224), x.unsqueeze(1).expand(224, 224), -x * x.unsqueeze(1)])[
         None

@@ -51,10 +51,10 @@ def main() -> int:
 def trial(folder: Path, kills: int, seed: int) -> dict[str, int]:
     """What was counted over `kills` kills and one whole run after them."""
     rng = random.Random(seed)
-    pictures = kills * MOST_A_LIFE // 3 + 1  # so that no start but the last reaches the end
+    images = kills * MOST_A_LIFE // 3 + 1  # so that no start but the last reaches the end
     with served(_script(seed)) as server:
         config, run = planned(
-            folder / "run", pictures, kind="openai", base_url=server.url, structured="none",
+            folder / "run", images, kind="openai", base_url=server.url, structured="none",
             concurrency=CONCURRENCY,
         )  # fmt: skip
         path = folder / "config.yaml"

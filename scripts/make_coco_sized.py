@@ -1,9 +1,9 @@
 """Files of the size and shape of COCO's train2017, with made-up content, for measuring `index`.
 
-    python scripts/make_coco_sized.py FOLDER [--pictures 118287]
+    python scripts/make_coco_sized.py FOLDER [--images 118287]
 
 Writes instances.json (860,001 annotations with polygons, about 450 MB), captions.json (591,753
-captions, about 92 MB) and images/ (grey JPEGs of the right sizes). Counts go with --pictures.
+captions, about 92 MB) and images/ (gray JPEGs of the right sizes). Counts go with --images.
 """
 
 import argparse
@@ -30,9 +30,9 @@ def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=FULL)
+    parser.add_argument("--images", type=int, default=FULL)
     arguments = parser.parse_args()
-    folder, count = arguments.folder, arguments.pictures
+    folder, count = arguments.folder, arguments.images
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     ids = sorted(rng.sample(range(1, 600_000), count))
@@ -41,7 +41,7 @@ def main() -> None:
     sentences = _captions(images, CAPTIONS * count // FULL, rng)
     _write(folder / "instances.json", images, boxes, _categories())
     _write(folder / "captions.json", images, sentences, None)
-    _write_pictures(folder / "images", images)
+    _write_images(folder / "images", images)
 
 
 def _image(image_id: int, rng: random.Random) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def _write_list(file: IO[str], values: Iterator[Any]) -> None:
     file.write("]")
 
 
-def _write_pictures(folder: Path, images: list[dict[str, Any]]) -> None:
-    """One file for some ten thousand pictures of a size, under all of their names."""
+def _write_images(folder: Path, images: list[dict[str, Any]]) -> None:
+    """One file for some ten thousand images of a size, under all of their names."""
     first: dict[tuple[int, int], tuple[Path, int]] = {}
     for image in images:
         size = image["width"], image["height"]
@@ -126,7 +126,7 @@ def _write_pictures(folder: Path, images: list[dict[str, Any]]) -> None:
         source, links = first.get(size, (path, LINKS))
         if links == LINKS:
             data = io.BytesIO()
-            Image.new("RGB", size, "grey").save(data, "JPEG")
+            Image.new("RGB", size, "gray").save(data, "JPEG")
             path.write_bytes(data.getvalue())
             first[size] = path, 1
         else:

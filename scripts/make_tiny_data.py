@@ -1,4 +1,4 @@
-"""Draw the pictures of configs/tiny/data and write the records about them.
+"""Draw the images of configs/tiny/data and write the records about them.
 
     python scripts/make_tiny_data.py [OUT_DIR]
 
@@ -22,7 +22,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 SIDE = 48
 LOOKS = 3
-"""Pictures of each colour and shape; the last one is held out."""
+"""Images of each color and shape; the last one is held out."""
 
 
 def main(out_dir: Path) -> None:
@@ -31,20 +31,18 @@ def main(out_dir: Path) -> None:
         name: [] for name in ("captions", "captions_eval", "instructions", "instructions_eval")
     }
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
-    for (colour, shape), look in itertools.product(
-        itertools.product(COLOURS, SHAPES), range(LOOKS)
-    ):
-        name = f"{colour}-{shape}-{look}"
-        draw_shape(colour, shape, random.Random(name)).save(out_dir / "images" / f"{name}.png")
+    for (color, shape), look in itertools.product(itertools.product(COLOURS, SHAPES), range(LOOKS)):
+        name = f"{color}-{shape}-{look}"
+        draw_shape(color, shape, random.Random(name)).save(out_dir / "images" / f"{name}.png")
         suffix = "_eval" if look == LOOKS - 1 else ""
-        records["captions" + suffix].append(caption(name, colour, shape))
-        records["instructions" + suffix].append(instruction(name, colour, shape))
+        records["captions" + suffix].append(caption(name, color, shape))
+        records["instructions" + suffix].append(instruction(name, color, shape))
     for file, rows in records.items():
         text = json.dumps(rows, indent=1) + "\n"
         (out_dir / f"{file}.json").write_text(text, encoding="utf-8")
 
 
-def draw_shape(colour: str, shape: str, rng: random.Random) -> Image.Image:
+def draw_shape(color: str, shape: str, rng: random.Random) -> Image.Image:
     """A shape of about half the side, at a place of its own, on a light ground."""
     ground = tuple(rng.randint(215, 245) for _ in range(3))
     image = Image.new("RGB", (SIDE, SIDE), ground)
@@ -53,25 +51,25 @@ def draw_shape(colour: str, shape: str, rng: random.Random) -> Image.Image:
     box = (left, top, left + size, top + size)
     draw = ImageDraw.Draw(image)
     if shape == "circle":
-        draw.ellipse(box, fill=COLOURS[colour])
+        draw.ellipse(box, fill=COLOURS[color])
     elif shape == "square":
-        draw.rectangle(box, fill=COLOURS[colour])
+        draw.rectangle(box, fill=COLOURS[color])
     else:
         corners = [(left + size // 2, top), (left, top + size), (left + size, top + size)]
-        draw.polygon(corners, fill=COLOURS[colour])
+        draw.polygon(corners, fill=COLOURS[color])
     return image
 
 
-def caption(name: str, colour: str, shape: str) -> dict[str, object]:
+def caption(name: str, color: str, shape: str) -> dict[str, object]:
     """A stage-1 pair: a request that the plain template drops, and a caption."""
-    return record(name, [("<image>\nWhat is this?", f"a {colour} {shape}")])
+    return record(name, [("<image>\nWhat is this?", f"a {color} {shape}")])
 
 
-def instruction(name: str, colour: str, shape: str) -> dict[str, object]:
+def instruction(name: str, color: str, shape: str) -> dict[str, object]:
     """A stage-2 conversation of two turns."""
     return record(
         name,
-        [("<image>\nWhich colour?", colour), ("Which shape?", shape)],
+        [("<image>\nWhich color?", color), ("Which shape?", shape)],
     )
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.inference.loaded_model import VlmRun, load_run, question
-from vlm_sft.report import DemoReport, ShownPicture, write_demo_report
+from vlm_sft.report import DemoReport, ShownImage, write_demo_report
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.progress import format_seconds
 
@@ -53,7 +53,7 @@ RESULT_TITLES = {
 LEAD = (
     "A frozen ImageNet encoder (EfficientNet-Lite0) and a 135M-parameter chat model (SmolLM2) "
     "became this vision-language model through LLaVA's two stages, on scenes composed from one "
-    "artist's emoji. The pictures below are by another artist, whose drawings it never saw."
+    "artist's emoji. The images below are by another artist, whose drawings it never saw."
 )
 CREDITS = (
     "Training drawings: OpenMoji, CC BY-SA 4.0. Held-out drawings: Twemoji, CC BY 4.0, copyright "
@@ -101,7 +101,7 @@ class Quickstart:
         self._phase("held-out questions", self._evaluate)
         self._phase("report", self._report)
         _say(f"finished in {format_seconds(time.monotonic() - started)}: open {report}")
-        _say(f"talk to it: .venv/bin/python -m vlm_sft.chat {self._final} --image PICTURE")
+        _say(f"talk to it: .venv/bin/python -m vlm_sft.chat {self._final} --image IMAGE")
 
     @property
     def _final(self) -> Path:
@@ -198,7 +198,7 @@ class Quickstart:
         report = DemoReport(
             title="From an encoder and a language model to a model that sees",
             lead=LEAD,
-            pictures=[self._asked(run, index) for index in range(1, 4)],
+            images=[self._asked(run, index) for index in range(1, 4)],
             runs={
                 "Stage 1": self.folder / "runs" / "stage1",
                 "Stage 2 (LoRA)": self.folder / "runs" / "stage2_lora",
@@ -209,14 +209,14 @@ class Quickstart:
         )
         write_demo_report(report, self.folder / "report.html")
 
-    def _asked(self, run: VlmRun, index: int) -> ShownPicture:
-        """A picture by the unseen artist, and what the model says about it."""
+    def _asked(self, run: VlmRun, index: int) -> ShownImage:
+        """An image by the unseen artist, and what the model says about it."""
         path = Path(self._scene_dir("unseen")) / "images" / f"{index:012d}.jpg"
         asked = json.loads((self.folder / "data/unseen/existence.json").read_text(encoding="utf-8"))
         about = [row for row in asked if row["image"] == path.name][:4]
         questions = ["What do you see?", *(row["question"] for row in about)]
         answers = [(q, run.answer(question(q, [path]))) for q in questions]
-        return ShownPicture(path, answers, [None, *(row["answer"] for row in about)])
+        return ShownImage(path, answers, [None, *(row["answer"] for row in about)])
 
     def _scene_dir(self, split: str) -> str:
         return f"{self.folder}/scenes/{split}"

@@ -11,7 +11,7 @@ and from the same projector, on
     unverified  the spoilt data
     verified    what `python -m data_tools.instruct verify --file` accepts of the spoilt data
 
-and asked about held-out pictures, by the training artist and by one never seen. Repeated, it goes
+and asked about held-out images, by the training artist and by one never seen. Repeated, it goes
 on with the runs that are missing.
 """
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         title=title,
         command=f"scripts/study_label_noise --seeds {' '.join(map(str, arguments.seeds))}",
         tables=[
-            ("Right answers on held-out pictures", COLUMNS, rows),
+            ("Right answers on held-out images", COLUMNS, rows),
             ("What checking did to the spoilt data", CHECKED_COLUMNS, checked),
         ],
         details={},
@@ -209,7 +209,7 @@ class Study:
         return float(found["probes"]["existence"]["right"]["accuracy"]["estimate"])
 
     def _truth(self) -> dict[str, set[str]]:
-        """The categories of every picture, by its file's name; under the empty name all of them."""
+        """The categories of every image, by its file's name; under the empty name all of them."""
         path = self._annotations / "instances_openmoji.json"
         document = json.loads(path.read_text(encoding="utf-8"))
         names = {entry["id"]: entry["name"] for entry in document["categories"]}
@@ -227,7 +227,7 @@ def spoil(
 
     Args:
         records: Answers of the form `I see a cat and a boat, so no.`
-        truth: Categories by picture; under the empty name all that there are.
+        truth: Categories by image; under the empty name all that there are.
         share: Of the records.
         seed: Which, and how.
 

@@ -107,7 +107,7 @@ def test_a_qlora_checkpoint_is_asked_measured_and_exported(
     qlora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(qlora_run / "final")
-    asked = ["--image", str(RED), "--prompt", "Which colour?", "--device", "cpu"]
+    asked = ["--image", str(RED), "--prompt", "Which color?", "--device", "cpu"]
     assert chat.main([folder, *asked]) == 0
     assert capsys.readouterr().out.strip()
     captions = str(ROOT / "configs/tiny/data/captions_eval.json")

@@ -22,11 +22,11 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 SEVEN_B = bench_sizes.SIZES["7b"]
 
 
-def test_rows_have_the_mixtures_share_of_pictures_and_of_records_a_picture() -> None:
+def test_rows_have_the_mixtures_share_of_images_and_of_records_an_image() -> None:
     rows = bench_rows.make_rows(3000, seed=1)
-    pictures = [row["image"] for row in rows if "image" in row]
-    assert len(pictures) / len(rows) == pytest.approx(0.94, abs=0.01)
-    assert len(pictures) / len(set(pictures)) == pytest.approx(624_610 / 378_797, abs=0.02)
+    images = [row["image"] for row in rows if "image" in row]
+    assert len(images) / len(rows) == pytest.approx(0.94, abs=0.01)
+    assert len(images) / len(set(images)) == pytest.approx(624_610 / 378_797, abs=0.02)
     asked_first = [row["conversations"][0]["value"].startswith("<image>\n") for row in rows]
     assert asked_first == ["image" in row for row in rows]
 
@@ -69,7 +69,7 @@ def test_what_peers_see_is_what_our_template_renders_token_for_token(tmp_path: P
 def test_arithmetic_of_llava_7b_is_what_its_shapes_say(
     mode: str, tokens: int, targets: int, expected: float
 ) -> None:
-    sample = bench_flops.Sample(tokens, targets, pictures=1)
+    sample = bench_flops.Sample(tokens, targets, images=1)
     assert bench_flops.sample_flops(SEVEN_B, sample, mode) == pytest.approx(expected, rel=0.03)
 
 

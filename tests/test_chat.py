@@ -11,8 +11,8 @@ from vlm_sft import chat
 from vlm_sft.errors import run_command
 
 ROOT = Path(__file__).parent.parent
-PICTURES = ROOT / "configs" / "tiny" / "data" / "images"
-RED, BLUE = str(PICTURES / "red-circle-0.png"), str(PICTURES / "blue-square-0.png")
+IMAGES = ROOT / "configs" / "tiny" / "data" / "images"
+RED, BLUE = str(IMAGES / "red-circle-0.png"), str(IMAGES / "blue-square-0.png")
 
 
 def code_of(argv: Sequence[str]) -> int:
@@ -28,21 +28,21 @@ def talk(run: Path, lines: str, monkeypatch: pytest.MonkeyPatch, *options: str) 
 
 
 def test_only_the_answer_is_on_stdout(full_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = [str(full_run), "--image", RED, "--image", BLUE, "--prompt", "Which colour?"]
+    argv = [str(full_run), "--image", RED, "--image", BLUE, "--prompt", "Which color?"]
     assert code_of(argv) == 0
     out, err = capfd.readouterr()
     assert 1 < len(out.strip()) < 40 and out.endswith("\n") and out.count("\n") == 1
     assert "error" not in err
 
 
-def test_a_talk_shows_pictures_forgets_and_ends(
+def test_a_talk_shows_images_forgets_and_ends(
     full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = f"/image {RED}\nWhich colour?\n\nWhich shape?\n/reset\nWhich shape?\n/quit\nunheard\n"
+    lines = f"/image {RED}\nWhich color?\n\nWhich shape?\n/reset\nWhich shape?\n/quit\nunheard\n"
     assert talk(full_run, lines, monkeypatch) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3
-    assert "picture 1 goes with the next question" in err
+    assert "image 1 goes with the next question" in err
     assert "forgotten" in err
     assert err.count("> ") == 7
 
@@ -60,7 +60,7 @@ def test_a_talks_answers_are_those_of_its_whole_history(
         return stream(self, conversation, **keys)
 
     monkeypatch.setattr(VlmRun, "stream", recorded)
-    lines = f"Which colour?\n/image '{BLUE}'\nAnd this?\n/reset\nWho?\n"
+    lines = f"Which color?\n/image '{BLUE}'\nAnd this?\n/reset\nWho?\n"
     assert talk(full_run, lines, monkeypatch, "--image", RED) == 0
     assert asked == [(1, 1), (3, 2), (1, 0)]
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -69,13 +69,13 @@ def test_a_talks_answers_are_those_of_its_whole_history(
 def test_slips_are_told_and_the_talk_goes_on(
     full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = f"/imag {RED}\n/image gone.png\n/image\n/image 'open\n/image {RED}\nWhich colour?\n"
+    lines = f"/imag {RED}\n/image gone.png\n/image\n/image 'open\n/image {RED}\nWhich color?\n"
     assert talk(full_run, lines, monkeypatch) == 0
     out, err = capsys.readouterr()
     assert "error VS002: /imag: unknown command; known: /image FILE, /reset, /quit\n" in err
     assert "gone.png" in err and "expected one file" in err and "No closing quotation" in err
     assert err.count("error VS") == 4
-    assert "picture 1 goes with the next question" in err
+    assert "image 1 goes with the next question" in err
     assert len(out.splitlines()) == 1
 
 
@@ -96,8 +96,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(
         yield from stream(self, conversation, **keys)
 
     monkeypatch.setattr(VlmRun, "stream", interrupted)
-    assert talk(full_run, "Which colour?\nWhich shape?\n", monkeypatch) == 0
-    assert calls == ["Which colour?", "Which shape?"]
+    assert talk(full_run, "Which color?\nWhich shape?\n", monkeypatch) == 0
+    assert calls == ["Which color?", "Which shape?"]
     assert "(stopped; Ctrl-D leaves)" in capsys.readouterr().err
 
 
@@ -151,7 +151,7 @@ def test_a_url_for_an_image_is_one_clear_sentence(
     assert sentence in capsys.readouterr().err
     assert talk(full_run, f"/image {url}\n/image file://{RED}\n/quit\n", monkeypatch) == 0
     err = capsys.readouterr().err
-    assert sentence in err and "picture 1 goes with the next question" in err
+    assert sentence in err and "image 1 goes with the next question" in err
 
 
 def test_a_prompt_that_is_not_utf_8_is_one_sentence(

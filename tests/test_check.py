@@ -46,7 +46,7 @@ def test_what_is_held_out_and_trained_on_is_told_and_fails_where_asked(
     alike = "data.eval=[{path: configs/tiny/data/captions.json}]"
     assert check.main([CONFIG, "--no-model", alike]) == 0
     out = capsys.readouterr().out
-    assert "24 held-out records show a picture that is trained on too" in " ".join(out.split())
+    assert "24 held-out records show an image that is trained on too" in " ".join(out.split())
     assert check.main([CONFIG, "--no-model", "--strict", alike]) == 2
 
 

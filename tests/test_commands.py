@@ -38,7 +38,7 @@ def test_every_command_that_the_documents_name_is_one() -> None:
     ("arguments", "name"),
     [
         (["-m", "vlm_sft.utils.html"], "vlm_sft.utils.html"),
-        (["-mvlm_sft.doctor"], "vlm_sft.checks.tokenizer.diagnose"),
+        (["-mvlm_sft.checks.tokenizer.diagnose"], "vlm_sft.checks.tokenizer.diagnose"),
         (["-m", "vlm_sft", "--help"], "vlm_sft"),
         (["-X", "utf8", "-m", "vlm_sft.data.images"], "vlm_sft.data.images"),
         (["-m", "vlm_sft.stage_1", "c.yaml"], "vlm_sft.stage_1"),
@@ -88,7 +88,7 @@ runpy.run_module({command!r}, run_name="__main__", alter_sys=False)
     ("command", "during"),
     [
         ("vlm_sft.stage1", "argparse"),
-        ("vlm_sft.stage1", "vlm_sft.errors.codes"),
+        ("vlm_sft.stage1", "vlm_sft.errors"),
         ("vlm_sft.chat", "vlm_sft.commands.parser"),
         ("data_tools.make_scenes", "numpy"),
         ("data_tools.instruct", "vlm_sft.errors"),

@@ -245,7 +245,7 @@ def test_letters_that_vanish_without_a_word_are_bad() -> None:
 
 def test_a_normaliser_that_rewrites_is_noted() -> None:
     tokenizer = letters("<unk>", special=True, normalizer=normalizers.Lowercase())
-    assert findings(tokenizer)["normalised"].level == "note"
+    assert findings(tokenizer)["normalized"].level == "note"
 
 
 def test_a_chat_template_without_a_stop_token_is_a_warning(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_without_the_sentencepiece_file_nothing_is_claimed() -> None:
 
 def test_a_template_for_one_exchange_says_what_it_does_not_take() -> None:
     finding = findings(byte_tokenizer(), "plain")["template_limits"]
-    assert "not 3 turns, system, 3 turns about a picture" in finding.found
+    assert "not 3 turns, system, 3 turns about an image" in finding.found
 
 
 def test_a_template_that_takes_nothing_is_bad() -> None:

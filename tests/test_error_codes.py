@@ -114,7 +114,7 @@ def test_codes_are_unique_in_order_and_in_a_family() -> None:
 
 def test_every_fact_of_a_manifest_that_can_differ_has_a_code() -> None:
     """The facts that `make_trainer` gives to the store of checkpoints."""
-    tree = ast.parse((ROOT / "vlm_sft" / "assemble.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "vlm_sft" / "commands" / "assemble.py").read_text(encoding="utf-8"))
     (facts,) = (
         keyword.value
         for node in ast.walk(tree)
@@ -128,8 +128,8 @@ def test_every_fact_of_a_manifest_that_can_differ_has_a_code() -> None:
 
 def test_the_page_is_what_the_module_prints() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft.errors.codes"], capture_output=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "vlm_sft.errors"], capture_output=True, cwd=ROOT, check=True
     )
     page = (ROOT / "docs" / "errors.md").read_bytes()
-    assert done.stdout == page, "run: python -m vlm_sft.errors.codes > docs/errors.md"
+    assert done.stdout == page, "run: python -m vlm_sft.errors > docs/errors.md"
     assert done.stderr == b""

@@ -34,13 +34,13 @@ def probes(tmp_path: Path) -> Path:
     path = tmp_path / "existence.json"
     rows = [
         {
-            "id": f"{colour}-{asked}",
-            "image": f"images/{colour}-circle-2.png",
+            "id": f"{color}-{asked}",
+            "image": f"images/{color}-circle-2.png",
             "question": f"Is it {asked}?",
-            "answer": "yes" if asked == colour else "no",
+            "answer": "yes" if asked == color else "no",
             "kind": "random",
         }
-        for colour in ("red", "blue")
+        for color in ("red", "blue")
         for asked in ("red", "blue")
     ]
     write_json(path, rows)
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_measured_into_one_file(
     assert (results["step"], results["seed"]) == (2, 0)
     assert list(results["probes"]["existence"]) == ["right", "blank", "shuffled"]
     blank = results["probes"]["existence"]["blank"]
-    assert (blank["questions"], blank["pictures"], blank["chance"]) == (4, 2, 0.5)
+    assert (blank["questions"], blank["images"], blank["chance"]) == (4, 2, 0.5)
     assert blank["accuracy"]["estimate"] == 0.5
     assert results["captions"]["records"] == 12
     found = results["captions"]
@@ -80,9 +80,9 @@ def test_probes_that_got_one_answer_alone_are_noted_with_their_balanced_accuracy
     ]
 
 
-def test_fewer_pictures_and_conditions_can_be_asked_for(trained: Path, probes: Path) -> None:
+def test_fewer_images_and_conditions_can_be_asked_for(trained: Path, probes: Path) -> None:
     out = probes.parent / "results.json"
-    options = ["--conditions", "blank,right", "--max-pictures", "1", "--out", str(out)]
+    options = ["--conditions", "blank,right", "--max-images", "1", "--out", str(out)]
     where = ["--probes", str(probes), "--images", str(DATA), "--device", "cpu"]
     assert evaluate.main([str(trained), *where, *options]) == 0
     found = json.loads(out.read_text())["probes"]["existence"]
@@ -95,7 +95,7 @@ def test_fewer_pictures_and_conditions_can_be_asked_for(trained: Path, probes: P
         (["--probes", "{p}", "--conditions", "left"], "--conditions left: expected some of right"),
         (["--probes", "missing.json"], "missing.json: no such file"),
         (["--captions", "missing.json"], "missing.json"),
-        (["--probes", "{p}", "--max-pictures", "0"], "--max-pictures 0: expected 1 or more"),
+        (["--probes", "{p}", "--max-images", "0"], "--max-images 0: expected 1 or more"),
         (["--probes", "{p}", "{p}"], "two files are named existence"),
         ([], "nothing to measure"),
     ],

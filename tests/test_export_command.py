@@ -41,7 +41,7 @@ def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
     processor = AutoProcessor.from_pretrained(out)
     content = [
         {"type": "image", "image": Image.open(RED)},
-        {"type": "text", "text": "\nWhich colour?"},
+        {"type": "text", "text": "\nWhich color?"},
     ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -51,7 +51,7 @@ def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
         return_tensors="pt",
     )
     run = load_run(lora_run, device="cpu")
-    asked = question("Which colour?", [RED])
+    asked = question("Which color?", [RED])
     ids = run.prompt_ids(asked)
     image = stock.config.image_token_id
     assert inputs["input_ids"][0].tolist() == [i if i >= 0 else image for i in ids]
@@ -59,12 +59,12 @@ def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
         theirs = stock(**inputs).logits[0, -1, :261]
         row = torch.tensor([ids])
         ours = run.model(row, torch.ones_like(row), None, run.pixels(RED)[None]).logits[0, -1]
-    # The two see the same picture but for the rounding of its pixels.
+    # The two see the same image but for the rounding of its pixels.
     assert torch.allclose(ours, theirs, atol=1e-2)
     assert ours.argmax() == theirs.argmax()
 
 
-def test_the_difference_is_taken_on_the_callers_picture(
+def test_the_difference_is_taken_on_the_callers_image(
     full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [str(full_run), str(tmp_path / "out"), "--image", str(RED), "--prompt", "Which shape?"]

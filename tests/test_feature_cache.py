@@ -182,7 +182,7 @@ WORTH = Worth(
     tower_flops=2.0,
     record_flops=8.0,
     records=100.0,
-    pictures=100.0,
+    images=100.0,
     missing=100,
     epochs=3.0,
     num_bytes=2_500_000_000,
@@ -215,7 +215,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_a_run_from_kept_features_has_the_losses_of_one_from_pictures(folder: Path) -> None:
+def test_a_run_from_kept_features_has_the_losses_of_one_from_images(folder: Path) -> None:
     without = losses(folder / "without")
     bound = rounding(terms_of_a_run())
     assert losses(folder / "filling") == pytest.approx(without, rel=bound)
@@ -233,15 +233,15 @@ def test_kept_features_are_those_of_the_tower(folder: Path) -> None:
         shape=(9, 32),
         dtype=torch.float32,
     )
-    picture = next((TINY / "data").rglob("*.png"))
-    pixels = read_pixels(picture, vlm.image_spec, vlm.aspect)
-    found = kept.read(hashlib.sha256(picture.read_bytes()).digest())
+    image = next((TINY / "data").rglob("*.png"))
+    pixels = read_pixels(image, vlm.image_spec, vlm.aspect)
+    found = kept.read(hashlib.sha256(image.read_bytes()).digest())
     tower = vlm.model.vision_tower
     assert_near(found, tower(pixels[None])[0], terms_of(tower.encoder, length=tower.num_tokens))
 
 
-def own_data(tmp_path: Path, pictures: int = 8) -> tuple[str, Path]:
-    """Eight records with a picture each, as an override, and the folder of their pictures."""
+def own_data(tmp_path: Path, images: int = 8) -> tuple[str, Path]:
+    """Eight records with an image each, as an override, and the folder of their images."""
     records = []
     for number in range(8):
         Image.new("RGB", (60, 40), (30 * number, 90, 10)).save(tmp_path / f"{number}.png")
@@ -249,7 +249,7 @@ def own_data(tmp_path: Path, pictures: int = 8) -> tuple[str, Path]:
         records.append(
             {
                 "id": str(number),
-                "image": f"{number % pictures}.png",
+                "image": f"{number % images}.png",
                 "conversations": [{"from": who, "value": text} for who, text in turns],
             }
         )
@@ -257,8 +257,8 @@ def own_data(tmp_path: Path, pictures: int = 8) -> tuple[str, Path]:
     return f"data.train=[{{path: {tmp_path / 'records.json'}}}]", tmp_path
 
 
-def test_packed_records_that_share_a_picture_find_its_kept_features(tmp_path: Path) -> None:
-    data, _ = own_data(tmp_path, pictures=3)
+def test_packed_records_that_share_an_image_find_its_kept_features(tmp_path: Path) -> None:
+    data, _ = own_data(tmp_path, images=3)
     overrides = [data, "data.eval=[]", "train.eval_every_steps=null", "train.max_steps=2"]
     overrides += ["train.micro_batch_size=null", "train.packing.max_tokens=300"]
     overrides += ["train.share_prefixes=true"]
@@ -270,16 +270,16 @@ def test_packed_records_that_share_a_picture_find_its_kept_features(tmp_path: Pa
     assert len(without) == 2 and found == pytest.approx(without, rel=rounding(terms_of_a_run()))
 
 
-def test_a_changed_picture_is_another_one_and_a_broken_one_stays_the_record_s_fault(
+def test_a_changed_image_is_another_one_and_a_broken_one_stays_the_record_s_fault(
     tmp_path: Path,
 ) -> None:
-    data, pictures = own_data(tmp_path)
+    data, images = own_data(tmp_path)
     keep = f"data.feature_cache={tmp_path / 'kept'}"
     small = ["data.eval=[]", "train.max_steps=1", "train.eval_every_steps=null"]
     assert run("stage1", tmp_path / "one", data, keep, *small) == 0
     assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 8
-    Image.new("RGB", (60, 40), "white").save(pictures / "3.png")
-    (pictures / "4.png").write_bytes((pictures / "4.png").read_bytes()[:60])
+    Image.new("RGB", (60, 40), "white").save(images / "3.png")
+    (images / "4.png").write_bytes((images / "4.png").read_bytes()[:60])
     lenient = ["data.on_error=quarantine", "data.max_quarantined=1"]
     assert run("stage1", tmp_path / "two", data, keep, *lenient, *small) == 0
     assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 9

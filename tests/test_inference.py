@@ -26,8 +26,8 @@ from vlm_sft.model.vlm import causal_lm
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 ROOT = Path(__file__).parent.parent
-PICTURES = ROOT / "configs" / "tiny" / "data" / "images"
-RED, BLUE = PICTURES / "red-circle-0.png", PICTURES / "blue-square-0.png"
+IMAGES = ROOT / "configs" / "tiny" / "data" / "images"
+RED, BLUE = IMAGES / "red-circle-0.png", IMAGES / "blue-square-0.png"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_an_adapter_checkpoint_has_its_adapters_and_projector(lora: VlmRun, lora
         assert torch.equal(value, projector[name])
 
 
-def test_a_loaded_run_trains_nothing_and_knows_its_pictures(lora: VlmRun) -> None:
+def test_a_loaded_run_trains_nothing_and_knows_its_images(lora: VlmRun) -> None:
     assert not lora.model.training
     assert not any(p.requires_grad for p in lora.model.parameters())
     assert (lora.aspect, lora.image_spec.size, lora.manifest["step"]) == ("pad", 48, 4)
@@ -175,7 +175,7 @@ def test_a_run_on_a_relative_base_loads_from_anywhere_and_after_both_were_moved(
     assert len(answers) == 1
 
 
-def test_a_stage_1_run_describes_a_picture_and_takes_one_question(tmp_path: Path) -> None:
+def test_a_stage_1_run_describes_an_image_and_takes_one_question(tmp_path: Path) -> None:
     run = load_run(trained(tmp_path / "run", "stage1", "train.max_steps=1"), device="cpu")
     assert run.manifest["stage"] == "stage1"
     asked = question("thrown away by this template", [RED])
@@ -187,7 +187,7 @@ def test_a_stage_1_run_describes_a_picture_and_takes_one_question(tmp_path: Path
 
 
 def test_an_answer_ends_at_the_templates_stop_token(full: VlmRun) -> None:
-    asked = question("Which colour?", [RED])
+    asked = question("Which color?", [RED])
     ids = torch.tensor([full.prompt_ids(asked)])
     stops = full.renderer.stop_token_ids
     (said,) = full.model.generate(
@@ -270,7 +270,7 @@ def test_a_stream_holds_the_answers_letters_and_no_more(
     assert len(pieces) > 3 and "".join(pieces) == text
 
 
-def test_every_picture_of_a_conversation_is_seen_in_its_place(lora: VlmRun) -> None:
+def test_every_image_of_a_conversation_is_seen_in_its_place(lora: VlmRun) -> None:
     asked = question("What now?", [RED, BLUE])
     ids = lora.prompt_ids(asked)
     assert ids.count(IMAGE_TOKEN_ID) == 2 * lora.model.vision_tower.num_tokens
@@ -287,7 +287,7 @@ def test_every_picture_of_a_conversation_is_seen_in_its_place(lora: VlmRun) -> N
     assert isinstance(lora.answer(later, max_new_tokens=3), str)
 
 
-def test_a_broken_picture_or_an_open_answer_is_refused(lora: VlmRun, tmp_path: Path) -> None:
+def test_a_broken_image_or_an_open_answer_is_refused(lora: VlmRun, tmp_path: Path) -> None:
     broken = tmp_path / "half.jpg"
     Image.effect_noise((64, 64), 90).convert("RGB").save(broken)
     broken.write_bytes(broken.read_bytes()[:900])

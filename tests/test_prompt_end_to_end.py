@@ -23,7 +23,7 @@ pytestmark = [
 
 RED = ROOT / "configs" / "tiny" / "data" / "images" / "red-circle-0.png"
 BLUE = ROOT / "configs" / "tiny" / "data" / "images" / "blue-square-0.png"
-ASKED = "Which colour?"
+ASKED = "Which color?"
 TOKENS = 12
 
 
@@ -150,7 +150,7 @@ def test_every_way_of_asking_gives_the_same_answer(
 
 
 def test_a_batch_of_questions_is_padded_on_the_left(run: VlmRun, processor: Any) -> None:
-    texts = [ASKED, "Which colour is the large shape?"]
+    texts = [ASKED, "Which color is the large shape?"]
     chats = [
         user([{"type": "image", "path": str(RED)}, {"type": "text", "text": text}])
         for text in texts

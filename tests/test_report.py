@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm_sft.checkpoint.run_dir import WRITTEN
 from vlm_sft.errors import UserError
-from vlm_sft.report import DemoReport, ShownPicture, main, write_demo_report, write_run_report
+from vlm_sft.report import DemoReport, ShownImage, main, write_demo_report, write_run_report
 
 INTERVAL = {"estimate": 0.91, "low": 0.88, "high": 0.94}
 
@@ -45,7 +45,7 @@ def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
     assert "No training step" in write_run_report(tmp_path).read_text()
 
 
-def test_the_demo_report_is_one_page_with_its_pictures_inside(tmp_path: Path) -> None:
+def test_the_demo_report_is_one_page_with_its_images_inside(tmp_path: Path) -> None:
     Image.new("RGB", (900, 600), (200, 30, 30)).save(tmp_path / "a.png")
     found = {
         "questions": 300,
@@ -56,7 +56,7 @@ def test_the_demo_report_is_one_page_with_its_pictures_inside(tmp_path: Path) ->
     report = DemoReport(
         title="A model that sees",
         lead="from nothing",
-        pictures=[ShownPicture(tmp_path / "a.png", [("Is it <red>?", "No & yes.")], ["yes"])],
+        images=[ShownImage(tmp_path / "a.png", [("Is it <red>?", "No & yes.")], ["yes"])],
         runs={"Stage 1": make_run(tmp_path / "s1"), "Stage 2": make_run(tmp_path / "s2")},
         results={"unseen artist": {"answers": "spoken", "probes": {"existence": {"right": found}}}},
         seconds={"stage 1": 61.0, "stage 2": 59.0},

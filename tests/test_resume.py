@@ -141,7 +141,7 @@ def test_every_step_names_its_records_and_an_epoch_has_each_once(tmp_path: Path)
     assert sorted(seen) == sorted(trained)
 
 
-def break_a_picture(folder: Path, name: str = "red-circle-1.png") -> None:
+def break_an_image(folder: Path, name: str = "red-circle-1.png") -> None:
     path = folder / "data/images" / name
     path.write_bytes(path.read_bytes()[:40])
 
@@ -149,14 +149,14 @@ def break_a_picture(folder: Path, name: str = "red-circle-1.png") -> None:
 QUARANTINE = ("data.on_error=quarantine", "train.epochs=2", "train.max_steps=null")
 
 
-def with_a_broken_picture(folder: Path) -> list[str]:
+def with_a_broken_image(folder: Path) -> list[str]:
     shutil.copytree(TINY / "data", folder / "data")
-    break_a_picture(folder)
+    break_an_image(folder)
     return [*own_data(folder), *QUARANTINE]
 
 
-def test_a_picture_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_path: Path) -> None:
-    assert run("stage1", tmp_path / "run", *with_a_broken_picture(tmp_path)) == 0
+def test_an_image_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_path: Path) -> None:
+    assert run("stage1", tmp_path / "run", *with_a_broken_image(tmp_path)) == 0
     head, *entries = rows(tmp_path / "run/ledger.jsonl")
     broken = [row for row in entries if row["bucket"] == "quarantined"]
     assert [row["id"] for row in broken] == ["red-circle-1"] and head["quarantined"] == 1
@@ -167,8 +167,8 @@ def test_a_picture_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_pat
     assert [fault["reason"] for fault in manifest["quarantined"]] == [broken[0]["reason"]]
 
 
-def test_what_was_left_out_stays_out_when_the_picture_is_mended(tmp_path: Path) -> None:
-    options = [*with_a_broken_picture(tmp_path), "train.epochs=3", "train.keep_checkpoints=9"]
+def test_what_was_left_out_stays_out_when_the_image_is_mended(tmp_path: Path) -> None:
+    options = [*with_a_broken_image(tmp_path), "train.epochs=3", "train.keep_checkpoints=9"]
     assert run("stage1", tmp_path / "run", *options) == 0
     weights = (tmp_path / "run/final/projector.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run/final")
@@ -182,8 +182,8 @@ def test_what_was_left_out_stays_out_when_the_picture_is_mended(tmp_path: Path) 
     assert (tmp_path / "run/final/projector.safetensors").read_bytes() == weights
 
 
-def test_more_broken_pictures_than_allowed_stop_the_run(tmp_path: Path) -> None:
-    options = [*with_a_broken_picture(tmp_path), "data.max_quarantined=0"]
+def test_more_broken_images_than_allowed_stop_the_run(tmp_path: Path) -> None:
+    options = [*with_a_broken_image(tmp_path), "data.max_quarantined=0"]
     with pytest.raises(UserError, match=r"1 records turned out broken.*red-circle-1"):
         run("stage1", tmp_path / "run", *options)
 
@@ -309,7 +309,7 @@ PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=300"]
 
 
 def multiplied(folder: Path, times: int = 3) -> list[str]:
-    """The tiny captions with every picture shown by several records."""
+    """The tiny captions with every image shown by several records."""
     source = json.loads((TINY / "data" / "captions.json").read_text())
     records = [{**r, "id": f"{r['id']}-{i}"} for i in range(times) for r in source]
     (folder / "many.json").write_text(json.dumps(records))
@@ -350,7 +350,7 @@ def test_a_packed_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path: Pat
     weights = [tmp_path / name / "final" / "projector.safetensors" for name in ("whole", "cut")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert trained_records(tmp_path / "cut") == trained_records(tmp_path / "whole")
-    # records of one picture stand together
+    # records of one image stand together
     first = [name.rsplit("-", 1)[0] for name in trained_records(tmp_path / "whole")[0]]
     assert len(set(first)) < len(first) / 2
 

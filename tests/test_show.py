@@ -97,8 +97,8 @@ def test_trained_text_stands_between_marks(
     out = capsys.readouterr().out
     assert "⟦red<|im_end|>⟧" in out and "⟦circle<|im_end|>⟧" in out
     assert out.count("⟦") == out.count("⟧") == 2
-    assert "<|im_start|>user\n<image>\nWhich colour?<|im_end|>" in out
-    assert "red-circle-1" in out and "1 picture)" in out and "red-circle-0" not in out
+    assert "<|im_start|>user\n<image>\nWhich color?<|im_end|>" in out
+    assert "red-circle-1" in out and "1 image)" in out and "red-circle-0" not in out
 
 
 def test_five_records_are_shown_unless_more_are_asked_for(
@@ -202,7 +202,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 def mixed(folder: Path) -> Path:
     """Two files with records of every kind, and a configuration that limits them to 120 tokens.
 
-    Nine image tokens a picture, a token a byte; `chatml` adds 40 tokens or so to an exchange.
+    Nine image tokens an image, a token a byte; `chatml` adds 40 tokens or so to an exchange.
     """
     Image.new("RGB", (600, 300), "teal").save(folder / "ok.png")
     whole = BytesIO()
@@ -246,12 +246,12 @@ def test_statistics_equal_the_ledger_of_a_run(
         config.train,
         Renderer.from_name("chatml", byte_tokenizer()),
         ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        num_image_tokens=told["image_tokens_a_picture"],
+        num_image_tokens=told["image_tokens_per_image"],
         config=config,
         ledger=ledger,
     )
     total = told["total"]
-    assert told["image_tokens_a_picture"] == 9
+    assert told["image_tokens_per_image"] == 9
     assert total["records"] == len(ledger.entries) == 9
     assert total["outcomes"] == ledger.counts
     assert total["reasons"] == {f"{b}: {r}": n for (b, r), n in ledger.reasons.items()}
@@ -272,13 +272,13 @@ def test_statistics_count_what_looks_like_control_and_what_is_too_long(
     assert second["control_strings"] == {"<|im_end|>": 1, "</s>": 2}
     assert second["records_with_control"] == 1 and first["control_strings"] == {}
     assert second["placeholders_in_answers"] == 1 and second["placeholders_elsewhere"] == 0
-    assert first["pictures"] == 3 and first["missing_pictures"] == 1
-    assert first["without_pictures"] == 2 and second["without_pictures"] == 3
+    assert first["images"] == 3 and first["missing_images"] == 1
+    assert first["without_images"] == 2 and second["without_images"] == 3
     assert first["too_long"] == 2 and first["dropped_turns"] == 2
-    with_pictures, without = (
+    with_images, without = (
         first[f"length_{what}_image_tokens"]["shortest"] for what in ("with", "without")
     )
-    assert with_pictures == without + 9
+    assert with_images == without + 9
 
 
 def test_statistics_are_tables_on_a_terminal(
@@ -297,7 +297,7 @@ def test_without_a_configuration_there_is_no_limit_until_one_is_given(
     mixed(tmp_path)
     argv = ["--records", str(tmp_path / "first.json"), *FILE[2:], "--statistics", "--json"]
     (told,) = objects(argv, capsys)
-    assert told["max_length"] is None and told["image_tokens_a_picture"] == 576
+    assert told["max_length"] is None and told["image_tokens_per_image"] == 576
     assert told["total"]["outcomes"]["trained"] == 5
     limits = ["--max-length", "120", "--length-policy", "skip", "--image-tokens", "9"]
     (told,) = objects([*argv, *limits], capsys)
@@ -383,7 +383,7 @@ def test_a_tower_that_cannot_be_built_is_told_and_only_needed_for_figures(
     assert show.main([CONFIG, *gone, "--statistics", "--image-tokens", "9"]) == 0
 
 
-def test_a_terminal_gets_all_records_wrapped_and_in_colour_through_its_pager(
+def test_a_terminal_gets_all_records_wrapped_and_in_color_through_its_pager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = tmp_path / "seen"
@@ -549,18 +549,18 @@ def test_tokens_together_spell_exactly_what_was_encoded(tokenizer: str, template
             assert len(trained.tokens) > 3  # told apart, not one lump
 
 
-def test_a_page_shows_pictures_small_and_says_which_are_missing_or_broken(tmp_path: Path) -> None:
+def test_a_page_shows_images_small_and_says_which_are_missing_or_broken(tmp_path: Path) -> None:
     text, page = page_of([str(mixed(tmp_path))], tmp_path)
     assert text.count("data:image/jpeg;base64,") == 1
     assert 'width="256" height="128"' in text and "1: ok.png, 600 x 300" in page.texts[0]
-    assert "picture 1:" in page.texts[2] and "no such image file" in page.texts[2]
+    assert "image 1:" in page.texts[2] and "no such image file" in page.texts[2]
     assert "broken.png: truncated or corrupt" in page.texts[3]
 
 
 def test_a_page_tells_what_became_of_each_record(tmp_path: Path) -> None:
     text, page = page_of([str(mixed(tmp_path))], tmp_path)
     good, empty, _, _, long, too_long, words, silent, half = page.texts
-    assert "2 turns" in good and "1 picture " in good and "with image tokens" in good
+    assert "2 turns" in good and "1 image " in good and "with image tokens" in good
     assert "first.json[0]" in good
     assert "empty_answer: turn 1: the answer is empty" in empty
     assert "2 of 4 turns dropped" in long and "assistant: Second. Second." in long

@@ -188,7 +188,7 @@ def test_stage_2_asks_for_the_language_models_rate(tmp_path: Path) -> None:
         run("stage2", tmp_path, config="stage1")
 
 
-def test_a_missing_picture_stops_before_the_model_is_built(tmp_path: Path) -> None:
+def test_a_missing_image_stops_before_the_model_is_built(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
     record = {"id": "r1", "image": "gone.png", "conversations": turns}
     data = tmp_path / "data.json"

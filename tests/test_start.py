@@ -28,7 +28,7 @@ COMMANDS = [
     "vlm_sft.chat",
     "vlm_sft.evaluate",
     "vlm_sft.export",
-    "vlm_sft.errors.codes",
+    "vlm_sft.errors",
     "data_tools.build_coco",
     "data_tools.make_scenes",
     "data_tools.mix",
@@ -154,7 +154,7 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     yield from parser._actions
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "vlm_sft.errors.codes"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "vlm_sft.errors"])
 def test_every_option_has_a_description(command: str) -> None:
     name = f"{command}.__main__" if command.split(".")[1] in ("export", "instruct") else command
     parser = importlib.import_module(name).parser()

@@ -59,7 +59,7 @@ CONFIG = ModelConfig(
 MAX_NEW_TOKENS = 40
 # Of unequal lengths; one is the beginning of another, so that stopping at the right place is
 # part of being right.
-PICTURES = {
+IMAGES = {
     "red": "a red sheet",
     "lime": "green",
     "blue": "blue",
@@ -73,12 +73,12 @@ TEXTS = {"2+2?": "4", "3+3?": "6, I think", "Who?": "me", "Why?": "</s> is no st
 
 
 def records(template: str, folder: Path) -> Path:
-    """Eight records: pictures alone for `plain`, which has no questions; else half of them text."""
+    """Eight records: images alone for `plain`, which has no questions; else half of them text."""
     rows = []
-    pictures = PICTURES if template == "plain" else dict(list(PICTURES.items())[:4])
-    for colour, answer in pictures.items():
-        Image.new("RGB", (16, 16), colour).save(folder / f"{colour}.png")
-        rows.append((f"{colour}.png", "<image>\nWhat is it?", answer))
+    images = IMAGES if template == "plain" else dict(list(IMAGES.items())[:4])
+    for color, answer in images.items():
+        Image.new("RGB", (16, 16), color).save(folder / f"{color}.png")
+        rows.append((f"{color}.png", "<image>\nWhat is it?", answer))
     if template != "plain":
         rows += [(None, question, answer) for question, answer in TEXTS.items()]
     path = folder / "records.json"

@@ -51,13 +51,13 @@ def half_a_jpeg(path: Path) -> None:
 
 
 BAD_RECORDS = {
-    "missing picture": (
+    "missing image": (
         record(image="gone.png"),
         ["VS201: ", "gone.png: no such image file; check the name"],
     ),
     "broken JPEG": (
         record(image="half.jpg"),
-        ["VS204: ", "half.jpg: truncated or corrupt picture", "get it again"],
+        ["VS204: ", "half.jpg: truncated or corrupt image", "get it again"],
     ),
     "too many places": (
         record(conversations=[{"from": "human", "value": "<image><image>\nWhat?"}, GPT]),
@@ -109,7 +109,7 @@ def test_check_finds_a_bad_record_wherever_it_stands(
     assert "the run cannot start as it is" in out
 
 
-def test_a_broken_picture_deep_in_the_data_stops_the_run_with_its_name(
+def test_a_broken_image_deep_in_the_data_stops_the_run_with_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half_a_jpeg(tmp_path / "half.jpg")

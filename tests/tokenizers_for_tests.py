@@ -112,7 +112,7 @@ def sentencepiece_tokenizer() -> LlamaTokenizer:
 
 @functools.cache
 def bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with merges (GPT-2's pre-tokenisation), ChatML tokens and template."""
+    """A byte-level BPE with merges (GPT-2's pre-tokenization), ChatML tokens and template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -59,7 +59,7 @@ class ZeroRequest:
 
     Attributes:
         path: The file.
-        stage: ZeRO's: 0 shares nothing, 1 and 2 gradients and optimiser state, 3 weights as well.
+        stage: ZeRO's: 0 shares nothing, 1 and 2 gradients and optimizer state, 3 weights as well.
         without_meaning: Settings in it that have no counterpart here.
     """
 
@@ -102,7 +102,7 @@ def read_deepspeed(config: RunConfig, *, num_processes: int | None = None) -> Ze
 
     Raises:
         ConfigError: The file cannot be read, asks for what is not built (offloading, another
-            optimiser), contradicts the configuration, or says something that is not understood.
+            optimizer), contradicts the configuration, or says something that is not understood.
     """
     if config.train.deepspeed is None:
         return None

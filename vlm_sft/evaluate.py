@@ -107,8 +107,6 @@ def parser() -> CommandParser:
     )
     few = "use the first N images of each file only (default: all)"
     add("--max-images", type=whole_number(1), metavar="N", help=few)
-    old = "the older name of --max-images"
-    add("--max-pictures", dest="max_images", type=whole_number(1), metavar="N", help=old)
     add(
         "--out",
         type=Path,

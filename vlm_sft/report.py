@@ -20,7 +20,7 @@ from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.utils.atomic_files import write_bytes, write_text
 from vlm_sft.utils.console import say
-from vlm_sft.utils.html import page, picture, section, table
+from vlm_sft.utils.html import embedded_image, page, section, table
 from vlm_sft.utils.ownership import (
     has_mark,
     made_by,
@@ -65,8 +65,8 @@ HOW_ANSWERED = {
 
 
 @dataclass(frozen=True)
-class ShownPicture:
-    """A picture with the questions that the model was asked and its answers.
+class ShownImage:
+    """An image with the questions that the model was asked and its answers.
 
     Attributes:
         exchanges: Pairs of question and answer.
@@ -91,7 +91,7 @@ class DemoReport:
 
     title: str
     lead: str
-    pictures: Sequence[ShownPicture]
+    images: Sequence[ShownImage]
     runs: Mapping[str, Path]
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -151,7 +151,7 @@ def write_run_report(run_dir: str | Path, out: str | Path | None = None) -> Path
     manifest = _newest_manifest(run_dir)
     body = [_run_totals(rows, run_dir)]
     if rows:
-        body.append(section("Loss", picture(curves_png({"": rows}), "curve", "loss curves")))
+        body.append(section("Loss", embedded_image(curves_png({"": rows}), "curve", "loss curves")))
     body += _run_parts(run_dir, damaged)
     body += _export_outlook(run_dir, damaged)
     body += _ledgers(run_dir, damaged)
@@ -185,11 +185,11 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
         {title: read_rows(d / "metrics.jsonl").rows for title, d in report.runs.items()}
     )
     write_bytes(path.with_suffix(".png"), curves)
-    cards = "".join(_picture_card(shown) for shown in report.pictures)
+    cards = "".join(_image_card(shown) for shown in report.images)
     body = [_headline(report.results), f'<div class="grid">{cards}</div>']
     for title, results in report.results.items():
         body.append(section(f"Held-out: {title}", results_html(results)))
-    body.append(section("Loss", picture(curves, "curve", "loss curves of every stage")))
+    body.append(section("Loss", embedded_image(curves, "curve", "loss curves of every stage")))
     if report.seconds:
         timing = [{"phase": k, "time": format_seconds(v)} for k, v in report.seconds.items()]
         total = format_seconds(sum(report.seconds.values()))
@@ -238,7 +238,7 @@ def results_html(results: Mapping[str, Any]) -> str:
             rows.append(
                 {
                     "measure": name,
-                    "picture shown": READINGS[condition],
+                    "image shown": READINGS[condition],
                     "n": f"{found['questions']:,}",
                     "result [95 % interval]": _percent(found["accuracy"]),
                     "guessing": f"{100 * found['chance']:.0f} %",
@@ -250,16 +250,16 @@ def results_html(results: Mapping[str, Any]) -> str:
             rows.append(
                 {
                     "measure": "caption loss, nats a token",
-                    "picture shown": READINGS[condition],
+                    "image shown": READINGS[condition],
                     "n": f"{captions['records']:,}",
                     "result [95 % interval]": _interval(captions[condition]),
                     "guessing": "",
                 }
             )
-    columns = ("measure", "picture shown", "n", "result [95 % interval]", "guessing")
+    columns = ("measure", "image shown", "n", "result [95 % interval]", "guessing")
     answered = HOW_ANSWERED[results.get("answers", "likeliest")]
     note = (
-        f"{answered} With a blank picture a model can only guess; what it gains over that, it has "
+        f"{answered} With a blank image a model can only guess; what it gains over that, it has "
         "seen."
     )
     return f'{table(columns, rows)}<p class="note">{note}</p>'
@@ -443,7 +443,7 @@ def _settings(run_dir: Path) -> list[str]:
 
 
 def _headline(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The first measure's accuracy in large figures: each set's pictures, then blank ones."""
+    """The first measure's accuracy in large figures: each set's images, then blank ones."""
     cells = []
     for condition in ("right", "blank"):
         # One blank is as good as another: the last set's stands for all.
@@ -454,7 +454,7 @@ def _headline(results: Mapping[str, Mapping[str, Any]]) -> str:
             measure, by_condition = next(iter(probes.items()))
             if condition in by_condition:
                 share = by_condition[condition]["accuracy"]
-                where = f"{measure}, {title}" + (", blank picture" if condition == "blank" else "")
+                where = f"{measure}, {title}" + (", blank image" if condition == "blank" else "")
                 bounds = f"{100 * share['low']:.1f} to {100 * share['high']:.1f} %"
                 cells.append(
                     f'<div class="card"><div class="big">{100 * share["estimate"]:.1f} %</div>'
@@ -474,17 +474,17 @@ def _mark(answer: str, expected: str | None) -> str:
     return f' <span class="wrong">✗ wrong, it is {escape(expected)}</span>'
 
 
-def _picture_card(shown: ShownPicture) -> str:
-    image = open_image(shown.path)
-    image.thumbnail((640, 640))
+def _image_card(shown: ShownImage) -> str:
+    photo = open_image(shown.path)
+    photo.thumbnail((640, 640))
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
+    photo.save(buffer, format="JPEG", quality=85)
     expected = shown.expected or [None] * len(shown.exchanges)
     said = "".join(
         f"<dt>{escape(asked)}</dt><dd>{escape(answer)}{_mark(answer, truth)}</dd>"
         for (asked, answer), truth in zip(shown.exchanges, expected, strict=True)
     )
-    shown_as = picture(buffer.getvalue(), "", shown.path.name, kind="jpeg")
+    shown_as = embedded_image(buffer.getvalue(), "", shown.path.name, kind="jpeg")
     return f'<article class="card">{shown_as}<dl>{said}</dl></article>'
 
 

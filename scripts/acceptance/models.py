@@ -133,14 +133,14 @@ class Records:
     samples: list[Sample]
     record_ids: list[str] = field(init=False)
     lengths: list[int] = field(init=False)
-    num_pictures: list[int] = field(init=False)
+    num_images: list[int] = field(init=False)
     prefix_lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         """Derive what packing asks for."""
         self.record_ids = [example.record_id for example in self.examples]
         self.lengths = [len(example.input_ids) for example in self.examples]
-        self.num_pictures = [len(example.pixel_values) for example in self.examples]
+        self.num_images = [len(example.pixel_values) for example in self.examples]
         self.prefix_lengths = [
             PREFIX + NUM_IMAGE_TOKENS if key >= 0 else 0 for key in self.prefix_keys
         ]
@@ -153,10 +153,10 @@ class Records:
         """Return one record with all its pixels."""
         return self.examples[index]
 
-    def example(self, index: int, *, first_picture: int = 0) -> Example:
-        """Return one record without its first `first_picture` images."""
+    def example(self, index: int, *, first_image: int = 0) -> Example:
+        """Return one record without its first `first_image` images."""
         whole = self.examples[index]
-        kept = whole.pixel_values[first_picture:]
+        kept = whole.pixel_values[first_image:]
         return Example(whole.record_id, whole.input_ids, whole.labels, kept)
 
     def mean_flops(self, size: Size, mode: str) -> float:

@@ -20,10 +20,10 @@ class Job:
     Attributes:
         model: Folder of `bench_model.make_model`.
         rows: JSON lines in LLaVA's form, in the order to train in.
-        images: Folder that the rows' pictures start from.
+        images: Folder that the rows' images start from.
         result: JSON file to write.
         work: Empty folder for whatever else is written.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Records a step.
         micro_batch_size: Records at once; fewer than `batch_size`: gradients are accumulated.
         learning_rate: Of all that learns, from the first step to the last.
@@ -56,7 +56,7 @@ class Job:
         return [json.loads(line) for line in Path(self.rows).read_text().splitlines()]
 
     def messages(self) -> list[tuple[list[dict[str, str]], list[str]]]:
-        """Each row as `role` and `content`, without `<image>`, and its pictures' paths."""
+        """Each row as `role` and `content`, without `<image>`, and its images' paths."""
         roles = {"human": "user", "gpt": "assistant"}
         return [
             (

@@ -47,7 +47,7 @@ def _register_template(job: Job) -> None:
 
 
 def _dataset(job: Job) -> Path:
-    """The rows in ms-swift's own form; its template puts the newline behind a picture."""
+    """The rows in ms-swift's own form; its template puts the newline behind an image."""
     path = Path(job.work, "rows.jsonl")
     lines = []
     for messages, images in job.messages():

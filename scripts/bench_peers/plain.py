@@ -17,7 +17,7 @@ Item = tuple[list[dict[str, str]], list[str]]
 
 
 class Rows(Dataset[Item]):
-    """The rows in order; pictures are opened by the collator."""
+    """The rows in order; images are opened by the collator."""
 
     def __init__(self, job: Job) -> None:
         self.items = job.messages()

@@ -8,7 +8,7 @@ from tests.data.mask_oracle import Pair, control_names
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, Role, TextPart, Turn
 
 ORDINARY = (
-    "What colour is the car?",
+    "What color is the car?",
     "Yes.",
     "The dog",
     " sits on the left",
@@ -117,15 +117,15 @@ def _conversations(
         turns.append(_turn("system", [draw(text)]))
     exchanges = draw(st.integers(1, max_exchanges))
     asked = draw(st.lists(st.integers(0, exchanges - 1), max_size=4)) if draw(st.booleans()) else []
-    pictures = 0
+    images = 0
     for exchange in range(exchanges):
         parts: list[str | int] = [draw(text)]
         for _ in range(asked.count(exchange)):
-            parts += [pictures, draw(text)]
-            pictures += 1
+            parts += [images, draw(text)]
+            images += 1
         turns.append(_turn("user", parts))
         turns.append(_turn("assistant", [draw(text)], draw(st.integers(0, 3)) > 0))
-    return Conversation("generated", tuple(turns), (b"",) * pictures, "generated.json[0]")
+    return Conversation("generated", tuple(turns), (b"",) * images, "generated.json[0]")
 
 
 def _turn(role: Role, parts: Sequence[str | int], supervised: bool = True) -> Turn:

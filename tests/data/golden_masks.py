@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.data.mask_oracle import (
+    IMAGE_ID,
     MAIN_PAIRS,
     MASKED,
-    PICTURE,
     Pair,
     control_names,
     renderer,
@@ -41,8 +41,8 @@ def _record(*turns: tuple[Role, Sequence[Said], bool]) -> Conversation:
     for role, said, supervised in turns:
         parts: list[Part] = [TextPart(s) if isinstance(s, str) else ImagePart(s) for s in said]
         made.append(Turn(role, tuple(parts), supervised))
-    pictures = sum(isinstance(s, int) for _, said, _ in turns for s in said)
-    return Conversation("r1", tuple(made), (b"",) * pictures)
+    images = sum(isinstance(s, int) for _, said, _ in turns for s in said)
+    return Conversation("r1", tuple(made), (b"",) * images)
 
 
 def _ask(*said: Said) -> tuple[Role, Sequence[Said], bool]:
@@ -108,7 +108,7 @@ def _case(pair: Pair, conversation: Conversation) -> list[str]:
 
 
 def _shown(tokenizer: str, token: int) -> str:
-    if token == PICTURE:
+    if token == IMAGE_ID:
         return "<image>"
     if token in control_names(tokenizer):
         return control_names(tokenizer)[token]

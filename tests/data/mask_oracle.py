@@ -20,7 +20,7 @@ from vlm_sft.data.tokenize import Rendered, Renderer
 from vlm_sft.errors import RecordError
 
 MASKED = -100
-PICTURE = -200
+IMAGE_ID = -200
 
 VICUNA_SYSTEM = (
     "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives "
@@ -99,7 +99,7 @@ DUMMY_SPACE: dict[str, Literal["first", "always"]] = {
     "phi_3": "always",
 }
 """Where SentencePiece tokenizers put a space of their own: before the text, or before every
-stretch of it that begins the sequence or follows a control token or a picture."""
+stretch of it that begins the sequence or follows a control token or an image."""
 
 
 @functools.cache
@@ -112,9 +112,9 @@ def renderer(pair: Pair) -> Renderer:
 
 @dataclass(frozen=True)
 class Item:
-    """A control token by name, a picture, or text; `turn` where it belongs to an answer."""
+    """A control token by name, an image, or text; `turn` where it belongs to an answer."""
 
-    kind: Literal["control", "picture", "text"]
+    kind: Literal["control", "image", "text"]
     text: str = ""
     turn: int | None = None
 
@@ -135,7 +135,7 @@ class _Writer:
     def said(self, turn: Turn) -> None:
         for part in turn.parts:
             self.items.append(
-                Item("text", part.text) if isinstance(part, TextPart) else Item("picture")
+                Item("text", part.text) if isinstance(part, TextPart) else Item("image")
             )
 
     def answer(
@@ -178,7 +178,7 @@ def _vicuna(who: str, writer: _Writer, turns: Sequence[Turn]) -> None:
 def _plain(newline: bool, writer: _Writer, turns: Sequence[Turn]) -> None:
     user, answer = turns
     writer.control(writer.bos)
-    writer.items += [Item("picture") for part in user.parts if isinstance(part, ImagePart)]
+    writer.items += [Item("image") for part in user.parts if isinstance(part, ImagePart)]
     if newline:
         writer.answer(1, answer, None, after="\n")
     else:
@@ -331,18 +331,18 @@ def _with_dummy_spaces(pair: Pair, items: list[Item]) -> list[Item]:
 
 
 def read(tokenizer_name: str, ids: Iterable[int]) -> list[Item]:
-    """Ids as control tokens, pictures and stretches of text, from the vocabulary alone."""
+    """Ids as control tokens, images and stretches of text, from the vocabulary alone."""
     items: list[Item] = []
     pending = b""
     control = control_names(tokenizer_name)
     for index in ids:
-        if index != PICTURE and index not in control:
+        if index != IMAGE_ID and index not in control:
             pending += token_bytes(tokenizer_name, index)
             continue
         if pending:
             items.append(Item("text", pending.decode("utf-8")))
             pending = b""
-        items.append(Item("picture") if index == PICTURE else Item("control", control[index]))
+        items.append(Item("image") if index == IMAGE_ID else Item("control", control[index]))
     if pending:
         items.append(Item("text", pending.decode("utf-8")))
     return items
@@ -411,7 +411,7 @@ def check(pair: Pair, conversation: Conversation) -> int:
 
     # The sequence says what the format says, control tokens where it puts them and nowhere else.
     assert read(pair.tokenizer, ids) == merged(items)
-    assert ids.count(PICTURE) == len(conversation.images)
+    assert ids.count(IMAGE_ID) == len(conversation.images)
 
     # A label is the token itself or nothing.
     assert len(labels) == len(ids)
@@ -469,10 +469,10 @@ def supervised_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def first_turns(conversation: Conversation, count: int) -> Conversation:
-    """The conversation's first `count` turns with the pictures in them."""
+    """The conversation's first `count` turns with the images in them."""
     turns = conversation.turns[:count]
-    pictures = sum(isinstance(p, ImagePart) for turn in turns for p in turn.parts)
-    return Conversation(conversation.id, turns, conversation.images[:pictures], conversation.where)
+    images = sum(isinstance(p, ImagePart) for turn in turns for p in turn.parts)
+    return Conversation(conversation.id, turns, conversation.images[:images], conversation.where)
 
 
 def merged(items: Sequence[Item]) -> list[Item]:

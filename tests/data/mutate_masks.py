@@ -39,7 +39,7 @@ FLAG = "                trained = draft.conversation.turns[turn].supervised\n"
 
 NO_PROOF = Mutant(
     "the proof is switched off",
-    DATA + "masking.py",
+    DATA + "tokenize.py",
     "self._prove(draft, rendered, spoken)",
     "pass",
 )
@@ -47,87 +47,87 @@ NO_PROOF = Mutant(
 MUTANTS = (
     Mutant(
         "the first token of an answer is masked",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         LABELS,
         f"            labels += [IGNORE_INDEX, *ids[start + 1 :]] if trained else {MASKED}\n",
     ),
     Mutant(
         "the stop token is masked",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         LABELS,
         f"            labels += [*ids[start:-1], IGNORE_INDEX] if trained else {MASKED}\n",
     ),
     Mutant(
         "the last token of the header is trained",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         LABELS,
         LABELS + "            if trained and start:\n"
         "                labels[start - 1] = ids[start - 1]\n",
     ),
     Mutant(
         "the separator behind the stop is trained",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         LABELS,
         LABELS + "            if run.turn is None and answers and len(ids) > start:\n"
         "                labels[start] = ids[start]\n",
     ),
-    Mutant("questions are trained", DATA + "masking.py", TRAINED, "            trained = True\n"),
+    Mutant("questions are trained", DATA + "tokenize.py", TRAINED, "            trained = True\n"),
     Mutant(
-        "a turn's flag is ignored", DATA + "masking.py", FLAG, "                trained = True\n"
+        "a turn's flag is ignored", DATA + "tokenize.py", FLAG, "                trained = True\n"
     ),
     Mutant(
         "every second answer is skipped",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         FLAG,
         FLAG.rstrip("\n") + " and len(answers) % 2 == 1\n",
     ),
     Mutant(
         "only the last answer is trained",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         FLAG,
         FLAG.rstrip("\n") + " and run is draft.runs[-1]\n",
     ),
     Mutant(
         "behind an empty answer the wrong turn is taken",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         FLAG,
         "                before = turn - 2 if len(ids) - start == 1 and turn > 2 else turn\n"
         "                trained = draft.conversation.turns[before].supervised\n",
     ),
     Mutant(
         "an empty answer is not trained",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         FLAG,
         FLAG.rstrip("\n") + " and len(ids) - start > 1\n",
     ),
     Mutant(
         "answers are trimmed",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         "            part.text if isinstance(part, TextPart) else",
         "            part.text.strip() if isinstance(part, TextPart) else",
     ),
     Mutant(
         "the words of stage 1's question are kept",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         'if turn.role == "user" and self.template.images_only_users:',
         "if False:",
     ),
     Mutant(
         "the prompt ends in a space",
-        DATA + "masking.py",
+        DATA + "tokenize.py",
         "        return rendered.input_ids\n\n    def answer_ids",
         '        return [*rendered.input_ids, *self.encoder.encode(" ", "continuation")]\n\n'
         "    def answer_ids",
     ),
     Mutant(
         "the header of an answer is trained",
-        DATA + "template.py",
+        DATA + "chat_template.py",
         "            TemplateText(self._fill(answer.prefix)),\n",
         "            TemplateText(self._fill(answer.prefix), supervised=True),\n",
     ),
     Mutant(
         "the space before an answer is masked",
-        DATA + "template.py",
+        DATA + "chat_template.py",
         "            TemplateText(self._fill(answer.answer_prefix), supervised=True),\n",
         "            TemplateText(self._fill(answer.answer_prefix)),\n",
     ),
@@ -145,55 +145,55 @@ MUTANTS = (
     ),
     Mutant(
         "control strings in data become control tokens",
-        DATA + "tokenizer.py",
+        DATA + "text_encoder.py",
         'state["added_tokens"] = _white_space_tokens(state)',
         "_white_space_tokens(state)",
     ),
     Mutant(
         "the dummy space is put before every stretch of text",
-        DATA + "tokenizer.py",
+        DATA + "text_encoder.py",
         'wanted = context == "start" or (context == "after_control" and scope == "always")',
         "wanted = True",
     ),
     Mutant(
         "padding is masked by its id, and the stop with it",
-        DATA + "collate.py",
+        DATA + "batch.py",
         "        labels=labels,\n",
         "        labels=labels.masked_fill(input_ids == pad_token_id, IGNORE_INDEX),\n",
     ),
     Mutant(
         "padding is trained",
-        DATA + "collate.py",
+        DATA + "batch.py",
         "batch_first=True, padding_value=IGNORE_INDEX",
         "batch_first=True, padding_value=pad_token_id",
     ),
     Mutant(
         "attention leaves out every token that is padding's",
-        DATA + "collate.py",
+        DATA + "batch.py",
         "attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None]",
         "attention_mask=input_ids != pad_token_id",
     ),
     Mutant(
-        "pictures are trained",
+        "images are trained",
         DATA + "dataset.py",
         "kept.supervised & ~is_image",
         "kept.supervised | is_image",
     ),
     Mutant(
-        "labels do not move when pictures are expanded",
+        "labels do not move when images are expanded",
         DATA + "dataset.py",
         "np.repeat(labels, times)",
         "np.append(labels, np.full(times.sum() - len(labels), IGNORE_INDEX))",
     ),
     Mutant(
         "the first position keeps its label",
-        DATA + "admission.py",
+        DATA + "filtering.py",
         "            labels[0] = IGNORE_INDEX",
         "            pass",
     ),
     Mutant(
         "records are cut at the limit, inside answers",
-        DATA + "admission.py",
+        DATA + "filtering.py",
         "        if rendering.length <= limit:\n            return kept, rendering\n",
         "        if True:\n            return kept, Rendering(rendering.input_ids[:limit], "
         "rendering.labels[:limit], min(limit, rendering.length))\n",

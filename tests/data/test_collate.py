@@ -8,12 +8,12 @@ from vlm_sft.data.dataset import Example
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
-def example(name: str, ids: list[int], labels: list[int], pictures: int = 0) -> Example:
-    pixels = torch.full((pictures, 3, 2, 2), float(sum(map(ord, name))))
+def example(name: str, ids: list[int], labels: list[int], images: int = 0) -> Example:
+    pixels = torch.full((images, 3, 2, 2), float(sum(map(ord, name))))
     return Example(name, torch.tensor(ids), torch.tensor(labels), pixels)
 
 
-SHOWN = example("shown", [1, IMAGE_TOKEN_ID, 5, 6], [-100, -100, 5, 6], pictures=2)
+SHOWN = example("shown", [1, IMAGE_TOKEN_ID, 5, 6], [-100, -100, 5, 6], images=2)
 PLAIN = example("plain", [1, 7], [-100, 7])
 
 
@@ -33,15 +33,15 @@ def test_a_pad_token_that_is_also_the_end_token_keeps_its_label_where_it_ends_an
     assert batch.attention_mask[0].tolist() == [True, True, False, False]
 
 
-def test_pictures_of_all_records_are_stacked_in_order_and_none_is_none():
-    other = example("other", [IMAGE_TOKEN_ID, 3], [-100, 3], pictures=1)
+def test_images_of_all_records_are_stacked_in_order_and_none_is_none():
+    other = example("other", [IMAGE_TOKEN_ID, 3], [-100, 3], images=1)
     batch = collate([SHOWN, PLAIN, other], pad_token_id=0)
     assert batch.pixel_values is not None
     assert torch.equal(batch.pixel_values, torch.cat([SHOWN.pixel_values, other.pixel_values]))
     assert collate([PLAIN], pad_token_id=0).pixel_values is None
 
 
-def test_kept_features_are_stacked_in_place_of_pictures_and_move_with_their_batch():
+def test_kept_features_are_stacked_in_place_of_images_and_move_with_their_batch():
     def kept(name, count):
         plain = example(name, [IMAGE_TOKEN_ID] * count + [3], [-100] * count + [3])
         features = torch.arange(count * 4.0).view(count, 1, 4) if count else None

@@ -31,21 +31,21 @@ TOKENIZER = load_tokenizer(LanguageModelConfig(config={"model_type": "llama"}, t
 RENDERER = Renderer.from_name("vicuna_v1", TOKENIZER)
 
 
-def record(turns: int = 1, pictures: int = 0, **more: Any) -> dict[str, Any]:
-    """`turns` exchanges; the first `pictures` questions show one picture each."""
+def record(turns: int = 1, images: int = 0, **more: Any) -> dict[str, Any]:
+    """`turns` exchanges; the first `images` questions show one image each."""
     conversation = []
     for turn in range(turns):
-        mark = "<image>\n" if turn < pictures else ""
+        mark = "<image>\n" if turn < images else ""
         conversation.append({"from": "human", "value": f"{mark}Question {turn}?"})
         conversation.append({"from": "gpt", "value": f"Answer {turn}."})
-    images = {"image": [f"{i}.png" for i in range(pictures)]} if pictures else {}
-    return {"conversations": conversation, **images, **more}
+    files = {"image": [f"{i}.png" for i in range(images)]} if images else {}
+    return {"conversations": conversation, **files, **more}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for index, colour in enumerate(("red", "lime", "blue")):
-        Image.new("RGB", (20 + index, 10), colour).save(tmp_path / f"{index}.png")
+    for index, color in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (20 + index, 10), color).save(tmp_path / f"{index}.png")
     return tmp_path
 
 
@@ -66,7 +66,7 @@ def build(
 
 
 def test_an_example_is_its_rendering_with_placeholders_expanded_and_without_loss(folder):
-    dataset, _ = build(folder, [record(turns=3, pictures=2, id="x")])
+    dataset, _ = build(folder, [record(turns=3, images=2, id="x")])
     example = dataset[0]
     rendered = RENDERER.render(dataset.conversation(0))
     ids, labels = [], []
@@ -83,16 +83,16 @@ def test_an_example_is_its_rendering_with_placeholders_expanded_and_without_loss
     assert TOKENIZER.decode(supervised) == " Answer 0.</s> Answer 1.</s> Answer 2.</s>"
 
 
-def test_pictures_come_in_reading_order_as_the_tower_wants_them(folder):
+def test_images_come_in_reading_order_as_the_tower_wants_them(folder):
     for aspect in ("pad", "crop"):
-        dataset, _ = build(folder, [record(turns=3, pictures=3)], image_aspect=aspect)
+        dataset, _ = build(folder, [record(turns=3, images=3)], image_aspect=aspect)
         pixels = dataset[0].pixel_values
         assert pixels.shape == (3, 3, 14, 14) and pixels.dtype == torch.uint8
         for index in range(3):
             assert torch.equal(pixels[index], read_pixels(folder / f"{index}.png", SPEC, aspect))
 
 
-def test_a_text_record_has_no_pictures_but_their_shape(folder):
+def test_a_text_record_has_no_images_but_their_shape(folder):
     dataset, _ = build(folder, [record()])
     assert dataset[0].pixel_values.shape == (0, 3, 14, 14)
     assert dataset.has_image == [False]
@@ -135,14 +135,14 @@ def test_files_keep_their_order_and_weights(folder):
 def faulty() -> list[dict[str, Any]]:
     empty = record(id="empty")
     empty["conversations"][1]["value"] = ""
-    return [record(id="good"), empty, record(pictures=1, id="gone", image="gone.png")]
+    return [record(id="good"), empty, record(images=1, id="gone", image="gone.png")]
 
 
 def test_the_first_faulty_record_stops_the_reading_by_default(folder):
     with pytest.raises(RecordError, match=r"data0\.json\[1\]: record 'empty': .*empty") as caught:
         build(folder, faulty())
     assert caught.value.reason == "empty_answer"
-    with pytest.raises(RecordError, match=r"'gone': no picture file .*gone\.png") as caught:
+    with pytest.raises(RecordError, match=r"'gone': no image file .*gone\.png") as caught:
         build(folder, faulty()[2:])
     assert caught.value.reason == "image_missing"
 
@@ -157,11 +157,11 @@ def test_faulty_records_are_quarantined_on_demand_and_all_are_accounted_for(fold
     ]
 
 
-def test_pipes_folders_and_impossible_names_are_no_pictures(folder):
+def test_pipes_folders_and_impossible_names_are_no_images(folder):
     os.mkfifo(folder / "pipe.png")
     for name in ("pipe.png", "long" * 100):
         with pytest.raises(RecordError) as caught:
-            build(folder, [record(pictures=1, image=name)])
+            build(folder, [record(images=1, image=name)])
         assert caught.value.reason == "image_missing"
 
 
@@ -172,18 +172,18 @@ def test_no_record_left_is_an_error_that_tells_why(folder):
         build(folder, [])
 
 
-def test_a_broken_picture_is_named_with_its_record_when_it_is_opened(folder):
+def test_a_broken_image_is_named_with_its_record_when_it_is_opened(folder):
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:50])
-    dataset, _ = build(folder, [record(), record(pictures=1, id="torn")])
+    dataset, _ = build(folder, [record(), record(images=1, id="torn")])
     assert dataset[0].record_id == "index-0"
     with pytest.raises(RecordError, match=r"data0\.json\[1\]: record 'torn': .*0\.png: trunc"):
         dataset[1]
-    (error,) = dataset.broken_pictures()
+    (error,) = dataset.broken_images()
     assert (error.record_id, error.reason) == ("torn", "image_broken")
 
 
-def test_a_picture_that_was_replaced_since_the_records_were_read_is_named(folder):
-    dataset, _ = build(folder, [record(pictures=1, id="one")])
+def test_an_image_that_was_replaced_since_the_records_were_read_is_named(folder):
+    dataset, _ = build(folder, [record(images=1, id="one")])
     before = dataset[0].pixel_values
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes())  # written anew, the same
     assert torch.equal(dataset[0].pixel_values, before)
@@ -207,8 +207,8 @@ def test_a_record_whose_answers_all_carry_no_loss_is_skipped(folder):
 # --- length
 
 
-def length_of(turns: int, pictures: int, folder: Path) -> int:
-    return build(folder, [record(turns, pictures)])[0].lengths[0]
+def length_of(turns: int, images: int, folder: Path) -> int:
+    return build(folder, [record(turns, images)])[0].lengths[0]
 
 
 @pytest.mark.parametrize("policy", ["error", "skip", "drop_turns"])
@@ -236,7 +236,7 @@ def test_the_limit_counts_expanded_tokens_and_is_inclusive(folder, policy, beyon
         assert ledger.entries[1].message == "2 of 4 turns dropped"
 
 
-def test_dropped_turns_go_whole_with_their_pictures(folder):
+def test_dropped_turns_go_whole_with_their_images(folder):
     limit = length_of(2, 2, folder)
     records = [record(3, 3, id="x")]
     dataset, ledger = build(folder, records, max_length=limit, length_policy="drop_turns")
@@ -301,7 +301,7 @@ def test_a_conversation_comes_back_as_it_was_read(folder):
     assert conversation.images == (folder / "0.png",)
 
 
-def test_embedded_pictures_are_kept_on_disk_and_give_the_same_pixels(folder):
+def test_embedded_images_are_kept_on_disk_and_give_the_same_pixels(folder):
     import pyarrow
     from pyarrow import parquet
 
@@ -323,7 +323,7 @@ def test_embedded_pictures_are_kept_on_disk_and_give_the_same_pixels(folder):
     assert dataset.conversation(1).images == (buffer.getvalue(),)
 
 
-def test_a_files_digest_moves_with_ids_labels_and_pictures_only(folder):
+def test_a_files_digest_moves_with_ids_labels_and_images_only(folder):
     def of(*records: dict[str, Any], **more: Any) -> str:
         return build(folder, list(records), **more)[0].contents[0].sha256
 
@@ -367,7 +367,7 @@ def _same(example: Any) -> Any:
 def test_a_record_takes_a_few_hundred_bytes_of_memory_however_long_it_is(
     folder: Path, turns: int
 ) -> None:
-    rows = [record(turns, pictures=1, id=f"record-{i}") for i in range(500)]
+    rows = [record(turns, images=1, id=f"record-{i}") for i in range(500)]
     build(folder, rows[:10])  # what is kept once
     tracemalloc.start()
     dataset, ledger = build(folder, rows)
@@ -395,43 +395,43 @@ def test_a_spool_reads_back_from_pickles_and_is_gone_with_its_owner():
     assert not path.exists()
 
 
-def test_records_that_begin_alike_up_to_their_picture_have_one_key(folder: Path) -> None:
-    other = record(pictures=1)
+def test_records_that_begin_alike_up_to_their_image_have_one_key(folder: Path) -> None:
+    other = record(images=1)
     other["image"] = ["1.png"]
-    later = record(pictures=1)
+    later = record(images=1)
     later["conversations"][0]["value"] = "Look: <image>\nQuestion?"
-    twice = record(turns=2, pictures=2)
-    rows = [record(pictures=1), record(turns=2, pictures=1), other, later, record(), twice]
+    twice = record(turns=2, images=2)
+    rows = [record(images=1), record(turns=2, images=1), other, later, record(), twice]
     dataset, _ = build(folder, rows)
     keys = list(dataset.prefix_keys)
     assert keys[0] == keys[1] == keys[5] >= 0
     assert len({keys[0], keys[2], keys[3]}) == 3
     assert keys[4] == -1 and list(dataset.prefix_lengths)[4] == 0
-    assert list(dataset.num_pictures) == [1, 1, 1, 1, 0, 2]
+    assert list(dataset.num_images) == [1, 1, 1, 1, 0, 2]
     for index in (0, 1, 5):
         length = dataset.prefix_lengths[index]
         example = dataset[index]
         assert example.input_ids[:length].tolist() == dataset[0].input_ids[:length].tolist()
         assert example.input_ids[length - 1] == IMAGE_TOKEN_ID != example.input_ids[length]
-    whole, rest = dataset[5].pixel_values, dataset.example(5, first_picture=1).pixel_values
+    whole, rest = dataset[5].pixel_values, dataset.example(5, first_image=1).pixel_values
     assert len(whole) == 2 and torch.equal(rest, whole[1:])
-    assert len(dataset.example(0, first_picture=1).pixel_values) == 0
+    assert len(dataset.example(0, first_image=1).pixel_values) == 0
 
 
-def test_pictures_within_the_records_are_told_apart_by_their_bytes(folder: Path) -> None:
+def test_images_within_the_records_are_told_apart_by_their_bytes(folder: Path) -> None:
     from datasets import Dataset, Features, Value
-    from datasets import Image as Picture
+    from datasets import Image as ImageFeature
 
     red, blue = ((folder / name).read_bytes() for name in ("0.png", "2.png"))
     turns = [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "A."}]
     rows = {
         "conversations": [turns] * 3,
-        "image": [{"bytes": picture, "path": None} for picture in (red, red, blue)],
+        "image": [{"bytes": image, "path": None} for image in (red, red, blue)],
     }
     features = Features(
         {
             "conversations": [{"from": Value("string"), "value": Value("string")}],
-            "image": Picture(),
+            "image": ImageFeature(),
         }
     )
     Dataset.from_dict(rows, features=features).to_parquet(str(folder / "rows.parquet"))

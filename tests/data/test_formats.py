@@ -36,9 +36,9 @@ def messages(*turns: tuple[str, object], **more: object) -> dict[str, object]:
     return {"messages": [{"role": role, "content": text} for role, text in turns], **more}
 
 
-def image_column(colour: str = "red") -> dict[str, object]:
+def image_column(color: str = "red") -> dict[str, object]:
     buffer = BytesIO()
-    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
+    Image.new("RGB", (4, 4), color).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": "a.png"}
 
 
@@ -53,7 +53,7 @@ PLAIN = (Turn("user", (TextPart("What?"),)), Turn("assistant", (TextPart("A cat.
 # --- forms
 
 
-def test_a_llava_record_becomes_turns_with_pictures_where_their_placeholders_stand():
+def test_a_llava_record_becomes_turns_with_images_where_their_placeholders_stand():
     record = llava(
         ("system", "Be brief."),
         ("human", "<image>\nAnd <image>?"),
@@ -98,7 +98,7 @@ def test_every_form_of_one_text_conversation_reads_the_same(record):
     assert parse(record).images == ()
 
 
-def test_alpaca_input_follows_the_instruction_and_pictures_are_placed_in_either():
+def test_alpaca_input_follows_the_instruction_and_images_are_placed_in_either():
     record = {
         "instruction": "Name it: <image>",
         "input": "and <image>",
@@ -118,7 +118,7 @@ def test_alpaca_input_follows_the_instruction_and_pictures_are_placed_in_either(
     assert fault({**record, "history": [["a", "b"]]}).reason == "format"
 
 
-def test_image_parts_take_their_own_picture_or_the_next_of_the_list_in_reading_order():
+def test_image_parts_take_their_own_image_or_the_next_of_the_list_in_reading_order():
     data = "data:image/png;base64," + base64.b64encode(b"PNG bytes").decode()
     content = [
         {"type": "image", "image": "own.png"},
@@ -141,7 +141,7 @@ def test_image_parts_take_their_own_picture_or_the_next_of_the_list_in_reading_o
     assert conversation.turns[0].text == "a literal <image>"
 
 
-def test_placeholders_in_plain_user_messages_count_only_when_pictures_are_listed():
+def test_placeholders_in_plain_user_messages_count_only_when_images_are_listed():
     turns = (("user", "What is <image>?"), ("assistant", "A tag."))
     assert parse(messages(*turns)).turns[0].parts == (TextPart("What is <image>?"),)
     assert parse(messages(*turns, images=["a.png"])).turns[0].parts[1] == ImagePart(0)
@@ -170,22 +170,22 @@ def test_ids_are_text_or_integers_and_made_up_from_the_place_when_missing():
         assert fault(llava(QUESTION, ANSWER, id=value)).reason == "bad_id"
 
 
-# --- counts of pictures
+# --- counts of images
 
 
 @pytest.mark.parametrize("marks", range(4))
 @pytest.mark.parametrize("listed", range(4))
-def test_placeholders_and_pictures_must_agree_and_the_error_names_both_counts(marks, listed):
-    pictures = [f"{i}.png" for i in range(listed)]
+def test_placeholders_and_images_must_agree_and_the_error_names_both_counts(marks, listed):
+    images = [f"{i}.png" for i in range(listed)]
     text, answer = "x" + "<image>" * marks, "A cat."
     parts = [{"type": "image"}] * marks
     records = [
-        llava(("human", text), ("gpt", answer), image=pictures),
-        messages(("user", parts), ("assistant", answer), images=pictures),
-        {"instruction": text, "output": answer, "image": pictures},
+        llava(("human", text), ("gpt", answer), image=images),
+        messages(("user", parts), ("assistant", answer), images=images),
+        {"instruction": text, "output": answer, "image": images},
     ]
     if listed:
-        records.append(messages(("user", text), ("assistant", answer), images=pictures))
+        records.append(messages(("user", text), ("assistant", answer), images=images))
     for record in records:
         if marks == listed:
             assert len(parse(record).images) == marks
@@ -273,7 +273,7 @@ def test_loss_on_a_user_turn_is_refused_and_no_loss_there_is_fine():
     assert parse(record).turns[1].supervised
 
 
-# --- picture names
+# --- image names
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_no_name_made_of_path_pieces_leaves_the_root(pieces):
 
 
 @pytest.mark.parametrize("value", ["", 3, [None], [["a.png"]], {"bytes": None, "path": None}])
-def test_what_is_no_picture_name_is_refused(value):
+def test_what_is_no_image_name_is_refused(value):
     error = fault(llava(("human", "<image>"), ANSWER, image=value))
     assert error.reason == "image_field"
     both = llava(("human", "<image>"), ANSWER, image="a.png", images=["a.png"])
@@ -463,8 +463,8 @@ def test_lines_are_recognised_under_another_name_and_the_image_root_is_set(tmp_p
     record = json.dumps(llava(("human", "<image>"), ANSWER, image="a.png"))
     path.write_text(f"{record}\n{record}\n")
     assert [item.images for item in read(path)] == [(tmp_path / "a.png",)] * 2  # type: ignore
-    (item, _) = read(path, image_root="/pictures")
-    assert item.images == (Path("/pictures/a.png"),)  # type: ignore[union-attr]
+    (item, _) = read(path, image_root="/images")
+    assert item.images == (Path("/images/a.png"),)  # type: ignore[union-attr]
 
 
 # --- tables
@@ -479,7 +479,7 @@ def table_rows() -> list[dict[str, object]]:
     ]
 
 
-def test_parquet_rows_carry_their_pictures_as_bytes_or_names(tmp_path):
+def test_parquet_rows_carry_their_images_as_bytes_or_names(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -512,10 +512,10 @@ def test_parquet_rows_in_messages_form_read_their_image_parts(tmp_path):
     (item,) = read(tmp_path / "x.parquet")
     assert isinstance(item, Conversation)
     assert item.turns[0].parts == (ImagePart(0), ImagePart(1), TextPart("What?"))
-    assert item.images == tuple(picture["bytes"] for picture in row["images"])
+    assert item.images == tuple(image["bytes"] for image in row["images"])
 
 
-def test_a_datasets_folder_is_read_without_decoding_its_pictures(tmp_path):
+def test_a_datasets_folder_is_read_without_decoding_its_images(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets

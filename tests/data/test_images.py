@@ -33,7 +33,7 @@ def encode(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with an edge and some noise, as photographs have."""
+    """Smooth colors with an edge and some noise, as photographs have."""
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([x * 255 / max(width, 2), y * 255 / max(height, 2), (x + y) % 256], axis=-1)
     base[height // 3 : height // 2] = 255 - base[height // 3 : height // 2]
@@ -41,10 +41,10 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
 
 
-def levels(normalised: torch.Tensor) -> torch.Tensor:
+def levels(normalized: torch.Tensor) -> torch.Tensor:
     """What a stock processor gave, back in 0..255."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (torch.as_tensor(normalised) * std + mean) * 255
+    return (torch.as_tensor(normalized) * std + mean) * 255
 
 
 def refused(source: object) -> str:
@@ -62,12 +62,12 @@ def first_pixel(source: object) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_accepted_format_opens_whatever_the_file_is_called(tmp_path, format):
-    (tmp_path / "picture.txt").write_bytes(encode(photo(40, 30), format))
-    image = open_image(tmp_path / "picture.txt")
+    (tmp_path / "image.txt").write_bytes(encode(photo(40, 30), format))
+    image = open_image(tmp_path / "image.txt")
     assert (image.mode, image.size) == ("RGB", (40, 30))
 
 
-def test_what_is_no_picture_file_is_refused_by_kind_and_without_blocking(tmp_path):
+def test_what_is_no_image_file_is_refused_by_kind_and_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
@@ -101,7 +101,7 @@ def test_formats_that_run_programs_are_never_tried():
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_picture_cut_anywhere_is_refused_or_whole(format, progressive):
+def test_an_image_cut_anywhere_is_refused_or_whole(format, progressive):
     options = {"progressive": True} if format == "JPEG" and progressive else {}
     data = encode(photo(90, 70), format, **options)
     whole = np.asarray(open_image(data))
@@ -116,7 +116,7 @@ def test_a_picture_cut_anywhere_is_refused_or_whole(format, progressive):
         np.testing.assert_array_equal(np.asarray(image), whole)
 
 
-def test_truncated_pictures_stay_errors_when_another_library_allows_them(monkeypatch):
+def test_truncated_images_stay_errors_when_another_library_allows_them(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     data = encode(photo(90, 70), "JPEG")
     assert refused(data[: len(data) // 2]) == "image_broken"
@@ -128,7 +128,7 @@ def test_truncated_pictures_stay_errors_when_another_library_allows_them(monkeyp
     format=st.sampled_from(FORMATS),
     damage=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=8),
 )
-def test_damaged_bytes_give_a_picture_or_an_image_error(format, damage):
+def test_damaged_bytes_give_an_image_or_an_image_error(format, damage):
     data = bytearray(encode(photo(24, 18), format))
     for place, value in damage:
         data[int(place * len(data))] = value
@@ -172,14 +172,14 @@ def test_bombs_in_metadata_and_frames_take_neither_time_nor_memory():
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_of_many_is_taken(format):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
     options = {"lossless": True} if format == "WEBP" else {}
     data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert first_pixel(data) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_all_eight_orientations_give_the_same_upright_picture(format):
+def test_all_eight_orientations_give_the_same_upright_image(format):
     upright = photo(33, 20)
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation -> inverse Transpose
     quality = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
@@ -196,7 +196,7 @@ def test_all_eight_orientations_give_the_same_upright_picture(format):
         assert difference.mean() < (4 if format == "JPEG" else 1e-9), orientation
 
 
-def test_damaged_exif_does_not_cost_a_good_picture():
+def test_damaged_exif_does_not_cost_a_good_image():
     data = encode(Image.new("RGB", (8, 8), "red"), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert first_pixel(data)[0] > 250
 
@@ -209,7 +209,7 @@ def rgba(hidden: tuple[int, int, int]) -> Image.Image:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_colours_hidden_under_alpha_never_show(format):
+def test_colors_hidden_under_alpha_never_show(format):
     one, other = (open_image(encode(rgba(c), format)) for c in ((0, 0, 0), (9, 200, 77)))
     assert one.tobytes() == other.tobytes()
     assert one.getpixel((0, 5)) == (255, 255, 255)
@@ -229,8 +229,8 @@ def test_every_kind_of_transparency_is_composited_on_white():
     assert first_pixel(encode(palette, "GIF", transparency=1)) == (255, 255, 255)
     keyed = Image.new("RGB", (2, 2), (1, 2, 3))
     assert first_pixel(encode(keyed, "PNG", transparency=(1, 2, 3))) == (255, 255, 255)
-    grey = Image.new("L", (2, 2), 7)
-    assert first_pixel(encode(grey, "PNG", transparency=7)) == (255, 255, 255)
+    gray = Image.new("L", (2, 2), 7)
+    assert first_pixel(encode(gray, "PNG", transparency=7)) == (255, 255, 255)
 
 
 def deep(values: np.ndarray, format: str = "TIFF") -> tuple[int, ...]:
@@ -256,7 +256,7 @@ def test_deep_greys_are_scaled_and_not_clipped():
     assert refused(encode(Image.fromarray(full(np.nan, np.float32)), "TIFF")) == "image_broken"
 
 
-def test_one_bit_grey_cmyk_and_lab_pictures_have_their_colours():
+def test_one_bit_grey_cmyk_and_lab_images_have_their_colors():
     assert first_pixel(encode(Image.new("1", (9, 9), 1), "PNG")) == (255, 255, 255)
     assert first_pixel(encode(Image.new("L", (9, 9), 77), "PNG")) == (77, 77, 77)
     for format in ("JPEG", "TIFF"):
@@ -296,7 +296,7 @@ def test_long_strips_are_cropped_before_they_are_resized_with_nearly_the_same_pi
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pad_is_llavas_square_of_the_mean_colour_and_then_clip_image_processor(shape):
+def test_pad_is_llavas_square_of_the_mean_color_and_then_clip_image_processor(shape):
     image = photo(*shape)
     width, height = shape
     side = max(shape)
@@ -323,7 +323,7 @@ def test_padding_one_axis_at_a_time_gives_the_square_way_s_pixels(shape, monkeyp
 UNIT_336 = ImageSpec(size=336, mean=(0.4, 0.4, 0.4), std=(1, 1, 1), interpolation="bicubic")
 
 
-def test_a_wide_picture_is_shown_whole_by_pad_and_cut_by_crop():
+def test_a_wide_image_is_shown_whole_by_pad_and_cut_by_crop():
     image = Image.new("RGB", (4, 2), "red")
     image.paste((0, 0, 255), (0, 0, 1, 2))
     padded = to_pixels(image, ImageSpec(4, (0.5, 0.5, 0.5), (1, 1, 1), "nearest"), "pad")
@@ -344,7 +344,7 @@ def test_every_shape_gives_the_tower_s_shape(aspect):
 
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
 @pytest.mark.parametrize("shape", [(1, 65_535), (65_535, 1)])
-def test_the_most_extreme_picture_needs_neither_much_time_nor_memory(shape, aspect):
+def test_the_most_extreme_image_needs_neither_much_time_nor_memory(shape, aspect):
     start = time.monotonic()
     assert to_pixels(Image.new("RGB", shape), CLIP, aspect).shape == (3, 336, 336)
     assert time.monotonic() - start < 2
@@ -383,7 +383,7 @@ def difference(data: bytes, spec: ImageSpec, aspect: Aspect) -> int:
     harshest=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_fast_pixels_are_within_two_levels_of_pillows_for_any_picture(
+def test_fast_pixels_are_within_two_levels_of_pillows_for_any_image(
     width, height, size, aspect, interpolation, harshest, seed
 ):
     noise = np.random.default_rng(seed).integers(0, 2 if harshest else 256, (height, width, 3))
@@ -402,13 +402,13 @@ def test_fast_jpegs_are_within_two_levels_whatever_their_shape(shape, aspect):
 JPEGS = {
     "baseline": {},
     "progressive": {"progressive": True},
-    "full colour": {"subsampling": 0},
-    "half colour": {"subsampling": 1},
+    "full color": {"subsampling": 0},
+    "half color": {"subsampling": 1},
     "coarse": {"quality": 5},
     "finest": {"quality": 100, "subsampling": 0},
     "restarts": {"restart_marker_blocks": 3},
     "stored as red, green, blue": {"keep_rgb": True},
-    "optimised, with a profile": {"optimize": True, "icc_profile": b"no profile" * 9000},
+    "optimized, with a profile": {"optimize": True, "icc_profile": b"no profile" * 9000},
 }
 
 
@@ -416,10 +416,10 @@ JPEGS = {
 @pytest.mark.parametrize("shape", [(1, 1), (17, 33), (160, 97)])
 def test_jpegs_are_decoded_to_the_very_bytes_of_pillow(kind, shape, monkeypatch):
     spec = ImageSpec(min(shape), MEAN, STD, "nearest")  # which changes no byte
-    for picture in (photo(*shape), photo(*shape).convert("L")):
-        if picture.mode == "L" and kind == "stored as red, green, blue":
+    for image in (photo(*shape), photo(*shape).convert("L")):
+        if image.mode == "L" and kind == "stored as red, green, blue":
             continue
-        data = encode(picture, "JPEG", **JPEGS[kind])
+        data = encode(image, "JPEG", **JPEGS[kind])
         exact = read_pixels(data, spec, "crop", "exact")
         with monkeypatch.context() as patched:  # Pillow's decoder has no part in it
             patched.setattr(ImageFile.ImageFile, "load", None)
@@ -441,7 +441,7 @@ def test_photographs_of_coco_are_within_two_levels_and_mostly_equal():
 
 
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
-def test_what_the_fast_decoder_does_not_do_is_the_exact_way_s_picture(aspect):
+def test_what_the_fast_decoder_does_not_do_is_the_exact_way_s_image(aspect):
     upright = photo(61, 40)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -12,7 +12,7 @@ def filled() -> Ledger:
     ledger.add("a", "f:1", "trained")
     ledger.add("b", "f:2", "turns_dropped", "too_long", "2 of 4 turns dropped")
     ledger.add("c", "f:3", "skipped", "too_long", "takes 9 tokens, `max_length` is 8")
-    ledger.quarantine(RecordError("image_missing", "no picture", record_id="ü", where="f:4"))
+    ledger.quarantine(RecordError("image_missing", "no image", record_id="ü", where="f:4"))
     ledger.quarantine(RecordError("empty_answer", "empty", record_id="e", where="f:5"))
     return ledger
 
@@ -43,7 +43,7 @@ def test_the_file_begins_with_the_counts_and_has_a_line_for_every_record(tmp_pat
         "where": "f:4",
         "bucket": "quarantined",
         "reason": "image_missing",
-        "message": "f:4: record 'ü': no picture",
+        "message": "f:4: record 'ü': no image",
     }
     assert len(lines) == 5
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from tests.data.conversations_for_tests import conversations, texts
 from tests.data.mask_oracle import (
+    IMAGE_ID,
     MAIN_PAIRS,
     MASKED,
     OTHER_PAIRS,
-    PICTURE,
     Item,
     Pair,
     check,
@@ -92,8 +92,8 @@ def test_a_turn_that_spells_control_strings_changes_no_other_turn(
     by = renderer(pair)
     results = []
     for text in ("harmless", forged):
-        pictures = tuple(part for part in turn.parts if isinstance(part, ImagePart))
-        changed = replace(turn, parts=(*pictures, TextPart(text)))
+        images = tuple(part for part in turn.parts if isinstance(part, ImagePart))
+        changed = replace(turn, parts=(*images, TextPart(text)))
         turns = (*conversation.turns[:index], changed, *conversation.turns[index + 1 :])
         results.append(by.render(replace(conversation, turns=turns)))
     starts = [_region(conversation, rendered.answers, index) for rendered in results]
@@ -105,7 +105,7 @@ def test_a_turn_that_spells_control_strings_changes_no_other_turn(
     assert one.labels[b:] == two.labels[d:]
     control = control_names(pair.tokenizer)
     forged_control, harmless_control = (
-        [i for i in rendered.input_ids if i in control or i == PICTURE] for rendered in results
+        [i for i in rendered.input_ids if i in control or i == IMAGE_ID] for rendered in results
     )
     assert forged_control == harmless_control
 
@@ -216,9 +216,9 @@ def test_the_oracle_reads_tokens_as_a_person_does(name: str, words: str) -> None
         pytest.skip(str(missing(name)))
     tokenizer = load(name)
     ids = tokenizer.convert_tokens_to_ids(words.split())
-    assert read(name, [*ids, PICTURE, *ids[-1:]]) == [
+    assert read(name, [*ids, IMAGE_ID, *ids[-1:]]) == [
         Item("text", " two\n"),
-        Item("picture"),
+        Item("image"),
         Item("text", "\n"),
     ]
 

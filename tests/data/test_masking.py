@@ -34,8 +34,8 @@ def turn(role: Any, *parts: str | int, supervised: bool = True) -> Turn:
 
 
 def record(*turns: Turn) -> Conversation:
-    pictures = sum(isinstance(p, ImagePart) for t in turns for p in t.parts)
-    return Conversation("r1", turns, (b"",) * pictures, "file.json[0]")
+    images = sum(isinstance(p, ImagePart) for t in turns for p in t.parts)
+    return Conversation("r1", turns, (b"",) * images, "file.json[0]")
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def test_chatml_supervises_each_answer_and_its_stop_token() -> None:
     )
 
 
-def test_plain_keeps_the_picture_and_the_caption_and_drops_the_instruction() -> None:
+def test_plain_keeps_the_image_and_the_caption_and_drops_the_instruction() -> None:
     by = renderer("sentencepiece", "plain")
     caption = record(turn("user", "Describe.\n", 0), turn("assistant", "Red car."))
     assert marked(by.render(caption), by) == "<s> <image> [Red] [▁car] [.] [</s>]"
@@ -196,12 +196,12 @@ def conversations(draw: st.DrawFn) -> Conversation:
     turns: list[Turn] = []
     if draw(st.booleans()):
         turns.append(turn("system", draw(TEXT)))
-    pictures = 0
+    images = 0
     for _ in range(draw(st.integers(1, 3))):
         parts: list[str | int] = [draw(TEXT)]
         for _ in range(draw(st.integers(0, 2))):
-            parts += [pictures, draw(TEXT)]
-            pictures += 1
+            parts += [images, draw(TEXT)]
+            images += 1
         turns.append(turn("user", *parts))
         turns.append(turn("assistant", draw(TEXT), supervised=draw(st.booleans())))
     return record(*turns)

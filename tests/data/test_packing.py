@@ -24,18 +24,18 @@ from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 @dataclass
 class Lengths:
     lengths: Sequence[int]
-    num_pictures: Sequence[int] = field(default_factory=list)
+    num_images: Sequence[int] = field(default_factory=list)
     prefix_keys: Sequence[int] = field(default_factory=list)
     prefix_lengths: Sequence[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.num_pictures = self.num_pictures or [0] * len(self.lengths)
+        self.num_images = self.num_images or [0] * len(self.lengths)
         self.prefix_keys = self.prefix_keys or [-1] * len(self.lengths)
         self.prefix_lengths = self.prefix_lengths or [0] * len(self.lengths)
 
 
-def record(name: str, ids: list[int], labels: list[int], pictures: int = 0) -> Example:
-    pixels = torch.full((pictures, 3, 2, 2), len(ids), dtype=torch.uint8)
+def record(name: str, ids: list[int], labels: list[int], images: int = 0) -> Example:
+    pixels = torch.full((images, 3, 2, 2), len(ids), dtype=torch.uint8)
     return Example(name, torch.tensor(ids), torch.tensor(labels), pixels)
 
 
@@ -56,7 +56,7 @@ def test_records_lie_end_to_end_and_each_label_is_predicted_by_the_token_before_
 
 
 def test_a_shared_prefix_lies_there_once_and_its_last_state_predicts_each_branchs_first() -> None:
-    first = record("a", [5, P, P, 6, 7], [X, X, X, 6, 7], pictures=1)
+    first = record("a", [5, P, P, 6, 7], [X, X, X, 6, 7], images=1)
     second = record("b", [5, P, P, 8], [X, X, X, 8])
     alone = record("c", [9, 9], [X, 9])
     batch = pack([Group([alone]), Group([first, second], 3)], pad_token_id=0)
@@ -91,22 +91,22 @@ def test_what_cannot_be_packed_is_refused() -> None:
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Lengths, list[int], int]:
-    """Records with pictures, some of which begin alike; some of them make a step."""
+    """Records with images, some of which begin alike; some of them make a step."""
     count = draw(st.integers(1, 40))
     keys = draw(st.lists(st.integers(-1, 5), min_size=count, max_size=count))
     prefixes = [draw(st.integers(2, 30)) for _ in range(6)]
     rests = draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
     shared = [prefixes[key] if key >= 0 else 0 for key in keys]
     lengths = [a + b for a, b in zip(shared, rests, strict=True)]
-    pictures = [int(key >= 0) + draw(st.integers(0, 1)) * int(key >= 0) for key in keys]
+    images = [int(key >= 0) + draw(st.integers(0, 1)) * int(key >= 0) for key in keys]
     order = draw(st.permutations(range(count)))
-    return Lengths(lengths, pictures, keys, shared), list(order), draw(st.integers(70, 200))
+    return Lengths(lengths, images, keys, shared), list(order), draw(st.integers(70, 200))
 
 
 @settings(max_examples=200, deadline=None)
 @given(steps(), st.booleans(), st.integers(1, 4), st.sampled_from([0.0, 25.0]))
 def test_packs_hold_every_record_once_and_never_too_many_tokens(
-    step: tuple[Lengths, list[int], int], share: bool, processes: int, picture_cost: float
+    step: tuple[Lengths, list[int], int], share: bool, processes: int, image_cost: float
 ) -> None:
     sizes, order, most = step
     packs = plan_packs(
@@ -115,7 +115,7 @@ def test_packs_hold_every_record_once_and_never_too_many_tokens(
         max_tokens=most,
         share_prefixes=share,
         num_processes=processes,
-        picture_cost=picture_cost,
+        image_cost=image_cost,
     )
     assert len(packs) % processes == 0
     assert sorted(index for chosen in packs for index in chosen) == sorted(order)
@@ -126,24 +126,24 @@ def test_packs_hold_every_record_once_and_never_too_many_tokens(
         assert tokens <= most
         units = list(make_units(chosen, sizes, most, share_prefixes=share))
         assert sum(unit.tokens for unit in units) == tokens
-        pictures = sum(sizes.num_pictures[index] for index in chosen)
-        shared_pictures = sum(len(g) - 1 for g in groups if len(g) > 1)
-        assert sum(unit.pictures for unit in units) == pictures - shared_pictures
+        images = sum(sizes.num_images[index] for index in chosen)
+        shared_images = sum(len(g) - 1 for g in groups if len(g) > 1)
+        assert sum(unit.images for unit in units) == images - shared_images
 
 
-def test_packs_are_about_equally_heavy_in_tokens_and_pictures() -> None:
+def test_packs_are_about_equally_heavy_in_tokens_and_images() -> None:
     lengths = [100 + 7 * (i % 31) for i in range(200)]
-    pictures = [int(i % 3 == 0) for i in range(200)]
-    sizes = Lengths(lengths, pictures)
+    images = [int(i % 3 == 0) for i in range(200)]
+    sizes = Lengths(lengths, images)
     packs = plan_packs(
         range(200),
         sizes,
         max_tokens=8192,
         share_prefixes=False,
         num_processes=4,
-        picture_cost=200.0,
+        image_cost=200.0,
     )
-    weights = [sum(lengths[i] + 200 * pictures[i] for i in chosen) for chosen in packs]
+    weights = [sum(lengths[i] + 200 * images[i] for i in chosen) for chosen in packs]
     assert len(packs) == 8 and max(weights) <= 1.01 * min(weights)
 
 

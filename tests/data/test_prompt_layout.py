@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from tests.data.mask_oracle import MAIN_PAIRS, OTHER_PAIRS, PICTURE, Pair
+from tests.data.mask_oracle import IMAGE_ID, MAIN_PAIRS, OTHER_PAIRS, Pair
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.image_separator import LayoutCheck, separated_parts
@@ -65,7 +65,7 @@ def asked_of_export(
     ids = tokenizer(text)["input_ids"]
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
     image = tokenizer.convert_tokens_to_ids("<image>")
-    return [PICTURE if i == image else i for i in ids]
+    return [IMAGE_ID if i == image else i for i in ids]
 
 
 # --- records as people write them
@@ -238,10 +238,10 @@ def test_every_spelling_of_a_record_is_asked_for_as_it_was_trained(
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 @pytest.mark.parametrize("num_images", [0, 1, 3])
 def test_chat_asks_as_llavas_records_and_content_parts_do(pair: Pair, num_images: int) -> None:
-    items: Items = [IMAGE] * num_images + ["What colour is the car?"]
-    written: Items = [*[IMAGE, "\n"] * num_images, "What colour is the car?"]
+    items: Items = [IMAGE] * num_images + ["What color is the car?"]
+    written: Items = [*[IMAGE, "\n"] * num_images, "What color is the car?"]
     by = renderer(pair)
-    chat = by.prompt(question("What colour is the car?", [b""] * num_images))
+    chat = by.prompt(question("What color is the car?", [b""] * num_images))
     (trained,) = before_answers(read(Talk(None, ((written, "Red."),)), "llava"))
     assert by.prompt(trained) == chat
     for spelling, said in {

@@ -14,8 +14,8 @@ from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 def conversation(question: tuple[Part, ...], answer: str) -> Conversation:
     turns = (Turn("user", question), Turn("assistant", (TextPart(answer),)))
-    pictures = sum(isinstance(part, ImagePart) for part in question)
-    return Conversation("r1", turns, (b"",) * pictures, "file.json[0]")
+    images = sum(isinstance(part, ImagePart) for part in question)
+    return Conversation("r1", turns, (b"",) * images, "file.json[0]")
 
 
 CAPTIONED = conversation((ImagePart(0), TextPart("\nDescribe.")), "a red car")
@@ -28,7 +28,7 @@ def renderer(template: str, recipe: str) -> Renderer:
 
 
 def spelled(recipe: str, template: str, record: Conversation) -> str:
-    """Tokens from the picture's line on, the trained ones in brackets."""
+    """Tokens from the image's line on, the trained ones in brackets."""
     by = renderer(template, recipe)
     rendered = by.render(record)
     names = [
@@ -46,13 +46,13 @@ def test_stage_1_trains_a_newline_instead_of_eos_in_llavas_recipe_only() -> None
     assert renderer("plain", "llava-1.5").stop_id is None
 
 
-def test_text_behind_a_picture_begins_with_the_dummy_space_in_llavas_recipe_only() -> None:
+def test_text_behind_an_image_begins_with_the_dummy_space_in_llavas_recipe_only() -> None:
     # The ids of LLaVA's own functions: "USER : ▁ <image> ▁ <0x0A> Describe . ▁ASS ..."
     assert spelled("llava-1.5", "vicuna_v1", CAPTIONED).startswith("<image> ▁ <0x0A> Des")
     assert spelled("fixed", "vicuna_v1", CAPTIONED).startswith("<image> <0x0A> Des")
 
 
-def test_a_late_picture_moves_first_in_llavas_recipe_only() -> None:
+def test_a_late_image_moves_first_in_llavas_recipe_only() -> None:
     by = renderer("vicuna_v1", "llava-1.5")
     moved = conversation((ImagePart(0), TextPart("\nWhat is this?")), "A car.")
     assert by.render(ASKED_LATE).input_ids == by.render(moved).input_ids
@@ -61,9 +61,9 @@ def test_a_late_picture_moves_first_in_llavas_recipe_only() -> None:
     assert by.prompt(prompt) == by.render(ASKED_LATE).input_ids[: len(by.prompt(prompt))]
 
 
-def test_a_turn_of_which_llava_would_lose_a_picture_is_refused() -> None:
+def test_a_turn_of_which_llava_would_lose_an_image_is_refused() -> None:
     two = conversation((ImagePart(0), TextPart("and"), ImagePart(1)), "Cars.")
-    with pytest.raises(RecordError, match="keeps one picture a turn and this one has 2"):
+    with pytest.raises(RecordError, match="keeps one image a turn and this one has 2"):
         renderer("vicuna_v1", "llava-1.5").render(two)
     assert renderer("vicuna_v1", "fixed").render(two).num_images == 2
 
@@ -77,7 +77,7 @@ def test_a_checkpoint_remembers_the_recipe(recipe: str) -> None:
 
 
 def test_the_manifest_lists_what_is_repeated_and_what_is_corrected() -> None:
-    names = {"caption_newline", "picture_first", "space_behind_picture"}
+    names = {"caption_newline", "image_first", "space_behind_image"}
     never = {"zeroed_samples", "control_from_data", "cut_answers"}
     assert set(LLAVA_1_5.describe()["repeated"]) == names
     assert set(LLAVA_1_5.describe()["corrected"]) == never
@@ -90,7 +90,7 @@ def test_an_unknown_recipe_is_refused_by_name() -> None:
         recipe_named("llava")
 
 
-def test_the_exported_chat_template_moves_the_picture_as_the_recipe_does() -> None:
+def test_the_exported_chat_template_moves_the_image_as_the_recipe_does() -> None:
     by = renderer("vicuna_v1", "llava-1.5")
     text = sentencepiece_tokenizer().apply_chat_template(
         [{"role": "user", "content": " What is this?\n<image>"}],

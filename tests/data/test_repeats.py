@@ -10,10 +10,10 @@ from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.duplicates import Repeats
 
 
-def record(name: str, *pictures: bytes | Path, text: str = "A cat.") -> Conversation:
-    asked = tuple(ImagePart(i) for i in range(len(pictures))) or (TextPart("What?"),)
+def record(name: str, *images: bytes | Path, text: str = "A cat.") -> Conversation:
+    asked = tuple(ImagePart(i) for i in range(len(images))) or (TextPart("What?"),)
     turns = (Turn("user", asked), Turn("assistant", (TextPart(text),)))
-    return Conversation(name, turns, tuple(pictures))
+    return Conversation(name, turns, tuple(images))
 
 
 def found_in(
@@ -31,7 +31,7 @@ def found_in(
     return [str(repeat) for repeat in repeats.found()]
 
 
-def test_several_questions_about_one_picture_are_no_repeat() -> None:
+def test_several_questions_about_one_image_are_no_repeat() -> None:
     records = [record("a", b"cat"), record("b", b"cat", text="Yes."), record("c", text="Yes.")]
     assert found_in(("a.json", [*records, record("d", b"dog")])) == []
 
@@ -44,30 +44,30 @@ def test_ids_are_compared_over_all_files_and_records_counted_from_one() -> None:
     assert told.endswith("first: record 3 of a.json and record 2 of b.json")
 
 
-def test_a_record_is_known_again_under_another_id_and_another_picture_file(tmp_path: Path) -> None:
+def test_a_record_is_known_again_under_another_id_and_another_image_file(tmp_path: Path) -> None:
     here, copy = tmp_path / "here.jpg", tmp_path / "copy.jpg"
     here.write_bytes(b"the same bytes")
     copy.write_bytes(b"the same bytes")
     (told,) = found_in(("a.json", [record("1", here), record("2", b"x"), record("3", copy)]))
     assert told == (
-        "1 training records repeat an earlier one, pictures and words; "
+        "1 training records repeat an earlier one, images and words; "
         "first: record 1 of a.json and record 3 of a.json"
     )
 
 
-def test_held_out_pictures_that_are_trained_on_are_told_whatever_is_asked() -> None:
+def test_held_out_images_that_are_trained_on_are_told_whatever_is_asked() -> None:
     train: list[Conversation | None] = [record("1", b"cat"), record("2", b"dog", b"cow")]
     held_out = [record("3", b"owl"), record("4", b"cow", text="Moo."), record("5", b"cat", b"cow")]
     (told,) = found_in(("a.json", train), held_out=held_out)
-    assert told.startswith("2 held-out records show a picture that is trained on too")
+    assert told.startswith("2 held-out records show an image that is trained on too")
     assert told.endswith("first: record 2 of val.json and record 2 of a.json")
 
 
-def test_held_out_texts_count_only_without_a_picture() -> None:
+def test_held_out_texts_count_only_without_an_image() -> None:
     train: list[Conversation | None] = [record("1", b"cat"), record("2", text="Four.")]
     assert found_in(("a.json", train), held_out=[record("3", b"dog")]) == []
     (told,) = found_in(("a.json", train), held_out=[record("3", text="Four.")])
-    assert told.startswith("1 held-out records without a picture are trained on too")
+    assert told.startswith("1 held-out records without an image are trained on too")
 
 
 @pytest.mark.parametrize("held_out", [None, []])

@@ -79,8 +79,8 @@ def test_steps_cut_each_epoch_into_batches_without_loss_or_repeat(
 ):
     count = len(weights)
     lengths = [(i * 37) % 11 for i in range(count)]
-    pictures = [i % 3 == 0 for i in range(count)]
-    extra = {"lengths": lengths, "has_image": pictures} if grouped else {}
+    images = [i % 3 == 0 for i in range(count)]
+    extra = {"lengths": lengths, "has_image": images} if grouped else {}
     sampler = StepSampler(weights, batch_size=batch_size, seed=seed, **extra)  # type: ignore
     per_epoch = sampler.steps_per_epoch
     for epoch in range(3):
@@ -129,21 +129,21 @@ def test_the_epoch_behind_a_step_counts_records():
 @given(st.integers(1, 200), st.integers(1, 16), st.integers(0, 50))
 def test_grouped_batches_have_one_modality_and_falling_lengths(count, batch_size, seed):
     lengths = [(i * 7919) % 101 for i in range(count)]
-    pictures = [(i * 31) % 5 < 3 for i in range(count)]
+    images = [(i * 31) % 5 < 3 for i in range(count)]
     order = epoch_order([1.0] * count, seed=seed, epoch=0)
-    grouped = group_by_length(order, lengths, pictures, batch_size=batch_size, seed=seed, epoch=0)
+    grouped = group_by_length(order, lengths, images, batch_size=batch_size, seed=seed, epoch=0)
     assert sorted(grouped) == list(range(count))
     batches = [grouped[i : i + batch_size] for i in range(0, count, batch_size)]
-    mixed = [batch for batch in batches if len({pictures[i] for i in batch}) > 1]
+    mixed = [batch for batch in batches if len({images[i] for i in batch}) > 1]
     assert len(mixed) <= 2 and all(batch in batches[-2:] for batch in mixed)
     for batch in batches:
         assert [lengths[i] for i in batch] == sorted((lengths[i] for i in batch), reverse=True)
 
 
 def test_grouped_batches_of_both_modalities_are_mixed_over_the_epoch():
-    pictures = [i < 200 for i in range(400)]
+    images = [i < 200 for i in range(400)]
     order = epoch_order([1.0] * 400, seed=1, epoch=0)
-    grouped = group_by_length(order, [1] * 400, pictures, batch_size=10, seed=1, epoch=0)
-    kinds = [pictures[index] for index in grouped[::10]]
+    grouped = group_by_length(order, [1] * 400, images, batch_size=10, seed=1, epoch=0)
+    kinds = [images[index] for index in grouped[::10]]
     assert 10 < sum(a != b for a, b in itertools.pairwise(kinds)) < 35
-    assert grouped != group_by_length(order, [1] * 400, pictures, batch_size=10, seed=2, epoch=0)
+    assert grouped != group_by_length(order, [1] * 400, images, batch_size=10, seed=2, epoch=0)

@@ -18,7 +18,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from tests import chat_templates_for_tests as published
-from tests.data.mask_oracle import MAIN_PAIRS, MASKED, OTHER_PAIRS, PICTURE, Pair, renderer
+from tests.data.mask_oracle import IMAGE_ID, MAIN_PAIRS, MASKED, OTHER_PAIRS, Pair, renderer
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
@@ -49,19 +49,19 @@ def _message(role: str, said: Sequence[str | int]) -> Message:
 
 
 def conversation(messages: Sequence[Message]) -> Conversation:
-    turns, pictures = [], 0
+    turns, images = [], 0
     for message in messages:
         content = message["content"]
         parts: list[Part] = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
-                parts.append(ImagePart(pictures))
-                pictures += 1
+                parts.append(ImagePart(images))
+                images += 1
             else:
                 parts.append(TextPart(part["text"]))
         separator = None if isinstance(content, list) else ""
         turns.append(Turn(message["role"], tuple(parts), image_separator=separator))
-    return Conversation("r1", tuple(turns), (b"",) * pictures)
+    return Conversation("r1", tuple(turns), (b"",) * images)
 
 
 def ours(template: str, tokenizer: str, messages: Sequence[Message]) -> list[int]:
@@ -82,7 +82,7 @@ def transformers(tokenizer: str, chat_template: str, messages: Sequence[Message]
 
 
 QUESTIONS = [
-    "What colour is the car?",
+    "What color is the car?",
     "Is there a dog (or a cat) in it? I don't know: 12 + 30 = 42.",
     "日本語で答えてください。",
     "Write code:\n\ndef f(x):\n    return x",
@@ -287,7 +287,7 @@ def from_checkpoint(pair: Pair) -> Renderer:
 
 
 def exported(pair: Pair, messages: Sequence[Message]) -> list[int]:
-    """The template as it is exported, applied by transformers; a picture is one token."""
+    """The template as it is exported, applied by transformers; an image is one token."""
     tokenizer = with_image_token(pair.tokenizer)
     ids = tokenizer.apply_chat_template(
         list(messages),
@@ -295,17 +295,17 @@ def exported(pair: Pair, messages: Sequence[Message]) -> list[int]:
         add_generation_prompt=messages[-1]["role"] != "assistant",
         return_dict=False,
     )
-    picture = tokenizer.convert_tokens_to_ids("<image>")
-    return [PICTURE if i == picture else i for i in ids]
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return [IMAGE_ID if i == image else i for i in ids]
 
 
 FOUR_WAYS = {
-    "one turn": [user("What colour?"), answer("Red.")],
+    "one turn": [user("What color?"), answer("Red.")],
     "three turns": talk(3),
-    "picture": [user(0, "What colour?"), answer("Red.")],
-    "pictures": [user("Compare ", 0, " with ", 1, "."), answer("The same.")],
-    "system": [system("Be brief."), user("What colour?"), answer("Red.")],
-    "system and picture": [system("Be brief."), user(0, "What?"), answer("Red."), *talk(1)],
+    "image": [user(0, "What color?"), answer("Red.")],
+    "images": [user("Compare ", 0, " with ", 1, "."), answer("The same.")],
+    "system": [system("Be brief."), user("What color?"), answer("Red.")],
+    "system and image": [system("Be brief."), user(0, "What?"), answer("Red."), *talk(1)],
 }
 
 

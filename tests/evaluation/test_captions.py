@@ -1,4 +1,4 @@
-"""Caption loss: what the picture is worth, on cases counted by hand."""
+"""Caption loss: what the image is worth, on cases counted by hand."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.evaluation.captions import (
     CaptionLoss,
     caption_losses,
-    other_pictures,
+    other_images,
     summarize_captions,
 )
 from vlm_sft.inference.loaded_model import VlmRun
@@ -31,23 +31,23 @@ def test_losses_are_taken_a_token_and_differences_within_a_record() -> None:
     assert found["difference"]["high"] == pytest.approx(15 / 10)
 
 
-def test_every_caption_gets_another_records_picture() -> None:
+def test_every_caption_gets_another_records_image() -> None:
     records = [captioned("a.png"), captioned("b.png"), captioned("c.png")]
-    others = other_pictures(records, seed=0)
+    others = other_images(records, seed=0)
     assert set(others) == set(others.values()) == {"a.png", "b.png", "c.png"}
     assert all(name != other for name, other in others.items())
 
 
-def test_one_picture_has_no_other() -> None:
-    with pytest.raises(UserError, match="at least two pictures"):
-        other_pictures([captioned("a.png"), captioned("a.png")], seed=0)
+def test_one_image_has_no_other() -> None:
+    with pytest.raises(UserError, match="at least two images"):
+        other_images([captioned("a.png"), captioned("a.png")], seed=0)
 
 
-def plain_loss(run: VlmRun, record: Conversation, picture: str) -> float:
+def plain_loss(run: VlmRun, record: Conversation, image: str) -> float:
     rendered, tokens = run.renderer.render(record), run.model.vision_tower.num_tokens
     ids = torch.tensor([expand(rendered.input_ids, tokens)])
     labels = torch.tensor([expand(rendered.input_ids, tokens, rendered.labels)])
-    pixels = run.pixels(Path(picture))[None]
+    pixels = run.pixels(Path(image))[None]
     with torch.inference_mode():
         output = run.model(ids, torch.ones_like(ids).bool(), labels, pixels)
     return float(output.loss_sum)
@@ -57,12 +57,12 @@ def plain_loss(run: VlmRun, record: Conversation, picture: str) -> float:
 def test_captions_of_unequal_length_are_measured_together_as_alone(
     run: VlmRun, tmp_path: Path, batch_size: int
 ) -> None:
-    names = [str(tmp_path / f"{colour}.png") for colour in ("red", "green", "blue")]
+    names = [str(tmp_path / f"{color}.png") for color in ("red", "green", "blue")]
     for name in names:
         Image.new("RGB", (40, 30), Path(name).stem).save(name)
     texts = ("A thing.", "Something rather longer than that.", "No")
     records = [captioned(name, text) for name, text in zip(names, texts, strict=True)]
-    others = other_pictures(records, seed=0)
+    others = other_images(records, seed=0)
 
     found = list(caption_losses(run, records, others, batch_size=batch_size))
 

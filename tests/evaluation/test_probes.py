@@ -1,4 +1,4 @@
-"""Probes: cached branches score as the plain path, no picture is shuffled to itself."""
+"""Probes: cached branches score as the plain path, no image is shuffled to itself."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from vlm_sft.evaluation.probes import (
     blank_pixels,
     derangement,
     judge,
-    judge_picture,
+    judge_image,
     read_probes,
     require_questions,
     spell,
@@ -58,19 +58,19 @@ def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) ->
 def test_cached_branches_score_as_whole_sequences_do(run: VlmRun) -> None:
     pixels = noise(1)
     probes = [probe("Is there a dog?"), probe("Can you see a very small cat?"), probe("Hm")]
-    for verdict in judge_picture(run, probes, pixels):
+    for verdict in judge_image(run, probes, pixels):
         expected = [plain_score(run, verdict.probe, c, pixels) for c in ("yes", "no")]
         assert verdict.log_probabilities == pytest.approx(expected, rel=bound_of(run))
 
 
 def test_one_question_is_scored_as_well_as_many(run: VlmRun) -> None:
     pixels = torch.zeros(3, 28, 28, dtype=torch.uint8)
-    alone = judge_picture(run, [probe("Is there a dog?")], pixels)[0]
-    together = judge_picture(run, [probe("Is there a dog?"), probe("Or a cow?")], pixels)[0]
+    alone = judge_image(run, [probe("Is there a dog?")], pixels)[0]
+    together = judge_image(run, [probe("Is there a dog?"), probe("Or a cow?")], pixels)[0]
     assert alone.log_probabilities == pytest.approx(together.log_probabilities, rel=bound_of(run))
 
 
-def test_the_picture_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> None:
+def test_the_image_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
     probes = [probe("Is it red?", "a.png"), probe("Is it red?", "b.png", "no")]
@@ -86,18 +86,18 @@ def test_the_picture_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> No
     assert scores["blank", "a.png"] == pytest.approx(scores["blank", "b.png"], rel=bound_of(run))
 
 
-def test_a_picture_is_run_once_whatever_is_asked_about_it(run: VlmRun, tmp_path: Path) -> None:
+def test_an_image_is_run_once_whatever_is_asked_about_it(run: VlmRun, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
     existence = [probe("Is it red?", name) for name in ("a.png", "b.png") for _ in range(20)]
     counting = [probe("Are there two?", "a.png"), probe("Are there two?", "b.png")]
     tasks = tasks_of(existence, measure="existence") + tasks_of(counting, measure="counting")
-    pictures: list[int] = []
+    images: list[int] = []
     with run.model.vision_tower.register_forward_pre_hook(
-        lambda module, given: pictures.append(len(given[0]))
+        lambda module, given: images.append(len(given[0]))
     ):
         judged = list(judge(run, tasks, tmp_path))
-    assert pictures == [1, 1, 1]
+    assert images == [1, 1, 1]
     assert len(judged) == 3 * 42
     assert sum(task.measure == "counting" for task, _ in judged) == 6
     assert all(task.probe is verdict.probe for task, verdict in judged)
@@ -108,11 +108,11 @@ def test_answers_of_any_number_and_length_score_as_whole_sequences_do(run: VlmRu
     many = ("a", "b c", "a rather long answer", "two", "seven")
     probes = [
         Probe("1", "a.png", "How many?", "two", "counting", many),
-        probe("Is there a dog in the picture?"),
+        probe("Is there a dog in the image?"),
         Probe("2", "a.png", "What?", "a", "open", ("a",)),
         *(Probe(f"m{i}", "a.png", f"Count{'!' * i}", "two", "counting", many) for i in range(9)),
     ]
-    verdicts = judge_picture(run, probes, pixels)
+    verdicts = judge_image(run, probes, pixels)
     assert [verdict.probe for verdict in verdicts] == probes
     for verdict in verdicts[:4]:
         asked = verdict.probe
@@ -122,14 +122,14 @@ def test_answers_of_any_number_and_length_score_as_whole_sequences_do(run: VlmRu
 
 @settings(deadline=None)
 @given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.integers(0, 2**31))
-def test_a_picture_is_never_shuffled_to_itself(names: set[str], seed: int) -> None:
+def test_an_image_is_never_shuffled_to_itself(names: set[str], seed: int) -> None:
     others = derangement(names, seed=seed)
     assert set(others) == set(others.values()) == names
     assert all(name != other for name, other in others.items())
 
 
-def test_one_picture_cannot_be_shuffled() -> None:
-    with pytest.raises(UserError, match="at least two pictures"):
+def test_one_image_cannot_be_shuffled() -> None:
+    with pytest.raises(UserError, match="at least two images"):
         derangement(["a"], seed=0)
 
 
@@ -155,11 +155,11 @@ def test_a_probe_without_answer_is_named(tmp_path: Path) -> None:
 
 
 def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
-    verdicts = judge_picture(run, [probe("a"), probe("b", answer="no")], noise(3))
+    verdicts = judge_image(run, [probe("a"), probe("b", answer="no")], noise(3))
     found = summarize(verdicts)
     share = sum(v.correct for v in verdicts) / 2
     assert found["accuracy"]["estimate"] == share
-    assert (found["questions"], found["pictures"], found["chance"]) == (2, 1, 0.5)
+    assert (found["questions"], found["images"], found["chance"]) == (2, 1, 0.5)
     assert set(found["by_kind"]) == {"random"}
 
 

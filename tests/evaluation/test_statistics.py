@@ -1,4 +1,4 @@
-"""Intervals hold what they promise on simulated pictures."""
+"""Intervals hold what they promise on simulated images."""
 
 import numpy as np
 import pytest
@@ -16,10 +16,10 @@ from vlm_sft.evaluation.statistics import (
 
 def test_the_clustered_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
-    clusters = [picture for picture in range(80) for _ in range(5)]
+    clusters = [image for image in range(80) for _ in range(5)]
     held = held_naive = 0
     for trial in range(200):
-        # Answers of one picture go together: each picture has its own chance of a right answer.
+        # Answers of one image go together: each image has its own chance of a right answer.
         chances = generator.beta(0.7, 0.3, size=80)  # mean 0.7
         values = (generator.random(400) < np.repeat(chances, 5)).astype(float)
         found = cluster_bootstrap_interval(list(values), clusters, seed=trial, samples=400)
@@ -27,7 +27,7 @@ def test_the_clustered_interval_covers_the_truth_about_as_often_as_it_says() -> 
         naive = wilson_interval(int(values.sum()), 400)
         held_naive += naive.low <= 0.7 <= naive.high
     assert 180 <= held <= 199
-    assert held_naive < 160, "an interval that ignores pictures is too narrow here"
+    assert held_naive < 160, "an interval that ignores images is too narrow here"
 
 
 def test_wilson_gives_the_textbook_interval() -> None:
@@ -44,7 +44,7 @@ def test_wilson_holds_its_estimate_inside_zero_and_one(successes: int, more: int
 def test_all_right_is_not_certainty() -> None:
     found = interval_of_shares([True] * 40, [i // 2 for i in range(40)], seed=0)
     assert (found.estimate, found.high) == (1.0, 1.0)
-    assert 0.8 < found.low < 0.9  # Wilson over 20 pictures
+    assert 0.8 < found.low < 0.9  # Wilson over 20 images
 
 
 def test_a_seed_gives_the_same_interval_again() -> None:

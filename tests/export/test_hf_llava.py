@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tests.model.tiny import CLIP, GEMMA2, LLAMA, OPEN_CLIP, VIT, pictures, rows, tiny_model
+from tests.model.tiny import CLIP, GEMMA2, LLAMA, OPEN_CLIP, VIT, images, rows, tiny_model
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.images import to_pixels
 from vlm_sft.data.text_encoder import byte_tokenizer
@@ -128,15 +128,15 @@ def test_the_processor_and_the_stock_model_answer_as_the_trained_one(
     assert stock.generation_config.eos_token_id == [260, 258]
     assert processor.tokenizer.eos_token_id == 260
     assert processor.chat_template == template
-    picture = Image.effect_noise((90, 60), 80).convert("RGB")
-    inputs = processor(images=picture, text="ab<image>cd", return_tensors="pt")
+    image = Image.effect_noise((90, 60), 80).convert("RGB")
+    inputs = processor(images=image, text="ab<image>cd", return_tensors="pt")
     text = tokenizer("ab", add_special_tokens=False)["input_ids"]
     after = tokenizer("cd", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[*text, *[IMAGE_TOKEN_ID] * 4, *after]])
     assert inputs["input_ids"][0, -len(ids[0]) :].tolist() == [
         stock.config.image_token_id if i == IMAGE_TOKEN_ID else i for i in ids[0].tolist()
     ]
-    pixels = to_pixels(picture, model.vision_tower.image_spec, aspect).unsqueeze(0)
+    pixels = to_pixels(image, model.vision_tower.image_spec, aspect).unsqueeze(0)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ours = model.generate(ids, torch.ones_like(ids), pixels, **settings)
     inputs["input_ids"] = inputs["input_ids"][:, -len(ids[0]) :]
@@ -145,11 +145,11 @@ def test_the_processor_and_the_stock_model_answer_as_the_trained_one(
     assert torch.equal(theirs[:, ids.shape[1] :], ours)
 
 
-def test_the_callers_picture_and_prompt_are_compared(
+def test_the_callers_image_and_prompt_are_compared(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     ids, _, _ = rows([5, -1, 6, -1, 100])
-    report = export(tiny_model(), tokenizer, tmp_path / "out", sample=(pictures(2), ids))
+    report = export(tiny_model(), tokenizer, tmp_path / "out", sample=(images(2), ids))
     assert report.max_abs_logit_difference <= 1e-5
 
 

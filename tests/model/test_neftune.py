@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.model.tiny import pictures, rows, sums_of, tiny_model
+from tests.model.tiny import images, rows, sums_of, tiny_model
 from tests.rounding import assert_near
 from vlm_sft.model.neftune import add_noise, text_lengths
 from vlm_sft.model.packed_attention import PackLayout
@@ -76,7 +76,7 @@ def run(alpha: float | None, *, training: bool, seed: int = 0, padding: int = 0)
     pad = torch.nn.functional.pad
     batch = (pad(ids, (0, padding)), pad(mask, (0, padding)), pad(labels, (0, padding), value=-100))
     torch.manual_seed(seed)
-    output: VlmOutput = model.train(training)(*batch, pictures(1))
+    output: VlmOutput = model.train(training)(*batch, images(1))
     return output
 
 
@@ -102,6 +102,6 @@ def test_image_embeddings_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     ids, mask, labels = rows([5, -1, 6, 100])
     for training in (False, True):
-        model.train(training)(ids, mask, labels, pictures(1))
+        model.train(training)(ids, mask, labels, images(1))
     changed = (seen[0] != seen[1]).any(dim=-1)
     assert changed.tolist() == [[True, False, False, False, False, True, True]]

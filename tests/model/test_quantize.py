@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.model.tiny import LLAMA, pictures, rows, sums_of, tiny_model
+from tests.model.tiny import LLAMA, images, rows, sums_of, tiny_model
 from tests.rounding import BACKWARD, assert_near
 from vlm_sft.config.schema import LanguageModelConfig, LoraConfig
 from vlm_sft.errors import ConfigError, UserError
@@ -59,7 +59,7 @@ def language_model(dtype: torch.dtype = torch.float32, **keys: Any) -> Any:
 
 @torch.no_grad()
 def logits(model: VisionLanguageModel) -> torch.Tensor:
-    return model.eval()(*BATCH[:2], None, pictures(1)).logits.float()
+    return model.eval()(*BATCH[:2], None, images(1)).logits.float()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -139,7 +139,7 @@ def test_gradients_reach_adapters_and_projector_and_nothing_else(checkpointing: 
     set_trainable(model, {"projector", "adapter"})
     if checkpointing:
         set_recomputing(model, "full")
-    trained(model).train()(*BATCH, pictures(1)).loss_sum.backward()
+    trained(model).train()(*BATCH, images(1)).loss_sum.backward()
     for part, named in named_parts(model).items():
         learns = part in ("projector", "adapter")
         assert [p.grad is not None and bool(p.grad.any()) for _, p in named] == [learns] * len(
@@ -154,7 +154,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         set_trainable(model, {"projector", "adapter"})
         if checkpointing:
             set_recomputing(model, "full")
-        model.train()(*BATCH, pictures(1)).loss_sum.backward()
+        model.train()(*BATCH, images(1)).loss_sum.backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -170,7 +170,7 @@ def test_the_gradient_is_that_beside_the_weights_that_the_packed_ones_stand_for(
     gradients = []
     for held in (model, plain):
         set_trainable(held, {"projector", "adapter"})
-        held.train()(*BATCH, pictures(1)).loss_sum.backward()
+        held.train()(*BATCH, images(1)).loss_sum.backward()
         gradients.append({n: p.grad for n, p in held.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -184,7 +184,7 @@ def test_use_in_training_and_without_gradient_leaves_every_bit_of_the_base(
     model = trained(quantized(dtype=dtype))
     set_trainable(model, {"projector", "adapter"})
     before = tensors_digest(named_parts(model)["language_model"])
-    model.train()(*BATCH, pictures(1)).loss_sum.backward()
+    model.train()(*BATCH, images(1)).loss_sum.backward()
     logits(model)
     assert tensors_digest(named_parts(model)["language_model"]) == before
 
@@ -286,10 +286,10 @@ def test_a_model_without_linear_layers_and_a_folder_packed_before_are_refused(
     tmp_path: Path,
 ) -> None:
     gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50}
-    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no nn\.Linear layer to quantise"):
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no nn\.Linear layer to quantize"):
         language_model(config=gpt2)
     model = language_model(config=LLAMA)
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="are quantised by bitsandbytes; take the ones that they"):
+    with pytest.raises(UserError, match="are quantized by bitsandbytes; take the ones that they"):
         language_model(name=str(tmp_path), quantization=None)

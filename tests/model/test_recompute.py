@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy
 
-from tests.model.tiny import GEMMA2, LLAMA, pictures, rows, tiny_model
+from tests.model.tiny import GEMMA2, LLAMA, images, rows, tiny_model
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model import activation_checkpointing as recompute
@@ -25,7 +25,7 @@ STAGES = {
     "stage 2 in full": (None, {"projector", "language_model"}),
 }
 BATCHES = [
-    (rows([5, -1, 6, 100], [5, 100, 101]), pictures(1)),
+    (rows([5, -1, 6, 100], [5, 100, 101]), images(1)),
     (rows([5, 100, 101]), None),
 ]
 
@@ -62,7 +62,7 @@ def test_selective_keeps_less_where_weights_learn_and_full_keeps_least(stage: st
         model = learning(stage, policy, num_hidden_layers=4)
         with LiveBytes() as live:
             batch = rows([5, -1] + [6, 100] * 100)
-            output = model(*batch, pictures(1))
+            output = model(*batch, images(1))
             kept.append(live.now)
         output.loss_sum.backward()
     # Frozen layers keep little as it is (see below): 6 widths and 3 gates, or 7 widths and 2 gates.

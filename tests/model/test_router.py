@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.tiny import CLIP, LLAMA, pictures, tiny_model
+from tests.model.tiny import CLIP, LLAMA, images, tiny_model
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.batch import collate
 from vlm_sft.data.dataset import Example
@@ -134,9 +134,9 @@ def test_a_batch_with_an_image_and_one_without_targets_have_finite_losses() -> N
     model = tiny_model(tower=CLIP, language_model=QWEN3)
     ids = torch.tensor([[5, *[IMAGE_TOKEN_ID] * 4, 7, 8]])
     labels = torch.tensor([[IGNORE_INDEX] * 5 + [7, 8]])
-    output = model(ids, torch.ones_like(ids), labels, pictures(1))
+    output = model(ids, torch.ones_like(ids), labels, images(1))
     assert torch.isfinite(output.loss_sum)
-    nothing = model(ids, torch.ones_like(ids), torch.full_like(ids, IGNORE_INDEX), pictures(1))
+    nothing = model(ids, torch.ones_like(ids), torch.full_like(ids, IGNORE_INDEX), images(1))
     assert float(nothing.loss_sum) == 0
 
 

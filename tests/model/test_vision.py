@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel
 
-from tests.model.tiny import CLIP, OPEN_CLIP, VIT, pictures
+from tests.model.tiny import CLIP, OPEN_CLIP, VIT, images
 from tests.rounding import assert_near, terms_of
 from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.errors import UserError
@@ -53,7 +53,7 @@ def test_every_tower_gives_images_by_tokens_by_width(
     keys: dict[str, Any], tokens: int, width: int
 ) -> None:
     made = tower(**keys)
-    features = made(pictures(2, size=made.image_spec.size))
+    features = made(images(2, size=made.image_spec.size))
     assert features.shape == (2, tokens, width) == (2, made.num_tokens, made.width)
     assert not features.requires_grad
 
@@ -76,18 +76,18 @@ def test_the_same_clip_weights_through_open_clip_and_transformers_give_the_same_
     assert converted.config.hidden_act == ("quick_gelu" if quick_gelu else "gelu")
     converted.save_pretrained(tmp_path)
     theirs = tower(library="transformers", name=str(tmp_path), **keys)
-    pixels = pictures(2)
+    pixels = images(2)
     terms = terms_of(converted, length=5)
     assert_near(ours(pixels), theirs(pixels), terms)
     with torch.no_grad():
-        states = converted(theirs.normalised(pixels), output_hidden_states=True).hidden_states
+        states = converted(theirs.normalized(pixels), output_hidden_states=True).hidden_states
         expected = torch.cat([states[layer] for layer in layers], dim=-1)
     assert_near(theirs(pixels), expected, terms)
 
 
-def test_the_converted_encoder_ends_in_the_same_picture_embedding() -> None:
+def test_the_converted_encoder_ends_in_the_same_image_embedding() -> None:
     made = tower(**OPEN_CLIP)
-    visual, pixels = made.encoder, made.normalised(pictures(2))
+    visual, pixels = made.encoder, made.normalized(images(2))
     with torch.no_grad():
         converted = clip_from_open_clip(visual)
         pooled = converted(pixels).pooler_output @ visual.proj
@@ -128,9 +128,9 @@ def test_a_whole_clip_folder_gives_its_vision_part_and_its_own_normalisation(
     assert made.image_spec.std == (0.4, 0.5, 0.6)
     assert (made.image_spec.size, made.image_spec.interpolation) == (28, "bilinear")
     with torch.no_grad():
-        pixels = made.normalised(pictures(1))
+        pixels = made.normalized(images(1))
         expected = whole.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
-    assert (made(pictures(1)) - expected[:, 1:]).abs().max() <= 1e-6
+    assert (made(images(1)) - expected[:, 1:]).abs().max() <= 1e-6
 
 
 def test_a_folder_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
@@ -161,10 +161,10 @@ def test_timm_weights_load_from_a_file_and_from_a_folder_as_timm_saves(
         keys |= {"name": str(tmp_path)}
     made = tower(**keys)
     with torch.no_grad():
-        pixels = made.normalised(pictures(1, size=64))
+        pixels = made.normalized(images(1, size=64))
         expected = model.forward_features(pixels).flatten(2).transpose(1, 2)
     # Convolutions in another memory layout add up in another order.
-    assert_near(made(pictures(1, size=64)), expected, terms_of(model, length=0))
+    assert_near(made(images(1, size=64)), expected, terms_of(model, length=0))
     assert made.image_spec.mean == (0.485, 0.456, 0.406)
 
 
@@ -172,20 +172,20 @@ def test_timm_vit_states_are_numbered_like_hidden_states() -> None:
     made = tower(library="timm", config=VIT_TIMM, feature_layers=[1, 2])
     with torch.no_grad():
         blocks = made.encoder.forward_intermediates(
-            made.normalised(pictures(1, size=32)),
+            made.normalized(images(1, size=32)),
             indices=[0, 1],
             intermediates_only=True,
             output_fmt="NLC",
         )
     expected = torch.cat(blocks, dim=-1)
-    assert_near(made(pictures(1, size=32)), expected, terms_of(made.encoder, length=4))
+    assert_near(made(images(1, size=32)), expected, terms_of(made.encoder, length=4))
 
 
 def test_a_feature_map_is_read_row_by_row_and_pooled_as_a_square() -> None:
     keys: dict[str, Any] = {"library": "timm", "config": NET, "feature_layers": [-1]}
-    pixels = pictures(1, size=128)
+    pixels = images(1, size=128)
     whole = tower(**keys, image_size=128)
-    square = whole.encoder.forward_features(whole.normalised(pixels))
+    square = whole.encoder.forward_features(whole.normalized(pixels))
     terms = terms_of(whole.encoder, length=0)
     assert_near(whole(pixels)[0, 1], square[0, :, 0, 1], terms)
     pooled = tower(**keys, image_size=128, grid_pool=2)(pixels)
@@ -196,7 +196,7 @@ def test_train_mode_never_reaches_a_tower_and_no_gradient_leaves_it() -> None:
     made = tower(library="timm", config=NET, feature_layers=[-1], image_size=64)
     before = made.digest()
     made.train()
-    features = made(pictures(2, size=64))
+    features = made(images(2, size=64))
     assert not any(module.training for module in made.modules())
     assert not any(parameter.requires_grad for parameter in made.parameters())
     assert not features.requires_grad
@@ -205,15 +205,15 @@ def test_train_mode_never_reaches_a_tower_and_no_gradient_leaves_it() -> None:
 
 def test_a_tower_normalises_bytes_itself_and_takes_nothing_else() -> None:
     made = tower(**CLIP)
-    red, green, blue = made.normalised(
+    red, green, blue = made.normalized(
         torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1)
     ).flatten()
     assert red == pytest.approx((1 - 0.48145466) / 0.26862954)
     assert green == pytest.approx(-0.4578275 / 0.26130258)
     assert blue == pytest.approx((0.2 - 0.40821073) / 0.27577711)
     half = build_vision_tower(VisionTowerConfig(**CLIP), dtype=torch.bfloat16)
-    pixels = pictures(2)
-    assert torch.equal(half.normalised(pixels), made.normalised(pixels).bfloat16())
+    pixels = images(2)
+    assert torch.equal(half.normalized(pixels), made.normalized(pixels).bfloat16())
     assert half(pixels).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="uint8"):
         made(torch.zeros(1, 3, 28, 28))
@@ -224,7 +224,7 @@ def test_layers_after_the_deepest_wanted_one_are_not_run() -> None:
     calls: list[int] = []
     for index, layer in enumerate(made.encoder.encoder.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
-    made(pictures(1))
+    made(images(1))
     assert calls == [0]
 
 
@@ -240,7 +240,7 @@ def test_random_towers_are_drawn_from_the_seed_alone() -> None:
 @pytest.mark.parametrize("keys", [CLIP, {"library": "timm", "config": NET, "feature_layers": [-1]}])
 def test_a_tower_is_held_in_the_dtype_asked_for(keys: dict[str, Any]) -> None:
     made = tower(**{**keys, "image_size": 28}, dtype=torch.bfloat16)
-    assert made(pictures(1)).dtype == torch.bfloat16
+    assert made(images(1)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

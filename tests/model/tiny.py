@@ -55,7 +55,7 @@ COHERE: dict[str, Any] = {**LLAMA, "model_type": "cohere", "logit_scale": 0.0625
 GRANITE: dict[str, Any] = {**LLAMA, "model_type": "granite", "logits_scaling": 4.0}
 
 TOKENS = 4
-"""Of one picture of the tiny CLIP: (28 / 14) squared."""
+"""Of one image of the tiny CLIP: (28 / 14) squared."""
 
 
 def model_config(
@@ -91,13 +91,13 @@ def sums_of(model: VisionLanguageModel) -> int:
     return terms_of(model, length=30) + int(vocabulary)
 
 
-def pictures(count: int, *, seed: int = 0, size: int = 28) -> Tensor:
+def images(count: int, *, seed: int = 0, size: int = 28) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
 def rows(*records: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids, mask and labels; -1 is a whole picture, ids above 99 are supervised."""
+    """Right-padded ids, mask and labels; -1 is a whole image, ids above 99 are supervised."""
     expanded = [
         [t for i in record for t in ([IMAGE_TOKEN_ID] * TOKENS if i == -1 else [i])]
         for record in records

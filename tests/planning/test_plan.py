@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
-from vlm_sft.commands.assemble import load_data, load_language, load_model, make_plan, picture_cost
+from vlm_sft.commands.assemble import image_cost, load_data, load_language, load_model, make_plan
 from vlm_sft.commands.plan import method_of
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.dataset import SupervisedDataset
@@ -51,10 +51,10 @@ def estimator(config: RunConfig, gpu: str = "4090", gpus: int = 1) -> Estimator:
     return Estimator(config, device, gpus=gpus, efficiency=0.5)
 
 
-def workload(config: RunConfig, *, sample: int = 0, picture_cost: float = 0.0) -> Workload:
+def workload(config: RunConfig, *, sample: int = 0, image_cost: float = 0.0) -> Workload:
     renderer = load_language(config).renderer
     found = survey(config, renderer, num_image_tokens=9, sample=sample)
-    return plan_workload(config, found, gpus=1, picture_cost=picture_cost)
+    return plan_workload(config, found, gpus=1, image_cost=image_cost)
 
 
 def test_the_command_prints_memory_by_part_and_every_way_of_training(
@@ -106,18 +106,18 @@ def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageMo
         assert batch.rows == batch.records == len(chunk)
         assert batch.length == max(len(e.input_ids) for e in examples)
         assert batch.targets == sum(int((e.labels != -100).sum()) for e in examples)
-        assert batch.pictures == sum(len(e.pixel_values) for e in examples)
+        assert batch.images == sum(len(e.pixel_values) for e in examples)
 
 
 def test_packs_are_those_of_training_with_shared_prefixes(
     model: VisionLanguageModel, tmp_path: Path
 ) -> None:
-    file = records_of_two_pictures(tmp_path)
+    file = records_of_two_images(tmp_path)
     config = config_of(STAGE2, f"data.train=[{{path: {file}, image_root: {tmp_path}}}]", *PACKED)
     plan, data = data_of(config, model)
-    cost = estimator(config).picture_cost("full")
-    assert cost == pytest.approx(picture_cost(model))
-    work = workload(config, picture_cost=cost)
+    cost = estimator(config).image_cost("full")
+    assert cost == pytest.approx(image_cost(model))
+    work = workload(config, image_cost=cost)
     steps = [
         split(plan.batching, data, plan.records_of_step(step), world_size=1, rank=0)
         for step in range(math.ceil(len(data) / config.train.global_batch_size))
@@ -129,10 +129,10 @@ def test_packs_are_those_of_training_with_shared_prefixes(
     )
     assert work.batches == tuple(micro_batch_of(batch) for batch in loaded)
     assert work.packing is not None and work.packing.saved > 0.2
-    assert work.total("pictures") < len(data) == work.total("records")
+    assert work.total("images") < len(data) == work.total("records")
 
 
-def records_of_two_pictures(folder: Path) -> Path:
+def records_of_two_images(folder: Path) -> Path:
     for name in ("a", "b"):
         Image.new("RGB", (48, 48), "red").save(folder / f"{name}.png")
     rows = [
@@ -198,7 +198,7 @@ def test_calibration_finds_the_predicted_memory(
 
 
 def test_processes_share_out_what_full_training_holds() -> None:
-    config, batch = config_of(), MicroBatch.padded([90] * 4, targets=40, pictures=4)
+    config, batch = config_of(), MicroBatch.padded([90] * 4, targets=40, images=4)
     one = estimator(config).standing("full")
     four = estimator(config, gpus=4).standing("full")
     assert four.optimizer == one.optimizer / 4 and four.gradients == one.gradients / 4
@@ -259,7 +259,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     planner = estimator(config_of(STAGE2, "train.precision=bf16"))
 
     def of(rows: int) -> MicroBatch:
-        return MicroBatch.padded([2000] * rows, targets=2 * rows, pictures=rows)
+        return MicroBatch.padded([2000] * rows, targets=2 * rows, images=rows)
 
     found = planner.largest("full", "none", of, limit=4_000)
     assert found > 100
@@ -268,13 +268,13 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     assert not planner.fits(planner.memory("full", "none", of(round(1.02 * found) + 1)))
 
 
-def test_slow_picture_loading_is_named_as_what_holds_the_run_up() -> None:
+def test_slow_image_loading_is_named_as_what_holds_the_run_up() -> None:
     config = config_of()
     planner, work = estimator(config), workload(config)
-    fast = planner.speed("full", "none", work, pictures_per_second=1e12)
-    slow = planner.speed("full", "none", work, pictures_per_second=2.0)
-    assert fast.bottleneck != "picture loading" == slow.bottleneck
-    assert slow.samples_per_second == pytest.approx(2.0)  # each of its records has one picture
+    fast = planner.speed("full", "none", work, images_per_second=1e12)
+    slow = planner.speed("full", "none", work, images_per_second=2.0)
+    assert fast.bottleneck != "image loading" == slow.bottleneck
+    assert slow.samples_per_second == pytest.approx(2.0)  # each of its records has one image
     assert slow.hours == pytest.approx(work.records / 2.0 / 3600)
 
 

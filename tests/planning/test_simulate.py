@@ -12,8 +12,8 @@ from tests.model.tiny import (
     LLAMA,
     OPEN_CLIP,
     TOKENS,
+    images,
     model_config,
-    pictures,
     rows,
     tiny_model,
 )
@@ -52,7 +52,7 @@ LEARNS = {
     "full": {"projector", "language_model"},
 }
 RECORDS = ([7, -1, *range(100, 140)], [7, -1, 8, 9, *range(100, 120)], [*range(90, 130)])
-"""44, 26 and 40 tokens with their pictures; what is above 99 is supervised."""
+"""44, 26 and 40 tokens with their images; what is above 99 is supervised."""
 
 
 def simulation(config: ModelConfig, method: str, dtype: torch.dtype) -> Simulation:
@@ -82,8 +82,8 @@ def simulated() -> Simulation:
 
 def test_the_flops_of_llava_7b_are_those_of_the_published_arithmetic(llava_7b: Blueprint) -> None:
     tower = TowerSimulation(llava_7b.tower)
-    stage1 = {"tokens": 600, "attended": 600**2, "targets": 24, "pictures": 1.0}
-    stage2 = {"tokens": 822, "attended": 822**2, "targets": 117, "pictures": 0.94}
+    stage1 = {"tokens": 600, "attended": 600**2, "targets": 24, "images": 1.0}
+    stage2 = {"tokens": 822, "attended": 822**2, "targets": 117, "images": 0.94}
     published = {"stage1": (stage1, 16.26), "lora": (stage2, 22.32), "full": (stage2, 33.00)}
     for method, (shape, teraflop) in published.items():
         # r = 1: the published figure leaves the adapters' own products out
@@ -118,7 +118,7 @@ def real_step(
     model.train()
     set_recomputing(model, policy)
     ids, mask, labels = rows(*RECORDS)
-    pixels = pictures(2)
+    pixels = images(2)
     known = [*model.parameters(), *model.buffers(), ids, mask, labels]
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -145,7 +145,7 @@ def real_step(
         live.restart()
         loss.backward()
     targets = int((labels[:, 1:] != -100).sum())
-    batch = MicroBatch.padded([ids.shape[1]] * 3, targets=targets, pictures=2)
+    batch = MicroBatch.padded([ids.shape[1]] * 3, targets=targets, images=2)
     return Footprint(0, alive, 0, forward_peak, live.peak), batch
 
 
@@ -167,7 +167,7 @@ def test_a_prediction_is_what_a_real_step_keeps_and_holds_at_its_peak(
     config = model_config(language_model=language)
     predicted = simulation(config, method, dtype).footprint(batch, policy)
     if policy == "none":  # what checkpointing keeps, it keeps beside autograd
-        kept = predicted.pictures + predicted.activations + predicted.loss
+        kept = predicted.images + predicted.activations + predicted.loss
         kept -= 2 * 3 * 28 * 28  # the pixels: alive, and not saved for the backward pass
         assert kept == pytest.approx(real.activations, rel=0.1)
     assert predicted.forward_peak == pytest.approx(real.forward_peak, rel=0.1)
@@ -183,7 +183,7 @@ def test_a_single_row_needs_no_mask_however_long(simulated: Simulation) -> None:
 
 
 def test_what_is_recomputed_is_not_kept(simulated: Simulation) -> None:
-    batch = MicroBatch.padded([64] * 4, targets=20, pictures=4)
+    batch = MicroBatch.padded([64] * 4, targets=20, images=4)
     none, selective, full = (
         simulated.footprint(batch, policy).activations for policy in ("none", "selective", "full")
     )
@@ -193,7 +193,7 @@ def test_what_is_recomputed_is_not_kept(simulated: Simulation) -> None:
 
 def test_memory_grows_with_the_rows_by_the_same_for_each(simulated: Simulation) -> None:
     two, three, eight = (
-        simulated.footprint(MicroBatch.padded([64] * n, targets=10 * n, pictures=n), "none").peak
+        simulated.footprint(MicroBatch.padded([64] * n, targets=10 * n, images=n), "none").peak
         for n in (2, 3, 8)
     )
     assert eight - three == pytest.approx(5 * (three - two), rel=1e-3)

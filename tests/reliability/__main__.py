@@ -6,7 +6,7 @@
     scripts/reliability --peer        # 20 kills for us and 20 for transformers' Trainer, compared
 
 Every run is the real command on a tiny model, in a process of its own that is really killed. A run
-counts as the same if its weights, its optimiser and the list of records that each step trained on
+counts as the same if its weights, its optimizer and the list of records that each step trained on
 have the sha256 of a run that nothing happened to. Exit code 1 if anything was lost.
 """
 
@@ -140,7 +140,7 @@ def _processes(folder: Path, arguments: argparse.Namespace) -> Measured:
     yield ("rank killed", "stage1", "1", shown, format_seconds(seconds)), wrong
     seconds, wrong = failed_rank(folder / "failed rank")
     shown = "all ended, rank and record named" if not wrong else "; ".join(wrong)
-    yield ("broken picture in one rank", "stage1", "1", shown, format_seconds(seconds)), wrong
+    yield ("broken image in one rank", "stage1", "1", shown, format_seconds(seconds)), wrong
 
 
 def _peer(folder: Path, arguments: argparse.Namespace) -> Measured:

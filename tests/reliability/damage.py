@@ -14,7 +14,7 @@ class Found:
 
     Attributes:
         tried: Damages made.
-        seen: Of those, named and passed over in favour of the checkpoint before.
+        seen: Of those, named and passed over in favor of the checkpoint before.
         missed: A sentence for each that was not.
     """
 

@@ -149,7 +149,7 @@ class Lab:
         return self.start(name, *more).wait()
 
     def result(self, name: str) -> dict[str, str]:
-        """sha256 of what a finished run made: weights, optimiser, and which records it saw when."""
+        """sha256 of what a finished run made: weights, optimizer, and which records it saw when."""
         files = verify(self.out(name) / "final").manifest["files"]
         found = {
             file: digest

@@ -85,11 +85,11 @@ def lost_rank(folder: Path) -> tuple[float, list[str]]:
 
 
 def failed_rank(folder: Path) -> tuple[float, list[str]]:
-    """Under torchrun, a picture breaks that one rank alone reads: seconds, and what was wrong."""
+    """Under torchrun, an image breaks that one rank alone reads: seconds, and what was wrong."""
     data = folder / "data"
     shutil.copytree(ROOT / "configs/tiny/data", data)
     records = json.loads((data / "captions.json").read_text())
-    (data / "images" / Path(records[-1]["image"]).name).write_bytes(b"no picture")
+    (data / "images" / Path(records[-1]["image"]).name).write_bytes(b"no image")
     config = str(ROOT / "configs/tiny/stage1.yaml")
     paths = [f"data.train.0.path={data / 'captions.json'}", "data.eval=[]"]
     options = [f"output_dir={folder / 'run'}", "train.max_steps=50", "train.trackers=[]"]

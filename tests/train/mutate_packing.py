@@ -22,7 +22,7 @@ VARLEN = (
 FLEX = f"{OF_ATTENTION}::test_flex_attention_is_told_the_same_as_is_computed_segment_by_segment"
 GRADIENT = "tests/train/test_packing.py::test_packing_changes_neither_loss_nor_gradient"
 HELD = f"{OF_PACKS}::test_packs_hold_every_record_once_and_never_too_many_tokens"
-KEYS = f"{OF_DATA}::test_records_that_begin_alike_up_to_their_picture_have_one_key"
+KEYS = f"{OF_DATA}::test_records_that_begin_alike_up_to_their_image_have_one_key"
 
 MUTANTS = (
     Mutant(
@@ -41,7 +41,7 @@ MUTANTS = (
         (ALONE,),
     ),
     Mutant(
-        "a record sees its neighbour",
+        "a record sees its neighbor",
         ATTENTION,
         "            chains.append([*(chains[parent] if parent >= 0 else []), number])\n",
         "            chains.append([*([number - 1] if number else []), number])\n",
@@ -146,7 +146,7 @@ MUTANTS = (
         (OF_PACKS,),
     ),
     Mutant(
-        "a group of one picture is never split over packs",
+        "a group of one image is never split over packs",
         PACKING,
         "            if tokens + rest > max_tokens:\n",
         "            if False:\n",
@@ -174,28 +174,28 @@ MUTANTS = (
         (HELD,),
     ),
     Mutant(
-        "pictures weigh nothing when packs are balanced",
+        "images weigh nothing when packs are balanced",
         PACKING,
-        "    weights = [unit.tokens + picture_cost * unit.pictures for unit in units]\n",
+        "    weights = [unit.tokens + image_cost * unit.images for unit in units]\n",
         "    weights = [float(unit.tokens) for unit in units]\n",
-        (f"{OF_PACKS}::test_packs_are_about_equally_heavy_in_tokens_and_pictures",),
+        (f"{OF_PACKS}::test_packs_are_about_equally_heavy_in_tokens_and_images",),
     ),
     Mutant(
         "records are shared out as they come",
         PACKING,
         "    heaviest_first = sorted(range(len(units)), key=lambda number: -weights[number])\n",
         "    heaviest_first = list(range(len(units)))\n",
-        (f"{OF_PACKS}::test_packs_are_about_equally_heavy_in_tokens_and_pictures",),
+        (f"{OF_PACKS}::test_packs_are_about_equally_heavy_in_tokens_and_images",),
     ),
     Mutant(
-        "records that begin alike share the prefix of another picture",
+        "records that begin alike share the prefix of another image",
         "vlm_sft/data/dataset.py",
         'return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]',
         'return hashlib.sha256(array("q", ids).tobytes()).digest()[:16]',
         (KEYS,),
     ),
     Mutant(
-        "records of one picture share a prefix that is not alike",
+        "records of one image share a prefix that is not alike",
         "vlm_sft/data/dataset.py",
         'return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]',
         "return hashlib.sha256(name).digest()[:16]",
@@ -218,10 +218,10 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "each record of a group brings the shared picture",
+        "each record of a group brings the shared image",
         "vlm_sft/data/loader.py",
-        "first_picture=1 if loaded else 0",
-        "first_picture=0",
+        "first_image=1 if loaded else 0",
+        "first_image=0",
         (GRADIENT,),
     ),
     Mutant(

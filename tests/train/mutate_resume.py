@@ -178,7 +178,7 @@ MUTANTS = (
         (f"{RESUME}::test_a_save_that_fails_ends_the_run_and_leaves_the_one_before",),
     ),
     Mutant(
-        "the optimiser's state is not restored",
+        "the optimizer's state is not restored",
         TRAIN + "optimizer_state.py",
         "    optimizer.load_state_dict(state)\n",
         "",
@@ -275,7 +275,7 @@ MUTANTS = (
         TRAIN + "loop.py",
         "            self._account.restore(resumed.manifest)\n",
         "            pass\n",
-        (f"{RESUME}::test_what_was_left_out_stays_out_when_the_picture_is_mended",),
+        (f"{RESUME}::test_what_was_left_out_stays_out_when_the_image_is_mended",),
     ),
     Mutant(
         "updates that were left out are counted anew",

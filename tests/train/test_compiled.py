@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.model.tiny import pictures, rows, sums_of, tiny_model
+from tests.model.tiny import images, rows, sums_of, tiny_model
 from tests.rounding import BACKWARD, assert_near, rounding, terms_of_a_run
 from tests.tiny_runs import rows as read_rows
 from tests.tiny_runs import run
@@ -53,7 +53,7 @@ def learned(model: nn.Module, lengths: list[int]) -> tuple[float, dict[str, Tens
     torch.manual_seed(sum(lengths))  # dropout
     model.zero_grad(set_to_none=True)
     ids = rows(*([5, -1] + [6, 100] * length for length in lengths))
-    output = model(*ids, pictures(len(lengths)))
+    output = model(*ids, images(len(lengths)))
     output.loss_sum.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return output.loss_sum.item(), found

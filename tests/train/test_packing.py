@@ -41,8 +41,8 @@ from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 TRAINABLE = ("projector", "language_model")
 
 
-class Pictured(Records):
-    """Examples of which those of one picture begin alike."""
+class Imaged(Records):
+    """Examples of which those of one image begin alike."""
 
     broken: tuple[int, ...] = ()
 
@@ -51,7 +51,7 @@ class Pictured(Records):
         return [len(e.input_ids) for e in self]
 
     @property
-    def num_pictures(self) -> list[int]:
+    def num_images(self) -> list[int]:
         return [len(e.pixel_values) for e in self]
 
     @property
@@ -62,37 +62,37 @@ class Pictured(Records):
     def prefix_lengths(self) -> list[int]:
         return [1 + NUM_IMAGE_TOKENS if len(e.pixel_values) else 0 for e in self]
 
-    def example(self, index: int, *, first_picture: int = 0) -> Example:
+    def example(self, index: int, *, first_image: int = 0) -> Example:
         if index in self.broken:
             raise RecordError("image_broken", "torn", record_id=f"record-{index}", where="a")
         found = self[index]
-        pixels = found.pixel_values[first_picture:]
+        pixels = found.pixel_values[first_image:]
         return Example(found.record_id, found.input_ids, found.labels, pixels)
 
 
-def records(count: int = 9) -> Pictured:
-    """Unequal lengths; three pictures of up to three records each, text-only ones between."""
-    found = Pictured()
+def records(count: int = 9) -> Imaged:
+    """Unequal lengths; three images of up to three records each, text-only ones between."""
+    found = Imaged()
     for number in range(count):
         made = example(number, length=4 + 3 * (number % 4), supervised=number % 5 != 4, image=False)
         ids, labels = made.input_ids, made.labels
         pixels = made.pixel_values
         if number % 3 != 2:
-            picture = number % 4 // 2
-            generator = torch.Generator().manual_seed(picture)
+            image = number % 4 // 2
+            generator = torch.Generator().manual_seed(image)
             shape = (1, 3, IMAGE_SIZE, IMAGE_SIZE)
             pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
             front = torch.cat([torch.tensor([7]), torch.full((NUM_IMAGE_TOKENS,), IMAGE_TOKEN_ID)])
             ids = torch.cat([front, ids])
             labels = torch.cat([torch.full((len(front),), IGNORE_INDEX), labels])
-        if number < 2:  # supervised from the first token after their picture
+        if number < 2:  # supervised from the first token after their image
             labels[1 + NUM_IMAGE_TOKENS :] = ids[1 + NUM_IMAGE_TOKENS :]
         found.append(Example(made.record_id, ids, labels, pixels))
     return found
 
 
 def packed(max_tokens: int, *, share: bool, round_to: int = 1) -> Packed:
-    return Packed(max_tokens, share, round_to, picture_cost=0.0, pad_token_id=0)
+    return Packed(max_tokens, share, round_to, image_cost=0.0, pad_token_id=0)
 
 
 def gradients(

@@ -42,13 +42,13 @@ from vlm_sft.train.preflight import rehearse_saving
 from vlm_sft.train.train_step import accumulate_gradient
 
 STEPS = 2
-"""Optimiser steps between two checkpoints."""
+"""Optimizer steps between two checkpoints."""
 
 OPTIM = OptimConfig.model_validate({"learning_rate": {"projector": 1e-2, "language_model": 1e-2}})
 
 
 class Run:
-    """A model in float64 with its optimiser and checkpoints, shared out if there are several."""
+    """A model in float64 with its optimizer and checkpoints, shared out if there are several."""
 
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

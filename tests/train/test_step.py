@@ -150,7 +150,7 @@ def test_a_float64_model_stays_in_float64_from_its_pixels_to_its_loss() -> None:
     assert batch.pixel_values is not None
     features = model.vision_tower(batch.pixel_values)
     assert features.dtype == model.embed(batch.input_ids, batch.pixel_values).dtype == torch.float64
-    # A picture's float32 twin differs: the tower did not pass through float32 on its way.
+    # An image's float32 twin differs: the tower did not pass through float32 on its way.
     assert not torch.equal(features, features.float().double())
     output = forward(model, batch, torch.device("cpu"))
     assert output.loss_sum.dtype == output.per_record_loss.dtype == torch.float64
@@ -213,8 +213,8 @@ def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
     records = Records([example(1, length=6), example(2, length=6), example(3, length=6)])
     records[1].pixel_values[:] = 255
 
-    def spoil(_tower: object, pictures: tuple[torch.Tensor], features: torch.Tensor) -> None:
-        features[(pictures[0] == 255).all(dim=(1, 2, 3))] = float("nan")
+    def spoil(_tower: object, images: tuple[torch.Tensor], features: torch.Tensor) -> None:
+        features[(images[0] == 255).all(dim=(1, 2, 3))] = float("nan")
 
     model.vision_tower.register_forward_hook(spoil)
     (batches,) = load_steps(records, [[[0, 1, 2]]], batching=Padded(8, 0), num_workers=0)
@@ -279,4 +279,4 @@ def test_no_room_on_the_gpu_is_told_with_the_records(
     with pytest.raises(UserError, match=r"records 'record-0', 'record-1'") as caught:
         accumulate_gradient(model, [batch], accelerator)
     assert caught.value.reason == "out_of_memory"
-    assert "2 records, 11 tokens long, and 2 pictures" in str(caught.value)
+    assert "2 records, 11 tokens long, and 2 images" in str(caught.value)

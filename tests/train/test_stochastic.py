@@ -46,7 +46,7 @@ def config(rate: float = 1e-3, **changes: Any) -> OptimConfig:
 
 
 @given(st.lists(floats, min_size=1, max_size=20), st.integers(0, 2**63 - 1))
-def test_a_value_becomes_one_of_its_two_neighbours_and_stays_if_it_is_one(
+def test_a_value_becomes_one_of_its_two_neighbors_and_stays_if_it_is_one(
     numbers: list[float], seed: int
 ) -> None:
     values = torch.tensor(numbers)
@@ -74,7 +74,7 @@ def test_the_mean_of_many_roundings_is_the_value(value: float, negative: bool, s
     count = 1 << 14
     found = round_stochastically(exact.expand(count).contiguous(), generator(seed)).double()
     gap = 2.0 ** (math.frexp(value)[1] - 8)
-    # The choice between two neighbours is a coin's: at most 6 standard errors of its mean.
+    # The choice between two neighbors is a coin's: at most 6 standard errors of its mean.
     assert abs(float(found.mean() - exact)) <= 6 * 0.5 * gap / math.sqrt(count)
 
 
@@ -98,7 +98,7 @@ def updates(optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: int) 
 
 
 def test_updates_that_the_nearest_number_loses_move_the_mean_as_float32_does() -> None:
-    """1e-4 of weights of 1, whose neighbours are 3.9e-3 and 7.8e-3 away."""
+    """1e-4 of weights of 1, whose neighbors are 3.9e-3 and 7.8e-3 away."""
     parameters = [nn.Parameter(torch.ones(1 << 14, dtype=torch.bfloat16)) for _ in range(2)]
     wide = nn.Parameter(torch.ones(1 << 14))
     for weight in (parameters[0], wide):

@@ -78,7 +78,7 @@ def double_model(*trainable: str) -> VisionLanguageModel:
 
 
 def example(number: int, *, length: int, supervised: bool = True, image: bool = True) -> Example:
-    """A record of random content: picture first (or none), the later half supervised."""
+    """A record of random content: image first (or none), the later half supervised."""
     generator = torch.Generator().manual_seed(number)
     text = torch.randint(1, 40, (length,), generator=generator)
     front = torch.full((NUM_IMAGE_TOKENS if image else 0,), IMAGE_TOKEN_ID)

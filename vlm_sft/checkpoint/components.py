@@ -56,7 +56,7 @@ def checkpoint_components(
     renderer: Renderer,
     trainable: Set[str],
 ) -> dict[str, Component]:
-    """Everything that a checkpoint holds, the optimiser apart.
+    """Everything that a checkpoint holds, the optimizer apart.
 
     Frozen parts are not among it: they are named by the configuration and known by their digest.
     """
@@ -96,7 +96,7 @@ def language_model_component(model: VisionLanguageModel) -> Component:
 
 
 def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:
-    """`processor.json`: how pictures become pixels, and how many tokens each takes."""
+    """`processor.json`: how images become pixels, and how many tokens each takes."""
     return {
         "image_spec": dataclasses.asdict(model.vision_tower.image_spec),
         "image_aspect": config.data.image_aspect,
@@ -324,7 +324,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _base_digest(model: VisionLanguageModel) -> str:
-    """The same for a base that is quantised and one that is not."""
+    """The same for a base that is quantized and one that is not."""
     found = unquantized_digest(causal_lm(model.language_model))
     return sample_digest(_base_parameters(model)) if found is None else found
 

@@ -1,4 +1,4 @@
-"""The optimiser's state as safetensors and JSON, by parameter name."""
+"""The optimizer's state as safetensors and JSON, by parameter name."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -157,7 +157,7 @@ def _read_tensors(folder: Path, named: Mapping[str, torch.nn.Parameter]) -> dict
 
 
 def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, in the order of the optimiser's own indices."""
+    """Parameters by name, in the order of the optimizer's own indices."""
     return {
         name: parameter
         for group in optimizer.param_groups

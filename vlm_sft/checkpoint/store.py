@@ -174,7 +174,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """Optimizer steps done."""
         return int(self.manifest["step"])
 
 

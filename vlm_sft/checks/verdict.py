@@ -69,7 +69,7 @@ class Verdict:
         if not found:
             words = "no id and no record occurs twice"
             if repeats.has_held_out:
-                words += ", no held-out picture is trained on"
+                words += ", no held-out image is trained on"
             self.add("repeats", True, words)
 
     def add_layout(self, layout: LayoutCheck) -> None:

@@ -112,7 +112,7 @@ def load_language(config: RunConfig) -> Language:
 
 
 def check_data_head(config: RunConfig, renderer: Renderer) -> None:
-    """Read, render and open the pictures of each file's first records, before any model is loaded.
+    """Read, render and open the images of each file's first records, before any model is loaded.
 
     Raises:
         UserError: A file cannot be read.
@@ -126,7 +126,7 @@ def check_data_head(config: RunConfig, renderer: Renderer) -> None:
 
 
 def record_fault(record: Conversation | RecordError, renderer: Renderer) -> RecordError | None:
-    """What is wrong with a record: its form, its rendering or one of its pictures."""
+    """What is wrong with a record: its form, its rendering or one of its images."""
     if isinstance(record, RecordError):
         return record
     try:
@@ -263,7 +263,7 @@ def make_plan(
         total_steps=steps,
         records_of_step=sampler.step_indices,
         epoch_of_step=sampler.epoch_of,
-        batching=make_batching(config, language.pad_token_id, picture_cost(model)),
+        batching=make_batching(config, language.pad_token_id, image_cost(model)),
         num_workers=config.data.num_workers,
         train=config.train,
         optim=config.optim,
@@ -296,13 +296,13 @@ def make_sampler(config: RunConfig, train: Ordered) -> StepSampler:
     )
 
 
-def make_batching(config: RunConfig, pad_token_id: int, picture_cost: float) -> Batching:
+def make_batching(config: RunConfig, pad_token_id: int, image_cost: float) -> Batching:
     """Padded or packed, as the configuration says.
 
     Args:
         config: The run.
         pad_token_id: Fills up.
-        picture_cost: What encoding a picture costs, in tokens; see `picture_cost`.
+        image_cost: What encoding an image costs, in tokens; see `image_cost`.
     """
     packing = config.train.packing
     if packing is None:
@@ -312,7 +312,7 @@ def make_batching(config: RunConfig, pad_token_id: int, picture_cost: float) -> 
         max_tokens=packing.max_tokens,
         share_prefixes=config.train.share_prefixes,
         round_to=packing.round_to,
-        picture_cost=0.0 if config.data.feature_cache else picture_cost,
+        image_cost=0.0 if config.data.feature_cache else image_cost,
         pad_token_id=pad_token_id,
     )
 
@@ -340,8 +340,8 @@ def packing_told(plan: Plan, train: Sizes, num_processes: int) -> str | None:
     ).told(batching.max_tokens)
 
 
-def picture_cost(model: VisionLanguageModel) -> float:
-    """What encoding a picture costs, in tokens through the language model, by their parameters.
+def image_cost(model: VisionLanguageModel) -> float:
+    """What encoding an image costs, in tokens through the language model, by their parameters.
 
     The tower runs forward only; the language model forward and backward, which is twice as much
     where its weights are frozen and three times where they learn (2 FLOP a parameter and token).

@@ -29,7 +29,7 @@ class Chat:
     turns: tuple[Turn, ...] = ()
 
     def show(self, path: Path) -> None:
-        """Put a picture before the next question.
+        """Put an image before the next question.
 
         Raises:
             ImageError: It is missing or broken.
@@ -54,7 +54,7 @@ class Chat:
         self.turns = (*asked.turns, answer)
 
     def reset(self) -> None:
-        """Forget turns and pictures."""
+        """Forget turns and images."""
         self.turns, self.images = (), []
 
 
@@ -103,7 +103,7 @@ def _obey_or_ask(chat: Chat, line: str) -> None:
         if len(names) != 1:
             raise UserError(f"/image {rest}: expected one file; quote a name with spaces")
         chat.show(image_argument(names[0]))
-        _say(f"picture {len(chat.images)} goes with the next question")
+        _say(f"image {len(chat.images)} goes with the next question")
     elif command.startswith("/"):
         raise UserError(f"{command}: unknown command; known: /image FILE, /reset, /quit")
     else:

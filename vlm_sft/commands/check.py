@@ -1,4 +1,4 @@
-"""Everything that can fail later in a run, now: all records, pictures, masks, model and saving."""
+"""Everything that can fail later in a run, now: all records, images, masks, model and saving."""
 
 import argparse
 import json

@@ -18,7 +18,7 @@ from vlm_sft.errors import RecordError, UserError
 from vlm_sft.evaluation.captions import (
     CaptionLoss,
     caption_losses,
-    other_pictures,
+    other_images,
     summarize_captions,
 )
 from vlm_sft.evaluation.conditions import Condition
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         MADE_BY: made_by("evaluate"),
         "checkpoint": str(arguments.checkpoint),
         "step": vlm_run.manifest.get("step"),
-        "interval": "95 % percentile bootstrap over pictures; Wilson's where all answers are alike",
+        "interval": "95 % percentile bootstrap over images; Wilson's where all answers are alike",
         "seed": arguments.seed,
         "answers": arguments.answers,
         "probes": {},
@@ -99,7 +99,7 @@ def results_table(results: dict[str, Any]) -> Table:
     """The results as a table for people, at most 80 columns wide."""
     table = Table(title="Images of the probes; 95 % intervals over images", box=box.SIMPLE_HEAD)
     table.add_column("measure")
-    table.add_column("picture")
+    table.add_column("image")
     for name in ("questions", "right answers", "chance"):
         table.add_column(name, justify="right")
     for name, by_condition in results["probes"].items():
@@ -118,7 +118,7 @@ def results_table(results: dict[str, Any]) -> Table:
 def _tasks(files: dict[Path, list[Probe]], arguments: argparse.Namespace) -> list[Task]:
     tasks: list[Task] = []
     for path, probes in files.items():
-        kept = _first_pictures([p.image for p in probes], arguments.max_images)
+        kept = _first_images([p.image for p in probes], arguments.max_images)
         chosen = [probe for probe in probes if probe.image in kept]
         asked: list[Condition] = ["right"] if path in arguments.beside else arguments.conditions
         tasks += tasks_of(chosen, asked, measure=path.stem, seed=arguments.seed)
@@ -130,9 +130,9 @@ def _measure(
 ) -> tuple[list[CaptionLoss], dict[tuple[str, str], list[Verdict]]]:
     """Everything under one progress bar, which counts questions and captions."""
     if records:
-        kept = _first_pictures([str(r.images[0]) for r in records], arguments.max_images)
+        kept = _first_images([str(r.images[0]) for r in records], arguments.max_images)
         records = [record for record in records if str(record.images[0]) in kept]
-    others = other_pictures(records, seed=arguments.seed) if records else {}
+    others = other_images(records, seed=arguments.seed) if records else {}
     captions = caption_losses(run, records, others)
     judged = (ask if arguments.answers == "spoken" else judge)(run, tasks, arguments.images)
     losses: list[CaptionLoss] = []
@@ -157,12 +157,12 @@ def _read_captions(path: Path, images: Path, follow_symlinks: bool) -> list[Conv
         if isinstance(record, RecordError):
             raise record
         if len(record.images) != 1 or not isinstance(record.images[0], Path):
-            raise UserError(f"{record.where}: expected a record with one picture file")
+            raise UserError(f"{record.where}: expected a record with one image file")
         records.append(record)
     return records
 
 
-def _first_pictures(images: Sequence[str], count: int | None) -> set[str]:
+def _first_images(images: Sequence[str], count: int | None) -> set[str]:
     return set(list(dict.fromkeys(images))[:count])
 
 

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Export, compare with the reloaded folder, print the difference; returns the exit code."""
     max_shard_size = require_shard_size(args.max_shard_size)
     vlm_run = load_run(args.checkpoint, device="cpu", bases=parse_bases(args.base))
-    sample = _sample(vlm_run, args.image or _first_picture(vlm_run), args.prompt)
+    sample = _sample(vlm_run, args.image or _first_image(vlm_run), args.prompt)
     report = export_hf_llava(
         vlm_run.model,
         vlm_run.tokenizer,
@@ -55,15 +55,15 @@ def print_report(report: ExportReport) -> None:
 def _sample(
     run: VlmRun, image: Path | None, prompt: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Pixels and prompt to compare logits on; None (noise) where there is no picture at all."""
+    """Pixels and prompt to compare logits on; None (noise) where there is no image at all."""
     if image is None:
         return None
     ids = run.prompt_ids(question(prompt, [image]))
     return run.pixels(image)[None], torch.tensor([ids])
 
 
-def _first_picture(run: VlmRun) -> Path | None:
-    """A picture of the training data, if it is still where it was."""
+def _first_image(run: VlmRun) -> Path | None:
+    """An image of the training data, if it is still where it was."""
     for file in run.config.data.train:
         if not Path(file.path).exists():
             continue

@@ -12,10 +12,10 @@ from vlm_sft.model.activation_checkpointing import POLICIES, Policy
 from vlm_sft.planning.blueprint import require_local_tokenizer
 from vlm_sft.planning.calibrate import Calibration, calibrate
 from vlm_sft.planning.devices import find_device
-from vlm_sft.planning.estimate import METHODS, Estimator, Memory, Method, host_pictures_per_second
+from vlm_sft.planning.estimate import METHODS, Estimator, Memory, Method, host_images_per_second
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.report import PlanReport, Way
-from vlm_sft.planning.workload import Survey, Workload, pictures_per_cpu_second, plan_workload
+from vlm_sft.planning.workload import Survey, Workload, images_per_cpu_second, plan_workload
 from vlm_sft.planning.workload import survey as survey_data
 from vlm_sft.train.checkpointing_policy import MARGIN
 from vlm_sft.utils.console import Console, say_json
@@ -41,11 +41,11 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     found = survey_data(
         config, renderer, num_image_tokens=tower.num_tokens, sample=arguments.sample
     )
-    weight = planner.picture_cost(method_of(config)) if config.train.packing else 0.0
-    work = plan_workload(config, found, gpus=arguments.gpus, picture_cost=weight)
+    weight = planner.image_cost(method_of(config)) if config.train.packing else 0.0
+    work = plan_workload(config, found, gpus=arguments.gpus, image_cost=weight)
     rate = None
     if config.data.feature_cache is None:
-        rate = pictures_per_cpu_second(found.sources, tower.image_spec, config)
+        rate = images_per_cpu_second(found.sources, tower.image_spec, config)
     outlook = _Outlook(planner, found, work, rate)
     report = PlanReport(
         config=arguments.config,
@@ -54,7 +54,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
         efficiency=planner.efficiency,
         survey=found,
         work=work,
-        pictures_per_cpu_second=rate,
+        images_per_cpu_second=rate,
         policies=outlook.policies(),
         ways=[outlook.best(method) for method in METHODS],
         unplanned=_unplanned(config, planner),
@@ -111,7 +111,7 @@ class _Outlook:
     planner: Estimator
     survey: Survey
     work: Workload
-    pictures_per_cpu_second: float | None
+    images_per_cpu_second: float | None
 
     def policies(self) -> list[Way]:
         """The configured method under every policy."""
@@ -150,14 +150,14 @@ class _Outlook:
     def _way(self, method: Method, policy: Policy) -> Way:
         planner, work, config = self.planner, self.work, self.planner.config
         memory = self._memory(method, policy)
-        loaded = host_pictures_per_second(config, planner.gpus, self.pictures_per_cpu_second)
+        loaded = host_images_per_second(config, planner.gpus, self.images_per_cpu_second)
         return Way(
             method,
             policy,
             configured=False,
             memory=memory,
             fits=planner.fits(memory),
-            speed=planner.speed(method, policy, work, pictures_per_second=loaded or None),
+            speed=planner.speed(method, policy, work, images_per_second=loaded or None),
         )
 
     def _sized(self, way: Way) -> Way:
@@ -170,14 +170,14 @@ class _Outlook:
         return replace(way, largest_micro_batch=found)
 
     def _longest(self, rows: int) -> MicroBatch:
-        """So many records of the longest length, with targets and pictures as in the largest."""
+        """So many records of the longest length, with targets and images as in the largest."""
         largest, longest = self.work.largest, self.survey.longest()
         targets = max(1, rows * largest.targets // largest.rows)
-        pictures = -(-rows * largest.pictures // largest.rows)
-        return MicroBatch(rows, longest, targets, pictures, rows, rows * longest**2)
+        images = -(-rows * largest.images // largest.rows)
+        return MicroBatch(rows, longest, targets, images, rows, rows * longest**2)
 
     def _pack(self, units: int) -> MicroBatch:
-        """One row of so many tokens, with records, targets and pictures in their proportions."""
+        """One row of so many tokens, with records, targets and images in their proportions."""
         tokens = units * PACK_UNIT
         share = tokens / self.work.total("length")
 
@@ -185,5 +185,5 @@ class _Outlook:
             return max(1, round(share * self.work.total(what)))
 
         return MicroBatch(
-            1, tokens, part("targets"), part("pictures"), part("records"), part("attended")
+            1, tokens, part("targets"), part("images"), part("records"), part("attended")
         )

@@ -18,7 +18,7 @@ COMMANDS: Final = {
     "vlm_sft.export": "write a checkpoint for transformers",
     "vlm_sft.export.reload": "compare an export with its origin, started by the export",
     "vlm_sft.report": "write a run as an HTML page",
-    "vlm_sft.errors.codes": "print the table of errors",
+    "vlm_sft.errors": "print the table of errors",
     "data_tools.build_coco": "build records from COCO annotations",
     "data_tools.instruct": "have a language model write records",
     "data_tools.instruct.verification.codes": "print the table of its codes",

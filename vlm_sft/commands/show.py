@@ -126,7 +126,7 @@ def _inspection(args: argparse.Namespace, config: RunConfig | None) -> Inspectio
         inspection.renderer,
         inspection.config,
         inspection.num_image_tokens,
-        inspection.look_for_pictures,
+        inspection.look_for_images,
     )
 
 
@@ -141,7 +141,7 @@ def _of_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
         if args.html or args.statistics:
             raise UserError(f"{error}; or give --image-tokens N") from None
         say(
-            f"note: {error}; so {LLAVA_IMAGE_TOKENS} image tokens a picture are counted and no "
+            f"note: {error}; so {LLAVA_IMAGE_TOKENS} image tokens an image are counted and no "
             "record is too long; --image-tokens N tells the true number"
         )
         unlimited = config.data.model_copy(update={"max_length": NO_LIMIT})
@@ -149,11 +149,11 @@ def _of_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
 
 
 def _image_tokens(config: RunConfig) -> int:
-    """What a picture becomes, asked of the tower itself."""
+    """What an image becomes, asked of the tower itself."""
     tower = config.model.vision_tower
     if tower.name is not None:
         say(
-            f"building the vision tower {tower.name} to count its tokens a picture; "
+            f"building the vision tower {tower.name} to count its tokens an image; "
             "--image-tokens N leaves that out"
         )
     return build_vision_tower(tower).num_tokens
@@ -179,4 +179,4 @@ def _of_records(args: argparse.Namespace) -> Inspection:
         length_policy=args.length_policy or "error",
     )
     image_tokens = args.image_tokens or LLAVA_IMAGE_TOKENS
-    return Inspection([file], renderer, config, image_tokens, look_for_pictures=False)
+    return Inspection([file], renderer, config, image_tokens, look_for_images=False)

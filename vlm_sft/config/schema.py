@@ -170,14 +170,14 @@ class DataConfig(Section):
     max_quarantined: CountOrZero = 100
     """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
     image_aspect: Literal["pad", "crop"] = "pad"
-    """`pad`: whole picture on a square of the tower's mean colour; `crop`: centre square."""
+    """`pad`: whole image on a square of the tower's mean color; `crop`: center square."""
     image_processing: Literal["fast", "exact"] = "fast"
     """`fast`: pixels at most 2 levels of 255 from Pillow's, in less than half the time; `exact`:
     Pillow's own."""
     feature_cache: NonEmptyText | None = None
-    """Folder where the frozen tower's features of all pictures are kept, computed before training
-    where they are not there yet; None: pictures go through the tower in every step. See
-    `docs/pictures.md` for when that pays."""
+    """Folder where the frozen tower's features of all images are kept, computed before training
+    where they are not there yet; None: images go through the tower in every step. See
+    `docs/images.md` for when that pays."""
     feature_cache_gb: Positive = 100.0
     """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 2
@@ -255,17 +255,17 @@ class TrainConfig(Section):
 
     epochs: Positive = 1.0
     max_steps: Count | None = None
-    """Stop after this many optimiser steps; None: after `epochs`."""
+    """Stop after this many optimizer steps; None: after `epochs`."""
     global_batch_size: Count
-    """Records an optimiser step, over all processes and micro-batches."""
+    """Records an optimizer step, over all processes and micro-batches."""
     micro_batch_size: Count | None = None
     """Records one process takes through the model at once, padded to the longest."""
     packing: PackingConfig | None = None
     """Instead of `micro_batch_size`: one process takes one row of packed records at once. Neither
     changes which records a step has, nor its loss."""
     share_prefixes: bool = False
-    """With `packing`: records of one picture that begin alike are trained on together, what comes
-    up to and with the picture being computed once. Their order is a shuffle of pictures instead of
+    """With `packing`: records of one image that begin alike are trained on together, what comes
+    up to and with the image being computed once. Their order is a shuffle of images instead of
     records; each record's loss stays what it is."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Numbers of the frozen weights and of the forward pass."""
@@ -273,7 +273,7 @@ class TrainConfig(Section):
     """Trained weights are kept in fp32; with `none` the language model's, in stage 2 in full and
     bf16, are kept in bfloat16 alone, each update being rounded stochastically."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
-    """Share out weights, gradients and optimiser state over the processes (`fsdp2`), or let every
+    """Share out weights, gradients and optimizer state over the processes (`fsdp2`), or let every
     process hold them (`none`); `auto` shares where the language model learns in full."""
     deepspeed: NonEmptyText | None = None
     """DeepSpeed's JSON instead of `sharding`: its ZeRO stage, done by FSDP2; the rest of that file

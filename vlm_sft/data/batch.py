@@ -43,8 +43,8 @@ class Batch(Tensors):
         attention_mask: [B, T] bool, False on padding.
         labels: [B, T] int64, aligned with `input_ids` (unshifted), `IGNORE_INDEX` where there is
             no loss; never a label at position 0.
-        pixel_values: [N, 3, H, W] uint8, all records' pictures in reading order; None if none.
-        image_features: [N, tokens, width], kept features of the pictures, in place of them.
+        pixel_values: [N, 3, H, W] uint8, all records' images in reading order; None if none.
+        image_features: [N, tokens, width], kept features of the images, in place of them.
     """
 
     record_ids: tuple[str, ...]
@@ -61,7 +61,7 @@ class Batch(Tensors):
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad the examples on the right and stack their pictures.
+    """Pad the examples on the right and stack their images.
 
     Raises:
         ValueError: There are no examples.
@@ -74,13 +74,13 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     labels = pad_sequence(
         [example.labels for example in examples], batch_first=True, padding_value=IGNORE_INDEX
     )
-    pictures = [example.pixel_values for example in examples if len(example.pixel_values)]
+    images = [example.pixel_values for example in examples if len(example.pixel_values)]
     features = [e.image_features for e in examples if e.image_features is not None]
     return Batch(
         record_ids=tuple(example.record_id for example in examples),
         input_ids=input_ids,
         attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None],
         labels=labels,
-        pixel_values=torch.cat(pictures) if pictures else None,
+        pixel_values=torch.cat(images) if images else None,
         image_features=torch.cat(features) if features else None,
     )

@@ -30,7 +30,7 @@ class TemplateText:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a turn's own text and pictures."""
+    """The place of a turn's own text and images."""
 
     turn: int
     supervised: bool = False
@@ -44,9 +44,9 @@ class ChatTemplate(Protocol):
 
     name: str
     images_only_users: bool
-    """The template throws the users' words away and keeps their pictures (LLaVA's `plain`)."""
+    """The template throws the users' words away and keeps their images (LLaVA's `plain`)."""
     begins_text: bool
-    """The first run of text is tokenised as the start of a text, even behind BOS."""
+    """The first run of text is tokenized as the start of a text, even behind BOS."""
     stop: str
     """The text of the control token that ends an answer; "" where answers do not end by one."""
     default_system: str | None

@@ -1,4 +1,4 @@
-"""One record as the trainer sees it: turns of text and pictures, whatever format it came in."""
+"""One record as the trainer sees it: turns of text and images, whatever format it came in."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Literal
 Role = Literal["system", "user", "assistant"]
 
 ImageSource = Path | bytes
-"""A picture's file, or its encoded bytes (Parquet image columns)."""
+"""An image's file, or its encoded bytes (Parquet image columns)."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """The place of a picture; `index` points into `Conversation.images`."""
+    """The place of an image; `index` points into `Conversation.images`."""
 
     index: int
 
@@ -47,7 +47,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The turn's text without its pictures."""
+        """The turn's text without its images."""
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
@@ -58,7 +58,7 @@ class Conversation:
     Attributes:
         id: The record's id as a string; unique ids are wanted, not assumed.
         turns: The turns in order; the last one is an assistant's in training data.
-        images: One source for each picture; `ImagePart.index` counts from 0 in reading order.
+        images: One source for each image; `ImagePart.index` counts from 0 in reading order.
         where: `file:line` (lines from 1) or `file[index]`, for messages.
     """
 
@@ -68,7 +68,7 @@ class Conversation:
     where: str = "<memory>"
 
     def image_parts(self) -> Iterator[ImagePart]:
-        """Every picture's place, in reading order."""
+        """Every image's place, in reading order."""
         for turn in self.turns:
             for part in turn.parts:
                 if isinstance(part, ImagePart):

@@ -44,9 +44,9 @@ class Example:
     Attributes:
         record_id: The record's id.
         input_ids: [T] int64; `IMAGE_TOKEN_ID` once for each image feature.
-        labels: [T] int64, unshifted; `IGNORE_INDEX` where there is no loss, always on pictures.
-        pixel_values: [n, 3, H, W] uint8, the pictures in reading order; n may be 0.
-        image_features: [n, tokens, width], what the tower made of the pictures; then there are no
+        labels: [T] int64, unshifted; `IGNORE_INDEX` where there is no loss, always on images.
+        pixel_values: [n, 3, H, W] uint8, the images in reading order; n may be 0.
+        image_features: [n, tokens, width], what the tower made of the images; then there are no
             `pixel_values`.
     """
 
@@ -63,7 +63,7 @@ class FileContent:
 
     Attributes:
         records: How many records.
-        sha256: Over their ids, labels and pictures' places below the picture folder (or bytes), in
+        sha256: Over their ids, labels and images' places below the image folder (or bytes), in
             order; neither a moved folder nor another spelling of the same JSON changes it.
     """
 
@@ -82,7 +82,7 @@ def content_difference(files: Sequence[str], before: Any, now: Sequence[FileCont
             return f"{path} gave {old['records']:,} records, now it gives {new.records:,}"
         return (
             f"{path} gives {new.records:,} records as before, but their texts, their order, their "
-            "pictures or what is supervised of them changed"
+            "images or what is supervised of them changed"
         )
     return "nothing differs"
 
@@ -90,16 +90,16 @@ def content_difference(files: Sequence[str], before: Any, now: Sequence[FileCont
 class SupervisedDataset(Dataset[Example]):
     """All usable records of some files as `Example`s.
 
-    Construction reads and renders every record once and looks for its pictures' files; ids,
-    labels, texts and embedded pictures go to a temporary file, so that a record takes a few hundred
-    bytes of memory however long it is. Pictures are opened by indexing.
+    Construction reads and renders every record once and looks for its images' files; ids,
+    labels, texts and embedded images go to a temporary file, so that a record takes a few hundred
+    bytes of memory however long it is. Images are opened by indexing.
 
     Args:
         files: What to read, in order.
         renderer: Makes ids and labels; its RecordErrors are handled like the reader's.
         image_spec: What the tower wants.
-        num_image_tokens: Features the tower gives for a picture.
-        config: Length limit and policy, what to do with faulty records, picture aspect.
+        num_image_tokens: Features the tower gives for an image.
+        config: Length limit and policy, what to do with faulty records, image aspect.
         ledger: Gets one entry for every record of the files.
 
     Raises:
@@ -124,16 +124,16 @@ class SupervisedDataset(Dataset[Example]):
         self.weights: list[float] = []
         """How often each record is seen in an epoch."""
         self.has_image: list[bool] = []
-        self.num_pictures = array("i")
+        self.num_images = array("i")
         self.prefix_keys = array("q")
-        """The same number for records that begin alike up to and with their first picture, none of
+        """The same number for records that begin alike up to and with their first image, none of
         that supervised; -1 where there is no such beginning."""
         self.prefix_lengths = array("i")
         """Tokens of that beginning."""
         self._prefixes: dict[bytes, int] = {}  # their digests, while reading
         self._renderer, self._image_spec = renderer, image_spec
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
-        self._sizes = array("q")  # of all picture files, in bytes
+        self._sizes = array("q")  # of all image files, in bytes
         self._first_sizes = array("q")  # where each record's sizes begin
         self._spool = Spool()
         self._starts, self._spans = array("q"), array("i")  # of each record in the spool
@@ -147,18 +147,18 @@ class SupervisedDataset(Dataset[Example]):
         return len(self.record_ids)
 
     def __getitem__(self, index: int) -> Example:
-        """The example; raises RecordError naming record and file if a picture is broken."""
+        """The example; raises RecordError naming record and file if an image is broken."""
         return self.example(index)
 
-    def example(self, index: int, *, first_picture: int = 0) -> Example:
-        """As by indexing, but with the pixels of its pictures only from that number on."""
+    def example(self, index: int, *, first_image: int = 0) -> Example:
+        """As by indexing, but with the pixels of its images only from that number on."""
         ids, labels = self._expanded(index)
-        features = self._kept_features(index, first_picture)
+        features = self._kept_features(index, first_image)
         return Example(
             record_id=self.record_ids[index],
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            pixel_values=self._pixels(index, first_picture if features is None else None),
+            pixel_values=self._pixels(index, first_image if features is None else None),
             image_features=features,
         )
 
@@ -187,39 +187,37 @@ class SupervisedDataset(Dataset[Example]):
         """The record as it is trained on, after turns were dropped."""
         kept = self._kept(index)
         turns = tuple(map(_turn_from_json, kept.turns))
-        images = tuple(map(self._source, kept.pictures))
+        images = tuple(map(self._source, kept.images))
         return Conversation(self.record_ids[index], turns, images, kept.where)
 
-    def broken_pictures(self) -> list[RecordError]:
-        """Open every picture in full; an error for each record that has a broken one."""
+    def broken_images(self) -> list[RecordError]:
+        """Open every image in full; an error for each record that has a broken one."""
         errors = []
-        for index in track(range(len(self)), description="opening pictures"):
+        for index in track(range(len(self)), description="opening images"):
             try:
                 self._pixels(index, 0)
             except RecordError as error:
                 errors.append(error)
         return errors
 
-    # --- pictures, numbered over all records
+    # --- images, numbered over all records
 
-    def pictures(self) -> Iterator[ImageSource]:
-        """Every picture of every record, in order."""
+    def images(self) -> Iterator[ImageSource]:
+        """Every image of every record, in order."""
         for index in range(len(self)):
-            yield from map(
-                self._source, self._kept(index).pictures if self.has_image[index] else ()
-            )
+            yield from map(self._source, self._kept(index).images if self.has_image[index] else ())
 
-    def picture(self, number: int) -> ImageSource:
-        """The picture of that number."""
+    def image(self, number: int) -> ImageSource:
+        """The image of that number."""
         index = bisect_right(self._first_sizes, number) - 1
-        return self._source(self._kept(index).pictures[number - self._first_sizes[index]])
+        return self._source(self._kept(index).images[number - self._first_sizes[index]])
 
     def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
-        """Load kept features from now on instead of opening pictures.
+        """Load kept features from now on instead of opening images.
 
         Args:
             store: Where they are.
-            digests: sha256 of each picture's bytes, None for one that has no features; such a
+            digests: sha256 of each image's bytes, None for one that has no features; such a
                 record raises as if there were no store.
         """
         self._features = store
@@ -272,18 +270,18 @@ class SupervisedDataset(Dataset[Example]):
         self.lengths.append(rendering.length)
         self.weights.append(weight)
         self.has_image.append(bool(record.images))
-        self.num_pictures.append(len(record.images))
+        self.num_images.append(len(record.images))
         self._note_prefix(record, rendering)
-        pictures = [
+        images = [
             self._spool.append(source) if isinstance(source, bytes) else str(source)
             for source in record.images
         ]
-        ref = self._spool.append(_to_bytes(record, rendering, pictures))
+        ref = self._spool.append(_to_bytes(record, rendering, images))
         self._starts.append(ref.offset)
         self._spans.append(ref.length)
 
     def _note_prefix(self, record: Conversation, rendering: Rendering) -> None:
-        """Whether other records can share what comes up to and with the first picture."""
+        """Whether other records can share what comes up to and with the first image."""
         found = shared_prefix(record, rendering, num_image_tokens=self._num_image_tokens)
         digest, length = found or (b"", 0)
         known = self._prefixes.setdefault(digest, len(self._prefixes)) if digest else -1
@@ -298,7 +296,7 @@ class SupervisedDataset(Dataset[Example]):
         return _from_bytes(data)
 
     def _expanded(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels, each placeholder repeated for its picture's features."""
+        """Ids and labels, each placeholder repeated for its image's features."""
         kept = self._kept(index)
         ids = kept.input_ids.astype(np.int64)
         is_image = ids == IMAGE_TOKEN_ID
@@ -307,8 +305,8 @@ class SupervisedDataset(Dataset[Example]):
         return np.repeat(ids, times), np.repeat(labels, times)
 
     def _pixels(self, index: int, first: int | None) -> Tensor:
-        """A record's pictures from that number on, uint8 [n, 3, H, W]; None: none of them."""
-        count, size = self.num_pictures[index], self._image_spec.size
+        """A record's images from that number on, uint8 [n, 3, H, W]; None: none of them."""
+        count, size = self.num_images[index], self._image_spec.size
         if first is None or first >= count:
             return torch.empty(0, 3, size, size, dtype=torch.uint8)
         return torch.stack([self.pixels(index, number) for number in range(first, count)])
@@ -325,8 +323,8 @@ class SupervisedDataset(Dataset[Example]):
             return read_pixels(source, spec, config.image_aspect, config.image_processing)
 
     def _kept_features(self, index: int, first: int) -> Tensor | None:
-        """Features of a record's pictures [n, tokens, width] from one on; None if there is none."""
-        store, count = self._features, self.num_pictures[index]
+        """Features of a record's images [n, tokens, width] from one on; None if there is none."""
+        store, count = self._features, self.num_images[index]
         if store is None or first >= count:
             return None
         return torch.stack([self._feature(store, index, number) for number in range(first, count)])
@@ -345,25 +343,25 @@ class SupervisedDataset(Dataset[Example]):
         return store.read(self._digests[place].tobytes())
 
     def _checked_source(self, index: int, number: int) -> ImageSource:
-        source = self._source(self._kept(index).pictures[number])
+        source = self._source(self._kept(index).images[number])
         _require_size(source, self._sizes[self._first_sizes[index] + number])
         return source
 
     @contextmanager
     def _told_of(self, index: int) -> Iterator[None]:
-        """While it holds, a picture's fault is the record's."""
+        """While it holds, an image's fault is the record's."""
         try:
             yield
         except ImageError as error:
             record_id, where = self.record_ids[index], self._kept(index).where
             raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
 
-    def _source(self, picture: str | SpoolRef) -> ImageSource:
-        return self._spool.read(picture) if isinstance(picture, SpoolRef) else Path(picture)
+    def _source(self, image: str | SpoolRef) -> ImageSource:
+        return self._spool.read(image) if isinstance(image, SpoolRef) else Path(image)
 
 
 def _size(source: ImageSource) -> int:
-    """Bytes of a picture; -1 of a file that cannot be asked, which opening it will tell."""
+    """Bytes of an image; -1 of a file that cannot be asked, which opening it will tell."""
     try:
         return len(source) if isinstance(source, bytes) else os.stat(source).st_size
     except (OSError, ValueError):
@@ -383,10 +381,10 @@ def _require_size(source: ImageSource, expected: int) -> None:
 def shared_prefix(
     record: Conversation, rendering: Rendering, *, num_image_tokens: int
 ) -> tuple[bytes, int] | None:
-    """What other records may begin with too, up to and with the first picture.
+    """What other records may begin with too, up to and with the first image.
 
     Returns:
-        A digest of it and its tokens; None where there is no picture, something of it is
+        A digest of it and its tokens; None where there is no image, something of it is
         supervised, or nothing follows.
     """
     if not record.images:
@@ -399,8 +397,8 @@ def shared_prefix(
     return digest, end - 1 + num_image_tokens
 
 
-def _prefix_digest(ids: Sequence[int], picture: ImageSource) -> bytes:
-    name = b"bytes" + picture if isinstance(picture, bytes) else b"file" + os.fsencode(picture)
+def _prefix_digest(ids: Sequence[int], image: ImageSource) -> bytes:
+    name = b"bytes" + image if isinstance(image, bytes) else b"file" + os.fsencode(image)
     return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]
 
 
@@ -410,8 +408,8 @@ def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:
         s if isinstance(s, bytes) else os.path.relpath(str(s), root).encode("utf-8", "replace")
         for s in record.images
     )
-    pictures = [hashlib.sha256(place).hexdigest() for place in places]
-    head = json.dumps([len(rendering.input_ids), pictures]).encode()
+    images = [hashlib.sha256(place).hexdigest() for place in places]
+    head = json.dumps([len(rendering.input_ids), images]).encode()
     return head + b"".join(
         array("i", ids).tobytes() for ids in (rendering.input_ids, rendering.labels)
     )
@@ -419,7 +417,7 @@ def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A record as the spool holds it: ids [n] int32 with one placeholder a picture, bool [n]."""
+    """A record as the spool holds it: ids [n] int32 with one placeholder an image, bool [n]."""
 
     input_ids: np.ndarray
     supervised: np.ndarray
@@ -435,8 +433,8 @@ class _Kept:
         return cast(list[Any], self._parsed[0])
 
     @property
-    def pictures(self) -> list[str | SpoolRef]:
-        """Paths, or where in the spool an embedded picture lies."""
+    def images(self) -> list[str | SpoolRef]:
+        """Paths, or where in the spool an embedded image lies."""
         return [name if isinstance(name, str) else SpoolRef(*name) for name in self._parsed[1]]
 
     @property
@@ -446,10 +444,10 @@ class _Kept:
 
 
 def _to_bytes(
-    record: Conversation, rendering: Rendering, pictures: Sequence[str | SpoolRef]
+    record: Conversation, rendering: Rendering, images: Sequence[str | SpoolRef]
 ) -> bytes:
     """The number of ids, the ids, a byte each for whether they are supervised, the rest as JSON."""
-    rest = json.dumps([_plain(record.turns), list(pictures), record.where]).encode()
+    rest = json.dumps([_plain(record.turns), list(images), record.where]).encode()
     flags = bytes(label != IGNORE_INDEX for label in rendering.labels)
     count = len(rendering.input_ids)
     return array("i", [count, *rendering.input_ids]).tobytes() + flags + rest

@@ -1,4 +1,4 @@
-"""Records that occur twice, ids given twice, and held-out pictures that are trained on too."""
+"""Records that occur twice, ids given twice, and held-out images that are trained on too."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ class Repeat:
 class Repeats:
     """Notes every record in eight bytes a property, and says at the end what occurred twice.
 
-    Records are alike if their pictures' bytes, their roles and their texts are.
+    Records are alike if their images' bytes, their roles and their texts are.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,8 @@ class Repeats:
 
     def _in_both(self) -> list[Repeat]:
         kinds = {
-            "held-out records show a picture that is trained on too": "pictures",
-            "held-out records without a picture are trained on too": "texts",
+            "held-out records show an image that is trained on too": "images",
+            "held-out records without an image are trained on too": "texts",
         }
         found = []
         for words, kind in kinds.items():
@@ -91,7 +91,7 @@ class _Side:
     def __init__(self) -> None:
         self._files: list[tuple[str, int]] = []
         self._count = 0
-        kinds = ("ids", "records", "pictures", "texts")
+        kinds = ("ids", "records", "images", "texts")
         self._digests = {kind: array("Q") for kind in kinds}
         self._owners = {kind: array("q") for kind in kinds}
 
@@ -106,14 +106,14 @@ class _Side:
         self._count += 1
         if record is None:
             return
-        pictures = [_picture_digest(source) for source in record.images]
+        images = [_image_digest(source) for source in record.images]
         text = _text(record)
         self._note("ids", number, _digest(record.id.encode()))
-        whole = text + b"".join(d.to_bytes(8, "little") for d in pictures)
+        whole = text + b"".join(d.to_bytes(8, "little") for d in images)
         self._note("records", number, _digest(whole))
-        for picture in pictures:
-            self._note("pictures", number, picture)
-        if not pictures:
+        for image in images:
+            self._note("images", number, image)
+        if not images:
             self._note("texts", number, _digest(text))
 
     def _note(self, kind: str, number: int, digest: int) -> None:
@@ -135,7 +135,7 @@ class _Side:
         """Ids and whole records that occur more than once on this side."""
         words = {
             "ids": f"{name} records have an id that an earlier one has",
-            "records": f"{name} records repeat an earlier one, pictures and words",
+            "records": f"{name} records repeat an earlier one, images and words",
         }
         found = []
         for kind, what in words.items():
@@ -158,7 +158,7 @@ def _text(record: Conversation) -> bytes:
     return json.dumps(turns).encode()
 
 
-def _picture_digest(source: ImageSource) -> int:
+def _image_digest(source: ImageSource) -> int:
     if isinstance(source, bytes):
         return _digest(source)
     try:

@@ -1,4 +1,4 @@
-"""A frozen tower's features on disk: a file a picture, found by the picture's bytes."""
+"""A frozen tower's features on disk: a file an image, found by the image's bytes."""
 
 import hashlib
 import json
@@ -37,20 +37,20 @@ _UNFINISHED_NAME: Final = re.compile(
 
 
 class FeatureStore:
-    """Features `[tokens, width]` by sha256 of the picture's bytes, under all that decides them.
+    """Features `[tokens, width]` by sha256 of the image's bytes, under all that decides them.
 
     A file is complete or absent, so that any number of runs may fill a folder at once and be killed
     at any point. Each holds a sha256 of its features, which every reading compares.
 
     Args:
         folder: Of all stores; each recipe has a folder of its own in it.
-        recipe: Everything besides the picture's bytes that decides its features, as plain JSON.
+        recipe: Everything besides the image's bytes that decides its features, as plain JSON.
         shape: `(tokens, width)`.
         dtype: Of the features.
 
     Attributes:
         folder: The recipe's own.
-        entry_bytes: What one picture takes on disk.
+        entry_bytes: What one image takes on disk.
     """
 
     def __init__(
@@ -98,19 +98,19 @@ class FeatureStore:
             raise _unusable(self.folder, error) from None
 
     def path(self, digest: bytes) -> Path:
-        """Where a picture's features are or would be."""
+        """Where an image's features are or would be."""
         name = digest.hex()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def holds(self, digest: bytes) -> bool:
-        """Whether a picture's file is there and as long as it should be; its content is unread."""
+        """Whether an image's file is there and as long as it should be; its content is unread."""
         try:
             return self.path(digest).stat().st_size == self.entry_bytes
         except OSError:
             return False
 
     def write(self, digest: bytes, features: Tensor) -> None:
-        """Keep a picture's features.
+        """Keep an image's features.
 
         Raises:
             UserError: The disk is full or refuses.
@@ -121,7 +121,7 @@ class FeatureStore:
             raise _unusable(self.folder, error) from None
 
     def read(self, digest: bytes) -> Tensor:
-        """A picture's features.
+        """An image's features.
 
         Raises:
             UserError: They are missing or damaged; a damaged file is renamed, so that the next

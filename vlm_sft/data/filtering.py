@@ -14,7 +14,7 @@ from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
 class RenderedRecord(Protocol):
-    """Ids and labels of equal length, one `IMAGE_TOKEN_ID` a picture."""
+    """Ids and labels of equal length, one `IMAGE_TOKEN_ID` an image."""
 
     @property
     def input_ids(self) -> list[int]: ...
@@ -38,7 +38,7 @@ class Rendering:
     """A record's ids and labels with its true length.
 
     Attributes:
-        input_ids: One `IMAGE_TOKEN_ID` a picture.
+        input_ids: One `IMAGE_TOKEN_ID` an image.
         labels: `IGNORE_INDEX` where nothing is trained, always at the first position.
         length: Tokens, image tokens included.
     """
@@ -79,9 +79,9 @@ class Admission:
 
     Args:
         renderer: Makes ids and labels; its RecordErrors are handled like the reader's.
-        num_image_tokens: Features the tower gives for a picture.
+        num_image_tokens: Features the tower gives for an image.
         config: `max_length` and `length_policy` count.
-        look_for_pictures: A record with a picture whose file is not there is faulty.
+        look_for_images: A record with an image whose file is not there is faulty.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Admission:
         *,
         num_image_tokens: int,
         config: DataConfig,
-        look_for_pictures: bool = True,
+        look_for_images: bool = True,
     ) -> None:
         self._renderer, self._config = renderer, config
-        self._num_image_tokens, self._look = num_image_tokens, look_for_pictures
+        self._num_image_tokens, self._look = num_image_tokens, look_for_images
 
     def decide(self, record: Conversation | RecordError) -> Outcome:
         """The record's end; never raises RecordError."""
@@ -116,7 +116,7 @@ class Admission:
         """What is known to be wrong before rendering."""
         if isinstance(record, RecordError):
             return record
-        return _picture_fault(record) if self._look else None
+        return _image_fault(record) if self._look else None
 
     def _decide(self, record: Conversation, rendered: RenderedRecord | RecordError) -> Outcome:
         if isinstance(rendered, RecordError):
@@ -169,18 +169,18 @@ class _TooLong(Exception):
     """The record is left out by the length policy."""
 
 
-def missing_pictures(images: Sequence[ImageSource]) -> list[Path]:
-    """The pictures whose files are not there."""
+def missing_images(images: Sequence[ImageSource]) -> list[Path]:
+    """The images whose files are not there."""
     return [source for source in images if not isinstance(source, bytes) and not _is_file(source)]
 
 
-def _picture_fault(record: Conversation) -> RecordError | None:
-    missing = missing_pictures(record.images)
+def _image_fault(record: Conversation) -> RecordError | None:
+    missing = missing_images(record.images)
     if not missing:
         return None
     return RecordError(
         "image_missing",
-        f"no picture file {missing[0]}; check the name and `image_root`",
+        f"no image file {missing[0]}; check the name and `image_root`",
         record_id=record.id,
         where=record.where,
     )
@@ -200,7 +200,7 @@ def _entry(record: Conversation, bucket: Bucket, reason: str = "", message: str 
 
 
 def _without_last_exchange(record: Conversation) -> Conversation:
-    """The conversation without its last question and answer and the pictures in them."""
+    """The conversation without its last question and answer and the images in them."""
     turns = record.turns[:-2]
     num_images = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
     return Conversation(record.id, turns, record.images[:num_images], record.where)

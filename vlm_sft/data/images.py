@@ -1,4 +1,4 @@
-"""Picture files to pixels: one contract for every format, mode, rotation, alpha and bit depth."""
+"""Image files to pixels: one contract for every format, mode, rotation, alpha and bit depth."""
 
 import os
 import warnings
@@ -28,7 +28,7 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded, told by content and not by name. Others (EPS, WMF, ...) may run programs."""
 
 MAX_PIXELS: Final = 120_000_000
-"""Larger pictures are refused from their header, before anything is decoded."""
+"""Larger images are refused from their header, before anything is decoded."""
 
 MAX_BYTES: Final = 512 * 2**20
 """Larger image files are refused unread; MAX_PIXELS without compression take less."""
@@ -45,7 +45,7 @@ _FAST_RESIZES: Final = ("bilinear", "bicubic")
 """What torch resizes bytes by as Pillow does."""
 
 _LONG_STRIP: Final = 64
-"""Up to this aspect ratio the whole picture is resized and then cropped, as CLIPImageProcessor
+"""Up to this aspect ratio the whole image is resized and then cropped, as CLIPImageProcessor
 does; beyond it only what the square shows, since a 1 x N strip would become N times the square.
 (The two differ by a few levels of 255: Pillow rounds between its two passes.)"""
 
@@ -58,7 +58,7 @@ class ImageSpec:
         size: Side of the square input in pixels.
         mean: Subtracted from red, green, blue, each in 0..1.
         std: Divides red, green, blue after that.
-        interpolation: How pictures are resized.
+        interpolation: How images are resized.
     """
 
     size: int
@@ -68,10 +68,10 @@ class ImageSpec:
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """The picture as 8-bit RGB, fully decoded and upright.
+    """The image as 8-bit RGB, fully decoded and upright.
 
     First frame of animations and multi-page files; EXIF orientation applied; alpha composited on
-    white, so that colours hidden under it never show; 16-bit and float greys scaled, not clipped;
+    white, so that colors hidden under it never show; 16-bit and float greys scaled, not clipped;
     CMYK and LAB converted without a device profile.
 
     Raises:
@@ -84,7 +84,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 class UprightSize(NamedTuple):
-    """Sides as `open_image` gives them, and what EXIF had done to the picture before."""
+    """Sides as `open_image` gives them, and what EXIF had done to the image before."""
 
     width: int
     height: int
@@ -92,7 +92,7 @@ class UprightSize(NamedTuple):
 
 
 def upright_size(source: ImageSource) -> UprightSize:
-    """The picture's size from its header alone: what is broken behind it is not found.
+    """The image's size from its header alone: what is broken behind it is not found.
 
     Raises:
         ImageError: As `open_image`, for what a header shows.
@@ -109,12 +109,12 @@ def upright_size(source: ImageSource) -> UprightSize:
 def read_pixels(
     source: ImageSource, spec: ImageSpec, aspect: Aspect, processing: Processing = "fast"
 ) -> Tensor:
-    """A picture as a tower's square of bytes, uint8 [3, size, size] in red, green, blue.
+    """An image as a tower's square of bytes, uint8 [3, size, size] in red, green, blue.
 
     Args:
         source: A file or its bytes.
         spec: What the tower wants; its mean and standard deviation are the tower's own business,
-            except for the colour that `pad` fills up with.
+            except for the color that `pad` fills up with.
         aspect: See `to_pixels`.
         processing: `exact` is `to_pixels(open_image(...))`. `fast` has the same contract and the
             same errors: plain JPEGs are decoded to the same bytes by libjpeg-turbo itself, and
@@ -130,14 +130,14 @@ def read_pixels(
     with _opened(source) as (file, name):
         image = _read_header(file, name)
         plain = _decode_plain_jpeg(file, image)
-        picture = np.array(_decode(image, name)) if plain is None else plain
-    if _resizes_fast(picture, spec, aspect):
-        return (_pad_fast if aspect == "pad" else _crop_fast)(picture, spec)
-    return to_pixels(Image.fromarray(picture), spec, aspect)
+        decoded = np.array(_decode(image, name)) if plain is None else plain
+    if _resizes_fast(decoded, spec, aspect):
+        return (_pad_fast if aspect == "pad" else _crop_fast)(decoded, spec)
+    return to_pixels(Image.fromarray(decoded), spec, aspect)
 
 
 def read_bytes(source: ImageSource) -> bytes:
-    """A picture file's bytes as they are.
+    """An image file's bytes as they are.
 
     Raises:
         ImageError: `image_missing`, `image_not_file` or `image_unreadable`.
@@ -152,11 +152,11 @@ def read_bytes(source: ImageSource) -> bytes:
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec, aspect: Aspect) -> Tensor:
-    """A picture from `open_image` as a tower's square of bytes, uint8 [3, size, size], by Pillow.
+    """An image from `open_image` as a tower's square of bytes, uint8 [3, size, size], by Pillow.
 
-    `pad` puts the whole picture on a square of colour int(255 * mean), offset floor((max - min) /
+    `pad` puts the whole image on a square of color int(255 * mean), offset floor((max - min) /
     2), and resizes it (LLaVA `llava/mm_utils.py:expand2square`). `crop` resizes the short side to
-    `size` and takes the centre square (CLIPImageProcessor; LLaVA-1.5 stage 1).
+    `size` and takes the center square (CLIPImageProcessor; LLaVA-1.5 stage 1).
     """
     resample = Image.Resampling[spec.interpolation.upper()]
     fit = _pad if aspect == "pad" else _crop
@@ -166,7 +166,7 @@ def to_pixels(image: Image.Image, spec: ImageSpec, aspect: Aspect) -> Tensor:
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[tuple[IO[bytes], str]]:
     """The file with the name that messages call it by, while Pillow is strict."""
-    name = f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     with _open_bytes(source, name) as file, _strict_pillow():
         yield file, name
 
@@ -233,7 +233,7 @@ def _read_header(file: IO[bytes], name: str) -> Image.Image:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise _too_large(name, f"{width} x {height} pixels")
     if width * height == 0:
-        raise ImageError("image_broken", f"{name}: a picture of {width} x {height} pixels")
+        raise ImageError("image_broken", f"{name}: an image of {width} x {height} pixels")
     return image
 
 
@@ -241,8 +241,8 @@ def _unknown_content(file: IO[bytes]) -> str:
     file.seek(0)
     head = file.read(16)
     if not head:
-        return "the file is empty; it should be a picture"
-    return f"not a picture of {', '.join(FORMATS)} (it begins with {head!r})"
+        return "the file is empty; it should be an image"
+    return f"not an image of {', '.join(FORMATS)} (it begins with {head!r})"
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -263,9 +263,7 @@ def _too_large(name: str, found: str = "a header that asks for too much memory")
 
 
 def _broken(name: str, error: Exception) -> ImageError:
-    return ImageError(
-        "image_broken", f"{name}: truncated or corrupt picture ({error}); get it again"
-    )
+    return ImageError("image_broken", f"{name}: truncated or corrupt image ({error}); get it again")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -295,11 +293,11 @@ def _grey_of_any_depth(image: Image.Image) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("values that are not numbers")
     low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range(values, image.mode)
-    grey = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    gray = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
 
 
 def _range(values: np.ndarray, mode: str) -> tuple[float, float]:
@@ -329,14 +327,14 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What sets a picture upright by its EXIF orientation; EXIF that cannot be read says nothing.
+    """What sets an image upright by its EXIF orientation; EXIF that cannot be read says nothing.
 
-    `ImageOps.exif_transpose` also rewrites the whole EXIF block, and fails on pictures that are
+    `ImageOps.exif_transpose` also rewrites the whole EXIF block, and fails on images that are
     fine but for a damaged tag in it.
     """
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # damaged metadata must not cost a good picture
+    except Exception:  # damaged metadata must not cost a good image
         return None
     return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
@@ -372,7 +370,7 @@ def _pad(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Ima
 
 
 def _decode_plain_jpeg(file: IO[bytes], image: Image.Image) -> np.ndarray | None:
-    """uint8 [H, W, 3] of an upright grey or colour JPEG without any fault; None for all else."""
+    """uint8 [H, W, 3] of an upright gray or color JPEG without any fault; None for all else."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or _turn_of(image) is not None:
         return None
     file.seek(0)
@@ -383,8 +381,8 @@ def _decode_plain_jpeg(file: IO[bytes], image: Image.Image) -> np.ndarray | None
     return pixels if pixels.shape[:2] == (image.height, image.width) else None
 
 
-def _resizes_fast(picture: np.ndarray, spec: ImageSpec, aspect: Aspect) -> bool:
-    height, width = picture.shape[:2]
+def _resizes_fast(image: np.ndarray, spec: ImageSpec, aspect: Aspect) -> bool:
+    height, width = image.shape[:2]
     if aspect == "pad":
         fits = max(height, width) <= _PLAIN_CANVAS
     else:  # what is taller, Pillow resizes downwards first, which torch does last
@@ -392,27 +390,27 @@ def _resizes_fast(picture: np.ndarray, spec: ImageSpec, aspect: Aspect) -> bool:
     return fits and spec.interpolation in _FAST_RESIZES
 
 
-def _crop_fast(picture: np.ndarray, spec: ImageSpec) -> Tensor:
-    size, short = spec.size, min(picture.shape[:2])
-    height, width = (int(size * side / short) for side in picture.shape[:2])
+def _crop_fast(image: np.ndarray, spec: ImageSpec) -> Tensor:
+    size, short = spec.size, min(image.shape[:2])
+    height, width = (int(size * side / short) for side in image.shape[:2])
     top, left = (height - size) // 2, (width - size) // 2
-    whole = _resize_fast(picture, (height, width), spec)
+    whole = _resize_fast(image, (height, width), spec)
     return whole[:, top : top + size, left : left + size].contiguous()
 
 
-def _pad_fast(picture: np.ndarray, spec: ImageSpec) -> Tensor:
-    height, width = picture.shape[:2]
+def _pad_fast(image: np.ndarray, spec: ImageSpec) -> Tensor:
+    height, width = image.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     canvas = np.empty((side, side, 3), np.uint8)
     row = np.tile(np.array([int(255 * mean) for mean in spec.mean], np.uint8), (side, 1))
     canvas[:top] = canvas[top + height :] = row
     canvas[:, :left], canvas[:, left + width :] = row[:left], row[left + width :]
-    canvas[top : top + height, left : left + width] = picture
+    canvas[top : top + height, left : left + width] = image
     return _resize_fast(canvas, (spec.size, spec.size), spec).contiguous()
 
 
-def _resize_fast(picture: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> Tensor:
+def _resize_fast(image: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> Tensor:
     """uint8 [H, W, 3] to uint8 [3, height, width], with the bytes lying as they lay before."""
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return interpolate(pixels, size=size, mode=spec.interpolation, antialias=True)[0]

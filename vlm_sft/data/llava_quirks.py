@@ -9,8 +9,8 @@ from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, T
 from vlm_sft.errors import RecordError, UserError
 
 CAPTION_NEWLINE: Final = "caption_newline"
-PICTURE_FIRST: Final = "picture_first"
-SPACE_BEHIND_PICTURE: Final = "space_behind_picture"
+IMAGE_FIRST: Final = "image_first"
+SPACE_BEHIND_IMAGE: Final = "space_behind_image"
 
 _EMPTY: Mapping[str, str] = MappingProxyType({})
 
@@ -44,11 +44,11 @@ class Recipe:
         """The conversation as the recipe reorders it.
 
         Raises:
-            RecordError: A turn has several pictures, of which LLaVA would keep one.
+            RecordError: A turn has several images, of which LLaVA would keep one.
         """
-        if PICTURE_FIRST not in self.quirks or not conversation.images:
+        if IMAGE_FIRST not in self.quirks or not conversation.images:
             return conversation
-        turns = tuple(_picture_first(turn, conversation) for turn in conversation.turns)
+        turns = tuple(_image_first(turn, conversation) for turn in conversation.turns)
         return Conversation(conversation.id, turns, conversation.images, conversation.where)
 
 
@@ -59,9 +59,9 @@ LLAVA_1_5: Final = Recipe(
         {
             CAPTION_NEWLINE: "stage 1 trains a newline behind the caption and no EOS "
             "(template llava_plain for plain)",
-            PICTURE_FIRST: "a turn's picture moves to a line of its own before its stripped text "
+            IMAGE_FIRST: "a turn's image moves to a line of its own before its stripped text "
             "(preprocess_multimodal)",
-            SPACE_BEHIND_PICTURE: "text behind a picture is tokenised as the start of a text, "
+            SPACE_BEHIND_IMAGE: "text behind an image is tokenized as the start of a text, "
             "with SentencePiece's dummy space (tokenizer_image_token)",
         }
     ),
@@ -69,7 +69,7 @@ LLAVA_1_5: Final = Recipe(
 NEVER_REPEATED: Final = {
     "zeroed_samples": "a record whose mask LLaVA cannot find trains nothing there (preprocess_v1)",
     "control_from_data": "</s> or <image> in a record's words becomes a control token there",
-    "cut_answers": "records are cut at the length limit there, inside answers and pictures",
+    "cut_answers": "records are cut at the length limit there, inside answers and images",
 }
 RECIPES: Final = {recipe.name: recipe for recipe in (FIXED, LLAVA_1_5)}
 
@@ -85,18 +85,18 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def _picture_first(turn: Turn, conversation: Conversation) -> Turn:
-    pictures = [part for part in turn.parts if isinstance(part, ImagePart)]
-    if not pictures:
+def _image_first(turn: Turn, conversation: Conversation) -> Turn:
+    images = [part for part in turn.parts if isinstance(part, ImagePart)]
+    if not images:
         return turn
-    if len(pictures) > 1:
+    if len(images) > 1:
         raise RecordError(
-            "several_pictures",
-            f"recipe llava-1.5 keeps one picture a turn and this one has {len(pictures)}; spread "
+            "several_images",
+            f"recipe llava-1.5 keeps one image a turn and this one has {len(images)}; spread "
             "them over turns, or take `recipe: fixed`",
             record_id=conversation.id,
             where=conversation.where,
         )
     text = turn.text.strip()
-    parts: tuple[Part, ...] = (pictures[0], TextPart(f"\n{text}")) if text else (pictures[0],)
+    parts: tuple[Part, ...] = (images[0], TextPart(f"\n{text}")) if text else (images[0],)
     return Turn(turn.role, parts, turn.supervised)

@@ -42,7 +42,7 @@ class Examples(Protocol):
 class PackableExamples(Examples, Sizes, Protocol):
     """What packing needs of a dataset besides."""
 
-    def example(self, index: int, *, first_picture: int = 0) -> Example: ...
+    def example(self, index: int, *, first_image: int = 0) -> Example: ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Packed:
     max_tokens: int
     share_prefixes: bool
     round_to: int
-    picture_cost: float
+    image_cost: float
     pad_token_id: int
 
     def share_out(
@@ -157,7 +157,7 @@ class Packed:
             max_tokens=self.max_tokens,
             share_prefixes=self.share_prefixes,
             num_processes=num_processes,
-            picture_cost=self.picture_cost,
+            image_cost=self.image_cost,
         )
 
     def num_positions(self, records: Sizes, indices: Sequence[int]) -> int:
@@ -170,7 +170,7 @@ class Packed:
     def load(
         self, examples: "PackableExamples", indices: Sequence[int], faults: Faults
     ) -> "AnyBatch":
-        """The records that can be loaded in one row; a shared picture is opened once."""
+        """The records that can be loaded in one row; a shared image is opened once."""
         alone = ([index] for index in indices)
         together = groups_of(indices, examples.prefix_keys) if self.share_prefixes else alone
         groups = []
@@ -178,7 +178,7 @@ class Packed:
             loaded: list[Example] = []
             for index in members:
                 try:
-                    loaded.append(examples.example(index, first_picture=1 if loaded else 0))
+                    loaded.append(examples.example(index, first_image=1 if loaded else 0))
                 except RecordError as error:
                     faults.note(index, error)
             if loaded:

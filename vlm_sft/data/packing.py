@@ -1,4 +1,4 @@
-"""Packing: records laid end to end in one row, those of one picture as branches of one prefix."""
+"""Packing: records laid end to end in one row, those of one image as branches of one prefix."""
 
 import heapq
 import itertools
@@ -23,16 +23,16 @@ class Sizes(Protocol):
         ...
 
     @property
-    def num_pictures(self) -> Sequence[int]: ...
+    def num_images(self) -> Sequence[int]: ...
 
     @property
     def prefix_keys(self) -> Sequence[int]:
-        """The same for records that begin alike up to and with their first picture; -1: none."""
+        """The same for records that begin alike up to and with their first image; -1: none."""
         ...
 
     @property
     def prefix_lengths(self) -> Sequence[int]:
-        """Tokens up to and with the first picture; 0 where there is no key."""
+        """Tokens up to and with the first image; 0 where there is no key."""
         ...
 
 
@@ -48,8 +48,8 @@ class PackedBatch(Tensors):
         targets: [num_targets] int64, the token that it predicts.
         records: [num_targets] int64, whose loss that is, by place in `record_ids`.
         needed: [rows] int64, `sources` with each place once (a prefix predicts several tokens).
-        pixel_values: [N, 3, H, W] uint8, pictures in the placeholders' order; None if none.
-        image_features: [N, tokens, width], kept features of the pictures, in place of them.
+        pixel_values: [N, 3, H, W] uint8, images in the placeholders' order; None if none.
+        image_features: [N, tokens, width], kept features of the images, in place of them.
         padding: Tokens at the end of the row that belong to no record.
     """
 
@@ -75,7 +75,7 @@ class Group:
     """Records of which all but the first leave out what they share with it.
 
     Attributes:
-        examples: The records; from the second on without the first picture's pixels.
+        examples: The records; from the second on without the first image's pixels.
         prefix_length: Tokens at the beginning that all have alike; 0 where there is one record.
     """
 
@@ -180,12 +180,12 @@ class Unit:
     Attributes:
         indices: Their places in the dataset.
         tokens: Of the row that they take, a shared prefix counted once.
-        pictures: That go through the tower, a shared one counted once.
+        images: That go through the tower, a shared one counted once.
     """
 
     indices: tuple[int, ...]
     tokens: int
-    pictures: int
+    images: int
 
 
 def plan_packs(
@@ -195,7 +195,7 @@ def plan_packs(
     max_tokens: int,
     share_prefixes: bool,
     num_processes: int = 1,
-    picture_cost: float = 0.0,
+    image_cost: float = 0.0,
 ) -> list[list[int]]:
     """Share out a step's records over as few packs as hold them, all about equally heavy.
 
@@ -207,9 +207,9 @@ def plan_packs(
         indices: The step's records.
         sizes: Of all records.
         max_tokens: Of one pack; no record is longer.
-        share_prefixes: Records of one picture share its prefix.
+        share_prefixes: Records of one image share its prefix.
         num_processes: Among which the packs are shared out.
-        picture_cost: What a picture costs to encode, in tokens of the language model.
+        image_cost: What an image costs to encode, in tokens of the language model.
 
     Raises:
         ValueError: A record alone is longer than `max_tokens`.
@@ -217,7 +217,7 @@ def plan_packs(
     units = list(make_units(indices, sizes, max_tokens, share_prefixes=share_prefixes))
     total = sum(unit.tokens for unit in units)
     count = _multiple(-(-total // max_tokens), num_processes)
-    while (packs := _share_out(units, count, max_tokens, picture_cost)) is None:
+    while (packs := _share_out(units, count, max_tokens, image_cost)) is None:
         assert count <= len(units), "every unit fits into a pack of its own"
         count = _multiple(max(count + 1, count * 51 // 50), num_processes)
     return packs
@@ -255,8 +255,8 @@ def _unit(members: Sequence[int], sizes: Sizes) -> Unit:
     shared = sizes.prefix_lengths[members[0]] if len(members) > 1 else 0
     saved = len(members) - 1
     tokens = sum(sizes.lengths[index] for index in members) - saved * shared
-    pictures = sum(sizes.num_pictures[index] for index in members) - (saved if shared else 0)
-    return Unit(tuple(members), tokens, pictures)
+    images = sum(sizes.num_images[index] for index in members) - (saved if shared else 0)
+    return Unit(tuple(members), tokens, images)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def packing_figures(
 
 
 def groups_of(indices: Sequence[int], keys: Sequence[int]) -> Iterator[list[int]]:
-    """A pack's records as they share prefixes: neighbours of one key, others alone."""
+    """A pack's records as they share prefixes: neighbors of one key, others alone."""
     numbered = enumerate(indices)
     for _, run in itertools.groupby(
         numbered, key=lambda item: keys[item[1]] if keys[item[1]] >= 0 else -1 - item[0]
@@ -325,10 +325,10 @@ def _multiple(count: int, of: int) -> int:
 
 
 def _share_out(
-    units: Sequence[Unit], count: int, max_tokens: int, picture_cost: float
+    units: Sequence[Unit], count: int, max_tokens: int, image_cost: float
 ) -> list[list[int]] | None:
     """Units in `count` packs, or None where this rule finds no room."""
-    weights = [unit.tokens + picture_cost * unit.pictures for unit in units]
+    weights = [unit.tokens + image_cost * unit.images for unit in units]
     heaviest_first = sorted(range(len(units)), key=lambda number: -weights[number])
     packs = [(0.0, place, 0) for place in range(count)]
     members: list[list[int]] = [[] for _ in range(count)]

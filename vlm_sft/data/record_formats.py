@@ -70,12 +70,12 @@ class Records:
 def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
     """The file's records in order; one that cannot be used comes as its error, and reading goes on.
 
-    `<image>` is a picture's place in human turns of LLaVA and Alpaca records, and in user messages
-    given as plain text of `messages` records that list pictures; anywhere else it is text. Text
+    `<image>` is an image's place in human turns of LLaVA and Alpaca records, and in user messages
+    given as plain text of `messages` records that list images; anywhere else it is text. Text
     with `<image>` in it is taken exactly as it is; where content is a list of parts, the chat
     template says what stands between an image and its neighbors (`image_separator` of a message,
     next to its content, says it for that message).
-    Pictures are not opened and not looked for here.
+    Images are not opened and not looked for here.
 
     Raises:
         UserError: The file as a whole cannot be read (missing, damaged, of no known kind).
@@ -123,7 +123,7 @@ def parse_record(
 
 
 class _Reader:
-    """Reads one record; holds its place for errors and its pictures in reading order."""
+    """Reads one record; holds its place for errors and its images in reading order."""
 
     def __init__(self, raw: RawRecord, image_root: Path, follow_symlinks: bool) -> None:
         self.value, self.where, self.id = raw.value, raw.where, raw.fallback_id
@@ -140,7 +140,7 @@ class _Reader:
             raise self.error("format", f"expected an object, found {_kind(record)}")
         self.id = self._id(record)
         form = form or self._form(record)
-        self.listed = self._listed_pictures(record)
+        self.listed = self._listed_images(record)
         if form == "alpaca":
             self._read_alpaca(record)
         else:
@@ -172,7 +172,7 @@ class _Reader:
             problem = f"none of the known keys {known}; found {keys}"
         raise self.error("format", f"the form cannot be told: {problem}")
 
-    def _listed_pictures(self, record: Mapping[str, Any]) -> list[Any]:
+    def _listed_images(self, record: Mapping[str, Any]) -> list[Any]:
         found: list[list[Any]] = []
         for key in ("image", "images"):
             value = record.get(key)
@@ -285,7 +285,7 @@ class _Reader:
         parts: list[_DraftPart] = []
         for index, piece in enumerate(pieces):
             if index:
-                parts.append(_Picture())
+                parts.append(_Image())
             if piece:
                 parts.append(piece)
         return parts
@@ -297,10 +297,10 @@ class _Reader:
         if kind == "text" and isinstance(part.get("text"), str):
             return self._text(part["text"], number, False)
         if kind == "image":
-            return [_Picture(_first_of(part, "image", "path", "url"))]
+            return [_Image(_first_of(part, "image", "path", "url"))]
         if kind == "image_url":
             url = part.get("image_url")
-            return [_Picture(url.get("url") if isinstance(url, Mapping) else url)]
+            return [_Image(url.get("url") if isinstance(url, Mapping) else url)]
         found = f"type {_quoted(kind)}" if kind is not None else _kind(part)
         message = f"turn {number}: expected a part of type text, image or image_url, found {found}"
         raise self.error("bad_turn", message)
@@ -329,16 +329,16 @@ class _Reader:
         if roles[-1] != "assistant":
             raise self.error("role_order", "ends with the user's turn, expected an answer")
         for number, draft in enumerate(self.drafts):
-            pictures = any(isinstance(part, _Picture) for part in draft.parts)
-            if pictures and draft.role != "user":
-                message = f"turn {number}: a picture in the {draft.role}'s turn; only users show"
-                raise self.error("image_in_answer", f"{message} pictures")
+            images = any(isinstance(part, _Image) for part in draft.parts)
+            if images and draft.role != "user":
+                message = f"turn {number}: an image in the {draft.role}'s turn; only users show"
+                raise self.error("image_in_answer", f"{message} images")
             if draft.role == "assistant" and not draft.text.strip():
                 message = f"turn {number}: the answer is empty; write one or remove the exchange"
                 raise self.error("empty_answer", message)
 
     def _conversation(self) -> Conversation:
-        places = [p for d in self.drafts for p in d.parts if isinstance(p, _Picture)]
+        places = [p for d in self.drafts for p in d.parts if isinstance(p, _Image)]
         if len(places) > MAX_IMAGES:
             message = f"has {len(places):,} images, at most {MAX_IMAGES:,} are accepted"
             raise self.error("image_count", message)
@@ -362,7 +362,7 @@ class _Reader:
         for draft in self.drafts:
             parts: list[Part] = []
             for part in draft.parts:
-                if isinstance(part, _Picture):
+                if isinstance(part, _Image):
                     source = next(listed) if part.source is None else part.source
                     parts.append(ImagePart(len(images)))
                     images.append(self._source(source))
@@ -401,7 +401,7 @@ class _Reader:
                 raise ValueError
             return base64.b64decode(body, validate=True)
         except (ValueError, binascii.Error):
-            message = f"the picture {url[:40]!r}... is not a base64 data URL"
+            message = f"the image {url[:40]!r}... is not a base64 data URL"
             raise self.error("image_field", message) from None
 
     def _path(self, name: str) -> Path:
@@ -413,13 +413,13 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A picture's place; without a source it takes the next of the record's list."""
+class _Image:
+    """An image's place; without a source it takes the next of the record's list."""
 
     source: Any = None
 
 
-_DraftPart = str | _Picture
+_DraftPart = str | _Image
 
 
 @dataclass(frozen=True)

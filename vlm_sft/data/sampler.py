@@ -20,7 +20,7 @@ class StepSampler:
         batch_size: Records a step (global: over all processes and micro-batches).
         seed: The run's seed.
         lengths: With `has_image`: put records of like length and one modality into a batch.
-        has_image: Whether each record has pictures.
+        has_image: Whether each record has images.
         prefix_keys: Instead of these two: records of one key (not -1) come one behind the other.
     """
 
@@ -163,7 +163,7 @@ def group_by_length(
 def group_by_prefix(order: Sequence[int], prefix_keys: Sequence[int]) -> list[int]:
     """`order` rearranged so that records that share a prefix follow the first of them.
 
-    So pictures are shuffled instead of records. A record that an epoch sees again goes with the
+    So images are shuffled instead of records. A record that an epoch sees again goes with the
     others' second looks.
     """
     groups: dict[tuple[int, int], list[int]] = {}

@@ -21,7 +21,7 @@ from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folde
 
 Context = Literal["start", "after_control", "continuation"]
 """Where a run of text begins: first in the sequence, right after a control token, or elsewhere
-(after a picture, or where an answer begins)."""
+(after an image, or where an answer begins)."""
 
 BYTE_TOKENIZER_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -75,7 +75,7 @@ def load_tokenizer(
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills up shorter sequences: the tokenizer's pad, else its EOS, else 0.
 
-    Masked out by attention and never labelled, so that any id does.
+    Masked out by attention and never labeled, so that any id does.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
@@ -218,11 +218,11 @@ class TextEncoder:
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
     def normalized(self, text: str) -> str:
-        """The text as the tokenizer's own normaliser rewrites it (e.g. NFC); else unchanged."""
+        """The text as the tokenizer's own normalizer rewrites it (e.g. NFC); else unchanged."""
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
     def swallow(self, before: str, after: str) -> tuple[str, str]:
-        """Two neighbouring template texts without what control tokens at their border swallow."""
+        """Two neighboring template texts without what control tokens at their border swallow."""
         names = self._control_pattern.findall(before) if self._control_pattern else []
         if names and before.endswith(names[-1]) and names[-1] in self._eats_right:
             after = after.lstrip()
@@ -332,7 +332,7 @@ def _vocabulary(state: dict[str, Any]) -> dict[str, int]:
 
 
 def _without_space_marks(state: dict[str, Any]) -> normalizers.Normalizer | None:
-    """The normaliser apart from writing spaces as U+2581; None where nothing is left of it."""
+    """The normalizer apart from writing spaces as U+2581; None where nothing is left of it."""
     steps = [step for step in _steps(state["normalizer"]) if not _writes_space_marks(step)]
     if not steps:
         return None
@@ -397,7 +397,7 @@ PrefixRule = tuple[Literal["metaspace", "prepend"] | None, Literal["first", "alw
 
 
 def _remove_dummy_prefix(state: dict[str, Any]) -> PrefixRule:
-    """Take SentencePiece's dummy space out of a serialised tokenizer; say what the rule was."""
+    """Take SentencePiece's dummy space out of a serialized tokenizer; say what the rule was."""
     rule: PrefixRule = (None, "first")
     for section in ("normalizer", "pre_tokenizer"):
         kept = []

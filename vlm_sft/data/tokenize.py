@@ -24,8 +24,8 @@ from vlm_sft.data.conversation import Conversation, Role, TextPart, Turn
 from vlm_sft.data.image_separator import separated
 from vlm_sft.data.llava_quirks import (
     FIXED,
-    PICTURE_FIRST,
-    SPACE_BEHIND_PICTURE,
+    IMAGE_FIRST,
+    SPACE_BEHIND_IMAGE,
     Recipe,
     recipe_named,
 )
@@ -34,7 +34,7 @@ from vlm_sft.errors import RecordError, TemplateError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 
 CHUNK: Final = 256
-"""Records that `render_all` tokenises at once."""
+"""Records that `render_all` tokenizes at once."""
 
 T = TypeVar("T")
 
@@ -54,10 +54,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as token ids, before pictures are expanded.
+    """A conversation as token ids, before images are expanded.
 
     Attributes:
-        input_ids: One `IMAGE_TOKEN_ID` a picture.
+        input_ids: One `IMAGE_TOKEN_ID` an image.
         labels: The id itself where it is supervised, else `IGNORE_INDEX`; unshifted.
         answers: Where each assistant turn's answer lies, supervised or not.
     """
@@ -68,13 +68,13 @@ class Rendered:
 
     @property
     def num_images(self) -> int:
-        """Pictures in the sequence."""
+        """Images in the sequence."""
         return self.input_ids.count(IMAGE_TOKEN_ID)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Adjacent pieces that are tokenised together: an answer with its stop, or what is between.
+    """Adjacent pieces that are tokenized together: an answer with its stop, or what is between.
 
     `parts` are text, control ids, and the slots of turns.
     """
@@ -89,7 +89,7 @@ class _Run:
 
 @dataclass(slots=True)
 class _Filled:
-    """A run with its turns' words in it: ids of control tokens and pictures, and text to encode."""
+    """A run with its turns' words in it: ids of control tokens and images, and text to encode."""
 
     parts: list[str | int]
     turn: int | None
@@ -149,8 +149,8 @@ class Renderer:
             template.image_separator if image_separator is None else image_separator
         )
         self._require_plain(self.image_separator)
-        self._behind_picture: Context = (
-            "start" if SPACE_BEHIND_PICTURE in recipe.quirks else "after_control"
+        self._behind_image: Context = (
+            "start" if SPACE_BEHIND_IMAGE in recipe.quirks else "after_control"
         )
         self._runs = functools.lru_cache(maxsize=1024)(self._find_runs)
         self.stop_id = self.encoder.control_ids.get(template.stop) if template.stop else None
@@ -204,7 +204,7 @@ class Renderer:
         }
 
     def to_jinja(self) -> str:
-        """A `chat_template` for transformers that writes what this renderer tokenises.
+        """A `chat_template` for transformers that writes what this renderer tokenizes.
 
         It takes contents as text, or as lists of text and image parts. Repeated quirks of
         tokenization (the space after an image) are beyond a chat template.
@@ -212,7 +212,7 @@ class Renderer:
         prelude = jinja_prelude(
             self._system,
             image_separator=self.image_separator,
-            image_first=PICTURE_FIRST in self.recipe.quirks,
+            image_first=IMAGE_FIRST in self.recipe.quirks,
         )
         body = self.template.jinja_body()
         bos = self.tokenizer.bos_token
@@ -223,7 +223,7 @@ class Renderer:
     @property
     def keeps_layout(self) -> bool:
         """Whether images stay where a record has them: no recipe or template rearranges them."""
-        return not (PICTURE_FIRST in self.recipe.quirks or self.template.images_only_users)
+        return not (IMAGE_FIRST in self.recipe.quirks or self.template.images_only_users)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -391,7 +391,7 @@ class Renderer:
             if isinstance(part, int):
                 first = context == "start" and self.template.begins_text
                 control: Context = "start" if first else "after_control"
-                context = self._behind_picture if part == IMAGE_TOKEN_ID else control
+                context = self._behind_image if part == IMAGE_TOKEN_ID else control
                 continue
             spelled = self.encoder.spelled(part, context)
             if run.turn is not None and index == 0:
@@ -465,10 +465,10 @@ class Renderer:
             raise self._violation(
                 conversation, f"token {at} has label {rendered.labels[at]}, expected {wanted[at]}"
             )
-        pictures = sum(1 for _ in conversation.image_parts())
-        if rendered.num_images != pictures:
+        images = sum(1 for _ in conversation.image_parts())
+        if rendered.num_images != images:
             raise self._violation(
-                conversation, f"{rendered.num_images} image placeholders for {pictures} pictures"
+                conversation, f"{rendered.num_images} image placeholders for {images} images"
             )
         self._prove_control(draft, ids)
 
@@ -506,7 +506,7 @@ class Renderer:
 
 
 def expand(ids: Sequence[int], num_tokens: int, values: Sequence[int] | None = None) -> list[int]:
-    """Ids, or `values` that lie beside them, with each picture's position `num_tokens` times."""
+    """Ids, or `values` that lie beside them, with each image's position `num_tokens` times."""
     pairs = zip(ids, ids if values is None else values, strict=True)
     return [v for i, v in pairs for _ in range(num_tokens if i == IMAGE_TOKEN_ID else 1)]
 
@@ -527,7 +527,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _append(into: list[str | int], part: str | int) -> None:
-    """Add a part, joining text to text so that it is tokenised together."""
+    """Add a part, joining text to text so that it is tokenized together."""
     if isinstance(part, str) and into and isinstance(into[-1], str):
         into[-1] += part
     elif part != "":

@@ -21,7 +21,13 @@ from vlm_sft.utils.filesystem import existing_above
 from vlm_sft.utils.ownership import CACHE, own_directory, require_directory, require_writable
 
 FILE_NAME: Final = "rendered.sqlite"
-RENDERING_MODULES: Final = ("layout", "masking", "template", "tokenizer", "recipe")
+RENDERING_MODULES: Final = (
+    "image_separator",
+    "tokenize",
+    "chat_template",
+    "text_encoder",
+    "llava_quirks",
+)
 _TABLE: Final = "rendered (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID"
 
 

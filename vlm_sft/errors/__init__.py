@@ -83,7 +83,7 @@ class CheckpointError(UserError):
 
 
 class ImageError(UserError):
-    """A picture cannot be used; `reason` is the fault's name in `error_codes`."""
+    """An image cannot be used; `reason` is the fault's name in `error_codes`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(visible_line(message), code=reason)

@@ -3,7 +3,7 @@
 A ledger's `reason` is one of these names, and a command's error line begins with the code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,7 +32,7 @@ class ErrorCode:
 FAMILIES: Final[Mapping[int, str]] = {
     0: "Input and configuration",
     1: "Disk, processes and checkpoints",
-    2: "Pictures",
+    2: "Images",
     3: "Records, texts and templates",
     4: "Numbers, and parts that do not go together",
     5: "Teachers and answers of instruction data",
@@ -44,7 +44,7 @@ ALL: Final = (
         1,
         "configuration",
         "A key or a value of a configuration file or of an override is wrong.",
-        "Mend the key that the message names; a misspelt one is told with the nearest known one.",
+        "Mend the key that the message names; a misspelled one is told with the nearest known one.",
     ),
     ErrorCode(
         2,
@@ -105,8 +105,7 @@ ALL: Final = (
     ErrorCode(
         105,
         "feature_cache_full",
-        "The features of the run's pictures have no room, in `data.feature_cache_gb` or on the "
-        "disk.",
+        "The features of the run's images have no room, in `data.feature_cache_gb` or on the disk.",
         "Make room or raise the limit, or train without `data.feature_cache`.",
     ),
     ErrorCode(
@@ -204,35 +203,35 @@ ALL: Final = (
         "Set `data.num_workers` lower, or 0, if memory or shared memory ran out, and repeat the "
         "command.",
     ),
-    # --- pictures
+    # --- images
     ErrorCode(
         201,
         "image_missing",
-        "A record's picture file is not there.",
+        "A record's image file is not there.",
         "Check the name and `image_root`, or leave the record out.",
     ),
     ErrorCode(
         202,
         "image_not_file",
-        "A record's picture is a folder, a pipe, a socket or a device.",
+        "A record's image is a folder, a pipe, a socket or a device.",
         "Give the name of a regular file.",
     ),
     ErrorCode(
         203,
         "image_format",
-        "A picture file is empty, or its content is of none of the formats that are decoded.",
+        "An image file is empty, or its content is of none of the formats that are decoded.",
         "Save it as JPEG, PNG, WebP, GIF, BMP or TIFF; the name's ending does not matter.",
     ),
     ErrorCode(
         204,
         "image_broken",
-        "A picture is truncated or corrupt.",
+        "An image is truncated or corrupt.",
         "Get the file again.",
     ),
     ErrorCode(
         205,
         "image_too_large",
-        "A picture has more pixels, or a longer side, than is ever decoded.",
+        "An image has more pixels, or a longer side, than is ever decoded.",
         "Shrink it.",
     ),
     ErrorCode(
@@ -245,19 +244,19 @@ ALL: Final = (
     ErrorCode(
         208,
         "image_changed",
-        "A picture file has another size than when the run read its records.",
+        "An image file has another size than when the run read its records.",
         "Put the old file back, or start a new run in another `output_dir`.",
     ),
     ErrorCode(
         209,
         "image_unreadable",
-        "A picture file is there but the system does not give its content.",
+        "An image file is there but the system does not give its content.",
         "Check its permissions and the disk.",
     ),
     ErrorCode(
         210,
         "image_field",
-        "What a record gives for a picture is neither a file's name nor embedded bytes.",
+        "What a record gives for an image is neither a file's name nor embedded bytes.",
         "Give `image` or `images` (not both) as names, or base64 data URLs.",
     ),
     # --- records, texts and templates
@@ -301,7 +300,7 @@ ALL: Final = (
         307,
         "line_too_long",
         "A record is larger than is ever held in memory.",
-        "Put pictures into files instead of the record, or remove the line.",
+        "Put images into files instead of the record, or remove the line.",
     ),
     ErrorCode(
         308,
@@ -336,8 +335,8 @@ ALL: Final = (
     ErrorCode(
         313,
         "image_count",
-        "A text has more or fewer places for pictures than there are pictures.",
-        "Write one `<image>` for every picture.",
+        "A text has more or fewer places for images than there are images.",
+        "Write one `<image>` for every image.",
     ),
     ErrorCode(
         314,
@@ -348,7 +347,7 @@ ALL: Final = (
     ErrorCode(
         315,
         "image_in_answer",
-        "A picture stands in a turn that is not the user's.",
+        "An image stands in a turn that is not the user's.",
         "Move it to the user's turn; in an answer's plain text `<image>` is text.",
     ),
     ErrorCode(
@@ -395,8 +394,8 @@ ALL: Final = (
     ),
     ErrorCode(
         323,
-        "several_pictures",
-        "The recipe `llava-1.5` keeps one picture a turn, and a turn has several.",
+        "several_images",
+        "The recipe `llava-1.5` keeps one image a turn, and a turn has several.",
         "Spread them over turns, or take `recipe: fixed`.",
     ),
     ErrorCode(
@@ -566,7 +565,7 @@ The sentence names the file, record or setting; the code says which fault it is,
 given to another one. `reason` in `ledger.jsonl`, and what `python -m vlm_sft.show --reason` takes,
 are the names below. A traceback is a bug: please report it.
 
-Generated from `vlm_sft/errors/codes.py` by `python -m vlm_sft.errors.codes > docs/errors.md`.
+Generated from `vlm_sft/errors/codes.py` by `python -m vlm_sft.errors > docs/errors.md`.
 """
 
 
@@ -583,20 +582,3 @@ def page() -> str:
         ]
         lines.append("")
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print `docs/errors.md`; returns the exit code."""
-    from vlm_sft.commands.parser import CommandParser
-
-    about = "Print every error code with its meaning and remedy, as Markdown."
-    example = "example:\n  python -m vlm_sft.errors.codes > docs/errors.md"
-    CommandParser("python -m vlm_sft.errors.codes", about, example).read(argv)
-    print(page(), end="")
-    return 0
-
-
-if __name__ == "__main__":
-    from vlm_sft.errors import run_command
-
-    run_command(main)

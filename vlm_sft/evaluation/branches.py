@@ -1,6 +1,6 @@
-"""How likely each of several answers is to each of several questions about one picture.
+"""How likely each of several answers is to each of several questions about one image.
 
-The computation branches twice: the ids up to the picture's end are run once and their keys and
+The computation branches twice: the ids up to the image's end are run once and their keys and
 values handed to every question; each question is run once and handed to every answer.
 """
 
@@ -18,7 +18,7 @@ from vlm_sft.model.vlm import decoder_of, head_logits
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 MAX_ANSWERS = 32
-"""Answers that are scored together: the keys and values of a picture are held once for each."""
+"""Answers that are scored together: the keys and values of an image are held once for each."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def score_branches(
 
     Args:
         run: What is asked.
-        branches: Prompts that show one picture each, all of them the same one, and go on behind it.
-        pixels: That picture, uint8 `[3, size, size]`.
+        branches: Prompts that show one image each, all of them the same one, and go on behind it.
+        pixels: That image, uint8 `[3, size, size]`.
     """
     if not branches:
         return []
@@ -52,10 +52,10 @@ def score_branches(
 
 
 def _shared(prompts: Sequence[list[int]]) -> int:
-    """How many first ids all prompts share: up to the end of the picture, never a whole prompt."""
+    """How many first ids all prompts share: up to the end of the image, never a whole prompt."""
     first, last = min(prompts), max(prompts)
-    pictures = [i for i, token in enumerate(first) if token == IMAGE_TOKEN_ID]
-    limit = min(*map(len, (first, last)), pictures[-1] + 2 if pictures else 1) - 1
+    images = [i for i, token in enumerate(first) if token == IMAGE_TOKEN_ID]
+    limit = min(*map(len, (first, last)), images[-1] + 2 if images else 1) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 

@@ -1,4 +1,4 @@
-"""Loss of held-out answers with their own picture and with another one: does the model look."""
+"""Loss of held-out answers with their own image and with another one: does the model look."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +27,8 @@ class CaptionLoss:
     shuffled: float
 
 
-def other_pictures(records: Sequence[Conversation], *, seed: int) -> dict[str, str]:
-    """Another record's picture for each (see `derangement`)."""
+def other_images(records: Sequence[Conversation], *, seed: int) -> dict[str, str]:
+    """Another record's image for each (see `derangement`)."""
     return derangement((str(record.images[0]) for record in records), seed=seed)
 
 
@@ -39,16 +39,16 @@ def caption_losses(
     *,
     batch_size: int = 8,
 ) -> Iterator[CaptionLoss]:
-    """Losses of records with one picture each, in their order: with their own, and with another's.
+    """Losses of records with one image each, in their order: with their own, and with another's.
 
     Args:
         run: What is measured.
-        records: One picture file each.
-        others: What `other_pictures` gave.
+        records: One image file each.
+        others: What `other_images` gave.
         batch_size: Records that go through the model together, each of them twice.
 
     Raises:
-        ImageError: A picture is missing or broken.
+        ImageError: An image is missing or broken.
     """
     for start in range(0, len(records), batch_size):
         yield from _losses_of(run, records[start : start + batch_size], others)
@@ -90,9 +90,9 @@ def _num_targets(example: Example) -> int:
 
 
 def summarize_captions(losses: Sequence[CaptionLoss], *, seed: int = 0) -> dict[str, Any]:
-    """Loss a token with each picture, and the paired difference (shuffled - right).
+    """Loss a token with each image, and the paired difference (shuffled - right).
 
-    95 % percentile bootstrap over pictures.
+    95 % percentile bootstrap over images.
     """
     images = [loss.image for loss in losses]
     tokens = [float(loss.num_tokens) for loss in losses]

@@ -25,7 +25,7 @@ CLOSED_SETS = (("yes", "no"), ("left", "right"), ("top", "bottom"))
 
 @dataclass(frozen=True)
 class Probe:
-    """A question about a picture, its answer, and the answers that it is chosen among."""
+    """A question about an image, its answer, and the answers that it is chosen among."""
 
     id: str
     image: str
@@ -63,10 +63,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Task:
-    """A probe to be asked about a picture that need not be its own.
+    """A probe to be asked about an image that need not be its own.
 
     Attributes:
-        shown: The picture's file name; None is the blank picture.
+        shown: The image's file name; None is the blank image.
         measure: What the probe belongs to, e.g. the name of its file.
     """
 
@@ -134,24 +134,24 @@ def spoken_choice(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def derangement(names: Iterable[str], *, seed: int) -> dict[str, str]:
-    """Another picture for each picture, never itself: one cycle through all of them.
+    """Another image for each image, never itself: one cycle through all of them.
 
     Raises:
         UserError: There are fewer than two.
     """
     unique = sorted(set(names))
     if len(unique) < 2:
-        raise UserError("the shuffled condition needs at least two pictures; leave it out")
+        raise UserError("the shuffled condition needs at least two images; leave it out")
     order = [unique[i] for i in np.random.default_rng(seed).permutation(len(unique))]
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
 def blank_pixels(run: VlmRun) -> Tensor:
-    """A picture of the tower's mean colour, uint8 `[3, size, size]`."""
+    """An image of the tower's mean color, uint8 `[3, size, size]`."""
     size = run.image_spec.size
     red, green, blue = (int(255 * value) for value in run.image_spec.mean)
-    picture = Image.new("RGB", (size, size), (red, green, blue))
-    return to_pixels(picture, run.image_spec, run.aspect)
+    image = Image.new("RGB", (size, size), (red, green, blue))
+    return to_pixels(image, run.image_spec, run.aspect)
 
 
 def tasks_of(
@@ -161,10 +161,10 @@ def tasks_of(
     measure: str = "",
     seed: int = 0,
 ) -> list[Task]:
-    """Every probe under every condition, with the picture that is shown for it.
+    """Every probe under every condition, with the image that is shown for it.
 
     Raises:
-        UserError: `shuffled` is asked for, but all probes are about one picture.
+        UserError: `shuffled` is asked for, but all probes are about one image.
     """
     names = [probe.image for probe in probes]
     shown: dict[Condition, Mapping[str, str | None]] = {
@@ -198,16 +198,16 @@ def ask(
 ) -> Iterator[tuple[Task, Verdict]]:
     """Every task with the answer that the model gives freely and greedily.
 
-    What is asked twice about one picture (the blank one, mostly) is answered once.
+    What is asked twice about one image (the blank one, mostly) is answered once.
 
     Raises:
-        ImageError: A picture is missing or broken.
+        ImageError: An image is missing or broken.
     """
     alike: dict[tuple[str, str | None], list[Task]] = {}
     for task in tasks:
         alike.setdefault((task.probe.question, task.shown), []).append(task)
     asked = sorted(alike, key=lambda pair: len(pair[0]))  # little padding in a batch
-    embeds: dict[str | None, Tensor] = {}  # every picture goes through the tower once
+    embeds: dict[str | None, Tensor] = {}  # every image goes through the tower once
     for start in range(0, len(asked), batch_size):
         group = asked[start : start + batch_size]
         new = list(dict.fromkeys(shown for _, shown in group if shown not in embeds))
@@ -222,20 +222,20 @@ def ask(
 
 
 def judge(run: VlmRun, tasks: Sequence[Task], images_dir: Path) -> Iterator[tuple[Task, Verdict]]:
-    """Every task with its verdict, in the order of the pictures shown.
+    """Every task with its verdict, in the order of the images shown.
 
-    Whatever is asked about one picture, in whichever file and condition, is asked together, so a
-    picture (the blank one too) goes through the tower and the language model once.
+    Whatever is asked about one image, in whichever file and condition, is asked together, so an
+    image (the blank one too) goes through the tower and the language model once.
 
     Raises:
-        ImageError: A picture is missing or broken.
+        ImageError: An image is missing or broken.
     """
-    by_picture: dict[str | None, list[Task]] = {}
+    by_image: dict[str | None, list[Task]] = {}
     for task in tasks:
-        by_picture.setdefault(task.shown, []).append(task)
-    for shown, asked in by_picture.items():
+        by_image.setdefault(task.shown, []).append(task)
+    for shown, asked in by_image.items():
         pixels = _pixels(run, shown, images_dir)
-        verdicts = judge_picture(run, [task.probe for task in asked], pixels)
+        verdicts = judge_image(run, [task.probe for task in asked], pixels)
         yield from zip(asked, verdicts, strict=True)
 
 
@@ -246,8 +246,8 @@ def _pixels(run: VlmRun, shown: str | None, images_dir: Path) -> Tensor:
     return run.pixels(image_path(images_dir, shown, follow_symlinks=True))
 
 
-def judge_picture(run: VlmRun, probes: Sequence[Probe], pixels: Tensor) -> list[Verdict]:
-    """Verdicts of questions about one picture, in their order."""
+def judge_image(run: VlmRun, probes: Sequence[Probe], pixels: Tensor) -> list[Verdict]:
+    """Verdicts of questions about one image, in their order."""
     spelled = {choice for probe in probes for choice in probe.choices}
     answers = {choice: run.renderer.answer_ids(spell(choice)) for choice in spelled}
     branches = [
@@ -264,7 +264,7 @@ def judge_picture(run: VlmRun, probes: Sequence[Probe], pixels: Tensor) -> list[
 def summarize(verdicts: Sequence[Verdict], *, seed: int = 0) -> dict[str, Any]:
     """Accuracy, balanced accuracy, share of each choice, in all and by kind.
 
-    Intervals are 95 % percentile bootstraps over pictures (Wilson's over pictures where all
+    Intervals are 95 % percentile bootstraps over images (Wilson's over images where all
     answers are alike right or wrong).
     """
     kinds = sorted({verdict.probe.kind for verdict in verdicts})
@@ -282,7 +282,7 @@ def _summary(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
     chosen = [verdict.choice for verdict in verdicts]
     return {
         "questions": len(verdicts),
-        "pictures": len(set(images)),
+        "images": len(set(images)),
         "accuracy": interval_of_shares(correct, images, seed=seed).as_dict(),
         "balanced_accuracy": balanced_accuracy_interval(
             correct, truths, images, seed=seed

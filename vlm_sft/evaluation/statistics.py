@@ -1,4 +1,4 @@
-"""How far a measured share or difference can be trusted, when questions share pictures."""
+"""How far a measured share or difference can be trusted, when questions share images."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -45,8 +45,8 @@ def cluster_bootstrap_interval(
 ) -> Interval:
     """Mean of `values` with a percentile interval over resampled clusters.
 
-    Whole clusters (pictures) are drawn with replacement and the ratio of sums is taken, so values
-    of one picture may depend on each other. With few clusters it is a little too narrow: below
+    Whole clusters (images) are drawn with replacement and the ratio of sums is taken, so values
+    of one image may depend on each other. With few clusters it is a little too narrow: below
     about 30, read it with care. All values equal, or a single cluster: see `interval_of_shares`.
 
     Args:
@@ -135,10 +135,10 @@ def interval_of_shares(
     seed: int,
     confidence: float = 0.95,
 ) -> Interval:
-    """Share of true values, clustered; Wilson's over pictures where all values are equal.
+    """Share of true values, clustered; Wilson's over images where all values are equal.
 
     A bootstrap of equal values has no width at all, which would claim certainty. The number of
-    pictures then stands for the number of trials: the careful choice.
+    images then stands for the number of trials: the careful choice.
     """
     if not correct:
         raise ValueError("no values: an interval needs at least one")

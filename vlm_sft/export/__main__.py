@@ -55,9 +55,9 @@ def parser() -> CommandParser:
     )
     add(
         "--prompt",
-        default="What is in the picture?",
+        default="What is in the image?",
         metavar="TEXT",
-        help="text to compare logits on (default: What is in the picture?)",
+        help="text to compare logits on (default: What is in the image?)",
     )
     add(
         "--dtype",

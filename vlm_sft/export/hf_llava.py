@@ -79,13 +79,13 @@ class ExportReport:
     Attributes:
         folder: Where it lies.
         model_class: The class of transformers that loads it.
-        max_abs_logit_difference: Between the model and the reloaded stock class, over one picture
+        max_abs_logit_difference: Between the model and the reloaded stock class, over one image
             and prompt, all positions and the whole vocabulary.
         max_abs_logit: Largest logit of the model there, to judge the difference by.
         missing_keys: Of the reload; always empty, else the export fails.
         unexpected_keys: Of the reload; always empty, else the export fails.
         max_pixel_difference: Between the stock image processor and the training's preparation of
-            one wide picture, in levels of 0..255.
+            one wide image, in levels of 0..255.
         image_token_id: Id of `<image>` in the exported tokenizer.
         dtype: Of the exported weights.
         consumers: Programs, and whether they load the folder.
@@ -126,7 +126,7 @@ def export_hf_llava(
         model: Not changed.
         tokenizer: The run's; a copy is exported (`exported_tokenizer`).
         out_dir: Must not exist or be empty.
-        image_aspect: How pictures were made square in training.
+        image_aspect: How images were made square in training.
         image_processing: How exactly they were resized there.
         renderer_chat_template: Jinja text of the run's chat template for the processor, or None.
         stop_token_ids: Ids that end an answer, for the generation settings; empty: the language
@@ -367,7 +367,7 @@ def _compared_inputs(
     """Return the sample as the stock class takes it, and an image for the image processor."""
     return {
         "input_ids": ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token_id),
-        "pixel_values": model.vision_tower.normalised(pixels).cpu().contiguous(),
+        "pixel_values": model.vision_tower.normalized(pixels).cpu().contiguous(),
         "image": noise_image(model.vision_tower.image_spec.size),
     }
 
@@ -419,9 +419,9 @@ def _write_notes(folder: Path, report: ExportReport, aspect: Aspect) -> None:
         f"model = {report.model_class}.from_pretrained(folder)\n"
         "processor = AutoProcessor.from_pretrained(folder)\n"
         "```\n\n"
-        f"Pictures were prepared with `{aspect}` in training; the processor here does the same, "
-        f"to {report.max_pixel_difference:.0f} of 255 levels on a test picture. Reloaded and "
-        "compared with the trained model on one picture and prompt, the largest logit difference "
+        f"Images were prepared with `{aspect}` in training; the processor here does the same, "
+        f"to {report.max_pixel_difference:.0f} of 255 levels on a test image. Reloaded and "
+        "compared with the trained model on one image and prompt, the largest logit difference "
         f"was {report.max_abs_logit_difference:.3g} (logits up to {report.max_abs_logit:.3g}, "
         f"{report.dtype}).\n",
     )

@@ -177,7 +177,7 @@ def _require_same_features(encoder: PreTrainedModel, tower: VisionTower) -> None
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     expected = tower(pixels)
     with exported(f"timm's {type(tower.encoder).__name__}"):
-        found = cast(Any, encoder)(tower.normalised(pixels)).last_hidden_state
+        found = cast(Any, encoder)(tower.normalized(pixels)).last_hidden_state
         found = found.flatten(2).permute(0, 2, 1)
     limit = 1e-3 if tower.dtype == torch.float32 else 5e-2
     same = found.shape == expected.shape

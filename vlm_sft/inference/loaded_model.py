@@ -1,4 +1,4 @@
-"""A checkpoint brought back to life: pictures and a question in, an answer out, token by token."""
+"""A checkpoint brought back to life: images and a question in, an answer out, token by token."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ class VlmRun:
 
     Attributes:
         model: In eval mode, nothing trainable.
-        aspect: How pictures are made square.
+        aspect: How images are made square.
         processing: How exactly they are resized.
         manifest: The checkpoint's manifest (step, stage, libraries, ...).
     """
@@ -74,7 +74,7 @@ class VlmRun:
         return padding_id(self.tokenizer)
 
     def pixels(self, source: ImageSource) -> Tensor:
-        """A picture as the tower wants it, uint8 `[3, size, size]`.
+        """An image as the tower wants it, uint8 `[3, size, size]`.
 
         Raises:
             ImageError: It is missing or broken.
@@ -82,7 +82,7 @@ class VlmRun:
         return read_pixels(source, self.image_spec, self.aspect, self.processing)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Ids to generate from, `IMAGE_TOKEN_ID` once for each token of each picture."""
+        """Ids to generate from, `IMAGE_TOKEN_ID` once for each token of each image."""
         return expand(self.renderer.prompt(conversation), self.model.vision_tower.num_tokens)
 
     def answer(self, conversation: Conversation, **sampling: Any) -> str:
@@ -91,7 +91,7 @@ class VlmRun:
 
     @torch.no_grad()
     def image_embeds(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """What the language model sees of pictures, `[tokens, D]` each; for `answers`.
+        """What the language model sees of images, `[tokens, D]` each; for `answers`.
 
         Args:
             pixels: uint8 `[3, size, size]` each, at least one.
@@ -109,7 +109,7 @@ class VlmRun:
 
         Args:
             prompts: What `prompt_ids` gave, padded here on the left.
-            images: Every picture of every prompt in order, each as `image_embeds` gave it.
+            images: Every image of every prompt in order, each as `image_embeds` gave it.
             max_new_tokens: Answers are cut there.
         """
         width = max(map(len, prompts))
@@ -149,7 +149,7 @@ class VlmRun:
             seed: Of the drawing; None leaves torch's generator as it is.
 
         Raises:
-            ImageError: A picture is missing or broken.
+            ImageError: An image is missing or broken.
             UserError: The conversation does not end in a user's turn, or is longer than what the
                 model has positions for.
         """
@@ -235,7 +235,8 @@ def load_run(
     Args:
         folder: A checkpoint (`RUN/final`, `RUN/checkpoints/step-N`), or a finished run's folder.
         device: None takes CUDA where it is, else the CPU.
-        bases: Where base models are now that were moved, by configuration key; see `checkpoint.base_models`.
+        bases: Current places of base models that were moved, by configuration key; see
+            `checkpoint.base_models`.
 
     Raises:
         CheckpointError: The folder is no complete checkpoint, or the base models that its

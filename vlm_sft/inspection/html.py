@@ -1,4 +1,4 @@
-"""One HTML page of records: pictures, turns, trained tokens, figures; to search and to filter."""
+"""One HTML page of records: images, turns, trained tokens, figures; to search and to filter."""
 
 import base64
 import io
@@ -28,10 +28,10 @@ from vlm_sft.inspection.terminal import message
 from vlm_sft.inspection.tokens import Spelled, Stretch, Token, spell
 from vlm_sft.utils.atomic_files import write_text
 from vlm_sft.utils.escape import visible
-from vlm_sft.utils.html import page, picture
+from vlm_sft.utils.html import embedded_image, page
 
 THUMBNAIL: Final = 256
-"""Longest side of an embedded picture."""
+"""Longest side of an embedded image."""
 
 _STYLE: Final = """
 :root{--trained:#d3f2de;--trained-ink:#0b4a28;--rule:#1a7f4b;--chip:#e6e9f0;--warn:#fdeccf}
@@ -136,7 +136,7 @@ _LEGEND: Final = (
     '<span class="ex">read, not trained</span>'
     '<span class="ex"><u>an answer that is not trained</u></span>'
     '<span class="ex"><b>control token</b></span>'
-    '<span class="ex"><b class="im">picture</b></span>'
+    '<span class="ex"><b class="im">image</b></span>'
     "Point at a text to see its tokens' borders.</p>"
 )
 
@@ -203,7 +203,7 @@ class RecordsPage:
         inspection = self.inspection
         config = inspection.config
         words = [f"Template {inspection.renderer.template.name}"]
-        words.append(f"{inspection.num_image_tokens:,} image tokens a picture")
+        words.append(f"{inspection.num_image_tokens:,} image tokens an image")
         if config.max_length == NO_LIMIT:
             words.append("no length limit")
         else:
@@ -212,7 +212,7 @@ class RecordsPage:
 
     def _notes(self, statistics: Statistics) -> str:
         faulty = statistics.total.count("quarantined")
-        if not faulty or not self.inspection.look_for_pictures:
+        if not faulty or not self.inspection.look_for_images:
             return ""
         if self.inspection.config.on_error == "quarantine":
             return ""
@@ -267,12 +267,12 @@ def _article(found: Inspected, spelled: Spelled | None, source: str, num_image_t
     if spelled is not None and conversation is not None:
         parts.append(f'<p class="counts">{_counts(spelled, conversation)}</p>\n')
     if conversation is not None:
-        pictures = "".join(
+        images = "".join(
             _thumbnail(source, number) for number, source in enumerate(conversation.images, 1)
         )
-        pictures = f'<div class="pics">{pictures}</div>' if pictures else ""
+        images = f'<div class="pics">{images}</div>' if images else ""
         text = _exchanges(spelled, num_image_tokens) if spelled else _turns(conversation.turns)
-        parts.append(f'<div class="both">{pictures}<div class="text">{text}')
+        parts.append(f'<div class="both">{images}<div class="text">{text}')
         parts.append(f"{_dropped(found)}</div></div>")
     return "".join(parts) + "</article>\n"
 
@@ -286,7 +286,7 @@ def _counts(spelled: Spelled, conversation: Conversation) -> str:
     share = f" ({100 * trained / spelled.num_text_tokens:.0f} %)" if trained else ""
     return (
         f"{spelled.num_text_tokens:,} tokens, {spelled.length:,} with image tokens · "
-        f"{trained:,} trained{share} · {images} picture{'' if images == 1 else 's'} · "
+        f"{trained:,} trained{share} · {images} image{'' if images == 1 else 's'} · "
         f"{turns} turn{'' if turns == 1 else 's'}"
     )
 
@@ -294,15 +294,15 @@ def _counts(spelled: Spelled, conversation: Conversation) -> str:
 def _exchanges(spelled: Spelled, num_image_tokens: int) -> str:
     """A block for each answer with what comes before it, and what closes it."""
     blocks = [""]
-    pictures = iter(range(1, spelled.num_images + 1))
+    images = iter(range(1, spelled.num_images + 1))
     after_answer = False
     last = len(spelled.stretches) - 1
     for number, stretch in enumerate(spelled.stretches):
         if after_answer and number < last:
             closing, stretch = _split_line_end(stretch)
-            blocks[-1] += _stretch(closing, pictures, num_image_tokens)
+            blocks[-1] += _stretch(closing, images, num_image_tokens)
             blocks.append("")
-        blocks[-1] += _stretch(stretch, pictures, num_image_tokens)
+        blocks[-1] += _stretch(stretch, images, num_image_tokens)
         after_answer = stretch.fate != "context"
     return "".join(f'<div class="ex">{block}</div>' for block in blocks)
 
@@ -315,17 +315,17 @@ def _split_line_end(stretch: Stretch) -> tuple[Stretch, Stretch]:
     return Stretch(stretch.fate, head), Stretch(stretch.fate, rest)
 
 
-def _stretch(stretch: Stretch, pictures: Iterator[int], num_image_tokens: int) -> str:
+def _stretch(stretch: Stretch, images: Iterator[int], num_image_tokens: int) -> str:
     if not stretch.tokens:
         return ""
-    inner = "".join(_token(token, pictures, num_image_tokens) for token in stretch.tokens)
+    inner = "".join(_token(token, images, num_image_tokens) for token in stretch.tokens)
     element = {"trained": "mark", "untrained": "u", "context": "span"}[stretch.fate]
     return f"<{element}>{inner}</{element}>"
 
 
-def _token(token: Token, pictures: Iterator[int], num_image_tokens: int) -> str:
+def _token(token: Token, images: Iterator[int], num_image_tokens: int) -> str:
     if token.is_image:
-        title = f"picture {next(pictures)}, {num_image_tokens:,} image tokens"
+        title = f"image {next(images)}, {num_image_tokens:,} image tokens"
         return f'<b class="im" title="{title}">{_escaped(token.text)}</b>'
     element = "b" if token.is_control else "i"
     return f"<{element}>{_escaped(token.text)}</{element}>"
@@ -351,8 +351,8 @@ def _dropped(found: Inspected) -> str:
         return ""
     assert found.outcome.kept is not None
     turns = found.record.turns[len(found.outcome.kept.turns) :]
-    pictures = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
-    words = f"{len(turns)} turns dropped" + (f", {pictures} pictures with them" if pictures else "")
+    images = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
+    words = f"{len(turns)} turns dropped" + (f", {images} images with them" if images else "")
     return f"<details><summary>{words}</summary>{_turns(turns)}</details>"
 
 
@@ -361,14 +361,14 @@ def _thumbnail(source: ImageSource, number: int) -> str:
     try:
         image = open_image(source)
     except ImageError as error:
-        return f'<div class="gone">picture {number}: {_escaped(str(error))}</div>'
+        return f'<div class="gone">image {number}: {_escaped(str(error))}</div>'
     width, height = image.size
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=82)
     uri = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<figure><img alt="picture {number}" src="data:image/jpeg;base64,{uri}" '
+        f'<figure><img alt="image {number}" src="data:image/jpeg;base64,{uri}" '
         f'width="{image.width}" height="{image.height}">'
         f"<figcaption>{number}: {_escaped(name)}, {width} x {height}</figcaption></figure>"
     )
@@ -432,8 +432,8 @@ def _figure_table(figures: FigureTable) -> str:
 def _plots(statistics: Statistics) -> str:
     total = statistics.total
     lengths = lengths_png(total, statistics.inspection.config.max_length)
-    plots = picture(lengths, "curve", "histogram of tokens a record")
-    plots += picture(shares_png(total), "curve", "histogram of the supervised share")
+    plots = embedded_image(lengths, "curve", "histogram of tokens a record")
+    plots += embedded_image(shares_png(total), "curve", "histogram of the supervised share")
     return f'<h2>Figures</h2><div class="grid plots">{plots}</div>'
 
 

@@ -68,15 +68,15 @@ class Inspection:
     Attributes:
         files: Where records come from.
         config: Its length limit and policy decide; `max_length` NO_LIMIT: none is too long.
-        num_image_tokens: Features that a picture becomes.
-        look_for_pictures: A picture whose file is not there makes its record faulty.
+        num_image_tokens: Features that an image becomes.
+        look_for_images: An image whose file is not there makes its record faulty.
     """
 
     files: Sequence[DataFile]
     renderer: Renderer
     config: DataConfig
     num_image_tokens: int
-    look_for_pictures: bool = True
+    look_for_images: bool = True
 
     def names(self) -> list[str]:
         """What each file is called: its name, or its path where another has the same name."""
@@ -94,7 +94,7 @@ class Inspection:
             self.renderer,
             num_image_tokens=self.num_image_tokens,
             config=self.config,
-            look_for_pictures=self.look_for_pictures,
+            look_for_images=self.look_for_images,
         )
         for number, file in enumerate(self.files):
             records = open_records(file)

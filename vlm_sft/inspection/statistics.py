@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from vlm_sft.data.conversation import Conversation, TextPart
-from vlm_sft.data.filtering import Rendering, missing_pictures
+from vlm_sft.data.filtering import Rendering, missing_images
 from vlm_sft.data.ledger import Bucket
 from vlm_sft.data.text_encoder import TextEncoder
 from vlm_sft.inspection.records import NO_LIMIT, Inspected, Inspection
@@ -53,9 +53,9 @@ class SourceStatistics:
     trained_tokens: int = 0
     text_tokens: int = 0
     image_tokens: int = 0
-    pictures: int = 0
-    missing_pictures: int = 0
-    without_pictures: int = 0
+    images: int = 0
+    missing_images: int = 0
+    without_images: int = 0
     too_long: int = 0
     dropped_turns: int = 0
     dropped_tokens: int = 0
@@ -98,9 +98,9 @@ class SourceStatistics:
         self.shares.append(rendering.num_targets / text_length)
 
     def _add_content(self, record: Conversation, encoder: TextEncoder) -> None:
-        self.pictures += len(record.images)
-        self.missing_pictures += len(missing_pictures(record.images))
-        self.without_pictures += not record.images
+        self.images += len(record.images)
+        self.missing_images += len(missing_images(record.images))
+        self.without_images += not record.images
         spelled: list[str] = []
         for turn in record.turns:
             texts = [part.text for part in turn.parts if isinstance(part, TextPart)]
@@ -172,7 +172,7 @@ class Statistics:
         """Plain values for other programs."""
         limit = self.inspection.config.max_length
         return {
-            "image_tokens_a_picture": self.inspection.num_image_tokens,
+            "image_tokens_per_image": self.inspection.num_image_tokens,
             "max_length": None if limit == NO_LIMIT else limit,
             "length_policy": self.inspection.config.length_policy,
             "total": self.total.as_json(),
@@ -206,19 +206,19 @@ class FigureTable:
 
 
 def _outcomes(rows: Sequence[SourceStatistics]) -> FigureTable:
-    columns = ["file", "records", *BUCKETS.values(), "pictures", "files missing", "without picture"]
+    columns = ["file", "records", *BUCKETS.values(), "images", "files missing", "without image"]
     lines = [
         [
             row.name,
             _n(row.records),
             *(_n(row.count(bucket)) for bucket in BUCKETS),
-            _n(row.pictures),
-            _n(row.missing_pictures),
-            _n(row.without_pictures),
+            _n(row.images),
+            _n(row.missing_images),
+            _n(row.without_images),
         ]
         for row in rows
     ]
-    note = "Each record counts once; pictures are those of the records that can be read."
+    note = "Each record counts once; images are those of the records that can be read."
     return FigureTable(OUTCOME_TITLES[0], columns, lines, note)
 
 
@@ -298,7 +298,7 @@ def _lookalikes(rows: Sequence[SourceStatistics]) -> FigureTable:
         ]
         for row in rows
     ]
-    note = "Spelled in the data and encoded as ordinary text, never as pictures or control tokens."
+    note = "Spelled in the data and encoded as ordinary text, never as images or control tokens."
     return FigureTable("Text that looks like control", columns, lines, note)
 
 

@@ -83,7 +83,7 @@ def facts(found: Inspected, spelled: Spelled | None) -> str:
     return (
         f"{found.entry.where}; {spelled.num_text_tokens:,} tokens, with image tokens "
         f"{spelled.length:,}; {spelled.num_trained:,} trained, "
-        f"{num_images} picture{'' if num_images == 1 else 's'}"
+        f"{num_images} image{'' if num_images == 1 else 's'}"
     )
 
 

@@ -45,10 +45,10 @@ class Spelled:
 
     Attributes:
         stretches: In order, an answer always on its own.
-        input_ids: One `IMAGE_TOKEN_ID` a picture.
+        input_ids: One `IMAGE_TOKEN_ID` an image.
         labels: `IGNORE_INDEX` where nothing is trained.
         length: Tokens, image tokens included.
-        num_images: Pictures.
+        num_images: Images.
         control: How the tokenizer's control tokens and an image's place are spelled.
     """
 
@@ -66,7 +66,7 @@ class Spelled:
 
     @property
     def num_text_tokens(self) -> int:
-        """Tokens without those of pictures."""
+        """Tokens without those of images."""
         return len(self.input_ids) - self.num_images
 
 
@@ -101,7 +101,7 @@ def spell(found: Inspected, renderer: Renderer, num_image_tokens: int) -> Spelle
 def as_json(found: Inspected, renderer: Renderer) -> dict[str, Any]:
     """One rendered record for other programs.
 
-    `input_ids` hold one `image_token_id` a picture; `labels` are -100 where nothing is trained;
+    `input_ids` hold one `image_token_id` an image; `labels` are -100 where nothing is trained;
     `tokens` are the vocabulary's own spellings.
     """
     outcome = found.outcome

@@ -58,10 +58,10 @@ def build_language_model(
 
     Raises:
         UserError: If the folder or the hub name cannot be loaded, tensors are missing in it, or it
-            was quantised before.
+            was quantized before.
     """
     attention = choose_attention(config.attn_implementation, dtype)
-    # What is to be quantised is taken as it is stored: safetensors then maps the file, so that the
+    # What is to be quantized is taken as it is stored: safetensors then maps the file, so that the
     # whole weights are never in memory, and nothing is rounded twice.
     quantized = config.quantization is not None
     if config.config is not None:
@@ -161,6 +161,6 @@ def _refuse_packed(config: PretrainedConfig, name: str) -> None:
     packed = getattr(config, "quantization_config", None) or {}
     if dict(packed).get("quant_method") == "bitsandbytes":
         raise UserError(
-            f"{_WHERE}.name: the weights of {name} are quantised by bitsandbytes; take the ones "
+            f"{_WHERE}.name: the weights of {name} are quantized by bitsandbytes; take the ones "
             f"that they were made from, and set {_WHERE}.quantization: nf4"
         )

@@ -52,7 +52,7 @@ def fp8_layers(model: VisionLanguageModel) -> list[str]:
     """Names, in the language model, of the linear layers that fp8 is for.
 
     Plain ones of the decoder, wide enough and of a width that the hardware takes; not the output
-    head, not adapters, not what is quantised already.
+    head, not adapters, not what is quantized already.
     """
     language_model = causal_lm(model.language_model)
     head = language_model.get_output_embeddings()

@@ -29,7 +29,7 @@ for `v_proj`."""
 def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> None:
     """Wrap the language model in peft with float32 adapters drawn from `seed`.
 
-    Quantised layers are adapted as they are. peft's `prepare_model_for_kbit_training` has nothing
+    Quantized layers are adapted as they are. peft's `prepare_model_for_kbit_training` has nothing
     to add: `set_trainable` freezes, norms compute in float32 whatever their dtype, and gradient
     checkpointing is of the kind that needs no gradient at its input.
 
@@ -86,8 +86,8 @@ def merged_language_model(model: VisionLanguageModel) -> PreTrainedModel:
     A copy: `model` stays as it is, and for a moment the weights are in memory twice. Without
     adapters it is the language model itself. The sums are rounded to the weights' own dtype.
 
-    Quantised weights are unpacked first, to the dtype of the embeddings: adapters learnt beside
-    those, and added to the weights from before quantisation they would make another model.
+    Quantized weights are unpacked first, to the dtype of the embeddings: adapters learnt beside
+    those, and added to the weights from before quantization they would make another model.
 
     Raises:
         UserError: If an adapter holds NaN or infinity.

@@ -10,7 +10,7 @@ def add_noise(embeds: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     """Embeddings with noise, uniform in +-alpha / sqrt(L * D), at every position of text.
 
     L is the number of text tokens of the position's record, so that a record's noise has the norm
-    of the paper (about alpha / sqrt(3)) however many pictures, how much padding or which other
+    of the paper (about alpha / sqrt(3)) however many images, how much padding or which other
     records stand beside it. Image embeddings have none: the projector learns where they lie, and
     with them in L the noise of a short question beside 576 of them would all but vanish.
 

@@ -47,7 +47,7 @@ class MlpProjector(nn.Module):
 
 
 def build_projector(projector_type: str, width: int, hidden: int, *, seed: int) -> nn.Module:
-    """A projector in float32 with PyTorch's default linear initialisation, drawn from `seed`.
+    """A projector in float32 with PyTorch's default linear initialization, drawn from `seed`.
 
     Args:
         projector_type: `linear` or `mlpNx_gelu` (LLaVA `multimodal_projector/builder.py`).
@@ -64,7 +64,7 @@ def build_projector(projector_type: str, width: int, hidden: int, *, seed: int) 
             f"model.projector_type: found {projector_type!r}, expected 'linear' or 'mlpNx_gelu' "
             "(mlp2x_gelu is LLaVA-1.5's)"
         )
-    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation is thrown away
+    with torch.random.fork_rng(devices=[]):  # the layers' own initialization is thrown away
         projector: nn.Module = (
             MlpProjector(width, hidden, int(match[1])) if match else LinearProjector(width, hidden)
         )

@@ -33,7 +33,7 @@ def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.d
     if not layers:
         raise ConfigError(
             f"model.language_model.quantization: {type(model).__name__} has no nn.Linear layer to "
-            "quantise; remove it"
+            "quantize; remove it"
         )
     origin = sample_digest(model.named_parameters())
     for name, layer in layers.items():
@@ -47,7 +47,7 @@ def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.d
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give every 4-bit layer the weights in `dtype` that it stands for, in place.
 
-    They are not those from before quantisation, but those that a run was trained on.
+    They are not those from before quantization, but those that a run was trained on.
     """
     for name, layer in linear_layers(model).items():
         if is_quantized(layer.weight):

@@ -1,4 +1,4 @@
-"""The frozen vision tower: pictures to features, whichever library the encoder comes from."""
+"""The frozen vision tower: images to features, whichever library the encoder comes from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class VisionTower(nn.Module):
     Always in eval mode and outside autograd; its weights never change.
 
     Attributes:
-        image_spec: What pictures must look like.
-        num_tokens: Tokens a picture becomes.
+        image_spec: What images must look like.
+        num_tokens: Tokens an image becomes.
         width: Features a token.
     """
 
@@ -92,24 +92,24 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pictures `[N, 3, H, W]` uint8 to features `[N, num_tokens, width]`, no gradient."""
-        states = self._source.states(self.encoder, self.normalised(pixel_values), self._layers)
+        """Images `[N, 3, H, W]` uint8 to features `[N, num_tokens, width]`, no gradient."""
+        states = self._source.states(self.encoder, self.normalized(pixel_values), self._layers)
         features = torch.cat([state[:, self._drop :] for state in _same_grid(states)], dim=-1)
         if self.config.grid_pool is not None:
             features = _pool_grid(features, self.config.grid_pool)
         return features
 
-    def normalised(self, pixel_values: Tensor) -> Tensor:
+    def normalized(self, pixel_values: Tensor) -> Tensor:
         """`(value / 255 - mean) / std` of bytes `[N, 3, H, W]`: what the encoder itself is fed.
 
         Computed on the tower's device in float32 (or wider, as the tower is) and then rounded to
         its dtype.
 
         Raises:
-            TypeError: The pictures are not bytes; normalised ones would be normalised again.
+            TypeError: The images are not bytes; normalized ones would be normalized again.
         """
         if pixel_values.dtype != torch.uint8:
-            raise TypeError(f"pictures must be uint8 in 0..255, found {pixel_values.dtype}")
+            raise TypeError(f"images must be uint8 in 0..255, found {pixel_values.dtype}")
         pixels = pixel_values.to(self.device).to(self._mean.dtype) / 255
         return ((pixels - self._mean) / self._std).to(self.dtype)
 
@@ -259,7 +259,7 @@ def _same_grid(states: list[Tensor]) -> list[Tensor]:
     lengths = [state.shape[1] for state in states]
     if len(set(lengths)) > 1:
         raise UserError(
-            f"model.vision_tower.feature_layers: the layers have {lengths} tokens a picture; only "
+            f"model.vision_tower.feature_layers: the layers have {lengths} tokens an image; only "
             "layers of one grid can be concatenated, choose those"
         )
     return states
@@ -270,7 +270,7 @@ def _pool_grid(features: Tensor, side: int) -> Tensor:
     grid = round(tokens**0.5)
     if grid * grid != tokens:
         raise UserError(
-            f"model.vision_tower.grid_pool: {tokens} tokens a picture are no square grid; remove it"
+            f"model.vision_tower.grid_pool: {tokens} tokens an image are no square grid; remove it"
         )
     if side > grid:
         raise UserError(

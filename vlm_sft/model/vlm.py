@@ -96,17 +96,17 @@ class VisionLanguageModel(nn.Module):
         """Loss of padded or packed records, or their logits where nothing says what to predict.
 
         Args:
-            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
+            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each image.
             attention_mask: `[B, T]`, false (0) on padding; None: there is none.
             labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
             pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
-            image_features: `[N, tokens, width]`, what the tower makes of the pictures, instead.
+            image_features: `[N, tokens, width]`, what the tower makes of the images, instead.
             pack_layout: The segments of one row `[1, T]` of packed records, in place of
                 `attention_mask`; the model needs `install_packed_attention`.
             supervision: What to predict, in place of `labels`.
 
         Raises:
-            UserError: If placeholders and pictures do not match, naming both counts.
+            UserError: If placeholders and images do not match, naming both counts.
         """
         images = None if image_features is None else self._projected(image_features)
         embeds = self.embed(input_ids, pixel_values, images)
@@ -116,7 +116,7 @@ class VisionLanguageModel(nn.Module):
                 is_text = is_text & attention_mask.bool()
             embeds = add_noise(embeds, text_lengths(is_text, pack_layout), self.neftune_alpha)
         if images is None and (pixel_values is None or pixel_values.shape[0] == 0):
-            embeds = embeds + self._constant_picture(embeds)
+            embeds = embeds + self._constant_image(embeds)
         if supervision is None and labels is not None:
             supervision = Supervision.of_labels(labels)
         hidden, of_router = self._hidden(
@@ -137,12 +137,12 @@ class VisionLanguageModel(nn.Module):
         """Embeddings `[B, T, D]` of the language model, image embeddings in their places.
 
         Args:
-            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each picture.
+            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each image.
             pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
-            image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the pictures, instead.
+            image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the images, instead.
 
         Raises:
-            UserError: If placeholders and pictures do not match, naming both counts.
+            UserError: If placeholders and images do not match, naming both counts.
         """
         is_image = input_ids == IMAGE_TOKEN_ID
         table = causal_lm(self.language_model).get_input_embeddings()
@@ -165,7 +165,7 @@ class VisionLanguageModel(nn.Module):
     ) -> Tensor:
         """Ids of the answers only, `[B, new tokens]`; prompts padded on the left.
 
-        Pictures as for `embed`; `generation_kwargs` go to transformers' `generate`.
+        Images as for `embed`; `generation_kwargs` go to transformers' `generate`.
         """
         if attention_mask.shape[0] > 1 and not bool(attention_mask[:, -1].all()):
             raise UserError(
@@ -197,10 +197,10 @@ class VisionLanguageModel(nn.Module):
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
 
-    def _constant_picture(self, embeds: Tensor) -> Tensor:
+    def _constant_image(self, embeds: Tensor) -> Tensor:
         """Exactly zero, through tower and projector: every process has the same graph.
 
-        Without it a process whose batch has no picture hangs or fails under FSDP and ZeRO, and in
+        Without it a process whose batch has no image hangs or fails under FSDP and ZeRO, and in
         stage 1 a text-only batch would have no gradient path at all.
         """
         size = self.vision_tower.image_spec.size
@@ -208,13 +208,13 @@ class VisionLanguageModel(nn.Module):
         images = self.image_embeds_of(blank)
         return (images.sum() * 0.0).to(embeds.dtype)
 
-    def _check_counts(self, is_image: Tensor, num_pictures: int) -> None:
+    def _check_counts(self, is_image: Tensor, num_images: int) -> None:
         tokens = self.vision_tower.num_tokens
         rows = is_image.sum(dim=1).tolist()
-        if sum(rows) != num_pictures * tokens:
+        if sum(rows) != num_images * tokens:
             raise UserError(
-                f"found {sum(rows)} image placeholders for {num_pictures} pictures of {tokens} "
-                f"tokens each, expected {num_pictures * tokens}; give one picture for every "
+                f"found {sum(rows)} image placeholders for {num_images} images of {tokens} "
+                f"tokens each, expected {num_images * tokens}; give one image for every "
                 f"{tokens} placeholders",
                 code="image_count",
             )
@@ -222,7 +222,7 @@ class VisionLanguageModel(nn.Module):
             if count % tokens:
                 raise UserError(
                     f"row {row} of the batch has {count} image placeholders, expected a multiple "
-                    f"of {tokens}, the tokens of one picture",
+                    f"of {tokens}, the tokens of one image",
                     code="image_count",
                 )
 

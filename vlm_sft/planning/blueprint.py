@@ -126,9 +126,9 @@ class GivenFeatures(nn.Module):
         """`[N, 3, H, W]` to `[N, num_tokens, width]`."""
         return self.features(len(pixel_values))
 
-    def features(self, pictures: int) -> Tensor:
+    def features(self, images: int) -> Tensor:
         """`[N, num_tokens, width]`, as a feature cache gives them."""
-        return torch.empty(pictures, self.num_tokens, self.width, dtype=self._dtype)
+        return torch.empty(images, self.num_tokens, self.width, dtype=self._dtype)
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:

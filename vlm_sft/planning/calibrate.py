@@ -31,7 +31,7 @@ STEPS: Final = 3
 """Steps that are timed, after one that is not; one more is measured for its bytes."""
 
 ON_A_GPU: Final = "torch.cuda.max_memory_allocated"
-ON_A_CPU: Final = "bytes of all live tensors (weights, gradients, optimiser, what operators make)"
+ON_A_CPU: Final = "bytes of all live tensors (weights, gradients, optimizer, what operators make)"
 
 
 @dataclass(frozen=True)
@@ -193,18 +193,18 @@ class _Steps:
 
 
 def _shown(batch: AnyBatch) -> torch.Tensor | None:
-    """A batch's pictures, or their features."""
+    """A batch's images, or their features."""
     return batch.pixel_values if batch.image_features is None else batch.image_features
 
 
 def micro_batch_of(batch: AnyBatch) -> MicroBatch:
     """Return the shape of a batch, which memory and FLOPs depend on."""
     shown, (rows, length) = _shown(batch), batch.input_ids.shape
-    pictures = 0 if shown is None else len(shown)
+    images = 0 if shown is None else len(shown)
     if not isinstance(batch, PackedBatch):
-        return MicroBatch.padded([length] * rows, targets=batch.num_targets, pictures=pictures)
+        return MicroBatch.padded([length] * rows, targets=batch.num_targets, images=images)
     layout = PackLayout(batch.segments)
     pairs = zip(layout.num_keys, layout.lengths, strict=True)
     attended = sum(keys**2 - (keys - own) ** 2 for keys, own in pairs)
     records = len(batch.record_ids)
-    return MicroBatch(1, length, batch.num_targets, pictures, records, attended)
+    return MicroBatch(1, length, batch.num_targets, images, records, attended)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlm_sft.checkpoint.components import dtype_of
-from vlm_sft.commands.assemble import picture_cost
+from vlm_sft.commands.assemble import image_cost
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.model.activation_checkpointing import Policy
@@ -77,7 +77,7 @@ class Memory:
         cast_weights: Copies of trained weights in the dtype of the forward pass.
         activations: What the language model's layers keep.
         loss: Logits and what else the loss keeps.
-        pictures: Pixels, features and what the projector keeps.
+        images: Pixels, features and what the projector keeps.
         passing: What is alive at the peak besides.
         overhead: Of the driver, and what lies idle between tensors.
     """
@@ -89,7 +89,7 @@ class Memory:
     cast_weights: float
     activations: float
     loss: float
-    pictures: float
+    images: float
     passing: float
     overhead: float
 
@@ -111,12 +111,12 @@ class Speed:
 
     Attributes:
         samples_per_second: Records, all processes together.
-        step_seconds: Of one optimiser step.
+        step_seconds: Of one optimizer step.
         hours: Of the run, without start and evaluation.
         bottleneck: The slowest of `seconds`.
         seconds: Of a step, by what takes them; they run side by side.
         teraflop_per_sample: Model FLOPs of a mean record, without padding and recomputing.
-        utilisation: Of the device's rate by those model FLOPs.
+        utilization: Of the device's rate by those model FLOPs.
     """
 
     samples_per_second: float
@@ -125,7 +125,7 @@ class Speed:
     bottleneck: str
     seconds: dict[str, float]
     teraflop_per_sample: float
-    utilisation: float
+    utilization: float
 
 
 class Estimator:
@@ -165,7 +165,7 @@ class Estimator:
         return self._simulations[key]
 
     def is_sharded(self, method: Method) -> bool:
-        """Whether the processes share out weights, gradients and optimiser state."""
+        """Whether the processes share out weights, gradients and optimizer state."""
         if method != "full" or self.gpus == 1:
             return False
         request = read_deepspeed(self.config, num_processes=self.gpus)
@@ -176,15 +176,15 @@ class Estimator:
         asked = self.config.model.language_model.quantization is not None
         return method == "qlora" or (method == "stage1" and asked)
 
-    def picture_cost(self, method: Method) -> float:
-        """What a picture weighs in a pack, in tokens; as training reckons it."""
+    def image_cost(self, method: Method) -> float:
+        """What an image weighs in a pack, in tokens; as training reckons it."""
         if self.config.data.feature_cache is not None:
             return 0.0
         model = self._model(method)
         whole = VisionLanguageModel(
             self.blueprint.tower, model.multi_modal_projector, model.language_model
         )
-        return picture_cost(whole)
+        return image_cost(whole)
 
     # --- memory
 
@@ -229,7 +229,7 @@ class Estimator:
         """
         standing, found = self.standing(method), self.simulation(method).footprint(batch, policy)
         cast = self._cast_weights(method)
-        kept = found.pictures + found.activations + found.loss
+        kept = found.images + found.activations + found.loss
         update, peak = self._update_bytes(method), found.peak
         if self.device.is_cpu:  # where the batch itself is used, and stays, instead of a copy
             peak = max(found.forward_peak, found.backward_peak + self._shown_bytes(batch))
@@ -247,17 +247,17 @@ class Estimator:
             cast_weights=cast,
             activations=found.activations - cast,
             loss=found.loss,
-            pictures=found.pictures,
+            images=found.images,
             passing=passing,
             overhead=idle + (0 if self.device.is_cpu else CUDA_OVERHEAD),
         )
 
     def _shown_bytes(self, batch: MicroBatch) -> int:
-        """Bytes of a micro-batch's pictures, or of their features."""
+        """Bytes of a micro-batch's images, or of their features."""
         tower = self.blueprint.tower
         if self.config.data.feature_cache is not None:
-            return batch.pictures * tower.num_tokens * tower.width * tower.dtype.itemsize
-        return 3 * batch.pictures * tower.image_spec.size**2
+            return batch.images * tower.num_tokens * tower.width * tower.dtype.itemsize
+        return 3 * batch.images * tower.image_spec.size**2
 
     def fits(self, memory: Memory, *, margin: float = 0.0) -> bool:
         """Whether the device has room for it, this share of the room being left free."""
@@ -295,7 +295,7 @@ class Estimator:
     # --- time
 
     def speed(
-        self, method: Method, policy: Policy, work: Workload, *, pictures_per_second: float | None
+        self, method: Method, policy: Policy, work: Workload, *, images_per_second: float | None
     ) -> Speed:
         """Time of a mean step and of the run.
 
@@ -303,7 +303,7 @@ class Estimator:
             method: Way of training.
             policy: What is recomputed.
             work: The run's micro-batches.
-            pictures_per_second: That the host's loaders make together; None: not counted.
+            images_per_second: That the host's loaders make together; None: not counted.
         """
         flops = self.simulation(method).flops
         steps = work.total("records") / self.config.train.global_batch_size
@@ -316,8 +316,8 @@ class Estimator:
         }
         if self.gpus > 1 and self.device.link:
             seconds["links between GPUs"] = self._exchange_seconds(method, work)
-        if pictures_per_second:
-            seconds["picture loading"] = work.total("pictures") / steps / pictures_per_second
+        if images_per_second:
+            seconds["image loading"] = work.total("images") / steps / images_per_second
         step, bottleneck = max((value, key) for key, value in seconds.items())
         sample = self.teraflop_per_sample(method, work)
         rate = self.config.train.global_batch_size / step
@@ -328,7 +328,7 @@ class Estimator:
             bottleneck=bottleneck,
             seconds=seconds,
             teraflop_per_sample=sample,
-            utilisation=sample * 1e12 * rate / self.gpus / self.device.flops,
+            utilization=sample * 1e12 * rate / self.gpus / self.device.flops,
         )
 
     def teraflop_per_sample(self, method: Method, work: Workload) -> float:
@@ -337,7 +337,7 @@ class Estimator:
             tokens=work.mean_length,
             attended=work.mean_square,
             targets=work.total("targets") / work.total("records"),
-            pictures=work.total("pictures") / work.total("records"),
+            images=work.total("images") / work.total("records"),
         )
         return found / 1e12
 
@@ -413,7 +413,7 @@ class Estimator:
         return float(sum(dtype.itemsize * weight.numel() for weight in weights))
 
     def _update_bytes(self, method: Method) -> float:
-        """What the optimiser needs beside its state: nothing on a GPU, where it is fused."""
+        """What the optimizer needs beside its state: nothing on a GPU, where it is fused."""
         if not self.device.is_cpu:
             return 0.0
         largest = max(p.numel() for p in self._model(method).parameters() if p.requires_grad)
@@ -441,7 +441,7 @@ def packed_bytes(size: int, *, double: bool) -> int:
     return own + scales + 4 * math.ceil(scales / _NESTED) + offset_and_table
 
 
-def host_pictures_per_second(config: RunConfig, gpus: int, of_one_core: float | None) -> float:
-    """Pictures a second of all loaders, of which every process has its own; 0: not known."""
+def host_images_per_second(config: RunConfig, gpus: int, of_one_core: float | None) -> float:
+    """Images a second of all loaders, of which every process has its own; 0: not known."""
     loaders = max(1, config.data.num_workers) * gpus
     return (of_one_core or 0.0) * min(loaders, os.cpu_count() or 1)

@@ -34,7 +34,7 @@ class Device:
         flops: Of large dense 16-bit matrix products with 32-bit sums, FLOP/s.
         flops_source: Measured, or `MATMUL_SHARE` of the datasheet's figure.
         bandwidth: Of its memory, bytes/s.
-        link: To its neighbours, bytes/s in one direction; 0 where there are none.
+        link: To its neighbors, bytes/s in one direction; 0 where there are none.
         is_cpu: This machine's processor.
         note: What a user must know about it.
     """

@@ -11,7 +11,7 @@ class MicroBatch:
         rows: Rows of the batch; 1 for a pack.
         length: Tokens a row, image tokens and padding included.
         targets: Supervised tokens of all rows.
-        pictures: Pictures of all rows.
+        images: Images of all rows.
         records: Records of all rows.
         attended: Sum over the sequences that attend to themselves of their length squared; padded
             rows attend in full.
@@ -20,7 +20,7 @@ class MicroBatch:
     rows: int
     length: int
     targets: int
-    pictures: int
+    images: int
     records: int
     attended: int
 
@@ -30,7 +30,7 @@ class MicroBatch:
         return self.rows * self.length
 
     @staticmethod
-    def padded(lengths: list[int], *, targets: int, pictures: int) -> "MicroBatch":
+    def padded(lengths: list[int], *, targets: int, images: int) -> "MicroBatch":
         """Records of these lengths, each padded to the longest."""
         rows, longest = len(lengths), max(lengths)
-        return MicroBatch(rows, longest, targets, pictures, rows, rows * longest**2)
+        return MicroBatch(rows, longest, targets, images, rows, rows * longest**2)

@@ -46,11 +46,11 @@ _PARTS: Final = {
 
 _BYTES: Final = {
     "gradients": "gradients",
-    "optimizer": "optimiser state",
+    "optimizer": "optimizer state",
     "cast_weights": "trained weights in 16 bits",
     "activations": "activations of the layers",
     "loss": "logits and loss",
-    "pictures": "pictures and projector",
+    "images": "images and projector",
     "passing": "passing tensors",
     "exchange": "exchange between processes",
     "overhead": "driver and idle (assumed)",
@@ -102,7 +102,7 @@ class PlanReport:
         efficiency: Share of its FLOP/s that a step reaches.
         survey: The data.
         work: The run's micro-batches.
-        pictures_per_cpu_second: Measured here; None: no picture could be opened.
+        images_per_cpu_second: Measured here; None: no image could be opened.
         policies: The configured method under every policy.
         ways: Every method under its best policy.
         unplanned: Sentences on what the configuration asks for and the plan does not know.
@@ -115,7 +115,7 @@ class PlanReport:
     efficiency: float
     survey: Survey
     work: Workload
-    pictures_per_cpu_second: float | None
+    images_per_cpu_second: float | None
     policies: Sequence[Way]
     ways: Sequence[Way]
     unplanned: Sequence[str] = ()
@@ -134,9 +134,9 @@ class PlanReport:
                 "records_per_epoch": found.records_per_epoch,
                 "mean_tokens": found.mean("lengths"),
                 "mean_targets": found.mean("targets"),
-                "mean_pictures": found.mean("pictures"),
+                "mean_images": found.mean("images"),
                 "longest": found.longest(),
-                "pictures_per_cpu_second": self.pictures_per_cpu_second,
+                "images_per_cpu_second": self.images_per_cpu_second,
             },
             "run": {
                 "steps": self.work.steps,
@@ -188,16 +188,14 @@ class PlanReport:
             "weights in 4 bits, exchange, driver and idle memory: formulas",
         ]
         notes += [f"{device.name}: {device.note}"] if device.note else []
-        if self.pictures_per_cpu_second:
-            rate = f"{self.pictures_per_cpu_second:,.0f} pictures a second on one core"
-            notes.append(f"picture loading: {rate}, measured on this machine with this data")
+        if self.images_per_cpu_second:
+            rate = f"{self.images_per_cpu_second:,.0f} images a second on one core"
+            notes.append(f"image loading: {rate}, measured on this machine with this data")
         else:
-            notes.append(
-                "picture loading: not counted (features are kept, or none could be opened)"
-            )
+            notes.append("image loading: not counted (features are kept, or none could be opened)")
         if self.work.packing and self.work.packing.saved and not self.survey.is_whole:
             notes.append(
-                "shared prefixes: found in a sample, where fewer records of one picture meet than "
+                "shared prefixes: found in a sample, where fewer records of one image meet than "
                 "in the run, which therefore saves more; --sample 0 reads all records"
             )
         notes += self.unplanned
@@ -218,7 +216,7 @@ class PlanReport:
         return (
             f"data: {found.records_per_epoch:,.0f} records an epoch ({error}); mean "
             f"{found.mean('lengths'):,.0f} tokens, {found.mean('targets'):,.0f} supervised, "
-            f"{found.mean('pictures'):.2f} pictures; longest {found.longest():,}"
+            f"{found.mean('images'):.2f} images; longest {found.longest():,}"
         )
 
     def _run_line(self) -> str:
@@ -284,7 +282,7 @@ class PlanReport:
                 _largest(way),
                 f"{speed.teraflop_per_sample:.4g}",
                 f"{speed.samples_per_second:,.1f}",
-                f"{speed.utilisation:.0%}",
+                f"{speed.utilization:.0%}",
                 format_seconds(speed.hours * 3600),
                 speed.bottleneck,
             )
@@ -304,7 +302,7 @@ def _largest(way: Way) -> str:
 
 
 def _shape(batch: MicroBatch) -> str:
-    return f"{batch.rows} x {batch.length:,} tokens with {batch.pictures} picture(s)"
+    return f"{batch.rows} x {batch.length:,} tokens with {batch.images} image(s)"
 
 
 @dataclass(frozen=True)

@@ -46,17 +46,17 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one micro-batch beyond weights, gradients and optimiser state.
+    """Bytes of one micro-batch beyond weights, gradients and optimizer state.
 
     Attributes:
-        pictures: Pixels, and what tower and projector leave for the backward pass.
+        images: Pixels, and what tower and projector leave for the backward pass.
         activations: What the language model's layers keep for it.
         loss: Logits and what else the loss keeps.
         forward_peak: Most bytes alive at once in the forward pass.
         backward_peak: Likewise in the backward pass.
     """
 
-    pictures: float
+    images: float
     activations: float
     loss: float
     forward_peak: float
@@ -90,12 +90,12 @@ class Flops:
     Attributes:
         decoder: A token's layers.
         target: A supervised token's head, forward and backward.
-        picture: A picture's tower (forward only) and projector (forward and backward).
+        image: An image's tower (forward only) and projector (forward and backward).
     """
 
     decoder: DecoderFlops
     target: float
-    picture: float
+    image: float
 
     def of(
         self,
@@ -103,7 +103,7 @@ class Flops:
         tokens: float,
         attended: float,
         targets: float,
-        pictures: float,
+        images: float,
         policy: Policy = "none",
     ) -> float:
         """FLOPs of so much, forward and backward; `full` computes every layer's forward twice.
@@ -113,15 +113,15 @@ class Flops:
         forwards = 2 if policy == "full" else 1
         token = forwards * self.decoder.forward + self.decoder.backward
         pair = self.decoder.attention / 2 * (forwards + 2)
-        return tokens * token + attended * pair + targets * self.target + pictures * self.picture
+        return tokens * token + attended * pair + targets * self.target + images * self.image
 
     def of_batch(self, batch: MicroBatch, policy: Policy = "none") -> float:
-        """FLOPs of one micro-batch; one without pictures runs a constant one."""
+        """FLOPs of one micro-batch; one without images runs a constant one."""
         return self.of(
             tokens=batch.tokens,
             attended=batch.attended,
             targets=batch.targets,
-            pictures=max(1, batch.pictures),
+            images=max(1, batch.images),
             policy=policy,
         )
 
@@ -133,25 +133,25 @@ class TowerSimulation:
         self._tower, self._mode = copy.deepcopy(tower), FakeTensorMode()
         make_fake(self._tower, self._mode)
 
-    def peak(self, pictures: int) -> float:
-        """Most bytes alive while so many pictures go through, pixels and features included."""
+    def peak(self, images: int) -> float:
+        """Most bytes alive while so many images go through, pixels and features included."""
         one, two = self._peaks
-        return one + (pictures - 1) * (two - one)
+        return one + (images - 1) * (two - one)
 
     @functools.cached_property
     def _peaks(self) -> tuple[int, int]:
         return self._peak(1), self._peak(2)
 
-    def _peak(self, pictures: int) -> int:
+    def _peak(self, images: int) -> int:
         with self._mode:
             live = LiveBytes([*self._tower.parameters(), *self._tower.buffers()])
             with live:
-                self._tower(self._pixels(pictures))
+                self._tower(self._pixels(images))
             return live.peak
 
     @functools.cached_property
     def flops(self) -> float:
-        """FLOPs of one picture, forward."""
+        """FLOPs of one image, forward."""
         with self._mode:
             return sum(_counted(lambda: self._tower(self._pixels(1))))
 
@@ -171,7 +171,7 @@ class Simulation:
         precision: bf16, fp16 or fp32.
         sharded: Weights are gathered in the dtype of the forward pass, so none are cast in it.
         packed: Micro-batches are packs; else padded.
-        features: The tower's features come from a cache, in the place of pictures.
+        features: The tower's features come from a cache, in the place of images.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Simulation:
         found = self._footprints.get((batch, policy))
         if found is None:
             found = self._at_full_depth(lambda depth: self._run(depth, batch, policy))
-            shown = 0 if self._features and batch.pictures else max(1, batch.pictures)
+            shown = 0 if self._features and batch.images else max(1, batch.images)
             tower = self._tower.peak(shown) if shown else 0.0
             found = dataclasses.replace(found, forward_peak=max(found.forward_peak, tower))
             self._footprints[batch, policy] = found
@@ -205,7 +205,7 @@ class Simulation:
 
     @functools.cached_property
     def flops(self) -> Flops:
-        """What a token, a target and a picture cost.
+        """What a token, a target and an image cost.
 
         Raises:
             UserError: The layers compute with less than half of their weights for a token.
@@ -214,9 +214,9 @@ class Simulation:
         _require_dense(model, self._decoder_flops(SHALLOW[0]))
         with mode:
             tower = 0.0 if self._features else self._tower.flops
-            picture = tower + sum(_counted(lambda: self._projector_pass(model)))
+            image = tower + sum(_counted(lambda: self._projector_pass(model)))
             target = self._target_flops(model)
-        return Flops(self._at_full_depth(self._decoder_flops), target, picture)
+        return Flops(self._at_full_depth(self._decoder_flops), target, image)
 
     # --- depth
 
@@ -281,9 +281,9 @@ class Simulation:
     ) -> tuple[Tensor, tuple[int, int, int]]:
         """The steps of `VisionLanguageModel.forward`, and the bytes that its three parts leave.
 
-        What they look up by value (places of pictures and targets) is given here by its size.
+        What they look up by value (places of images and targets) is given here by its size.
         """
-        pictures = self._pictures(model, max(1, batch.pictures))
+        pixels = self._images(model, max(1, batch.images))
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
         mask = torch.ones(batch.rows, batch.length, dtype=torch.bool) if batch.rows > 1 else None
         chosen = torch.zeros(batch.targets, dtype=torch.int64)
@@ -291,7 +291,7 @@ class Simulation:
         layout = PackLayout([(batch.length, -1)], needed=chosen) if self._packed else None
         with self._autocast():
             table = cast(nn.Module, causal_lm(model.language_model).get_input_embeddings())
-            images = self._image_embeds(model, pictures)
+            images = self._image_embeds(model, pixels)
             embeds = cast(Tensor, table(ids))
             embeds = embeds.masked_scatter((ids == 1)[..., None], images.to(embeds.dtype))
             seen = live.now
@@ -301,15 +301,15 @@ class Simulation:
             loss = model._loss(hidden, supervision, of_router).loss_sum
             return loss, (seen, activations, live.now - seen - activations)
 
-    def _pictures(self, model: VisionLanguageModel, count: int) -> Tensor:
-        """What a batch brings along of so many pictures: bytes, or features."""
+    def _images(self, model: VisionLanguageModel, count: int) -> Tensor:
+        """What a batch brings along of so many images: bytes, or features."""
         if self._features:
             return cast(GivenFeatures, model.vision_tower).features(count)
         size = self._blueprint.tower.image_spec.size
         return torch.empty(count, 3, size, size, dtype=torch.uint8)
 
-    def _image_embeds(self, model: VisionLanguageModel, pictures: Tensor) -> Tensor:
-        return (model._projected if self._features else model.image_embeds_of)(pictures)
+    def _image_embeds(self, model: VisionLanguageModel, images: Tensor) -> Tensor:
+        return (model._projected if self._features else model.image_embeds_of)(images)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == "fp32":
@@ -336,7 +336,7 @@ class Simulation:
 
     def _projector_pass(self, model: VisionLanguageModel) -> None:
         with self._autocast():
-            images = self._image_embeds(model, self._pictures(model, 1))
+            images = self._image_embeds(model, self._images(model, 1))
         images.sum().backward()
 
     def _target_flops(self, model: VisionLanguageModel) -> float:

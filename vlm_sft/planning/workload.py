@@ -1,4 +1,4 @@
-"""What a run's data really asks of the model: lengths, targets and pictures, and its micro-batches.
+"""What a run's data really asks of the model: lengths, targets and images, and its micro-batches.
 
 Read as training reads it: the same files, renderer, length limit and order of records.
 """
@@ -30,8 +30,8 @@ from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 from vlm_sft.utils.progress import track
 
-TIMED_PICTURES: Final = 12
-"""Pictures that are opened to see how fast this machine does it."""
+TIMED_IMAGES: Final = 12
+"""Images that are opened to see how fast this machine does it."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class FileSurvey:
         left_out: Of those looked at, by reason, what would not be trained on.
         lengths: Tokens of each that would be, image tokens included.
         targets: Likewise supervised tokens.
-        pictures: Likewise pictures.
+        images: Likewise images.
         prefixes: Likewise a digest of what other records may begin with too; empty: none.
         prefix_lengths: Likewise its tokens.
     """
@@ -58,7 +58,7 @@ class FileSurvey:
     left_out: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)
     prefix_lengths: list[int] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class FileSurvey:
             return
         self.lengths.append(outcome.rendering.length)
         self.targets.append(outcome.rendering.num_targets)
-        self.pictures.append(outcome.rendering.input_ids.count(IMAGE_TOKEN_ID))
+        self.images.append(outcome.rendering.input_ids.count(IMAGE_TOKEN_ID))
         found = shared_prefix(outcome.kept, outcome.rendering, num_image_tokens=num_image_tokens)
         prefix, length = found or (b"", 0)
         self.prefixes.append(prefix)
@@ -88,7 +88,7 @@ class Survey:
 
     Attributes:
         files: One after the other.
-        sources: A few pictures, to be timed.
+        sources: A few images, to be timed.
     """
 
     files: tuple[FileSurvey, ...]
@@ -105,7 +105,7 @@ class Survey:
         return sum(file.scale * len(file.lengths) * file.weight for file in self.files)
 
     def mean(self, what: str) -> float:
-        """Mean of `lengths`, `targets`, `pictures` or `squares` over the records of an epoch."""
+        """Mean of `lengths`, `targets`, `images` or `squares` over the records of an epoch."""
         return self._sums(what, 1) / self.records_per_epoch
 
     def error_of_mean(self) -> float:
@@ -138,7 +138,7 @@ def survey(
     Args:
         config: Files, length limit and policy.
         renderer: Makes ids and labels.
-        num_image_tokens: Of a picture.
+        num_image_tokens: Of an image.
         sample: Records of each file that are rendered, drawn at random; 0: all.
 
     Raises:
@@ -181,11 +181,11 @@ def _survey_file(
 def _counted(
     records: Iterator[Conversation | RecordError], found: FileSurvey, sources: list[ImageSource]
 ) -> Iterator[Conversation | RecordError]:
-    """The records with digests for embedded pictures; a few of those are kept apart."""
+    """The records with digests for embedded images; a few of those are kept apart."""
     for record in records:
         found.records += 1
         if isinstance(record, Conversation):
-            sources.extend(record.images[: TIMED_PICTURES - len(sources)])
+            sources.extend(record.images[: TIMED_IMAGES - len(sources)])
             images = tuple(
                 hashlib.sha256(image).digest() if isinstance(image, bytes) else image
                 for image in record.images
@@ -214,7 +214,7 @@ class Workload:
     Attributes:
         batches: Of one epoch, as every process together takes them; of a sample's own epoch where
             not all records were read.
-        steps: Optimiser steps of the run.
+        steps: Optimizer steps of the run.
         records: Records that the run sees.
         micro_batches_a_step: Of each process.
         mean_length: Tokens of a record, without padding; a shared prefix counts once.
@@ -233,7 +233,7 @@ class Workload:
     @property
     def largest(self) -> MicroBatch:
         """The micro-batch of the most positions, which sets the peak of memory."""
-        return max(self.batches, key=lambda batch: (batch.tokens, batch.targets, batch.pictures))
+        return max(self.batches, key=lambda batch: (batch.tokens, batch.targets, batch.images))
 
     def total(self, what: str) -> int:
         """Sum of a micro-batch's attribute over all."""
@@ -246,7 +246,7 @@ class _Records:
 
     lengths: list[int]
     targets: list[int]
-    num_pictures: list[int]
+    num_images: list[int]
     prefix_keys: list[int]
     prefix_lengths: list[int]
     weights: list[float]
@@ -267,12 +267,12 @@ class _Records:
         numbers: dict[bytes, int] = {}
         keys = [numbers.setdefault(p, len(numbers)) if p else -1 for p in joined("prefixes")]
         lengths, prefix_lengths = joined("lengths"), joined("prefix_lengths")
-        return cls(lengths, joined("targets"), joined("pictures"), keys, prefix_lengths, weights)
+        return cls(lengths, joined("targets"), joined("images"), keys, prefix_lengths, weights)
 
     @property
     def has_image(self) -> list[bool]:
-        """Whether a record has a picture."""
-        return [count > 0 for count in self.num_pictures]
+        """Whether a record has an image."""
+        return [count > 0 for count in self.num_images]
 
     def batch(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
         """The shape of a micro-batch of these records, packed or padded."""
@@ -284,7 +284,7 @@ class _Records:
         return MicroBatch.padded(
             [self.lengths[i] for i in indices],
             targets=sum(self.targets[i] for i in indices),
-            pictures=sum(self.num_pictures[i] for i in indices),
+            images=sum(self.num_images[i] for i in indices),
         )
 
     def _packed(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
@@ -300,14 +300,14 @@ class _Records:
             1,
             tokens + -tokens % packing.round_to,
             sum(self.targets[i] for i in indices),
-            sum(unit.pictures for unit in units),
+            sum(unit.images for unit in units),
             len(indices),
             squares - shared,
         )
 
 
 def plan_workload(
-    config: RunConfig, found: Survey, *, gpus: int, picture_cost: float = 0.0
+    config: RunConfig, found: Survey, *, gpus: int, image_cost: float = 0.0
 ) -> Workload:
     """The micro-batches that the run's sampler and seed make of the records.
 
@@ -315,11 +315,11 @@ def plan_workload(
         config: The run.
         found: Its records.
         gpus: Processes that share a step.
-        picture_cost: What a picture weighs where records are packed, in tokens.
+        image_cost: What an image weighs where records are packed, in tokens.
     """
     records = _Records.of(found)
     sampler = make_sampler(config, records)
-    batching = make_batching(config, 0, picture_cost)  # nothing is loaded, so nothing filled up
+    batching = make_batching(config, 0, image_cost)  # nothing is loaded, so nothing filled up
     of_steps = [
         [micro_batch for micro_batch in of_step if micro_batch]
         for of_step in (
@@ -358,10 +358,10 @@ def _length_of_run(config: RunConfig, found: Survey, sampler: StepSampler) -> tu
     return steps, records
 
 
-def pictures_per_cpu_second(
+def images_per_cpu_second(
     sources: Sequence[ImageSource], spec: ImageSpec, config: RunConfig
 ) -> float | None:
-    """How many pictures one core of this machine makes into pixels in a second.
+    """How many images one core of this machine makes into pixels in a second.
 
     Measured on a few of the run's own; None where none of them can be opened.
     """
@@ -371,7 +371,7 @@ def pictures_per_cpu_second(
         try:
             read_pixels(source, spec, config.data.image_aspect, config.data.image_processing)
         except UserError:
-            continue  # training's affair: the picture is only wanted for its time here
+            continue  # training's affair: the image is only wanted for its time here
         seconds.append(time.process_time() - start)
     seconds = seconds[1:] or seconds  # the first one also loads the decoder
     return len(seconds) / sum(seconds) if seconds and sum(seconds) > 0 else None

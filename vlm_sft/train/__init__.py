@@ -1,1 +1,1 @@
-"""Training loop, loss, optimiser, checkpoints, metrics; knows no LoRA and no template."""
+"""Training loop, loss, optimizer, checkpoints, metrics; knows no LoRA and no template."""

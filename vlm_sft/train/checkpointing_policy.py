@@ -34,7 +34,7 @@ class Trial:
 
     Attributes:
         policy: What its backward pass computed again.
-        peak_bytes: Memory that the step takes beside what was there before it, and the optimiser's
+        peak_bytes: Memory that the step takes beside what was there before it, and the optimizer's
             state where there is none yet; None where memory ran out before the step was done.
         room_bytes: What may be taken: free memory less `MARGIN`, in the process with the least.
     """
@@ -140,7 +140,7 @@ def measure(
         model: Whose gradients are dropped after each trial.
         accelerator: Device and processes.
         policies: From the fastest to the smallest.
-        later_bytes: Memory that is taken only after a first step (the optimiser's state).
+        later_bytes: Memory that is taken only after a first step (the optimizer's state).
     """
     trials: list[Trial] = []
     for policy in policies:

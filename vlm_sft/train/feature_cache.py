@@ -32,10 +32,10 @@ from vlm_sft.utils.filesystem import existing_above, free_bytes
 from vlm_sft.utils.progress import track
 
 FILL_BATCH: Final = 16
-"""Pictures that go through the tower at once while the cache is filled."""
+"""Images that go through the tower at once while the cache is filled."""
 
-CODE: Final = ("data/images.py", "model/vision.py", "model/towers/{library}.py")
-"""Files of this package that decide what a picture's features are."""
+CODE: Final = ("data/images.py", "model/vision_tower.py", "model/towers/{library}.py")
+"""Files of this package that decide what an image's features are."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Worth:
     """What keeping features saves of the arithmetic of a run, and what it costs on disk.
 
     Attributes:
-        tower_flops: Of one picture through the tower.
+        tower_flops: Of one image through the tower.
         record_flops: Of one record through the rest, forward and backward.
         records: Records of an epoch.
-        pictures: Pictures shown in an epoch.
-        missing: Different pictures that are not kept yet.
+        images: Images shown in an epoch.
+        missing: Different images that are not kept yet.
         epochs: That this run trains for.
         num_bytes: Disk that the missing ones will take.
     """
@@ -55,7 +55,7 @@ class Worth:
     tower_flops: float
     record_flops: float
     records: float
-    pictures: float
+    images: float
     missing: int
     epochs: float
     num_bytes: int
@@ -63,21 +63,19 @@ class Worth:
     @property
     def tower_share(self) -> float:
         """What of a step's arithmetic the tower takes without the cache, 0..1."""
-        tower = self.tower_flops * self.pictures
+        tower = self.tower_flops * self.images
         return tower / max(1.0, tower + self.record_flops * self.records)
 
     @property
     def break_even_epochs(self) -> float:
         """Epochs after which filling the cache has been saved again."""
-        return self.missing / max(1.0, self.pictures)
+        return self.missing / max(1.0, self.images)
 
     @property
     def saved(self) -> float:
         """What of the whole run's arithmetic is saved, 0..1; below 0 it is lost."""
-        without = self.epochs * (
-            self.tower_flops * self.pictures + self.record_flops * self.records
-        )
-        shown = self.epochs * self.pictures - self.missing
+        without = self.epochs * (self.tower_flops * self.images + self.record_flops * self.records)
+        shown = self.epochs * self.images - self.missing
         return self.tower_flops * shown / max(1.0, without)
 
     def __str__(self) -> str:
@@ -86,7 +84,7 @@ class Worth:
             verdict = f"costs about {-self.saved:.1%} more arithmetic than it saves in this run"
         return (
             f"feature cache: the tower is about {self.tower_share:.1%} of a step's arithmetic; "
-            f"{self.missing:,} different pictures are to be computed, {_told(self.num_bytes)} on "
+            f"{self.missing:,} different images are to be computed, {_told(self.num_bytes)} on "
             f"disk; that pays from {self.break_even_epochs:.2f} epochs on and, over "
             f"{self.epochs:.3g} epochs, {verdict} (reading the disk not counted)"
         )
@@ -95,10 +93,10 @@ class Worth:
 def use_feature_cache(
     config: RunConfig, model: VisionLanguageModel, accelerator: Accelerator, data: Data
 ) -> None:
-    """Have the records' features, not their pictures, loaded from `data.feature_cache`, if set.
+    """Have the records' features, not their images, loaded from `data.feature_cache`, if set.
 
     Features that are not there yet are computed first, shared out over the processes; before that
-    the first process says what they take and what they save. A picture that cannot be opened is
+    the first process says what they take and what they save. An image that cannot be opened is
     left to training, which deals with it as without the cache.
 
     Raises:
@@ -121,7 +119,7 @@ def use_feature_cache(
         kept = {digest for digest in there if digest not in missing or store.holds(digest)}
         dataset.use_features(store, [d if d in kept else None for d in digests])
     if accelerator.is_main_process:
-        say_on_stderr(f"feature cache: {found.num_images:,} pictures from {store.folder}")
+        say_on_stderr(f"feature cache: {found.num_images:,} images from {store.folder}")
 
 
 def feature_cache_outlook(
@@ -174,7 +172,7 @@ def _look_up(
 
 
 def open_store(config: DataConfig, tower: VisionTower, accelerator: Accelerator) -> FeatureStore:
-    """The store of what this tower makes of pictures prepared as `config` says, on this device."""
+    """The store of what this tower makes of images prepared as `config` says, on this device."""
     assert config.feature_cache is not None
     size = tower.image_spec.size
     blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=tower.device)
@@ -213,10 +211,10 @@ def _code_digest(library: str) -> str:
 
 
 def _digests(dataset: SupervisedDataset) -> list[bytes | None]:
-    """sha256 of every picture's bytes, in the dataset's order; None where they cannot be read."""
+    """sha256 of every image's bytes, in the dataset's order; None where they cannot be read."""
     of_files: dict[ImageSource, bytes | None] = {}
     found: list[bytes | None] = []
-    for source in track(dataset.pictures(), sum(dataset.num_pictures), "hashing pictures"):
+    for source in track(dataset.images(), sum(dataset.num_images), "hashing images"):
         if isinstance(source, bytes):
             found.append(_digest(source))
             continue
@@ -238,7 +236,7 @@ def _missing(
     datasets: Sequence[SupervisedDataset],
     digests: Sequence[Sequence[bytes | None]],
 ) -> dict[bytes, tuple[SupervisedDataset, int]]:
-    """Where the first picture of each digest that is not kept stands."""
+    """Where the first image of each digest that is not kept stands."""
     places: dict[bytes, tuple[SupervisedDataset, int]] = {}
     for dataset, found in zip(datasets, digests, strict=True):
         for place, digest in enumerate(found):
@@ -251,7 +249,7 @@ def _worth(
     config: RunConfig, model: VisionLanguageModel, data: Data, *, missing: int, num_bytes: int
 ) -> Worth:
     weights, train = np.array(data.train.weights), data.train
-    pictures = np.array(train.num_pictures)
+    images = np.array(train.num_images)
     epochs, records = config.train.epochs, float(weights.sum())
     if config.train.max_steps is not None:
         steps = config.train.max_steps * config.train.global_batch_size
@@ -261,7 +259,7 @@ def _worth(
         tower_flops=tower_flops(model.vision_tower),
         record_flops=tokens * token_flops(model, config.train.activation_checkpointing == "full"),
         records=records,
-        pictures=float((weights * pictures).sum()),
+        images=float((weights * images).sum()),
         missing=missing,
         epochs=epochs,
         num_bytes=missing * num_bytes,
@@ -269,7 +267,7 @@ def _worth(
 
 
 def tower_flops(tower: VisionTower) -> float:
-    """Floating-point operations of one picture through the tower, counted as it is run."""
+    """Floating-point operations of one image through the tower, counted as it is run."""
     size = tower.image_spec.size
     with FlopCounterMode(display=False) as counter:
         tower(torch.zeros(1, 3, size, size, dtype=torch.uint8))
@@ -345,16 +343,16 @@ def _fill(
     mine = list(missing.items())[accelerator.process_index :: accelerator.num_processes]
     # Runs that fill one folder at once begin at different places and skip what they find.
     start = os.getpid() % max(1, len(mine))
-    pictures = _Pictures(mine[start:] + mine[:start], store, tower.image_spec, config)
+    images = _Images(mine[start:] + mine[:start], store, tower.image_spec, config)
     loader = DataLoader(
-        pictures,
+        images,
         batch_size=FILL_BATCH,
         num_workers=config.num_workers,
         collate_fn=list,
         generator=torch.Generator(),
     )
     with lost_workers_told():
-        for batch in track(loader, len(loader), f"computing features, {FILL_BATCH} pictures each"):
+        for batch in track(loader, len(loader), f"computing features, {FILL_BATCH} images each"):
             made = [item for item in batch if item is not None]
             if not made:
                 continue
@@ -364,8 +362,8 @@ def _fill(
                 store.write(digest, kept)
 
 
-class _Pictures(Dataset["tuple[bytes, Tensor] | None"]):
-    """Pictures by digest; None for one that is no picture, has changed, or is kept by now."""
+class _Images(Dataset["tuple[bytes, Tensor] | None"]):
+    """Images by digest; None for one that is no image, has changed, or is kept by now."""
 
     def __init__(
         self,
@@ -385,7 +383,7 @@ class _Pictures(Dataset["tuple[bytes, Tensor] | None"]):
             return None
         aspect, processing = self._config.image_aspect, self._config.image_processing
         try:
-            data = read_bytes(dataset.picture(place))
+            data = read_bytes(dataset.image(place))
             square = read_pixels(data, self._spec, aspect, processing)
         except ImageError:  # training opens it again and says what is wrong
             return None

@@ -1,4 +1,4 @@
-"""A model whose weights, gradients and optimiser state are shared out over processes (FSDP2)."""
+"""A model whose weights, gradients and optimizer state are shared out over processes (FSDP2)."""
 
 import math
 from collections.abc import Iterable

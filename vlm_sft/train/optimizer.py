@@ -66,7 +66,7 @@ def peak_rate(part: str, rates: LearningRates) -> float:
 
 
 def rate_factor(step: int, *, total_steps: int, config: OptimConfig) -> float:
-    """What the peak rate is multiplied by in optimiser step `step`, counted from 0.
+    """What the peak rate is multiplied by in optimizer step `step`, counted from 0.
 
     Warm-up is linear over `ceil(warmup_ratio * total_steps)` steps and the peak is reached in the
     last of them; then a half cosine or a line falls towards 0, which the step after the last would
@@ -89,7 +89,7 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, floa
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Memory that the optimiser's state takes once the first step is done."""
+    """Memory that the optimizer's state takes once the first step is done."""
     parameters = [own_part(p) for group in optimizer.param_groups for p in group["params"]]
     if is_eight_bit(optimizer):
         return sum(moment_bytes(p.numel()) for p in parameters)

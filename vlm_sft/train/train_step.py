@@ -1,4 +1,4 @@
-"""One optimiser step's gradient: the sum of all token losses of the step over all its targets."""
+"""One optimizer step's gradient: the sum of all token losses of the step over all its targets."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -105,11 +105,11 @@ def told_with_records(batch: AnyBatch) -> Iterator[None]:
     except torch.OutOfMemoryError:
         rows, tokens = len(batch.record_ids), batch.input_ids.shape[1]
         shown = batch.pixel_values if batch.image_features is None else batch.image_features
-        pictures = 0 if shown is None else len(shown)
+        images = 0 if shown is None else len(shown)
         named = ", ".join(repr(name) for name in batch.record_ids[:8])
         raise UserError(
             f"the GPU has no room for a micro-batch of {rows} records, {tokens} tokens long, and "
-            f"{pictures} pictures (records {named}); lower train.micro_batch_size (or "
+            f"{images} images (records {named}); lower train.micro_batch_size (or "
             "train.packing.max_tokens) or data.max_length, or set "
             "train.activation_checkpointing: full",
             code="out_of_memory",
@@ -175,7 +175,7 @@ def non_finite_fault(
 
 
 def refuse_non_finite(fault: str | None, *, step: int) -> None:
-    """Stop before the optimiser step where `non_finite_fault` found something.
+    """Stop before the optimizer step where `non_finite_fault` found something.
 
     Raises:
         UserError: Saying so, with what can be done.

@@ -95,7 +95,7 @@ class Plan:
     Attributes:
         output_dir: The run folder.
         seed: Of dropout and of rounding; data order has its own, inside `records_of_step`.
-        total_steps: Optimiser steps of the whole run.
+        total_steps: Optimizer steps of the whole run.
         records_of_step: The records of a step (from 0), a pure function.
         epoch_of_step: Epochs gone after so many steps.
         batching: How a step's records become micro-batches.
@@ -153,7 +153,7 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         checkpoint: The newest one; `final/` when the run is finished.
         stopped_by: The signal that ended the run early, or None.
     """
@@ -172,7 +172,7 @@ class Trainer:
         accelerator: Device, precision and processes.
         plan: What to do.
         hooks: Parts, fingerprints, generated answers.
-        store: Where checkpoints go; the optimiser's own component is added here.
+        store: Where checkpoints go; the optimizer's own component is added here.
         train_data: Records to learn from.
         eval_data: Held-out records, or None.
     """
@@ -218,7 +218,7 @@ class Trainer:
         return self._finish(checkpoint)
 
     def _prepare(self) -> None:
-        """Device, precision and optimiser; the table of what learns."""
+        """Device, precision and optimizer; the table of what learns."""
         self.model.train()
         self._sharded = is_sharded(self.model.parameters())
         if self.plan.train.fp8:

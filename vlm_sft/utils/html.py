@@ -47,7 +47,7 @@ def page(
 ) -> str:
     """A whole page.
 
-    A content policy lets nothing but its own styles, embedded pictures and this one script run.
+    A content policy lets nothing but its own styles, embedded images and this one script run.
 
     Args:
         title: Plain text, as is `lead`.
@@ -86,7 +86,7 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def picture(data: bytes, css: str, text: str, kind: str = "png") -> str:
-    """An embedded picture of class `css`; `text` is its description."""
+def embedded_image(data: bytes, css: str, text: str, kind: str = "png") -> str:
+    """An embedded image of class `css`; `text` is its description."""
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<figure><img class="{css}" alt="{escape(text)}" src="{uri}"></figure>'

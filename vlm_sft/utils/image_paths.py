@@ -234,7 +234,7 @@ def _similar(folder: Path, parts: list[str]) -> tuple[str, str] | None:
             return name, f"the extension ({extension or 'none'} and {Path(name).suffix or 'none'})"
     if len(names) > _MAX_SIMILAR:
         return None
-    # Another number is another image, not a misspelt one.
+    # Another number is another image, not a misspelled one.
     names = [name for name in names if _numbers(name) == _numbers(parts[0])]
     near = difflib.get_close_matches(parts[0][:200], names, n=1, cutoff=0.8)
     return (near[0], "spelling") if near else None

@@ -19,7 +19,7 @@ from data_tools.instruct.receipts.evidence import (
 )
 from data_tools.instruct.schema import Check, Sample, Shown, Turn
 from vlm_sft.utils.escape import visible
-from vlm_sft.utils.html import picture as embedded
+from vlm_sft.utils.html import embedded_image as embedded
 
 STYLE: Final = """
 :root{--supported:#0066a8;--contradicted:#b8480a;--unknown:#7a5f00;--plain:#4a5261;

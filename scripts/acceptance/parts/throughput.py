@@ -21,7 +21,7 @@ from acceptance.models import (
     size_of,
 )
 from acceptance.trainer import trainer_rate
-from vlm_sft.commands.assemble import picture_cost
+from vlm_sft.commands.assemble import image_cost
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.loader import AnyBatch, Batching, Packed, Padded, load_steps, split
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
@@ -72,7 +72,7 @@ class Bench:
 
     def packed(self, *, shared: bool = False) -> Packed:
         """Return the batching that fills rows."""
-        return Packed(self.pack, shared, 1, picture_cost(self.model), 0)
+        return Packed(self.pack, shared, 1, image_cost(self.model), 0)
 
     def rate(self, records: Records, batching: Batching, batch_size: int) -> float:
         """Return samples a second: the median of a few steps, loading not counted."""

@@ -44,7 +44,7 @@ class Probe:
     conversation: Conversation
 
     @property
-    def has_picture(self) -> bool:
+    def has_image(self) -> bool:
         """Whether a turn has one."""
         return bool(self.conversation.images)
 
@@ -82,8 +82,8 @@ class Case:
 
     @property
     def text_probes(self) -> list[tuple[Probe, Rendered]]:
-        """The probes without pictures."""
-        return [(probe, rendered) for probe, rendered in self.probes if not probe.has_picture]
+        """The probes without images."""
+        return [(probe, rendered) for probe, rendered in self.probes if not probe.has_image]
 
     @functools.cached_property
     def exported(self) -> PreTrainedTokenizerBase:
@@ -91,7 +91,7 @@ class Case:
         return exported_tokenizer(self.tokenizer, self.renderer.to_jinja())
 
     def exported_ids(self, conversation: Conversation, *, generate: bool) -> list[int]:
-        """What the export's `apply_chat_template` gives, pictures as `IMAGE_TOKEN_ID`."""
+        """What the export's `apply_chat_template` gives, images as `IMAGE_TOKEN_ID`."""
         ids = self.exported.apply_chat_template(
             messages_of(conversation), add_generation_prompt=generate, return_dict=False
         )
@@ -103,7 +103,7 @@ class Case:
         return [token for token in ids if token in self.control]
 
     def words(self, ids: Sequence[int]) -> str:
-        """The exact ordinary text of a sequence, without control tokens and pictures."""
+        """The exact ordinary text of a sequence, without control tokens and images."""
         kept = [token for token in ids if token not in self.control and token != IMAGE_TOKEN_ID]
         return self.encoder.decode(kept)
 
@@ -124,9 +124,9 @@ class Case:
 
 
 def conversation_of(name: str, *turns: Turn) -> Conversation:
-    """A record of these turns, with a picture for each picture part."""
-    pictures = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
-    return Conversation(f"probe: {name}", turns, (b"",) * pictures, "<doctor>")
+    """A record of these turns, with an image for each image part."""
+    images = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
+    return Conversation(f"probe: {name}", turns, (b"",) * images, "<doctor>")
 
 
 def _turn(role: Role, *parts: str | int) -> Turn:
@@ -151,19 +151,19 @@ PROBES = tuple(
         "text only": exchange("Is there a dog?", "Yes, on the left of the table."),
         "3 turns": (*exchange("Is there a dog?", "No."), *_LATER),
         "system": (_turn("system", "Answer briefly."), *exchange("Is there a dog?", "No.")),
-        "picture first": (
-            _turn("user", 0, "\nWhat colour is the car?"),
+        "image first": (
+            _turn("user", 0, "\nWhat color is the car?"),
             _turn("assistant", "Red."),
         ),
         "image as a content part": (
-            replace(_turn("user", 0, "What colour is the car?"), image_separator=None),
+            replace(_turn("user", 0, "What color is the car?"), image_separator=None),
             _turn("assistant", "Red."),
         ),
-        "picture later": (
+        "image later": (
             _turn("user", "What do you see here?\n", 0),
             _turn("assistant", "A red car, parked."),
         ),
-        "3 turns about a picture": (
+        "3 turns about an image": (
             _turn("user", 0, "\nWhat is it?"),
             _turn("assistant", "A street."),
             *_LATER,

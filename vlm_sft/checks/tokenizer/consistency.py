@@ -106,7 +106,7 @@ def own_template(case: Case) -> Iterator[Finding]:
         yield _other_format(case, differing)
     elif compared:
         yield Finding(
-            "own_template", "good", what, f"the same in all {compared} probes without pictures"
+            "own_template", "good", what, f"the same in all {compared} probes without images"
         )
     else:
         yield Finding("own_template_refuses", "note", what, "takes none of the probes")
@@ -135,7 +135,7 @@ def _other_format(case: Case, differing: list[tuple[str, str, str]]) -> Finding:
             f"{theirs[at:]!r} there",
         )
     if case.renderer.template.images_only_users:
-        words = "not written: pictures and captions alone, which is for the first stage"
+        words = "not written: images and captions alone, which is for the first stage"
         return Finding("own_template_unused", "note", what, words)
     return Finding(
         "own_template_differs",

@@ -125,14 +125,14 @@ def unusual_writing(case: Case) -> Iterator[Finding]:
         advice = "answers with them are refused by name; a tokenizer with byte fallback spells all"
         yield Finding("unspellable", "warning", what, words, advice)
     if kinds["rewritten"]:
-        words = f"the tokenizer's own normaliser rewrites it: {', '.join(kinds['rewritten'])}"
-        yield Finding("normalised", "note", what, words)
+        words = f"the tokenizer's own normalizer rewrites it: {', '.join(kinds['rewritten'])}"
+        yield Finding("normalized", "note", what, words)
     if len(kinds["kept"]) == len(UNUSUAL):
         yield Finding("text", "good", what, f"{len(UNUSUAL)} kinds read back exactly")
 
 
 def _fate(case: Case, name: str, text: str) -> str:
-    """What becomes of a text: changed, refused, rewritten by the normaliser, or kept."""
+    """What becomes of a text: changed, refused, rewritten by the normalizer, or kept."""
     pairs = ((text, "a"), ("a", text))
     fates = {_fate_of(case, name, question, answer) for question, answer in pairs}
     for fate in ("changed", "refused"):

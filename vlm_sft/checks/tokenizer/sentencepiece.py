@@ -52,7 +52,7 @@ def _legacy(case: Case, state: dict[str, Any], scheme: str) -> Iterator[Finding]
 
 
 def _dummy_space(state: dict[str, Any]) -> str | None:
-    """Where a serialised tokenizer puts SentencePiece's space: always, first, never; or None."""
+    """Where a serialized tokenizer puts SentencePiece's space: always, first, never; or None."""
     for section in ("normalizer", "pre_tokenizer"):
         for step in _steps(state[section]):
             if step["type"] == "Prepend":
@@ -63,7 +63,7 @@ def _dummy_space(state: dict[str, Any]) -> str | None:
 
 
 def _respaced(state: dict[str, Any], scheme: str) -> dict[str, Any]:
-    """The serialised tokenizer with its dummy space as `scheme` says."""
+    """The serialized tokenizer with its dummy space as `scheme` says."""
     kept = [s for s in _steps(state["normalizer"]) if not _writes_space(s)]
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     steps = [s for s in _steps(state["pre_tokenizer"]) if s["type"] != "Metaspace"]

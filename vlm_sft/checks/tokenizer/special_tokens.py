@@ -87,7 +87,7 @@ def begin(case: Case) -> Iterator[Finding]:
             "begin",
             f"nothing stands before an answer in: {', '.join(unled)}; its first token cannot be "
             "trained, and there is nothing to generate from",
-            "give such records a picture or a question, or choose a template with {bos}",
+            "give such records an image or a question, or choose a template with {bos}",
         )
     else:
         yield _bos(case, heads)
@@ -104,7 +104,7 @@ def _bos(case: Case, heads: set[int]) -> Finding:
             "warning",
             "begin",
             f"the tokenizer begins every text with {case.tokens(added)}, the template begins with "
-            f"{shown}: processors and servers that tokenise the prompt themselves send a token "
+            f"{shown}: processors and servers that tokenize the prompt themselves send a token "
             "that training never showed",
             "set add_bos_token to false in tokenizer_config.json, or write {bos} in the template",
         )
@@ -115,7 +115,7 @@ def _bos(case: Case, heads: set[int]) -> Finding:
             "begin",
             f"{shown}, once, in training and in what inference sends; the tokenizer would add its "
             "own to a rendered prompt",
-            "elsewhere, tokenise rendered text with add_special_tokens=False",
+            "elsewhere, tokenize rendered text with add_special_tokens=False",
         )
     return Finding("bos", "good", "begin", f"{shown}, the same in training and inference")
 

@@ -95,7 +95,7 @@ def transformer_blocks(encoder: nn.Module) -> Sequence[nn.Module]:
 
 
 def resize_positions(encoder: PreTrainedModel, size: int) -> None:
-    """Make a CLIP or SigLIP encoder take `size` x `size` pictures.
+    """Make a CLIP or SigLIP encoder take `size` x `size` images.
 
     The position table is interpolated once (bicubic, as transformers' own
     `interpolate_pos_encoding` does at every call), so that the encoder is afterwards an ordinary

@@ -1,0 +1,26 @@
+"""Print every error code as Markdown: `python -m vlm_sft.errors > docs/errors.md`."""
+
+from collections.abc import Sequence
+
+from vlm_sft.commands.parser import CommandParser
+from vlm_sft.errors import run_command
+from vlm_sft.errors.codes import page
+
+EXAMPLES = "example:\n  python -m vlm_sft.errors > docs/errors.md"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print `docs/errors.md` and return the exit code."""
+    parser().read(argv)
+    print(page(), end="")
+    return 0
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    about = "Print every error code with its meaning and remedy, as Markdown."
+    return CommandParser("python -m vlm_sft.errors", about, EXAMPLES)
+
+
+if __name__ == "__main__":
+    run_command(main)
