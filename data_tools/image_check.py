@@ -6,7 +6,7 @@ from typing import Any
 
 from data_tools.coco import CocoIndex, Picture
 from vlm_sft.errors import ImageError, UserError
-from vlm_sft.utils.escape import visible_line
+from vlm_sft.utils.escape import escape_control_line
 from vlm_sft.utils.image_paths import image_path, nearest_existing
 from vlm_sft.utils.progress import track
 
@@ -29,7 +29,7 @@ def usable_pictures(
             usable.append(picture)
         else:
             kind, found = problem
-            index.findings.add(kind, f"{visible_line(picture.file_name, 200)}: {found}")
+            index.findings.add(kind, f"{escape_control_line(picture.file_name, 200)}: {found}")
     return tuple(usable)
 
 
@@ -48,7 +48,7 @@ def require_few_missing(pictures: Iterable[Picture], folder: Path, max_faulty: f
     pictures = list(pictures)
     missing = [p.file_name for p in pictures if not (folder / p.file_name).exists()]
     if len(missing) > max_faulty * len(pictures):
-        shown = ", ".join(visible_line(name, 200) for name in missing[:3])
+        shown = ", ".join(escape_control_line(name, 200) for name in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
         raise UserError(
             f"--images {folder}: {len(missing)} annotated pictures are not there ({shown}{more})"

@@ -147,7 +147,7 @@ def test_a_url_for_an_image_is_one_clear_sentence(
 ) -> None:
     url = "https://example.org/cat.jpg"
     assert code_of([str(full_run), "--image", url, "--prompt", "What?"]) == 2
-    sentence = f"the image '{url}' is a URL; nothing is downloaded, give a file's name"
+    sentence = f"the image '{url}' is a URL; images are not downloaded, give the path of a file"
     assert sentence in capsys.readouterr().err
     assert talk(full_run, f"/image {url}\n/image file://{RED}\n/quit\n", monkeypatch) == 0
     err = capsys.readouterr().err

@@ -72,7 +72,7 @@ def test_links_within_the_root_and_a_root_that_is_a_link_are_accepted(root: Path
         ("Dog.JPG", "dog.jpg", "upper and lower case"),
         ("a/dog.jpg", "a\\dog.jpg", "backslashes instead of slashes"),
         ("A/dog.jpg", "a/dog.jpg", "upper and lower case"),
-        ("dog.jpg", "dog.jpg ", "spaces at an end"),
+        ("dog.jpg", "dog.jpg ", "leading or trailing spaces"),
         ("dog.jpg", "coco/train/dog.jpg", "the extra folder 'coco/train'"),
         ("train/dog.jpg", "dog.jpg", "the missing folder 'train'"),
         ("dog.jpg", "dog.jpeg", "the extension (.jpeg and .jpg)"),

@@ -10,14 +10,14 @@ from typing import IO, Any, ClassVar, Final
 
 from vlm_sft.commands.registry import raise_on_ctrl_c
 from vlm_sft.errors.codes import CODES, ErrorCode
-from vlm_sft.utils.escape import shortened, visible, visible_line
+from vlm_sft.utils.escape import escape_control, escape_control_line, shortened
 from vlm_sft.utils.streams import accept_any_text
 
 
 class UserError(ValueError):
     """Wrong input, in one sentence: what, where, what was expected, what to do.
 
-    A message quotes what comes from outside, so the constructor makes it `visible` and bounds its
+    A message quotes what comes from outside, so the constructor escapes it and bounds its
     length; a raise site need not.
 
     Args:
@@ -33,7 +33,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         self.code = CODES[code or self.default_code]
-        super().__init__(shortened(visible(message)))
+        super().__init__(shortened(escape_control(message)))
 
     @property
     def reason(self) -> str:
@@ -64,11 +64,13 @@ class RecordError(UserError):
     """
 
     def __init__(self, reason: str, message: str, *, record_id: str, where: str) -> None:
-        self.message = visible_line(message)
+        self.message = escape_control_line(message)
         self.record_id = record_id
         self.where = where
         shown = shortened(record_id, 200)
-        super().__init__(visible_line(f"{where}: record {shown!r}: {self.message}"), code=reason)
+        super().__init__(
+            escape_control_line(f"{where}: record {shown!r}: {self.message}"), code=reason
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By keyword: pickle would otherwise call the class with the finished sentence alone.
@@ -86,7 +88,7 @@ class ImageError(UserError):
     """An image cannot be used; `reason` is the fault's name in `error_codes`."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(visible_line(message), code=reason)
+        super().__init__(escape_control_line(message), code=reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, str(self))
@@ -164,8 +166,8 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         _forget(sys.stdout)
         code = 141
     except OSError as error:
-        place = visible_line(str(error.filename or "input/output"))
-        reason = visible_line(str(error.strerror or error))
+        place = escape_control_line(str(error.filename or "input/output"))
+        reason = escape_control_line(str(error.strerror or error))
         _print_last(f"error {code_of(error)}: {_whose()}{place}: {reason}")
         code = 2
     except KeyboardInterrupt:

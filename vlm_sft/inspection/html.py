@@ -27,7 +27,7 @@ from vlm_sft.inspection.statistics import (
 from vlm_sft.inspection.terminal import message
 from vlm_sft.inspection.tokens import Spelled, Stretch, Token, spell
 from vlm_sft.utils.atomic_files import write_text
-from vlm_sft.utils.escape import visible
+from vlm_sft.utils.escape import escape_control
 from vlm_sft.utils.html import embedded_image, page
 
 THUMBNAIL: Final = 256
@@ -195,7 +195,11 @@ class RecordsPage:
             *self._articles,
         ]
         made = page(
-            visible(f"Records of {names}"), visible(self._lead()), body, command="show", **_LOOK
+            escape_control(f"Records of {names}"),
+            escape_control(self._lead()),
+            body,
+            command="show",
+            **_LOOK,
         )
         write_text(path, made)
 
@@ -438,4 +442,4 @@ def _plots(statistics: Statistics) -> str:
 
 
 def _escaped(text: str) -> str:
-    return escape(visible(text))
+    return escape(escape_control(text))

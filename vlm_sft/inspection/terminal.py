@@ -19,7 +19,7 @@ from vlm_sft.inspection.statistics import BUCKETS, FREE_TEXT, FigureTable
 from vlm_sft.inspection.tokens import Spelled
 from vlm_sft.utils.console import Console
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
-from vlm_sft.utils.escape import visible
+from vlm_sft.utils.escape import escape_control
 
 _WIDTH_OF_A_FILE = 160
 
@@ -39,11 +39,11 @@ def as_text(found: Inspected, spelled: Spelled | None) -> Text:
     as their symbols (␛), so that data cannot command the terminal.
     """
     text = Text()
-    text.append(visible(f"── {found.entry.record_id} "), style="bold")
-    text.append(f"({visible(facts(found, spelled))})\n", style="dim")
+    text.append(escape_control(f"── {found.entry.record_id} "), style="bold")
+    text.append(f"({escape_control(facts(found, spelled))})\n", style="dim")
     if found.bucket != "trained":
         text.append(f"{BUCKETS[found.bucket]}: {found.entry.reason}: ", style="bold red")
-        text.append(visible(message(found)) + "\n", style="red")
+        text.append(escape_control(message(found)) + "\n", style="red")
     if spelled is None:
         for turn in found.conversation.turns if found.conversation else ():
             text.append(f"{turn.role}: ", style="bold dim")
@@ -51,7 +51,7 @@ def as_text(found: Inspected, spelled: Spelled | None) -> Text:
                 _escaped(p.text, (IMAGE_PLACEHOLDER,)) if isinstance(p, TextPart) else "<image>"
                 for p in turn.parts
             )
-            text.append(visible("".join(texts)) + "\n", style="dim")
+            text.append(escape_control("".join(texts)) + "\n", style="dim")
         return text
     for stretch in spelled.stretches:
         is_trained = stretch.fate == "trained"
@@ -62,7 +62,7 @@ def as_text(found: Inspected, spelled: Spelled | None) -> Text:
             spoken = "".join(token.text for token in tokens)
             if not is_control:
                 spoken = _escaped(spoken, spelled.control)
-            text.append(visible(spoken), style="cyan" if is_control else style)
+            text.append(escape_control(spoken), style="cyan" if is_control else style)
         if is_trained:
             text.append("⟧", style="bold green")
     return text.append("\n")
@@ -104,7 +104,7 @@ def print_tables(console: Console, tables: Sequence[FigureTable]) -> None:
             right = figures.is_number(number) and name != FREE_TEXT
             shown.add_column(Text(name), justify="right" if right else "left", overflow="fold")
         for row in figures.rows:
-            shown.add_row(*(Text(visible(cell)) for cell in row))
+            shown.add_row(*(Text(escape_control(cell)) for cell in row))
         console.print(shown)
 
 

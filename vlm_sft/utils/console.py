@@ -1,4 +1,4 @@
-"""Print to the terminal: the one way, through which every text becomes visible and harmless."""
+"""Print to the terminal; every text is escaped first, so data cannot send control codes."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import IO, Any, Final
 import rich.console
 from rich.segment import Segment
 
-from vlm_sft.utils.escape import INVISIBLE_CODES, visible
+from vlm_sft.utils.escape import INVISIBLE_CODES, escape_control
 from vlm_sft.utils.streams import holds_unicode
 
 _JSON_ESCAPES: Final = {
@@ -16,31 +16,32 @@ _JSON_ESCAPES: Final = {
     for code in INVISIBLE_CODES
     if code >= 0x7F
 }
-"""Every code here is escaped by JSON's own rules, so a reader gets the text as it was; `json` has
-escaped those below 0x7F itself."""
+"""JSON escapes of the code points that a terminal would interpret; parsers restore the text.
+
+`json.dumps` already escapes those below 0x7F."""
 
 
 def say(text: object = "", *, end: str = "\n", file: IO[str] | None = None) -> None:
-    """Print `visible` text to stderr, or to `file`, at once; tabs and line ends stay."""
-    shown = "\t".join(map(visible, str(text).split("\t")))
+    """Print escaped text to stderr, or to `file`, and flush; tabs and newlines are kept."""
+    shown = "\t".join(map(escape_control, str(text).split("\t")))
     print(shown, end=end, file=sys.stderr if file is None else file, flush=True)
 
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
-    """Print a value as JSON on stdout, with escapes for what would command a terminal."""
+    """Print a value as JSON on stdout, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=not holds_unicode(), indent=indent)
     print(text.translate(_JSON_ESCAPES), flush=True)
 
 
 class Console(rich.console.Console):
-    """A console of rich whose texts are `visible`; only rich itself sends control codes."""
+    """A rich console that escapes every text; only rich itself sends control codes."""
 
     def render(
         self, renderable: Any, options: rich.console.ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Yield the segments of `renderable`, with foreign text made visible."""
+        """Yield the segments of `renderable`, with untrusted text escaped."""
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
             else:
-                yield Segment(visible(segment.text), segment.style)
+                yield Segment(escape_control(segment.text), segment.style)

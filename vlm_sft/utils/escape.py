@@ -1,17 +1,17 @@
-"""Make text from outside safe to show: nothing in it commands a terminal or reorders a line."""
+"""Escape control, bidirectional and invisible characters of untrusted text before showing it."""
 
 from typing import Final
 
 _REORDERING: Final = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
-"""Line separators and marks that change the order in which other letters are shown."""
+"""Line separators and bidirectional marks, which change the order of the characters on screen."""
 
 _INVISIBLE: Final = (0x200B, *range(0x2060, 0x2066), *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFC))
-"""Characters that show nothing, so that two different texts look identical."""
+"""Characters without a glyph, with which two different texts look identical."""
 
 _TAGS: Final = range(0xE0000, 0xE0080)
-"""Invisible copies of ASCII, with which a text can carry a second, hidden one."""
+"""Unicode tag characters: invisible copies of ASCII that can hide a second text in the first."""
 
-_VISIBLE: Final = {
+_ESCAPES: Final = {
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) != "\n"},
     **{code: f"\\x{code:02x}" for code in range(0x7F, 0xA0)},
     **{code: f"\\u{code:04x}" for code in (*_REORDERING, *_INVISIBLE, 0xFEFF, 0xFFFE, 0xFFFF)},
@@ -19,31 +19,32 @@ _VISIBLE: Final = {
     **{code: f"\\U{code:08x}" for code in _TAGS},
 }
 
-INVISIBLE_CODES: Final = tuple(_VISIBLE)
-"""Code points that `visible` replaces."""
+INVISIBLE_CODES: Final = tuple(_ESCAPES)
+"""Code points that `escape_control` replaces."""
 
 MAX_SHOWN: Final = 4_000
-"""Longest message in characters; of a longer one the middle is left out."""
+"""Longest message in characters; the middle of a longer one is cut out."""
 
 
-def visible(text: str) -> str:
-    """Return text in which nothing commands a terminal or reorders a line; line ends stay.
+def escape_control(text: str) -> str:
+    r"""Return `text` with every character escaped that a terminal would interpret or hide.
 
-    Control characters become their symbols (`␛`); marks that change the order of letters,
-    characters that show nothing, and what no file can hold become escapes with their number.
+    Control characters become their symbols (`␛`). Bidirectional marks, invisible characters and
+    code points that UTF-8 cannot encode become escapes such as `\u202e`. Newlines are kept.
     """
-    return text.translate(_VISIBLE)
+    return text.translate(_ESCAPES)
 
 
-def visible_line(text: str, limit: int = MAX_SHOWN) -> str:
-    """Return `visible` text on one line (`␊` for a line end), shortened to `limit` characters."""
-    return shortened(visible(shortened(text, limit)).replace("\n", "\u240a"), limit)
+def escape_control_line(text: str, limit: int = MAX_SHOWN) -> str:
+    """Return `text` escaped, on one line (`␊` for a newline), in at most `limit` characters."""
+    return shortened(escape_control(shortened(text, limit)).replace("\n", "\u240a"), limit)
 
 
 def shortened(text: str, limit: int = MAX_SHOWN) -> str:
-    """Return `text`, its middle left out if it is longer than `limit` characters (64 or more)."""
+    """Return `text`, with its middle cut out if it is longer than `limit` (>= 64) characters."""
     if len(text) <= limit:
         return text
     note = f" … [{len(text):,} characters] … "
+    # Three quarters of the room for the beginning, one quarter for the end.
     kept = limit - len(note)
     return text[: kept - kept // 4] + note + text[len(text) - kept // 4 :]

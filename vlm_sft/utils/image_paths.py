@@ -1,8 +1,8 @@
-"""Resolve the name of an image below its folder, and explain a name that leads nowhere.
+"""Resolve image names inside their image root, and suggest the intended file for a missing name.
 
-The rule: an image's name must lead to a place inside its image root. `..` and absolute names may
-not leave it, whatever the settings. Symbolic links below the root may not leave it either, unless
-`follow_symlinks` allows them; the root itself may be a link or lie behind one.
+An image name must resolve to a path inside its image root. `..` and absolute names that leave the
+root are always refused. Symbolic links below the root that leave it are refused unless
+`follow_symlinks` is set; the root itself may be a link, or be reached through one.
 """
 
 import difflib
@@ -16,15 +16,15 @@ from typing import Final, Literal
 from urllib.parse import unquote, urlsplit
 
 from vlm_sft.errors import ImageError
-from vlm_sft.utils.escape import shortened, visible_line
+from vlm_sft.utils.escape import escape_control_line, shortened
 
 MAX_NAME: Final = 4096
 """Longest name of an image in characters; Linux's PATH_MAX."""
 
 _MAX_ENTRIES: Final = 200_000
-"""Entries of a directory that are compared with a missing name."""
+"""Maximum directory entries that are compared with a missing name."""
 _MAX_SIMILAR: Final = 2_000
-"""Entries up to which the most similar name is looked for; a slow comparison."""
+"""Maximum directory entries for the fuzzy search, which compares every pair of names."""
 _MAX_SUBDIRECTORIES: Final = 200
 _FORMS: Final[tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...]] = ("NFC", "NFD", "NFKC", "NFKD")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -53,7 +53,7 @@ def image_path(root: str | Path, name: str, *, follow_symlinks: bool = False) ->
 
 
 def image_argument(name: str) -> Path:
-    """Return the path of an image that is named on the command line, without looking for it.
+    """Return the path of an image named on the command line; the file need not exist.
 
     Raises:
         ImageError: `image_path`: the name is a URL.
@@ -69,10 +69,10 @@ def _without_scheme(name: str, shown: str) -> str:
     if scheme == "file":
         url = urlsplit(name)
         if url.netloc not in ("", "localhost"):
-            message = f"the image {shown} lies on another computer; give a file's name"
+            message = f"the image {shown} is on another computer; give the path of a local file"
             raise ImageError("image_path", message)
         return unquote(url.path)
-    message = f"the image {shown} is a URL; nothing is downloaded, give a file's name"
+    message = f"the image {shown} is a URL; images are not downloaded, give the path of a file"
     raise ImageError("image_path", message)
 
 
@@ -88,11 +88,12 @@ def _refuse_links_outside(path: str, folder: str, shown: str) -> None:
         if os.path.islink(real):
             real = os.path.realpath(real)
     except (OSError, ValueError):
-        return  # opening it reports what is wrong
+        return  # opening the file will report the error
     if not _is_inside(real, real_folder):
         message = (
-            f"the image {shown} is, or lies behind, a symbolic link to {visible_line(real, 300)}, "
-            f"outside of the image root {folder}; if that is intended, allow it with "
+            f"the image {shown} is, or is reached through, a symbolic link to "
+            f"{escape_control_line(real, 300)}, outside of the image root {folder}; if that is "
+            "intended, allow it with "
             "`follow_symlinks: true` (in the configuration, next to `image_root`) or "
             "--follow-symlinks (on the command line)"
         )
@@ -105,25 +106,25 @@ def _real_directory(path: str) -> str:
 
 
 def shown_name(name: str) -> str:
-    """Return a name as messages quote it: on one line, of bounded length."""
+    """Return a name quoted for a message: on one line, of bounded length."""
     return repr(shortened(name, 200))
 
 
 def current_directory_hint(path: str | Path) -> str:
-    """Return where a relative path was looked for, as ` (looked for in /home/me)`, else nothing."""
+    """Return the current directory as a hint for a relative path; empty for an absolute path."""
     if os.path.isabs(path):
         return ""
-    return f" (relative to the current directory {visible_line(os.getcwd(), 300)})"
+    return f" (relative to the current directory {escape_control_line(os.getcwd(), 300)})"
 
 
-# --- a name that leads nowhere
+# --- suggestions for a missing file
 
 
 def nearest_existing(path: str | Path) -> str:
-    """Explain a missing file by the most similar one that exists; nothing if there is none.
+    """Return a hint that names the most similar existing file; empty if there is none.
 
-    Two names can look identical and differ in Unicode form, case or kind of slash. The sentence
-    begins with `; ` so that it can end a message: `; 'a.JPG' exists, which differs in case`.
+    Two names can look identical and differ in Unicode form, case or kind of slash. The hint begins
+    with `; ` and is appended to a message: `; 'a.JPG' exists, which differs in case`.
     """
     try:
         found = _nearest(Path(os.path.abspath(path)))
@@ -136,7 +137,7 @@ def nearest_existing(path: str | Path) -> str:
 
 
 def _nearest(path: Path) -> tuple[str, str] | None:
-    """Return the similar name, from where it differs on, and in what it differs."""
+    """Return the similar name relative to the last existing directory, and how it differs."""
     ancestor = path.parent
     while not ancestor.is_dir():
         if ancestor == ancestor.parent:
@@ -144,7 +145,7 @@ def _nearest(path: Path) -> tuple[str, str] | None:
         ancestor = ancestor.parent
     rest = path.relative_to(ancestor).parts
     parts = [part for name in rest for part in name.split("\\") if part]
-    if (same := _spelled_otherwise(ancestor, parts)) is not None:
+    if (same := _equal_ignoring_case(ancestor, parts)) is not None:
         return "/".join(same), _difference("/".join(rest), "/".join(same))
     for skipped in range(1, len(parts)):
         if (ancestor.joinpath(*parts[skipped:])).is_file():
@@ -159,8 +160,8 @@ def _nearest(path: Path) -> tuple[str, str] | None:
     return (found, similar[1]) if ancestor.joinpath(found).is_file() else None
 
 
-def _spelled_otherwise(folder: Path, parts: list[str]) -> list[str] | None:
-    """Return names of existing entries that are equal but for case, Unicode form and spaces."""
+def _equal_ignoring_case(folder: Path, parts: list[str]) -> list[str] | None:
+    """Return the existing path that differs only in case, Unicode form or outer spaces."""
     found: list[str] = []
     for part in parts:
         names = _names_by_key(str(folder), folder.stat().st_mtime_ns).get(_key(part))
@@ -193,20 +194,20 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
-def _difference(asked: str, found: str) -> str:
-    """Return what two names that have the same key differ in."""
+def _difference(requested: str, found: str) -> str:
+    """Return how two names with the same key differ."""
     kinds: list[str] = []
-    if "\\" in asked:
+    if "\\" in requested:
         kinds.append("backslashes instead of slashes")
-        asked = asked.replace("\\", "/")
-    if asked.strip() != asked or found.strip() != found:
-        kinds.append("spaces at an end")
-    asked, found = asked.strip(), found.strip()
-    one, other = (unicodedata.normalize("NFKC", text) for text in (asked, found))
+        requested = requested.replace("\\", "/")
+    if requested.strip() != requested or found.strip() != found:
+        kinds.append("leading or trailing spaces")
+    requested, found = requested.strip(), found.strip()
+    one, other = (unicodedata.normalize("NFKC", text) for text in (requested, found))
     if one.casefold() == other.casefold() and one != other:
         kinds.append("upper and lower case")
-    if asked.casefold() != found.casefold():
-        forms = " and ".join(_form(text) for text in (asked, found))
+    if requested.casefold() != found.casefold():
+        forms = " and ".join(_form(text) for text in (requested, found))
         kinds.append(f"Unicode form ({forms})")
     return " and ".join(kinds) or "spelling"
 
@@ -234,7 +235,7 @@ def _similar(folder: Path, parts: list[str]) -> tuple[str, str] | None:
             return name, f"the extension ({extension or 'none'} and {Path(name).suffix or 'none'})"
     if len(names) > _MAX_SIMILAR:
         return None
-    # Another number is another image, not a misspelled one.
+    # A name with another number is another image, not a misspelled one.
     names = [name for name in names if _numbers(name) == _numbers(parts[0])]
     near = difflib.get_close_matches(parts[0][:200], names, n=1, cutoff=0.8)
     return (near[0], "spelling") if near else None

@@ -11,7 +11,7 @@ from data_tools.coco import Picture
 from data_tools.instruct.receipts.evidence import SYMBOLS, verdict_of
 from data_tools.instruct.schema import Check, Shown, Verdict
 from vlm_sft.errors import ImageError
-from vlm_sft.utils.escape import visible
+from vlm_sft.utils.escape import escape_control
 from vlm_sft.utils.ownership import PNG_SOFTWARE
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def tags(drawn: Sequence[Mark], size: tuple[float, float], letter: float, all_: 
     placed: list[Tag] = []
     for mark in sorted(wanted, key=lambda mark: mark.verdict is None):
         text = mark.label or mark.category if short else mark.name
-        choices = _choices(mark, visible(text), size, letter)
+        choices = _choices(mark, escape_control(text), size, letter)
         free = (tag for tag in choices if not any(tag.meets(other) for other in placed))
         placed.append(next(free, choices[0]))
     return placed
@@ -153,7 +153,7 @@ def svg(drawn: Sequence[Mark], size: tuple[int, int], *, letter: float = 11, all
             f'x="{mark.left * width:.1f}" y="{mark.top * height:.1f}" '
             f'width="{mark.width * width:.1f}" height="{mark.height * height:.1f}"'
         )
-        title = f"<title>{escape(visible(mark.name))}</title>"
+        title = f"<title>{escape(escape_control(mark.name))}</title>"
         css = _classes(mark)
         parts.append(f'<g class="{css}" data-b="{mark.label}"><rect class="under" {place}/>')
         parts.append(f'<rect class="line" {place}>{title}</rect></g>')

@@ -18,7 +18,7 @@ from data_tools.instruct.receipts.evidence import (
     verdict_of,
 )
 from data_tools.instruct.schema import Check, Sample, Shown, Turn
-from vlm_sft.utils.escape import visible
+from vlm_sft.utils.escape import escape_control
 from vlm_sft.utils.html import embedded_image as embedded
 
 STYLE: Final = """
@@ -308,4 +308,4 @@ def badge(text: str, verdict: str = "") -> str:
 
 def escaped(text: str) -> str:
     """Foreign text for a page: nothing in it is markup, commands, or reorders a line."""
-    return escape(visible(text))
+    return escape(escape_control(text))

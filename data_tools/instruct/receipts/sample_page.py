@@ -6,7 +6,7 @@ from typing import Final
 from data_tools.instruct.receipts import markup
 from data_tools.instruct.receipts.explanation import Explanation, cost, model, parameters
 from data_tools.instruct.receipts.markup import escaped
-from vlm_sft.utils.escape import visible
+from vlm_sft.utils.escape import escape_control
 from vlm_sft.utils.html import page
 
 _STYLE: Final = (
@@ -42,8 +42,8 @@ def build(found: Explanation) -> str:
         *_details(found),
     ]
     lead = f"{request.type}, picture {request.picture} ({name})"
-    title = visible(request.sample_id)
-    return page(title, visible(lead), body, style=_STYLE, script=markup.SCRIPT)
+    title = escape_control(request.sample_id)
+    return page(title, escape_control(lead), body, style=_STYLE, script=markup.SCRIPT)
 
 
 def _stages(found: Explanation) -> Iterator[str]:

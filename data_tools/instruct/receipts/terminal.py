@@ -10,7 +10,7 @@ from rich.text import Text
 from data_tools.instruct.receipts.evidence import SYMBOLS, deciding, evidence, pieces, spans_of
 from data_tools.instruct.receipts.explanation import Explanation, cost, model, parameters
 from data_tools.instruct.schema import Check, Sample, Verdict
-from vlm_sft.utils.escape import visible
+from vlm_sft.utils.escape import escape_control
 
 _STYLES: dict[Verdict, str] = {
     "supported": "blue",
@@ -34,7 +34,7 @@ def show(console: Console, found: Explanation, *, whole_prompt: bool) -> None:
     console.print(_panel("shown to the teacher", Group(*_shown(found))))
     console.print(_panel("prompt", Group(*_prompt(found, whole_prompt))))
     if found.answer is not None:
-        console.print(_panel("raw answer", Text(visible(found.answer.text))))
+        console.print(_panel("raw answer", Text(escape_control(found.answer.text))))
     if found.sample is not None and found.sample.turns:
         console.print(_panel("turns", Group(*_turns(found.sample))))
     if found.sample is not None and found.sample.checks:
@@ -53,8 +53,8 @@ def show(console: Console, found: Explanation, *, whole_prompt: bool) -> None:
 def _title(found: Explanation) -> Text:
     picture = found.request.picture
     name = found.picture.file_name if found.picture else "not in the index"
-    text = Text(visible(found.request.sample_id), style="bold")
-    return text.append(f"  picture {picture}, {visible(name)}", style="dim")
+    text = Text(escape_control(found.request.sample_id), style="bold")
+    return text.append(f"  picture {picture}, {escape_control(name)}", style="dim")
 
 
 def _panel(title: str, content: RenderableType) -> Panel:
@@ -65,19 +65,19 @@ def _stages(found: Explanation) -> Table:
     grid = Table.grid(padding=(0, 1))
     for stage in found.stages:
         symbol, style = _DONE[stage.done]
-        grid.add_row(Text(symbol, style=style), stage.name, Text(visible(stage.words)))
+        grid.add_row(Text(symbol, style=style), stage.name, Text(escape_control(stage.words)))
     return grid
 
 
 def _shown(found: Explanation) -> Iterator[RenderableType]:
     for label, caption in found.captions.items():
-        yield Text(f"{label}  {visible(caption)}")
+        yield Text(f"{label}  {escape_control(caption)}")
     boxes = [name for name in found.names.values() if name[:1] == "b"]
-    yield Text(visible(f"{len(boxes)} boxes: " + ", ".join(boxes)))
+    yield Text(escape_control(f"{len(boxes)} boxes: " + ", ".join(boxes)))
     told = {name: len(ids) for name, ids in found.request.shown.summarised.items()}
     if told:
         numbers = ", ".join(f"{count} {name}" for name, count in told.items())
-        yield Text(visible(f"told as a number: {numbers}"))
+        yield Text(escape_control(f"told as a number: {numbers}"))
 
 
 def _prompt(found: Explanation, whole: bool) -> Iterator[RenderableType]:
@@ -91,7 +91,7 @@ def _prompt(found: Explanation, whole: bool) -> Iterator[RenderableType]:
         )
     for message in (*fixed, own) if whole else (own,):
         yield Text(f"{message['role']}:", style="bold")
-        yield Text(visible(message["content"]))
+        yield Text(escape_control(message["content"]))
 
 
 def _turns(sample: Sample) -> Iterator[RenderableType]:
@@ -102,7 +102,7 @@ def _turns(sample: Sample) -> Iterator[RenderableType]:
                 claims(text, sample.checks, spans_of(sample.checks, index, part))
             )
         cited = ", ".join(turn.evidence) or "nothing"
-        yield Text(visible(f"  {turn.kind}; cites {cited}"), style="dim")
+        yield Text(escape_control(f"  {turn.kind}; cites {cited}"), style="dim")
 
 
 def claims(text: str, checks: Sequence[Check], spans: Mapping[int, tuple[int, int]]) -> Text:
@@ -112,7 +112,7 @@ def claims(text: str, checks: Sequence[Check], spans: Mapping[int, tuple[int, in
         marked.append("[" * len(piece.opening), style="dim")
         over = [checks[index].verdict for index in piece.covering]
         worst = next((v for v in ("contradicted", "unknown", "supported") if v in over), None)
-        marked.append(visible(piece.text), style=_STYLES[worst] if worst else "")
+        marked.append(escape_control(piece.text), style=_STYLES[worst] if worst else "")
         for index in piece.closing:
             verdict = checks[index].verdict
             marked.append(f"]{SYMBOLS[verdict]}{index + 1}", style=_STYLES[verdict])
@@ -129,10 +129,10 @@ def _checks(sample: Sample, names: Mapping[int, str]) -> Table:
         table.add_row(
             Text(f"{SYMBOLS[check.verdict]}{number}", style=style),
             Text(check.verdict, style=style),
-            Text(visible(check.rule)),
-            Text(visible(check.claim)),
-            Text(visible(evidence(check, names))),
-            Text(visible(check.code or ""), style="bold" if check in decided else ""),
+            Text(escape_control(check.rule)),
+            Text(escape_control(check.claim)),
+            Text(escape_control(evidence(check, names))),
+            Text(escape_control(check.code or ""), style="bold" if check in decided else ""),
         )
     return table
 
@@ -140,5 +140,5 @@ def _checks(sample: Sample, names: Mapping[int, str]) -> Table:
 def _pairs(facts: Mapping[str, str]) -> Table:
     grid = Table.grid(padding=(0, 2))
     for name, words in facts.items():
-        grid.add_row(Text(name, style="dim"), Text(visible(words)))
+        grid.add_row(Text(name, style="dim"), Text(escape_control(words)))
     return grid
