@@ -122,8 +122,15 @@ def config_schema(tree: Path) -> str:
     holder = next(path for path in files if "class RunConfig(" in path.read_text())
     module = ".".join(holder.relative_to(tree).with_suffix("").parts)
     code = f"import json, {module} as m; print(json.dumps(m.RunConfig.model_json_schema()))"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment(tree), check=True, stdout=PIPE, text=True).stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,  # `python -c` looks for modules here before PYTHONPATH
+        env=environment(tree),
+        check=True,
+        stdout=PIPE,
+        text=True,
+    )
+    return done.stdout
 
 
 def environment(tree: Path) -> dict[str, str]:
