@@ -203,7 +203,7 @@ BAD: dict[str, tuple[str, Changes, str]] = {
         {"model.language_model.quantization": "nf4"},
         "model.language_model.quantization",
     ),
-    "sharding of what is small": ("lora", {"train.sharding": "fsdp2"}, "train.sharding"),
+    "sharding of what is small": ("lora", {"train.sharding": "zero3"}, "train.sharding"),
     "no record has an image": ("stage1", {"data.train": "TEXT_ONLY"}, "no record has an image"),
     "an image is missing": ("stage1", {"data.train": "NO_IMAGE"}, "0 of 1 records can be used"),
     "records are longer than max_length": ("stage1", {"data.max_length": 25}, "do not fit"),

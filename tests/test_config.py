@@ -149,7 +149,8 @@ PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=4096"]
         (["data.cache_dir=''"], "data.cache_dir: expected text that is not empty"),
         (["data.template=''"], "data.template: expected text that is not empty"),
         (["projector=''"], "projector: expected text that is not empty"),
-        (["train.deepspeed=''"], "train.deepspeed: expected text that is not empty"),
+        (["train.deepspeed=zero3.json"], "train: `deepspeed` was removed; write `sharding: zero2`"),
+        (["train.sharding=fsdp2"], "train: sharding: fsdp2 is now called zero3"),
         (["train.tracking.dir=''"], "train.tracking.dir: expected text that is not empty"),
         (["lora.targets=['']"], "lora.targets.0: expected text that is not empty"),
         ([f"{TOWER}.weights=''"], f"{TOWER}.weights: expected text that is not empty"),
@@ -340,7 +341,6 @@ def test_an_empty_file_name_is_refused(name: str) -> None:
         "data.cache_dir": RunConfig,
         "data.feature_cache": RunConfig,
         "model.vision_tower.weights": RunConfig,
-        "train.deepspeed": RunConfig,
         "train.tracking.dir": RunConfig,
     }
     for path, section in paths.items():

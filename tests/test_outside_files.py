@@ -12,7 +12,6 @@ from vlm_sft.config.schema import load_config
 from vlm_sft.config.yaml_text import parse_yaml
 from vlm_sft.data.chat_template import load_template
 from vlm_sft.data.text_encoder import byte_tokenizer
-from vlm_sft.deepspeed_config import _load as load_deepspeed
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.probes import Probe, read_probes, require_images_inside
 
@@ -53,7 +52,7 @@ def test_aliases_of_an_ordinary_file_are_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
-@pytest.mark.parametrize("reader", ["configuration", "template", "deepspeed", "probes", "manifest"])
+@pytest.mark.parametrize("reader", ["configuration", "template", "probes", "manifest"])
 def test_pipes_and_devices_never_hold_a_command_up(tmp_path: Path, reader: str, kind: str) -> None:
     name = MANIFEST if reader == "manifest" else "file.yaml"
     path = tmp_path / name
@@ -66,7 +65,6 @@ def test_pipes_and_devices_never_hold_a_command_up(tmp_path: Path, reader: str, 
     readers = {
         "configuration": lambda: load_config(path),
         "template": lambda: load_template(str(path), byte_tokenizer()),
-        "deepspeed": lambda: load_deepspeed(str(path)),
         "probes": lambda: read_probes(path),
         "manifest": lambda: read_manifest(tmp_path),
     }

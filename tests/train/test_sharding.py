@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,14 +28,13 @@ from vlm_sft.checkpoint.store import (
     tensor_component,
     verify,
 )
-from vlm_sft.commands.train import settle_sharing
 from vlm_sft.config.schema import OptimConfig, load_config
 from vlm_sft.data.loader import Padded, load_steps, split
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train.distributed import make_accelerator, saving_processes
-from vlm_sft.train.fsdp import own_part, rows_of, shard, whole
+from vlm_sft.train.fsdp import choose_sharding, own_part, rows_of, shard, whole
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm
 from vlm_sft.train.preflight import rehearse_saving
 from vlm_sft.train.train_step import accumulate_gradient
@@ -267,16 +265,18 @@ def test_sharing_out_is_refused_where_it_does_not_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent.parent)
-    with pytest.raises(ConfigError, match="for stage 2 in full"):
-        run("stage1", tmp_path / "run", "train.sharding=fsdp2")
-    config = load_config("configs/tiny/stage2.yaml")
-    two: Any = SimpleNamespace(num_processes=2)
+    with pytest.raises(ConfigError, match="for full fine-tuning"):
+        run("stage1", tmp_path / "run", "train.sharding=zero3")
+    config, full = load_config("configs/tiny/stage2.yaml"), {"projector", "language_model"}
     for key in ("optim.optimizer=adamw_8bit", "train.compile=true", "train.fp8=true"):
         setting = key.replace("=", ": ")
         asked = load_config("configs/tiny/stage2.yaml", [key])
-        with pytest.raises(ConfigError, match=f"{setting} does not go with weights that processes"):
-            settle_sharing(asked, {"projector", "language_model"}, two)
-        assert not settle_sharing(asked, {"projector", "adapter"}, two).wanted
-    assert settle_sharing(config, {"projector", "language_model"}, two).wanted
+        with pytest.raises(ConfigError, match=f"{setting} does not work with sharded weights"):
+            choose_sharding(asked, full, world_size=2)
+        assert choose_sharding(asked, {"projector", "adapter"}, world_size=2) == "none"
+    assert choose_sharding(config, full, world_size=2) == "zero3"
+    assert choose_sharding(config, full, world_size=1) == "none"
+    zero2 = load_config("configs/tiny/stage2.yaml", ["train.sharding=zero2"])
+    assert choose_sharding(zero2, full, world_size=2) == "zero2"
     with pytest.raises(ConfigError, match="use bf16 or fp32"):
         shard(double_model("projector"), make_accelerator("fp32"), "fp16")

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from tests.tiny_runs import ROOT, run
 from tests.train.tiny import example, reset_accelerate, tiny_config, tiny_model
 from vlm_sft import check
 from vlm_sft.checkpoint.optimizer import optimizer_component
-from vlm_sft.commands.train import settle_sharing
 from vlm_sft.config.resume import rule_of
 from vlm_sft.config.schema import LearningRates, LoraConfig, OptimConfig, load_config
 from vlm_sft.data.batch import collate
@@ -30,6 +28,7 @@ from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.adamw_bf16 import StochasticAdamW, round_stochastically
+from vlm_sft.train.fsdp import choose_sharding
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm, state_bytes
 from vlm_sft.train.train_step import forward
 
@@ -286,11 +285,10 @@ def test_where_it_has_no_meaning_it_is_refused_before_anything_is_read(
 @pytest.mark.usefixtures("_in_the_repository")
 def test_it_is_refused_where_processes_share_the_weights_and_cannot_change_within_a_run() -> None:
     asked = load_config("configs/tiny/stage2.yaml", NONE)
-    two: Any = SimpleNamespace(num_processes=2)
-    with pytest.raises(ConfigError, match=r"master_weights: none does not go with weights"):
-        settle_sharing(asked, {"projector", "language_model"}, two)
+    with pytest.raises(ConfigError, match=r"master_weights: none does not work with sharded"):
+        choose_sharding(asked, {"projector", "language_model"}, world_size=2)
     alone = load_config("configs/tiny/stage2.yaml", [*NONE, "train.sharding=none"])
-    assert not settle_sharing(alone, {"projector", "language_model"}, two).wanted
+    assert choose_sharding(alone, {"projector", "language_model"}, world_size=2) == "none"
     assert rule_of("train.master_weights") == "forbidden"
 
 

@@ -6,9 +6,7 @@ import torch
 
 from vlm_sft.checks.verdict import Verdict
 from vlm_sft.commands.inputs import require_stage2
-from vlm_sft.commands.train import sharing_for
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
 from vlm_sft.train.adamw_8bit import require_eight_bit
@@ -16,6 +14,7 @@ from vlm_sft.train.adamw_bf16 import require_roundable
 from vlm_sft.train.compile import require_compiler
 from vlm_sft.train.distributed import require_precision
 from vlm_sft.train.environment import require_environment
+from vlm_sft.train.fsdp import choose_sharding
 from vlm_sft.train.metrics import require_trackers
 
 
@@ -47,8 +46,7 @@ def examine_machine(config: RunConfig, trainable: Set[str], verdict: Verdict) ->
         if train.compile:
             require_compiler(run_device())
     with verdict.examine("sharding"):
-        read_deepspeed(config)
-        sharing_for(config, trainable, num_processes=1)
+        choose_sharding(config, trainable, world_size=1)
     if config.lora is not None:
         with verdict.examine("learning rates"):
             require_stage2(config)

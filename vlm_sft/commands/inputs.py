@@ -95,20 +95,11 @@ def _require_places(config: RunConfig, parts: Set[Part]) -> None:
         if language.name is not None:
             require_model_name(f"{_LANGUAGE}.name", language.name)
         _require_tower(config.model.vision_tower)
-        _require_deepspeed(config)
     files = config.data.train if "train" in parts else []
     for file in [*files, *(config.data.eval if "eval" in parts else [])]:
         _require_data(file)
     if "projector" in parts and config.projector is not None:
         require_checkpoint(Path(config.projector), "projector: ")
-
-
-def _require_deepspeed(config: RunConfig) -> None:
-    path = config.train.deepspeed
-    if path is not None and not Path(path).expanduser().is_file():
-        raise ConfigError(
-            f"train.deepspeed: {path}: no such file; give DeepSpeed's JSON, or delete the key"
-        )
 
 
 def _require_tower(tower: VisionTowerConfig) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -29,8 +28,6 @@ from vlm_sft.commands.assemble import (
 from vlm_sft.config.resume import diff_lines
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.feature_store import require_feature_cache
-from vlm_sft.deepspeed_config import read_deepspeed
-from vlm_sft.errors import ConfigError
 from vlm_sft.export.obstacles import export_obstacles, outlook
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
@@ -40,7 +37,7 @@ from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, on_main
 from vlm_sft.train.environment import environment_notes, require_environment
 from vlm_sft.train.feature_cache import use_feature_cache
-from vlm_sft.train.fsdp import shard
+from vlm_sft.train.fsdp import choose_sharding, shard
 from vlm_sft.train.metrics import (
     require_trackers,
     require_tracking_folder,
@@ -150,7 +147,7 @@ def _require_directories(config: RunConfig) -> None:
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
     on_main(accelerator, lambda: _require_directories(config))
-    sharing = settle_sharing(config, trainable, accelerator)
+    sharding = choose_sharding(config, trainable, world_size=accelerator.num_processes)
     if config.train.fp8:
         require_fp8(accelerator.device, config.train.precision)
     language = load_language(config)
@@ -160,13 +157,9 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     model, identity = load_model(config, trainable)
     if main:
         note_export_obstacles(model, Path(config.output_dir))
-    if sharing.wanted:
-        shard(
-            model,
-            accelerator,
-            config.train.precision,
-            reshard_after_forward=sharing.reshard_after_forward,
-        )
+    if sharding != "none":
+        zero3 = sharding == "zero3"
+        shard(model, accelerator, config.train.precision, reshard_after_forward=zero3)
     data = load_data(config, language.renderer, model)
     notes = require_fit(language, data, model)
     if main:
@@ -190,69 +183,6 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         if outcome.stopped_by is None and outcome.checkpoint is not None:
             say_on_stderr(f"finished: {outcome.checkpoint.folder} (step {outcome.step})")
     return outcome
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """Whether the processes share out the weights that learn, and how (see `shard`)."""
-
-    wanted: bool
-    reshard_after_forward: bool = True
-
-
-def settle_sharing(config: RunConfig, trainable: Set[str], accelerator: Accelerator) -> Sharing:
-    """What `train.sharding` or `train.deepspeed` come to in this run; a file's part is told.
-
-    Raises:
-        ConfigError: Sharing was asked for where the language model does not learn in full,
-            DeepSpeed's file does not go with the configuration, or another setting not with
-            sharing.
-    """
-    sharing, told = sharing_for(config, trainable, num_processes=accelerator.num_processes)
-    if told is not None and accelerator.is_main_process:
-        say_on_stderr(told)
-    return sharing
-
-
-def sharing_for(
-    config: RunConfig, trainable: Set[str], *, num_processes: int
-) -> tuple[Sharing, str | None]:
-    """Return how so many processes share the weights, and a line about a DeepSpeed file.
-
-    Raises:
-        ConfigError: See `settle_sharing`.
-    """
-    in_full, several = "language_model" in trainable, num_processes > 1
-    request = read_deepspeed(config, num_processes=num_processes)
-    if request is not None:
-        told = request.told(in_full=in_full, num_processes=num_processes)
-        wanted = request.shares and in_full and several
-        return _goes_with(config, Sharing(wanted, request.reshard_after_forward)), told
-    if config.train.sharding == "fsdp2" and not in_full:
-        raise ConfigError(
-            "train.sharding: fsdp2 is for stage 2 in full; the projector and adapters are small, "
-            "so leave it at auto or none"
-        )
-    wanted = in_full and config.train.sharding != "none" and several
-    return _goes_with(config, Sharing(wanted)), None
-
-
-def _goes_with(config: RunConfig, sharing: Sharing) -> Sharing:
-    """Refuse what is not built for weights that processes share."""
-    train = config.train
-    alone = {
-        "optim.optimizer: adamw_8bit": config.optim.optimizer == "adamw_8bit",
-        "train.compile: true": train.compile,
-        "train.fp8: true": train.fp8,
-        "train.master_weights: none": train.master_weights == "none",
-    }
-    for setting, is_set in alone.items():
-        if sharing.wanted and is_set:
-            raise ConfigError(
-                f"{setting} does not go with weights that processes share out, as stage 2 in full "
-                "does with several; set train.sharding: none, or leave this setting at its default"
-            )
-    return sharing
 
 
 def farewell(outcome: Outcome, *, say: bool) -> int:

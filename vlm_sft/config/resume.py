@@ -53,7 +53,6 @@ RULES: Mapping[str, Rule] = {
     "train.precision": "explicit",
     "train.master_weights": "forbidden",
     "train.sharding": "explicit",
-    "train.deepspeed": "explicit",
     "train.on_non_finite": "explicit",
     "train.max_skipped_steps": "free",
     "train.neftune_alpha": "explicit",

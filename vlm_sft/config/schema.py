@@ -272,12 +272,11 @@ class TrainConfig(Section):
     master_weights: Literal["fp32", "none"] = "fp32"
     """Trained weights are kept in fp32; with `none` the language model's, in stage 2 in full and
     bf16, are kept in bfloat16 alone, each update being rounded stochastically."""
-    sharding: Literal["auto", "none", "fsdp2"] = "auto"
-    """Share out weights, gradients and optimizer state over the processes (`fsdp2`), or let every
-    process hold them (`none`); `auto` shares where the language model learns in full."""
-    deepspeed: NonEmptyText | None = None
-    """DeepSpeed's JSON instead of `sharding`: its ZeRO stage, done by FSDP2; the rest of that file
-    must say what this one says, or "auto"."""
+    sharding: Literal["auto", "none", "zero2", "zero3"] = "auto"
+    """Shard weights, gradients and optimizer state over the ranks with FSDP2. `zero3` frees
+    gathered weights between forward and backward, `zero2` keeps them (less communication, more
+    memory), `none` replicates the model (DDP). `auto` is `zero3` for full fine-tuning on several
+    ranks, else `none`. See `docs/multi-gpu.md`, also for users of DeepSpeed."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
     max_skipped_steps: CountOrZero = 10
@@ -316,6 +315,20 @@ class TrainConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
     tracking: TrackingConfig = TrackingConfig()
     """Names and places for `trackers`. A resumed run continues the same wandb or trackio run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_removed_settings(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        if values.get("sharding") == "fsdp2":
+            raise ValueError("sharding: fsdp2 is now called zero3; write `sharding: zero3`")
+        if values.get("deepspeed") is not None:
+            raise ValueError(
+                "`deepspeed` was removed; write `sharding: zero2` for ZeRO stage 1 or 2, or "
+                "`sharding: zero3` for stage 3 (docs/multi-gpu.md maps the other settings)"
+            )
+        return {key: value for key, value in values.items() if key != "deepspeed"}
 
     @model_validator(mode="after")
     def _padded_or_packed(self) -> "TrainConfig":
@@ -367,7 +380,6 @@ class RunConfig(Section):
             self.model.language_model.name,
             self.model.language_model.tokenizer,
             self.data.template,
-            self.train.deepspeed,
             *(file.path for file in files),
         )
         paths = (Path(name).expanduser() for name in names if name)

@@ -12,7 +12,6 @@ from torch import nn
 from vlm_sft.checkpoint.components import dtype_of
 from vlm_sft.commands.assemble import image_cost
 from vlm_sft.config.schema import LoraConfig, RunConfig
-from vlm_sft.deepspeed_config import read_deepspeed
 from vlm_sft.model.activation_checkpointing import Policy
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import linear_layers
@@ -166,10 +165,7 @@ class Estimator:
 
     def is_sharded(self, method: Method) -> bool:
         """Whether the processes share out weights, gradients and optimizer state."""
-        if method != "full" or self.gpus == 1:
-            return False
-        request = read_deepspeed(self.config, num_processes=self.gpus)
-        return self.config.train.sharding != "none" if request is None else request.shares
+        return method == "full" and self.gpus > 1 and self.config.train.sharding != "none"
 
     def is_quantized(self, method: Method) -> bool:
         """Whether the language model's linear layers are held in 4 bits."""

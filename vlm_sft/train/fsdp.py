@@ -1,8 +1,8 @@
 """A model whose weights, gradients and optimizer state are shared out over processes (FSDP2)."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Set
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,52 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import ConfigError
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": None}
+
+
+Sharding = Literal["none", "zero2", "zero3"]
+
+
+def choose_sharding(config: RunConfig, trainable: Set[str], *, world_size: int) -> Sharding:
+    """Return how this run shards the weights it trains.
+
+    Only full fine-tuning on several ranks is sharded; the projector and adapters are small enough
+    to be replicated.
+
+    Args:
+        config: The run's configuration.
+        trainable: Parts that the run trains.
+        world_size: Number of ranks.
+
+    Raises:
+        ConfigError: Sharding was requested for a run that does not fine-tune the full language
+            model, or another setting does not work with sharded weights.
+    """
+    train, full = config.train, "language_model" in trainable
+    if train.sharding in ("zero2", "zero3") and not full:
+        raise ConfigError(
+            f"train.sharding: {train.sharding} is for full fine-tuning in stage 2; the projector "
+            "and adapters are small, so leave it at auto or none"
+        )
+    if not full or world_size == 1 or train.sharding == "none":
+        return "none"
+    unsupported = {
+        "optim.optimizer: adamw_8bit": config.optim.optimizer == "adamw_8bit",
+        "train.compile: true": train.compile,
+        "train.fp8: true": train.fp8,
+        "train.master_weights: none": train.master_weights == "none",
+    }
+    for setting, is_set in unsupported.items():
+        if is_set:
+            raise ConfigError(
+                f"{setting} does not work with sharded weights, which full fine-tuning on several "
+                "ranks uses; set train.sharding: none, or leave this setting at its default"
+            )
+    return "zero3" if train.sharding == "auto" else train.sharding
 
 
 def shard(
@@ -45,7 +87,9 @@ def shard(
         ConfigError: fp16, whose loss scale is not kept alike in all processes here.
     """
     if precision not in COMPUTE_DTYPES:
-        raise ConfigError(f"train.sharding: fsdp2 does not go with {precision}; use bf16 or fp32")
+        raise ConfigError(
+            f"train.precision: {precision} does not work with sharded weights; use bf16 or fp32"
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE_DTYPES[precision],
