@@ -77,7 +77,7 @@ def test_every_peers_environment_is_pinned_with_the_same_torch() -> None:
     names = {peer.environment for peer in bench_train.ALL_PEERS if peer.environment}
     assert names == {"hf_trainer", "ms_swift", "trl"}
     for name in names:
-        lines = (SCRIPTS / "bench_peers" / f"{name}.txt").read_text().splitlines()
+        lines = (SCRIPTS / "benchmarks" / "bench_peers" / f"{name}.txt").read_text().splitlines()
         pins = [line for line in lines if not line.startswith("#")]
         assert all("==" in pin for pin in pins)
         assert "torch==2.15.0" in pins
@@ -101,8 +101,8 @@ def test_a_row_that_this_version_cannot_run_says_so() -> None:
 
 def test_a_results_command_names_no_folder_of_the_machine() -> None:
     given = ["--steps", "3", "--environments", "/somewhere/else", "--peers", "TRL", "--scratch=/x"]
-    line = bench_results.command_line("scripts/bench_train", given)
-    assert line == "scripts/bench_train --steps 3 --peers TRL"
+    line = bench_results.command_line("scripts/benchmarks/bench_train", given)
+    assert line == "scripts/benchmarks/bench_train --steps 3 --peers TRL"
 
 
 def test_results_are_a_page_and_json_with_machine_and_date(tmp_path: Path) -> None:

@@ -12,6 +12,6 @@ def estimate_tokens(text: str) -> int:
     """Tokens of English text with numbers and JSON in it.
 
     Within 1 % for Llama 3 and 4 on planned requests, 9 to 14 % too few for vocabularies that spell
-    numbers digit by digit (`scripts/bench_token_estimate.py`).
+    numbers digit by digit (`scripts/benchmarks/bench_token_estimate.py`).
     """
     return len(_TOKEN.findall(text))

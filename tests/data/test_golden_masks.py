@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.data.golden_masks import FOLDER, PAIRS, difference, file_of
 from tests.data.mask_oracle import Pair
 from tests.tokenizers_for_tests import missing
+from tests.tools.golden_masks import FOLDER, PAIRS, difference, file_of
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)

@@ -1,0 +1,1 @@
+"""Developer tools: mutation runs, mask proofs, kill runs (see scripts/nightly)."""

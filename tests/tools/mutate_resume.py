@@ -1,0 +1,340 @@
+"""Seed the bugs that resuming has had elsewhere, one at a time: do the fast tests see each?
+
+    scripts/mutate_resume                # every mutant
+    scripts/mutate_resume --only lock    # mutants whose name has "lock" in it
+
+Each mutant is an exact replacement in a copy of the sources, tried on the tests that are named with
+it. The exit code is 1 when one survives.
+"""
+
+import sys
+
+from tests.tools.mutation import Mutant, try_mutants
+
+DATA, TRAIN, STORE = "vlm_sft/data/", "vlm_sft/train/", "vlm_sft/checkpoint/"
+CHECKPOINT = "tests/train/test_checkpoint.py"
+OPTIM = "tests/train/test_optim.py"
+RESUME = "tests/test_resume.py"
+BIT_FOR_BIT = (
+    "tests/test_stages.py::test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit"
+)
+SYNCED = f"{CHECKPOINT}::test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name"
+READ_BACK = f"{CHECKPOINT}::test_a_save_that_does_not_read_back_leaves_the_one_before"
+
+MUTANTS = (
+    Mutant(
+        "a checkpoint's files are not synced",
+        STORE + "store.py",
+        "    files = _hashes(building)\n    _sync_tree(building)\n",
+        "    files = _hashes(building)\n",
+        (SYNCED,),
+    ),
+    Mutant(
+        "a checkpoint's manifest is not synced",
+        "vlm_sft/utils/atomic_files.py",
+        "                sync(file.fileno(), path)\n",
+        "",
+        (SYNCED,),
+    ),
+    Mutant(
+        "a checkpoint's new name is not synced",
+        STORE + "store.py",
+        "    sync_folder(folder.parent)\n",
+        "",
+        (SYNCED,),
+    ),
+    Mutant(
+        "a checkpoint gets its name before its manifest",
+        STORE + "store.py",
+        "    }\n    write_text(building / MANIFEST, _sealed(manifest))\n",
+        "    }\n"
+        "    _move_into_place(building, folder, say)\n"
+        "    write_text(folder / MANIFEST, _sealed(manifest))\n"
+        "    return\n",
+        (SYNCED,),
+    ),
+    Mutant(
+        "older checkpoints go before the new one is read back",
+        STORE + "store.py",
+        "        checkpoint = verify(folder)\n",
+        "        self._prune(folder)\n        checkpoint = verify(folder)\n",
+        (READ_BACK,),
+    ),
+    Mutant(
+        "the new checkpoint is not read back",
+        STORE + "store.py",
+        "        checkpoint = verify(folder)\n",
+        "        checkpoint = Checkpoint(folder, read_manifest(folder))\n",
+        (READ_BACK,),
+    ),
+    Mutant(
+        "damaged checkpoints count among those that are kept",
+        STORE + "store.py",
+        " if f not in self._damaged and has_manifest(f)]",
+        " if has_manifest(f)]",
+        (f"{CHECKPOINT}::test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept",),
+    ),
+    Mutant(
+        "the files' hashes are not compared",
+        STORE + "store.py",
+        "if name in recorded and _sha256(path) != recorded[name]:",
+        "if False:",
+        (f"{CHECKPOINT}::test_a_damaged_newest_is_named_and_the_one_before_is_used",),
+    ),
+    Mutant(
+        "the manifest's own seal is not compared",
+        STORE + "store.py",
+        "if _sealed(manifest) != text:",
+        "if False:",
+        (f"{CHECKPOINT}::test_a_flipped_bit_of_the_manifest_itself_is_seen",),
+    ),
+    Mutant(
+        "a file too many is let be",
+        STORE + "store.py",
+        "if _is_loaded(Path(name)):",
+        "if False:",
+        (
+            f"{CHECKPOINT}::test_a_file_that_a_library_would_load_is_refused_unless_the_manifest_names_it",
+        ),
+    ),
+    Mutant(
+        "what a kill leaves is taken for a checkpoint",
+        STORE + "store.py",
+        "            delete_tree(leftover)\n",
+        '            os.rename(leftover, parent / leftover.name.split(".")[1])\n',
+        (f"{CHECKPOINT}::test_what_a_kill_leaves_is_swept_and_never_taken_for_a_checkpoint",),
+    ),
+    Mutant(
+        "a checkpoint that was being replaced is not put back",
+        STORE + "store.py",
+        "            rename_folder(old, folder, last=MANIFEST)\n",
+        "            remove(old)\n",
+        (f"{CHECKPOINT}::test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one",),
+    ),
+    Mutant(
+        "the oldest checkpoint is taken for the newest",
+        STORE + "store.py",
+        "reverse=True)",
+        "reverse=False)",
+        (f"{CHECKPOINT}::test_the_newest_is_found_and_older_ones_are_dropped",),
+    ),
+    Mutant(
+        "a run whose checkpoints are all damaged starts over",
+        STORE + "store.py",
+        "        if folders:\n",
+        "        if False:\n",
+        (
+            f"{CHECKPOINT}"
+            "::test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently",
+        ),
+    ),
+    Mutant(
+        "a damaged final/ counts as finished",
+        STORE + "store.py",
+        "return verify(self.final_dir)",
+        "return Checkpoint(self.final_dir, read_manifest(self.final_dir))",
+        (f"{CHECKPOINT}::test_a_damaged_final_does_not_count_as_finished",),
+    ),
+    Mutant(
+        "a trained tensor that nothing saves goes unnoticed",
+        STORE + "store.py",
+        "        self.together.every(lambda: require_all_saved(self.learning, self.components))\n",
+        "",
+        (f"{CHECKPOINT}::test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing",),
+    ),
+    Mutant(
+        "what one process cannot write is not told to the others",
+        STORE + "store.py",
+        "            if error is not None:\n                raise error\n",
+        "            pass\n",
+        ("tests/train/test_sharding.py",),
+    ),
+    Mutant(
+        "shared tensors are read from the first rows on",
+        STORE + "shards.py",
+        "low, high = max(start, first), min(stop, after)",
+        "low, high = max(start, first), min(stop - start, after)",
+        ("tests/train/test_sharding.py",),
+    ),
+    Mutant(
+        "another run's checkpoint is loaded",
+        STORE + "store.py",
+        "if found == expected:",
+        "if True:",
+        (f"{CHECKPOINT}::test_a_checkpoint_of_another_stage_is_refused",),
+    ),
+    Mutant(
+        "what is saved moves on with the training",
+        STORE + "store.py",
+        '"cpu", copy=True',
+        '"cpu"',
+        (f"{CHECKPOINT}::test_what_is_saved_is_what_was_when_the_save_began",),
+    ),
+    Mutant(
+        "a failed save in the background is swallowed",
+        STORE + "async_save.py",
+        "            self._failure = error\n",
+        "            pass\n",
+        (f"{RESUME}::test_a_save_that_fails_ends_the_run_and_leaves_the_one_before",),
+    ),
+    Mutant(
+        "the optimizer's state is not restored",
+        STORE + "optimizer.py",
+        "    optimizer.load_state_dict(state)\n",
+        "",
+        (f"{CHECKPOINT}::test_an_optimiser_goes_on_from_its_files_bit_for_bit",),
+    ),
+    Mutant(
+        "8-bit moments are not restored",
+        STORE + "optimizer.py",
+        "    copy_tensors(found, live, file)\n",
+        "",
+        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
+    ),
+    Mutant(
+        "8-bit moments count their steps from 0 again",
+        STORE + "optimizer.py",
+        '["step"] = int(live[f"step/{name}"])',
+        '["step"] = 0',
+        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
+    ),
+    Mutant(
+        "the order starts at the first step again",
+        TRAIN + "trainer.py",
+        "self._batches_from(self.step,",
+        "self._batches_from(0,",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "the position is off by one",
+        TRAIN + "trainer.py",
+        "self.step = self._saved_step = checkpoint.step\n",
+        "self.step = self._saved_step = checkpoint.step + 1\n",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "the schedule starts again",
+        TRAIN + "trainer.py",
+        "rate_factor(self.step,",
+        "rate_factor(self.step - (self._resumed_from.step if self._resumed_from else 0),",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "dropout goes on from wherever the generator is",
+        TRAIN + "train_step.py",
+        "            torch.manual_seed(seed_of(number))\n",
+        "            pass\n",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "dropout is the same in every step",
+        TRAIN + "train_step.py",
+        "{seed}/{step}/{micro_batch}",
+        "{seed}/{micro_batch}",
+        (
+            "tests/train/test_step.py::test_dropout_repeats_itself_for_a_step_and_differs_between_steps",
+        ),
+    ),
+    Mutant(
+        "micro-batches weigh the same, however many targets they have",
+        TRAIN + "train_step.py",
+        "output.loss_sum * scale",
+        "output.loss_sum / max(1, batch.num_targets) / len(batches)",
+        ("tests/train/test_step.py::test_micro_batches_and_processes_do_not_change_the_gradient",),
+    ),
+    Mutant(
+        "every epoch has the order of the first",
+        DATA + "sampler.py",
+        "{purpose}/{seed}/{epoch}",
+        "{purpose}/{seed}/0",
+        ("tests/data/test_sampling.py",),
+    ),
+    Mutant(
+        "the epoch is not looked at after the first",
+        DATA + "sampler.py",
+        "if self._cached[0] != epoch:",
+        "if False:",
+        ("tests/data/test_sampling.py",),
+    ),
+    Mutant(
+        "a frozen part may be another after resuming",
+        TRAIN + "trainer.py",
+        'self._frozen = dict(checkpoint.manifest["frozen"])\n',
+        "self._frozen = self.hooks.frozen_digests()\n",
+        (f"{RESUME}::test_a_frozen_part_that_is_another_now_is_refused",),
+    ),
+    Mutant(
+        "an update that is not finite is made all the same",
+        TRAIN + "trainer.py",
+        "        if fault is None:\n",
+        "        if True:\n",
+        (f"{RESUME}::test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down",),
+    ),
+    Mutant(
+        "records that were left out come back",
+        TRAIN + "trainer.py",
+        "            self._account.restore(resumed.manifest)\n",
+        "            pass\n",
+        (f"{RESUME}::test_what_was_left_out_stays_out_when_the_image_is_mended",),
+    ),
+    Mutant(
+        "updates that were left out are counted anew",
+        TRAIN + "run_log.py",
+        'int(manifest.get("skipped_steps", 0))',
+        "0",
+        ("tests/train/test_account.py",),
+    ),
+    Mutant(
+        "what was loaded is not compared with the plan",
+        TRAIN + "run_log.py",
+        "        if loaded != wanted:\n",
+        "        if False:\n",
+        ("tests/train/test_account.py",),
+    ),
+    Mutant(
+        "rows of steps that are done again are kept",
+        TRAIN + "metrics.py",
+        "<= last_step] if",
+        "<= last_step + 1000] if",
+        (BIT_FOR_BIT,),
+    ),
+    Mutant(
+        "SIGTERM is ignored",
+        TRAIN + "signals.py",
+        "        self.received = signal.Signals(number)\n",
+        "        return\n",
+        (f"{RESUME}::test_a_run_that_is_asked_to_end_saves_and_goes_on_as_if_it_had_not_been",),
+    ),
+    Mutant(
+        "the data's content is not part of a checkpoint",
+        "vlm_sft/commands/assemble.py",
+        "[dataclasses.asdict(content) for content in data.train.contents]",
+        "[]",
+        (f"{RESUME}::test_two_records_that_changed_places_are_noticed",),
+    ),
+    Mutant(
+        "changed settings are not looked at",
+        "vlm_sft/checkpoint/run_dir.py",
+        "if not has_checkpoints or not path.exists():",
+        "if True:",
+        (f"{RESUME}::test_an_allowed_change_is_told_and_made",),
+    ),
+    Mutant(
+        "the lock is not taken",
+        "vlm_sft/checkpoint/run_dir.py",
+        'if lock(file.fileno(), Path(file.name), wait=False) == "held_elsewhere":',
+        "if False:",
+        ("tests/test_stages.py::test_a_second_run_in_one_folder_is_refused",),
+    ),
+    Mutant(
+        "a loader process keeps the lock of its killed run",
+        "vlm_sft/checkpoint/run_dir.py",
+        "        os.close(descriptor)  # ",
+        "        pass  # ",
+        (f"{RESUME}::test_a_loader_process_that_outlives_its_run_does_not_keep_the_folder",),
+    ),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(try_mutants(sys.argv[1:], MUTANTS, prog="mutate_resume", about=__doc__ or ""))

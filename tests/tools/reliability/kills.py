@@ -1,0 +1,121 @@
+"""Runs that are killed and started again must end as the one that never was."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tests.tools.reliability.lab import Ended, Lab, Running
+from vlm_sft.utils.crash import CRASH_POINTS, VARIABLE
+
+HITS = (1, 1, 2, 3)
+"""How often a run is hit: one of these, drawn at random."""
+
+
+@dataclass
+class Tally:
+    """What came of a series of trials.
+
+    Attributes:
+        trials: Runs that were brought to their end.
+        kills: Processes killed.
+        several: Trials with two kills or more.
+        faults: A sentence for whatever went wrong.
+        places: Where the named kills hit.
+    """
+
+    trials: int = 0
+    kills: int = 0
+    several: int = 0
+    faults: list[str] = field(default_factory=list)
+    places: Counter[str] = field(default_factory=Counter)
+
+
+def untouched(lab: Lab) -> tuple[dict[str, str], float]:
+    """The result of a run that nothing happened to, and how long it took."""
+    ended = lab.finish("untouched")
+    if ended.code:
+        raise RuntimeError(f"the untouched run ended with {ended.code}: {ended.said[-2000:]}")
+    return lab.result("untouched"), ended.seconds
+
+
+def random_kills(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
+    """Kill runs at random times until `count` processes died; the tally after every trial.
+
+    Half of the trials have one kill, the others up to three.
+    """
+    expected, seconds = untouched(lab)
+    draw = random.Random(seed)
+    tally = Tally()
+    while tally.kills < count:
+        name = f"killed-{tally.trials}"
+        died = 0
+        for _ in range(draw.choice(HITS)):
+            ended = strike(lab.start(name), draw, seconds)
+            died += ended.code == -signal.SIGKILL
+            if ended.code not in (0, -signal.SIGKILL):
+                tally.faults.append(f"{name}: ended with {ended.code}: {ended.said[-500:]}")
+        tally.kills += died
+        tally.several += died > 1
+        _bring_to_its_end(lab, name, expected, tally)
+        yield tally
+
+
+def strike(running: Running, draw: random.Random, seconds: float) -> Ended:
+    """Kill a run at a random time within the `seconds` that an untouched one takes."""
+    time.sleep(draw.uniform(0.02, 1.0) * seconds)
+    running.send(signal.SIGKILL)
+    return running.wait()
+
+
+def named_kills(lab: Lab, *, every: int = 1) -> Iterator[Tally]:
+    """Kill one run at every named place (or each of `every`), and bring it to its end."""
+    expected, _ = untouched(lab)
+    tally = Tally()
+    for point in CRASH_POINTS[::every]:
+        name = f"at-{point}"
+        _go_where_it_can_happen(lab, name, point)
+        ended = lab.start(name, environment={VARIABLE: point}).wait()
+        if ended.code != -signal.SIGKILL:
+            tally.faults.append(f"{lab.kind} never came to {point}: {_last_line(ended)}")
+        tally.kills += 1
+        tally.places[point] += 1
+        _bring_to_its_end(lab, name, expected, tally)
+        yield tally
+
+
+def _go_where_it_can_happen(lab: Lab, name: str, point: str) -> None:
+    """What must have happened before a run can come to some of the places."""
+    if point.startswith("resume.") or point == "checkpoint.replaced":
+        lab.start(name, environment={VARIABLE: "checkpoint.pruned:2"}).wait()
+    if point == "checkpoint.replaced":  # only a damaged checkpoint is ever written over
+        newest = max((lab.out(name) / "checkpoints").glob("step-*"))
+        os.truncate(newest / "projector.safetensors", 10)
+
+
+def _bring_to_its_end(lab: Lab, name: str, expected: dict[str, str], tally: Tally) -> None:
+    tally.trials += 1
+    ended = lab.finish(name)
+    if ended.code:
+        tally.faults.append(f"{name}: could not go on: {_last_line(ended)}")
+        return
+    found = lab.result(name)
+    if found != expected:
+        differing = sorted(k for k in expected.keys() | found if expected.get(k) != found.get(k))
+        tally.faults.append(f"{name}: differs from the untouched run in {', '.join(differing)}")
+        return
+    leftovers = [str(path) for path in lab.out(name).rglob("*.tmp")]
+    if leftovers:
+        tally.faults.append(f"{name}: left {leftovers} behind")
+        return
+    shutil.rmtree(lab.out(name))
+    (lab.folder / f"{name}.log").unlink()
+
+
+def _last_line(ended: Ended) -> str:
+    lines = ended.said.strip().splitlines()
+    return lines[-1] if lines else f"code {ended.code}"
