@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS: dict[str, str] = {
+    "data.recipe": "data.llava_quirks",
+    "train.share_prefixes": "train.share_image_prefix",
+    "train.on_non_finite": "train.on_nonfinite_loss",
+    "train.background_saving": "train.async_checkpointing",
+    "train.keep_checkpoints": "train.keep_last_checkpoints",
+    "train.sharding=fsdp2": "train.sharding=zero3",
+}
 """Configuration: old dotted key -> new one, or `key=value` -> `key=value` where a value changed;
 applied for the side whose `RunConfig` does not have the old name."""
 RENAMED_FIELDS: dict[str, str] = {}

@@ -11,10 +11,13 @@ from data_tools.instruct.config import InstructConfig
 from data_tools.mixing.config import MixConfig
 from vlm_sft.config import loading as settings
 from vlm_sft.config.loading import Section
+from vlm_sft.config.resume import flat
 from vlm_sft.config.schema import RunConfig, dump_config, load_config, parse_config
+from vlm_sft.config.validation_errors import _OTHER_NAMES
 from vlm_sft.config.yaml_text import YamlError, parse_yaml
 from vlm_sft.errors import ConfigError
 
+LLAVA_LORA = Path(__file__).parent.parent / "configs/llava-1.5/stage2_lora.yaml"
 SMALLEST = """\
 output_dir: runs/x
 model:
@@ -65,6 +68,11 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
             "'train.activation_checkpointing'",
         ),
         (
+            ["train.per_device_train_batch_size=4"],
+            "unknown key 'train.per_device_train_batch_size'; did you mean "
+            "'train.micro_batch_size'",
+        ),
+        (
             ["train.activation_checkpointing=true"],
             "train.activation_checkpointing: expected 'auto', 'none', 'selective' or 'full'",
         ),
@@ -79,7 +87,7 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
             ["train.micro_batch_size=null", "train.packing.max_tokens=2047"],
             "train.packing.max_tokens is 2047, but data.max_length lets a record have 2048",
         ),
-        (["train.share_prefixes=true"], "`share_prefixes` needs `packing`"),
+        (["train.share_image_prefix=true"], "`share_image_prefix` needs `packing`"),
         (
             [
                 "train.micro_batch_size=null",
@@ -149,8 +157,14 @@ PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=4096"]
         (["data.cache_dir=''"], "data.cache_dir: expected text that is not empty"),
         (["data.template=''"], "data.template: expected text that is not empty"),
         (["projector=''"], "projector: expected text that is not empty"),
-        (["train.deepspeed=zero3.json"], "train: `deepspeed` was removed; write `sharding: zero2`"),
-        (["train.sharding=fsdp2"], "train: sharding: fsdp2 is now called zero3"),
+        (
+            ["train.deepspeed=zero3.json"],
+            "'train.deepspeed' was removed; write 'train.sharding: zero2'",
+        ),
+        (
+            ["train.sharding=fsdp2"],
+            "'train.sharding: fsdp2' was renamed; write 'train.sharding: zero3'",
+        ),
         (["train.tracking.dir=''"], "train.tracking.dir: expected text that is not empty"),
         (["lora.targets=['']"], "lora.targets.0: expected text that is not empty"),
         ([f"{TOWER}.weights=''"], f"{TOWER}.weights: expected text that is not empty"),
@@ -368,3 +382,9 @@ def test_an_empty_file_name_is_refused_in_instruction_data_and_mixtures() -> Non
     ):
         with pytest.raises(ConfigError, match="expected text that is not empty"):
             settings.parse(section, tree, "f.yaml")
+
+
+def test_names_of_other_programs_are_known_for_existing_settings_only() -> None:
+    ours = {key.rpartition(".")[2] for key in flat(load_config(LLAVA_LORA))}
+    assert set(_OTHER_NAMES.values()) <= ours | {"learning_rate"}
+    assert not ours & _OTHER_NAMES.keys()

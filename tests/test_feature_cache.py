@@ -261,7 +261,7 @@ def test_packed_records_that_share_an_image_find_its_kept_features(tmp_path: Pat
     data, _ = own_data(tmp_path, images=3)
     overrides = [data, "data.eval=[]", "train.eval_every_steps=null", "train.max_steps=2"]
     overrides += ["train.micro_batch_size=null", "train.packing.max_tokens=300"]
-    overrides += ["train.share_prefixes=true"]
+    overrides += ["train.share_image_prefix=true"]
     kept = f"data.feature_cache={tmp_path / 'kept'}"
     assert run("stage1", tmp_path / "without", *overrides) == 0
     assert run("stage1", tmp_path / "with", *overrides, kept) == 0

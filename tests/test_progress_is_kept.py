@@ -120,10 +120,10 @@ def test_a_run_killed_in_an_evaluation_resumes_from_its_step_and_evaluates_it(
     evaluate = loop.evaluate
     monkeypatch.setattr(loop, "evaluate", at_call(1, killed, evaluate))
     with pytest.raises(KeyboardInterrupt):
-        run("stage1", tmp_path, *OFTEN, "train.background_saving=false")
+        run("stage1", tmp_path, *OFTEN, "train.async_checkpointing=false")
     assert steps_with(tmp_path, "loss") == [1, 2] and steps_with(tmp_path, "eval_loss") == []
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    assert run("stage1", tmp_path, *OFTEN, "train.background_saving=false") == 0
+    assert run("stage1", tmp_path, *OFTEN, "train.async_checkpointing=false") == 0
     assert steps_with(tmp_path, "loss") == [1, 2, 3, 4]
     assert steps_with(tmp_path, "eval_loss") == [2, 4]
 

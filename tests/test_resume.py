@@ -168,7 +168,7 @@ def test_an_image_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_path
 
 
 def test_what_was_left_out_stays_out_when_the_image_is_mended(tmp_path: Path) -> None:
-    options = [*with_a_broken_image(tmp_path), "train.epochs=3", "train.keep_checkpoints=9"]
+    options = [*with_a_broken_image(tmp_path), "train.epochs=3", "train.keep_last_checkpoints=9"]
     assert run("stage1", tmp_path / "run", *options) == 0
     weights = (tmp_path / "run/final/projector.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run/final")
@@ -188,7 +188,7 @@ def test_more_broken_images_than_allowed_stop_the_run(tmp_path: Path) -> None:
         run("stage1", tmp_path / "run", *options)
 
 
-SKIP = ("train.on_non_finite=skip", "optim.max_grad_norm=null", "train.max_steps=8")
+SKIP = ("train.on_nonfinite_loss=skip", "optim.max_grad_norm=null", "train.max_steps=8")
 
 
 def test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     options = (
         f"train.max_steps={steps}",
         "train.save_every_steps=1000",
-        "train.keep_checkpoints=9",
+        "train.keep_last_checkpoints=9",
     )
     sender = during(tmp_path / "trained.jsonl", 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     assert run("stage1", tmp_path, *options, "train.epochs=1000", "train.eval_samples=0") == 0
@@ -259,7 +259,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_as_if_it_had_not_been(
 
 def test_time_passing_saves_too(tmp_path: Path) -> None:
     options = ("train.save_every_steps=1000", "train.save_every_minutes=0.000001")
-    assert run("stage1", tmp_path, *options, "train.keep_checkpoints=9") == 0
+    assert run("stage1", tmp_path, *options, "train.keep_last_checkpoints=9") == 0
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
@@ -279,7 +279,7 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
         write(folder, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checkpoint, "write_folder", third_fails)
-    options = ("train.max_steps=40", "train.epochs=1000", f"train.background_saving={background}")
+    options = ("train.max_steps=40", "train.epochs=1000", f"train.async_checkpointing={background}")
     with pytest.raises((CheckpointError, OSError), match="No space left"):
         run("stage1", tmp_path, *options)
     assert not (tmp_path / "final").exists()
@@ -341,7 +341,7 @@ def test_packed_runs_take_the_same_records_in_the_same_order_to_the_same_losses(
 
 
 def test_a_packed_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    ways = [*multiplied(tmp_path), *PACKED, "train.share_prefixes=true"]
+    ways = [*multiplied(tmp_path), *PACKED, "train.share_image_prefix=true"]
     assert run("stage1", tmp_path / "whole", *ways) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for lost in ("final", "checkpoints/step-00000004"):
@@ -364,7 +364,7 @@ def test_padded_may_become_packed_on_request_but_shared_prefixes_are_another_ord
     with pytest.raises(ConfigError, match=r"add .*--allow-change train\.packing\.max_tokens"):
         run("stage1", tmp_path / "run", *more)
     packing = ["--allow-change=train.packing", "--allow-change=train.micro_batch_size"]
-    with pytest.raises(ConfigError, match=r"train\.share_prefixes cannot change within a run"):
-        run("stage1", tmp_path / "run", *more, *packing, "train.share_prefixes=true")
+    with pytest.raises(ConfigError, match=r"train\.share_image_prefix cannot change within a run"):
+        run("stage1", tmp_path / "run", *more, *packing, "train.share_image_prefix=true")
     assert run("stage1", tmp_path / "run", *more, *packing) == 0
     assert len(trained_records(tmp_path / "run")) == 4

@@ -159,7 +159,7 @@ def test_a_finished_run_that_is_repeated_keeps_every_file_of_the_user(tmp_path: 
         (folder / name).write_text(name)
     (folder / "report.html").write_text("mine")
     longer = ("train.max_steps=2", "--allow-change=train.max_steps")
-    assert run("stage1", folder, *longer, "train.keep_checkpoints=1") == 0
+    assert run("stage1", folder, *longer, "train.keep_last_checkpoints=1") == 0
     found = {path.read_text() for path in folder.rglob("a.txt")}
     assert found == set(names)
     assert (folder / "report.html.kept-1").read_text() == "mine"

@@ -87,7 +87,11 @@ def parser() -> CommandParser:
     add("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
     add("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
     add("--system", metavar="TEXT", help="system text for records that have none")
-    add("--recipe", choices=["fixed", "llava-1.5"], help="LLaVA's quirks (default: fixed)")
+    add(
+        "--llava-quirks",
+        choices=["none", "llava-1.5"],
+        help="which quirks of LLaVA's code to repeat (default: none)",
+    )
     add("--max-length", type=count, metavar="N", help="longest sequence (default: no limit)")
     add(
         "--length-policy",
@@ -166,7 +170,7 @@ def _require_page(arguments: argparse.Namespace, config: RunConfig | None) -> Pa
 
 def _refuse_together(arguments: argparse.Namespace) -> None:
     """Refuse options that repeat what the configuration contains."""
-    names = ("records", "format", "image_root", "tokenizer", "template", "system", "recipe")
+    names = ("records", "format", "image_root", "tokenizer", "template", "system", "llava_quirks")
     for name in (*names, "max_length", "length_policy"):
         if getattr(arguments, name) is not None:
             option = name.replace("_", "-")

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_tools.instruct.schema import SampleType
-from vlm_sft.config.loading import NonEmptyText, Section
+from vlm_sft.config.fields import NonEmptyText
+from vlm_sft.config.loading import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -6,7 +6,8 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_tools.instruct.config import GuardConfig
-from vlm_sft.config.loading import NonEmptyText, Section
+from vlm_sft.config.fields import NonEmptyText
+from vlm_sft.config.loading import Section
 
 CANNOT_TELL: Final = (
     r"\b(?:can ?not|can['’]t|could ?n[o'’]t|unable to|(?:im|not )possible to|no way to|hard to) "

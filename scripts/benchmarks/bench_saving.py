@@ -93,7 +93,7 @@ def _train(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Timed]
             f"projector={folder / 'stage1' / 'final'}",
             f"train.max_steps={STEPS}",
             f"train.save_every_steps={every}",
-            f"train.background_saving={str(background).lower()}",
+            f"train.async_checkpointing={str(background).lower()}",
             "train.eval_every_steps=null",
         ]
         _quietly(lambda o=options: stage2.main([str(TINY / "stage2.yaml"), *o, *common, *model]))  # type: ignore[misc]

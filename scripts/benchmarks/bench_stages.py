@@ -105,7 +105,7 @@ def _peers(stage: Stage) -> list[Peer]:
     quantized = QUANTIzED if stage.mode == "qlora" else {}
     packing = {"micro_batch_size": None, "packing": {"max_tokens": MAX_PACK}}
     packed = {"train": {**train, **packing}, **quantized}
-    shared = {"train": {**train, **packing, "share_prefixes": True}, **quantized}
+    shared = {"train": {**train, **packing, "share_image_prefix": True}, **quantized}
     size = stage.micro_batch_size
     peers = [
         Peer("vlm_sft, padded", "ours.py", None, 1.0, size, {"train": train, **quantized}),

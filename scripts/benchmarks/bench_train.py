@@ -37,7 +37,7 @@ from vlm_sft.errors import UserError, run_command
 SHARING_ROWS, SHARING_BATCH = 48, 16
 SHARING = f"Records of one image together: {SHARING_ROWS} rows in steps of {SHARING_BATCH}"
 PACKED = {"train": {"micro_batch_size": None, "packing": {"max_tokens": 2048}}}
-SHARED = {"train": {**PACKED["train"], "share_prefixes": True}}
+SHARED = {"train": {**PACKED["train"], "share_image_prefix": True}}
 CANNOT_PACK = "not measured: this version of vlm_sft has no train.packing"
 EQUAL_LOSS = 1e-4
 

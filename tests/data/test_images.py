@@ -14,8 +14,9 @@ from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPImageProcessorPil
 
+from vlm_sft.config.fields import ImageAspect
 from vlm_sft.data import images
-from vlm_sft.data.images import Aspect, ImageSpec, open_image, read_pixels, to_pixels
+from vlm_sft.data.images import ImageSpec, open_image, read_pixels, to_pixels
 from vlm_sft.errors import ImageError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -361,14 +362,14 @@ RESIZES = ["nearest", "bilinear", "bicubic", "lanczos"]
 COCO = Path(os.environ.get("VLM_SFT_COCO_DIR", "none"))
 
 
-def both(data: bytes, spec: ImageSpec, aspect: Aspect) -> tuple[torch.Tensor, torch.Tensor]:
+def both(data: bytes, spec: ImageSpec, aspect: ImageAspect) -> tuple[torch.Tensor, torch.Tensor]:
     fast, exact = (read_pixels(data, spec, aspect, how) for how in ("fast", "exact"))
     assert fast.shape == exact.shape == (3, spec.size, spec.size)
     assert fast.dtype == exact.dtype == torch.uint8 and fast.is_contiguous()
     return fast, exact
 
 
-def difference(data: bytes, spec: ImageSpec, aspect: Aspect) -> int:
+def difference(data: bytes, spec: ImageSpec, aspect: ImageAspect) -> int:
     fast, exact = both(data, spec, aspect)
     return int((fast.int() - exact.int()).abs().max())
 

@@ -37,7 +37,7 @@ EIGHT_BIT = ["optim.optimizer=adamw_8bit"]
 PACKED = [
     "train.micro_batch_size=null",
     "train.packing={max_tokens: 512}",
-    "train.share_prefixes=true",
+    "train.share_image_prefix=true",
 ]
 SHALLOW = ["projector=null", "model.language_model.config.num_hidden_layers=1"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from vlm_sft.config.resume import Change, changes_between, require_allowed
-from vlm_sft.config.schema import RunConfig, dump_config, load_config
+from vlm_sft.config.schema import RunConfig, dump_config, load_stored_config
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.utils.atomic_files import is_stream, write_text
 from vlm_sft.utils.console import say
@@ -244,7 +244,7 @@ def require_same_config(
     path = Path(config.output_dir) / "config.yaml"
     if not has_checkpoints or not path.exists():
         return []
-    changes = changes_between(load_config(path), config)
+    changes = changes_between(load_stored_config(path), config)
     return require_allowed(changes, allowed, config.output_dir)
 
 
@@ -306,7 +306,7 @@ def _in_use(output_dir: Path, file: IO[str]) -> UserError:
 def _meaning(path: Path) -> str | None:
     """Return a configuration file as `dump_config` would write it; None if it cannot be read."""
     try:
-        return dump_config(load_config(path))
+        return dump_config(load_stored_config(path))
     except (ConfigError, OSError):
         return None
 

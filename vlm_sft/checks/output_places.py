@@ -93,7 +93,8 @@ def examine_disk(
         verdict: Gets the line.
     """
     saves = math.ceil(total_steps / config.train.save_every_steps)
-    count = min(config.train.keep_checkpoints + 1, saves)  # a new one is complete before one goes
+    # A new checkpoint is complete before the oldest one is deleted.
+    count = min(config.train.keep_last_checkpoints + 1, saves)
     there = len(CheckpointStore(Path(config.output_dir), {}).step_folders())
     needed, free = max(0, count - there) * num_bytes, free_bytes(place)
     words = f"{count} checkpoint(s) of about {num_bytes / 1e9:.2f} GB lie there at once"
@@ -102,5 +103,7 @@ def examine_disk(
         return
     words += f"; {free / 1e9:.1f} GB free"
     if free < needed:
-        words += "; free some space, lower train.keep_checkpoints, or choose another output_dir"
+        words += (
+            "; free some space, lower train.keep_last_checkpoints, or choose another output_dir"
+        )
     verdict.add("disk", free >= needed, words)

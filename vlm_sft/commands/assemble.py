@@ -105,7 +105,7 @@ def load_language(config: RunConfig) -> Language:
         data.template,
         tokenizer,
         default_system=data.system,
-        recipe=data.recipe,
+        recipe="fixed" if data.llava_quirks == "none" else data.llava_quirks,
         image_separator=data.image_separator,
     )
     return Language(tokenizer, renderer)
@@ -243,7 +243,7 @@ def make_store(
             "template": lambda then, now: "the chat template has changed",
             "data": lambda then, now: content_difference(files, then, data.train.contents),
         },
-        keep=config.train.keep_checkpoints,
+        keep=config.train.keep_last_checkpoints,
         say=say,
     )
 
@@ -292,7 +292,7 @@ def make_sampler(config: RunConfig, train: Ordered) -> StepSampler:
         seed=config.seed,
         lengths=train.lengths if by_length else None,
         has_image=train.has_image if by_length else None,
-        prefix_keys=train.prefix_keys if config.train.share_prefixes else None,
+        prefix_keys=train.prefix_keys if config.train.share_image_prefix else None,
     )
 
 
@@ -310,7 +310,7 @@ def make_batching(config: RunConfig, pad_token_id: int, image_cost: float) -> Ba
         return Padded(config.train.micro_batch_size, pad_token_id)
     return Packed(
         max_tokens=packing.max_tokens,
-        share_prefixes=config.train.share_prefixes,
+        share_prefixes=config.train.share_image_prefix,
         round_to=packing.round_to,
         image_cost=0.0 if config.data.feature_cache else image_cost,
         pad_token_id=pad_token_id,

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from vlm_sft.config.resume import changes_between
-from vlm_sft.config.schema import DataFile, RunConfig, VisionTowerConfig, load_config, means_folder
+from vlm_sft.config.schema import (
+    DataFile,
+    RunConfig,
+    VisionTowerConfig,
+    load_config,
+    load_stored_config,
+    means_folder,
+)
 from vlm_sft.data.record_files import open_record_file
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import CheckpointError, ConfigError, ImageError, TemplateError, UserError
@@ -50,10 +57,10 @@ def _is_finished(config: RunConfig) -> bool:
     if not (output_dir / "final" / "manifest.json").exists():
         return False
     try:
-        before = load_config(output_dir / "config.yaml")
+        before = load_stored_config(output_dir / "config.yaml")
     except (UserError, OSError):
         return True  # the run's folder reports what is wrong with it
-    return all(change.rule == "free" for change in changes_between(before, config))
+    return all(change.policy == "free" for change in changes_between(before, config))
 
 
 def require_stage1(config: RunConfig) -> None:

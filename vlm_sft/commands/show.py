@@ -165,7 +165,7 @@ def _of_records(args: argparse.Namespace) -> Inspection:
         args.template or "auto",
         tokenizer,
         default_system=args.system,
-        recipe=args.recipe or "fixed",
+        recipe="fixed" if args.llava_quirks in (None, "none") else args.llava_quirks,
     )
     file = DataFile(
         path=args.records,

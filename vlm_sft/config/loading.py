@@ -4,10 +4,10 @@ import codecs
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vlm_sft.config.validation_errors import in_words
 from vlm_sft.config.yaml_text import YamlError, parse_yaml
@@ -23,16 +23,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError(f"expected text that is not empty (found {text!r})")
-    return text
-
-
-NonEmptyText = Annotated[str, AfterValidator(_not_blank)]
-"""A name or a path: text that is neither empty nor white space alone."""
-
-
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -43,10 +33,19 @@ def load(section: type[SectionT], path: str | Path, overrides: Sequence[str] = (
         ConfigError: In one sentence, with the file, the key's path, what was found and expected;
             an unknown key names the nearest known one.
     """
+    return parse(section, read_tree(path, overrides), str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and apply `key.path=value` overrides; keys and values are not checked yet.
+
+    Raises:
+        ConfigError: The file cannot be read or is not a mapping, or an override is malformed.
+    """
     tree = _read_file(Path(path))
     for position, override in enumerate(overrides):
         _apply_override(tree, override, overrides[position + 1 :])
-    return parse(section, tree, str(path))
+    return tree
 
 
 def parse(section: type[SectionT], tree: Mapping[str, Any], where: str) -> SectionT:

@@ -1,113 +1,65 @@
-"""Which settings may differ when a run goes on, and how a difference is told."""
+"""Compare the configuration of a resumed run with the one that the run was started with.
+
+Every field of the schema carries its own resume policy: `Free`, `Explicit` or `Forbidden`.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from pydantic import BaseModel
+
+from vlm_sft.config.fields import RESUME_POLICIES, ResumePolicy
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.config.validation_errors import section_of
 from vlm_sft.errors import ConfigError
-
-Rule = Literal["free", "explicit", "forbidden"]
-
-RULES: Mapping[str, Rule] = {
-    "output_dir": "free",
-    "seed": "forbidden",
-    # Names and paths say where a thing lies; what it is, the manifest knows by its digest.
-    "projector": "explicit",
-    "model.vision_tower": "forbidden",
-    "model.vision_tower.name": "explicit",
-    "model.vision_tower.weights": "explicit",
-    "model.projector_type": "forbidden",
-    "model.language_model": "forbidden",
-    "model.language_model.name": "explicit",
-    "model.language_model.tokenizer": "explicit",
-    "model.language_model.attn_implementation": "explicit",
-    "lora": "forbidden",
-    "data.train": "forbidden",
-    "data.train.path": "explicit",
-    "data.train.image_root": "explicit",
-    "data.train.follow_symlinks": "free",
-    "data.eval": "explicit",
-    "data.template": "forbidden",
-    "data.system": "forbidden",
-    "data.image_separator": "explicit",
-    "data.recipe": "forbidden",
-    "data.max_length": "forbidden",
-    "data.length_policy": "forbidden",
-    "data.on_error": "explicit",
-    "data.max_quarantined": "free",
-    "data.image_aspect": "forbidden",
-    "data.image_processing": "explicit",
-    "data.feature_cache": "explicit",
-    "data.feature_cache_gb": "free",
-    "data.num_workers": "free",
-    "data.cache_dir": "free",
-    "optim": "explicit",
-    "optim.optimizer": "forbidden",
-    "train.epochs": "explicit",
-    "train.max_steps": "explicit",
-    "train.global_batch_size": "forbidden",
-    "train.micro_batch_size": "explicit",
-    "train.packing": "explicit",
-    "train.share_prefixes": "forbidden",
-    "train.precision": "explicit",
-    "train.master_weights": "forbidden",
-    "train.sharding": "explicit",
-    "train.on_non_finite": "explicit",
-    "train.max_skipped_steps": "free",
-    "train.neftune_alpha": "explicit",
-    "train.activation_checkpointing": "free",
-    "train.compile": "explicit",
-    "train.fp8": "explicit",
-    "train.deterministic": "explicit",
-    "train.group_by_length": "forbidden",
-    "train.save_every_steps": "free",
-    "train.save_every_minutes": "free",
-    "train.background_saving": "free",
-    "train.keep_checkpoints": "free",
-    "train.eval_every_steps": "free",
-    "train.eval_samples": "free",
-    "train.log_every_steps": "free",
-    "train.trackers": "free",
-    "train.tracking": "free",
-}
-"""By key or by what it begins with, the longest counting; places in a list are left out.
-
-`free` changes nothing of what is learned; `explicit` does, and must be asked for by name with
-`--allow-change`; `forbidden` would make it another run.
-"""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting that differs from what the run's checkpoints were made with."""
+    """A setting whose value differs from the one that the run's checkpoints were trained with."""
 
     key: str
     before: Any
     now: Any
 
     @property
-    def rule(self) -> Rule:
-        """What `RULES` says of its key."""
-        return rule_of(self.key)
+    def policy(self) -> ResumePolicy:
+        """The resume policy of the setting."""
+        return resume_policy(self.key)
 
 
-def rule_of(key: str) -> Rule:
-    """The class of a setting, e.g. of `data.train.0.path`.
+def resume_policy(key: str) -> ResumePolicy:
+    """Return the resume policy of a setting, e.g. of `data.train.0.path`.
+
+    A section that can be absent and a list of sections have a policy of their own, for adding and
+    removing them. It also limits the fields inside: the most permissive policy on the way to a
+    setting applies. (`weight` is forbidden to change in `data.train`, but not in `data.eval`.)
 
     Raises:
-        KeyError: No rule covers it, which is a fault of this program.
+        KeyError: If there is no such setting.
     """
-    parts = [part for part in key.split(".") if not part.isdigit()]
-    while parts:
-        if (rule := RULES.get(".".join(parts))) is not None:
-            return rule
-        parts.pop()
-    raise KeyError(key)
+    section: type[BaseModel] = RunConfig
+    policies: list[ResumePolicy] = []
+    for part in key.split("."):
+        if part.isdigit():
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            raise KeyError(key)
+        if isinstance(field.json_schema_extra, dict):
+            policies.append(field.json_schema_extra["on_resume"])  # type: ignore[arg-type]
+        child = section_of(field.annotation)
+        if child is None:  # a setting; further parts of the key are inside its value
+            break
+        section = child
+    if not policies:
+        raise KeyError(key)
+    return min(policies, key=RESUME_POLICIES.index)
 
 
 def changes_between(before: RunConfig, now: RunConfig) -> list[Change]:
-    """Every setting that differs, by key."""
+    """Return every setting whose value differs, sorted by key."""
     old, new = flat(before), flat(now)
     return [
         Change(key, old.get(key), new.get(key))
@@ -117,43 +69,44 @@ def changes_between(before: RunConfig, now: RunConfig) -> list[Change]:
 
 
 def require_allowed(changes: Sequence[Change], allowed: Sequence[str], where: str) -> list[Change]:
-    """Refuse what may not change; the changes that were allowed by name.
+    """Refuse the changes that the resume policy and the user do not allow.
 
     Args:
-        changes: What differs.
-        allowed: Keys, or what keys begin with (`optim`), that the user allows to change.
-        where: The run folder, for the message.
+        changes: The differences between the two configurations.
+        allowed: Values of `--allow-change`: keys, or prefixes of keys such as `optim`.
+        where: The run directory, for the message.
+
+    Returns:
+        The changes of `explicit` settings that the user allowed.
 
     Raises:
-        ConfigError: With the differences as a diff, and what to do about each.
+        ConfigError: Shows the refused differences as a diff and says what to do about each.
     """
-    differing = [change for change in changes if change.rule != "free"]
-    granted = [c for c in differing if c.rule == "explicit" and _is_allowed(c.key, allowed)]
+    differing = [change for change in changes if change.policy != "free"]
+    granted = [c for c in differing if c.policy == "explicit" and _is_allowed(c.key, allowed)]
     if refused := [change for change in differing if change not in granted]:
-        raise ConfigError(_diff(refused, where), code="settings_changed")
+        raise ConfigError(_refusal(refused, where), code="settings_changed")
     return granted
 
 
 def require_changeable(config: RunConfig, allowed: Sequence[str]) -> None:
-    """Refuse a name under which no setting may be changed on request.
+    """Refuse a value of `--allow-change` that does not name a setting with the policy `explicit`.
 
     Raises:
-        ConfigError: It is no setting's, or one that is free or can never change.
+        ConfigError: If there is no such setting, or it is free or forbidden to change.
     """
     for name in allowed:
-        keys = [key for key in flat(config) if _is_allowed(key, [name])]
-        if not any(rule_of(key) == "explicit" for key in keys):
-            rules = {rule_of(key) for key in keys}
-            why = (
-                "no such setting" if not keys else f"it is {' and '.join(sorted(rules))} to change"
-            )
+        policies = {resume_policy(key) for key in flat(config) if _is_allowed(key, [name])}
+        if "explicit" not in policies:
+            why = f"it is {' and '.join(sorted(policies))} to change"
             raise ConfigError(
-                f"--allow-change {name}: {why}; give a key like optim.learning_rate.projector"
+                f"--allow-change {name}: {why if policies else 'no such setting'}; give a key "
+                "like optim.learning_rate.projector"
             )
 
 
 def diff_lines(changes: Sequence[Change]) -> list[str]:
-    """Two lines for every change, old and new."""
+    """Return two lines per change, with the old and the new value."""
     return [
         line
         for change in changes
@@ -161,18 +114,18 @@ def diff_lines(changes: Sequence[Change]) -> list[str]:
     ]
 
 
-def _diff(refused: Sequence[Change], where: str) -> str:
-    explicit = [change.key for change in refused if change.rule == "explicit"]
-    forbidden = [change.key for change in refused if change.rule == "forbidden"]
-    lines = [f"{where} holds a run with another configuration:", *diff_lines(refused)]
+def _refusal(refused: Sequence[Change], where: str) -> str:
+    explicit = [change.key for change in refused if change.policy == "explicit"]
+    forbidden = [change.key for change in refused if change.policy == "forbidden"]
+    lines = [f"{where} contains a run with another configuration:", *diff_lines(refused)]
     if forbidden:
         lines.append(
-            f"{', '.join(forbidden)} cannot change within a run; go back to what it was, or choose "
+            f"{', '.join(forbidden)} cannot change within a run; restore the old value, or choose "
             "another output_dir"
         )
     if explicit:
         flags = " ".join(f"--allow-change {key}" for key in explicit)
-        lines.append(f"to go on with the new {', '.join(explicit)}, add {flags}")
+        lines.append(f"to resume with the new {', '.join(explicit)}, add {flags}")
     return "\n".join(lines)
 
 
@@ -181,7 +134,7 @@ def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its full key; what stands in a list of sections has its place as a part."""
+    """Return every setting by its full key; a list of sections contributes its indices."""
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 

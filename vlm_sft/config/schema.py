@@ -1,4 +1,8 @@
-"""A run's configuration, as its YAML file has it."""
+"""The configuration of a run: every setting with its type, default, meaning and resume policy.
+
+`Free`, `Explicit` and `Forbidden` say whether a resumed run may change a setting; see
+`vlm_sft.config.fields`.
+"""
 
 import re
 import sys
@@ -8,15 +12,22 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from vlm_sft.config import loading as settings
-from vlm_sft.config.loading import NonEmptyText, Section
-
-Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0, le=10**9)]
-CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-"""A whole number that may be 0."""
+from vlm_sft.config import loading
+from vlm_sft.config.fields import (
+    Count,
+    CountOrZero,
+    Explicit,
+    Forbidden,
+    Fraction,
+    Free,
+    ImageAspect,
+    ImageProcessing,
+    NonEmptyText,
+    NonNegative,
+    Positive,
+)
+from vlm_sft.config.loading import Section
+from vlm_sft.config.renamed import refuse_renamed, translate_renamed
 
 _MOST_LAYERS: Final = 1000
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks)$")
@@ -54,39 +65,39 @@ Architecture = Annotated[dict[str, Any], AfterValidator(_plain_architecture)]
 class VisionTowerConfig(Section):
     """Which frozen encoder, and which of its features."""
 
-    library: Literal["open_clip", "transformers", "timm"]
-    name: NonEmptyText | None = None
+    library: Forbidden[Literal["open_clip", "transformers", "timm"]]
+    name: Explicit[NonEmptyText | None] = None
     """A name of that library, a hub name, or a local folder (transformers)."""
-    config: Architecture | None = None
+    config: Forbidden[Architecture | None] = None
     """Instead of `name`: build with random weights from this configuration (tests, tiny runs)."""
-    weights: NonEmptyText | None = None
+    weights: Explicit[NonEmptyText | None] = None
     """open_clip: a pretrained tag or a file; timm: a state-dict file. None: the library's default
     weights for `name` (open_clip: needed; random weights are only made from `config`)."""
-    feature_layers: list[int] = Field(default=[-2], min_length=1)
+    feature_layers: Forbidden[list[int]] = Field(default=[-2], min_length=1)
     """Indices into the hidden states (0 = embeddings, -1 = last); several are concatenated."""
-    feature_select: Literal["patch", "cls_patch"] = "patch"
+    feature_select: Forbidden[Literal["patch", "cls_patch"]] = "patch"
     """`patch` drops the class token, `cls_patch` keeps it (LLaVA `mm_vision_select_feature`)."""
-    grid_pool: Count | None = None
+    grid_pool: Forbidden[Count | None] = None
     """Average the square grid of patch features down to `grid_pool` x `grid_pool` tokens."""
-    image_size: Annotated[int, Field(gt=0, le=8192)] | None = None
+    image_size: Forbidden[Annotated[int, Field(gt=0, le=8192)] | None] = None
     """Side of the input square in pixels; None takes the tower's own."""
 
 
 class LanguageModelConfig(Section):
     """Which causal language model, and how it is held in memory."""
 
-    name: NonEmptyText | None = None
+    name: Explicit[NonEmptyText | None] = None
     """A local folder or a hub name that `AutoModelForCausalLM` loads."""
-    config: Architecture | None = None
+    config: Forbidden[Architecture | None] = None
     """Instead of `name`: random weights from this configuration (needs `model_type`)."""
-    tokenizer: NonEmptyText | None = None
+    tokenizer: Explicit[NonEmptyText | None] = None
     """A folder or hub name; None: the one of `name`. `bytes`: a built-in byte tokenizer."""
-    attn_implementation: NonEmptyText = "auto"
+    attn_implementation: Explicit[NonEmptyText] = "auto"
     """`auto`: flash-attention where installed and supported, else SDPA; or transformers' name."""
-    quantization: Literal["nf4", "fp4"] | None = None
+    quantization: Forbidden[Literal["nf4", "fp4"] | None] = None
     """Hold the frozen linear layers, but for the head, in 4 bits (bitsandbytes; needs `lora` in
     stage 2); null: all in the numbers of `train.precision`."""
-    double_quantization: bool = True
+    double_quantization: Forbidden[bool] = True
     """Of 4-bit weights also the scales, in 8 bits (QLoRA, section 3): 0.37 bit a weight less."""
 
     @model_validator(mode="after")
@@ -101,14 +112,14 @@ class LanguageModelConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters on the language model (peft)."""
 
-    r: Annotated[int, Field(gt=0, le=65_536)] = 16
-    alpha: Positive = 32
-    dropout: Fraction = 0.05
-    targets: list[NonEmptyText] | Literal["all-linear"] = "all-linear"
+    r: Forbidden[Annotated[int, Field(gt=0, le=65_536)]] = 16
+    alpha: Forbidden[Positive] = 32
+    dropout: Forbidden[Fraction] = 0.05
+    targets: Forbidden[list[NonEmptyText] | Literal["all-linear"]] = "all-linear"
     """Module names inside the language model (`q_proj`); `all-linear`: all but the head."""
-    use_dora: bool = False
+    use_dora: Forbidden[bool] = False
     """DoRA (arXiv 2402.09353): learn each output's magnitude apart from its direction."""
-    use_rslora: bool = False
+    use_rslora: Forbidden[bool] = False
     """rsLoRA (arXiv 2312.03732): scale by alpha / sqrt(r) instead of alpha / r."""
 
 
@@ -116,7 +127,7 @@ class ModelConfig(Section):
     """Tower, projector and language model."""
 
     vision_tower: VisionTowerConfig
-    projector_type: str = "mlp2x_gelu"
+    projector_type: Forbidden[str] = "mlp2x_gelu"
     """`linear`, or `mlpNx_gelu`: N linear layers with GELU between them."""
     language_model: LanguageModelConfig
 
@@ -134,13 +145,13 @@ class ModelConfig(Section):
 class DataFile(Section):
     """One file (or folder, for Parquet and `datasets`) of records."""
 
-    path: NonEmptyText
-    format: Literal["auto", "llava", "messages", "alpaca"] = "auto"
-    image_root: NonEmptyText | None = None
+    path: Explicit[NonEmptyText]
+    format: Forbidden[Literal["auto", "llava", "messages", "alpaca"]] = "auto"
+    image_root: Explicit[NonEmptyText | None] = None
     """Folder that relative image names start from; None: the file's own folder."""
-    follow_symlinks: bool = False
+    follow_symlinks: Free[bool] = False
     """Whether symbolic links below `image_root` may lead out of it; `..` never may."""
-    weight: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] = 1.0
+    weight: Forbidden[Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]] = 1.0
     """How often each record is seen in one epoch: 2 twice, 0.5 every other record."""
 
     def images_start_in(self) -> Path:
@@ -151,72 +162,72 @@ class DataFile(Section):
 class DataConfig(Section):
     """Which records, under which template, and what to do with those that do not fit."""
 
-    train: Annotated[list[DataFile], Field(min_length=1)]
-    eval: list[DataFile] = Field(default=[])
-    template: NonEmptyText = "auto"
+    train: Forbidden[Annotated[list[DataFile], Field(min_length=1)]]
+    eval: Explicit[list[DataFile]] = Field(default=[])
+    template: Forbidden[NonEmptyText] = "auto"
     """A name of `vlm_sft/data/templates`, a YAML file, or `auto`: the model's own chat template."""
-    system: str | None = None
+    system: Forbidden[str | None] = None
     """System text for records that have none; None: the template's default, "": none."""
-    image_separator: str | None = None
+    image_separator: Explicit[str | None] = None
     """Text between an image and its neighbors where content is a list of parts: in such records,
     in `chat`, `evaluate` and the exported chat template; None: the template's, mostly a newline."""
-    recipe: Literal["fixed", "llava-1.5"] = "fixed"
-    """`llava-1.5` repeats LLaVA's quirks (`vlm_sft/data/llava_quirks.py`), `fixed` none of them."""
-    max_length: Annotated[int, Field(gt=0, le=sys.maxsize)] = 2048
+    llava_quirks: Forbidden[Literal["none", "llava-1.5"]] = "none"
+    """`llava-1.5` repeats the quirks of LLaVA's code (`vlm_sft/data/llava_quirks.py`)"""
+    max_length: Forbidden[Annotated[int, Field(gt=0, le=sys.maxsize)]] = 2048
     """Longest sequence in tokens, image tokens included."""
-    length_policy: Literal["error", "drop_turns", "skip"] = "error"
-    on_error: Literal["stop", "quarantine"] = "stop"
+    length_policy: Forbidden[Literal["error", "drop_turns", "skip"]] = "error"
+    on_error: Explicit[Literal["stop", "quarantine"]] = "stop"
     """A record that cannot be used: stop, or leave it out and say so in the ledger."""
-    max_quarantined: CountOrZero = 100
+    max_quarantined: Free[CountOrZero] = 100
     """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
-    image_aspect: Literal["pad", "crop"] = "pad"
+    image_aspect: Forbidden[ImageAspect] = "pad"
     """`pad`: whole image on a square of the tower's mean color; `crop`: center square."""
-    image_processing: Literal["fast", "exact"] = "fast"
+    image_processing: Explicit[ImageProcessing] = "fast"
     """`fast`: pixels at most 2 levels of 255 from Pillow's, in less than half the time; `exact`:
     Pillow's own."""
-    feature_cache: NonEmptyText | None = None
+    feature_cache: Explicit[NonEmptyText | None] = None
     """Folder where the frozen tower's features of all images are kept, computed before training
     where they are not there yet; None: images go through the tower in every step. See
     `docs/images.md` for when that pays."""
-    feature_cache_gb: Positive = 100.0
+    feature_cache_gb: Free[Positive] = 100.0
     """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
-    num_workers: Annotated[int, Field(ge=0, le=1024)] = 2
-    cache_dir: NonEmptyText | None = None
+    num_workers: Free[Annotated[int, Field(ge=0, le=1024)]] = 2
+    cache_dir: Free[NonEmptyText | None] = None
     """Folder where rendered records are kept across runs; None: each start renders all anew."""
 
 
 class LearningRates(Section):
     """Peak learning rate of each trainable part."""
 
-    projector: NonNegative
-    language_model: NonNegative = 0.0
+    projector: Explicit[NonNegative]
+    language_model: Explicit[NonNegative] = 0.0
     """Of the language model's weights, or of its adapters."""
 
 
 class OptimConfig(Section):
     """AdamW with linear warm-up and a schedule."""
 
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Forbidden[Literal["adamw", "adamw_8bit"]] = "adamw"
     """`adamw_8bit` keeps both moments in a byte a number (bitsandbytes): 2 bytes for every weight
     that learns instead of 8."""
     learning_rate: LearningRates
-    weight_decay: NonNegative = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    epsilon: Positive = 1e-8
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Fraction = 0.03
-    max_grad_norm: Positive | None = 1.0
+    weight_decay: Explicit[NonNegative] = 0.0
+    betas: Explicit[tuple[Fraction, Fraction]] = (0.9, 0.999)
+    epsilon: Explicit[Positive] = 1e-8
+    schedule: Explicit[Literal["cosine", "linear", "constant"]] = "cosine"
+    warmup_ratio: Explicit[Fraction] = 0.03
+    max_grad_norm: Explicit[Positive | None] = 1.0
     """Clip the gradient's global norm; None: never."""
 
 
 class PackingConfig(Section):
     """Records laid end to end in rows, none seeing another, instead of padded batches."""
 
-    max_tokens: Count
+    max_tokens: Explicit[Count]
     """Of one row, image tokens included; at least `data.max_length`."""
-    round_to: Annotated[int, Field(gt=0, le=65_536)] = 1
+    round_to: Explicit[Annotated[int, Field(gt=0, le=65_536)]] = 1
     """Fill rows up to a multiple of so many tokens: few shapes, for compiled kernels."""
-    attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
+    attention: Explicit[Literal["auto", "flash_attn", "varlen", "flex", "sdpa"]] = "auto"
     """The kernel: flash-attn, torch's variable-length attention, FlexAttention, or SDPA a record;
     `auto` takes the first that is to be had."""
 
@@ -230,16 +241,19 @@ class PackingConfig(Section):
         return self
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
 class TrackingConfig(Section):
     """How the trackers of `train.trackers` name the run, and where they write."""
 
-    project: Annotated[str, Field(min_length=1, max_length=128)] = "vlm_sft"
+    project: Free[Annotated[str, Field(min_length=1, max_length=128)]] = "vlm_sft"
     """Project of wandb and trackio; for TensorBoard the folder inside `dir`."""
-    name: NonEmptyText | None = None
+    name: Free[NonEmptyText | None] = None
     """Name of the run; null: the last part of `output_dir`."""
-    entity: NonEmptyText | None = None
+    entity: Free[NonEmptyText | None] = None
     """wandb's user or team; null: the account's default."""
-    dir: NonEmptyText | None = None
+    dir: Free[NonEmptyText | None] = None
     """Folder that trackers write to; null: `trackers` inside `output_dir`."""
 
     @field_validator("project")
@@ -253,82 +267,68 @@ class TrackingConfig(Section):
 class TrainConfig(Section):
     """How long, in what batches and numbers, and what is written down."""
 
-    epochs: Positive = 1.0
-    max_steps: Count | None = None
+    epochs: Explicit[Positive] = 1.0
+    max_steps: Explicit[Count | None] = None
     """Stop after this many optimizer steps; None: after `epochs`."""
-    global_batch_size: Count
+    global_batch_size: Forbidden[Count]
     """Records an optimizer step, over all processes and micro-batches."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: Explicit[Count | None] = None
     """Records one process takes through the model at once, padded to the longest."""
-    packing: PackingConfig | None = None
+    packing: Explicit[PackingConfig | None] = None
     """Instead of `micro_batch_size`: one process takes one row of packed records at once. Neither
     changes which records a step has, nor its loss."""
-    share_prefixes: bool = False
+    share_image_prefix: Forbidden[bool] = False
     """With `packing`: records of one image that begin alike are trained on together, what comes
     up to and with the image being computed once. Their order is a shuffle of images instead of
     records; each record's loss stays what it is."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Explicit[Literal["bf16", "fp16", "fp32"]] = "bf16"
     """Numbers of the frozen weights and of the forward pass."""
-    master_weights: Literal["fp32", "none"] = "fp32"
+    master_weights: Forbidden[Literal["fp32", "none"]] = "fp32"
     """Trained weights are kept in fp32; with `none` the language model's, in stage 2 in full and
     bf16, are kept in bfloat16 alone, each update being rounded stochastically."""
-    sharding: Literal["auto", "none", "zero2", "zero3"] = "auto"
+    sharding: Explicit[Literal["auto", "none", "zero2", "zero3"]] = "auto"
     """Shard weights, gradients and optimizer state over the ranks with FSDP2. `zero3` frees
     gathered weights between forward and backward, `zero2` keeps them (less communication, more
     memory), `none` replicates the model (DDP). `auto` is `zero3` for full fine-tuning on several
     ranks, else `none`. See `docs/multi-gpu.md`, also for users of DeepSpeed."""
-    on_non_finite: Literal["stop", "skip"] = "stop"
+    on_nonfinite_loss: Explicit[Literal["stop", "skip"]] = "stop"
     """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
-    max_skipped_steps: CountOrZero = 10
-    """Updates that may be left out in a run (`on_non_finite: skip`)."""
-    neftune_alpha: Positive | None = None
+    max_skipped_steps: Free[CountOrZero] = 10
+    """Updates that may be left out in a run (`on_nonfinite_loss: skip`)."""
+    neftune_alpha: Explicit[Positive | None] = None
     """NEFTune (arXiv 2310.05914): noise on the embeddings of text while training, uniform in
     +-alpha / sqrt(text tokens of the record x width); the paper takes 5 to 15. Null: none."""
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    activation_checkpointing: Free[Literal["auto", "none", "selective", "full"]] = "auto"
     """What the backward pass computes again: nothing, the cheap operations of every layer of the
     language model, or whole layers; `auto` measures a step and takes the fastest that fits. None
     changes a result."""
-    compile: bool = False
+    compile: Explicit[bool] = False
     """Compile the language model's layers (torch.compile): a minute or more at the start, faster
     steps after it; rounds otherwise than without. Needs a C++ compiler on a CPU, triton on a
     GPU."""
-    fp8: bool = False
+    fp8: Explicit[bool] = False
     """Multiply in fp8 in the decoder's wide linear layers (torchao): less exact, and only on
     NVIDIA's GPUs from Ada and Hopper on."""
-    deterministic: bool = False
+    deterministic: Explicit[bool] = False
     """Only kernels that give the same bits every time, for the same machine and libraries; slower
     on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""
-    group_by_length: bool = False
+    group_by_length: Forbidden[bool] = False
     """Put records of like length (and modality) into the same batch."""
-    save_every_steps: Count = 500
-    save_every_minutes: Positive | None = None
+    save_every_steps: Free[Count] = 500
+    save_every_minutes: Free[Positive | None] = None
     """Save also when so much time has gone since the last save."""
-    background_saving: bool = True
+    async_checkpointing: Free[bool] = True
     """Write checkpoints beside training; the step that saves only waits for copies in memory."""
-    keep_checkpoints: Count = 2
-    eval_every_steps: Count | None = None
-    eval_samples: CountOrZero = 3
+    keep_last_checkpoints: Free[Count] = 2
+    eval_every_steps: Free[Count | None] = None
+    eval_samples: Free[CountOrZero] = 3
     """Held-out records answered by the model at each evaluation."""
-    log_every_steps: Count = 1
+    log_every_steps: Free[Count] = 1
     """Steps from one row of `metrics.jsonl` to the next. Each row is also a line on stderr; on a
     terminal a progress bar shows the newest one instead."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
+    trackers: Free[list[Tracker]] = Field(default=["tensorboard"])
     tracking: TrackingConfig = TrackingConfig()
     """Names and places for `trackers`. A resumed run continues the same wandb or trackio run."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_removed_settings(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        if values.get("sharding") == "fsdp2":
-            raise ValueError("sharding: fsdp2 is now called zero3; write `sharding: zero3`")
-        if values.get("deepspeed") is not None:
-            raise ValueError(
-                "`deepspeed` was removed; write `sharding: zero2` for ZeRO stage 1 or 2, or "
-                "`sharding: zero3` for stage 3 (docs/multi-gpu.md maps the other settings)"
-            )
-        return {key: value for key, value in values.items() if key != "deepspeed"}
 
     @model_validator(mode="after")
     def _padded_or_packed(self) -> "TrainConfig":
@@ -338,20 +338,20 @@ class TrainConfig(Section):
             )
         if self.packing is not None and self.group_by_length:
             raise ValueError("`packing` needs no `group_by_length`; set that to false")
-        if self.share_prefixes and self.packing is None:
-            raise ValueError("`share_prefixes` needs `packing`; give that in place of padding")
+        if self.share_image_prefix and self.packing is None:
+            raise ValueError("`share_image_prefix` needs `packing`; give that in place of padding")
         return self
 
 
 class RunConfig(Section):
     """The whole file."""
 
-    output_dir: NonEmptyText
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    projector: NonEmptyText | None = None
+    output_dir: Free[NonEmptyText]
+    seed: Forbidden[Annotated[int, Field(ge=0, lt=2**32)]] = 42
+    projector: Explicit[NonEmptyText | None] = None
     """A stage-1 checkpoint folder (`RUN/final`) whose projector this run starts from."""
     model: ModelConfig
-    lora: LoraConfig | None = None
+    lora: Forbidden[LoraConfig | None] = None
     """Stage 2 only: adapters on the language model; null trains it in full."""
     data: DataConfig
     optim: OptimConfig
@@ -391,18 +391,38 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's file with `key.path=value` overrides; raises as `settings.load` does."""
-    return settings.load(RunConfig, path, overrides)
+    """Read a configuration file, apply `key.path=value` overrides, and check the result.
+
+    Raises:
+        ConfigError: One sentence with the file, the key, the value and what was expected. A
+            misspelled key is reported with the nearest known one, a renamed one with its new name.
+    """
+    tree = loading.read_tree(path, overrides)
+    refuse_renamed(tree, str(path))
+    return parse_config(tree, str(path))
+
+
+def load_stored_config(path: str | Path) -> RunConfig:
+    """Read a configuration that a run stored, also one that an earlier version stored.
+
+    Raises:
+        ConfigError: As `load_config`; old keys are translated instead of refused.
+    """
+    return parse_config(translate_renamed(loading.read_tree(path)), str(path))
 
 
 def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:
-    """Check a tree of plain values; `where` names it in errors."""
-    return settings.parse(RunConfig, tree, where)
+    """Check a nested mapping of plain values; `where` names it in errors.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    return loading.parse(RunConfig, tree, where)
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back equal."""
-    return settings.dump(config)
+    """Return the resolved configuration as YAML, from which `load_config` restores it."""
+    return loading.dump(config)
 
 
 def means_folder(name: str) -> bool:

@@ -40,6 +40,26 @@ _EXPECTED: Final[Mapping[str, str]] = {
 }
 """What was expected, by pydantic's type of error, with the values of its context."""
 
+_OTHER_NAMES: Final[Mapping[str, str]] = {
+    "bf16": "precision",
+    "fp16": "precision",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_accumulation_steps": "global_batch_size",
+    "image_aspect_ratio": "image_aspect",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "mm_projector_lr": "learning_rate",
+    "model_max_length": "max_length",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "save_steps": "save_every_steps",
+    "save_total_limit": "keep_last_checkpoints",
+    "target_modules": "targets",
+}
+"""Names that transformers, peft and LLaVA have for settings, with ours."""
+
 Problem = Mapping[str, Any]
 Path = tuple[str | int, ...]
 
@@ -153,8 +173,8 @@ def _unknown(section: type[BaseModel], path: Path, missing: Sequence[Path]) -> t
         meant = absent[near[0]]
         return f"{said}; did you mean {_dotted(meant)!r}, which is missing?", meant
     everywhere = dict(_all_paths(section, ""))
-    if key in everywhere:
-        return f"{said}; did you mean {everywhere[key]!r}?", ()
+    if (meant_name := _OTHER_NAMES.get(key, key)) in everywhere:
+        return f"{said}; did you mean {everywhere[meant_name]!r}?", ()
     known = _known_keys(section, parents)
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
         return f"{said}; did you mean {_dotted((*parents, near[0]))!r}?", ()

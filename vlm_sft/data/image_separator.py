@@ -93,7 +93,8 @@ class LayoutCheck:
         if self._other_place:
             found.append(
                 f"{self._counted(self._other_place)} do not begin with the image; chat and "
-                "evaluate put it first (data.recipe: llava-1.5 moves it there in training too)"
+                "evaluate put it first (data.llava_quirks: llava-1.5 moves it there in "
+                "training too)"
             )
         return found
 

@@ -16,13 +16,11 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.errors import ImageError
 from vlm_sft.utils.image_paths import nearest_existing
 from vlm_sft.utils.reading import NotARegularFile, open_regular
-
-Aspect = Literal["pad", "crop"]
-Processing = Literal["fast", "exact"]
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded, told by content and not by name. Others (EPS, WMF, ...) may run programs."""
@@ -107,7 +105,7 @@ def upright_size(source: ImageSource) -> UprightSize:
 
 
 def read_pixels(
-    source: ImageSource, spec: ImageSpec, aspect: Aspect, processing: Processing = "fast"
+    source: ImageSource, spec: ImageSpec, aspect: ImageAspect, processing: ImageProcessing = "fast"
 ) -> Tensor:
     """An image as a tower's square of bytes, uint8 [3, size, size] in red, green, blue.
 
@@ -151,7 +149,7 @@ def read_bytes(source: ImageSource) -> bytes:
             raise _unreadable(str(source), error) from None
 
 
-def to_pixels(image: Image.Image, spec: ImageSpec, aspect: Aspect) -> Tensor:
+def to_pixels(image: Image.Image, spec: ImageSpec, aspect: ImageAspect) -> Tensor:
     """An image from `open_image` as a tower's square of bytes, uint8 [3, size, size], by Pillow.
 
     `pad` puts the whole image on a square of color int(255 * mean), offset floor((max - min) /
@@ -381,7 +379,7 @@ def _decode_plain_jpeg(file: IO[bytes], image: Image.Image) -> np.ndarray | None
     return pixels if pixels.shape[:2] == (image.height, image.width) else None
 
 
-def _resizes_fast(image: np.ndarray, spec: ImageSpec, aspect: Aspect) -> bool:
+def _resizes_fast(image: np.ndarray, spec: ImageSpec, aspect: ImageAspect) -> bool:
     height, width = image.shape[:2]
     if aspect == "pad":
         fits = max(height, width) <= _PLAIN_CANVAS

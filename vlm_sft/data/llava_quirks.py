@@ -93,7 +93,7 @@ def _image_first(turn: Turn, conversation: Conversation) -> Turn:
         raise RecordError(
             "several_images",
             f"recipe llava-1.5 keeps one image a turn and this one has {len(images)}; spread "
-            "them over turns, or take `recipe: fixed`",
+            "them over turns, or take `llava_quirks: none`",
             record_id=conversation.id,
             where=conversation.where,
         )

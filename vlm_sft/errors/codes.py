@@ -396,7 +396,7 @@ ALL: Final = (
         323,
         "several_images",
         "The recipe `llava-1.5` keeps one image a turn, and a turn has several.",
-        "Spread them over turns, or take `recipe: fixed`.",
+        "Spread them over turns, or take `llava_quirks: none`.",
     ),
     ErrorCode(
         324,

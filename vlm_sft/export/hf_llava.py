@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
+from vlm_sft.config.fields import ImageAspect, ImageProcessing
+from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.text_encoder import exported_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.consumers import Consumer, consumers
@@ -108,8 +109,8 @@ def export_hf_llava(
     tokenizer: PreTrainedTokenizerBase,
     out_dir: str | Path,
     *,
-    image_aspect: Aspect,
-    image_processing: Processing = "fast",
+    image_aspect: ImageAspect,
+    image_processing: ImageProcessing = "fast",
     renderer_chat_template: str | None,
     stop_token_ids: Sequence[int] = (),
     sample: tuple[Tensor, Tensor] | None = None,
@@ -301,7 +302,7 @@ def _generation_config(
 
 
 def _processor(
-    tower: VisionTower, stock: StockTower, tokenizer: PreTrainedTokenizerBase, aspect: Aspect
+    tower: VisionTower, stock: StockTower, tokenizer: PreTrainedTokenizerBase, aspect: ImageAspect
 ) -> LlavaProcessor:
     spec = tower.image_spec
     image_processor = LlavaImageProcessorPil(
@@ -387,7 +388,11 @@ def _largest_difference(logits: Tensor, expected: Tensor) -> float:
 
 
 def _pixel_difference(
-    prepared: Tensor, image: Tensor, spec: ImageSpec, aspect: Aspect, processing: Processing
+    prepared: Tensor,
+    image: Tensor,
+    spec: ImageSpec,
+    aspect: ImageAspect,
+    processing: ImageProcessing,
 ) -> float:
     """Return the largest difference of the image processor's pixels from training's, of 255."""
     file = BytesIO()
@@ -407,7 +412,7 @@ def _refuse_difference(report: ExportReport, dtype: torch.dtype) -> None:
         )
 
 
-def _write_notes(folder: Path, report: ExportReport, aspect: Aspect) -> None:
+def _write_notes(folder: Path, report: ExportReport, aspect: ImageAspect) -> None:
     libraries = {name: installed_version(name) for name in ("torch", "transformers", "vlm-sft")}
     made = {MADE_BY: made_by("export"), **asdict(report), "versions": libraries}
     write_json(folder / "export.json", made)

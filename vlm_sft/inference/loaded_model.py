@@ -23,10 +23,11 @@ from vlm_sft.checkpoint.components import (
 )
 from vlm_sft.checkpoint.store import copy_tensors, load_tensors, verify
 from vlm_sft.commands.inputs import require_checkpoint
-from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
+from vlm_sft.config.fields import ImageAspect, ImageProcessing
+from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_stored_config
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part, TextPart, Turn
 from vlm_sft.data.image_separator import DEFAULT_SEPARATOR, separated_parts
-from vlm_sft.data.images import Aspect, ImageSpec, Processing, read_pixels
+from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.record_formats import read_records
 from vlm_sft.data.text_encoder import load_tokenizer, padding_id
 from vlm_sft.data.tokenize import Renderer, expand
@@ -58,8 +59,8 @@ class VlmRun:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     image_spec: ImageSpec
-    aspect: Aspect
-    processing: Processing
+    aspect: ImageAspect
+    processing: ImageProcessing
     config: RunConfig
     manifest: dict[str, Any]
 
@@ -246,7 +247,7 @@ def load_run(
     place = _device(device)
     folder = _checkpoint_folder(Path(folder))
     checkpoint = verify(folder)
-    config = find_bases(load_config(folder / "config.yaml"), folder, bases or {})
+    config = find_bases(load_stored_config(folder / "config.yaml"), folder, bases or {})
     files = (folder / "tokenizer").absolute()
     tokenizer = load_tokenizer(LanguageModelConfig(name=str(files)), str(folder / "tokenizer"))
     description = _json(folder / "template.json")

@@ -288,7 +288,7 @@ class _Records:
         )
 
     def _packed(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
-        packing, share = config.train.packing, config.train.share_prefixes
+        packing, share = config.train.packing, config.train.share_image_prefix
         assert packing is not None
         units = list(make_units(indices, self, packing.max_tokens, share_prefixes=share))
         tokens = sum(unit.tokens for unit in units)
@@ -340,7 +340,7 @@ def plan_workload(
         [of_steps[step] for step in steps_looked_at(len(of_steps))],
         records,
         max_tokens=config.train.packing.max_tokens,
-        share_prefixes=config.train.share_prefixes,
+        share_prefixes=config.train.share_image_prefix,
     )
     return Workload(batches, steps, seen, a_step, length, square, figures)
 

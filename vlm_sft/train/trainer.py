@@ -318,7 +318,7 @@ class Trainer:
         )
         if resumed is not None:
             self._account.restore(resumed.manifest)
-        self._saver = Saver(self.store, background=self.plan.train.background_saving)
+        self._saver = Saver(self.store, background=self.plan.train.async_checkpointing)
         self._saved_at = time.monotonic()
         self._live = LiveLine(self.plan.total_steps, self.step, enabled=main)
         before = self._metrics.last_seconds if self._metrics is not None else 0.0
@@ -504,7 +504,7 @@ class Trainer:
         if self._scaler is not None and torch.isfinite(gradient.loss_sum):
             return self._tolerated_overflow(norm), None
         fault = non_finite_fault(gradient, norm, self.accelerator)
-        if self.plan.train.on_non_finite == "stop":
+        if self.plan.train.on_nonfinite_loss == "stop":
             refuse_non_finite(fault, step=self.step + 1)
         elif fault is not None:
             self._account.skip(fault, step=self.step + 1)

@@ -163,7 +163,7 @@ def training_arguments(config: RunConfig, kind: str) -> TrainingArguments:
         max_grad_norm=optim.max_grad_norm,
         save_strategy="steps",
         save_steps=train.save_every_steps,
-        save_total_limit=train.keep_checkpoints,
+        save_total_limit=train.keep_last_checkpoints,
         save_only_model=False,
         logging_steps=train.log_every_steps,
         remove_unused_columns=False,
