@@ -9,8 +9,8 @@ import pytest
 from vlm_sft import check
 from vlm_sft.checks.verdict import Verdict
 from vlm_sft.commands import check as command
-from vlm_sft.commands.assemble import load_language
 from vlm_sft.config.schema import load_config
+from vlm_sft.data.build import load_language
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "tiny" / "stage1.yaml")

@@ -113,8 +113,8 @@ def test_codes_are_unique_in_order_and_in_a_family() -> None:
 
 
 def test_every_fact_of_a_manifest_that_can_differ_has_a_code() -> None:
-    """The facts that `make_trainer` gives to the store of checkpoints."""
-    tree = ast.parse((ROOT / "vlm_sft" / "commands" / "assemble.py").read_text(encoding="utf-8"))
+    """The facts that `make_store` gives to the store of checkpoints."""
+    tree = ast.parse((ROOT / "vlm_sft" / "train" / "setup.py").read_text(encoding="utf-8"))
     (facts,) = (
         keyword.value
         for node in ast.walk(tree)

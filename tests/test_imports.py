@@ -37,16 +37,10 @@ KNOWN_UPWARD = {
     ("vlm_sft.checkpoint.shards", "vlm_sft.train.fsdp"),
     ("vlm_sft.checkpoint.store", "vlm_sft.train.environment"),
     ("vlm_sft.checkpoint.store", "vlm_sft.train.fsdp"),
-    ("vlm_sft.checks.compatibility", "vlm_sft.commands.assemble"),
     ("vlm_sft.checks.machine", "vlm_sft.commands.inputs"),
-    ("vlm_sft.checks.trial_step", "vlm_sft.commands.assemble"),
     ("vlm_sft.errors", "vlm_sft.commands.registry"),
     ("vlm_sft.errors.codes", "vlm_sft.commands.parser"),
     ("vlm_sft.inference.loaded_model", "vlm_sft.commands.inputs"),
-    ("vlm_sft.planning.calibrate", "vlm_sft.commands.assemble"),
-    ("vlm_sft.planning.estimate", "vlm_sft.commands.assemble"),
-    ("vlm_sft.planning.workload", "vlm_sft.commands.assemble"),
-    ("vlm_sft.train.feature_cache", "vlm_sft.commands.assemble"),
 }
 """Upward imports that are still to be removed."""
 

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
-from vlm_sft.commands.assemble import image_cost, load_data, load_language, load_model, make_plan
 from vlm_sft.commands.plan import method_of
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
+from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.loader import load_steps, split
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import Policy
+from vlm_sft.model.costs import image_cost
 from vlm_sft.model.quantization import _quantized
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.plan import main
@@ -26,6 +27,7 @@ from vlm_sft.planning.estimate import Estimator, Method, packed_bytes, quantised
 from vlm_sft.planning.gpus import GPUS
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Workload, plan_workload, survey
+from vlm_sft.train.setup import load_model, make_plan
 from vlm_sft.train.trainer import Plan
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -86,8 +88,8 @@ def model() -> VisionLanguageModel:
 
 
 def data_of(config: RunConfig, model: VisionLanguageModel) -> tuple[Plan, SupervisedDataset]:
-    language = load_language(config)
-    data = load_data(config, language.renderer, model)
+    language, tower = load_language(config), model.vision_tower
+    data = load_data(config, language.renderer, tower.image_spec, tower.num_tokens)
     return make_plan(config, language, data, model), data.train
 
 

@@ -307,7 +307,7 @@ MUTANTS = (
     ),
     Mutant(
         "the data's content is not part of a checkpoint",
-        "vlm_sft/commands/assemble.py",
+        "vlm_sft/train/setup.py",
         "[dataclasses.asdict(content) for content in data.train.contents]",
         "[]",
         (f"{RESUME}::test_two_records_that_changed_places_are_noticed",),

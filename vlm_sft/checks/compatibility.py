@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from vlm_sft.commands.assemble import Data, Language
+from vlm_sft.data.build import Data, Language
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.text_encoder import padding_id
 from vlm_sft.errors import UserError

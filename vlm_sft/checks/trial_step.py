@@ -10,10 +10,11 @@ from torch import nn
 
 from vlm_sft.checks.machine import run_device
 from vlm_sft.checks.verdict import Verdict
-from vlm_sft.commands.assemble import Answers, Data, Language
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.build import Data, Language
 from vlm_sft.data.loader import Faults
 from vlm_sft.errors import UserError
+from vlm_sft.inference.samples import Answers
 from vlm_sft.model.packed_attention import Backend
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import num_weights

@@ -13,6 +13,7 @@ from typing import cast
 from vlm_sft.checkpoint.components import checkpoint_components, frozen_digests, unused_parts
 from vlm_sft.checkpoint.store import Checkpoint, require_space
 from vlm_sft.checks.compatibility import require_fit
+from vlm_sft.checks.data_head import record_fault
 from vlm_sft.checks.machine import examine_machine
 from vlm_sft.checks.output_places import (
     examine_cache_dir,
@@ -24,18 +25,15 @@ from vlm_sft.checks.tokenizer.case import Finding
 from vlm_sft.checks.tokenizer.diagnose import diagnose, fitted, read_generation_config, summary
 from vlm_sft.checks.trial_step import try_an_answer, try_longest_batch
 from vlm_sft.checks.verdict import Verdict, fails, print_lines
-from vlm_sft.commands.assemble import (
+from vlm_sft.config.schema import DataFile, LanguageModelConfig, RunConfig
+from vlm_sft.data.build import (
     Data,
     Language,
     load_data,
     load_language,
-    load_model,
-    make_plan,
-    make_store,
-    packing_told,
-    record_fault,
+    make_sampler,
+    packing_summary,
 )
-from vlm_sft.config.schema import DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.duplicates import Repeats
 from vlm_sft.data.image_separator import LayoutCheck
@@ -60,6 +58,7 @@ from vlm_sft.train.preflight import (
     print_table,
     rehearse_saving,
 )
+from vlm_sft.train.setup import load_model, make_plan, make_store
 from vlm_sft.train.trainer import Plan
 from vlm_sft.utils.atomic_files import atomic_open
 from vlm_sft.utils.console import say, say_json
@@ -256,7 +255,8 @@ def _check_data(
     """Fit the records to the model and train on the longest batch; return records and steps."""
     listing = config.data.model_copy(update={"on_error": "quarantine"})
     with verdict.examine("lengths"):
-        data = load_data(config.model_copy(update={"data": listing}), language.renderer, model)
+        quarantining, tower = config.model_copy(update={"data": listing}), model.vision_tower
+        data = load_data(quarantining, language.renderer, tower.image_spec, tower.num_tokens)
         errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
         for entry in errors[:SHOWN]:
             say(f"bad record: {CODES[entry.reason]}: {entry.message}")
@@ -282,8 +282,12 @@ def _check_steps(
     plan: Plan,
     verdict: Verdict,
 ) -> None:
-    if (told := packing_told(plan, data.train, 1)) is not None:
-        verdict.add("packs", True, told.removeprefix("packing: "))
+    sampler = make_sampler(config, data.train)
+    summary = packing_summary(
+        plan.batching, sampler, data.train, num_steps=plan.total_steps, world_size=1
+    )
+    if summary is not None:
+        verdict.add("packs", True, summary.removeprefix("packing: "))
     before = verdict.good
     with verdict.examine("fit"):
         for note in require_fit(language, data, model):

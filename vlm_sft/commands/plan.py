@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Final
 
 from vlm_sft.checkpoint.components import dtype_of
-from vlm_sft.commands.assemble import load_language
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.build import load_language
 from vlm_sft.model.activation_checkpointing import POLICIES, Policy
 from vlm_sft.planning.blueprint import require_local_tokenizer
 from vlm_sft.planning.calibrate import Calibration, calibrate

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from vlm_sft.commands.assemble import load_language
 from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig, RunConfig
+from vlm_sft.data.build import load_language
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import UserError, error_line

@@ -1,5 +1,7 @@
 """What both stages do around their own decisions: folder, processes, training, farewell."""
 
+import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +18,13 @@ from vlm_sft.checkpoint.run_dir import (
 )
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.checks.compatibility import require_fit
-from vlm_sft.commands.assemble import (
-    check_data_head,
-    load_data,
-    load_language,
-    load_model,
-    make_trainer,
-    packing_told,
-    write_report,
-)
+from vlm_sft.checks.data_head import check_data_head
 from vlm_sft.config.resume import diff_lines
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.build import load_data, load_language, make_sampler, packing_summary
 from vlm_sft.data.feature_store import require_feature_cache
 from vlm_sft.export.obstacles import export_obstacles, outlook
+from vlm_sft.inference.samples import Answers
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -44,6 +40,7 @@ from vlm_sft.train.metrics import (
     start_trackers,
     tracking_folder,
 )
+from vlm_sft.train.setup import load_model, make_trainer
 from vlm_sft.train.signals import exit_code
 from vlm_sft.train.trainer import Outcome, say_on_stderr
 from vlm_sft.utils.atomic_files import write_json
@@ -124,6 +121,13 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
     return final is not None
 
 
+def write_report(output_dir: Path) -> None:
+    """Write the run's `report.html` where this installation has the report's module."""
+    if importlib.util.find_spec("vlm_sft.report") is not None:
+        path = importlib.import_module("vlm_sft.report").write_run_report(output_dir)
+        say_on_stderr(f"report: {path}")
+
+
 def note_export_obstacles(model: VisionLanguageModel, output_dir: Path) -> None:
     """Report before training what an export would refuse after it, and keep it for the report."""
     with _only_warned("looking for what an export would refuse"):
@@ -160,7 +164,8 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     if sharding != "none":
         zero3 = sharding == "zero3"
         shard(model, accelerator, config.train.precision, reshard_after_forward=zero3)
-    data = load_data(config, language.renderer, model)
+    tower = model.vision_tower
+    data = load_data(config, language.renderer, tower.image_spec, tower.num_tokens)
     notes = require_fit(language, data, model)
     if main:
         for note in notes:
@@ -170,12 +175,19 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         data.write_ledgers(Path(config.output_dir))
         say_on_stderr(data.summary())
     use_feature_cache(config, model, accelerator, data)
-    trainer = make_trainer(config, stage, accelerator, language, model, identity, data)
-    if (
-        main
-        and (told := packing_told(trainer.plan, data.train, accelerator.num_processes)) is not None
-    ):
-        say_on_stderr(told)
+    samples: Answers | None = None
+    if data.eval is not None and config.train.eval_samples:
+        samples = Answers(config, language, model, data.eval)
+    trainer = make_trainer(config, stage, accelerator, language, model, identity, data, samples)
+    summary = packing_summary(
+        trainer.plan.batching,
+        make_sampler(config, data.train),
+        data.train,
+        num_steps=trainer.plan.total_steps,
+        world_size=accelerator.num_processes,
+    )
+    if main and summary is not None:
+        say_on_stderr(summary)
     start_trackers(accelerator, config)
     outcome = trainer.run()
     if main:

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch import nn
 
-from vlm_sft.commands.assemble import load_data, load_language, load_model, make_plan
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.loader import AnyBatch, load_steps, split
 from vlm_sft.data.packing import PackedBatch
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
@@ -25,6 +25,7 @@ from vlm_sft.train.feature_cache import use_feature_cache
 from vlm_sft.train.live_bytes import LiveBytes
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm
 from vlm_sft.train.packing_check import prepare_packing
+from vlm_sft.train.setup import load_model, make_plan
 from vlm_sft.train.train_step import accumulate_gradient
 
 STEPS: Final = 3
@@ -125,7 +126,8 @@ class _Steps:
         self._accelerator: Accelerator = make_accelerator(config.train.precision)
         language = load_language(config)
         model, _ = load_model(config, TRAINABLE[method])
-        data = load_data(config, language.renderer, model)
+        tower = model.vision_tower
+        data = load_data(config, language.renderer, tower.image_spec, tower.num_tokens)
         use_feature_cache(config, model, self._accelerator, data)
         self._data, self._plan = data.train, make_plan(config, language, data, model)
         set_recomputing(model, policy)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from vlm_sft.checkpoint.components import dtype_of
-from vlm_sft.commands.assemble import image_cost
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.model.activation_checkpointing import Policy
+from vlm_sft.model.costs import image_cost
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import linear_layers
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of

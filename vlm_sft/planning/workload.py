@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from vlm_sft.commands.assemble import make_batching, make_sampler, steps_looked_at
 from vlm_sft.config.schema import DataFile, RunConfig
+from vlm_sft.data.build import make_batching, make_sampler, sampled_steps
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import shared_prefix
 from vlm_sft.data.filtering import Admission, Outcome, RecordRenderer
@@ -337,7 +337,7 @@ def plan_workload(
     length = sum(batch.length for batch in batches) / looks
     square = sum(batch.attended for batch in batches) / looks
     figures = packing_figures(
-        [of_steps[step] for step in steps_looked_at(len(of_steps))],
+        [of_steps[step] for step in sampled_steps(len(of_steps))],
         records,
         max_tokens=config.train.packing.max_tokens,
         share_prefixes=config.train.share_image_prefix,

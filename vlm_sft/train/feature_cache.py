@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm_sft.commands.assemble import Data
 from vlm_sft.config.schema import DataConfig, RunConfig
+from vlm_sft.data.build import Data
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.feature_store import FeatureStore, disk_use, remove_stale

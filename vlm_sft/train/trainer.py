@@ -115,6 +115,10 @@ class Plan:
     """Records that may turn out broken on the way; None: the first one stops the run."""
 
 
+SampleGenerator = Callable[[Callable[[Fault], None] | None], list[dict[str, Any]]]
+"""Returns answers to a few validation records as rows; the argument gets unloadable records."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the loop asks of those who know more than it does.
@@ -131,7 +135,7 @@ class Hooks:
 
     parts: Parts
     frozen_digests: Callable[[], dict[str, str]]
-    answers: Callable[[Callable[[Fault], None] | None], list[dict[str, Any]]] | None = None
+    answers: SampleGenerator | None = None
     quarantine: Callable[[Fault, bool], None] = lambda fault, held_out: None
 
 

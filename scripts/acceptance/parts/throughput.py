@@ -21,10 +21,10 @@ from acceptance.models import (
     size_of,
 )
 from acceptance.trainer import trainer_rate
-from vlm_sft.commands.assemble import image_cost
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.loader import AnyBatch, Batching, Packed, Padded, load_steps, split
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.costs import image_cost
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.calibrate import micro_batch_of

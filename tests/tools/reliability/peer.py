@@ -29,11 +29,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from tests.tools.reliability.kills import HITS, strike
 from tests.tools.reliability.lab import Ended, Lab, Running, forked
 from vlm_sft.checkpoint.store import CheckpointStore, verify
-from vlm_sft.commands.assemble import load_data, load_language, load_model
 from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.data.batch import collate
+from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.train.setup import load_model
 
 SETTINGS = (
     "train.micro_batch_size=4",
@@ -127,7 +128,8 @@ def train_with_trainer(kind: str, arguments: Sequence[str]) -> None:
     language = load_language(config)
     learned = "language_model" if config.lora is None else "adapter"
     model, _ = load_model(config, {"projector"} if kind == "stage1" else {"projector", learned})
-    records = load_data(config, language.renderer, model).train
+    tower = model.vision_tower
+    records = load_data(config, language.renderer, tower.image_spec, tower.num_tokens).train
     wrapped = ForTrainer(model)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)

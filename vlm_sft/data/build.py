@@ -1,0 +1,196 @@
+"""Build tokenizer, records, sampler and batches from a run's configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from vlm_sft.config.schema import DataFile, RunConfig
+from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.images import ImageSpec
+from vlm_sft.data.ledger import Ledger
+from vlm_sft.data.loader import Batching, Fault, Packed, Padded
+from vlm_sft.data.packing import Sizes, packing_figures
+from vlm_sft.data.sampler import StepSampler
+from vlm_sft.data.text_encoder import load_tokenizer, padding_id
+from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize_cache import CachedRenderer
+from vlm_sft.utils.console import say
+
+
+@dataclass(frozen=True)
+class Language:
+    """The tokenizer and the renderer that every text of a run goes through."""
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up shorter sequences; never seen by the loss or by attention."""
+        return padding_id(self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out records with the account of what became of each."""
+
+    train: SupervisedDataset
+    train_ledger: Ledger
+    eval: SupervisedDataset | None
+    eval_ledger: Ledger | None
+
+    def write_ledgers(self, output_dir: Path) -> None:
+        """Write `ledger.jsonl`, and `ledger_eval.jsonl` for the held-out records."""
+        self.train_ledger.write(output_dir / "ledger.jsonl")
+        if self.eval_ledger is not None:
+            self.eval_ledger.write(output_dir / "ledger_eval.jsonl")
+
+    def quarantine(self, fault: Fault, output_dir: Path, *, held_out: bool) -> None:
+        """Account for a record that turned out broken on the way."""
+        dataset = self.eval if held_out else self.train
+        assert dataset is not None
+        if dataset.quarantine(fault.index, fault.reason, fault.message):
+            self.write_ledgers(output_dir)
+            say(f"quarantined: {fault.message}")
+
+    def summary(self) -> str:
+        """A line for each ledger."""
+        lines = [f"train: {self.train_ledger.summary()}"]
+        if self.eval_ledger is not None:
+            lines.append(f"validation: {self.eval_ledger.summary()}")
+        return "\n".join(lines)
+
+
+def load_language(config: RunConfig) -> Language:
+    """Tokenizer, template, and the renderer made of both.
+
+    Raises:
+        UserError: The tokenizer or the template cannot be loaded, or they do not fit.
+    """
+    tokenizer = load_tokenizer(config.model.language_model)
+    data = config.data
+    renderer = Renderer.from_name(
+        data.template,
+        tokenizer,
+        default_system=data.system,
+        recipe="fixed" if data.llava_quirks == "none" else data.llava_quirks,
+        image_separator=data.image_separator,
+    )
+    return Language(tokenizer, renderer)
+
+
+def load_data(
+    config: RunConfig, renderer: Renderer, image_spec: ImageSpec, num_image_tokens: int
+) -> Data:
+    """Read and tokenize all records, or find them in `data.cache_dir`; see `SupervisedDataset`.
+
+    Args:
+        config: The run's configuration.
+        renderer: Tokenizes conversations.
+        image_spec: How the vision tower takes images.
+        num_image_tokens: Tokens that an image takes in the language model.
+
+    Raises:
+        UserError: A file cannot be read, or no record can be used.
+        RecordError: A record cannot be used and `data.on_error` is `stop`.
+    """
+    cache = config.data.cache_dir
+    renders = renderer if cache is None else CachedRenderer(renderer, cache)
+
+    def load(files: list[DataFile], ledger: Ledger) -> SupervisedDataset:
+        return SupervisedDataset(
+            files,
+            renders,
+            image_spec,
+            num_image_tokens=num_image_tokens,
+            config=config.data,
+            ledger=ledger,
+        )
+
+    train_ledger = Ledger()
+    train = load(config.data.train, train_ledger)
+    if not config.data.eval:
+        return Data(train, train_ledger, None, None)
+    eval_ledger = Ledger(held_out=True)
+    return Data(train, train_ledger, load(config.data.eval, eval_ledger), eval_ledger)
+
+
+class Ordered(Sizes, Protocol):
+    """What the order of a run's records hangs on."""
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """How often each record is seen in an epoch."""
+        ...
+
+    @property
+    def has_image(self) -> Sequence[bool]: ...
+
+
+def make_sampler(config: RunConfig, train: Ordered) -> StepSampler:
+    """The order of the run's records."""
+    by_length = config.train.group_by_length
+    return StepSampler(
+        train.weights,
+        batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        lengths=train.lengths if by_length else None,
+        has_image=train.has_image if by_length else None,
+        prefix_keys=train.prefix_keys if config.train.share_image_prefix else None,
+    )
+
+
+def make_batching(config: RunConfig, pad_token_id: int, image_cost: float) -> Batching:
+    """Padded or packed, as the configuration says.
+
+    Args:
+        config: The run.
+        pad_token_id: Fills up.
+        image_cost: What encoding an image costs, in tokens; see `image_cost`.
+    """
+    packing = config.train.packing
+    if packing is None:
+        assert config.train.micro_batch_size is not None
+        return Padded(config.train.micro_batch_size, pad_token_id)
+    return Packed(
+        max_tokens=packing.max_tokens,
+        share_prefixes=config.train.share_image_prefix,
+        round_to=packing.round_to,
+        image_cost=0.0 if config.data.feature_cache else image_cost,
+        pad_token_id=pad_token_id,
+    )
+
+
+MAX_SAMPLED_STEPS = 50
+
+
+def sampled_steps(total: int) -> list[int]:
+    """Return up to `MAX_SAMPLED_STEPS` steps spread evenly over a run."""
+    count = min(MAX_SAMPLED_STEPS, total)
+    return [i * total // count for i in range(count)]
+
+
+def packing_summary(
+    batching: Batching, sampler: StepSampler, train: Sizes, *, num_steps: int, world_size: int
+) -> str | None:
+    """Return how well the packed rows of a run are filled, in a sentence; None without packing.
+
+    Args:
+        batching: Padded or packed.
+        sampler: The records of each step.
+        train: Lengths of all records.
+        num_steps: Steps of the run, of which a few are measured.
+        world_size: Number of ranks.
+    """
+    if not isinstance(batching, Packed):
+        return None
+    steps = [
+        batching.share_out(train, sampler.step_indices(step), world_size)
+        for step in sampled_steps(num_steps)
+    ]
+    return packing_figures(
+        steps, train, max_tokens=batching.max_tokens, share_prefixes=batching.share_prefixes
+    ).told(batching.max_tokens)
