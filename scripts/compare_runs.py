@@ -209,25 +209,27 @@ def run_forked(module: str, arguments: list[str], tree: Path, output: int) -> in
 
 
 def rows(out: Path, name: str) -> list[Any]:
-    """Return the rows of a JSON-lines file under today's field names; none if it is missing."""
+    """Return the rows of a JSON-lines file under the base's field names; none if it is missing."""
+    old_names = {new: old for old, new in RENAMED_FIELDS.items()}
 
-    def rename(value: Any) -> Any:
+    def restore(value: Any) -> Any:
         if isinstance(value, dict):
-            return {RENAMED_FIELDS.get(k, k): rename(v) for k, v in value.items()}
+            return {old_names.get(k, k): restore(v) for k, v in value.items()}
         if isinstance(value, list):
-            return [rename(child) for child in value]
-        return RENAMED_FIELDS.get(value, value) if isinstance(value, str) else value
+            return [restore(child) for child in value]
+        return old_names.get(value, value) if isinstance(value, str) else value
 
     paths = [out / name, out / RENAMED_FILES.get(name, name)]
     path = next((path for path in paths if path.exists()), None)
-    return [rename(json.loads(line)) for line in path.read_text().splitlines()] if path else []
+    return [restore(json.loads(line)) for line in path.read_text().splitlines()] if path else []
 
 
 def tensors(final: Path) -> dict[str, str]:
-    """Return a digest of dtype, shape and bytes of every tensor below final/."""
+    """Return a digest of dtype, shape and bytes of every tensor below final/, by its base name."""
     import torch
     from safetensors import safe_open
 
+    old_files = {new: old for old, new in RENAMED_FILES.items()}
     digests: dict[str, str] = {}
     for path in sorted(final.rglob("*.safetensors")):
         file = path.relative_to(final).as_posix()
@@ -236,9 +238,9 @@ def tensors(final: Path) -> dict[str, str]:
                 tensor = opened.get_tensor(name).contiguous()
                 content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
                 for old, new in RENAMED_TENSORS.items():
-                    name = name.replace(old, new)
+                    name = name.replace(new, old)
                 described = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
-                key = f"{RENAMED_FILES.get(file, file)}: {name}"
+                key = f"{old_files.get(file, file)}: {name}"
                 digests[key] = hashlib.sha256(described + content).hexdigest()
     return digests
 
