@@ -28,6 +28,15 @@ def trained(folder: Path, config: str, *overrides: str) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _unconfigured_logging() -> Iterator[None]:
+    """Undo the logging configuration of commands that a test ran in this process."""
+    from vlm_sft.utils.logs import reset_logging
+
+    yield
+    reset_logging()
+
+
 @pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage-2 run in full, long enough for its answers to end by themselves."""

@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
         )
     with heavy_imports():
         from vlm_sft.commands.check import check_run
+        from vlm_sft.utils.logs import configure_logging
+    configure_logging()
     return check_run(config, arguments)
 
 

@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     config = read_config(arguments.config, arguments.overrides, parts)
     with heavy_imports():
         from vlm_sft.commands.plan import run
+        from vlm_sft.utils.logs import configure_logging
+    configure_logging()
     return run(config, arguments)
 
 

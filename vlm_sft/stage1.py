@@ -1,4 +1,4 @@
-"""Stage 1: teach the projector to speak to the language model; everything else stays frozen."""
+"""Stage 1, feature alignment: train the projector; everything else stays frozen."""
 
 from collections.abc import Sequence
 
@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> int:
     require_changeable(config, arguments.allow_change)
     with heavy_imports():
         from vlm_sft.commands.train import run_stage
-    allowed = arguments.allow_change
-    return run_stage(config, stage="stage1", trainable={"projector"}, allowed=allowed)
+        from vlm_sft.utils.logs import configure_logging
+    configure_logging()
+    return run_stage(config, stage="stage1", allowed=arguments.allow_change)
 
 
 def parser() -> CommandParser:

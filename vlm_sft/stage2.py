@@ -1,4 +1,4 @@
-"""Stage 2: teach the model to follow instructions about images; the vision tower stays frozen."""
+"""Stage 2, visual instruction tuning: train the projector and the language model or adapters."""
 
 from collections.abc import Sequence
 
@@ -31,10 +31,9 @@ def main(argv: Sequence[str]) -> int:
     require_changeable(config, arguments.allow_change)
     with heavy_imports():
         from vlm_sft.commands.train import run_stage
-    # The projector learns in both ways; adapters take the language model's place where asked for.
-    trainable = {"projector", "language_model" if config.lora is None else "adapter"}
-    allowed = arguments.allow_change
-    return run_stage(config, stage="stage2", trainable=trainable, allowed=allowed)
+        from vlm_sft.utils.logs import configure_logging
+    configure_logging()
+    return run_stage(config, stage="stage2", allowed=arguments.allow_change)
 
 
 def parser() -> CommandParser:

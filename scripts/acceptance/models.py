@@ -14,6 +14,7 @@ from bench_rows import Row, make_captions, make_rows
 from bench_sizes import NUM_IMAGE_TOKENS, SIZES, Size
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.lora import add_lora
@@ -22,7 +23,6 @@ from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantization import quantize
 from vlm_sft.model.vision_tower import build_vision_tower
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.planning.estimate import TRAINABLE, Method
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 SEED = 42

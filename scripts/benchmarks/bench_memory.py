@@ -37,7 +37,7 @@ from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.compile import compile_layers
 from vlm_sft.train.live_bytes import LiveBytes
-from vlm_sft.train.optimizer import build_optimizer, set_rates, state_bytes
+from vlm_sft.train.optimizer import build_optimizer, optimizer_state_bytes, set_learning_rates
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 STAGES: dict[str, set[str]] = {
@@ -96,14 +96,14 @@ def _optimisers(arguments: argparse.Namespace) -> Table:
         rates = LearningRates(projector=1e-3, language_model=1e-4)
         config = OptimConfig.model_validate({"learning_rate": rates, "optimizer": kind})
         optimizer = build_optimizer(named_parts(model), config)
-        set_rates(optimizer, 1.0)
+        set_learning_rates(optimizer, 1.0)
         weights = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
         _step(model, _batch(arguments))
         seconds = [_cpu_seconds(optimizer.step) for _ in range(arguments.rounds + 1)]
         table.add_row(
             kind,
             f"{weights:,}",
-            f"{state_bytes(optimizer) / weights:.2f}",
+            f"{optimizer_state_bytes(optimizer) / weights:.2f}",
             f"{statistics.median(seconds[1:]):.3f}",
         )
     return table

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
-from vlm_sft.commands.plan import method_of
+from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.dataset import SupervisedDataset
@@ -193,7 +193,7 @@ def test_calibration_finds_the_predicted_memory(
     path: str, method: Method, policy: Policy, overrides: list[str]
 ) -> None:
     config = load_config(path, ["projector=null", *overrides])
-    assert method_of(config) == method
+    assert training_method(config) == method
     found = calibrate(estimator(config, "cpu"), method, policy)
     assert abs(found.memory_error) < 0.05, found
     assert found.measured_seconds > 0 and 0 < found.efficiency < 1.5

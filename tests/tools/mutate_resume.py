@@ -215,8 +215,8 @@ MUTANTS = (
     Mutant(
         "the schedule starts again",
         TRAIN + "trainer.py",
-        "rate_factor(self.step,",
-        "rate_factor(self.step - (self._resumed_from.step if self._resumed_from else 0),",
+        "lr_multiplier(self.step,",
+        "lr_multiplier(self.step - (self._resumed_from.step if self._resumed_from else 0),",
         (BIT_FOR_BIT,),
     ),
     Mutant(

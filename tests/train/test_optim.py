@@ -15,9 +15,9 @@ from vlm_sft.model.parts import named_parts
 from vlm_sft.train.optimizer import (
     build_optimizer,
     gradient_norm,
-    rate_factor,
-    set_rates,
-    state_bytes,
+    lr_multiplier,
+    optimizer_state_bytes,
+    set_learning_rates,
 )
 
 
@@ -28,7 +28,7 @@ def config(**changes: object) -> OptimConfig:
 
 def test_warm_up_is_linear_and_the_cosine_falls_towards_zero() -> None:
     factors = [
-        rate_factor(step, total_steps=10, config=config(warmup_ratio=0.2)) for step in range(11)
+        lr_multiplier(step, total_steps=10, config=config(warmup_ratio=0.2)) for step in range(11)
     ]
     assert factors[:4] == pytest.approx([0.5, 1.0, 1.0, 0.9619398], abs=1e-6)
     assert factors[6] == pytest.approx(0.5)
@@ -38,14 +38,19 @@ def test_warm_up_is_linear_and_the_cosine_falls_towards_zero() -> None:
 def test_a_line_and_a_constant() -> None:
     linear = config(warmup_ratio=0, schedule="linear")
     constant = config(warmup_ratio=0, schedule="constant")
-    assert [rate_factor(s, total_steps=4, config=linear) for s in range(4)] == [1, 0.75, 0.5, 0.25]
-    assert [rate_factor(s, total_steps=4, config=constant) for s in range(4)] == [1, 1, 1, 1]
+    assert [lr_multiplier(s, total_steps=4, config=linear) for s in range(4)] == [
+        1,
+        0.75,
+        0.5,
+        0.25,
+    ]
+    assert [lr_multiplier(s, total_steps=4, config=constant) for s in range(4)] == [1, 1, 1, 1]
 
 
 def test_each_part_has_its_own_rate_and_adapters_take_the_language_models() -> None:
     model = tiny_model("projector", "adapter", lora=LoraConfig(r=2))
     optimizer = build_optimizer(named_parts(model), config())
-    assert set_rates(optimizer, 0.5) == {"projector": 5e-4, "adapter": 1e-4}
+    assert set_learning_rates(optimizer, 0.5) == {"projector": 5e-4, "adapter": 1e-4}
     names = [name for group in optimizer.param_groups for name in group["names"]]
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert sorted(names) == sorted(trainable)
@@ -87,7 +92,7 @@ def learn(layer: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None
     inputs = torch.randn(8, 128, generator=torch.Generator().manual_seed(step))
     optimizer.zero_grad()
     layer(inputs).square().sum().backward()
-    set_rates(optimizer, 1.0)
+    set_learning_rates(optimizer, 1.0)
     optimizer.step()
 
 
@@ -125,7 +130,7 @@ def test_eight_bit_moments_take_a_quarter_of_the_memory_and_learn_alike() -> Non
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and not key.startswith("qmap")
     )
-    assert held == state_bytes(optimizer) == 2 * (8320 + 4 * 33) + 2 * 4 * 65
+    assert held == optimizer_state_bytes(optimizer) == 2 * (8320 + 4 * 33) + 2 * 4 * 65
     torch.manual_seed(0)
     plain = nn.Linear(128, 65)
     before = plain.weight.detach().clone()

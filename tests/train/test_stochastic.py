@@ -29,7 +29,7 @@ from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.adamw_bf16 import StochasticAdamW, round_stochastically
 from vlm_sft.train.fsdp import choose_sharding
-from vlm_sft.train.optimizer import build_optimizer, gradient_norm, state_bytes
+from vlm_sft.train.optimizer import build_optimizer, gradient_norm, optimizer_state_bytes
 from vlm_sft.train.train_step import forward
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
@@ -150,7 +150,7 @@ def test_moments_stay_float32_on_disk_and_come_back_bit_for_bit(tmp_path: Path) 
     weight, optimizer = fresh()
     for step in range(2):
         learn(weight, optimizer, step)
-    assert state_bytes(optimizer) == 8 * 32 * 8
+    assert optimizer_state_bytes(optimizer) == 8 * 32 * 8
     optimizer_component(optimizer).capture()(tmp_path)
     saved = load_file(tmp_path / "optimizer.safetensors")
     assert {name: t.dtype for name, t in saved.items()} == {

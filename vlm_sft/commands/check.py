@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ from vlm_sft.checks.tokenizer.case import Finding
 from vlm_sft.checks.tokenizer.diagnose import diagnose, fitted, read_generation_config, summary
 from vlm_sft.checks.trial_step import try_an_answer, try_longest_batch
 from vlm_sft.checks.verdict import Verdict, fails, print_lines
+from vlm_sft.config.method import trainable_parts
 from vlm_sft.config.schema import DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import (
     Data,
@@ -50,7 +51,7 @@ from vlm_sft.model.quantization import num_bytes
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.feature_cache import feature_cache_outlook
-from vlm_sft.train.optimizer import MOMENT_BYTES, peak_rate
+from vlm_sft.train.optimizer import base_lr, checkpoint_bytes
 from vlm_sft.train.preflight import (
     is_trainable,
     parts_rows,
@@ -205,7 +206,7 @@ def check_model(
     trainable = trainable_parts(config)
     model, identity = load_model(config, trainable)
     parts = named_parts(model)
-    rates = {part: peak_rate(part, config.optim.learning_rate) for part in parts}
+    rates = {part: base_lr(part, config.optim.learning_rate) for part in parts}
     print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
     verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} an image")
@@ -233,20 +234,6 @@ def _check_export(model: VisionLanguageModel, verdict: Verdict) -> None:
     verdict.report("export --to hf", "note" if obstacles else "good", outlook(obstacles))
     if not obstacles:
         verdict.report("programs", "note", consumers_in_words(export_consumers(model)))
-
-
-def trainable_parts(config: RunConfig) -> set[str]:
-    """What the stage that this configuration is for would train.
-
-    A language-model rate makes it stage 2, as does `lora`.
-    """
-    if config.lora is not None:
-        return {"projector", "adapter"}
-    return {"projector", "language_model"} if _has_language_rate(config) else {"projector"}
-
-
-def _has_language_rate(config: RunConfig) -> bool:
-    return "language_model" in config.optim.learning_rate.model_fields_set
 
 
 def _check_data(
@@ -316,7 +303,7 @@ def _check_saving(
     config: RunConfig,
     language: Language,
     model: VisionLanguageModel,
-    trainable: set[str],
+    trainable: Set[str],
     total_steps: int,
     verdict: Verdict,
 ) -> None:
@@ -324,7 +311,7 @@ def _check_saving(
     trained = [
         (name, p) for named in named_parts(model).values() for name, p in named if p.requires_grad
     ]
-    size = sum(p.numel() * (p.element_size() + MOMENT_BYTES) for _, p in trained)
+    size = checkpoint_bytes(p for _, p in trained)
     try:
         require_space(output_dir, size)
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".check-") as place:
@@ -343,15 +330,12 @@ def _check_saving(
 def memory_estimate(model: VisionLanguageModel) -> str:
     """Bytes for weights, gradients and AdamW's moments; activations come on top."""
     weights = sum(map(num_bytes, model.parameters()))
-    learning = sum(
-        p.numel() * (p.element_size() + MOMENT_BYTES)
-        for named in named_parts(model).values()
-        if is_trainable(named)
-        for _, p in named
+    trained = checkpoint_bytes(
+        p for named in named_parts(model).values() if is_trainable(named) for _, p in named
     )
     return (
-        f"{(weights + learning) / 1e9:.2f} GB a process for weights ({weights / 1e9:.2f}), "
-        f"gradients and AdamW ({learning / 1e9:.2f}); activations come on top"
+        f"{(weights + trained) / 1e9:.2f} GB a process for weights ({weights / 1e9:.2f}), "
+        f"gradients and AdamW ({trained / 1e9:.2f}); activations come on top"
     )
 
 

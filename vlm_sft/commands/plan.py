@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import Final
 
 from vlm_sft.checkpoint.components import dtype_of
+from vlm_sft.config.method import METHODS, Method, training_method
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_language
 from vlm_sft.model.activation_checkpointing import POLICIES, Policy
 from vlm_sft.planning.blueprint import require_local_tokenizer
 from vlm_sft.planning.calibrate import Calibration, calibrate
 from vlm_sft.planning.devices import find_device
-from vlm_sft.planning.estimate import METHODS, Estimator, Memory, Method, host_images_per_second
+from vlm_sft.planning.estimate import Estimator, Memory, host_images_per_second
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.report import PlanReport, Way
 from vlm_sft.planning.workload import Survey, Workload, images_per_cpu_second, plan_workload
@@ -41,7 +42,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     found = survey_data(
         config, renderer, num_image_tokens=tower.num_tokens, sample=arguments.sample
     )
-    weight = planner.image_cost(method_of(config)) if config.train.packing else 0.0
+    weight = planner.image_cost(training_method(config)) if config.train.packing else 0.0
     work = plan_workload(config, found, gpus=arguments.gpus, image_cost=weight)
     rate = None
     if config.data.feature_cache is None:
@@ -75,17 +76,9 @@ def _calibration(planner: Estimator) -> Calibration:
     config = planner.config
     asked = config.train.activation_checkpointing
     policy: Policy = "none" if asked == "auto" else asked  # a few steps are to run here anyhow
-    found = calibrate(planner, method_of(config), policy)
+    found = calibrate(planner, training_method(config), policy)
     planner.efficiency = min(1.0, found.efficiency)
     return found
-
-
-def method_of(config: RunConfig) -> Method:
-    """The way of training that a configuration asks for, as `vlm_sft.check` tells it."""
-    if config.lora is not None:
-        return "lora" if config.model.language_model.quantization is None else "qlora"
-    learns = "language_model" in config.optim.learning_rate.model_fields_set
-    return "full" if learns else "stage1"
 
 
 def _unplanned(config: RunConfig, planner: Estimator) -> list[str]:
@@ -115,7 +108,7 @@ class _Outlook:
 
     def policies(self) -> list[Way]:
         """The configured method under every policy."""
-        method, chosen = method_of(self.planner.config), self.policy
+        method, chosen = training_method(self.planner.config), self.policy
         ways = (self._way(method, policy) for policy in POLICIES)
         return [replace(way, configured=way.policy == chosen) for way in ways]
 
@@ -125,7 +118,7 @@ class _Outlook:
         asked = self.planner.config.train.activation_checkpointing
         if asked != "auto":
             return asked
-        method = method_of(self.planner.config)
+        method = training_method(self.planner.config)
         return next((policy for policy in POLICIES if self._leaves_margin(method, policy)), "full")
 
     def _leaves_margin(self, method: Method, policy: Policy) -> bool:
@@ -133,7 +126,7 @@ class _Outlook:
 
     def best(self, method: Method) -> Way:
         """A method under the configured policy if it is configured, else the fastest that fits."""
-        if method == method_of(self.planner.config):
+        if method == training_method(self.planner.config):
             return self._sized(replace(self._way(method, self.policy), configured=True))
         for policy in POLICIES:
             way = self._way(method, policy)

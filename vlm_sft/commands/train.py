@@ -19,6 +19,7 @@ from vlm_sft.checkpoint.run_dir import (
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.checks.compatibility import require_fit
 from vlm_sft.checks.data_head import check_data_head
+from vlm_sft.config.method import Stage, trainable_parts
 from vlm_sft.config.resume import diff_lines
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_data, load_language, make_sampler, packing_summary
@@ -50,10 +51,8 @@ LENGTH = ("train.epochs", "train.max_steps")
 """Settings that make a finished run unfinished."""
 
 
-def run_stage(
-    config: RunConfig, *, stage: str, trainable: Set[str], allowed: Sequence[str] = ()
-) -> int:
-    """Train `trainable` as `config` says, from the newest checkpoint of its folder if it has one.
+def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -> int:
+    """Train as `config` says, from the newest checkpoint of its folder if it has one.
 
     Settings named in `allowed` may differ from those that the folder's run was started with.
 
@@ -62,6 +61,7 @@ def run_stage(
     Raises:
         UserError: With one sentence; see the functions called.
     """
+    trainable = trainable_parts(config, stage)
     require_environment(config)
     require_trackers(config.train.trackers)
     require_quantization(config.model.language_model, trainable)

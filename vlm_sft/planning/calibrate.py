@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch import nn
 
+from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.loader import AnyBatch, load_steps, split
@@ -18,7 +19,7 @@ from vlm_sft.model.hashing import held_tensors
 from vlm_sft.model.packed_attention import Backend, PackLayout
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import require_quantization
-from vlm_sft.planning.estimate import TRAINABLE, Estimator, Method
+from vlm_sft.planning.estimate import Estimator
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.feature_cache import use_feature_cache

@@ -4,12 +4,13 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import nn
 
 from vlm_sft.checkpoint.components import dtype_of
+from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.model.activation_checkpointing import Policy
 from vlm_sft.model.costs import image_cost
@@ -21,20 +22,7 @@ from vlm_sft.planning.gpus import CUDA_OVERHEAD, FRAGMENTATION, Device
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.simulate import Simulation, TowerSimulation
 from vlm_sft.planning.workload import Workload
-from vlm_sft.train.adamw_8bit import moment_bytes
-
-Method = Literal["stage1", "lora", "qlora", "full"]
-METHODS: Final[tuple[Method, ...]] = ("stage1", "lora", "qlora", "full")
-
-TRAINABLE: Final[dict[Method, set[str]]] = {
-    "stage1": {"projector"},
-    "lora": {"projector", "adapter"},
-    "qlora": {"projector", "adapter"},
-    "full": {"projector", "language_model"},
-}
-
-ADAMW_BYTES: Final = 8
-"""State of a trained weight: two moments in float32."""
+from vlm_sft.train.optimizer import ADAMW_STATE_BYTES, adamw_state_bytes
 
 _BLOCK: Final = 64
 """Weights in 4 bits that share a scale (bitsandbytes)."""
@@ -203,9 +191,7 @@ class Estimator:
             sizes, size = quantised_sizes(model), self.blueprint.dtype.itemsize
             weights["language_model"] += self._packed_bytes(sizes) - size * sum(sizes)
             exchange += size * max(sizes)
-        moments = float(ADAMW_BYTES * trained)
-        if self.config.optim.optimizer == "adamw_8bit":
-            moments = float(sum(map(moment_bytes, learning)))
+        moments = float(adamw_state_bytes(learning, self.config.optim.optimizer))
         return Standing(weights, 4.0 * trained, moments, exchange)
 
     def _packed_bytes(self, sizes: list[int]) -> int:
@@ -394,7 +380,8 @@ class Estimator:
         size = self.blueprint.dtype.itemsize
         # Two layers and the rest whole; one layer's gradient, and in float32 while it is summed.
         exchange = size * (2 * max(layers) + root) + (size + 4) * max(layers)
-        return Standing(own, 4 * trained / self.gpus, ADAMW_BYTES * trained / self.gpus, exchange)
+        moments = ADAMW_STATE_BYTES * trained / self.gpus
+        return Standing(own, 4 * trained / self.gpus, moments, exchange)
 
     def _layers(self, model: VisionLanguageModel) -> list[nn.Module]:
         return layers_of(model.language_model)

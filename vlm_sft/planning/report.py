@@ -7,9 +7,10 @@ from typing import Any, Final
 from rich.markup import escape
 from rich.table import Table
 
+from vlm_sft.config.method import Method
 from vlm_sft.model.activation_checkpointing import Policy
 from vlm_sft.planning.calibrate import Calibration
-from vlm_sft.planning.estimate import Memory, Method, Speed
+from vlm_sft.planning.estimate import Memory, Speed
 from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GIB, MATMUL_SHARE, Device
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.workload import Survey, Workload

@@ -1,8 +1,8 @@
-"""AdamW with one learning rate a part, and a schedule that is a pure function of the step."""
+"""AdamW with one learning rate per part, and a schedule that is a pure function of the step."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -14,25 +14,26 @@ from vlm_sft.train.fsdp import own_part, whole
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
-MOMENT_BYTES: Final = 8
-"""AdamW's state of a weight of at most 32 bits: two float32 numbers."""
+ADAMW_STATE_BYTES: Final = 8
+"""Optimizer state of a weight in at most 32 bits: two moments in float32."""
 
 
 def build_optimizer(
     parts: Mapping[str, NamedParameters], config: OptimConfig, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of every part.
+    """Build AdamW for the trainable parameters of every part.
 
-    Each parameter group carries `part` (its part's name), `peak_lr` and `names` (its parameters'
-    names, in order). Vectors (biases, norms) are not decayed, as in transformers' Trainer.
+    Each parameter group has the keys `part` (name of the part), `peak_lr` (base learning rate) and
+    `names` (parameter names, in order). Vectors (biases, norms) get no weight decay, as in
+    transformers' Trainer.
 
     Args:
-        parts: For each part its named parameters; frozen ones are left out.
-        config: Kind, rates, decay, betas, epsilon.
-        seed: Of the rounding of weights that are kept in bfloat16, if any are.
+        parts: The named parameters of each part; frozen ones are skipped.
+        config: Optimizer, learning rates, weight decay, betas and epsilon.
+        seed: Seed of the stochastic rounding of weights that are kept in bfloat16, if any.
 
     Raises:
-        ConfigError: 8-bit moments where they cannot be had (see `eight_bit_adamw`).
+        ConfigError: 8-bit AdamW was requested and bitsandbytes is not installed.
     """
     groups: list[dict[str, Any]] = []
     for part, named in parts.items():
@@ -40,7 +41,7 @@ def build_optimizer(
         for decayed in (True, False):
             chosen = [(name, p) for name, p in trainable if (p.ndim >= 2) == decayed]
             if chosen:
-                rate = peak_rate(part, config.learning_rate)
+                rate = base_lr(part, config.learning_rate)
                 groups.append(
                     {
                         "params": [p for _, p in chosen],
@@ -60,17 +61,17 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=fused)
 
 
-def peak_rate(part: str, rates: LearningRates) -> float:
-    """The peak learning rate of a part; adapters take the language model's."""
+def base_lr(part: str, rates: LearningRates) -> float:
+    """Return the learning rate of a part before the schedule; adapters use the language model's."""
     return rates.projector if part == "projector" else rates.language_model
 
 
-def rate_factor(step: int, *, total_steps: int, config: OptimConfig) -> float:
-    """What the peak rate is multiplied by in optimizer step `step`, counted from 0.
+def lr_multiplier(step: int, *, total_steps: int, config: OptimConfig) -> float:
+    """Return the factor of the base learning rates in optimizer step `step`, counted from 0.
 
-    Warm-up is linear over `ceil(warmup_ratio * total_steps)` steps and the peak is reached in the
-    last of them; then a half cosine or a line falls towards 0, which the step after the last would
-    have. transformers' schedule is the same one step later: its first step has rate 0.
+    Warm-up is linear over `ceil(warmup_ratio * total_steps)` steps and reaches 1 in the last of
+    them. A half cosine or a line then falls towards 0, which only the step after the last one would
+    have. The schedules of transformers are the same one step later: their first step has rate 0.
     """
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
@@ -81,25 +82,39 @@ def rate_factor(step: int, *, total_steps: int, config: OptimConfig) -> float:
     return 1 - progress if config.schedule == "linear" else 1.0
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Give every group its peak rate times `factor`; returns the rate of each part."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:
+    """Set every group's learning rate to `multiplier` times its base; return the rate per part."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * multiplier
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Memory that the optimizer's state takes once the first step is done."""
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of this rank's optimizer state once the first step is done."""
     parameters = [own_part(p) for group in optimizer.param_groups for p in group["params"]]
     if is_eight_bit(optimizer):
         return sum(moment_bytes(p.numel()) for p in parameters)
-    return sum(p.numel() * max(MOMENT_BYTES, 2 * p.element_size()) for p in parameters)
+    return sum(p.numel() * max(ADAMW_STATE_BYTES, 2 * p.element_size()) for p in parameters)
+
+
+def adamw_state_bytes(
+    tensor_sizes: Iterable[int], optimizer: Literal["adamw", "adamw_8bit"]
+) -> int:
+    """Return the bytes of the state for tensors of these numbers of weights, without making it."""
+    if optimizer == "adamw_8bit":
+        return sum(map(moment_bytes, tensor_sizes))
+    return ADAMW_STATE_BYTES * sum(tensor_sizes)
+
+
+def checkpoint_bytes(trainable: Iterable[nn.Parameter]) -> int:
+    """Return the approximate bytes of a checkpoint: trainable weights and their AdamW state."""
+    return sum(p.numel() * (p.element_size() + ADAMW_STATE_BYTES) for p in trainable)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """Global 2-norm of the gradients before clipping (scalar tensor); clips them if asked to.
+    """Clip the gradients to a global 2-norm of `max_norm`, if any; return the norm before that.
 
-    Both in float32 or wider.
+    The norm (a scalar tensor) and the clipping are computed in float32 or wider.
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -111,7 +126,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) ->
 
 
 def _norm_in_float32(gradients: Sequence[torch.Tensor], max_norm: float | None) -> torch.Tensor:
-    """The same where torch would round each tensor's norm, and the factor, to bfloat16."""
+    """Do the same for bfloat16 gradients, whose norms and clip factor torch would round."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:

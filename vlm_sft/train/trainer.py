@@ -53,12 +53,12 @@ from vlm_sft.train.metrics import (
     tracker_values,
 )
 from vlm_sft.train.optimizer import (
-    MOMENT_BYTES,
     build_optimizer,
+    checkpoint_bytes,
     gradient_norm,
-    rate_factor,
-    set_rates,
-    state_bytes,
+    lr_multiplier,
+    optimizer_state_bytes,
+    set_learning_rates,
 )
 from vlm_sft.train.packing_check import prepare_packing
 from vlm_sft.train.preflight import (
@@ -254,9 +254,7 @@ class Trainer:
         if self._sharded:
             self.store.together = saving_processes(self.accelerator)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.store.num_bytes = sum(
-            p.numel() * (p.element_size() + MOMENT_BYTES) for p in self._parameters
-        )
+        self.store.num_bytes = checkpoint_bytes(self._parameters)
 
     def _packed_attention(self) -> Backend:
         """The kernel for packed records, proven to keep them apart."""
@@ -392,7 +390,7 @@ class Trainer:
                 lambda policy: set_recomputing(model, policy),
                 self.model,
                 self.accelerator,
-                later_bytes=0 if self.optimizer.state else state_bytes(self.optimizer),
+                later_bytes=0 if self.optimizer.state else optimizer_state_bytes(self.optimizer),
             )
 
     @lost_workers_told()
@@ -473,8 +471,8 @@ class Trainer:
         self._account.settle(gradient.num_faults)
         self._account.require_planned(batches, self._micro_batches(self.step))
         norm, fault = self._checked_norm(gradient)
-        factor = rate_factor(self.step, total_steps=self.plan.total_steps, config=self.plan.optim)
-        rates = set_rates(self.optimizer, factor)
+        factor = lr_multiplier(self.step, total_steps=self.plan.total_steps, config=self.plan.optim)
+        rates = set_learning_rates(self.optimizer, factor)
         if fault is None:
             self._update()
         crash_point("step.updated")

@@ -1,0 +1,43 @@
+"""The training method of a run: which parts of the model it trains, and how."""
+
+from collections.abc import Mapping, Set
+from typing import Final, Literal
+
+from vlm_sft.config.schema import RunConfig
+
+Method = Literal["stage1", "lora", "qlora", "full"]
+"""Train the projector alone, or with LoRA adapters, with adapters on a 4-bit language model, or
+with the full language model."""
+
+METHODS: Final[tuple[Method, ...]] = ("stage1", "lora", "qlora", "full")
+
+Stage = Literal["stage1", "stage2"]
+
+TRAINABLE: Final[Mapping[Method, Set[str]]] = {
+    "stage1": {"projector"},
+    "full": {"projector", "language_model"},
+    "lora": {"projector", "adapter"},
+    "qlora": {"projector", "adapter"},
+}
+"""The trainable parts of the model, by method; the vision tower is always frozen."""
+
+
+def training_method(config: RunConfig, stage: Stage | None = None) -> Method:
+    """Return the method that a configuration trains with.
+
+    Args:
+        config: The run's configuration.
+        stage: The stage that is run. None infers it: LoRA or a learning rate of the language model
+            means stage 2.
+    """
+    if config.lora is not None:
+        return "lora" if config.model.language_model.quantization is None else "qlora"
+    if stage is None:
+        has_rate = "language_model" in config.optim.learning_rate.model_fields_set
+        stage = "stage2" if has_rate else "stage1"
+    return "full" if stage == "stage2" else "stage1"
+
+
+def trainable_parts(config: RunConfig, stage: Stage | None = None) -> Set[str]:
+    """Return the parts of the model that a run trains; arguments as for `training_method`."""
+    return TRAINABLE[training_method(config, stage)]
