@@ -28,7 +28,7 @@ from pathlib import Path
 
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.inference.loaded_model import VlmRun, load_run, question
-from vlm_sft.report import DemoReport, ShownImage, write_demo_report
+from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.progress import format_seconds
 

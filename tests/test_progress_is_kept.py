@@ -103,7 +103,7 @@ def test_failing_trackers_and_a_failing_report_are_warnings(
 
     monkeypatch.setattr(Accelerator, "log", fail)
     monkeypatch.setattr(Accelerator, "end_training", fail)
-    monkeypatch.setattr("vlm_sft.report.write_run_report", fail)
+    monkeypatch.setattr("vlm_sft.commands.train.write_run_report", fail)
     assert run("stage1", tmp_path, "data.eval=[]") == 0
     printed = capsys.readouterr().err
     assert printed.count("a tracker failed (no route to the tracker)") == 1

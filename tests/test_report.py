@@ -9,7 +9,9 @@ from PIL import Image
 
 from vlm_sft.checkpoint.run_dir import WRITTEN
 from vlm_sft.errors import UserError
-from vlm_sft.report import DemoReport, ShownImage, main, write_demo_report, write_run_report
+from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
+from vlm_sft.inspection.run_report import write_run_report
+from vlm_sft.report import main
 
 INTERVAL = {"estimate": 0.91, "low": 0.88, "high": 0.94}
 
@@ -65,13 +67,13 @@ def test_the_demo_report_is_one_page_with_its_images_inside(tmp_path: Path) -> N
     assert "Is it &lt;red&gt;?" in page and "No &amp; yes." in page
     assert "91.0 % [88.0, 94.0]" in page and "88.0 to 94.0 %" in page and "2 min 00 s" in page
     assert "✓ right" in page and "✗ wrong" not in page
-    assert "answers freely" in page and "likeliest" not in page
+    assert "answers freely" in page and "most likely" not in page
     assert "data:image/jpeg;base64," in page
     with Image.open(tmp_path / "out" / "demo.png") as curves:
         assert curves.width > 1000
 
 
-def test_a_run_in_several_starts_has_the_peak_of_all_and_counts_what_its_words_say(
+def test_a_run_with_several_starts_reports_the_peak_memory_of_all(
     tmp_path: Path,
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -88,16 +90,16 @@ def test_a_run_in_several_starts_has_the_peak_of_all_and_counts_what_its_words_s
         '{"step": 2, "records": ["a"], "update_left_out": "the loss is not finite"}\n'
     )
     page = write_run_report(run).read_text()
-    assert "peak memory of the first process over all starts</dt><dd>5.0 GiB" in page
-    assert "samples a second, median of the recorded steps</dt><dd>2.0" in page
+    assert "peak memory of rank 0 over all starts</dt><dd>5.0 GiB" in page
+    assert "samples per second (median of the logged steps)</dt><dd>2.0" in page
     assert "training loss at step 3" in page and "not finished" in page
-    assert "evaluations that failed</dt><dd>1<" in page
-    assert "2 steps are on record; they trained on 2 different record ids, 3 times in all" in page
-    assert "The update of 1 of these steps was left out" in page
-    assert "used whole" in page and ">trained<" not in page and ">evaluated<" not in page
+    assert "failed evaluations</dt><dd>1<" in page
+    assert "2 logged steps trained on 2 different record ids, 3 times in total" in page
+    assert "The update of 1 of these steps was skipped" in page
+    assert "used completely" in page and ">trained<" not in page and ">evaluated<" not in page
 
 
-def test_damaged_lines_are_counted_and_left_out(tmp_path: Path) -> None:
+def test_damaged_lines_are_counted_and_skipped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
         path = run / name
@@ -109,7 +111,7 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path: Path) -> None:
     (run / "trained.jsonl").write_bytes(b'\xff\n{"step": 1, "records": 7}\n')
     (run / "config.yaml").write_bytes(b"seed: 42 # \xff\n")
     page = write_run_report(run).read_text()
-    assert "Damaged lines that are left out of this page" in page
+    assert "Damaged lines, not used on this page" in page
     for name, count in (("metrics", 3), ("samples", 2), ("ledger", 2), ("trained", 1)):
         assert f"{name}.jsonl</td><td>{count}<" in page
     assert "export_outlook.json</td><td>1<" in page

@@ -1,4 +1,4 @@
-"""A record is shown as the model will see it, with what is trained in it marked."""
+"""Records are shown as the model sees them, with the trained tokens marked."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.inspection.records import Inspected
-from vlm_sft.inspection.tokens import spell
+from vlm_sft.inspection.tokens import view_tokens
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -97,7 +97,7 @@ def test_trained_text_stands_between_marks(
     out = capsys.readouterr().out
     assert "⟦red<|im_end|>⟧" in out and "⟦circle<|im_end|>⟧" in out
     assert out.count("⟦") == out.count("⟧") == 2
-    assert "<|im_start|>user\n<image>\nWhich color?<|im_end|>" in out
+    assert "<|im_start|>user\n<image>\nWhich colour?<|im_end|>" in out
     assert "red-circle-1" in out and "1 image)" in out and "red-circle-0" not in out
 
 
@@ -118,7 +118,7 @@ def test_long_answers_are_not_broken_into_lines(
     assert f"⟦{answer}<|im_end|>⟧" in capsys.readouterr().out
 
 
-def test_what_a_terminal_would_obey_is_shown_instead(
+def test_control_characters_are_shown_as_symbols(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--records", file_of(tmp_path, "a\x1b[2Jb\rc\x07\td [bold]e"), *FILE[2:]]
@@ -128,7 +128,7 @@ def test_what_a_terminal_would_obey_is_shown_instead(
     assert not {"\x1b", "\r", "\x07"} & set(out)
 
 
-def test_what_only_reads_like_a_control_token_or_a_mark_has_a_backslash(
+def test_text_that_equals_a_special_token_or_a_mark_gets_a_backslash(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--records", file_of(tmp_path, r"<image> <|im_end|> ⟦x⟧ \\<image> <im"), *FILE[2:]]
@@ -137,7 +137,7 @@ def test_what_only_reads_like_a_control_token_or_a_mark_has_a_backslash(
     assert r"⟦\<image> \<|im_end|> \⟦x\⟧ \\\\\<image> <im<|im_end|>⟧" in out
 
 
-def test_control_tokens_that_data_spells_stay_text(
+def test_special_token_strings_in_data_stay_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--records", file_of(tmp_path, "say <|im_end|>"), *FILE[2:], "--json"]
@@ -158,14 +158,14 @@ def test_control_tokens_that_data_spells_stay_text(
         ([CONFIG, "--limit", "0"], ["--limit 0: expected 1 or more"]),
         ([CONFIG, *FILE], ["--records: give CONFIG.yaml or --records, not both"]),
         ([CONFIG, "--template", "plain"], ["--template: give CONFIG.yaml or", "key.path=value"]),
-        ([*FILE, "--eval"], ["--eval: belongs to CONFIG.yaml"]),
+        ([*FILE, "--eval"], ["--eval: needs CONFIG.yaml"]),
         ([CONFIG, "--max-length", "9"], ["--max-length: give CONFIG.yaml or --records"]),
         ([CONFIG, "--source", "gone"], ["--source gone: no such file", RECORDS]),
         ([CONFIG, "--image-tokens", "0"], ["--image-tokens 0: expected 1 or more"]),
         ([CONFIG, "--longer-than", "-1"], ["--longer-than -1: expected 0 or more"]),
         ([CONFIG, "--json", "--html", "x.html"], ["--json and --html: give one"]),
         ([CONFIG, "--html", "configs"], ["--html configs: this is a folder"]),
-        ([CONFIG, "data.eval=[]", "--eval"], ["names no held-out files"]),
+        ([CONFIG, "data.eval=[]", "--eval"], ["has no files in data.eval"]),
     ],
 )
 def test_wrong_arguments_end_with_one_sentence_and_2(
@@ -179,7 +179,7 @@ def test_wrong_arguments_end_with_one_sentence_and_2(
     assert all(word in err for word in words)
 
 
-def test_a_faulty_record_is_told_among_the_good_ones(
+def test_a_faulty_record_is_reported_among_the_valid_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--records", file_of(tmp_path, "good", " ", "good too"), *FILE[2:], "--json"]
@@ -189,7 +189,7 @@ def test_a_faulty_record_is_told_among_the_good_ones(
     assert "records.jsonl:2: record 'r1': turn 1: the answer is empty" in err
 
 
-# --- what becomes of the records
+# --- filtering results
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -202,7 +202,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 def mixed(folder: Path) -> Path:
     """Two files with records of every kind, and a configuration that limits them to 120 tokens.
 
-    Nine image tokens an image, a token a byte; `chatml` adds 40 tokens or so to an exchange.
+    Nine image tokens per image, one token per byte; `chatml` adds about 40 tokens per exchange.
     """
     Image.new("RGB", (600, 300), "teal").save(folder / "ok.png")
     whole = BytesIO()
@@ -239,36 +239,36 @@ def test_statistics_equal_the_ledger_of_a_run(
     path = mixed(tmp_path)
     (tmp_path / "broken.png").write_bytes((tmp_path / "ok.png").read_bytes())
     overrides = [f"data.length_policy={policy}", "data.on_error=quarantine"]
-    (told,) = objects([str(path), *overrides, "--statistics", "--json"], capsys)
+    (statistics,) = objects([str(path), *overrides, "--statistics", "--json"], capsys)
     config = load_config(path, overrides).data
     ledger = Ledger()
     dataset = SupervisedDataset(
         config.train,
         Renderer.from_name("chatml", byte_tokenizer()),
         ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        num_image_tokens=told["image_tokens_per_image"],
+        num_image_tokens=statistics["image_tokens_per_image"],
         config=config,
         ledger=ledger,
     )
-    total = told["total"]
-    assert told["image_tokens_per_image"] == 9
+    total = statistics["total"]
+    assert statistics["image_tokens_per_image"] == 9
     assert total["records"] == len(ledger.entries) == 9
     assert total["outcomes"] == ledger.counts
     assert total["reasons"] == {f"{b}: {r}": n for (b, r), n in ledger.reasons.items()}
     assert total["text_tokens"] + total["image_tokens"] == sum(dataset.lengths)
     trained = sum(int((dataset[i].labels != -100).sum()) for i in range(len(dataset)))
     assert total["trained_tokens"] == trained
-    for source in told["sources"]:
+    for source in statistics["sources"]:
         name = source["name"]
         found = Counter(e.bucket for e in ledger.entries if name in e.where)
         assert {k: n for k, n in source["outcomes"].items() if n} == found
 
 
-def test_statistics_count_what_looks_like_control_and_what_is_too_long(
+def test_statistics_count_special_token_strings_and_long_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (told,) = objects([str(mixed(tmp_path)), "--statistics", "--json"], capsys)
-    first, second = told["sources"]
+    (statistics,) = objects([str(mixed(tmp_path)), "--statistics", "--json"], capsys)
+    first, second = statistics["sources"]
     assert second["control_strings"] == {"<|im_end|>": 1, "</s>": 2}
     assert second["records_with_control"] == 1 and first["control_strings"] == {}
     assert second["placeholders_in_answers"] == 1 and second["placeholders_elsewhere"] == 0
@@ -286,7 +286,7 @@ def test_statistics_are_tables_on_a_terminal(
 ) -> None:
     assert show.main([str(mixed(tmp_path)), "--statistics"]) == 0
     out = capsys.readouterr().out
-    for words in ("What becomes of the records", "empty_answer", "Supervised share", "all files"):
+    for words in ("Records by outcome", "empty_answer", "Trained share", "all files"):
         assert words in out
     assert "longer than 120" in out and "<|im_end|> 1" in out
 
@@ -296,12 +296,15 @@ def test_without_a_configuration_there_is_no_limit_until_one_is_given(
 ) -> None:
     mixed(tmp_path)
     argv = ["--records", str(tmp_path / "first.json"), *FILE[2:], "--statistics", "--json"]
-    (told,) = objects(argv, capsys)
-    assert told["max_length"] is None and told["image_tokens_per_image"] == 576
-    assert told["total"]["outcomes"]["trained"] == 5
+    (statistics,) = objects(argv, capsys)
+    assert statistics["max_length"] is None and statistics["image_tokens_per_image"] == 576
+    assert statistics["total"]["outcomes"]["trained"] == 5
     limits = ["--max-length", "120", "--length-policy", "skip", "--image-tokens", "9"]
-    (told,) = objects([*argv, *limits], capsys)
-    assert told["total"]["reasons"] == {"quarantined: empty_answer": 1, "skipped: too_long": 2}
+    (statistics,) = objects([*argv, *limits], capsys)
+    assert statistics["total"]["reasons"] == {
+        "quarantined: empty_answer": 1,
+        "skipped: too_long": 2,
+    }
 
 
 def shown_ids(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -309,7 +312,7 @@ def shown_ids(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> list[s
     return re.findall(r"^── (.*) \(", capsys.readouterr().out, flags=re.MULTILINE)
 
 
-def test_records_are_chosen_by_file_reason_and_length(
+def test_records_are_selected_by_file_reason_and_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(mixed(tmp_path))
@@ -325,13 +328,13 @@ def test_records_are_chosen_by_file_reason_and_length(
     assert shown_ids([config, "--record", "long", "--reason", "too_long"], capsys) == ["long"]
 
 
-def test_a_choice_that_nothing_meets_is_told(
+def test_a_selection_without_records_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [str(mixed(tmp_path)), "--reason", "bad_id"]
     assert show.main(argv) == 0
     out, err = capsys.readouterr()
-    assert out == "" and "no record is chosen by --reason bad_id, of 9 in" in err
+    assert out == "" and "no record matches --reason bad_id; 9 records in" in err
 
 
 @pytest.mark.parametrize(
@@ -339,8 +342,8 @@ def test_a_choice_that_nothing_meets_is_told(
     [
         ("--reason", "too_lon", "--reason too_lon: no such reason; did you mean too_long?"),
         ("--reason", "xyz", "--reason xyz: no such reason; docs/errors.md lists all reasons"),
-        ("--source", "x{near}", "no such file among those of this run; did you mean {near}?"),
-        ("--source", "xyz", "--source xyz: no such file among those of this run: "),
+        ("--source", "x{near}", "no such file in this run; did you mean {near}?"),
+        ("--source", "xyz", "--source xyz: no such file in this run: "),
     ],
 )
 def test_an_unknown_reason_or_file_is_refused_with_the_nearest_known_one(
@@ -352,7 +355,7 @@ def test_an_unknown_reason_or_file_is_refused_with_the_nearest_known_one(
         show.main([str(config), option, value.format(near=near)])
 
 
-def test_left_out_and_shortened_records_say_so_and_train_nothing_more(
+def test_skipped_and_shortened_records_are_labeled_and_train_nothing_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(mixed(tmp_path))
@@ -372,7 +375,7 @@ def test_left_out_and_shortened_records_say_so_and_train_nothing_more(
     assert set(one["labels"]) == {-100}
 
 
-def test_a_tower_that_cannot_be_built_is_told_and_only_needed_for_figures(
+def test_a_tower_that_cannot_be_built_is_reported_and_only_needed_for_figures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     gone = ["model.vision_tower.name=./gone", "model.vision_tower.config=null"]
@@ -521,7 +524,9 @@ def test_the_trained_tokens_of_a_page_are_the_answers(tmp_path: Path) -> None:
     ]
     assert page.marks == expected
     for article, answers in zip(page.articles, expected, strict=True):
-        assert article.count(("div", [("class", "ex")])) == len(answers)  # a block an exchange
+        assert article.count(("div", [("class", "exchange")])) == len(
+            answers
+        )  # a block an exchange
     _, page = page_of(nasty_records(tmp_path, ["日本語 é", "two\nlines", "👨‍👩‍👧"]), tmp_path)
     assert page.marks == [[f"A {text}<|im_end|>"] for text in ("日本語 é", "two\nlines", "👨‍👩‍👧")]
 
@@ -538,15 +543,15 @@ def test_tokens_together_spell_exactly_what_was_encoded(tokenizer: str, template
     for text in [*NASTY, " two  spaces ", "\n\nlines\n", "한국어 " * 9, "👩‍🚀", "a\ufffdb\ufffd"]:
         asked, answer = Turn("user", (TextPart("Q" + text),)), Turn("assistant", (TextPart(text),))
         outcome = admission.decide(Conversation("x", (asked, answer)))
-        spelled = spell(Inspected(0, outcome), renderer, 1)
-        assert spelled is not None
-        (trained,) = (stretch for stretch in spelled.stretches if stretch.fate == "trained")
-        spoken = "".join(token.text for token in trained.tokens if not token.is_control)
+        view = view_tokens(Inspected(0, outcome), renderer, 1)
+        assert view is not None
+        (trained,) = (span for span in view.spans if span.kind == "trained")
+        text_of_span = "".join(token.text for token in trained.tokens if not token.is_special)
         prefix = " " if template == "vicuna_v1" else ""
-        assert spoken == renderer.encoder.normalized(prefix + text)
-        assert len(trained.tokens) <= spelled.num_trained
+        assert text_of_span == renderer.encoder.normalized(prefix + text)
+        assert len(trained.tokens) <= view.num_trained
         if "\ufffd" not in text and len(text) > 20:
-            assert len(trained.tokens) > 3  # told apart, not one lump
+            assert len(trained.tokens) > 3  # tokens are shown one by one
 
 
 def test_a_page_shows_images_small_and_says_which_are_missing_or_broken(tmp_path: Path) -> None:
@@ -557,7 +562,7 @@ def test_a_page_shows_images_small_and_says_which_are_missing_or_broken(tmp_path
     assert "broken.png: truncated or corrupt" in page.texts[3]
 
 
-def test_a_page_tells_what_became_of_each_record(tmp_path: Path) -> None:
+def test_a_page_shows_the_filtering_result_of_each_record(tmp_path: Path) -> None:
     text, page = page_of([str(mixed(tmp_path))], tmp_path)
     good, empty, _, _, long, too_long, words, silent, half = page.texts
     assert "2 turns" in good and "1 image " in good and "with image tokens" in good
@@ -582,7 +587,7 @@ def test_a_page_says_how_many_records_it_shows_and_is_the_same_each_time(
     argv = [CONFIG, "--limit", "7", "--longer-than", "10"]
     text, page = page_of(argv, tmp_path)
     assert len(page.articles) == 7
-    assert "7 of 24 records chosen by --longer-than 10 are shown." in text
+    assert "7 of 24 records selected by --longer-than 10 are shown." in text
     assert "7 of 24 records, " in capsys.readouterr().err
     assert page_of(argv, tmp_path)[0] == text
     assert text.count("data:image/png;base64,") == 2  # lengths, and supervised share

@@ -1,4 +1,4 @@
-"""Show records as the model will see them: `python -m vlm_sft.show CONFIG.yaml`."""
+"""Show records as the model sees them: `python -m vlm_sft.show CONFIG.yaml`."""
 
 import argparse
 import difflib
@@ -9,40 +9,41 @@ from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports,
 from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.errors.codes import CODES
-from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, SHOWN, SHOWN_ON_A_PAGE
+from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
 from vlm_sft.utils.ownership import require_output_file
 
 ABOUT = """\
-Show records as the model will see them, with the trained tokens marked, and what becomes of each
-under the configuration's length limit and policy. On a terminal they come through a pager."""
+Show records as the model sees them, with the trained tokens marked, and whether the
+configuration's length limit and policy keep, shorten or skip them. On a terminal the output goes
+through a pager."""
 
 EXAMPLES = """\
 examples:
   # the records of a configuration, trained tokens between marks
   python -m vlm_sft.show configs/tiny/stage2.yaml --limit 3
 
-  # one record by its id, as JSON (ids, labels, tokens; one placeholder an image)
+  # one record by its id, as JSON (ids, labels, tokens; one placeholder per image)
   python -m vlm_sft.show configs/tiny/stage2.yaml --record red-circle-1 --json
 
-  # a page to hand to a colleague: images, trained tokens, figures, search
+  # an HTML page to share: images, trained tokens, figures, search
   python -m vlm_sft.show configs/tiny/stage2.yaml --html page.html
 
-  # figures alone: outcomes, lengths, supervised share, truncation of each file
+  # figures only: outcomes, lengths, trained share and truncation of each file
   python -m vlm_sft.show configs/tiny/stage2.yaml --statistics
 
-  # what does not fit, from one of several files
+  # records that are too long, from one of several files
   python -m vlm_sft.show configs/tiny/stage2.yaml --source instructions.json --reason too_long
 
-  # any file under any tokenizer and template, without a configuration
+  # any file with any tokenizer and template, without a configuration
   python -m vlm_sft.show --records data.json --tokenizer DIR --template chatml
 
-Without a configuration no length limit holds unless --max-length sets one, and images need not
-be there. The exit code is 2 when a record that is printed is faulty; --statistics and --html
-report faults and exit with 0."""
+Without a configuration there is no length limit unless --max-length sets one, and image files may
+be missing. The exit code is 2 if a printed record is faulty; --statistics and --html report faulty
+records and exit with 0."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print or write records with what is trained in them; 2 when a printed record is faulty."""
+    """Print or write records with their trained tokens; return 2 if a printed one is faulty."""
     arguments = parser().read(argv)
     _require_fitting(arguments)
     from vlm_sft.commands import inputs
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         parts: set[inputs.Part] = {"tokenizer", "eval" if arguments.eval else "train"}
         config = inputs.read_config(arguments.config, arguments.overrides, parts)
         if arguments.eval and not config.data.eval:
-            raise UserError(f"--eval: {arguments.config} names no held-out files in data.eval")
+            raise UserError(f"--eval: {arguments.config} has no files in data.eval")
     else:
         inputs.require_records("--records", arguments.records)
         inputs.require_model_name("--tokenizer", arguments.tokenizer)
@@ -67,67 +68,93 @@ def main(argv: Sequence[str]) -> int:
 def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("python -m vlm_sft.show", ABOUT, EXAMPLES, takes_settings=True)
-    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a run's YAML file")
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)
     count = whole_number(1)
-    add = parser.add_argument_group("what is read").add_argument
-    add("--eval", action="store_true", help="held-out files of the configuration")
-    add("--source", metavar="NAME", help="only this file of the configuration, by path or name")
-    asked = f"asked of the configuration's tower; with --records {LLAVA_IMAGE_TOKENS}, LLaVA-1.5's"
-    add("--image-tokens", type=count, metavar="N", help=f"an image's tokens (default: {asked})")
-    add = parser.add_argument_group("without a configuration").add_argument
-    add("--records", metavar="FILE", help="a file of records, without CONFIG.yaml")
+    add = parser.add_argument_group("input").add_argument
+    add("--eval", action="store_true", help="show the files of data.eval instead of data.train")
+    add("--source", metavar="NAME", help="only this file of the configuration (path or name)")
+    default = f"those of the vision tower; with --records {LLAVA_IMAGE_TOKENS}, as LLaVA-1.5"
+    add(
+        "--image-tokens",
+        type=count,
+        metavar="N",
+        help=f"image tokens per image (default: {default})",
+    )
+    add = parser.add_argument_group("input without a configuration").add_argument
+    add("--records", metavar="FILE", help="a file of records")
     add(
         "--format",
         choices=["auto", "llava", "messages", "alpaca"],
-        help="the form of --records (default: auto)",
+        help="format of --records (default: auto)",
     )
-    add("--image-root", metavar="DIR", help="where relative image names start")
-    add("--follow-symlinks", action="store_true", help="let links below it lead out of it")
-    add("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
-    add("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
+    add("--image-root", metavar="DIR", help="folder of relative image names")
+    add(
+        "--follow-symlinks",
+        action="store_true",
+        help="allow symbolic links that leave the image root",
+    )
+    add("--tokenizer", metavar="DIR", help="folder, hub name, or 'bytes'")
+    add("--template", metavar="NAME", help="name, template file, or auto (default)")
     add("--system", metavar="TEXT", help="system text for records that have none")
     add(
         "--llava-quirks",
         choices=["none", "llava-1.5"],
         help="which quirks of LLaVA's code to repeat (default: none)",
     )
-    add("--max-length", type=count, metavar="N", help="longest sequence (default: no limit)")
+    add(
+        "--max-length",
+        type=count,
+        metavar="N",
+        help="maximum tokens per record (default: no limit)",
+    )
     add(
         "--length-policy",
         choices=["error", "drop_turns", "skip"],
-        help="what becomes of longer records (default: error)",
+        help="what to do with longer records (default: error)",
     )
-    add = parser.add_argument_group("which records are shown").add_argument
+    add = parser.add_argument_group("selection").add_argument
     add("--record", metavar="ID", help="only the record with this id")
-    help_reason = "only those of this reason, e.g. too_long, empty_answer"
+    help_reason = "only records with this reason, e.g. too_long, empty_answer"
     add("--reason", type=_reason, metavar="CODE", help=help_reason)
     add(
         "--longer-than",
         type=whole_number(0),
         metavar="N",
-        help="only records of more tokens, image tokens included, before turns are dropped",
+        help="only records with more tokens, image tokens included, before turns are dropped",
     )
     add(
         "--shorter-than",
         type=whole_number(0),
         metavar="N",
-        help="only records of fewer tokens, counted in the same way",
+        help="only records with fewer tokens, counted in the same way",
     )
-    default = f"{SHOWN}; in a pager and with --json all; on a page {SHOWN_ON_A_PAGE}"
-    add("--limit", type=count, metavar="N", help=f"at most this many (default: {default})")
-    add = parser.add_argument_group("how").add_argument
-    add("--html", metavar="FILE", help="write one self-contained page")
-    add("--overwrite", action="store_true", help="replace --html even if `show` did not write it")
-    add("--statistics", action="store_true", help="figures of all records instead of records")
-    add("--json", action="store_true", help="one JSON object a line; with --statistics one in all")
-    add("--no-pager", action="store_true", help="print to the terminal itself")
-    add("--no-color", action="store_true", help="no colors (marks stay)")
+    default = f"{MAX_PRINTED}; with a pager or --json all; with --html {MAX_ON_PAGE}"
+    add("--limit", type=count, metavar="N", help=f"maximum number of records (default: {default})")
+    add = parser.add_argument_group("output").add_argument
+    add("--html", metavar="FILE", help="write a self-contained HTML page")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace FILE of --html even if `show` did not write it",
+    )
+    add(
+        "--statistics",
+        action="store_true",
+        help="print figures about all records instead of records",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object per record; with --statistics a single one",
+    )
+    add("--no-pager", action="store_true", help="print without a pager")
+    add("--no-color", action="store_true", help="print without colors")
     return parser
 
 
 def _reason(name: str) -> str:
-    """Check that a reason is one that a ledger can have."""
+    """Check that a reason is one that the ledger can contain."""
     if name in CODES:
         return name
     near = difflib.get_close_matches(name, CODES, n=1)
@@ -139,19 +166,19 @@ def _require_fitting(arguments: argparse.Namespace) -> None:
     if arguments.html is not None and arguments.json and not arguments.statistics:
         raise UserError("--json and --html: give one of them, or add --statistics")
     if arguments.html is not None and Path(arguments.html).is_dir():
-        raise UserError(f"--html {arguments.html}: this is a folder; give the page's file name")
+        raise UserError(f"--html {arguments.html}: this is a folder; give a file name")
     if arguments.config is not None:
         _refuse_together(arguments)
         return
     missing = [f"--{n}" for n in ("records", "tokenizer") if getattr(arguments, n) is None]
     if arguments.eval and not missing:
-        raise UserError("--eval: belongs to CONFIG.yaml; with --records, name the held-out file")
+        raise UserError("--eval: needs CONFIG.yaml; with --records, name the validation file")
     if missing:
         raise UserError(f"give CONFIG.yaml, or --records and --tokenizer (missing: {missing[0]})")
 
 
 def _require_page(arguments: argparse.Namespace, config: RunConfig | None) -> Path:
-    """Check, before any record is read, that the page may be written to `--html`."""
+    """Check before any record is read that the page can be written to `--html`."""
     if config is not None:
         inputs, images = [Path(arguments.config), *config.input_paths()], config.image_roots()
     else:
@@ -169,7 +196,7 @@ def _require_page(arguments: argparse.Namespace, config: RunConfig | None) -> Pa
 
 
 def _refuse_together(arguments: argparse.Namespace) -> None:
-    """Refuse options that repeat what the configuration contains."""
+    """Refuse options for settings that the configuration already has."""
     names = ("records", "format", "image_root", "tokenizer", "template", "system", "llava_quirks")
     for name in (*names, "max_length", "length_policy"):
         if getattr(arguments, name) is not None:

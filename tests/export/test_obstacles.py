@@ -14,7 +14,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.obstacles import export_consumers, export_obstacles
 from vlm_sft.export.verify import reload_here
-from vlm_sft.report import write_run_report
+from vlm_sft.inspection.run_report import write_run_report
 
 GPT2 = {
     "model_type": "gpt2",

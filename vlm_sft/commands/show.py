@@ -1,4 +1,4 @@
-"""Print records, their figures, or a page of them."""
+"""Print records or figures, or write an HTML page."""
 
 import argparse
 import sys
@@ -9,36 +9,38 @@ from vlm_sft.data.build import load_language
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.data.tokenize import Renderer
 from vlm_sft.errors import UserError, error_line
-from vlm_sft.inspection.html import RecordsPage
-from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, SHOWN, SHOWN_ON_A_PAGE
-from vlm_sft.inspection.records import NO_LIMIT, Choice, Inspected, Inspection, files_named
+from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
+from vlm_sft.inspection.records import NO_LIMIT, Inspected, Inspection, Selection, files_named
+from vlm_sft.inspection.records_page import RecordsPage
 from vlm_sft.inspection.statistics import Statistics
 from vlm_sft.inspection.terminal import as_text, output, pager_command, print_tables
-from vlm_sft.inspection.tokens import as_json, spell
+from vlm_sft.inspection.tokens import as_json, view_tokens
 from vlm_sft.model.vision_tower import build_vision_tower
 from vlm_sft.utils.console import say, say_json
 
 
 def run(args: argparse.Namespace, config: RunConfig | None) -> int:
-    """Print or write records with what is trained in them; 2 when a printed record is faulty."""
+    """Print or write records with their trained tokens; return 2 if a printed one is faulty."""
     inspection = _inspection(args, config)
-    choice = Choice(args.record, args.reason, args.longer_than, args.shorter_than)
+    selection = Selection(args.record, args.reason, args.longer_than, args.shorter_than)
     if args.html or args.statistics:
-        return _survey(args, inspection, choice)
-    return _print_json(args, inspection, choice) if args.json else _print(args, inspection, choice)
+        return _read_all(args, inspection, selection)
+    if args.json:
+        return _print_json(args, inspection, selection)
+    return _print(args, inspection, selection)
 
 
-def _survey(args: argparse.Namespace, inspection: Inspection, choice: Choice) -> int:
-    """Read everything for the figures; write the page, print the tables."""
+def _read_all(args: argparse.Namespace, inspection: Inspection, selection: Selection) -> int:
+    """Read all records for the figures; write the page, print the tables."""
     statistics = Statistics(inspection)
-    page = RecordsPage(inspection, args.limit or SHOWN_ON_A_PAGE, choice.words())
+    page = RecordsPage(inspection, args.limit or MAX_ON_PAGE, str(selection))
     for found in inspection.records(progress=True):
         statistics.add(found)
-        if args.html and choice.takes(found):
+        if args.html and selection.matches(found):
             page.add(found)
     if args.html:
         if not page.num_matching:
-            _say_none(inspection, choice, statistics.total.records)
+            _report_none(inspection, selection, statistics.total.records)
         page.write(args.html, statistics)
         size = Path(args.html).stat().st_size / 1e6
         shown = f"{page.num_shown:,} of {page.num_matching:,} records"
@@ -51,51 +53,51 @@ def _survey(args: argparse.Namespace, inspection: Inspection, choice: Choice) ->
     return 0
 
 
-def _print(args: argparse.Namespace, inspection: Inspection, choice: Choice) -> int:
+def _print(args: argparse.Namespace, inspection: Inspection, selection: Selection) -> int:
     pager = _pager(args)
-    limit = args.limit or (sys.maxsize if pager or args.record else SHOWN)
-    looked_at = shown = faulty = 0
+    limit = args.limit or (sys.maxsize if pager or args.record else MAX_PRINTED)
+    num_read = shown = faulty = 0
     more = False
     with output(pager, no_color=args.no_color) as console:
         for found in inspection.records():
-            looked_at += 1
-            if not choice.takes(found):
+            num_read += 1
+            if not selection.matches(found):
                 continue
             if shown == limit:
                 more = True
                 break
-            spelled = spell(found, inspection.renderer, inspection.num_image_tokens)
-            # A terminal wraps at words; a file keeps each line whole.
-            console.print(as_text(found, spelled), soft_wrap=not console.is_terminal)
+            view = view_tokens(found, inspection.renderer, inspection.num_image_tokens)
+            # Text is wrapped at words on a terminal, and not wrapped in a file.
+            console.print(as_text(found, view), soft_wrap=not console.is_terminal)
             shown += 1
             faulty += found.outcome.error is not None
     if not shown:
-        _say_none(inspection, choice, looked_at)
+        _report_none(inspection, selection, num_read)
     if more:
-        say(f"{shown:,} records shown; there are more, see --limit")
+        say(f"{shown:,} records shown; there are more (--limit N)")
     if faulty:
         say(f"error: {faulty:,} of {shown:,} records shown are faulty")
     return 2 if faulty else 0
 
 
-def _print_json(args: argparse.Namespace, inspection: Inspection, choice: Choice) -> int:
+def _print_json(args: argparse.Namespace, inspection: Inspection, selection: Selection) -> int:
     limit = args.limit or sys.maxsize
-    looked_at = shown = faulty = 0
+    num_read = shown = faulty = 0
     for found in inspection.records():
-        looked_at += 1
-        if not choice.takes(found):
+        num_read += 1
+        if not selection.matches(found):
             continue
         shown += 1
         faulty += not _print_line(found, inspection)
         if shown == limit:
             break
     if not shown:
-        _say_none(inspection, choice, looked_at)
+        _report_none(inspection, selection, num_read)
     return 2 if faulty else 0
 
 
 def _print_line(found: Inspected, inspection: Inspection) -> bool:
-    """Print a record as JSON, or its fault on stderr; whether it is faultless."""
+    """Print a record as JSON, or its error on stderr; return whether it is valid."""
     if found.outcome.error is not None:
         say(error_line(found.outcome.error))
         return False
@@ -103,13 +105,13 @@ def _print_line(found: Inspected, inspection: Inspection) -> bool:
     return True
 
 
-def _say_none(inspection: Inspection, choice: Choice, looked_at: int) -> None:
-    """Say that no record was chosen; an id that is nowhere is an error."""
+def _report_none(inspection: Inspection, selection: Selection, num_read: int) -> None:
+    """Report that no record is selected; an unknown id is an error."""
     names = ", ".join(file.path for file in inspection.files)
-    if choice.record_id is not None and choice == Choice(choice.record_id):
-        raise UserError(f"--record {choice.record_id}: no record with this id in {names}")
-    chosen = f" is chosen by {choice.words()}" if choice.words() else " is there"
-    say(f"no record{chosen}, of {looked_at:,} in {names}")
+    if selection.record_id is not None and selection == Selection(selection.record_id):
+        raise UserError(f"--record {selection.record_id}: no record with this id in {names}")
+    criteria = f" matches {selection}" if str(selection) else ""
+    say(f"no record{criteria}; {num_read:,} records in {names}")
 
 
 def _pager(args: argparse.Namespace) -> list[str]:
@@ -117,7 +119,7 @@ def _pager(args: argparse.Namespace) -> list[str]:
 
 
 def _inspection(args: argparse.Namespace, config: RunConfig | None) -> Inspection:
-    inspection = _of_records(args) if config is None else _of_config(args, config)
+    inspection = _from_records(args) if config is None else _from_config(args, config)
     if args.source is None:
         return inspection
     files = files_named(inspection.files, args.source)
@@ -130,7 +132,7 @@ def _inspection(args: argparse.Namespace, config: RunConfig | None) -> Inspectio
     )
 
 
-def _of_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
+def _from_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
     files = config.data.eval if args.eval else config.data.train
     renderer = load_language(config).renderer
     if args.image_tokens is not None:
@@ -141,25 +143,25 @@ def _of_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
         if args.html or args.statistics:
             raise UserError(f"{error}; or give --image-tokens N") from None
         say(
-            f"note: {error}; so {LLAVA_IMAGE_TOKENS} image tokens an image are counted and no "
-            "record is too long; --image-tokens N tells the true number"
+            f"note: {error}; {LLAVA_IMAGE_TOKENS} image tokens per image are assumed and no length "
+            "limit is applied; give the true number with --image-tokens N"
         )
         unlimited = config.data.model_copy(update={"max_length": NO_LIMIT})
         return Inspection(files, renderer, unlimited, LLAVA_IMAGE_TOKENS)
 
 
 def _image_tokens(config: RunConfig) -> int:
-    """What an image becomes, asked of the tower itself."""
+    """Return the image tokens per image, by building the vision tower."""
     tower = config.model.vision_tower
     if tower.name is not None:
         say(
-            f"building the vision tower {tower.name} to count its tokens an image; "
-            "--image-tokens N leaves that out"
+            f"building the vision tower {tower.name} to count its image tokens; "
+            "--image-tokens N skips this"
         )
     return build_vision_tower(tower).num_tokens
 
 
-def _of_records(args: argparse.Namespace) -> Inspection:
+def _from_records(args: argparse.Namespace) -> Inspection:
     tokenizer = load_tokenizer(LanguageModelConfig(name=args.tokenizer), "--tokenizer")
     renderer = Renderer.from_name(
         args.template or "auto",

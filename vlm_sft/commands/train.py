@@ -1,7 +1,5 @@
 """What both stages do around their own decisions: folder, processes, training, farewell."""
 
-import importlib
-import importlib.util
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from vlm_sft.data.build import load_data, load_language, make_sampler, packing_s
 from vlm_sft.data.feature_store import require_feature_cache
 from vlm_sft.export.obstacles import export_obstacles, outlook
 from vlm_sft.inference.samples import Answers
+from vlm_sft.inspection.run_report import write_run_report
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -95,7 +94,7 @@ def _close(accelerator: Accelerator, output_dir: Path) -> None:
         accelerator.end_training()
     if accelerator.is_main_process:
         with _only_warned(f"writing {output_dir / 'report.html'}"):
-            write_report(output_dir)
+            say_on_stderr(f"report: {write_run_report(output_dir)}")
 
 
 @contextmanager
@@ -119,13 +118,6 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
     if final is not None:
         say_on_stderr(f"finished before: {final.folder} (step {final.step})")
     return final is not None
-
-
-def write_report(output_dir: Path) -> None:
-    """Write the run's `report.html` where this installation has the report's module."""
-    if importlib.util.find_spec("vlm_sft.report") is not None:
-        path = importlib.import_module("vlm_sft.report").write_run_report(output_dir)
-        say_on_stderr(f"report: {path}")
 
 
 def note_export_obstacles(model: VisionLanguageModel, output_dir: Path) -> None:

@@ -3,10 +3,10 @@
 from typing import Final
 
 LLAVA_IMAGE_TOKENS: Final = 576
-"""LLaVA-1.5's tokens an image: 24 x 24 patches of CLIP ViT-L/14 at 336 pixels."""
+"""Image tokens per image in LLaVA-1.5: 24 x 24 patches of CLIP ViT-L/14 at 336 pixels."""
 
-SHOWN: Final = 5
-"""Records printed where no pager is and no limit was given."""
+MAX_PRINTED: Final = 5
+"""Records that are printed without a pager and without --limit."""
 
-SHOWN_ON_A_PAGE: Final = 200
-"""Records on a page where no limit was given."""
+MAX_ON_PAGE: Final = 200
+"""Records on an HTML page without --limit."""

@@ -1,4 +1,4 @@
-"""Records with what becomes of each, as training would decide it, and the choice of some."""
+"""Read records with the filtering result that training would give each, and select some."""
 
 import difflib
 import sys
@@ -18,16 +18,16 @@ from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.progress import track
 
 NO_LIMIT: Final = sys.maxsize
-"""The `max_length` of records that are looked at without a configuration."""
+"""The `max_length` of records that are inspected without a configuration."""
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """A record and its end.
+    """A record and its filtering result.
 
     Attributes:
-        source: Number of its file, from 0.
-        outcome: What becomes of it.
+        source: Index of its file.
+        outcome: Filtering result.
     """
 
     source: int
@@ -35,41 +35,42 @@ class Inspected:
 
     @property
     def record(self) -> Conversation | RecordError:
-        """As read, or why it could not be."""
+        """The record as read, or the error of one that cannot be read."""
         return self.outcome.record
 
     @property
     def entry(self) -> Entry:
-        """Id, place, bucket and reason."""
+        """The line of the ledger: id, place, bucket and reason."""
         return self.outcome.entry
 
     @property
     def bucket(self) -> Bucket:
-        """Where the ledger puts it."""
+        """The bucket of the ledger."""
         return self.outcome.entry.bucket
 
     @property
     def conversation(self) -> Conversation | None:
-        """As trained on; as read where it is not trained on; None where it could not be read."""
+        """The record as trained; as read if training skips it; None if it cannot be read."""
         if self.outcome.kept is not None:
             return self.outcome.kept
         return self.record if isinstance(self.record, Conversation) else None
 
     @property
     def length(self) -> int | None:
-        """Tokens with image tokens, before turns are dropped; None where it was not rendered."""
+        """Tokens, image tokens included, before turns are dropped; None if not tokenized."""
         return None if self.outcome.whole is None else self.outcome.whole.length
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is looked at, and by which rules.
+    """Files to inspect, and the rules that filter their records.
 
     Attributes:
-        files: Where records come from.
-        config: Its length limit and policy decide; `max_length` NO_LIMIT: none is too long.
-        num_image_tokens: Features that an image becomes.
-        look_for_images: An image whose file is not there makes its record faulty.
+        files: Files of records.
+        renderer: Tokenizes the records.
+        config: Length limit and policy; with `max_length` `NO_LIMIT`, no record is too long.
+        num_image_tokens: Image tokens per image.
+        look_for_images: Whether a missing image file makes its record faulty.
     """
 
     files: Sequence[DataFile]
@@ -79,16 +80,16 @@ class Inspection:
     look_for_images: bool = True
 
     def names(self) -> list[str]:
-        """What each file is called: its name, or its path where another has the same name."""
+        """Return the display name of each file: its name, or its path if the name is not unique."""
         names = Counter(Path(file.path).name for file in self.files)
         paths = [Path(file.path) for file in self.files]
         return [path.name if names[path.name] == 1 else str(path) for path in paths]
 
     def records(self, *, progress: bool = False) -> Iterator[Inspected]:
-        """Every record in reading order; nothing is raised for a bad one.
+        """Yield every record in file order; a faulty record raises nothing.
 
         Args:
-            progress: Show a bar on stderr where it takes long.
+            progress: Show a progress bar on stderr if it takes long.
         """
         admission = Admission(
             self.renderer,
@@ -106,16 +107,19 @@ class Inspection:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which records are shown; what is None lets all through."""
+class Selection:
+    """Criteria that select records; a criterion that is None selects all."""
 
     record_id: str | None = None
     reason: str | None = None
     longer_than: int | None = None
     shorter_than: int | None = None
 
-    def takes(self, found: Inspected) -> bool:
-        """Whether a record is one of them. One without a length is neither longer nor shorter."""
+    def matches(self, found: Inspected) -> bool:
+        """Return whether a record is selected.
+
+        A record without a length is neither longer nor shorter than a limit.
+        """
         length = found.length
         return (
             self.record_id in (None, found.entry.record_id)
@@ -124,22 +128,22 @@ class Choice:
             and (self.shorter_than is None or (length is not None and length < self.shorter_than))
         )
 
-    def words(self) -> str:
-        """The choice as it was typed; "" for all records."""
-        typed = {
+    def __str__(self) -> str:
+        """Return the options as typed; "" if all records are selected."""
+        options = {
             "--record": self.record_id,
             "--reason": self.reason,
             "--longer-than": self.longer_than,
             "--shorter-than": self.shorter_than,
         }
-        return " ".join(f"{key} {value}" for key, value in typed.items() if value is not None)
+        return " ".join(f"{key} {value}" for key, value in options.items() if value is not None)
 
 
 def files_named(files: Sequence[DataFile], name: str) -> list[DataFile]:
-    """The files of this path or, where none has it, of this name.
+    """Return the files with this path or, if there are none, with this name.
 
     Raises:
-        UserError: There is none.
+        UserError: No file has this path or name.
     """
     found = [file for file in files if file.path == name]
     found = found or [file for file in files if Path(file.path).name == name]
@@ -148,5 +152,5 @@ def files_named(files: Sequence[DataFile], name: str) -> list[DataFile]:
         names = [known for path in paths for known in (path, Path(path).name)]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else f": {', '.join(paths)}"
-        raise UserError(f"--source {name}: no such file among those of this run{hint}")
+        raise UserError(f"--source {name}: no such file in this run{hint}")
     return found

@@ -1,4 +1,4 @@
-"""Records and figures for a terminal, a pager, or a file of text."""
+"""Print records and figures on a terminal, through a pager, or into a text file."""
 
 import os
 import re
@@ -16,35 +16,36 @@ from rich.text import Text
 from vlm_sft.data.conversation import TextPart
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.statistics import BUCKETS, FREE_TEXT, FigureTable
-from vlm_sft.inspection.tokens import Spelled
+from vlm_sft.inspection.tokens import TokenView
 from vlm_sft.utils.console import Console
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 from vlm_sft.utils.escape import escape_control
 
-_WIDTH_OF_A_FILE = 160
+_FILE_WIDTH = 160
+"""Columns of tables that are not printed on a terminal."""
 
 
 class _Console(Console):
-    """A console whose reader may leave: rich would end the program with code 1."""
+    """A console that raises BrokenPipeError if its reader quits; rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
-def as_text(found: Inspected, spelled: Spelled | None) -> Text:
-    """Return a record as text: trained text bold between ⟦ and ⟧, control tokens in color.
+def as_text(found: Inspected, view: TokenView | None) -> Text:
+    """Return a record as text: trained text in bold between ⟦ and ⟧, special tokens in color.
 
-    Ordinary text that spells a control token, `<image>` or one of the marks has a backslash before
-    it, so that it reads otherwise than the real one without colors too. Control characters stand
-    as their symbols (␛), so that data cannot command the terminal.
+    Ordinary text that equals the name of a special token, `<image>` or one of the marks gets a
+    backslash, so that it differs from the real one without colors, too. Control characters are
+    shown as symbols (␛), so that data cannot control the terminal.
     """
     text = Text()
     text.append(escape_control(f"── {found.entry.record_id} "), style="bold")
-    text.append(f"({escape_control(facts(found, spelled))})\n", style="dim")
+    text.append(f"({escape_control(summary_line(found, view))})\n", style="dim")
     if found.bucket != "trained":
         text.append(f"{BUCKETS[found.bucket]}: {found.entry.reason}: ", style="bold red")
         text.append(escape_control(message(found)) + "\n", style="red")
-    if spelled is None:
+    if view is None:
         for turn in found.conversation.turns if found.conversation else ():
             text.append(f"{turn.role}: ", style="bold dim")
             texts = (
@@ -53,50 +54,51 @@ def as_text(found: Inspected, spelled: Spelled | None) -> Text:
             )
             text.append(escape_control("".join(texts)) + "\n", style="dim")
         return text
-    for stretch in spelled.stretches:
-        is_trained = stretch.fate == "trained"
+    for span in view.spans:
+        is_trained = span.kind == "trained"
         if is_trained:
             text.append("⟦", style="bold green")
-        for is_control, tokens in groupby(stretch.tokens, key=lambda token: token.is_control):
+        for is_special, tokens in groupby(span.tokens, key=lambda token: token.is_special):
             style = "bold black on green" if is_trained else "dim"
-            spoken = "".join(token.text for token in tokens)
-            if not is_control:
-                spoken = _escaped(spoken, spelled.control)
-            text.append(escape_control(spoken), style="cyan" if is_control else style)
+            shown = "".join(token.text for token in tokens)
+            if not is_special:
+                shown = _escaped(shown, view.special_texts)
+            text.append(escape_control(shown), style="cyan" if is_special else style)
         if is_trained:
             text.append("⟧", style="bold green")
     return text.append("\n")
 
 
-def _escaped(text: str, control: Sequence[str]) -> str:
-    """Put a backslash before what reads like a control token or a mark, and before its own."""
-    special = sorted({*control, "⟦", "⟧"}, key=len, reverse=True)
-    pattern = "|".join(map(re.escape, special))
+def _escaped(text: str, special_texts: Sequence[str]) -> str:
+    """Put a backslash before names of special tokens and marks, and before such backslashes."""
+    # Longest first: a name can be the beginning of another one.
+    names = sorted({*special_texts, "⟦", "⟧"}, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, names))
     return re.sub(rf"(\\*)({pattern})", r"\1\1\\\2", text)
 
 
-def facts(found: Inspected, spelled: Spelled | None) -> str:
-    """Place and counts of a record in one line."""
-    if spelled is None:
+def summary_line(found: Inspected, view: TokenView | None) -> str:
+    """Return the position and the counts of a record on one line."""
+    if view is None:
         return found.entry.where
-    num_images = spelled.num_images
+    num_images = view.num_images
     return (
-        f"{found.entry.where}; {spelled.num_text_tokens:,} tokens, with image tokens "
-        f"{spelled.length:,}; {spelled.num_trained:,} trained, "
+        f"{found.entry.where}; {view.num_text_tokens:,} tokens, {view.length:,} with image "
+        f"tokens; {view.num_trained:,} trained, "
         f"{num_images} image{'' if num_images == 1 else 's'}"
     )
 
 
 def message(found: Inspected) -> str:
-    """The reason in words, without the place that stands above it."""
+    """Return why a record is not used as it is, without its position."""
     error = found.outcome.error
     return found.entry.message if error is None else error.message
 
 
 def print_tables(console: Console, tables: Sequence[FigureTable]) -> None:
-    """Print figures as tables."""
+    """Print figures as tables; outside of a terminal they are wide enough not to wrap."""
     if not console.is_terminal:
-        console.width = max(console.width, _WIDTH_OF_A_FILE)
+        console.width = max(console.width, _FILE_WIDTH)
     for figures in tables:
         shown = Table(title=escape(figures.title), title_justify="left", caption_justify="left")
         shown.caption = escape(figures.note) or None
@@ -109,14 +111,14 @@ def print_tables(console: Console, tables: Sequence[FigureTable]) -> None:
 
 
 def pager_command() -> list[str]:
-    """The pager of `PAGER`, else less, with its arguments; empty where there is none."""
+    """Return the pager of `PAGER`, or less, with its arguments; empty if none is installed."""
     command = shlex.split(os.environ.get("PAGER") or "less")
     return command if command and shutil.which(command[0]) else []
 
 
 @contextmanager
 def output(pager: Sequence[str] = (), *, no_color: bool = False) -> Iterator[Console]:
-    """A console on stdout, through a pager if one is given; leaving it early is no error."""
+    """Yield a console on stdout, through a pager if one is given; quitting it is not an error."""
     here = _Console(no_color=no_color or None, highlight=False)
     if not pager:
         yield here
@@ -135,7 +137,7 @@ def output(pager: Sequence[str] = (), *, no_color: bool = False) -> Iterator[Con
             highlight=False,
         )
     except BrokenPipeError:
-        pass  # the reader has seen enough
+        pass  # the pager was quit
     finally:
         assert process.stdin is not None
         with suppress(BrokenPipeError):

@@ -1,39 +1,53 @@
-"""The look of every HTML page: one file that carries all of its own, and loads nothing."""
+"""Render self-contained HTML pages from jinja2 templates, with every value escaped.
+
+A page is one file: its styles, script and images are embedded, and a Content-Security-Policy allows
+nothing else. Templates, CSS and JavaScript are files in the `templates` folder of a package.
+"""
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Final
 
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vlm_sft.utils.escape import escape_control
 from vlm_sft.utils.ownership import html_mark
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c2330;--soft:#5d6778;--paper:#f6f7f9;--card:#fff;
---line:#e1e5ec;--accent:#2f6fde;--good:#1a7f4b;--bad:#c03434}
-@media(prefers-color-scheme:dark){:root{--ink:#e8ebf1;--soft:#9aa5b8;--paper:#12161d;
---card:#1a2029;--line:#2c3542;--accent:#7fb0ff;--good:#5fce94;--bad:#ff8a84}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:66rem;margin:auto;padding:2rem 1rem 4rem}
-h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.2rem;margin:2.2rem 0 .7rem}
-.lead{color:var(--soft);margin:0 0 1rem}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1rem;
-overflow-x:auto}
-.grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
-table{border-collapse:collapse;width:100%;font-size:.93rem}
-th{color:var(--soft);font-weight:600}
-th,td{text-align:left;padding:.4rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
-tr:last-child td{border-bottom:0}td{font-variant-numeric:tabular-nums}
-img{max-width:100%;height:auto;border-radius:8px;display:block}
-figure{margin:0}.curve{background:#fff;padding:.3rem}
-dt{color:var(--soft);margin-top:.6rem}dd{margin:0;font-weight:550;overflow-wrap:anywhere}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.84rem;margin:0}
-.headline{margin-bottom:1rem}.big{font-size:2.1rem;line-height:1.2;font-weight:700;
-color:var(--accent)}.note{color:var(--soft);font-size:.87rem;margin:.6rem 0 0}
-.right,.wrong{font-size:.85rem;white-space:nowrap}.right{color:var(--good)}.wrong{color:var(--bad)}
-summary{cursor:pointer;color:var(--accent)}
-"""
+_PACKAGE: Final = "vlm_sft.utils"
+"""Has the templates that all pages share: `page.html`, `page.css` and `macros.html`."""
+
+
+def render_page(
+    package: str,
+    template: str,
+    *,
+    title: str,
+    lead: str,
+    command: str,
+    styles: Sequence[str] = (),
+    script: str = "",
+    **values: Any,
+) -> str:
+    """Return a page from a template that extends `page.html`.
+
+    Args:
+        package: Package whose `templates` folder has the files below.
+        template: Template with the page's content (`{% block body %}`).
+        title: Plain text, as is `lead`.
+        lead: Sentence under the title.
+        command: Command that writes the page, for the ownership mark in its head.
+        styles: CSS files, in addition to `page.css`.
+        script: JavaScript file; "" for a page without a script.
+        values: Variables of the template. Strings are escaped, `Markup` is not.
+    """
+    environment = _environment(package)
+    css = "".join(_source(environment, name) for name in styles)
+    javascript = _source(environment, script) if script else ""
+    head = _head(environment, title, lead, css, javascript, command)
+    return environment.get_template(template).render(**head, **values)
 
 
 def page(
@@ -45,48 +59,83 @@ def page(
     script: str = "",
     command: str = "page",
 ) -> str:
-    """A whole page.
-
-    A content policy lets nothing but its own styles, embedded images and this one script run.
+    """Return a page around finished HTML.
 
     Args:
         title: Plain text, as is `lead`.
-        lead: A sentence under the title.
-        body: Finished HTML.
-        style: CSS behind that of every page.
-        script: JavaScript; holds no data.
-        command: Name of the command that writes the page, for the mark in its head.
+        lead: Sentence under the title.
+        body: Parts of the page's HTML; the caller has escaped all values in it.
+        style: CSS, in addition to `page.css`.
+        script: JavaScript source, without data in it.
+        command: Command that writes the page, for the ownership mark in its head.
     """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    scripts = f"; script-src 'sha256-{digest}'" if script else ""
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'{scripts}"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"{html_mark(command)}"
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body><main>"
-        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
-        f"{''.join(body)}</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
-    )
+    environment = _environment(_PACKAGE)
+    head = _head(environment, title, lead, style, script, command)
+    return environment.get_template("page.html").render(**head, body=Markup("".join(body)))
 
 
 def section(title: str, content: str) -> str:
-    """A titled card around finished HTML."""
-    return f'<section><h2>{escape(title)}</h2><div class="card">{content}</div></section>'
-
-
-def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of plain values under their columns' names."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = []
-    for row in rows:
-        cells = "".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns)
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    """Return a titled card around finished HTML."""
+    macros: Any = _environment(_PACKAGE).get_template("macros.html").module
+    return str(macros.section(title, caller=lambda: Markup(content)))
 
 
 def embedded_image(data: bytes, css: str, text: str, kind: str = "png") -> str:
-    """An embedded image of class `css`; `text` is its description."""
-    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<figure><img class="{css}" alt="{escape(text)}" src="{uri}"></figure>'
+    """Return an `<img>` with the image's bytes inside it.
+
+    Args:
+        data: The encoded image.
+        css: Class of the element.
+        text: Description of the image (`alt`).
+        kind: `png` or `jpeg`.
+    """
+    macros: Any = _environment(_PACKAGE).get_template("macros.html").module
+    return str(macros.figure(data_uri(data, kind), css, text))
+
+
+def data_uri(data: bytes, kind: str = "png") -> Markup:
+    """Return an encoded image as a `data:` URI, which needs no escaping."""
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
+
+
+@cache
+def _environment(package: str) -> Environment:
+    """Return the jinja2 environment of the templates of `package` and of all pages."""
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader(_PACKAGE)]),
+        autoescape=True,
+        finalize=_escape_value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _escape_value(value: Any) -> Any:
+    """Escape control characters of a string before jinja2 escapes its HTML characters."""
+    return escape_control(value) if type(value) is str else value
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _head(
+    environment: Environment, title: str, lead: str, style: str, script: str, command: str
+) -> dict[str, Any]:
+    """Return the variables of `page.html`."""
+    # Only the script with this hash may run, so text from a record could not become a script even
+    # if it were not escaped.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    script_policy = f"; script-src 'sha256-{digest}'" if script else ""
+    return {
+        "title": title,
+        "lead": lead,
+        "mark": Markup(html_mark(command)),
+        "policy": Markup(
+            f"default-src 'none'; img-src data:; style-src 'unsafe-inline'{script_policy}"
+        ),
+        "style": Markup(_source(environment, "page.css") + style),
+        "script": Markup(script),
+    }
