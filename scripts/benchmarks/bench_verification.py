@@ -1,6 +1,6 @@
-"""Speed and memory of `verify` on made-up images.
+"""Speed and memory of `verify` on made-up pictures.
 
-    python scripts/benchmarks/bench_verification.py [--samples 10000] [--images 1000]
+    python scripts/benchmarks/bench_verification.py [--samples 10000] [--pictures 1000]
 
 Writes a run of so many answers, conversations of three turns and descriptions of four sentences,
 verifies it in a process of its own, and prints samples a CPU second and that process's peak memory.
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import words
-from data_tools.coco import Box, Image
+from data_tools.coco import Box, Picture
 from data_tools.instruct import verifying
 from data_tools.instruct.config import CocoConfig, InstructConfig, TeacherConfig
 from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import write_images
+from data_tools.instruct.indexing import write_pictures
 from data_tools.instruct.schema import Answer, Request, SampleType, Shown
 
 NAMES = ("dog", "cat", "cup", "chair", "person", "car", "bus", "bird", "bottle", "umbrella")
@@ -35,18 +35,18 @@ def main(argv: Sequence[str]) -> int:
     """Write the run, verify it elsewhere, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--images", type=int, default=1_000)
+    parser.add_argument("--pictures", type=int, default=1_000)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.run:
         return verify(Path(arguments.run))
     with tempfile.TemporaryDirectory() as folder:
-        write_run(RunFolder(Path(folder)), arguments.samples, arguments.images)
+        write_run(RunFolder(Path(folder)), arguments.samples, arguments.pictures)
         command = [sys.executable, __file__, "--run", folder]
         told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     rate = arguments.samples / told["cpu_seconds"]
     print(
-        f"{arguments.samples:,} samples of {arguments.images:,} images: {rate:,.0f} a CPU "
+        f"{arguments.samples:,} samples of {arguments.pictures:,} pictures: {rate:,.0f} a CPU "
         f"second, {told['peak_mb']:.0f} MB at the most, {told['before_mb']:.0f} MB before"
     )
     return 0
@@ -68,11 +68,11 @@ def verify(folder: Path) -> int:
     return 0
 
 
-def write_run(folder: RunFolder, num_samples: int, num_images: int) -> None:
-    """Images, requests and answers; half of the answers are descriptions."""
+def write_run(folder: RunFolder, num_samples: int, num_pictures: int) -> None:
+    """Pictures, requests and answers; half of the answers are descriptions."""
     rng = random.Random(0)
-    images = [make_image(number + 1, rng) for number in range(num_images)]
-    write_images(folder, images)
+    pictures = [make_picture(number + 1, rng) for number in range(num_pictures)]
+    write_pictures(folder, pictures)
     folder.index.write_text(json.dumps({"categories": dict.fromkeys((*NAMES, *ABSENT), 1)}))
     folder.answers.mkdir()
     with (
@@ -80,16 +80,16 @@ def write_run(folder: RunFolder, num_samples: int, num_images: int) -> None:
         (folder.answers / "part-00001.jsonl").open("w") as answers,
     ):
         for number in range(num_samples):
-            image = images[number * num_images // num_samples]
+            picture = pictures[number * num_pictures // num_samples]
             sample_type: SampleType = "detail" if number % 2 else "conversation"
             request = Request(
-                id=f"{number:064x}", sample_id=f"sample-{number}", image=image.id,
+                id=f"{number:064x}", sample_id=f"sample-{number}", picture=picture.id,
                 type=sample_type, number=0, template="t", template_sha256="0" * 64,
-                question="Describe the image." if number % 2 else None,
+                question="Describe the picture." if number % 2 else None,
                 context="c1: a caption\n" * 5, parameters={"model": "m", "seed": number},
-                shown=Shown(captions=image.caption_ids),
+                shown=Shown(captions=picture.caption_ids),
             )  # fmt: skip
-            said = description(image, rng) if number % 2 else conversation(image, rng)
+            said = description(picture, rng) if number % 2 else conversation(picture, rng)
             answer = Answer(
                 request=request.id, teacher="openai", text=json.dumps(said), finish="stop"
             )
@@ -97,7 +97,7 @@ def write_run(folder: RunFolder, num_samples: int, num_images: int) -> None:
             answers.write(answer.model_dump_json() + "\n")
 
 
-def make_image(number: int, rng: random.Random) -> Image:
+def make_picture(number: int, rng: random.Random) -> Picture:
     """Three kinds of things, up to three of each, five captions."""
     names = rng.sample(NAMES, 3)
     boxes = [
@@ -113,32 +113,32 @@ def make_image(number: int, rng: random.Random) -> Image:
         )
     )  # fmt: skip
     ids = tuple(10**9 + 10 * number + i for i in range(5))
-    return Image(number, f"{number:012d}.jpg", 640, 480, captions, tuple(boxes), ids)
+    return Picture(number, f"{number:012d}.jpg", 640, 480, captions, tuple(boxes), ids)
 
 
-def conversation(image: Image, rng: random.Random) -> dict[str, Any]:
+def conversation(picture: Picture, rng: random.Random) -> dict[str, Any]:
     """Three turns, about every tenth of them false."""
-    one, two, _ = image.categories
-    count = len(image.of(one)) + (rng.random() < 0.1)
+    one, two, _ = picture.categories
+    count = len(picture.of(one)) + (rng.random() < 0.1)
     absent = rng.choice(ABSENT)
     asked = (
-        (f"How many {words.plural(one)} are there in the image?",
-         f"There are {words.number(count)} {words.plural(one)} in the image.", "count"),
+        (f"How many {words.plural(one)} are there in the picture?",
+         f"There are {words.number(count)} {words.plural(one)} in the picture.", "count"),
         (f"Is the {one} standing next to a wall?",
          f"Yes, the {one} stands near a red wall, and a {two} is close to it.", "relation"),
-        (f"Can you see a {absent}?", f"No, there is no {absent} in the image.", "existence"),
+        (f"Can you see a {absent}?", f"No, there is no {absent} in the picture.", "existence"),
     )  # fmt: skip
     keys = ("question", "answer", "kind", "evidence")
     return {"turns": [dict(zip(keys, (*turn, ["c1"]), strict=True)) for turn in asked]}
 
 
-def description(image: Image, rng: random.Random) -> dict[str, Any]:
+def description(picture: Picture, rng: random.Random) -> dict[str, Any]:
     """Four sentences of sixty words, about every tenth with a thing that is not there."""
-    one, two, three = image.categories
+    one, two, three = picture.categories
     extra = rng.choice(ABSENT) if rng.random() < 0.1 else three
     text = (
-        "The image shows a quiet street on a sunny day, with a red wall and some trees behind. "
-        f"On the left side of the image there is a {one}, which stands near the wall. A {two} "
+        "The picture shows a quiet street on a sunny day, with a red wall and some trees behind. "
+        f"On the left side of the picture there is a {one}, which stands near the wall. A {two} "
         f"can be seen further to the right, beside a wooden table. There is also a {extra} next "
         "to the trees, and the light makes long shadows on the ground."
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from data_tools import wording, words
-from data_tools.coco import Image
+from data_tools.coco import Picture
 from data_tools.instruct.parsing import read_turns
 from data_tools.instruct.schema import Answer, Request, Sample, SampleType, Shown, Turn
 from data_tools.instruct.verification import Policy, check_sample, reasons
@@ -28,20 +28,20 @@ class Mutant:
     """A false sample; verification is right if it gives one of the `expected` codes."""
 
     mutation: str
-    image: int
+    picture: int
     sample_type: SampleType
     turns: tuple[Turn, ...]
     shown: Shown
     expected: frozenset[str]
 
-    def judge(self, image: Image, policy: Policy) -> tuple[str, ...]:
+    def judge(self, picture: Picture, policy: Policy) -> tuple[str, ...]:
         """The codes that reject it; empty where it is accepted."""
-        return reasons(check_sample(self.turns, self.sample_type, image, self.shown, policy))
+        return reasons(check_sample(self.turns, self.sample_type, picture, self.shown, policy))
 
     def describe(self) -> str:
-        """Its image and texts in a line."""
+        """Its picture and texts in a line."""
         said = " / ".join(f"{turn.question} {turn.answer}" for turn in self.turns)
-        return f"{self.image} {self.sample_type}: {said}"
+        return f"{self.picture} {self.sample_type}: {said}"
 
 
 @dataclass(frozen=True)
@@ -54,50 +54,50 @@ class AnswerMutant:
     expected: frozenset[str]
 
     @property
-    def image(self) -> int:
-        """The id of its image."""
-        return self.request.image
+    def picture(self) -> int:
+        """The id of its picture."""
+        return self.request.picture
 
-    def judge(self, image: Image, policy: Policy) -> tuple[str, ...]:
+    def judge(self, picture: Picture, policy: Policy) -> tuple[str, ...]:
         """The codes that reject it."""
         parsed = read_turns(self.request, self.answer)
         if not parsed.turns:
             return reasons(parsed.checks)
         shown, kind = self.request.shown, self.request.type
-        return reasons(check_sample(parsed.turns, kind, image, shown, policy))
+        return reasons(check_sample(parsed.turns, kind, picture, shown, policy))
 
     def describe(self) -> str:
-        """Its image and the beginning of its text."""
-        return f"{self.image}: {self.answer.text[:100]!r}"
+        """Its picture and the beginning of its text."""
+        return f"{self.picture}: {self.answer.text[:100]!r}"
 
 
 def mutants(
-    samples: Iterable[Sample], images: Mapping[int, Image], categories: Collection[str]
+    samples: Iterable[Sample], pictures: Mapping[int, Picture], categories: Collection[str]
 ) -> Iterator[Mutant]:
     """Every mutation of every sample that it fits, at most one of a kind for each sample."""
     for sample in samples:
-        image = images[sample.image.id]
+        picture = pictures[sample.picture.id]
         for name, (mutate, codes) in MUTATIONS.items():
-            turns = mutate(sample.turns, sample.type, image, sorted(categories), sample.id)
+            turns = mutate(sample.turns, sample.type, picture, sorted(categories), sample.id)
             if turns is not None and turns != sample.turns:
                 yield Mutant(
-                    name, image.id, sample.type, turns, sample.shown, frozenset(codes.split())
+                    name, picture.id, sample.type, turns, sample.shown, frozenset(codes.split())
                 )
 
 
-def caption_mutants(images: Iterable[Image], categories: Collection[str]) -> Iterator[Mutant]:
+def caption_mutants(pictures: Iterable[Picture], categories: Collection[str]) -> Iterator[Mutant]:
     """The same of human captions, each as the answer to a request for a description."""
-    for image in images:
-        if not image.boxes:
+    for picture in pictures:
+        if not picture.boxes:
             continue  # nothing is known to be absent
-        for index, caption in enumerate(image.captions):
-            turn = Turn(question="Describe the image.", answer=caption, kind="description")
-            key = f"{image.id}-{index}"
+        for index, caption in enumerate(picture.captions):
+            turn = Turn(question="Describe the picture.", answer=caption, kind="description")
+            key = f"{picture.id}-{index}"
             for name, (mutate, codes) in MUTATIONS.items():
-                turns = mutate((turn,), "detail", image, sorted(categories), key)
+                turns = mutate((turn,), "detail", picture, sorted(categories), key)
                 if turns is not None and turns[0] != turn:
                     expected = frozenset(codes.split())
-                    yield Mutant(f"{name} (human)", image.id, "detail", turns, Shown(), expected)
+                    yield Mutant(f"{name} (human)", picture.id, "detail", turns, Shown(), expected)
 
 
 def answer_mutants(
@@ -114,14 +114,14 @@ def answer_mutants(
 
 
 def swap_object(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """A thing that is there becomes one that is not."""
-    absent = [name for name in categories if _is_absent(image, name)]
+    absent = [name for name in categories if _is_absent(picture, name)]
     for index, turn in _rotated(list(enumerate(turns)), key):
         if re.search(r"(?i)\bno\b", turn.answer):
             continue
-        for name in _rotated(list(image.categories), key + "c"):
+        for name in _rotated(list(picture.categories), key + "c"):
             new = _picked(absent, key + name)
             question, answer = _renamed(turn.question, name, new), _renamed(turn.answer, name, new)
             if (question, answer) != (turn.question, turn.answer):
@@ -130,15 +130,15 @@ def swap_object(
 
 
 def deny_present(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """A thing that is rightly denied becomes one that is there."""
     for index, turn in enumerate(turns):
         if not turn.answer.startswith("No"):
             continue
         for name in categories:
-            if _is_absent(image, name) and image.categories:
-                new = _picked(list(image.categories), key)
+            if _is_absent(picture, name) and picture.categories:
+                new = _picked(list(picture.categories), key)
                 question = _renamed(turn.question, name, new)
                 answer = _renamed(turn.answer, name, new)
                 if question != turn.question:
@@ -150,20 +150,20 @@ def count(step: int) -> Callable[..., tuple[Turn, ...] | None]:
     """A number of things, raised or lowered; lowered only where it is meant exactly."""
 
     def mutate(
-        turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+        turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
     ) -> tuple[Turn, ...] | None:
         for index, turn in _rotated(list(enumerate(turns)), key):
             asked = re.search(r"\b(?:how many|number of)\b", turn.question, re.I)
             together = re.search(r"together|add|sum|counting", turn.question, re.I)
             exact = (asked and not together) or re.search(
-                r"\bthere (?:is|are) \w+ [\w ]+ in the image", turn.answer, re.I
+                r"\bthere (?:is|are) \w+ [\w ]+ in the picture", turn.answer, re.I
             )
             if step < 0 and not exact:
                 continue
-            for name in image.categories:
-                if any(box.crowd for box in image.of(name)) or len(image.of(name)) > 8:
+            for name in picture.categories:
+                if any(box.crowd for box in picture.of(name)) or len(picture.of(name)) > 8:
                     continue
-                answer = _recounted(turn.answer, name, step, len(image.of(name)))
+                answer = _recounted(turn.answer, name, step, len(picture.of(name)))
                 if asked and not together and answer == turn.answer and name in _asked(turn):
                     answer = _bare_number(turn.answer, step)
                 if answer != turn.answer:
@@ -174,7 +174,7 @@ def count(step: int) -> Callable[..., tuple[Turn, ...] | None]:
 
 
 def mirror(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """Left and right, top and bottom change places in an answer."""
     for index, turn in _rotated(list(enumerate(turns)), key):
@@ -190,7 +190,7 @@ def mirror(
 
 
 def negate(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """Yes becomes no and no yes; a description denies a thing that is there."""
     for index, turn in _rotated(list(enumerate(turns)), key):
@@ -204,15 +204,15 @@ def negate(
             else:
                 answer = _picked(_yesses(name), key)
             return _with(turns, index, turn.question, answer)
-        if kind == "detail" and image.categories:
-            name = _picked(list(image.categories), key)
+        if kind == "detail" and picture.categories:
+            name = _picked(list(picture.categories), key)
             answer = f"{turn.answer.rstrip(' .')}. {_picked(_denials(name), key)}"
             return _with(turns, index, turn.question, answer)
     return None
 
 
 def leak(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
     """A turn speaks of where its words come from."""
     index, turn = _picked(list(enumerate(turns)), key)
@@ -222,7 +222,7 @@ def leak(
 
 
 def hedge(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """Half of the sentences guess."""
     if kind == "reasoning":
@@ -239,14 +239,14 @@ def hedge(
 
 
 def repeat(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """A turn stands twice."""
     return (*turns, turns[0]) if kind == "conversation" else None
 
 
 def order(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
     """A turn carries an order from the data."""
     index, turn = _picked(list(enumerate(turns)), key)
@@ -255,24 +255,24 @@ def order(
 
 
 def mark(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
-    """An image's placeholder or a role's name inside a text."""
+    """A picture's placeholder or a role's name inside a text."""
     index, turn = _picked(list(enumerate(turns)), key)
     return _with(turns, index, turn.question, f"{_picked(_MARKS, key)}{turn.answer}")
 
 
 def foreign(
-    turns: Sequence[Turn], kind: SampleType, image: Image, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
     """An answer in another language."""
     index, turn = _picked(list(enumerate(turns)), key)
     return _with(turns, index, turn.question, _picked(_FOREIGN, key))
 
 
-def _is_absent(image: Image, name: str) -> bool:
-    return name not in image.categories and not any(
-        words.mentions(caption, name) for caption in image.captions
+def _is_absent(picture: Picture, name: str) -> bool:
+    return name not in picture.categories and not any(
+        words.mentions(caption, name) for caption in picture.captions
     )
 
 
@@ -367,21 +367,21 @@ def _opposite(match: re.Match[str]) -> str:
 def _noes(name: str) -> list[str]:
     thing = f"{words.article(name)} {name}"
     return [
-        "No.", f"No, there is no {name} in the image.",
-        f"No, there isn't {thing} in the image.",
-        f"No, the image does not show {thing}.", f"No, I don't see any {words.plural(name)}.",
+        "No.", f"No, there is no {name} in the picture.",
+        f"No, there isn't {thing} in the picture.",
+        f"No, the picture does not show {thing}.", f"No, I don't see any {words.plural(name)}.",
     ]  # fmt: skip
 
 
 def _yesses(name: str) -> list[str]:
     thing = f"{words.article(name)} {name}"
-    return ["Yes.", f"Yes, there is {thing} in the image.", f"Yes, the image shows {thing}."]
+    return ["Yes.", f"Yes, there is {thing} in the picture.", f"Yes, the picture shows {thing}."]
 
 
 def _denials(name: str) -> list[str]:
     thing, things = f"{words.article(name)} {name}", words.plural(name)
     return [
-        f"There is no {name} in the image.", f"There are no {things}.",
+        f"There is no {name} in the picture.", f"There are no {things}.",
         f"The image does not show {thing}.", f"No {things} can be seen.",
         f"There aren't any {things} in the scene.", f"I cannot see any {things} here.",
     ]  # fmt: skip
@@ -480,7 +480,7 @@ MUTATIONS: Mapping[str, tuple[Callable[..., tuple[Turn, ...] | None], str]] = {
     "hedge": (hedge, "HEDGED"),
     "repeat": (repeat, "TURN_REPEATED"),
     "order": (order, "INJECTION"),
-    "mark": (mark, "IMAGE_MARK ROLE_MARK"),
+    "mark": (mark, "PICTURE_MARK ROLE_MARK"),
     "foreign": (foreign, "LANGUAGE"),
 }
 """Each with the codes that are right for it."""

@@ -243,7 +243,7 @@ def test_settings_decide_how_strict_the_rules_are() -> None:
     lenient = Policy(VerifyConfig(unseen_objects="keep", max_hedged=1.0), CATEGORIES)
     assert codes("A zebra stands there, it seems to be old.", policy=lenient) == ()
     strict = Policy(VerifyConfig(unknown_attributes="reject"), CATEGORIES)
-    assert codes("A purple couch.", policy=strict) == ("ATTRIBUTE_UNKNOWN",)
+    assert codes("A purple cup.", policy=strict) == ("ATTRIBUTE_UNKNOWN",)
     assert codes("A brown couch.", policy=strict) == ()
 
 

@@ -16,7 +16,18 @@ from collections.abc import Iterator, Sequence
 
 from data_tools.coco import Picture
 from data_tools.instruct.schema import Check, SampleType, Shown, Turn
-from data_tools.instruct.verification import attributes, counts, form, manner, objects, places
+from data_tools.instruct.verification import (
+    actions,
+    attributes,
+    counts,
+    form,
+    kinds,
+    manner,
+    objects,
+    places,
+    relations,
+    times,
+)
 from data_tools.instruct.verification.case import Case, Policy
 from data_tools.instruct.verification.citations import check_citations
 
@@ -60,3 +71,7 @@ def _check_turn(case: Case) -> Iterator[Check]:
     yield from counts.check(case)
     yield from places.check(case)
     yield from attributes.check(case)
+    yield from actions.check(case)
+    yield from kinds.check(case)
+    yield from relations.check(case)
+    yield from times.check(case)

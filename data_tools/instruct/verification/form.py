@@ -7,10 +7,12 @@ from typing import Final
 from data_tools import wording
 from data_tools.instruct.schema import Check, SampleType
 from data_tools.instruct.verification.case import Case
-from data_tools.instruct.verification.lexicon import word_set
+from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.manner import hedged_sentences
 from data_tools.instruct.verification.numbers import number_of
 
+TOLERANT: Final = 3
+"""One sentence that guesses is accepted where there are at least this many."""
 LONG_ANSWER: Final = 5
 """Answers of more words than this are not to be repeated."""
 
@@ -57,7 +59,11 @@ def check_turn(case: Case) -> Iterator[Check]:
 
 def _asks(case: Case) -> bool:
     words = [word for word in case.question_reading.words if word not in _BEFORE_ORDERS]
-    return "?" in case.turn.question or bool(words and words[0] in _INSTRUCTIONS)
+    return (
+        "?" in case.turn.question
+        or bool(words and words[0] in _INSTRUCTIONS)
+        or _REQUEST.search(case.turn.question) is not None
+    )
 
 
 def _given_away(case: Case) -> str | None:
@@ -118,7 +124,10 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
         return
     counts = [hedged_sentences(case) for case in cases if case.turn.kind != "cannot_tell"]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
-    if guessing and guessing > cases[0].config.max_hedged * total:
+    most = cases[0].config.max_hedged * total
+    if total >= TOLERANT and most > 0:
+        most = max(most, 1)
+    if guessing and guessing > most:
         yield Check(
             rule="hedge", verdict="contradicted", code="HEDGED", turn=None, part=None, span=None,
             claim=f"{guessing} of {total} sentences guess", evidence=(),
@@ -148,7 +157,15 @@ _ROLE: Final = re.compile(
 _INSTRUCTIONS: Final = word_set(
     "describe tell list count name explain say give identify point find show write summarise "
     "summarize mention state provide discuss outline compare imagine walk look what which who "
-    "where when why how is are does do can could"
+    "where when why how is are does do can could analyze analyse suggest create help let help try "
+    "recommend propose think consider predict guess estimate infer determine choose pick select "
+    "compose draft elaborate characterize characterise interpret illustrate clarify share offer "
+    "highlight examine evaluate assess explore justify generate based in given focus tell talk"
+)
+_REQUEST: Final = re.compile(
+    r"\b(?:i(?:'d| would)? (?:like|love|want|need|wish)|"
+    r"i(?: am|'m) (?:curious|interested|wondering)|i wonder|let me know|help me|tell me|show me)\b",
+    re.IGNORECASE,
 )
 _BEFORE_ORDERS: Final = word_set("please now then and also first finally , briefly")
 _EMPTY_WORDS: Final = word_set("the a an is are it its this that there of in on at to and")

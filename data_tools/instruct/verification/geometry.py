@@ -1,7 +1,7 @@
 """Sides and distances of boxes, certain, impossible or neither."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 from data_tools.coco import Box, Picture
 from data_tools.instruct.config import VerifyConfig
@@ -9,6 +9,12 @@ from data_tools.instruct.schema import Verdict
 
 Direction = Literal["left", "right", "above", "below"]
 Region = Literal["left", "right", "top", "bottom", "centre"]
+
+
+CROSSING: Final = 0.15
+"""A box with at most this share of its length in a half is not in that half."""
+FAR_SIDE: Final = 0.1
+"""Share of the side by which the center of such a box must be away from the middle."""
 
 
 def order(
@@ -47,7 +53,11 @@ def region(box: Box, where: Region, picture: Picture, margin: float) -> Verdict:
         begins, ends = ends, begins
     if begins:
         return "supported"
-    return "contradicted" if ends else "unknown"
+    # A box that only just crosses the middle is still on the other side.
+    middle = side / 2
+    inside = (middle - start if where in ("left", "top") else end - middle) / max(end - start, 1)
+    across = inside <= CROSSING and abs((start + end) / 2 - middle) >= max(margin, FAR_SIDE) * side
+    return "contradicted" if ends or across else "unknown"
 
 
 def are_far_apart(one: Box, other: Box, picture: Picture, far: float) -> bool:

@@ -3,14 +3,32 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from data_tools import wording
 from data_tools.coco import Box, Picture
+from data_tools.instruct.verification.describing import (
+    Attribute,
+    Family,
+    Relation,
+    action_stems,
+    actions,
+    attributes,
+    relations,
+)
 from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Entry, Lexicon
-from data_tools.instruct.verification.numbers import quantity
+from data_tools.instruct.verification.numbers import numbered_nouns, quantity
 from data_tools.instruct.verification.phrases import planted_words
 from data_tools.instruct.verification.reading import Reading
+
+SMALL: Final = 0.1
+"""Boxes below this share of the largest one's area are in the background."""
+
+
+ANIMALS: Final = (
+    "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,8 @@ class Knowledge:
 
     def __init__(self, picture: Picture, lexicon: Lexicon) -> None:
         self.picture = picture
+        self.kinds: dict[str, dict[int, tuple[int, ...]]] | None = None
+        self.census: Any = None
         self._supports: dict[tuple[str, Entry], tuple[int, ...] | None] = {}
         self.boxes: dict[str, tuple[Box, ...]] = {
             name: picture.of(name) for name in picture.categories
@@ -84,6 +104,19 @@ class Knowledge:
         return self._counts(whole=True)
 
     @lazy
+    def word_counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Numbers that captions give for a word, by its singular: `two girls` is 2 for `girl`."""
+        found: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for caption in self.captions:
+            for sentence in caption.reading.sentences:
+                for noun, number in numbered_nouns(sentence):
+                    found[noun][number].append(caption.id)
+        return {
+            noun: {number: tuple(ids) for number, ids in numbers.items()}
+            for noun, numbers in found.items()
+        }
+
+    @lazy
     def actions(self) -> dict[str, tuple[int, ...]]:
         """Captions that have a verb of the list, in whatever form."""
         stems = action_stems()
@@ -92,6 +125,68 @@ class Knowledge:
             for stem in sorted({stems[w] for w in caption.reading.vocabulary if w in stems}):
                 found[stem].append(caption.id)
         return {stem: tuple(ids) for stem, ids in found.items()}
+
+    @lazy
+    def actions_of(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Verbs by the category of their subject, with the captions."""
+        found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for caption in self.captions:
+            for sentence in caption.reading.sentences:
+                for action in actions(sentence):
+                    if action.subject is not None:
+                        found[action.subject][action.stem].append(caption.id)
+        return {
+            subject: {stem: tuple(ids) for stem, ids in stems.items()}
+            for subject, stems in found.items()
+        }
+
+    @lazy
+    def attributes(self) -> dict[tuple[Family, str], list[tuple[Attribute, int]]]:
+        """Colors, materials and states that captions give, by noun, with the captions."""
+        found: dict[tuple[Family, str], list[tuple[Attribute, int]]] = defaultdict(list)
+        for caption in self.captions:
+            for sentence in caption.reading.sentences:
+                for attribute in attributes(sentence):
+                    found[attribute.family, attribute.noun].append((attribute, caption.id))
+        return dict(found)
+
+    @lazy
+    def relations(self) -> list[tuple[Relation, int]]:
+        """What captions put in front of, behind, on or under something, with the captions."""
+        return [
+            (relation, caption.id)
+            for caption in self.captions
+            for sentence in caption.reading.sentences
+            for relation in relations(sentence)
+        ]
+
+    @lazy
+    def animals(self) -> tuple[str, ...]:
+        """The categories of animals that boxes or captions have."""
+        return tuple(n for n in ANIMALS if n in self.boxes or n in self.named)
+
+    @lazy
+    def is_monochrome(self) -> bool:
+        """Whether a caption calls it black and white as a whole."""
+        return any(
+            f"black and white {word}" in self.text
+            for word in ("photo", "photograph", "picture", "image", "shot")
+        )
+
+    @lazy
+    def text(self) -> str:
+        """The captions' words, each caption between bars."""
+        return " | ".join(["", *(" ".join(c.reading.words) for c in self.captions), ""])
+
+    def says(self, phrase: str) -> bool:
+        """Return whether a caption has these words next to each other."""
+        return f" {phrase} " in self.text
+
+    def prominent(self, category: str) -> int:
+        """Return how many boxes of a category are not far smaller than its largest one."""
+        boxes = self.boxes.get(category, ())
+        areas = [box.width * box.height for box in boxes]
+        return sum(area >= max(areas) * SMALL for area in areas)
 
     def boxes_of(self, categories: Iterable[str]) -> tuple[Box, ...]:
         """The boxes of any of the categories."""
@@ -112,9 +207,9 @@ class Knowledge:
             if name in self.perhaps_named:
                 named = True
                 captions.update(self.perhaps_named[name])
-        if all(part in self.words for part in word.split()):
+        if word in self.words or (" " in word and self.says(word)):
             named = True
-            captions.update(self.words[word.split()[-1]])
+            captions.update(self.words.get(word.rpartition(" ")[2], ()))
         if not boxes and not named:
             return None
         return evidence(boxes, captions)
@@ -134,6 +229,7 @@ class Knowledge:
 
     def _by_category(self, *, firm_only: bool) -> dict[str, tuple[int, ...]]:
         found: dict[str, list[int]] = defaultdict(list)
+        hypernyms = wording.load("claims")["hypernyms"]  # no evidence of any single category
         for caption in self.captions:
             names: set[str] = set()
             for _, mention in caption.reading.mentions:
@@ -142,7 +238,9 @@ class Knowledge:
                     continue
                 if mention.stance == "denied":
                     continue
-                if (entry.firm and mention.stance != "depicted") or not firm_only:
+                if (entry.firm and mention.stance != "depicted") or (
+                    not firm_only and mention.word not in hypernyms
+                ):
                     names.update(entry.categories)
             for name in sorted(names):
                 found[name].append(caption.id)
@@ -158,14 +256,3 @@ def evidence(boxes: Sequence[Box], captions: Iterable[int] = ()) -> tuple[int, .
     """Annotation ids, boxes first; those that were never in a file are left out."""
     ids = [box.id for box in boxes] + sorted(captions)
     return tuple(number for number in ids if number)
-
-
-def action_stems() -> dict[str, str]:
-    """`riding` -> `ride`, of the verbs that are looked at."""
-    if not _STEMS:
-        for stem, forms in wording.load("claims")["actions"].items():
-            _STEMS.update(dict.fromkeys(forms, stem))
-    return _STEMS
-
-
-_STEMS: dict[str, str] = {}

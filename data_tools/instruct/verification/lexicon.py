@@ -2,9 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from data_tools import wording, words
+from data_tools.instruct.verification.grammar import (
+    DEFINITE,
+    FUNCTION_WORDS,
+    INDEFINITE,
+    PREPOSITIONS,
+    determiner,
+    finite_verbs,
+    word_set,
+)
 
 GrammaticalNumber = Literal["one", "many", "any"]
 
@@ -37,11 +46,6 @@ class Match:
     last: int
 
 
-def word_set(text: str) -> frozenset[str]:
-    """The words of a list written as one text."""
-    return frozenset(text.split())
-
-
 class Lexicon:
     """Finds the annotated categories in a sentence's words.
 
@@ -61,6 +65,12 @@ class Lexicon:
         self.depictions = frozenset(claims["depictions"])
         self._heads = frozenset(claims["heads"])
         self._also_verbs = frozenset(claims["also_verbs"])
+        self._mostly_verbs = frozenset(words.plural(verb) for verb in claims["mostly_verbs"])
+        self._verb_forms = self._also_verbs | {words.plural(verb) for verb in self._also_verbs}
+        self._adjectives = frozenset(claims["adjectives"])
+        self._with_article = frozenset(claims["with_article"])
+        self._wholes = {part: frozenset(of) for part, of in claims["parts"].items()}
+        self._colors = frozenset(claims["colours"])
         entries = self._compounds() | self._wider() | self._names()
         # A compound says more than the name it is made of, unless it is a category's own name.
         entries |= {k: v for k, v in self._compounds().items() if k not in self.categories}
@@ -70,8 +80,13 @@ class Lexicon:
         for found in self._phrases.values():
             found.sort(key=lambda item: -len(item[0]))
 
-    def matches(self, sentence: Sequence[str]) -> list[Match]:
-        """The entries in a sentence of lower-case words, longest first at every place."""
+    def matches(self, sentence: Sequence[str], owners: frozenset[int] = frozenset()) -> list[Match]:
+        """Return the entries in a sentence of lower-case words, longest first at every place.
+
+        Args:
+            sentence: The words.
+            owners: Indices of words that carried an `'s`: `the dog's bowl` has a dog.
+        """
         found: list[Match] = []
         phrases = self._phrases
         index, end = 0, len(sentence)
@@ -80,29 +95,71 @@ class Lexicon:
                 last = index + len(rest)
                 if rest and tuple(sentence[index + 1 : last + 1]) != rest:
                     continue
-                if entry.categories and not self._is_other(sentence, index, last, entry):
+                if entry.categories and (
+                    last in owners or not self._is_other(sentence, index, last, entry)
+                ):
                     found.append(Match(entry, index, last))
                 index = last
                 break
             index += 1
         return found
 
-    def _is_other(self, sentence: Sequence[str], first: int, last: int, entry: Entry) -> bool:
-        """Whether the word is a verb here, or only describes the noun after it (`dog park`)."""
-        word = sentence[first]
-        if first == last and word in self._also_verbs and first > 0:
-            before = sentence[first - 1]
-            if before in _BEFORE_VERBS and not (before == "to" and word.endswith("s")):
+    def _is_other(self, words: Sequence[str], first: int, last: int, entry: Entry) -> bool:
+        """Return whether the word is no noun here, or only describes the noun after it."""
+        word = words[first]
+        after = words[last + 1] if last + 1 < len(words) else ""
+        if first == last:
+            if word in self._verb_forms and self._is_verb(words, first):
                 return True
-        if last + 1 >= len(sentence) or entry.number == "many":
+            if word in self._adjectives and _describes(words, last + 1, self._colors):
+                return True
+            if word in self._with_article and first > 0:
+                kind, begin = determiner(words, first)
+                if kind == "none" and begin > 0:
+                    return True  # `grilled with chicken`, `made by Apple`, `bear a smile`
+        if entry.number == "many" or not after:
             return False
-        after = sentence[last + 1]
+        if after == "of" and not self._wholes.get(word, _NONE).isdisjoint(
+            words[last + 2 : last + 6]
+        ):
+            return True  # `the bed of the pickup`
         return after in self._heads or (
             # `dog bowl`, `train car`: the last of two nouns is what is there
             after in self._phrases
             and entry.number == "one"
             and any(not rest and other.categories for rest, other in self._phrases[after])
             and after not in self._also_verbs
+            and not self._is_verb(words, last + 1)
+        )
+
+    def _is_verb(self, words: Sequence[str], index: int) -> bool:
+        """Return whether a word that is a verb as often as a noun is one here (`watches`)."""
+        word = words[index]
+        if word not in self._verb_forms or index == 0:
+            return False
+        before = words[index - 1]
+        after = words[index + 1] if index + 1 < len(words) else ""
+        if word in self._also_verbs:
+            if before in _BEFORE_VERBS:
+                return True
+            plural = self._is_many(before) or before in _PLURAL_SUBJECTS
+            if plural and (after in PREPOSITIONS or after in DEFINITE or after in INDEFINITE):
+                return True
+            return before in _BEFORE_BARE_VERBS and after in _ARTICLES
+        if before in _SINGULAR_SUBJECTS:
+            return True
+        kind, begin = determiner(words, index)
+        introduced = words[begin] if kind != "none" else ""
+        if begin >= index - 1 and kind != "none":
+            return False  # nothing between the determiner and the word
+        if introduced in _SINGULAR_DETERMINERS:
+            return True  # `a zebra watches`: `a` needs a singular
+        ends = not after or after in PREPOSITIONS or after in DEFINITE or after in INDEFINITE
+        return kind == "definite" and word in self._mostly_verbs and ends
+
+    def _is_many(self, word: str) -> bool:
+        return any(
+            not rest and entry.number == "many" for rest, entry in self._phrases.get(word, ())
         )
 
     def _names(self) -> dict[str, Entry]:
@@ -131,9 +188,32 @@ class Lexicon:
         return entries
 
 
-_BEFORE_VERBS = word_set(
+_NONE: Final[frozenset[str]] = frozenset()
+_BEFORE_VERBS: Final = word_set(
     "to can will may might could would should must they we you i not who don't can't"
 )
+_BEFORE_BARE_VERBS: Final = word_set("and or then also always often never usually")
+_PLURAL_SUBJECTS: Final = word_set("people both players riders men women children kids visitors")
+_SINGULAR_SUBJECTS: Final = word_set(
+    "he she it who which that whoever everyone everybody someone somebody nobody anyone"
+)
+_SINGULAR_DETERMINERS: Final = word_set("a an one another each every this that")
+_ARTICLES: Final = word_set("a an the his her its their this that these those")
+
+
+def _describes(words: Sequence[str], index: int, colors: frozenset[str]) -> bool:
+    """Return whether an adjective is followed by the noun, or the color, that it belongs to."""
+    if index >= len(words):
+        return False
+    after = words[index]
+    if after in ("and", ",") and index + 1 < len(words):
+        return words[index + 1] in colors  # `an orange and silver bus`
+    return (
+        after not in FUNCTION_WORDS
+        and after[0].isalpha()
+        and after not in finite_verbs()
+        and not after.endswith("ing")
+    )
 
 
 def _forms(

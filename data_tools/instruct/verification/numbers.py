@@ -1,11 +1,16 @@
 """How many of a thing a text says there are."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-from data_tools.instruct.verification.lexicon import word_set
+from data_tools.instruct.verification.grammar import (
+    is_plural,
+    last_of_phrase,
+    singular,
+    word_set,
+)
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 NUMBERS: Final = {
@@ -74,6 +79,21 @@ def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
         index -= 1
         steps += 1
     return None
+
+
+def numbered_nouns(sentence: Sentence) -> Iterator[tuple[str, int]]:
+    """Yield every noun with a number before it, as its singular: `two large buckets`."""
+    words = sentence.words
+    for index, word in enumerate(words):
+        number = NUMBERS.get(word) if not word[0].isdigit() else number_of(word)
+        if number is None:
+            continue
+        start = index + 1
+        if words[start : start + 1] == ["of"]:
+            start += 2 if words[start + 1 : start + 2] == ["the"] else 1
+        last = last_of_phrase(words, start, len(words))
+        if last >= start and (number == 1 or is_plural(words[last])):
+            yield singular(words[last]), number
 
 
 def number_of(word: str) -> int | None:
@@ -159,6 +179,3 @@ _FRAME: Final = word_set(
     "can be seen total altogether are is all"
 )
 _MORE: Final = word_set("another more other others one")
-
-Comparison = Literal["supported", "too_high", "wrong", "fewer", "unknown"]
-"""How a claimed number stands to the annotated one; `fewer` may speak of some of them."""

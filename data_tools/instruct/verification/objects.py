@@ -1,11 +1,16 @@
 """Are the things that a turn names in the picture, and those that it denies not?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Final
 
+from data_tools import wording
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verification.case import Case, Part
-from data_tools.instruct.verification.knowledge import evidence
+from data_tools.instruct.verification.describing import action_stems
+from data_tools.instruct.verification.grammar import determiner, singular, word_set
+from data_tools.instruct.verification.knowledge import Knowledge, evidence
+from data_tools.instruct.verification.lexicon import Entry
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 
@@ -57,8 +62,8 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
     # A statue or painting of a thing need not be boxed, but nobody could know of it either.
     is_claim = mention.stance in ("asserted", "depicted")
     certain = is_claim and entry.firm and knowledge.has_boxes
-    tolerated = case.sample_type == "reasoning" and not _is_said_visible(sentence, mention)
-    if not certain or tolerated:
+    tolerated = case.sample_type == "reasoning" and not _is_premise(sentence, mention)
+    if not certain or tolerated or _is_confusable(knowledge, entry):
         return case.check("object", "unknown", None, part, span, mention.word)
     under_labelled = case.policy.under_labelled.issuperset(entry.categories)
     doubtful = under_labelled or mention.stance == "depicted"
@@ -75,7 +80,9 @@ def _judge_denied(case: Case, sentence: Sentence, mention: Mention, part: Part) 
     captions = tuple(n for name in entry.categories for n in knowledge.named.get(name, ()))
     same_word = mention.word in knowledge.words
     is_there = bool(boxes or any(name in knowledge.named for name in entry.categories))
-    if is_there and (same_word or (entry.firm and not entry.narrow)):
+    closed = _closed().get(singular(mention.word), _NONE)
+    of_closed = any(box.category in closed for box in boxes)
+    if is_there and (same_word or of_closed or (entry.firm and not entry.narrow)):
         ids = evidence(boxes, set(captions))
         return case.check("absence", "contradicted", "OBJECT_DENIED", part, span, claim, ids)
     if not knowledge.has_boxes or knowledge.support(entry, mention.word) is not None:
@@ -83,8 +90,44 @@ def _judge_denied(case: Case, sentence: Sentence, mention: Mention, part: Part) 
     return case.check("absence", "supported", None, part, span, claim)
 
 
+def _is_confusable(knowledge: Knowledge, entry: Entry) -> bool:
+    """Return whether a box has a category that people call by this name too: a cup, a bowl."""
+    return len(entry.categories) == 1 and any(
+        entry.categories[0] in pair and any(other in knowledge.boxes for other in pair)
+        for pair in _CONFUSABLE
+    )
+
+
+def _is_premise(sentence: Sentence, mention: Mention) -> bool:
+    """Return whether reasoning states the thing as a fact of the image, not of its kind."""
+    if _is_said_visible(sentence, mention):
+        return True
+    words = sentence.words
+    after = words[mention.last + 1 : mention.last + 4]
+    introduced, _ = determiner(words, mention.first)
+    if introduced == "none" and mention.number == "many":
+        # `Dogs need water` is general; `Bicycles are parked there`, `riding bicycles` are not
+        if mention.first and words[mention.first - 1] in action_stems():
+            return words[mention.first - 1].endswith("ing")
+        return (after[:1] in (["are"], ["were"]) and after[1:2] != [] and after[1] in _PLACED) or (
+            bool(after) and after[0] in _PLACED
+        )
+    if mention.entry.categories == ("person",) and introduced != "number":
+        return False  # `the owner`, `a driver`: inferred from what is there
+    if introduced == "none":
+        return False
+    return not (introduced == "indefinite" and _is_general(after))
+
+
+def _is_general(after: Sequence[str]) -> bool:
+    """Return whether these words after a singular speak of its kind: `is a`, `needs`, `has to`."""
+    if after[:1] in (["is"], ["has"], ["was"]):
+        return after[1:2] != [] and after[1] in _OF_KIND
+    return bool(after) and after[0] in _GENERAL_VERBS
+
+
 def _is_said_visible(sentence: Sentence, mention: Mention) -> bool:
-    """Whether the sentence says that the thing is to be seen, not merely speaks of it."""
+    """Return whether the sentence states that the thing is to be seen."""
     before = sentence.words[max(0, mention.first - 6) : mention.first]
     after = sentence.words[mention.last + 1 : mention.last + 5]
     near = set(before[-4:])
@@ -97,6 +140,22 @@ def _is_said_visible(sentence: Sentence, mention: Mention) -> bool:
     return bool(_SEEN & set(after)) and bool(_BE & set(after))
 
 
+@cache
+def _closed() -> dict[str, frozenset[str]]:
+    """Return for wider words the categories that they certainly include."""
+    return {word: frozenset(names) for word, names in wording.load("claims")["closed"].items()}
+
+
+_NONE: Final[frozenset[str]] = frozenset()
+_CONFUSABLE: Final = (("cup", "bowl"), ("cup", "wine glass"), ("car", "truck"), ("tv", "laptop"))
+_PLACED: Final = word_set(
+    "parked lined placed seated scattered gathered standing sitting waiting lying stand sit lie "
+    "line fill hang run walk visible seen crossing moored tied stacked piled leaning resting"
+)
+_GENERAL_VERBS: Final = word_set(
+    "needs requires provides offers makes gives takes usually often helps allows means can must"
+)
+_OF_KIND: Final = word_set("a an to often usually one not more less better good useful always")
 _BE: Final = frozenset({"is", "are", "be"})
 _SHOWS: Final = frozenset({"shows", "show", "depicts", "features", "contains", "includes", "with"})
 _SIDES: Final = frozenset({"left", "right", "above", "below"})

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from data_tools.instruct.verification.lexicon import word_set
+from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.reading import Reading
 
 
@@ -91,8 +91,9 @@ LEAK: Final = Phrases(
         r"\b(?:according to|based on|from|in|per|(?:mentioned|described|stated) in) "
         r"(?:the|these|this) (?:\w+ )?"
         r"(?:descriptions?|text|data|information|sentences|context|labels|input)\b",
-        r"\b(?:descriptions?|sentences|text|context) "
+        r"\b(?:descriptions?|sentences|context) "
         r"(?:says?|states?|mentions?|indicates?|describes?|suggests?)\b",
+        r"\btext (?:states?|mentions?|describes?) (?:that|a|an|the)\b",
         r"\b(?:is|are|was|were) (?:also )?"
         r"(?:described|mentioned|listed|labell?ed|reported|stated) (?:as|in|to|by)\b",
         r"\bas (?:described|mentioned|stated|indicated|listed)\b",
@@ -115,8 +116,9 @@ REFUSAL: Final = Phrases(
         r"\bi(?:'m| am) (?:really |very |so )?sorry\b",
         r"\bi apologi[sz]e\b",
         r"\b(?:can ?not|can't|could not|couldn't|unable to|not able to) (?:\w+ )?"
-        r"(?:assist|help|comply|provide|fulfill?|answer|process|view|access|describe|generate|"
-        r"create|see (?:the |any |this )?(?:image|picture|photo)s?|analy[sz]e)\b",
+        r"(?:assist|help(?! (?:but|\w+ing)\b)|comply|provide|fulfill?|answer|process|"
+        r"view|access|describe|generate|create|"
+        r"see (?:the |any |this )?(?:image|picture|photo)s?|analy[sz]e)\b",
         r"\bdo(?: not|n't) have (?:access|the ability|visual)\b",
         r"\b(?:against|violates?) (?:my|the|our) (?:guidelines|policy|policies)\b",
     ),
@@ -155,10 +157,14 @@ ORDER: Final = Phrases(
         r"\b(?:ignore|disregard|forget|override) (?:\w+ ){0,3}"
         r"(?:instructions?|prompts?|rules|above|previous|everything)\b",
         r"\bsystem prompt\b|\bnew instructions?\b|\bdeveloper mode\b|\bjailbreak\b",
-        r"\b(?:reply|respond|answer|output|say|print|write|end|begin|start) (?:\w+ ){0,3}"
+        r"\b(?:reply|respond|answer|output|end|begin|start) (?:\w+ ){0,3}"
         r"(?:only with|with the (?:word|phrase|text|string)|the (?:word|phrase|string)|exactly)\b",
+        r"(?<!they )(?<!it )(?<!to )(?<!that )(?<!which )(?<!letters )(?<!can )"
+        r"\b(?:say|print|write) "
+        r"(?:\w+ ){0,3}(?:only with|with the (?:word|phrase|text|string)|"
+        r"the (?:word|phrase|string)|exactly)\b",
         r"https?://\S+|\bwww\.\S+|<script\b|\bapi[_ -]?key\b",
-        r"\byou are (?:now|no longer)\b|\bact as (?:an?|if)\b",
+        r"\byou are (?:now|no longer) (?:an?|in|my|the)\b|(?:^|[.!?;\n] *)act as (?:an?|if)\b",
     ),
 )
 _STRIKING: Final = re.compile(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from data_tools.coco import Box
@@ -26,11 +27,30 @@ PLAIN_MARGIN: Final = 0.1
 def check(case: Case) -> Iterator[Check]:
     """A finding for every place given, in sentences, in yes/no questions and in bare answers."""
     answer = case.answer_reading
-    for sentence in () if CUES.isdisjoint(answer.vocabulary) else answer.sentences:
+    sentences = () if CUES.isdisjoint(answer.vocabulary) else answer.sentences
+    for number, sentence in enumerate(sentences):
         for placing in placings(sentence):
+            if isinstance(placing, InFrame) and placing.pronoun:
+                meant = _antecedent(case, number)
+                if meant is None:
+                    continue
+                placing = replace(placing, subjects=(meant,))
             yield _judge(case, sentence, placing, "answer")
     yield from _check_yes_no(case)
     yield from _check_bare_answer(case)
+
+
+def _antecedent(case: Case, number: int) -> Mention | None:
+    """Return what a pronoun in this sentence stands for, where only one thing comes into question.
+
+    That is the subject of the sentence before, or of the question.
+    """
+    if number:
+        before = case.answer_reading.sentences[number - 1].mentions[:1]
+    else:
+        before = case.question.mentions if len(case.question.mentions) == 1 else ()
+    asserted = [m for m in before if m.stance == "asserted"]
+    return asserted[0] if asserted else None
 
 
 def _judge(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from data_tools.instruct.verification.geometry import Direction, Region
-from data_tools.instruct.verification.lexicon import word_set
+from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 Touch = Literal["on", "under", "in", "next to"]
@@ -17,7 +17,8 @@ class InFrame:
     """Things said to be in a region of the picture.
 
     `subjects` may each be the one that is meant. `plain`: `on the left`, without naming the
-    picture, which may also be said of two things.
+    picture, which may also be said of two things. `pronoun`: an `it` or `they` is placed, and
+    `subjects` is empty.
     """
 
     subjects: tuple[Mention, ...]
@@ -25,6 +26,7 @@ class InFrame:
     plain: bool
     first: int
     last: int
+    pronoun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,13 @@ class Beside:
 
 def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
     """Every place that a sentence gives to a thing it names."""
-    if not sentence.mentions or CUES.isdisjoint(sentence.words):
+    if CUES.isdisjoint(sentence.words):
         return
     words = sentence.words
     for index, word in enumerate(words):
         if word not in CUES:
             continue
-        if word in _SIDES:
+        if word in _SIDES or word in _CORNERS:
             found = _side(sentence, index)
         elif word in _VERTICAL:
             found = _vertical(sentence, index)
@@ -63,11 +65,11 @@ def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
 def _side(sentence: Sentence, index: int) -> InFrame | Beside | None:
     """From the word `left` or `right`."""
     words = sentence.words
-    side = words[index]
+    side = words[index].removesuffix("-hand").removesuffix("most")
     before = words[index - 1] if index else ""
     first = index - 1 if before in _BEFORE_SIDE else index
-    regions: tuple[Region, ...] = (side,)  # type: ignore[assignment]
-    if before in _VERTICAL_OF:
+    regions: tuple[Region, ...] = _CORNERS.get(side, (side,))  # type: ignore[arg-type]
+    if before in _VERTICAL_OF and len(regions) == 1:
         regions = (_VERTICAL_OF[before], side)  # type: ignore[assignment]
     last, named = _skip_part(words, index)
     after = words[last + 1] if last + 1 < len(words) else ""
@@ -132,7 +134,14 @@ def _in_frame(
     sentence: Sentence, regions: tuple[Region, ...], plain: bool, first: int, last: int
 ) -> InFrame | None:
     subjects = _subjects(sentence, first, last)
-    return InFrame(subjects, regions, plain, first, last) if subjects else None
+    if subjects:
+        return InFrame(subjects, regions, plain, first, last)
+    begin, _ = sentence.clause(max(0, first - 1))
+    opens = sentence.words[begin : begin + 2]
+    named = any(begin <= m.first < first for m in sentence.mentions)
+    if len(opens) == 2 and opens[0] in _PRONOUNS and opens[1] in _PLACING and not named:
+        return InFrame((), regions, plain, first, last, pronoun=True)
+    return None
 
 
 def _beside(sentence: Sentence, first: int, last: int, how: Direction | Touch) -> Beside | None:
@@ -188,10 +197,16 @@ def _may_end(word: str) -> bool:
     return not word or not word[0].isalpha() or word in _AFTER_PLAIN
 
 
-_SIDES: Final = word_set("left right")
+_SIDES: Final = word_set("left right left-hand right-hand leftmost rightmost")
 _VERTICAL_OF: Final[dict[str, Region]] = {
     "upper": "top", "top": "top", "lower": "bottom", "bottom": "bottom",
 }  # fmt: skip
+_SIDE_OF: Final[dict[str, Region]] = {"left": "left", "right": "right"}
+_CORNERS: Final[dict[str, tuple[Region, ...]]] = {
+    f"{vertical}-{side}": (region, where)
+    for vertical, region in _VERTICAL_OF.items()
+    for side, where in _SIDE_OF.items()
+}
 _VERTICAL: Final = frozenset(_VERTICAL_OF)
 _CENTRES: Final = word_set("centre center middle")
 _ORDER: Final[dict[str, Direction]] = {"above": "above", "below": "below"}
@@ -199,7 +214,7 @@ _TOUCHES: Final[dict[str, Touch]] = {
     "on": "on", "onto": "on", "atop": "on", "under": "under", "underneath": "under",
     "beneath": "under", "in": "in", "inside": "in", "next": "next to", "beside": "next to",
 }  # fmt: skip
-CUES: Final = _SIDES | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
+CUES: Final = _SIDES | _CORNERS.keys() | _VERTICAL | _CENTRES | _ORDER.keys() | _TOUCHES.keys()
 _BEFORE_SIDE: Final = word_set("the far upper lower top bottom immediate extreme")
 _PARTS: Final = word_set("hand side half part portion third corner edge section area")
 _FRAME: Final = word_set("picture image photo photograph frame scene shot view")
@@ -210,6 +225,8 @@ _POSTURES: Final = word_set(
     "sitting standing lying laying sits stands lies lays placed resting rests perched seated "
     "parked located positioned"
 )
+_PLACING: Final = _BE | _POSTURES | word_set("can appears seems 're 's")
+_PRONOUNS: Final = word_set("it he she they")
 _LEADING: Final = word_set("on to in at the far immediate directly just and , towards toward")
 _INVERTED: Final = word_set("is are there stands sits lies , we")
 _NOT_BEFORE_NOUN: Final = word_set(

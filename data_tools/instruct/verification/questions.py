@@ -1,10 +1,11 @@
 """What a question asks, and whether its answer says yes, no, or a number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.lazy import lazy
-from data_tools.instruct.verification.lexicon import word_set
 from data_tools.instruct.verification.numbers import number_of
 from data_tools.instruct.verification.reading import Mention, Reading, Sentence
 
@@ -81,6 +82,12 @@ class Question:
         ):
             return "no"
         # `I see a cat and a cup, so yes.`: reasons first, then the verdict
+        if words[0] in ("unfortunately", "actually") and words[1:2] == [","]:
+            words = words[2:]
+            if words[:1] == ["no"]:
+                return "no"
+        if not self.answer.mentions and _denies(words):
+            return "no"
         if words[-1] == "." and words[-3:-1] in (["so", "yes"], ["so", "no"]):
             return "yes" if words[-2] == "yes" else "no"
         return None
@@ -131,13 +138,24 @@ class Question:
         return existential and self.is_unrestricted and bool(self.mentions)
 
 
+def _denies(words: Sequence[str]) -> bool:
+    """Return whether an answer that names nothing denies: `I do not see any`, `None are there`."""
+    text = " ".join(words[:9])
+    return text.startswith(
+        ("none ", "nothing ", "not that ", "there are none", "there is none")
+    ) or (
+        bool({"not", "don't", "can't", "cannot", "aren't", "isn't"} & set(words[:5]))
+        and bool({"any", "one"} & set(words[:8]))
+    )
+
+
 _POLITE: Final = word_set("please so and now , tell me")
 _AUXILIARIES: Final = word_set("is are does do can could was were has have did")
-_YES: Final = word_set("yes yeah yep correct indeed")
+_YES: Final = word_set("yes yeah yep correct indeed absolutely definitely certainly sure exactly")
 _SHOWING: Final = word_set("show contain include have feature visible present")
 _OF_EXISTENCE: Final = word_set(
     "is are there a an any some the can could you we i one see do does did picture image photo "
     "photograph scene show contain include have feature in this here visible present be seen how "
     "many number of what s or at all shown pictured pair pairs piece pieces and , anywhere please "
-    "total me tell"
+    "total me tell its kitchen room bathroom bedroom street"
 )

@@ -1,0 +1,159 @@
+"""Actions: supported, contradicted where captions give the same subject another one, or unknown."""
+
+from collections.abc import Iterator
+from functools import cache
+
+from data_tools import wording
+from data_tools.instruct.schema import Check
+from data_tools.instruct.verification.case import Case
+from data_tools.instruct.verification.describing import PRONOUN, Action, action_stems, actions
+from data_tools.instruct.verification.grammar import word_set
+from data_tools.instruct.verification.knowledge import ANIMALS
+
+
+def check(case: Case) -> Iterator[Check]:
+    """Yield a finding for each kind of verb of the answer."""
+    reading, knowledge = case.answer_reading, case.knowledge
+    stems = action_stems()
+    used = {stems[word] for word in reading.vocabulary if word in stems}
+    if not used:
+        return
+    named: set[str] = set()
+    for number, sentence in enumerate(reading.sentences):
+        for action in actions(sentence):
+            first = action.mention is None or _is_first(named, action)
+            if action.stem not in used:
+                continue
+            captions = knowledge.actions.get(action.stem, ())
+            span = sentence.span(action.index, action.index)
+            if captions:
+                used.discard(action.stem)
+                ids = tuple(n for n in captions if n)
+                yield case.check("action", "supported", None, "answer", span, action.stem, ids)
+                continue
+            if sentence.asserts(action.index, action.index):
+                ids = excluding(case, action, opening=number == 0, first=first)
+                if ids:
+                    used.discard(action.stem)
+                    yield case.check(
+                        "action", "contradicted", "ACTION_WRONG", "answer", span, action.stem, ids
+                    )
+                    continue
+            used.discard(action.stem)
+            refused = case.config.unknown_attributes == "reject"
+            code = "ATTRIBUTE_UNKNOWN" if refused and case.sample_type != "reasoning" else None
+            yield case.check("action", "unknown", code, "answer", span, action.stem)
+        named.update(name for m in sentence.mentions for name in m.entry.categories)
+
+
+def excluding(case: Case, action: Action, *, opening: bool, first: bool) -> tuple[int, ...]:
+    """Return the captions whose action excludes this one; none where they do not decide.
+
+    Args:
+        case: The turn.
+        action: What the answer claims; no caption has it.
+        opening: Whether its sentence is the answer's first.
+        first: Whether its subject is the first of its category that the answer names.
+    """
+    subject, number = _subject(case, action, opening=opening)
+    if action.stem in ("ride", "drive") and action.target is not None:
+        ridden = _ridden(case, action.target)
+        if ridden:
+            return ridden
+    if subject is None or (subject not in _ANIMATE and action.stem not in _OF_VEHICLES):
+        return ()
+    known = case.knowledge.actions_of.get(subject, {})
+    if not known:
+        return ()
+    asked = opening and _asks_for_action(case)
+    if not asked and (not first or not _is_alone(case, subject, number)):
+        return ()
+    excluded = _excluded(subject == "person")
+    tasks, compatible = _tasks()
+    ids: set[int] = set()
+    for stem, captions in known.items():
+        out = stem in excluded.get(action.stem, ()) or (
+            asked
+            and action.stem in tasks
+            and stem in tasks
+            and (action.stem, stem) not in compatible
+        )
+        if out:
+            ids.update(captions)
+        elif stem in tasks and (action.stem, stem) in compatible:
+            return ()
+    return tuple(sorted(n for n in ids if n))
+
+
+def _ridden(case: Case, target: str) -> tuple[int, ...]:
+    """Return the captions by which nobody rides this: parked vehicles, people standing by it."""
+    knowledge = case.knowledge
+    if len(knowledge.boxes.get(target, ())) > 1:
+        return ()
+    if target in ANIMALS:
+        people = knowledge.actions_of.get("person", {})
+        found = [ids for stem, ids in people.items() if stem in ("stand", "pet", "feed", "sit")]
+    else:
+        found = [knowledge.actions_of.get(target, {}).get("park", ())]
+    return tuple(sorted({number for ids in found for number in ids if number}))
+
+
+def _subject(case: Case, action: Action, *, opening: bool) -> tuple[str | None, str]:
+    """Return whose action it is: a category; and whether one or many are meant."""
+    if action.mention is not None:
+        return action.subject, action.mention.number
+    if action.subject == PRONOUN or (action.subject is None and action.index <= 1):
+        mentions = [m for m in case.question.mentions if len(m.entry.categories) == 1]
+        if mentions and opening:
+            return mentions[0].entry.categories[0], mentions[0].number
+    return None, "any"
+
+
+def _is_alone(case: Case, subject: str, number: str) -> bool:
+    """Return whether the captions must speak of the same one."""
+    knowledge = case.knowledge
+    most = max(knowledge.counts.get(subject, {}), default=1)
+    if number == "many":
+        return most > 1 and (knowledge.prominent(subject) <= most or not knowledge.has_boxes)
+    return most == 1 and knowledge.prominent(subject) <= 1
+
+
+def _is_first(named: set[str], action: Action) -> bool:
+    """Return whether the subject is the first of its category that the answer names."""
+    mention = action.mention
+    assert mention is not None
+    if mention.word in _BACKGROUND:
+        return False
+    return named.isdisjoint(mention.entry.categories) or mention.number == "many"
+
+
+def _asks_for_action(case: Case) -> bool:
+    return not _ASKING.isdisjoint(case.question_reading.vocabulary)
+
+
+@cache
+def _excluded(person: bool) -> dict[str, frozenset[str]]:
+    """Return for every verb those that it excludes, both ways."""
+    listed = wording.load("facts")["activities"]
+    found: dict[str, set[str]] = {}
+    tables = [listed["postures"]] + ([listed["person_postures"]] if person else [])
+    for table in tables:
+        for stem, others in table.items():
+            for other in others:
+                found.setdefault(stem, set()).add(other)
+                found.setdefault(other, set()).add(stem)
+    return {stem: frozenset(others) for stem, others in found.items()}
+
+
+@cache
+def _tasks() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    """Return the actions that fill a person's attention, and the pairs that go together."""
+    listed = wording.load("facts")["activities"]
+    pairs = [(a, b) for a, b in listed["compatible"]]
+    return frozenset(listed["tasks"]), frozenset(pairs + [(b, a) for a, b in pairs])
+
+
+_ANIMATE = frozenset({"person", *ANIMALS})
+_OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})
+_ASKING = word_set("doing do position posture activity action happening riding sitting")
+_BACKGROUND = word_set("spectators spectator audience crowd onlookers passersby others")

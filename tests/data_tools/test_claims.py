@@ -1,0 +1,255 @@
+"""Kinds of wrong claims that captions and boxes decide, each next to a true one like it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.coco import Box, Picture, read_coco
+from data_tools.instruct.config import VerifyConfig
+from data_tools.instruct.schema import SampleType, Shown, Turn
+from data_tools.instruct.verification import Policy, check_sample, reasons
+
+CASES = Path(__file__).parent / "verify_cases"
+CATEGORIES = tuple(
+    category["name"]
+    for category in json.loads((CASES / "instances.json").read_text(encoding="utf-8"))["categories"]
+)
+POLICY = Policy(VerifyConfig(), CATEGORIES)
+
+
+def image(*captions: str, boxes: tuple[tuple[Any, ...], ...] = ()) -> Picture:
+    """An image of 640 x 480 with captions 1, 2, ... and boxes (category, left, top, w, h)."""
+    made = tuple(
+        Box(name, *(float(value) for value in place), crowd=False, id=100 + number)
+        for number, (name, *place) in enumerate(boxes)
+    )
+    return Picture(1, "1.jpg", 640, 480, captions, made, tuple(range(1, len(captions) + 1)))
+
+
+MAN = image(
+    "A man in a green shirt is riding a skateboard on a sunny day.",
+    "A man on a skateboard in front of a white building.",
+    "The man rides his skateboard past a parked red car.",
+    boxes=(
+        ("person", 200, 50, 150, 350), ("skateboard", 220, 380, 100, 40), ("car", 450, 100, 150, 90)
+    ),
+)  # fmt: skip
+GIRLS = image(
+    "Two girls are petting two goats in a pen.",
+    "Two young girls pet goats at a zoo.",
+    "A girl in a blue dress strokes a goat while her sister watches.",
+    boxes=(
+        ("person", 100, 50, 150, 350), ("person", 300, 50, 150, 350), ("person", 480, 60, 120, 330),
+        ("sheep", 100, 300, 300, 150),
+    ),
+)  # fmt: skip
+BEAR = image(
+    "A black bear sits on the grass surrounded by five vultures.",
+    "A black bear in a field with five vultures around it.",
+    boxes=(
+        ("bear", 200, 120, 230, 190), *(("bird", 20 + 110 * i, 330, 80, 100) for i in range(5)),
+    ),
+)  # fmt: skip
+CLOCK = image("A clock on a building that reads 8:25.", boxes=(("clock", 250, 50, 200, 200),))
+DESK = image(
+    "A wooden desk with a laptop and two monitors in an office.",
+    "Two monitors and a laptop on a desk.",
+    boxes=(
+        ("tv", 200, 100, 150, 120), ("tv", 380, 100, 150, 120), ("laptop", 10, 200, 150, 120),
+    ),
+)  # fmt: skip
+ROOM = image(
+    "A kitchen with white cabinets and a closed refrigerator.",
+    "A cat is sleeping on the table in a kitchen.",
+    boxes=(("cat", 200, 200, 150, 90), ("dining table", 100, 250, 400, 200)),
+)
+
+
+def codes(
+    answer: str,
+    picture: Picture,
+    question: str = "What do you see?",
+    sample_type: SampleType = "conversation",
+) -> tuple[str, ...]:
+    turn = Turn(question=question, answer=answer, kind="object")
+    return reasons(check_sample((turn,), sample_type, picture, Shown(), POLICY))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "true", "picture", "code"),
+    [
+        # a noun before a verb that is a noun as well
+        ("A zebra watches the man.", "A man watches the car.", MAN, "OBJECT_NOT_FOUND"),
+        ("A dog monitors the door.", "The man monitors the car.", MAN, "OBJECT_NOT_FOUND"),
+        ("A zebra drinks from a fountain.", "The man drinks water.", MAN, "OBJECT_NOT_FOUND"),
+        ("The zebra's tail is long.", "The man's car is red.", MAN, "OBJECT_NOT_FOUND"),
+        # numbers of kinds of things
+        ("There are four vultures.", "There are five vultures.", BEAR, "COUNT_WRONG"),
+        ("Three vultures surround the bear.", "Five vultures surround it.", BEAR, "COUNT_WRONG"),
+        ("The two vultures stay close.", "Two of the vultures stay close.", BEAR, "COUNT_WRONG"),
+        ("Three girls pet the goats.", "The two girls pet goats.", GIRLS, "COUNT_TOO_HIGH"),
+        ("There are four monitors.", "There are two monitors.", DESK, "COUNT_WRONG"),
+        # hypothetical words reach no further than their clause
+        ("The man is waiting, while two dogs sit there.", "He may meet a dog, or two dogs.", MAN,
+         "OBJECT_NOT_FOUND"),
+        ("He is enjoying the view while a dog runs along.", "He is ready to meet a dog.", MAN,
+         "OBJECT_NOT_FOUND"),
+        ("It might rain, and a bus waits there.", "It might rain, or a bus might come.", MAN,
+         "OBJECT_NOT_FOUND"),
+        # wider words
+        ("There are no animals.", "There are no vehicles.", BEAR, "OBJECT_DENIED"),
+        ("No vehicles are visible.", "No animals are visible.", MAN, "OBJECT_DENIED"),
+        ("There is no car in sight.", "There is no other car in sight.", MAN, "OBJECT_DENIED"),
+        # attributes
+        ("He wears a red shirt.", "He wears a dark green shirt.", MAN, "ATTRIBUTE_WRONG"),
+        ("The bear is brown.", "The bear is black.", BEAR, "ATTRIBUTE_WRONG"),
+        ("The desk is made of glass.", "The desk is made of wood.", DESK, "ATTRIBUTE_WRONG"),
+        ("The refrigerator is open.", "The refrigerator is closed.", ROOM, "ATTRIBUTE_WRONG"),
+        ("The cabinets are dark brown.", "The cabinets are off-white.", ROOM, "ATTRIBUTE_WRONG"),
+        # actions
+        ("The cat is eating.", "The cat is resting.", ROOM, "ACTION_WRONG"),
+        ("A man lies on a skateboard.", "A man stands on a skateboard.", MAN, "ACTION_WRONG"),
+        # kinds
+        ("A woman rides a skateboard.", "A guy rides a skateboard.", MAN, "KIND_WRONG"),
+        ("She is on a skateboard.", "He is on a skateboard.", MAN, "KIND_WRONG"),
+        ("Two men pet the goats.", "Two children pet the goats.", GIRLS, "KIND_WRONG"),
+        ("A polar bear sits there.", "A bear sits there.", BEAR, "KIND_WRONG"),
+        ("Five pigeons surround the bear.", "Five birds surround it.", BEAR, "KIND_WRONG"),
+        ("He is snowboarding.", "He is skateboarding.", MAN, "KIND_WRONG"),
+        ("The cat is in a bathroom.", "The cat is in the kitchen.", ROOM, "KIND_WRONG"),
+        # times
+        ("It is ten past three.", "It is 8:23 by that clock.", CLOCK, "TIME_WRONG"),
+        ("The man rides at night.", "The man rides during the day.", MAN, "TIME_WRONG"),
+        # relations that captions give
+        ("The man is behind the building.", "The man is in front of the building.", MAN,
+         "RELATION_REFUTED"),
+        # places
+        ("The laptop is on the right-hand side of the image.",
+         "The laptop is on the left-hand side of the image.", DESK, "PLACE_WRONG"),
+        ("There is a laptop. It is in the top-right corner of the image.",
+         "There is a laptop. It is in the left half of the image.", DESK, "PLACE_WRONG"),
+    ],
+)  # fmt: skip
+def test_a_wrong_claim_is_rejected_and_a_true_one_like_it_is_not(
+    wrong: str, true: str, picture: Picture, code: str
+) -> None:
+    assert code in codes(wrong, picture)
+    assert codes(true, picture) == ()
+
+
+@pytest.mark.parametrize(
+    ("question", "wrong", "true", "picture", "code"),
+    [
+        ("Can you see any cars?", "I do not see any.", "Yes, one.", MAN, "OBJECT_DENIED"),
+        ("Is there a car?", "Unfortunately, no.", "Absolutely.", MAN, "OBJECT_DENIED"),
+        ("Is there a zebra?", "Absolutely, it runs.", "No.", MAN, "OBJECT_NOT_FOUND"),
+        ("What color is the shirt?", "Blue.", "Light green.", MAN, "ATTRIBUTE_WRONG"),
+        ("What is the bear's fur like?", "Its fur is white.", "Its fur is black.", BEAR,
+         "ATTRIBUTE_WRONG"),
+        ("What are the girls doing?", "They are washing the goats.", "They are stroking goats.",
+         GIRLS, "ACTION_WRONG"),
+        ("Who pets the goats?", "Two boys do.", "Two girls do.", GIRLS, "KIND_WRONG"),
+        ("Which animal sits on the grass?", "A monkey sits there.", "A bear.", BEAR, "KIND_WRONG"),
+        ("How many girls pet the goats?", "Just one.", "Two.", GIRLS, "COUNT_WRONG"),
+        ("Where is the laptop?", "It is on the right of the image.",
+         "It is on the left of the image.", DESK, "PLACE_WRONG"),
+    ],
+)  # fmt: skip
+def test_a_wrong_answer_is_rejected_and_a_true_one_to_the_same_question_is_not(
+    question: str, wrong: str, true: str, picture: Picture, code: str
+) -> None:
+    assert code in codes(wrong, picture, question)
+    assert codes(true, picture, question) == ()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A bus has stopped at the curb, so the man may take it home.",
+        "The dog next to the man suggests that he lives close by.",
+        "Several dogs are running along, which makes the scene lively.",
+        "The man is riding bicycles for a living, it seems.",
+    ],
+)
+def test_what_reasoning_states_as_a_fact_is_a_claim(answer: str) -> None:
+    assert codes(answer, MAN, "What may happen next?", "reasoning") == ("OBJECT_NOT_FOUND",)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A bus may stop at the curb, and he could take it home.",
+        "Dogs need a lot of exercise, so a walk here would be good for one.",
+        "A bicycle is often faster than a bus in such a street.",
+        "Unlike a bicycle, a skateboard fits into a locker.",
+        "The owner of the car probably lives nearby.",
+    ],
+)
+def test_reasoning_may_speak_of_what_is_possible_or_general(answer: str) -> None:
+    assert codes(answer, MAN, "What may happen next?", "reasoning") == ()
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is on the wall?", "A cloth with orange stripes hangs on a remote wall."),
+        ("Who made it?", "It was made by Apple, and the players train with it for years."),
+        ("What do the men do?", "Both riders wear white and bear a broad smile."),
+        ("What does it say?", 'The text says "Learn Anywhere" in large letters.'),
+        ("What does it say?", "They say the word STOP in capitals."),
+        ("How does he feel?", "He can't help smiling."),
+        ("What are the logs for?", "The logs act as a fence."),
+        ("From where is it seen?", "It is a bird's eye view of the car."),
+        ("Is he alone?", "Yes, no other person is in the image."),
+        ("What part is hidden?", "The bed of the pickup is hidden by the building."),
+        ("Suggest a title for this image.", "A quiet afternoon."),
+        ("I would like to know what stands there.", "A red car."),
+        ("Why is it fast?", "It is almost as fast as a bus."),
+    ],
+)
+def test_idioms_and_adjectives_are_no_claims(question: str, answer: str) -> None:
+    assert codes(answer, MAN, question) == ()
+
+
+def test_a_mirror_image_and_a_bunch_are_not_counted() -> None:
+    mirror = image(
+        "A cat looks at its reflection in a mirror.",
+        boxes=(("cat", 40, 40, 200, 300), ("cat", 350, 40, 200, 300)),
+    )
+    assert codes("There is only one cat.", mirror) == ()
+    apples = image("A bowl of apples.", boxes=(("apple", 100, 100, 300, 200),))
+    assert codes("At least five apples are visible.", apples) == ()
+
+
+def test_words_of_two_captions_do_not_make_one_thing() -> None:
+    kitchen = image("A hot pan on a stove.", "A dog sleeps.", boxes=(("dog", 400, 300, 90, 90),))
+    assert codes("A hot dog lies there.", kitchen) == ("OBJECT_NOT_FOUND",)
+
+
+def test_one_guess_in_three_sentences_is_accepted_and_two_are_not() -> None:
+    plain = "A man rides past a car. He looks happy."
+    assert codes(f"{plain} It is probably his street.", MAN) == ()
+    guesses = "A man rides past a car. It is probably his. He seems to be late."
+    assert codes(guesses, MAN) == ("HEDGED",)
+
+
+ROUNDS = [("review", 0.9, 0.0), ("round_a", 0.95, 0.0)]
+"""Case files with the recall and the share of rejected true answers that must hold."""
+
+
+@pytest.mark.parametrize(("name", "recall", "refused"), ROUNDS)
+def test_the_case_files_are_judged_as_published(name: str, recall: float, refused: float) -> None:
+    index = read_coco(CASES / "instances.json", CASES / "captions.json")
+    images = {picture.id: picture for picture in index.pictures}
+    policy = Policy(VerifyConfig(), index.categories)
+    verdicts: dict[bool, list[bool]] = {True: [], False: []}
+    for line in (CASES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        case = json.loads(line)
+        turns = [Turn(question=q, answer=a, kind="object") for q, a in case["turns"]]
+        found = check_sample(turns, case["type"], images[case["image_id"]], Shown(), policy)
+        if case["decidable_from_annotations"] or case["truth"] == "ok":
+            verdicts[case["truth"] == "ok"].append(bool(reasons(found)))
+    assert sum(verdicts[False]) >= recall * len(verdicts[False])
+    assert sum(verdicts[True]) <= refused * len(verdicts[True])
