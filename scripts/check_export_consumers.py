@@ -161,7 +161,7 @@ def exported(case: Case, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
         byte_tokenizer(),
         folder,
         image_aspect="pad",
-        renderer_chat_template=None,
+        chat_template=None,
         reload=reload_here,
     )
     ids, pixels = sample(model)

@@ -16,7 +16,7 @@ import pytest
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.record_formats import read_records
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SEVEN_B = bench_sizes.SIZES["7b"]
@@ -38,7 +38,7 @@ def test_rows_are_the_same_for_the_same_seed_alone() -> None:
 
 def test_what_peers_see_is_what_our_template_renders_token_for_token(tmp_path: Path) -> None:
     tokenizer = bench_model.make_tokenizer()
-    renderer = Renderer.from_name(bench_model.TEMPLATE, tokenizer)
+    chat_tokenizer = ChatTokenizer.from_name(bench_model.TEMPLATE, tokenizer)
     rows = bench_rows.make_rows(40, seed=2)
     bench_rows.write_rows(rows, tmp_path / "rows.jsonl")
     roles = {"human": "user", "gpt": "assistant"}
@@ -46,7 +46,7 @@ def test_what_peers_see_is_what_our_template_renders_token_for_token(tmp_path: P
         read_records(DataFile(path=str(tmp_path / "rows.jsonl"))), rows, strict=True
     ):
         assert isinstance(record, Conversation)
-        ours = renderer.render(record)
+        ours = chat_tokenizer.tokenize(record)
         theirs = tokenizer.apply_chat_template(
             [{"role": roles[t["from"]], "content": t["value"]} for t in row["conversations"]],
             return_dict=True,

@@ -19,7 +19,7 @@ from vlm_sft.checks.tokenizer.diagnose import diagnose, fitted, read_generation_
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.text_encoder import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
-from vlm_sft.data.tokenize import Rendered, Renderer
+from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import UserError
 from vlm_sft.utils.constants import IGNORE_INDEX
 
@@ -37,9 +37,9 @@ def findings(
     tokenizer: PreTrainedTokenizerBase,
     template: str = "auto",
     generation_config: dict[str, Any] | None = None,
-    renderer: Renderer | None = None,
+    chat_tokenizer: ChatTokenizer | None = None,
 ) -> dict[str, Finding]:
-    made = renderer or Renderer.from_name(template, tokenizer)
+    made = chat_tokenizer or ChatTokenizer.from_name(template, tokenizer)
     return {f.code: f for f in diagnose(tokenizer, template, made, generation_config)}
 
 
@@ -139,8 +139,10 @@ def test_no_padding_token_is_a_note() -> None:
 
 def test_a_jinja_template_that_trims_is_exported_without_trimming() -> None:
     trimming = CHATML.replace("message['content']", "message['content']|trim")
-    renderer = Renderer.from_name("auto", with_template(trimming))
-    text = Case(renderer.tokenizer, "auto", renderer, None).exported.apply_chat_template(
+    chat_tokenizer = ChatTokenizer.from_name("auto", with_template(trimming))
+    text = Case(
+        chat_tokenizer.tokenizer, "auto", chat_tokenizer, None
+    ).exported.apply_chat_template(
         [{"role": "user", "content": "  Is there a dog?\n"}], tokenize=False
     )
     assert text == "<|im_start|>user\n  Is there a dog?\n<|im_end|>\n"
@@ -181,8 +183,10 @@ def test_the_first_stages_template_is_not_blamed_for_writing_no_chat() -> None:
 
 
 def test_a_system_text_of_ones_own_is_no_other_format() -> None:
-    brief = Renderer.from_name("chatml", byte_tokenizer(), default_system="Be brief.")
-    assert findings(byte_tokenizer(), "chatml", renderer=brief)["own_template"].level == "good"
+    brief = ChatTokenizer.from_name("chatml", byte_tokenizer(), default_system="Be brief.")
+    assert (
+        findings(byte_tokenizer(), "chatml", chat_tokenizer=brief)["own_template"].level == "good"
+    )
 
 
 def test_a_template_with_todays_date_is_a_warning() -> None:
@@ -273,29 +277,29 @@ def test_padding_with_unk_is_noted() -> None:
 
 def test_labels_that_cannot_be_proven_are_bad() -> None:
     tokenizer = byte_tokenizer()
-    shouting = Renderer.from_name("chatml", tokenizer)
+    shouting = ChatTokenizer.from_name("chatml", tokenizer)
     decode = shouting.encoder.decode_all
 
     def shout(rows: Sequence[list[int]]) -> list[str]:
         return [text.upper() for text in decode(rows)]
 
     shouting.encoder.decode_all = shout  # type: ignore[method-assign]
-    finding = findings(tokenizer, "chatml", renderer=shouting)["mask_proof"]
+    finding = findings(tokenizer, "chatml", chat_tokenizer=shouting)["mask_proof"]
     assert finding.level == "bad"
     assert "text only, 3 turns, system" in finding.found and "'YES, ON THE" in finding.found
 
 
-class Faulty(Renderer):
-    """A renderer with a fault of its own, put in after the proof."""
+class Faulty(ChatTokenizer):
+    """A chat tokenizer with a fault of its own, put in after the proof."""
 
     fault: str
 
-    def render(self, conversation: Conversation) -> Rendered:
-        rendered = super().render(conversation)
+    def tokenize(self, conversation: Conversation) -> TokenizedRecord:
+        tokenized = super().tokenize(conversation)
         if self.fault == "stop":
-            for span in rendered.answers:
-                rendered.labels[span.end - 1] = IGNORE_INDEX
-        return rendered
+            for span in tokenized.answer_spans:
+                tokenized.labels[span.end - 1] = IGNORE_INDEX
+        return tokenized
 
     def prompt(self, conversation: Conversation) -> list[int]:
         ids = super().prompt(conversation)
@@ -326,18 +330,18 @@ def test_a_faulty_renderer_is_found_out(fault: str, code: str, level: str) -> No
     faulty = Faulty.from_name("chatml", tokenizer)
     assert isinstance(faulty, Faulty)
     faulty.fault = fault
-    assert findings(tokenizer, "chatml", renderer=faulty)[code].level == level
+    assert findings(tokenizer, "chatml", chat_tokenizer=faulty)[code].level == level
 
 
 def test_words_that_become_control_tokens_are_bad() -> None:
     tokenizer = byte_tokenizer()
-    leaky = Renderer.from_name("chatml", tokenizer)
+    leaky = ChatTokenizer.from_name("chatml", tokenizer)
 
     def encode_all(texts: Iterable[str]) -> dict[str, Any]:
         return {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
 
     leaky.encoder.encode_all = encode_all  # type: ignore[method-assign]
-    finding = findings(tokenizer, "chatml", renderer=leaky)["control_from_data"]
+    finding = findings(tokenizer, "chatml", chat_tokenizer=leaky)["control_from_data"]
     assert finding.level == "bad" and "<|im_end|>" in finding.found
 
 

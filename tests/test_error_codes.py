@@ -23,7 +23,7 @@ NAME_AT = {
 }
 """Which argument of a call is a fault's name."""
 
-REASON_AT = {"_entry": 2, "Entry": 3}
+REASON_AT = {"_entry": 2, "LedgerEntry": 3}
 """Which argument of a call of the trainer is a ledger's reason; the data tools have none."""
 
 RELAYS = ("CODE_OF_FACT.get(name)", "code_of(error).name", "error.reason", "reason", "code")

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from vlm_sft.data.text_encoder import Unspellable
+from vlm_sft.data.text_encoder import UnencodableText
 from vlm_sft.errors import (
     CheckpointError,
     ConfigError,
@@ -42,7 +42,7 @@ def test_an_image_error_comes_back_from_pickle_as_it_was() -> None:
         (ConfigError, "VS001"),
         (CheckpointError, "VS100"),
         (TemplateError, "VS325"),
-        (Unspellable, "VS324"),
+        (UnencodableText, "VS324"),
     ],
 )
 def test_plain_user_errors_keep_their_class_s_code_or_their_own(

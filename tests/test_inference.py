@@ -189,7 +189,7 @@ def test_a_stage_1_run_describes_an_image_and_takes_one_question(tmp_path: Path)
 def test_an_answer_ends_at_the_templates_stop_token(full: VlmRun) -> None:
     asked = question("Which color?", [RED])
     ids = torch.tensor([full.prompt_ids(asked)])
-    stops = full.renderer.stop_token_ids
+    stops = full.chat_tokenizer.eot_token_ids
     (said,) = full.model.generate(
         ids,
         torch.ones_like(ids),
@@ -214,7 +214,7 @@ def test_a_streamed_answer_is_the_answer_in_pieces(lora: VlmRun) -> None:
         lora.pixels(BLUE)[None],
         max_new_tokens=30,
         do_sample=False,
-        eos_token_id=list(lora.renderer.stop_token_ids),
+        eos_token_id=list(lora.chat_tokenizer.eot_token_ids),
         pad_token_id=lora.pad_token_id,
     )
     pieces = list(lora.stream(asked, max_new_tokens=30))
@@ -250,7 +250,7 @@ def say_only(run: VlmRun, said: list[int], monkeypatch: pytest.MonkeyPatch) -> l
 def test_a_reader_that_goes_away_ends_the_answer(
     lora: VlmRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = say_only(lora, lora.renderer.answer_ids("ab ")[:-1], monkeypatch)
+    made = say_only(lora, lora.chat_tokenizer.answer_ids("ab ")[:-1], monkeypatch)
     stream = lora.stream(question("Which shape?"), max_new_tokens=400)
     assert next(stream) == "ab "
     stream.close()
@@ -265,7 +265,7 @@ def test_a_stream_holds_the_answers_letters_and_no_more(
     options = ["train.max_steps=1", "data.max_length=512", f"data.template={template}"]
     run = load_run(trained(tmp_path / "run", "stage2_lora", *options), device="cpu")
     text = "türkis, 中文 und\n  two </s> lines 🙂"
-    say_only(run, run.renderer.answer_ids(text), monkeypatch)
+    say_only(run, run.chat_tokenizer.answer_ids(text), monkeypatch)
     pieces = list(run.stream(question("Which?", [RED]), max_new_tokens=200))
     assert len(pieces) > 3 and "".join(pieces) == text
 
@@ -332,6 +332,6 @@ def test_an_older_checkpoint_asks_as_its_content_parts_were_trained(
 ) -> None:
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Red."}]
     run = older_checkpoint(lora_run, tmp_path / "old", [{"messages": turns, "images": ["a.png"]}])
-    assert run.renderer.image_separator == separator
+    assert run.chat_tokenizer.image_separator == separator
     (tmp_path / "records.json").unlink()
-    assert load_run(tmp_path / "old", device="cpu").renderer.image_separator == "\n"
+    assert load_run(tmp_path / "old", device="cpu").chat_tokenizer.image_separator == "\n"

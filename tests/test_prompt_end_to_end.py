@@ -136,7 +136,7 @@ def test_every_way_of_asking_gives_the_same_answer(
     assert processor.decode(answer, skip_special_tokens=True).strip() == expected
     stops = stock.generation_config.eos_token_id
     assert sorted([stops] if isinstance(stops, int) else stops) == sorted(
-        run.renderer.stop_token_ids
+        run.chat_tokenizer.eot_token_ids
     )
 
     ask = pipeline("image-text-to-text", model=str(exported), device="cpu")

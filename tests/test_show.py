@@ -19,12 +19,12 @@ from vlm_sft import show
 from vlm_sft.config.schema import DataConfig, DataFile, load_config
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.filtering import Admission
+from vlm_sft.data.filtering import RecordFilter
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.record_formats import read_records
 from vlm_sft.data.text_encoder import byte_tokenizer
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.tokens import view_tokens
@@ -244,7 +244,7 @@ def test_statistics_equal_the_ledger_of_a_run(
     ledger = Ledger()
     dataset = SupervisedDataset(
         config.train,
-        Renderer.from_name("chatml", byte_tokenizer()),
+        ChatTokenizer.from_name("chatml", byte_tokenizer()),
         ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         num_image_tokens=statistics["image_tokens_per_image"],
         config=config,
@@ -538,17 +538,19 @@ def test_the_trained_tokens_of_a_page_are_the_answers(tmp_path: Path) -> None:
 def test_tokens_together_spell_exactly_what_was_encoded(tokenizer: str, template: str) -> None:
     if (reason := missing(tokenizer)) is not None:
         pytest.skip(reason)
-    renderer = Renderer.from_name(template, load(tokenizer))
-    admission = Admission(renderer, num_image_tokens=1, config=DataConfig(train=[DATA_FILE]))
+    chat_tokenizer = ChatTokenizer.from_name(template, load(tokenizer))
+    record_filter = RecordFilter(
+        chat_tokenizer, num_image_tokens=1, config=DataConfig(train=[DATA_FILE])
+    )
     for text in [*NASTY, " two  spaces ", "\n\nlines\n", "한국어 " * 9, "👩‍🚀", "a\ufffdb\ufffd"]:
         asked, answer = Turn("user", (TextPart("Q" + text),)), Turn("assistant", (TextPart(text),))
-        outcome = admission.decide(Conversation("x", (asked, answer)))
-        view = view_tokens(Inspected(0, outcome), renderer, 1)
+        result = record_filter.filter(Conversation("x", (asked, answer)))
+        view = view_tokens(Inspected(0, result), chat_tokenizer, 1)
         assert view is not None
         (trained,) = (span for span in view.spans if span.kind == "trained")
         text_of_span = "".join(token.text for token in trained.tokens if not token.is_special)
         prefix = " " if template == "vicuna_v1" else ""
-        assert text_of_span == renderer.encoder.normalized(prefix + text)
+        assert text_of_span == chat_tokenizer.encoder.normalized(prefix + text)
         assert len(trained.tokens) <= view.num_trained
         if "\ufffd" not in text and len(text) > 20:
             assert len(trained.tokens) > 3  # tokens are shown one by one

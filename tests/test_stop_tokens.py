@@ -23,7 +23,7 @@ from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.text_encoder import byte_tokenizer
-from vlm_sft.data.tokenize import Renderer, expand
+from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -127,22 +127,22 @@ CONTROL = [
 ]
 
 
-def speaker(template: str) -> Renderer:
+def speaker(template: str) -> ChatTokenizer:
     """Single bytes, and the control tokens of every template."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(token, special=True) for token in CONTROL])
-    return Renderer.from_name(template, tokenizer)
+    return ChatTokenizer.from_name(template, tokenizer)
 
 
 # `llava_plain` has no stop token by its nature.
 @pytest.mark.parametrize("template", sorted({"auto", *builtin_templates()} - {"llava_plain"}))
 def test_all_eight_answers_are_right_and_end_by_themselves(template: str, tmp_path: Path) -> None:
-    renderer = speaker(template)
+    chat_tokenizer = speaker(template)
     tower = build_model(CONFIG, dtype=torch.float32, seed=1).vision_tower
     file = DataFile(path=str(records(template, tmp_path)))
     data = SupervisedDataset(
         [file],
-        renderer,
+        chat_tokenizer,
         tower.image_spec,
         num_image_tokens=tower.num_tokens,
         config=DataConfig(train=[file]),
@@ -153,7 +153,7 @@ def test_all_eight_answers_are_right_and_end_by_themselves(template: str, tmp_pa
     for index in range(8):
         conversation = data.conversation(index)
         *asked, answer = conversation.turns
-        prompt = renderer.prompt(Conversation("", tuple(asked), conversation.images))
+        prompt = chat_tokenizer.prompt(Conversation("", tuple(asked), conversation.images))
         ids = torch.tensor([expand(prompt, tower.num_tokens)])
         pixels = data[index].pixel_values
         assert (IMAGE_TOKEN_ID in prompt) == bool(len(pixels))
@@ -163,9 +163,11 @@ def test_all_eight_answers_are_right_and_end_by_themselves(template: str, tmp_pa
             pixels,
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
-            eos_token_id=list(renderer.stop_token_ids),
-            pad_token_id=renderer.tokenizer.pad_token_id,
+            eos_token_id=list(chat_tokenizer.eot_token_ids),
+            pad_token_id=chat_tokenizer.tokenizer.pad_token_id,
         ).tolist()
-        assert said[-1] in renderer.stop_token_ids and len(said) < MAX_NEW_TOKENS
-        assert said == renderer.answer_ids(answer.text)
-        assert renderer.tokenizer.decode(said, skip_special_tokens=True).strip() == answer.text
+        assert said[-1] in chat_tokenizer.eot_token_ids and len(said) < MAX_NEW_TOKENS
+        assert said == chat_tokenizer.answer_ids(answer.text)
+        assert (
+            chat_tokenizer.tokenizer.decode(said, skip_special_tokens=True).strip() == answer.text
+        )

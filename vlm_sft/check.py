@@ -8,7 +8,7 @@ from vlm_sft.errors import UserError, run_command
 from vlm_sft.utils.ownership import require_output_file
 
 ABOUT = """\
-Read and render every record, open every image in full, build the model, rehearse saving, and
+Read and tokenize every record, open every image in full, build the model, rehearse saving, and
 try what the tokenizer and the chat template do together. With --tokenizer instead of CONFIG.yaml:
 the tokenizer and the template alone.
 

@@ -34,7 +34,7 @@ examples:
 With hub names, their configuration and tokenizer (not the weights) must be in the local cache."""
 
 SAMPLE: Final = 20_000
-"""Records of each file that are rendered unless `--sample` says otherwise."""
+"""Records of each file that are tokenized unless `--sample` says otherwise."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,7 +72,7 @@ def parser() -> CommandParser:
         type=whole_number(0),
         default=SAMPLE,
         metavar="N",
-        help=f"records of each file to render, drawn at random; 0: all (default: {SAMPLE:,})",
+        help=f"records of each file to tokenize, drawn at random; 0: all (default: {SAMPLE:,})",
     )
     add("--json", action="store_true", help="the plan as one JSON object on stdout")
     add("--calibrate", action="store_true", help="also train a few steps here; needs the weights")

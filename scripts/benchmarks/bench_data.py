@@ -7,7 +7,7 @@
 All ways go over the same JPEGs in memory, in turns, on one thread; figures are medians over rounds
 of images per CPU-second (process time), so that a busy machine changes them less. The made-up
 images have the size and the bytes of a photograph of COCO saved once more for the web (640 x 480,
-about 100 KB). The text path has its own: `scripts/benchmarks/bench_rendering.py`.
+about 100 KB). The text path has its own: `scripts/benchmarks/bench_tokenize.py`.
 """
 
 import argparse

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.model.build import build_model
 from vlm_sft.utils.atomic_files import write_json
@@ -140,8 +140,8 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def system_text(tokenizer: PreTrainedTokenizerFast) -> str:
     """What `vicuna_v1` begins with."""
-    renderer = Renderer.from_name(TEMPLATE, tokenizer)
-    text = renderer.template.default_system
+    chat_tokenizer = ChatTokenizer.from_name(TEMPLATE, tokenizer)
+    text = chat_tokenizer.template.default_system
     assert text is not None
     return text
 
@@ -208,7 +208,7 @@ def _write_llava(folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.
         tokenizer,
         folder / "llava",
         image_aspect="crop",
-        renderer_chat_template=tokenizer.chat_template,
+        chat_template=tokenizer.chat_template,
         sample=text_alone,
     )
     # The processor that users get by default (torchvision's resize) instead of the export's own.

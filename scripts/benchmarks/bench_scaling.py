@@ -3,10 +3,10 @@
     scripts/benchmarks/bench_scaling                                   # 1,000 to 1,000,000 records
     scripts/benchmarks/bench_scaling --records 1000 10000 --parts records step
 
-Records: made-up records of one exchange that repeat a few real images are read, rendered,
+Records: made-up records of one exchange that repeat a few real images are read, tokenized,
 admitted, put in order and packed as a run does it; what each costs should not depend on how many
 there are (needs Linux: memory is read from /proc). Step, text
-and image: a step of the tiny LLaVA, rendering, and opening images. Processes: the same steps of
+and image: a step of the tiny LLaVA, tokenization, and opening images. Processes: the same steps of
 `vlm_sft.stage2` under torchrun with one process and with two.
 """
 
@@ -37,7 +37,7 @@ from vlm_sft.data.batch import collate
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.images import read_pixels
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError, run_command
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import set_trainable
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 RECORD_COLUMNS = {
     "records": "records",
-    "render_ms": "read and render, CPU-ms",
+    "tokenize_ms": "read and tokenize, CPU-ms",
     "order_us": "order, CPU-us",
     "pack_us": "pack, CPU-us",
     "open_ms": "open one, CPU-ms",
@@ -109,7 +109,7 @@ def _records(work: Path, counts: Sequence[int]) -> tuple[Table, list[Panel]]:
         {
             "title": "Time a record",
             "x": x,
-            "y": {"read, render, admit": [row["render_ms"] * 1e3 for row in rows]}
+            "y": {"read, tokenize, filter": [row["tokenize_ms"] * 1e3 for row in rows]}
             | {"order an epoch": [row["order_us"] for row in rows]}
             | {"plan packs": [row["pack_us"] for row in rows]},
             "xlabel": "records",
@@ -166,7 +166,7 @@ def _record_row(found: Mapping[str, Any]) -> dict[str, Any]:
     begin = points["start"]["resident"]
     return {
         "records": count,
-        "render_ms": 1e3 * cost("read and rendered") / count,
+        "tokenize_ms": 1e3 * cost("read and tokenized") / count,
         "order_us": 1e6 * cost("in order") / count,
         "pack_us": 1e6 * cost("packed") / count,
         "open_ms": 1e3 * cost("opened") / found["opened"],
@@ -227,15 +227,19 @@ PATH_COLUMNS = {"what": "path", "size": "of", "ms": "CPU-ms", "rate": "per CPU-s
 
 
 def _paths(work: Path) -> tuple[Table, list[Panel]]:
-    """Rendering by tokens, and opening and preparing images by how many."""
-    renderer = Renderer.from_name(
+    """Tokenization by tokens, and opening and preparing images by how many."""
+    chat_tokenizer = ChatTokenizer.from_name(
         "vicuna_v1", AutoTokenizer.from_pretrained(work / "model/tokenizer")
     )
     texts = []
     for exchanges in (1, 4, 8, 16, 32):
         conversation = _conversation(exchanges)
-        tokens = len(renderer.render(conversation).input_ids)
-        ms = 1e3 * _median_cpu(lambda c=conversation: [renderer.render(c) for _ in range(50)]) / 50
+        tokens = len(chat_tokenizer.tokenize(conversation).input_ids)
+        ms = (
+            1e3
+            * _median_cpu(lambda c=conversation: [chat_tokenizer.tokenize(c) for _ in range(50)])
+            / 50
+        )
         texts.append({"what": "text", "size": tokens, "ms": ms, "rate": 1e3 / ms})
     path = work / "image.jpg"
     path.write_bytes(image_bytes(0))
@@ -251,7 +255,7 @@ def _paths(work: Path) -> tuple[Table, list[Panel]]:
         ms = 1e3 * _median_cpu(prepare)
         images.append({"what": "images", "size": count, "ms": ms, "rate": 1e3 * count / ms})
     panels = [
-        _panel("Rendering a conversation", texts, "size", "ms", xlabel="text tokens"),
+        _panel("Tokenizing a conversation", texts, "size", "ms", xlabel="text tokens"),
         _panel("Opening 640x480 JPEGs", images, "size", "ms", xlabel="images"),
     ]
     return ("Text path and image path", PATH_COLUMNS, texts + images), panels

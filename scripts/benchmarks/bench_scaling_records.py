@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/bench_scaling_records.py MODEL_FOLDER ROWS.jsonl RESULT.json
 
-Reads, renders and admits every record as a run does, puts an epoch in order, plans its packs, and
+Reads, tokenizes and filters every record as a run does, orders an epoch, plans its packs, and
 opens a few records; after each, the process's CPU-seconds and resident memory.
 """
 
@@ -28,7 +28,7 @@ from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.packing import plan_packs
 from vlm_sft.data.sampler import StepSampler
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 
 STEP, PACK, OPENED, LOOKED_AT = 128, 8192, 64, 1000
 CLIP = ImageSpec(336, (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758), "bicubic")
@@ -51,20 +51,20 @@ class Point:
 def main(model: Path, rows: Path, result: Path) -> None:
     """Measure and write."""
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
-    renderer = Renderer.from_name("vicuna_v1", tokenizer)
+    chat_tokenizer = ChatTokenizer.from_name("vicuna_v1", tokenizer)
     Path("/proc/self/clear_refs").write_text("5")  # what the imports' peak was is not asked for
     points = {"start": Point.now()}
     config = DataConfig(train=[DataFile(path=str(rows))], image_aspect="crop")
     ledger = Ledger()
     data = SupervisedDataset(
         config.train,
-        renderer,
+        chat_tokenizer,
         CLIP,
         num_image_tokens=NUM_IMAGE_TOKENS,
         config=config,
         ledger=ledger,
     )
-    points["read and rendered"] = Point.now()
+    points["read and tokenized"] = Point.now()
     peak = _peak_resident()
     sampler = StepSampler(data.weights, batch_size=STEP, seed=SEED, prefix_keys=data.prefix_keys)
     steps = [sampler.step_indices(step) for step in range(sampler.steps_per_epoch)]

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from vlm_sft.config.schema import LanguageModelConfig, TrainConfig
 from vlm_sft.data.record_formats import DataFile, read_records
 from vlm_sft.data.sampler import epoch_order
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError
 
 LORA = {"lora_r": 128, "lora_alpha": 256}
@@ -205,15 +205,15 @@ def _data(work: Path, name: str, stage: Stage, steps: int) -> tuple[dict[str, An
 def _samples(path: Path, rows: Sequence[Row], model: Path, stage: Stage) -> list[Sample]:
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     template = "plain" if stage.rows == "captions" else "vicuna_v1"
-    renderer = Renderer.from_name(template, tokenizer)
+    chat_tokenizer = ChatTokenizer.from_name(template, tokenizer)
     found = []
     for record, row in zip(read_records(DataFile(path=str(path))), rows, strict=True):
         if isinstance(record, RecordError):
             raise record
-        rendered = renderer.render(record)
+        tokenized = chat_tokenizer.tokenize(record)
         images = int("image" in row)
-        tokens = len(rendered.input_ids) + images * (NUM_IMAGE_TOKENS - 1)
-        found.append(Sample(tokens, sum(label >= 0 for label in rendered.labels), images))
+        tokens = len(tokenized.input_ids) + images * (NUM_IMAGE_TOKENS - 1)
+        found.append(Sample(tokens, sum(label >= 0 for label in tokenized.labels), images))
     return found
 
 

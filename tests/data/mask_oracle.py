@@ -1,8 +1,8 @@
-"""What a rendered conversation must be, written down without the renderer.
+"""What a tokenized conversation must be, written down without the chat_tokenizer.
 
 Two independent readings are compared: `expected` writes a conversation as the model's makers
 describe their format, `read` turns ids back into text byte by byte from the vocabulary alone.
-Nothing here calls the renderer's own encoder, its templates or its proof.
+Nothing here calls the chat tokenizer's own encoder, its templates or its proof.
 """
 
 import functools
@@ -16,7 +16,7 @@ import pytest
 
 from tests.tokenizers_for_tests import load
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.tokenize import Rendered, Renderer
+from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError
 
 MASKED = -100
@@ -103,8 +103,8 @@ stretch of it that begins the sequence or follows a control token or an image.""
 
 
 @functools.cache
-def renderer(pair: Pair) -> Renderer:
-    return Renderer.from_name(pair.template, load(pair.tokenizer))
+def chat_tokenizer(pair: Pair) -> ChatTokenizer:
+    return ChatTokenizer.from_name(pair.template, load(pair.tokenizer))
 
 
 # --- what must come out
@@ -400,14 +400,14 @@ def check(pair: Pair, conversation: Conversation) -> int:
 
     Text that the vocabulary has no spelling for must be refused, not thinned out.
     """
-    by = renderer(pair)
+    by = chat_tokenizer(pair)
     if not all(can_spell(pair.tokenizer, turn.text) for turn in conversation.turns):
         with pytest.raises(RecordError):
-            by.render(conversation)
+            by.tokenize(conversation)
         return 0
-    rendered = by.render(conversation)
+    tokenized = by.tokenize(conversation)
     items = expected(pair, conversation)
-    ids, labels = rendered.input_ids, rendered.labels
+    ids, labels = tokenized.input_ids, tokenized.labels
 
     # The sequence says what the format says, control tokens where it puts them and nowhere else.
     assert read(pair.tokenizer, ids) == merged(items)
@@ -425,30 +425,30 @@ def check(pair: Pair, conversation: Conversation) -> int:
     assert found == [[replace(i, turn=None) for i in merged(answer)] for answer in wanted if answer]
 
     # An answer starts where the prompt of the turns before it ends.
-    check_prompts(pair, conversation, rendered, trained, starts)
+    check_prompts(pair, conversation, tokenized, trained, starts)
     return len(ids)
 
 
 def check_prompts(
     pair: Pair,
     conversation: Conversation,
-    rendered: Rendered,
+    tokenized: TokenizedRecord,
     trained: Sequence[int],
     starts: Sequence[tuple[int, int]],
 ) -> None:
     """Prompts and shorter conversations are exact beginnings of the training ids."""
-    by = renderer(pair)
+    by = chat_tokenizer(pair)
     start_of = dict(zip(trained, (start for start, _ in starts), strict=True)) if starts else {}
     for index, turn in enumerate(conversation.turns):
         if turn.role != "assistant":
             continue
         prompt = by.prompt(first_turns(conversation, index))
-        assert rendered.input_ids[: len(prompt)] == prompt
+        assert tokenized.input_ids[: len(prompt)] == prompt
         assert start_of.get(index, len(prompt)) == len(prompt)
         if pair.grows and index + 1 < len(conversation.turns):
-            shorter = by.render(first_turns(conversation, index + 1))
-            assert rendered.input_ids[: len(shorter.input_ids)] == shorter.input_ids
-            assert rendered.labels[: len(shorter.labels)] == shorter.labels
+            shorter = by.tokenize(first_turns(conversation, index + 1))
+            assert tokenized.input_ids[: len(shorter.input_ids)] == shorter.input_ids
+            assert tokenized.labels[: len(shorter.labels)] == shorter.labels
 
 
 def _is_trained(turn: Turn) -> bool:

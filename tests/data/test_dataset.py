@@ -21,14 +21,14 @@ from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.spool import Spool
 from vlm_sft.data.text_encoder import load_tokenizer
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 SPEC = ImageSpec(size=14, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 TOKENS = 4
 TOKENIZER = load_tokenizer(LanguageModelConfig(config={"model_type": "llama"}, tokenizer="bytes"))
-RENDERER = Renderer.from_name("vicuna_v1", TOKENIZER)
+RENDERER = ChatTokenizer.from_name("vicuna_v1", TOKENIZER)
 
 
 def record(turns: int = 1, images: int = 0, **more: Any) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def build(
 def test_an_example_is_its_rendering_with_placeholders_expanded_and_without_loss(folder):
     dataset, _ = build(folder, [record(turns=3, images=2, id="x")])
     example = dataset[0]
-    rendered = RENDERER.render(dataset.conversation(0))
+    tokenized = RENDERER.tokenize(dataset.conversation(0))
     ids, labels = [], []
-    for token, label in zip(rendered.input_ids, rendered.labels, strict=True):
+    for token, label in zip(tokenized.input_ids, tokenized.labels, strict=True):
         times = TOKENS if token == IMAGE_TOKEN_ID else 1
         ids += [token] * times
         labels += [IGNORE_INDEX if token == IMAGE_TOKEN_ID else label] * times
@@ -100,12 +100,12 @@ def test_a_text_record_has_no_images_but_their_shape(folder):
 
 def test_the_first_position_never_has_a_label(folder):
     class FromTheStart:
-        def render(self, conversation: Conversation) -> Any:
-            rendered = RENDERER.render(conversation)
-            return replace(rendered, labels=list(rendered.input_ids))
+        def tokenize(self, conversation: Conversation) -> Any:
+            tokenized = RENDERER.tokenize(conversation)
+            return replace(tokenized, labels=list(tokenized.input_ids))
 
-        def render_all(self, conversations: Iterable[Conversation]) -> Any:
-            return map(self.render, conversations)
+        def tokenize_all(self, conversations: Iterable[Conversation]) -> Any:
+            return map(self.tokenize, conversations)
 
     path = folder / "data.json"
     path.write_text(json.dumps([record()]))

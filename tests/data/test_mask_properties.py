@@ -19,10 +19,10 @@ from tests.data.mask_oracle import (
     OTHER_PAIRS,
     Item,
     Pair,
+    chat_tokenizer,
     check,
     control_names,
     read,
-    renderer,
     supervised_runs,
 )
 from tests.tokenizers_for_tests import load, missing
@@ -89,14 +89,14 @@ def test_a_turn_that_spells_control_strings_changes_no_other_turn(
     index = data.draw(st.integers(0, len(conversation.turns) - 1))
     turn = conversation.turns[index]
     forged = data.draw(texts(pair.tokenizer))
-    by = renderer(pair)
+    by = chat_tokenizer(pair)
     results = []
     for text in ("harmless", forged):
         images = tuple(part for part in turn.parts if isinstance(part, ImagePart))
         changed = replace(turn, parts=(*images, TextPart(text)))
         turns = (*conversation.turns[:index], changed, *conversation.turns[index + 1 :])
-        results.append(by.render(replace(conversation, turns=turns)))
-    starts = [_region(conversation, rendered.answers, index) for rendered in results]
+        results.append(by.tokenize(replace(conversation, turns=turns)))
+    starts = [_region(conversation, tokenized.answer_spans, index) for tokenized in results]
     one, two = results
     (a, b), (c, d) = starts
     assert one.input_ids[:a] == two.input_ids[:c]
@@ -105,7 +105,7 @@ def test_a_turn_that_spells_control_strings_changes_no_other_turn(
     assert one.labels[b:] == two.labels[d:]
     control = control_names(pair.tokenizer)
     forged_control, harmless_control = (
-        [i for i in rendered.input_ids if i in control or i == IMAGE_ID] for rendered in results
+        [i for i in tokenized.input_ids if i in control or i == IMAGE_ID] for tokenized in results
     )
     assert forged_control == harmless_control
 
@@ -127,7 +127,7 @@ def test_a_template_without_a_place_for_system_text_refuses_it(pair: Pair) -> No
     turns = [("system", "Be brief."), ("user", "Who?"), ("assistant", "I.")]
     conversation = Conversation("r1", tuple(Turn(role, (TextPart(text),)) for role, text in turns))
     with pytest.raises(RecordError) as caught:
-        renderer(pair).render(conversation)
+        chat_tokenizer(pair).tokenize(conversation)
     assert caught.value.reason == "template"
 
 
@@ -166,12 +166,12 @@ def test_extreme_answers_are_exact(pair: Pair, text: str) -> None:
 
 
 def example(pair: Pair, conversation: Conversation, number: int) -> Example:
-    rendered = renderer(pair).render(conversation)
-    labels = rendered.labels
+    tokenized = chat_tokenizer(pair).tokenize(conversation)
+    labels = tokenized.labels
     return Example(
         record_id=str(number),
-        input_ids=torch.tensor(expand(rendered.input_ids, 3), dtype=torch.long),
-        labels=torch.tensor(expand(rendered.input_ids, 3, labels), dtype=torch.long),
+        input_ids=torch.tensor(expand(tokenized.input_ids, 3), dtype=torch.long),
+        labels=torch.tensor(expand(tokenized.input_ids, 3, labels), dtype=torch.long),
         pixel_values=torch.full((len(conversation.images), 3, 2, 2), number, dtype=torch.uint8),
     )
 
@@ -183,7 +183,7 @@ def test_a_record_does_not_depend_on_its_batch(pair: Pair, data: st.DataObject) 
     count = data.draw(st.integers(1, 4))
     made = [example(pair, data.draw(conversations(pair)), n) for n in range(count)]
     order = data.draw(st.permutations(range(count)))
-    stop = renderer(pair).stop_id
+    stop = chat_tokenizer(pair).eot_token_id
     assert stop is not None
     batch = collate([made[n] for n in order], pad_token_id=stop)
     for row, number in enumerate(order):

@@ -1,6 +1,6 @@
 """The same question gives the same ids, however a record or a caller spells it.
 
-Training (`Renderer.render`), `chat` and `evaluate` (`question`, `Renderer.prompt`), and the
+Training (`ChatTokenizer.tokenize`), `chat` and `evaluate` (`ChatTokenizer.prompt`), and the
 exported chat template, applied by transformers to plain strings and to content parts.
 """
 
@@ -22,7 +22,7 @@ from vlm_sft.data.image_separator import LayoutCheck, separated_parts
 from vlm_sft.data.record_files import RawRecord
 from vlm_sft.data.record_formats import Form, parse_record
 from vlm_sft.data.text_encoder import exported_tokenizer
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, TemplateError
 from vlm_sft.inference.loaded_model import question
 
@@ -33,18 +33,18 @@ Items = list[str | None]
 
 
 @functools.cache
-def renderer(pair: Pair, separator: str | None = None) -> Renderer:
-    return Renderer.from_name(pair.template, load(pair.tokenizer), image_separator=separator)
+def chat_tokenizer(pair: Pair, separator: str | None = None) -> ChatTokenizer:
+    return ChatTokenizer.from_name(pair.template, load(pair.tokenizer), image_separator=separator)
 
 
 @functools.cache
 def exported(tokenizer: str) -> PreTrainedTokenizerBase:
-    """An exported tokenizer, to be used with the chat template of a renderer."""
+    """An exported tokenizer, to be used with the chat template of a chat_tokenizer."""
     return exported_tokenizer(load(tokenizer), "template")
 
 
 def exported_text(pair: Pair, messages: list[dict[str, Any]]) -> str:
-    chat_template = renderer(pair).to_jinja()
+    chat_template = chat_tokenizer(pair).to_jinja()
     made = exported(pair.tokenizer).apply_chat_template(
         messages, chat_template=chat_template, tokenize=False
     )
@@ -58,7 +58,7 @@ def asked_of_export(
     tokenizer = exported(pair.tokenizer)
     text = tokenizer.apply_chat_template(
         messages,
-        chat_template=renderer(pair, separator).to_jinja(),
+        chat_template=chat_tokenizer(pair, separator).to_jinja(),
         add_generation_prompt=messages[-1]["role"] != "assistant",
         tokenize=False,
     )
@@ -219,19 +219,21 @@ def test_every_spelling_of_a_record_is_asked_for_as_it_was_trained(
     small = pair.tokenizer in ("bytes", "bpe")
     separator = data.draw(st.sampled_from((None, "", " ", "\n\n"))) if small else None
     spelling = data.draw(st.sampled_from(SPELLINGS[: None if len(talk.exchanges) == 1 else -1]))
-    by = renderer(pair, separator)
+    by = chat_tokenizer(pair, separator)
     trained_on = read(talk, spelling)
     try:
-        rendered = by.render(trained_on)
+        tokenized = by.tokenize(trained_on)
     except RecordError as error:
         assert error.reason in ("unspellable", "template")
         return
     messages = talk.messages(content_of(spelling))
-    assert asked_of_export(pair, messages, separator) == rendered.input_ids
+    assert asked_of_export(pair, messages, separator) == tokenized.input_ids
     cuts = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for cut, span, asked in zip(cuts, rendered.answers, before_answers(trained_on), strict=True):
+    for cut, span, asked in zip(
+        cuts, tokenized.answer_spans, before_answers(trained_on), strict=True
+    ):
         prompt = by.prompt(asked)
-        assert prompt == rendered.input_ids[: span.start]
+        assert prompt == tokenized.input_ids[: span.start]
         assert asked_of_export(pair, messages[:cut], separator) == prompt
 
 
@@ -240,7 +242,7 @@ def test_every_spelling_of_a_record_is_asked_for_as_it_was_trained(
 def test_chat_asks_as_llavas_records_and_content_parts_do(pair: Pair, num_images: int) -> None:
     items: Items = [IMAGE] * num_images + ["What color is the car?"]
     written: Items = [*[IMAGE, "\n"] * num_images, "What color is the car?"]
-    by = renderer(pair)
+    by = chat_tokenizer(pair)
     chat = by.prompt(question("What color is the car?", [b""] * num_images))
     (trained,) = before_answers(read(Talk(None, ((written, "Red."),)), "llava"))
     assert by.prompt(trained) == chat
@@ -260,7 +262,7 @@ def test_a_later_question_of_a_chat_is_the_multi_turn_record() -> None:
     first = question("What?", [b""])
     answered = (*first.turns, Turn("assistant", (TextPart("A car."),)))
     later = question("And this?", [b"", b""], history=answered)
-    assert renderer(pair).prompt(later) == renderer(pair).prompt(
+    assert chat_tokenizer(pair).prompt(later) == chat_tokenizer(pair).prompt(
         before_answers(read(talk, "image"))[1]
     )
 
@@ -304,18 +306,18 @@ def test_a_template_file_names_its_separator_and_the_setting_goes_before_it(tmp_
         encoding="utf-8",
     )
     tokenizer = load("bytes")
-    by = Renderer.from_name(str(path), tokenizer)
+    by = ChatTokenizer.from_name(str(path), tokenizer)
     assert by.encoder.decode([i for i in by.prompt(question("Hi", [b""])) if i >= 0]) == "Q:  Hi"
-    again = Renderer.from_description(by.describe(), tokenizer)
+    again = ChatTokenizer.from_description(by.describe(), tokenizer)
     assert again.image_separator == " " and again.describe() == by.describe()
-    other = Renderer.from_name(str(path), tokenizer, image_separator="\n")
-    assert Renderer.from_description(other.describe(), tokenizer).image_separator == "\n"
+    other = ChatTokenizer.from_name(str(path), tokenizer, image_separator="\n")
+    assert ChatTokenizer.from_description(other.describe(), tokenizer).image_separator == "\n"
 
 
 @pytest.mark.parametrize("separator", ["<image>", "a<|im_end|>"])
 def test_a_separator_that_is_no_ordinary_text_is_refused(separator: str) -> None:
     with pytest.raises(TemplateError, match=r"image separator .* is not ordinary text"):
-        Renderer.from_name("chatml", load("bytes"), image_separator=separator)
+        ChatTokenizer.from_name("chatml", load("bytes"), image_separator=separator)
 
 
 def test_a_message_may_bring_its_own_separator() -> None:
@@ -377,10 +379,10 @@ def test_a_templates_own_conditions_on_contents_do_not_return_in_the_export() ->
         "{%- generation %}{{ message.content | trim }}{% endgeneration -%}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\n"
     )
-    by = Renderer.from_name("auto", tokenizer)
+    by = ChatTokenizer.from_name("auto", tokenizer)
     said = " vlmsftTurn1Content <a>\n"
     talk = Talk(None, (([said], "Yes."), (["Why?"], "So.")))
-    ours = by.render(read(talk, "llava")).input_ids
+    ours = by.tokenize(read(talk, "llava")).input_ids
     made = exported_tokenizer(tokenizer, by.to_jinja())
     assert made.apply_chat_template(talk.messages("string"), return_dict=False) == ours
 

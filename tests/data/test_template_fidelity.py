@@ -18,11 +18,11 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from tests import chat_templates_for_tests as published
-from tests.data.mask_oracle import IMAGE_ID, MAIN_PAIRS, MASKED, OTHER_PAIRS, Pair, renderer
+from tests.data.mask_oracle import IMAGE_ID, MAIN_PAIRS, MASKED, OTHER_PAIRS, Pair, chat_tokenizer
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "templates.md"
 
@@ -66,9 +66,9 @@ def conversation(messages: Sequence[Message]) -> Conversation:
 
 def ours(template: str, tokenizer: str, messages: Sequence[Message]) -> list[int]:
     """Training ids, or the prompt's where the last message is a question."""
-    by = renderer(Pair(template, tokenizer, ""))
+    by = chat_tokenizer(Pair(template, tokenizer, ""))
     if messages[-1]["role"] == "assistant":
-        return by.render(conversation(messages)).input_ids
+        return by.tokenize(conversation(messages)).input_ids
     return by.prompt(conversation(messages))
 
 
@@ -263,10 +263,12 @@ def test_llava_llama_2_is_llama_2s_published_template(messages: list[Message]) -
 def test_vicuna_supervises_the_ids_that_llava_supervises(name: str) -> None:
     """LLaVA's own preprocessing was run on this record: slow Llama tokenizer, not legacy."""
     messages = [user(0, "\nWhat color?"), answer("Red car."), user("Why?"), answer("Paint.")]
-    rendered = renderer(Pair(name, "sentencepiece", name)).render(conversation(messages))
-    words = load("sentencepiece").convert_ids_to_tokens([i for i in rendered.labels if i != MASKED])
+    tokenized = chat_tokenizer(Pair(name, "sentencepiece", name)).tokenize(conversation(messages))
+    words = load("sentencepiece").convert_ids_to_tokens(
+        [i for i in tokenized.labels if i != MASKED]
+    )
     assert words == ["▁Red", "▁car", ".", "</s>", "▁P", "aint", ".", "</s>"]
-    second = load("sentencepiece").convert_ids_to_tokens(rendered.input_ids[-13:])
+    second = load("sentencepiece").convert_ids_to_tokens(tokenized.input_ids[-13:])
     assert " ".join(second) == "</s> USER : ▁Why ? ▁ASS IST ANT : ▁P aint . </s>"
 
 
@@ -281,9 +283,9 @@ def with_image_token(name: str) -> PreTrainedTokenizerBase:
 
 
 @functools.cache
-def from_checkpoint(pair: Pair) -> Renderer:
-    stored = json.loads(json.dumps(renderer(pair).describe()))
-    return Renderer.from_description(stored, load(pair.tokenizer))
+def from_checkpoint(pair: Pair) -> ChatTokenizer:
+    stored = json.loads(json.dumps(chat_tokenizer(pair).describe()))
+    return ChatTokenizer.from_description(stored, load(pair.tokenizer))
 
 
 def exported(pair: Pair, messages: Sequence[Message]) -> list[int]:
@@ -291,7 +293,7 @@ def exported(pair: Pair, messages: Sequence[Message]) -> list[int]:
     tokenizer = with_image_token(pair.tokenizer)
     ids = tokenizer.apply_chat_template(
         list(messages),
-        chat_template=renderer(pair).to_jinja(),
+        chat_template=chat_tokenizer(pair).to_jinja(),
         add_generation_prompt=messages[-1]["role"] != "assistant",
         return_dict=False,
     )
@@ -318,15 +320,15 @@ def test_training_prompt_export_and_checkpoint_agree(pair: Pair, case: str) -> N
         pytest.skip("no place for system text")
     if sum(m["role"] == "user" for m in messages) > pair.max_exchanges:
         pytest.skip("one exchange a record")
-    by = renderer(pair)
-    rendered = by.render(conversation(messages))
-    for span in rendered.answers:
+    by = chat_tokenizer(pair)
+    tokenized = by.tokenize(conversation(messages))
+    for span in tokenized.answer_spans:
         before = messages[: span.turn]
         prompt = by.prompt(conversation(before))
-        assert rendered.input_ids[: span.start] == prompt
+        assert tokenized.input_ids[: span.start] == prompt
         assert exported(pair, before) == prompt
-    assert exported(pair, messages) == rendered.input_ids
-    assert from_checkpoint(pair).render(conversation(messages)) == rendered
+    assert exported(pair, messages) == tokenized.input_ids
+    assert from_checkpoint(pair).tokenize(conversation(messages)) == tokenized
     assert from_checkpoint(pair).describe() == by.describe()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from vlm_sft.config.schema import LoraConfig, parse_config
 from vlm_sft.data.text_encoder import byte_tokenizer
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.inference.loaded_model import VlmRun
 from vlm_sft.model.build import build_model
 
@@ -39,7 +39,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[VlmRun]:
     yield VlmRun(
         model=model,
         tokenizer=tokenizer,
-        renderer=Renderer.from_name("chatml", tokenizer),
+        chat_tokenizer=ChatTokenizer.from_name("chatml", tokenizer),
         image_spec=model.vision_tower.image_spec,
         aspect="pad",
         processing="fast",

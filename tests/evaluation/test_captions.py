@@ -44,9 +44,9 @@ def test_one_image_has_no_other() -> None:
 
 
 def plain_loss(run: VlmRun, record: Conversation, image: str) -> float:
-    rendered, tokens = run.renderer.render(record), run.model.vision_tower.num_tokens
-    ids = torch.tensor([expand(rendered.input_ids, tokens)])
-    labels = torch.tensor([expand(rendered.input_ids, tokens, rendered.labels)])
+    tokenized, tokens = run.chat_tokenizer.tokenize(record), run.model.vision_tower.num_tokens
+    ids = torch.tensor([expand(tokenized.input_ids, tokens)])
+    labels = torch.tensor([expand(tokenized.input_ids, tokens, tokenized.labels)])
     pixels = run.pixels(Path(image))[None]
     with torch.inference_mode():
         output = run.model(ids, torch.ones_like(ids).bool(), labels, pixels)
@@ -69,7 +69,7 @@ def test_captions_of_unequal_length_are_measured_together_as_alone(
     assert [loss.image for loss in found] == names
     bound = rounding(terms_of(run.model, length=40))
     for loss, record, text in zip(found, records, texts, strict=True):
-        assert loss.num_tokens == len(run.renderer.answer_ids(text))
+        assert loss.num_tokens == len(run.chat_tokenizer.answer_ids(text))
         right = plain_loss(run, record, loss.image)
         shuffled = plain_loss(run, record, others[loss.image])
         assert loss.right == pytest.approx(right, rel=bound)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.rounding import rounding, terms_of
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.probes import (
     Probe,
@@ -47,7 +47,7 @@ def bound_of(run: VlmRun) -> float:
 
 def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) -> float:
     prompt = run.prompt_ids(question(asked.question, [b""]))
-    answer = run.renderer.answer_ids(spell(choice))
+    answer = run.chat_tokenizer.answer_ids(spell(choice))
     ids = torch.tensor([prompt + answer])
     labels = torch.tensor([[-100] * len(prompt) + answer])
     with torch.inference_mode():
@@ -165,7 +165,7 @@ def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
 
 def test_a_template_without_the_question_cannot_be_probed(run: VlmRun) -> None:
     require_questions(run)
-    plain = replace(run, renderer=Renderer.from_name("plain", run.tokenizer))
+    plain = replace(run, chat_tokenizer=ChatTokenizer.from_name("plain", run.tokenizer))
     with pytest.raises(UserError, match="leaves questions out"):
         require_questions(plain)
 

@@ -40,7 +40,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def export(
     model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, out: Path, **keys: Any
 ) -> ExportReport:
-    keys = {"image_aspect": "pad", "renderer_chat_template": None, "reload": reload_here, **keys}
+    keys = {"image_aspect": "pad", "chat_template": None, "reload": reload_here, **keys}
     return export_hf_llava(model, tokenizer, out, **keys)
 
 
@@ -120,8 +120,8 @@ def test_the_processor_and_the_stock_model_answer_as_the_trained_one(
         tokenizer,
         out,
         image_aspect=aspect,
-        renderer_chat_template=template,
-        stop_token_ids=[260, 258],
+        chat_template=template,
+        eot_token_ids=[260, 258],
     )
     processor = AutoProcessor.from_pretrained(out)
     stock = LlavaForConditionalGeneration.from_pretrained(out)
@@ -211,7 +211,7 @@ def test_a_failed_export_removes_the_empty_directories_that_it_created(
             byte_tokenizer(),
             out,
             image_aspect="pad",
-            renderer_chat_template=None,
+            chat_template=None,
             reload=broken,
         )
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}

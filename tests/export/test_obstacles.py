@@ -80,7 +80,7 @@ def test_each_part_that_no_class_holds_is_one_sentence_and_the_export_repeats_it
             byte_tokenizer(),
             tmp_path / "out",
             image_aspect="pad",
-            renderer_chat_template=None,
+            chat_template=None,
         )
     assert all(sentence in str(refused.value) for sentence in found)
     assert list(tmp_path.iterdir()) == []
@@ -116,7 +116,7 @@ def test_what_can_be_exported_has_no_obstacle_and_is_exported_exactly(
         byte_tokenizer(),
         tmp_path / "out",
         image_aspect="pad",
-        renderer_chat_template=None,
+        chat_template=None,
         reload=reload_here,
     )
     assert report.max_abs_logit_difference <= 1e-5

@@ -113,7 +113,7 @@ def export(out: Path, parts: dict[str, Any], **keys: Any) -> None:
         byte_tokenizer(),
         out,
         image_aspect="pad",
-        renderer_chat_template=None,
+        chat_template=None,
         reload=reload_here,
         **keys,
     )

@@ -54,8 +54,8 @@ def estimator(config: RunConfig, gpu: str = "4090", gpus: int = 1) -> Estimator:
 
 
 def workload(config: RunConfig, *, sample: int = 0, image_cost: float = 0.0) -> Workload:
-    renderer = load_language(config).renderer
-    found = survey(config, renderer, num_image_tokens=9, sample=sample)
+    chat_tokenizer = load_language(config).chat_tokenizer
+    found = survey(config, chat_tokenizer, num_image_tokens=9, sample=sample)
     return plan_workload(config, found, gpus=1, image_cost=image_cost)
 
 
@@ -89,7 +89,7 @@ def model() -> VisionLanguageModel:
 
 def data_of(config: RunConfig, model: VisionLanguageModel) -> tuple[Plan, SupervisedDataset]:
     language, tower = load_language(config), model.vision_tower
-    data = load_data(config, language.renderer, tower.image_spec, tower.num_tokens)
+    data = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
     return make_plan(config, language, data, model), data.train
 
 
@@ -164,9 +164,9 @@ def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> No
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"length_policy": "skip"})}
     )
-    renderer = load_language(config).renderer
-    whole = survey(config, renderer, num_image_tokens=9, sample=0)
-    part = survey(config, renderer, num_image_tokens=9, sample=100)
+    chat_tokenizer = load_language(config).chat_tokenizer
+    whole = survey(config, chat_tokenizer, num_image_tokens=9, sample=0)
+    part = survey(config, chat_tokenizer, num_image_tokens=9, sample=100)
     assert whole.is_whole and whole.error_of_mean() == 0
     assert whole.files[0].left_out["too_long"] == 200 - len(whole.files[0].lengths) > 0
     assert whole.records_per_epoch == 2 * len(whole.files[0].lengths)

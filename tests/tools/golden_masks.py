@@ -18,8 +18,8 @@ from tests.data.mask_oracle import (
     MAIN_PAIRS,
     MASKED,
     Pair,
+    chat_tokenizer,
     control_names,
-    renderer,
     supervised_runs,
     token_bytes,
 )
@@ -93,15 +93,15 @@ def page(pair: Pair) -> str:
 
 def _case(pair: Pair, conversation: Conversation) -> list[str]:
     try:
-        rendered = renderer(pair).render(conversation)
+        tokenized = chat_tokenizer(pair).tokenize(conversation)
     except RecordError as error:
         return [f"refused: {str(error).split(': ', 2)[-1]}"]
-    trained = sum(label != MASKED for label in rendered.labels)
-    lines = [f"{len(rendered.input_ids)} tokens, {trained} trained"]
-    starts = {start for start, _ in supervised_runs(rendered.labels)}
-    ends = {end - 1 for _, end in supervised_runs(rendered.labels)}
+    trained = sum(label != MASKED for label in tokenized.labels)
+    lines = [f"{len(tokenized.input_ids)} tokens, {trained} trained"]
+    starts = {start for start, _ in supervised_runs(tokenized.labels)}
+    ends = {end - 1 for _, end in supervised_runs(tokenized.labels)}
     words = []
-    for position, token in enumerate(rendered.input_ids):
+    for position, token in enumerate(tokenized.input_ids):
         shown = _shown(pair.tokenizer, token)
         words.append("⟦" * (position in starts) + shown + "⟧" * (position in ends))
     return lines + list(_wrapped(words))

@@ -1,10 +1,10 @@
 """Seed the bugs that masks have had elsewhere, one at a time: do the tests see each?
 
-    scripts/mutate_masks                # every mutant, with and without the renderer's own proof
+    scripts/mutate_masks                # every mutant, with and without the built-in proof
     scripts/mutate_masks --only stop    # mutants whose name has "stop" in it
 
 Each mutant is an exact replacement in a copy of the sources. It is tried twice: as it is, and with
-the renderer's proof switched off, so that the tests alone must see it. The exit code is 1 when one
+the built-in proof switched off, so that the tests alone must see it. The exit code is 1 when one
 survives.
 """
 
@@ -40,7 +40,7 @@ FLAG = "                trained = draft.conversation.turns[turn].supervised\n"
 NO_PROOF = Mutant(
     "the proof is switched off",
     DATA + "tokenize.py",
-    "self._prove(draft, rendered, spoken)",
+    "self._prove(draft, tokenized, spoken)",
     "pass",
 )
 
@@ -68,7 +68,7 @@ MUTANTS = (
         "the separator behind the stop is trained",
         DATA + "tokenize.py",
         LABELS,
-        LABELS + "            if run.turn is None and answers and len(ids) > start:\n"
+        LABELS + "            if run.turn is None and answer_spans and len(ids) > start:\n"
         "                labels[start] = ids[start]\n",
     ),
     Mutant("questions are trained", DATA + "tokenize.py", TRAINED, "            trained = True\n"),
@@ -79,7 +79,7 @@ MUTANTS = (
         "every second answer is skipped",
         DATA + "tokenize.py",
         FLAG,
-        FLAG.rstrip("\n") + " and len(answers) % 2 == 1\n",
+        FLAG.rstrip("\n") + " and len(answer_spans) % 2 == 1\n",
     ),
     Mutant(
         "only the last answer is trained",
@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "the prompt ends in a space",
         DATA + "tokenize.py",
-        "        return rendered.input_ids\n\n    def answer_ids",
-        '        return [*rendered.input_ids, *self.encoder.encode(" ", "continuation")]\n\n'
+        "        return tokenized.input_ids\n\n    def answer_ids",
+        '        return [*tokenized.input_ids, *self.encoder.encode(" ", "continuation")]\n\n'
         "    def answer_ids",
     ),
     Mutant(
@@ -194,9 +194,9 @@ MUTANTS = (
     Mutant(
         "records are cut at the limit, inside answers",
         DATA + "filtering.py",
-        "        if rendering.length <= limit:\n            return kept, rendering\n",
-        "        if True:\n            return kept, Rendering(rendering.input_ids[:limit], "
-        "rendering.labels[:limit], min(limit, rendering.length))\n",
+        "        if length <= limit:\n            return record, tokenized\n",
+        "        if True:\n            return record, TokenizedRecord("
+        "tokenized.input_ids[:limit], tokenized.labels[:limit])\n",
     ),
 )
 

@@ -204,8 +204,8 @@ MUTANTS = (
     Mutant(
         "a prefix with supervised tokens is shared",
         "vlm_sft/data/dataset.py",
-        "    if not unsupervised or end >= len(rendering.input_ids):\n",
-        "    if end >= len(rendering.input_ids):\n",
+        "    if not unsupervised or end >= len(tokenized.input_ids):\n",
+        "    if end >= len(tokenized.input_ids):\n",
         (f"{OF_DATA}::test_a_beginning_that_is_learned_is_not_shared",),
     ),
     Mutant(

@@ -31,7 +31,7 @@ from vlm_sft.checkpoint.store import (
     verify_file,
 )
 from vlm_sft.config.schema import RunConfig, dump_config
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import CheckpointError
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
 from vlm_sft.model.parts import named_parts
@@ -53,7 +53,7 @@ def checkpoint_components(
     config: RunConfig,
     model: VisionLanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    renderer: Renderer,
+    chat_tokenizer: ChatTokenizer,
     trainable: Set[str],
 ) -> dict[str, Component]:
     """Everything that a checkpoint holds, the optimizer apart.
@@ -69,7 +69,9 @@ def checkpoint_components(
         ),
         "bases": plain_component(lambda f: write_json(f / BASES, describe_bases(config))),
         "tokenizer": plain_component(lambda f: _write_tokenizer(tokenizer, f)),
-        "template": plain_component(lambda f: write_json(f / "template.json", renderer.describe())),
+        "template": plain_component(
+            lambda f: write_json(f / "template.json", chat_tokenizer.describe())
+        ),
         "processor": plain_component(
             lambda f: write_json(f / "processor.json", processor_settings(config, model))
         ),
@@ -135,13 +137,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([rules, known, added]).encode()).hexdigest()
 
 
-def template_digest(renderer: Renderer) -> str:
-    """sha256 of the template, the system text and the recipe that texts are rendered by.
+def template_digest(chat_tokenizer: ChatTokenizer) -> str:
+    """sha256 of the template, the system text and the recipe that texts are tokenized by.
 
     The image separator is left out: runs made before there was one can be resumed. What it does to
     a record is in the digest of the data.
     """
-    described = {k: v for k, v in renderer.describe().items() if k != "image_separator"}
+    described = {k: v for k, v in chat_tokenizer.describe().items() if k != "image_separator"}
     plain = json.dumps(described, sort_keys=True)
     return hashlib.sha256(plain.encode()).hexdigest()
 

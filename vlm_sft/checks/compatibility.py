@@ -46,13 +46,13 @@ def require_rows(language: Language, model: VisionLanguageModel, data: Data) -> 
     Raises:
         UserError: Naming some of the ids, and what they are for.
     """
-    tokenizer, renderer = language.tokenizer, language.renderer
+    tokenizer, chat_tokenizer = language.tokenizer, language.chat_tokenizer
     rows = _num_rows(model)
     name_of = {index: name for name, index in tokenizer.get_vocab().items()}
-    controls = renderer.control_ids
+    controls = chat_tokenizer.special_token_ids
     used = {
         f"{name_of.get(language.pad_token_id)!r} for padding": {padding_id(tokenizer)},
-        "what ends an answer": set(renderer.stop_token_ids),
+        "what ends an answer": set(chat_tokenizer.eot_token_ids),
         "the template's tokens": _ids_of_records(data) & controls,
         "ordinary tokens": set(name_of) - controls,
         "ids in the records": _ids_of_records(data),

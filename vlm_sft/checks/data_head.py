@@ -6,15 +6,15 @@ from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.images import open_image
 from vlm_sft.data.record_formats import read_records
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import ImageError, RecordError
 
 HEAD_RECORDS = 16
 """Records of each file that are read, tokenized and opened before the model is loaded."""
 
 
-def check_data_head(config: RunConfig, renderer: Renderer) -> None:
-    """Read, render and open the images of each file's first records, before any model is loaded.
+def check_data_head(config: RunConfig, chat_tokenizer: ChatTokenizer) -> None:
+    """Read, tokenize and open the images of each file's first records, before any model is loaded.
 
     Raises:
         UserError: A file cannot be read.
@@ -22,17 +22,19 @@ def check_data_head(config: RunConfig, renderer: Renderer) -> None:
     """
     for file in [*config.data.train, *config.data.eval]:
         for record in islice(read_records(file), HEAD_RECORDS):
-            error = record_fault(record, renderer)
+            error = record_fault(record, chat_tokenizer)
             if error is not None and config.data.on_error == "stop":
                 raise error
 
 
-def record_fault(record: Conversation | RecordError, renderer: Renderer) -> RecordError | None:
-    """What is wrong with a record: its form, its rendering or one of its images."""
+def record_fault(
+    record: Conversation | RecordError, chat_tokenizer: ChatTokenizer
+) -> RecordError | None:
+    """What is wrong with a record: its form, its tokenization or one of its images."""
     if isinstance(record, RecordError):
         return record
     try:
-        renderer.render(record)
+        chat_tokenizer.tokenize(record)
         for source in record.images:
             open_image(source)
     except RecordError as error:

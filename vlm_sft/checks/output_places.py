@@ -9,7 +9,7 @@ from vlm_sft.checkpoint.run_dir import require_run_folder, require_same_config, 
 from vlm_sft.checkpoint.store import Checkpoint, CheckpointStore, require_within
 from vlm_sft.checks.verdict import Verdict
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.data.tokenize_cache import require_render_cache
+from vlm_sft.data.tokenize_cache import require_tokenize_cache
 from vlm_sft.train.preflight import require_unchanged
 from vlm_sft.utils.filesystem import free_bytes
 
@@ -46,7 +46,7 @@ def examine_cache_dir(config: RunConfig, verdict: Verdict) -> RunConfig:
     if config.data.cache_dir is None:
         return config
     with verdict.examine("cache_dir"):
-        require_render_cache(config.data.cache_dir)
+        require_tokenize_cache(config.data.cache_dir)
         verdict.add("cache_dir", True, f"{config.data.cache_dir} can be written and locked")
         return config
     data = config.data.model_copy(update={"cache_dir": None})

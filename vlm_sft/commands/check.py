@@ -38,7 +38,7 @@ from vlm_sft.data.build import (
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.duplicates import Repeats
 from vlm_sft.data.image_separator import LayoutCheck
-from vlm_sft.data.ledger import Entry
+from vlm_sft.data.ledger import LedgerEntry
 from vlm_sft.data.record_formats import open_records
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import RecordError, UserError
@@ -91,7 +91,7 @@ def examine_language(config: RunConfig, language: Language) -> list[Finding]:
     """The doctor's findings about a run's tokenizer and template."""
     name = config.model.language_model.name
     generation = read_generation_config(Path(name).expanduser()) if name else None
-    return diagnose(language.tokenizer, config.data.template, language.renderer, generation)
+    return diagnose(language.tokenizer, config.data.template, language.chat_tokenizer, generation)
 
 
 def check_tokenizer(arguments: argparse.Namespace) -> int:
@@ -102,11 +102,11 @@ def check_tokenizer(arguments: argparse.Namespace) -> int:
     if arguments.generation_config is not None and generation is None:
         raise UserError(f"--generation-config {folder}: there is no generation_config.json in it")
     tokenizer = load_tokenizer(LanguageModelConfig(name=arguments.tokenizer), "--tokenizer")
-    renderer = fitted(tokenizer, template, system=arguments.system)
-    if isinstance(renderer, Finding):
-        findings = [renderer]
+    chat_tokenizer = fitted(tokenizer, template, system=arguments.system)
+    if isinstance(chat_tokenizer, Finding):
+        findings = [chat_tokenizer]
     else:
-        findings = diagnose(tokenizer, template, renderer, generation)
+        findings = diagnose(tokenizer, template, chat_tokenizer, generation)
     good = not any(fails(finding.level, strict=arguments.strict) for finding in findings)
     if arguments.json:
         rows = [asdict(finding) for finding in findings]
@@ -149,12 +149,12 @@ def check_records(
     verdict: Verdict,
     listed: Callable[[RecordError], None] = lambda error: None,
 ) -> int:
-    """Read, render and open every record of every file, one at a time.
+    """Read, tokenize and open every record of every file, one at a time.
 
     Prints the first bad ones, gives every one to `listed`, and returns how many there are.
     """
     total_bad, repeats = 0, Repeats()
-    layout = LayoutCheck(language.renderer.image_separator)
+    layout = LayoutCheck(language.chat_tokenizer.image_separator)
     for name, files in (("training data", config.data.train), ("held-out data", config.data.eval)):
         for file in files:
             count, bad = 0, 0
@@ -179,7 +179,7 @@ def check_records(
         more = f"... and {total_bad - SHOWN:,} more bad records (--bad FILE lists all of them)"
         say(more)
     verdict.add_repeats(repeats)
-    if language.renderer.keeps_layout:
+    if language.chat_tokenizer.keeps_layout:
         verdict.add_layout(layout)
     return total_bad
 
@@ -191,7 +191,7 @@ def _faults(
     records = open_records(file)
     described = f"checking {Path(file.path).name}"
     for record in track(records.conversations, records.total, described):
-        yield record, record_fault(record, language.renderer)
+        yield record, record_fault(record, language.chat_tokenizer)
 
 
 def check_model(
@@ -243,7 +243,7 @@ def _check_data(
     listing = config.data.model_copy(update={"on_error": "quarantine"})
     with verdict.examine("lengths"):
         quarantining, tower = config.model_copy(update={"data": listing}), model.vision_tower
-        data = load_data(quarantining, language.renderer, tower.image_spec, tower.num_tokens)
+        data = load_data(quarantining, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
         errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
         for entry in errors[:SHOWN]:
             say(f"bad record: {CODES[entry.reason]}: {entry.message}")
@@ -294,7 +294,7 @@ def _is_bad(verdict: Verdict, what: str) -> bool:
     return any(line[:2] == (what, "bad") for line in verdict.lines)
 
 
-def _entries(data: Data) -> list[Entry]:
+def _entries(data: Data) -> list[LedgerEntry]:
     ledgers = [data.train_ledger, *([data.eval_ledger] if data.eval_ledger else [])]
     return [entry for ledger in ledgers for entry in ledger.entries]
 
@@ -316,7 +316,7 @@ def _check_saving(
         require_space(output_dir, size)
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".check-") as place:
             components = checkpoint_components(
-                config, model, language.tokenizer, language.renderer, trainable
+                config, model, language.tokenizer, language.chat_tokenizer, trainable
             )
             rehearse_saving(Path(place), components, trained)
     except (UserError, OSError) as error:

@@ -37,10 +37,10 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     device = find_device(arguments.gpu, dtype_of(config))
     planner = Estimator(config, device, gpus=arguments.gpus, efficiency=arguments.efficiency)
     calibration = _calibration(planner) if arguments.calibrate else None
-    renderer = load_language(config).renderer
+    chat_tokenizer = load_language(config).chat_tokenizer
     tower = planner.blueprint.tower
     found = survey_data(
-        config, renderer, num_image_tokens=tower.num_tokens, sample=arguments.sample
+        config, chat_tokenizer, num_image_tokens=tower.num_tokens, sample=arguments.sample
     )
     weight = planner.image_cost(training_method(config)) if config.train.packing else 0.0
     work = plan_workload(config, found, gpus=arguments.gpus, image_cost=weight)

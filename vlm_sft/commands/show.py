@@ -7,7 +7,7 @@ from pathlib import Path
 from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import load_language
 from vlm_sft.data.text_encoder import load_tokenizer
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError, error_line
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
 from vlm_sft.inspection.records import NO_LIMIT, Inspected, Inspection, Selection, files_named
@@ -66,11 +66,11 @@ def _print(args: argparse.Namespace, inspection: Inspection, selection: Selectio
             if shown == limit:
                 more = True
                 break
-            view = view_tokens(found, inspection.renderer, inspection.num_image_tokens)
+            view = view_tokens(found, inspection.chat_tokenizer, inspection.num_image_tokens)
             # Text is wrapped at words on a terminal, and not wrapped in a file.
             console.print(as_text(found, view), soft_wrap=not console.is_terminal)
             shown += 1
-            faulty += found.outcome.error is not None
+            faulty += found.result.error is not None
     if not shown:
         _report_none(inspection, selection, num_read)
     if more:
@@ -98,10 +98,10 @@ def _print_json(args: argparse.Namespace, inspection: Inspection, selection: Sel
 
 def _print_line(found: Inspected, inspection: Inspection) -> bool:
     """Print a record as JSON, or its error on stderr; return whether it is valid."""
-    if found.outcome.error is not None:
-        say(error_line(found.outcome.error))
+    if found.result.error is not None:
+        say(error_line(found.result.error))
         return False
-    say_json(as_json(found, inspection.renderer))
+    say_json(as_json(found, inspection.chat_tokenizer))
     return True
 
 
@@ -125,7 +125,7 @@ def _inspection(args: argparse.Namespace, config: RunConfig | None) -> Inspectio
     files = files_named(inspection.files, args.source)
     return Inspection(
         files,
-        inspection.renderer,
+        inspection.chat_tokenizer,
         inspection.config,
         inspection.num_image_tokens,
         inspection.look_for_images,
@@ -134,11 +134,11 @@ def _inspection(args: argparse.Namespace, config: RunConfig | None) -> Inspectio
 
 def _from_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
     files = config.data.eval if args.eval else config.data.train
-    renderer = load_language(config).renderer
+    chat_tokenizer = load_language(config).chat_tokenizer
     if args.image_tokens is not None:
-        return Inspection(files, renderer, config.data, args.image_tokens)
+        return Inspection(files, chat_tokenizer, config.data, args.image_tokens)
     try:
-        return Inspection(files, renderer, config.data, _image_tokens(config))
+        return Inspection(files, chat_tokenizer, config.data, _image_tokens(config))
     except UserError as error:
         if args.html or args.statistics:
             raise UserError(f"{error}; or give --image-tokens N") from None
@@ -147,7 +147,7 @@ def _from_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
             "limit is applied; give the true number with --image-tokens N"
         )
         unlimited = config.data.model_copy(update={"max_length": NO_LIMIT})
-        return Inspection(files, renderer, unlimited, LLAVA_IMAGE_TOKENS)
+        return Inspection(files, chat_tokenizer, unlimited, LLAVA_IMAGE_TOKENS)
 
 
 def _image_tokens(config: RunConfig) -> int:
@@ -163,11 +163,11 @@ def _image_tokens(config: RunConfig) -> int:
 
 def _from_records(args: argparse.Namespace) -> Inspection:
     tokenizer = load_tokenizer(LanguageModelConfig(name=args.tokenizer), "--tokenizer")
-    renderer = Renderer.from_name(
+    chat_tokenizer = ChatTokenizer.from_name(
         args.template or "auto",
         tokenizer,
         default_system=args.system,
-        recipe="fixed" if args.llava_quirks in (None, "none") else args.llava_quirks,
+        llava_quirks=args.llava_quirks or "none",
     )
     file = DataFile(
         path=args.records,
@@ -181,4 +181,4 @@ def _from_records(args: argparse.Namespace) -> Inspection:
         length_policy=args.length_policy or "error",
     )
     image_tokens = args.image_tokens or LLAVA_IMAGE_TOKENS
-    return Inspection([file], renderer, config, image_tokens, look_for_images=False)
+    return Inspection([file], chat_tokenizer, config, image_tokens, look_for_images=False)

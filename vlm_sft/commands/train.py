@@ -147,7 +147,7 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
     if config.train.fp8:
         require_fp8(accelerator.device, config.train.precision)
     language = load_language(config)
-    check_data_head(config, language.renderer)
+    check_data_head(config, language.chat_tokenizer)
     if main and (unused := unused_parts(config.projector)) is not None:
         say_on_stderr(f"note: {unused}")
     model, identity = load_model(config, trainable)
@@ -157,7 +157,7 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         zero3 = sharding == "zero3"
         shard(model, accelerator, config.train.precision, reshard_after_forward=zero3)
     tower = model.vision_tower
-    data = load_data(config, language.renderer, tower.image_spec, tower.num_tokens)
+    data = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
     notes = require_fit(language, data, model)
     if main:
         for note in notes:

@@ -193,7 +193,7 @@ class DataConfig(Section):
     """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
     num_workers: Free[Annotated[int, Field(ge=0, le=1024)]] = 2
     cache_dir: Free[NonEmptyText | None] = None
-    """Folder where rendered records are kept across runs; None: each start renders all anew."""
+    """Folder where tokenized records are kept across runs; None: each start tokenizes all anew."""
 
 
 class LearningRates(Section):

@@ -15,17 +15,17 @@ from vlm_sft.data.loader import Batching, Fault, Packed, Padded
 from vlm_sft.data.packing import Sizes, packing_figures
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.text_encoder import load_tokenizer, padding_id
-from vlm_sft.data.tokenize import Renderer
-from vlm_sft.data.tokenize_cache import CachedRenderer
+from vlm_sft.data.tokenize import ChatTokenizer
+from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.utils.console import say
 
 
 @dataclass(frozen=True)
 class Language:
-    """The tokenizer and the renderer that every text of a run goes through."""
+    """The tokenizer and the chat tokenizer that every text of a run goes through."""
 
     tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
+    chat_tokenizer: ChatTokenizer
 
     @property
     def pad_token_id(self) -> int:
@@ -65,31 +65,31 @@ class Data:
 
 
 def load_language(config: RunConfig) -> Language:
-    """Tokenizer, template, and the renderer made of both.
+    """Tokenizer, template, and the chat tokenizer made of both.
 
     Raises:
         UserError: The tokenizer or the template cannot be loaded, or they do not fit.
     """
     tokenizer = load_tokenizer(config.model.language_model)
     data = config.data
-    renderer = Renderer.from_name(
+    chat_tokenizer = ChatTokenizer.from_name(
         data.template,
         tokenizer,
         default_system=data.system,
-        recipe="fixed" if data.llava_quirks == "none" else data.llava_quirks,
+        llava_quirks=data.llava_quirks,
         image_separator=data.image_separator,
     )
-    return Language(tokenizer, renderer)
+    return Language(tokenizer, chat_tokenizer)
 
 
 def load_data(
-    config: RunConfig, renderer: Renderer, image_spec: ImageSpec, num_image_tokens: int
+    config: RunConfig, chat_tokenizer: ChatTokenizer, image_spec: ImageSpec, num_image_tokens: int
 ) -> Data:
     """Read and tokenize all records, or find them in `data.cache_dir`; see `SupervisedDataset`.
 
     Args:
         config: The run's configuration.
-        renderer: Tokenizes conversations.
+        chat_tokenizer: Tokenizes conversations.
         image_spec: How the vision tower takes images.
         num_image_tokens: Tokens that an image takes in the language model.
 
@@ -98,12 +98,12 @@ def load_data(
         RecordError: A record cannot be used and `data.on_error` is `stop`.
     """
     cache = config.data.cache_dir
-    renders = renderer if cache is None else CachedRenderer(renderer, cache)
+    tokenizes = chat_tokenizer if cache is None else CachedChatTokenizer(chat_tokenizer, cache)
 
     def load(files: list[DataFile], ledger: Ledger) -> SupervisedDataset:
         return SupervisedDataset(
             files,
-            renders,
+            tokenizes,
             image_spec,
             num_image_tokens=num_image_tokens,
             config=config.data,

@@ -47,7 +47,7 @@ class ChatTemplate(Protocol):
     """The template throws the users' words away and keeps their images (LLaVA's `plain`)."""
     begins_text: bool
     """The first run of text is tokenized as the start of a text, even behind BOS."""
-    stop: str
+    eot_token: str
     """The text of the control token that ends an answer; "" where answers do not end by one."""
     default_system: str | None
     """System text for conversations that bring none."""
@@ -65,7 +65,7 @@ class ChatTemplate(Protocol):
     def jinja_body(self) -> str:
         """A `chat_template` for transformers that writes the same text for the same turns.
 
-        It takes messages whose contents are text; `Renderer.to_jinja` adds what makes them so.
+        It takes messages whose contents are text; `ChatTokenizer.to_jinja` adds what makes them so.
         """
         ...
 
@@ -132,7 +132,7 @@ class FileTemplate:
         self.begins_text = file.begins_text
         self.default_system = file.default_system
         self.image_separator = file.image_separator
-        self.stop = self._fill(file.assistant.stop)
+        self.eot_token = self._fill(file.assistant.stop)
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
@@ -182,7 +182,7 @@ class FileTemplate:
             TemplateText(self._fill(answer.answer_prefix), supervised=True),
             Slot(turn, supervised=True),
             TemplateText(self._fill(answer.answer_suffix), supervised=True),
-            TemplateText(self.stop, supervised=True),
+            TemplateText(self.eot_token, supervised=True),
             TemplateText(self._fill(answer.suffix)),
         ]
 
@@ -220,7 +220,7 @@ class FileTemplate:
 class JinjaTemplate:
     """A model's own chat template, used without its text ever seeing the user's words.
 
-    The template is rendered with a marker for each turn's content and cut at the markers, so that
+    The template is tokenized with a marker for each turn's content and cut at the markers, so that
     words can neither become control text nor change how the template behaves. Differences from
     `apply_chat_template`: contents are never trimmed, and conditions on contents see the marker.
 
@@ -245,7 +245,7 @@ class JinjaTemplate:
             )
         self._tokenizer = tokenizer
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
-        self.stop = self._find_stop()
+        self.eot_token = self._find_stop()
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
         return self._cached(tuple(roles))
@@ -265,12 +265,13 @@ class JinjaTemplate:
                 pieces += [TemplateText(before), Slot(turn)]
                 continue
             pieces += self._answer(roles, turn, text, before)
-            if not rest.startswith(self.stop):
+            if not rest.startswith(self.eot_token):
                 raise TemplateError(
                     f"the model's own chat template ends an answer with {rest[:40]!r} here and "
-                    f"with {self.stop!r} elsewhere; choose one of " + ", ".join(builtin_templates())
+                    f"with {self.eot_token!r} elsewhere; choose one of "
+                    + ", ".join(builtin_templates())
                 )
-            rest = rest.removeprefix(self.stop)
+            rest = rest.removeprefix(self.eot_token)
         pieces.append(TemplateText(rest))
         return tuple(p for p in pieces if isinstance(p, Slot) or p.text)
 
@@ -291,7 +292,7 @@ class JinjaTemplate:
             TemplateText(before[:header_length]),
             TemplateText(before[header_length:], supervised=True),
             Slot(turn, supervised=True),
-            TemplateText(self.stop, supervised=True),
+            TemplateText(self.eot_token, supervised=True),
         ]
 
     def _find_stop(self) -> str:
@@ -371,10 +372,10 @@ def template_from_description(
 def _fitted(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTemplate:
     template = FileTemplate(file, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if template.stop and template.stop not in known:
+    if template.eot_token and template.eot_token not in known:
         raise TemplateError(
-            f"template {file.name!r} ends answers with the control token {template.stop!r}, which "
-            "this tokenizer does not have; choose another template or add the token"
+            f"template {file.name!r} ends answers with the control token {template.eot_token!r}, "
+            "which this tokenizer does not have; choose another template or add the token"
         )
     missing = [token for token in file.control if token not in known]
     if missing:

@@ -1,4 +1,4 @@
-"""Files of records to examples; every record is rendered, measured and accounted for at start."""
+"""Files of records to examples; every record is tokenized, measured and accounted for at start."""
 
 import dataclasses
 import hashlib
@@ -27,11 +27,13 @@ from vlm_sft.data.conversation import (
     Turn,
 )
 from vlm_sft.data.feature_store import FeatureStore
-from vlm_sft.data.filtering import Admission, Outcome, RecordRenderer, Rendering
+from vlm_sft.data.filtering import RecordFilter
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.record_formats import open_records
 from vlm_sft.data.spool import Spool, SpoolRef
+from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
+from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.errors import ImageError, RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.utils.progress import track
@@ -90,13 +92,13 @@ def content_difference(files: Sequence[str], before: Any, now: Sequence[FileCont
 class SupervisedDataset(Dataset[Example]):
     """All usable records of some files as `Example`s.
 
-    Construction reads and renders every record once and looks for its images' files; ids,
+    Construction reads and tokenizes every record once and looks for its images' files; ids,
     labels, texts and embedded images go to a temporary file, so that a record takes a few hundred
     bytes of memory however long it is. Images are opened by indexing.
 
     Args:
         files: What to read, in order.
-        renderer: Makes ids and labels; its RecordErrors are handled like the reader's.
+        chat_tokenizer: Makes ids and labels; its RecordErrors are handled like the reader's.
         image_spec: What the tower wants.
         num_image_tokens: Features the tower gives for an image.
         config: Length limit and policy, what to do with faulty records, image aspect.
@@ -110,7 +112,7 @@ class SupervisedDataset(Dataset[Example]):
     def __init__(
         self,
         files: Sequence[DataFile],
-        renderer: RecordRenderer,
+        chat_tokenizer: ChatTokenizer | CachedChatTokenizer,
         image_spec: ImageSpec,
         *,
         num_image_tokens: int,
@@ -131,7 +133,7 @@ class SupervisedDataset(Dataset[Example]):
         self.prefix_lengths = array("i")
         """Tokens of that beginning."""
         self._prefixes: dict[bytes, int] = {}  # their digests, while reading
-        self._renderer, self._image_spec = renderer, image_spec
+        self._chat_tokenizer, self._image_spec = chat_tokenizer, image_spec
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
         self._sizes = array("q")  # of all image files, in bytes
         self._first_sizes = array("q")  # where each record's sizes begin
@@ -164,7 +166,7 @@ class SupervisedDataset(Dataset[Example]):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a loader's worker needs, which is neither tokenizer nor ledger."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_renderer", "_ledger")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_chat_tokenizer", "_ledger")}
 
     def quarantine(self, index: int, reason: str, message: str) -> bool:
         """Move a record that cannot be loaded after all to where the ledger says so.
@@ -228,8 +230,8 @@ class SupervisedDataset(Dataset[Example]):
     # --- reading
 
     def _read(self, files: Sequence[DataFile]) -> None:
-        admission = Admission(
-            self._renderer, num_image_tokens=self._num_image_tokens, config=self._config
+        record_filter = RecordFilter(
+            self._chat_tokenizer, num_image_tokens=self._num_image_tokens, config=self._config
         )
         entries = len(self._ledger.entries)
         for file in files:
@@ -237,12 +239,14 @@ class SupervisedDataset(Dataset[Example]):
             root = file.image_root or str(Path(file.path).parent)
             description = f"reading {Path(file.path).name}"
             tracked = track(records.conversations, records.total, description)
-            for outcome in admission.decide_all(tracked):
+            for result in record_filter.filter_all(tracked):
                 self.num_input_records += 1
-                fitted = self._admitted(outcome)
-                if fitted is not None:
-                    self._keep(*fitted, file.weight)
-                    digest.update(_identity(*fitted, root))
+                if result.error is not None and self._config.on_error == "stop":
+                    raise result.error
+                self._ledger.entries.append(result.entry)
+                if result.record is not None and result.tokenized is not None:
+                    self._keep(result.record, result.tokenized, result.length, file.weight)
+                    digest.update(_identity(result.record, result.tokenized, root))
             self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
         self._prefixes.clear()
         self._spool.flush()
@@ -253,36 +257,29 @@ class SupervisedDataset(Dataset[Example]):
                 f"{names}: no record to train on; {self._ledger.summary()}", code="no_records"
             )
 
-    def _admitted(self, outcome: Outcome) -> tuple[Conversation, Rendering] | None:
-        """The record as it will be trained on; None if it is not. Makes its ledger entry."""
-        if outcome.error is not None and self._config.on_error == "stop":
-            raise outcome.error
-        self._ledger.entries.append(outcome.entry)
-        if outcome.kept is None or outcome.rendering is None:
-            return None
-        return outcome.kept, outcome.rendering
-
-    def _keep(self, record: Conversation, rendering: Rendering, weight: float) -> None:
+    def _keep(
+        self, record: Conversation, tokenized: TokenizedRecord, length: int, weight: float
+    ) -> None:
         self._first_sizes.append(len(self._sizes))
         self._sizes.extend(map(_size, record.images))
         self._entries.append(len(self._ledger.entries) - 1)
         self.record_ids.append(record.id)
-        self.lengths.append(rendering.length)
+        self.lengths.append(length)
         self.weights.append(weight)
         self.has_image.append(bool(record.images))
         self.num_images.append(len(record.images))
-        self._note_prefix(record, rendering)
+        self._note_prefix(record, tokenized)
         images = [
             self._spool.append(source) if isinstance(source, bytes) else str(source)
             for source in record.images
         ]
-        ref = self._spool.append(_to_bytes(record, rendering, images))
+        ref = self._spool.append(_to_bytes(record, tokenized, images))
         self._starts.append(ref.offset)
         self._spans.append(ref.length)
 
-    def _note_prefix(self, record: Conversation, rendering: Rendering) -> None:
+    def _note_prefix(self, record: Conversation, tokenized: TokenizedRecord) -> None:
         """Whether other records can share what comes up to and with the first image."""
-        found = shared_prefix(record, rendering, num_image_tokens=self._num_image_tokens)
+        found = shared_prefix(record, tokenized, num_image_tokens=self._num_image_tokens)
         digest, length = found or (b"", 0)
         known = self._prefixes.setdefault(digest, len(self._prefixes)) if digest else -1
         self.prefix_keys.append(known)
@@ -379,7 +376,7 @@ def _require_size(source: ImageSource, expected: int) -> None:
 
 
 def shared_prefix(
-    record: Conversation, rendering: Rendering, *, num_image_tokens: int
+    record: Conversation, tokenized: TokenizedRecord, *, num_image_tokens: int
 ) -> tuple[bytes, int] | None:
     """What other records may begin with too, up to and with the first image.
 
@@ -389,11 +386,11 @@ def shared_prefix(
     """
     if not record.images:
         return None
-    end = rendering.input_ids.index(IMAGE_TOKEN_ID) + 1
-    unsupervised = all(label == IGNORE_INDEX for label in rendering.labels[:end])
-    if not unsupervised or end >= len(rendering.input_ids):
+    end = tokenized.input_ids.index(IMAGE_TOKEN_ID) + 1
+    unsupervised = all(label == IGNORE_INDEX for label in tokenized.labels[:end])
+    if not unsupervised or end >= len(tokenized.input_ids):
         return None
-    digest = _prefix_digest(rendering.input_ids[:end], record.images[0])
+    digest = _prefix_digest(tokenized.input_ids[:end], record.images[0])
     return digest, end - 1 + num_image_tokens
 
 
@@ -402,16 +399,16 @@ def _prefix_digest(ids: Sequence[int], image: ImageSource) -> bytes:
     return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]
 
 
-def _identity(record: Conversation, rendering: Rendering, root: str) -> bytes:
+def _identity(record: Conversation, tokenized: TokenizedRecord, root: str) -> bytes:
     """What of a record a training run depends on."""
     places = (
         s if isinstance(s, bytes) else os.path.relpath(str(s), root).encode("utf-8", "replace")
         for s in record.images
     )
     images = [hashlib.sha256(place).hexdigest() for place in places]
-    head = json.dumps([len(rendering.input_ids), images]).encode()
+    head = json.dumps([len(tokenized.input_ids), images]).encode()
     return head + b"".join(
-        array("i", ids).tobytes() for ids in (rendering.input_ids, rendering.labels)
+        array("i", ids).tobytes() for ids in (tokenized.input_ids, tokenized.labels)
     )
 
 
@@ -444,13 +441,13 @@ class _Kept:
 
 
 def _to_bytes(
-    record: Conversation, rendering: Rendering, images: Sequence[str | SpoolRef]
+    record: Conversation, tokenized: TokenizedRecord, images: Sequence[str | SpoolRef]
 ) -> bytes:
     """The number of ids, the ids, a byte each for whether they are supervised, the rest as JSON."""
     rest = json.dumps([_plain(record.turns), list(images), record.where]).encode()
-    flags = bytes(label != IGNORE_INDEX for label in rendering.labels)
-    count = len(rendering.input_ids)
-    return array("i", [count, *rendering.input_ids]).tobytes() + flags + rest
+    flags = bytes(label != IGNORE_INDEX for label in tokenized.labels)
+    count = len(tokenized.input_ids)
+    return array("i", [count, *tokenized.input_ids]).tobytes() + flags + rest
 
 
 def _from_bytes(data: bytes) -> _Kept:

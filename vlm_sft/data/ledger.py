@@ -20,7 +20,7 @@ _WORDS: dict[Bucket, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerEntry:
     """One record's end.
 
     Attributes:
@@ -48,14 +48,14 @@ class Ledger:
         held_out: The records are evaluated and never trained on, which the file says.
     """
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LedgerEntry] = field(default_factory=list)
     held_out: bool = False
 
     def add(
         self, record_id: str, where: str, bucket: Bucket, reason: str = "", message: str = ""
     ) -> None:
         """Note one record's end."""
-        self.entries.append(Entry(record_id, where, bucket, reason, message))
+        self.entries.append(LedgerEntry(record_id, where, bucket, reason, message))
 
     def quarantine(self, error: RecordError) -> None:
         """Note a record left out for its fault."""

@@ -1,88 +1,95 @@
-"""Recipes: what LLaVA 1.5 did to conversations, by name, to be repeated or corrected."""
+"""LLaVA-1.5's quirks in preparing conversations, to be reproduced or left out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
 from vlm_sft.errors import RecordError, UserError
 
-CAPTION_NEWLINE: Final = "caption_newline"
-IMAGE_FIRST: Final = "image_first"
-SPACE_BEHIND_IMAGE: Final = "space_behind_image"
+Quirk = Literal["caption_newline", "image_first", "space_behind_image"]
 
-_EMPTY: Mapping[str, str] = MappingProxyType({})
+_NONE: Mapping[Quirk, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A named set of quirks that are repeated on purpose.
+class LlavaQuirks:
+    """A named set of LLaVA's quirks to reproduce.
 
     Attributes:
-        name: `fixed` or `llava-1.5`.
-        quirks: What is repeated, by name, each with a sentence for the manifest.
+        name: The value of `data.llava_quirks`: `none` or `llava-1.5`.
+        stored_name: The name in checkpoints (`template.json`) and manifests.
+        quirks: The reproduced quirks, each with a sentence for the manifest.
     """
 
     name: str
-    quirks: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    stored_name: str
+    quirks: Mapping[Quirk, str] = field(default_factory=lambda: _NONE)
+
+    def __contains__(self, quirk: Quirk) -> bool:
+        return quirk in self.quirks
+
+    @classmethod
+    def from_name(cls, name: str) -> "LlavaQuirks":
+        """Return the set of this name or of this name in a checkpoint.
+
+        Raises:
+            UserError: There is none.
+        """
+        for known in (NO_QUIRKS, LLAVA_1_5):
+            if name in (known.name, known.stored_name):
+                return known
+        raise UserError(
+            f"data.llava_quirks: unknown value {name!r}; expected "
+            f"{NO_QUIRKS.name} or {LLAVA_1_5.name}"
+        )
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest: which quirks are repeated and which corrected, a sentence each."""
+        """Return the manifest's entry: the reproduced and the corrected quirks with a sentence."""
         corrected = {k: v for k, v in LLAVA_1_5.quirks.items() if k not in self.quirks}
         return {
-            "name": self.name,
+            "name": self.stored_name,
             "repeated": dict(self.quirks),
-            "corrected": {**corrected, **NEVER_REPEATED},
+            "corrected": {**corrected, **NEVER_REPRODUCED},
         }
 
-    def template(self, name: str) -> str:
-        """The template that takes the place of the one named."""
-        return "llava_plain" if name == "plain" and CAPTION_NEWLINE in self.quirks else name
+    def template_name(self, name: str) -> str:
+        """Return the template that replaces the named one: `llava_plain` for `plain`, or itself."""
+        return "llava_plain" if name == "plain" and "caption_newline" in self else name
 
-    def arranged(self, conversation: Conversation) -> Conversation:
-        """The conversation as the recipe reorders it.
+    def rearrange(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with each image before its turn's text, as LLaVA puts it.
 
         Raises:
             RecordError: A turn has several images, of which LLaVA would keep one.
         """
-        if IMAGE_FIRST not in self.quirks or not conversation.images:
+        if "image_first" not in self or not conversation.images:
             return conversation
         turns = tuple(_image_first(turn, conversation) for turn in conversation.turns)
         return Conversation(conversation.id, turns, conversation.images, conversation.where)
 
 
-FIXED: Final = Recipe("fixed")
-LLAVA_1_5: Final = Recipe(
+NO_QUIRKS: Final = LlavaQuirks("none", stored_name="fixed")
+LLAVA_1_5: Final = LlavaQuirks(
     "llava-1.5",
-    MappingProxyType(
+    stored_name="llava-1.5",
+    quirks=MappingProxyType(
         {
-            CAPTION_NEWLINE: "stage 1 trains a newline behind the caption and no EOS "
+            "caption_newline": "stage 1 trains a newline behind the caption and no EOS "
             "(template llava_plain for plain)",
-            IMAGE_FIRST: "a turn's image moves to a line of its own before its stripped text "
+            "image_first": "a turn's image moves to a line of its own before its stripped text "
             "(preprocess_multimodal)",
-            SPACE_BEHIND_IMAGE: "text behind an image is tokenized as the start of a text, "
+            "space_behind_image": "text behind an image is tokenized as the start of a text, "
             "with SentencePiece's dummy space (tokenizer_image_token)",
         }
     ),
 )
-NEVER_REPEATED: Final = {
+NEVER_REPRODUCED: Final = {
     "zeroed_samples": "a record whose mask LLaVA cannot find trains nothing there (preprocess_v1)",
     "control_from_data": "</s> or <image> in a record's words becomes a control token there",
     "cut_answers": "records are cut at the length limit there, inside answers and images",
 }
-RECIPES: Final = {recipe.name: recipe for recipe in (FIXED, LLAVA_1_5)}
-
-
-def recipe_named(name: str) -> Recipe:
-    """A recipe by name.
-
-    Raises:
-        UserError: There is none of this name.
-    """
-    if name not in RECIPES:
-        raise UserError(f"no recipe {name!r}; expected {' or '.join(RECIPES)}")
-    return RECIPES[name]
 
 
 def _image_first(turn: Turn, conversation: Conversation) -> Turn:
@@ -92,8 +99,8 @@ def _image_first(turn: Turn, conversation: Conversation) -> Turn:
     if len(images) > 1:
         raise RecordError(
             "several_images",
-            f"recipe llava-1.5 keeps one image a turn and this one has {len(images)}; spread "
-            "them over turns, or take `llava_quirks: none`",
+            f"`llava_quirks: llava-1.5` keeps one image per turn and this one has {len(images)}; "
+            "spread them over turns, or use `llava_quirks: none`",
             record_id=conversation.id,
             where=conversation.where,
         )

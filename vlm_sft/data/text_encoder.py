@@ -19,7 +19,7 @@ from vlm_sft.utils.hub import settle_hub
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
-Context = Literal["start", "after_control", "continuation"]
+Context = Literal["start", "after_special_token", "continuation"]
 """Where a run of text begins: first in the sequence, right after a control token, or elsewhere
 (after an image, or where an answer begins)."""
 
@@ -126,7 +126,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class Unspellable(UserError):
+class UnencodableText(UserError):
     """The vocabulary has no pieces for a text."""
 
     default_code = "unspellable"
@@ -143,12 +143,12 @@ class TextEncoder:
         tokenizer: Any tokenizer with a `tokenizers` backend.
 
     Attributes:
-        control_ids: Every control token with its id, special or merely added.
+        special_tokens: Every control token with its id, special or merely added.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        self.control_ids: dict[str, int] = {
+        self.special_tokens: dict[str, int] = {
             str(token): index
             for index, token in tokenizer.added_tokens_decoder.items()
             if str(token).strip() and not str(token).isspace()
@@ -156,8 +156,8 @@ class TextEncoder:
         added = tokenizer.added_tokens_decoder.values()
         self._eats_left = {str(token) for token in added if token.lstrip}
         self._eats_right = {str(token) for token in added if token.rstrip}
-        self._control_set = frozenset(self.control_ids.values())
-        self._control_pattern = _alternation(self.control_ids)
+        self._control_set = frozenset(self.special_tokens.values())
+        self._control_pattern = _alternation(self.special_tokens)
         state["added_tokens"] = _white_space_tokens(state)
         state["post_processor"] = state["truncation"] = state["padding"] = None
         self._prefix = _remove_dummy_prefix(state)
@@ -174,23 +174,23 @@ class TextEncoder:
         """Ids of `text` with no control id among them.
 
         Raises:
-            Unspellable: The vocabulary cannot spell the text (an unknown token came out).
+            UnencodableText: The vocabulary cannot spell the text (an unknown token came out).
         """
         if not text:
             return []
         return list(self._cached(self.spelled(text, context)))
 
-    def encode_all(self, texts: Iterable[str]) -> dict[str, Sequence[int] | Unspellable]:
+    def encode_all(self, texts: Iterable[str]) -> dict[str, Sequence[int] | UnencodableText]:
         """Ids of each different text, spelled before by `spelled`, or why it has none."""
         unique = list(dict.fromkeys(texts))
-        found: dict[str, Sequence[int] | Unspellable] = {}
+        found: dict[str, Sequence[int] | UnencodableText] = {}
         encodings = self._backend.encode_batch_fast(unique, add_special_tokens=False)
         for text, encoding in zip(unique, encodings, strict=True):
             ids = encoding.ids
             if self._is_special(text) or not self._control_set.isdisjoint(ids):
                 try:
                     found[text] = self._encode_now(text)
-                except Unspellable as error:
+                except UnencodableText as error:
                     found[text] = error
             else:
                 found[text] = ids
@@ -208,7 +208,7 @@ class TextEncoder:
     def spelled(self, text: str, context: Context) -> str:
         """The text with the dummy space that this tokenizer puts before it in this context."""
         kind, scope = self._prefix
-        wanted = context == "start" or (context == "after_control" and scope == "always")
+        wanted = context == "start" or (context == "after_special_token" and scope == "always")
         if kind is None or not wanted or (kind == "metaspace" and text.startswith((" ", "▁"))):
             return text
         return " " + text
@@ -231,7 +231,7 @@ class TextEncoder:
             before = before.rstrip()
         return before, after
 
-    def split_control(self, text: str) -> list[str | int]:
+    def split_special_tokens(self, text: str) -> list[str | int]:
         """Template text cut into ordinary text and ids of the control tokens that it names.
 
         White space of the template beside a token that swallows it (Phi 3's) is swallowed.
@@ -244,14 +244,14 @@ class TextEncoder:
             token = match.group()
             between = text[end : match.start()]
             pieces.append(between.rstrip() if token in self._eats_left else between)
-            pieces.append(self.control_ids[token])
+            pieces.append(self.special_tokens[token])
             end = match.end()
             if token in self._eats_right:
                 end += len(text[end:]) - len(text[end:].lstrip())
         pieces.append(text[end:])
         return [piece for piece in pieces if piece != ""]
 
-    def find_control(self, text: str) -> list[str]:
+    def find_special_tokens(self, text: str) -> list[str]:
         """Control strings that ordinary text happens to spell, in order."""
         return self._control_pattern.findall(text) if self._control_pattern else []
 
@@ -304,8 +304,8 @@ SPACE_MARK: Final = "\u2581"
 """SentencePiece's spelling of a space."""
 
 
-def _unspellable(text: str) -> Unspellable:
-    return Unspellable(
+def _unspellable(text: str) -> UnencodableText:
+    return UnencodableText(
         f"the tokenizer cannot spell {text[:60]!r} without a control or unknown token; use a "
         "tokenizer with byte fallback or leave the record out"
     )

@@ -22,25 +22,19 @@ from vlm_sft.data.chat_template import (
 )
 from vlm_sft.data.conversation import Conversation, Role, TextPart, Turn
 from vlm_sft.data.image_separator import separated
-from vlm_sft.data.llava_quirks import (
-    FIXED,
-    IMAGE_FIRST,
-    SPACE_BEHIND_IMAGE,
-    Recipe,
-    recipe_named,
-)
-from vlm_sft.data.text_encoder import Context, TextEncoder, Unspellable
+from vlm_sft.data.llava_quirks import NO_QUIRKS, LlavaQuirks
+from vlm_sft.data.text_encoder import Context, TextEncoder, UnencodableText
 from vlm_sft.errors import RecordError, TemplateError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 
 CHUNK: Final = 256
-"""Records that `render_all` tokenizes at once."""
+"""Records that `tokenize_all` tokenizes at once."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Span:
+class AnswerSpan:
     """The half-open range of token positions that an answer and its stop token take."""
 
     turn: int
@@ -53,23 +47,33 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation as token ids, before images are expanded.
+class TokenizedRecord:
+    """The ids and labels of a conversation, with one placeholder per image.
 
     Attributes:
-        input_ids: One `IMAGE_TOKEN_ID` an image.
-        labels: The id itself where it is supervised, else `IGNORE_INDEX`; unshifted.
-        answers: Where each assistant turn's answer lies, supervised or not.
+        input_ids: [T]; one `IMAGE_TOKEN_ID` per image.
+        labels: [T]; the id itself where it is supervised, else `IGNORE_INDEX`; not shifted.
+        answer_spans: The tokens of each assistant turn, supervised or not; empty if the record
+            comes from the tokenize cache.
     """
 
     input_ids: list[int]
     labels: list[int]
-    answers: tuple[Span, ...]
+    answer_spans: tuple[AnswerSpan, ...] = ()
 
     @property
     def num_images(self) -> int:
-        """Images in the sequence."""
+        """Number of image placeholders."""
         return self.input_ids.count(IMAGE_TOKEN_ID)
+
+    @property
+    def num_targets(self) -> int:
+        """Number of supervised tokens."""
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+    def expanded_length(self, num_image_tokens: int) -> int:
+        """Return the number of tokens when every image takes `num_image_tokens` of them."""
+        return len(self.input_ids) + self.num_images * (num_image_tokens - 1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class _Draft:
     conversation: Conversation
     runs: list[_Filled]
     offset: int
-    """Turns that the renderer put before the conversation's own (its system text)."""
+    """Turns that the chat tokenizer put before the conversation's own (its system text)."""
     num_control: int
     """Control tokens that the template writes for these roles."""
 
@@ -113,7 +117,7 @@ class _Draft:
         return (part for run in self.runs for part in run.parts if isinstance(part, str))
 
 
-class Renderer:
+class ChatTokenizer:
     """Turns conversations into ids and labels under one template and tokenizer.
 
     Args:
@@ -121,13 +125,13 @@ class Renderer:
         tokenizer: The language model's tokenizer.
         default_system: System text for conversations that bring none; None: the template's, "":
             none.
-        recipe: Which of LLaVA's quirks are repeated; none of them by default.
+        llava_quirks: The quirks of LLaVA to reproduce.
         image_separator: Text between an image and its neighbors where content is given as a list
             of parts; None: the template's.
 
     Attributes:
-        stop_id: The control token that ends an answer; None where the template has none.
-        control_ids: Every token that data must never become.
+        eot_token_id: The control token that ends an answer; None where the template has none.
+        special_token_ids: Every token that data must never become.
     """
 
     def __init__(
@@ -136,27 +140,27 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         default_system: str | None = None,
-        recipe: Recipe = FIXED,
+        llava_quirks: LlavaQuirks = NO_QUIRKS,
         image_separator: str | None = None,
     ) -> None:
         self.template = template
         self.tokenizer = tokenizer
-        self.recipe = recipe
+        self.llava_quirks = llava_quirks
         self.encoder = TextEncoder(tokenizer)
-        self.control_ids = frozenset(self.encoder.control_ids.values())
+        self.special_token_ids = frozenset(self.encoder.special_tokens.values())
         self._system = template.default_system if default_system is None else default_system
         self.image_separator = (
             template.image_separator if image_separator is None else image_separator
         )
         self._require_plain(self.image_separator)
         self._behind_image: Context = (
-            "start" if SPACE_BEHIND_IMAGE in recipe.quirks else "after_control"
+            "start" if "space_behind_image" in llava_quirks else "after_special_token"
         )
         self._runs = functools.lru_cache(maxsize=1024)(self._find_runs)
-        self.stop_id = self.encoder.control_ids.get(template.stop) if template.stop else None
-        if template.stop and self.stop_id is None:
+        self.eot_token_id = self.encoder.special_tokens.get(template.eot_token)
+        if template.eot_token and self.eot_token_id is None:
             raise TemplateError(
-                f"template {template.name!r} ends answers with {template.stop!r}, which is no "
+                f"template {template.name!r} ends answers with {template.eot_token!r}, which is no "
                 "control token of this tokenizer"
             )
 
@@ -167,30 +171,30 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         default_system: str | None = None,
-        recipe: str = "fixed",
+        llava_quirks: str = "none",
         image_separator: str | None = None,
-    ) -> "Renderer":
-        """A renderer for a template and a recipe by name (`load_template`, `recipe_named`)."""
-        chosen = recipe_named(recipe)
-        template = load_template(chosen.template(name), tokenizer)
+    ) -> "ChatTokenizer":
+        """Build one from names; see `load_template` and `LlavaQuirks.from_name`."""
+        quirks = LlavaQuirks.from_name(llava_quirks)
+        template = load_template(quirks.template_name(name), tokenizer)
         return cls(
             template,
             tokenizer,
             default_system=default_system,
-            recipe=chosen,
+            llava_quirks=quirks,
             image_separator=image_separator,
         )
 
     @classmethod
     def from_description(
         cls, description: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> "Renderer":
-        """The renderer that `describe` was called on."""
+    ) -> "ChatTokenizer":
+        """The chat tokenizer that `describe` was called on."""
         return cls(
             template_from_description(description["template"], tokenizer),
             tokenizer,
             default_system=description["default_system"],
-            recipe=recipe_named(description.get("recipe", "fixed")),
+            llava_quirks=LlavaQuirks.from_name(description.get("recipe", "fixed")),
             image_separator=description.get("image_separator"),
         )
 
@@ -199,12 +203,12 @@ class Renderer:
         return {
             "template": self.template.describe(),
             "default_system": self._system,
-            "recipe": self.recipe.name,
+            "recipe": self.llava_quirks.stored_name,
             "image_separator": self.image_separator,
         }
 
     def to_jinja(self) -> str:
-        """A `chat_template` for transformers that writes what this renderer tokenizes.
+        """A `chat_template` for transformers that writes what this chat tokenizer tokenizes.
 
         It takes contents as text, or as lists of text and image parts. Repeated quirks of
         tokenization (the space after an image) are beyond a chat template.
@@ -212,7 +216,7 @@ class Renderer:
         prelude = jinja_prelude(
             self._system,
             image_separator=self.image_separator,
-            image_first=IMAGE_FIRST in self.recipe.quirks,
+            image_first="image_first" in self.llava_quirks,
         )
         body = self.template.jinja_body()
         bos = self.tokenizer.bos_token
@@ -222,48 +226,50 @@ class Renderer:
 
     @property
     def keeps_layout(self) -> bool:
-        """Whether images stay where a record has them: no recipe or template rearranges them."""
-        return not (IMAGE_FIRST in self.recipe.quirks or self.template.images_only_users)
+        """Whether images stay where a record has them: no quirk and no template moves them."""
+        return not ("image_first" in self.llava_quirks or self.template.images_only_users)
 
     @property
-    def stop_token_ids(self) -> tuple[int, ...]:
+    def eot_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the template's stop, and the tokenizer's EOS."""
-        found = dict.fromkeys((self.stop_id, self.tokenizer.eos_token_id))
+        found = dict.fromkeys((self.eot_token_id, self.tokenizer.eos_token_id))
         return tuple(int(token) for token in found if token is not None)
 
-    def render(self, conversation: Conversation) -> Rendered:
+    def tokenize(self, conversation: Conversation) -> TokenizedRecord:
         """Ids and labels of a training record, proven to supervise its answers and nothing else.
 
         Raises:
             RecordError: The text cannot be spelled, the template cannot hold the turns, or the
                 proof failed; with record id, turn, expected and found.
         """
-        rendered = next(self.render_all([conversation]))
-        if isinstance(rendered, RecordError):
-            raise rendered
-        return rendered
+        tokenized = next(self.tokenize_all([conversation]))
+        if isinstance(tokenized, RecordError):
+            raise tokenized
+        return tokenized
 
-    def render_all(
+    def tokenize_all(
         self, conversations: Iterable[Conversation]
-    ) -> Iterator["Rendered | RecordError"]:
-        """As `render`, for many: faster, in order, a fault in the place of its record."""
+    ) -> Iterator["TokenizedRecord | RecordError"]:
+        """As `tokenize`, for many: faster, in order, a fault in the place of its record."""
         for chunk in batched(conversations, CHUNK):
             with _collector_paused():
-                made = self._render_chunk(chunk)
+                made = self._tokenize_chunk(chunk)
             yield from made
 
-    def _render_chunk(self, chunk: Sequence[Conversation]) -> list["Rendered | RecordError"]:
+    def _tokenize_chunk(
+        self, chunk: Sequence[Conversation]
+    ) -> list["TokenizedRecord | RecordError"]:
         drafts = [self._draft(conversation) for conversation in chunk]
         texts = (t for d in drafts if isinstance(d, _Draft) for t in d.texts())
         encoded = self.encoder.encode_all(texts)
         made = [d if isinstance(d, RecordError) else self._join(d, encoded) for d in drafts]
         answers = iter(self._decoded_answers(made))
-        for index, (draft, rendered) in enumerate(zip(drafts, made, strict=True)):
-            if isinstance(draft, RecordError) or isinstance(rendered, RecordError):
+        for index, (draft, tokenized) in enumerate(zip(drafts, made, strict=True)):
+            if isinstance(draft, RecordError) or isinstance(tokenized, RecordError):
                 continue
-            spoken = [next(answers) for _ in rendered.answers]
+            spoken = [next(answers) for _ in tokenized.answer_spans]
             try:
-                self._prove(draft, rendered, spoken)
+                self._prove(draft, tokenized, spoken)
             except RecordError as error:
                 made[index] = error
         return made
@@ -274,7 +280,7 @@ class Renderer:
         A prefix of the training ids of the same turns with an answer behind them.
 
         Raises:
-            RecordError: The turns end in an answer, or as for `render`.
+            RecordError: The turns end in an answer, or as for `tokenize`.
         """
         if not conversation.turns or conversation.turns[-1].role == "assistant":
             raise self._error(
@@ -283,21 +289,21 @@ class Renderer:
         draft = self._draft(conversation)
         if isinstance(draft, RecordError):
             raise draft
-        rendered = self._join(draft, self.encoder.encode_all(draft.texts()))
-        if isinstance(rendered, RecordError):
-            raise rendered
-        return rendered.input_ids
+        tokenized = self._join(draft, self.encoder.encode_all(draft.texts()))
+        if isinstance(tokenized, RecordError):
+            raise tokenized
+        return tokenized.input_ids
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of an answer as it is trained: its text behind the answer's header, then the stop."""
         turns = (Turn("user", (TextPart(""),)), Turn("assistant", (TextPart(text),)))
-        rendered = self.render(Conversation("answer", turns))
-        (span,) = rendered.answers
-        return rendered.input_ids[span.start : span.end]
+        tokenized = self.tokenize(Conversation("answer", turns))
+        (span,) = tokenized.answer_spans
+        return tokenized.input_ids[span.start : span.end]
 
     def _draft(self, conversation: Conversation) -> "_Draft | RecordError":
         try:
-            arranged = self.recipe.arranged(separated(conversation, self.image_separator))
+            arranged = self.llava_quirks.rearrange(separated(conversation, self.image_separator))
             turns = self._with_system(arranged.turns)
             runs = self._runs(tuple(turn.role for turn in turns))
         except RecordError as error:
@@ -314,7 +320,7 @@ class Renderer:
 
     def _require_plain(self, separator: str) -> None:
         """Refuse a separator that an exported chat template could not write as ordinary text."""
-        found = self.encoder.find_control(separator)
+        found = self.encoder.find_special_tokens(separator)
         if IMAGE_PLACEHOLDER in separator:
             found = [IMAGE_PLACEHOLDER]
         if found:
@@ -356,7 +362,7 @@ class Renderer:
 
     def _ends_answer(self, pieces: Sequence[TemplatePiece]) -> bool:
         last = pieces[-1]
-        ends = isinstance(last, TemplateText) and last.text == self.template.stop
+        ends = isinstance(last, TemplateText) and last.text == self.template.eot_token
         return ends and any(isinstance(piece, Slot) for piece in pieces)
 
     def _run(self, pieces: Sequence[TemplatePiece]) -> _Run:
@@ -368,7 +374,7 @@ class Renderer:
                 turn = piece.turn if piece.supervised else turn
                 parts.append(piece)
                 continue
-            added = self.encoder.split_control(piece.text)
+            added = self.encoder.split_special_tokens(piece.text)
             if piece.supervised:
                 text = "".join(part for part in added if isinstance(part, str))
                 around[turn is not None] += text
@@ -390,7 +396,7 @@ class Renderer:
         for index, part in enumerate(parts):
             if isinstance(part, int):
                 first = context == "start" and self.template.begins_text
-                control: Context = "start" if first else "after_control"
+                control: Context = "start" if first else "after_special_token"
                 context = self._behind_image if part == IMAGE_TOKEN_ID else control
                 continue
             spelled = self.encoder.spelled(part, context)
@@ -408,12 +414,12 @@ class Renderer:
         return parts
 
     def _join(
-        self, draft: _Draft, encoded: Mapping[str, Sequence[int] | Unspellable]
-    ) -> "Rendered | RecordError":
+        self, draft: _Draft, encoded: Mapping[str, Sequence[int] | UnencodableText]
+    ) -> "TokenizedRecord | RecordError":
         """Ids and labels of a draft, by construction."""
         ids: list[int] = []
         labels: list[int] = []
-        answers: list[Span] = []
+        answer_spans: list[AnswerSpan] = []
         for run in draft.runs:
             start = len(ids)
             for part in run.parts:
@@ -421,64 +427,64 @@ class Renderer:
                     ids.append(part)
                     continue
                 found = encoded[part]
-                if isinstance(found, Unspellable):
+                if isinstance(found, UnencodableText):
                     return self._error(draft.conversation, "unspellable", str(found))
                 ids += found
             trained = False
             if run.turn is not None:
                 turn = run.turn - draft.offset
-                answers.append(Span(turn, start, len(ids), run.prefix, run.suffix))
+                answer_spans.append(AnswerSpan(turn, start, len(ids), run.prefix, run.suffix))
                 trained = draft.conversation.turns[turn].supervised
             labels += ids[start:] if trained else [IGNORE_INDEX] * (len(ids) - start)
-        return Rendered(ids, labels, tuple(answers))
+        return TokenizedRecord(ids, labels, tuple(answer_spans))
 
-    def _decoded_answers(self, made: Sequence["Rendered | RecordError"]) -> list[str]:
+    def _decoded_answers(self, made: Sequence["TokenizedRecord | RecordError"]) -> list[str]:
         """What the ids of every answer spell, control tokens aside."""
         bodies = []
-        for rendered in (row for row in made if isinstance(row, Rendered)):
-            for span in rendered.answers:
-                body = rendered.input_ids[span.start : span.end]
-                if not self.control_ids.isdisjoint(body):
-                    body = [token for token in body if token not in self.control_ids]
+        for tokenized in (row for row in made if isinstance(row, TokenizedRecord)):
+            for span in tokenized.answer_spans:
+                body = tokenized.input_ids[span.start : span.end]
+                if not self.special_token_ids.isdisjoint(body):
+                    body = [token for token in body if token not in self.special_token_ids]
                 bodies.append(body)
         return self.encoder.decode_all(bodies)
 
-    def _prove(self, draft: _Draft, rendered: Rendered, spoken: Sequence[str]) -> None:
+    def _prove(self, draft: _Draft, tokenized: TokenizedRecord, spoken: Sequence[str]) -> None:
         """Check the labels against the conversation, not against how they were made."""
-        conversation, ids = draft.conversation, rendered.input_ids
+        conversation, ids = draft.conversation, tokenized.input_ids
         assistants = [i for i, t in enumerate(conversation.turns) if t.role == "assistant"]
-        found = [span.turn for span in rendered.answers]
+        found = [span.turn for span in tokenized.answer_spans]
         if found != assistants:
             raise self._violation(
                 conversation, f"answers were found for turns {found}, expected turns {assistants}"
             )
         wanted = [IGNORE_INDEX] * len(ids)
-        for span, text in zip(rendered.answers, spoken, strict=True):
+        for span, text in zip(tokenized.answer_spans, spoken, strict=True):
             turn = conversation.turns[span.turn]
             self._prove_answer(conversation, span, ids[span.start : span.end], text)
             if turn.supervised:
                 wanted[span.start : span.end] = ids[span.start : span.end]
-        if rendered.labels != wanted:
+        if tokenized.labels != wanted:
             at = next(
-                i for i, (a, b) in enumerate(zip(rendered.labels, wanted, strict=True)) if a != b
+                i for i, (a, b) in enumerate(zip(tokenized.labels, wanted, strict=True)) if a != b
             )
             raise self._violation(
-                conversation, f"token {at} has label {rendered.labels[at]}, expected {wanted[at]}"
+                conversation, f"token {at} has label {tokenized.labels[at]}, expected {wanted[at]}"
             )
         images = sum(1 for _ in conversation.image_parts())
-        if rendered.num_images != images:
+        if tokenized.num_images != images:
             raise self._violation(
-                conversation, f"{rendered.num_images} image placeholders for {images} images"
+                conversation, f"{tokenized.num_images} image placeholders for {images} images"
             )
         self._prove_control(draft, ids)
 
     def _prove_answer(
-        self, conversation: Conversation, span: Span, ids: Sequence[int], text: str
+        self, conversation: Conversation, span: AnswerSpan, ids: Sequence[int], text: str
     ) -> None:
-        if self.stop_id is not None and (not ids or ids[-1] != self.stop_id):
+        if self.eot_token_id is not None and (not ids or ids[-1] != self.eot_token_id):
             raise self._violation(
                 conversation,
-                f"turn {span.turn} does not end with the stop token {self.template.stop!r}",
+                f"turn {span.turn} does not end with the stop token {self.template.eot_token!r}",
             )
         answer = conversation.turns[span.turn].text
         expected = span.prefix + answer + span.suffix
@@ -490,7 +496,7 @@ class Renderer:
 
     def _prove_control(self, draft: _Draft, ids: list[int]) -> None:
         """Data became no control token: there are as many as the template writes."""
-        found = sum(ids.count(token) for token in self.control_ids.intersection(ids))
+        found = sum(ids.count(token) for token in self.special_token_ids.intersection(ids))
         if found != draft.num_control:
             raise self._violation(
                 draft.conversation,
@@ -515,7 +521,7 @@ def expand(ids: Sequence[int], num_tokens: int, values: Sequence[int] | None = N
 def _collector_paused() -> Iterator[None]:
     """Without Python's garbage collector, which finds nothing here and takes a fifth of the time.
 
-    Rendering makes many small objects and no cycle; each collection walks all that is imported.
+    Tokenization makes many small objects and no cycle; each collection walks all that is imported.
     """
     was_on = gc.isenabled()
     gc.disable()

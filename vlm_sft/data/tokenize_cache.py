@@ -1,4 +1,4 @@
-"""Rendered records kept across runs, by the content of the record and of all that renders it."""
+"""Tokenized records kept across runs, by the content of the record and of all that tokenizes it."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ from typing import Final
 import numpy as np
 
 from vlm_sft.data.conversation import Conversation, ImagePart
-from vlm_sft.data.tokenize import CHUNK, Rendered, Renderer, batched
+from vlm_sft.data.tokenize import CHUNK, ChatTokenizer, TokenizedRecord, batched
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX
 from vlm_sft.utils.filesystem import existing_above
 from vlm_sft.utils.ownership import CACHE, own_directory, require_directory, require_writable
 
 FILE_NAME: Final = "rendered.sqlite"
-RENDERING_MODULES: Final = (
+TOKENIZING_MODULES: Final = (
     "image_separator",
     "tokenize",
     "chat_template",
@@ -31,54 +31,56 @@ RENDERING_MODULES: Final = (
 _TABLE: Final = "rendered (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID"
 
 
-class CachedRenderer:
-    """A renderer that looks up what it, or another run, has rendered and proven before.
+class CachedChatTokenizer:
+    """A chat tokenizer that looks up what it, or another run, has tokenized and proven before.
 
     Keyed by sha256 over the record's turns and over everything that decides its ids: tokenizer,
-    template, system text, recipe, the code of this package that renders, and the version of
-    `tokenizers`. Every row carries a checksum; a row that fails it is rendered again. Safe for
+    template, system text, recipe, the code of this package that tokenizes, and the version of
+    `tokenizers`. Every row carries a checksum; a row that fails it is tokenized again. Safe for
     several processes at once (SQLite). Faulty records are not kept.
 
     Args:
-        renderer: Renders what is not there.
+        chat_tokenizer: Renders what is not there.
         folder: Holds `rendered.sqlite`; created and marked if missing or empty.
 
     Attributes:
         hits: Records that were found.
-        misses: Records that were rendered.
+        misses: Records that were tokenized.
 
     Raises:
         UserError: The folder or the file in it cannot be used, or is not a cache.
     """
 
-    def __init__(self, renderer: Renderer, folder: str | Path) -> None:
-        self._renderer, self._path = renderer, Path(folder) / FILE_NAME
-        self._fingerprint = fingerprint(renderer)
+    def __init__(self, chat_tokenizer: ChatTokenizer, folder: str | Path) -> None:
+        self._chat_tokenizer, self._path = chat_tokenizer, Path(folder) / FILE_NAME
+        self._fingerprint = fingerprint(chat_tokenizer)
         self.hits = self.misses = 0
         try:
             own_directory(
-                folder, CACHE, adopt=is_render_cache(Path(folder)), setting="data.cache_dir"
+                folder, CACHE, adopt=is_tokenize_cache(Path(folder)), setting="data.cache_dir"
             )
             self._table = _open_table(self._path)
         except (OSError, sqlite3.Error) as error:
             raise _fault(self._path, error) from None
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """As `Renderer.render`, without `answers` where the record was found."""
-        rendered = next(self.render_all([conversation]))
-        if isinstance(rendered, RecordError):
-            raise rendered
-        return rendered
+    def tokenize(self, conversation: Conversation) -> TokenizedRecord:
+        """As `ChatTokenizer.tokenize`, without `answers` where the record was found."""
+        tokenized = next(self.tokenize_all([conversation]))
+        if isinstance(tokenized, RecordError):
+            raise tokenized
+        return tokenized
 
-    def render_all(self, conversations: Iterable[Conversation]) -> Iterator[Rendered | RecordError]:
-        """As `Renderer.render_all`, without `answers` where a record was found."""
+    def tokenize_all(
+        self, conversations: Iterable[Conversation]
+    ) -> Iterator[TokenizedRecord | RecordError]:
+        """As `ChatTokenizer.tokenize_all`, without `answers` where a record was found."""
         for chunk in batched(conversations, CHUNK):
             keys = [self._key(conversation) for conversation in chunk]
             found = self._found(keys)
             missing = [c for c, key in zip(chunk, keys, strict=True) if key not in found]
             self.hits += len(chunk) - len(missing)
             self.misses += len(missing)
-            made = list(self._renderer.render_all(missing))
+            made = list(self._chat_tokenizer.tokenize_all(missing))
             fresh = iter(made)
             rows = [found[key] if key in found else next(fresh) for key in keys]
             self._keep([(k, r) for k, r in zip(keys, rows, strict=True) if k not in found])
@@ -94,7 +96,7 @@ class CachedRenderer:
                 digest.update(f"\0{kind}\0{len(text)}\0{text}".encode())
         return digest.digest()
 
-    def _found(self, keys: Sequence[bytes]) -> dict[bytes, Rendered]:
+    def _found(self, keys: Sequence[bytes]) -> dict[bytes, TokenizedRecord]:
         marks = ",".join("?" * len(keys))
         try:
             rows = self._table.execute(
@@ -103,10 +105,10 @@ class CachedRenderer:
         except sqlite3.Error as error:
             raise _fault(self._path, error) from None
         unpacked = ((key, _unpacked(row)) for key, row in rows)
-        return {key: rendered for key, rendered in unpacked if rendered is not None}
+        return {key: tokenized for key, tokenized in unpacked if tokenized is not None}
 
-    def _keep(self, rows: Sequence[tuple[bytes, Rendered | RecordError]]) -> None:
-        values = [(key, _packed(row)) for key, row in rows if isinstance(row, Rendered)]
+    def _keep(self, rows: Sequence[tuple[bytes, TokenizedRecord | RecordError]]) -> None:
+        values = [(key, _packed(row)) for key, row in rows if isinstance(row, TokenizedRecord)]
         try:
             with self._table:
                 self._table.executemany("INSERT OR REPLACE INTO rendered VALUES (?, ?)", values)
@@ -114,18 +116,18 @@ class CachedRenderer:
             raise _fault(self._path, error) from None
 
 
-def require_render_cache(folder: str | Path) -> None:
-    """Check that `CachedRenderer` can use a directory, without changing anything that is kept.
+def require_tokenize_cache(folder: str | Path) -> None:
+    """Check that `CachedChatTokenizer` can use a directory, without changing anything that is kept.
 
     SQLite's locks and its journal are tried on a temporary database in the same place.
 
     Raises:
-        UserError: As `CachedRenderer`.
+        UserError: As `CachedChatTokenizer`.
     """
     folder = Path(folder)
     path = folder / FILE_NAME
     try:
-        require_directory(folder, CACHE, adopt=is_render_cache(folder), setting="data.cache_dir")
+        require_directory(folder, CACHE, adopt=is_tokenize_cache(folder), setting="data.cache_dir")
         if path.exists():
             with closing(sqlite3.connect(path, timeout=60)) as table:
                 _require_ours(table, path)
@@ -164,8 +166,8 @@ def _fault(path: Path, error: Exception) -> UserError:
     )
 
 
-def is_render_cache(folder: Path) -> bool:
-    """Return whether a directory holds a file of rendered records."""
+def is_tokenize_cache(folder: Path) -> bool:
+    """Return whether a directory holds a file of tokenized records."""
     path = folder / FILE_NAME
     if not path.is_file():
         return False
@@ -185,26 +187,26 @@ def _is_ours(table: sqlite3.Connection, *, empty: bool = True) -> bool:
     return found == [f"CREATE TABLE {_TABLE}"] or (empty and not found)
 
 
-def fingerprint(renderer: Renderer) -> bytes:
+def fingerprint(chat_tokenizer: ChatTokenizer) -> bytes:
     """sha256 over all that decides what a record's ids and labels are, besides the record."""
     digest = hashlib.sha256()
-    digest.update(json.dumps(renderer.describe(), sort_keys=True).encode())
-    digest.update(renderer.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps(chat_tokenizer.describe(), sort_keys=True).encode())
+    digest.update(chat_tokenizer.tokenizer.backend_tokenizer.to_str().encode())
     digest.update(metadata.version("tokenizers").encode())
-    for name in RENDERING_MODULES:
+    for name in TOKENIZING_MODULES:
         digest.update((resources.files("vlm_sft.data") / f"{name}.py").read_bytes())
     return digest.digest()
 
 
-def _packed(rendered: Rendered) -> bytes:
+def _packed(tokenized: TokenizedRecord) -> bytes:
     """Checksum, then ids, then one byte a token: whether it is supervised."""
-    ids = array("i", rendered.input_ids).tobytes()
-    flags = bytes(label != IGNORE_INDEX for label in rendered.labels)
+    ids = array("i", tokenized.input_ids).tobytes()
+    flags = bytes(label != IGNORE_INDEX for label in tokenized.labels)
     return hashlib.blake2b(ids + flags, digest_size=8).digest() + ids + flags
 
 
-def _unpacked(row: bytes) -> Rendered | None:
-    """The rendering, or None where its checksum does not fit."""
+def _unpacked(row: bytes) -> TokenizedRecord | None:
+    """The tokenization, or None where its checksum does not fit."""
     checksum, body = row[:8], row[8:]
     if hashlib.blake2b(body, digest_size=8).digest() != checksum:
         return None
@@ -212,4 +214,4 @@ def _unpacked(row: bytes) -> Rendered | None:
     ids = np.frombuffer(body, dtype=np.int32, count=count)
     flags = np.frombuffer(body, dtype=np.bool_, offset=4 * count)
     labels = np.where(flags, ids, IGNORE_INDEX)
-    return Rendered(ids.tolist(), labels.tolist(), ())
+    return TokenizedRecord(ids.tolist(), labels.tolist(), ())

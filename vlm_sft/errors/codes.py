@@ -395,7 +395,7 @@ ALL: Final = (
     ErrorCode(
         323,
         "several_images",
-        "The recipe `llava-1.5` keeps one image a turn, and a turn has several.",
+        "`llava_quirks: llava-1.5` keeps one image per turn, and a turn has several.",
         "Spread them over turns, or take `llava_quirks: none`.",
     ),
     ErrorCode(
@@ -444,7 +444,7 @@ ALL: Final = (
     ErrorCode(
         402,
         "tokenizer_or_template_changed",
-        "Tokenizer, chat template or recipe are not those that the run was started with.",
+        "Tokenizer, chat template or LLaVA quirks are not those that the run was started with.",
         "Put them back as they were, or start a new run in another `output_dir`.",
     ),
     ErrorCode(

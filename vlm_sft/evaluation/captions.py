@@ -75,12 +75,12 @@ def _losses_of(
 
 
 def _example(run: VlmRun, record: Conversation) -> Example:
-    rendered = run.renderer.render(record)
+    tokenized = run.chat_tokenizer.tokenize(record)
     tokens = run.model.vision_tower.num_tokens
     return Example(
         record.id,
-        torch.tensor(expand(rendered.input_ids, tokens)),
-        torch.tensor(expand(rendered.input_ids, tokens, rendered.labels)),
+        torch.tensor(expand(tokenized.input_ids, tokens)),
+        torch.tensor(expand(tokenized.input_ids, tokens, tokenized.labels)),
         run.pixels(Path(str(record.images[0])))[None],
     )
 

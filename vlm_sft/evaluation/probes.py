@@ -249,7 +249,7 @@ def _pixels(run: VlmRun, shown: str | None, images_dir: Path) -> Tensor:
 def judge_image(run: VlmRun, probes: Sequence[Probe], pixels: Tensor) -> list[Verdict]:
     """Verdicts of questions about one image, in their order."""
     spelled = {choice for probe in probes for choice in probe.choices}
-    answers = {choice: run.renderer.answer_ids(spell(choice)) for choice in spelled}
+    answers = {choice: run.chat_tokenizer.answer_ids(spell(choice)) for choice in spelled}
     branches = [
         Branch(
             run.prompt_ids(question(probe.question, [b""])),

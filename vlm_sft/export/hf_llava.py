@@ -111,8 +111,8 @@ def export_hf_llava(
     *,
     image_aspect: ImageAspect,
     image_processing: ImageProcessing = "fast",
-    renderer_chat_template: str | None,
-    stop_token_ids: Sequence[int] = (),
+    chat_template: str | None,
+    eot_token_ids: Sequence[int] = (),
     sample: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
@@ -129,8 +129,8 @@ def export_hf_llava(
         out_dir: Must not exist or be empty.
         image_aspect: How images were made square in training.
         image_processing: How exactly they were resized there.
-        renderer_chat_template: Jinja text of the run's chat template for the processor, or None.
-        stop_token_ids: Ids that end an answer, for the generation settings; empty: the language
+        chat_template: Jinja text of the run's chat template for the processor, or None.
+        eot_token_ids: Ids that end an answer, for the generation settings; empty: the language
             model's own.
         sample: Pixels `[N, 3, H, W]` uint8 and ids `[1, T]` (with `IMAGE_TOKEN_ID`) to compare
             logits on; None: noise and the first ids of the vocabulary.
@@ -150,13 +150,13 @@ def export_hf_llava(
 
     language_model = merged_language_model(model)
     dtype = dtype or language_model.get_input_embeddings().weight.dtype
-    tokenizer = exported_tokenizer(tokenizer, renderer_chat_template)
+    tokenizer = exported_tokenizer(tokenizer, chat_template)
     image_token_id = int(cast(Any, tokenizer).convert_tokens_to_ids(IMAGE_PLACEHOLDER))
     llava = _stock_model(model, tower, language_model, image_token_id, dtype)
-    _set_stop_token(tokenizer, stop_token_ids)
-    llava.generation_config = _generation_config(language_model, tokenizer, stop_token_ids)
+    _set_stop_token(tokenizer, eot_token_ids)
+    llava.generation_config = _generation_config(language_model, tokenizer, eot_token_ids)
     processor = _processor(model.vision_tower, tower, tokenizer, image_aspect)
-    processor.chat_template = renderer_chat_template
+    processor.chat_template = chat_template
 
     with _atomic_folder(place) as folder:
         with naming(folder):
@@ -270,7 +270,7 @@ def _fill(stock: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) 
         part.dtype = dtype
 
 
-def _set_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+def _set_stop_token(tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[int]) -> None:
     """Make the template's stop token the tokenizer's EOS, which programs stop at.
 
     Some read `tokenizer.eos_token_id` alone, not the generation settings: answers of a model
@@ -279,18 +279,18 @@ def _set_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence
     named: Any = tokenizer
     if named.pad_token is None and named.eos_token is not None:
         named.pad_token = named.eos_token
-    if stop_token_ids:
-        named.eos_token = named.convert_ids_to_tokens(stop_token_ids[0])
+    if eot_token_ids:
+        named.eos_token = named.convert_ids_to_tokens(eot_token_ids[0])
 
 
 def _generation_config(
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    stop_token_ids: Sequence[int],
+    eot_token_ids: Sequence[int],
 ) -> GenerationConfig:
     config: Any = copy.deepcopy(language_model.generation_config) or GenerationConfig()
-    if stop_token_ids:
-        config.eos_token_id = list(stop_token_ids)
+    if eot_token_ids:
+        config.eos_token_id = list(eot_token_ids)
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:

@@ -30,7 +30,7 @@ from vlm_sft.data.image_separator import DEFAULT_SEPARATOR, separated_parts
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.record_formats import read_records
 from vlm_sft.data.text_encoder import load_tokenizer, padding_id
-from vlm_sft.data.tokenize import Renderer, expand
+from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.errors import CheckpointError, UserError, as_text
 from vlm_sft.model.build import build_model
 from vlm_sft.model.positions import position_limit
@@ -57,7 +57,7 @@ class VlmRun:
 
     model: VisionLanguageModel
     tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
+    chat_tokenizer: ChatTokenizer
     image_spec: ImageSpec
     aspect: ImageAspect
     processing: ImageProcessing
@@ -84,7 +84,7 @@ class VlmRun:
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Ids to generate from, `IMAGE_TOKEN_ID` once for each token of each image."""
-        return expand(self.renderer.prompt(conversation), self.model.vision_tower.num_tokens)
+        return expand(self.chat_tokenizer.prompt(conversation), self.model.vision_tower.num_tokens)
 
     def answer(self, conversation: Conversation, **sampling: Any) -> str:
         """The whole answer; `sampling` as for `stream`."""
@@ -125,7 +125,7 @@ class VlmRun:
             image_embeds=torch.stack(list(images)) if images else None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=list(self.renderer.stop_token_ids),
+            eos_token_id=list(self.chat_tokenizer.eot_token_ids),
             pad_token_id=self.pad_token_id,
         )
         decode = cast(Any, self.tokenizer).decode
@@ -165,7 +165,7 @@ class VlmRun:
             torch.manual_seed(seed)
         arguments = {
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": list(self.renderer.stop_token_ids),
+            "eos_token_id": list(self.chat_tokenizer.eot_token_ids),
             "pad_token_id": self.pad_token_id,
             **(drawing if temperature > 0 else greedy),
         }
@@ -253,7 +253,7 @@ def load_run(
     description = _json(folder / "template.json")
     if "image_separator" not in description:
         description["image_separator"] = _trained_separator(config)
-    renderer = Renderer.from_description(description, tokenizer)
+    chat_tokenizer = ChatTokenizer.from_description(description, tokenizer)
     model = _build(config, folder)
     _require_same_base(config, model, checkpoint.manifest, folder)
     _read_parts(config, model, folder)
@@ -262,7 +262,7 @@ def load_run(
     return VlmRun(
         model=model.to(place),
         tokenizer=tokenizer,
-        renderer=renderer,
+        chat_tokenizer=chat_tokenizer,
         image_spec=model.vision_tower.image_spec,
         aspect=prepared["image_aspect"],
         processing=prepared.get("image_processing", "exact"),  # before it was a choice

@@ -70,7 +70,7 @@ class Answers:
     def _answer(self, asked: Conversation, pixels: list[torch.Tensor]) -> str:
         tower, tokenizer = self.model.vision_tower, self.language.tokenizer
         device = tower.device
-        ids = expand(self.language.renderer.prompt(asked), tower.num_tokens)
+        ids = expand(self.language.chat_tokenizer.prompt(asked), tower.num_tokens)
         input_ids = torch.tensor([ids], device=device)
         generated = self.model.generate(
             input_ids,
@@ -78,7 +78,7 @@ class Answers:
             torch.stack(pixels).to(device) if pixels else None,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            eos_token_id=list(self.language.renderer.stop_token_ids),
+            eos_token_id=list(self.language.chat_tokenizer.eot_token_ids),
             pad_token_id=self.language.pad_token_id,
         )
         return str(tokenizer.decode(generated[0], skip_special_tokens=True)).strip()

@@ -10,10 +10,10 @@ from typing import Final
 
 from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.filtering import Admission, Outcome
-from vlm_sft.data.ledger import Bucket, Entry
+from vlm_sft.data.filtering import FilterResult, RecordFilter
+from vlm_sft.data.ledger import Bucket, LedgerEntry
 from vlm_sft.data.record_formats import open_records
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.progress import track
 
@@ -27,38 +27,38 @@ class Inspected:
 
     Attributes:
         source: Index of its file.
-        outcome: Filtering result.
+        result: The decision of the record filter.
     """
 
     source: int
-    outcome: Outcome
+    result: FilterResult
 
     @property
     def record(self) -> Conversation | RecordError:
         """The record as read, or the error of one that cannot be read."""
-        return self.outcome.record
+        return self.result.source
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> LedgerEntry:
         """The line of the ledger: id, place, bucket and reason."""
-        return self.outcome.entry
+        return self.result.entry
 
     @property
     def bucket(self) -> Bucket:
         """The bucket of the ledger."""
-        return self.outcome.entry.bucket
+        return self.result.entry.bucket
 
     @property
     def conversation(self) -> Conversation | None:
         """The record as trained; as read if training skips it; None if it cannot be read."""
-        if self.outcome.kept is not None:
-            return self.outcome.kept
+        if self.result.record is not None:
+            return self.result.record
         return self.record if isinstance(self.record, Conversation) else None
 
     @property
     def length(self) -> int | None:
         """Tokens, image tokens included, before turns are dropped; None if not tokenized."""
-        return None if self.outcome.whole is None else self.outcome.whole.length
+        return None if self.result.untruncated is None else self.result.untruncated_length
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Inspection:
 
     Attributes:
         files: Files of records.
-        renderer: Tokenizes the records.
+        chat_tokenizer: Tokenizes the records.
         config: Length limit and policy; with `max_length` `NO_LIMIT`, no record is too long.
         num_image_tokens: Image tokens per image.
         look_for_images: Whether a missing image file makes its record faulty.
     """
 
     files: Sequence[DataFile]
-    renderer: Renderer
+    chat_tokenizer: ChatTokenizer
     config: DataConfig
     num_image_tokens: int
     look_for_images: bool = True
@@ -91,8 +91,8 @@ class Inspection:
         Args:
             progress: Show a progress bar on stderr if it takes long.
         """
-        admission = Admission(
-            self.renderer,
+        record_filter = RecordFilter(
+            self.chat_tokenizer,
             num_image_tokens=self.num_image_tokens,
             config=self.config,
             look_for_images=self.look_for_images,
@@ -102,8 +102,8 @@ class Inspection:
             found = records.conversations
             if progress:
                 found = track(found, records.total, f"reading {Path(file.path).name}")
-            for outcome in admission.decide_all(found):
-                yield Inspected(number, outcome)
+            for result in record_filter.filter_all(found):
+                yield Inspected(number, result)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class RecordsPage:
         if self.num_shown >= self.limit:
             return
         inspection = self.inspection
-        view = view_tokens(found, inspection.renderer, inspection.num_image_tokens)
+        view = view_tokens(found, inspection.chat_tokenizer, inspection.num_image_tokens)
         file_path = inspection.files[found.source].path
         self._records.append(record_view(found, view, file_path))
 
@@ -142,7 +142,7 @@ class RecordsPage:
     def _lead(self) -> str:
         inspection = self.inspection
         config = inspection.config
-        parts = [f"Template {inspection.renderer.template.name}"]
+        parts = [f"Template {inspection.chat_tokenizer.template.name}"]
         parts.append(f"{inspection.num_image_tokens:,} image tokens per image")
         if config.max_length == NO_LIMIT:
             parts.append("no length limit")
@@ -188,8 +188,8 @@ def record_view(found: Inspected, view: TokenView | None, file_path: str) -> Rec
     conversation, where = found.conversation, found.entry.where
     dropped: Sequence[Turn] = ()
     if found.bucket == "turns_dropped" and isinstance(found.record, Conversation):
-        assert found.outcome.kept is not None
-        dropped = found.record.turns[len(found.outcome.kept.turns) :]
+        assert found.result.record is not None
+        dropped = found.record.turns[len(found.result.record.turns) :]
     return RecordView(
         found,
         where=where if file_path in where else f"{where} of {file_path}",

@@ -9,11 +9,12 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 
 from vlm_sft.data.conversation import Conversation, TextPart
-from vlm_sft.data.filtering import Rendering, missing_images
+from vlm_sft.data.filtering import missing_images
 from vlm_sft.data.ledger import Bucket
 from vlm_sft.data.text_encoder import TextEncoder
+from vlm_sft.data.tokenize import TokenizedRecord
 from vlm_sft.inspection.records import NO_LIMIT, Inspected, Inspection
-from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
+from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 
 BUCKETS: Final[dict[Bucket, str]] = {
     "trained": "trained",
@@ -89,25 +90,24 @@ class SourceStatistics:
         self.outcomes[found.bucket, found.entry.reason] += 1
         if isinstance(found.record, Conversation):
             self._add_content(found.record, encoder)
-        whole, rendering = found.outcome.whole, found.outcome.rendering
-        if whole is not None:
-            self.lengths.append(whole.length)
-            self.text_lengths.append(_text_length(whole))
-            self.counts["too_long"] += whole.length > max_length
-        if rendering is not None:
-            self._add_trained(rendering)
-        if rendering is not None and whole is not None and found.bucket == "turns_dropped":
-            assert isinstance(found.record, Conversation) and found.outcome.kept is not None
-            num_kept = len(found.outcome.kept.turns)
-            self.counts["dropped_turns"] += len(found.record.turns) - num_kept
-            self.counts["dropped_tokens"] += whole.length - rendering.length
+        result = found.result
+        if result.untruncated is not None:
+            self.lengths.append(result.untruncated_length)
+            self.text_lengths.append(_text_length(result.untruncated))
+            self.counts["too_long"] += result.untruncated_length > max_length
+        if result.tokenized is not None:
+            self._add_trained(result.tokenized, result.length)
+        if result.record is not None and found.bucket == "turns_dropped":
+            assert isinstance(found.record, Conversation)
+            self.counts["dropped_turns"] += len(found.record.turns) - len(result.record.turns)
+            self.counts["dropped_tokens"] += result.untruncated_length - result.length
 
-    def _add_trained(self, rendering: Rendering) -> None:
-        text_length = _text_length(rendering)
-        self.counts["trained_tokens"] += rendering.num_targets
+    def _add_trained(self, tokenized: TokenizedRecord, length: int) -> None:
+        text_length = _text_length(tokenized)
+        self.counts["trained_tokens"] += tokenized.num_targets
         self.counts["text_tokens"] += text_length
-        self.counts["image_tokens"] += rendering.length - text_length
-        self.shares.append(rendering.num_targets / text_length)
+        self.counts["image_tokens"] += length - text_length
+        self.shares.append(tokenized.num_targets / text_length)
 
     def _add_content(self, record: Conversation, encoder: TextEncoder) -> None:
         self.counts["images"] += len(record.images)
@@ -121,7 +121,7 @@ class SourceStatistics:
             self.counts["placeholders_in_answers" if in_answer else "placeholders_elsewhere"] += (
                 placeholders
             )
-            special += [found for text in texts for found in encoder.find_control(text)]
+            special += [found for text in texts for found in encoder.find_special_tokens(text)]
         self.special_strings.update(special)
         self.counts["records_with_control"] += bool(special)
 
@@ -166,7 +166,7 @@ class Statistics:
 
     def add(self, found: Inspected) -> None:
         """Add one record to the counts of its file."""
-        encoder, limit = self.inspection.renderer.encoder, self.inspection.config.max_length
+        encoder, limit = self.inspection.chat_tokenizer.encoder, self.inspection.config.max_length
         self.sources[found.source].add(found, encoder, limit)
 
     @property
@@ -330,8 +330,8 @@ def _most_common(found: Counter[str]) -> str:
     return ", ".join(named + ([f"{more} more"] if more > 0 else []))
 
 
-def _text_length(rendering: Rendering) -> int:
-    return len(rendering.input_ids) - rendering.input_ids.count(IMAGE_TOKEN_ID)
+def _text_length(tokenized: TokenizedRecord) -> int:
+    return len(tokenized.input_ids) - tokenized.num_images
 
 
 def spread(lengths: Sequence[int]) -> dict[str, int]:

@@ -91,7 +91,7 @@ def summary_line(found: Inspected, view: TokenView | None) -> str:
 
 def message(found: Inspected) -> str:
     """Return why a record is not used as it is, without its position."""
-    error = found.outcome.error
+    error = found.result.error
     return found.entry.message if error is None else error.message
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
@@ -76,7 +76,9 @@ class TokenView:
         return len(self.input_ids) - self.num_images
 
 
-def view_tokens(found: Inspected, renderer: Renderer, num_image_tokens: int) -> TokenView | None:
+def view_tokens(
+    found: Inspected, chat_tokenizer: ChatTokenizer, num_image_tokens: int
+) -> TokenView | None:
     """Return a record's tokens in spans; None if the record cannot be tokenized.
 
     In a record that training does not use, no token counts as trained.
@@ -85,43 +87,43 @@ def view_tokens(found: Inspected, renderer: Renderer, num_image_tokens: int) -> 
     if conversation is None:
         return None
     try:
-        rendered = renderer.render(conversation)
+        tokenized = chat_tokenizer.tokenize(conversation)
     except RecordError:
         return None
-    ids = rendered.input_ids
-    rendering = found.outcome.rendering
-    labels = [IGNORE_INDEX] * len(ids) if rendering is None else rendering.labels
+    ids = tokenized.input_ids
+    kept = found.result.tokenized
+    labels = [IGNORE_INDEX] * len(ids) if kept is None else kept.labels
     images = itertools.count(1)
     spans: list[TokenSpan] = []
     end = 0
-    for answer in rendered.answers:
-        spans += _spans(ids, labels, end, answer.start, "context", renderer, images)
-        spans += _spans(ids, labels, answer.start, answer.end, "untrained", renderer, images)
+    for answer in tokenized.answer_spans:
+        spans += _spans(ids, labels, end, answer.start, "context", chat_tokenizer, images)
+        spans += _spans(ids, labels, answer.start, answer.end, "untrained", chat_tokenizer, images)
         end = answer.end
-    spans += _spans(ids, labels, end, len(ids), "context", renderer, images)
-    num_images = rendered.num_images
-    length = len(ids) + num_images * (num_image_tokens - 1)
-    special_texts = (IMAGE_PLACEHOLDER, *renderer.encoder.control_ids)
+    spans += _spans(ids, labels, end, len(ids), "context", chat_tokenizer, images)
+    num_images = tokenized.num_images
+    length = tokenized.expanded_length(num_image_tokens)
+    special_texts = (IMAGE_PLACEHOLDER, *chat_tokenizer.encoder.special_tokens)
     return TokenView(tuple(spans), ids, labels, length, num_images, special_texts)
 
 
-def as_json(found: Inspected, renderer: Renderer) -> dict[str, Any]:
+def as_json(found: Inspected, chat_tokenizer: ChatTokenizer) -> dict[str, Any]:
     """Return a tokenized record as plain values, for other programs.
 
     `input_ids` contains one `image_token_id` per image; `labels` is -100 at every position that is
     not trained; `tokens` are the names in the vocabulary.
     """
-    outcome = found.outcome
-    rendering = outcome.rendering or outcome.whole
-    assert rendering is not None
-    ids = rendering.input_ids
+    result = found.result
+    tokenized = result.tokenized or result.untruncated
+    assert tokenized is not None
+    ids = tokenized.input_ids
     row = {
         "id": found.entry.record_id,
         "where": found.entry.where,
         "outcome": found.bucket,
         "input_ids": ids,
-        "labels": [IGNORE_INDEX] * len(ids) if outcome.rendering is None else rendering.labels,
-        "tokens": [_name_of_token(i, renderer) for i in ids],
+        "labels": [IGNORE_INDEX] * len(ids) if result.tokenized is None else tokenized.labels,
+        "tokens": [_name_of_token(i, chat_tokenizer) for i in ids],
         "num_images": ids.count(IMAGE_TOKEN_ID),
         "image_token_id": IMAGE_TOKEN_ID,
     }
@@ -136,48 +138,50 @@ def _spans(
     start: int,
     end: int,
     kind_without_label: SpanKind,
-    renderer: Renderer,
+    chat_tokenizer: ChatTokenizer,
     images: Iterator[int],
 ) -> Iterator[TokenSpan]:
     """Yield the spans of `ids[start:end]`, split where labels begin and end."""
     pairs = zip(ids[start:end], labels[start:end], strict=True)
     for is_trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
-        tokens = tuple(_tokens([token_id for token_id, _ in group], renderer, images))
+        tokens = tuple(_tokens([token_id for token_id, _ in group], chat_tokenizer, images))
         yield TokenSpan("trained" if is_trained else kind_without_label, tokens)
 
 
-def _tokens(ids: Sequence[int], renderer: Renderer, images: Iterator[int]) -> Iterator[Token]:
-    special = set(renderer.encoder.control_ids.values()) | {IMAGE_TOKEN_ID}
+def _tokens(
+    ids: Sequence[int], chat_tokenizer: ChatTokenizer, images: Iterator[int]
+) -> Iterator[Token]:
+    special = set(chat_tokenizer.encoder.special_tokens.values()) | {IMAGE_TOKEN_ID}
     for is_special, group in itertools.groupby(ids, key=special.__contains__):
         if not is_special:
-            yield from map(Token, _texts(list(group), renderer))
+            yield from map(Token, _texts(list(group), chat_tokenizer))
             continue
         for token_id in group:
             image = next(images) if token_id == IMAGE_TOKEN_ID else 0
-            yield Token(_name_of_token(token_id, renderer), True, image)
+            yield Token(_name_of_token(token_id, chat_tokenizer), True, image)
 
 
-def _texts(ids: list[int], renderer: Renderer) -> list[str]:
+def _texts(ids: list[int], chat_tokenizer: ChatTokenizer) -> list[str]:
     """Return the text of each ordinary token; their concatenation is the decoded sequence."""
-    decoded = renderer.encoder.decode(ids)
+    decoded = chat_tokenizer.encoder.decode(ids)
     texts: list[str] = []
     pending: list[int] = []
     for token_id in ids:
         # A byte-level token can be a fragment of a UTF-8 character, which decodes to U+FFFD: wait
         # for the tokens that complete the character.
         pending.append(token_id)
-        text = renderer.encoder.decode(pending)
+        text = chat_tokenizer.encoder.decode(pending)
         if "\ufffd" not in text or len(pending) >= MAX_TOKENS_PER_CHARACTER:
             texts.append(text)
             pending = []
     if pending:
-        texts.append(renderer.encoder.decode(pending))
+        texts.append(chat_tokenizer.encoder.decode(pending))
     # Some decoders treat a token differently at the start of a text. Then show the whole text as
     # one token rather than text that was never encoded.
     return texts if "".join(texts) == decoded else [decoded]
 
 
-def _name_of_token(token_id: int, renderer: Renderer) -> str:
+def _name_of_token(token_id: int, chat_tokenizer: ChatTokenizer) -> str:
     if token_id == IMAGE_TOKEN_ID:
         return IMAGE_PLACEHOLDER
-    return str(renderer.tokenizer.convert_ids_to_tokens(token_id))
+    return str(chat_tokenizer.tokenizer.convert_ids_to_tokens(token_id))

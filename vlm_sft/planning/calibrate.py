@@ -128,7 +128,7 @@ class _Steps:
         language = load_language(config)
         model, _ = load_model(config, TRAINABLE[method])
         tower = model.vision_tower
-        data = load_data(config, language.renderer, tower.image_spec, tower.num_tokens)
+        data = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
         use_feature_cache(config, model, self._accelerator, data)
         self._data, self._plan = data.train, make_plan(config, language, data, model)
         set_recomputing(model, policy)

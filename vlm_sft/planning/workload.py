@@ -1,6 +1,6 @@
 """What a run's data really asks of the model: lengths, targets and images, and its micro-batches.
 
-Read as training reads it: the same files, renderer, length limit and order of records.
+Read as training reads it: the same files, chat_tokenizer, length limit and order of records.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.data.build import make_batching, make_sampler, sampled_steps
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import shared_prefix
-from vlm_sft.data.filtering import Admission, Outcome, RecordRenderer
+from vlm_sft.data.filtering import FilterResult, RecordFilter
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.packing import PackingFigures, make_units, packing_figures
 from vlm_sft.data.record_formats import open_records
 from vlm_sft.data.sampler import StepSampler
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 from vlm_sft.utils.progress import track
 
 TIMED_IMAGES: Final = 12
@@ -42,7 +42,7 @@ class FileSurvey:
         path: The file.
         weight: How often each record is seen in an epoch.
         records: All of them.
-        looked_at: Those that were rendered: all, or a sample.
+        looked_at: Those that were tokenized: all, or a sample.
         left_out: Of those looked at, by reason, what would not be trained on.
         lengths: Tokens of each that would be, image tokens included.
         targets: Likewise supervised tokens.
@@ -62,16 +62,16 @@ class FileSurvey:
     prefixes: list[bytes] = field(default_factory=list)
     prefix_lengths: list[int] = field(default_factory=list)
 
-    def add(self, outcome: Outcome, *, num_image_tokens: int) -> None:
+    def add(self, result: FilterResult, *, num_image_tokens: int) -> None:
         """Count one record in."""
         self.looked_at += 1
-        if outcome.rendering is None or outcome.kept is None:
-            self.left_out[outcome.entry.reason] += 1
+        if result.tokenized is None or result.record is None:
+            self.left_out[result.entry.reason] += 1
             return
-        self.lengths.append(outcome.rendering.length)
-        self.targets.append(outcome.rendering.num_targets)
-        self.images.append(outcome.rendering.input_ids.count(IMAGE_TOKEN_ID))
-        found = shared_prefix(outcome.kept, outcome.rendering, num_image_tokens=num_image_tokens)
+        self.lengths.append(result.length)
+        self.targets.append(result.tokenized.num_targets)
+        self.images.append(result.tokenized.num_images)
+        found = shared_prefix(result.record, result.tokenized, num_image_tokens=num_image_tokens)
         prefix, length = found or (b"", 0)
         self.prefixes.append(prefix)
         self.prefix_lengths.append(length)
@@ -96,7 +96,7 @@ class Survey:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every record was rendered, not a sample."""
+        """Whether every record was tokenized, not a sample."""
         return all(file.looked_at == file.records for file in self.files)
 
     @property
@@ -131,23 +131,25 @@ class Survey:
 
 
 def survey(
-    config: RunConfig, renderer: RecordRenderer, *, num_image_tokens: int, sample: int
+    config: RunConfig, chat_tokenizer: ChatTokenizer, *, num_image_tokens: int, sample: int
 ) -> Survey:
     """Read the run's training files.
 
     Args:
         config: Files, length limit and policy.
-        renderer: Makes ids and labels.
+        chat_tokenizer: Makes ids and labels.
         num_image_tokens: Of an image.
-        sample: Records of each file that are rendered, drawn at random; 0: all.
+        sample: Records of each file that are tokenized, drawn at random; 0: all.
 
     Raises:
         UserError: A file cannot be read, or no record would be trained on.
     """
-    admission = Admission(renderer, num_image_tokens=num_image_tokens, config=config.data)
+    record_filter = RecordFilter(
+        chat_tokenizer, num_image_tokens=num_image_tokens, config=config.data
+    )
     sources: list[ImageSource] = []
     files = [
-        _survey_file(file, admission, sources, sample, num_image_tokens)
+        _survey_file(file, record_filter, sources, sample, num_image_tokens)
         for file in config.data.train
     ]
     found = Survey(tuple(files), tuple(sources))
@@ -164,7 +166,7 @@ def survey(
 
 def _survey_file(
     file: DataFile,
-    admission: Admission,
+    record_filter: RecordFilter,
     sources: list[ImageSource],
     sample: int,
     num_image_tokens: int,
@@ -173,8 +175,8 @@ def _survey_file(
     records = open_records(file)
     tracked = track(records.conversations, records.total, f"reading {Path(file.path).name}")
     counted = _counted(tracked, found, sources)
-    for outcome in admission.decide_all(_sampled(counted, sample) if sample else counted):
-        found.add(outcome, num_image_tokens=num_image_tokens)
+    for result in record_filter.filter_all(_sampled(counted, sample) if sample else counted):
+        found.add(result, num_image_tokens=num_image_tokens)
     return found
 
 

@@ -91,14 +91,16 @@ def make_store(
     files = [file.path for file in config.data.train]
     return CheckpointStore(
         Path(config.output_dir),
-        checkpoint_components(config, model, language.tokenizer, language.renderer, trainable),
+        checkpoint_components(
+            config, model, language.tokenizer, language.chat_tokenizer, trainable
+        ),
         facts={
             "stage": stage,
             "base_model": identity,
             "tokenizer": tokenizer_digest(language.tokenizer),
-            "template": template_digest(language.renderer),
+            "template": template_digest(language.chat_tokenizer),
             "data": [dataclasses.asdict(content) for content in data.train.contents],
-            "recipe": language.renderer.recipe.describe(),
+            "recipe": language.chat_tokenizer.llava_quirks.describe(),
         },
         explain={
             "tokenizer": lambda then, now: "the tokenizer's vocabulary or rules have changed",

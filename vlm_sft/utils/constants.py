@@ -8,7 +8,7 @@ IGNORE_INDEX: Final = -100
 IMAGE_TOKEN_ID: Final = -200
 """Id of an image placeholder (LLaVA's IMAGE_TOKEN_INDEX, `llava/constants.py`).
 
-One per image in a rendered record, one per image feature after expansion. It is negative, so no
+One per image in a tokenized record, one per image feature after expansion. It is negative, so no
 tokenizer and no text can produce it.
 """
 

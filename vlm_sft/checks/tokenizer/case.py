@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, Role, TextPart, Turn
 from vlm_sft.data.text_encoder import exported_tokenizer
-from vlm_sft.data.tokenize import Rendered, Renderer
+from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 
@@ -57,38 +57,42 @@ class Probe:
 
 
 class Case:
-    """A tokenizer and a template with the probes that the template can hold, rendered."""
+    """A tokenizer and a template with the probes that the template can hold, tokenized."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         template_name: str,
-        renderer: Renderer,
+        chat_tokenizer: ChatTokenizer,
         generation_config: Mapping[str, Any] | None,
     ) -> None:
-        self.tokenizer, self.template_name, self.renderer = tokenizer, template_name, renderer
+        self.tokenizer, self.template_name, self.chat_tokenizer = (
+            tokenizer,
+            template_name,
+            chat_tokenizer,
+        )
         self.generation_config = generation_config
-        self.encoder = renderer.encoder
-        self.control = renderer.control_ids
-        self.stop = renderer.template.stop
-        self.stop_id = renderer.stop_id
-        self.probes: list[tuple[Probe, Rendered]] = []
+        self.encoder = chat_tokenizer.encoder
+        self.control = chat_tokenizer.special_token_ids
+        self.eot_token = chat_tokenizer.template.eot_token
+        self.eot_token_id = chat_tokenizer.eot_token_id
+        self.probes: list[tuple[Probe, TokenizedRecord]] = []
         self.refused: list[tuple[Probe, RecordError]] = []
         for probe in PROBES:
             try:
-                self.probes.append((probe, renderer.render(probe.conversation)))
+                self.probes.append((probe, chat_tokenizer.tokenize(probe.conversation)))
             except RecordError as error:
                 self.refused.append((probe, error))
 
     @property
-    def text_probes(self) -> list[tuple[Probe, Rendered]]:
+    def text_probes(self) -> list[tuple[Probe, TokenizedRecord]]:
         """The probes without images."""
-        return [(probe, rendered) for probe, rendered in self.probes if not probe.has_image]
+        return [(probe, tokenized) for probe, tokenized in self.probes if not probe.has_image]
 
     @functools.cached_property
     def exported(self) -> PreTrainedTokenizerBase:
         """The tokenizer as an export writes it."""
-        return exported_tokenizer(self.tokenizer, self.renderer.to_jinja())
+        return exported_tokenizer(self.tokenizer, self.chat_tokenizer.to_jinja())
 
     def exported_ids(self, conversation: Conversation, *, generate: bool) -> list[int]:
         """What the export's `apply_chat_template` gives, images as `IMAGE_TOKEN_ID`."""

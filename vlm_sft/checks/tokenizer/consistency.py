@@ -18,17 +18,17 @@ from vlm_sft.utils.constants import IGNORE_INDEX
 def agreement(case: Case) -> Iterator[Finding]:
     """Training, inference and export: the same ids for the same turns."""
     prompts = 0
-    for probe, rendered in case.probes:
+    for probe, tokenized in case.probes:
         for number, asked in probe.prompts():
             prompts += 1
-            prompt, span = case.renderer.prompt(asked), rendered.answers[number]
-            if rendered.input_ids[: span.start] != prompt:
+            prompt, span = case.chat_tokenizer.prompt(asked), tokenized.answer_spans[number]
+            if tokenized.input_ids[: span.start] != prompt:
                 yield Finding(
                     "prompt_is_no_prefix",
                     "bad",
                     "training and inference",
                     f"{probe.name}: what inference sends before answer {number + 1} differs from "
-                    f"training {case.difference(rendered.input_ids[: span.start], prompt)}",
+                    f"training {case.difference(tokenized.input_ids[: span.start], prompt)}",
                     "choose another template",
                 )
                 return
@@ -79,10 +79,15 @@ def _export(case: Case) -> Iterator[Finding]:
 
 def _sequences(case: Case) -> Iterator[tuple[str, list[int], Conversation, bool]]:
     """Name, our ids and turns of each training text and each generation prompt."""
-    for probe, rendered in case.probes:
-        yield f"{probe.name} (training)", rendered.input_ids, probe.conversation, False
+    for probe, tokenized in case.probes:
+        yield f"{probe.name} (training)", tokenized.input_ids, probe.conversation, False
         for number, asked in probe.prompts():
-            yield f"{probe.name} (prompt {number + 1})", case.renderer.prompt(asked), asked, True
+            yield (
+                f"{probe.name} (prompt {number + 1})",
+                case.chat_tokenizer.prompt(asked),
+                asked,
+                True,
+            )
 
 
 def own_template(case: Case) -> Iterator[Finding]:
@@ -92,7 +97,7 @@ def own_template(case: Case) -> Iterator[Finding]:
         return
     compared = 0
     differing: list[tuple[str, str, str]] = []
-    for probe, rendered in case.text_probes:
+    for probe, tokenized in case.text_probes:
         try:
             theirs = _own_text(case, probe.conversation)
             ours = text_of(case.exported, probe.conversation)
@@ -100,7 +105,7 @@ def own_template(case: Case) -> Iterator[Finding]:
             continue
         compared += 1
         ids = case.tokenizer(theirs, add_special_tokens=False)["input_ids"]
-        if ours != theirs and ids != rendered.input_ids:
+        if ours != theirs and ids != tokenized.input_ids:
             differing.append((probe.name, ours, theirs))
     if differing:
         yield _other_format(case, differing)
@@ -134,7 +139,7 @@ def _other_format(case: Case, differing: list[tuple[str, str, str]]) -> Finding:
             f"the same up to the end of the conversation, where {ours[at:]!r} stands here and "
             f"{theirs[at:]!r} there",
         )
-    if case.renderer.template.images_only_users:
+    if case.chat_tokenizer.template.images_only_users:
         words = "not written: images and captions alone, which is for the first stage"
         return Finding("own_template_unused", "note", what, words)
     return Finding(
@@ -149,8 +154,8 @@ def _other_format(case: Case, differing: list[tuple[str, str, str]]) -> Finding:
 
 
 def _own_text(case: Case, conversation: Conversation) -> str:
-    """What the model's own template writes, with the system text that the renderer would add."""
-    system = case.renderer.describe()["default_system"]
+    """Return what the model's own template writes, with the chat tokenizer's system text."""
+    system = case.chat_tokenizer.describe()["default_system"]
     if system and conversation.turns[0].role != "system":
         added = Turn("system", (TextPart(system),))
         try:
@@ -175,18 +180,18 @@ def generation_markers(case: Case) -> Iterator[Finding]:
         )
         return
     compared, differing = 0, []
-    for probe, rendered in case.text_probes:
+    for probe, tokenized in case.text_probes:
         try:
             found = case.tokenizer.apply_chat_template(
                 messages_of(probe.conversation), return_dict=True, return_assistant_tokens_mask=True
             )
         except Exception:  # the model's own template refuses these turns
             continue
-        if found["input_ids"] != rendered.input_ids:
+        if found["input_ids"] != tokenized.input_ids:
             continue
         compared += 1
-        ours = [label != IGNORE_INDEX for label in rendered.labels]
-        pairs = zip(rendered.input_ids, ours, map(bool, found["assistant_masks"]), strict=True)
+        ours = [label != IGNORE_INDEX for label in tokenized.labels]
+        pairs = zip(tokenized.input_ids, ours, map(bool, found["assistant_masks"]), strict=True)
         only = [(token, mine) for token, mine, theirs in pairs if mine != theirs]
         if only:
             differing.append((probe.name, only))

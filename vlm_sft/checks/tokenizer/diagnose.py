@@ -11,7 +11,7 @@ from vlm_sft.checks.tokenizer.consistency import agreement, generation_markers, 
 from vlm_sft.checks.tokenizer.injection import control_strings, unusual_writing
 from vlm_sft.checks.tokenizer.sentencepiece import spelling
 from vlm_sft.checks.tokenizer.special_tokens import begin, fitting, generation, marks, padding, stop
-from vlm_sft.data.tokenize import Renderer
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.utils.reading import read_json
 
@@ -33,7 +33,7 @@ _EXAMINATIONS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
 def diagnose(
     tokenizer: PreTrainedTokenizerBase,
     template_name: str,
-    renderer: Renderer,
+    chat_tokenizer: ChatTokenizer,
     generation_config: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
     """Everything that can go wrong between a tokenizer and a chat template, by trying it.
@@ -41,10 +41,10 @@ def diagnose(
     Args:
         tokenizer: The model's; left as it is.
         template_name: What the template was asked for by; `auto` is the model's own.
-        renderer: Made of the two.
+        chat_tokenizer: Made of the two.
         generation_config: The model's `generation_config.json`; None: it has none.
     """
-    case = Case(tokenizer, template_name, renderer, generation_config)
+    case = Case(tokenizer, template_name, chat_tokenizer, generation_config)
     found = list(fitting(case))
     if not case.probes:
         return found
@@ -55,10 +55,10 @@ def diagnose(
 
 def fitted(
     tokenizer: PreTrainedTokenizerBase, template_name: str, *, system: str | None = None
-) -> Renderer | Finding:
-    """The renderer of a template and a tokenizer, or the finding that they do not fit."""
+) -> ChatTokenizer | Finding:
+    """The chat tokenizer of a template and a tokenizer, or the finding that they do not fit."""
     try:
-        return Renderer.from_name(template_name, tokenizer, default_system=system)
+        return ChatTokenizer.from_name(template_name, tokenizer, default_system=system)
     except UserError as error:
         return Finding(
             "template_misfit",

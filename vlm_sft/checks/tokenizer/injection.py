@@ -3,32 +3,34 @@
 from collections.abc import Iterator
 
 from vlm_sft.checks.tokenizer.case import Case, Finding, conversation_of, exchange, listing
-from vlm_sft.data.tokenize import Rendered
+from vlm_sft.data.tokenize import TokenizedRecord
 from vlm_sft.errors import RecordError, UserError
 
 
 def control_strings(case: Case) -> Iterator[Finding]:
     """Every control string, its halves and nestings, as a user's words and as an answer."""
     what = "control strings in data"
-    harmless = case.renderer.render(conversation_of("a", *exchange("a", "a")))
+    harmless = case.chat_tokenizer.tokenize(conversation_of("a", *exchange("a", "a")))
     expected = case.control_of(harmless.input_ids)
     leaked: list[str] = []
     changed: list[str] = []
     refused: list[str] = []
-    for string in case.encoder.control_ids:
+    for string in case.encoder.special_tokens:
         text = "\n".join(_disguises(string))
         try:
-            rendered = case.renderer.render(conversation_of("control", *exchange(text, text)))
+            tokenized = case.chat_tokenizer.tokenize(
+                conversation_of("control", *exchange(text, text))
+            )
         except RecordError:
             (leaked if _leaks(case, text) else refused).append(string)
             continue
-        if case.control_of(rendered.input_ids) != expected:
+        if case.control_of(tokenized.input_ids) != expected:
             leaked.append(string)
-        elif not _round_trips(case, rendered, text, text):
+        elif not _round_trips(case, tokenized, text, text):
             changed.append(string)
     tokens = case.tokenizer.added_tokens_decoder.values()
-    special = sum(token.special for token in tokens if str(token) in case.encoder.control_ids)
-    total = len(case.encoder.control_ids)
+    special = sum(token.special for token in tokens if str(token) in case.encoder.special_tokens)
+    total = len(case.encoder.special_tokens)
     tried = (
         f"{total} strings ({special} special, {total - special} merely added), each whole, halved "
         "and nested, as question and as answer"
@@ -74,12 +76,14 @@ def _disguises(string: str) -> list[str]:
     return [string, left, right, left + string + right, string + string, f"{left} {right}"]
 
 
-def _round_trips(case: Case, rendered: Rendered, question: str, answer: str) -> bool:
+def _round_trips(case: Case, tokenized: TokenizedRecord, question: str, answer: str) -> bool:
     """Whether the words of both turns read back as they were written."""
-    span = rendered.answers[0]
-    asked = case.words(rendered.input_ids[: span.start])
-    answered = case.words(rendered.input_ids[span.start : span.end])
-    heard = case.renderer.template.images_only_users or case.encoder.normalized(question) in asked
+    span = tokenized.answer_spans[0]
+    asked = case.words(tokenized.input_ids[: span.start])
+    answered = case.words(tokenized.input_ids[span.start : span.end])
+    heard = (
+        case.chat_tokenizer.template.images_only_users or case.encoder.normalized(question) in asked
+    )
     return heard and case.encoder.normalized(answer) in answered
 
 
@@ -143,10 +147,10 @@ def _fate(case: Case, name: str, text: str) -> str:
 
 def _fate_of(case: Case, name: str, question: str, answer: str) -> str:
     try:
-        rendered = case.renderer.render(conversation_of(name, *exchange(question, answer)))
+        tokenized = case.chat_tokenizer.tokenize(conversation_of(name, *exchange(question, answer)))
     except RecordError:
         return "refused"
-    return "kept" if _round_trips(case, rendered, question, answer) else "changed"
+    return "kept" if _round_trips(case, tokenized, question, answer) else "changed"
 
 
 def _is_unspellable(case: Case, letter: str) -> bool:

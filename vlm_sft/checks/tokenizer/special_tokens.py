@@ -50,14 +50,14 @@ def fitting(case: Case) -> Iterator[Finding]:
 def begin(case: Case) -> Iterator[Finding]:
     """The first token: who writes it, whether it is doubled, and that inference sends it too."""
     bos = case.tokenizer.bos_token_id
-    heads = {rendered.input_ids[0] for _, rendered in case.probes}
+    heads = {tokenized.input_ids[0] for _, tokenized in case.probes}
     doubled = [
         probe.name
-        for probe, rendered in case.probes
-        if bos is not None and rendered.input_ids[:2] == [bos, bos]
+        for probe, tokenized in case.probes
+        if bos is not None and tokenized.input_ids[:2] == [bos, bos]
     ]
     sent = {
-        probe.name: case.renderer.prompt(asked)[:1]
+        probe.name: case.chat_tokenizer.prompt(asked)[:1]
         for probe, _ in case.probes
         for _, asked in probe.prompts()
     }
@@ -114,8 +114,8 @@ def _bos(case: Case, heads: set[int]) -> Finding:
             "note",
             "begin",
             f"{shown}, once, in training and in what inference sends; the tokenizer would add its "
-            "own to a rendered prompt",
-            "elsewhere, tokenize rendered text with add_special_tokens=False",
+            "own to a prompt that the template wrote",
+            "elsewhere, tokenize text that the template wrote with add_special_tokens=False",
         )
     return Finding("bos", "good", "begin", f"{shown}, the same in training and inference")
 
@@ -135,10 +135,10 @@ def _find(ids: Sequence[int], part: Sequence[int]) -> int:
 
 def stop(case: Case) -> Iterator[Finding]:
     """The token that ends an answer: supervised, and the tokenizer's EOS or another."""
-    if case.stop_id is None:
+    if case.eot_token_id is None:
         yield Finding(
             "no_stop",
-            "note" if case.renderer.template.images_only_users else "warning",
+            "note" if case.chat_tokenizer.template.images_only_users else "warning",
             "stop",
             "answers end without a control token, so that the model does not learn to stop",
             "right for LLaVA's first stage alone; choose another template for answers",
@@ -146,22 +146,25 @@ def stop(case: Case) -> Iterator[Finding]:
         return
     untrained = [
         probe.name
-        for probe, rendered in case.probes
-        if any(rendered.labels[span.end - 1] != case.stop_id for span in rendered.answers)
+        for probe, tokenized in case.probes
+        if any(
+            tokenized.labels[span.end - 1] != case.eot_token_id for span in tokenized.answer_spans
+        )
     ]
     if untrained:
         yield Finding(
             "stop_not_supervised",
             "bad",
             "stop",
-            f"{case.stop} carries no label in: {', '.join(untrained)}",
+            f"{case.eot_token} carries no label in: {', '.join(untrained)}",
             "choose another template",
         )
         return
-    answers = sum(len(rendered.answers) for _, rendered in case.probes)
-    named = f"{case.stop} (id {case.stop_id}) ends and is trained in all {answers} probe answers"
+    answers = sum(len(tokenized.answer_spans) for _, tokenized in case.probes)
+    named = f"{case.eot_token} (id {case.eot_token_id}) ends and is trained in all {answers} "
+    named += "probe answers"
     eos = case.tokenizer.eos_token
-    if case.tokenizer.eos_token_id == case.stop_id:
+    if case.tokenizer.eos_token_id == case.eot_token_id:
         yield Finding("stop", "good", "stop", f"{named}; it is the tokenizer's EOS")
     else:
         yield Finding(
@@ -188,21 +191,21 @@ def generation(case: Case) -> Iterator[Finding]:
     listed = config.get("eos_token_id")
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     shown = f"eos_token_id {', '.join(f'{i} ({case.tokens([i])})' for i in ids) or 'is not set'}"
-    if case.stop_id is None:
+    if case.eot_token_id is None:
         yield Finding("generation_config", "note", what, f"{shown}; answers have no stop token")
-    elif case.stop_id in ids:
+    elif case.eot_token_id in ids:
         yield Finding(
-            "generation_config", "good", what, f"{shown}: generation stops on {case.stop}"
+            "generation_config", "good", what, f"{shown}: generation stops on {case.eot_token}"
         )
     else:
         yield Finding(
             "generation_config_without_stop",
             "warning",
             what,
-            f"{shown}, without {case.stop} (id {case.stop_id}): transformers and servers that read "
-            "this file would generate on behind the answer",
-            f"add {case.stop_id} to eos_token_id in generation_config.json; chat, evaluate and "
-            "export here pass it themselves",
+            f"{shown}, without {case.eot_token} (id {case.eot_token_id}): transformers and servers "
+            "that read this file would generate on behind the answer",
+            f"add {case.eot_token_id} to eos_token_id in generation_config.json; chat, evaluate "
+            "and export here pass it themselves",
         )
 
 
@@ -216,7 +219,7 @@ def padding(case: Case) -> Iterator[Finding]:
     same = [
         name
         for name, token in (
-            ("the stop token", case.stop_id),
+            ("the stop token", case.eot_token_id),
             ("EOS", tokenizer.eos_token_id),
             ("UNK", tokenizer.unk_token_id),
             ("BOS", tokenizer.bos_token_id),
@@ -245,7 +248,7 @@ def padding(case: Case) -> Iterator[Finding]:
             "padding",
             f"{named} is also {' and '.join(same)}; {harmless}",
             f"{elsewhere}would lose {lost} of {total} labels, every stop token among them"
-            if pad == case.stop_id
+            if pad == case.eot_token_id
             else f"{elsewhere}would lose such tokens within texts",
         )
     else:
@@ -260,11 +263,11 @@ def _lost_by_masking(case: Case, pad: int) -> tuple[int | None, int]:
     examples = [
         Example(
             probe.name,
-            torch.tensor(rendered.input_ids),
-            torch.tensor(rendered.labels),
+            torch.tensor(tokenized.input_ids),
+            torch.tensor(tokenized.labels),
             torch.zeros(0, 3, 1, 1),
         )
-        for probe, rendered in case.probes
+        for probe, tokenized in case.probes
     ]
     batch = collate(examples, pad)
     for example, labels, mask in zip(examples, batch.labels, batch.attention_mask, strict=True):
@@ -286,12 +289,12 @@ def marks(case: Case) -> Iterator[Finding]:
     texts = [
         piece.text
         for probe, _ in case.probes
-        for piece in case.renderer.template.pieces([t.role for t in probe.conversation.turns])
+        for piece in case.chat_tokenizer.template.pieces([t.role for t in probe.conversation.turns])
         if isinstance(piece, TemplateText)
     ]
     ordinary: dict[str, int] = {}
     for text in texts:
-        for part in case.encoder.split_control(text):
+        for part in case.encoder.split_special_tokens(text):
             for mark in _MARK.findall(part) if isinstance(part, str) else ():
                 ordinary[mark] = len(case.encoder.encode(mark, "continuation"))
     split = [mark for mark in ordinary if _MEANT_AS_TOKEN.fullmatch(mark)]

@@ -1,7 +1,7 @@
 """Records a second through template, tokenizer, mask and proof, beside transformers' own mask.
 
-    .venv/bin/python scripts/benchmarks/bench_rendering.py  # SmolLM2 of the quickstart
-    .venv/bin/python scripts/benchmarks/bench_rendering.py --tokenizer DIR --template vicuna_v1
+    .venv/bin/python scripts/benchmarks/bench_tokenize.py  # SmolLM2 of the quickstart
+    .venv/bin/python scripts/benchmarks/bench_tokenize.py --tokenizer DIR --template vicuna_v1
 
 All ways go over the same conversations, in turns, on one thread; figures are medians over rounds of
 conversations per CPU-second (process time). The conversations are shaped like LLaVA-1.5's mixture
@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
 from vlm_sft.data.text_encoder import load_tokenizer
-from vlm_sft.data.tokenize import Renderer
-from vlm_sft.data.tokenize_cache import CachedRenderer
+from vlm_sft.data.tokenize import ChatTokenizer
+from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.errors import run_command
 from vlm_sft.utils.progress import track
 
@@ -45,16 +45,16 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     tokenizer = load_tokenizer(LanguageModelConfig(name=arguments.tokenizer))
     conversations = make_conversations(arguments.count)
-    renderer = Renderer.from_name(arguments.template, tokenizer)
+    chat_tokenizer = ChatTokenizer.from_name(arguments.template, tokenizer)
     with tempfile.TemporaryDirectory() as cache_dir:
-        ways = _ways(renderer, tokenizer, conversations, cache_dir)
+        ways = _ways(chat_tokenizer, tokenizer, conversations, cache_dir)
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in track(range(arguments.rounds), arguments.rounds, "rounds"):
             for name, way in ways.items():
                 start = time.process_time()
                 way()
                 rates[name].append(len(conversations) / (time.process_time() - start))
-    _print(rates, renderer, conversations)
+    _print(rates, chat_tokenizer, conversations)
     return 0
 
 
@@ -77,7 +77,7 @@ def _conversation(number: int, row: Row) -> Conversation:
 
 
 def _ways(
-    renderer: Renderer,
+    chat_tokenizer: ChatTokenizer,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     cache_dir: str,
@@ -88,8 +88,8 @@ def _ways(
         for chat in messages
     ]
     backend: Any = tokenizer.backend_tokenizer
-    cached = CachedRenderer(renderer, cache_dir)
-    list(cached.render_all(conversations))
+    cached = CachedChatTokenizer(chat_tokenizer, cache_dir)
+    list(cached.tokenize_all(conversations))
 
     def masked_by_transformers(chat: Any) -> Any:
         return tokenizer.apply_chat_template(
@@ -101,11 +101,11 @@ def _ways(
         )
 
     return {
-        "vlm_sft: render, mask, proof": lambda: [
-            renderer.render(conversation) for conversation in conversations
+        "vlm_sft: tokenize, mask, proof": lambda: [
+            chat_tokenizer.tokenize(conversation) for conversation in conversations
         ],
-        "vlm_sft: the same, batched": lambda: list(renderer.render_all(conversations)),
-        "vlm_sft: found in data.cache_dir": lambda: list(cached.render_all(conversations)),
+        "vlm_sft: the same, batched": lambda: list(chat_tokenizer.tokenize_all(conversations)),
+        "vlm_sft: found in data.cache_dir": lambda: list(cached.tokenize_all(conversations)),
         "transformers: assistant mask, one by one": lambda: [
             masked_by_transformers(chat) for chat in messages
         ],
@@ -129,9 +129,11 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
 
 
 def _print(
-    rates: dict[str, list[float]], renderer: Renderer, conversations: Sequence[Conversation]
+    rates: dict[str, list[float]],
+    chat_tokenizer: ChatTokenizer,
+    conversations: Sequence[Conversation],
 ) -> None:
-    lengths = [len(renderer.render(c).input_ids) for c in conversations[:1000]]
+    lengths = [len(chat_tokenizer.tokenize(c).input_ids) for c in conversations[:1000]]
     ours = statistics.median(next(iter(rates.values())))
     table = Table(
         title=f"{len(conversations):,} conversations, {statistics.mean(lengths):.0f} text tokens "
@@ -153,7 +155,7 @@ def _print(
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/benchmarks/bench_rendering.py",
+        prog="scripts/benchmarks/bench_tokenize.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
