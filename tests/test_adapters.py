@@ -13,8 +13,8 @@ from tests.conftest import trained
 from tests.rounding import assert_near, terms_of
 from tests.tiny_runs import ROOT, rows, run
 from vlm_sft import chat, evaluate
-from vlm_sft.checkpoint.components import read_adapter
-from vlm_sft.checkpoint.store import read_manifest, verify
+from vlm_sft.checkpoint.components import load_adapter
+from vlm_sft.checkpoint.format import read_manifest, verify
 from vlm_sft.config.schema import load_config, parse_config
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.export.__main__ import main as export
@@ -138,7 +138,7 @@ def _merged_into_the_original(folder: Path) -> torch.nn.Module:
 
     config = load_config(folder / "final" / "config.yaml", ["model.language_model.quantization="])
     model = build_model(config.model, dtype=torch.float32, seed=config.seed, lora=config.lora)
-    read_adapter(model, folder / "final")
+    load_adapter(model, folder / "final")
     return merged_language_model(model)
 
 
@@ -158,9 +158,9 @@ def test_adapters_of_another_kind_are_refused_by_their_tensors(
     from vlm_sft.checkpoint.components import _write_adapter, adapter_tensors
 
     _write_adapter(first, tmp_path, adapter_tensors(first))
-    read_adapter(first, tmp_path)
+    load_adapter(first, tmp_path)
     with pytest.raises(CheckpointError, match="lora_magnitude_vector"):
-        read_adapter(second, tmp_path)
+        load_adapter(second, tmp_path)
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     assert any("magnitude" in name for name in names) == (trained_with == "dora")
 

@@ -16,9 +16,11 @@ from torch import nn
 
 from data_tools.instruct.answers import AnswerWriter, Claims
 from data_tools.instruct.appending import SharedLog
-from vlm_sft.checkpoint import store as checkpoint
+from vlm_sft.checkpoint import tensor_files
 from vlm_sft.checkpoint.run_dir import locked
-from vlm_sft.checkpoint.store import CheckpointStore, load_tensors, save_tensors, tensor_component
+from vlm_sft.checkpoint.snapshot import tensor_component
+from vlm_sft.checkpoint.store import CheckpointStore, require_space
+from vlm_sft.checkpoint.tensor_files import load_tensors, save_tensors
 from vlm_sft.data.spool import Spool
 from vlm_sft.errors import UserError
 from vlm_sft.export import hf_llava
@@ -48,7 +50,7 @@ def store(folder: Path, model: nn.Module) -> CheckpointStore:
     weights = tensor_component(
         model.state_dict, lambda f, tensors: save_tensors(f / "weights.safetensors", tensors), read
     )
-    return CheckpointStore(folder, {"weights": weights}, say=lambda text: None)
+    return CheckpointStore(folder, {"weights": weights}, log=lambda text: None)
 
 
 def save_and_finish(folder: Path) -> None:
@@ -208,7 +210,7 @@ def test_unknown_free_space_does_not_stop_a_save(
         return usage(*found)
 
     monkeypatch.setattr(shutil, "disk_usage", report)
-    checkpoint.require_space(tmp_path, 10**9)
+    require_space(tmp_path, 10**9)
     assert filesystem.free_bytes(tmp_path) is None
 
 
@@ -242,7 +244,7 @@ def test_weights_are_read_where_files_cannot_be_mapped_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tensors(tmp_path / "w.safetensors", {"w": torch.arange(3)})
-    monkeypatch.setattr(checkpoint, "load_file", refusing(errno.ENODEV))
+    monkeypatch.setattr(tensor_files, "load_file", refusing(errno.ENODEV))
     assert load_tensors(tmp_path / "w.safetensors")["w"].tolist() == [0, 1, 2]
 
 
@@ -253,11 +255,11 @@ import torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # EFBIG stands for a full disk
 here = Path(sys.argv[1])
-from vlm_sft import atomic
+from vlm_sft.utils import atomic_files as atomic
 from vlm_sft.data.spool import Spool
 from vlm_sft.utils.filesystem import naming
 from vlm_sft.data.text_encoder import byte_tokenizer
-from vlm_sft.checkpoint.store import save_tensors
+from vlm_sft.checkpoint.tensor_files import save_tensors
 from vlm_sft.train.metrics import MetricsFile
 from data_tools.instruct.appending import SharedLog
 spool = Spool()

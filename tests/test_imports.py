@@ -30,13 +30,6 @@ LAYERS = {
 ENTRY_POINT = 7
 
 KNOWN_UPWARD = {
-    ("vlm_sft.checkpoint.components", "vlm_sft.train.fsdp"),
-    ("vlm_sft.checkpoint.optimizer", "vlm_sft.train.adamw_8bit"),
-    ("vlm_sft.checkpoint.optimizer", "vlm_sft.train.adamw_bf16"),
-    ("vlm_sft.checkpoint.optimizer", "vlm_sft.train.fsdp"),
-    ("vlm_sft.checkpoint.shards", "vlm_sft.train.fsdp"),
-    ("vlm_sft.checkpoint.store", "vlm_sft.train.environment"),
-    ("vlm_sft.checkpoint.store", "vlm_sft.train.fsdp"),
     ("vlm_sft.checks.machine", "vlm_sft.commands.inputs"),
     ("vlm_sft.errors", "vlm_sft.commands.registry"),
     ("vlm_sft.errors.codes", "vlm_sft.commands.parser"),

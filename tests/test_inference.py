@@ -14,8 +14,9 @@ from PIL import Image
 from tests.conftest import trained
 from tests.tiny_runs import run as start
 from vlm_sft.checkpoint.base_models import parse_bases
-from vlm_sft.checkpoint.components import read_adapter
-from vlm_sft.checkpoint.store import _sealed, load_tensors
+from vlm_sft.checkpoint.components import load_adapter
+from vlm_sft.checkpoint.format import with_checksum
+from vlm_sft.checkpoint.tensor_files import load_tensors
 from vlm_sft.config.schema import load_config
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.errors import CheckpointError, ImageError, RecordError, UserError
@@ -54,7 +55,7 @@ def test_an_adapter_checkpoint_has_its_adapters_and_projector(lora: VlmRun, lora
     config = load_config(lora_run / "final" / "config.yaml")
     model = build_model(config.model, dtype=torch.float32, seed=config.seed, lora=config.lora)
     before = {name: value.clone() for name, value in named_state(model)}
-    read_adapter(model, lora_run / "final")
+    load_adapter(model, lora_run / "final")
     expected, found = dict(named_state(model)), dict(named_state(lora.model))
     moved = {name for name in found if not torch.equal(before[name], found[name])}
     assert any(".lora_B." in name for name in moved)
@@ -314,7 +315,7 @@ def older_checkpoint(run: Path, folder: Path, records: list[dict[str, object]]) 
     for name in ("template.json", "config.yaml"):
         manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     manifest.pop("sha256")
-    (folder / "manifest.json").write_text(_sealed(manifest), encoding="utf-8")
+    (folder / "manifest.json").write_text(with_checksum(manifest), encoding="utf-8")
     return load_run(folder, device="cpu")
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlm_sft.checkpoint.store import MANIFEST, read_manifest
+from vlm_sft.checkpoint.format import read_manifest
 from vlm_sft.config.schema import load_config
 from vlm_sft.config.yaml_text import parse_yaml
 from vlm_sft.data.chat_template import load_template
 from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.probes import Probe, read_probes, require_images_inside
+from vlm_sft.utils.ownership import MANIFEST
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
@@ -100,11 +101,11 @@ def test_a_wrong_file_of_probes_or_manifest_is_one_sentence(tmp_path: Path, cont
 
 
 def test_a_checkpoint_with_a_pipe_in_it_is_refused_without_waiting(tmp_path: Path) -> None:
-    from vlm_sft.checkpoint.store import FORMAT, _sealed, verify
+    from vlm_sft.checkpoint.format import FORMAT, verify, with_checksum
 
     os.mkfifo(tmp_path / "projector.safetensors")
     manifest = {"format": FORMAT, "files": {"projector.safetensors": "0" * 64}}
-    (tmp_path / MANIFEST).write_text(_sealed(manifest))
+    (tmp_path / MANIFEST).write_text(with_checksum(manifest))
     assert json.loads((tmp_path / MANIFEST).read_text())["format"] == FORMAT
     with pytest.raises(UserError):
         verify(tmp_path)

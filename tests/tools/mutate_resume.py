@@ -46,10 +46,10 @@ MUTANTS = (
     Mutant(
         "a checkpoint gets its name before its manifest",
         STORE + "store.py",
-        "    }\n    write_text(building / MANIFEST, _sealed(manifest))\n",
+        "    }\n    write_text(building / MANIFEST, with_checksum(manifest))\n",
         "    }\n"
         "    _move_into_place(building, folder, say)\n"
-        "    write_text(folder / MANIFEST, _sealed(manifest))\n"
+        "    write_text(folder / MANIFEST, with_checksum(manifest))\n"
         "    return\n",
         (SYNCED,),
     ),
@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant(
         "the manifest's own seal is not compared",
         STORE + "store.py",
-        "if _sealed(manifest) != text:",
+        "if with_checksum(manifest) != text:",
         "if False:",
         (f"{CHECKPOINT}::test_a_flipped_bit_of_the_manifest_itself_is_seen",),
     ),

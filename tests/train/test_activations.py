@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from tests.tiny_runs import run
 from tests.train.tiny import example, reset_accelerate, tiny_model
-from vlm_sft.checkpoint.store import read_manifest
+from vlm_sft.checkpoint.format import read_manifest
 from vlm_sft.data.batch import collate
 from vlm_sft.data.loader import Padded
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing

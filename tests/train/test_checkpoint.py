@@ -13,22 +13,17 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import nn
 
-from vlm_sft.checkpoint import store as checkpoint
+from vlm_sft.checkpoint import folders, provenance, store, tensor_files
+from vlm_sft.checkpoint.folders import write_checkpoint
+from vlm_sft.checkpoint.format import verify
 from vlm_sft.checkpoint.optimizer import optimizer_component
-from vlm_sft.checkpoint.store import (
-    CheckpointStore,
-    copy_tensors,
-    load_tensors,
-    plain_component,
-    save_tensors,
-    tensor_component,
-    verify,
-    write_checkpoint,
-)
+from vlm_sft.checkpoint.snapshot import plain_component, tensor_component
+from vlm_sft.checkpoint.store import CheckpointStore
+from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors, save_tensors
 from vlm_sft.errors import CheckpointError
 
 
-def store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module | None = None):  # type: ignore[no-untyped-def]
+def new_store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module | None = None):  # type: ignore[no-untyped-def]
     model = model or nn.Linear(3, 2)
     weights = tensor_component(
         model.state_dict,
@@ -36,7 +31,7 @@ def store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module | No
         lambda f: copy_tensors(load_tensors(f / "weights.safetensors"), model.state_dict(), f),
     )
     return CheckpointStore(
-        folder, {"weights": weights}, facts={"stage": "stage1"}, keep=keep, say=said.append
+        folder, {"weights": weights}, fingerprint={"stage": "stage1"}, keep=keep, log=said.append
     )
 
 
@@ -49,7 +44,7 @@ def damage(folder: Path) -> None:
 
 
 def test_the_newest_is_found_and_older_ones_are_dropped(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     for step in (5, 10, 15):
         checkpoints.save({"step": step})
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == [
@@ -62,7 +57,7 @@ def test_the_newest_is_found_and_older_ones_are_dropped(tmp_path: Path) -> None:
 
 def test_a_damaged_newest_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
     said: list[str] = []
-    checkpoints = store(tmp_path, said)
+    checkpoints = new_store(tmp_path, said)
     checkpoints.save({"step": 5})
     weights = checkpoints.save({"step": 10}).folder / "weights.safetensors"
     content = bytearray(weights.read_bytes())
@@ -75,7 +70,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(tmp_path: Path) ->
 
 @pytest.mark.parametrize("place", range(0, 400, 7))
 def test_a_flipped_bit_of_the_manifest_itself_is_seen(tmp_path: Path, place: int) -> None:
-    manifest = store(tmp_path, []).save({"step": 10}).folder / "manifest.json"
+    manifest = new_store(tmp_path, []).save({"step": 10}).folder / "manifest.json"
     content = bytearray(manifest.read_bytes())
     content[place] ^= 1
     manifest.write_bytes(content)
@@ -84,43 +79,43 @@ def test_a_flipped_bit_of_the_manifest_itself_is_seen(tmp_path: Path, place: int
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
-    store(tmp_path, []).save({"step": 5})
-    (store(tmp_path, []).save({"step": 10}).folder / "weights.safetensors").unlink()
-    resumed = store(tmp_path, [], keep=1)
+    new_store(tmp_path, []).save({"step": 5})
+    (new_store(tmp_path, []).save({"step": 10}).folder / "weights.safetensors").unlink()
+    resumed = new_store(tmp_path, [], keep=1)
     newest = resumed.newest()
     assert newest is not None and newest.step == 5
     resumed.save({"step": 7})
-    newest = store(tmp_path, []).newest()
+    newest = new_store(tmp_path, []).newest()
     assert newest is not None and newest.step == 7
 
 
 def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
     for step in (5, 10):
-        store(tmp_path, []).save({"step": step})
+        new_store(tmp_path, []).save({"step": step})
     damage(tmp_path / "checkpoints" / "step-00000010")
-    resumed = store(tmp_path, [], keep=2)
+    resumed = new_store(tmp_path, [], keep=2)
     newest = resumed.newest()
     assert newest is not None and newest.step == 5
     damage(resumed.save({"step": 15}).folder)
-    newest = store(tmp_path, []).newest()
+    newest = new_store(tmp_path, []).newest()
     assert newest is not None and newest.step == 5
 
 
 def test_a_save_that_does_not_read_back_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = store(tmp_path, [], keep=1)
+    checkpoints = new_store(tmp_path, [], keep=1)
     checkpoints.save({"step": 5})
-    write_folder = checkpoint.write_folder
+    write_folder = folders.write_folder
 
     def on_a_bad_disk(folder: Path, *rest: Any, **more: Any) -> None:
         write_folder(folder, *rest, **more)
         damage(folder)
 
-    monkeypatch.setattr(checkpoint, "write_folder", on_a_bad_disk)
+    monkeypatch.setattr(store, "write_folder", on_a_bad_disk)
     with pytest.raises(CheckpointError, match=r"step-00000010: weights\.safetensors has changed"):
         checkpoints.save({"step": 10})
-    newest = store(tmp_path, []).newest()
+    newest = new_store(tmp_path, []).newest()
     assert newest is not None and newest.step == 5
 
 
@@ -146,7 +141,7 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "rename", recorded_rename)
-    folder = store(tmp_path, []).save({"step": 5}).folder
+    folder = new_store(tmp_path, []).save({"step": 5}).folder
     assert named == [folder.name]
     assert folder.parent.stat().st_ino in synced  # the name itself
 
@@ -154,8 +149,8 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
 def test_what_is_saved_is_what_was_when_the_save_began(tmp_path: Path) -> None:
     layer = nn.Linear(3, 2)
     before = layer.weight.detach().clone()
-    checkpoints = store(tmp_path, [], model=layer)
-    write = checkpoints.capture({"step": 5})
+    checkpoints = new_store(tmp_path, [], model=layer)
+    write = checkpoints.snapshot({"step": 5})
     with torch.no_grad():
         layer.weight.add_(1.0)
     saved = load_tensors(write().folder / "weights.safetensors")
@@ -163,9 +158,9 @@ def test_what_is_saved_is_what_was_when_the_save_began(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
-    checkpoints.learning = {"forgotten.weight": torch.zeros(2)}
-    with pytest.raises(CheckpointError, match=r"forgotten\.weight learns but no part"):
+    checkpoints = new_store(tmp_path, [])
+    checkpoints.trainable = {"forgotten.weight": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match=r"forgotten\.weight is trainable but no part"):
         checkpoints.save({"step": 5})
     assert checkpoints.step_folders() == []
 
@@ -174,7 +169,7 @@ def test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing(tmp_path:
 def test_a_file_that_no_library_loads_is_a_warning_and_stays_out_of_final(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     folder = checkpoints.save({"step": 5}).folder
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"x")
@@ -186,16 +181,16 @@ def test_a_file_that_no_library_loads_is_a_warning_and_stays_out_of_final(
 
 
 def test_when_every_checkpoint_is_damaged_the_advice_deletes_nothing(tmp_path: Path) -> None:
-    damage(store(tmp_path, []).save({"step": 5}).folder)
+    damage(new_store(tmp_path, []).save({"step": 5}).folder)
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints is complete") as caught:
-        store(tmp_path, []).newest()
+        new_store(tmp_path, []).newest()
     assert "delete" not in str(caught.value) and "move that directory away" in str(caught.value)
 
 
 def test_a_file_that_a_library_would_load_is_refused_unless_the_manifest_names_it(
     tmp_path: Path,
 ) -> None:
-    folder = store(tmp_path, []).save({"step": 5}).folder
+    folder = new_store(tmp_path, []).save({"step": 5}).folder
     (folder / "language_model").mkdir()
     (folder / "language_model" / "adapter_config.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json is not in its .* move that"):
@@ -205,13 +200,13 @@ def test_a_file_that_a_library_would_load_is_refused_unless_the_manifest_names_i
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(building: Path, folder: Path, say: object) -> None:
+    def killed(building: Path, folder: Path, log: object) -> None:
         os.rename(folder, folder.with_name(f".{folder.name}.replaced"))
         raise KeyboardInterrupt
 
-    checkpoints = store(tmp_path, [], keep=1)
+    checkpoints = new_store(tmp_path, [], keep=1)
     checkpoints.save({"step": 5})
-    monkeypatch.setattr(checkpoint, "_move_into_place", killed)
+    monkeypatch.setattr(folders, "move_into_place", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save({"step": 5})
     newest = checkpoints.newest()
@@ -222,15 +217,15 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently(
     tmp_path: Path,
 ) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     (checkpoints.save({"step": 5}).folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints is complete"):
         checkpoints.newest()
 
 
 def test_what_a_kill_leaves_is_swept_and_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
-    leftover = checkpoint.begin_temporary(tmp_path / "checkpoints" / "step-00000010")
+    checkpoints = new_store(tmp_path, [])
+    leftover = folders.begin_temporary(tmp_path / "checkpoints" / "step-00000010")
     (leftover / "weights.safetensors").write_bytes(b"half")
     assert checkpoints.newest() is None
     assert not leftover.exists()
@@ -242,15 +237,15 @@ def test_a_full_disk_met_by_safetensors_is_an_os_error_with_its_place(
     def full(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
-        store(tmp_path, []).save({"step": 1})
+        new_store(tmp_path, []).save({"step": 1})
     assert caught.value.errno == 28
     assert str(tmp_path) in str(caught.value.filename)
 
 
 def test_a_failed_write_leaves_the_older_checkpoint_and_no_temporary_folder(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     checkpoints.save({"step": 5})
 
     def disk_is_full(folder: Path) -> None:
@@ -264,14 +259,14 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_temporary_folder(tmp_
 
 
 def test_too_little_space_is_told_before_writing(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     checkpoints.num_bytes = 10**18
     with pytest.raises(CheckpointError, match=r"takes about 1000000000\.0 GB"):
         checkpoints.save({"step": 1})
 
 
 def test_final_is_a_complete_checkpoint_that_shares_the_bytes(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     last = checkpoints.save({"step": 5})
     final = checkpoints.finish(last)
     assert final.manifest == last.manifest
@@ -283,16 +278,16 @@ def test_final_is_a_complete_checkpoint_that_shares_the_bytes(tmp_path: Path) ->
 
 def test_a_damaged_final_does_not_count_as_finished(tmp_path: Path) -> None:
     said: list[str] = []
-    checkpoints = store(tmp_path, said)
+    checkpoints = new_store(tmp_path, said)
     damage(checkpoints.finish(checkpoints.save({"step": 5})).folder)
     assert checkpoints.finished() is None
     assert len(said) == 1 and "final: weights.safetensors has changed" in said[0]
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     checkpoint = checkpoints.save({"step": 5})
-    checkpoints.facts = {"stage": "stage2"}
+    checkpoints.fingerprint = {"stage": "stage2"}
     with pytest.raises(CheckpointError, match='stage is "stage1", but this run\'s is "stage2"'):
         checkpoints.load(checkpoint)
 
@@ -304,7 +299,7 @@ def test_a_checkpoint_is_written_by_a_package_that_runs_from_its_sources(
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("vlm_sft.utils.libraries.version", version)
-    saved = store(tmp_path, []).save({"step": 5})
+    saved = new_store(tmp_path, []).save({"step": 5})
     assert saved.manifest["software"]["vlm-sft"] == "not installed"
 
 
@@ -312,13 +307,13 @@ def test_other_software_is_told_and_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    checkpoints = store(tmp_path, said)
+    checkpoints = new_store(tmp_path, said)
     saved = checkpoints.save({"step": 5})
     checkpoints.load(saved)
     assert said == []
     assert len(saved.manifest["software"]["code"]) == 64
-    now = {**checkpoint.software(), "torch": "9.9.9", "code": "f" * 64}
-    monkeypatch.setattr(checkpoint, "software", lambda: now)
+    now = {**provenance.software(), "torch": "9.9.9", "code": "f" * 64}
+    monkeypatch.setattr(store, "software", lambda: now)
     checkpoints.load(saved)
     (line,) = said
     assert "torch " in line and "now 9.9.9" in line
@@ -381,32 +376,32 @@ def step_once(layer: nn.Linear, optimizer: torch.optim.AdamW, step: int) -> None
 
 def test_an_optimiser_goes_on_from_its_files_bit_for_bit(tmp_path: Path) -> None:
     layer, optimizer = stepped(0, 3)
-    optimizer_component(optimizer).capture()(tmp_path)
+    optimizer_component(optimizer).snapshot()(tmp_path)
     other, resumed = stepped(1, 0)
     other.load_state_dict(layer.state_dict())
-    read = optimizer_component(resumed).read
-    assert read is not None
-    read(tmp_path)
+    load = optimizer_component(resumed).load
+    assert load is not None
+    load(tmp_path)
     step_once(layer, optimizer, 3)
     step_once(other, resumed, 3)
     assert torch.equal(layer.weight, other.weight)
 
 
 def test_an_optimiser_of_other_parameters_is_refused(tmp_path: Path) -> None:
-    optimizer_component(stepped(0, 1)[1]).capture()(tmp_path)
+    optimizer_component(stepped(0, 1)[1]).snapshot()(tmp_path)
     layer = nn.Linear(4, 3, bias=False)
     group = {"params": list(layer.parameters()), "names": ["weight"], "part": "projector"}
-    read = optimizer_component(torch.optim.AdamW([group])).read
-    assert read is not None
+    load = optimizer_component(torch.optim.AdamW([group])).load
+    assert load is not None
     with pytest.raises(CheckpointError, match="hold 2 tensors in 1 groups, this run's 1 in 1"):
-        read(tmp_path)
+        load(tmp_path)
 
 
 # --- what others put into a run's folder
 
 
 def test_a_leftover_is_deleted_only_by_name_and_content(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     names = (".mywork.tmp", ".final.1a2b3c4d.tmp", "checkpoints/.step-00000001.1a2b3c4d.tmp")
     for name in names:
         (tmp_path / name).mkdir(parents=True)
@@ -418,7 +413,7 @@ def test_a_leftover_is_deleted_only_by_name_and_content(tmp_path: Path) -> None:
 
 
 def test_the_rest_of_a_deletion_that_was_killed_is_deleted(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [], keep=2)
+    checkpoints = new_store(tmp_path, [], keep=2)
     first = checkpoints.save({"step": 5}).folder
     checkpoints.save({"step": 10})
     trash = first.with_name(f".{first.name}.1a2b3c4d.tmp")
@@ -434,7 +429,7 @@ def test_a_folder_of_others_among_the_checkpoints_stays(tmp_path: Path, foreign:
     notes = tmp_path / "checkpoints" / foreign / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    checkpoints = store(tmp_path, said, keep=1)
+    checkpoints = new_store(tmp_path, said, keep=1)
     for step in (5, 10, 15):
         checkpoints.save({"step": step})
     assert notes.read_text() == "mine"
@@ -445,7 +440,7 @@ def test_a_folder_of_others_among_the_checkpoints_stays(tmp_path: Path, foreign:
 
 def test_a_checkpoint_with_a_file_of_others_is_not_pruned(tmp_path: Path) -> None:
     said: list[str] = []
-    checkpoints = store(tmp_path, said, keep=1)
+    checkpoints = new_store(tmp_path, said, keep=1)
     notes = checkpoints.save({"step": 5}).folder / "notes.txt"
     notes.write_text("mine")
     for step in (10, 15):
@@ -456,7 +451,7 @@ def test_a_checkpoint_with_a_file_of_others_is_not_pruned(tmp_path: Path) -> Non
 
 
 def test_what_a_file_manager_left_in_a_checkpoint_does_not_keep_it(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [], keep=1)
+    checkpoints = new_store(tmp_path, [], keep=1)
     (checkpoints.save({"step": 5}).folder / ".DS_Store").write_text("")
     checkpoints.save({"step": 10})
     assert [f.name for f in checkpoints.step_folders()] == ["step-00000010"]
@@ -465,7 +460,7 @@ def test_what_a_file_manager_left_in_a_checkpoint_does_not_keep_it(tmp_path: Pat
 @pytest.mark.parametrize("what", ["file added", "file edited", "folder", "file", "link"])
 def test_what_others_have_under_the_name_of_a_checkpoint_is_kept(tmp_path: Path, what: str) -> None:
     said: list[str] = []
-    checkpoints = store(tmp_path, said)
+    checkpoints = new_store(tmp_path, said)
     saved = checkpoints.save({"step": 5})
     final, mine = tmp_path / "final", tmp_path / "elsewhere"
     mine.mkdir()
@@ -496,7 +491,7 @@ def test_what_others_have_under_the_name_of_a_checkpoint_is_kept(tmp_path: Path,
 
 
 def test_final_holds_only_what_the_manifest_lists(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, [])
+    checkpoints = new_store(tmp_path, [])
     saved = checkpoints.save({"step": 5})
     (saved.folder / "notes.txt").write_text("mine")
     assert not (checkpoints.finish(saved).folder / "notes.txt").exists()

@@ -11,16 +11,12 @@ from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from vlm_sft.checkpoint import store as checkpoint
-from vlm_sft.checkpoint.async_save import Saver
-from vlm_sft.checkpoint.store import (
-    CheckpointStore,
-    copy_tensors,
-    load_tensors,
-    save_tensors,
-    step_name,
-    tensor_component,
-)
+from tests.tools.reliability.kill_places import interrupted
+from vlm_sft.checkpoint.async_save import CheckpointSaver
+from vlm_sft.checkpoint.format import step_name
+from vlm_sft.checkpoint.snapshot import tensor_component
+from vlm_sft.checkpoint.store import CheckpointStore
+from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors, save_tensors
 from vlm_sft.errors import CheckpointError
 
 POINTS = (
@@ -68,10 +64,10 @@ class RunOnDisk(RuleBasedStateMachine):
             ),
         )
         self.store = CheckpointStore(
-            self.root / "run", {"w": component}, keep=self.keep, say=lambda text: None
+            self.root / "run", {"w": component}, keep=self.keep, log=lambda text: None
         )
         (self.root / "run").mkdir(exist_ok=True)
-        self.saver = Saver(self.store, background=self.background)
+        self.saver = CheckpointSaver(self.store, asynchronous=self.background)
 
     @rule(steps=st.integers(1, 3))
     def train(self, steps: int) -> None:
@@ -157,20 +153,17 @@ class RunOnDisk(RuleBasedStateMachine):
         """Save with a kill at `point`; whether the save came there."""
         snapshot = self.root / "as it was"
 
-        def crash_point(name: str) -> None:
-            if name == point:
-                shutil.copytree(self.root / "run", snapshot)
-                raise Killed
+        def kill() -> None:
+            shutil.copytree(self.root / "run", snapshot)
+            raise Killed
 
-        original, checkpoint.crash_point = checkpoint.crash_point, crash_point
         try:
-            Saver(self.store).save({"step": self.step})
+            with interrupted(point, kill):
+                CheckpointSaver(self.store).save({"step": self.step})
         except Killed:
             shutil.rmtree(self.root / "run")
             os.rename(snapshot, self.root / "run")
             return True
-        finally:
-            checkpoint.crash_point = original
         return False
 
     def teardown(self) -> None:

@@ -8,15 +8,14 @@ import torch
 
 from tests.tiny_runs import TINY, run
 from tests.train.tiny import reset_accelerate
-from vlm_sft.checkpoint.store import read_manifest
+from vlm_sft.checkpoint.format import read_manifest
+from vlm_sft.checkpoint.provenance import environment_difference, recorded_environment
 from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.errors import UserError
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.environment import (
     REFUSED,
-    environment_difference,
     environment_notes,
-    recorded_environment,
     require_environment,
 )
 

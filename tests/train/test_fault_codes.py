@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_sft.checkpoint.async_save import Saver
-from vlm_sft.checkpoint.store import (
-    Checkpoint,
-    CheckpointStore,
-    check_tensors,
-    plain_component,
-    verify,
-)
+from vlm_sft.checkpoint.async_save import CheckpointSaver
+from vlm_sft.checkpoint.format import Checkpoint, verify
+from vlm_sft.checkpoint.snapshot import plain_component
+from vlm_sft.checkpoint.store import CheckpointStore
+from vlm_sft.checkpoint.tensor_files import check_tensors
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.errors.codes import CODE_OF_FACT
 
@@ -25,7 +22,7 @@ def write_weights(folder: Path) -> None:
 
 def store(folder: Path, write: Callable[[Path], None] | None = None) -> CheckpointStore:
     parts = {"weights": plain_component(write or write_weights)}
-    return CheckpointStore(folder, parts, facts={"stage": "stage1"}, say=lambda _: None)
+    return CheckpointStore(folder, parts, fingerprint={"stage": "stage1"}, log=lambda _: None)
 
 
 def rewrite(path: Path, old: bytes, new: bytes) -> None:
@@ -74,7 +71,7 @@ def test_a_damaged_checkpoint_is_told_by_what_is_damaged(kind: str, tmp_path: Pa
 def test_a_checkpoint_of_another_run_is_told_by_what_differs(fact: str, tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     manifest = {**checkpoints.save({"step": 1}).manifest, fact: "then"}
-    checkpoints.facts = {fact: "now"}
+    checkpoints.fingerprint = {fact: "now"}
     with pytest.raises(CheckpointError) as caught:
         checkpoints.load(Checkpoint(tmp_path, manifest))
     assert caught.value.reason == CODE_OF_FACT[fact]
@@ -101,7 +98,7 @@ def test_a_save_that_fails_beside_training_is_told_by_its_cause(
     def refuse(folder: Path) -> None:
         raise OSError(number, "refused", str(folder))
 
-    saver = Saver(store(tmp_path, refuse), background=True)
+    saver = CheckpointSaver(store(tmp_path, refuse), asynchronous=True)
     saver.save({"step": 1})
     with pytest.raises(CheckpointError, match="step 1 could not be saved") as caught:
         saver.wait()

@@ -98,7 +98,7 @@ def learn(layer: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None
 
 def test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name(tmp_path: Path) -> None:
     layer, optimizer = learned(3)
-    optimizer_component(optimizer).capture()(tmp_path)
+    optimizer_component(optimizer).snapshot()(tmp_path)
     tensors = load_file(tmp_path / "optimizer.safetensors")
     assert {name: str(t.dtype) for name, t in tensors.items() if name.endswith("/weight")} == {
         "state1/weight": "torch.uint8",
@@ -110,9 +110,9 @@ def test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name(tmp_path: Path
     assert tensors["state1/bias"].dtype == torch.float32 and tensors["qmap1"].shape == (256,)
     other, resumed = learned(0, seed=1)
     other.load_state_dict(layer.state_dict())
-    read = optimizer_component(resumed).read
-    assert read is not None
-    read(tmp_path)
+    load = optimizer_component(resumed).load
+    assert load is not None
+    load(tmp_path)
     for step in (3, 4):
         learn(layer, optimizer, step)
         learn(other, resumed, step)
@@ -145,21 +145,21 @@ def test_eight_bit_moments_take_a_quarter_of_the_memory_and_learn_alike() -> Non
 
 
 def test_bytes_of_another_meaning_or_kind_are_refused(tmp_path: Path) -> None:
-    optimizer_component(learned(1)[1]).capture()(tmp_path)
+    optimizer_component(learned(1)[1]).snapshot()(tmp_path)
     file = tmp_path / "optimizer.safetensors"
     tensors = load_file(file)
     resumed = learned(0)[1]
-    read = optimizer_component(resumed).read
-    assert read is not None
+    load = optimizer_component(resumed).load
+    assert load is not None
     save_file({**tensors, "qmap2": tensors["qmap2"].flip(0).contiguous()}, file)
     with pytest.raises(CheckpointError, match=r"numbers that its bytes stand for \(qmap2\)"):
-        read(tmp_path)
+        load(tmp_path)
     save_file({**tensors, "state1/weight": tensors["state1/weight"].float()}, file)
     with pytest.raises(CheckpointError, match=r"'state1/weight' is torch.float32, expected"):
-        read(tmp_path)
+        load(tmp_path)
     save_file({k: t for k, t in tensors.items() if k != "absmax1/weight"}, file)
     with pytest.raises(CheckpointError, match="'absmax1/weight' is missing"):
-        read(tmp_path)
+        load(tmp_path)
 
 
 def test_without_bitsandbytes_eight_bit_moments_are_refused(

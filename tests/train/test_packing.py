@@ -32,11 +32,12 @@ from vlm_sft.model.packed_attention import PackLayout, install_packed_attention
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train import packing_check as isolation
 from vlm_sft.train.distributed import make_accelerator
-from vlm_sft.train.fsdp import shard, whole
+from vlm_sft.train.fsdp import shard
 from vlm_sft.train.packing_check import prepare_packing, prove_isolation
 from vlm_sft.train.train_step import accumulate_gradient
 from vlm_sft.train.trainer import evaluate
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from vlm_sft.utils.dtensor import full_tensor
 
 TRAINABLE = ("projector", "language_model")
 
@@ -114,7 +115,7 @@ def gradients(
     found = accumulate_gradient(wrapped, batches, accelerator)
     by_name = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     losses = {name: float(loss) for name, loss in found.record_losses}
-    grads = {name: whole(grad).numpy() for name, grad in by_name.items()}
+    grads = {name: full_tensor(grad).numpy() for name, grad in by_name.items()}
     return grads, found.loss, found.num_targets, losses
 
 

@@ -16,28 +16,24 @@ from tests.tiny_runs import run
 from tests.train.test_step import eight_records
 from tests.train.tiny import double_model, in_processes
 from vlm_sft.checkpoint.components import language_model_component
+from vlm_sft.checkpoint.format import verify
 from vlm_sft.checkpoint.optimizer import optimizer_component
-from vlm_sft.checkpoint.shards import assemble, hold, read_pieces
-from vlm_sft.checkpoint.store import (
-    CheckpointStore,
-    Together,
-    copy_tensors,
-    load_tensors,
-    plain_component,
-    save_tensors,
-    tensor_component,
-    verify,
-)
+from vlm_sft.checkpoint.shards import consolidate_shards, load_shards, snapshot_shard
+from vlm_sft.checkpoint.snapshot import plain_component, tensor_component
+from vlm_sft.checkpoint.store import CheckpointStore
+from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors, save_tensors
 from vlm_sft.config.schema import OptimConfig, load_config
 from vlm_sft.data.loader import Padded, load_steps, split
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.train.distributed import make_accelerator, saving_processes
-from vlm_sft.train.fsdp import choose_sharding, own_part, rows_of, shard, whole
+from vlm_sft.train.distributed import checkpoint_group, make_accelerator
+from vlm_sft.train.fsdp import choose_sharding, shard
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm
 from vlm_sft.train.preflight import rehearse_saving
 from vlm_sft.train.train_step import accumulate_gradient
+from vlm_sft.utils.dtensor import full_tensor, local_tensor, rows_of_rank
+from vlm_sft.utils.process_group import ProcessGroup
 
 STEPS = 2
 """Optimizer steps between two checkpoints."""
@@ -52,10 +48,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = accelerator
         self.model: VisionLanguageModel = double_model("projector", "language_model")
-        together = Together()
+        group = ProcessGroup()
         if accelerator.num_processes > 1:
             shard(self.model, accelerator, "fp32")
-            together = saving_processes(accelerator)
+            group = checkpoint_group(accelerator)
         self.optimizer = build_optimizer(named_parts(self.model), OPTIM)
         projector = self.model.multi_modal_projector
         components = {
@@ -70,14 +66,12 @@ class Run:
             "optimizer": optimizer_component(self.optimizer),
         }
         learning = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.store = CheckpointStore(
-            folder, components, learning=learning, together=together, keep=9
-        )
+        self.store = CheckpointStore(folder, components, trainable=learning, group=group, keep=9)
 
     def go_on(self) -> list[float]:
         """Load the newest checkpoint if there is one, train, save; the losses."""
         newest = self.store.newest() if self.accelerator.is_main_process else None
-        newest = self.store.together.first(lambda: newest)
+        newest = self.store.group.rank0_then_broadcast(lambda: newest)
         if newest is not None:
             self.store.load(newest)
         first = newest.step if newest else 0
@@ -106,7 +100,7 @@ class Run:
     def weights(self) -> dict[str, Any]:
         """Everything that learns, whole."""
         named = self.model.named_parameters()
-        return {n: whole(p).detach().numpy() for n, p in named if p.requires_grad}
+        return {n: full_tensor(p).detach().numpy() for n, p in named if p.requires_grad}
 
 
 def go_on(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
@@ -134,19 +128,19 @@ def few_rows(accelerator: Accelerator, folder: Path) -> list[Any]:
     mesh = init_device_mesh("cpu", (accelerator.num_processes,))
     live = {"one": torch.ones(1, 3), "five": torch.arange(5.0), "none": torch.zeros(0, 2)}
     shared = {n: distribute_tensor(t, mesh, [Shard(0)]) for n, t in live.items()}
-    hold({**shared, "scalar": torch.tensor(7.0)}).write(folder / "few")
+    snapshot_shard({**shared, "scalar": torch.tensor(7.0)}).write(folder / "few")
     accelerator.wait_for_everyone()
     for tensor in shared.values():
-        own_part(tensor).fill_(-1)
+        local_tensor(tensor).fill_(-1)
     back = {**shared, "scalar": torch.tensor(0.0)}
-    read_pieces(folder / "few", back)
-    return [whole(tensor).tolist() for tensor in back.values()]
+    load_shards(folder / "few", back)
+    return [full_tensor(tensor).tolist() for tensor in back.values()]
 
 
 def rehearsal(run: Run, folder: Path) -> bool:
     before = run.weights()
     learning = [(n, p) for n, p in run.model.named_parameters() if p.requires_grad]
-    rehearse_saving(folder, run.store.components, learning, run.store.together)
+    rehearse_saving(folder, run.store.components, learning, run.store.group)
     return all((before[n] == w).all() for n, w in run.weights().items())
 
 
@@ -159,8 +153,8 @@ def one_cannot_write(run: Run) -> None:
     bad = plain_component(write)
     store = CheckpointStore(
         run.store.output_dir,
-        {**run.store.components, "bad": type(bad)(bad.capture, tensors=everywhere)},
-        together=run.store.together,
+        {**run.store.components, "bad": type(bad)(bad.snapshot, tensors=everywhere)},
+        group=run.store.group,
     )
     store.save({"step": 77})
 
@@ -168,7 +162,7 @@ def one_cannot_write(run: Run) -> None:
 def one_forgets(run: Run) -> None:
     """Only the second process finds something that learns and is not saved."""
     if run.accelerator.process_index == 1:
-        run.store.learning = {**run.store.learning, "lost": torch.nn.Parameter(torch.ones(2))}
+        run.store.trainable = {**run.store.trainable, "lost": torch.nn.Parameter(torch.ones(2))}
     run.store.save({"step": 78})
 
 
@@ -209,7 +203,8 @@ def test_each_process_writes_its_own_rows(elastic: dict[str, Any]) -> None:
     pieces = [load_file(folder / f"model.piece-{k:05d}-of-00003.safetensors") for k in (1, 2, 3)]
     name = "transformer.wte.weight"
     assert [len(piece[name]) for piece in pieces] == [14, 14, 12]
-    assert torch.equal(torch.cat([p[name] for p in pieces]), assemble(folder / "model")[name])
+    consolidated = consolidate_shards(folder / "model")[name]
+    assert torch.equal(torch.cat([p[name] for p in pieces]), consolidated)
 
 
 def test_a_finished_run_has_one_model_that_transformers_reads(
@@ -223,7 +218,7 @@ def test_a_finished_run_has_one_model_that_transformers_reads(
     final = store.finish(verify(step))
     model = causal_lm(run.model.language_model)
     loaded = type(model).from_pretrained(final.folder / "language_model", dtype=torch.float64)
-    expected = assemble(step / "language_model" / "model")
+    expected = consolidate_shards(step / "language_model" / "model")
     assert not list((final.folder / "language_model").glob("*piece*"))
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -257,7 +252,7 @@ def test_rows_are_cut_as_torch_chunks_them() -> None:
         for rows in range(12):
             chunks = torch.arange(rows).chunk(processes)
             sizes = [len(chunk) for chunk in chunks] + [0] * (processes - len(chunks))
-            bounds = [rows_of(rows, process, processes) for process in range(processes)]
+            bounds = [rows_of_rank(rows, process, processes) for process in range(processes)]
             assert [stop - start for start, stop in bounds] == sizes
 
 

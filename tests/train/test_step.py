@@ -17,8 +17,8 @@ from vlm_sft.data.dataset import Example
 from vlm_sft.data.loader import Padded, load_steps, split
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.parts import named_parts
-from vlm_sft.train.distributed import make_accelerator, on_main
-from vlm_sft.train.fsdp import shard, whole
+from vlm_sft.train.distributed import make_accelerator, rank0_only
+from vlm_sft.train.fsdp import shard
 from vlm_sft.train.optimizer import gradient_norm
 from vlm_sft.train.train_step import (
     accumulate_gradient,
@@ -28,6 +28,7 @@ from vlm_sft.train.train_step import (
     step_seed,
 )
 from vlm_sft.train.trainer import evaluate
+from vlm_sft.utils.dtensor import full_tensor
 
 TRAINABLE = ("projector", "language_model")
 
@@ -62,7 +63,7 @@ def gradients(
     (batches,) = load_steps(eight_records(), [mine], batching=batching, num_workers=0)
     found = accumulate_gradient(wrapped, batches, accelerator)
     found_by_name = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    grads = {name: whole(grad).numpy() for name, grad in found_by_name.items()}
+    grads = {name: full_tensor(grad).numpy() for name, grad in found_by_name.items()}
     return grads, found.loss, found.num_targets
 
 
@@ -98,7 +99,7 @@ def error_of_the_first(accelerator: Accelerator) -> Any:
         raise RecordError("no_answer", "why?", record_id="r1", where="a.json[3]")
 
     try:
-        on_main(accelerator, fail)
+        rank0_only(accelerator, fail)
     except RecordError as error:
         return error
 

@@ -151,7 +151,7 @@ def test_moments_stay_float32_on_disk_and_come_back_bit_for_bit(tmp_path: Path) 
     for step in range(2):
         learn(weight, optimizer, step)
     assert optimizer_state_bytes(optimizer) == 8 * 32 * 8
-    optimizer_component(optimizer).capture()(tmp_path)
+    optimizer_component(optimizer).snapshot()(tmp_path)
     saved = load_file(tmp_path / "optimizer.safetensors")
     assert {name: t.dtype for name, t in saved.items()} == {
         "exp_avg/w": torch.float32,
@@ -160,9 +160,9 @@ def test_moments_stay_float32_on_disk_and_come_back_bit_for_bit(tmp_path: Path) 
     }
     other, resumed = fresh()
     other.data.copy_(weight.data)
-    read = optimizer_component(resumed).read
-    assert read is not None
-    read(tmp_path)
+    load = optimizer_component(resumed).load
+    assert load is not None
+    load(tmp_path)
     for step in (2, 3):
         learn(weight, optimizer, step)
         learn(other, resumed, step)

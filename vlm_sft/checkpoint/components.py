@@ -1,52 +1,54 @@
-"""What a checkpoint is made of, and how each piece is written and read back strictly."""
+"""The components of a checkpoint: projector, adapter, language model, tokenizer, configuration."""
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from vlm_sft.checkpoint.base_models import FILE as BASES
 from vlm_sft.checkpoint.base_models import absolute_if_local, describe_bases
-from vlm_sft.checkpoint.shards import assemble, has_pieces, hold, read_pieces, remove_pieces
-from vlm_sft.checkpoint.store import (
+from vlm_sft.checkpoint.format import read_manifest, verify_file
+from vlm_sft.checkpoint.shards import (
+    consolidate_shards,
+    delete_shards,
+    has_shards,
+    load_shards,
+    snapshot_shard,
+)
+from vlm_sft.checkpoint.snapshot import (
     Component,
     Writer,
+    host_copies,
+    plain_component,
+    tensor_component,
+)
+from vlm_sft.checkpoint.tensor_files import (
     check_tensors,
     copy_tensors,
-    host_copies,
     load_tensors,
-    plain_component,
-    read_manifest,
     save_tensors,
-    tensor_component,
-    verify_file,
 )
 from vlm_sft.config.schema import RunConfig, dump_config
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import CheckpointError
-from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
-from vlm_sft.model.parts import named_parts
-from vlm_sft.model.quantization import unquantized_digest
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.train.fsdp import is_sharded
 from vlm_sft.utils.atomic_files import write_json, write_text
+from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.libraries import one_line
 
-PROJECTOR = "projector.safetensors"
-ADAPTER = "adapter"
-ADAPTER_TENSORS = "adapter_model.safetensors"
-LANGUAGE_MODEL = "language_model"
-PIECES = "model"
-"""Name of the pieces in `language_model/`."""
+PROJECTOR: Final = "projector.safetensors"
+ADAPTER: Final = "adapter"
+ADAPTER_TENSORS: Final = "adapter_model.safetensors"
+LANGUAGE_MODEL: Final = "language_model"
+SHARDS: Final = "model"
+"""NAME of the shards in `language_model/`; see `vlm_sft.checkpoint.shards`."""
 
 
 def checkpoint_components(
@@ -56,16 +58,23 @@ def checkpoint_components(
     chat_tokenizer: ChatTokenizer,
     trainable: Set[str],
 ) -> dict[str, Component]:
-    """Everything that a checkpoint holds, the optimizer apart.
+    """Return all components of a checkpoint except the optimizer, by name.
 
-    Frozen parts are not among it: they are named by the configuration and known by their digest.
+    Frozen parts are not saved: the configuration names them and a digest identifies them.
+
+    Args:
+        config: The run's configuration.
+        model: The live model.
+        tokenizer: Of the language model.
+        chat_tokenizer: Tokenizes conversations.
+        trainable: The parts that are trained; the projector is always saved.
     """
     components = {
         "config": plain_component(lambda f: write_text(f / "config.yaml", dump_config(config))),
         "projector": tensor_component(
             model.multi_modal_projector.state_dict,
             lambda f, tensors: save_tensors(f / PROJECTOR, tensors),
-            lambda f: _read_projector(model, f),
+            lambda f: _load_projector_file(model, f),
         ),
         "bases": plain_component(lambda f: write_json(f / BASES, describe_bases(config))),
         "tokenizer": plain_component(lambda f: _write_tokenizer(tokenizer, f)),
@@ -80,7 +89,7 @@ def checkpoint_components(
         components["adapter"] = tensor_component(
             lambda: adapter_tensors(model),
             lambda f, tensors: _write_adapter(model, f, tensors),
-            lambda f: read_adapter(model, f),
+            lambda f: load_adapter(model, f),
         )
     if "language_model" in trainable:
         components["language_model"] = language_model_component(model)
@@ -88,17 +97,20 @@ def checkpoint_components(
 
 
 def language_model_component(model: VisionLanguageModel) -> Component:
-    """`language_model/` as transformers has it, or in pieces where processes share it."""
+    """Return the component that writes `language_model/` as transformers does.
+
+    Where the weights are sharded, each rank writes its shard; `final/` then gets the whole model.
+    """
     return Component(
-        capture=lambda: _capture_language_model(model),
-        read=lambda folder: read_language_model(model, folder),
+        snapshot=lambda: _snapshot_language_model(model),
+        load=lambda folder: load_language_model(model, folder),
         tensors=causal_lm(model.language_model).state_dict,
-        unite=lambda folder: _unite_language_model(model, folder),
+        consolidate=lambda folder: _consolidate_language_model(model, folder),
     )
 
 
 def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:
-    """`processor.json`: how images become pixels, and how many tokens each takes."""
+    """Return `processor.json`: how images become pixels, and the number of tokens of each."""
     return {
         "image_spec": dataclasses.asdict(model.vision_tower.image_spec),
         "image_aspect": config.data.image_aspect,
@@ -107,66 +119,21 @@ def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[st
     }
 
 
-def base_identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:
-    """Which frozen tower, which of its features, and which language model a run starts from.
-
-    Sampled digests of weights and shapes, so that a moved folder is the same model and another
-    model under the same name is not. Call it before anything is loaded into the model.
-    """
-    tower = config.model.vision_tower
-    return {
-        "vision_tower": sample_digest(named_state(model.vision_tower.encoder)),
-        "features": {
-            "feature_layers": list(tower.feature_layers),
-            "feature_select": tower.feature_select,
-            "grid_pool": tower.grid_pool,
-            "image_size": model.vision_tower.image_spec.size,
-        },
-        "language_model": _base_digest(model),
-    }
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides a tokenizer's ids: vocabulary, added tokens, a fast one's rules."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    for passing in ("padding", "truncation"):  # set anew by every call
-        rules.pop(passing, None)
-    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
-    known = "" if rules else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(json.dumps([rules, known, added]).encode()).hexdigest()
-
-
-def template_digest(chat_tokenizer: ChatTokenizer) -> str:
-    """sha256 of the template, the system text and the recipe that texts are tokenized by.
-
-    The image separator is left out: runs made before there was one can be resumed. What it does to
-    a record is in the digest of the data.
-    """
-    described = {k: v for k, v in chat_tokenizer.describe().items() if k != "image_separator"}
-    plain = json.dumps(described, sort_keys=True)
-    return hashlib.sha256(plain.encode()).hexdigest()
-
-
-def frozen_digests(model: VisionLanguageModel) -> dict[str, str]:
-    """sha256 over every byte of each part that must not move."""
-    digests = {"vision_tower": model.vision_tower.digest()}
-    for part, named in named_parts(model).items():
-        if part != "vision_tower" and named and not any(p.requires_grad for _, p in named):
-            digests[part] = tensors_digest(named)
-    return digests
-
-
 def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str, Any]) -> None:
-    """Start from the projector of another checkpoint, e.g. that of stage 1.
+    """Start from the projector of another checkpoint, such as that of stage 1.
+
+    Args:
+        model: Its projector is changed in place.
+        folder: The checkpoint.
+        identity: The `base_identity` of this run.
 
     Raises:
-        CheckpointError: No checkpoint there; it was trained with another tower, other features or
-            another language model; or its shapes differ (tensor and both shapes are named).
+        CheckpointError: The folder is no checkpoint; or the projector was trained with another
+            tower, other features or another language model, or has other shapes.
     """
     manifest = read_manifest(folder)
     verify_file(folder, manifest, PROJECTOR)
-    _read_projector(model, folder)
+    _load_projector_file(model, folder)
     found = manifest.get("base_model", {})
     for key, what in (
         ("vision_tower", "vision tower"),
@@ -183,7 +150,7 @@ def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str,
 
 
 def unused_parts(projector: str | None) -> str | None:
-    """Return the line about trained parts of the `projector` checkpoint that a run does not use.
+    """Describe the trained parts of the `projector` checkpoint that a run does not use, if any.
 
     Raises:
         CheckpointError: The folder is no checkpoint.
@@ -200,22 +167,23 @@ def unused_parts(projector: str | None) -> str | None:
     return None
 
 
-def read_adapter(model: VisionLanguageModel, folder: Path) -> None:
-    """Load `adapter/` into the LoRA matrices that are already in the model, strictly.
+def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
+    """Load `adapter/` into the LoRA matrices that the model already has.
 
     Raises:
-        CheckpointError: A tensor is missing, too many, or of another shape.
+        CheckpointError: A tensor is missing, unexpected or of another shape.
     """
     from peft.utils import set_peft_model_state_dict
 
     path = folder / ADAPTER / ADAPTER_TENSORS
     found = load_tensors(path)
+    # peft itself ignores missing and unexpected tensors, so names and shapes are compared first.
     check_tensors(found, adapter_tensors(model), path)
     set_peft_model_state_dict(cast(Any, model.language_model), found)
 
 
 def adapter_tensors(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
-    """The live LoRA matrices under the names of peft's own files."""
+    """Return the live LoRA matrices under the names of peft's own files."""
     from peft.utils import get_peft_model_state_dict
 
     wrapped = cast(Any, model.language_model)
@@ -223,19 +191,20 @@ def adapter_tensors(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
     return found
 
 
-def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
-    """Load `language_model/` into the live language model, strictly.
+def load_language_model(model: VisionLanguageModel, folder: Path) -> None:
+    """Load `language_model/` into the live language model.
 
     Raises:
-        CheckpointError: It cannot be loaded, or a tensor is missing, too many, or of another shape.
+        CheckpointError: transformers cannot load it, or a tensor is missing, unexpected or of
+            another shape.
     """
     live = causal_lm(model.language_model)
     place = folder / LANGUAGE_MODEL
-    if has_pieces(place / PIECES):
-        return read_pieces(place / PIECES, live.state_dict())
+    if has_shards(place / SHARDS):
+        return load_shards(place / SHARDS, live.state_dict())
     dtype = next(live.parameters()).dtype
     try:
-        with _without_bars():
+        with _without_progress_bars():
             loaded, info = type(live).from_pretrained(
                 place,
                 dtype=dtype,
@@ -248,44 +217,46 @@ def read_language_model(model: VisionLanguageModel, folder: Path) -> None:
             f"{place}: transformers cannot load this folder: {one_line(error)}",
             code="checkpoint_damaged",
         ) from error
+    # transformers only logs these and leaves random weights in place of the missing ones.
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if wrong:
         raise CheckpointError(
-            f"{place}: {len(wrong)} tensors are missing, too many or of another shape, the first "
+            f"{place}: {len(wrong)} tensors are missing, unexpected or of another shape, the first "
             f"being {sorted(wrong)[0]}; it was made for another model",
             code="tensors_differ",
         )
     copy_tensors(dict(loaded.named_parameters()), dict(live.named_parameters()), place)
 
 
-def _read_projector(model: VisionLanguageModel, folder: Path) -> None:
+def _load_projector_file(model: VisionLanguageModel, folder: Path) -> None:
     path = folder / PROJECTOR
     copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
 
 
-def _capture_language_model(model: VisionLanguageModel) -> Writer:
+def _snapshot_language_model(model: VisionLanguageModel) -> Writer:
     live = causal_lm(model.language_model)
     tensors = live.state_dict()
     if not is_sharded(tensors.values()):
-        held = host_copies(tensors)
-        return lambda folder: _write_language_model(live, folder, held)
-    piece = hold(tensors)
+        copies = host_copies(tensors)
+        return lambda folder: _write_language_model(live, folder, copies)
+    shard = snapshot_shard(tensors)
 
     def write(folder: Path) -> None:
-        piece.write(folder / LANGUAGE_MODEL / PIECES)
-        if piece.process == 0:
+        shard.write(folder / LANGUAGE_MODEL / SHARDS)
+        if shard.rank == 0:
             live.config.save_pretrained(folder / LANGUAGE_MODEL)
 
     return write
 
 
-def _unite_language_model(model: VisionLanguageModel, folder: Path) -> bool:
-    path = folder / LANGUAGE_MODEL / PIECES
-    if not has_pieces(path):
+def _consolidate_language_model(model: VisionLanguageModel, folder: Path) -> bool:
+    path = folder / LANGUAGE_MODEL / SHARDS
+    if not has_shards(path):
         return False
-    tensors = assemble(path)
-    remove_pieces(path)
-    (folder / LANGUAGE_MODEL / "config.json").unlink()  # a link into the checkpoint it came from
+    tensors = consolidate_shards(path)
+    delete_shards(path)
+    # A hard link into the step checkpoint: writing through it would change that checkpoint.
+    (folder / LANGUAGE_MODEL / "config.json").unlink()
     _write_language_model(causal_lm(model.language_model), folder, tensors)
     return True
 
@@ -293,13 +264,13 @@ def _unite_language_model(model: VisionLanguageModel, folder: Path) -> bool:
 def _write_language_model(
     live: PreTrainedModel, folder: Path, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    with _without_bars():
+    with _without_progress_bars():
         live.save_pretrained(folder / LANGUAGE_MODEL, state_dict=dict(tensors))
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without the progress bars of transformers, which would break the live line."""
+def _without_progress_bars() -> Iterator[None]:
+    """Disable the progress bars of transformers, which would break the progress line."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -325,26 +296,12 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def _base_digest(model: VisionLanguageModel) -> str:
-    """The same for a base that is quantized and one that is not."""
-    found = unquantized_digest(causal_lm(model.language_model))
-    return sample_digest(_base_parameters(model)) if found is None else found
-
-
-def _base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """The language model's own parameters under the names they have without adapters."""
-    live: PreTrainedModel = causal_lm(model.language_model)
-    for name, parameter in live.named_parameters():
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
-
-
 def _brief(value: Any) -> str:
     return value[:12] if isinstance(value, str) else json.dumps(value)
 
 
 def dtype_of(config: RunConfig) -> torch.dtype:
-    """The dtype that frozen weights are held in."""
+    """Return the dtype of frozen weights."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
         config.train.precision
     ]

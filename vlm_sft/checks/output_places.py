@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.checkpoint.run_dir import require_run_folder, require_same_config, require_unlocked
-from vlm_sft.checkpoint.store import Checkpoint, CheckpointStore, require_within
+from vlm_sft.checkpoint.store import CheckpointStore, require_within
 from vlm_sft.checks.verdict import Verdict
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.tokenize_cache import require_tokenize_cache
@@ -25,7 +26,7 @@ def examine_output_dir(config: RunConfig, verdict: Verdict) -> Checkpoint | None
     def warn(text: str) -> None:
         verdict.report("output_dir", "warning", text)
 
-    store = CheckpointStore(output_dir, {}, say=warn)
+    store = CheckpointStore(output_dir, {}, log=warn)
     has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
     with verdict.examine("output_dir"):
         require_run_folder(config)
@@ -74,7 +75,7 @@ def examine_resume(
         verdict.report("resume", "note", text)
 
     with verdict.examine("resume"):
-        replace(store, say=note).require_same_facts(checkpoint)
+        replace(store, log=note).require_same_fingerprint(checkpoint)
         require_within(checkpoint, total_steps)
         require_unchanged(checkpoint.manifest["frozen"], frozen_digests())
         verdict.add("resume", True, "model, data and template are those of the checkpoint")

@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from vlm_sft.checkpoint.components import checkpoint_components, frozen_digests, unused_parts
-from vlm_sft.checkpoint.store import Checkpoint, require_space
+from vlm_sft.checkpoint.components import checkpoint_components, unused_parts
+from vlm_sft.checkpoint.digests import frozen_digests
+from vlm_sft.checkpoint.format import Checkpoint
+from vlm_sft.checkpoint.store import require_space
 from vlm_sft.checks.compatibility import require_fit
 from vlm_sft.checks.data_head import record_fault
 from vlm_sft.checks.machine import examine_machine

@@ -30,7 +30,7 @@ from vlm_sft.model.quantization import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.adamw_bf16 import require_roundable
 from vlm_sft.train.determinism import deterministic
-from vlm_sft.train.distributed import make_accelerator, on_main
+from vlm_sft.train.distributed import make_accelerator, rank0_only
 from vlm_sft.train.environment import environment_notes, require_environment
 from vlm_sft.train.feature_cache import use_feature_cache
 from vlm_sft.train.fsdp import choose_sharding, shard
@@ -76,11 +76,11 @@ def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[s
         trackers=list(config.train.trackers),
         project_dir=str(tracking_folder(config)),
     )
-    on_main(accelerator, lambda: own_run_folder(config))
+    rank0_only(accelerator, lambda: own_run_folder(config))
     with locked(output_dir, enabled=accelerator.is_main_process):
-        if on_main(accelerator, lambda: _is_finished(config, allowed)):
+        if rank0_only(accelerator, lambda: _is_finished(config, allowed)):
             return 0
-        on_main(accelerator, lambda: keep_foreign_files(output_dir))
+        rank0_only(accelerator, lambda: keep_foreign_files(output_dir))
         outcome = _train(config, stage, trainable, accelerator)
         _close(accelerator, output_dir)
         if outcome.stopped_by is None:
@@ -107,7 +107,7 @@ def _only_warned(action: str) -> Iterator[None]:
 
 def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
     """Settle the folder's configuration; say so if its run is done, and was not made longer."""
-    store = CheckpointStore(Path(config.output_dir), {}, say=say_on_stderr)
+    store = CheckpointStore(Path(config.output_dir), {}, log=say_on_stderr)
     has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
     changes = settle_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
     if changes:
@@ -142,7 +142,7 @@ def _require_directories(config: RunConfig) -> None:
 
 def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Accelerator) -> Outcome:
     main = accelerator.is_main_process
-    on_main(accelerator, lambda: _require_directories(config))
+    rank0_only(accelerator, lambda: _require_directories(config))
     sharding = choose_sharding(config, trainable, world_size=accelerator.num_processes)
     if config.train.fp8:
         require_fp8(accelerator.device, config.train.precision)

@@ -16,12 +16,13 @@ from vlm_sft.checkpoint.components import (
     ADAPTER,
     LANGUAGE_MODEL,
     PROJECTOR,
-    base_identity,
     dtype_of,
-    read_adapter,
-    read_language_model,
+    load_adapter,
+    load_language_model,
 )
-from vlm_sft.checkpoint.store import copy_tensors, load_tensors, verify
+from vlm_sft.checkpoint.digests import base_identity
+from vlm_sft.checkpoint.format import verify
+from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors
 from vlm_sft.commands.inputs import require_checkpoint
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_stored_config
@@ -374,11 +375,11 @@ def _read_parts(config: RunConfig, model: VisionLanguageModel, folder: Path) -> 
     if (folder / ADAPTER).is_dir():
         if config.lora is None:
             raise CheckpointError(f"{folder}: has an adapter, but its config.yaml has no lora")
-        read_adapter(model, folder)
+        load_adapter(model, folder)
     elif config.lora is not None:
         raise CheckpointError(f"{folder}: its config.yaml has lora, but adapter/ is missing")
     if (folder / LANGUAGE_MODEL).is_dir():
-        read_language_model(model, folder)
+        load_language_model(model, folder)
 
 
 class _Stop(StoppingCriteria):

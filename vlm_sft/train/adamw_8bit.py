@@ -17,9 +17,6 @@ SMALLEST: Final = 4096
 BLOCK: Final = 256
 """Numbers that share a scale, in bitsandbytes."""
 
-MAPS: Final = ("qmap1", "qmap2")
-"""The numbers that the bytes stand for, of the first and the second moment; all tensors' alike."""
-
 
 def eight_bit_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """Bitsandbytes' AdamW of parameter groups as `build_optimizer` makes them.
@@ -49,20 +46,8 @@ def require_eight_bit() -> None:
         )
 
 
-def is_eight_bit(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `eight_bit_adamw` made it."""
-    return type(optimizer).__module__.startswith("bitsandbytes")
-
-
 def moment_bytes(count: int) -> int:
     """Memory of both moments of a tensor of so many numbers, scales included."""
     if count < SMALLEST:
         return 2 * 4 * count
     return 2 * (count + 4 * math.ceil(count / BLOCK))
-
-
-def make_state(optimizer: Any) -> None:
-    """Give every parameter the state that it would have before its first step."""
-    for number, group in enumerate(optimizer.param_groups):
-        for place, parameter in enumerate(group["params"]):
-            optimizer.init_state(group, parameter, number, place)

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from vlm_sft.checkpoint.optimizer import MOMENTS
 from vlm_sft.config.schema import OptimConfig, RunConfig
 from vlm_sft.errors import ConfigError
 
 LOW_BITS: Final = 16
 """Bits of a float32 that a bfloat16 lacks."""
-
-MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-"""Names of AdamW's two moments in torch's state of a parameter."""
 
 
 def require_roundable(config: RunConfig, trainable: Set[str]) -> None:

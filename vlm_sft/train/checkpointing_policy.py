@@ -14,7 +14,7 @@ from torch import nn
 
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import POLICIES, Policy
-from vlm_sft.train.distributed import on_main, total
+from vlm_sft.train.distributed import rank0_only, total
 from vlm_sft.train.live_bytes import LiveBytes, NoRoom
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.filesystem import warn_once
@@ -106,8 +106,8 @@ def settle(
         say: Told of the first process's choice.
     """
     path = output_dir / FILE
-    before = on_main(accelerator, lambda: _read(path))
-    if on_main(accelerator, lambda: before is not None and before.basis == basis):
+    before = rank0_only(accelerator, lambda: _read(path))
+    if rank0_only(accelerator, lambda: before is not None and before.basis == basis):
         assert before is not None
         return before
     trials = measured()

@@ -1,7 +1,7 @@
 """Processes of a run: how they are set up, and how they share a result or an error."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +13,9 @@ from accelerate.utils import (
 )
 from accelerate.utils import broadcast_object_list as broadcast_objects
 
-from vlm_sft.checkpoint.store import Together
 from vlm_sft.errors import UserError
 from vlm_sft.utils.libraries import library_call, one_line
-
-Value = TypeVar("Value")
+from vlm_sft.utils.process_group import ProcessGroup, Value
 
 
 def make_accelerator(
@@ -59,14 +57,14 @@ def require_precision(precision: Literal["bf16", "fp16", "fp32"]) -> None:
         raise UserError("train.precision: this GPU has no bf16; use fp16 or fp32")
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
-    """Do `action` in the first process alone and give its result to all.
+def rank0_only(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
+    """Call `action` on rank 0 and return its result, or raise its error, on every rank.
 
-    A user error or a failed write is raised in every process, so that none waits for the others.
+    Only a user error or an OSError is passed on; all ranks must call this.
     """
     if accelerator.num_processes == 1:
         return action()
-    shared: list[Any] = [None, None]  # what it gave, and what it raised
+    shared: list[Any] = [None, None]  # result, error
     if accelerator.is_main_process:
         try:
             shared[0] = action()
@@ -78,19 +76,20 @@ def on_main(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
     return cast(Value, shared[0])
 
 
-def saving_processes(accelerator: Accelerator) -> Together:
-    """All processes, for saving together, on a channel that nothing else uses.
+def checkpoint_group(accelerator: Accelerator) -> ProcessGroup:
+    """Create a process group of all ranks for saving checkpoints.
 
-    A thread may save on it while the others' collectives go on.
+    It is a gloo group of its own, so that a thread can save while training runs its collectives:
+    two threads must not use one group, whose collectives are matched by order alone.
     """
-    channel = cast(Any, torch.distributed.new_group(backend="gloo"))
+    group = cast(Any, torch.distributed.new_group(backend="gloo"))
 
-    def gather(value: Any) -> list[Any]:
+    def all_gather(value: Any) -> list[Any]:
         found: list[Any] = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(found, value, group=channel)
+        torch.distributed.all_gather_object(found, value, group=group)
         return found
 
-    return Together(accelerator.process_index, gather)
+    return ProcessGroup(accelerator.process_index, all_gather)
 
 
 def raise_together(accelerator: Accelerator, failure: Exception | None) -> None:

@@ -73,41 +73,6 @@ REFUSED_WHEN_COMPILING: Final[Mapping[str, Refused]] = {
 TF32: Final = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 """Variables that let fp32 matrix products keep 10 bits of mantissa; NVIDIA's images set one."""
 
-_RECORDED_PREFIXES: Final = (
-    "ACCELERATE_",
-    "ATEN_",
-    "AOTI",
-    "BNB_",
-    "CUBLAS",
-    "CUDA_",
-    "CUDNN_",
-    "FLASH_ATTENTION_",
-    "FSDP_",
-    "GOMP_",
-    "HF_DEACTIVATE_ASYNC_LOAD",
-    "HIP_VISIBLE_DEVICES",
-    "KMP_",
-    "MKL_",
-    "NCCL_",
-    "NVIDIA_TF32_OVERRIDE",
-    "OMP_",
-    "ONEDNN_",
-    "OPENBLAS_",
-    "PARALLELISM_CONFIG_",
-    "PYTORCH_",
-    "ROCR_VISIBLE_DEVICES",
-    "TIMM_",
-    "TORCH",
-    "TRANSFORMERS_",
-    "USE_HUB_KERNELS",
-    "VLM_SFT_",
-    "XLA_",
-)
-_NOT_RECORDED: Final = ("TORCHELASTIC_", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_NCCL_")
-"""Set by the launcher or naming places only; they differ between runs that compute the same."""
-
-_SECRET: Final = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
-
 
 def require_environment(config: RunConfig, environment: Environment = os.environ) -> None:
     """Refuse environment variables that would change the run beside its configuration.
@@ -143,24 +108,3 @@ def environment_notes(config: RunConfig, environment: Environment = os.environ) 
         for name in TF32
         if environment.get(name) == "1"
     ]
-
-
-def recorded_environment(environment: Environment = os.environ) -> dict[str, str]:
-    """Return the variables that numerical libraries read, for the manifest; no secret values."""
-    return {
-        name: environment[name]
-        for name in sorted(environment)
-        if name.startswith(_RECORDED_PREFIXES)
-        and not name.startswith(_NOT_RECORDED)
-        and not any(word in name for word in _SECRET)
-    }
-
-
-def environment_difference(then: Environment, now: Environment) -> str | None:
-    """Return how two recorded environments differ, in words; None if they do not."""
-    changed = [
-        f"{name} {then.get(name, 'unset')}, now {now.get(name, 'unset')}"
-        for name in sorted({*then, *now})
-        if then.get(name) != now.get(name)
-    ]
-    return "; ".join(changed) or None

@@ -26,7 +26,7 @@ from vlm_sft.errors import ImageError, UserError
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.train.distributed import on_main, total
+from vlm_sft.train.distributed import rank0_only, total
 from vlm_sft.train.trainer import say_on_stderr
 from vlm_sft.utils.filesystem import existing_above, free_bytes
 from vlm_sft.utils.progress import track
@@ -109,7 +109,7 @@ def use_feature_cache(
     store, missing = found.store, found.missing
     if missing:
         worth = _worth(config, model, data, missing=len(missing), num_bytes=store.entry_bytes)
-        on_main(accelerator, lambda: _announce(worth, config.data, store))
+        rank0_only(accelerator, lambda: _announce(worth, config.data, store))
         _together(
             accelerator,
             lambda: _fill(store, model.vision_tower, accelerator, config.data, missing),

@@ -1,19 +1,17 @@
 """A model whose weights, gradients and optimizer state are shared out over processes (FSDP2)."""
 
-import math
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import ConfigError
@@ -107,48 +105,6 @@ def shard(
         ignored_params=frozen,
     )
     register_fsdp_forward_method(model, "generate")
-
-
-def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of some tensors is held in rows by several processes."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """This process's rows of a shared tensor; any other tensor as it is. Shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All rows of a shared tensor, for which every process must ask; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def process_of(tensor: Tensor) -> tuple[int, int]:
-    """This process's number among those that share a tensor, and their count."""
-    if not isinstance(tensor, DTensor):
-        return 0, 1
-    return tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
-
-
-def rows_of(num_rows: int, process: int, processes: int) -> tuple[int, int]:
-    """First row and the one after the last that a process holds, as FSDP2 cuts tensors."""
-    chunk = math.ceil(num_rows / processes)
-    return min(process * chunk, num_rows), min((process + 1) * chunk, num_rows)
-
-
-@torch.no_grad()
-def fill(target: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor's values into a live one of the same shape, shared or not."""
-    rows = own_rows(target)
-    own_part(target).copy_(values if rows is None else values[rows[0] : rows[1]])
-
-
-def own_rows(tensor: Tensor) -> tuple[int, int] | None:
-    """The rows that this process holds of a shared tensor; None of one that is not shared."""
-    if not isinstance(tensor, DTensor):
-        return None
-    return rows_of(tensor.shape[0], *process_of(tensor))
 
 
 def layers_of(language_model: nn.Module) -> list[nn.Module]:

@@ -7,10 +7,11 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from vlm_sft.checkpoint.optimizer import is_eight_bit
 from vlm_sft.config.schema import LearningRates, OptimConfig
-from vlm_sft.train.adamw_8bit import eight_bit_adamw, is_eight_bit, moment_bytes
+from vlm_sft.train.adamw_8bit import eight_bit_adamw, moment_bytes
 from vlm_sft.train.adamw_bf16 import StochasticAdamW
-from vlm_sft.train.fsdp import own_part, whole
+from vlm_sft.utils.dtensor import full_tensor, local_tensor
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -91,7 +92,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> d
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of this rank's optimizer state once the first step is done."""
-    parameters = [own_part(p) for group in optimizer.param_groups for p in group["params"]]
+    parameters = [local_tensor(p) for group in optimizer.param_groups for p in group["params"]]
     if is_eight_bit(optimizer):
         return sum(moment_bytes(p.numel()) for p in parameters)
     return sum(p.numel() * max(ADAMW_STATE_BYTES, 2 * p.element_size()) for p in parameters)
@@ -121,8 +122,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) ->
     if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
         return _norm_in_float32(gradients, max_norm)
     if max_norm is None:
-        return whole(torch.nn.utils.get_total_norm(gradients))
-    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        return full_tensor(torch.nn.utils.get_total_norm(gradients))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def _norm_in_float32(gradients: Sequence[torch.Tensor], max_norm: float | None) -> torch.Tensor:

@@ -7,22 +7,20 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from vlm_sft.checkpoint.store import (
-    Component,
-    Together,
+from vlm_sft.checkpoint.folders import (
     begin_temporary,
     copy_checkpoint,
     delete_tree,
-    step_name,
-    verify,
     write_checkpoint,
 )
+from vlm_sft.checkpoint.format import step_name, verify
+from vlm_sft.checkpoint.snapshot import Component
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.model.quantization import num_weights, number_format
-from vlm_sft.train.fsdp import own_part, whole
 from vlm_sft.train.optimizer import NamedParameters
 from vlm_sft.utils.console import Console
-from vlm_sft.utils.crash import crash_point
+from vlm_sft.utils.dtensor import full_tensor, local_tensor
+from vlm_sft.utils.process_group import ProcessGroup
 
 Parts = Mapping[str, NamedParameters]
 
@@ -93,7 +91,7 @@ def require_gradients(parts: Parts, *, without: Set[str] = frozenset()) -> None:
         if part in without:
             continue
         gradients = [p.grad for _, p in named if p.requires_grad]
-        if gradients and not any(g is not None and bool(whole(g).any()) for g in gradients):
+        if gradients and not any(g is not None and bool(full_tensor(g).any()) for g in gradients):
             raise UserError(
                 f"{part} is trainable but has no gradient after the first step, so it would never "
                 "learn; its outputs do not reach the loss - check the masks with vlm_sft.show",
@@ -105,7 +103,7 @@ def rehearse_saving(
     output_dir: Path,
     components: Mapping[str, Component],
     tensors: Sequence[tuple[str, nn.Parameter]],
-    together: Together | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Save a checkpoint, make `final/` of it, read it back, compare bit by bit, remove both.
 
@@ -117,24 +115,24 @@ def rehearse_saving(
         CheckpointError: A tensor came back changed or could not be read.
         OSError: The place cannot be written.
     """
-    together = together or Together()
-    place = together.first(lambda: begin_temporary(output_dir / "rehearsal"))
+    group = group or ProcessGroup()
+    place = group.rank0_then_broadcast(lambda: begin_temporary(output_dir / "rehearsal"))
     folder = place / step_name(0)
-    kept = [own_part(parameter.detach()).clone() for _, parameter in tensors]
+    kept = [local_tensor(parameter.detach()).clone() for _, parameter in tensors]
     try:
-        write_checkpoint(folder, components, {"step": 0, "rehearsal": True}, together)
-        together.first(lambda: copy_checkpoint(verify(folder), place / "final", components))
-        crash_point("rehearsal.written")
+        write_checkpoint(folder, components, {"step": 0, "rehearsal": True}, group)
+        group.rank0_then_broadcast(
+            lambda: copy_checkpoint(verify(folder), place / "final", components)
+        )
         with torch.no_grad():
             for _, parameter in tensors:
-                own_part(parameter).zero_()
-        crash_point("rehearsal.wiped")
-        together.every(lambda: _read_and_compare(folder, components, tensors, kept))
+                local_tensor(parameter).zero_()
+        group.all_ranks(lambda: _read_and_compare(folder, components, tensors, kept))
     finally:
         with torch.no_grad():
             for (_, parameter), before in zip(tensors, kept, strict=True):
-                own_part(parameter).copy_(before)
-        together.first(lambda: delete_tree(place))
+                local_tensor(parameter).copy_(before)
+        group.rank0_then_broadcast(lambda: delete_tree(place))
 
 
 def _read_and_compare(
@@ -144,10 +142,10 @@ def _read_and_compare(
     kept: Sequence[torch.Tensor],
 ) -> None:
     for component in components.values():
-        if component.read is not None:
-            component.read(folder)
+        if component.load is not None:
+            component.load(folder)
     for (name, parameter), before in zip(tensors, kept, strict=True):
-        if not torch.equal(own_part(parameter), before):
+        if not torch.equal(local_tensor(parameter), before):
             raise CheckpointError(
                 f"{folder}: rehearsal of saving: {name} did not come back as it was saved; "
                 "the checkpoints of this run could not be trusted",

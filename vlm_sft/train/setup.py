@@ -7,12 +7,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vlm_sft.checkpoint.components import (
+from vlm_sft.checkpoint.components import checkpoint_components, dtype_of, load_projector
+from vlm_sft.checkpoint.digests import (
     base_identity,
-    checkpoint_components,
-    dtype_of,
     frozen_digests,
-    load_projector,
     template_digest,
     tokenizer_digest,
 )
@@ -94,7 +92,7 @@ def make_store(
         checkpoint_components(
             config, model, language.tokenizer, language.chat_tokenizer, trainable
         ),
-        facts={
+        fingerprint={
             "stage": stage,
             "base_model": identity,
             "tokenizer": tokenizer_digest(language.tokenizer),
@@ -102,13 +100,13 @@ def make_store(
             "data": [dataclasses.asdict(content) for content in data.train.contents],
             "recipe": language.chat_tokenizer.llava_quirks.describe(),
         },
-        explain={
+        describe_mismatch={
             "tokenizer": lambda then, now: "the tokenizer's vocabulary or rules have changed",
             "template": lambda then, now: "the chat template has changed",
             "data": lambda then, now: content_difference(files, then, data.train.contents),
         },
         keep=config.train.keep_last_checkpoints,
-        say=say,
+        log=say,
     )
 
 

@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from vlm_sft.checkpoint.async_save import Saver
+from vlm_sft.checkpoint.async_save import CheckpointSaver
+from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.checkpoint.optimizer import optimizer_component
-from vlm_sft.checkpoint.store import Checkpoint, CheckpointStore, Component, require_within
+from vlm_sft.checkpoint.snapshot import Component
+from vlm_sft.checkpoint.store import CheckpointStore, require_within
 from vlm_sft.config.schema import OptimConfig, TrainConfig
 from vlm_sft.data.loader import (
     AnyBatch,
@@ -43,8 +45,7 @@ from vlm_sft.train.checkpointing_policy import (
     settle,
 )
 from vlm_sft.train.compile import compile_faults_told, compile_layers, eager
-from vlm_sft.train.distributed import Value, on_main, raise_together, saving_processes, total
-from vlm_sft.train.fsdp import is_sharded
+from vlm_sft.train.distributed import checkpoint_group, raise_together, rank0_only, total
 from vlm_sft.train.metrics import (
     LiveLine,
     MetricsFile,
@@ -82,8 +83,9 @@ from vlm_sft.train.train_step import (
 )
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.console import say
-from vlm_sft.utils.crash import crash_point
+from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.libraries import one_line
+from vlm_sft.utils.process_group import Value
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +205,7 @@ class Trainer:
             CheckpointError: The run's checkpoints cannot be used or written.
         """
         self._prepare()
-        resumed = on_main(self.accelerator, self._newest)
+        resumed = rank0_only(self.accelerator, self._newest)
         if resumed is None:
             self._saving(self._rehearse)
             self._frozen = self.hooks.frozen_digests()
@@ -227,7 +229,7 @@ class Trainer:
         self._sharded = is_sharded(self.model.parameters())
         if self.plan.train.fp8:
             names = use_fp8(cast(VisionLanguageModel, self.model))
-            self.store.say(f"fp8: {len(names)} linear layers of the language model multiply in it")
+            self.store.log(f"fp8: {len(names)} linear layers of the language model multiply in it")
         if self.plan.train.compile:
             compile_layers(
                 cast(VisionLanguageModel, self.model),
@@ -242,7 +244,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             print_table(parts_table(rows))
             for note in model_notes(cast(VisionLanguageModel, self.model)):
-                self.store.say(note)
+                self.store.log(note)
             write_json(self.plan.output_dir / "parts.json", rows)
         self._scaler = cast("torch.amp.GradScaler | None", self.accelerator.scaler)
         components: dict[str, Component] = {
@@ -250,9 +252,9 @@ class Trainer:
             "optimizer": optimizer_component(self.optimizer, self._scaler),
         }
         self.store.components = components
-        self.store.learning = dict(self._learning())
+        self.store.trainable = dict(self._learning())
         if self._sharded:
-            self.store.together = saving_processes(self.accelerator)
+            self.store.group = checkpoint_group(self.accelerator)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.store.num_bytes = checkpoint_bytes(self._parameters)
 
@@ -273,7 +275,7 @@ class Trainer:
 
     def _saving(self, action: Callable[[], Value]) -> Value:
         """Do what concerns saving where it is done: in every process that shares the weights."""
-        return action() if self._sharded else on_main(self.accelerator, action)
+        return action() if self._sharded else rank0_only(self.accelerator, action)
 
     def _newest(self) -> Checkpoint | None:
         self.plan.output_dir.mkdir(parents=True, exist_ok=True)
@@ -289,20 +291,18 @@ class Trainer:
 
     def _rehearse(self) -> None:
         rehearse_saving(
-            self.plan.output_dir, self.store.components, self._learning(), self.store.together
+            self.plan.output_dir, self.store.components, self._learning(), self.store.group
         )
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        crash_point("resume.verified")
         self.store.load(checkpoint)
-        crash_point("resume.loaded")
         require_within(checkpoint, self.plan.total_steps)
         self.step = self._saved_step = checkpoint.step
         self._resumed_from = checkpoint
         self._frozen = dict(checkpoint.manifest["frozen"])
         require_unchanged(self._frozen, self.hooks.frozen_digests())
         if self.accelerator.is_main_process:
-            self.store.say(f"going on from {checkpoint.folder} (step {self.step})")
+            self.store.log(f"going on from {checkpoint.folder} (step {self.step})")
 
     def _open_records(self, resumed: Checkpoint | None) -> None:
         """Files and line that the run reports on."""
@@ -320,7 +320,7 @@ class Trainer:
         )
         if resumed is not None:
             self._account.restore(resumed.manifest)
-        self._saver = Saver(self.store, background=self.plan.train.async_checkpointing)
+        self._saver = CheckpointSaver(self.store, asynchronous=self.plan.train.async_checkpointing)
         self._saved_at = time.monotonic()
         self._live = LiveLine(self.plan.total_steps, self.step, enabled=main)
         before = self._metrics.last_seconds if self._metrics is not None else 0.0
@@ -334,7 +334,7 @@ class Trainer:
         if policy == "auto" and self._sharded:
             policy = "full"  # one process out of memory would leave the others waiting for it
             if self.accelerator.is_main_process:
-                self.store.say(
+                self.store.log(
                     "activation checkpointing: full; auto measures no step where processes share "
                     "the weights, so ask for none or selective by name if there is room"
                 )
@@ -359,7 +359,7 @@ class Trainer:
                 basis,
                 lambda: self._measured(self._account.usable(indices), several),
                 self.accelerator,
-                say=self.store.say,
+                say=self.store.log,
             ).policy
         set_recomputing(model, policy)
 
@@ -467,7 +467,6 @@ class Trainer:
             seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
             backend=self._backend,
         )
-        crash_point("step.gradient")
         self._account.settle(gradient.num_faults)
         self._account.require_planned(batches, self._micro_batches(self.step))
         norm, fault = self._checked_norm(gradient)
@@ -475,12 +474,10 @@ class Trainer:
         rates = set_learning_rates(self.optimizer, factor)
         if fault is None:
             self._update()
-        crash_point("step.updated")
         self._account.note(self.step + 1, self.plan.records_of_step(self.step), fault)
         self.step += 1
         self._speed.add(gradient.num_records, gradient.num_targets)
         self._write_step(gradient, norm, rates)
-        crash_point("step.recorded")
 
     def _update(self) -> None:
         if self._scaler is None:
@@ -579,7 +576,7 @@ class Trainer:
         """Return whether a resumed run ended between a checkpoint and its evaluation."""
         if self._resumed_from is None or not self._evaluation_is_due():
             return False
-        return on_main(
+        return rank0_only(
             self.accelerator, lambda: not cast(MetricsFile, self._metrics).has_evaluation(self.step)
         )
 
@@ -678,7 +675,7 @@ class Trainer:
         # The last checkpoint is either this process's own or the one that it came from.
         last = checkpoint or self._resumed_from
         assert last is not None and last.step == self.plan.total_steps
-        final = on_main(self.accelerator, lambda: self.store.finish(last))
+        final = rank0_only(self.accelerator, lambda: self.store.finish(last))
         self.accelerator.wait_for_everyone()
         return Outcome(self.step, final)
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -175,7 +174,7 @@ class StageRuns:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.folder = Path(tempfile.mkdtemp(prefix="vlm-sft-acceptance-runs-"))
-        self.killed = self._start("killed", VLM_SFT_CRASH_AT=self.KILLED_AT)
+        self.killed = self._start("killed", killed_at=self.KILLED_AT)
         names = ["first"] if job.tiny else ["first", "second"]
         self.running = [self._start(name) for name in names]
 
@@ -215,17 +214,17 @@ class StageRuns:
                 process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, name: str, **environment: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "vlm_sft.stage2", "configs/tiny/stage2_lora.yaml"]
+    def _start(self, name: str, *, killed_at: str | None = None) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m"]
+        command += ["tests.tools.reliability.kill_places", killed_at] if killed_at else []
+        command += ["vlm_sft.stage2", "configs/tiny/stage2_lora.yaml"]
         command += [f"output_dir={self.folder / name}", "projector=null", "train.trackers=[]"]
         command += [f"train.max_steps={self.STEPS}", "train.save_every_steps=2"]
         command += ["train.eval_every_steps=null", "data.eval=[]", "train.eval_samples=0"]
         command += ["train.deterministic=true", "data.num_workers=0"]
         log = (self.folder / f"{name}.log").open("ab")
         with log:
-            return subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log
-            )
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
     def _log(self, name: str) -> str:
         text = (self.folder / f"{name}.log").read_text(errors="replace").strip()

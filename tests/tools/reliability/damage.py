@@ -64,7 +64,7 @@ def losses(run: Path) -> Iterator[Found]:
 def _try(run: Path, path: Path, content: bytes | None, what: str, found: Found) -> None:
     """Damage one file, ask which checkpoint is the newest, and mend it again."""
     said: list[str] = []
-    store = CheckpointStore(run, {}, say=said.append)
+    store = CheckpointStore(run, {}, log=said.append)
     newest, before = store.step_folders()[:2]
     whole = path.read_bytes() if path.exists() else None
     _put(path, content)

@@ -8,9 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
+from tests.tools.reliability.kill_places import PLACES, kill_at
 from tests.tools.reliability.lab import Ended, Lab, Running
-from vlm_sft.utils.crash import CRASH_POINTS, VARIABLE
 
 HITS = (1, 1, 2, 3)
 """How often a run is hit: one of these, drawn at random."""
@@ -76,23 +77,23 @@ def named_kills(lab: Lab, *, every: int = 1) -> Iterator[Tally]:
     """Kill one run at every named place (or each of `every`), and bring it to its end."""
     expected, _ = untouched(lab)
     tally = Tally()
-    for point in CRASH_POINTS[::every]:
-        name = f"at-{point}"
-        _go_where_it_can_happen(lab, name, point)
-        ended = lab.start(name, environment={VARIABLE: point}).wait()
+    for place in list(PLACES)[::every]:
+        name = f"at-{place}"
+        _prepare(lab, name, place)
+        ended = lab.start(name, before=partial(kill_at, place)).wait()
         if ended.code != -signal.SIGKILL:
-            tally.faults.append(f"{lab.kind} never came to {point}: {_last_line(ended)}")
+            tally.faults.append(f"{lab.kind} never reached {place}: {_last_line(ended)}")
         tally.kills += 1
-        tally.places[point] += 1
+        tally.places[place] += 1
         _bring_to_its_end(lab, name, expected, tally)
         yield tally
 
 
-def _go_where_it_can_happen(lab: Lab, name: str, point: str) -> None:
-    """What must have happened before a run can come to some of the places."""
-    if point.startswith("resume.") or point == "checkpoint.replaced":
-        lab.start(name, environment={VARIABLE: "checkpoint.pruned:2"}).wait()
-    if point == "checkpoint.replaced":  # only a damaged checkpoint is ever written over
+def _prepare(lab: Lab, name: str, place: str) -> None:
+    """Bring a run to where it can reach the place when it is started next."""
+    if place.startswith("resume.") or place == "checkpoint.replaced":
+        lab.start(name, before=partial(kill_at, "checkpoint.pruned", 2)).wait()
+    if place == "checkpoint.replaced":  # only a damaged checkpoint is ever replaced
         newest = max((lab.out(name) / "checkpoints").glob("step-*"))
         os.truncate(newest / "projector.safetensors", 10)
 

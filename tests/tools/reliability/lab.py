@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from vlm_sft import stage1, stage2
-from vlm_sft.checkpoint.store import verify
+from vlm_sft.checkpoint.format import verify
 from vlm_sft.errors import run_command
 
 ROOT = Path(__file__).parents[3]

@@ -28,7 +28,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tests.tools.reliability.kills import HITS, strike
 from tests.tools.reliability.lab import Ended, Lab, Running, forked
-from vlm_sft.checkpoint.store import CheckpointStore, verify
+from vlm_sft.checkpoint.format import verify
+from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.data.batch import collate
 from vlm_sft.data.build import load_data, load_language

@@ -7,8 +7,10 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from tests.tools.reliability.kill_places import kill_at
 from tests.tools.reliability.kills import Tally, untouched
 from tests.tools.reliability.lab import Lab, Running, children_of
 
@@ -51,7 +53,7 @@ def full_disks(lab: Lab, place: Path, *, tenths: Sequence[int] = range(10)) -> I
     size = _size(max((lab.out("untouched") / "checkpoints").glob("step-*")))
     for tenth in tenths:
         name = f"full-{tenth}"
-        small.start(name, environment={"VLM_SFT_CRASH_AT": "checkpoint.pruned"}).wait()
+        small.start(name, before=partial(kill_at, "checkpoint.pruned")).wait()
         ballast = place / "ballast"
         room = int(size * (tenth + 0.5) / 10)
         with ballast.open("wb") as file:
