@@ -1,5 +1,5 @@
 """Building instruction data from COCO-format annotations."""
 
-from vlm_sft.commands.registry import refuse_other_modules
+from vlm_sft.commands.registry import prepare_command
 
-refuse_other_modules(__name__)
+prepare_command(__name__)

@@ -23,7 +23,8 @@ from data_tools.findings import MAX_FAULTY
 from data_tools.image_check import require_few_missing, usable_pictures
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
 from vlm_sft.commands.parser import CommandParser
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
 from vlm_sft.utils.ownership import (
     own_output,

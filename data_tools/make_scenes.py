@@ -17,7 +17,8 @@ from data_tools import art, masks, scene_captions
 from data_tools.backgrounds import KINDS
 from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scene_rng
 from vlm_sft.commands.parser import CommandParser
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
 from vlm_sft.utils.filesystem import naming
 from vlm_sft.utils.ownership import (

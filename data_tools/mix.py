@@ -14,8 +14,9 @@ from data_tools.mixing import card, scan, writing
 from data_tools.mixing.config import MixConfig
 from data_tools.mixing.quotas import quotas
 from vlm_sft.commands.parser import CommandParser, add_overrides
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config import loading as settings
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
 from vlm_sft.utils.ownership import (
     own_output,

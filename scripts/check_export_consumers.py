@@ -26,9 +26,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.data.text_encoder import byte_tokenizer
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.verify import noise_image, reload_here, reload_in_new_process
 from vlm_sft.model.build import build_model

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.progress import format_seconds
 

@@ -26,7 +26,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.inference.loaded_model import VlmRun, load_run, question
 from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
 from vlm_sft.utils.atomic_files import write_json

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft import chat
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "configs" / "tiny" / "data" / "images"

@@ -85,7 +85,7 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
         (["train.micro_batch_size=null"], "train: give exactly one of `micro_batch_size`"),
         (
             ["train.micro_batch_size=null", "train.packing.max_tokens=2047"],
-            "train.packing.max_tokens is 2047, but data.max_length lets a record have 2048",
+            "train.packing.max_tokens is 2047, but data.max_length allows records of 2048",
         ),
         (["train.share_image_prefix=true"], "`share_image_prefix` needs `packing`"),
         (

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.data.text_encoder import UnencodableText
 from vlm_sft.errors import (
     CheckpointError,
@@ -16,7 +17,6 @@ from vlm_sft.errors import (
     UserError,
     code_of,
     is_disk_full,
-    run_command,
 )
 
 

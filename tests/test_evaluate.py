@@ -10,7 +10,7 @@ import pytest
 from tests.train.tiny import reset_accelerate
 from vlm_sft import evaluate, stage1
 from vlm_sft.commands.evaluate import one_sided
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.atomic_files import write_json
 
 ROOT = Path(__file__).parent.parent

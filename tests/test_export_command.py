@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.export.__main__ import main
 from vlm_sft.inference.loaded_model import load_run, question
 

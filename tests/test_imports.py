@@ -31,8 +31,6 @@ ENTRY_POINT = 7
 
 KNOWN_UPWARD = {
     ("vlm_sft.checks.machine", "vlm_sft.commands.inputs"),
-    ("vlm_sft.errors", "vlm_sft.commands.registry"),
-    ("vlm_sft.errors.codes", "vlm_sft.commands.parser"),
     ("vlm_sft.inference.loaded_model", "vlm_sft.commands.inputs"),
 }
 """Upward imports that are still to be removed."""

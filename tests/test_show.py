@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft import show
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import DataConfig, DataFile, load_config
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
@@ -25,7 +26,7 @@ from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.record_formats import read_records
 from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.tokens import view_tokens
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft import chat, check, evaluate, show, stage1
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny"
 CONFIG = str(TINY / "stage1.yaml")

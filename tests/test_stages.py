@@ -21,9 +21,10 @@ from tests.train.tiny import reset_accelerate
 from vlm_sft import check, stage1, stage2
 from vlm_sft.checkpoint.components import unused_parts
 from vlm_sft.checkpoint.format import read_manifest, verify
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.commands.train import farewell
 from vlm_sft.config.schema import load_config
-from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError, run_command
+from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError
 from vlm_sft.train.trainer import Outcome
 from vlm_sft.utils.ownership import own_directory
 

@@ -18,8 +18,21 @@ from vlm_sft.commands.parser import NOISE, heavy_imports, silence_known_noise
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/tiny/stage1.yaml"
-HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "timm", "open_clip", "pandas"}
+HEAVY = {
+    "torch",
+    "matplotlib",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "timm",
+    "open_clip",
+    "pandas",
+}
 COMMANDS = [
+    "vlm_sft",
+    "vlm_sft.config",
+    "vlm_sft.report",
     "vlm_sft.stage1",
     "vlm_sft.stage2",
     "vlm_sft.check",
@@ -106,6 +119,9 @@ def test_a_wrong_input_is_refused_before_heavy_imports(
     "words",
     [
         ["vlm_sft.chat", "nowhere"],
+        ["vlm_sft.report", "nowhere"],
+        ["vlm_sft.config", "show", "nowhere.yaml"],
+        ["vlm_sft", "stage1", "nowhere.yaml"],
         ["vlm_sft.chat", str(ROOT), "--image", "nowhere.jpg"],
         ["vlm_sft.export", "nowhere", "out"],
         ["vlm_sft.evaluate", "nowhere", "--probes", CONFIG, "--images", "."],
@@ -156,7 +172,8 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "vlm_sft.errors"])
 def test_every_option_has_a_description(command: str) -> None:
-    name = f"{command}.__main__" if command.split(".")[1] in ("export", "instruct") else command
+    package = command.rpartition(".")[2] in ("vlm_sft", "config", "export", "instruct")
+    name = f"{command}.__main__" if package else command
     parser = importlib.import_module(name).parser()
     unexplained = [a.option_strings or a.dest for a in actions_of(parser) if not a.help]
     assert unexplained == []

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 COMMAND = """
 import sys
-from vlm_sft.errors import as_text, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import as_text
 
 def main(argv):
     print("caf\\u00e9 \\u27e6", *argv)

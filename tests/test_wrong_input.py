@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from vlm_sft import check, stage1, stage2
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import means_folder
-from vlm_sft.errors import run_command
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 

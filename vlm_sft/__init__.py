@@ -1,7 +1,7 @@
 """Visual instruction tuning in LLaVA's two stages, with nothing silent."""
 
-from vlm_sft.commands.registry import refuse_other_modules
+from vlm_sft.commands.registry import prepare_command
 
 __version__ = "0.1.0"
 
-refuse_other_modules(__name__)
+prepare_command(__name__)

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.commands.parser import CommandParser, add_base_option, heavy_imports, whole_number
-from vlm_sft.errors import as_text, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import as_text
 from vlm_sft.utils.image_paths import image_argument
 
 EXAMPLES = """examples:
-  python -m vlm_sft.chat runs/stage2/final --image cat.jpg --prompt "What is this?"
-  python -m vlm_sft.chat runs/stage2/final --image a.jpg --image b.jpg
+  vlm-sft chat runs/stage2/final --image cat.jpg --prompt "What is this?"
+  vlm-sft chat runs/stage2/final --image a.jpg --image b.jpg
 commands of the interactive chat:
   /image FILE   show an image with the next question
   /reset        forget the conversation and its images
@@ -46,7 +47,7 @@ def temperature(text: str) -> float:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m vlm_sft.chat", __doc__, EXAMPLES)
+    parser = CommandParser("vlm-sft chat", __doc__, EXAMPLES)
     add_base_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")

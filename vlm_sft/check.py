@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.ownership import require_output_file
 
 ABOUT = """\
@@ -17,14 +18,14 @@ cannot, or it would leave records out, or a finding is BAD."""
 
 EXAMPLES = """\
 examples:
-  python -m vlm_sft.check configs/tiny/stage1.yaml
-  python -m vlm_sft.check my.yaml data.max_length=1024
-  python -m vlm_sft.check my.yaml --no-model      (data only, no weights needed)
-  python -m vlm_sft.check my.yaml --bad bad.jsonl (all bad records into a file)
+  vlm-sft check configs/tiny/stage1.yaml
+  vlm-sft check my.yaml data.max_length=1024
+  vlm-sft check my.yaml --no-model      (data only, no weights needed)
+  vlm-sft check my.yaml --bad bad.jsonl (all bad records into a file)
 
   # do this model's tokenizer and a chat template go together? (0: yes, 2: something is BAD)
-  python -m vlm_sft.check --tokenizer models/qwen --template chatml
-  python -m vlm_sft.check --tokenizer models/vicuna --template vicuna_v1 --strict --json"""
+  vlm-sft check --tokenizer models/qwen --template chatml
+  vlm-sft check --tokenizer models/vicuna --template vicuna_v1 --strict --json"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m vlm_sft.check", ABOUT, EXAMPLES, takes_settings=True)
+    parser = CommandParser("vlm-sft check", ABOUT, EXAMPLES, takes_settings=True)
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", nargs="?", help="a run's configuration")
     add_overrides(parser)

@@ -12,12 +12,13 @@ from vlm_sft.commands.parser import (
     require_folder,
     whole_number,
 )
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.evaluation.conditions import CONDITIONS, Condition
 from vlm_sft.utils.ownership import require_output_file
 
 EXAMPLE = """example:
-  python -m vlm_sft.evaluate runs/stage2/final --probes held_out/existence.json \\
+  vlm-sft evaluate runs/stage2/final --probes held_out/existence.json \\
       held_out/counting.json --images held_out/images --captions held_out/captions.json \\
       --out results.json
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m vlm_sft.evaluate", __doc__, EXAMPLE)
+    parser = CommandParser("vlm-sft evaluate", __doc__, EXAMPLE)
     add_base_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")

@@ -11,7 +11,8 @@ from vlm_sft.commands.parser import (
     number,
     whole_number,
 )
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GPUS, require_known
 
 ABOUT = f"""\
@@ -23,13 +24,13 @@ and its own code runs on tensors without values. GPUs known by name: {", ".join(
 
 EXAMPLES = """\
 examples:
-  python -m vlm_sft.plan configs/tiny/stage2.yaml
-  python -m vlm_sft.plan configs/tiny/stage2_lora.yaml --gpu 4090
-  python -m vlm_sft.plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
-  python -m vlm_sft.plan my.yaml --gpu h200 --json > plan.json
+  vlm-sft plan configs/tiny/stage2.yaml
+  vlm-sft plan configs/tiny/stage2_lora.yaml --gpu 4090
+  vlm-sft plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
+  vlm-sft plan my.yaml --gpu h200 --json > plan.json
 
   # a few real steps on this machine beside the prediction, with the error of both
-  python -m vlm_sft.plan configs/tiny/stage2.yaml --calibrate
+  vlm-sft plan configs/tiny/stage2.yaml --calibrate
 
 With hub names, their configuration and tokenizer (not the weights) must be in the local cache."""
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = config_parser("python -m vlm_sft.plan", ABOUT, EXAMPLES)
+    parser = config_parser("vlm-sft plan", ABOUT, EXAMPLES)
     add = parser.add_argument
     add("--gpu", metavar="NAME", help="what to plan for (default: this machine's GPU, else cpu)")
     add(

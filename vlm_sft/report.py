@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vlm_sft.checkpoint.run_dir import WRITTEN
-from vlm_sft.commands.parser import CommandParser
-from vlm_sft.errors import UserError, run_command
-from vlm_sft.inspection.run_report import COMMAND, write_run_report
-from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import require_output_file
+from vlm_sft.commands.parser import CommandParser, heavy_imports
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 
 WRITTEN_BY_RUNS: Final = ("metrics.jsonl", "ledger.jsonl", "parts.json", "checkpoints", "final")
 """Names of which every run directory has at least one."""
@@ -20,10 +17,10 @@ ABOUT = "Write a training run, finished or interrupted, as one HTML page."
 EXAMPLES = """\
 examples:
   # writes RUN/report.html; the run may be finished or interrupted
-  python -m vlm_sft.report runs/stage2_lora
+  vlm-sft report runs/stage2_lora
 
   # writes the page to another file
-  python -m vlm_sft.report runs/stage2_lora --out stage2.html
+  vlm-sft report runs/stage2_lora --out stage2.html
 """
 
 
@@ -35,6 +32,10 @@ def main(argv: Sequence[str]) -> int:
             command did not write.
     """
     arguments = parser().read(argv)
+    from vlm_sft.checkpoint.run_dir import WRITTEN
+    from vlm_sft.utils.console import say
+    from vlm_sft.utils.ownership import require_output_file
+
     run_dir = arguments.run
     if not any((run_dir / name).exists() for name in WRITTEN_BY_RUNS):
         raise UserError(
@@ -43,14 +44,16 @@ def main(argv: Sequence[str]) -> int:
         )
     out = arguments.out or run_dir / "report.html"
     inputs = [run_dir / name for name in sorted(WRITTEN - {"report.html"})]
-    out = require_output_file(out, inputs=inputs, command=COMMAND, overwrite=arguments.overwrite)
+    out = require_output_file(out, inputs=inputs, command="report", overwrite=arguments.overwrite)
+    with heavy_imports():
+        from vlm_sft.inspection.run_report import write_run_report
     say(write_run_report(run_dir, out), file=sys.stdout)
     return 0
 
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m vlm_sft.report", ABOUT, EXAMPLES)
+    parser = CommandParser("vlm-sft report", ABOUT, EXAMPLES)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="output_dir of a training run")
     add("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")

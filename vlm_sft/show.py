@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports, whole_number
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import DataFile, RunConfig
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError
 from vlm_sft.errors.codes import CODES
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
 from vlm_sft.utils.ownership import require_output_file
@@ -20,22 +21,22 @@ through a pager."""
 EXAMPLES = """\
 examples:
   # the records of a configuration, trained tokens between marks
-  python -m vlm_sft.show configs/tiny/stage2.yaml --limit 3
+  vlm-sft show configs/tiny/stage2.yaml --limit 3
 
   # one record by its id, as JSON (ids, labels, tokens; one placeholder per image)
-  python -m vlm_sft.show configs/tiny/stage2.yaml --record red-circle-1 --json
+  vlm-sft show configs/tiny/stage2.yaml --record red-circle-1 --json
 
   # an HTML page to share: images, trained tokens, figures, search
-  python -m vlm_sft.show configs/tiny/stage2.yaml --html page.html
+  vlm-sft show configs/tiny/stage2.yaml --html page.html
 
   # figures only: outcomes, lengths, trained share and truncation of each file
-  python -m vlm_sft.show configs/tiny/stage2.yaml --statistics
+  vlm-sft show configs/tiny/stage2.yaml --statistics
 
   # records that are too long, from one of several files
-  python -m vlm_sft.show configs/tiny/stage2.yaml --source instructions.json --reason too_long
+  vlm-sft show configs/tiny/stage2.yaml --source instructions.json --reason too_long
 
   # any file with any tokenizer and template, without a configuration
-  python -m vlm_sft.show --records data.json --tokenizer DIR --template chatml
+  vlm-sft show --records data.json --tokenizer DIR --template chatml
 
 Without a configuration there is no length limit unless --max-length sets one, and image files may
 be missing. The exit code is 2 if a printed record is faulty; --statistics and --html report faulty
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m vlm_sft.show", ABOUT, EXAMPLES, takes_settings=True)
+    parser = CommandParser("vlm-sft show", ABOUT, EXAMPLES, takes_settings=True)
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)
     count = whole_number(1)

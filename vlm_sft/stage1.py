@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from vlm_sft.commands.parser import CommandParser, heavy_imports, training_parser
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 
 ABOUT = """\
 Train the projector alone on image-caption pairs (LLaVA's stage 1, feature alignment).
@@ -13,9 +13,9 @@ the newest checkpoint; a finished run says so. Results: OUTPUT_DIR/final."""
 
 EXAMPLES = """\
 examples:
-  python -m vlm_sft.stage1 configs/tiny/stage1.yaml
-  python -m vlm_sft.stage1 configs/tiny/stage1.yaml output_dir=runs/mine train.epochs=2
-  python -m vlm_sft.stage1 configs/tiny/stage1.yaml optim.learning_rate.projector=5e-4 \\
+  vlm-sft stage1 configs/tiny/stage1.yaml
+  vlm-sft stage1 configs/tiny/stage1.yaml output_dir=runs/mine train.epochs=2
+  vlm-sft stage1 configs/tiny/stage1.yaml optim.learning_rate.projector=5e-4 \\
     --allow-change optim.learning_rate        # resume a run with another learning rate
   torchrun --nproc-per-node 8 -m vlm_sft.stage1 configs/llava-1.5/stage1.yaml"""
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    return training_parser("python -m vlm_sft.stage1", ABOUT, EXAMPLES)
+    return training_parser("vlm-sft stage1", ABOUT, EXAMPLES)
 
 
 if __name__ == "__main__":

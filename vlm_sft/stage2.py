@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from vlm_sft.commands.parser import CommandParser, heavy_imports, training_parser
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 
 ABOUT = """\
 Train projector and language model on instructions (LLaVA's stage 2, visual instruction tuning).
@@ -14,9 +14,9 @@ newest checkpoint; a finished run says so. Results: OUTPUT_DIR/final."""
 
 EXAMPLES = """\
 examples:
-  python -m vlm_sft.stage2 configs/tiny/stage2.yaml projector=runs/tiny/stage1/final
-  python -m vlm_sft.stage2 configs/tiny/stage2_lora.yaml projector=runs/tiny/stage1/final
-  python -m vlm_sft.stage2 configs/tiny/stage2_qlora.yaml projector=runs/tiny/stage1/final
+  vlm-sft stage2 configs/tiny/stage2.yaml projector=runs/tiny/stage1/final
+  vlm-sft stage2 configs/tiny/stage2_lora.yaml projector=runs/tiny/stage1/final
+  vlm-sft stage2 configs/tiny/stage2_qlora.yaml projector=runs/tiny/stage1/final
   torchrun --nproc-per-node 8 -m vlm_sft.stage2 configs/llava-1.5/stage2_lora.yaml"""
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    return training_parser("python -m vlm_sft.stage2", ABOUT, EXAMPLES)
+    return training_parser("vlm-sft stage2", ABOUT, EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from vlm_sft.commands.parser import CommandParser
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 
 EXAMPLES = """examples:
   python -m data_tools.instruct plan configs/instruct/rules.yaml        # count, tokens, money

@@ -27,8 +27,8 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.indexing import write_pictures
 from data_tools.instruct.lines import write_lines
 from data_tools.instruct.schema import Cost, PictureSource, Sample, Shown, Turn
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.loading import parse
-from vlm_sft.errors import run_command
 from vlm_sft.utils.atomic_files import write_json
 
 CATEGORIES = ("person", "dog", "cat", "car", "bus", "cup", "chair", "bird", "boat", "clock")

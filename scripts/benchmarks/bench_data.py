@@ -33,8 +33,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.data.images import ImageSpec, open_image, read_pixels
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.progress import track
 
 SIZE = 336

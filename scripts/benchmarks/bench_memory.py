@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import (
     LanguageModelConfig,
     LearningRates,
@@ -30,7 +31,6 @@ from vlm_sft.config.schema import (
     OptimConfig,
     VisionTowerConfig,
 )
-from vlm_sft.errors import run_command
 from vlm_sft.model.activation_checkpointing import POLICIES, set_recomputing
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable

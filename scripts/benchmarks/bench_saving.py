@@ -28,7 +28,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from vlm_sft import stage1, stage2
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.progress import track
 
 TINY = Path(__file__).resolve().parent.parent.parent / "configs" / "tiny"

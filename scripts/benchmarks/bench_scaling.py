@@ -32,13 +32,14 @@ from bench_sizes import IMAGE, NUM_IMAGE_TOKENS, SIZES
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.data.batch import collate
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.images import read_pixels
 from vlm_sft.data.tokenize import ChatTokenizer
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.train.train_step import forward

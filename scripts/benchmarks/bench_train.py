@@ -30,9 +30,10 @@ from bench_sizes import SIZES
 from bench_stages import STAGES, stage_rows
 from rich.console import Console
 
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import TrainConfig
 from vlm_sft.data.sampler import epoch_order
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.errors import UserError
 
 SHARING_ROWS, SHARING_BATCH = 48, 16
 SHARING = f"Records of one image together: {SHARING_ROWS} rows in steps of {SHARING_BATCH}"

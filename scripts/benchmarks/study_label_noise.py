@@ -29,7 +29,8 @@ from typing import Any
 import yaml
 from bench_results import machine_facts, print_table, write_results
 
-from vlm_sft.errors import UserError, run_command
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json, write_text
 
 ARMS = ("untouched", "unverified", "verified")

@@ -221,7 +221,7 @@ import sys
 from pathlib import Path
 from tests.data_tools.asked import planned
 from data_tools.instruct import generating
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 def main(argv):
     config, _ = planned(Path(argv[0]), 30, kind="openai", base_url=argv[1], structured="none",
                         concurrency=2)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import vlm_sft
-from vlm_sft.commands.registry import leave_at_once
+from vlm_sft.commands.registry import exit_at_once
 from vlm_sft.errors import UserError
 
 _NUMBER = re.compile(r"-\d*\.?\d+([eE][-+]?\d+)?")
@@ -237,7 +237,7 @@ def heavy_imports() -> Iterator[None]:
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
     if ours:
-        signal.signal(signal.SIGINT, leave_at_once)
+        signal.signal(signal.SIGINT, exit_at_once)
     try:
         yield
     finally:

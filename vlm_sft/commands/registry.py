@@ -1,4 +1,4 @@
-"""Name the modules that `python -m` runs, end them on Ctrl-C, and refuse to run the others."""
+"""The commands: every module that `python -m` runs, and what happens before it is imported."""
 
 import os
 import signal
@@ -8,17 +8,19 @@ from types import FrameType
 from typing import Final
 
 COMMANDS: Final = {
-    "vlm_sft.stage1": "train the projector",
-    "vlm_sft.stage2": "train the projector and the language model",
-    "vlm_sft.check": "find what a run would fail on",
+    "vlm_sft": "run a command of vlm-sft",
+    "vlm_sft.stage1": "train the projector on image-caption pairs",
+    "vlm_sft.stage2": "train the projector and the language model on conversations",
+    "vlm_sft.check": "find out before a run what it would fail on",
+    "vlm_sft.plan": "estimate memory, speed and duration of a run",
     "vlm_sft.show": "show records with their trained tokens",
-    "vlm_sft.plan": "estimate memory and time",
-    "vlm_sft.chat": "talk to a checkpoint",
-    "vlm_sft.evaluate": "measure a checkpoint",
-    "vlm_sft.export": "write a checkpoint for transformers",
-    "vlm_sft.export.reload": "compare an export with its origin, started by the export",
-    "vlm_sft.report": "write a run as an HTML page",
-    "vlm_sft.errors": "print the table of errors",
+    "vlm_sft.chat": "ask a checkpoint about images",
+    "vlm_sft.evaluate": "measure a checkpoint on questions with known answers",
+    "vlm_sft.export": "write a checkpoint for transformers, vLLM and llama.cpp",
+    "vlm_sft.export.reload": "compare an export with its origin; started by the export",
+    "vlm_sft.report": "write the report of a run as an HTML page",
+    "vlm_sft.config": "print a resolved configuration, or the reference of all settings",
+    "vlm_sft.errors": "print the table of error codes",
     "data_tools.build_coco": "build records from COCO annotations",
     "data_tools.instruct": "have a language model write records",
     "data_tools.instruct.verification.codes": "print the table of its codes",
@@ -27,55 +29,72 @@ COMMANDS: Final = {
 }
 """What each command does, by the name that `python -m` takes."""
 
+SCRIPT: Final = "vlm-sft"
+"""Name of the installed script, which runs `vlm_sft.__main__`."""
 
-def refuse_other_modules(package: str) -> None:
-    """End a `python -m MODULE` of this package whose module is no command, with one sentence.
+SUBCOMMANDS: Final = {
+    module.partition(".")[2]: about
+    for module, about in COMMANDS.items()
+    if module.startswith("vlm_sft.") and module != "vlm_sft.export.reload"
+}
+"""What each command of `vlm-sft` does, by its name; `vlm-sft NAME` runs `vlm_sft.NAME`."""
 
-    Python imports a package before it runs a module in it, and `sys.argv[0]` is `-m` meanwhile; a
-    module without a command would then run, do nothing and succeed.
+
+def prepare_command(package: str) -> None:
+    """Prepare for a command of `package` if this process was started to run one.
+
+    Called while the package is imported, which Python does before it runs a module of it. Ctrl-C
+    then ends the process with one line. A module that is not a command is refused: it would
+    otherwise run, do nothing, and exit with 0.
 
     Args:
-        package: The package that is imported.
+        package: The package that is being imported.
     """
-    name = _asked_module() if sys.argv and sys.argv[0] == "-m" else ""
-    if name.split(".")[0] != package:
+    if not sys.argv:
         return
-    if name in COMMANDS:
-        _end_on_ctrl_c()
+    if os.path.basename(sys.argv[0]) == SCRIPT:
+        _exit_on_ctrl_c()
         return
-    from vlm_sft.utils.console import say  # imports rich, which a command should not wait for
+    # `sys.argv[0]` is `-m` until Python has found the module that it is to run.
+    module = _requested_module() if sys.argv[0] == "-m" else ""
+    if module.split(".")[0] != package:
+        return
+    if module in COMMANDS:
+        _exit_on_ctrl_c()
+        return
+    from vlm_sft.utils.console import say  # imports rich, which commands do not need to start
 
     known = ", ".join(command for command in COMMANDS if command.startswith(f"{package}."))
-    say(f"error: {name} is not a command; the commands are {known}")
+    say(f"error: {module} is not a command; the commands are {known}")
     sys.exit(2)
 
 
-def _end_on_ctrl_c() -> None:
-    """Have Ctrl-C end a command's imports with one line, until `run_command` takes over."""
+def _exit_on_ctrl_c() -> None:
+    """Make Ctrl-C end the process with one line, until `run_command` handles it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave_at_once)
+        signal.signal(signal.SIGINT, exit_at_once)
 
 
 def raise_on_ctrl_c() -> None:
-    """Have Ctrl-C raise `KeyboardInterrupt` again."""
-    if signal.getsignal(signal.SIGINT) is leave_at_once:
+    """Make Ctrl-C raise `KeyboardInterrupt` again."""
+    if signal.getsignal(signal.SIGINT) is exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def leave_at_once(_signal: int, _frame: FrameType | None) -> None:
-    """Handle SIGINT while nothing was started: print one line and end the process with 130."""
-    with suppress(OSError, ValueError, AttributeError):  # closed, full or missing
+def exit_at_once(_signal: int, _frame: FrameType | None) -> None:
+    """Handle SIGINT before any work has started: print one line and exit with 130."""
+    with suppress(OSError, ValueError, AttributeError):  # stdout is closed, full or missing
         sys.stdout.flush()
     with suppress(OSError):
         os.write(2, b"stopped by Ctrl-C before the command started\n")
     os._exit(130)
 
 
-def _asked_module() -> str:
-    """Return the module that Python's own command line names after `-m`."""
-    for number, argument in enumerate(sys.orig_argv):
+def _requested_module() -> str:
+    """Return the module name after `-m` on the interpreter's own command line."""
+    for position, argument in enumerate(sys.orig_argv):
         if argument == "-m":
-            return "".join(sys.orig_argv[number + 1 : number + 2])
+            return "".join(sys.orig_argv[position + 1 : position + 2])
         if argument.startswith("-m"):
             return argument[2:]
     return ""

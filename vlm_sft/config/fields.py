@@ -1,6 +1,7 @@
 """Types of the configuration's fields: bounded numbers, choices, and the resume policy."""
 
-from typing import Annotated, Final, Literal, TypeVar, get_args
+import re
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -25,6 +26,38 @@ ImageAspect = Literal["pad", "crop"]
 """How an image becomes square: padded to a square, or cropped to its center."""
 ImageProcessing = Literal["fast", "exact"]
 """How exactly an image is resized: fast within 2 of 255 levels of Pillow, or by Pillow itself."""
+
+_MAX_LAYERS: Final = 1000
+_LAYER_COUNT = re.compile(r"(^|_)(layers?|depths?|blocks)$")
+"""Keys of other libraries' configurations that count layers."""
+_DROPOUT = re.compile(r"drop")
+"""Keys of other libraries' configurations that are dropout probabilities."""
+
+
+def _check_architecture(tree: dict[str, Any]) -> dict[str, Any]:
+    """Refuse values that the other library would only notice late.
+
+    A layer count with a typing error builds layers until memory is full; a wrong dropout
+    probability fails in the first step.
+    """
+    pending: list[tuple[str, Any]] = list(tree.items())
+    while pending:
+        key, value = pending.pop()
+        last = key.rpartition(".")[2]
+        if isinstance(value, dict):
+            pending += [(f"{key}.{name}", child) for name, child in value.items()]
+        elif isinstance(value, list):
+            pending += [(key, child) for child in value]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            if _LAYER_COUNT.search(last) and value > _MAX_LAYERS:
+                raise ValueError(f"{key}: expected at most {_MAX_LAYERS:,} layers (found {value})")
+            if _DROPOUT.search(last) and not 0 <= value <= 1:
+                raise ValueError(f"{key}: expected a number from 0 to 1 (found {value})")
+    return tree
+
+
+Architecture = Annotated[dict[str, Any], AfterValidator(_check_architecture)]
+"""A model configuration of another library; the model is built from it with random weights."""
 
 ResumePolicy = Literal["free", "explicit", "forbidden"]
 """Whether a resumed run may have another value of a setting than the run was started with.

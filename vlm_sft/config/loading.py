@@ -20,7 +20,9 @@ from vlm_sft.utils.reading import StrictJsonError, parse_json, read_bytes
 class Section(BaseModel):
     """A mapping of a YAML file; unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 SectionT = TypeVar("SectionT", bound=Section)

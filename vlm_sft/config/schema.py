@@ -8,12 +8,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vlm_sft.config import loading
 from vlm_sft.config.fields import (
+    Architecture,
     Count,
     CountOrZero,
     Explicit,
@@ -29,76 +30,54 @@ from vlm_sft.config.fields import (
 from vlm_sft.config.loading import Section
 from vlm_sft.config.renamed import refuse_renamed, translate_renamed
 
-_MOST_LAYERS: Final = 1000
-_LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks)$")
-"""Keys of other libraries' configurations that count layers: building one by one never ends."""
-_DROPOUT = re.compile(r"drop")
-"""Keys of probabilities that libraries only check in the first step."""
-
-
-def _plain_architecture(tree: dict[str, Any]) -> dict[str, Any]:
-    """Check what libraries do not check before the first step, or before memory is full."""
-    waiting: list[tuple[str, Any]] = list(tree.items())
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [(f"{key}.{name}", child) for name, child in value.items()]
-        elif isinstance(value, list):
-            waiting += [(key, child) for child in value]
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            _require_plain_number(str(key), value)
-    return tree
-
-
-def _require_plain_number(key: str, number: float) -> None:
-    last = key.rpartition(".")[2]
-    if _LAYERS.search(last) and number > _MOST_LAYERS:
-        raise ValueError(f"{key}: expected at most {_MOST_LAYERS:,} layers (found {number})")
-    if _DROPOUT.search(last) and not 0 <= number <= 1:
-        raise ValueError(f"{key}: expected a number from 0 to 1 (found {number})")
-
-
-Architecture = Annotated[dict[str, Any], AfterValidator(_plain_architecture)]
-"""A configuration of another library, from which a model with random weights is built."""
-
 
 class VisionTowerConfig(Section):
-    """Which frozen encoder, and which of its features."""
+    """The vision encoder, which stays frozen, and the features that are taken from it."""
 
     library: Forbidden[Literal["open_clip", "transformers", "timm"]]
+    """Library that the encoder is loaded with."""
     name: Explicit[NonEmptyText | None] = None
-    """A name of that library, a hub name, or a local folder (transformers)."""
+    """Name of the encoder in that library, a hub name, or a local directory (transformers). Give
+    either `name` or `config`."""
     config: Forbidden[Architecture | None] = None
-    """Instead of `name`: build with random weights from this configuration (tests, tiny runs)."""
+    """Configuration to build the encoder from with random weights, for tests and tiny runs."""
     weights: Explicit[NonEmptyText | None] = None
-    """open_clip: a pretrained tag or a file; timm: a state-dict file. None: the library's default
-    weights for `name` (open_clip: needed; random weights are only made from `config`)."""
+    """Weights for `name`: a pretrained tag or a file (open_clip, where they are required), or a
+    state-dict file (timm). Null: the library's default weights for that name."""
     feature_layers: Forbidden[list[int]] = Field(default=[-2], min_length=1)
-    """Indices into the hidden states (0 = embeddings, -1 = last); several are concatenated."""
+    """Hidden states to use as features: 0 is the embeddings, -1 the last layer. The features of
+    several layers are concatenated. LLaVA uses the layer before the last."""
     feature_select: Forbidden[Literal["patch", "cls_patch"]] = "patch"
-    """`patch` drops the class token, `cls_patch` keeps it (LLaVA `mm_vision_select_feature`)."""
+    """Tokens to use as features: `patch` drops the class token, `cls_patch` keeps it (LLaVA's
+    `mm_vision_select_feature`)."""
     grid_pool: Forbidden[Count | None] = None
-    """Average the square grid of patch features down to `grid_pool` x `grid_pool` tokens."""
+    """Average the grid of patch features down to `grid_pool` x `grid_pool` tokens, for fewer image
+    tokens. Null: no pooling."""
     image_size: Forbidden[Annotated[int, Field(gt=0, le=8192)] | None] = None
-    """Side of the input square in pixels; None takes the tower's own."""
+    """Side of the square input image in pixels. Null: the size that the encoder was trained
+    with."""
 
 
 class LanguageModelConfig(Section):
-    """Which causal language model, and how it is held in memory."""
+    """The causal language model, its tokenizer and its form in memory."""
 
     name: Explicit[NonEmptyText | None] = None
-    """A local folder or a hub name that `AutoModelForCausalLM` loads."""
+    """Local directory or hub name for `AutoModelForCausalLM`. Give either `name` or `config`."""
     config: Forbidden[Architecture | None] = None
-    """Instead of `name`: random weights from this configuration (needs `model_type`)."""
+    """Configuration (with `model_type`) to build the model from with random weights, for tests and
+    tiny runs. It needs `tokenizer`."""
     tokenizer: Explicit[NonEmptyText | None] = None
-    """A folder or hub name; None: the one of `name`. `bytes`: a built-in byte tokenizer."""
+    """Local directory or hub name of the tokenizer, or `bytes` for a built-in byte tokenizer. Null:
+    the tokenizer of `name`."""
     attn_implementation: Explicit[NonEmptyText] = "auto"
-    """`auto`: flash-attention where installed and supported, else SDPA; or transformers' name."""
+    """Attention kernel, by transformers' name. `auto`: FlashAttention if it is installed and
+    supported, else PyTorch's SDPA. With `train.packing`, see `train.packing.attention`."""
     quantization: Forbidden[Literal["nf4", "fp4"] | None] = None
-    """Hold the frozen linear layers, but for the head, in 4 bits (bitsandbytes; needs `lora` in
-    stage 2); null: all in the numbers of `train.precision`."""
+    """Keep the frozen linear layers except the output head in 4 bits (bitsandbytes). In stage 2 it
+    needs `lora` (QLoRA). Null: keep them in the dtype of `train.precision`."""
     double_quantization: Forbidden[bool] = True
-    """Of 4-bit weights also the scales, in 8 bits (QLoRA, section 3): 0.37 bit a weight less."""
+    """Also quantize the scales of 4-bit weights, to 8 bits; saves 0.37 bits per weight (QLoRA,
+    section 3). Without `quantization` it has no effect."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "LanguageModelConfig":
@@ -109,26 +88,13 @@ class LanguageModelConfig(Section):
         return self
 
 
-class LoraConfig(Section):
-    """Low-rank adapters on the language model (peft)."""
-
-    r: Forbidden[Annotated[int, Field(gt=0, le=65_536)]] = 16
-    alpha: Forbidden[Positive] = 32
-    dropout: Forbidden[Fraction] = 0.05
-    targets: Forbidden[list[NonEmptyText] | Literal["all-linear"]] = "all-linear"
-    """Module names inside the language model (`q_proj`); `all-linear`: all but the head."""
-    use_dora: Forbidden[bool] = False
-    """DoRA (arXiv 2402.09353): learn each output's magnitude apart from its direction."""
-    use_rslora: Forbidden[bool] = False
-    """rsLoRA (arXiv 2312.03732): scale by alpha / sqrt(r) instead of alpha / r."""
-
-
 class ModelConfig(Section):
-    """Tower, projector and language model."""
+    """The three parts of the model: vision tower, projector and language model."""
 
     vision_tower: VisionTowerConfig
     projector_type: Forbidden[str] = "mlp2x_gelu"
-    """`linear`, or `mlpNx_gelu`: N linear layers with GELU between them."""
+    """Architecture of the projector: `linear`, or `mlpNx_gelu` for N linear layers with GELU
+    between them. The default is LLaVA-1.5's."""
     language_model: LanguageModelConfig
 
     @field_validator("projector_type")
@@ -142,17 +108,38 @@ class ModelConfig(Section):
         return name
 
 
+class LoraConfig(Section):
+    """LoRA adapters on the language model (peft). The section needs no key: `lora: {}`."""
+
+    r: Forbidden[Annotated[int, Field(gt=0, le=65_536)]] = 16
+    """Rank of the adapters. More rank has more capacity and takes more memory."""
+    alpha: Forbidden[Positive] = 32
+    """Scale of the adapters' output: it is multiplied by alpha / r."""
+    dropout: Forbidden[Fraction] = 0.05
+    """Dropout probability on the input of the adapters."""
+    targets: Forbidden[list[NonEmptyText] | Literal["all-linear"]] = "all-linear"
+    """Names of the language model's modules that get adapters, e.g. `[q_proj, v_proj]`.
+    `all-linear`: all linear layers except the output head."""
+    use_dora: Forbidden[bool] = False
+    """Train the magnitude of each output separately from its direction (DoRA, arXiv 2402.09353)."""
+    use_rslora: Forbidden[bool] = False
+    """Scale the adapters by alpha / sqrt(r) instead of alpha / r (rsLoRA, arXiv 2312.03732)."""
+
+
 class DataFile(Section):
-    """One file (or folder, for Parquet and `datasets`) of records."""
+    """A file of records, or a directory of Parquet files or of a saved `datasets` data set."""
 
     path: Explicit[NonEmptyText]
+    """The file or directory. A resumed run may find the same records in another place; their
+    content must not change."""
     format: Forbidden[Literal["auto", "llava", "messages", "alpaca"]] = "auto"
+    """Format of the records. `auto` recognizes it from each record's keys."""
     image_root: Explicit[NonEmptyText | None] = None
-    """Folder that relative image names start from; None: the file's own folder."""
+    """Directory that relative image names start from. Null: the directory of the file."""
     follow_symlinks: Free[bool] = False
-    """Whether symbolic links below `image_root` may lead out of it; `..` never may."""
+    """Allow symbolic links below `image_root` to lead out of it; `..` is never allowed."""
     weight: Forbidden[Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]] = 1.0
-    """How often each record is seen in one epoch: 2 twice, 0.5 every other record."""
+    """How often each record is used per epoch: 2 means twice, 0.5 means in every other epoch."""
 
     def images_start_in(self) -> Path:
         """Return the directory that relative image names start from."""
@@ -160,82 +147,108 @@ class DataFile(Section):
 
 
 class DataConfig(Section):
-    """Which records, under which template, and what to do with those that do not fit."""
+    """The records, how they become tokens, and what happens to records that cannot be used."""
 
     train: Forbidden[Annotated[list[DataFile], Field(min_length=1)]]
+    """Files of training records."""
     eval: Explicit[list[DataFile]] = Field(default=[])
+    """Files of held-out records, for the validation loss; see `train.eval_every_steps`."""
     template: Forbidden[NonEmptyText] = "auto"
-    """A name of `vlm_sft/data/templates`, a YAML file, or `auto`: the model's own chat template."""
+    """Chat template: the name of a built-in template (`docs/templates.md`), a YAML file, or `auto`
+    for the tokenizer's own."""
     system: Forbidden[str | None] = None
-    """System text for records that have none; None: the template's default, "": none."""
+    """System prompt for records without one. Null: the template's default; "": none."""
     image_separator: Explicit[str | None] = None
-    """Text between an image and its neighbors where content is a list of parts: in such records,
-    in `chat`, `evaluate` and the exported chat template; None: the template's, mostly a newline."""
+    """Text between an image and its neighbors in records whose content is a list of parts, and in
+    `chat`, `evaluate` and the exported chat template. Null: the template's, usually a newline."""
     llava_quirks: Forbidden[Literal["none", "llava-1.5"]] = "none"
-    """`llava-1.5` repeats the quirks of LLaVA's code (`vlm_sft/data/llava_quirks.py`)"""
+    """`llava-1.5` repeats the quirks of LLaVA-1.5's data code, to reproduce its models; the
+    checkpoint's manifest lists them. `none` repeats none of them."""
     max_length: Forbidden[Annotated[int, Field(gt=0, le=sys.maxsize)]] = 2048
-    """Longest sequence in tokens, image tokens included."""
+    """Maximum length of a record in tokens, image tokens included."""
     length_policy: Forbidden[Literal["error", "drop_turns", "skip"]] = "error"
+    """What to do with longer records: `error` treats them as bad records (see `on_error`),
+    `drop_turns` removes question-answer pairs from the end until the record fits, `skip` skips
+    them. No record is ever cut inside an answer."""
     on_error: Explicit[Literal["stop", "quarantine"]] = "stop"
-    """A record that cannot be used: stop, or leave it out and say so in the ledger."""
+    """What to do with a record that cannot be used: `stop` the run, or `quarantine` the record,
+    which skips it and lists it in `ledger.jsonl`."""
     max_quarantined: Free[CountOrZero] = 100
-    """Records that may turn out broken while training goes on (`on_error: quarantine`)."""
+    """Number of records that may turn out bad during training before the run stops (`on_error:
+    quarantine`)."""
     image_aspect: Forbidden[ImageAspect] = "pad"
-    """`pad`: whole image on a square of the tower's mean color; `crop`: center square."""
+    """How an image becomes square: `pad` puts the whole image on a square of the vision tower's
+    mean color, `crop` takes the center square."""
     image_processing: Explicit[ImageProcessing] = "fast"
-    """`fast`: pixels at most 2 levels of 255 from Pillow's, in less than half the time; `exact`:
-    Pillow's own."""
+    """How images are decoded and resized: `exact` uses Pillow; `fast` takes less than half the time
+    and differs from Pillow by at most 2 of 255 levels."""
     feature_cache: Explicit[NonEmptyText | None] = None
-    """Folder where the frozen tower's features of all images are kept, computed before training
-    where they are not there yet; None: images go through the tower in every step. See
-    `docs/images.md` for when that pays."""
+    """Directory for the vision tower's features of all images. Missing features are computed before
+    training and then read in every step. Null: the tower encodes the images in every step.
+    `docs/images.md` explains when the cache pays off."""
     feature_cache_gb: Free[Positive] = 100.0
-    """Most that `feature_cache` may hold, in GB (1e9 bytes), over all towers; more is refused."""
+    """Maximum size of `feature_cache` in GB (1e9 bytes), over all towers; a run that would need
+    more is refused."""
     num_workers: Free[Annotated[int, Field(ge=0, le=1024)]] = 2
+    """Number of processes per rank that load and prepare records. 0: load in the training
+    process."""
     cache_dir: Free[NonEmptyText | None] = None
-    """Folder where tokenized records are kept across runs; None: each start tokenizes all anew."""
+    """Directory for tokenized records, shared by runs. Null: tokenize all records at every
+    start."""
 
 
 class LearningRates(Section):
-    """Peak learning rate of each trainable part."""
+    """Peak learning rate of each trainable part, after warm-up."""
 
     projector: Explicit[NonNegative]
+    """Peak learning rate of the projector."""
     language_model: Explicit[NonNegative] = 0.0
-    """Of the language model's weights, or of its adapters."""
+    """Peak learning rate of the language model's weights or of its LoRA adapters. Stage 2 requires
+    it; stage 1 refuses it, because the language model is frozen there."""
 
 
 class OptimConfig(Section):
-    """AdamW with linear warm-up and a schedule."""
+    """AdamW and its learning-rate schedule."""
 
     optimizer: Forbidden[Literal["adamw", "adamw_8bit"]] = "adamw"
-    """`adamw_8bit` keeps both moments in a byte a number (bitsandbytes): 2 bytes for every weight
-    that learns instead of 8."""
+    """`adamw_8bit` keeps both moments in 8 bits (bitsandbytes): 2 bytes per trainable weight
+    instead of 8."""
     learning_rate: LearningRates
     weight_decay: Explicit[NonNegative] = 0.0
+    """Weight decay. The default is LLaVA's."""
     betas: Explicit[tuple[Fraction, Fraction]] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment."""
     epsilon: Explicit[Positive] = 1e-8
+    """Constant in AdamW's denominator, for numerical stability."""
     schedule: Explicit[Literal["cosine", "linear", "constant"]] = "cosine"
+    """Learning rate after warm-up: decays to 0 at the end of the run along a half cosine or a line,
+    or stays constant."""
     warmup_ratio: Explicit[Fraction] = 0.03
+    """Fraction of all steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: Explicit[Positive | None] = 1.0
-    """Clip the gradient's global norm; None: never."""
+    """Clip the global norm of the gradient to this value. Null: no clipping."""
 
 
 class PackingConfig(Section):
-    """Records laid end to end in rows, none seeing another, instead of padded batches."""
+    """Records concatenated in rows instead of padded batches; records do not attend to each
+    other.
+    """
 
     max_tokens: Explicit[Count]
-    """Of one row, image tokens included; at least `data.max_length`."""
+    """Length of a row in tokens, image tokens included; at least `data.max_length`. It determines
+    how much memory the activations take."""
     round_to: Explicit[Annotated[int, Field(gt=0, le=65_536)]] = 1
-    """Fill rows up to a multiple of so many tokens: few shapes, for compiled kernels."""
+    """Pad each row to a multiple of this number of tokens, so that compiled kernels see few
+    shapes."""
     attention: Explicit[Literal["auto", "flash_attn", "varlen", "flex", "sdpa"]] = "auto"
-    """The kernel: flash-attn, torch's variable-length attention, FlexAttention, or SDPA a record;
-    `auto` takes the first that is to be had."""
+    """Attention kernel: flash-attn, PyTorch's variable-length attention, FlexAttention, or one SDPA
+    call per record. `auto` takes the first that is available."""
 
     @model_validator(mode="after")
     def _rows_hold_a_multiple(self) -> "PackingConfig":
         if self.round_to > self.max_tokens:
             raise ValueError(
-                f"round_to is {self.round_to}, but a row holds no more than max_tokens, "
+                f"round_to is {self.round_to}, but a row has at most max_tokens, "
                 f"{self.max_tokens}; set round_to to at most that"
             )
         return self
@@ -245,132 +258,150 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TrackingConfig(Section):
-    """How the trackers of `train.trackers` name the run, and where they write."""
+    """Names and directories for the experiment trackers of `train.trackers`."""
 
     project: Free[Annotated[str, Field(min_length=1, max_length=128)]] = "vlm_sft"
-    """Project of wandb and trackio; for TensorBoard the folder inside `dir`."""
+    """Project name in wandb and trackio; directory inside `dir` for TensorBoard."""
     name: Free[NonEmptyText | None] = None
-    """Name of the run; null: the last part of `output_dir`."""
+    """Name of the run. Null: the last part of `output_dir`."""
     entity: Free[NonEmptyText | None] = None
-    """wandb's user or team; null: the account's default."""
+    """User or team in wandb. Null: the account's default."""
     dir: Free[NonEmptyText | None] = None
-    """Folder that trackers write to; null: `trackers` inside `output_dir`."""
+    """Directory that the trackers write to. Null: `trackers` inside `output_dir`."""
 
     @field_validator("project")
     @classmethod
-    def _plain_project(cls, project: str) -> str:
+    def _is_a_name(cls, project: str) -> str:
         if set(project) & set("/\\#?%:") or project in (".", ".."):
             raise ValueError(f"expected a name without / \\ # ? % : (found {project!r})")
         return project
 
 
 class TrainConfig(Section):
-    """How long, in what batches and numbers, and what is written down."""
+    """Duration, batches, precision, sharding, checkpoints, evaluation and logging."""
 
     epochs: Explicit[Positive] = 1.0
+    """Passes over the training data; fractions are allowed."""
     max_steps: Explicit[Count | None] = None
-    """Stop after this many optimizer steps; None: after `epochs`."""
+    """Maximum number of optimizer steps. Null: as many as `epochs` takes."""
     global_batch_size: Forbidden[Count]
-    """Records an optimizer step, over all processes and micro-batches."""
+    """Number of records per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: Explicit[Count | None] = None
-    """Records one process takes through the model at once, padded to the longest."""
+    """Number of records that one rank processes at once, padded to the longest. It affects speed
+    and memory, but neither the records of a step nor its loss. Give either this or `packing`."""
     packing: Explicit[PackingConfig | None] = None
-    """Instead of `micro_batch_size`: one process takes one row of packed records at once. Neither
-    changes which records a step has, nor its loss."""
+    """Pack records into rows instead of padding them (`docs/packing.md`). Packing affects speed and
+    memory, but neither the records of a step nor its loss. Null: padded batches."""
     share_image_prefix: Forbidden[bool] = False
-    """With `packing`: records of one image that begin alike are trained on together, what comes
-    up to and with the image being computed once. Their order is a shuffle of images instead of
-    records; each record's loss stays what it is."""
+    """With `packing`: compute the common beginning of records of the same image, up to and
+    including the image, only once. Each record's loss stays the same, but records of an image are
+    in the same step, so images are shuffled instead of records."""
     precision: Explicit[Literal["bf16", "fp16", "fp32"]] = "bf16"
-    """Numbers of the frozen weights and of the forward pass."""
+    """Dtype of the frozen weights and of the forward pass."""
     master_weights: Forbidden[Literal["fp32", "none"]] = "fp32"
-    """Trained weights are kept in fp32; with `none` the language model's, in stage 2 in full and
-    bf16, are kept in bfloat16 alone, each update being rounded stochastically."""
+    """Dtype of the trained weights. With `none`, full fine-tuning in bf16 keeps the language model
+    in bf16 without an fp32 copy and rounds each update stochastically."""
     sharding: Explicit[Literal["auto", "none", "zero2", "zero3"]] = "auto"
     """Shard weights, gradients and optimizer state over the ranks with FSDP2. `zero3` frees
     gathered weights between forward and backward, `zero2` keeps them (less communication, more
     memory), `none` replicates the model (DDP). `auto` is `zero3` for full fine-tuning on several
     ranks, else `none`. See `docs/multi-gpu.md`, also for users of DeepSpeed."""
     on_nonfinite_loss: Explicit[Literal["stop", "skip"]] = "stop"
-    """A loss or gradient that is not finite: stop, or leave that step's update out and say so."""
+    """What to do if the loss or the gradient of a step is NaN or infinite: `stop` the run, or
+    `skip` the update and report it."""
     max_skipped_steps: Free[CountOrZero] = 10
-    """Updates that may be left out in a run (`on_nonfinite_loss: skip`)."""
+    """Number of updates that may be skipped before the run stops (`on_nonfinite_loss: skip`)."""
     neftune_alpha: Explicit[Positive | None] = None
-    """NEFTune (arXiv 2310.05914): noise on the embeddings of text while training, uniform in
-    +-alpha / sqrt(text tokens of the record x width); the paper takes 5 to 15. Null: none."""
+    """NEFTune (arXiv 2310.05914): add uniform noise of up to alpha / sqrt(text tokens of the record
+    x width) to the text embeddings during training. The paper uses 5 to 15. Null: no noise."""
     activation_checkpointing: Free[Literal["auto", "none", "selective", "full"]] = "auto"
-    """What the backward pass computes again: nothing, the cheap operations of every layer of the
-    language model, or whole layers; `auto` measures a step and takes the fastest that fits. None
-    changes a result."""
+    """What the backward pass recomputes to save memory: nothing (`none`), the cheap operations of
+    every layer of the language model (`selective`), or whole layers (`full`). `auto` measures a
+    step and takes the fastest policy that fits. The result is the same with all of them."""
     compile: Explicit[bool] = False
-    """Compile the language model's layers (torch.compile): a minute or more at the start, faster
-    steps after it; rounds otherwise than without. Needs a C++ compiler on a CPU, triton on a
+    """Compile the language model's layers with torch.compile: a minute or more at the start, faster
+    steps afterwards, and slightly different rounding. Needs a C++ compiler on a CPU, Triton on a
     GPU."""
     fp8: Explicit[bool] = False
-    """Multiply in fp8 in the decoder's wide linear layers (torchao): less exact, and only on
-    NVIDIA's GPUs from Ada and Hopper on."""
+    """Multiply in fp8 in the wide linear layers of the language model (torchao): faster, less
+    exact, and only on NVIDIA GPUs from the Ada and Hopper generation on."""
     deterministic: Explicit[bool] = False
-    """Only kernels that give the same bits every time, for the same machine and libraries; slower
-    on a GPU, and refused by name where there is none. A CPU repeats its bits anyway."""
+    """Use only kernels that give bit-identical results on the same machine with the same libraries.
+    Slower on a GPU, and refused where an operation has no such kernel. On a CPU results are always
+    repeatable."""
     group_by_length: Forbidden[bool] = False
-    """Put records of like length (and modality) into the same batch."""
+    """Put records of similar length, and with and without images, into the same batch: less
+    padding, but a less random order. Not needed with `packing`."""
     save_every_steps: Free[Count] = 500
+    """Number of steps between checkpoints."""
     save_every_minutes: Free[Positive | None] = None
-    """Save also when so much time has gone since the last save."""
+    """Also save a checkpoint when this many minutes have passed since the last one. Null: only by
+    steps."""
     async_checkpointing: Free[bool] = True
-    """Write checkpoints beside training; the step that saves only waits for copies in memory."""
+    """Write checkpoints in the background; training only waits while the weights are copied to
+    memory."""
     keep_last_checkpoints: Free[Count] = 2
+    """Number of most recent checkpoints to keep; older ones are deleted."""
     eval_every_steps: Free[Count | None] = None
+    """Number of steps between evaluations on `data.eval`. Null: no evaluation."""
     eval_samples: Free[CountOrZero] = 3
-    """Held-out records answered by the model at each evaluation."""
+    """Number of held-out records whose questions the model answers at each evaluation, written to
+    `samples.jsonl`."""
     log_every_steps: Free[Count] = 1
-    """Steps from one row of `metrics.jsonl` to the next. Each row is also a line on stderr; on a
-    terminal a progress bar shows the newest one instead."""
+    """Number of steps between rows of `metrics.jsonl`. Each row is also logged to stderr; on a
+    terminal a progress bar shows the newest row instead."""
     trackers: Free[list[Tracker]] = Field(default=["tensorboard"])
+    """Experiment trackers that get the same numbers as `metrics.jsonl`; `[]` for none."""
     tracking: TrackingConfig = TrackingConfig()
-    """Names and places for `trackers`. A resumed run continues the same wandb or trackio run."""
 
     @model_validator(mode="after")
     def _padded_or_packed(self) -> "TrainConfig":
         if (self.micro_batch_size is None) == (self.packing is None):
             raise ValueError(
-                "give exactly one of `micro_batch_size` (padded) and `packing`; null takes one away"
+                "give exactly one of `micro_batch_size` (padded) and `packing`; set the other one "
+                "to null"
             )
         if self.packing is not None and self.group_by_length:
             raise ValueError("`packing` needs no `group_by_length`; set that to false")
         if self.share_image_prefix and self.packing is None:
-            raise ValueError("`share_image_prefix` needs `packing`; give that in place of padding")
+            raise ValueError(
+                "`share_image_prefix` needs `packing`; give it instead of `micro_batch_size`"
+            )
         return self
 
 
 class RunConfig(Section):
-    """The whole file."""
+    """The configuration of a run: the whole YAML file."""
 
     output_dir: Free[NonEmptyText]
+    """Directory of the run: checkpoints, metrics, ledger and the result (`final`). The same command
+    resumes the run in it."""
     seed: Forbidden[Annotated[int, Field(ge=0, lt=2**32)]] = 42
+    """Seed of all random numbers: weight initialization, the order of records, dropout."""
     projector: Explicit[NonEmptyText | None] = None
-    """A stage-1 checkpoint folder (`RUN/final`) whose projector this run starts from."""
+    """Checkpoint (`RUN/final` of stage 1) whose projector this run starts from. Null: random
+    initialization."""
     model: ModelConfig
     lora: Forbidden[LoraConfig | None] = None
-    """Stage 2 only: adapters on the language model; null trains it in full."""
+    """LoRA adapters on the language model, in stage 2 only. Null: full fine-tuning."""
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
 
     @model_validator(mode="after")
-    def _packs_hold_every_record(self) -> "RunConfig":
+    def _rows_hold_every_record(self) -> "RunConfig":
         packing, longest = self.train.packing, self.data.max_length
         if packing is not None and packing.max_tokens < longest:
             raise ValueError(
-                f"train.packing.max_tokens is {packing.max_tokens}, but data.max_length lets a "
-                f"record have {longest} tokens; set it to at least that"
+                f"train.packing.max_tokens is {packing.max_tokens}, but data.max_length allows "
+                f"records of {longest} tokens; set max_tokens to at least that"
             )
         return self
 
     def input_paths(self) -> list[Path]:
-        """Return the files and directories that a run reads and that exist here.
+        """Return the files and directories that the run reads, as far as they exist here.
 
-        Of the records' images only directories are known: see `image_roots`.
+        Image files are not included; see `image_roots`.
         """
         files = [*self.data.train, *self.data.eval]
         names = (
@@ -426,9 +457,9 @@ def dump_config(config: RunConfig) -> str:
 
 
 def means_folder(name: str) -> bool:
-    """Whether a `name` or `tokenizer` that is there or not is a folder's, and not a hub name.
+    """Return whether the name of a model or tokenizer means a local directory, not a hub name.
 
-    Hub names are `model` or `owner/model`; the latter is a folder's where `owner/` is a folder.
+    Hub names are `model` or `owner/model`; the latter means a directory if `owner/` exists.
     """
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         return True

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from vlm_sft.commands.parser import CommandParser
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors.codes import page
 
-EXAMPLES = "example:\n  python -m vlm_sft.errors > docs/errors.md"
+EXAMPLES = "example:\n  vlm-sft errors > docs/errors.md"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
 def parser() -> CommandParser:
     """Return the command's parser."""
     about = "Print every error code with its meaning and remedy, as Markdown."
-    return CommandParser("python -m vlm_sft.errors", about, EXAMPLES)
+    return CommandParser("vlm-sft errors", about, EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.commands.parser import CommandParser, add_base_option, heavy_imports
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.constants import MAX_SHARD_SIZE
 from vlm_sft.utils.ownership import require_new_directory
 
 EXAMPLES = """\
 examples:
   # a folder for transformers' LlavaForConditionalGeneration and AutoProcessor, LoRA merged
-  python -m vlm_sft.export runs/stage2_lora/final exported --to hf
+  vlm-sft export runs/stage2_lora/final exported --to hf
 
   # in bfloat16, in files of at most 2 GB
-  python -m vlm_sft.export runs/stage2_lora/final exported --dtype bfloat16 --max-shard-size 2GB
+  vlm-sft export runs/stage2_lora/final exported --dtype bfloat16 --max-shard-size 2GB
 
   # the same, with logits compared on an image of your own
-  python -m vlm_sft.export runs/stage2_lora/final exported --to hf --image dog.jpg
+  vlm-sft export runs/stage2_lora/final exported --to hf --image dog.jpg
 """
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser(
-        "python -m vlm_sft.export",
+        "vlm-sft export",
         "Write a checkpoint in another program's format and prove it the same.",
         EXAMPLES,
     )

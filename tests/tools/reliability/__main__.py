@@ -32,7 +32,7 @@ from tests.tools.reliability.trouble import (
     small_disk,
     terminations,
 )
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.progress import format_seconds
 
 PARTS = ("kills", "places", "signals", "disks", "damage", "processes")

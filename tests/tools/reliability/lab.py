@@ -21,7 +21,7 @@ import torch
 
 from vlm_sft import stage1, stage2
 from vlm_sft.checkpoint.format import verify
-from vlm_sft.errors import run_command
+from vlm_sft.commands.run_command import run_command
 
 ROOT = Path(__file__).parents[3]
 KINDS = ("stage1", "stage2", "stage2_lora")

@@ -1,0 +1,189 @@
+"""`vlm-sft` runs every command, completes them in a shell, and prints configurations."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vlm_sft.__main__ import COMMANDS, main, module_of
+from vlm_sft.commands.registry import SUBCOMMANDS
+from vlm_sft.config.reference import REQUIRED, all_settings, select_settings
+from vlm_sft.config.resume import flat
+from vlm_sft.config.schema import load_config
+from vlm_sft.errors import ConfigError, UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs" / "tiny" / "stage2_lora.yaml")
+
+
+def test_the_script_is_installed_under_its_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"vlm-sft": "vlm_sft.__main__:run"}
+
+
+def test_help_lists_every_command_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for name, about in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(about)}$", printed, re.MULTILINE)
+
+
+def test_without_a_command_the_help_is_printed_to_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "commands:\n  stage1" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stage3"], "COMMAND stage3: did you mean stage2?"),
+        (["expotr", "x"], "COMMAND expotr: did you mean export?"),
+        (["--vresion"], "--vresion: unknown option; did you mean --version?"),
+        (["qqq"], "COMMAND qqq: expected one of stage1, stage2, check"),
+        (["config", "referense"], "COMMAND referense: did you mean reference?"),
+        (["config"], "missing: COMMAND; `vlm-sft config --help` shows examples"),
+        (["completion", "fsh"], "SHELL fsh: did you mean zsh?"),
+    ],
+)
+def test_a_misspelled_command_is_refused_with_the_nearest_one(
+    words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        main(words)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_command_names_itself_in_its_help(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: vlm-sft {name} ")
+    assert f"\n  vlm-sft {name}" in printed  # an example
+    assert module_of(name).startswith(f"vlm_sft.{name}")
+
+
+def test_the_resolved_configuration_has_the_overrides_and_the_defaults(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["config", "show", TINY, "train.max_steps=7"]) == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert load_config(shown) == load_config(TINY, ["train.max_steps=7"])
+    assert "max_skipped_steps: 10" in shown.read_text()
+
+
+def test_the_reference_has_every_setting_with_a_meaning() -> None:
+    settings = {setting.key.replace(".N.", ".0."): setting for setting in all_settings()}
+    overrides = ["train.micro_batch_size=null", "train.packing.max_tokens=4096"]
+    overrides += ["data.eval=[{path: a.json}]"]
+    for key in flat(load_config(TINY, overrides)):
+        if ".config." not in key:  # a configuration of another library
+            assert key in settings, key
+    assert [key for key, setting in settings.items() if not setting.meaning] == []
+    assert {s.on_resume for s in settings.values()} == {"free", "explicit", "forbidden"}
+    for setting in settings.values():
+        assert setting.meaning[0].isupper() or setting.meaning[0] == "`", setting
+        assert setting.meaning.endswith("."), setting
+
+
+def test_the_types_and_defaults_of_the_reference_are_those_of_the_schema() -> None:
+    expected = {
+        "seed": ("whole number, at least 0", "42", "forbidden"),
+        "data.train.N.path": ("text", REQUIRED, "explicit"),
+        "data.eval.N.weight": ("positive number, at most 10,000.0", "1.0", "explicit"),
+        "data.num_workers": ("whole number from 0 to 1,024", "2", "free"),
+        "optim.betas": ("list: number from 0 to 1, number from 0 to 1", "[0.9, 0.999]", "explicit"),
+        "lora": ("section or null", "null", "forbidden"),
+        "lora.targets": ("list of: text or `all-linear`", "all-linear", "forbidden"),
+        "train.compile": ("`true` or `false`", "false", "explicit"),
+        "train.precision": ("`bf16`, `fp16` or `fp32`", "bf16", "explicit"),
+    }
+    settings = {setting.key: setting for setting in all_settings()}
+    found = {key: settings[key] for key in expected}
+    assert {k: (s.type, s.default, s.on_resume) for k, s in found.items()} == expected
+
+
+def test_settings_are_selected_by_key_section_or_last_name() -> None:
+    assert [s.key for s in select_settings(["seed", "max_length"])] == ["seed", "data.max_length"]
+    assert [s.key for s in select_settings(["data.train.3.path"])] == ["data.train.N.path"]
+    assert [s.key for s in select_settings(["train.packing"])][:2] == [
+        "train.packing",
+        "train.packing.max_tokens",
+    ]
+    with pytest.raises(ConfigError, match=r"max_lenght: no such setting; did you mean data.max_l"):
+        select_settings(["max_lenght"])
+    with pytest.raises(ConfigError, match="`vlm-sft config reference` lists all"):
+        select_settings(["qqqq"])
+
+
+def test_the_reference_page_is_what_the_command_prints() -> None:
+    words = ["config", "reference", "--format", "markdown"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vlm_sft", *words], capture_output=True, cwd=ROOT, check=True
+    )
+    page = (ROOT / "docs" / "configuration.md").read_bytes()
+    assert done.stdout == page, f"run: vlm-sft {' '.join(words)} > docs/configuration.md"
+
+
+def test_the_json_schema_is_that_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == set(load_config(TINY).model_dump())
+
+
+COMPLETE = """
+source "$1"
+compopt() {{ :; }}
+COMP_WORDS=({words}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+_shtab_vlm_sft; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "vlm-sft.bash"
+    words = [sys.executable, "-m", "vlm_sft", "completion", "bash"]
+    path.write_text(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("vlm-sft st", ["stage1", "stage2"]),
+        ("vlm-sft check --st", ["--strict"]),
+        ("vlm-sft stage1 pyproj", ["pyproject.toml"]),
+        ("vlm-sft chat confi", ["configs"]),
+        ("vlm-sft stage1 x.yaml train.max_st", ["train.max_steps="]),
+        ("vlm-sft stage2 --allow-change lora.al", ["lora.alpha"]),
+        ("vlm-sft config sh", ["show"]),
+        ("vlm-sft config reference lora.al", ["lora.alpha"]),
+        ("vlm-sft completion z", ["zsh"]),
+    ],
+)
+def test_bash_completes(bash_script: Path, words: str, completed: list[str]) -> None:
+    code = COMPLETE.format(words=words)
+    done = subprocess.run(
+        ["bash", "-c", code, "bash", str(bash_script)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.split() == completed, done.stderr
+
+
+def test_zsh_has_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("#compdef vlm-sft\n")
+    for name, about in COMMANDS.items():
+        assert re.search(rf"^ *{name}:'?{re.escape(about)}", printed, re.MULTILINE)

@@ -1,0 +1,97 @@
+"""Run a command: `vlm-sft COMMAND ...` or `python -m vlm_sft COMMAND ...`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+from vlm_sft.commands.parser import CommandParser
+from vlm_sft.commands.registry import SCRIPT, SUBCOMMANDS
+from vlm_sft.commands.run_command import run_command
+
+COMPLETION: Final = "completion"
+COMMANDS: Final = {**SUBCOMMANDS, COMPLETION: "print a completion script for bash or zsh"}
+"""What each command does, in the order of the help text."""
+
+EXAMPLES = """\
+examples:
+  vlm-sft check configs/tiny/stage1.yaml
+  vlm-sft stage1 configs/tiny/stage1.yaml output_dir=runs/mine
+  vlm-sft config reference train.packing
+  eval "$(vlm-sft completion bash)"
+
+Each command is also a module, e.g. for several GPUs:
+  torchrun --nproc-per-node 8 -m vlm_sft.stage1 configs/llava-1.5/stage1.yaml"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that the first argument names and return its exit code."""
+    if not argv:
+        parser().print_help(sys.stderr)
+        return 2
+    name, *arguments = argv
+    if name in SUBCOMMANDS:
+        return int(import_module(module_of(name)).main(arguments))
+    if name == COMPLETION:
+        return _print_completion(arguments)
+    parser().read(argv[:1])  # handles --help and --version, and refuses everything else
+    return 2
+
+
+def run() -> None:
+    """Run the installed script `vlm-sft`."""
+    run_command(main)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a command, with the functions `main` and `parser`."""
+    package = name in ("config", "errors", "export")
+    return f"vlm_sft.{name}.__main__" if package else f"vlm_sft.{name}"
+
+
+def parser() -> CommandParser:
+    """Return the parser of the script's own options and of the command's name."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {about}" for name, about in COMMANDS.items())
+    parser = CommandParser(
+        SCRIPT,
+        "Turn a vision encoder and a language model into a vision-language model.\n\n"
+        f"commands:\n{lines}\n\n`{SCRIPT} COMMAND --help` describes a command.",
+        EXAMPLES,
+        usage="%(prog)s COMMAND ...",
+    )
+    parser.add_argument(
+        "command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def completion_parser() -> CommandParser:
+    """Return the parser of `vlm-sft completion`."""
+    parser = CommandParser(
+        f"{SCRIPT} {COMPLETION}",
+        "Print a script that completes commands, options, files and settings in a shell.",
+        'examples:\n  eval "$(vlm-sft completion bash)"    # in ~/.bashrc\n'
+        '  vlm-sft completion zsh > "${fpath[1]}/_vlm-sft"',
+    )
+    parser.add_argument("shell", choices=["bash", "zsh"], metavar="SHELL", help="bash or zsh")
+    return parser
+
+
+def _print_completion(argv: Sequence[str]) -> int:
+    shell = completion_parser().read(argv).shell
+    from vlm_sft.commands.completion import completion_script
+
+    modules = {name: import_module(module_of(name)) for name in SUBCOMMANDS}
+    parsers = {
+        name: module.parsers() if hasattr(module, "parsers") else module.parser()
+        for name, module in modules.items()
+    }
+    parsers[COMPLETION] = completion_parser()
+    print(completion_script(shell, parsers, COMMANDS))
+    return 0
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,90 @@
+"""Print configurations and their reference: `vlm-sft config show|reference|schema`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from vlm_sft.commands.parser import CommandParser, config_parser
+from vlm_sft.commands.run_command import run_command
+
+COMMANDS = {
+    "show": "print the resolved configuration: the file, overrides and all defaults",
+    "reference": "print every setting with its type, default, meaning and resume policy",
+    "schema": "print the JSON schema of configuration files, for editors",
+}
+
+EXAMPLES = """\
+examples:
+  vlm-sft config show configs/tiny/stage1.yaml train.max_steps=10
+  vlm-sft config reference                         # every setting
+  vlm-sft config reference train.packing max_length
+  vlm-sft config reference --format markdown > docs/configuration.md
+  vlm-sft config schema > vlm-sft.schema.json"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the subcommand that `argv` begins with and return the exit code."""
+    if argv and argv[0] in COMMANDS:
+        arguments = parsers()[argv[0]].read(argv[1:])
+        return {"show": _show, "reference": _reference, "schema": _schema}[argv[0]](arguments)
+    parser().read(argv[:1])  # handles --help and --version, and refuses everything else
+    return 2
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    lines = "\n".join(f"  {name:<9}  {about}" for name, about in COMMANDS.items())
+    parser = CommandParser(
+        "vlm-sft config",
+        f"Print configurations and their reference.\n\ncommands:\n{lines}",
+        EXAMPLES,
+        usage="%(prog)s COMMAND ...",
+    )
+    parser.add_argument(
+        "command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def parsers() -> dict[str, CommandParser]:
+    """Return the parsers of the subcommands."""
+    about = {name: f"{text[0].upper()}{text[1:]}." for name, text in COMMANDS.items()}
+    show = config_parser("vlm-sft config show", about["show"], EXAMPLES)
+    reference = CommandParser("vlm-sft config reference", about["reference"], EXAMPLES)
+    reference.add_argument(
+        "keys",
+        metavar="KEY",
+        nargs="*",
+        help="a setting or a section, e.g. train.packing (default: all settings)",
+    )
+    reference.add_argument(
+        "--format", choices=["text", "markdown"], default="text", help="default: text"
+    )
+    schema = CommandParser("vlm-sft config schema", about["schema"], EXAMPLES)
+    return {"show": show, "reference": reference, "schema": schema}
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from vlm_sft.config.schema import dump_config, load_config
+
+    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    return 0
+
+
+def _reference(arguments: argparse.Namespace) -> int:
+    from vlm_sft.config.reference import as_markdown, as_text, select_settings
+
+    settings = select_settings(arguments.keys)
+    print(as_markdown(settings) if arguments.format == "markdown" else as_text(settings))
+    return 0
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    from vlm_sft.config.schema import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
