@@ -42,7 +42,7 @@ def test_every_command_that_the_documents_name_is_one() -> None:
         name for text in texts for name in re.findall(r"-m ((?:vlm_sft|data_tools)[\w.]+)", text)
     }
     wrong = {name.rstrip(".") for name in named} - {*COMMANDS, "data_tools"}
-    assert wrong <= {"vlm_sft.utils.html", "vlm_sft.checks.tokenizer.diagnose"}  # of the test below
+    assert wrong <= {"vlm_sft.utils.html", "vlm_sft.checks.tokenizer.check"}  # of the test below
     assert len(named) > 10
 
 
@@ -50,7 +50,7 @@ def test_every_command_that_the_documents_name_is_one() -> None:
     ("arguments", "name"),
     [
         (["-m", "vlm_sft.utils.html"], "vlm_sft.utils.html"),
-        (["-mvlm_sft.checks.tokenizer.diagnose"], "vlm_sft.checks.tokenizer.diagnose"),
+        (["-mvlm_sft.checks.tokenizer.check"], "vlm_sft.checks.tokenizer.check"),
         (["-X", "utf8", "-m", "vlm_sft.data.images"], "vlm_sft.data.images"),
         (["-m", "vlm_sft.stage_1", "c.yaml"], "vlm_sft.stage_1"),
         (["-m", "data_tools.coco"], "data_tools.coco"),

@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
         inputs.require_model_name("--tokenizer", arguments.tokenizer)
         inputs.require_template("--template", arguments.template or "auto")
         with heavy_imports():
-            from vlm_sft.commands.check import check_tokenizer
-        return check_tokenizer(arguments)
+            from vlm_sft.commands.check import check_tokenizer_alone
+        return check_tokenizer_alone(arguments)
     no_model = {"model", "projector"} if arguments.no_model else set()
     parts = inputs.ALL_PARTS - no_model
     config = inputs.read_config(arguments.config, arguments.overrides, parts)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.table import Table
 from rich.text import Text
 
-from vlm_sft.checks.tokenizer.case import Finding, Level
+from vlm_sft.checks.tokenizer.under_test import Finding, Level
 from vlm_sft.data.duplicates import Repeats
 from vlm_sft.data.image_separator import LayoutCheck
 from vlm_sft.errors import UserError

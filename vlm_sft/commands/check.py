@@ -23,8 +23,13 @@ from vlm_sft.checks.output_places import (
     examine_output_dir,
     examine_resume,
 )
-from vlm_sft.checks.tokenizer.case import Finding
-from vlm_sft.checks.tokenizer.diagnose import diagnose, fitted, read_generation_config, summary
+from vlm_sft.checks.tokenizer.check import (
+    build_chat_tokenizer,
+    check_tokenizer,
+    read_generation_config,
+    summary,
+)
+from vlm_sft.checks.tokenizer.under_test import Finding
 from vlm_sft.checks.trial_step import try_an_answer, try_longest_batch
 from vlm_sft.checks.verdict import Verdict, fails, print_lines
 from vlm_sft.config.method import trainable_parts
@@ -90,13 +95,15 @@ def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 
 def examine_language(config: RunConfig, language: Language) -> list[Finding]:
-    """The doctor's findings about a run's tokenizer and template."""
+    """Return the findings about the tokenizer and the chat template of a run."""
     name = config.model.language_model.name
     generation = read_generation_config(Path(name).expanduser()) if name else None
-    return diagnose(language.tokenizer, config.data.template, language.chat_tokenizer, generation)
+    return check_tokenizer(
+        language.tokenizer, config.data.template, language.chat_tokenizer, generation
+    )
 
 
-def check_tokenizer(arguments: argparse.Namespace) -> int:
+def check_tokenizer_alone(arguments: argparse.Namespace) -> int:
     """Print the findings about a tokenizer and a template as a table, or as JSON."""
     template = arguments.template or "auto"
     folder = Path(arguments.generation_config or arguments.tokenizer).expanduser()
@@ -104,11 +111,11 @@ def check_tokenizer(arguments: argparse.Namespace) -> int:
     if arguments.generation_config is not None and generation is None:
         raise UserError(f"--generation-config {folder}: there is no generation_config.json in it")
     tokenizer = load_tokenizer(LanguageModelConfig(name=arguments.tokenizer), "--tokenizer")
-    chat_tokenizer = fitted(tokenizer, template, system=arguments.system)
+    chat_tokenizer = build_chat_tokenizer(tokenizer, template, system=arguments.system)
     if isinstance(chat_tokenizer, Finding):
         findings = [chat_tokenizer]
     else:
-        findings = diagnose(tokenizer, template, chat_tokenizer, generation)
+        findings = check_tokenizer(tokenizer, template, chat_tokenizer, generation)
     good = not any(fails(finding.level, strict=arguments.strict) for finding in findings)
     if arguments.json:
         rows = [asdict(finding) for finding in findings]

@@ -1,1 +1,1 @@
-"""The doctor's examinations: what a tokenizer and a chat template do, found by doing it."""
+"""Test a tokenizer with a chat template on sample conversations and report what does not fit."""

@@ -1,4 +1,4 @@
-"""Each fault between a tokenizer and a template is found on a real tokenizer that has it."""
+"""Every defect of a tokenizer with a template is found on a real tokenizer that has it."""
 
 import copy
 import json
@@ -14,8 +14,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.tokenizers_for_tests import load, missing, sentencepiece_tokenizer
 from vlm_sft import check
-from vlm_sft.checks.tokenizer.case import Case, Finding
-from vlm_sft.checks.tokenizer.diagnose import diagnose, fitted, read_generation_config, summary
+from vlm_sft.checks.tokenizer.check import (
+    build_chat_tokenizer,
+    check_tokenizer,
+    read_generation_config,
+    summary,
+)
+from vlm_sft.checks.tokenizer.under_test import Finding, TokenizerUnderTest
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.text_encoder import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
@@ -39,8 +44,10 @@ def findings(
     generation_config: dict[str, Any] | None = None,
     chat_tokenizer: ChatTokenizer | None = None,
 ) -> dict[str, Finding]:
-    made = chat_tokenizer or ChatTokenizer.from_name(template, tokenizer)
-    return {f.code: f for f in diagnose(tokenizer, template, made, generation_config)}
+    chat_tokenizer = chat_tokenizer or ChatTokenizer.from_name(template, tokenizer)
+    return {
+        f.code: f for f in check_tokenizer(tokenizer, template, chat_tokenizer, generation_config)
+    }
 
 
 def with_template(jinja: str) -> PreTrainedTokenizerFast:
@@ -86,10 +93,10 @@ def test_the_models_own_chatml_is_good_throughout() -> None:
     assert found["generation_config"].level == "good"
     assert "260" in found["stop_is_not_eos"].found
     assert "all 18 sequences" in found["export"].found
-    assert found["control"].found.startswith("5 strings (5 special, 0 merely added)")
+    assert found["control"].found.startswith("5 strings (5 special, 0 added)")
 
 
-def test_diagnosing_leaves_the_tokenizer_as_it_was() -> None:
+def test_the_check_does_not_change_the_tokenizer() -> None:
     tokenizer = byte_tokenizer()
     findings(tokenizer, "vicuna_v1")
     assert (len(tokenizer), tokenizer.chat_template) == (261, CHATML)
@@ -134,13 +141,13 @@ def test_no_padding_token_is_a_note() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     finding = findings(tokenizer, "vicuna_v1")["pad_missing"]
-    assert "</s> (id 257) fills up, which is the stop token and EOS" in finding.found
+    assert "</s> (id 257) is used, which is the stop token and EOS" in finding.found
 
 
 def test_a_jinja_template_that_trims_is_exported_without_trimming() -> None:
     trimming = CHATML.replace("message['content']", "message['content']|trim")
     chat_tokenizer = ChatTokenizer.from_name("auto", with_template(trimming))
-    text = Case(
+    text = TokenizerUnderTest(
         chat_tokenizer.tokenizer, "auto", chat_tokenizer, None
     ).exported.apply_chat_template(
         [{"role": "user", "content": "  Is there a dog?\n"}], tokenize=False
@@ -148,19 +155,19 @@ def test_a_jinja_template_that_trims_is_exported_without_trimming() -> None:
     assert text == "<|im_start|>user\n  Is there a dog?\n<|im_end|>\n"
 
 
-def test_a_template_of_its_own_that_takes_no_system_text_is_compared_without() -> None:
+def test_an_own_template_that_accepts_no_system_text_is_compared_without_one() -> None:
     found = findings(sentencepiece_tokenizer(), "vicuna_v1")
     assert found["own_template_differs"].level == "warning"
 
 
-def test_header_marks_that_are_ordinary_text_are_bad() -> None:
+def test_header_markers_that_are_ordinary_text_are_bad() -> None:
     jinja = CHATML.replace("'<|im_start|>' + message", "'<|start|>' + message")
     jinja = jinja.replace("<|im_start|>assistant", "<|start|>assistant")
     finding = findings(with_template(jinja))["header_is_text"]
-    assert finding.level == "bad" and "<|start|> is 9 pieces" in finding.found
+    assert finding.level == "bad" and "<|start|> is 9 tokens" in finding.found
 
 
-def test_marks_in_brackets_are_noted_as_ordinary_text() -> None:
+def test_markers_in_brackets_are_noted_as_ordinary_text() -> None:
     jinja = (
         "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
         "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
@@ -175,14 +182,14 @@ def test_another_format_than_the_models_own_is_a_warning_that_shows_where() -> N
     assert "<s>A chat between" in finding.found and "<|im_start|>system" in finding.found
 
 
-def test_the_first_stages_template_is_not_blamed_for_writing_no_chat() -> None:
+def test_a_template_of_stage_1_need_not_write_a_chat() -> None:
     found = findings(byte_tokenizer(), "plain")
     assert found["own_template_unused"].level == "note"
     assert "own_template_differs" not in found
     assert findings(byte_tokenizer(), "llava_plain")["no_stop"].level == "note"
 
 
-def test_a_system_text_of_ones_own_is_no_other_format() -> None:
+def test_a_custom_system_text_is_no_other_format() -> None:
     brief = ChatTokenizer.from_name("chatml", byte_tokenizer(), default_system="Be brief.")
     assert (
         findings(byte_tokenizer(), "chatml", chat_tokenizer=brief)["own_template"].level == "good"
@@ -206,7 +213,7 @@ def test_generation_markers_are_compared_with_our_mask(
     jinja = MARKED.replace("INSIDE", inside).replace("OUTSIDE", outside)
     finding = findings(with_template(jinja))[code]
     if outside:
-        assert "trained here alone: <|im_end|>" in finding.found
+        assert "trained only by vlm_sft: <|im_end|>" in finding.found
         assert finding.level == "note"
 
 
@@ -237,17 +244,17 @@ def letters(
     return tokenizer
 
 
-def test_letters_that_the_vocabulary_lacks_are_named() -> None:
+def test_characters_that_the_vocabulary_lacks_are_named() -> None:
     finding = findings(letters("<unk>", special=True))["unspellable"]
     assert finding.level == "warning"
     assert "'图' (U+56FE)" in finding.found and "combining characters" in finding.found
 
 
-def test_letters_that_vanish_without_a_word_are_bad() -> None:
+def test_characters_that_are_lost_silently_are_bad() -> None:
     assert findings(letters(None, special=False))["text_changed"].level == "bad"
 
 
-def test_a_normaliser_that_rewrites_is_noted() -> None:
+def test_a_normalizer_that_rewrites_is_noted() -> None:
     tokenizer = letters("<unk>", special=True, normalizer=normalizers.Lowercase())
     assert findings(tokenizer)["normalized"].level == "note"
 
@@ -290,7 +297,7 @@ def test_labels_that_cannot_be_proven_are_bad() -> None:
 
 
 class Faulty(ChatTokenizer):
-    """A chat tokenizer with a fault of its own, put in after the proof."""
+    """A chat tokenizer with a defect that is added after its labels were verified."""
 
     fault: str
 
@@ -325,7 +332,7 @@ class Faulty(ChatTokenizer):
         ("crash", "export_fails", "bad"),
     ],
 )
-def test_a_faulty_renderer_is_found_out(fault: str, code: str, level: str) -> None:
+def test_a_faulty_chat_tokenizer_is_found(fault: str, code: str, level: str) -> None:
     tokenizer = byte_tokenizer()
     faulty = Faulty.from_name("chatml", tokenizer)
     assert isinstance(faulty, Faulty)
@@ -333,7 +340,7 @@ def test_a_faulty_renderer_is_found_out(fault: str, code: str, level: str) -> No
     assert findings(tokenizer, "chatml", chat_tokenizer=faulty)[code].level == level
 
 
-def test_words_that_become_control_tokens_are_bad() -> None:
+def test_text_that_becomes_a_special_token_is_bad() -> None:
     tokenizer = byte_tokenizer()
     leaky = ChatTokenizer.from_name("chatml", tokenizer)
 
@@ -368,28 +375,28 @@ def test_a_backend_that_lost_its_leading_space_is_a_warning(tmp_path: Path) -> N
     assert found["sentencepiece_differs"].level == "warning"
 
 
-def test_without_the_sentencepiece_file_nothing_is_claimed() -> None:
+def test_without_the_sentencepiece_file_nothing_is_compared() -> None:
     found = findings(sentencepiece_tokenizer(), "vicuna_v1")
     assert found["sentencepiece_absent"].level == "note"
     assert "sentencepiece" not in findings(byte_tokenizer())
 
 
-def test_a_template_for_one_exchange_says_what_it_does_not_take() -> None:
+def test_a_template_for_one_exchange_lists_what_it_does_not_accept() -> None:
     finding = findings(byte_tokenizer(), "plain")["template_limits"]
     assert "not 3 turns, system, 3 turns about an image" in finding.found
 
 
-def test_a_template_that_takes_nothing_is_bad() -> None:
+def test_a_template_that_accepts_nothing_is_bad() -> None:
     tokenizer = with_template(
         "{% for m in messages %}{% if m.role != 'user' %}{{ m.content + eos_token }}{% endif %}"
         "{% endfor %}"
     )
     finding = findings(tokenizer)["template_misfit"]
-    assert finding.level == "bad" and "takes none" in finding.found
+    assert finding.level == "bad" and "accepts none" in finding.found
 
 
 def test_a_stop_token_that_the_tokenizer_lacks_is_a_misfit() -> None:
-    finding = fitted(sentencepiece_tokenizer(), "chatml")
+    finding = build_chat_tokenizer(sentencepiece_tokenizer(), "chatml")
     assert isinstance(finding, Finding)
     assert (finding.code, finding.level) == ("template_misfit", "bad")
     assert "<|im_end|>" in finding.found
@@ -400,13 +407,15 @@ def run(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
     return code, capsys.readouterr().out
 
 
-def test_the_command_prints_a_verdict_and_exits_with_0(
+def test_the_command_prints_a_summary_and_exits_with_0(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, out = run(["--tokenizer", "bytes", "--template", "chatml"], capsys)
     assert code == 0
     assert "exact prefixes of the training ids" in out
-    assert out.splitlines()[-1].startswith("good: training, inference and export say the same")
+    assert out.splitlines()[-1].startswith(
+        "good: training, inference and export use the same tokens"
+    )
 
 
 def test_bad_findings_exit_with_2_and_strict_makes_warnings_count(
@@ -420,16 +429,16 @@ def test_bad_findings_exit_with_2_and_strict_makes_warnings_count(
     assert run([*vicuna, "--strict"], capsys)[0] == 2
 
 
-def test_json_has_every_finding_and_the_verdict(
+def test_json_has_every_finding_and_the_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 257}')
     byte_tokenizer().save_pretrained(tmp_path)
     arguments = ["--tokenizer", str(tmp_path), "--system", "Be brief.", "--json"]
     code, out = run(arguments, capsys)
-    told = json.loads(out)
-    assert (code, told["good"]) == (0, True)
-    by_code = {finding["code"]: finding for finding in told["findings"]}
+    result = json.loads(out)
+    assert (code, result["good"]) == (0, True)
+    by_code = {finding["code"]: finding for finding in result["findings"]}
     assert by_code["generation_config_without_stop"]["level"] == "warning"
     assert set(by_code["prompt"]) == {"code", "level", "what", "found", "advice"}
 
@@ -440,7 +449,7 @@ def test_the_check_of_a_configuration_has_the_findings_as_lines(
     monkeypatch.chdir(ROOT)
     config = ["configs/tiny/stage2.yaml", "--no-model"]
     code, out = run(config, capsys)
-    assert code == 0 and "control strings in data" in out and "the run can start" in out
+    assert code == 0 and "special tokens in data" in out and "the run can start" in out
     own = ["configs/tiny/stage2.yaml", "--no-model", "--strict", "data.template=vicuna_v1"]
     code, out = run(own, capsys)
     assert code == 2 and "another format" in out and "the run cannot start as it is" in out

@@ -1,9 +1,9 @@
-"""Findings, probe conversations, and a tokenizer with a template as the examinations see them."""
+"""Define findings, the sample conversations, and the tokenizer under test."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,15 +18,15 @@ Level = Literal["good", "note", "warning", "bad"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was tried.
+    """The result of one check.
 
     Attributes:
         code: Stable short name, for programs.
-        level: `good`; `note`: good to know; `warning`: other tools, or rare records, will differ;
-            `bad`: training would teach something else than inference needs.
-        what: What was looked at.
-        found: What came out.
-        advice: What to do; "" where there is nothing to do.
+        level: `good`; `note`: worth knowing; `warning`: other tools or rare records behave
+            differently; `bad`: training and inference would use different tokens.
+        what: Subject of the check.
+        found: Result of the check.
+        advice: What to do about it; "" if nothing needs to be done.
     """
 
     code: str
@@ -37,27 +37,35 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A conversation that a template is tried on."""
+class Sample:
+    """A conversation on which a template is tested."""
 
     name: str
     conversation: Conversation
 
     @property
     def has_image(self) -> bool:
-        """Whether a turn has one."""
+        """Whether a turn has an image."""
         return bool(self.conversation.images)
 
     def prompts(self) -> Iterator[tuple[int, Conversation]]:
-        """What inference is asked before each answer, with the answer's number."""
+        """Yield the number of each answer, and the turns before it."""
         turns = self.conversation.turns
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-        for number, at in enumerate(answers):
-            yield number, conversation_of(self.name, *turns[:at])
+        for number, index in enumerate(answers):
+            yield number, conversation_of(self.name, *turns[:index])
 
 
-class Case:
-    """A tokenizer and a template with the probes that the template can hold, tokenized."""
+class TokenizerUnderTest:
+    """A tokenizer and a chat template, with the samples that the template accepts, tokenized.
+
+    Attributes:
+        special_ids: Ids of all special tokens, which data must never produce.
+        eot_token: Text of the token that ends an answer; "" if the template has none.
+        eot_token_id: Its id; None if the template has none.
+        samples: Accepted samples, tokenized for training.
+        refused: Samples that the template does not accept, and why.
+    """
 
     def __init__(
         self,
@@ -66,28 +74,26 @@ class Case:
         chat_tokenizer: ChatTokenizer,
         generation_config: Mapping[str, Any] | None,
     ) -> None:
-        self.tokenizer, self.template_name, self.chat_tokenizer = (
-            tokenizer,
-            template_name,
-            chat_tokenizer,
-        )
+        self.tokenizer = tokenizer
+        self.template_name = template_name
+        self.chat_tokenizer = chat_tokenizer
         self.generation_config = generation_config
         self.encoder = chat_tokenizer.encoder
-        self.control = chat_tokenizer.special_token_ids
+        self.special_ids = chat_tokenizer.special_token_ids
         self.eot_token = chat_tokenizer.template.eot_token
         self.eot_token_id = chat_tokenizer.eot_token_id
-        self.probes: list[tuple[Probe, TokenizedRecord]] = []
-        self.refused: list[tuple[Probe, RecordError]] = []
-        for probe in PROBES:
+        self.samples: list[tuple[Sample, TokenizedRecord]] = []
+        self.refused: list[tuple[Sample, RecordError]] = []
+        for sample in SAMPLES:
             try:
-                self.probes.append((probe, chat_tokenizer.tokenize(probe.conversation)))
+                self.samples.append((sample, chat_tokenizer.tokenize(sample.conversation)))
             except RecordError as error:
-                self.refused.append((probe, error))
+                self.refused.append((sample, error))
 
     @property
-    def text_probes(self) -> list[tuple[Probe, TokenizedRecord]]:
-        """The probes without images."""
-        return [(probe, tokenized) for probe, tokenized in self.probes if not probe.has_image]
+    def text_samples(self) -> list[tuple[Sample, TokenizedRecord]]:
+        """The accepted samples without images."""
+        return [(sample, tokenized) for sample, tokenized in self.samples if not sample.has_image]
 
     @functools.cached_property
     def exported(self) -> PreTrainedTokenizerBase:
@@ -95,24 +101,24 @@ class Case:
         return exported_tokenizer(self.tokenizer, self.chat_tokenizer.to_jinja())
 
     def exported_ids(self, conversation: Conversation, *, generate: bool) -> list[int]:
-        """What the export's `apply_chat_template` gives, images as `IMAGE_TOKEN_ID`."""
+        """Return the ids of the export's `apply_chat_template`; images are `IMAGE_TOKEN_ID`."""
         ids = self.exported.apply_chat_template(
             messages_of(conversation), add_generation_prompt=generate, return_dict=False
         )
         image = self.exported.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
         return [IMAGE_TOKEN_ID if token == image else token for token in ids]
 
-    def control_of(self, ids: Sequence[int]) -> list[int]:
-        """The control ids among these, in order."""
-        return [token for token in ids if token in self.control]
+    def special_ids_in(self, ids: Sequence[int]) -> list[int]:
+        """Return the special tokens of a sequence, in order."""
+        return [token for token in ids if token in self.special_ids]
 
-    def words(self, ids: Sequence[int]) -> str:
-        """The exact ordinary text of a sequence, without control tokens and images."""
-        kept = [token for token in ids if token not in self.control and token != IMAGE_TOKEN_ID]
-        return self.encoder.decode(kept)
+    def plain_text(self, ids: Sequence[int]) -> str:
+        """Decode a sequence without its special tokens and images."""
+        ordinary = [t for t in ids if t not in self.special_ids and t != IMAGE_TOKEN_ID]
+        return self.encoder.decode(ordinary)
 
-    def tokens(self, ids: Sequence[int]) -> str:
-        """Tokens as the vocabulary spells them, for people."""
+    def token_names(self, ids: Sequence[int]) -> str:
+        """Return the vocabulary's names of tokens, separated by spaces."""
         return " ".join(
             IMAGE_PLACEHOLDER
             if token == IMAGE_TOKEN_ID
@@ -120,40 +126,40 @@ class Case:
             for token in ids
         )
 
-    def difference(self, ours: Sequence[int], theirs: Sequence[int]) -> str:
-        """The first tokens by which two sequences differ, with a few tokens around."""
-        at = first_difference(ours, theirs)
-        around = [self.tokens(ids[max(0, at - 3) : at + 4]) for ids in (ours, theirs)]
-        return f"at token {at}: '{around[0]}' here, '{around[1]}' there"
+    def describe_difference(self, expected: Sequence[int], found: Sequence[int]) -> str:
+        """Return where two sequences differ first, with a few tokens of context."""
+        at = first_difference(expected, found)
+        context = [self.token_names(ids[max(0, at - 3) : at + 4]) for ids in (expected, found)]
+        return f"at token {at}: '{context[0]}' versus '{context[1]}'"
 
 
 def conversation_of(name: str, *turns: Turn) -> Conversation:
-    """A record of these turns, with an image for each image part."""
+    """Return a record of these turns, with an empty image for each image part."""
     images = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
-    return Conversation(f"probe: {name}", turns, (b"",) * images, "<doctor>")
+    return Conversation(f"sample: {name}", turns, (b"",) * images, "<tokenizer check>")
 
 
 def _turn(role: Role, *parts: str | int) -> Turn:
-    made: list[Part] = [TextPart(p) if isinstance(p, str) else ImagePart(p) for p in parts]
-    return Turn(role, tuple(made))
+    built: list[Part] = [TextPart(p) if isinstance(p, str) else ImagePart(p) for p in parts]
+    return Turn(role, tuple(built))
 
 
 def exchange(question: str, answer: str) -> tuple[Turn, Turn]:
-    """A question and its answer."""
+    """Return a question and its answer as turns."""
     return _turn("user", question), _turn("assistant", answer)
 
 
-_LATER = (
+_FOLLOW_UPS: Final = (
     *exchange("Why?", "Because 3 of them are closed."),
     *exchange("Name one, please.", "The café's door; it isn't new."),
 )
 
 
-PROBES = tuple(
-    Probe(name, conversation_of(name, *turns))
+SAMPLES: Final = tuple(
+    Sample(name, conversation_of(name, *turns))
     for name, turns in {
         "text only": exchange("Is there a dog?", "Yes, on the left of the table."),
-        "3 turns": (*exchange("Is there a dog?", "No."), *_LATER),
+        "3 turns": (*exchange("Is there a dog?", "No."), *_FOLLOW_UPS),
         "system": (_turn("system", "Answer briefly."), *exchange("Is there a dog?", "No.")),
         "image first": (
             _turn("user", 0, "\nWhat color is the car?"),
@@ -170,14 +176,14 @@ PROBES = tuple(
         "3 turns about an image": (
             _turn("user", 0, "\nWhat is it?"),
             _turn("assistant", "A street."),
-            *_LATER,
+            *_FOLLOW_UPS,
         ),
     }.items()
 )
 
 
 def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
-    """The turns as transformers takes them: text with `<image>`, or lists of parts."""
+    """Return the turns as messages of transformers: text with `<image>`, or lists of parts."""
     return [{"role": turn.role, "content": _content(turn)} for turn in conversation.turns]
 
 
@@ -191,23 +197,23 @@ def _content(turn: Turn) -> str | list[dict[str, str]]:
     ]
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
-    """What the tokenizer's chat template writes for these turns."""
+def chat_text(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+    """Return the text that the tokenizer's chat template writes for a conversation."""
     return str(tokenizer.apply_chat_template(messages_of(conversation), tokenize=False))
 
 
 def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The first place at which two sequences differ; the shorter one's end if there is none."""
+    """Return the first index at which two sequences differ, or the length of the shorter one."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def listing(names: Sequence[str]) -> str:
-    """Up to eight names, and how many more there are."""
+    """Return up to eight names, and the number of the others."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 piece`, `2 pieces`."""
+    """Return `1 note`, `2 notes`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
