@@ -103,9 +103,10 @@ def _subject(case: Case, action: Action, *, opening: bool) -> tuple[str | None, 
     if action.mention is not None:
         return action.subject, action.mention.number
     if action.subject == PRONOUN or (action.subject is None and action.index <= 1):
-        mentions = [m for m in case.question.mentions if len(m.entry.categories) == 1]
-        if mentions and opening:
-            return mentions[0].entry.categories[0], mentions[0].number
+        for mention in case.question.mentions if opening else ():
+            names = mention.entry.categories
+            if len(names) == 1 or "person" in names:
+                return ("person" if "person" in names else names[0]), mention.number
     return None, "any"
 
 

@@ -94,12 +94,18 @@ def _is_one_thing(case: Case, claim: Attribute, noun: str, known: Sequence[Attri
     knowledge = case.knowledge
     if claim.predicate and claim.many:
         return True  # `both buckets are yellow` is wrong if one of them is red
-    boxes = knowledge.boxes.get(noun, ())
-    if boxes:
-        return knowledge.prominent(noun) == 1 or (claim.many and any(a.many for a in known))
+    if knowledge.boxes.get(noun):
+        one = knowledge.prominent(noun) == 1 or noun in knowledge.single
+        return one or (claim.many and any(a.many for a in known))
     if noun in _wearables() and knowledge.prominent("person") > 1:
-        return False
+        return _asks_about_one_person(case)
     return claim.many == any(a.many for a in known) or not claim.many
+
+
+def _asks_about_one_person(case: Case) -> bool:
+    """Return whether the question is about the one person whom captions describe."""
+    asked = [m for m in case.question.mentions if "person" in m.entry.categories]
+    return bool(asked) and all(m.number == "one" for m in asked)
 
 
 def asked_noun(case: Case) -> str:

@@ -186,6 +186,10 @@ def _shares_words(case: Case) -> bool:
         if i not in inside and word not in FUNCTION_WORDS and word not in _ASKING
     }
     captions = {singular(word) for word in case.knowledge.words}
+    known = case.knowledge
+    for mention in case.question.mentions[1:]:
+        if any(name in known.boxes or name in known.named for name in mention.entry.categories):
+            return True
     return any(singular(word) in captions for word in content)
 
 
@@ -207,7 +211,11 @@ class Tally:
         """Whether there are boxes, not too many, none of them of a crowd or a bunch."""
         boxes = self.boxes
         few = 0 < len(boxes) <= self.case.config.countable
-        return few and not any(box.crowd or box.category in _bunches() for box in boxes)
+        single = self.case.knowledge.single  # a bunch is hardly called `a banana`
+        return few and not any(
+            box.crowd or (box.category in _bunches() and box.category not in single)
+            for box in boxes
+        )
 
     @lazy
     def in_captions(self) -> dict[int, tuple[int, ...]]:

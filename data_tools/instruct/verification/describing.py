@@ -192,13 +192,16 @@ def actions(sentence: Sentence) -> Iterator[Action]:
             continue  # `a ride`, `the look`
         if word.endswith("ing") and index and words[index - 1] in _BEFORE_GERUND:
             continue  # `a parking meter`, `for skating`
+        if stem == "fly" and not {"kite", "kites"}.isdisjoint(words[index + 1 : index + 6]):
+            stem = "play"
         if _takes_object(words, index, stem):
-            continue  # `flying a kite`, `resting its head`
+            continue  # `resting its head`
         subject = _subject(sentence, index)
         target = _target(sentence, index)
         if isinstance(subject, Mention):
             names = subject.entry.categories
-            name = names[0] if len(names) == 1 else None
+            # `pitcher` is a vessel as well, but does nothing then
+            name = "person" if "person" in names else names[0] if len(names) == 1 else None
             yield Action(stem, name, subject, index, target)
         else:
             yield Action(stem, subject, None, index, target)
@@ -213,8 +216,6 @@ def _target(sentence: Sentence, verb: int) -> str | None:
 
 
 def _takes_object(words: Sequence[str], index: int, stem: str) -> bool:
-    if stem == "fly":
-        return not {"kite", "kites"}.isdisjoint(words[index + 1 : index + 6])
     return stem in ("lie", "sit", "stand", "run", "jump") and words[index + 1 : index + 2] in (
         ["its"], ["his"], ["her"], ["their"],
     )  # fmt: skip

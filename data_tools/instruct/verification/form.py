@@ -11,8 +11,9 @@ from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.manner import hedged_sentences
 from data_tools.instruct.verification.numbers import number_of
 
-TOLERANT: Final = 3
-"""One sentence that guesses is accepted where there are at least this many."""
+TOLERANT: Final = 12
+"""One sentence that guesses is accepted next to others, or where it has this many words, which
+leave room for a reason."""
 LONG_ANSWER: Final = 5
 """Answers of more words than this are not to be repeated."""
 
@@ -125,7 +126,7 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     counts = [hedged_sentences(case) for case in cases if case.turn.kind != "cannot_tell"]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
     most = cases[0].config.max_hedged * total
-    if total >= TOLERANT and most > 0:
+    if most > 0 and (total > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT):
         most = max(most, 1)
     if guessing and guessing > most:
         yield Check(

@@ -83,6 +83,11 @@ def finite_verbs() -> frozenset[str]:
 
 
 @cache
+def _color_words() -> frozenset[str]:
+    return frozenset(wording.load("claims")["colours"])
+
+
+@cache
 def verb_stems() -> frozenset[str]:
     """Return the stems of the listed verbs, which follow plurals: `two girls pet goats`."""
     return frozenset(wording.load("claims")["actions"])
@@ -102,6 +107,7 @@ def last_of_phrase(words: Sequence[str], first: int, end: int) -> int:
             break
         if index > first and (
             word in verbs
+            or word in _color_words()
             or (word.endswith(("ing", "ed")) and singular(word) not in _NOUNS_IN_ING)
             or (word in verb_stems() and is_plural(words[index - 1]))
         ):
@@ -142,7 +148,8 @@ PRONOUNS: Final = word_set(
 )
 ADVERBS: Final = word_set(
     "not never always often also still just only very quite rather too too then now already "
-    "together alone apart well again even almost nearly perhaps maybe"
+    "together alone apart well again even almost nearly perhaps maybe close full next nearby ready "
+    "visible available asleep"
 )
 FUNCTION_WORDS: Final = (
     BE | _HAVE | DEFINITE | INDEFINITE | QUANTITIES | MODALS | PREPOSITIONS | CONJUNCTIONS

@@ -209,8 +209,8 @@ def _wrong_person(
     """Return the index of a word for a person that captions exclude."""
     people = _people()
     there = case.knowledge.prominent("person") if case.knowledge.has_boxes else 0
-    alone = not census.mixed and (
-        (0 < there <= census.most) or (there == 0 and census.most == 1) or (direct and opening)
+    alone = (direct and opening) or (
+        not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
     )
     for index, word in enumerate(sentence.words):
         if not alone and not _same_number(case, sentence, index):

@@ -147,7 +147,10 @@ class Knowledge:
         for caption in self.captions:
             for sentence in caption.reading.sentences:
                 for attribute in attributes(sentence):
-                    found[attribute.family, attribute.noun].append((attribute, caption.id))
+                    noun = attribute.noun
+                    if noun == "light" and "traffic light" in self.boxes:
+                        noun = "traffic light"
+                    found[attribute.family, noun].append((attribute, caption.id))
         return dict(found)
 
     @lazy
@@ -181,6 +184,16 @@ class Knowledge:
     def says(self, phrase: str) -> bool:
         """Return whether a caption has these words next to each other."""
         return f" {phrase} " in self.text
+
+    @lazy
+    def single(self) -> frozenset[str]:
+        """Categories that at least two captions name, and only ever in the singular."""
+        numbers: dict[str, list[bool]] = defaultdict(list)
+        for caption in self.captions:
+            for _, mention in caption.reading.mentions:
+                for name in mention.entry.categories:
+                    numbers[name].append(mention.number == "many")
+        return frozenset(n for n, many in numbers.items() if len(many) > 1 and not any(many))
 
     def prominent(self, category: str) -> int:
         """Return how many boxes of a category are not far smaller than its largest one."""
