@@ -66,6 +66,8 @@ def excluding(case: Case, action: Action, *, opening: bool, first: bool) -> tupl
     if not known:
         return ()
     asked = opening and _asks_for_action(case)
+    if asked and number == "many" and subject in case.knowledge.single:
+        return ()  # captions do not speak of these
     if not asked and (not first or not _is_alone(case, subject, number)):
         return ()
     excluded = _excluded(subject == "person")
@@ -105,6 +107,8 @@ def _subject(case: Case, action: Action, *, opening: bool) -> tuple[str | None, 
     if action.subject == PRONOUN or (action.subject is None and action.index <= 1):
         for mention in case.question.mentions if opening else ():
             names = mention.entry.categories
+            if mention.word in _BACKGROUND:
+                return None, "any"
             if len(names) == 1 or "person" in names:
                 return ("person" if "person" in names else names[0]), mention.number
     return None, "any"

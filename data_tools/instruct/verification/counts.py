@@ -157,9 +157,10 @@ def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quanti
     if words[number.first + 1] == "of" and words[number.first] not in ("couple", "pair"):
         return False  # `two of the dogs`
     begin, end = sentence.clause(mention.first)
-    if not _PARTIAL.isdisjoint(words[begin:end]) or words[mention.last + 1 : mention.last + 2] in (
-        ["with"], ["wearing"], ["of"],
-    ):  # fmt: skip
+    end = next((i for i in range(mention.last + 1, end) if words[i] in ("and", ",")), end)
+    if not _PARTIAL.isdisjoint(words[begin:end]) or (
+        words[mention.last + 1 : mention.last + 2] in (["with"], ["wearing"], ["of"])
+    ):
         return False
     others = [
         (where, other)
@@ -234,7 +235,10 @@ class Tally:
             return ("supported" if self._is_in_captions(value, whole=True) else "unknown"), None
         if value == len(self.boxes):
             return "supported", None
+        if value in self.in_captions:
+            return "supported", None
         doubtful = self._large <= value <= len(self.boxes) or not self.entry.firm
+        doubtful = doubtful or value <= self._single_parts
         doubtful = doubtful or (value < len(self.boxes) and self.is_mirrored)
         if doubtful or self._is_in_captions(value, whole=True):
             return "unknown", None
@@ -244,7 +248,7 @@ class Tally:
         """Return what is known of there being this many, and perhaps more."""
         if self._is_in_captions(value) or value <= len(self.boxes):
             return "supported", None
-        if not self.is_countable or not self.entry.firm:
+        if not self.is_countable or not self.entry.firm or value <= self._single_parts:
             return "unknown", None
         return "contradicted", "COUNT_TOO_HIGH"
 
@@ -258,7 +262,8 @@ class Tally:
         same = value == len(self.boxes) and self.entry.firm
         if not several or value in numbers or same:
             return False
-        if self.boxes and not self.entry.narrow and self._large <= value <= len(self.boxes):
+        firm = self.entry.firm and not self.entry.narrow
+        if self.boxes and firm and self._large <= value <= len(self.boxes):
             return False
         votes = sum(len(numbers[number]) for number in several)
         return bool(self.boxes) or votes > 1
@@ -277,6 +282,11 @@ class Tally:
         captions = {n for ids in self._captions(value) for n in ids}
         captions.update(self.in_captions.get(value, ()))
         return evidence(self.boxes, captions)
+
+    @property
+    def _single_parts(self) -> int:
+        """The number of single skis, where a box holds a pair."""
+        return 2 * len(self.boxes) if self.entry.categories == ("skis",) else 0
 
     @property
     def _most(self) -> int:

@@ -63,7 +63,7 @@ def may_be_adjective(word: str) -> bool:
     return (
         word not in FUNCTION_WORDS
         and word[0].isalpha()
-        and not (word.endswith("s") and not word.endswith("ss"))
+        and not is_plural(word)
         and word not in finite_verbs()
     )
 
