@@ -244,7 +244,8 @@ _HYPOTHETICAL: Final = (
     _LIKE
     | _WEAK
     | word_set(
-        "can could might may will would should must perhaps possibly probably likely maybe presumably "
+        "can could might may will would should must perhaps possibly probably likely maybe "
+        "presumably "
         "if unless suggest suggests suggesting indicate indicates indicating imply implies "
         "implying potential potentially whether imagine"
     )
