@@ -45,6 +45,7 @@ COMMANDS = [
     "data_tools.build_coco",
     "data_tools.make_scenes",
     "data_tools.mix",
+    "data_tools.verify",
     "data_tools.instruct",
 ]
 WITH_CONFIG = ["vlm_sft.stage1", "vlm_sft.stage2", "vlm_sft.check", "vlm_sft.plan", "vlm_sft.show"]

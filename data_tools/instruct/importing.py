@@ -16,7 +16,9 @@ from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import open_regular
 
 LONG_ANSWER: Final = 60
-"""A single answer of so many words, not to a request for a description, counts as reasoning."""
+"""A single answer of this many words, not to a request for a description, counts as reasoning."""
+SHORT_REASONING: Final = 20
+"""The same where the question asks for a reason or a guess (`why`, `what might`)."""
 
 
 def imported_samples(
@@ -36,15 +38,17 @@ def imported_samples(
     """
     from data_tools.instruct.verifying import TOOL, picture_source
 
-    for position, record in enumerate(track(_records(path), description=f"checking {path.name}")):
-        turns = _turns(record)
+    for position, record in enumerate(
+        track(read_records(path), description=f"checking {path.name}")
+    ):
+        turns = turns_of(record)
         if turns is None:
             left_out["records that are not of LLaVA's form"] += 1
             continue
         if not record.get("image"):
             left_out["records without a picture"] += 1
             continue
-        picture = _picture(str(record["image"]), pictures)
+        picture = image_of(str(record["image"]), pictures)
         if picture is None:
             left_out["records whose picture is not indexed"] += 1
             continue
@@ -65,7 +69,8 @@ def type_of(turns: tuple[Turn, ...]) -> SampleType:
         return "conversation"
     if turns[0].kind == "description":
         return "detail"
-    return "reasoning" if len(turns[0].answer.split()) >= LONG_ANSWER else "conversation"
+    least = SHORT_REASONING if turns[0].kind == "reasoning" else LONG_ANSWER
+    return "reasoning" if len(turns[0].answer.split()) >= least else "conversation"
 
 
 def kind_of(question: str) -> Kind:
@@ -78,7 +83,8 @@ def kind_of(question: str) -> Kind:
     return "object"
 
 
-def _turns(record: Any) -> tuple[Turn, ...] | None:
+def turns_of(record: Any) -> tuple[Turn, ...] | None:
+    """Return a record's questions and answers; None where it is not of LLaVA's form."""
     try:
         said = [(part["from"], str(part["value"])) for part in record["conversations"]]
     except (KeyError, TypeError):
@@ -96,12 +102,18 @@ def _turns(record: Any) -> tuple[Turn, ...] | None:
     return tuple(turns)
 
 
-def _picture(name: str, pictures: Mapping[int, Picture]) -> Picture | None:
+def image_of(name: str, pictures: Mapping[int, Picture]) -> Picture | None:
+    """Return the image whose id is in a file name, as in `COCO_train2014_000000000009.jpg`."""
     digits = Path(name).stem.rpartition("_")[2]
     return pictures.get(int(digits)) if re.fullmatch(r"[0-9]{1,19}", digits) else None
 
 
-def _records(path: Path) -> Iterator[Any]:
+def read_records(path: Path) -> Iterator[Any]:
+    """Yield the records of a JSON list or of a file with one JSON object a line, one at a time.
+
+    Raises:
+        UserError: The file is missing or not JSON, or `ijson` is not installed.
+    """
     try:
         if path.suffix == ".jsonl":
             with open_regular(path) as lines:
@@ -115,11 +127,18 @@ def _records(path: Path) -> Iterator[Any]:
                 "pip install 'vlm_sft[instruct]'"
             ) from None
         with open_regular(path) as file:
+            if file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b""):
+                raise UserError(
+                    f"{path}: expected a JSON list of records; a file with one record a line has "
+                    "to end in .jsonl",
+                    code="json_syntax",
+                )
             try:
                 yield from ijson.items(file, "item", use_float=True)
             except ijson.JSONError as error:
                 raise UserError(
-                    f"{path}: is not valid JSON ({error})", code="json_syntax"
+                    f"{path}: is not valid JSON ({str(error).partition(chr(10))[0].strip()})",
+                    code="json_syntax",
                 ) from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
@@ -139,11 +158,13 @@ _KINDS: Final[dict[Kind, tuple[str, ...]]] = {
     "count": ("how many", "number of"),
     "reasoning": (
         "why", "how might", "how could", "what could", "what might", "what can be inferred",
+        "what may", "what can", "what would", "how would", "what does this", "could be the reason",
+        "might", "likely", "suggest", "suggests", "indicate", "indicates", "reveal", "infer",
     ),
     "description": (
         "describe", "what is this", "write a", "explain the visual", "can you describe",
         "analyze the image", "what do you see", "what's happening", "explain the various",
-        "characterize",
+        "characterize", "description", "what is happening in", "explain the scene", "tell me about",
     ),
     "existence": ("is there", "are there", "does the picture", "does the image", "can you see"),
     "place": ("where", "left", "right", "which side"),

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "data_tools.instruct.verification.codes": "print the table of its codes",
     "data_tools.make_scenes": "compose scenes with known content",
     "data_tools.mix": "mix record files",
+    "data_tools.verify": "check records of others against COCO annotations",
 }
 """What each command does, by the name that `python -m` takes."""
 

@@ -123,7 +123,11 @@ def _all_yes(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
 def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     if sample_type == "reasoning" or not cases:
         return
-    counts = [hedged_sentences(case) for case in cases if case.turn.kind != "cannot_tell"]
+    counts = [
+        hedged_sentences(case)
+        for case in cases
+        if case.turn.kind != "cannot_tell" and _INVITES.isdisjoint(case.question_reading.vocabulary)
+    ]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
     most = cases[0].config.max_hedged * total
     if most > 0 and (total > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT):
@@ -148,6 +152,11 @@ def _whole(code: str, claim: str) -> Check:
     )  # fmt: skip
 
 
+_INVITES: Final = word_set(
+    "might may likely could would probably possibly suggest suggests indicate indicates infer "
+    "inferred why think guess imagine possible seem appear"
+)
+"""Words of questions that want a guess."""
 _MARKS: Final = frozenset("<[:#=`")
 _PICTURE: Final = re.compile(r"<\s*/?\s*(?:image|img|picture|video)[^>]{0,20}>", re.IGNORECASE)
 _ROLE: Final = re.compile(

@@ -1,0 +1,148 @@
+"""`python -m data_tools.verify`: records of others, checked against COCO files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools import verify
+from tests.data_tools.coco_files import write_coco
+from vlm_sft.errors import UserError
+
+DOG: tuple[str, list[float], int] = ("dog", [10, 10, 40, 30], 0)
+CAT: tuple[str, list[float], int] = ("cat", [120, 60, 30, 30], 0)
+
+
+def record(number: Any, image: str | None, *turns: str, **more: Any) -> dict[str, Any]:
+    roles = ("human", "gpt")
+    said = [{"from": roles[i % 2], "value": text} for i, text in enumerate(turns)]
+    made = {"id": number, "conversations": said, **more}
+    return made if image is None else {**made, "image": image}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return write_coco(tmp_path, {1: [DOG, CAT]})
+
+
+def line(files: dict[str, Path], records: Path, out: Path) -> list[str]:
+    given = {
+        "instances": files["instances"], "captions": files["captions"], "images": files["images"],
+        "records": records, "out": out,
+    }  # fmt: skip
+    return [word for name, path in given.items() for word in (f"--{name}", str(path))]
+
+
+def checked(files: dict[str, Path], tmp_path: Path, records: list[Any]) -> list[dict[str, Any]]:
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    assert verify.main(line(files, path, tmp_path / "out")) == 0
+    text = (tmp_path / "out" / "verdicts.jsonl").read_text()
+    return [json.loads(row) for row in text.splitlines()]
+
+
+def name_of(files: dict[str, Path]) -> str:
+    return next(files["images"].iterdir()).name
+
+
+def test_every_record_gets_a_line_with_its_own_id(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = name_of(files)
+    found = checked(files, tmp_path, [
+        record(7, image, "<image>\nIs there a dog?", "Yes, there is a dog."),
+        record("b", f"train2017/{image}", "Is there a dog?", "No, there is no dog."),
+        record("c", image, "What is there?", "A bus and a dog."),
+    ])  # fmt: skip
+    assert [row["id"] for row in found] == [7, "b", "c"]
+    assert [row["verdict"] for row in found] == ["accepted", "rejected", "rejected"]
+    assert [row["codes"] for row in found] == [[], ["OBJECT_DENIED"], ["OBJECT_NOT_FOUND"]]
+    bus, dog = (c for c in found[2]["claims"] if c["rule"] == "object")
+    assert (bus["claim"], bus["verdict"], bus["code"]) == (
+        "bus", "contradicted", "OBJECT_NOT_FOUND",
+    )  # fmt: skip
+    assert dog["verdict"] == "supported" and dog["evidence"]
+    table = capsys.readouterr().out
+    assert "conversation" in table and "OBJECT_DENIED" in table
+
+
+def test_a_record_that_cannot_be_checked_is_rejected_with_the_reason(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    image = name_of(files)
+    found = checked(files, tmp_path, [
+        record(1, None, "Hello?", "Hello."),
+        record(2, "000000009999.jpg", "Is there a dog?", "Yes."),
+        {"id": 3, "image": image, "messages": []},
+        "not a record",
+    ])  # fmt: skip
+    assert [row["codes"] for row in found] == [
+        ["NO_IMAGE"], ["IMAGE_NOT_ANNOTATED"], ["RECORD_FORM"], ["RECORD_FORM"],
+    ]  # fmt: skip
+    assert {row["verdict"] for row in found} == {"rejected"}
+    next(files["images"].iterdir()).unlink()
+    [missing] = checked(files, tmp_path, [record(4, image, "Is there a dog?", "Yes.")])
+    assert missing["codes"] == ["IMAGE_MISSING"]
+
+
+def test_a_type_that_is_given_decides_what_an_answer_may_guess(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    talk = ("What happens?", "The owner of the dog seems to be near. It probably waits for a bus.")
+    found = checked(files, tmp_path, [
+        record(1, name_of(files), *talk, type="reasoning"),
+        record(2, name_of(files), *talk),
+    ])  # fmt: skip
+    assert [row["verdict"] for row in found] == ["accepted", "rejected"]
+    assert found[1]["codes"] == ["HEDGED"]
+
+
+def test_lines_are_read_too_and_an_edited_result_is_kept(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    path, out = tmp_path / "records.jsonl", tmp_path / "out"
+    path.write_text(json.dumps(record(1, name_of(files), "Is there a cat?", "Yes.")) + "\n")
+    assert verify.main(line(files, path, out)) == 0
+    first = (out / "verdicts.jsonl").read_bytes()
+    assert verify.main(line(files, path, out)) == 0, "its own unchanged file is replaced"
+    assert (out / "verdicts.jsonl").read_bytes() == first
+    (out / "verdicts.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"verdicts\.jsonl: the file was changed after"):
+        verify.main(line(files, path, out))
+    assert verify.main([*line(files, path, out), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--records", "nowhere.json", "nowhere.json: no such file"),
+        ("--instances", "nowhere.json", "nowhere.json: no such file"),
+        ("--images", "nowhere", "--images nowhere: no such folder"),
+        ("--records", "broken.json", "broken.json: is not valid JSON"),
+        ("--records", "object.json", "object.json: expected a JSON list of records"),
+    ],
+)
+def test_wrong_inputs_end_with_one_sentence(
+    files: dict[str, Path], tmp_path: Path, option: str, value: str, message: str
+) -> None:
+    (tmp_path / "records.json").write_text("[]")
+    (tmp_path / "broken.json").write_text('[{"id": 1')
+    (tmp_path / "object.json").write_text('{"id": 1}')
+    words = line(files, tmp_path / "records.json", tmp_path / "out")
+    words[words.index(option) + 1] = value
+    done = subprocess.run(
+        [sys.executable, "-m", "data_tools.verify", *words],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_output_folder_is_not_an_input(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "records.json").write_text("[]")
+    with pytest.raises(UserError):
+        verify.main(line(files, tmp_path / "records.json", files["images"]))
