@@ -167,7 +167,7 @@ def exported(case: Case, folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     )
     ids, pixels = sample(model)
     with torch.no_grad():
-        logits = model(ids, torch.ones_like(ids), None, pixels).logits
+        logits = model.logits(ids, pixel_values=pixels)
     inputs = {
         "input_ids": ids.masked_fill(ids == IMAGE_TOKEN_ID, report.image_token_id),
         "pixel_values": model.vision_tower.normalized(pixels),

@@ -58,7 +58,7 @@ def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
     with torch.no_grad():
         theirs = stock(**inputs).logits[0, -1, :261]
         row = torch.tensor([ids])
-        ours = run.model(row, torch.ones_like(row), None, run.pixels(RED)[None]).logits[0, -1]
+        ours = run.model.logits(row, pixel_values=run.pixels(RED)[None])[0, -1]
     # The two see the same image but for the rounding of its pixels.
     assert torch.allclose(ours, theirs, atol=1e-2)
     assert ours.argmax() == theirs.argmax()

@@ -17,7 +17,7 @@ from vlm_sft.config.schema import (
     OptimConfig,
     VisionTowerConfig,
 )
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
@@ -105,11 +105,11 @@ def overfitted(data: SupervisedDataset) -> VisionLanguageModel:
     set_trainable(model, {"projector", "language_model"})
     rates = LearningRates(projector=3e-3, language_model=3e-3)
     optimizer = build_optimizer(named_parts(model), OptimConfig(learning_rate=rates))
-    batch = collate([data[index] for index in range(len(data))], 0)
+    batch = pad_examples([data[index] for index in range(len(data))], 0)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"]
     for _ in range(300):
-        output = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
+        output = model(batch)
         loss = output.loss_sum / output.num_targets
         if loss < 5e-3:
             break

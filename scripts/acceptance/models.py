@@ -39,9 +39,9 @@ def run_config(size: Size, method: Method, *, pack: int | None, **train: Any) ->
     rates = {"projector": 1e-4, "language_model": 1e-4}
     if method == "stage1":
         del rates["language_model"]
-    batching: dict[str, Any] = {"micro_batch_size": 8}
+    collator: dict[str, Any] = {"micro_batch_size": 8}
     if pack is not None:
-        batching = {"packing": {"max_tokens": pack}}
+        collator = {"packing": {"max_tokens": pack}}
     return RunConfig.model_validate(
         {
             "output_dir": "unused",
@@ -79,7 +79,7 @@ def run_config(size: Size, method: Method, *, pack: int | None, **train: Any) ->
             "lora": {"r": 128, "alpha": 256, "dropout": 0.0} if "lora" in method else None,
             "data": {"train": [{"path": "unused.json"}], "template": "vicuna_v1"},
             "optim": {"learning_rate": rates, "max_grad_norm": None},
-            "train": {"global_batch_size": 32, "precision": "bf16", **batching, **train},
+            "train": {"global_batch_size": 32, "precision": "bf16", **collator, **train},
         }
     )
 
@@ -124,12 +124,12 @@ class Records:
 
     Attributes:
         examples: The records; those that share an image hold the same pixels.
-        prefix_keys: The same number for records that begin alike up to and with their image.
+        prefix_ids: The same number for records that begin alike up to and with their image.
         samples: Tokens, targets and images of each, to count operations with.
     """
 
     examples: list[Example]
-    prefix_keys: list[int]
+    prefix_ids: list[int]
     samples: list[Sample]
     record_ids: list[str] = field(init=False)
     lengths: list[int] = field(init=False)
@@ -142,7 +142,7 @@ class Records:
         self.lengths = [len(example.input_ids) for example in self.examples]
         self.num_images = [len(example.pixel_values) for example in self.examples]
         self.prefix_lengths = [
-            PREFIX + NUM_IMAGE_TOKENS if key >= 0 else 0 for key in self.prefix_keys
+            PREFIX + NUM_IMAGE_TOKENS if key >= 0 else 0 for key in self.prefix_ids
         ]
 
     def __len__(self) -> int:

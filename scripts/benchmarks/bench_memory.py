@@ -31,6 +31,8 @@ from vlm_sft.config.schema import (
     OptimConfig,
     VisionTowerConfig,
 )
+from vlm_sft.data.batch import Batch, pad_examples
+from vlm_sft.data.dataset import Example
 from vlm_sft.model.activation_checkpointing import POLICIES, set_recomputing
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
@@ -126,7 +128,7 @@ def _compiled(arguments: argparse.Namespace) -> Table:
         losses = []
         for model in (plain, compiled):
             torch.manual_seed(0)  # dropout
-            losses.append(float(model(**batch).loss_sum.detach()))
+            losses.append(float(model(batch).loss_sum.detach()))
         middle = {which: statistics.median(found) for which, found in seconds.items()}
         off = abs(losses[0] - losses[1]) / losses[0]
         table.add_row(
@@ -168,36 +170,32 @@ def _model(stage: str, arguments: argparse.Namespace) -> VisionLanguageModel:
     return model.train()
 
 
-def _batch(arguments: argparse.Namespace) -> dict[str, Tensor]:
+def _batch(arguments: argparse.Namespace) -> Batch:
     """An image first, then words, a seventh of all positions supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 1024, (arguments.rows, arguments.tokens), generator=generator)
     ids[:, 1 : 1 + IMAGE] = IMAGE_TOKEN_ID
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -arguments.tokens // 7 :] = ids[:, -arguments.tokens // 7 :]
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
-        "labels": labels,
-        "pixel_values": torch.randn(arguments.rows, 3, 32, 32, generator=generator),
-    }
+    shape = (arguments.rows, 1, 3, 32, 32)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    rows = zip(ids, labels, pixels, strict=True)
+    return pad_examples([Example(str(n), *row) for n, row in enumerate(rows)], pad_token_id=0)
 
 
-def _step(model: VisionLanguageModel, batch: dict[str, Tensor]) -> None:
+def _step(model: VisionLanguageModel, batch: Batch) -> None:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
-    model(**batch).loss_sum.backward()
+    model(batch).loss_sum.backward()
 
 
-def _measured(
-    model: VisionLanguageModel, batch: dict[str, Tensor]
-) -> tuple[int, int, dict[str, Tensor]]:
+def _measured(model: VisionLanguageModel, batch: Batch) -> tuple[int, int, dict[str, Tensor]]:
     """Bytes kept after the forward pass, bytes at the peak, loss and gradients by name."""
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.manual_seed(0)
     with LiveBytes() as live:
-        loss = model(**batch).loss_sum
+        loss = model(batch).loss_sum
         kept = live.now
         loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

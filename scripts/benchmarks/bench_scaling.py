@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.images import read_pixels
@@ -42,7 +42,6 @@ from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.train.train_step import forward
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 RECORDS = (1_000, 10_000, 100_000, 1_000_000)
@@ -215,8 +214,8 @@ def _one_step(model: torch.nn.Module, tokens: int, images: int) -> None:
     labels = ids.clone()
     labels[: -round(0.14 * tokens)] = IGNORE_INDEX
     pixels = torch.zeros(images, 3, IMAGE, IMAGE, dtype=torch.uint8)
-    batch = collate([Example("one", ids, labels, pixels)], 0)
-    forward(model, batch, torch.device("cpu")).loss_sum.backward()
+    batch = pad_examples([Example("one", ids, labels, pixels)], 0)
+    model(batch).loss_sum.backward()
     for parameter in model.parameters():
         parameter.grad = None
 

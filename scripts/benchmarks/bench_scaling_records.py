@@ -26,7 +26,7 @@ from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.packing import plan_packs
+from vlm_sft.data.packing import pack_records
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
 
@@ -66,11 +66,11 @@ def main(model: Path, rows: Path, result: Path) -> None:
     )
     points["read and tokenized"] = Point.now()
     peak = _peak_resident()
-    sampler = StepSampler(data.weights, batch_size=STEP, seed=SEED, prefix_keys=data.prefix_keys)
+    sampler = StepSampler(data.weights, batch_size=STEP, seed=SEED, prefix_ids=data.prefix_ids)
     steps = [sampler.step_indices(step) for step in range(sampler.steps_per_epoch)]
     points["in order"] = Point.now()
     for indices in steps:
-        plan_packs(indices, data, max_tokens=PACK, share_prefixes=True)
+        pack_records(indices, data, max_tokens=PACK, share_image_prefix=True)
     points["packed"] = Point.now()
     draw = random.Random(SEED)
     for _ in range(OPENED):

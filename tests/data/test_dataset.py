@@ -403,7 +403,7 @@ def test_records_that_begin_alike_up_to_their_image_have_one_key(folder: Path) -
     twice = record(turns=2, images=2)
     rows = [record(images=1), record(turns=2, images=1), other, later, record(), twice]
     dataset, _ = build(folder, rows)
-    keys = list(dataset.prefix_keys)
+    keys = list(dataset.prefix_ids)
     assert keys[0] == keys[1] == keys[5] >= 0
     assert len({keys[0], keys[2], keys[3]}) == 3
     assert keys[4] == -1 and list(dataset.prefix_lengths)[4] == 0
@@ -441,7 +441,7 @@ def test_images_within_the_records_are_told_apart_by_their_bytes(folder: Path) -
     dataset = SupervisedDataset(
         [file], RENDERER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
     )
-    first, second, third = dataset.prefix_keys
+    first, second, third = dataset.prefix_ids
     assert first == second != third
 
 
@@ -450,4 +450,4 @@ def test_a_beginning_that_is_learned_is_not_shared(folder: Path) -> None:
     learned["conversations"][2]["value"] = "<image>\nQuestion?"
     learned["image"] = ["0.png"]
     dataset, _ = build(folder, [learned, learned])
-    assert list(dataset.prefix_keys) == [-1, -1]
+    assert list(dataset.prefix_ids) == [-1, -1]

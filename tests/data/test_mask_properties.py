@@ -26,7 +26,7 @@ from tests.data.mask_oracle import (
     supervised_runs,
 )
 from tests.tokenizers_for_tests import load, missing
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
@@ -185,16 +185,18 @@ def test_a_record_does_not_depend_on_its_batch(pair: Pair, data: st.DataObject) 
     order = data.draw(st.permutations(range(count)))
     stop = chat_tokenizer(pair).eot_token_id
     assert stop is not None
-    batch = collate([made[n] for n in order], pad_token_id=stop)
+    batch = pad_examples([made[n] for n in order], pad_token_id=stop)
+    labels, mask = batch.labels(), batch.attention_mask
+    assert mask is not None
     for row, number in enumerate(order):
         alone, length = made[number], len(made[number].input_ids)
         assert batch.input_ids[row, :length].tolist() == alone.input_ids.tolist()
-        assert batch.labels[row, :length].tolist() == alone.labels.tolist()
-        assert batch.attention_mask[row].tolist() == [
+        assert labels[row, 1:length].tolist() == alone.labels[1:].tolist()
+        assert mask[row].tolist() == [
             position < length for position in range(batch.input_ids.shape[1])
         ]
         assert set(batch.input_ids[row, length:].tolist()) <= {stop}
-        assert set(batch.labels[row, length:].tolist()) <= {MASKED}
+        assert set(labels[row, length:].tolist()) <= {MASKED}
     assert batch.num_targets == sum(int((e.labels[1:] != MASKED).sum()) for e in made)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.model.tiny import batch_of
 from tests.rounding import rounding, terms_of
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.tokenize import expand
@@ -49,7 +50,7 @@ def plain_loss(run: VlmRun, record: Conversation, image: str) -> float:
     labels = torch.tensor([expand(tokenized.input_ids, tokens, tokenized.labels)])
     pixels = run.pixels(Path(image))[None]
     with torch.inference_mode():
-        output = run.model(ids, torch.ones_like(ids).bool(), labels, pixels)
+        output = run.model(batch_of(ids, torch.ones_like(ids), labels, pixels))
     return float(output.loss_sum)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.model.tiny import batch_of
 from tests.rounding import rounding, terms_of
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
@@ -51,7 +52,7 @@ def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) ->
     ids = torch.tensor([prompt + answer])
     labels = torch.tensor([[-100] * len(prompt) + answer])
     with torch.inference_mode():
-        output = run.model(ids, torch.ones_like(ids).bool(), labels, pixels[None])
+        output = run.model(batch_of(ids, torch.ones_like(ids), labels, pixels[None]))
     return -float(output.loss_sum)
 
 

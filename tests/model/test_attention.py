@@ -14,7 +14,7 @@ from tests.rounding import BACKWARD, assert_near, rounding, terms_of
 from vlm_sft.errors import UserError
 from vlm_sft.model import packed_attention as attention
 from vlm_sft.model.packed_attention import (
-    PackLayout,
+    PackedLayout,
     choose_backend,
     install_packed_attention,
     packed_attention,
@@ -69,16 +69,16 @@ def rows_of(segments: list[Segment]) -> list[range]:
     return [range(s, s + n) for s, (n, _) in zip(starts, segments, strict=True)]
 
 
-def hidden_packed(model: PreTrainedModel, embeds: Tensor, layout: PackLayout) -> Tensor:
+def hidden_packed(model: PreTrainedModel, embeds: Tensor, layout: PackedLayout) -> Tensor:
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    options = {"position_ids": layout.position_ids, "pack_layout": layout}
+    options = {"position_ids": layout.position_ids, "packed_layout": layout}
     out = model.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **options)
     hidden: Tensor = out.last_hidden_state
     return hidden[0]
 
 
 def compare_packed_with_alone(
-    model: PreTrainedModel, layout: PackLayout | None = None
+    model: PreTrainedModel, layout: PackedLayout | None = None
 ) -> tuple[float, float]:
     """Return the largest differences of hidden states and of the embeddings' gradients.
 
@@ -86,7 +86,7 @@ def compare_packed_with_alone(
     """
     install_packed_attention(model)
     dtype = next(model.parameters()).dtype
-    layout = layout or PackLayout(SEGMENTS)
+    layout = layout or PackedLayout(SEGMENTS)
     rows = rows_of(SEGMENTS)
     width = model.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(1)
@@ -115,7 +115,7 @@ def test_a_packed_record_has_the_states_and_gradients_that_it_has_alone(family: 
     difference, of_gradients = compare_packed_with_alone(model)
     bound = rounding(terms_of(model, LENGTH))
     assert difference <= bound and of_gradients <= BACKWARD * bound
-    seeing_all = PackLayout([(LENGTH, -1)])
+    seeing_all = PackedLayout([(LENGTH, -1)])
     assert compare_packed_with_alone(model, seeing_all)[0] > 100 * bound
 
 
@@ -200,9 +200,9 @@ def random_states(segments: list[Segment]) -> list[Tensor]:
 
 def attend(segments: list[Segment], backend: Any, **options: Any) -> Tensor:
     query, key, value = random_states(segments)
-    layout = PackLayout(segments, backend=backend)
+    layout = PackedLayout(segments, backend=backend)
     states = (torch.nn.Identity(), query, key, value, None)
-    return packed_attention(*states, scaling=0.3, pack_layout=layout, **options)[0]
+    return packed_attention(*states, scaling=0.3, packed_layout=layout, **options)[0]
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -269,13 +269,13 @@ def test_flex_attention_is_told_the_same_as_is_computed_segment_by_segment(seed:
 
 def test_a_segment_must_stand_behind_what_it_continues() -> None:
     with pytest.raises(ValueError, match="behind the one it continues"):
-        PackLayout([(3, 1), (2, -1)])
+        PackedLayout([(3, 1), (2, -1)])
 
 
 def test_scores_that_are_capped_and_weights_that_cannot_be_dropped_are_refused() -> None:
     with pytest.raises(UserError, match=r"caps its attention scores.*remove train\.packing"):
         attend(SEGMENTS, "sdpa", softcap=50.0)
-    with pytest.raises(UserError, match="varlen cannot drop attention weights"):
+    with pytest.raises(UserError, match="varlen has no attention dropout"):
         attend(SEGMENTS, "varlen", dropout=0.1)
 
 

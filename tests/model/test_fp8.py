@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.model.tiny import LLAMA, images, rows, tiny_model
+from tests.model.tiny import LLAMA, batch_of, images, rows, tiny_model
 from tests.tiny_runs import run
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import ConfigError
@@ -48,9 +48,9 @@ def test_they_multiply_in_fp8_under_the_same_names_and_with_the_same_weights(
     model: VisionLanguageModel,
 ) -> None:
     pytest.importorskip("torchao")
-    batch, names = (rows([5, -1, 6, 100, 101]), images(1)), list(model.state_dict())
+    batch, names = batch_of(*rows([5, -1, 6, 100, 101]), images(1)), list(model.state_dict())
     weights = {id(parameter) for parameter in model.parameters()}
-    exact = model(*batch[0], batch[1]).loss_sum
+    exact = model(batch).loss_sum
     exact.backward()
     gradients = [p.grad.clone() for p in model.multi_modal_projector.parameters()]
     model.zero_grad()
@@ -60,7 +60,7 @@ def test_they_multiply_in_fp8_under_the_same_names_and_with_the_same_weights(
     ]
     assert list(model.state_dict()) == names
     assert {id(parameter) for parameter in model.parameters()} == weights
-    rounded = model(*batch[0], batch[1]).loss_sum
+    rounded = model(batch).loss_sum
     rounded.backward()
     assert rounded.item() != exact.item()
     assert rounded.item() == pytest.approx(exact.item(), rel=0.01)

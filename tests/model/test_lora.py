@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.model.tiny import images, rows, sums_of, tiny_model
+from tests.model.tiny import batch_of, images, rows, sums_of, tiny_model
 from tests.rounding import assert_near
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
@@ -59,10 +59,10 @@ def test_an_unknown_target_is_refused_with_the_nearest_name(target: str, message
 
 def test_fresh_adapters_change_nothing_and_trained_ones_do() -> None:
     batch = rows([5, -1, 6, 100, 101])
-    plain = tiny_model()(*batch, images(1)).loss_sum
-    fresh = tiny_model(lora=LoraConfig(r=2, dropout=0.0))(*batch, images(1)).loss_sum
+    plain = tiny_model()(batch_of(*batch, images(1))).loss_sum
+    fresh = tiny_model(lora=LoraConfig(r=2, dropout=0.0))(batch_of(*batch, images(1))).loss_sum
     assert torch.equal(plain, fresh)
-    assert not torch.isclose(adapted()(*batch, images(1)).loss_sum, plain)
+    assert not torch.isclose(adapted()(batch_of(*batch, images(1))).loss_sum, plain)
 
 
 def test_merging_gives_a_plain_model_with_the_same_loss_and_leaves_the_original() -> None:
@@ -74,8 +74,8 @@ def test_merging_gives_a_plain_model_with_the_same_loss_and_leaves_the_original(
     assert not any("lora" in name for name, _ in merged.named_parameters())
     whole = VisionLanguageModel(model.vision_tower, model.multi_modal_projector, merged)
     batch = rows([5, -1, 6, 100, 101])
-    expected = model(*batch, images(1)).loss_sum
-    assert_near(whole(*batch, images(1)).loss_sum, expected, sums_of(model))
+    expected = model(batch_of(*batch, images(1))).loss_sum
+    assert_near(whole(batch_of(*batch, images(1))).loss_sum, expected, sums_of(model))
 
 
 def test_a_model_without_adapters_is_its_own_merge() -> None:
@@ -99,7 +99,7 @@ def test_training_with_adapters_moves_them_and_the_projector_and_nothing_else() 
     model.train()
     for _ in range(2):
         optimizer.zero_grad()
-        model(*rows([5, -1, 6, 100, 101]), images(1)).loss_sum.backward()
+        model(batch_of(*rows([5, -1, 6, 100, 101]), images(1))).loss_sum.backward()
         optimizer.step()
     moved = {
         part for part, named in named_parts(model).items() if tensors_digest(named) != before[part]

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.model.tiny import images, rows, sums_of, tiny_model
+from tests.model.tiny import batch_of, images, rows, sums_of, tiny_model
 from tests.rounding import assert_near
 from vlm_sft.model.neftune import add_noise, text_lengths
-from vlm_sft.model.packed_attention import PackLayout
+from vlm_sft.model.packed_attention import PackedLayout
 from vlm_sft.model.vlm import VlmOutput
 
 WIDTH = 32
@@ -25,13 +25,13 @@ def test_lengths_count_a_records_text_and_are_0_elsewhere() -> None:
     is_text = torch.tensor([[1, 0, 0, 1, 1], [1, 1, 0, 0, 0]]).bool()
     assert text_lengths(is_text).tolist() == [[3, 0, 0, 3, 3], [2, 2, 0, 0, 0]]
     packed = torch.tensor([[1, 0, 0, 1, 1, 1, 1]]).bool()
-    layout = PackLayout([(5, -1), (2, -1)])
+    layout = PackedLayout([(5, -1), (2, -1)])
     assert text_lengths(packed, layout).tolist() == [[3, 0, 0, 3, 3, 2, 2]]
 
 
 def test_a_shared_prefix_counts_for_each_of_its_records_and_takes_the_longest_ones_length() -> None:
     is_text = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]]).bool()
-    layout = PackLayout([(1, -1), (3, -1), (1, 1), (3, 1)])
+    layout = PackedLayout([(1, -1), (3, -1), (1, 1), (3, 1)])
     assert text_lengths(is_text, layout).tolist() == [[1, 5, 5, 0, 3, 5, 5, 5]]
 
 
@@ -76,7 +76,7 @@ def run(alpha: float | None, *, training: bool, seed: int = 0, padding: int = 0)
     pad = torch.nn.functional.pad
     batch = (pad(ids, (0, padding)), pad(mask, (0, padding)), pad(labels, (0, padding), value=-100))
     torch.manual_seed(seed)
-    output: VlmOutput = model.train(training)(*batch, images(1))
+    output: VlmOutput = model.train(training)(batch_of(*batch, images(1)))
     return output
 
 
@@ -102,6 +102,6 @@ def test_image_embeddings_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     ids, mask, labels = rows([5, -1, 6, 100])
     for training in (False, True):
-        model.train(training)(ids, mask, labels, images(1))
+        model.train(training)(batch_of(ids, mask, labels, images(1)))
     changed = (seen[0] != seen[1]).any(dim=-1)
     assert changed.tolist() == [[True, False, False, False, False, True, True]]

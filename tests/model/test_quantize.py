@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.model.tiny import LLAMA, images, rows, sums_of, tiny_model
+from tests.model.tiny import LLAMA, batch_of, images, rows, sums_of, tiny_model
 from tests.rounding import BACKWARD, assert_near
 from vlm_sft.config.schema import LanguageModelConfig, LoraConfig
 from vlm_sft.errors import ConfigError, UserError
@@ -59,7 +59,7 @@ def language_model(dtype: torch.dtype = torch.float32, **keys: Any) -> Any:
 
 @torch.no_grad()
 def logits(model: VisionLanguageModel) -> torch.Tensor:
-    return model.eval()(*BATCH[:2], None, images(1)).logits.float()
+    return model.eval().logits(BATCH[0], pixel_values=images(1), attention_mask=BATCH[1]).float()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -139,7 +139,7 @@ def test_gradients_reach_adapters_and_projector_and_nothing_else(checkpointing: 
     set_trainable(model, {"projector", "adapter"})
     if checkpointing:
         set_recomputing(model, "full")
-    trained(model).train()(*BATCH, images(1)).loss_sum.backward()
+    trained(model).train()(batch_of(*BATCH, images(1))).loss_sum.backward()
     for part, named in named_parts(model).items():
         learns = part in ("projector", "adapter")
         assert [p.grad is not None and bool(p.grad.any()) for _, p in named] == [learns] * len(
@@ -154,7 +154,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         set_trainable(model, {"projector", "adapter"})
         if checkpointing:
             set_recomputing(model, "full")
-        model.train()(*BATCH, images(1)).loss_sum.backward()
+        model.train()(batch_of(*BATCH, images(1))).loss_sum.backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -170,7 +170,7 @@ def test_the_gradient_is_that_beside_the_weights_that_the_packed_ones_stand_for(
     gradients = []
     for held in (model, plain):
         set_trainable(held, {"projector", "adapter"})
-        held.train()(*BATCH, images(1)).loss_sum.backward()
+        held.train()(batch_of(*BATCH, images(1))).loss_sum.backward()
         gradients.append({n: p.grad for n, p in held.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -184,7 +184,7 @@ def test_use_in_training_and_without_gradient_leaves_every_bit_of_the_base(
     model = trained(quantized(dtype=dtype))
     set_trainable(model, {"projector", "adapter"})
     before = tensors_digest(named_parts(model)["language_model"])
-    model.train()(*BATCH, images(1)).loss_sum.backward()
+    model.train()(batch_of(*BATCH, images(1))).loss_sum.backward()
     logits(model)
     assert tensors_digest(named_parts(model)["language_model"]) == before
 

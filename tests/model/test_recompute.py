@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy
 
-from tests.model.tiny import GEMMA2, LLAMA, images, rows, tiny_model
+from tests.model.tiny import GEMMA2, LLAMA, batch_of, images, rows, tiny_model
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model import activation_checkpointing as recompute
@@ -25,8 +25,8 @@ STAGES = {
     "stage 2 in full": (None, {"projector", "language_model"}),
 }
 BATCHES = [
-    (rows([5, -1, 6, 100], [5, 100, 101]), images(1)),
-    (rows([5, 100, 101]), None),
+    batch_of(*rows([5, -1, 6, 100], [5, 100, 101]), images(1)),
+    batch_of(*rows([5, 100, 101])),
 ]
 
 
@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_the_same_to_the_bit_whatever_is_recomputed(stage
     for policy in POLICIES:
         model = learning(stage, policy)
         torch.manual_seed(3)  # dropout of the adapters
-        outputs = [model(*batch, pixels) for batch, pixels in BATCHES]
+        outputs = [model(batch) for batch in BATCHES]
         torch.stack([output.loss_sum for output in outputs]).sum().backward()
         losses.append([output.loss_sum.item() for output in outputs])
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -62,7 +62,7 @@ def test_selective_keeps_less_where_weights_learn_and_full_keeps_least(stage: st
         model = learning(stage, policy, num_hidden_layers=4)
         with LiveBytes() as live:
             batch = rows([5, -1] + [6, 100] * 100)
-            output = model(*batch, images(1))
+            output = model(batch_of(*batch, images(1)))
             kept.append(live.now)
         output.loss_sum.backward()
     # Frozen layers keep little as it is (see below): 6 widths and 3 gates, or 7 widths and 2 gates.
@@ -75,7 +75,7 @@ def test_the_policy_can_be_changed_and_taken_back() -> None:
     kept = []
     for policy in ("none", "full", "none"):
         set_recomputing(model, policy)
-        kept.append(sum(saved_by(lambda: model(*BATCHES[0][0], BATCHES[0][1])).values()))
+        kept.append(sum(saved_by(lambda: model(BATCHES[0])).values()))
     assert kept[0] == kept[2] > kept[1]
 
 
@@ -102,7 +102,7 @@ def test_frozen_linear_layers_save_no_input() -> None:
             module.register_forward_pre_hook(
                 lambda _, args, name=name: inputs.__setitem__(name, args[0])
             )
-    saved = saved_by(lambda: model(*BATCHES[0][0], BATCHES[0][1]))
+    saved = saved_by(lambda: model(BATCHES[0]))
     assert len(inputs) == 2 * 7
     needed = [name for name, kept in inputs.items() if kept.untyped_storage().data_ptr() in saved]
     # Attention's own backward needs its output, which o_proj is given.
@@ -114,7 +114,7 @@ def test_a_frozen_llama_layer_saves_what_its_norms_rotation_attention_and_gate_n
     for layers in (2, 3):
         model = learning("stage 1", "none", num_hidden_layers=layers)
         batch = rows([5] + [6, 100] * 40)
-        saved = saved_by(lambda m=model, b=batch: m(*b, None))
+        saved = saved_by(lambda m=model, b=batch: m(batch_of(*b)))
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         per_layer.append(sum(size for address, size in saved.items() if address not in own))
     tokens, width, hidden, heads = 81, 48, 64, 2
@@ -149,7 +149,7 @@ def test_other_families_recompute_too() -> None:
         model = tiny_model(language_model=GEMMA2)
         set_trainable(model, {"projector"})
         set_recomputing(model, policy)
-        model.train()(*BATCHES[0][0], BATCHES[0][1]).loss_sum.backward()
+        model.train()(BATCHES[0]).loss_sum.backward()
         found.append([p.grad for p in model.multi_modal_projector.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 

@@ -5,18 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.tiny import CLIP, LLAMA, images, tiny_model
+from tests.model.tiny import CLIP, LLAMA, batch_of, images, tiny_model
 from vlm_sft.config.schema import LoraConfig
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import Batch, pack_examples, pad_examples
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.loader import AnyBatch
-from vlm_sft.data.packing import Group, pack
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import set_recomputing
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.packed_attention import install_packed_attention
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.train.train_step import forward
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 SHARED: dict[str, Any] = {
@@ -75,17 +72,17 @@ def example(name: str, length: int) -> Example:
     return Example(name, ids, labels, torch.empty(0, 3, 28, 28, dtype=torch.uint8), None)
 
 
-def run(model: VisionLanguageModel, batch: AnyBatch) -> tuple[float, int]:
-    output = forward(model, batch, torch.device("cpu"))
+def run(model: VisionLanguageModel, batch: Batch) -> tuple[float, int]:
+    output = model(batch)
     return float(output.loss_sum), int(output.num_targets)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_the_models_own_loss_with_its_router_loss(family: str) -> None:
     model = tiny_model(language_model=FAMILIES[family]).eval()
-    batch = collate([example("a", 9), example("b", 14)], 0)
+    batch = pad_examples([example("a", 9), example("b", 14)], 0)
     own = causal_lm(model.language_model)(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels()
     )
     assert float(own.aux_loss) > 0
     loss, targets = run(model, batch)
@@ -95,8 +92,8 @@ def test_the_loss_is_the_models_own_loss_with_its_router_loss(family: str) -> No
 def test_without_output_router_logits_it_is_cross_entropy_as_in_the_model_itself() -> None:
     off = {**QWEN3, "output_router_logits": False}
     model = tiny_model(language_model=off).eval()
-    batch = collate([example("a", 9)], 0)
-    own = causal_lm(model.language_model)(input_ids=batch.input_ids, labels=batch.labels)
+    batch = pad_examples([example("a", 9)], 0)
+    own = causal_lm(model.language_model)(input_ids=batch.input_ids, labels=batch.labels())
     loss, targets = run(model, batch)
     assert loss / targets == pytest.approx(float(own.loss), rel=1e-5)
     (note,) = model_notes(model)
@@ -105,11 +102,11 @@ def test_without_output_router_logits_it_is_cross_entropy_as_in_the_model_itself
 
 def test_packed_rows_have_the_router_loss_of_their_real_tokens() -> None:
     model = tiny_model(language_model=QWEN3).eval()
-    padded, targets = run(model, collate([example("a", 9), example("b", 14)], 0))
+    padded, targets = run(model, pad_examples([example("a", 9), example("b", 14)], 0))
     install_packed_attention(causal_lm(model.language_model))
-    groups = [Group([example("a", 9)]), Group([example("b", 14)])]
+    records = [example("a", 9), example("b", 14)]
     for round_to in (1, 32):
-        packed, count = run(model, pack(groups, 0, round_to))
+        packed, count = run(model, pack_examples(records, 0, round_to))
         assert count == targets
         assert packed == pytest.approx(padded, rel=1e-5)
 
@@ -118,11 +115,11 @@ def test_the_router_learns_from_it_whatever_is_recomputed() -> None:
     model = tiny_model(language_model=QWEN3)
     model.language_model.requires_grad_(True)
     gate = "model.layers.0.mlp.gate.weight"
-    batch, gradients = collate([example("a", 9)], 0), []
+    batch, gradients = pad_examples([example("a", 9)], 0), []
     for policy in ("none", "full", "selective"):
         set_recomputing(model, policy)
         model.zero_grad()
-        forward(model, batch, torch.device("cpu")).loss_sum.backward()
+        model(batch).loss_sum.backward()
         gradients.append(causal_lm(model.language_model).get_parameter(gate).grad)
     assert gradients[0] is not None
     assert bool(gradients[0].any())
@@ -134,9 +131,9 @@ def test_a_batch_with_an_image_and_one_without_targets_have_finite_losses() -> N
     model = tiny_model(tower=CLIP, language_model=QWEN3)
     ids = torch.tensor([[5, *[IMAGE_TOKEN_ID] * 4, 7, 8]])
     labels = torch.tensor([[IGNORE_INDEX] * 5 + [7, 8]])
-    output = model(ids, torch.ones_like(ids), labels, images(1))
+    output = model(batch_of(ids, torch.ones_like(ids), labels, images(1)))
     assert torch.isfinite(output.loss_sum)
-    nothing = model(ids, torch.ones_like(ids), torch.full_like(ids, IGNORE_INDEX), images(1))
+    nothing = model(batch_of(ids, torch.ones_like(ids), None, images(1)))
     assert float(nothing.loss_sum) == 0
 
 

@@ -12,6 +12,7 @@ from tests.model.tiny import (
     GRANITE,
     LLAMA,
     TOKENS,
+    batch_of,
     images,
     rows,
     sums_of,
@@ -31,7 +32,7 @@ LORA = LoraConfig(r=2, dropout=0.0)
 def reference_loss(model: VisionLanguageModel, batch: Any, pixels: Tensor | None) -> Tensor:
     """Summed loss the plain way: the language model's own logits everywhere, then shift."""
     ids, mask, labels = batch
-    embeds = model.embed(ids, pixels)
+    embeds = model.embed(ids, None if pixels is None else model.encode_images(pixels))
     logits = model.language_model(inputs_embeds=embeds, attention_mask=mask.long()).logits.float()
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1),
@@ -48,14 +49,13 @@ def test_loss_is_that_of_the_language_models_own_logits(
 ) -> None:
     model = tiny_model(language_model=language_model, lora=lora)
     batch = rows([5, -1, 6, 100, 101], [7, 102, -1, -1, 8, 103], [9, 104, 105])
-    output = model(*batch, images(3))
+    output = model(batch_of(*batch, images(3)))
     expected = reference_loss(model, batch, images(3))
     assert_near(output.loss_sum, expected, sums_of(model))
     assert output.loss_sum.dtype == torch.float32
     assert output.num_targets.item() == 6
     assert_near(output.per_record_loss.sum(), output.loss_sum.detach(), 6)
     assert output.per_record_loss.shape == (3,)
-    assert output.logits is None
 
 
 def test_loss_in_several_chunks_has_the_same_value_and_gradient(
@@ -67,7 +67,7 @@ def test_loss_in_several_chunks_has_the_same_value_and_gradient(
         monkeypatch.setattr(loss, "CHUNK", chunk)
         model = tiny_model()
         set_trainable(model, {"projector", "language_model"})
-        output = model(*batch, images(1))
+        output = model(batch_of(*batch, images(1)))
         output.loss_sum.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((output.loss_sum, gradients))
@@ -82,18 +82,18 @@ def test_no_logits_are_made_where_no_label_is() -> None:
     model = tiny_model()
     seen: list[torch.Size] = []
     model.language_model.lm_head.register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
-    model(*rows([5, -1, 6, 7, 8, 100, 101]), images(1))
+    model(batch_of(*rows([5, -1, 6, 7, 8, 100, 101]), images(1)))
     assert seen == [(2, 300)]
 
 
 def test_records_are_independent_of_their_neighbors_and_of_padding() -> None:
     model = tiny_model()
     records = [[5, -1, 6, 100, 101], [7, -1, 8, -1, 9, 102], [9, 104, 105]]
-    together = model(*rows(*records), images(3)).per_record_loss
+    together = model(batch_of(*rows(*records), images(3))).per_record_loss
     alone = [
-        model(*rows(records[0]), images(3)[:1]).loss_sum,
-        model(*rows(records[1]), images(3)[1:]).loss_sum,
-        model(*rows(records[2])).loss_sum,
+        model(batch_of(*rows(records[0]), images(3)[:1])).loss_sum,
+        model(batch_of(*rows(records[1]), images(3)[1:])).loss_sum,
+        model(batch_of(*rows(records[2]))).loss_sum,
     ]
     assert_near(together, torch.stack(alone).detach(), sums_of(model))
 
@@ -103,7 +103,7 @@ def test_images_fill_placeholders_in_order_across_turns_and_records() -> None:
     ids, _, _ = rows([5, -1, 6, -1], [7, -1])
     pixels = images(3)
     embedded = model.multi_modal_projector(model.vision_tower(pixels))
-    embeds = model.embed(ids, pixels)
+    embeds = model.embed(ids, model.encode_images(pixels))
     assert torch.equal(embeds[0, 1 : 1 + TOKENS], embedded[0])
     assert torch.equal(embeds[0, 2 + TOKENS : 2 + 2 * TOKENS], embedded[1])
     assert torch.equal(embeds[1, 1 : 1 + TOKENS], embedded[2])
@@ -114,7 +114,7 @@ def test_images_fill_placeholders_in_order_across_turns_and_records() -> None:
 def test_an_image_matters_to_the_answer() -> None:
     model = tiny_model()
     batch = rows([5, -1, 6, 100, 101])
-    first, second = (model(*batch, images(1, seed=s)).loss_sum for s in (1, 2))
+    first, second = (model(batch_of(*batch, images(1, seed=s))).loss_sum for s in (1, 2))
     assert first != second
 
 
@@ -125,7 +125,7 @@ def test_a_text_only_batch_gives_the_projector_gradients_of_exactly_zero(
     model = tiny_model()
     set_trainable(model, {"projector"})
     batch = rows([5, 6, 100, 101])
-    output = model(*batch, pixels)
+    output = model(batch_of(*batch, pixels))
     output.loss_sum.backward()
     for parameter in model.multi_modal_projector.parameters():
         assert parameter.grad is not None
@@ -137,7 +137,7 @@ def test_a_text_only_batch_gives_the_projector_gradients_of_exactly_zero(
 def test_no_target_at_all_gives_exactly_zero_with_a_graph(part: str) -> None:
     model = tiny_model()
     set_trainable(model, {part})
-    output = model(*rows([5, -1, 6, 7], [8]), images(1))
+    output = model(batch_of(*rows([5, -1, 6, 7], [8]), images(1)))
     assert (output.loss_sum.item(), output.num_targets.item()) == (0.0, 0)
     assert output.per_record_loss.tolist() == [0.0, 0.0]
     output.loss_sum.backward()
@@ -161,21 +161,21 @@ def test_images_that_do_not_match_their_placeholders_are_refused(
 ) -> None:
     ids, mask, labels = rows(*records)
     with pytest.raises(UserError, match=message):
-        tiny_model()(ids, mask, labels, images(count))
+        tiny_model()(batch_of(ids, mask, labels, images(count)))
 
 
 def test_an_image_split_over_two_records_is_refused() -> None:
     ids, mask, labels = rows([5, -1], [5, -1])
     ids[0, 1], ids[1, 0] = 6, ids[1, 1]
     with pytest.raises(UserError, match="row 0 of the batch has 3 image placeholders"):
-        tiny_model()(ids, mask, labels, images(2))
+        tiny_model()(batch_of(ids, mask, labels, images(2)))
 
 
-def test_without_labels_the_logits_of_every_position_come_back() -> None:
+def test_logits_are_those_of_the_language_model_at_every_position() -> None:
     model = tiny_model(language_model=GEMMA2)
     ids, mask, _ = rows([5, -1, 6, 100])
-    logits = model(ids, mask, None, images(1)).logits
-    embeds = model.embed(ids, images(1))
+    logits = model.logits(ids, pixel_values=images(1), attention_mask=mask)
+    embeds = model.embed(ids, model.encode_images(images(1)))
     assert_near(logits, model.language_model(inputs_embeds=embeds).logits, sums_of(model))
     assert logits.abs().max() <= 0.05
 
@@ -190,7 +190,7 @@ def test_generation_continues_greedily_from_the_prompt_and_ignores_left_padding(
     answer = model.generate(ids, mask, images(1), **settings)
     assert answer.shape == (1, 5)
     grown = torch.cat([ids, answer], dim=1)
-    logits = model(grown, torch.ones_like(grown).bool(), None, images(1)).logits
+    logits = model.logits(grown, pixel_values=images(1))
     assert torch.equal(logits[0, -6:-1].argmax(-1), answer[0])
     short = torch.tensor([[0] * 4 + [9, 8]])
     padded = torch.cat([ids, short]), torch.cat([mask, torch.tensor([[0] * 4 + [1, 1]]).bool()])
@@ -217,7 +217,7 @@ def test_a_model_that_treats_its_logits_in_an_unknown_way_is_refused() -> None:
 def test_sixteen_bit_weights_work_with_float32_projector_and_adapters(dtype: torch.dtype) -> None:
     model = tiny_model(lora=LORA, dtype=dtype)
     set_trainable(model, {"projector", "adapter"})
-    output = model(*rows([5, -1, 6, 100]), images(1))
+    output = model(batch_of(*rows([5, -1, 6, 100]), images(1)))
     output.loss_sum.backward()
     assert output.loss_sum.dtype == torch.float32
     parts = named_parts(model)
@@ -241,7 +241,7 @@ def test_any_mixture_of_images_and_text_has_the_reference_loss(
     count = sum(record.count(-1) for record in records)
     batch = rows(*records)
     batch[2][:, 0] = IGNORE_INDEX
-    output = model(*batch, images(count) if count else None)
+    output = model(batch_of(*batch, images(count) if count else None))
     expected = reference_loss(model, batch, images(count) if count else None)
     assert_near(output.loss_sum, expected, sums_of(model))
     assert output.num_targets.item() == (batch[2] != IGNORE_INDEX).sum().item()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests.rounding import terms_of
 from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.data.batch import Batch, targets_of
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -107,3 +108,23 @@ def rows(*records: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in expanded]).bool()
     labels = ids.masked_fill((ids < 100) | ~mask, IGNORE_INDEX)
     return ids, mask, labels
+
+
+def batch_of(
+    ids: Tensor, mask: Tensor, labels: Tensor | None = None, pixel_values: Tensor | None = None
+) -> Batch:
+    """Padded rows as a batch, a record each; labels as for models of transformers."""
+    if labels is None:
+        labels = torch.full_like(ids, IGNORE_INDEX)
+    positions, targets, records = targets_of(labels)
+    return Batch(
+        record_ids=tuple(f"record-{row}" for row in range(len(ids))),
+        input_ids=ids,
+        attention_mask=mask.bool(),
+        segments=None,
+        target_positions=positions,
+        target_ids=targets,
+        target_records=records,
+        unique_target_positions=positions,
+        pixel_values=pixel_values,
+    )

@@ -14,7 +14,7 @@ from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.loader import load_steps, split
+from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import Policy
 from vlm_sft.model.costs import image_cost
@@ -100,7 +100,9 @@ def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageMo
     chunks = [
         chunk
         for step in range(3)
-        for chunk in split(plan.batching, data, plan.records_of_step(step), world_size=1, rank=0)
+        for chunk in micro_batches_of_rank(
+            plan.collator, data, plan.records_of_step(step), world_size=1, rank=0
+        )
     ]
     assert len(work.batches) == len(chunks)
     for batch, chunk in zip(work.batches, chunks, strict=True):
@@ -121,12 +123,12 @@ def test_packs_are_those_of_training_with_shared_prefixes(
     assert cost == pytest.approx(image_cost(model))
     work = workload(config, image_cost=cost)
     steps = [
-        split(plan.batching, data, plan.records_of_step(step), world_size=1, rank=0)
+        micro_batches_of_rank(plan.collator, data, plan.records_of_step(step), world_size=1, rank=0)
         for step in range(math.ceil(len(data) / config.train.global_batch_size))
     ]
     loaded = next(
         load_steps(
-            data, [[pack for step in steps for pack in step]], batching=plan.batching, num_workers=0
+            data, [[pack for step in steps for pack in step]], collator=plan.collator, num_workers=0
         )
     )
     assert work.batches == tuple(micro_batch_of(batch) for batch in loaded)

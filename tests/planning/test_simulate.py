@@ -12,6 +12,7 @@ from tests.model.tiny import (
     LLAMA,
     OPEN_CLIP,
     TOKENS,
+    batch_of,
     images,
     model_config,
     rows,
@@ -119,7 +120,9 @@ def real_step(
     set_recomputing(model, policy)
     ids, mask, labels = rows(*RECORDS)
     pixels = images(2)
-    known = [*model.parameters(), *model.buffers(), ids, mask, labels]
+    batch = batch_of(ids, mask, labels, pixels)
+    given = [t for t in vars(batch).values() if isinstance(t, torch.Tensor) and t is not pixels]
+    known = [*model.parameters(), *model.buffers(), *given]
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -139,14 +142,14 @@ def real_step(
             torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor),
             torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32),
         ):
-            loss = model(ids, mask, labels, pixels).loss_sum
+            loss = model(batch).loss_sum
         forward_peak = live.peak + pixels.nbytes
         alive = bytes_of(saved)
         live.restart()
         loss.backward()
     targets = int((labels[:, 1:] != -100).sum())
-    batch = MicroBatch.padded([ids.shape[1]] * 3, targets=targets, images=2)
-    return Footprint(0, alive, 0, forward_peak, live.peak), batch
+    shape = MicroBatch.padded([ids.shape[1]] * 3, targets=targets, images=2)
+    return Footprint(0, alive, 0, forward_peak, live.peak), shape
 
 
 @pytest.mark.parametrize(

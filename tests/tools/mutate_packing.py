@@ -13,6 +13,7 @@ from tests.tools.mutation import Mutant, try_mutants
 
 ATTENTION, PACKING = "vlm_sft/model/packed_attention.py", "vlm_sft/data/packing.py"
 OF_ATTENTION, OF_PACKS = "tests/model/test_attention.py", "tests/data/test_packing.py"
+BATCH, OF_BATCH = "vlm_sft/data/batch.py", "tests/data/test_batch.py"
 OF_DATA = "tests/data/test_dataset.py"
 ALONE = f"{OF_ATTENTION}::test_a_packed_record_has_the_states_and_gradients_that_it_has_alone"
 VARLEN = (
@@ -21,7 +22,8 @@ VARLEN = (
 )
 FLEX = f"{OF_ATTENTION}::test_flex_attention_is_told_the_same_as_is_computed_segment_by_segment"
 GRADIENT = "tests/train/test_packing.py::test_packing_changes_neither_loss_nor_gradient"
-HELD = f"{OF_PACKS}::test_packs_hold_every_record_once_and_never_too_many_tokens"
+HELD = f"{OF_PACKS}::test_rows_hold_every_record_once_and_never_too_many_tokens"
+BALANCED = f"{OF_PACKS}::test_rows_cost_about_the_same_in_tokens_and_images"
 KEYS = f"{OF_DATA}::test_records_that_begin_alike_up_to_their_image_have_one_key"
 
 MUTANTS = (
@@ -105,48 +107,55 @@ MUTANTS = (
     ),
     Mutant(
         "a branch continues the segment before its prefix",
-        PACKING,
-        "            parent, before = len(self.segments), self.length + shared - 1\n",
-        "            parent, before = len(self.segments) - 1, self.length + shared - 1\n",
-        (OF_PACKS,),
+        BATCH,
+        "            parent, prefix_end = len(segments), length + shared - 1\n",
+        "            parent, prefix_end = len(segments) - 1, length + shared - 1\n",
+        (OF_BATCH,),
     ),
     Mutant(
         "a branch's first label is predicted by the token before it in the row",
-        PACKING,
-        "            sources[0] = before\n",
+        BATCH,
+        "                sources[0] = prefix_end\n",
         "",
         (GRADIENT,),
     ),
     Mutant(
-        "a label is predicted by its own token",
-        PACKING,
-        "        sources = places + (start - 1)\n",
-        "        sources = places + start\n",
+        "a packed label is predicted by its own token",
+        BATCH,
+        "            sources = offsets + (length - 1)\n",
+        "            sources = offsets + length\n",
         (GRADIENT,),
     ),
     Mutant(
-        "a prefix lies in the row for every record",
-        PACKING,
-        "            self._append(example.input_ids[shared:], parent)\n",
-        "            self._append(example.input_ids, parent)\n",
-        (OF_PACKS,),
+        "a padded label is predicted by its own token",
+        BATCH,
+        "    return rows * labels.shape[1] + columns, shifted[rows, columns], rows\n",
+        "    return rows * labels.shape[1] + columns + 1, shifted[rows, columns], rows\n",
+        (OF_BATCH,),
+    ),
+    Mutant(
+        "a prefix is in the row for every record",
+        BATCH,
+        "            append(example.input_ids[shared:], parent)\n",
+        "            append(example.input_ids, parent)\n",
+        (OF_BATCH,),
     ),
     Mutant(
         "every loss is counted for the first record",
-        PACKING,
-        "torch.full_like(places, len(self.record_ids))",
-        "torch.zeros_like(places)",
+        BATCH,
+        "torch.full_like(offsets, number)",
+        "torch.zeros_like(offsets)",
         (GRADIENT,),
     ),
     Mutant(
-        "what fills up a row continues its last record",
-        PACKING,
-        "            self._append(torch.full((missing,), pad_token_id), -1)\n",
-        "            self._append(torch.full((missing,), pad_token_id), len(self.segments) - 1)\n",
-        (OF_PACKS,),
+        "the padding of a row continues its last record",
+        BATCH,
+        "        append(torch.full((padding,), pad_token_id), -1)\n",
+        "        append(torch.full((padding,), pad_token_id), len(segments) - 1)\n",
+        (OF_BATCH,),
     ),
     Mutant(
-        "a group of one image is never split over packs",
+        "a group of one image is never split over rows",
         PACKING,
         "            if tokens + rest > max_tokens:\n",
         "            if False:\n",
@@ -155,37 +164,37 @@ MUTANTS = (
     Mutant(
         "a split group drops the records before the split",
         PACKING,
-        "                yield _unit(taken, sizes)\n                taken, tokens",
-        "                taken, tokens",
+        "                yield _item(chosen, records)\n                chosen, tokens",
+        "                chosen, tokens",
         (HELD,),
     ),
     Mutant(
-        "packs may be longer than they may",
+        "rows may be longer than their capacity",
         PACKING,
-        "        while packs and packs[0][2] + units[number].tokens > max_tokens:\n",
+        "        while heap and heap[0][2] + items[number].tokens > max_tokens:\n",
         "        while False:\n",
         (HELD,),
     ),
     Mutant(
-        "the number of packs is no multiple of the number of processes",
+        "the number of rows is no multiple of the number of ranks",
         PACKING,
-        "    return max(1, -(-count // of)) * of\n",
+        "    return max(1, -(-count // multiple)) * multiple\n",
         "    return max(1, count)\n",
         (HELD,),
     ),
     Mutant(
-        "images weigh nothing when packs are balanced",
+        "images cost nothing when rows are balanced",
         PACKING,
-        "    weights = [unit.tokens + image_cost * unit.images for unit in units]\n",
-        "    weights = [float(unit.tokens) for unit in units]\n",
-        (f"{OF_PACKS}::test_packs_are_about_equally_heavy_in_tokens_and_images",),
+        "    costs = [item.tokens + image_cost * item.images for item in items]\n",
+        "    costs = [float(item.tokens) for item in items]\n",
+        (BALANCED,),
     ),
     Mutant(
-        "records are shared out as they come",
+        "records are distributed in their order",
         PACKING,
-        "    heaviest_first = sorted(range(len(units)), key=lambda number: -weights[number])\n",
-        "    heaviest_first = list(range(len(units)))\n",
-        (f"{OF_PACKS}::test_packs_are_about_equally_heavy_in_tokens_and_images",),
+        "    by_cost = sorted(range(len(items)), key=lambda number: -costs[number])\n",
+        "    by_cost = list(range(len(items)))\n",
+        (BALANCED,),
     ),
     Mutant(
         "records that begin alike share the prefix of another image",
@@ -220,8 +229,8 @@ MUTANTS = (
     Mutant(
         "each record of a group brings the shared image",
         "vlm_sft/data/loader.py",
-        "first_image=1 if loaded else 0",
-        "first_image=0",
+        "self._dataset.example(index, first_image=1)",
+        "self._dataset.example(index, first_image=0)",
         (GRADIENT,),
     ),
     Mutant(
@@ -261,9 +270,9 @@ MUTANTS = (
     ),
     Mutant(
         "a place that predicts two tokens is computed twice in the last MLP",
-        PACKING,
-        "            needed=torch.unique(sources),\n",
-        "            needed=sources,\n",
+        BATCH,
+        "        unique_target_positions=torch.unique(torch.cat(positions)),\n",
+        "        unique_target_positions=torch.cat(positions),\n",
         ("tests/train/test_packing.py",),
     ),
     Mutant(

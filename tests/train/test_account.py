@@ -3,13 +3,12 @@
 import pytest
 
 from tests.train.tiny import example
-from vlm_sft.data.batch import collate
-from vlm_sft.data.loader import Fault
+from vlm_sft.data.batch import LoadError, pad_examples
 from vlm_sft.errors import UserError
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.run_log import Account
 
-BROKEN = Fault(1, "image_broken", "record 'b': cut off")
+BROKEN = LoadError(1, "image_broken", "record 'b': cut off")
 
 
 def account() -> Account:
@@ -37,7 +36,7 @@ def test_records_and_updates_left_out_before_a_resume_count_after_it() -> None:
 
 
 def test_a_step_that_was_loaded_otherwise_than_planned_is_not_trained() -> None:
-    batch = collate([example(2, length=6)], pad_token_id=0)
+    batch = pad_examples([example(2, length=6)], pad_token_id=0)
     account().require_planned([batch], [[2]])
     with pytest.raises(RuntimeError, match=r"gave the records \[\['record-2'\]\], but the step's"):
         account().require_planned([batch], [[1]])

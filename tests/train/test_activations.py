@@ -13,13 +13,11 @@ from accelerate import Accelerator
 from tests.tiny_runs import run
 from tests.train.tiny import example, reset_accelerate, tiny_model
 from vlm_sft.checkpoint.format import read_manifest
-from vlm_sft.data.batch import collate
-from vlm_sft.data.loader import Padded
+from vlm_sft.data.batch import PaddedCollator, pad_examples
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.train import checkpointing_policy as activations
 from vlm_sft.train.checkpointing_policy import Trial, longest_micro_batch, measure
 from vlm_sft.train.live_bytes import LiveBytes, NoRoom
-from vlm_sft.train.train_step import forward
 from vlm_sft.utils import filesystem
 
 
@@ -29,9 +27,9 @@ def trials_with(free: int, monkeypatch: pytest.MonkeyPatch, later: int = 0) -> t
     monkeypatch.setattr(activations, "_free_bytes", lambda device: free)
     accelerator = Accelerator(cpu=True)
     model = tiny_model("projector", "language_model").train()
-    batch = collate([example(n, length=50) for n in range(8)], 0)
+    batch = pad_examples([example(n, length=50) for n in range(8)], 0)
     return measure(
-        lambda: forward(model, batch, accelerator.device).loss_sum.backward(),
+        lambda: model(batch).loss_sum.backward(),
         lambda policy: set_recomputing(model, policy),
         model,
         accelerator,
@@ -91,7 +89,7 @@ def test_the_longest_micro_batch_is_the_one_with_most_positions() -> None:
     steps = [[[0, 1], [2, 3]], [[4, 5, 6]]]
 
     def positions(indices: Sequence[int]) -> int:
-        return Padded(2, 0).num_positions(sizes, indices)
+        return PaddedCollator(2, 0).num_tokens(sizes, indices)
 
     assert longest_micro_batch(steps, positions, processes=1) == ([0, 1], True)
     assert longest_micro_batch(steps, positions, processes=2) == ([0, 1], False)

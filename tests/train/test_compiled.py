@@ -8,16 +8,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.model.tiny import images, rows, sums_of, tiny_model
+from tests.model.tiny import batch_of, images, rows, sums_of, tiny_model
 from tests.rounding import BACKWARD, assert_near, rounding, terms_of_a_run
 from tests.tiny_runs import rows as read_rows
 from tests.tiny_runs import run
 from vlm_sft.config.schema import LoraConfig
+from vlm_sft.data.batch import Batch
 from vlm_sft.errors import ConfigError
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
-from vlm_sft.model.packed_attention import PackLayout, install_packed_attention
+from vlm_sft.model.packed_attention import install_packed_attention
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train.compile import compile_faults_told, compile_layers, eager
 from vlm_sft.train.fsdp import layers_of
 from vlm_sft.utils.constants import Segment
@@ -53,7 +54,7 @@ def learned(model: nn.Module, lengths: list[int]) -> tuple[float, dict[str, Tens
     torch.manual_seed(sum(lengths))  # dropout
     model.zero_grad(set_to_none=True)
     ids = rows(*([5, -1] + [6, 100] * length for length in lengths))
-    output = model(*ids, images(len(lengths)))
+    output = model(batch_of(*ids, images(len(lengths))))
     output.loss_sum.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return output.loss_sum.item(), found
@@ -154,10 +155,19 @@ def test_layers_are_compiled_around_packed_attention_and_rows_of_any_segments_fi
         count = sum(length for length, _ in segments)
         ids = torch.randint(5, 90, (1, count), generator=torch.Generator().manual_seed(count))
         sources = torch.arange(0, count - 1, 3)
-        wanted = Supervision(sources, ids[0, sources + 1], torch.zeros_like(sources), 1)
+        batch = Batch(
+            ("record",),
+            ids,
+            attention_mask=None,
+            segments=tuple(segments),
+            target_positions=sources,
+            target_ids=ids[0, sources + 1],
+            target_records=torch.zeros_like(sources),
+            unique_target_positions=sources,
+        )
         found = []
         for each in (model, plain):
-            output = each(ids, pack_layout=PackLayout(segments), supervision=wanted)
+            output = each(batch)
             output.loss_sum.backward()
             found.append(float(output.loss_sum.detach()))
         return found[0], found[1]

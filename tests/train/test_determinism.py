@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny_runs import ROOT, run
 from vlm_sft.errors import ConfigError
-from vlm_sft.train import train_step as step
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.determinism import ENVIRONMENT, deterministic
 
 
@@ -52,13 +52,13 @@ def test_a_run_trains_under_it(
 ) -> None:
     monkeypatch.chdir(ROOT)
     seen: list[bool] = []
-    forward = step.forward
+    forward = VisionLanguageModel.forward
 
     def noting(*arguments: object) -> object:
         seen.append(torch.are_deterministic_algorithms_enabled())
         return forward(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(step, "forward", noting)
+    monkeypatch.setattr(VisionLanguageModel, "forward", noting)
     options = ["train.max_steps=1", f"train.deterministic={str(asked).lower()}"]
     assert run("stage1", tmp_path / "run", *options) == 0
     assert seen and set(seen) == {asked}

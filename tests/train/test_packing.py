@@ -23,12 +23,12 @@ from tests.train.tiny import (
     tiny_model,
 )
 from vlm_sft.config.schema import PackingConfig
+from vlm_sft.data.batch import Collator, LoadError, PackedCollator, PaddedCollator
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.loader import Batching, Fault, Packed, Padded, load_steps, split
-from vlm_sft.data.packing import PackedBatch
+from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.activation_checkpointing import set_recomputing
-from vlm_sft.model.packed_attention import PackLayout, install_packed_attention
+from vlm_sft.model.packed_attention import PackedLayout, install_packed_attention
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train import packing_check as isolation
 from vlm_sft.train.distributed import make_accelerator
@@ -56,16 +56,19 @@ class Imaged(Records):
         return [len(e.pixel_values) for e in self]
 
     @property
-    def prefix_keys(self) -> list[int]:
+    def prefix_ids(self) -> list[int]:
         return [int(e.pixel_values.sum()) if len(e.pixel_values) else -1 for e in self]
 
     @property
     def prefix_lengths(self) -> list[int]:
         return [1 + NUM_IMAGE_TOKENS if len(e.pixel_values) else 0 for e in self]
 
-    def example(self, index: int, *, first_image: int = 0) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         if index in self.broken:
             raise RecordError("image_broken", "torn", record_id=f"record-{index}", where="a")
+        return super().__getitem__(index)
+
+    def example(self, index: int, *, first_image: int = 0) -> Example:
         found = self[index]
         pixels = found.pixel_values[first_image:]
         return Example(found.record_id, found.input_ids, found.labels, pixels)
@@ -92,26 +95,26 @@ def records(count: int = 9) -> Imaged:
     return found
 
 
-def packed(max_tokens: int, *, share: bool, round_to: int = 1) -> Packed:
-    return Packed(max_tokens, share, round_to, image_cost=0.0, pad_token_id=0)
+def packed(max_tokens: int, *, share: bool, round_to: int = 1) -> PackedCollator:
+    return PackedCollator(max_tokens, share, round_to, image_cost=0.0, pad_token_id=0)
 
 
 def gradients(
-    accelerator: Accelerator, batching: Batching, *, sharded: bool = False
+    accelerator: Accelerator, collator: Collator, *, sharded: bool = False
 ) -> tuple[dict[str, Any], float, int, dict[str, float]]:
     model = double_model(*TRAINABLE)
     install_packed_attention(causal_lm(model.language_model))
     if sharded:
         shard(model, accelerator, "fp32")
     wrapped = model if sharded else accelerator.prepare(model)
-    mine = split(
-        batching,
+    mine = micro_batches_of_rank(
+        collator,
         records(),
         range(9),
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
     )
-    (batches,) = load_steps(records(), [mine], batching=batching, num_workers=0)
+    (batches,) = load_steps(records(), [mine], collator=collator, num_workers=0)
     found = accumulate_gradient(wrapped, batches, accelerator)
     by_name = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     losses = {name: float(loss) for name, loss in found.record_losses}
@@ -130,7 +133,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", sorted(WAYS))
 def test_packing_changes_neither_loss_nor_gradient(way: str) -> None:
-    expected, loss, targets, losses = gradients(make_accelerator("fp32"), Padded(9, 0))
+    expected, loss, targets, losses = gradients(make_accelerator("fp32"), PaddedCollator(9, 0))
     found, packed_loss, packed_targets, packed_losses = gradients(
         make_accelerator("fp32"), WAYS[way]
     )
@@ -167,7 +170,7 @@ def two_processes() -> Sequence[dict[str, Any]]:
 def test_packs_of_two_processes_add_up_to_the_same_gradient(
     kind: str, two_processes: Sequence[dict[str, Any]]
 ) -> None:
-    expected, loss, targets, _ = gradients(make_accelerator("fp32"), Padded(9, 0))
+    expected, loss, targets, _ = gradients(make_accelerator("fp32"), PaddedCollator(9, 0))
     for found in two_processes:
         assert isinstance(found, dict), found
         grads, packed_loss, packed_targets, _ = found[kind]
@@ -179,11 +182,11 @@ def test_packs_of_two_processes_add_up_to_the_same_gradient(
 
 def test_held_out_records_are_packed_too_and_have_the_same_loss() -> None:
     found = []
-    for batching in (Padded(4, 0), packed(80, share=True)):
+    for collator in (PaddedCollator(4, 0), packed(80, share=True)):
         model = tiny_model(*TRAINABLE)
         install_packed_attention(causal_lm(model.language_model))
         accelerator = make_accelerator("fp32")
-        found.append(evaluate(model, records(), accelerator, batching=batching, num_workers=0))
+        found.append(evaluate(model, records(), accelerator, collator=collator, num_workers=0))
     assert found[0][1] == found[1][1]
     assert found[1][0] == pytest.approx(found[0][0], rel=rounding(sums_of(model)))
 
@@ -191,27 +194,27 @@ def test_held_out_records_are_packed_too_and_have_the_same_loss() -> None:
 def test_a_record_that_cannot_be_loaded_leaves_the_rest_of_its_group_whole() -> None:
     broken = records()
     broken.broken = (0,)
-    batching = packed(400, share=True)
-    met: list[Fault] = []
-    step = split(batching, records(), range(9), world_size=1, rank=0)
-    (batches,) = load_steps(broken, [step], batching=batching, num_workers=0, on_fault=met.append)
+    collator = packed(400, share=True)
+    met: list[LoadError] = []
+    step = micro_batches_of_rank(collator, records(), range(9), world_size=1, rank=0)
+    (batches,) = load_steps(broken, [step], collator=collator, num_workers=0, on_error=met.append)
     assert [(fault.index, fault.reason) for fault in met] == [(0, "image_broken")]
     (batch,) = batches
-    assert isinstance(batch, PackedBatch) and len(batch.record_ids) == 8
+    assert batch.segments is not None and len(batch.record_ids) == 8
     places = batch.input_ids == IMAGE_TOKEN_ID
     assert batch.pixel_values is not None
     assert int(places.sum()) == len(batch.pixel_values) * NUM_IMAGE_TOKENS
     with pytest.raises(RecordError, match="torn"):
-        list(load_steps(broken, [step], batching=batching, num_workers=0))
+        list(load_steps(broken, [step], collator=collator, num_workers=0))
 
 
 def test_a_pack_of_which_nothing_can_be_loaded_adds_nothing() -> None:
     broken = records()
     broken.broken = tuple(range(9))
-    batching = packed(400, share=True)
-    met: list[Fault] = []
-    step = split(batching, records(), range(9), world_size=1, rank=0)
-    ((batch,),) = load_steps(broken, [step], batching=batching, num_workers=0, on_fault=met.append)
+    collator = packed(400, share=True)
+    met: list[LoadError] = []
+    step = micro_batches_of_rank(collator, records(), range(9), world_size=1, rank=0)
+    ((batch,),) = load_steps(broken, [step], collator=collator, num_workers=0, on_error=met.append)
     assert len(met) == 9 and batch.record_ids == () and batch.num_targets == 0
 
 
@@ -231,16 +234,16 @@ def model_that(attends: Any) -> VisionLanguageModel:
 
 
 def without_layout(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "pack_layout"}
+    return {name: value for name, value in options.items() if name != "packed_layout"}
 
 
 def with_other_parents(options: dict[str, Any]) -> dict[str, Any]:
     """The second branch continues the first record instead of its prefix."""
-    layout = options.get("pack_layout")
+    layout = options.get("packed_layout")
     if layout is not None:
         parents = [0 if parent == 1 else parent for parent in layout.parents]
         segments = list(zip(layout.lengths, parents, strict=True))
-        options = options | {"pack_layout": PackLayout(segments)}
+        options = options | {"packed_layout": PackedLayout(segments)}
     return options
 
 
@@ -300,9 +303,9 @@ def llama_gradients(prune: bool, checkpointing: bool = False) -> tuple[dict[str,
     rows: list[int] = []
     last = causal_lm(model.language_model).model.layers[-1]  # type: ignore[attr-defined]
     last.mlp.down_proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))
-    batching = packed(400, share=True)
-    step = split(batching, records(), range(9), world_size=1, rank=0)
-    (batches,) = load_steps(records(), [step], batching=batching, num_workers=0)
+    collator = packed(400, share=True)
+    step = micro_batches_of_rank(collator, records(), range(9), world_size=1, rank=0)
+    (batches,) = load_steps(records(), [step], collator=collator, num_workers=0)
     accumulate_gradient(model, batches, make_accelerator("fp32"))
     grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
     return grads, rows[0]
@@ -333,6 +336,6 @@ def test_rows_that_are_padded_or_asked_for_logits_are_computed_whole() -> None:
     install_packed_attention(causal_lm(model.language_model))
     ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    before = model(ids, mask).logits
+    before = model.logits(ids, attention_mask=mask)
     assert isolation.prune_where_safe(model, "sdpa", torch.device("cpu"), 1e-5)
-    assert torch.equal(model(ids, mask).logits, before)
+    assert torch.equal(model.logits(ids, attention_mask=mask), before)

@@ -23,7 +23,8 @@ from vlm_sft.checkpoint.snapshot import plain_component, tensor_component
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors, save_tensors
 from vlm_sft.config.schema import OptimConfig, load_config
-from vlm_sft.data.loader import Padded, load_steps, split
+from vlm_sft.data.batch import PaddedCollator
+from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
@@ -80,15 +81,15 @@ class Run:
         return losses
 
     def _step(self) -> float:
-        batching = Padded(2, pad_token_id=0)
-        chunks = split(
-            batching,
+        collator = PaddedCollator(2, pad_token_id=0)
+        chunks = micro_batches_of_rank(
+            collator,
             eight_records(),
             list(range(8)),
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
         )
-        (batches,) = load_steps(eight_records(), [chunks], batching=batching, num_workers=0)
+        (batches,) = load_steps(eight_records(), [chunks], collator=collator, num_workers=0)
         self.optimizer.zero_grad()
         gradient = accumulate_gradient(self.model, batches, self.accelerator)
         gradient_norm(self.model.parameters(), 1.0)

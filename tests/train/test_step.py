@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from tests.model.tiny import sums_of
 from tests.rounding import rounding
 from tests.train.tiny import Records, double_model, example, in_processes, tiny_model
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import PaddedCollator, pad_examples
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.loader import Padded, load_steps, split
+from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.parts import named_parts
 from vlm_sft.train.distributed import make_accelerator, rank0_only
@@ -22,7 +22,6 @@ from vlm_sft.train.fsdp import shard
 from vlm_sft.train.optimizer import gradient_norm
 from vlm_sft.train.train_step import (
     accumulate_gradient,
-    forward,
     non_finite_fault,
     refuse_non_finite,
     step_seed,
@@ -52,15 +51,15 @@ def gradients(
     if sharded:
         shard(model, accelerator, "fp32", reshard_after_forward=reshard_after_forward)
     wrapped = model if sharded else accelerator.prepare(model)
-    batching = Padded(micro_batch_size, pad_token_id=0)
-    mine = split(
-        batching,
+    collator = PaddedCollator(micro_batch_size, pad_token_id=0)
+    mine = micro_batches_of_rank(
+        collator,
         eight_records(),
         records,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
     )
-    (batches,) = load_steps(eight_records(), [mine], batching=batching, num_workers=0)
+    (batches,) = load_steps(eight_records(), [mine], collator=collator, num_workers=0)
     found = accumulate_gradient(wrapped, batches, accelerator)
     found_by_name = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     grads = {name: full_tensor(grad).numpy() for name, grad in found_by_name.items()}
@@ -147,13 +146,13 @@ def test_sharing_out_the_weights_does_not_change_the_gradient(
 
 def test_a_float64_model_stays_in_float64_from_its_pixels_to_its_loss() -> None:
     model = double_model(*TRAINABLE)
-    batch = collate(eight_records()[:2], 0)
+    batch = pad_examples(eight_records()[:2], 0)
     assert batch.pixel_values is not None
     features = model.vision_tower(batch.pixel_values)
     assert features.dtype == model.embed(batch.input_ids, batch.pixel_values).dtype == torch.float64
     # An image's float32 twin differs: the tower did not pass through float32 on its way.
     assert not torch.equal(features, features.float().double())
-    output = forward(model, batch, torch.device("cpu"))
+    output = model(batch)
     assert output.loss_sum.dtype == output.per_record_loss.dtype == torch.float64
 
 
@@ -187,7 +186,7 @@ def test_a_broken_record_is_raised_in_its_turn_from_a_worker_too(num_workers: in
     steps = load_steps(
         BrokenRecords(eight_records()),
         [[[0], [1]], [[2]]],
-        batching=Padded(1, 0),
+        collator=PaddedCollator(1, 0),
         num_workers=num_workers,
     )
     assert [batch.record_ids for batch in next(steps)] == [("record-0",), ("record-1",)]
@@ -204,8 +203,14 @@ def test_a_step_without_supervised_tokens_has_loss_and_gradient_zero() -> None:
 
 
 def test_split_gives_every_process_the_same_number_of_micro_batches() -> None:
-    assert split(Padded(2, 0), None, range(5), world_size=2, rank=0) == [[0, 1], [4]]
-    assert split(Padded(2, 0), None, range(5), world_size=2, rank=1) == [[2, 3], []]
+    assert micro_batches_of_rank(PaddedCollator(2, 0), None, range(5), world_size=2, rank=0) == [
+        [0, 1],
+        [4],
+    ]
+    assert micro_batches_of_rank(PaddedCollator(2, 0), None, range(5), world_size=2, rank=1) == [
+        [2, 3],
+        [],
+    ]
 
 
 def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
@@ -218,7 +223,7 @@ def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
         features[(images[0] == 255).all(dim=(1, 2, 3))] = float("nan")
 
     model.vision_tower.register_forward_hook(spoil)
-    (batches,) = load_steps(records, [[[0, 1, 2]]], batching=Padded(8, 0), num_workers=0)
+    (batches,) = load_steps(records, [[[0, 1, 2]]], collator=PaddedCollator(8, 0), num_workers=0)
     gradient = accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     norm = gradient_norm(model.multi_modal_projector.parameters(), 1.0)
     with pytest.raises(UserError, match=r"step 7: the loss is not finite \(records 'record-2'\)"):
@@ -237,7 +242,7 @@ def held_out_loss(accelerator: Accelerator, micro_batch_size: int) -> Any:
         model,
         records,
         accelerator,
-        batching=Padded(micro_batch_size, pad_token_id=0),
+        collator=PaddedCollator(micro_batch_size, pad_token_id=0),
         num_workers=0,
     )
 
@@ -258,7 +263,9 @@ def test_the_held_out_loss_is_a_mean_over_tokens_however_it_is_cut_up(
 def test_frozen_parts_get_no_gradient() -> None:
     accelerator = make_accelerator("fp32")
     model = tiny_model("projector")
-    (batches,) = load_steps(eight_records(), [[[0, 1]]], batching=Padded(8, 0), num_workers=0)
+    (batches,) = load_steps(
+        eight_records(), [[[0, 1]]], collator=PaddedCollator(8, 0), num_workers=0
+    )
     accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     for part, named in named_parts(model).items():
         assert all((p.grad is not None) == (part == "projector") for _, p in named)
@@ -272,7 +279,7 @@ def test_no_room_on_the_gpu_is_told_with_the_records(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     accelerator = make_accelerator("fp32")
-    batch = collate(eight_records()[:2], 0)
+    batch = pad_examples(eight_records()[:2], 0)
     model = tiny_model(*TRAINABLE)
     monkeypatch.setattr(
         *((model, "forward") if phase == "forward" else (accelerator, "backward")), no_room

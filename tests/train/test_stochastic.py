@@ -21,7 +21,7 @@ from vlm_sft import check
 from vlm_sft.checkpoint.optimizer import optimizer_component
 from vlm_sft.config.resume import rule_of
 from vlm_sft.config.schema import LearningRates, LoraConfig, OptimConfig, load_config
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import pad_examples
 from vlm_sft.errors import ConfigError
 from vlm_sft.export.__main__ import main as export
 from vlm_sft.model.build import build_model
@@ -30,7 +30,6 @@ from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.adamw_bf16 import StochasticAdamW, round_stochastically
 from vlm_sft.train.fsdp import choose_sharding
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm, optimizer_state_bytes
-from vlm_sft.train.train_step import forward
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
@@ -191,17 +190,17 @@ def losses(kind: str, rate: float, steps: int = 30) -> Tensor:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if kind == "nearest":
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    batch = collate([example(number, length=16) for number in range(4)], 0)
+    batch = pad_examples([example(number, length=16) for number in range(4)], 0)
     found = []
     for _ in range(steps):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            output = forward(model, batch, torch.device("cpu"))
+            output = model(batch)
         (output.loss_sum / output.num_targets).backward()
         gradient_norm(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
-            output = forward(copy.deepcopy(model).float(), batch, torch.device("cpu"))
+            output = copy.deepcopy(model).float()(batch)
         found.append(float(output.loss_sum / output.num_targets))
     return torch.tensor(found)
 

@@ -12,10 +12,9 @@ from vlm_sft.checks.machine import run_device
 from vlm_sft.checks.verdict import Verdict
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import Data, Language
-from vlm_sft.data.loader import Faults
+from vlm_sft.data.loader import load_batch
 from vlm_sft.errors import UserError
 from vlm_sft.inference.samples import Answers
-from vlm_sft.model.packed_attention import Backend
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -23,7 +22,7 @@ from vlm_sft.train.checkpointing_policy import longest_micro_batch
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.optimizer import build_optimizer
 from vlm_sft.train.packing_check import prepare_packing
-from vlm_sft.train.train_step import forward, told_with_records
+from vlm_sft.train.train_step import told_with_records
 from vlm_sft.train.trainer import Plan
 from vlm_sft.utils.libraries import library_call
 
@@ -35,14 +34,14 @@ def try_longest_batch(
     config: RunConfig, plan: Plan, data: Data, model: VisionLanguageModel, verdict: Verdict
 ) -> None:
     """Train on the run's longest batch without an update, and look at loss and gradients."""
-    device, positions = run_device(), plan.batching.num_positions
+    device, positions = run_device(), plan.collator.num_tokens
     with (
         verdict.examine("longest batch"),
         _shared_memory(model, verdict),
         deterministic(config.train.deterministic),
     ):
         steps = (
-            plan.batching.share_out(data.train, plan.records_of_step(step), 1)
+            plan.collator.assign_to_ranks(data.train, plan.records_of_step(step), 1)
             for step in range(plan.total_steps)
         )
         indices, _ = longest_micro_batch(steps, lambda i: positions(data.train, i), processes=1)
@@ -118,17 +117,19 @@ def _loss_with_gradients(
     indices: Sequence[int],
     device: torch.device,
 ) -> float:
-    lenient = config.data.on_error == "quarantine"
-    batch = plan.batching.load(data.train, indices, Faults(lenient))
+    batch = load_batch(
+        data.train,
+        indices,
+        collator=plan.collator,
+        on_error=None if config.data.on_error != "quarantine" else lambda error: None,
+    )
     model.to(device).train()
-    backend: Backend = "sdpa"
     if (packing := config.train.packing) is not None:
-        precision = config.train.precision
-        backend = prepare_packing(model, packing, precision, device, _autocast(config, device))
+        prepare_packing(model, packing, config.train.precision, device, _autocast(config, device))
     torch.manual_seed(config.seed)
     with told_with_records(batch):
         with _autocast(config, device):
-            output = forward(model, batch, device, backend)
+            output = model(batch.to(device))
         (output.loss_sum / max(1, int(output.num_targets))).backward()
     return float(output.loss_sum.detach()) / max(1, int(output.num_targets))
 

@@ -280,7 +280,7 @@ def _check_steps(
 ) -> None:
     sampler = make_sampler(config, data.train)
     summary = packing_summary(
-        plan.batching, sampler, data.train, num_steps=plan.total_steps, world_size=1
+        plan.collator, sampler, data.train, num_steps=plan.total_steps, world_size=1
     )
     if summary is not None:
         verdict.add("packs", True, summary.removeprefix("packing: "))

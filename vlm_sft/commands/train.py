@@ -172,7 +172,7 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         samples = Answers(config, language, model, data.eval)
     trainer = make_trainer(config, stage, accelerator, language, model, identity, data, samples)
     summary = packing_summary(
-        trainer.plan.batching,
+        trainer.plan.collator,
         make_sampler(config, data.train),
         data.train,
         num_steps=trainer.plan.total_steps,

@@ -8,11 +8,11 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.config.schema import DataFile, RunConfig
+from vlm_sft.data.batch import Collator, LoadError, PackedCollator, PaddedCollator
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.loader import Batching, Fault, Packed, Padded
-from vlm_sft.data.packing import Sizes, packing_figures
+from vlm_sft.data.packing import RecordLengths, packing_stats
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.text_encoder import load_tokenizer, padding_id
 from vlm_sft.data.tokenize import ChatTokenizer
@@ -48,13 +48,13 @@ class Data:
         if self.eval_ledger is not None:
             self.eval_ledger.write(output_dir / "ledger_eval.jsonl")
 
-    def quarantine(self, fault: Fault, output_dir: Path, *, held_out: bool) -> None:
+    def quarantine(self, error: LoadError, output_dir: Path, *, held_out: bool) -> None:
         """Account for a record that turned out broken on the way."""
         dataset = self.eval if held_out else self.train
         assert dataset is not None
-        if dataset.quarantine(fault.index, fault.reason, fault.message):
+        if dataset.quarantine(error.index, error.reason, error.message):
             self.write_ledgers(output_dir)
-            say(f"quarantined: {fault.message}")
+            say(f"quarantined: {error.message}")
 
     def summary(self) -> str:
         """A line for each ledger."""
@@ -118,7 +118,7 @@ def load_data(
     return Data(train, train_ledger, load(config.data.eval, eval_ledger), eval_ledger)
 
 
-class Ordered(Sizes, Protocol):
+class Ordered(RecordLengths, Protocol):
     """What the order of a run's records hangs on."""
 
     @property
@@ -139,12 +139,12 @@ def make_sampler(config: RunConfig, train: Ordered) -> StepSampler:
         seed=config.seed,
         lengths=train.lengths if by_length else None,
         has_image=train.has_image if by_length else None,
-        prefix_keys=train.prefix_keys if config.train.share_image_prefix else None,
+        prefix_ids=train.prefix_ids if config.train.share_image_prefix else None,
     )
 
 
-def make_batching(config: RunConfig, pad_token_id: int, image_cost: float) -> Batching:
-    """Padded or packed, as the configuration says.
+def make_collator(config: RunConfig, pad_token_id: int, image_cost: float) -> Collator:
+    """Build the padded or packed collator that the configuration asks for.
 
     Args:
         config: The run.
@@ -154,10 +154,10 @@ def make_batching(config: RunConfig, pad_token_id: int, image_cost: float) -> Ba
     packing = config.train.packing
     if packing is None:
         assert config.train.micro_batch_size is not None
-        return Padded(config.train.micro_batch_size, pad_token_id)
-    return Packed(
+        return PaddedCollator(config.train.micro_batch_size, pad_token_id)
+    return PackedCollator(
         max_tokens=packing.max_tokens,
-        share_prefixes=config.train.share_image_prefix,
+        share_image_prefix=config.train.share_image_prefix,
         round_to=packing.round_to,
         image_cost=0.0 if config.data.feature_cache else image_cost,
         pad_token_id=pad_token_id,
@@ -174,23 +174,28 @@ def sampled_steps(total: int) -> list[int]:
 
 
 def packing_summary(
-    batching: Batching, sampler: StepSampler, train: Sizes, *, num_steps: int, world_size: int
+    collator: Collator,
+    sampler: StepSampler,
+    train: RecordLengths,
+    *,
+    num_steps: int,
+    world_size: int,
 ) -> str | None:
     """Return how well the packed rows of a run are filled, in a sentence; None without packing.
 
     Args:
-        batching: Padded or packed.
+        collator: Padded or packed.
         sampler: The records of each step.
         train: Lengths of all records.
         num_steps: Steps of the run, of which a few are measured.
         world_size: Number of ranks.
     """
-    if not isinstance(batching, Packed):
+    if not isinstance(collator, PackedCollator):
         return None
     steps = [
-        batching.share_out(train, sampler.step_indices(step), world_size)
+        collator.assign_to_ranks(train, sampler.step_indices(step), world_size)
         for step in sampled_steps(num_steps)
     ]
-    return packing_figures(
-        steps, train, max_tokens=batching.max_tokens, share_prefixes=batching.share_prefixes
-    ).told(batching.max_tokens)
+    return packing_stats(
+        steps, train, max_tokens=collator.max_tokens, share_image_prefix=collator.share_image_prefix
+    ).summary(collator.max_tokens)

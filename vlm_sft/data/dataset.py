@@ -50,6 +50,9 @@ class Example:
         pixel_values: [n, 3, H, W] uint8, the images in reading order; n may be 0.
         image_features: [n, tokens, width], what the tower made of the images; then there are no
             `pixel_values`.
+        shared_prefix_length: Leading tokens, the first image's included, that repeat those of the
+            example before this one in its batch. If it is not 0, the first image is not loaded
+            again.
     """
 
     record_id: str
@@ -57,6 +60,7 @@ class Example:
     labels: Tensor
     pixel_values: Tensor
     image_features: Tensor | None = None
+    shared_prefix_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class SupervisedDataset(Dataset[Example]):
         """How often each record is seen in an epoch."""
         self.has_image: list[bool] = []
         self.num_images = array("i")
-        self.prefix_keys = array("q")
+        self.prefix_ids = array("q")
         """The same number for records that begin alike up to and with their first image, none of
         that supervised; -1 where there is no such beginning."""
         self.prefix_lengths = array("i")
@@ -282,7 +286,7 @@ class SupervisedDataset(Dataset[Example]):
         found = shared_prefix(record, tokenized, num_image_tokens=self._num_image_tokens)
         digest, length = found or (b"", 0)
         known = self._prefixes.setdefault(digest, len(self._prefixes)) if digest else -1
-        self.prefix_keys.append(known)
+        self.prefix_ids.append(known)
         self.prefix_lengths.append(length)
 
     # --- looking

@@ -21,7 +21,7 @@ class StepSampler:
         seed: The run's seed.
         lengths: With `has_image`: put records of like length and one modality into a batch.
         has_image: Whether each record has images.
-        prefix_keys: Instead of these two: records of one key (not -1) come one behind the other.
+        prefix_ids: Instead of these two: records of one key (not -1) come one behind the other.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class StepSampler:
         seed: int,
         lengths: Sequence[int] | None = None,
         has_image: Sequence[bool] | None = None,
-        prefix_keys: Sequence[int] | None = None,
+        prefix_ids: Sequence[int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self._weights = np.asarray(weights, dtype=np.float64)
         self._batch_size, self._seed = batch_size, seed
         self._lengths, self._has_image = lengths, has_image
-        self._prefix_keys = prefix_keys
+        self._prefix_keys = prefix_ids
         self._cached: tuple[int, list[int]] = (0, self._order(0))
 
     @property
@@ -160,7 +160,7 @@ def group_by_length(
     ]
 
 
-def group_by_prefix(order: Sequence[int], prefix_keys: Sequence[int]) -> list[int]:
+def group_by_prefix(order: Sequence[int], prefix_ids: Sequence[int]) -> list[int]:
     """`order` rearranged so that records that share a prefix follow the first of them.
 
     So images are shuffled instead of records. A record that an epoch sees again goes with the
@@ -170,7 +170,7 @@ def group_by_prefix(order: Sequence[int], prefix_keys: Sequence[int]) -> list[in
     looks: dict[int, int] = {}
     for place, index in enumerate(order):
         look = looks[index] = looks.get(index, -1) + 1
-        key = prefix_keys[index]
+        key = prefix_ids[index]
         groups.setdefault((key, look) if key >= 0 else (-1 - place, 0), []).append(index)
     return [index for group in groups.values() for index in group]
 

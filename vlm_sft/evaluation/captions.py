@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.tokenize import expand
@@ -63,9 +63,8 @@ def _losses_of(
         replace(example, pixel_values=run.pixels(Path(others[str(record.images[0])]))[None])
         for example, record in zip(own, records, strict=True)
     ]
-    batch = collate([*own, *foreign], run.pad_token_id).to(run.device)
-    found = run.model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixel_values)
-    losses = found.per_record_loss.tolist()
+    batch = pad_examples([*own, *foreign], run.pad_token_id)
+    losses = run.model(batch.to(run.device)).per_record_loss.tolist()
     return [
         CaptionLoss(str(record.images[0]), _num_targets(example), right, shuffled)
         for record, example, right, shuffled in zip(

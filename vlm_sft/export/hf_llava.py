@@ -204,11 +204,10 @@ def _reference_logits(model: VisionLanguageModel, pixels: Tensor, ids: Tensor) -
     training = model.training
     model.eval()
     device = next(model.language_model.parameters()).device
-    logits = model(
-        ids.to(device), torch.ones_like(ids, dtype=torch.bool, device=device), None, pixels
-    ).logits
+    mask = torch.ones_like(ids, dtype=torch.bool, device=device)
+    logits = model.logits(ids.to(device), pixel_values=pixels, attention_mask=mask)
     model.train(training)
-    return cast(Tensor, logits).float().cpu()
+    return logits.float().cpu()
 
 
 def _stock_model(

@@ -98,7 +98,7 @@ class VlmRun:
         Args:
             pixels: uint8 `[3, size, size]` each, at least one.
         """
-        return list(self.model.image_embeds_of(torch.stack(list(pixels)).to(self.device)))
+        return list(self.model.encode_images(torch.stack(list(pixels)).to(self.device)))
 
     def answers(
         self,
@@ -120,10 +120,11 @@ class VlmRun:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
             mask[row, width - len(prompt) :] = 1
-        found = self.model.generate(
-            ids.to(self.device),
+        ids = ids.to(self.device)
+        self.model.require_matching_images(ids, len(images))
+        found = self.model.generate_from_embeds(
+            self.model.embed(ids, torch.stack(list(images)) if images else None),
             mask.to(self.device),
-            image_embeds=torch.stack(list(images)) if images else None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=list(self.chat_tokenizer.eot_token_ids),

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.batch import LoadError
 from vlm_sft.data.build import Language
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.loader import Fault, Faults
 from vlm_sft.data.tokenize import expand
 from vlm_sft.errors import RecordError
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -29,26 +29,25 @@ class Answers:
     data: SupervisedDataset
     max_new_tokens: int = MAX_ANSWER_TOKENS
 
-    def __call__(self, on_fault: Callable[[Fault], None] | None) -> list[dict[str, Any]]:
+    def __call__(self, on_error: Callable[[LoadError], None] | None) -> list[dict[str, Any]]:
         """Return rows of `id`, `question`, `answer`, `expected`, spread over the held-out records.
 
         Args:
-            on_fault: Called with each record whose image cannot be read, which has no row; None:
+            on_error: Called with each record whose image cannot be read, which has no row; None:
                 such a record raises.
 
         Raises:
-            RecordError: An image cannot be read and `on_fault` is None.
+            RecordError: An image cannot be read and `on_error` is None.
         """
         count = min(self.config.train.eval_samples, len(self.data))
-        faults, rows = Faults(lenient=on_fault is not None), []
+        rows = []
         for index in (i * len(self.data) // count for i in range(count)):
             try:
                 rows.append(self._row(index))
             except RecordError as error:
-                faults.note(index, error)
-        if on_fault is not None:
-            for fault in faults.met:
-                on_fault(fault)
+                if on_error is None:
+                    raise
+                on_error(LoadError.of(index, error))
         return rows
 
     def _row(self, index: int) -> dict[str, Any]:

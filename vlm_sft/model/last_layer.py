@@ -25,8 +25,8 @@ class LastMlp:
 
     def note(self, attention: nn.Module, args: Any, options: dict[str, Any]) -> None:
         """Before the layer's attention, in its recomputation too: what this row needs."""
-        layout = options.get("pack_layout")
-        self._rows = None if layout is None else layout.needed
+        layout = options.get("packed_layout")
+        self._rows = None if layout is None else layout.target_positions
 
     def select(self, mlp: nn.Module, args: tuple[Any, ...]) -> Any:
         """Before the MLP: only the rows that are needed."""
@@ -50,7 +50,7 @@ def prune_last_mlp(language_model: nn.Module) -> LastMlp | None:
 
     Of a layer's products it is about two thirds, and in instruction data six of seven positions
     predict nothing. The residual and the last norm go over all positions, so the places of the
-    others hold what nobody reads. Rows without a `PackLayout.needed` are computed whole.
+    others hold what nobody reads. Rows without `PackedLayout.target_positions` are computed whole.
 
     Returns:
         The hooks, or None where the layers are not made of `self_attn` and `mlp`, or where the

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlm_sft.model.packed_attention import PackLayout
+from vlm_sft.model.packed_attention import PackedLayout
 
 
 def add_noise(embeds: Tensor, lengths: Tensor, alpha: float) -> Tensor:
@@ -31,17 +31,17 @@ def add_noise(embeds: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     return embeds + spread
 
 
-def text_lengths(is_text: Tensor, pack_layout: PackLayout | None = None) -> Tensor:
+def text_lengths(is_text: Tensor, layout: PackedLayout | None = None) -> Tensor:
     """At every position of text the number of its record's text tokens, 0 elsewhere, `[B, T]`.
 
     Args:
         is_text: `[B, T]` bool: neither image nor padding.
-        pack_layout: The segments of a packed row; a shared prefix takes the length of the longest
+        layout: The segments of a packed row; a shared prefix takes the length of the longest
             record that begins with it. None: one record a row.
     """
-    if pack_layout is None:
+    if layout is None:
         return is_text.sum(dim=1, keepdim=True) * is_text
-    segments, sees = pack_layout.segment_of_token, pack_layout.related
+    segments, sees = layout.segment_of_token, layout.related
     own = torch.zeros(len(sees), dtype=torch.int64, device=is_text.device)
     own = own.index_add(0, segments, is_text[0].long())
     whole = (sees * own).sum(dim=1)

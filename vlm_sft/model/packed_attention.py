@@ -27,16 +27,15 @@ NAME: Final = "vlm_sft_packed"
 """Under which transformers knows `packed_attention`."""
 
 
-class PackLayout:
+class PackedLayout:
     """Which tokens of a packed row `[1, T]` see which, and at what positions they stand.
 
     Args:
         segments: All of the row, one behind the other; a parent stands before its children.
         device: Where the row is.
         backend: The kernel that computes it.
-        needed: `[rows]` int64, where in the row a token is predicted, each place once; None: all
-            states are wanted.
-        padding: Tokens at the end of the row that belong to no record.
+        target_positions: int64, the positions whose hidden states predict a token, without
+            duplicates; None: all hidden states are needed.
     """
 
     def __init__(
@@ -44,11 +43,9 @@ class PackLayout:
         segments: Sequence[Segment],
         device: torch.device | str = "cpu",
         backend: Backend = "sdpa",
-        needed: Tensor | None = None,
-        padding: int = 0,
+        target_positions: Tensor | None = None,
     ) -> None:
-        self.padding = padding
-        self.needed = needed
+        self.target_positions = target_positions
         self.lengths = [length for length, _ in segments]
         self.parents = [parent for _, parent in segments]
         self.device, self.backend = torch.device(device), backend
@@ -77,14 +74,6 @@ class PackLayout:
             for keys, length in zip(self.num_keys, self.lengths, strict=True)
         ]
         return torch.cat(ranges).unsqueeze(0).to(self.device, non_blocking=True)
-
-    @cached_property
-    def real_tokens(self) -> Tensor | None:
-        """`[1, T]` bool, false on padding; None: there is none."""
-        if not self.padding:
-            return None
-        num_tokens = sum(self.lengths)
-        return (torch.arange(num_tokens) < num_tokens - self.padding)[None].to(self.device)
 
     @cached_property
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
@@ -161,10 +150,10 @@ def packed_attention(
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
-    pack_layout: PackLayout | None = None,
+    packed_layout: PackedLayout | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention of transformers' kind: SDPA as ever, or by `pack_layout` where one is given.
+    """An attention of transformers' kind: SDPA as ever, or by `packed_layout` where one is given.
 
     Args:
         module: The layer's attention.
@@ -174,13 +163,13 @@ def packed_attention(
         attention_mask: For SDPA; a layout needs none.
         dropout: Of the attention weights.
         scaling: Of the scores; None: one over the root of D.
-        pack_layout: Of the row; comes from the model's forward.
+        packed_layout: Of the row; comes from the model's forward.
         options: `sliding_window` is heeded, `softcap` refused; others belong to other kernels.
 
     Returns:
         `[1, T, H, D]`, and None in place of the weights.
     """
-    if pack_layout is None:
+    if packed_layout is None:
         return cast(
             tuple[Tensor, None],
             sdpa_attention_forward(
@@ -194,19 +183,19 @@ def packed_attention(
         )
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
     window = cast("int | None", options.get("sliding_window"))
-    if dropout and pack_layout.backend in ("varlen", "flex"):
+    if dropout and packed_layout.backend in ("varlen", "flex"):
         raise UserError(
-            f"train.packing.attention: {pack_layout.backend} cannot drop attention weights, which "
-            f"{type(module).__name__} wants; set it to sdpa"
+            f"train.packing.attention: {packed_layout.backend} has no attention dropout, which "
+            f"{type(module).__name__} uses; set it to sdpa"
         )
-    kernel = _KERNELS[pack_layout.backend]
-    return kernel(_Call(pack_layout, query, key, value, scale, window, dropout)), None
+    kernel = _KERNELS[packed_layout.backend]
+    return kernel(_Call(packed_layout, query, key, value, scale, window, dropout)), None
 
 
 class _Call(NamedTuple):
     """What a kernel is asked: `[1, heads, T, D]` each, and how."""
 
-    layout: PackLayout
+    layout: PackedLayout
     query: Tensor
     key: Tensor
     value: Tensor

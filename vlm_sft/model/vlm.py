@@ -1,4 +1,4 @@
-"""The vision-language model: tower, projector and language model, and the loss where it counts."""
+"""The vision-language model: vision tower, projector and language model, with its training loss."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -7,67 +7,57 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlm_sft.data.batch import Batch
 from vlm_sft.errors import UserError
 from vlm_sft.model.loss import chunked_cross_entropy
 from vlm_sft.model.neftune import add_noise, text_lengths
-from vlm_sft.model.packed_attention import PackLayout
+from vlm_sft.model.packed_attention import Backend, PackedLayout
 from vlm_sft.model.positions import position_limit
 from vlm_sft.model.router import router_loss, router_loss_coefficient
 from vlm_sft.model.vision_tower import VisionTower
-from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """Which hidden states predict which tokens, in a batch whose rows are laid end to end.
-
-    Attributes:
-        sources: Places of the predicting states, `[num_targets]`.
-        targets: Ids of the tokens predicted, `[num_targets]`.
-        records: The record that each belongs to, `[num_targets]`.
-        num_records: Records of the batch.
-    """
-
-    sources: Tensor
-    targets: Tensor
-    records: Tensor
-    num_records: int
-
-    @classmethod
-    def of_labels(cls, labels: Tensor) -> "Supervision":
-        """Of padded rows, each a record: labels `[B, T]` aligned with the ids, not shifted."""
-        shifted = labels[:, 1:]
-        rows, columns = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
-        sources = rows * labels.shape[1] + columns
-        return cls(sources, shifted[rows, columns], rows, len(labels))
+from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 
 @dataclass(frozen=True)
 class VlmOutput:
-    """What one forward pass gives.
+    """Loss of one batch.
 
     Attributes:
-        loss_sum: Cross-entropy summed over all supervised tokens, with gradient; in float32, or in
-            the model's own dtype where that is wider. In a mixture of experts whose own loss has
-            one, plus the router loss times `num_targets`, so that a token's mean is the model's
-            own loss.
-        num_targets: Number of supervised tokens, int64 scalar.
-        per_record_loss: Summed cross-entropy of each record `[B]`, without gradient and without
-            the router loss.
-        logits: `[B, T, V]`, only when no labels were given.
+        loss_sum: Cross-entropy summed over all targets (scalar, with gradient), in float32 or in
+            the dtype of the model if that is wider. For a mixture of experts whose own loss has
+            one, plus the router loss times `num_targets`, so that the mean per token is the loss
+            of the model itself.
+        num_targets: Number of targets (int64 scalar).
+        per_record_loss: `[records]`, summed cross-entropy of each record, without gradient and
+            without the router loss.
     """
 
     loss_sum: Tensor
     num_targets: Tensor
     per_record_loss: Tensor
-    logits: Tensor | None = None
 
 
 class VisionLanguageModel(nn.Module):
-    """LLaVA's composition (arXiv 2304.08485, section 4.1): tower, projector, language model.
+    """LLaVA's composition (arXiv 2304.08485, section 4.1): vision tower, projector, language model.
 
-    The submodules carry the names of `LlavaForConditionalGeneration`. `neftune_alpha`: strength of
-    the noise on text embeddings in training mode, None for none.
+    The training forward pass of a `Batch` has four steps, each a method:
+
+    1. `encode_images`: images `[N, 3, H, W]` through tower and projector to image embeddings
+       `[N, image tokens, D]`.
+    2. `embed`: text embeddings `[B, T, D]`, with the image embeddings at their placeholders.
+    3. `decode`: embeddings through the language model's layers to hidden states `[B, T, D]`.
+    4. `loss`: hidden states at the target positions through the head to the summed cross-entropy.
+
+    The submodules have the names of `LlavaForConditionalGeneration`.
+
+    Args:
+        vision_tower: Frozen; images to features `[N, image tokens, width]`.
+        multi_modal_projector: Features to embeddings of the language model.
+        language_model: A causal language model of transformers, possibly wrapped by peft.
+
+    Attributes:
+        neftune_alpha: Strength of the noise on text embeddings in training mode; None for none.
+        attention_backend: The attention kernel of packed batches.
     """
 
     def __init__(
@@ -81,78 +71,152 @@ class VisionLanguageModel(nn.Module):
         self.multi_modal_projector = multi_modal_projector
         self.language_model = language_model
         self.neftune_alpha: float | None = None
+        self.attention_backend: Backend = "sdpa"
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        *,
-        image_features: Tensor | None = None,
-        pack_layout: PackLayout | None = None,
-        supervision: Supervision | None = None,
-    ) -> VlmOutput:
-        """Loss of padded or packed records, or their logits where nothing says what to predict.
+    def forward(self, batch: Batch) -> VlmOutput:
+        """Return the loss of a batch, padded or packed.
 
         Args:
-            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each image.
-            attention_mask: `[B, T]`, false (0) on padding; None: there is none.
-            labels: `[B, T]`, aligned with `input_ids` (not shifted); -100 carries no loss.
-            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
-            image_features: `[N, tokens, width]`, what the tower makes of the images, instead.
-            pack_layout: The segments of one row `[1, T]` of packed records, in place of
-                `attention_mask`; the model needs `install_packed_attention`.
-            supervision: What to predict, in place of `labels`.
+            batch: On the device of the model. A packed one needs `install_packed_attention`.
 
         Raises:
-            UserError: If placeholders and images do not match, naming both counts.
+            UserError: If image placeholders and images do not match; it names both counts.
         """
-        images = None if image_features is None else self._projected(image_features)
-        embeds = self.embed(input_ids, pixel_values, images)
+        self.require_matching_images(batch.input_ids, batch.num_images)
+        if batch.image_features is not None:
+            image_embeds = self.project(batch.image_features)
+        elif batch.pixel_values is not None and batch.num_images:
+            image_embeds = self.encode_images(batch.pixel_values)
+        else:
+            image_embeds = None
+        embeds = self.embed(batch.input_ids, image_embeds)
+        layout = None
+        if batch.segments is not None:
+            layout = PackedLayout(
+                batch.segments,
+                embeds.device,
+                self.attention_backend,
+                batch.unique_target_positions,
+            )
         if self.training and self.neftune_alpha is not None:
-            is_text = input_ids != IMAGE_TOKEN_ID
-            if attention_mask is not None:
-                is_text = is_text & attention_mask.bool()
-            embeds = add_noise(embeds, text_lengths(is_text, pack_layout), self.neftune_alpha)
-        if images is None and (pixel_values is None or pixel_values.shape[0] == 0):
-            embeds = embeds + self._constant_image(embeds)
-        if supervision is None and labels is not None:
-            supervision = Supervision.of_labels(labels)
-        hidden, of_router = self._hidden(
-            embeds, attention_mask, pack_layout, with_router_loss=supervision is not None
-        )
-        if supervision is None:
-            none = hidden.new_zeros((), dtype=_loss_dtype(hidden))
-            count = torch.zeros((), dtype=torch.int64, device=hidden.device)
-            return VlmOutput(none, count, none.expand(len(hidden)), self._logits(hidden))
-        return self._loss(hidden, supervision, of_router)
+            is_text = batch.input_ids != IMAGE_TOKEN_ID
+            # The padding of a packed row is a segment of its own and gets noise that nobody reads.
+            if layout is None and batch.attention_mask is not None:
+                is_text = is_text & batch.attention_mask
+            embeds = add_noise(embeds, text_lengths(is_text, layout), self.neftune_alpha)
+        if image_embeds is None:
+            embeds = embeds + self._dummy_image(embeds)
+        hidden, router = self.decode(embeds, batch.attention_mask, layout, with_router_loss=True)
+        return self.loss(hidden, batch, router)
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        image_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """Embeddings `[B, T, D]` of the language model, image embeddings in their places.
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Return image embeddings `[N, image tokens, D]` of `[N, 3, H, W]` uint8 images."""
+        return self.project(self.vision_tower(pixel_values))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return image embeddings `[N, image tokens, D]` of features `[N, image tokens, width]`."""
+        dtype = next(self.multi_modal_projector.parameters()).dtype
+        return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
+
+    def embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
+        """Return embeddings `[B, T, D]` of the language model, image embeddings in their places.
 
         Args:
-            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each feature of each image.
-            pixel_values: `[N, 3, H, W]` uint8, in the placeholders' order; None or N = 0 for text.
-            image_embeds: `[N, tokens, D]`, what `image_embeds_of` gave for the images, instead.
-
-        Raises:
-            UserError: If placeholders and images do not match, naming both counts.
+            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each token of each image.
+            image_embeds: `[N, image tokens, D]` in the order of their placeholders, exactly as many
+                as there are placeholders; None if there are none.
         """
         is_image = input_ids == IMAGE_TOKEN_ID
         table = causal_lm(self.language_model).get_input_embeddings()
         embeds = cast(Tensor, table(input_ids.masked_fill(is_image, 0)))
-        if image_embeds is None and pixel_values is not None and len(pixel_values):
-            image_embeds = self.image_embeds_of(pixel_values)
-        self._check_counts(is_image, 0 if image_embeds is None else len(image_embeds))
         if image_embeds is None:
             return embeds
         return embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(embeds.dtype))
+
+    def decode(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        layout: PackedLayout | None = None,
+        *,
+        with_router_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the layers of the language model.
+
+        Args:
+            embeds: `[B, T, D]`.
+            attention_mask: `[B, T]` bool, false on padding; None: there is no padding.
+            layout: Segments of a packed row, which then decide what attends to what.
+            with_router_loss: Compute the router loss, if the model's own loss has one.
+
+        Returns:
+            Last hidden states `[B, T, D]`, and the router loss (scalar) or None.
+        """
+        model = causal_lm(self.language_model)
+        options: dict[str, Any] = {"attention_mask": attention_mask}
+        if layout is not None:
+            options = {
+                # transformers takes a 4-d mask as it is. Given none, it would build a causal one
+                # over the whole row; `packed_attention` ignores it and uses the layout.
+                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
+                "position_ids": layout.position_ids,
+                "packed_layout": layout,
+            }
+        routed = with_router_loss and router_loss_coefficient(model) is not None
+        if routed:
+            options["output_router_logits"] = True
+        output = decoder_of(self.language_model)(inputs_embeds=embeds, use_cache=False, **options)
+        router = router_loss(model, output.router_logits, attention_mask) if routed else None
+        return cast(Tensor, output.last_hidden_state), router
+
+    def loss(self, hidden: Tensor, batch: Batch, router: Tensor | None = None) -> VlmOutput:
+        """Return the loss of hidden states `[B, T, D]`; only target positions reach the head.
+
+        Args:
+            hidden: What `decode` returned for the batch.
+            batch: Lists the targets.
+            router: The router loss, a scalar; None if there is none.
+        """
+        states = hidden.flatten(0, 1)[batch.target_positions]
+        head = cast(nn.Module, causal_lm(self.language_model).get_output_embeddings())
+        loss_sum, losses = chunked_cross_entropy(
+            self.loss_logits, states, batch.target_ids, list(head.parameters())
+        )
+        per_record = losses.new_zeros(len(batch.record_ids)).index_add(
+            0, batch.target_records, losses
+        )
+        if router is not None:
+            loss_sum = loss_sum + router.to(loss_sum.dtype) * len(losses)
+        count = torch.tensor(len(losses), dtype=torch.int64, device=hidden.device)
+        return VlmOutput(loss_sum, count, per_record)
+
+    def loss_logits(self, states: Tensor) -> Tensor:
+        """Return logits `[n, V]` of hidden states `[n, D]` in the loss dtype: float32 or wider."""
+        logits = head_logits(self.language_model, states)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        layout: PackedLayout | None = None,
+    ) -> Tensor:
+        """Return the logits `[B, T, V]` of every position, without embedding noise.
+
+        Args:
+            input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each token of each image.
+            pixel_values: `[N, 3, H, W]` uint8; None or N = 0 for text.
+            attention_mask: `[B, T]` bool, false on padding; None: there is no padding.
+            layout: Segments of a packed row.
+
+        Raises:
+            UserError: If image placeholders and images do not match.
+        """
+        embeds = self._embed_pixels(input_ids, pixel_values)
+        hidden, _ = self.decode(embeds, attention_mask, layout)
+        return head_logits(self.language_model, hidden)
 
     @torch.no_grad()
     def generate(
@@ -160,24 +224,42 @@ class VisionLanguageModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         pixel_values: Tensor | None = None,
-        image_embeds: Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Tensor:
-        """Ids of the answers only, `[B, new tokens]`; prompts padded on the left.
+        """Return the ids of the answers only, `[B, new tokens]`.
 
-        Images as for `embed`; `generation_kwargs` go to transformers' `generate`.
+        Args:
+            input_ids: `[B, T]` prompts, padded on the left; `IMAGE_TOKEN_ID` once for each token
+                of each image.
+            attention_mask: `[B, T]`, false (0) on padding.
+            pixel_values: `[N, 3, H, W]` uint8, all images in order; None or N = 0 for text.
+            generation_kwargs: Passed to the `generate` of transformers.
+
+        Raises:
+            UserError: See `generate_from_embeds`; or image placeholders and images do not match.
+        """
+        embeds = self._embed_pixels(input_ids, pixel_values)
+        return self.generate_from_embeds(embeds, attention_mask, **generation_kwargs)
+
+    @torch.no_grad()
+    def generate_from_embeds(
+        self, embeds: Tensor, attention_mask: Tensor, **generation_kwargs: Any
+    ) -> Tensor:
+        """Return the ids of the answers to embedded prompts `[B, T, D]`; see `generate`.
+
+        Raises:
+            UserError: If prompts are padded on the right, or are longer than the model's positions.
         """
         if attention_mask.shape[0] > 1 and not bool(attention_mask[:, -1].all()):
             raise UserError(
                 "generate: a batch of prompts must be padded on the left, not the right"
             )
-        embeds = self.embed(input_ids, pixel_values, image_embeds)
         limit = position_limit(causal_lm(self.language_model))
         if limit is not None and limit.is_hard and "max_new_tokens" in generation_kwargs:
-            room = limit.tokens - input_ids.shape[1]
+            room = limit.tokens - embeds.shape[1]
             if room < 1:
                 raise UserError(
-                    f"the prompt has {input_ids.shape[1]:,} tokens, but the model has only "
+                    f"the prompt has {embeds.shape[1]:,} tokens, but the model has only "
                     f"{limit.tokens:,} positions ({limit.key}); shorten it"
                 )
             generation_kwargs["max_new_tokens"] = min(generation_kwargs["max_new_tokens"], room)
@@ -189,28 +271,32 @@ class VisionLanguageModel(nn.Module):
             ),
         )
 
-    def image_embeds_of(self, pixel_values: Tensor) -> Tensor:
-        """Tower and projector: `[N, 3, H, W]` uint8 to `[N, tokens, D]`."""
-        return self._projected(self.vision_tower(pixel_values))
+    def _embed_pixels(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        if pixel_values is None or len(pixel_values) == 0:
+            self.require_matching_images(input_ids, 0)
+            return self.embed(input_ids, None)
+        self.require_matching_images(input_ids, len(pixel_values))
+        return self.embed(input_ids, self.encode_images(pixel_values))
 
-    def _projected(self, features: Tensor) -> Tensor:
-        dtype = next(self.multi_modal_projector.parameters()).dtype
-        return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
+    def _dummy_image(self, embeds: Tensor) -> Tensor:
+        """Return exactly zero, computed from a constant image by tower and projector.
 
-    def _constant_image(self, embeds: Tensor) -> Tensor:
-        """Exactly zero, through tower and projector: every process has the same graph.
-
-        Without it a process whose batch has no image hangs or fails under FSDP and ZeRO, and in
-        stage 1 a text-only batch would have no gradient path at all.
+        So every rank builds the same autograd graph. Without it, a rank whose batch has no image
+        hangs or fails in the collectives of FSDP, and in stage 1 a text-only batch would have no
+        gradient at all.
         """
         size = self.vision_tower.image_spec.size
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)
-        images = self.image_embeds_of(blank)
-        return (images.sum() * 0.0).to(embeds.dtype)
+        return (self.encode_images(blank).sum() * 0.0).to(embeds.dtype)
 
-    def _check_counts(self, is_image: Tensor, num_images: int) -> None:
+    def require_matching_images(self, input_ids: Tensor, num_images: int) -> None:
+        """Check that every image has its placeholders in one row of `input_ids` `[B, T]`.
+
+        Raises:
+            UserError: If the counts do not match; it names both.
+        """
         tokens = self.vision_tower.num_tokens
-        rows = is_image.sum(dim=1).tolist()
+        rows = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()
         if sum(rows) != num_images * tokens:
             raise UserError(
                 f"found {sum(rows)} image placeholders for {num_images} images of {tokens} "
@@ -225,59 +311,6 @@ class VisionLanguageModel(nn.Module):
                     f"of {tokens}, the tokens of one image",
                     code="image_count",
                 )
-
-    def _hidden(
-        self,
-        embeds: Tensor,
-        attention_mask: Tensor | None,
-        pack_layout: PackLayout | None,
-        *,
-        with_router_loss: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states `[B, T, D]`, and the router loss where the model's own loss has it."""
-        options: dict[str, Any] = {}
-        real = attention_mask if pack_layout is None else pack_layout.real_tokens
-        if pack_layout is not None:
-            # A mask of four dimensions is taken as it is: transformers builds none of its own.
-            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
-            options = {"position_ids": pack_layout.position_ids, "pack_layout": pack_layout}
-        model = causal_lm(self.language_model)
-        routed = with_router_loss and router_loss_coefficient(model) is not None
-        if routed:
-            options["output_router_logits"] = True
-        decoder = decoder_of(self.language_model)
-        output = decoder(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **options
-        )
-        of_router = router_loss(model, output.router_logits, real) if routed else None
-        return cast(Tensor, output.last_hidden_state), of_router
-
-    def _loss(
-        self, hidden: Tensor, supervision: Supervision, of_router: Tensor | None = None
-    ) -> VlmOutput:
-        states = hidden.flatten(0, 1)[supervision.sources]
-        head = cast(nn.Module, causal_lm(self.language_model).get_output_embeddings())
-        loss_sum, losses = chunked_cross_entropy(
-            self._wide_logits, states, supervision.targets, list(head.parameters())
-        )
-        per_record = losses.new_zeros(supervision.num_records).index_add(
-            0, supervision.records, losses
-        )
-        if of_router is not None:
-            loss_sum = loss_sum + of_router.to(loss_sum.dtype) * len(losses)
-        count = torch.tensor(len(losses), dtype=torch.int64, device=hidden.device)
-        return VlmOutput(loss_sum, count, per_record)
-
-    def _wide_logits(self, hidden: Tensor) -> Tensor:
-        logits = self._logits(hidden)
-        return logits.to(_loss_dtype(logits))
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return head_logits(self.language_model, hidden)
-
-
-def _loss_dtype(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
 
 
 def causal_lm(language_model: nn.Module) -> PreTrainedModel:

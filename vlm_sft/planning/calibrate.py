@@ -11,12 +11,12 @@ from torch import nn
 
 from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.batch import Batch
 from vlm_sft.data.build import load_data, load_language
-from vlm_sft.data.loader import AnyBatch, load_steps, split
-from vlm_sft.data.packing import PackedBatch
+from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.hashing import held_tensors
-from vlm_sft.model.packed_attention import Backend, PackLayout
+from vlm_sft.model.packed_attention import PackedLayout
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import require_quantization
 from vlm_sft.planning.estimate import Estimator
@@ -119,8 +119,6 @@ def calibrate(estimator: Estimator, method: Method, policy: Policy) -> Calibrati
 class _Steps:
     """The run's first steps, to be taken one by one."""
 
-    _backend: Backend = "sdpa"
-
     def __init__(self, config: RunConfig, method: Method, policy: Policy) -> None:
         require_quantization(config.model.language_model, TRAINABLE[method])
         self._max_norm = config.optim.max_grad_norm
@@ -138,18 +136,16 @@ class _Steps:
         if config.train.packing is not None:
             precision, device = config.train.precision, self._accelerator.device
             autocast = self._accelerator.autocast()
-            self._backend = prepare_packing(
-                model, config.train.packing, precision, device, autocast
-            )
+            prepare_packing(model, config.train.packing, precision, device, autocast)
         self._optimizer = build_optimizer(named_parts(model), config.optim)
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def batches(self, number: int) -> list[AnyBatch]:
+    def batches(self, number: int) -> list[Batch]:
         """The micro-batches of a step; beyond the run's last it begins anew."""
         records = self._plan.records_of_step(number % self._plan.total_steps)
-        batching = self._plan.batching
-        chunks = split(batching, self._data, records, world_size=1, rank=0)
-        return next(load_steps(self._data, [chunks], batching=batching, num_workers=0))
+        collator = self._plan.collator
+        chunks = micro_batches_of_rank(collator, self._data, records, world_size=1, rank=0)
+        return next(load_steps(self._data, [chunks], collator=collator, num_workers=0))
 
     def take(self, number: int) -> None:
         """One step in full."""
@@ -184,9 +180,9 @@ class _Steps:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in known}
         return sum(storages.values()) + max((t.nbytes for t in pixels), default=0) + live.peak
 
-    def _update(self, batches: list[AnyBatch]) -> None:
+    def _update(self, batches: list[Batch]) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        accumulate_gradient(self._wrapped, batches, self._accelerator, backend=self._backend)
+        accumulate_gradient(self._wrapped, batches, self._accelerator)
         gradient_norm(self._trained, self._max_norm)
         self._optimizer.step()
 
@@ -195,18 +191,17 @@ class _Steps:
             torch.cuda.synchronize()
 
 
-def _shown(batch: AnyBatch) -> torch.Tensor | None:
+def _shown(batch: Batch) -> torch.Tensor | None:
     """A batch's images, or their features."""
     return batch.pixel_values if batch.image_features is None else batch.image_features
 
 
-def micro_batch_of(batch: AnyBatch) -> MicroBatch:
+def micro_batch_of(batch: Batch) -> MicroBatch:
     """Return the shape of a batch, which memory and FLOPs depend on."""
-    shown, (rows, length) = _shown(batch), batch.input_ids.shape
-    images = 0 if shown is None else len(shown)
-    if not isinstance(batch, PackedBatch):
+    images, (rows, length) = batch.num_images, batch.input_ids.shape
+    if batch.segments is None:
         return MicroBatch.padded([length] * rows, targets=batch.num_targets, images=images)
-    layout = PackLayout(batch.segments)
+    layout = PackedLayout(batch.segments)
     pairs = zip(layout.num_keys, layout.lengths, strict=True)
     attended = sum(keys**2 - (keys - own) ** 2 for keys, own in pairs)
     records = len(batch.record_ids)

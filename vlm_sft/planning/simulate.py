@@ -25,12 +25,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlm_sft.config.schema import LoraConfig
+from vlm_sft.data.batch import Batch
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.last_layer import prune_last_mlp
-from vlm_sft.model.packed_attention import PackLayout, install_packed_attention
+from vlm_sft.model.packed_attention import PackedLayout, install_packed_attention
 from vlm_sft.model.vision_tower import VisionTower, cast_floating
-from vlm_sft.model.vlm import Supervision, VisionLanguageModel, causal_lm, decoder_of
+from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.planning.blueprint import Blueprint, GivenFeatures, layers_of, make_fake
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.train.live_bytes import LiveBytes
@@ -279,26 +280,35 @@ class Simulation:
     def _forward(
         self, model: VisionLanguageModel, batch: MicroBatch, live: LiveBytes
     ) -> tuple[Tensor, tuple[int, int, int]]:
-        """The steps of `VisionLanguageModel.forward`, and the bytes that its three parts leave.
+        """Run the steps of `VisionLanguageModel.forward`; return the loss and their bytes.
 
-        What they look up by value (places of images and targets) is given here by its size.
+        The batch is given by its sizes: what it looks up by value (placeholders, targets) is not
+        known to fake tensors, so the number of placeholders is not checked.
         """
-        pixels = self._images(model, max(1, batch.images))
-        ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
-        mask = torch.ones(batch.rows, batch.length, dtype=torch.bool) if batch.rows > 1 else None
-        chosen = torch.zeros(batch.targets, dtype=torch.int64)
-        # Bytes do not depend on the records of a pack: its attention keeps the same of each token.
-        layout = PackLayout([(batch.length, -1)], needed=chosen) if self._packed else None
+        size = batch.rows, batch.length
+        targets = torch.zeros(batch.targets, dtype=torch.int64)
+        fake = Batch(
+            record_ids=("",) * batch.records,
+            input_ids=torch.zeros(*size, dtype=torch.int64),
+            attention_mask=torch.ones(*size, dtype=torch.bool) if batch.rows > 1 else None,
+            segments=None,
+            target_positions=targets,
+            target_ids=targets,
+            target_records=targets,
+            unique_target_positions=targets,
+        )
+        images = self._images(model, max(1, batch.images))
+        # Bytes do not depend on which records are packed: attention keeps the same per token.
+        segments = [(batch.length, -1)]
+        layout = PackedLayout(segments, target_positions=targets) if self._packed else None
         with self._autocast():
-            table = cast(nn.Module, causal_lm(model.language_model).get_input_embeddings())
-            images = self._image_embeds(model, pixels)
-            embeds = cast(Tensor, table(ids))
-            embeds = embeds.masked_scatter((ids == 1)[..., None], images.to(embeds.dtype))
+            embeds = model.embed(fake.input_ids, self._image_embeds(model, images))
             seen = live.now
-            hidden, of_router = model._hidden(embeds, mask, layout, with_router_loss=True)
+            hidden, router = model.decode(
+                embeds, fake.attention_mask, layout, with_router_loss=True
+            )
             activations = live.now - seen
-            supervision = Supervision(chosen, chosen, chosen, batch.records)
-            loss = model._loss(hidden, supervision, of_router).loss_sum
+            loss = model.loss(hidden, fake, router).loss_sum
             return loss, (seen, activations, live.now - seen - activations)
 
     def _images(self, model: VisionLanguageModel, count: int) -> Tensor:
@@ -309,7 +319,7 @@ class Simulation:
         return torch.empty(count, 3, size, size, dtype=torch.uint8)
 
     def _image_embeds(self, model: VisionLanguageModel, images: Tensor) -> Tensor:
-        return (model._projected if self._features else model.image_embeds_of)(images)
+        return (model.project if self._features else model.encode_images)(images)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == "fp32":
@@ -349,7 +359,7 @@ class Simulation:
         head = cast(nn.Module, causal_lm(model.language_model).get_output_embeddings())
         passes = 2 + any(parameter.requires_grad for parameter in head.parameters())
         with self._autocast():
-            forward = sum(_counted(lambda: model._wide_logits(states)))
+            forward = sum(_counted(lambda: model.loss_logits(states)))
         return passes * forward / _PROBE
 
     @property

@@ -17,12 +17,12 @@ from typing import Any, Final
 import numpy as np
 
 from vlm_sft.config.schema import DataFile, RunConfig
-from vlm_sft.data.build import make_batching, make_sampler, sampled_steps
+from vlm_sft.data.build import make_collator, make_sampler, sampled_steps
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import shared_prefix
 from vlm_sft.data.filtering import FilterResult, RecordFilter
 from vlm_sft.data.images import ImageSpec, read_pixels
-from vlm_sft.data.packing import PackingFigures, make_units, packing_figures
+from vlm_sft.data.packing import PackingStats, pack_items, packing_stats
 from vlm_sft.data.record_formats import open_records
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
@@ -230,7 +230,7 @@ class Workload:
     micro_batches_a_step: int
     mean_length: float
     mean_square: float
-    packing: PackingFigures | None = None
+    packing: PackingStats | None = None
 
     @property
     def largest(self) -> MicroBatch:
@@ -244,12 +244,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class _Records:
-    """The records looked at, one by one; what packing needs to know of them (`Sizes`)."""
+    """The records looked at, one by one; what packing needs to know of them (`RecordLengths`)."""
 
     lengths: list[int]
     targets: list[int]
     num_images: list[int]
-    prefix_keys: list[int]
+    prefix_ids: list[int]
     prefix_lengths: list[int]
     weights: list[float]
 
@@ -292,7 +292,7 @@ class _Records:
     def _packed(self, indices: Sequence[int], config: RunConfig) -> MicroBatch:
         packing, share = config.train.packing, config.train.share_image_prefix
         assert packing is not None
-        units = list(make_units(indices, self, packing.max_tokens, share_prefixes=share))
+        units = list(pack_items(indices, self, packing.max_tokens, share_image_prefix=share))
         tokens = sum(unit.tokens for unit in units)
         squares = sum(self.lengths[i] ** 2 for i in indices)
         shared = sum(
@@ -321,11 +321,11 @@ def plan_workload(
     """
     records = _Records.of(found)
     sampler = make_sampler(config, records)
-    batching = make_batching(config, 0, image_cost)  # nothing is loaded, so nothing filled up
+    collator = make_collator(config, 0, image_cost)  # nothing is loaded, so nothing filled up
     of_steps = [
         [micro_batch for micro_batch in of_step if micro_batch]
         for of_step in (
-            batching.share_out(records, sampler.step_indices(step), gpus)
+            collator.assign_to_ranks(records, sampler.step_indices(step), gpus)
             for step in range(sampler.steps_per_epoch)
         )
     ]
@@ -338,11 +338,11 @@ def plan_workload(
     looks = sum(batch.records for batch in batches)
     length = sum(batch.length for batch in batches) / looks
     square = sum(batch.attended for batch in batches) / looks
-    figures = packing_figures(
+    figures = packing_stats(
         [of_steps[step] for step in sampled_steps(len(of_steps))],
         records,
         max_tokens=config.train.packing.max_tokens,
-        share_prefixes=config.train.share_image_prefix,
+        share_image_prefix=config.train.share_image_prefix,
     )
     return Workload(batches, steps, seen, a_step, length, square, figures)
 

@@ -21,7 +21,7 @@ from vlm_sft.data.conversation import ImageSource
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.feature_store import FeatureStore, disk_use, remove_stale
 from vlm_sft.data.images import ImageSpec, read_bytes, read_pixels
-from vlm_sft.data.loader import lost_workers_told
+from vlm_sft.data.loader import lost_worker_errors
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vision_tower import VisionTower
@@ -351,7 +351,7 @@ def _fill(
         collate_fn=list,
         generator=torch.Generator(),
     )
-    with lost_workers_told():
+    with lost_worker_errors():
         for batch in track(loader, len(loader), f"computing features, {FILL_BATCH} images each"):
             made = [item for item in batch if item is not None]
             if not made:

@@ -105,6 +105,7 @@ def shard(
         ignored_params=frozen,
     )
     register_fsdp_forward_method(model, "generate")
+    register_fsdp_forward_method(model, "logits")
 
 
 def layers_of(language_model: nn.Module) -> list[nn.Module]:

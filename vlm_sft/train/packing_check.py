@@ -12,7 +12,7 @@ from vlm_sft.model.last_layer import prune_last_mlp
 from vlm_sft.model.packed_attention import (
     NAME,
     Backend,
-    PackLayout,
+    PackedLayout,
     choose_backend,
     install_packed_attention,
 )
@@ -64,6 +64,7 @@ def prepare_packing(
     text = language_model.config.get_text_config()
     dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0.0)) or 0.0
     backend = choose_backend(config.attention, device, dtype, dropout)
+    model.attention_backend = backend
     packing = library_call("transformers", "train.packing", "compute attention of packed records")
     with packing, autocast or nullcontext():
         own = _logits_alone(model, device)
@@ -80,9 +81,9 @@ def _logits_alone(model: VisionLanguageModel, device: torch.device) -> Tensor:
     """Logits of one record, unpacked, by whatever attention the model has now."""
     was_training = model.training
     model.eval()
-    logits = model(_probe(model, device)[:, list(RECORDS[2])]).logits
+    logits = model.logits(_probe(model, device)[:, list(RECORDS[2])])
     model.train(was_training)
-    return cast(Tensor, logits)
+    return logits
 
 
 def _require_same_attention(
@@ -119,8 +120,8 @@ def prune_where_safe(
     row = _probe(model, device)
     needed = torch.arange(1, row.shape[1], 3, device=device)
     try:
-        whole = model(row, pack_layout=PackLayout(SEGMENTS, device, backend)).logits
-        part = model(row, pack_layout=PackLayout(SEGMENTS, device, backend, needed)).logits
+        whole = model.logits(row, layout=PackedLayout(SEGMENTS, device, backend))
+        part = model.logits(row, layout=PackedLayout(SEGMENTS, device, backend, needed))
         safe = _relative(part[:, needed], whole[:, needed]) <= tolerance
     except TypeError:  # a mixture of experts may give its router's scores besides
         safe = False
@@ -161,20 +162,20 @@ def _fault(
 ) -> str | None:
     row = _probe(model, device)
     size, count = _vocabulary(model), row.shape[1]
-    layout = PackLayout(SEGMENTS, device, backend)
+    layout = PackedLayout(SEGMENTS, device, backend)
     try:
-        packed = model(row, pack_layout=layout).logits[0]
+        packed = model.logits(row, layout=layout)[0]
     except TypeError as error:  # its forward does not hand on what the attention needs
         return f"it refuses the layout of a pack: {' '.join(str(error).split())}"
     for number, places in enumerate(RECORDS):
-        alone = model(row[:, list(places)]).logits[0]
+        alone = model.logits(row[:, list(places)])[0]
         difference = _relative(packed[list(places)], alone)
         if difference > tolerance:
             return f"record {number + 1} of 3 has logits off by {difference:.2g} in a pack"
     for number, places in enumerate(OWN):
         changed = row.clone()
         changed[0, list(places)] = (changed[0, list(places)] + 1) % size
-        moved = model(changed, pack_layout=layout).logits[0]
+        moved = model.logits(changed, layout=layout)[0]
         others = [place for place in range(count) if place not in places]
         if (difference := _relative(moved[others], packed[others])) > LEAK:
             return f"other logits move by {difference:.2g} when record {number + 1} of 3 changes"

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vlm_sft.data.loader import AnyBatch, Fault
+from vlm_sft.data.batch import Batch, LoadError
 from vlm_sft.errors import UserError
 from vlm_sft.train.metrics import MetricsFile
 
@@ -30,10 +30,10 @@ class Account:
     file: MetricsFile | None
     max_quarantined: int
     max_skipped: int
-    on_quarantine: Callable[[Fault], None]
-    quarantined: dict[int, Fault] = field(default_factory=dict, init=False)
+    on_quarantine: Callable[[LoadError], None]
+    quarantined: dict[int, LoadError] = field(default_factory=dict, init=False)
     skipped_steps: int = field(default=0, init=False)
-    _met: list[Fault] = field(default_factory=list, init=False)
+    _met: list[LoadError] = field(default_factory=list, init=False)
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint's manifest keeps of it."""
@@ -43,13 +43,13 @@ class Account:
     def restore(self, manifest: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: what was left out stays out, mended or not."""
         self.skipped_steps = int(manifest.get("skipped_steps", 0))
-        self._leave_out([Fault(**plain) for plain in manifest.get("quarantined", [])])
+        self._leave_out([LoadError(**plain) for plain in manifest.get("quarantined", [])])
 
     def usable(self, indices: Sequence[int]) -> list[int]:
         """Those of some records that are not left out."""
         return [index for index in indices if index not in self.quarantined]
 
-    def meet(self, fault: Fault) -> None:
+    def meet(self, fault: LoadError) -> None:
         """Note a record of the coming step that this process could not load."""
         self._met.append(fault)
 
@@ -95,9 +95,7 @@ class Account:
                 code="too_many_not_finite",
             )
 
-    def require_planned(
-        self, batches: Sequence[AnyBatch], planned: Sequence[Sequence[int]]
-    ) -> None:
+    def require_planned(self, batches: Sequence[Batch], planned: Sequence[Sequence[int]]) -> None:
         """Compare what was loaded with what the order says.
 
         Raises:
@@ -121,7 +119,7 @@ class Account:
             row["update_left_out"] = skipped
         self.file.write(row)
 
-    def _leave_out(self, faults: Sequence[Fault]) -> None:
+    def _leave_out(self, faults: Sequence[LoadError]) -> None:
         for fault in sorted(faults, key=lambda fault: fault.index):
             if fault.index in self.quarantined:
                 continue

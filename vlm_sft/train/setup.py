@@ -16,7 +16,7 @@ from vlm_sft.checkpoint.digests import (
 )
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.data.build import Data, Language, make_batching, make_sampler
+from vlm_sft.data.build import Data, Language, make_collator, make_sampler
 from vlm_sft.data.dataset import content_difference
 from vlm_sft.model.build import build_model
 from vlm_sft.model.costs import image_cost
@@ -125,7 +125,7 @@ def make_plan(
         total_steps=steps,
         records_of_step=sampler.step_indices,
         epoch_of_step=sampler.epoch_of,
-        batching=make_batching(config, language.pad_token_id, image_cost(model)),
+        collator=make_collator(config, language.pad_token_id, image_cost(model)),
         num_workers=config.data.num_workers,
         train=config.train,
         optim=config.optim,

@@ -10,11 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from vlm_sft.data.loader import AnyBatch
-from vlm_sft.data.packing import PackedBatch
+from vlm_sft.data.batch import Batch
 from vlm_sft.errors import UserError
-from vlm_sft.model.packed_attention import Backend, PackLayout
-from vlm_sft.model.vlm import Supervision, VlmOutput
+from vlm_sft.model.vlm import VlmOutput
 from vlm_sft.train.distributed import total
 
 
@@ -44,12 +42,11 @@ class StepGradient:
 
 def accumulate_gradient(
     model: nn.Module,
-    batches: Sequence[AnyBatch],
+    batches: Sequence[Batch],
     accelerator: Accelerator,
     *,
     num_faults: int = 0,
     seed_of: Callable[[int], int] | None = None,
-    backend: Backend = "sdpa",
 ) -> StepGradient:
     """Run all micro-batches of a step forward and backward.
 
@@ -63,7 +60,6 @@ def accumulate_gradient(
         accelerator: Device, precision and processes.
         num_faults: Records of the step that this process could not load.
         seed_of: Seed of the random generators (dropout) for micro-batch `i` of this process.
-        backend: The attention kernel of packed batches.
     """
     mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
     counts = torch.tensor([*mine, num_faults], device=accelerator.device)
@@ -78,7 +74,7 @@ def accumulate_gradient(
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast(), told_with_records(batch):
-                output = forward(model, batch, accelerator.device, backend)
+                output: VlmOutput = model(batch.to(accelerator.device))
             with told_with_records(batch):
                 accelerator.backward(output.loss_sum * scale)
         loss_sums.append(output.loss_sum.detach())
@@ -94,7 +90,7 @@ def accumulate_gradient(
 
 
 @contextmanager
-def told_with_records(batch: AnyBatch) -> Iterator[None]:
+def told_with_records(batch: Batch) -> Iterator[None]:
     """Name the micro-batch that the GPU had no room for; none is ever left out.
 
     Raises:
@@ -104,46 +100,14 @@ def told_with_records(batch: AnyBatch) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         rows, tokens = len(batch.record_ids), batch.input_ids.shape[1]
-        shown = batch.pixel_values if batch.image_features is None else batch.image_features
-        images = 0 if shown is None else len(shown)
         named = ", ".join(repr(name) for name in batch.record_ids[:8])
         raise UserError(
             f"the GPU has no room for a micro-batch of {rows} records, {tokens} tokens long, and "
-            f"{images} images (records {named}); lower train.micro_batch_size (or "
+            f"{batch.num_images} images (records {named}); lower train.micro_batch_size (or "
             "train.packing.max_tokens) or data.max_length, or set "
             "train.activation_checkpointing: full",
             code="out_of_memory",
         ) from None
-
-
-def forward(
-    model: nn.Module, batch: AnyBatch, device: torch.device, backend: Backend = "sdpa"
-) -> VlmOutput:
-    """The model's output for one batch, moved to `device` first."""
-    if isinstance(batch, PackedBatch):
-        return _forward_packed(model, batch.to(device), device, backend)
-    batch = batch.to(device)
-    output: VlmOutput = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        labels=batch.labels,
-        pixel_values=batch.pixel_values,
-        image_features=batch.image_features,
-    )
-    return output
-
-
-def _forward_packed(
-    model: nn.Module, batch: PackedBatch, device: torch.device, backend: Backend
-) -> VlmOutput:
-    output: VlmOutput = model(
-        input_ids=batch.input_ids,
-        pixel_values=batch.pixel_values,
-        image_features=batch.image_features,
-        pack_layout=PackLayout(batch.segments, device, backend, batch.needed, batch.padding),
-        supervision=Supervision(batch.sources, batch.targets, batch.records, len(batch.record_ids)),
-    )
-    return output
 
 
 def step_seed(seed: int, step: int, micro_batch: int) -> int:

@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,21 +21,18 @@ from vlm_sft.checkpoint.optimizer import optimizer_component
 from vlm_sft.checkpoint.snapshot import Component
 from vlm_sft.checkpoint.store import CheckpointStore, require_within
 from vlm_sft.config.schema import OptimConfig, TrainConfig
+from vlm_sft.data.batch import Batch, Collator, LoadError
 from vlm_sft.data.loader import (
-    AnyBatch,
-    Batching,
     Examples,
-    Fault,
-    LazySteps,
+    load_batch,
     load_steps,
-    lost_workers_told,
-    split,
+    lost_worker_errors,
+    micro_batches_of_rank,
 )
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.fp8 import use_fp8
 from vlm_sft.model.notes import model_notes
-from vlm_sft.model.packed_attention import Backend
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.checkpointing_policy import (
     Trial,
@@ -76,7 +73,6 @@ from vlm_sft.train.signals import StopRequest
 from vlm_sft.train.train_step import (
     StepGradient,
     accumulate_gradient,
-    forward,
     non_finite_fault,
     refuse_non_finite,
     step_seed,
@@ -100,7 +96,7 @@ class Plan:
         total_steps: Optimizer steps of the whole run.
         records_of_step: The records of a step (from 0), a pure function.
         epoch_of_step: Epochs gone after so many steps.
-        batching: How a step's records become micro-batches.
+        collator: How a step's records become micro-batches.
         num_workers: Processes that load records ahead.
     """
 
@@ -109,7 +105,7 @@ class Plan:
     total_steps: int
     records_of_step: Callable[[int], Sequence[int]]
     epoch_of_step: Callable[[int], float]
-    batching: Batching
+    collator: Collator
     num_workers: int
     train: TrainConfig
     optim: OptimConfig
@@ -117,7 +113,7 @@ class Plan:
     """Records that may turn out broken on the way; None: the first one stops the run."""
 
 
-SampleGenerator = Callable[[Callable[[Fault], None] | None], list[dict[str, Any]]]
+SampleGenerator = Callable[[Callable[[LoadError], None] | None], list[dict[str, Any]]]
 """Returns answers to a few validation records as rows; the argument gets unloadable records."""
 
 
@@ -138,7 +134,7 @@ class Hooks:
     parts: Parts
     frozen_digests: Callable[[], dict[str, str]]
     answers: SampleGenerator | None = None
-    quarantine: Callable[[Fault, bool], None] = lambda fault, held_out: None
+    quarantine: Callable[[LoadError, bool], None] = lambda fault, held_out: None
 
 
 @dataclass(frozen=True)
@@ -237,7 +233,7 @@ class Trainer:
                 packed=self.plan.train.packing is not None,
             )
         self._wrapped = self.model if self._sharded else self.accelerator.prepare(self.model)
-        self._backend = self._packed_attention()
+        self._prepare_packing()
         self.optimizer = build_optimizer(self.hooks.parts, self.plan.optim, seed=self.plan.seed)
         rates = {group["part"]: group["peak_lr"] for group in self.optimizer.param_groups}
         rows = parts_rows(self.hooks.parts, rates)
@@ -258,13 +254,13 @@ class Trainer:
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.store.num_bytes = checkpoint_bytes(self._parameters)
 
-    def _packed_attention(self) -> Backend:
-        """The kernel for packed records, proven to keep them apart."""
+    def _prepare_packing(self) -> None:
+        """Choose the kernel for packed records, and check that it keeps them apart."""
         train = self.plan.train
         if train.packing is None:
-            return "sdpa"
+            return
         with eager(train.compile):
-            return prepare_packing(
+            prepare_packing(
                 cast(VisionLanguageModel, self.model),
                 train.packing,
                 train.precision,
@@ -341,10 +337,10 @@ class Trainer:
         if policy == "auto":
             indices, several = longest_micro_batch(
                 map(self._all_micro_batches, range(self.plan.total_steps)),
-                partial(self.plan.batching.num_positions, self.train_data),
+                partial(self.plan.collator.num_tokens, self.train_data),
                 processes=self.accelerator.num_processes,
             )
-            positions = self.plan.batching.num_positions(self.train_data, indices)
+            positions = self.plan.collator.num_tokens(self.train_data, indices)
             basis = {
                 "device": device_named(self.accelerator.device),
                 "processes": self.accelerator.num_processes,
@@ -365,20 +361,18 @@ class Trainer:
 
     def _measured(self, indices: Sequence[int], several: bool) -> tuple[Trial, ...]:
         """Steps of these records under one policy after the other, until one fits."""
-        loaded = load_steps(
+        batch = load_batch(
             self.train_data,
-            [[list(indices)]],
-            batching=self.plan.batching,
-            num_workers=0,
-            on_fault=None if self.plan.max_quarantined is None else lambda fault: None,
+            indices,
+            collator=self.plan.collator,
+            on_error=None if self.plan.max_quarantined is None else lambda error: None,
         )
-        ((batch,),) = loaded
 
         def step() -> None:
             for parameter in self._parameters if several else ():
                 parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
             with self.accelerator.autocast():
-                output = forward(self.model, batch, self.accelerator.device, self._backend)
+                output = self.model(batch.to(self.accelerator.device))
             output.loss_sum.backward()
 
         # What compiled code allocates on a CPU cannot be counted; without, it is no less.
@@ -393,7 +387,7 @@ class Trainer:
                 later_bytes=0 if self.optimizer.state else optimizer_state_bytes(self.optimizer),
             )
 
-    @lost_workers_told()
+    @lost_worker_errors()
     def _train(self, request: StopRequest) -> bool:
         """Train to the end, saving and evaluating; return whether a process was asked to stop.
 
@@ -429,25 +423,24 @@ class Trainer:
         stops, saves = total(self.accelerator, asked).tolist()
         return Requests(stop=stops > 0, save=saves > 0)
 
-    def _batches_from(self, first: int, last: int) -> Any:
-        steps = LazySteps(first, last, self._micro_batches)
+    def _batches_from(self, first: int, last: int) -> Iterator[list[Batch]]:
         return load_steps(
             self.train_data,
-            steps,
-            batching=self.plan.batching,
+            map(self._micro_batches, range(first, last)),
+            collator=self.plan.collator,
             num_workers=self.plan.num_workers,
-            on_fault=None if self.plan.max_quarantined is None else self._account.meet,
+            on_error=None if self.plan.max_quarantined is None else self._account.meet,
         )
 
     def _all_micro_batches(self, step: int) -> list[list[int]]:
         """Of every process."""
         records = self.plan.records_of_step(step)
         processes = self.accelerator.num_processes
-        return self.plan.batching.share_out(self.train_data, records, processes)
+        return self.plan.collator.assign_to_ranks(self.train_data, records, processes)
 
     def _micro_batches(self, step: int) -> list[list[int]]:
-        chunks = split(
-            self.plan.batching,
+        chunks = micro_batches_of_rank(
+            self.plan.collator,
             self.train_data,
             self.plan.records_of_step(step),
             world_size=self.accelerator.num_processes,
@@ -455,7 +448,7 @@ class Trainer:
         )
         return [self._account.usable(chunk) for chunk in chunks]
 
-    def _train_step(self, batches: list[AnyBatch]) -> None:
+    def _train_step(self, batches: list[Batch]) -> None:
         """Gradient, checks, update, and a row of metrics."""
         self.optimizer.zero_grad(set_to_none=True)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -465,7 +458,6 @@ class Trainer:
             self.accelerator,
             num_faults=self._account.num_met,
             seed_of=lambda i: step_seed(self.plan.seed, self.step, i * processes + rank),
-            backend=self._backend,
         )
         self._account.settle(gradient.num_faults)
         self._account.require_planned(batches, self._micro_batches(self.step))
@@ -618,19 +610,18 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self.eval_data is not None
-        met: list[Fault] = []
-        on_fault = None if self.plan.max_quarantined is None else met.append
+        met: list[LoadError] = []
+        on_error = None if self.plan.max_quarantined is None else met.append
         loss, num_targets = evaluate(
             self.model,
             self.eval_data,
             self.accelerator,
-            batching=self.plan.batching,
+            collator=self.plan.collator,
             num_workers=self.plan.num_workers,
-            on_fault=on_fault,
-            backend=self._backend,
+            on_error=on_error,
         )
         met = gather_object(met) if self.accelerator.num_processes > 1 else met
-        answers = self._answers(met.append if on_fault is not None else None)
+        answers = self._answers(met.append if on_error is not None else None)
         for fault in met if self.accelerator.is_main_process else []:
             self.hooks.quarantine(fault, True)
         self._record(
@@ -646,13 +637,13 @@ class Trainer:
             cast(MetricsFile, self._samples).write({"step": self.step, **row})
             self._live.say(f"  {row['id']}: {row['question']!r} -> {row['answer']!r}")
 
-    def _answers(self, on_fault: Callable[[Fault], None] | None) -> list[dict[str, Any]]:
+    def _answers(self, on_error: Callable[[LoadError], None] | None) -> list[dict[str, Any]]:
         # Where the weights are shared every process has to answer, and all answer alike.
         if self.hooks.answers is None or (self._samples is None and not self._sharded):
             return []
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            return self.hooks.answers(on_fault)
+            return self.hooks.answers(on_error)
 
     def _save(self) -> None:
         """Begin to save where the run is; in the background if the plan says so."""
@@ -686,21 +677,20 @@ def evaluate(
     examples: Examples,
     accelerator: Accelerator,
     *,
-    batching: Batching,
+    collator: Collator,
     num_workers: int,
-    on_fault: Callable[[Fault], None] | None = None,
-    backend: Backend = "sdpa",
+    on_error: Callable[[LoadError], None] | None = None,
 ) -> tuple[float, int]:
     """Mean loss (nats) of a supervised token over all `examples`, and the number of such tokens.
 
-    Leaves the model in eval mode. 0.0 where nothing is supervised. `on_fault` is told of records
+    Leaves the model in eval mode. 0.0 where nothing is supervised. `on_error` is told of records
     that cannot be loaded and are left out; without it they raise.
 
     Raises:
         Exception: What any process met, in all of them.
     """
-    mine = split(
-        batching,
+    mine = micro_batches_of_rank(
+        collator,
         examples,
         range(len(examples)),
         world_size=accelerator.num_processes,
@@ -713,15 +703,15 @@ def evaluate(
     batches = load_steps(
         examples,
         steps,
-        batching=batching,
+        collator=collator,
         num_workers=num_workers,
-        on_fault=on_fault,
+        on_error=on_error,
     )
     failure: Exception | None = None
     try:
         with accelerator.autocast():
             for (batch,) in batches:
-                output = forward(model, batch, accelerator.device, backend)
+                output = model(batch.to(accelerator.device))
                 loss += output.loss_sum
                 count += output.num_targets
     except Exception as error:

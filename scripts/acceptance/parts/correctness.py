@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from acceptance.figures import Job
 from acceptance.models import Records, forget, make_model, mixture, run_config
-from vlm_sft.data.loader import Batching, Packed, Padded, load_steps, split
+from vlm_sft.data.batch import Collator, PackedCollator, PaddedCollator
+from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import UserError
 from vlm_sft.model.lora import merged_language_model
-from vlm_sft.model.packed_attention import PackLayout, choose_backend, packed_attention
+from vlm_sft.model.packed_attention import PackedLayout, choose_backend, packed_attention
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import make_accelerator
@@ -57,10 +58,10 @@ def precision(job: Job) -> None:
         model = make_model(run_config(SIZE, "lora", pack=2048), "lora", device)
         records = mixture(4, SIZE)
         accelerator = make_accelerator("bf16")
-        found = _gradient(model, records, Padded(2, 0), accelerator)
+        found = _gradient(model, records, PaddedCollator(2, 0), accelerator)
         forget(device)
         exact = copy.deepcopy(model).cpu().double()
-        reference = _gradient(exact, records, Padded(2, 0), _on_the_cpu())
+        reference = _gradient(exact, records, PaddedCollator(2, 0), _on_the_cpu())
         job.record("bf16_loss", abs(found.loss / reference.loss - 1))
 
 
@@ -81,7 +82,7 @@ def scaler(job: Job) -> None:
             forget(device)
             accelerator = make_accelerator(name)  # type: ignore[arg-type]
             model.zero_grad(set_to_none=True)
-            _gradient(model, records, Padded(2, 0), accelerator)
+            _gradient(model, records, PaddedCollator(2, 0), accelerator)
             scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
             gradients.append(_flat_gradient(model).double() / scale)
         error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
@@ -130,15 +131,15 @@ def packing(job: Job) -> None:
         model = make_model(config, "stage1", device).float()
         records = mixture(6, SIZE)
         accelerator = make_accelerator("fp32")
-        padded = _gradient(model, records, Padded(3, 0), accelerator)
+        padded = _gradient(model, records, PaddedCollator(3, 0), accelerator)
         gradient = _flat_gradient(model)
         assert config.train.packing is not None
         backend = prepare_packing(model, config.train.packing, "fp32", device)
         found = []
         for shared in (False, True):
             model.zero_grad(set_to_none=True)
-            batching = Packed(4096, shared, 1, 0.0, 0)
-            found.append(_gradient(model, records, batching, accelerator, backend))
+            collator = PackedCollator(4096, shared, 1, 0.0, 0)
+            found.append(_gradient(model, records, collator, accelerator))
             if not shared:
                 error = (_flat_gradient(model) - gradient).norm() / gradient.norm()
         job.record("packed_loss", abs(found[0].loss / padded.loss - 1), f"kernel: {backend}")
@@ -234,13 +235,12 @@ class StageRuns:
 def _gradient(
     model: VisionLanguageModel,
     records: Records,
-    batching: Batching,
+    collator: Collator,
     accelerator: Any,
-    backend: Any = "sdpa",
 ) -> StepGradient:
-    chunks = split(batching, records, range(len(records)), world_size=1, rank=0)
-    batches = next(load_steps(records, [chunks], batching=batching, num_workers=0))
-    return accumulate_gradient(model, batches, accelerator, backend=backend)
+    chunks = micro_batches_of_rank(collator, records, range(len(records)), world_size=1, rank=0)
+    batches = next(load_steps(records, [chunks], collator=collator, num_workers=0))
+    return accumulate_gradient(model, batches, accelerator)
 
 
 def _on_the_cpu() -> Any:
@@ -266,9 +266,9 @@ def _attend(
 ) -> list[Tensor]:
     """Return the output and the gradients of query, key and value, in float64 on the CPU."""
     query, key, value = (s.clone().detach().to(device, dtype).requires_grad_() for s in states[:3])
-    layout = PackLayout(SEGMENTS, device, backend)
+    layout = PackedLayout(SEGMENTS, device, backend)
     out = packed_attention(
-        nn.Identity(), query, key, value, None, scaling=64**-0.5, pack_layout=layout
+        nn.Identity(), query, key, value, None, scaling=64**-0.5, packed_layout=layout
     )[0]
     out.backward(states[3].to(device, dtype))
     found = [out.detach(), query.grad, key.grad, value.grad]

@@ -22,7 +22,8 @@ from acceptance.models import (
 )
 from acceptance.trainer import trainer_rate
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.data.loader import AnyBatch, Batching, Packed, Padded, load_steps, split
+from vlm_sft.data.batch import Batch, Collator, PackedCollator, PaddedCollator
+from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
 from vlm_sft.model.costs import image_cost
 from vlm_sft.model.parts import named_parts
@@ -70,18 +71,18 @@ class Bench:
         self.optimizer = build_optimizer(named_parts(self.model), self.config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def packed(self, *, shared: bool = False) -> Packed:
-        """Return the batching that fills rows."""
-        return Packed(self.pack, shared, 1, image_cost(self.model), 0)
+    def packed(self, *, shared: bool = False) -> PackedCollator:
+        """Return the collator that fills rows."""
+        return PackedCollator(self.pack, shared, 1, image_cost(self.model), 0)
 
-    def rate(self, records: Records, batching: Batching, batch_size: int) -> float:
+    def rate(self, records: Records, collator: Collator, batch_size: int) -> float:
         """Return samples a second: the median of a few steps, loading not counted."""
         steps = len(records) // batch_size
         seconds = []
         warm_up, measured = (0, 1) if self.job.tiny else (WARM_UP, MEASURED)
         for step in range(warm_up + measured):
             first = step % steps * batch_size
-            batches = self.load(records, batching, range(first, first + batch_size))
+            batches = self.load(records, collator, range(first, first + batch_size))
             self._wait()
             start = time.perf_counter()
             self.step(batches)
@@ -89,19 +90,19 @@ class Bench:
             seconds.append(time.perf_counter() - start)
         return batch_size / statistics.median(seconds[warm_up:])
 
-    def load(self, records: Records, batching: Batching, indices: Sequence[int]) -> list[AnyBatch]:
+    def load(self, records: Records, collator: Collator, indices: Sequence[int]) -> list[Batch]:
         """Return the micro-batches of a step."""
-        chunks = split(batching, records, indices, world_size=1, rank=0)
-        return next(load_steps(records, [chunks], batching=batching, num_workers=0))
+        chunks = micro_batches_of_rank(collator, records, indices, world_size=1, rank=0)
+        return next(load_steps(records, [chunks], collator=collator, num_workers=0))
 
-    def step(self, batches: list[AnyBatch]) -> None:
+    def step(self, batches: list[Batch]) -> None:
         """Do one optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
-        accumulate_gradient(self.wrapped, batches, self.accelerator, backend=self.backend)
+        accumulate_gradient(self.wrapped, batches, self.accelerator)
         gradient_norm(self.trained, self.config.optim.max_grad_norm)
         self.optimizer.step()
 
-    def memory(self, batches: list[AnyBatch]) -> tuple[float, float]:
+    def memory(self, batches: list[Batch]) -> tuple[float, float]:
         """Return the measured and the predicted peak of a step, in bytes.
 
         The optimizer has its state when this is called; on a CPU nothing is measured.
@@ -160,17 +161,17 @@ def lora(job: Job) -> None:
     packed = bench.rate(records, bench.packed(), batch)
     job.record("lora_packed", packed, f"{bench.backend}, batch {batch}, no recomputation")
     job.record("lora_mfu", bench.mfu(records, packed))
-    together = sorted(range(len(records)), key=lambda index: records.prefix_keys[index])
+    together = sorted(range(len(records)), key=lambda index: records.prefix_ids[index])
     ordered = Records(
         [records.examples[i] for i in together],
-        [records.prefix_keys[i] for i in together],
+        [records.prefix_ids[i] for i in together],
         [records.samples[i] for i in together],
     )
     plain = bench.rate(ordered, bench.packed(), batch)
     shared = bench.rate(ordered, bench.packed(shared=True), batch)
     job.record("lora_sharing", shared / plain, f"{shared:.1f} against {plain:.1f} samples/s")
     _against_planner(job, bench, records, batch)
-    job.record("lora_padded", bench.rate(records, Padded(batch // 2, 0), batch))
+    job.record("lora_padded", bench.rate(records, PaddedCollator(batch // 2, 0), batch))
 
 
 def stage1(job: Job) -> None:
@@ -181,7 +182,7 @@ def stage1(job: Job) -> None:
     job.record("stage1_packed", packed, f"{bench.backend}, batch {batch}")
     job.record("stage1_mfu", bench.mfu(records, packed))
     _against_planner(job, bench, records, batch)
-    job.record("stage1_padded", bench.rate(records, Padded(batch // 2, 0), batch))
+    job.record("stage1_padded", bench.rate(records, PaddedCollator(batch // 2, 0), batch))
 
 
 def full(job: Job) -> None:
@@ -207,8 +208,8 @@ def one_long_record(job: Job, method: Method) -> None:
     """Measure the peak memory of one record of 2,048 tokens, everything recomputed."""
     bench = Bench(job, method, "full")
     records = long_record(bench.size)
-    batching = Padded(1, 0)
-    batches = bench.load(records, batching, [0])
+    collator = PaddedCollator(1, 0)
+    batches = bench.load(records, collator, [0])
     bench.step(batches)
     measured, predicted = bench.memory(batches)
     if measured == measured:

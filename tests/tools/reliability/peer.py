@@ -31,7 +31,7 @@ from tests.tools.reliability.lab import Ended, Lab, Running, forked
 from vlm_sft.checkpoint.format import verify
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.config.schema import RunConfig, load_config
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import Batch, pad_examples
 from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -192,18 +192,23 @@ class ForTrainer(nn.Module):
         self.seen: list[str] = []
 
     def forward(
-        self, record_ids: Sequence[str], num_items_in_batch: torch.Tensor, **batch: Any
+        self, batch: Batch, num_items_in_batch: torch.Tensor, labels: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        self.seen += record_ids
-        return {"loss": self.model(**batch).loss_sum / num_items_in_batch}
+        self.seen += batch.record_ids
+        return {"loss": self.model(batch).loss_sum / num_items_in_batch}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
 
 def collator(pad_token_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
-    """Our batches as the keyword arguments of `ForTrainer.forward`."""
-    return lambda examples: vars(collate(examples, pad_token_id))
+    """Our batches as the keyword arguments of `ForTrainer.forward`; the Trainer counts labels."""
+
+    def collate(examples: Sequence[Example]) -> dict[str, Any]:
+        batch = pad_examples(examples, pad_token_id)
+        return {"batch": batch, "labels": batch.labels()}
+
+    return collate
 
 
 @dataclass

@@ -113,7 +113,7 @@ def lost_worker(lab: Lab) -> str | None:
     began = time.monotonic()
     ended = running.wait(90)
     took = time.monotonic() - began
-    if ended.code != 2 or "a loader process died" not in ended.said or took > 60:
+    if ended.code != 2 or "a data loader process died" not in ended.said or took > 60:
         return f"ended with {ended.code} after {took:.0f} s: {ended.said[-500:]}"
     return None
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.checks.tokenizer.under_test import Finding, TokenizerUnderTest, counted
-from vlm_sft.data.batch import collate
+from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.chat_template import TemplateText
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.text_encoder import padding_id
@@ -273,13 +273,15 @@ def _labels_equal_to_padding(tested: TokenizerUnderTest, pad: int) -> tuple[int 
         )
         for sample, tokenized in tested.samples
     ]
-    batch = collate(examples, pad)
-    for example, labels, mask in zip(examples, batch.labels, batch.attention_mask, strict=True):
+    batch = pad_examples(examples, pad)
+    all_labels, masks = batch.labels(), batch.attention_mask
+    assert masks is not None
+    for example, labels, mask in zip(examples, all_labels, masks, strict=True):
         length = len(example.labels)
         kept = torch.equal(labels[:length], example.labels) and bool(mask[:length].all())
         if not kept or bool(mask[length:].any()) or bool((labels[length:] != IGNORE_INDEX).any()):
             return None, 0
-    return int((batch.labels == pad).sum()), int((batch.labels != IGNORE_INDEX).sum())
+    return int((all_labels == pad).sum()), int((all_labels != IGNORE_INDEX).sum())
 
 
 _MARKER: Final = re.compile(r"<\|[^<>|\s]+\|>|<</?[A-Z]+>>|</?[A-Za-z_]+>|\[/?[A-Z_]+\]")
