@@ -15,7 +15,7 @@ import pytest
 
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.data.tokenize import ChatTokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

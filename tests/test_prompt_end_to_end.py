@@ -12,7 +12,7 @@ from tests.tiny_runs import ROOT
 from vlm_sft import chat
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.export.__main__ import main as export
 from vlm_sft.inference.loaded_model import VlmRun, load_run, question
 

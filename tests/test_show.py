@@ -23,7 +23,7 @@ from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.filtering import RecordFilter
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError

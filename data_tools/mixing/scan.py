@@ -19,7 +19,7 @@ from data_tools.mixing.quotas import Available, Quota
 from data_tools.mixing.receipts import Receipts
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation, TextPart
-from vlm_sft.data.record_formats import open_records
+from vlm_sft.data.records import open_records
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
 from vlm_sft.utils.progress import track

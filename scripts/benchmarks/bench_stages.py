@@ -25,8 +25,8 @@ from bench_sizes import NUM_IMAGE_TOKENS
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from vlm_sft.config.schema import LanguageModelConfig, TrainConfig
-from vlm_sft.data.record_formats import DataFile, read_records
+from vlm_sft.config.schema import DataFile, LanguageModelConfig, TrainConfig
+from vlm_sft.data.records import read_records
 from vlm_sft.data.sampler import epoch_order
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError

@@ -19,7 +19,7 @@ from tests.data_tools.instruct_samples import run_folder, sample
 from vlm_sft.config.loading import parse
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.errors import UserError
 
 TALK: list[Any] = [

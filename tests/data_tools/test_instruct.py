@@ -18,7 +18,7 @@ from data_tools.instruct.planning import read_requests
 from tests.data_tools.teacher_server import Act, Received, drop, fail, fenced, say, served
 from tests.tiny_runs import run as run_stage
 from vlm_sft.config.schema import DataFile
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.errors import UserError
 
 

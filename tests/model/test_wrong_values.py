@@ -9,7 +9,7 @@ import torch
 
 from tests.model.tiny import CLIP, LLAMA, OPEN_CLIP, tiny_model
 from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig
-from vlm_sft.data.record_files import open_record_file
+from vlm_sft.data.records import open_raw_records
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model
@@ -113,13 +113,13 @@ def test_a_damaged_table_of_records_is_one_sentence(tmp_path: Path) -> None:
     parquet = tmp_path / "a.parquet"
     parquet.write_bytes(b"PAR1 damaged PAR1")
     with pytest.raises(UserError, match=r"a\.parquet: pyarrow cannot read this Parquet file"):
-        open_record_file(parquet)
+        open_raw_records(parquet)
     folder = tmp_path / "saved"
     folder.mkdir()
     (folder / "dataset_info.json").write_text("[]")
     (folder / "state.json").write_text("[]")
     with pytest.raises(UserError, match="saved: datasets cannot load this folder"):
-        open_record_file(folder)
+        open_raw_records(folder)
 
 
 def test_any_exception_inside_a_library_keeps_its_cause() -> None:

@@ -5,7 +5,7 @@ from itertools import islice
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.images import open_image
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import ImageError, RecordError
 

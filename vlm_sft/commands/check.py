@@ -46,7 +46,7 @@ from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.duplicates import Repeats
 from vlm_sft.data.image_separator import LayoutCheck
 from vlm_sft.data.ledger import LedgerEntry
-from vlm_sft.data.record_formats import open_records
+from vlm_sft.data.records import open_records
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.errors.codes import CODES

@@ -13,7 +13,7 @@ from rich.table import Table
 from vlm_sft.checkpoint.base_models import parse_bases
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.evaluation.captions import (
     CaptionLoss,

@@ -8,7 +8,7 @@ import torch
 
 from vlm_sft.checkpoint.base_models import parse_bases
 from vlm_sft.config.schema import DataFile
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.errors import RecordError
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
 from vlm_sft.export.weights import require_shard_size

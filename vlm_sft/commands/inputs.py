@@ -14,7 +14,7 @@ from vlm_sft.config.schema import (
     load_stored_config,
     means_folder,
 )
-from vlm_sft.data.record_files import open_record_file
+from vlm_sft.data.records import open_raw_records
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import CheckpointError, ConfigError, ImageError, TemplateError, UserError
 
@@ -121,7 +121,7 @@ def _require_tower(tower: VisionTowerConfig) -> None:
 
 def _require_data(file: DataFile) -> None:
     if not Path(file.path).exists():
-        open_record_file(Path(file.path))  # raises its own sentence
+        open_raw_records(Path(file.path))  # raises its own sentence
 
 
 def require_records(option: str, path: str) -> None:

@@ -30,7 +30,7 @@ from vlm_sft.data.feature_store import FeatureStore
 from vlm_sft.data.filtering import RecordFilter
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.record_formats import open_records
+from vlm_sft.data.records import open_records
 from vlm_sft.data.spool import Spool, SpoolRef
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer

@@ -5,12 +5,11 @@ import binascii
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import (
     Conversation,
     ImagePart,
@@ -20,7 +19,6 @@ from vlm_sft.data.conversation import (
     TextPart,
     Turn,
 )
-from vlm_sft.data.record_files import RawRecord, open_record_file
 from vlm_sft.errors import ImageError, RecordError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 from vlm_sft.utils.image_paths import image_path
@@ -60,47 +58,18 @@ _FOREIGN_PLACEHOLDER: Final = re.compile(
 
 
 @dataclass(frozen=True)
-class Records:
-    """The records of one file: at most `total` of them, to be iterated once."""
+class RawRecord:
+    """The parsed value of one record.
 
-    total: int
-    conversations: Iterator[Conversation | RecordError]
-
-
-def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
-    """The file's records in order; one that cannot be used comes as its error, and reading goes on.
-
-    `<image>` is an image's place in human turns of LLaVA and Alpaca records, and in user messages
-    given as plain text of `messages` records that list images; anywhere else it is text. Text
-    with `<image>` in it is taken exactly as it is; where content is a list of parts, the chat
-    template says what stands between an image and its neighbors (`image_separator` of a message,
-    next to its content, says it for that message).
-    Images are not opened and not looked for here.
-
-    Raises:
-        UserError: The file as a whole cannot be read (missing, damaged, of no known kind).
+    Attributes:
+        value: A value of any type; records are objects.
+        where: `file:line` (lines from 1) or `file[index]`.
+        fallback_id: `line-N` or `index-N`, for records without an id.
     """
-    return open_records(file).conversations
 
-
-def open_records(file: DataFile) -> Records:
-    """As `read_records`, with the number of records for a progress bar."""
-    path = Path(file.path)
-    root = Path(file.image_root) if file.image_root else path if path.is_dir() else path.parent
-    opened = open_record_file(path)
-    form = None if file.format == "auto" else file.format
-
-    def conversations() -> Iterator[Conversation | RecordError]:
-        for raw in opened.records:
-            if isinstance(raw, RecordError):
-                yield raw
-                continue
-            try:
-                yield parse_record(raw, form, root, follow_symlinks=file.follow_symlinks)
-            except RecordError as error:
-                yield error
-
-    return Records(opened.total, conversations())
+    value: Any
+    where: str
+    fallback_id: str
 
 
 def parse_record(

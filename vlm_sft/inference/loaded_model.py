@@ -29,7 +29,7 @@ from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_stored_co
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Part, TextPart, Turn
 from vlm_sft.data.image_separator import DEFAULT_SEPARATOR, separated_parts
 from vlm_sft.data.images import ImageSpec, read_pixels
-from vlm_sft.data.record_formats import read_records
+from vlm_sft.data.records import read_records
 from vlm_sft.data.text_encoder import load_tokenizer, padding_id
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.errors import CheckpointError, UserError, as_text

@@ -12,7 +12,7 @@ from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.filtering import FilterResult, RecordFilter
 from vlm_sft.data.ledger import Bucket, LedgerEntry
-from vlm_sft.data.record_formats import open_records
+from vlm_sft.data.records import open_records
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.progress import track

@@ -23,7 +23,7 @@ from vlm_sft.data.dataset import shared_prefix
 from vlm_sft.data.filtering import FilterResult, RecordFilter
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.packing import PackingStats, pack_items, packing_stats
-from vlm_sft.data.record_formats import open_records
+from vlm_sft.data.records import open_records
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, UserError

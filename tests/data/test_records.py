@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_sft.config.schema import DataFile
-from vlm_sft.data import record_files as files
+from vlm_sft.data import records
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.record_files import RawRecord
-from vlm_sft.data.record_formats import open_records, parse_record, read_records
+from vlm_sft.data.record_formats import RawRecord, parse_record
+from vlm_sft.data.records import open_records, read_records
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils import json_items
 
 
 def parse(record: object, root: str | Path = "/root", form=None) -> Conversation:
@@ -298,7 +299,7 @@ def test_absolute_names_inside_the_root_are_accepted_and_urls_are_not_fetched(tm
     inside = llava(("human", "<image>"), ANSWER, image=str(tmp_path / "sub" / "a.png"))
     assert parse(inside, tmp_path).images == (tmp_path / "sub" / "a.png",)
     remote = llava(("human", "<image>"), ANSWER, image="https://example.org/a.png")
-    assert "nothing is downloaded" in str(fault(remote, tmp_path))
+    assert "images are not downloaded" in str(fault(remote, tmp_path))
     sibling = llava(("human", "<image>"), ANSWER, image=f"{tmp_path}-other/a.png")
     assert fault(sibling, tmp_path).reason == "image_path"
 
@@ -371,7 +372,7 @@ def test_every_bad_line_is_one_error_with_its_number_and_the_rest_is_read(tmp_pa
 
 
 def test_a_line_beyond_the_limit_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 200)
     good = json.dumps(llava(QUESTION, ANSWER))
     path = tmp_path / "data.jsonl"
     path.write_text(f"{good}\n{'x' * 5000}\n{good}\n{'y' * 200}")
@@ -542,17 +543,25 @@ JSON = st.recursive(
 )
 
 
-def outcome(path: Path, window: int) -> list[object] | str:
-    """What a JSON list gives, or the error, when it is looked at through a window this wide."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_WINDOW", window)
-        try:
-            found = files.open_record_file(path)
-            rows = [r.value if isinstance(r, files.RawRecord) else str(r) for r in found.records]
-        except UserError as error:
-            return str(error)
-    assert len(rows) == found.total
+def read_list(path: Path) -> list[object] | str:
+    """The values of a JSON list and the errors in their places, or the error of the file."""
+    try:
+        opened = records.open_raw_records(path)
+        rows = [r.value if isinstance(r, RawRecord) else str(r) for r in opened.records]
+    except UserError as error:
+        return str(error)
+    assert len(rows) == opened.total
     return rows
+
+
+def read_list_by_the_standard_library(path: Path) -> list[object] | str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "split_list", split_by_the_standard_library)
+        return read_list(path)
+
+
+def split_by_the_standard_library(path: Path, data: bytes) -> list[bytes]:
+    return [item.encode() for item in json_items._items_of_text(path, bytes(data))]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -560,26 +569,40 @@ def outcome(path: Path, window: int) -> list[object] | str:
     values=st.lists(JSON, max_size=6),
     indent=st.sampled_from((None, 0, 2)),
     ascii_only=st.booleans(),
-    window=st.integers(2, 40),
+    block=st.integers(1, 40),
     data=st.data(),
 )
-def test_a_list_is_the_same_through_any_window(
+def test_a_list_is_read_as_the_standard_library_reads_it_damaged_or_not(
     tmp_path: Path,
     values: list[object],
     indent: int | None,
     ascii_only: bool,
-    window: int,
+    block: int,
     data: st.DataObject,
 ) -> None:
     path = tmp_path / "list.json"
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     path.write_text(data.draw(st.sampled_from(("", "\ufeff", " \n"))) + text + "\n", "utf-8")
-    assert outcome(path, window) == values == outcome(path, 2**20)
-    broken = bytearray(path.read_bytes())
-    place = data.draw(st.integers(0, len(broken) - 1))
-    if data.draw(st.booleans()):
-        del broken[place:]
-    else:
-        broken[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(broken)
-    assert outcome(path, window) == outcome(path, 2**20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_items, "_BLOCK", block)
+        assert read_list(path) == values == read_list_by_the_standard_library(path)
+        broken = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(broken) - 1))
+        if data.draw(st.booleans()):
+            del broken[place:]
+        else:
+            broken[place] = data.draw(st.integers(0, 255))
+        path.write_bytes(broken)
+        assert read_list(path) == read_list_by_the_standard_library(path)
+
+
+def test_nan_and_half_a_surrogate_pair_are_the_fault_of_their_record_alone(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    good = json.dumps(llava(QUESTION, ANSWER))
+    path.write_text(f'[{good}, {{"id": NaN}}, {good.replace("cat", chr(92) + "ud83d")}, {good}]')
+    assert [getattr(row, "reason", "good") for row in read(path)] == [
+        "good",
+        "json_nan",
+        "bad_text",
+        "good",
+    ]
