@@ -97,7 +97,7 @@ def test_fewer_images_and_conditions_can_be_asked_for(trained: Path, probes: Pat
         (["--captions", "missing.json"], "missing.json"),
         (["--probes", "{p}", "--max-images", "0"], "--max-images 0: expected 1 or more"),
         (["--probes", "{p}", "{p}"], "two files are named existence"),
-        ([], "nothing to measure"),
+        ([], "nothing to evaluate"),
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_exit_code_2(

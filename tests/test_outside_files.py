@@ -13,7 +13,7 @@ from vlm_sft.config.yaml_text import parse_yaml
 from vlm_sft.data.chat_template import load_template
 from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.probes import Probe, read_probes, require_images_inside
+from vlm_sft.evaluation.questions import Question, read_questions, require_images_inside
 from vlm_sft.utils.ownership import MANIFEST
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -66,7 +66,7 @@ def test_pipes_and_devices_never_hold_a_command_up(tmp_path: Path, reader: str, 
     readers = {
         "configuration": lambda: load_config(path),
         "template": lambda: load_template(str(path), byte_tokenizer()),
-        "probes": lambda: read_probes(path),
+        "probes": lambda: read_questions(path),
         "manifest": lambda: read_manifest(tmp_path),
     }
     with pytest.raises(UserError):
@@ -74,16 +74,16 @@ def test_pipes_and_devices_never_hold_a_command_up(tmp_path: Path, reader: str, 
 
 
 @pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "link.png", "http://a/b"])
-def test_probes_may_not_leave_the_folder_of_images(tmp_path: Path, image: str) -> None:
+def test_questions_may_not_leave_the_folder_of_images(tmp_path: Path, image: str) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "link.png").symlink_to("/etc/hostname")
-    probe = Probe("p1", image, "?", "yes", "kind", ("yes", "no"))
-    with pytest.raises(UserError, match=r"probes\.json: probe 'p1': ") as caught:
-        require_images_inside(Path("probes.json"), [probe], tmp_path / "images")
+    question = Question("p1", image, "?", "yes", "kind", ("yes", "no"))
+    with pytest.raises(UserError, match=r"probes\.json: question 'p1': ") as caught:
+        require_images_inside(Path("probes.json"), [question], tmp_path / "images")
     assert caught.value.reason == "image_path"
     if image == "link.png":
         assert "--follow-symlinks" in str(caught.value)
-        require_images_inside(Path("p.json"), [probe], tmp_path / "images", follow_symlinks=True)
+        require_images_inside(Path("p.json"), [question], tmp_path / "images", follow_symlinks=True)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_probes_may_not_leave_the_folder_of_images(tmp_path: Path, image: str) -
 def test_a_wrong_file_of_probes_or_manifest_is_one_sentence(tmp_path: Path, content: str) -> None:
     for name in ("probes.json", MANIFEST):
         (tmp_path / name).write_text(content)
-    for use in (lambda: read_probes(tmp_path / "probes.json"), lambda: read_manifest(tmp_path)):
+    for use in (lambda: read_questions(tmp_path / "probes.json"), lambda: read_manifest(tmp_path)):
         with pytest.raises(UserError) as caught:
             use()
         assert len(str(caught.value)) < 1000

@@ -60,7 +60,9 @@ def test_the_demo_report_is_one_page_with_its_images_inside(tmp_path: Path) -> N
         lead="from nothing",
         images=[ShownImage(tmp_path / "a.png", [("Is it <red>?", "No & yes.")], ["yes"])],
         runs={"Stage 1": make_run(tmp_path / "s1"), "Stage 2": make_run(tmp_path / "s2")},
-        results={"unseen artist": {"answers": "spoken", "probes": {"existence": {"right": found}}}},
+        results={
+            "unseen artist": {"answers": "free_form", "probes": {"existence": {"right": found}}}
+        },
         seconds={"stage 1": 61.0, "stage 2": 59.0},
     )
     page = write_demo_report(report, tmp_path / "out" / "demo.html").read_text()

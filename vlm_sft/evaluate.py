@@ -1,4 +1,4 @@
-"""Measure a checkpoint: right answers to probes and caption losses."""
+"""Evaluate a checkpoint on questions with known answers and on captions."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from vlm_sft.commands.parser import (
 )
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.conditions import CONDITIONS, Condition
+from vlm_sft.evaluation.conditions import IMAGE_CONDITIONS, ImageCondition
 from vlm_sft.utils.ownership import require_output_file
 
 EXAMPLE = """example:
@@ -22,18 +22,18 @@ EXAMPLE = """example:
       held_out/counting.json --images held_out/images --captions held_out/captions.json \\
       --out results.json
 
-A file of probes is a JSON list or JSON lines, in this form or in POPE's:
+A file of questions is a JSON list or JSON Lines, in this format or in POPE's:
   {"id": "1", "image": "a.jpg", "question": "Is there a dog?", "answer": "yes"}
   {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print a table, write `--out`; returns the exit code."""
+    """Evaluate, print a table, write `--out`; return the exit code."""
     arguments = parser().read(argv)
     _require_fitting(arguments)
     from vlm_sft.commands.inputs import require_checkpoint
-    from vlm_sft.evaluation.probe_files import read_rows
+    from vlm_sft.evaluation.question_files import read_rows
 
     for path in arguments.probes:
         require_file("--probes", path)
@@ -68,7 +68,7 @@ def parser() -> CommandParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="files of questions with known answers; each gets its own rows in the table",
+        help="files of questions with known answers; each has its own rows in the table",
     )
     add(
         "--beside",
@@ -76,44 +76,49 @@ def parser() -> CommandParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="probes that are asked with the right image alone, whatever the conditions",
+        help="files of questions that are asked only with the right image",
     )
     add(
         "--images",
         type=Path,
         required=True,
         metavar="DIR",
-        help="the folder that image names of probes and captions start from",
+        help="folder of the image names in --probes and --captions",
     )
     add(
         "--follow-symlinks",
         action="store_true",
-        help="let symbolic links below --images lead out of it",
+        help="allow symbolic links that leave --images",
     )
-    add("--captions", type=Path, metavar="FILE", help="records of one image each")
+    add(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="file of records with one image each, to compare losses",
+    )
     add(
         "--answers",
-        choices=["likeliest", "spoken"],
+        choices=["likeliest", "free_form"],
         default="likeliest",
-        help="compare the likelihood of the bare answers (default), or let the model speak and "
-        "take its last word for it; saying none of them is wrong",
+        help="choose the most likely of the possible answers (default), or generate text and take "
+        "the last possible answer in it; a text without one is wrong",
     )
     add(
         "--conditions",
         type=_conditions,
-        default=list(CONDITIONS),
-        metavar=",".join(CONDITIONS),
-        help="which image goes with a question: its own, a blank one, another one's "
+        default=list(IMAGE_CONDITIONS),
+        metavar=",".join(IMAGE_CONDITIONS),
+        help="images to show with each question: its own, a blank one, another question's "
         "(default: all three)",
     )
-    few = "use the first N images of each file only (default: all)"
+    few = "use only the first N images of each file (default: all)"
     add("--max-images", type=whole_number(1), metavar="N", help=few)
     add(
         "--out",
         type=Path,
         default=Path("results.json"),
         metavar="FILE",
-        help="where the figures are written as JSON (default: results.json)",
+        help="JSON file of the results (default: results.json)",
     )
     replace = "replace --out even if this command did not write it"
     add("--overwrite", action="store_true", help=replace)
@@ -122,26 +127,26 @@ def parser() -> CommandParser:
         type=whole_number(0),
         default=0,
         metavar="N",
-        help="of the bootstrap and of the shuffled images (default: 0)",
+        help="seed of the bootstrap and of the shuffled images (default: 0)",
     )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")
     return parser
 
 
-def _conditions(text: str) -> list[Condition]:
+def _conditions(text: str) -> list[ImageCondition]:
     names = text.split(",")
-    if any(name not in CONDITIONS for name in names):
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(CONDITIONS)}")
-    return [condition for condition in CONDITIONS if condition in names]
+    if any(name not in IMAGE_CONDITIONS for name in names):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(IMAGE_CONDITIONS)}")
+    return [condition for condition in IMAGE_CONDITIONS if condition in names]
 
 
 def _require_fitting(arguments: argparse.Namespace) -> None:
     arguments.probes += arguments.beside
     if not arguments.probes and not arguments.captions:
-        raise UserError("nothing to measure; give --probes FILE, --captions FILE or both")
+        raise UserError("nothing to evaluate; give --probes FILE, --captions FILE or both")
     stems = [path.stem for path in arguments.probes]
     if twice := next((name for name in stems if stems.count(name) > 1), None):
-        raise UserError(f"--probes: two files are named {twice}; rename one or measure it alone")
+        raise UserError(f"--probes: two files are named {twice}; rename one or evaluate it alone")
 
 
 if __name__ == "__main__":

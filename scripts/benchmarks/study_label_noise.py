@@ -205,7 +205,7 @@ class Study:
                 str(run / "final"),
                 *("--images", str(self._demo / "scenes" / split / "images")),
                 *("--probes", str(self._demo / "data" / split / "existence.json")),
-                *("--conditions", "right", "--answers", "spoken", "--out", str(results)),
+                *("--conditions", "right", "--answers", "free_form", "--out", str(results)),
             )
         found = json.loads(results.read_text(encoding="utf-8"))
         return float(found["probes"]["existence"]["right"]["accuracy"]["estimate"])

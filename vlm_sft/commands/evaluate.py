@@ -1,4 +1,4 @@
-"""Measure a checkpoint on held-out images and print the table."""
+"""Evaluate a checkpoint and print the table of results."""
 
 import argparse
 import sys
@@ -21,18 +21,18 @@ from vlm_sft.evaluation.captions import (
     other_images,
     summarize_captions,
 )
-from vlm_sft.evaluation.conditions import Condition
-from vlm_sft.evaluation.probes import (
-    Probe,
-    Task,
-    Verdict,
-    ask,
-    judge,
-    read_probes,
+from vlm_sft.evaluation.conditions import ImageCondition
+from vlm_sft.evaluation.questions import (
+    EvalItem,
+    Prediction,
+    Question,
+    generate_predictions,
+    make_items,
+    read_questions,
     require_images_inside,
-    require_questions,
+    require_questions_in_prompt,
+    score_predictions,
     summarize,
-    tasks_of,
 )
 from vlm_sft.inference.loaded_model import VlmRun, load_run
 from vlm_sft.utils.atomic_files import write_json
@@ -41,40 +41,40 @@ from vlm_sft.utils.ownership import MADE_BY, made_by
 from vlm_sft.utils.progress import track
 
 ONE_SIDED: Final = 0.95
-"""Share of one answer from which the accuracy alone would mislead."""
+"""Share of one answer from which on the accuracy alone is misleading."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print a table, write `--out`; returns the exit code."""
-    files = {path: read_probes(path) for path in arguments.probes}
+    """Evaluate, print a table, write `--out`; return the exit code."""
+    files = {path: read_questions(path) for path in arguments.probes}
     links = arguments.follow_symlinks
-    for path, probes in files.items():
-        require_images_inside(path, probes, arguments.images, follow_symlinks=links)
+    for path, questions in files.items():
+        require_images_inside(path, questions, arguments.images, follow_symlinks=links)
     records = (
         _read_captions(arguments.captions, arguments.images, links) if arguments.captions else []
     )
-    vlm_run = load_run(
+    loaded = load_run(
         arguments.checkpoint, device=arguments.device, bases=parse_bases(arguments.base)
     )
     if files:
-        require_questions(vlm_run)
+        require_questions_in_prompt(loaded)
     results: dict[str, Any] = {
         MADE_BY: made_by("evaluate"),
         "checkpoint": str(arguments.checkpoint),
-        "step": vlm_run.manifest.get("step"),
-        "interval": "95 % percentile bootstrap over images; Wilson's where all answers are alike",
+        "step": loaded.manifest.get("step"),
+        "interval": "95 % percentile bootstrap over images; Wilson's if all are right or all wrong",
         "seed": arguments.seed,
         "answers": arguments.answers,
         "probes": {},
     }
-    tasks = _tasks(files, arguments)
-    losses, verdicts = _measure(vlm_run, tasks, records, arguments)
-    for (measure, condition), found in verdicts.items():
+    items = _items(files, arguments)
+    losses, predictions = _measure(loaded, items, records, arguments)
+    for (measure, condition), found in predictions.items():
         summary = summarize(found, seed=arguments.seed)
         results["probes"].setdefault(measure, {})[condition] = summary
     if records:
         results["captions"] = summarize_captions(losses, seed=arguments.seed)
-    Console().print(results_table(results))  # before writing: a full disk must not lose it
+    Console().print(results_table(results))  # before writing, which can fail on a full disk
     for line in one_sided(results):
         say(line, file=sys.stdout)
     write_json(arguments.out, results)
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def one_sided(results: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for all probes that got nearly always the same answer."""
+    """Yield a note for each measure whose predictions are nearly always the same answer."""
     for measure, by_condition in results["probes"].items():
         for condition, found in by_condition.items():
             answer, share = max(found["chosen"].items(), key=lambda item: item[1])
@@ -96,8 +96,8 @@ def one_sided(results: dict[str, Any]) -> Iterator[str]:
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """The results as a table for people, at most 80 columns wide."""
-    table = Table(title="Images of the probes; 95 % intervals over images", box=box.SIMPLE_HEAD)
+    """Return the results as a table of at most 80 columns."""
+    table = Table(title="Evaluation; 95 % intervals over images", box=box.SIMPLE_HEAD)
     table.add_column("measure")
     table.add_column("image")
     for name in ("questions", "right answers", "chance"):
@@ -115,38 +115,44 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def _tasks(files: dict[Path, list[Probe]], arguments: argparse.Namespace) -> list[Task]:
-    tasks: list[Task] = []
-    for path, probes in files.items():
-        kept = _first_images([p.image for p in probes], arguments.max_images)
-        chosen = [probe for probe in probes if probe.image in kept]
-        asked: list[Condition] = ["right"] if path in arguments.beside else arguments.conditions
-        tasks += tasks_of(chosen, asked, measure=path.stem, seed=arguments.seed)
-    return tasks
+def _items(files: dict[Path, list[Question]], arguments: argparse.Namespace) -> list[EvalItem]:
+    items: list[EvalItem] = []
+    for path, questions in files.items():
+        images = _first_images([q.image for q in questions], arguments.max_images)
+        selected = [question for question in questions if question.image in images]
+        only_right = path in arguments.beside
+        conditions: list[ImageCondition] = ["right"] if only_right else arguments.conditions
+        items += make_items(selected, conditions, measure=path.stem, seed=arguments.seed)
+    return items
 
 
 def _measure(
-    run: VlmRun, tasks: list[Task], records: list[Conversation], arguments: argparse.Namespace
-) -> tuple[list[CaptionLoss], dict[tuple[str, str], list[Verdict]]]:
-    """Everything under one progress bar, which counts questions and captions."""
+    loaded: VlmRun,
+    items: list[EvalItem],
+    records: list[Conversation],
+    arguments: argparse.Namespace,
+) -> tuple[list[CaptionLoss], dict[tuple[str, str], list[Prediction]]]:
+    """Return caption losses, and predictions by measure and condition; show one progress bar."""
     if records:
-        kept = _first_images([str(r.images[0]) for r in records], arguments.max_images)
-        records = [record for record in records if str(record.images[0]) in kept]
+        images = _first_images([str(r.images[0]) for r in records], arguments.max_images)
+        records = [record for record in records if str(record.images[0]) in images]
     others = other_images(records, seed=arguments.seed) if records else {}
-    captions = caption_losses(run, records, others)
-    judged = (ask if arguments.answers == "spoken" else judge)(run, tasks, arguments.images)
+    captions = caption_losses(loaded, records, others)
+    predict = generate_predictions if arguments.answers == "free_form" else score_predictions
     losses: list[CaptionLoss] = []
-    verdicts: dict[tuple[str, str], list[Verdict]] = {
-        (task.measure, task.condition): [] for task in tasks
+    predictions: dict[tuple[str, str], list[Prediction]] = {
+        (item.measure, item.condition): [] for item in items
     }
-    items: Iterator[CaptionLoss | tuple[Task, Verdict]] = chain(captions, judged)
-    for item in track(items, len(records) + len(tasks), "measuring"):
-        if isinstance(item, CaptionLoss):
-            losses.append(item)
+    results: Iterator[CaptionLoss | tuple[EvalItem, Prediction]] = chain(
+        captions, predict(loaded, items, arguments.images)
+    )
+    for result in track(results, len(records) + len(items), "evaluating"):
+        if isinstance(result, CaptionLoss):
+            losses.append(result)
         else:
-            task, verdict = item
-            verdicts[task.measure, task.condition].append(verdict)
-    return losses, verdicts
+            item, prediction = result
+            predictions[item.measure, item.condition].append(prediction)
+    return losses, predictions
 
 
 def _read_captions(path: Path, images: Path, follow_symlinks: bool) -> list[Conversation]:

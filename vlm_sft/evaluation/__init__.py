@@ -1,1 +1,1 @@
-"""Measuring what a trained model sees."""
+"""Measure how well a trained model answers questions about images."""

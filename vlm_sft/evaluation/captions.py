@@ -1,4 +1,7 @@
-"""Loss of held-out answers with their own image and with another one: does the model look."""
+"""Compare the loss of captions with their own image and with another one.
+
+A model that uses the image has a lower loss with the right one.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +14,22 @@ from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.tokenize import expand
-from vlm_sft.evaluation.probes import derangement
-from vlm_sft.evaluation.statistics import cluster_bootstrap_ratio
+from vlm_sft.evaluation.intervals import cluster_bootstrap_ratio
+from vlm_sft.evaluation.questions import derangement
 from vlm_sft.inference.loaded_model import VlmRun
 from vlm_sft.utils.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class CaptionLoss:
-    """Summed losses in nats of a record's supervised tokens."""
+    """Summed losses of a record's trained tokens, in nats.
+
+    Attributes:
+        image: File name of the record's image.
+        num_tokens: Number of trained tokens.
+        right: Loss with the record's own image.
+        shuffled: Loss with another record's image.
+    """
 
     image: str
     num_tokens: int
@@ -28,59 +38,59 @@ class CaptionLoss:
 
 
 def other_images(records: Sequence[Conversation], *, seed: int) -> dict[str, str]:
-    """Another record's image for each (see `derangement`)."""
+    """Assign another record's image to each image (see `derangement`)."""
     return derangement((str(record.images[0]) for record in records), seed=seed)
 
 
 def caption_losses(
-    run: VlmRun,
+    loaded: VlmRun,
     records: Sequence[Conversation],
     others: Mapping[str, str],
     *,
     batch_size: int = 8,
 ) -> Iterator[CaptionLoss]:
-    """Losses of records with one image each, in their order: with their own, and with another's.
+    """Yield the losses of records with their own and with another image, in order.
 
     Args:
-        run: What is measured.
-        records: One image file each.
-        others: What `other_images` gave.
-        batch_size: Records that go through the model together, each of them twice.
+        loaded: The model.
+        records: Records with one image file each.
+        others: Other image of each image (`other_images`).
+        batch_size: Records per batch; each is in it twice.
 
     Raises:
         ImageError: An image is missing or broken.
     """
     for start in range(0, len(records), batch_size):
-        yield from _losses_of(run, records[start : start + batch_size], others)
+        yield from _losses_of(loaded, records[start : start + batch_size], others)
 
 
 @torch.inference_mode()
 def _losses_of(
-    run: VlmRun, records: Sequence[Conversation], others: Mapping[str, str]
+    loaded: VlmRun, records: Sequence[Conversation], others: Mapping[str, str]
 ) -> list[CaptionLoss]:
-    own = [_example(run, record) for record in records]
-    foreign = [
-        replace(example, pixel_values=run.pixels(Path(others[str(record.images[0])]))[None])
+    own = [_example(loaded, record) for record in records]
+    shuffled = [
+        replace(example, pixel_values=loaded.pixels(Path(others[str(record.images[0])]))[None])
         for example, record in zip(own, records, strict=True)
     ]
-    batch = pad_examples([*own, *foreign], run.pad_token_id)
-    losses = run.model(batch.to(run.device)).per_record_loss.tolist()
+    batch = pad_examples([*own, *shuffled], loaded.pad_token_id)
+    losses = loaded.model(batch.to(loaded.device)).per_record_loss.tolist()
     return [
-        CaptionLoss(str(record.images[0]), _num_targets(example), right, shuffled)
-        for record, example, right, shuffled in zip(
+        CaptionLoss(str(record.images[0]), _num_targets(example), right_loss, shuffled_loss)
+        for record, example, right_loss, shuffled_loss in zip(
             records, own, losses[: len(records)], losses[len(records) :], strict=True
         )
     ]
 
 
-def _example(run: VlmRun, record: Conversation) -> Example:
-    tokenized = run.chat_tokenizer.tokenize(record)
-    tokens = run.model.vision_tower.num_tokens
+def _example(loaded: VlmRun, record: Conversation) -> Example:
+    tokenized = loaded.chat_tokenizer.tokenize(record)
+    tokens = loaded.model.vision_tower.num_tokens
     return Example(
         record.id,
         torch.tensor(expand(tokenized.input_ids, tokens)),
         torch.tensor(expand(tokenized.input_ids, tokens, tokenized.labels)),
-        run.pixels(Path(str(record.images[0])))[None],
+        loaded.pixels(Path(str(record.images[0])))[None],
     )
 
 
@@ -89,9 +99,9 @@ def _num_targets(example: Example) -> int:
 
 
 def summarize_captions(losses: Sequence[CaptionLoss], *, seed: int = 0) -> dict[str, Any]:
-    """Loss a token with each image, and the paired difference (shuffled - right).
+    """Return the loss per token with each image, and the paired difference (shuffled - right).
 
-    95 % percentile bootstrap over images.
+    Intervals are 95 % percentile bootstraps over images.
     """
     images = [loss.image for loss in losses]
     tokens = [float(loss.num_tokens) for loss in losses]

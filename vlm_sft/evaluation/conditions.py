@@ -1,6 +1,8 @@
-"""Which image goes with a question."""
+"""Name the images with which a question can be asked."""
 
-from typing import Literal
+from typing import Final, Literal
 
-Condition = Literal["right", "blank", "shuffled"]
-CONDITIONS: tuple[Condition, ...] = ("right", "blank", "shuffled")
+ImageCondition = Literal["right", "blank", "shuffled"]
+"""The question's own image, an image of one color, or the image of another question."""
+
+IMAGE_CONDITIONS: Final[tuple[ImageCondition, ...]] = ("right", "blank", "shuffled")

@@ -29,7 +29,7 @@ _CONDITIONS: Final = {
 
 _ANSWER_METHODS: Final = {
     "likeliest": "Each question is answered by the most likely of its possible answers.",
-    "spoken": (
+    "free_form": (
         "The model answers freely; the last possible answer in its text counts, and a text without "
         "one is wrong."
     ),
@@ -139,7 +139,7 @@ def _headline(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, s
 
 def _image(image: ShownImage) -> dict[str, Any]:
     """Return a thumbnail with its questions, the answers, and whether they are right."""
-    from vlm_sft.evaluation.probes import closed_set, spoken_choice  # imports torch
+    from vlm_sft.evaluation.questions import closed_set, last_choice  # imports torch
 
     thumbnail = open_image(image.path)
     thumbnail.thumbnail((640, 640))
@@ -155,7 +155,7 @@ def _image(image: ShownImage) -> dict[str, Any]:
                 "answer": answer,
                 "expected": truth,
                 "is_right": truth is not None
-                and spoken_choice(answer, closed_set(truth)) == truth.lower(),
+                and last_choice(answer, closed_set(truth)) == truth.lower(),
             }
             for (question, answer), truth in zip(image.exchanges, expected, strict=True)
         ],

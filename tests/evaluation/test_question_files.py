@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.probe_files import read_rows
+from vlm_sft.evaluation.question_files import read_rows
 
 POPE: dict[str, Any] = {"question_id": 1, "image": "a.jpg", "text": "A dog?", "label": "Yes"}
 OURS = {"id": "1", "image": "a.jpg", "question": "A dog?", "answer": "yes", "kind": "existence"}
@@ -42,15 +42,18 @@ def test_a_list_of_any_form_gives_the_same_rows(tmp_path: Path, row: dict[str, A
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps({k: v for k, v in POPE.items() if k != "label"}), "'answer' is missing.*alone"),
+        (
+            json.dumps({k: v for k, v in POPE.items() if k != "label"}),
+            "'answer' is missing.*without",
+        ),
         (
             json.dumps(POPE) + '\n{"question_id": 2}\n',
             "pope.json:2: 'image' is missing or not text",
         ),
         (json.dumps(POPE) + "\n{broken\n", "pope.json:2: not valid JSON"),
-        ("[3]", "found 3, which is no probe"),
-        ("[]", "at least one, found none"),
-        ("", "at least one, found none"),
+        ("[3]", "found 3, which is not a question"),
+        ("[]", "at least one question, found none"),
+        ("", "at least one question, found none"),
         ("question,answer\n", "not valid JSON"),
         (json.dumps([{**OURS, "image": None}]), "'image' is missing or not text"),
     ],

@@ -1,20 +1,21 @@
-"""How far a measured share or difference can be trusted, when questions share images."""
+"""Compute confidence intervals of shares and differences if several questions share an image."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-BOOTSTRAP_SAMPLES = 4000
-"""Resamples of an interval; the 2.5 % tail then rests on about 100 of them."""
+BOOTSTRAP_SAMPLES: Final = 4000
+"""Resamples per interval; each 2.5 % tail then has about 100 of them."""
 
 Numbers = NDArray[np.float64]
 
 Statistic = Callable[[Numbers], Numbers]
-"""Cluster weights `[samples, clusters]` to `[samples]`."""
+"""A function from cluster weights `[samples, clusters]` to values `[samples]`."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        """`0.912 [0.890, 0.931]`."""
+        """Return e.g. `0.912 [0.890, 0.931]`."""
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def as_dict(self) -> dict[str, float | None]:
-        """Plain values for JSON; a bound that does not exist is None."""
+        """Return plain values for JSON; a bound that is not finite is None."""
         values = {"estimate": self.estimate, "low": self.low, "high": self.high}
         return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
@@ -43,21 +44,21 @@ def cluster_bootstrap_interval(
     confidence: float = 0.95,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> Interval:
-    """Mean of `values` with a percentile interval over resampled clusters.
+    """Return the mean of `values` with a percentile interval over resampled clusters.
 
-    Whole clusters (images) are drawn with replacement and the ratio of sums is taken, so values
-    of one image may depend on each other. With few clusters it is a little too narrow: below
-    about 30, read it with care. All values equal, or a single cluster: see `interval_of_shares`.
+    Whole clusters (images) are drawn with replacement and the ratio of sums is computed, so values
+    of one image may depend on each other. With fewer than about 30 clusters the interval is
+    slightly too narrow. For equal values or a single cluster see `interval_of_shares`.
 
     Args:
-        values: One number an observation.
+        values: One value per observation.
         clusters: The cluster of each observation.
-        seed: Of the resampling.
-        confidence: In (0, 1).
+        seed: Seed of the resampling.
+        confidence: Coverage in (0, 1).
         samples: Number of resamples.
 
     Raises:
-        ValueError: No values, or lengths that differ.
+        ValueError: There are no values, or the lengths differ.
     """
     ones = [1.0] * len(values)
     return cluster_bootstrap_ratio(
@@ -74,9 +75,9 @@ def cluster_bootstrap_ratio(
     confidence: float = 0.95,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> Interval:
-    """Sum of numerators over sum of denominators, e.g. loss a token, clustered as above."""
+    """Return the ratio of two sums, e.g. loss per token, with an interval as above."""
     if not len(numerators) == len(denominators) == len(clusters):
-        raise ValueError("numerators, denominators and clusters must have one length")
+        raise ValueError("numerators, denominators and clusters must have the same length")
     sums = _cluster_sums(clusters, [numerators, denominators])
     above, below = sums[:, 0], sums[:, 1]
 
@@ -95,9 +96,10 @@ def balanced_accuracy_interval(
     confidence: float = 0.95,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> Interval:
-    """Mean over the true answers of the share answered rightly; chance is 1 / number of answers.
+    """Return the mean over the true answers of the share that is answered correctly.
 
-    A resample that lacks an answer altogether is taken over those that it has.
+    Chance is 1 / number of answers. In a resample in which an answer does not occur, the mean is
+    over the others.
     """
     names = sorted(set(truths))
     columns: list[Sequence[float]] = []
@@ -115,9 +117,9 @@ def balanced_accuracy_interval(
 
 
 def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a share (1927), for independent trials."""
+    """Return the Wilson score interval of a share (Wilson 1927), for independent trials."""
     if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} successes of {trials} trials: no share")
+        raise ValueError(f"{successes} successes of {trials} trials is not a share")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = successes / trials
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -135,10 +137,11 @@ def interval_of_shares(
     seed: int,
     confidence: float = 0.95,
 ) -> Interval:
-    """Share of true values, clustered; Wilson's over images where all values are equal.
+    """Return the share of true values with a clustered interval.
 
-    A bootstrap of equal values has no width at all, which would claim certainty. The number of
-    images then stands for the number of trials: the careful choice.
+    If all values are equal, a bootstrap interval has no width, which would claim certainty. Then
+    the interval is Wilson's with the number of images as the number of trials, which is
+    conservative.
     """
     if not correct:
         raise ValueError("no values: an interval needs at least one")
@@ -150,7 +153,7 @@ def interval_of_shares(
 
 
 def _cluster_sums(clusters: Sequence[Hashable], columns: Sequence[Sequence[float]]) -> Numbers:
-    """Sums of each column within each cluster, `[clusters, columns]`."""
+    """Return the sum of each column within each cluster, `[clusters, columns]`."""
     if not clusters:
         raise ValueError("no values: an interval needs at least one")
     if any(len(column) != len(clusters) for column in columns):
@@ -169,7 +172,7 @@ def _percentiles(
     generator = np.random.default_rng(seed)
     chance = np.full(num_clusters, 1 / num_clusters)
     found: list[Numbers] = []
-    block = max(1, 2_000_000 // num_clusters)
+    block = max(1, 2_000_000 // num_clusters)  # limits the memory of the weights to 16 MB
     for start in range(0, samples, block):
         count = min(block, samples - start)
         weights = generator.multinomial(num_clusters, chance, size=count).astype(np.float64)

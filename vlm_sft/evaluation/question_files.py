@@ -1,4 +1,4 @@
-"""Read questions with known answers: our own form, POPE's, and LLaVA's with answers."""
+"""Read questions with known answers: vlm_sft's format, POPE's, and LLaVA's with answers."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,12 +9,12 @@ from vlm_sft.utils.escape import shortened
 from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
 from vlm_sft.utils.reading import StrictJsonError, parse_json, read_text
 
-FORM: Final = (
+FORMAT: Final = (
     '{"id": "1", "image": "a.jpg", "question": "Is there a dog?", "answer": "yes", "kind": '
     '"existence"}, or POPE\'s {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", '
     '"label": "yes"}'
 )
-"""The forms of a row, by example."""
+"""Examples of rows, for messages."""
 
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "id": ("id", "question_id"),
@@ -23,36 +23,38 @@ _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "answer": ("answer", "label"),
     "kind": ("kind", "category"),
 }
-"""Names of a value, ours first; then POPE's and those of LLaVA's question files."""
+"""Names of a value: those of vlm_sft first, then those of POPE and of LLaVA's files."""
 
 _ANY_CASE: Final = ("yes", "no")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a JSON list or JSON lines of questions; rows have `id, image, question, answer, kind`.
+    """Read a JSON list or JSON Lines of questions.
 
-    Where a row has no kind, it is the name of the file.
+    Returns:
+        Rows with the keys `id`, `image`, `question`, `answer` and `kind`. The default `kind` is the
+        name of the file.
 
     Raises:
-        UserError: The file is missing, or a row has no such form; the row is named.
+        UserError: The file is missing or a row is malformed; the message names the row.
     """
     rows = [_row(path, where, value) for where, value in _values(path)]
     if not rows:
         raise UserError(
-            f"{path}: expected a list of probes with at least one, found none; a probe is {FORM}",
+            f"{path}: expected at least one question, found none; a question is {FORMAT}",
             code="data_file_unreadable",
         )
     return rows
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield every value with its place: `[index]` of a list, `:line` of JSON lines."""
+    """Yield every value with its position: `[index]` in a list, `:line` in JSON Lines."""
     try:
         text = read_text(path)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file of probes{current_directory_hint(path)}{nearest_existing(path)};"
-            " data_tools.build_coco makes them",
+            f"{path}: no such file of questions{current_directory_hint(path)}"
+            f"{nearest_existing(path)}; data_tools.build_coco writes such files",
             code="data_file_missing",
         ) from None
     except OSError as error:
@@ -60,6 +62,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path}: cannot be read: {error.strerror}", code="data_file_unreadable"
         ) from None
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # A JSON Lines file has a complete object on its first line; a single line can be either.
     if len(lines) == 1 or text.lstrip()[:1] != "{" or lines[0][1].strip() == "{":
         yield from _list_of(path, text)
         return
@@ -76,7 +79,7 @@ def _list_of(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         value = parse_json(text)
     except StrictJsonError as error:
-        raise UserError(f"{path}: {error}; a probe is {FORM}", code=error.reason) from None
+        raise UserError(f"{path}: {error}; a question is {FORMAT}", code=error.reason) from None
     if isinstance(value, dict) and isinstance(value.get("questions"), list):
         value = value["questions"]
     values = value if isinstance(value, list) else [value]
@@ -86,10 +89,10 @@ def _list_of(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _row(path: Path, where: str, value: Any) -> dict[str, str]:
     place = f"{path}{where}"
     if not isinstance(value, dict):
-        _refuse(place, f"found {shortened(repr(value), 80)}, which is no probe")
+        _refuse(place, f"found {shortened(repr(value), 80)}, which is not a question")
     row = {"kind": path.stem}
-    for name, spellings in _NAMES.items():
-        found = next((value[spelling] for spelling in spellings if spelling in value), None)
+    for name, aliases in _NAMES.items():
+        found = next((value[alias] for alias in aliases if alias in value), None)
         if name == "id" and isinstance(found, int) and not isinstance(found, bool):
             found = str(found)
         if isinstance(found, str):
@@ -97,7 +100,7 @@ def _row(path: Path, where: str, value: Any) -> dict[str, str]:
         elif name != "kind" or found is not None:
             extra = ""
             if name == "answer" and found is None:
-                extra = " (a file of questions alone, as LLaVA's, cannot be measured)"
+                extra = " (a file without answers, such as LLaVA's, cannot be evaluated)"
             _refuse(place, f"{name!r} is missing or not text{extra}")
     if row["answer"].lower() in _ANY_CASE:
         row["answer"] = row["answer"].lower()
@@ -105,4 +108,4 @@ def _row(path: Path, where: str, value: Any) -> dict[str, str]:
 
 
 def _refuse(place: str, what: str) -> NoReturn:
-    raise UserError(f"{place}: {what}; expected {FORM}", code="data_file_unreadable")
+    raise UserError(f"{place}: {what}; expected {FORMAT}", code="data_file_unreadable")

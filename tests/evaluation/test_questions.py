@@ -1,4 +1,4 @@
-"""Probes: cached branches score as the plain path, no image is shuffled to itself."""
+"""Cached scores equal those of whole sequences, and no image is shuffled to itself."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +13,27 @@ from tests.model.tiny import batch_of
 from tests.rounding import rounding, terms_of
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.probes import (
-    Probe,
-    Verdict,
-    ask,
+from vlm_sft.evaluation.questions import (
+    Prediction,
+    Question,
+    answer_text,
     blank_pixels,
     derangement,
-    judge,
-    judge_image,
-    read_probes,
-    require_questions,
-    spell,
-    spoken_choice,
+    generate_predictions,
+    last_choice,
+    make_items,
+    read_questions,
+    require_questions_in_prompt,
+    score_image,
+    score_predictions,
     summarize,
-    tasks_of,
 )
 from vlm_sft.inference.loaded_model import VlmRun, question
 from vlm_sft.utils.atomic_files import write_json
 
 
-def probe(text: str, image: str = "a.png", answer: str = "yes") -> Probe:
-    return Probe(text, image, text, answer, "random", ("yes", "no"))
+def ask_yes_no(text: str, image: str = "a.png", answer: str = "yes") -> Question:
+    return Question(text, image, text, answer, "random", ("yes", "no"))
 
 
 def noise(seed: int) -> torch.Tensor:
@@ -46,9 +46,9 @@ def bound_of(run: VlmRun) -> float:
     return rounding(terms_of(run.model, length=80))
 
 
-def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) -> float:
+def plain_score(run: VlmRun, asked: Question, choice: str, pixels: torch.Tensor) -> float:
     prompt = run.prompt_ids(question(asked.question, [b""]))
-    answer = run.chat_tokenizer.answer_ids(spell(choice))
+    answer = run.chat_tokenizer.answer_ids(answer_text(choice))
     ids = torch.tensor([prompt + answer])
     labels = torch.tensor([[-100] * len(prompt) + answer])
     with torch.inference_mode():
@@ -56,29 +56,33 @@ def plain_score(run: VlmRun, asked: Probe, choice: str, pixels: torch.Tensor) ->
     return -float(output.loss_sum)
 
 
-def test_cached_branches_score_as_whole_sequences_do(run: VlmRun) -> None:
+def test_cached_scores_equal_those_of_whole_sequences(run: VlmRun) -> None:
     pixels = noise(1)
-    probes = [probe("Is there a dog?"), probe("Can you see a very small cat?"), probe("Hm")]
-    for verdict in judge_image(run, probes, pixels):
-        expected = [plain_score(run, verdict.probe, c, pixels) for c in ("yes", "no")]
-        assert verdict.log_probabilities == pytest.approx(expected, rel=bound_of(run))
+    questions = [
+        ask_yes_no("Is there a dog?"),
+        ask_yes_no("Can you see a very small cat?"),
+        ask_yes_no("Hm"),
+    ]
+    for prediction in score_image(run, questions, pixels):
+        expected = [plain_score(run, prediction.question, c, pixels) for c in ("yes", "no")]
+        assert prediction.log_probabilities == pytest.approx(expected, rel=bound_of(run))
 
 
 def test_one_question_is_scored_as_well_as_many(run: VlmRun) -> None:
     pixels = torch.zeros(3, 28, 28, dtype=torch.uint8)
-    alone = judge_image(run, [probe("Is there a dog?")], pixels)[0]
-    together = judge_image(run, [probe("Is there a dog?"), probe("Or a cow?")], pixels)[0]
+    alone = score_image(run, [ask_yes_no("Is there a dog?")], pixels)[0]
+    together = score_image(run, [ask_yes_no("Is there a dog?"), ask_yes_no("Or a cow?")], pixels)[0]
     assert alone.log_probabilities == pytest.approx(together.log_probabilities, rel=bound_of(run))
 
 
 def test_the_image_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
-    probes = [probe("Is it red?", "a.png"), probe("Is it red?", "b.png", "no")]
+    questions = [ask_yes_no("Is it red?", "a.png"), ask_yes_no("Is it red?", "b.png", "no")]
 
     scores = {
-        (task.condition, task.probe.image): verdict.log_probabilities
-        for task, verdict in judge(run, tasks_of(probes), tmp_path)
+        (item.condition, item.question.image): prediction.log_probabilities
+        for item, prediction in score_predictions(run, make_items(questions), tmp_path)
     }
     assert len(scores) == 6
     assert scores["right", "a.png"] == pytest.approx(scores["shuffled", "b.png"], rel=bound_of(run))
@@ -90,35 +94,35 @@ def test_the_image_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> None
 def test_an_image_is_run_once_whatever_is_asked_about_it(run: VlmRun, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
-    existence = [probe("Is it red?", name) for name in ("a.png", "b.png") for _ in range(20)]
-    counting = [probe("Are there two?", "a.png"), probe("Are there two?", "b.png")]
-    tasks = tasks_of(existence, measure="existence") + tasks_of(counting, measure="counting")
+    existence = [ask_yes_no("Is it red?", name) for name in ("a.png", "b.png") for _ in range(20)]
+    counting = [ask_yes_no("Are there two?", "a.png"), ask_yes_no("Are there two?", "b.png")]
+    items = make_items(existence, measure="existence") + make_items(counting, measure="counting")
     images: list[int] = []
     with run.model.vision_tower.register_forward_pre_hook(
         lambda module, given: images.append(len(given[0]))
     ):
-        judged = list(judge(run, tasks, tmp_path))
+        predicted = list(score_predictions(run, items, tmp_path))
     assert images == [1, 1, 1]
-    assert len(judged) == 3 * 42
-    assert sum(task.measure == "counting" for task, _ in judged) == 6
-    assert all(task.probe is verdict.probe for task, verdict in judged)
+    assert len(predicted) == 3 * 42
+    assert sum(item.measure == "counting" for item, _ in predicted) == 6
+    assert all(item.question is prediction.question for item, prediction in predicted)
 
 
 def test_answers_of_any_number_and_length_score_as_whole_sequences_do(run: VlmRun) -> None:
     pixels = noise(2)
     many = ("a", "b c", "a rather long answer", "two", "seven")
-    probes = [
-        Probe("1", "a.png", "How many?", "two", "counting", many),
-        probe("Is there a dog in the image?"),
-        Probe("2", "a.png", "What?", "a", "open", ("a",)),
-        *(Probe(f"m{i}", "a.png", f"Count{'!' * i}", "two", "counting", many) for i in range(9)),
+    questions = [
+        Question("1", "a.png", "How many?", "two", "counting", many),
+        ask_yes_no("Is there a dog in the image?"),
+        Question("2", "a.png", "What?", "a", "open", ("a",)),
+        *(Question(f"m{i}", "a.png", f"Count{'!' * i}", "two", "counting", many) for i in range(9)),
     ]
-    verdicts = judge_image(run, probes, pixels)
-    assert [verdict.probe for verdict in verdicts] == probes
-    for verdict in verdicts[:4]:
-        asked = verdict.probe
+    predictions = score_image(run, questions, pixels)
+    assert [prediction.question for prediction in predictions] == questions
+    for prediction in predictions[:4]:
+        asked = prediction.question
         expected = [plain_score(run, asked, choice, pixels) for choice in asked.choices]
-        assert verdict.log_probabilities == pytest.approx(expected, rel=bound_of(run))
+        assert prediction.log_probabilities == pytest.approx(expected, rel=bound_of(run))
 
 
 @settings(deadline=None)
@@ -145,30 +149,30 @@ def test_choices_come_from_the_closed_pair_or_from_the_file(tmp_path: Path) -> N
             row | {"answer": "left", "kind": "halves"},
         ],
     )
-    choices = [p.choices for p in read_probes(tmp_path / "p.json")]
+    choices = [p.choices for p in read_questions(tmp_path / "p.json")]
     assert choices == [("yes", "no"), ("one", "two"), ("one", "two"), ("left", "right")]
 
 
-def test_a_probe_without_answer_is_named(tmp_path: Path) -> None:
+def test_a_question_without_answer_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "p.json", [{"id": "1", "image": "a", "question": "?", "kind": "x"}])
     with pytest.raises(UserError, match=r"p.json\[0\]: 'answer' is missing"):
-        read_probes(tmp_path / "p.json")
+        read_questions(tmp_path / "p.json")
 
 
 def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
-    verdicts = judge_image(run, [probe("a"), probe("b", answer="no")], noise(3))
-    found = summarize(verdicts)
-    share = sum(v.correct for v in verdicts) / 2
+    predictions = score_image(run, [ask_yes_no("a"), ask_yes_no("b", answer="no")], noise(3))
+    found = summarize(predictions)
+    share = sum(v.correct for v in predictions) / 2
     assert found["accuracy"]["estimate"] == share
     assert (found["questions"], found["images"], found["chance"]) == (2, 1, 0.5)
     assert set(found["by_kind"]) == {"random"}
 
 
-def test_a_template_without_the_question_cannot_be_probed(run: VlmRun) -> None:
-    require_questions(run)
+def test_a_template_without_the_question_is_refused(run: VlmRun) -> None:
+    require_questions_in_prompt(run)
     plain = replace(run, chat_tokenizer=ChatTokenizer.from_name("plain", run.tokenizer))
     with pytest.raises(UserError, match="leaves questions out"):
-        require_questions(plain)
+        require_questions_in_prompt(plain)
 
 
 @pytest.mark.parametrize(
@@ -181,31 +185,33 @@ def test_a_template_without_the_question_cannot_be_probed(run: VlmRun) -> None:
         ("", None),
     ],
 )
-def test_the_last_verdict_that_is_said_counts(answer: str, choice: str | None) -> None:
-    assert spoken_choice(answer, ("yes", "no")) == choice
-    assert Verdict(probe("Is there a cat?"), spoken=answer).choice == (choice or "")
+def test_the_last_choice_in_a_text_counts(answer: str, choice: str | None) -> None:
+    assert last_choice(answer, ("yes", "no")) == choice
+    assert Prediction(ask_yes_no("Is there a cat?"), free_form=answer).choice == (choice or "")
 
 
-def test_saying_neither_is_wrong_whatever_the_truth() -> None:
+def test_a_text_without_a_choice_is_wrong() -> None:
     for truth in ("yes", "no"):
-        assert not Verdict(probe("Is there a cat?", answer=truth), spoken="Perhaps.").correct
+        assert not Prediction(
+            ask_yes_no("Is there a cat?", answer=truth), free_form="Perhaps."
+        ).correct
 
 
 def test_free_answers_together_are_those_given_one_by_one(run: VlmRun, tmp_path: Path) -> None:
     for index, name in enumerate(("a.png", "b.png", "c.png")):
         Image.new("RGB", (40, 28), (80 * index, 40, 200)).save(tmp_path / name)
-    probes = [
-        replace(probe(text, image), id=f"{image} {text}")
+    questions = [
+        replace(ask_yes_no(text, image), id=f"{image} {text}")
         for image in ("a.png", "b.png", "c.png")
         for text in ("Is there a dog?", "And would you say that there is a cow?", "Dog?")
     ]
-    tasks = tasks_of(probes, seed=1)
-    found = list(ask(run, tasks, tmp_path, batch_size=4))
-    assert sorted(map(repr, (task for task, _ in found))) == sorted(map(repr, tasks))
-    for task, verdict in found:
-        shown = blank_pixels(run) if task.shown is None else run.pixels(tmp_path / task.shown)
+    items = make_items(questions, seed=1)
+    found = list(generate_predictions(run, items, tmp_path, batch_size=4))
+    assert sorted(map(repr, (item for item, _ in found))) == sorted(map(repr, items))
+    for item, prediction in found:
+        shown = blank_pixels(run) if item.shown is None else run.pixels(tmp_path / item.shown)
         [alone] = run.answers(
-            [run.prompt_ids(question(task.probe.question, [b""]))], run.image_embeds([shown])
+            [run.prompt_ids(question(item.question.question, [b""]))], run.image_embeds([shown])
         )
-        assert verdict.probe is task.probe
-        assert verdict.spoken == alone
+        assert prediction.question is item.question
+        assert prediction.free_form == alone

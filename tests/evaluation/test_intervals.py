@@ -1,11 +1,11 @@
-"""Intervals hold what they promise on simulated images."""
+"""Intervals have their nominal coverage on simulated images."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft.evaluation.statistics import (
+from vlm_sft.evaluation.intervals import (
     balanced_accuracy_interval,
     cluster_bootstrap_interval,
     cluster_bootstrap_ratio,
@@ -14,7 +14,7 @@ from vlm_sft.evaluation.statistics import (
 )
 
 
-def test_the_clustered_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_clustered_interval_covers_the_truth_with_about_its_confidence() -> None:
     generator = np.random.default_rng(0)
     clusters = [image for image in range(80) for _ in range(5)]
     held = held_naive = 0
