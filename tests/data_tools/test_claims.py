@@ -174,7 +174,7 @@ def test_a_wrong_answer_is_rejected_and_a_true_one_to_the_same_question_is_not(
     ],
 )
 def test_what_reasoning_states_as_a_fact_is_a_claim(answer: str) -> None:
-    assert codes(answer, MAN, "What may happen next?", "reasoning") == ("OBJECT_NOT_FOUND",)
+    assert "OBJECT_NOT_FOUND" in codes(answer, MAN, "What may happen next?", "reasoning")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,12 @@ def test_one_guess_in_three_sentences_is_accepted_and_two_are_not() -> None:
     assert codes(guesses, MAN) == ("HEDGED",)
 
 
-ROUNDS = [("review", 0.9, 0.0), ("round_a", 0.95, 0.0)]
+ROUNDS = [
+    ("review", 0.9, 0.0),
+    ("round_a", 0.95, 0.0),
+    ("round_b", 0.95, 0.0),
+    ("round_c", 0.9, 0.0),
+]
 """Case files with the recall and the share of rejected true answers that must hold."""
 
 

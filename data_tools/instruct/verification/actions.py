@@ -1,6 +1,7 @@
 """Actions: supported, contradicted where captions give the same subject another one, or unknown."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 from data_tools import wording
@@ -9,6 +10,7 @@ from data_tools.instruct.verification.case import Case
 from data_tools.instruct.verification.describing import PRONOUN, Action, action_stems, actions
 from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.knowledge import ANIMALS
+from data_tools.instruct.verification.reading import Mention
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -19,13 +21,27 @@ def check(case: Case) -> Iterator[Check]:
     if not used:
         return
     named: set[str] = set()
+    first_people = _first_mention(case)
     for number, sentence in enumerate(reading.sentences):
         for action in actions(sentence):
+            if action.subject == PRONOUN and (number or action.index > 4) and first_people:
+                # `They` of a description are whom it named first
+                action = replace(action, subject="person", mention=first_people)
             first = action.mention is None or _is_first(named, action)
             if action.stem not in used:
                 continue
             captions = knowledge.actions.get(action.stem, ())
             span = sentence.span(action.index, action.index)
+            swapped = _swapped(case, action) if captions else ()
+            if action.stem == "ride" and action.target is not None and not swapped:
+                swapped = _rides_another(case, action)
+            if swapped and sentence.asserts(action.index, action.index):
+                used.discard(action.stem)
+                yield case.check(
+                    "action", "contradicted", "ACTION_WRONG", "answer", span,
+                    f"{action.mention.word if action.mention else ''} {action.stem}", swapped,
+                )  # fmt: skip
+                continue
             if captions:
                 used.discard(action.stem)
                 ids = tuple(n for n in captions if n)
@@ -100,6 +116,56 @@ def _ridden(case: Case, target: str) -> tuple[int, ...]:
     return tuple(sorted({number for ids in found for number in ids if number}))
 
 
+def _rides_another(case: Case, action: Action) -> tuple[int, ...]:
+    """Return captions with another thing to ride on, where nothing has the one that is claimed."""
+    knowledge = case.knowledge
+    if action.target in knowledge.boxes or action.target in knowledge.perhaps_named:
+        return ()
+    ids = {
+        number
+        for name, captions in knowledge.named.items()
+        if name in _RIDDEN and name != action.target
+        for number in captions
+    }
+    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
+
+
+def _first_mention(case: Case) -> Mention | None:
+    """Return the first person or animal that an answer names, if it names no other one."""
+    alive = [
+        m for _, m in case.answer_reading.mentions
+        if "person" in m.entry.categories or not _ANIMATE.isdisjoint(m.entry.categories)
+    ]  # fmt: skip
+    return alive[0] if len(alive) == 1 and alive[0].entry.categories == ("person",) else None
+
+
+def _swapped(case: Case, action: Action) -> tuple[int, ...]:
+    """Return the captions that give this action to the other sex, and another one to this sex."""
+    mention = action.mention
+    if mention is None or not mention.entry.narrow:
+        return ()
+    people = wording.load("facts")["people"]
+    own, other = people["male"], people["female"]
+    if mention.word in other:
+        own, other = other, own
+    elif mention.word not in own:
+        return ()
+    doing: dict[str, set[str]] = {"own": set(), "other": set()}
+    ids: set[int] = set()
+    for caption in case.knowledge.captions:
+        for sentence in caption.reading.sentences:
+            for known in actions(sentence):
+                word = known.mention.word if known.mention else ""
+                side = "own" if word in own else "other" if word in other else ""
+                if side:
+                    doing[side].add(known.stem)
+                if side == "other" and known.stem == action.stem:
+                    ids.add(caption.id)
+    if not ids or action.stem in doing["own"] or not doing["own"]:
+        return ()
+    return tuple(sorted(n for n in ids if n))
+
+
 def _subject(case: Case, action: Action, *, opening: bool) -> tuple[str | None, str]:
     """Return whose action it is: a category; and whether one or many are meant."""
     if action.mention is not None:
@@ -159,6 +225,7 @@ def _tasks() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
 
 
 _ANIMATE = frozenset({"person", *ANIMALS})
+_RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
 _OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})
-_ASKING = word_set("doing do position posture activity action happening riding sitting")
+_ASKING = word_set("doing position posture activity action happening riding sitting")
 _BACKGROUND = word_set("spectators spectator audience crowd onlookers passersby others")

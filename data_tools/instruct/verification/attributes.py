@@ -41,7 +41,7 @@ def check(case: Case) -> Iterator[Check]:
             noun = attribute.noun
             if noun == PRONOUN:
                 noun = asked_noun(case) if number == 0 else _previous(reading.sentences, number)
-            ids = contradicting(case, attribute, noun)
+            ids = contradicting(case, attribute, noun, _is_worn_by_first(case, sentence, attribute))
             if ids is not None:
                 seen.update(attribute.words)
                 span = sentence.span(attribute.first, attribute.last)
@@ -53,8 +53,17 @@ def check(case: Case) -> Iterator[Check]:
     yield from _check_words(case, seen)
 
 
-def contradicting(case: Case, claim: Attribute, noun: str) -> tuple[int, ...] | None:
+def contradicting(
+    case: Case, claim: Attribute, noun: str, worn_by_first: bool = False
+) -> tuple[int, ...] | None:
     """Return the captions that give the noun another attribute; None unless they decide.
+
+    Args:
+        case: The turn.
+        claim: What the answer states.
+        noun: Of which noun, pronouns resolved.
+        worn_by_first: Whether it belongs to the first person whom the answer names, who is the one
+            that captions describe.
 
     They decide where none of them gives the noun an attribute that may be the same, and the noun
     can only be one thing.
@@ -76,7 +85,8 @@ def contradicting(case: Case, claim: Attribute, noun: str) -> tuple[int, ...] | 
         for other in attribute.words
     ):
         return None
-    if not _is_one_thing(case, claim, noun, [attribute for attribute, _ in found]):
+    known_ones = [attribute for attribute, _ in found]
+    if not _is_one_thing(case, claim, noun, known_ones, worn_by_first):
         return None
     return tuple(number for _, number in found if number)
 
@@ -89,7 +99,9 @@ def alike(family: Family, one: str, other: str) -> bool:
     return not groups.get(one, frozenset()).isdisjoint(groups.get(other, frozenset()))
 
 
-def _is_one_thing(case: Case, claim: Attribute, noun: str, known: Sequence[Attribute]) -> bool:
+def _is_one_thing(
+    case: Case, claim: Attribute, noun: str, known: Sequence[Attribute], worn_by_first: bool
+) -> bool:
     """Return whether claim and captions must speak of the same thing, or of all such things."""
     knowledge = case.knowledge
     if claim.predicate and claim.many:
@@ -98,8 +110,21 @@ def _is_one_thing(case: Case, claim: Attribute, noun: str, known: Sequence[Attri
         one = knowledge.prominent(noun) == 1 or noun in knowledge.single
         return one or (claim.many and any(a.many for a in known))
     if noun in _wearables() and knowledge.prominent("person") > 1:
-        return _asks_about_one_person(case)
+        return worn_by_first or _asks_about_one_person(case)
     return claim.many == any(a.many for a in known) or not claim.many
+
+
+def _is_worn_by_first(case: Case, sentence: Sentence, attribute: Attribute) -> bool:
+    """Return whether the noun belongs to the first person, a single one, whom the answer names."""
+    people = [(s, m) for s, m in case.answer_reading.mentions if "person" in m.entry.categories]
+    if not people or people[0][1].number != "one" or people[0][1].entry.categories != ("person",):
+        return False
+    first, person = people[0]
+    before = [m for s, m in people if s is sentence and m.last < attribute.first]
+    if before:
+        same = before[-1] is person or before[-1].first == person.last + 1  # `male player`
+        return first is sentence and same
+    return sentence.words[0] in ("he", "she", "his", "her") and len(people) == 1
 
 
 def _asks_about_one_person(case: Case) -> bool:

@@ -186,6 +186,8 @@ def actions(sentence: Sentence) -> Iterator[Action]:
     words = sentence.words
     for index, word in enumerate(words):
         stem = stems.get(word)
+        if word in _TAKES and not _PHOTOS.isdisjoint(words[index + 1 : index + 5]):
+            stem = "photograph"
         if stem is None or any(m.first <= index <= m.last for m in sentence.mentions):
             continue
         if not word.endswith("ing") and index and _is_noun_place(words[index - 1]):
@@ -323,6 +325,8 @@ def _is_noun_place(before: str) -> bool:
     return before in DEFINITE or before in INDEFINITE or before in QUANTITIES
 
 
+_TAKES: Final = word_set("take takes taking took")
+_PHOTOS: Final = word_set("photo photos picture pictures photograph photographs selfie image")
 _DEGREES: Final = word_set(
     "very mostly all both completely entirely bright dark light deep pale painted colored coloured "
     "a an quite also rather predominantly vivid solid"

@@ -209,6 +209,11 @@ def _wrong_person(
     """Return the index of a word for a person that captions exclude."""
     people = _people()
     there = case.knowledge.prominent("person") if case.knowledge.has_boxes else 0
+    if there == 2 and {"mirror", "reflection"} & case.knowledge.words.keys():
+        there = 1
+    if opening and sentence.words[0] in ("he", "she") and not direct:
+        asked = [m for m in case.question.mentions if "person" in m.entry.categories]
+        direct = len(asked) == 1 and asked[0].number == "one"
     alone = (direct and opening) or (
         not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
     )
@@ -252,6 +257,9 @@ def _same_number(case: Case, sentence: Sentence, index: int) -> bool:
     if sex is None:
         return False
     numbers = {number_of(w) for w in sentence.words[max(0, index - 3) : index]} - {None, 1}
+    after = sentence.words[index + 1 : index + 4]
+    if after[:2] == ["and", "a"] and not (people["male"] | people["female"]).isdisjoint(after[2:]):
+        numbers.add(2)  # `a boy and a girl`
     counts = case.knowledge.word_counts
     other = people["female" if sex == "male" else "male"]
     return any(numbers & counts.get(singular(w), {}).keys() for w in other)

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from data_tools import wording, words
 from data_tools.instruct.verification.grammar import (
+    ADVERBS,
     DEFINITE,
     FUNCTION_WORDS,
     INDEFINITE,
@@ -93,7 +94,10 @@ class Lexicon:
         while index < end:
             for rest, entry in phrases.get(sentence[index], ()):
                 last = index + len(rest)
-                if rest and tuple(sentence[index + 1 : last + 1]) != rest:
+                if rest and (
+                    tuple(sentence[index + 1 : last + 1]) != rest
+                    or (entry.number == "many" and self._ends_in_verb(sentence, index, last))
+                ):
                     continue
                 if entry.categories and (
                     last in owners or not self._is_other(sentence, index, last, entry)
@@ -156,6 +160,16 @@ class Lexicon:
             return True  # `a zebra watches`: `a` needs a singular
         ends = not after or after in PREPOSITIONS or after in DEFINITE or after in INDEFINITE
         return kind == "definite" and word in self._mostly_verbs and ends
+
+    def _ends_in_verb(self, words: Sequence[str], first: int, last: int) -> bool:
+        """Return whether the last word is a verb, as in `a television stands next to it`."""
+        if words[last] not in finite_verbs():
+            return False
+        kind, begin = determiner(words, first)
+        if kind == "indefinite" and words[begin] in _SINGULAR_DETERMINERS:
+            return True
+        after = words[last + 1] if last + 1 < len(words) else ""
+        return kind == "definite" and (not after or after in PREPOSITIONS or after in ADVERBS)
 
     def _is_many(self, word: str) -> bool:
         return any(

@@ -7,8 +7,14 @@ from typing import Final
 from data_tools import wording
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verification.case import Case, Part
-from data_tools.instruct.verification.describing import action_stems
-from data_tools.instruct.verification.grammar import determiner, singular, word_set
+from data_tools.instruct.verification.describing import action_stems, actions
+from data_tools.instruct.verification.grammar import (
+    BE,
+    FUNCTION_WORDS,
+    determiner,
+    singular,
+    word_set,
+)
 from data_tools.instruct.verification.knowledge import Knowledge, evidence
 from data_tools.instruct.verification.lexicon import Entry
 from data_tools.instruct.verification.reading import Mention, Sentence
@@ -60,7 +66,7 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
     if support is not None:
         return case.check("object", "supported", None, part, span, mention.word, support)
     # A statue or painting of a thing need not be boxed, but nobody could know of it either.
-    is_claim = mention.stance in ("asserted", "depicted")
+    is_claim = mention.stance in ("asserted", "depicted") and not _is_anyone(sentence, mention)
     certain = is_claim and entry.firm and knowledge.has_boxes
     tolerated = case.sample_type == "reasoning" and not _is_premise(sentence, mention)
     if not certain or tolerated or _is_confusable(knowledge, entry):
@@ -90,6 +96,17 @@ def _judge_denied(case: Case, sentence: Sentence, mention: Mention, part: Part) 
     return case.check("absence", "supported", None, part, span, claim)
 
 
+def _is_anyone(sentence: Sentence, mention: Mention) -> bool:
+    """Return whether people in general are meant: `a sign that welcomes people`."""
+    words, first = sentence.words, mention.first
+    if mention.word != "people" or first == 0 or (mention.last + 1 < len(words) and (
+        words[mention.last + 1] in BE or words[mention.last + 1].endswith("ing")
+    )):  # fmt: skip
+        return False
+    before = words[first - 1]
+    return before.endswith("s") and before not in FUNCTION_WORDS and before not in _SHOWS
+
+
 def _is_confusable(knowledge: Knowledge, entry: Entry) -> bool:
     """Return whether a box has a category that people call by this name too: a cup, a bowl."""
     return len(entry.categories) == 1 and any(
@@ -113,10 +130,18 @@ def _is_premise(sentence: Sentence, mention: Mention) -> bool:
             bool(after) and after[0] in _PLACED
         )
     if mention.entry.categories == ("person",) and introduced != "number":
-        return False  # `the owner`, `a driver`: inferred from what is there
+        # `the owner`, `a driver` are inferred from what is there; `a man stands next to it` is not
+        return introduced == "indefinite" and _acts(sentence, mention)
     if introduced == "none":
         return False
     return not (introduced == "indefinite" and _is_general(after))
+
+
+def _acts(sentence: Sentence, mention: Mention) -> bool:
+    """Return whether the thing stands, sits, walks or holds something, as only seen things do."""
+    return any(
+        action.mention is mention and action.stem in _SEEN_ACTIONS for action in actions(sentence)
+    )
 
 
 def _is_general(after: Sequence[str]) -> bool:
@@ -155,6 +180,7 @@ _PLACED: Final = word_set(
 _GENERAL_VERBS: Final = word_set(
     "needs requires provides offers makes gives takes usually often helps allows means can must"
 )
+_SEEN_ACTIONS: Final = word_set("stand sit lie walk run ride lean kneel crouch jump hold carry")
 _OF_KIND: Final = word_set("a an to often usually one not more less better good useful always")
 _BE: Final = frozenset({"is", "are", "be"})
 _SHOWS: Final = frozenset({"shows", "show", "depicts", "features", "contains", "includes", "with"})

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from data_tools.instruct.verification.grammar import word_set
+from data_tools.instruct.verification.grammar import PREPOSITIONS, determiner, word_set
 from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.numbers import number_of
 from data_tools.instruct.verification.reading import Mention, Reading, Sentence
@@ -66,7 +66,12 @@ class Question:
         if self.sentence is None:
             return False
         words = self.sentence.words
-        inside = {i for m in self.mentions for i in range(m.first, m.last + 1)}
+        inside = {
+            i
+            for m in self.mentions
+            if not _is_place(words, m.first)
+            for i in range(m.first, m.last + 1)
+        }
         return all(i in inside or word in _OF_EXISTENCE for i, word in enumerate(words))
 
     @lazy
@@ -136,6 +141,12 @@ class Question:
             or bool(_SHOWING & set(words[start : start + 6]))
         )
         return existential and self.is_unrestricted and bool(self.mentions)
+
+
+def _is_place(words: Sequence[str], first: int) -> bool:
+    """Return whether the thing only tells where another one is asked for: `in the bowl`."""
+    _, begin = determiner(words, first)
+    return begin > 0 and words[begin - 1] in PREPOSITIONS and words[begin - 1] != "of"
 
 
 def _denies(words: Sequence[str]) -> bool:

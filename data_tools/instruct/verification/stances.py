@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 from data_tools.instruct.verification.grammar import (
+    DEFINITE,
+    INDEFINITE,
     MODALS,
+    QUANTITIES,
     determiner,
     is_finite,
     is_plural,
+    last_of_phrase,
     word_set,
 )
 
@@ -117,6 +121,10 @@ class Stances:
             if kind == "indefinite" or (kind == "none" and is_plural(words[last])):
                 return True  # `A dog might chase the ball.`
         limit = self._scope_begins(first, last)
+        if after == ["that"] or after == ["which"]:
+            kind, _ = determiner(words, first)
+            if kind == "definite" and is_finite("".join(words[last + 2 : last + 3])):
+                return False  # `They can watch the television that stands there.`
         for i in range(first - 1, limit - 1, -1):
             if words[i] in _HYPOTHETICAL and self._reaches(i, first):
                 return True
@@ -156,11 +164,25 @@ class Stances:
             word = words[i]
             if word in _NEW_CLAUSE:
                 return i
-            if word in (",", "and", "so", "then", "as", "where") and self._is_subject(
-                i, first, last
+            if word in (",", "and", "so", "then", "as", "where") and (
+                self._is_subject(i, first, last) or self._opens_clause(i, first)
             ):
                 return i
         return 0
+
+    def _opens_clause(self, opener: int, first: int) -> bool:
+        """Return whether a clause with a subject and a verb begins here: `, and a woman holds`."""
+        words = self._words
+        start = opener + 1
+        while start < first and words[start] in ("and", "then", "so"):
+            start += 1
+        if start >= first or words[start] not in _SUBJECT_STARTS:
+            return False
+        if words[start] in _SUBJECT_PRONOUNS:
+            verb = start + 1
+        else:
+            verb = last_of_phrase(words, start + 1, first) + 1
+        return verb < first and is_finite(words[verb]) and words[verb] not in MODALS
 
     def _is_subject(self, opener: int, first: int, last: int) -> bool:
         """Return whether the thing is the subject of the clause that opens here."""
@@ -200,6 +222,8 @@ def negates(words: Sequence[str], begin: int, end: int) -> bool:
     return any(words[i] in _NEGATIONS for i in range(begin, end))
 
 
+_SUBJECT_PRONOUNS: Final = word_set("he she it they someone somebody everyone")
+_SUBJECT_STARTS: Final = DEFINITE | INDEFINITE | QUANTITIES | _SUBJECT_PRONOUNS
 _NEW_CLAUSE: Final = word_set("; : while whereas but although though because since when")
 _NEGATIONS: Final = word_set(
     "no not without neither nor never none nobody isn't aren't wasn't weren't don't doesn't didn't "
