@@ -96,7 +96,8 @@ class _Scorer:
     def run_prefix(self, prompt: Sequence[int], pixels: Tensor) -> Any:
         """Return the KV cache of the ids that all prompts share."""
         ids = torch.tensor([list(prompt[: self._shared_length])], device=self._loaded.device)
-        embeds = self._loaded.model.embed(ids, pixels[None].to(self._loaded.device))
+        model = self._loaded.model
+        embeds = model.embed(ids, model.encode_images(pixels[None].to(self._loaded.device)))
         return self._decoder(inputs_embeds=embeds, use_cache=True).past_key_values
 
     @torch.inference_mode()
