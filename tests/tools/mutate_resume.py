@@ -12,7 +12,7 @@ import sys
 from tests.tools.mutation import Mutant, try_mutants
 
 DATA, TRAIN, STORE = "vlm_sft/data/", "vlm_sft/train/", "vlm_sft/checkpoint/"
-CHECKPOINT = "tests/train/test_checkpoint.py"
+CHECKPOINT = "tests/checkpoint/test_store.py"
 OPTIM = "tests/train/test_optim.py"
 RESUME = "tests/test_resume.py"
 BIT_FOR_BIT = (

@@ -6,14 +6,13 @@ same name is not.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import unquantized_digest
@@ -54,14 +53,22 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([rules, vocabulary, added]).encode()).hexdigest()
 
 
-def template_digest(chat_tokenizer: ChatTokenizer) -> str:
+def template_digest(described: Mapping[str, Any]) -> str:
     """Return a sha256 of the chat template, the system text and the LLaVA quirks.
 
     The image separator is not part of it: runs of versions without that setting can be resumed.
-    What it does to a record is in the digest of the data.
+    What it does to a record is in the digest of the data. The template's description is not part of
+    it either.
+
+    Args:
+        described: As `ChatTokenizer.describe` returns it and `template.json` holds it.
     """
-    described = {k: v for k, v in chat_tokenizer.describe().items() if k != "image_separator"}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    counted = {key: value for key, value in described.items() if key != "image_separator"}
+    template = counted.get("template", {})
+    if "file" in template:
+        file = {key: value for key, value in template["file"].items() if key != "description"}
+        counted["template"] = {**template, "file": file}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
 def frozen_digests(model: VisionLanguageModel) -> dict[str, str]:

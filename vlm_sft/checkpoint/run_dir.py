@@ -232,7 +232,7 @@ def settle_config(
         return granted
     if os.path.lexists(path) and _is_written_by_hand(path, meaning):
         kept = set_aside(path)
-        say(f"warning: {path} was written or edited by hand; it is now {kept}")
+        say(f"warning: {path} was edited by hand or written by another version; it is now {kept}")
     write_text(path, dump_config(config))
     return granted
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vlm_sft.checkpoint.earlier_versions import identity
 from vlm_sft.checkpoint.folders import (
     STEP_FOLDER,
     Log,
@@ -213,7 +214,7 @@ class CheckpointStore:
         """
         for name, expected in self.fingerprint.items():
             found = checkpoint.manifest.get(name)
-            if found == expected:
+            if identity(name, found, checkpoint.folder) == identity(name, expected):
                 continue
             describe = self.describe_mismatch.get(name)
             if describe is not None and found is not None:

@@ -96,7 +96,7 @@ def make_store(
             "stage": stage,
             "base_model": identity,
             "tokenizer": tokenizer_digest(language.tokenizer),
-            "template": template_digest(language.chat_tokenizer),
+            "template": template_digest(language.chat_tokenizer.describe()),
             "data": [dataclasses.asdict(content) for content in data.train.contents],
             "recipe": language.chat_tokenizer.llava_quirks.describe(),
         },

@@ -9,7 +9,7 @@ import pytest
 
 from vlm_sft.errors import UserError, as_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 COMMAND = """
 import sys
