@@ -335,7 +335,7 @@ def test_packed_runs_take_the_same_records_in_the_same_order_to_the_same_losses(
     assert run("stage1", tmp_path / "packed", *data, *PACKED) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "activation checkpointing: none (a step of 8 records in" in said
-    assert "packs of up to 300 tokens a step" in said and "save 0.0% of all tokens" in said
+    assert "rows of up to 300 tokens per step" in said and "save 0.0% of all tokens" in said
     assert trained_records(tmp_path / "packed") == trained_records(tmp_path / "padded")
     bound = rounding(terms_of_a_run())
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=bound)

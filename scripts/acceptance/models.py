@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.data.dataset import Example
+from vlm_sft.model.build import build_vision_tower
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantization import quantize
-from vlm_sft.model.vision_tower import build_vision_tower
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 

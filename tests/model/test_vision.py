@@ -14,7 +14,8 @@ from tests.rounding import assert_near, terms_of
 from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.errors import UserError
 from vlm_sft.export.clip_weights import clip_from_open_clip
-from vlm_sft.model.vision_tower import VisionTower, build_vision_tower
+from vlm_sft.model.build import build_vision_tower
+from vlm_sft.model.vision_tower import VisionTower
 
 VIT_TIMM = {"architecture": "vit_tiny_patch16_224", "depth": 3, "img_size": 32}
 NET = {"architecture": "resnet18"}

@@ -12,8 +12,7 @@ from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig
 from vlm_sft.data.records import open_raw_records
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
-from vlm_sft.model.build import build_language_model
-from vlm_sft.model.vision_tower import build_vision_tower
+from vlm_sft.model.build import build_language_model, build_vision_tower
 from vlm_sft.utils.libraries import library_call
 
 GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head": 2, "vocab_size": 300}

@@ -19,7 +19,7 @@ from tests.tiny_runs import ROOT, run
 from tests.train.tiny import example, reset_accelerate, tiny_config, tiny_model
 from vlm_sft import check
 from vlm_sft.checkpoint.optimizer import optimizer_component
-from vlm_sft.config.resume import rule_of
+from vlm_sft.config.resume import resume_policy
 from vlm_sft.config.schema import LearningRates, LoraConfig, OptimConfig, load_config
 from vlm_sft.data.batch import pad_examples
 from vlm_sft.errors import ConfigError
@@ -288,7 +288,7 @@ def test_it_is_refused_where_processes_share_the_weights_and_cannot_change_withi
         choose_sharding(asked, {"projector", "language_model"}, world_size=2)
     alone = load_config("configs/tiny/stage2.yaml", [*NONE, "train.sharding=none"])
     assert choose_sharding(alone, {"projector", "language_model"}, world_size=2) == "none"
-    assert rule_of("train.master_weights") == "forbidden"
+    assert resume_policy("train.master_weights") == "forbidden"
 
 
 def test_only_the_language_model_stays_narrow() -> None:

@@ -15,7 +15,7 @@ from vlm_sft.inspection.records_page import RecordsPage
 from vlm_sft.inspection.statistics import Statistics
 from vlm_sft.inspection.terminal import as_text, output, pager_command, print_tables
 from vlm_sft.inspection.tokens import as_json, view_tokens
-from vlm_sft.model.vision_tower import build_vision_tower
+from vlm_sft.model.build import build_vision_tower
 from vlm_sft.utils.console import say, say_json
 
 

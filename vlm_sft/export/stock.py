@@ -70,11 +70,11 @@ def stock_tower(tower: VisionTower) -> StockTower:
     Raises:
         UserError: No class gives the same features.
     """
-    if tower.config.library == "timm":
+    if tower.library == "timm":
         return _timm_tower(tower)
     _refuse_pooling(tower)
     encoder: Any = tower.encoder
-    if tower.config.library == "open_clip":
+    if tower.library == "open_clip":
         from vlm_sft.export.clip_weights import clip_from_open_clip
 
         encoder = clip_from_open_clip(encoder)
@@ -84,8 +84,8 @@ def stock_tower(tower: VisionTower) -> StockTower:
             "they hold CLIP, SigLIP and DINOv2"
         )
     num_class_tokens = 0 if isinstance(encoder, SiglipVisionModel) else 1
-    drops = num_class_tokens == 1 and tower.config.feature_select == "patch"
-    layers = list(tower.config.feature_layers)
+    drops = num_class_tokens == 1 and tower.feature_select == "patch"
+    layers = list(tower.feature_layers)
     return StockTower(
         encoder=encoder,
         model_class=LlavaForConditionalGeneration,
@@ -98,10 +98,10 @@ def stock_tower(tower: VisionTower) -> StockTower:
 
 
 def _refuse_pooling(tower: VisionTower) -> None:
-    if tower.config.grid_pool is not None:
+    if tower.grid_pool is not None:
         raise UserError(
             "no class of transformers averages the feature grid of this vision tower "
-            f"(model.vision_tower.grid_pool is {tower.config.grid_pool}); train without grid_pool "
+            f"(model.vision_tower.grid_pool is {tower.grid_pool}); train without grid_pool "
             "to export"
         )
 
@@ -117,13 +117,13 @@ def _timm_tower(tower: VisionTower) -> StockTower:
             f"transformers' LLaVA classes cannot hold timm's {type(model).__name__}; of timm they "
             "hold convolutional nets, and other ViTs load with library: transformers or open_clip"
         )
-    if [layer % source.num_states for layer in tower.config.feature_layers] != [source.num_stages]:
+    if [layer % source.num_states for layer in tower.feature_layers] != [source.num_stages]:
         raise UserError(
             "transformers' FastVlm reads the last feature map of a timm net alone "
-            f"(model.vision_tower.feature_layers is {tower.config.feature_layers}); train with "
+            f"(model.vision_tower.feature_layers is {tower.feature_layers}); train with "
             "feature_layers: [-1] to export"
         )
-    pools = tower.config.grid_pool is not None
+    pools = tower.grid_pool is not None
     encoder = _pooled_timm(model, tower) if pools else _wrapped_timm(model, tower)
     _require_same_features(encoder, tower)
     return StockTower(
@@ -140,7 +140,7 @@ def _pooled_timm(model: Any, tower: VisionTower) -> PreTrainedModel:
     """Return an EfficientNet of transformers that averages its feature map itself."""
     from vlm_sft.export.efficientnet import pooled_efficientnet
 
-    pooled = tower.config.grid_pool
+    pooled = tower.grid_pool
     try:
         with exported(f"timm's {type(model).__name__}"):
             return pooled_efficientnet(model, tower.image_spec.size, cast(int, pooled))

@@ -1,36 +1,43 @@
-"""From configuration to model: the one place that knows how the parts' sizes fit together."""
+"""Build the model from its configuration; the only place that knows how the sizes fit."""
 
 import copy
+import importlib
 import importlib.util
 import os
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig
+from vlm_sft.config.schema import (
+    LanguageModelConfig,
+    LoraConfig,
+    ModelConfig,
+    VisionTowerConfig,
+)
 from vlm_sft.errors import UserError
+from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.positions import find_position_limit
 from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantization import quantize
-from vlm_sft.model.vision_tower import build_vision_tower, cast_floating
+from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, check_head
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import refuse_remote_kernels, report_unused_code
 
-_WHERE = "model.language_model"
+_WHERE: Final = "model.language_model"
 
 
 def build_model(
     config: ModelConfig, *, dtype: torch.dtype, seed: int, lora: LoraConfig | None = None
 ) -> VisionLanguageModel:
-    """The whole model on the CPU, everything frozen; `parts.set_trainable` thaws what trains.
+    """Build the model on the CPU, all of it frozen; see `parts.set_trainable`.
 
     Args:
         config: Tower, projector and language model.
-        dtype: Of the tower and the language model; projector and adapters are float32.
-        seed: Of everything drawn at random: projector, adapters, models built from `config`.
+        dtype: Dtype of tower and language model; projector and adapters are float32.
+        seed: Seed of all random weights: projector, adapters, models built from a `config`.
         lora: Adapters for the language model, or None.
 
     Raises:
@@ -49,20 +56,53 @@ def build_model(
     return model
 
 
+def build_vision_tower(
+    config: VisionTowerConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> VisionTower:
+    """Load an encoder (or build one from `config.config` with random weights) and freeze it.
+
+    Raises:
+        UserError: If the name, folder, weights or feature choice do not fit.
+    """
+    if (config.name is None) == (config.config is None):
+        raise UserError("model.vision_tower: give exactly one of `name` and `config`")
+    # Imported here: a run needs one of the three libraries, and each takes seconds to import.
+    loader = importlib.import_module(f"vlm_sft.model.towers.{config.library}")
+    key = f"model.vision_tower.{'config' if config.name is None else 'name'}"
+    with library_call(config.library, key, "build this encoder and run it on one image"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            loaded = loader.load(
+                name=config.name,
+                config=config.config,
+                weights=config.weights,
+                image_size=config.image_size,
+            )
+        tower = VisionTower(
+            loaded,
+            library=config.library,
+            feature_layers=config.feature_layers,
+            feature_select=config.feature_select,
+            grid_pool=config.grid_pool,
+        )
+    cast_floating(tower, dtype)
+    return tower
+
+
 def build_language_model(
     config: LanguageModelConfig, *, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    """Load a causal language model in `dtype`, or draw one from `seed` out of a configuration.
+    """Load a causal language model in `dtype`, or build one with random weights from a `config`.
 
-    With `quantization` its linear layers are held in 4 bits, what is left in `dtype`.
+    With `quantization` its linear layers are stored in 4 bits, the rest in `dtype`.
 
     Raises:
         UserError: If the folder or the hub name cannot be loaded, tensors are missing in it, or it
             was quantized before.
     """
     attention = choose_attention(config.attn_implementation, dtype)
-    # What is to be quantized is taken as it is stored: safetensors then maps the file, so that the
-    # whole weights are never in memory, and nothing is rounded twice.
+    # Weights to quantize are loaded in the dtype of their file: safetensors then maps the file, so
+    # that they are never all in memory, and nothing is rounded twice.
     quantized = config.quantization is not None
     if config.config is not None:
         model = _random(dict(config.config), attention, seed)
@@ -82,10 +122,10 @@ def build_language_model(
 
 
 def choose_attention(name: str, dtype: torch.dtype) -> str | None:
-    """The attention by its name in transformers; None leaves SDPA-or-eager to transformers.
+    """Return the name of the attention in transformers; None lets transformers choose.
 
-    `auto` is flash-attention where it is installed, a CUDA device is there and the numbers are
-    16 bits wide (it knows no others).
+    `auto` is flash-attention if it is installed, there is a CUDA device, and `dtype` has 16 bits
+    (flash-attention supports no other).
     """
     if name != "auto":
         return name
@@ -118,9 +158,12 @@ def _from_config(config: PretrainedConfig, attention: str | None) -> PreTrainedM
 
 
 def _require_memory(model: PreTrainedModel) -> None:
-    """Refuse a model, given as shapes alone, whose weights are larger than all memory here.
+    """Refuse a model on the meta device whose weights exceed the memory of this machine.
 
     Allocating it layer by layer would end with the process being killed.
+
+    Raises:
+        UserError: Naming both sizes.
     """
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -157,7 +200,11 @@ def _pretrained(name: str, attention: str | None, dtype: torch.dtype | str) -> P
 
 
 def _refuse_packed(config: PretrainedConfig, name: str) -> None:
-    """A folder with packed weights could neither be trained in full nor be known by its digest."""
+    """Refuse weights that are already quantized: their digest is not that of the base model.
+
+    Raises:
+        UserError: If the folder was quantized by bitsandbytes.
+    """
     packed = getattr(config, "quantization_config", None) or {}
     if dict(packed).get("quant_method") == "bitsandbytes":
         raise UserError(

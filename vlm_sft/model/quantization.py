@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.errors import ConfigError
+from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.hashing import held_tensors, sample_digest
-from vlm_sft.model.vision_tower import cast_floating
 
 
 def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.dtype) -> None:

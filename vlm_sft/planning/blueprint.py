@@ -19,10 +19,12 @@ from vlm_sft.config.schema import (
     means_folder,
 )
 from vlm_sft.errors import UserError
+from vlm_sft.model.build import build_vision_tower
+from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.projector import build_projector
-from vlm_sft.model.vision_tower import VisionTower, build_vision_tower, cast_floating
+from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder

@@ -28,9 +28,10 @@ from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.batch import Batch
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.last_layer import prune_last_mlp
 from vlm_sft.model.packed_attention import PackedLayout, install_packed_attention
-from vlm_sft.model.vision_tower import VisionTower, cast_floating
+from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.planning.blueprint import Blueprint, GivenFeatures, layers_of, make_fake
 from vlm_sft.planning.micro_batch import MicroBatch

@@ -34,7 +34,12 @@ from vlm_sft.utils.progress import track
 FILL_BATCH: Final = 16
 """Images that go through the tower at once while the cache is filled."""
 
-CODE: Final = ("data/images.py", "model/vision_tower.py", "model/towers/{library}.py")
+CODE: Final = (
+    "data/images.py",
+    "model/vision_tower.py",
+    "model/towers/base.py",
+    "model/towers/{library}.py",
+)
 """Files of this package that decide what an image's features are."""
 
 
@@ -183,15 +188,18 @@ def open_store(config: DataConfig, tower: VisionTower, accelerator: Accelerator)
         config.feature_cache,
         {
             "tower": tower.digest(),
-            "features": tower.config.model_dump(
-                mode="json", include={"library", "feature_layers", "feature_select", "grid_pool"}
-            ),
+            "features": {
+                "library": tower.library,
+                "feature_layers": tower.feature_layers,
+                "feature_select": tower.feature_select,
+                "grid_pool": tower.grid_pool,
+            },
             "image_spec": asdict(tower.image_spec),
             "image_aspect": config.image_aspect,
             "image_processing": config.image_processing,
             "mixed_precision": str(accelerator.mixed_precision),
             "device": tower.device.type,
-            "code": _code_digest(tower.config.library),
+            "code": _code_digest(tower.library),
             "libraries": {name: metadata.version(name) for name in _libraries(tower)},
         },
         shape=(tokens, width),
@@ -200,7 +208,7 @@ def open_store(config: DataConfig, tower: VisionTower, accelerator: Accelerator)
 
 
 def _libraries(tower: VisionTower) -> list[str]:
-    own = {"open_clip": "open_clip_torch"}.get(tower.config.library, tower.config.library)
+    own = {"open_clip": "open_clip_torch"}.get(tower.library, tower.library)
     return ["torch", "pillow", "simplejpeg", own]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlm_sft.config.schema import PackingConfig
 from vlm_sft.errors import UserError
+from vlm_sft.model.dtypes import DTYPES
 from vlm_sft.model.last_layer import prune_last_mlp
 from vlm_sft.model.packed_attention import (
     NAME,
@@ -60,7 +61,7 @@ def prepare_packing(
         UserError: The kernel is not to be had, or the model computes its attention elsewhere.
     """
     language_model = causal_lm(model.language_model)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    dtype = DTYPES[precision]
     text = language_model.config.get_text_config()
     dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0.0)) or 0.0
     backend = choose_backend(config.attention, device, dtype, dropout)

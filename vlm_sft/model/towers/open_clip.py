@@ -1,9 +1,9 @@
-"""Vision encoders of open_clip: CLIP, SigLIP, CoCa, EVA and what else it names."""
+"""Vision encoders of open_clip: CLIP, SigLIP, CoCa, EVA and its other models."""
 
 import copy
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -14,12 +14,11 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.model.pretrained import no_questions
+from vlm_sft.model.towers.base import BlockStates, FeatureSource, LoadedEncoder
 from vlm_sft.model.towers.timm import timm_source
-from vlm_sft.model.vision_tower import BlockStates, FeatureSource, LoadedEncoder
 from vlm_sft.utils.hub import settle_hub
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
@@ -28,17 +27,36 @@ _WHERE: Final = "model.vision_tower"
 _TINY_TEXT: Final = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
 
-def load(config: VisionTowerConfig) -> LoadedEncoder:
-    """Load or build the image half of an open_clip model; its text half is let go.
+def load(
+    *,
+    name: str | None,
+    config: Mapping[str, Any] | None,
+    weights: str | None,
+    image_size: int | None,
+) -> LoadedEncoder:
+    """Load or build the vision encoder of an open_clip model; its text encoder is dropped.
+
+    Args:
+        name: A model of open_clip, `hf-hub:NAME` or `local-dir:FOLDER`; None builds one from
+            `config`.
+        config: An open_clip model configuration, or fields that override those of its
+            `model_name`.
+        weights: A pretrained tag or a file.
+        image_size: Side of the images in pixels; None: as the encoder was trained.
 
     Raises:
         UserError: If name, tag or file is unknown, or the activation is not the one that the
             pretrained weights were trained with.
     """
-    if config.config is not None:
-        visual, preprocessing = _random(dict(config.config), config)
+    if config is not None:
+        if weights is not None:
+            raise UserError(
+                f"{_WHERE}.weights: `config` draws random weights; remove one of the two"
+            )
+        visual, preprocessing = _random(dict(config), image_size)
     else:
-        visual, preprocessing = _pretrained(config)
+        assert name is not None
+        visual, preprocessing = _pretrained(name, weights, image_size)
     size = visual.image_size
     image_spec = ImageSpec(
         size=size[0] if isinstance(size, Sequence) else size,
@@ -50,7 +68,7 @@ def load(config: VisionTowerConfig) -> LoadedEncoder:
 
 
 def visual_blocks(visual: nn.Module) -> Sequence[nn.Module]:
-    """The transformer blocks of an open_clip `VisionTransformer`."""
+    """Return the transformer blocks of an open_clip `VisionTransformer`."""
     return list(cast(Any, visual).transformer.resblocks)
 
 
@@ -73,7 +91,7 @@ class _ResNetMap:
 
 @dataclass(frozen=True)
 class _Trunk:
-    """An open_clip model whose image half is a timm model, its `trunk`."""
+    """An open_clip model whose vision encoder is a timm model, its `trunk`."""
 
     inner: FeatureSource
 
@@ -101,9 +119,7 @@ def _source(visual: nn.Module) -> FeatureSource:
     raise UserError(f"{_WHERE}: open_clip's {type(visual).__name__} is not supported; take a ViT")
 
 
-def _random(tree: dict[str, Any], config: VisionTowerConfig) -> tuple[Any, dict[str, Any]]:
-    if config.weights is not None:
-        raise UserError(f"{_WHERE}.weights: `config` draws random weights; remove one of the two")
+def _random(tree: dict[str, Any], image_size: int | None) -> tuple[Any, dict[str, Any]]:
     preprocessing = tree.pop("preprocess_cfg", {})
     name = tree.pop("model_name", None)
     if name is not None:
@@ -111,8 +127,8 @@ def _random(tree: dict[str, Any], config: VisionTowerConfig) -> tuple[Any, dict[
     vision = dict(tree.get("vision_cfg") or {})
     if not vision:
         raise UserError(f"{_WHERE}.config: expected open_clip's 'vision_cfg' or a 'model_name'")
-    if config.image_size is not None:
-        vision["image_size"] = config.image_size
+    if image_size is not None:
+        vision["image_size"] = image_size
     vision["timm_model_pretrained"] = False
     known = {field.name for field in dataclasses.fields(open_clip.CLIPVisionCfg)}
     for key in vision:
@@ -131,8 +147,9 @@ def _random(tree: dict[str, Any], config: VisionTowerConfig) -> tuple[Any, dict[
     return visual, preprocessing
 
 
-def _pretrained(config: VisionTowerConfig) -> tuple[Any, dict[str, Any]]:
-    name, weights = cast(str, config.name), config.weights
+def _pretrained(
+    name: str, weights: str | None, image_size: int | None
+) -> tuple[Any, dict[str, Any]]:
     if not name.startswith(("hf-hub:", "local-dir:")):
         if weights is None:
             tags = open_clip.list_pretrained_tags_by_model(name)
@@ -153,7 +170,7 @@ def _pretrained(config: VisionTowerConfig) -> tuple[Any, dict[str, Any]]:
         model = open_clip.create_model(
             name,
             pretrained=weights,
-            force_image_size=config.image_size,
+            force_image_size=image_size,
             precision="fp32",
             weights_only=True,
         )
@@ -171,7 +188,7 @@ def _check_weights(name: str, weights: str, quick_gelu: bool) -> None:
             )
         return
     expected = bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu", False))
-    # open_clip only logs this; the features would be quietly wrong.
+    # open_clip only logs a wrong activation, and the features would be silently wrong.
     if expected != quick_gelu:
         other = f"{name}-quickgelu" if expected else name.removesuffix("-quickgelu")
         raise UserError(

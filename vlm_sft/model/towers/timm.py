@@ -1,4 +1,4 @@
-"""Vision encoders of timm: ViTs as tokens, convolutional nets as their feature map row by row."""
+"""Vision encoders of timm: tokens of ViTs, flattened feature maps of convolutional networks."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.model.vision_tower import BlockStates, FeatureSource, LoadedEncoder
+from vlm_sft.model.towers.base import BlockStates, FeatureSource, LoadedEncoder
 from vlm_sft.utils.hub import settle_hub
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import require_plain_folder
@@ -25,33 +24,48 @@ from vlm_sft.utils.reading import read_json, require_regular
 _WHERE: Final = "model.vision_tower"
 
 
-def load(config: VisionTowerConfig) -> LoadedEncoder:
+def load(
+    *,
+    name: str | None,
+    config: Mapping[str, Any] | None,
+    weights: str | None,
+    image_size: int | None,
+) -> LoadedEncoder:
     """Load or build a timm model without its classifier.
+
+    Args:
+        name: A timm name or a folder; None builds a model from `config`.
+        config: `architecture` (a timm name), arguments of `timm.create_model`, and optionally a
+            `pretrained_cfg`.
+        weights: A file with a state dict.
+        image_size: Side of the images in pixels; None: as the model was trained.
 
     Raises:
         UserError: If the name is unknown, or the weights are missing or of another model.
     """
-    if config.config is not None:
-        if config.weights is not None:
+    if config is not None:
+        if weights is not None:
             raise UserError(f"{_WHERE}.weights: `config` draws random weights; remove one of both")
-        tree = dict(config.config)
+        tree = dict(config)
         architecture = tree.pop("architecture", None)
         if architecture is None:
             raise UserError(f"{_WHERE}.config: key 'architecture' is missing; add a timm name")
         overlay = tree.pop("pretrained_cfg", None)
-        model = _create(architecture, config.image_size, overlay, tree)
-    elif Path(cast(str, config.name)).expanduser().is_dir():
-        model = _from_folder(Path(cast(str, config.name)).expanduser(), config)
+        model = _create(architecture, image_size, overlay, tree)
+    elif (folder := Path(cast(str, name)).expanduser()).is_dir():
+        if weights is not None:
+            raise UserError(f"{_WHERE}.weights: the folder in `name` has its own; remove `weights`")
+        model = _from_folder(folder, image_size)
     else:
-        model = _by_name(cast(str, config.name), config)
+        model = _by_name(cast(str, name), weights, image_size)
     source = timm_source(model)
-    if isinstance(source, FeatureMaps):  # convolutions run a third faster on channels-last weights
+    if isinstance(source, FeatureMaps):  # convolutions are a third faster in this memory format
         model = model.to(memory_format=torch.channels_last)
-    return LoadedEncoder(model, source, _image_spec(model, config.image_size))
+    return LoadedEncoder(model, source, _image_spec(model, image_size))
 
 
 def timm_source(model: nn.Module) -> FeatureSource:
-    """Tokens of a ViT-like model (`blocks` and `num_prefix_tokens`), else feature maps."""
+    """Return tokens for a ViT-like model (`blocks`, `num_prefix_tokens`), else feature maps."""
     blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)
     if prefix is not None and isinstance(blocks, (nn.Sequential, nn.ModuleList)):
         return BlockStates(_blocks, len(blocks), prefix)
@@ -60,10 +74,10 @@ def timm_source(model: nn.Module) -> FeatureSource:
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """States of a convolutional (or hierarchical) net: its stages, then its final feature map.
+    """States of a convolutional (or hierarchical) network: its stages, then its last feature map.
 
     The last state, -1, is the output of `forward_features`; before it come the stages that timm's
-    `features_only` would give. Each map `[N, C, h, w]` is read row by row as `[N, h * w, C]`.
+    `features_only` returns. Each map `[N, C, h, w]` is flattened row by row to `[N, h * w, C]`.
     """
 
     num_stages: int
@@ -103,20 +117,18 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
     return list(cast(Any, model).blocks)
 
 
-def _by_name(name: str, config: VisionTowerConfig) -> Any:
-    if config.weights is None:
+def _by_name(name: str, weights: str | None, image_size: int | None) -> Any:
+    if weights is None:
         settle_hub()
         action = f"load the weights of {name!r} (or give a file as {_WHERE}.weights)"
         with library_call("timm", f"{_WHERE}.name", action):
-            return _create(name, config.image_size, None, {}, pretrained=True)
-    model = _create(name, config.image_size, None, {})
-    _load_weights(model, Path(config.weights).expanduser(), f"{_WHERE}.weights")
+            return _create(name, image_size, None, {}, pretrained=True)
+    model = _create(name, image_size, None, {})
+    _load_weights(model, Path(weights).expanduser(), f"{_WHERE}.weights")
     return model
 
 
-def _from_folder(folder: Path, config: VisionTowerConfig) -> Any:
-    if config.weights is not None:
-        raise UserError(f"{_WHERE}.weights: the folder in `name` has its own; remove `weights`")
+def _from_folder(folder: Path, image_size: int | None) -> Any:
     where = f"{_WHERE}.name"
     try:
         require_plain_folder(folder)
@@ -132,7 +144,7 @@ def _from_folder(folder: Path, config: VisionTowerConfig) -> Any:
             "model.safetensors, as timm saves a model"
         ) from None
     model_args = {k: v for k, v in arguments.items() if k != "num_classes"}
-    model = _create(architecture, config.image_size, saved.get("pretrained_cfg"), model_args)
+    model = _create(architecture, image_size, saved.get("pretrained_cfg"), model_args)
     _load_weights(model, folder / "model.safetensors", where)
     return model
 
@@ -158,12 +170,12 @@ def _create(
                 sized = {**arguments, "img_size": image_size}
                 return _remember(timm.create_model(architecture, **{**keywords, **sized}), sized)
             except TypeError:
-                pass  # a net without a position table takes any size
+                pass  # a network without a position table takes any size
         return _remember(timm.create_model(architecture, **keywords), arguments)
 
 
 def _remember(model: Any, arguments: Mapping[str, Any]) -> Any:
-    """Keep on the model what it was created with, from which an export creates it again."""
+    """Store the creation arguments on the model, so that an export can create it again."""
     model.creation_arguments = dict(arguments)
     return model
 

@@ -1,7 +1,7 @@
 """Vision encoders of transformers: CLIP, SigLIP, DINOv2, by folder, hub name or configuration."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -25,18 +25,17 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from vlm_sft.config.schema import VisionTowerConfig
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.model.pretrained import load_pretrained
-from vlm_sft.model.vision_tower import BlockStates, LoadedEncoder
+from vlm_sft.model.towers.base import BlockStates, LoadedEncoder
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import refuse_remote_kernels, report_unused_code
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 _VISION_PART: Final = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-"""A whole two-tower folder gives its vision part."""
+"""The vision part of a checkpoint with two towers."""
 
 _CLASSES: Final[dict[str, Any]] = {
     "clip_vision_model": CLIPVisionModel,
@@ -45,7 +44,7 @@ _CLASSES: Final[dict[str, Any]] = {
     "dinov2_with_registers": AutoModel,
 }
 _PREFIX_TOKENS: Final = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
-_NORMALISATION: Final = {
+_NORMALIZATION: Final = {
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
     "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -59,25 +58,37 @@ _RESAMPLING: Final[dict[int, Interpolation]] = {
 }
 
 
-def load(config: VisionTowerConfig) -> LoadedEncoder:
-    """Load or build an encoder; the global random generator is used for random weights.
+def load(
+    *,
+    name: str | None,
+    config: Mapping[str, Any] | None,
+    weights: str | None,
+    image_size: int | None,
+) -> LoadedEncoder:
+    """Load or build an encoder; random weights come from the global random generator.
+
+    Args:
+        name: A folder or a hub name; None builds an encoder from `config`.
+        config: Fields of the encoder's configuration, with its `model_type`.
+        weights: Must be None: transformers keeps weights in the folder.
+        image_size: Side of the images in pixels; None: as the encoder was trained.
 
     Raises:
         UserError: If the folder is missing, incomplete, or of a family that is not supported.
     """
-    if config.weights is not None:
+    if weights is not None:
         raise UserError(
             "model.vision_tower.weights: transformers towers take their weights from the folder "
             "in model.vision_tower.name; remove `weights`"
         )
-    if config.config is not None:
-        encoder, preprocessing = _random(dict(config.config)), dict[str, Any]()
+    if config is not None:
+        encoder, preprocessing = _random(dict(config)), dict[str, Any]()
     else:
-        assert config.name is not None
-        encoder, preprocessing = _pretrained(config.name), _preprocessing(config.name)
+        assert name is not None
+        encoder, preprocessing = _pretrained(name), _preprocessing(name)
     encoder_config = encoder.config
     kind = encoder_config.model_type
-    image_spec = _image_spec(kind, encoder_config, preprocessing, config.image_size)
+    image_spec = _image_spec(kind, encoder_config, preprocessing, image_size)
     if kind in ("clip_vision_model", "siglip_vision_model"):
         resize_positions(encoder, image_spec.size)
     prefix = _PREFIX_TOKENS.get(kind, 1 + getattr(encoder_config, "num_register_tokens", 0))
@@ -86,7 +97,7 @@ def load(config: VisionTowerConfig) -> LoadedEncoder:
 
 
 def transformer_blocks(encoder: nn.Module) -> Sequence[nn.Module]:
-    """The encoder's stack of layers: its one module list of `num_hidden_layers` entries."""
+    """Return the encoder's layers: its one module list of `num_hidden_layers` entries."""
     depth = cast(PretrainedConfig, encoder.config).num_hidden_layers
     for module in encoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -95,11 +106,13 @@ def transformer_blocks(encoder: nn.Module) -> Sequence[nn.Module]:
 
 
 def resize_positions(encoder: PreTrainedModel, size: int) -> None:
-    """Make a CLIP or SigLIP encoder take `size` x `size` images.
+    """Make a CLIP or SigLIP encoder take `size` x `size` images, in place.
 
-    The position table is interpolated once (bicubic, as transformers' own
-    `interpolate_pos_encoding` does at every call), so that the encoder is afterwards an ordinary
-    one of that size.
+    The position table is interpolated once (bicubic, as `interpolate_pos_encoding` of transformers
+    does at every call), so that the encoder is an ordinary one of that size afterwards.
+
+    Raises:
+        UserError: If the image is smaller than a patch.
     """
     config = encoder.config
     if size == config.image_size:
@@ -172,14 +185,14 @@ def _preprocessing(name: str) -> dict[str, Any]:
             return {}
         raise UserError(
             f"model.vision_tower.name: {name} has no preprocessor_config.json; download it "
-            "beside the weights"
+            "into the directory of the weights"
         ) from None
 
 
 def _image_spec(
     kind: str, config: PretrainedConfig, preprocessing: dict[str, Any], image_size: int | None
 ) -> ImageSpec:
-    mean, std = _NORMALISATION[kind]
+    mean, std = _NORMALIZATION[kind]
     size = config.image_size
     if kind.startswith("dinov2"):  # trained at 518, used at what its preprocessing crops to
         size = _side(preprocessing.get("crop_size") or preprocessing.get("size")) or size
