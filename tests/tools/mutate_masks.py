@@ -32,15 +32,17 @@ KEPT = ("tests", "tests.tokenizers_for_tests", "tests.chat_templates_for_tests")
 """Built once, in `warm_up`."""
 
 
-LABELS = "            labels += ids[start:] if trained else [IGNORE_INDEX] * (len(ids) - start)\n"
+LABELS = (
+    "            labels += ids[start:] if supervised else [IGNORE_INDEX] * (len(ids) - start)\n"
+)
 MASKED = "[IGNORE_INDEX] * (len(ids) - start)"
-TRAINED = "            trained = False\n"
-FLAG = "                trained = draft.conversation.turns[turn].supervised\n"
+TRAINED = "            supervised = False\n"
+FLAG = "                supervised = layout.conversation.turns[turn].supervised\n"
 
 NO_PROOF = Mutant(
     "the proof is switched off",
     DATA + "tokenize.py",
-    "self._prove(draft, tokenized, spoken)",
+    "self._prove(layout, tokenized, answers)",
     "pass",
 )
 
@@ -49,19 +51,19 @@ MUTANTS = (
         "the first token of an answer is masked",
         DATA + "tokenize.py",
         LABELS,
-        f"            labels += [IGNORE_INDEX, *ids[start + 1 :]] if trained else {MASKED}\n",
+        f"            labels += [IGNORE_INDEX, *ids[start + 1 :]] if supervised else {MASKED}\n",
     ),
     Mutant(
         "the stop token is masked",
         DATA + "tokenize.py",
         LABELS,
-        f"            labels += [*ids[start:-1], IGNORE_INDEX] if trained else {MASKED}\n",
+        f"            labels += [*ids[start:-1], IGNORE_INDEX] if supervised else {MASKED}\n",
     ),
     Mutant(
         "the last token of the header is trained",
         DATA + "tokenize.py",
         LABELS,
-        LABELS + "            if trained and start:\n"
+        LABELS + "            if supervised and start:\n"
         "                labels[start - 1] = ids[start - 1]\n",
     ),
     Mutant(
@@ -71,9 +73,14 @@ MUTANTS = (
         LABELS + "            if run.turn is None and answer_spans and len(ids) > start:\n"
         "                labels[start] = ids[start]\n",
     ),
-    Mutant("questions are trained", DATA + "tokenize.py", TRAINED, "            trained = True\n"),
     Mutant(
-        "a turn's flag is ignored", DATA + "tokenize.py", FLAG, "                trained = True\n"
+        "questions are trained", DATA + "tokenize.py", TRAINED, "            supervised = True\n"
+    ),
+    Mutant(
+        "a turn's flag is ignored",
+        DATA + "tokenize.py",
+        FLAG,
+        "                supervised = True\n",
     ),
     Mutant(
         "every second answer is skipped",
@@ -85,14 +92,14 @@ MUTANTS = (
         "only the last answer is trained",
         DATA + "tokenize.py",
         FLAG,
-        FLAG.rstrip("\n") + " and run is draft.runs[-1]\n",
+        FLAG.rstrip("\n") + " and run is layout.runs[-1]\n",
     ),
     Mutant(
         "behind an empty answer the wrong turn is taken",
         DATA + "tokenize.py",
         FLAG,
         "                before = turn - 2 if len(ids) - start == 1 and turn > 2 else turn\n"
-        "                trained = draft.conversation.turns[before].supervised\n",
+        "                supervised = layout.conversation.turns[before].supervised\n",
     ),
     Mutant(
         "an empty answer is not trained",
@@ -146,13 +153,13 @@ MUTANTS = (
     Mutant(
         "control strings in data become control tokens",
         DATA + "text_encoder.py",
-        'state["added_tokens"] = _white_space_tokens(state)',
-        "_white_space_tokens(state)",
+        'state["added_tokens"] = _whitespace_tokens(state)',
+        "_whitespace_tokens(state)",
     ),
     Mutant(
         "the dummy space is put before every stretch of text",
         DATA + "text_encoder.py",
-        'wanted = context == "start" or (context == "after_control" and scope == "always")',
+        'wanted = context == "start" or (context == "after_special_token" and scope == "always")',
         "wanted = True",
     ),
     Mutant(

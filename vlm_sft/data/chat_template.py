@@ -1,7 +1,6 @@
 """Chat templates as data: where the turns of a conversation go, and what is control."""
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.config.yaml_text import parse_yaml
 from vlm_sft.data.conversation import Role
 from vlm_sft.data.image_separator import DEFAULT_SEPARATOR
+from vlm_sft.data.jinja_export import affixes_to_jinja, hide_contents_from
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import TemplateError
 from vlm_sft.utils.reading import read_text
@@ -198,7 +198,13 @@ class FileTemplate:
         }
 
     def jinja_body(self) -> str:
-        return _jinja_body(self._file, {k: self._fill(v) for k, v in _texts(self._file).items()})
+        file = self._file
+        return affixes_to_jinja(
+            {key: self._fill(text) for key, text in _texts(file).items()},
+            has_system=file.system is not None,
+            system_inside_user=self._system_is_inside,
+            images_only_users=file.user.images_only,
+        )
 
     def _fill(self, text: str) -> str:
         return text.replace("{bos}", self._bos).replace("{eos}", self._eos)
@@ -326,7 +332,7 @@ class JinjaTemplate:
         return {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
 
     def jinja_body(self) -> str:
-        return _jinja_around_markers(str(self._tokenizer.chat_template))
+        return hide_contents_from(str(self._tokenizer.chat_template))
 
 
 def _marker(turn: int) -> str:
@@ -394,151 +400,3 @@ def _texts(file: TemplateFile) -> dict[str, str]:
             if isinstance(value, str):
                 flat[f"{role}_{key}"] = value
     return flat
-
-
-_CONTENTS = (
-    "{%- set ns = namespace(messages=[]) -%}"
-    "{%- for m in messages -%}"
-    "{%- if m['tool_calls'] -%}{{- raise_exception('tool_calls: this model was trained without "
-    "tools; write the call into the content') -}}{%- endif -%}"
-    "{%- set p = namespace(text='', run='', last='') -%}"
-    "{%- if m['content'] is string -%}{%- set p.text = m['content'] -%}"
-    "{%- elif m['content'] -%}{%- for part in m['content'] -%}"
-    "{%- set kind = 'text' if part is string else part['type'] -%}"
-    "{%- if kind == 'image' or kind == 'image_url' -%}"
-    "{%- if p.last == 'image' or (p.last == 'text' and not p.run.endswith(SEPARATOR)) -%}"
-    "{%- set p.text = p.text + SEPARATOR -%}{%- endif -%}"
-    "{%- set p.text = p.text + '<image>' -%}{%- set p.run = '' -%}{%- set p.last = 'image' -%}"
-    "{%- elif kind == 'text' -%}"
-    "{%- set t = part if part is string else part['text'] -%}"
-    "{%- if t -%}"
-    "{%- if p.last == 'image' and not t.startswith(SEPARATOR) -%}"
-    "{%- set p.text = p.text + SEPARATOR -%}{%- endif -%}"
-    "{%- set p.text = p.text + t -%}{%- set p.run = p.run + t -%}{%- set p.last = 'text' -%}"
-    "{%- endif -%}"
-    "{%- else -%}{{- raise_exception('content part of type ' ~ kind ~ ': expected text or image')"
-    " -}}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- set c = p.text -%}"
-)
-"""Contents as text: a list of parts by the rule of `layout.separated_parts`, none at all as ""."""
-
-_IMAGE_FIRST = (
-    "{%- if m['role'] == 'user' and '<image>' in c -%}"
-    "{%- if c.split('<image>') | length > 2 -%}{{- raise_exception('several images in one turn: "
-    "this model was trained with one') -}}{%- endif -%}"
-    "{%- set c = ('<image>\\n' + (c | replace('<image>', '') | trim)) | trim -%}{%- endif -%}"
-)
-_MESSAGES_DONE = (
-    "{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': c}] -%}"
-    "{%- endfor -%}{%- set messages = ns.messages -%}"
-)
-
-
-def jinja_prelude(system: str | None, *, image_separator: str, image_first: bool) -> str:
-    """Return Jinja to put before a body: contents become text with `<image>`.
-
-    Args:
-        system: System text for conversations that bring none.
-        image_separator: Text between an image part and its neighbors.
-        image_first: Put a user turn's image on a line of its own before its text.
-    """
-    contents = _CONTENTS.replace("SEPARATOR", _quote(image_separator))
-    prelude = contents + (_IMAGE_FIRST if image_first else "") + _MESSAGES_DONE
-    if system:
-        prelude += (
-            "{%- if not messages or messages[0]['role'] != 'system' -%}{%- set messages = "
-            f"[{{'role': 'system', 'content': {_quote(system)}}}] + messages -%}}{{%- endif -%}}"
-        )
-    return prelude
-
-
-def _jinja_around_markers(body: str) -> str:
-    """Return a body that sees a marker for each message's content, as in training.
-
-    What a model's own template does to contents (trimming, conditions on their words) would
-    otherwise happen in the export alone. Blocks of `{% generation %}`, whose offsets would be
-    wrong, become blocks without an effect.
-    """
-    body = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", body)
-    body = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", body)
-    marker = "'vlmsftTurn' ~ loop.index0 ~ 'Content'"
-    # The empty expressions keep white space at the body's ends from the tags around it.
-    return (
-        "{%- set hidden = namespace(messages=[]) -%}{%- for m in messages -%}"
-        "{%- set hidden.messages = hidden.messages + "
-        f"[{{'role': m['role'], 'content': {marker}}}] -%}}{{%- endfor -%}}"
-        "{%- set contents = messages -%}{%- set messages = hidden.messages -%}"
-        f"{{%- set written %}}{{{{ '' }}}}{_without_last_newline(body)}{{{{ '' }}}}{{% endset -%}}"
-        "{%- set filled = namespace(text='', rest=written) -%}{%- for m in contents -%}"
-        f"{{%- set cut = filled.rest.split({marker}) -%}}"
-        "{%- if cut | length != 2 -%}{{- raise_exception('the chat template does not write the ' "
-        "~ m['role'] ~ ' message exactly once') -}}{%- endif -%}"
-        "{%- set filled.text = filled.text + cut[0] + m['content'] -%}"
-        "{%- set filled.rest = cut[1] -%}{%- endfor -%}{{- filled.text + filled.rest -}}"
-    )
-
-
-def _without_last_newline(text: str) -> str:
-    """Return a Jinja source as Jinja reads it: one line end at its end does not count."""
-    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
-
-
-def jinja_with_first_space(body: str, bos: str) -> str:
-    """A body whose text begins with a space behind `bos`.
-
-    Some tokenizers put their dummy space before a text, but not before what follows a control
-    token; a chat template writes BOS itself, so what they would put there must be written out.
-    """
-    start = len(bos)
-    return (
-        f"{{%- set text -%}}{body}{{%- endset -%}}"
-        f"{{%- if text[:{start}] == {_quote(bos)} and text[{start}:] and text[{start}] != ' ' "
-        f"and text[{start}:{start + 7}] != '<image>' -%}}"
-        f"{{{{- text[:{start}] + ' ' + text[{start}:] -}}}}"
-        "{%- else -%}{{- text -}}{%- endif -%}"
-    )
-
-
-def _jinja_body(file: TemplateFile, texts: dict[str, str]) -> str:
-    quoted = {key: _quote(value) for key, value in texts.items()}
-    user = "m['content']"
-    if file.user.images_only:
-        user = "'<image>' * (m['content'].split('<image>') | length - 1)"
-    opening, system = f"{{{{- {quoted['user_prefix']} -}}}}", ""
-    no_system = " or true" if file.system is None else ""
-    if file.system is not None:
-        inside = file.system.inside_user
-        before = f"{quoted['user_prefix']} + " if inside else ""
-        system = (
-            "{%- if m['role'] == 'system' -%}"
-            f"{{{{- {before}{quoted['system_prefix']} + m['content'] + "
-            f"{quoted['system_suffix']} -}}}}{{%- endif -%}}"
-        )
-        if inside:
-            first = "loop.index0 == 1 and messages[0]['role'] == 'system'"
-            opening = f"{{%- if not ({first}) -%}}{opening}{{%- endif -%}}"
-    answer = " + ".join(
-        (
-            quoted["assistant_prefix"],
-            quoted["assistant_answer_prefix"],
-            "m['content']",
-            quoted["assistant_answer_suffix"],
-            quoted["assistant_stop"],
-            quoted["assistant_suffix"],
-        )
-    )
-    return (
-        f"{{{{- {quoted['begin']} -}}}}{{%- for m in messages -%}}{system}"
-        f"{{%- if m['role'] == 'user' -%}}{opening}{{{{- {user} + {quoted['user_suffix']} -}}}}"
-        f"{{%- elif m['role'] == 'assistant' -%}}{{{{- {answer} -}}}}"
-        f"{{%- elif m['role'] != 'system'{no_system} -%}}{{{{- raise_exception('no place for a "
-        "message of role ' ~ m['role'] ~ ' in this chat template') -}}{%- endif -%}"
-        "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{- {quoted['assistant_prefix']} -}}}}{{%- endif -%}}"
-    )
-
-
-def _quote(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"'{escaped}'"

@@ -154,11 +154,11 @@ class TextEncoder:
             if str(token).strip() and not str(token).isspace()
         }
         added = tokenizer.added_tokens_decoder.values()
-        self._eats_left = {str(token) for token in added if token.lstrip}
-        self._eats_right = {str(token) for token in added if token.rstrip}
-        self._control_set = frozenset(self.special_tokens.values())
-        self._control_pattern = _alternation(self.special_tokens)
-        state["added_tokens"] = _white_space_tokens(state)
+        self._strips_left = {str(token) for token in added if token.lstrip}
+        self._strips_right = {str(token) for token in added if token.rstrip}
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._special_pattern = _alternation(self.special_tokens)
+        state["added_tokens"] = _whitespace_tokens(state)
         state["post_processor"] = state["truncation"] = state["padding"] = None
         self._prefix = _remove_dummy_prefix(state)
         if state["pre_tokenizer"] is not None:
@@ -167,8 +167,8 @@ class TextEncoder:
             self._backend = Tokenizer.from_str(json.dumps(state))
         self._normalizer = _without_space_marks(state)
         self._space_mark_bytes = _space_mark_bytes(state)
-        self._lost = _lost_characters(state)
-        self._cached = functools.lru_cache(maxsize=4096)(self._encode_now)
+        self._lossy = _lossy_characters(state)
+        self._cached = functools.lru_cache(maxsize=4096)(self._encode_uncached)
 
     def encode(self, text: str, context: Context) -> list[int]:
         """Ids of `text` with no control id among them.
@@ -178,18 +178,18 @@ class TextEncoder:
         """
         if not text:
             return []
-        return list(self._cached(self.spelled(text, context)))
+        return list(self._cached(self.with_prefix_space(text, context)))
 
     def encode_all(self, texts: Iterable[str]) -> dict[str, Sequence[int] | UnencodableText]:
-        """Ids of each different text, spelled before by `spelled`, or why it has none."""
+        """Return the ids of each different text (see `with_prefix_space`), or why it has none."""
         unique = list(dict.fromkeys(texts))
         found: dict[str, Sequence[int] | UnencodableText] = {}
         encodings = self._backend.encode_batch_fast(unique, add_special_tokens=False)
         for text, encoding in zip(unique, encodings, strict=True):
             ids = encoding.ids
-            if self._is_special(text) or not self._control_set.isdisjoint(ids):
+            if self._needs_exact_encoding(text) or not self._special_ids.isdisjoint(ids):
                 try:
-                    found[text] = self._encode_now(text)
+                    found[text] = self._encode_uncached(text)
                 except UnencodableText as error:
                     found[text] = error
             else:
@@ -205,7 +205,7 @@ class TextEncoder:
         """The dummy space comes before a text, but not before what follows a control token."""
         return self._prefix == ("metaspace", "first")
 
-    def spelled(self, text: str, context: Context) -> str:
+    def with_prefix_space(self, text: str, context: Context) -> str:
         """The text with the dummy space that this tokenizer puts before it in this context."""
         kind, scope = self._prefix
         wanted = context == "start" or (context == "after_special_token" and scope == "always")
@@ -221,13 +221,13 @@ class TextEncoder:
         """The text as the tokenizer's own normalizer rewrites it (e.g. NFC); else unchanged."""
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
-    def swallow(self, before: str, after: str) -> tuple[str, str]:
+    def strip_around_special(self, before: str, after: str) -> tuple[str, str]:
         """Two neighboring template texts without what control tokens at their border swallow."""
-        names = self._control_pattern.findall(before) if self._control_pattern else []
-        if names and before.endswith(names[-1]) and names[-1] in self._eats_right:
+        names = self._special_pattern.findall(before) if self._special_pattern else []
+        if names and before.endswith(names[-1]) and names[-1] in self._strips_right:
             after = after.lstrip()
-        match = self._control_pattern.match(after) if self._control_pattern else None
-        if match is not None and match.group() in self._eats_left:
+        match = self._special_pattern.match(after) if self._special_pattern else None
+        if match is not None and match.group() in self._strips_left:
             before = before.rstrip()
         return before, after
 
@@ -236,61 +236,61 @@ class TextEncoder:
 
         White space of the template beside a token that swallows it (Phi 3's) is swallowed.
         """
-        if self._control_pattern is None:
+        if self._special_pattern is None:
             return [text] if text else []
         pieces: list[str | int] = []
         end = 0
-        for match in self._control_pattern.finditer(text):
+        for match in self._special_pattern.finditer(text):
             token = match.group()
             between = text[end : match.start()]
-            pieces.append(between.rstrip() if token in self._eats_left else between)
+            pieces.append(between.rstrip() if token in self._strips_left else between)
             pieces.append(self.special_tokens[token])
             end = match.end()
-            if token in self._eats_right:
+            if token in self._strips_right:
                 end += len(text[end:]) - len(text[end:].lstrip())
         pieces.append(text[end:])
         return [piece for piece in pieces if piece != ""]
 
     def find_special_tokens(self, text: str) -> list[str]:
         """Control strings that ordinary text happens to spell, in order."""
-        return self._control_pattern.findall(text) if self._control_pattern else []
+        return self._special_pattern.findall(text) if self._special_pattern else []
 
-    def _is_special(self, text: str) -> bool:
+    def _needs_exact_encoding(self, text: str) -> bool:
         """Whether the text has characters that the backend would lose or rewrite."""
         if self._space_mark_bytes is not None and SPACE_MARK in text:
             return True
-        return self._lost is not None and self._lost.search(text) is not None
+        return self._lossy is not None and self._lossy.search(text) is not None
 
-    def _encode_now(self, text: str) -> tuple[int, ...]:
-        if self._lost is not None and self._lost.search(text):
-            raise _unspellable(text)
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        if self._lossy is not None and self._lossy.search(text):
+            raise _unencodable(text)
         if self._space_mark_bytes is not None and SPACE_MARK in text:
             return self._encode_space_marks(text)
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if self._control_set.isdisjoint(ids):
+        if self._special_ids.isdisjoint(ids):
             return tuple(ids)
-        ids = self._encode_letter_by_letter(text)
-        if not self._control_set.isdisjoint(ids):
-            raise _unspellable(text)
+        ids = self._encode_character_by_character(text)
+        if not self._special_ids.isdisjoint(ids):
+            raise _unencodable(text)
         return tuple(ids)
 
     def _encode_space_marks(self, text: str) -> tuple[int, ...]:
         """Spell U+2581, which SentencePiece writes for a space, by its bytes."""
         if not self._space_mark_bytes:
-            raise _unspellable(text)
+            raise _unencodable(text)
         ids: list[int] = []
         for index, piece in enumerate(text.split(SPACE_MARK)):
             if index:
                 ids += self._space_mark_bytes
             if piece:
-                ids += self._encode_now(piece)
+                ids += self._encode_uncached(piece)
         return tuple(ids)
 
-    def _encode_letter_by_letter(self, text: str) -> list[int]:
+    def _encode_character_by_character(self, text: str) -> list[int]:
         """Spell control strings one character at a time, for vocabularies that hold them whole."""
         ids: list[int] = []
         end = 0
-        for match in self._control_pattern.finditer(text) if self._control_pattern else ():
+        for match in self._special_pattern.finditer(text) if self._special_pattern else ():
             for chunk in (text[end : match.start()], *match.group()):
                 ids += self._backend.encode(chunk, add_special_tokens=False).ids
             end = match.end()
@@ -304,14 +304,14 @@ SPACE_MARK: Final = "\u2581"
 """SentencePiece's spelling of a space."""
 
 
-def _unspellable(text: str) -> UnencodableText:
+def _unencodable(text: str) -> UnencodableText:
     return UnencodableText(
         f"the tokenizer cannot spell {text[:60]!r} without a control or unknown token; use a "
         "tokenizer with byte fallback or leave the record out"
     )
 
 
-def _white_space_tokens(state: dict[str, Any]) -> list[dict[str, Any]]:
+def _whitespace_tokens(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The added tokens that are white space, each made to keep its id; else left out.
 
     A backend renumbers added tokens that its model does not hold.
@@ -354,7 +354,7 @@ def _space_mark_bytes(state: dict[str, Any]) -> list[int] | None:
     return [vocabulary[name] for name in names] if vocabulary.keys() >= set(names) else []
 
 
-def _lost_characters(state: dict[str, Any]) -> re.Pattern[str] | None:
+def _lossy_characters(state: dict[str, Any]) -> re.Pattern[str] | None:
     """Characters with a byte that a byte-level vocabulary has no letter for: lost silently."""
     if not any(step["type"] == "ByteLevel" for step in _steps(state["pre_tokenizer"])):
         return None
@@ -364,11 +364,11 @@ def _lost_characters(state: dict[str, Any]) -> re.Pattern[str] | None:
         return None
     last = 0x110000 if max(missing) >= 0x80 else 0x80
     blocks = (start for start in range(0, last, 64) if not 0xD800 <= start < 0xE000)
-    lost = [character for start in blocks for character in _lost_of_block(start, missing)]
+    lost = [character for start in blocks for character in _lossy_in_block(start, missing)]
     return re.compile(f"[{_ranges(lost)}]")
 
 
-def _lost_of_block(start: int, missing: Set[int]) -> list[str]:
+def _lossy_in_block(start: int, missing: Set[int]) -> list[str]:
     """Of the 64 characters from `start` on, which differ in their last byte alone."""
     characters = [chr(code) for code in range(start, start + 64)]
     *leading, _ = characters[0].encode()

@@ -1,11 +1,11 @@
-"""Conversations to token ids and labels: masked by construction, then proven turn by turn."""
+"""Conversations to token ids and labels: labeled by construction, then proven answer by answer."""
 
 import contextlib
 import functools
 import gc
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -13,37 +13,41 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.data.chat_template import (
     ChatTemplate,
     Slot,
-    TemplatePiece,
-    TemplateText,
-    jinja_prelude,
-    jinja_with_first_space,
     load_template,
     template_from_description,
 )
-from vlm_sft.data.conversation import Conversation, Role, TextPart, Turn
+from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.image_separator import separated
+from vlm_sft.data.jinja_export import jinja_prelude, jinja_with_first_space
 from vlm_sft.data.llava_quirks import NO_QUIRKS, LlavaQuirks
+from vlm_sft.data.template_runs import TemplateRun, find_runs
 from vlm_sft.data.text_encoder import Context, TextEncoder, UnencodableText
 from vlm_sft.errors import RecordError, TemplateError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
 
 CHUNK: Final = 256
-"""Records that `tokenize_all` tokenizes at once."""
+"""Number of records that `tokenize_all` encodes at once."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class AnswerSpan:
-    """The half-open range of token positions that an answer and its stop token take."""
+    """The half-open range of token positions of an answer and its EOT token.
+
+    Attributes:
+        turn: Index of the assistant turn.
+        start: First position.
+        end: Position after the last.
+        prefix: Text that the template or the tokenizer puts before the answer (a space).
+        suffix: Text that the template puts between the answer and its EOT token.
+    """
 
     turn: int
     start: int
     end: int
     prefix: str = ""
-    """Ordinary text that is not the answer's own and begins it (Vicuna's space)."""
     suffix: str = ""
-    """Ordinary text that is not the answer's own and ends it (Llama 2's space)."""
 
 
 @dataclass(frozen=True)
@@ -76,62 +80,24 @@ class TokenizedRecord:
         return len(self.input_ids) + self.num_images * (num_image_tokens - 1)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Adjacent pieces that are tokenized together: an answer with its stop, or what is between.
-
-    `parts` are text, control ids, and the slots of turns.
-    """
-
-    parts: tuple[str | int | Slot, ...]
-    turn: int | None = None
-    """The assistant turn whose answer and stop this is; None: nothing here is supervised."""
-    prefix: str = ""
-    suffix: str = ""
-    num_control: int = 0
-
-
-@dataclass(slots=True)
-class _Filled:
-    """A run with its turns' words in it: ids of control tokens and images, and text to encode."""
-
-    parts: list[str | int]
-    turn: int | None
-    prefix: str
-    suffix: str
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A conversation on its way to ids."""
-
-    conversation: Conversation
-    runs: list[_Filled]
-    offset: int
-    """Turns that the chat tokenizer put before the conversation's own (its system text)."""
-    num_control: int
-    """Control tokens that the template writes for these roles."""
-
-    def texts(self) -> Iterator[str]:
-        """All that must be encoded."""
-        return (part for run in self.runs for part in run.parts if isinstance(part, str))
-
-
 class ChatTokenizer:
-    """Turns conversations into ids and labels under one template and tokenizer.
+    """Turns conversations into ids and labels, under one chat template and tokenizer.
 
     Args:
         template: The chat template.
         tokenizer: The language model's tokenizer.
-        default_system: System text for conversations that bring none; None: the template's, "":
-            none.
+        default_system: System text for conversations without one; None: the template's, "": none.
         llava_quirks: The quirks of LLaVA to reproduce.
         image_separator: Text between an image and its neighbors where content is given as a list
             of parts; None: the template's.
 
     Attributes:
-        eot_token_id: The control token that ends an answer; None where the template has none.
-        special_token_ids: Every token that data must never become.
+        eot_token_id: The special token that ends an answer; None if the template has none.
+        special_token_ids: Every token that the text of a record must never become.
+
+    Raises:
+        TemplateError: The tokenizer lacks the template's EOT token, or the image separator is not
+            ordinary text.
     """
 
     def __init__(
@@ -148,20 +114,19 @@ class ChatTokenizer:
         self.llava_quirks = llava_quirks
         self.encoder = TextEncoder(tokenizer)
         self.special_token_ids = frozenset(self.encoder.special_tokens.values())
-        self._system = template.default_system if default_system is None else default_system
         self.image_separator = (
             template.image_separator if image_separator is None else image_separator
         )
-        self._require_plain(self.image_separator)
-        self._behind_image: Context = (
-            "start" if "space_behind_image" in llava_quirks else "after_special_token"
+        self._require_ordinary_text(self.image_separator)
+        self._system = template.default_system if default_system is None else default_system
+        self._runs = functools.lru_cache(maxsize=1024)(
+            functools.partial(find_runs, template, self.encoder)
         )
-        self._runs = functools.lru_cache(maxsize=1024)(self._find_runs)
         self.eot_token_id = self.encoder.special_tokens.get(template.eot_token)
         if template.eot_token and self.eot_token_id is None:
             raise TemplateError(
-                f"template {template.name!r} ends answers with {template.eot_token!r}, which is no "
-                "control token of this tokenizer"
+                f"template {template.name!r} ends answers with {template.eot_token!r}, which is "
+                "not a special token of this tokenizer"
             )
 
     @classmethod
@@ -185,11 +150,260 @@ class ChatTokenizer:
             image_separator=image_separator,
         )
 
+    def tokenize(self, conversation: Conversation) -> TokenizedRecord:
+        """Return the ids and labels of a training record.
+
+        Raises:
+            RecordError: The template has no place for the turns, the vocabulary cannot encode the
+                text, or the labels are not exactly the supervised answers.
+        """
+        tokenized = next(self.tokenize_all([conversation]))
+        if isinstance(tokenized, RecordError):
+            raise tokenized
+        return tokenized
+
+    def tokenize_all(
+        self, conversations: Iterable[Conversation]
+    ) -> Iterator[TokenizedRecord | RecordError]:
+        """Yield the ids and labels of each conversation in order, or the error of that one."""
+        for chunk in batched(conversations, CHUNK):
+            with _garbage_collection_paused():
+                results = self._tokenize_chunk(chunk)
+            yield from results
+
+    def _tokenize_chunk(self, chunk: Sequence[Conversation]) -> list[TokenizedRecord | RecordError]:
+        # 1. Put each conversation's text into the template: a sequence of special tokens' ids and
+        #    ordinary text. From here on, text cannot become a special token.
+        layouts = [self._lay_out(conversation) for conversation in chunk]
+
+        # 2. Encode all ordinary text of the chunk in one call, which is faster than one by one.
+        texts = (text for layout in layouts if isinstance(layout, _Layout) for text in layout.texts)
+        encoded = self.encoder.encode_all(texts)
+
+        # 3. Concatenate the ids. The labels of a supervised answer and its EOT token are its ids;
+        #    everything else is masked.
+        results = [
+            layout if isinstance(layout, RecordError) else self._join(layout, encoded)
+            for layout in layouts
+        ]
+
+        # 4. Prove it: decode every answer from its ids and compare it with the conversation.
+        decoded = iter(self._decode_answers(results))
+        for index, (layout, tokenized) in enumerate(zip(layouts, results, strict=True)):
+            if isinstance(layout, RecordError) or isinstance(tokenized, RecordError):
+                continue
+            answers = [next(decoded) for _ in tokenized.answer_spans]
+            try:
+                self._prove(layout, tokenized, answers)
+            except RecordError as error:
+                results[index] = error
+        return results
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Return the ids to generate from: the turns so far, then the header of the answer.
+
+        They are a prefix of the training ids of the same turns followed by an answer.
+
+        Raises:
+            RecordError: The last turn is an answer, or as `tokenize`.
+        """
+        if not conversation.turns or conversation.turns[-1].role == "assistant":
+            raise self._error(
+                conversation, "prompt_ends_in_answer", "a prompt must end in a user's turn"
+            )
+        layout = self._lay_out(conversation)
+        if isinstance(layout, RecordError):
+            raise layout
+        tokenized = self._join(layout, self.encoder.encode_all(layout.texts))
+        if isinstance(tokenized, RecordError):
+            raise tokenized
+        return tokenized.input_ids
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Return the ids of an answer as it is trained, with its prefix and its EOT token."""
+        turns = (Turn("user", (TextPart(""),)), Turn("assistant", (TextPart(text),)))
+        tokenized = self.tokenize(Conversation("answer", turns))
+        (span,) = tokenized.answer_spans
+        return tokenized.input_ids[span.start : span.end]
+
+    # --- 1. conversation to special tokens and text
+
+    def _lay_out(self, conversation: Conversation) -> "_Layout | RecordError":
+        """Put a conversation's text into the runs of the template."""
+        try:
+            conversation = separated(conversation, self.image_separator)
+            conversation = self.llava_quirks.rearrange(conversation)
+            turns = conversation.turns
+            if self._system and not (turns and turns[0].role == "system"):
+                turns = (Turn("system", (TextPart(self._system),)), *turns)
+            template_runs = self._runs(tuple(turn.role for turn in turns))
+        except RecordError as error:
+            return error
+        except UserError as error:
+            return self._error(conversation, "template", str(error))
+        runs: list[_Run] = []
+        context: Context = "start"
+        for template_run in template_runs:
+            run, context = self._fill(template_run, turns, context)
+            runs.append(run)
+        num_special = sum(run.num_special for run in template_runs)
+        return _Layout(conversation, runs, len(turns) - len(conversation.turns), num_special)
+
+    def _fill(
+        self, template_run: TemplateRun, turns: Sequence[Turn], context: Context
+    ) -> tuple["_Run", Context]:
+        """Put the turns' text into a run; also return the context of the run after it."""
+        parts: list[str | int] = []
+        for piece in template_run.parts:
+            for part in self._turn_parts(turns[piece.turn]) if isinstance(piece, Slot) else [piece]:
+                # Join adjacent texts before they are encoded: "USER: " and the question are one
+                # text to the tokenizer, which may merge letters across the border.
+                if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                    parts[-1] += part
+                elif part != "":
+                    parts.append(part)
+        prefix = template_run.prefix
+        for index, part in enumerate(parts):
+            if isinstance(part, int):
+                context = self._context_after(part, context)
+                continue
+            # SentencePiece tokenizers put a dummy space before a text, depending on what precedes
+            # it. Before an answer it is part of the labels, so the proof has to expect it.
+            text = self.encoder.with_prefix_space(part, context)
+            if template_run.turn is not None and index == 0:
+                prefix = text[: len(text) - len(part)] + prefix
+            parts[index], context = text, "continuation"
+        return _Run(parts, template_run.turn, prefix, template_run.suffix), context
+
+    def _turn_parts(self, turn: Turn) -> list[str | int]:
+        parts: list[str | int] = [
+            part.text if isinstance(part, TextPart) else IMAGE_TOKEN_ID for part in turn.parts
+        ]
+        if turn.role == "user" and self.template.images_only_users:
+            return [part for part in parts if isinstance(part, int)]
+        return parts
+
+    def _context_after(self, token_id: int, context: Context) -> Context:
+        """Return the context of text after a special token or an image."""
+        if token_id == IMAGE_TOKEN_ID:
+            # LLaVA tokenizes the text after an image on its own, as if it began the sequence.
+            return "start" if "space_behind_image" in self.llava_quirks else "after_special_token"
+        # Some templates are written so that text after BOS is still the start of a text.
+        still_start = context == "start" and self.template.begins_text
+        return "start" if still_start else "after_special_token"
+
+    # --- 3. ids and labels
+
+    def _join(
+        self, layout: "_Layout", encoded: Mapping[str, Sequence[int] | UnencodableText]
+    ) -> TokenizedRecord | RecordError:
+        """Concatenate the ids of a conversation and label its supervised answers."""
+        ids: list[int] = []
+        labels: list[int] = []
+        answer_spans: list[AnswerSpan] = []
+        for run in layout.runs:
+            start = len(ids)
+            for part in run.parts:
+                if isinstance(part, int):
+                    ids.append(part)
+                    continue
+                text_ids = encoded[part]
+                if isinstance(text_ids, UnencodableText):
+                    return self._error(layout.conversation, "unspellable", str(text_ids))
+                ids += text_ids
+            supervised = False
+            if run.turn is not None:
+                turn = run.turn - layout.num_added_turns
+                answer_spans.append(AnswerSpan(turn, start, len(ids), run.prefix, run.suffix))
+                supervised = layout.conversation.turns[turn].supervised
+            # A run is an answer or contains none, so its labels are all of its ids or none.
+            labels += ids[start:] if supervised else [IGNORE_INDEX] * (len(ids) - start)
+        return TokenizedRecord(ids, labels, tuple(answer_spans))
+
+    # --- 4. the proof
+
+    def _decode_answers(self, results: Sequence[TokenizedRecord | RecordError]) -> list[str]:
+        """Return the text of every answer of every record, from its ids without special tokens."""
+        answers = []
+        for tokenized in results:
+            if isinstance(tokenized, RecordError):
+                continue
+            for span in tokenized.answer_spans:
+                ids = tokenized.input_ids[span.start : span.end]
+                if not self.special_token_ids.isdisjoint(ids):
+                    ids = [token for token in ids if token not in self.special_token_ids]
+                answers.append(ids)
+        return self.encoder.decode_all(answers)
+
+    def _prove(self, layout: "_Layout", tokenized: TokenizedRecord, answers: Sequence[str]) -> None:
+        """Check ids and labels against the conversation itself, not against the runs.
+
+        Raises:
+            RecordError: They differ, which is a bug in a template, a tokenizer or this module.
+        """
+        conversation, ids = layout.conversation, tokenized.input_ids
+        turns = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        found = [span.turn for span in tokenized.answer_spans]
+        if found != turns:
+            raise self._disproof(
+                conversation, f"answers were found for turns {found}, expected turns {turns}"
+            )
+        # Every answer is complete: its exact text, then the EOT token.
+        expected = [IGNORE_INDEX] * len(ids)
+        for span, text in zip(tokenized.answer_spans, answers, strict=True):
+            self._prove_answer(conversation, span, ids[span.start : span.end], text)
+            if conversation.turns[span.turn].supervised:
+                expected[span.start : span.end] = ids[span.start : span.end]
+        # The supervised answers are labeled, and nothing else is.
+        if tokenized.labels != expected:
+            pairs = enumerate(zip(tokenized.labels, expected, strict=True))
+            position, (label, wanted) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+            raise self._disproof(
+                conversation, f"token {position} has label {label}, expected {wanted}"
+            )
+        num_images = sum(1 for _ in conversation.image_parts())
+        if tokenized.num_images != num_images:
+            raise self._disproof(
+                conversation, f"{tokenized.num_images} image placeholders for {num_images} images"
+            )
+        # No text of the record became a special token.
+        num_special = sum(ids.count(token) for token in self.special_token_ids.intersection(ids))
+        if num_special != layout.num_special:
+            raise self._disproof(
+                conversation,
+                f"{num_special} control tokens, expected the {layout.num_special} that the "
+                "template writes",
+            )
+
+    def _prove_answer(
+        self, conversation: Conversation, span: AnswerSpan, ids: Sequence[int], text: str
+    ) -> None:
+        if self.eot_token_id is not None and (not ids or ids[-1] != self.eot_token_id):
+            raise self._disproof(
+                conversation,
+                f"turn {span.turn} does not end with the stop token {self.template.eot_token!r}",
+            )
+        expected = span.prefix + conversation.turns[span.turn].text + span.suffix
+        # A tokenizer's own normalizer may rewrite text (NFC), which decoding cannot undo.
+        if text != expected and text != self.encoder.normalized(expected):
+            raise self._disproof(
+                conversation,
+                f"turn {span.turn} is supervised as {text[:80]!r}, expected {expected[:80]!r}",
+            )
+
+    def _disproof(self, conversation: Conversation, message: str) -> RecordError:
+        return self._error(conversation, "mask_proof", message)
+
+    def _error(self, conversation: Conversation, reason: str, message: str) -> RecordError:
+        return RecordError(reason, message, record_id=conversation.id, where=conversation.where)
+
+    # --- checkpoints and export
+
     @classmethod
     def from_description(
         cls, description: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> "ChatTokenizer":
-        """The chat tokenizer that `describe` was called on."""
+        """Return the chat tokenizer that `describe` describes."""
         return cls(
             template_from_description(description["template"], tokenizer),
             tokenizer,
@@ -199,7 +413,7 @@ class ChatTokenizer:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for a checkpoint's `template.json`."""
+        """Return plain values for a checkpoint's `template.json`."""
         return {
             "template": self.template.describe(),
             "default_system": self._system,
@@ -208,10 +422,10 @@ class ChatTokenizer:
         }
 
     def to_jinja(self) -> str:
-        """A `chat_template` for transformers that writes what this chat tokenizer tokenizes.
+        """Return a `chat_template` for transformers that writes the text of `tokenize`.
 
-        It takes contents as text, or as lists of text and image parts. Repeated quirks of
-        tokenization (the space after an image) are beyond a chat template.
+        It accepts contents as text, and as lists of text and image parts. It cannot reproduce
+        LLaVA's space after an image, which is a matter of tokenization.
         """
         prelude = jinja_prelude(
             self._system,
@@ -231,94 +445,11 @@ class ChatTokenizer:
 
     @property
     def eot_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the template's stop, and the tokenizer's EOS."""
+        """The tokens at which generation stops: the template's EOT and the tokenizer's EOS."""
         found = dict.fromkeys((self.eot_token_id, self.tokenizer.eos_token_id))
         return tuple(int(token) for token in found if token is not None)
 
-    def tokenize(self, conversation: Conversation) -> TokenizedRecord:
-        """Ids and labels of a training record, proven to supervise its answers and nothing else.
-
-        Raises:
-            RecordError: The text cannot be spelled, the template cannot hold the turns, or the
-                proof failed; with record id, turn, expected and found.
-        """
-        tokenized = next(self.tokenize_all([conversation]))
-        if isinstance(tokenized, RecordError):
-            raise tokenized
-        return tokenized
-
-    def tokenize_all(
-        self, conversations: Iterable[Conversation]
-    ) -> Iterator["TokenizedRecord | RecordError"]:
-        """As `tokenize`, for many: faster, in order, a fault in the place of its record."""
-        for chunk in batched(conversations, CHUNK):
-            with _collector_paused():
-                made = self._tokenize_chunk(chunk)
-            yield from made
-
-    def _tokenize_chunk(
-        self, chunk: Sequence[Conversation]
-    ) -> list["TokenizedRecord | RecordError"]:
-        drafts = [self._draft(conversation) for conversation in chunk]
-        texts = (t for d in drafts if isinstance(d, _Draft) for t in d.texts())
-        encoded = self.encoder.encode_all(texts)
-        made = [d if isinstance(d, RecordError) else self._join(d, encoded) for d in drafts]
-        answers = iter(self._decoded_answers(made))
-        for index, (draft, tokenized) in enumerate(zip(drafts, made, strict=True)):
-            if isinstance(draft, RecordError) or isinstance(tokenized, RecordError):
-                continue
-            spoken = [next(answers) for _ in tokenized.answer_spans]
-            try:
-                self._prove(draft, tokenized, spoken)
-            except RecordError as error:
-                made[index] = error
-        return made
-
-    def prompt(self, conversation: Conversation) -> list[int]:
-        """Ids to generate from: the turns so far, then the answer's header.
-
-        A prefix of the training ids of the same turns with an answer behind them.
-
-        Raises:
-            RecordError: The turns end in an answer, or as for `tokenize`.
-        """
-        if not conversation.turns or conversation.turns[-1].role == "assistant":
-            raise self._error(
-                conversation, "prompt_ends_in_answer", "a prompt must end in a user's turn"
-            )
-        draft = self._draft(conversation)
-        if isinstance(draft, RecordError):
-            raise draft
-        tokenized = self._join(draft, self.encoder.encode_all(draft.texts()))
-        if isinstance(tokenized, RecordError):
-            raise tokenized
-        return tokenized.input_ids
-
-    def answer_ids(self, text: str) -> list[int]:
-        """Ids of an answer as it is trained: its text behind the answer's header, then the stop."""
-        turns = (Turn("user", (TextPart(""),)), Turn("assistant", (TextPart(text),)))
-        tokenized = self.tokenize(Conversation("answer", turns))
-        (span,) = tokenized.answer_spans
-        return tokenized.input_ids[span.start : span.end]
-
-    def _draft(self, conversation: Conversation) -> "_Draft | RecordError":
-        try:
-            arranged = self.llava_quirks.rearrange(separated(conversation, self.image_separator))
-            turns = self._with_system(arranged.turns)
-            runs = self._runs(tuple(turn.role for turn in turns))
-        except RecordError as error:
-            return error
-        except UserError as error:
-            return self._error(conversation, "template", str(error))
-        filled: list[_Filled] = []
-        context: Context = "start"
-        for run in runs:
-            made, context = self._fill(run, turns, context)
-            filled.append(made)
-        num_control = sum(run.num_control for run in runs)
-        return _Draft(arranged, filled, len(turns) - len(arranged.turns), num_control)
-
-    def _require_plain(self, separator: str) -> None:
+    def _require_ordinary_text(self, separator: str) -> None:
         """Refuse a separator that an exported chat template could not write as ordinary text."""
         found = self.encoder.find_special_tokens(separator)
         if IMAGE_PLACEHOLDER in separator:
@@ -329,219 +460,66 @@ class ChatTokenizer:
                 "text; use white space or words"
             )
 
-    def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if not self._system or (turns and turns[0].role == "system"):
-            return turns
-        return (Turn("system", (TextPart(self._system),)), *turns)
 
-    def _find_runs(self, roles: tuple[Role, ...]) -> tuple[_Run, ...]:
-        """The template's pieces for these roles: one run an answer, one between two answers."""
-        runs: list[_Run] = []
-        pieces = self._swallowed(self.template.pieces(roles))
-        for supervised, group in itertools.groupby(pieces, key=lambda piece: piece.supervised):
-            answer: list[TemplatePiece] = []
-            for piece in group:
-                answer.append(piece)
-                if supervised and self._ends_answer(answer):
-                    runs.append(self._run(answer))
-                    answer = []
-            if answer:
-                runs.append(self._run(answer))
-        return tuple(runs)
+@dataclass(slots=True)
+class _Run:
+    """A `TemplateRun` with the turns' text in it: ids of special tokens and images, and text."""
 
-    def _swallowed(self, pieces: Sequence[TemplatePiece]) -> list[TemplatePiece]:
-        """The pieces without the white space that control tokens beside it swallow (Phi 3's)."""
-        kept = list(pieces)
-        for index in range(1, len(kept)):
-            before, after = kept[index - 1], kept[index]
-            if isinstance(before, TemplateText) and isinstance(after, TemplateText):
-                left, right = self.encoder.swallow(before.text, after.text)
-                kept[index - 1] = replace(before, text=left)
-                kept[index] = replace(after, text=right)
-        return [piece for piece in kept if isinstance(piece, Slot) or piece.text]
+    parts: list[str | int]
+    turn: int | None
+    prefix: str
+    suffix: str
 
-    def _ends_answer(self, pieces: Sequence[TemplatePiece]) -> bool:
-        last = pieces[-1]
-        ends = isinstance(last, TemplateText) and last.text == self.template.eot_token
-        return ends and any(isinstance(piece, Slot) for piece in pieces)
 
-    def _run(self, pieces: Sequence[TemplatePiece]) -> _Run:
-        parts: list[str | int | Slot] = []
-        turn: int | None = None
-        around = ["", ""]
-        for piece in pieces:
-            if isinstance(piece, Slot):
-                turn = piece.turn if piece.supervised else turn
-                parts.append(piece)
-                continue
-            added = self.encoder.split_special_tokens(piece.text)
-            if piece.supervised:
-                text = "".join(part for part in added if isinstance(part, str))
-                around[turn is not None] += text
-            parts += added
-        num_control = sum(isinstance(part, int) for part in parts)
-        prefix, suffix = around
-        return _Run(tuple(parts), turn, prefix, suffix, num_control)
+@dataclass(slots=True)
+class _Layout:
+    """A conversation in its template, before its text is encoded.
 
-    def _fill(self, run: _Run, turns: Sequence[Turn], context: Context) -> tuple[_Filled, Context]:
-        """The run with its turns' words, every text as the tokenizer spells it in its place."""
-        parts: list[str | int] = []
-        for part in run.parts:
-            if isinstance(part, Slot):
-                for inner in self._turn_parts(turns[part.turn]):
-                    _append(parts, inner)
-            else:
-                _append(parts, part)
-        prefix = run.prefix
-        for index, part in enumerate(parts):
-            if isinstance(part, int):
-                first = context == "start" and self.template.begins_text
-                control: Context = "start" if first else "after_special_token"
-                context = self._behind_image if part == IMAGE_TOKEN_ID else control
-                continue
-            spelled = self.encoder.spelled(part, context)
-            if run.turn is not None and index == 0:
-                prefix = spelled[: len(spelled) - len(part)] + prefix
-            parts[index], context = spelled, "continuation"
-        return _Filled(parts, run.turn, prefix, run.suffix), context
+    Attributes:
+        conversation: The conversation, with separators written out and quirks applied.
+        runs: Its text in the runs of the template.
+        num_added_turns: Turns before the conversation's own: 1 for a default system text, else 0.
+        num_special: Special tokens that the template writes for these roles.
+    """
 
-    def _turn_parts(self, turn: Turn) -> list[str | int]:
-        parts: list[str | int] = [
-            part.text if isinstance(part, TextPart) else IMAGE_TOKEN_ID for part in turn.parts
-        ]
-        if turn.role == "user" and self.template.images_only_users:
-            return [part for part in parts if isinstance(part, int)]
-        return parts
+    conversation: Conversation
+    runs: list[_Run]
+    num_added_turns: int
+    num_special: int
 
-    def _join(
-        self, draft: _Draft, encoded: Mapping[str, Sequence[int] | UnencodableText]
-    ) -> "TokenizedRecord | RecordError":
-        """Ids and labels of a draft, by construction."""
-        ids: list[int] = []
-        labels: list[int] = []
-        answer_spans: list[AnswerSpan] = []
-        for run in draft.runs:
-            start = len(ids)
-            for part in run.parts:
-                if isinstance(part, int):
-                    ids.append(part)
-                    continue
-                found = encoded[part]
-                if isinstance(found, UnencodableText):
-                    return self._error(draft.conversation, "unspellable", str(found))
-                ids += found
-            trained = False
-            if run.turn is not None:
-                turn = run.turn - draft.offset
-                answer_spans.append(AnswerSpan(turn, start, len(ids), run.prefix, run.suffix))
-                trained = draft.conversation.turns[turn].supervised
-            labels += ids[start:] if trained else [IGNORE_INDEX] * (len(ids) - start)
-        return TokenizedRecord(ids, labels, tuple(answer_spans))
-
-    def _decoded_answers(self, made: Sequence["TokenizedRecord | RecordError"]) -> list[str]:
-        """What the ids of every answer spell, control tokens aside."""
-        bodies = []
-        for tokenized in (row for row in made if isinstance(row, TokenizedRecord)):
-            for span in tokenized.answer_spans:
-                body = tokenized.input_ids[span.start : span.end]
-                if not self.special_token_ids.isdisjoint(body):
-                    body = [token for token in body if token not in self.special_token_ids]
-                bodies.append(body)
-        return self.encoder.decode_all(bodies)
-
-    def _prove(self, draft: _Draft, tokenized: TokenizedRecord, spoken: Sequence[str]) -> None:
-        """Check the labels against the conversation, not against how they were made."""
-        conversation, ids = draft.conversation, tokenized.input_ids
-        assistants = [i for i, t in enumerate(conversation.turns) if t.role == "assistant"]
-        found = [span.turn for span in tokenized.answer_spans]
-        if found != assistants:
-            raise self._violation(
-                conversation, f"answers were found for turns {found}, expected turns {assistants}"
-            )
-        wanted = [IGNORE_INDEX] * len(ids)
-        for span, text in zip(tokenized.answer_spans, spoken, strict=True):
-            turn = conversation.turns[span.turn]
-            self._prove_answer(conversation, span, ids[span.start : span.end], text)
-            if turn.supervised:
-                wanted[span.start : span.end] = ids[span.start : span.end]
-        if tokenized.labels != wanted:
-            at = next(
-                i for i, (a, b) in enumerate(zip(tokenized.labels, wanted, strict=True)) if a != b
-            )
-            raise self._violation(
-                conversation, f"token {at} has label {tokenized.labels[at]}, expected {wanted[at]}"
-            )
-        images = sum(1 for _ in conversation.image_parts())
-        if tokenized.num_images != images:
-            raise self._violation(
-                conversation, f"{tokenized.num_images} image placeholders for {images} images"
-            )
-        self._prove_control(draft, ids)
-
-    def _prove_answer(
-        self, conversation: Conversation, span: AnswerSpan, ids: Sequence[int], text: str
-    ) -> None:
-        if self.eot_token_id is not None and (not ids or ids[-1] != self.eot_token_id):
-            raise self._violation(
-                conversation,
-                f"turn {span.turn} does not end with the stop token {self.template.eot_token!r}",
-            )
-        answer = conversation.turns[span.turn].text
-        expected = span.prefix + answer + span.suffix
-        if text != expected and text != self.encoder.normalized(expected):
-            raise self._violation(
-                conversation,
-                f"turn {span.turn} is supervised as {text[:80]!r}, expected {expected[:80]!r}",
-            )
-
-    def _prove_control(self, draft: _Draft, ids: list[int]) -> None:
-        """Data became no control token: there are as many as the template writes."""
-        found = sum(ids.count(token) for token in self.special_token_ids.intersection(ids))
-        if found != draft.num_control:
-            raise self._violation(
-                draft.conversation,
-                f"{found} control tokens, expected the {draft.num_control} that the template "
-                "writes",
-            )
-
-    def _violation(self, conversation: Conversation, message: str) -> RecordError:
-        return self._error(conversation, "mask_proof", message)
-
-    def _error(self, conversation: Conversation, reason: str, message: str) -> RecordError:
-        return RecordError(reason, message, record_id=conversation.id, where=conversation.where)
+    @property
+    def texts(self) -> Iterator[str]:
+        """The texts to encode."""
+        return (part for run in self.runs for part in run.parts if isinstance(part, str))
 
 
 def expand(ids: Sequence[int], num_tokens: int, values: Sequence[int] | None = None) -> list[int]:
-    """Ids, or `values` that lie beside them, with each image's position `num_tokens` times."""
+    """Return the ids, or `values` of the same length, with each image repeated `num_tokens` times.
+
+    The value at an image's position is repeated too.
+    """
     pairs = zip(ids, ids if values is None else values, strict=True)
     return [v for i, v in pairs for _ in range(num_tokens if i == IMAGE_TOKEN_ID else 1)]
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without Python's garbage collector, which finds nothing here and takes a fifth of the time.
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause Python's cyclic garbage collector.
 
-    Tokenization makes many small objects and no cycle; each collection walks all that is imported.
+    Tokenizing makes many small objects and no reference cycles, so that collections free nothing;
+    but each one walks all imported modules, which takes a fifth of the time.
     """
-    was_on = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
-def _append(into: list[str | int], part: str | int) -> None:
-    """Add a part, joining text to text so that it is tokenized together."""
-    if isinstance(part, str) and into and isinstance(into[-1], str):
-        into[-1] += part
-    elif part != "":
-        into.append(part)
-
-
 def batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` values, the last one shorter (`itertools.batched` needs Python 3.12)."""
+    """Yield lists of `size` values, the last one shorter (`itertools.batched` of Python 3.12)."""
     iterator = iter(values)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk

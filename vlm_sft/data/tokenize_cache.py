@@ -24,6 +24,7 @@ FILE_NAME: Final = "rendered.sqlite"
 TOKENIZING_MODULES: Final = (
     "image_separator",
     "tokenize",
+    "template_runs",
     "chat_template",
     "text_encoder",
     "llava_quirks",
