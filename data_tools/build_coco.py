@@ -26,14 +26,9 @@ from vlm_sft.commands.parser import CommandParser
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import (
-    own_output,
-    read_marker,
-    refuse_image,
-    refuse_input,
-    write_owned_json,
-    write_result,
-)
+from vlm_sft.utils.output_files import refuse_image, write_result
+from vlm_sft.utils.owned_files import own_output, write_owned_json
+from vlm_sft.utils.ownership import read_marker, refuse_input
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 

@@ -21,13 +21,8 @@ from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
 from vlm_sft.utils.filesystem import naming
-from vlm_sft.utils.ownership import (
-    OwnedFiles,
-    own_output,
-    read_marker,
-    write_owned,
-    write_owned_json,
-)
+from vlm_sft.utils.owned_files import OwnedFiles, own_output, write_owned, write_owned_json
+from vlm_sft.utils.ownership import read_marker
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 

@@ -18,13 +18,8 @@ from vlm_sft.commands.run_command import run_command
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import (
-    own_output,
-    owned_open,
-    read_marker,
-    write_owned,
-    write_owned_json,
-)
+from vlm_sft.utils.owned_files import own_output, owned_open, write_owned, write_owned_json
+from vlm_sft.utils.ownership import read_marker
 from vlm_sft.utils.reading import read_json
 
 KIND: Final = "mixture"

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     from data_tools.coco import read_coco
     from data_tools.instruct.config import VerifyConfig
     from data_tools.instruct.verification import Policy
-    from vlm_sft.utils.ownership import own_output, owned_open
+    from vlm_sft.utils.owned_files import own_output, owned_open
 
     own_output(
         out, KIND, [OUTPUT], inputs=[*files.values(), images], image_roots=[images],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
-from vlm_sft.utils.ownership import require_output_file
+from vlm_sft.utils.output_files import require_output_file
 
 ABOUT = """\
 Read and tokenize every record, open every image in full, build the model, rehearse saving, and

@@ -15,7 +15,7 @@ from vlm_sft.commands.parser import (
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.conditions import IMAGE_CONDITIONS, ImageCondition
-from vlm_sft.utils.ownership import require_output_file
+from vlm_sft.utils.output_files import require_output_file
 
 EXAMPLE = """example:
   vlm-sft evaluate runs/stage2/final --probes held_out/existence.json \\

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().read(argv)
     from vlm_sft.checkpoint.run_dir import WRITTEN
     from vlm_sft.utils.console import say
-    from vlm_sft.utils.ownership import require_output_file
+    from vlm_sft.utils.output_files import require_output_file
 
     run_dir = arguments.run
     if not any((run_dir / name).exists() for name in WRITTEN_BY_RUNS):

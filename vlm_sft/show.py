@@ -11,7 +11,7 @@ from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.errors import UserError
 from vlm_sft.errors.codes import CODES
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
-from vlm_sft.utils.ownership import require_output_file
+from vlm_sft.utils.output_files import require_output_file
 
 ABOUT = """\
 Show records as the model sees them, with the trained tokens marked, and whether the

@@ -13,7 +13,7 @@ from data_tools.instruct.receipts.explanation import Explanation, explain
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import write_result
+from vlm_sft.utils.output_files import write_result
 
 
 def command(config: InstructConfig, options: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from data_tools.instruct.schema import Sample
 from data_tools.records import IMAGE_LINE, IMAGE_MARK
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import owned_open, remove_owned, write_owned_json
+from vlm_sft.utils.owned_files import owned_open, remove_owned, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 

@@ -9,13 +9,8 @@ from typing import Final
 from data_tools.instruct.config import InstructConfig
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
-from vlm_sft.utils.ownership import (
-    foreign_entries,
-    own_output,
-    read_marker,
-    refuse_in_checkpoint,
-    refuse_input,
-)
+from vlm_sft.utils.owned_files import own_output
+from vlm_sft.utils.ownership import foreign_entries, read_marker, refuse_in_checkpoint, refuse_input
 
 KIND: Final = "instruction-data run"
 """What the marker of a run's folder says that it holds."""

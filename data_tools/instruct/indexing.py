@@ -18,7 +18,7 @@ from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.options import stage_parser
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import owned_open, write_owned_json
+from vlm_sft.utils.owned_files import owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import open_regular, read_json
 

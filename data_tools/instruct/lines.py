@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from vlm_sft.errors import UserError
-from vlm_sft.utils.ownership import owned_open
+from vlm_sft.utils.owned_files import owned_open
 from vlm_sft.utils.reading import open_regular
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

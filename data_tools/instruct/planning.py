@@ -23,7 +23,7 @@ from vlm_sft.commands.parser import whole_number
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import write_owned, write_owned_json
+from vlm_sft.utils.owned_files import write_owned, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 

@@ -18,7 +18,7 @@ from data_tools.instruct.receipts.page import Report
 from data_tools.instruct.receipts.plots import plots
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import OwnedFiles, remove_owned, write_owned
+from vlm_sft.utils.owned_files import OwnedFiles, remove_owned, write_owned
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 

@@ -25,7 +25,8 @@ from data_tools.instruct.schema import Answer, Check, Cost, PictureSource, Reque
 from data_tools.instruct.verification import Policy, check_sample, reasons
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import Console
-from vlm_sft.utils.ownership import owned_open, refuse_input, write_owned_json
+from vlm_sft.utils.owned_files import owned_open, write_owned_json
+from vlm_sft.utils.ownership import refuse_input
 from vlm_sft.utils.progress import track
 
 TOOL: Final = f"vlm_sft/{vlm_sft.__version__}"

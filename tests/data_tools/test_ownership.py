@@ -76,7 +76,7 @@ def test_build_coco_never_writes_over_one_of_its_images(tmp_path: Path, name: st
     del files["out"]
     line = arguments(files, "--only", "existence", "--overwrite")
     line += ["--out-file", str(images / name)]
-    assert_refused(tmp_path, build_coco.main, line, "lies in .*images, which this command reads")
+    assert_refused(tmp_path, build_coco.main, line, "inside .*images, which this command reads")
 
 
 def test_build_coco_never_writes_over_what_an_image_links_to(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_no_output_folder_replaces_an_image_of_its_own_inputs(tmp_path: Path) ->
         place = files["images"] / "below" / name
         place.parent.mkdir(exist_ok=True, parents=True)
         place.write_bytes(image)
-    below, message = str(files["images"] / "below"), "lies in .*, which this command reads"
+    below, message = str(files["images"] / "below"), "inside .*, which this command reads"
     files.pop("out")
     build = arguments(files, "--out", below, "--overwrite")
     mixing = [*mixture(files["images"], output_dir=below), "--overwrite"]

@@ -24,9 +24,9 @@ READ_BACK = f"{CHECKPOINT}::test_a_save_that_does_not_read_back_leaves_the_one_b
 MUTANTS = (
     Mutant(
         "a checkpoint's files are not synced",
-        STORE + "store.py",
-        "    files = _hashes(building)\n    _sync_tree(building)\n",
-        "    files = _hashes(building)\n",
+        STORE + "folders.py",
+        "    files = hash_files(building)\n    sync_tree(building)\n",
+        "    files = hash_files(building)\n",
         (SYNCED,),
     ),
     Mutant(
@@ -38,18 +38,17 @@ MUTANTS = (
     ),
     Mutant(
         "a checkpoint's new name is not synced",
-        STORE + "store.py",
-        "    sync_folder(folder.parent)\n",
-        "",
+        STORE + "folders.py",
+        "    sync_folder(folder.parent)  # only now",
+        "    # only now",
         (SYNCED,),
     ),
     Mutant(
         "a checkpoint gets its name before its manifest",
-        STORE + "store.py",
-        "    }\n    write_text(building / MANIFEST, with_checksum(manifest))\n",
-        "    }\n"
-        "    _move_into_place(building, folder, say)\n"
-        "    write_text(folder / MANIFEST, with_checksum(manifest))\n"
+        STORE + "folders.py",
+        "    write_manifest(building, fields, files)\n",
+        "    move_into_place(building, folder, log)\n"
+        "    write_manifest(folder, fields, files)\n"
         "    return\n",
         (SYNCED,),
     ),
@@ -76,22 +75,22 @@ MUTANTS = (
     ),
     Mutant(
         "the files' hashes are not compared",
-        STORE + "store.py",
-        "if name in recorded and _sha256(path) != recorded[name]:",
+        STORE + "format.py",
+        "if name in recorded and sha256(path) != recorded[name]:",
         "if False:",
         (f"{CHECKPOINT}::test_a_damaged_newest_is_named_and_the_one_before_is_used",),
     ),
     Mutant(
-        "the manifest's own seal is not compared",
-        STORE + "store.py",
+        "the manifest's own sha256 is not compared",
+        STORE + "format.py",
         "if with_checksum(manifest) != text:",
         "if False:",
         (f"{CHECKPOINT}::test_a_flipped_bit_of_the_manifest_itself_is_seen",),
     ),
     Mutant(
-        "a file too many is let be",
-        STORE + "store.py",
-        "if _is_loaded(Path(name)):",
+        "a file that a library would load is ignored",
+        STORE + "format.py",
+        "if _would_be_loaded(Path(name)):",
         "if False:",
         (
             f"{CHECKPOINT}::test_a_file_that_a_library_would_load_is_refused_unless_the_manifest_names_it",
@@ -99,14 +98,14 @@ MUTANTS = (
     ),
     Mutant(
         "what a kill leaves is taken for a checkpoint",
-        STORE + "store.py",
+        STORE + "folders.py",
         "            delete_tree(leftover)\n",
         '            os.rename(leftover, parent / leftover.name.split(".")[1])\n',
         (f"{CHECKPOINT}::test_what_a_kill_leaves_is_swept_and_never_taken_for_a_checkpoint",),
     ),
     Mutant(
         "a checkpoint that was being replaced is not put back",
-        STORE + "store.py",
+        STORE + "folders.py",
         "            rename_folder(old, folder, last=MANIFEST)\n",
         "            remove(old)\n",
         (f"{CHECKPOINT}::test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one",),
@@ -138,34 +137,34 @@ MUTANTS = (
     Mutant(
         "a trained tensor that nothing saves goes unnoticed",
         STORE + "store.py",
-        "        self.together.every(lambda: require_all_saved(self.learning, self.components))\n",
-        "",
+        "self.group.all_ranks(lambda: require_all_saved(self.trainable, self.components))",
+        "pass",
         (f"{CHECKPOINT}::test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing",),
     ),
     Mutant(
-        "what one process cannot write is not told to the others",
-        STORE + "store.py",
+        "an error of one rank is not raised on the others",
+        "vlm_sft/utils/process_group.py",
         "            if error is not None:\n                raise error\n",
         "            pass\n",
         ("tests/train/test_sharding.py",),
     ),
     Mutant(
-        "shared tensors are read from the first rows on",
+        "sharded tensors are read from the first rows on",
         STORE + "shards.py",
-        "low, high = max(start, first), min(stop, after)",
-        "low, high = max(start, first), min(stop - start, after)",
+        "low, high = max(start, first), min(stop, end)",
+        "low, high = max(start, first), min(stop - start, end)",
         ("tests/train/test_sharding.py",),
     ),
     Mutant(
         "another run's checkpoint is loaded",
         STORE + "store.py",
-        "if found == expected:",
+        "if identity(name, found, checkpoint.folder) == identity(name, expected):",
         "if True:",
         (f"{CHECKPOINT}::test_a_checkpoint_of_another_stage_is_refused",),
     ),
     Mutant(
-        "what is saved moves on with the training",
-        STORE + "store.py",
+        "what is saved changes with the training",
+        STORE + "snapshot.py",
         '"cpu", copy=True',
         '"cpu"',
         (f"{CHECKPOINT}::test_what_is_saved_is_what_was_when_the_save_began",),
@@ -278,7 +277,7 @@ MUTANTS = (
         (f"{RESUME}::test_what_was_left_out_stays_out_when_the_image_is_mended",),
     ),
     Mutant(
-        "updates that were left out are counted anew",
+        "skipped updates are counted from 0 again",
         TRAIN + "run_log.py",
         'int(manifest.get("skipped_steps", 0))',
         "0",

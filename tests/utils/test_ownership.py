@@ -13,23 +13,17 @@ import pytest
 
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json, write_text
+from vlm_sft.utils.output_files import has_mark, html_mark, require_output_file, write_result
+from vlm_sft.utils.owned_files import OwnedFiles, owned_open, remove_owned, write_owned
 from vlm_sft.utils.ownership import (
     MADE_BY,
     MARKER,
     TRAINING_RUN,
-    OwnedFiles,
-    has_mark,
-    html_mark,
     made_by,
     own_directory,
-    owned_open,
     refuse_input,
-    remove_owned,
     require_new_directory,
-    require_output_file,
     set_aside,
-    write_owned,
-    write_result,
 )
 
 

@@ -199,7 +199,7 @@ def move_into_place(building: Path, folder: Path, log: Log) -> None:
             _discard(old, folder, log)
         rename_folder(folder, old, last=MANIFEST)
     rename_folder(building, folder, last=MANIFEST)
-    sync_folder(folder.parent)  # only now does the new name survive a power cut
+    sync_folder(folder.parent)  # only now does the name survive a power cut
     if os.path.lexists(old):
         _discard(old, folder, log)
 

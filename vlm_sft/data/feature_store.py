@@ -16,13 +16,8 @@ from torch import Tensor
 
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_bytes, write_json
-from vlm_sft.utils.ownership import (
-    CACHE,
-    own_directory,
-    require_directory,
-    require_writable,
-    set_aside,
-)
+from vlm_sft.utils.filesystem import require_writable
+from vlm_sft.utils.ownership import CACHE, own_directory, require_directory, set_aside
 from vlm_sft.utils.reading import read_bytes, read_json
 
 STALE_SECONDS: Final = 3600.0

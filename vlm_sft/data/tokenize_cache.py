@@ -17,8 +17,8 @@ from vlm_sft.data.conversation import Conversation, ImagePart
 from vlm_sft.data.tokenize import CHUNK, ChatTokenizer, TokenizedRecord, batched
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX
-from vlm_sft.utils.filesystem import existing_above
-from vlm_sft.utils.ownership import CACHE, own_directory, require_directory, require_writable
+from vlm_sft.utils.filesystem import existing_above, require_writable
+from vlm_sft.utils.ownership import CACHE, own_directory, require_directory
 
 FILE_NAME: Final = "rendered.sqlite"
 TOKENIZING_MODULES: Final = (

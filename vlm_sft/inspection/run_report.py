@@ -15,7 +15,8 @@ from vlm_sft.checkpoint.run_dir import EXPORT_OUTLOOK
 from vlm_sft.utils.atomic_files import write_text
 from vlm_sft.utils.console import say
 from vlm_sft.utils.html import data_uri, render_page
-from vlm_sft.utils.ownership import has_mark, made_by, set_aside
+from vlm_sft.utils.output_files import has_mark
+from vlm_sft.utils.ownership import made_by, set_aside
 from vlm_sft.utils.reading import read_bytes, read_json
 
 Row = Mapping[str, Any]

@@ -24,9 +24,9 @@ from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import UserError, code_of
 from vlm_sft.utils.atomic_files import write_bytes
 from vlm_sft.utils.console import Console, say
-from vlm_sft.utils.filesystem import naming, sync, warn_once
+from vlm_sft.utils.filesystem import naming, require_writable, sync, warn_once
 from vlm_sft.utils.libraries import library_call
-from vlm_sft.utils.ownership import require_writable, set_aside
+from vlm_sft.utils.ownership import set_aside
 from vlm_sft.utils.progress import format_seconds
 from vlm_sft.utils.reading import read_text
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -251,6 +252,20 @@ def existing_above(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def require_writable(directory: Path) -> None:
+    """Create and delete an empty file in `directory`, or in the nearest parent that exists.
+
+    Raises:
+        OSError: The directory does not accept new files; the error names it.
+    """
+    directory = existing_above(directory)
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".vlm_sft."):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
 def free_bytes(place: Path) -> int | None:

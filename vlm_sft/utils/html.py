@@ -14,7 +14,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vlm_sft.utils.escape import escape_control
-from vlm_sft.utils.ownership import html_mark
+from vlm_sft.utils.output_files import html_mark
 
 _PACKAGE: Final = "vlm_sft.utils"
 """Has the templates that all pages share: `page.html`, `page.css` and `macros.html`."""

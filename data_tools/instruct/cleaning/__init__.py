@@ -22,7 +22,7 @@ from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import say
-from vlm_sft.utils.ownership import owned_open, write_owned_json
+from vlm_sft.utils.owned_files import owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 
 __all__ = ["command"]

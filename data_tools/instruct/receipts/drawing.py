@@ -12,7 +12,7 @@ from data_tools.instruct.receipts.evidence import SYMBOLS, verdict_of
 from data_tools.instruct.schema import Check, Shown, Verdict
 from vlm_sft.errors import ImageError
 from vlm_sft.utils.escape import escape_control
-from vlm_sft.utils.ownership import PNG_SOFTWARE
+from vlm_sft.utils.output_files import PNG_SOFTWARE
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,7 +8,7 @@ from data_tools.instruct.receipts.charts import binned
 from data_tools.instruct.receipts.drawing import COLOURS
 from data_tools.instruct.receipts.evidence import VERDICTS
 from data_tools.instruct.receipts.figures import STEPS, TYPES, Figures, by_code
-from vlm_sft.utils.ownership import PNG_SOFTWARE
+from vlm_sft.utils.output_files import PNG_SOFTWARE
 
 _BLUE: Final = "#3b6fb6"
 _HATCHES: Final = {"supported": "", "contradicted": "////", "unknown": "...."}
