@@ -1,4 +1,4 @@
-"""The check command finds everything that a run would stumble over."""
+"""The check command finds everything that would stop a run later."""
 
 import json
 import tracemalloc
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft import check
-from vlm_sft.checks.verdict import Verdict
+from vlm_sft.checks.results import CheckResults
 from vlm_sft.commands import check as command
 from vlm_sft.config.schema import load_config
 from vlm_sft.data.build import load_language
@@ -40,7 +40,7 @@ def test_a_good_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_held_out_and_trained_on_is_told_and_fails_where_asked(
+def test_validation_images_in_the_training_data_are_warnings_and_fail_with_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alike = "data.eval=[{path: configs/tiny/data/captions.json}]"
@@ -60,7 +60,7 @@ def test_all_bad_records_are_counted_and_twenty_are_shown(
     assert "0 of 23 records can be used" in output.out
 
 
-def test_every_bad_record_is_in_the_list_that_was_asked_for(
+def test_every_bad_record_is_in_the_file_of_bad_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = tmp_path / "lists" / "bad.jsonl"
@@ -83,7 +83,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path, ending:
         language = load_language(config)
         with command.open_bad_list(str(tmp_path / "bad.jsonl")) as listed:
             tracemalloc.start()
-            assert command.check_records(config, language, Verdict(), listed) == count
+            assert command.check_records(config, language, CheckResults(), listed) == count
             _, most = tracemalloc.get_traced_memory()
             tracemalloc.stop()
         return most

@@ -18,7 +18,7 @@ import yaml
 from tests.model.tiny import LLAMA
 from tests.train.tiny import reset_accelerate
 from vlm_sft import check, stage1, stage2
-from vlm_sft.checks.trial_step import memory_faults
+from vlm_sft.checks.trial_step import report_out_of_memory
 from vlm_sft.errors import UserError
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.ownership import own_directory
@@ -387,9 +387,9 @@ def test_what_must_fail_later_is_found(
 
 def test_memory_that_is_not_there_is_one_sentence() -> None:
     with (
-        pytest.raises(UserError, match="no memory for the run's longest batch") as caught,
+        pytest.raises(UserError, match="not enough memory for the run's longest batch") as caught,
         library_call("transformers", "model", "train on the longest batch"),
-        memory_faults(),
+        report_out_of_memory(),
     ):
         torch.empty(1 << 55)
     assert caught.value.reason == "out_of_memory"
@@ -499,7 +499,7 @@ def test_a_resume_that_the_stage_would_refuse_is_bad_in_the_same_words(
     assert everything(tmp_path) == before
     assert code == (2 if words else 0), text
     assert (words or "a run would resume") in text
-    assert ("passed over" in text) == ("damaged" in fault)
+    assert ("skipped: " in text) == ("damaged" in fault)
     reset_accelerate()
     if words:
         with pytest.raises(UserError) as refusal:

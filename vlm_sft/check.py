@@ -1,4 +1,4 @@
-"""Everything that can fail later in a run, now: all records, images, masks, model and saving."""
+"""Check in advance what can fail in a run: records, images, masks, model, saving, resuming."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,27 +9,27 @@ from vlm_sft.errors import UserError
 from vlm_sft.utils.output_files import require_output_file
 
 ABOUT = """\
-Read and tokenize every record, open every image in full, build the model, rehearse saving, and
-try what the tokenizer and the chat template do together. With --tokenizer instead of CONFIG.yaml:
-the tokenizer and the template alone.
+Read and tokenize every record, decode every image, build the model, train on the longest batch,
+save a checkpoint, and test the tokenizer with the chat template. With --tokenizer instead of
+CONFIG.yaml: test only a tokenizer with a template.
 
-Lists all records that cannot be used, not only the first. Exit code 0: the run can start; 2: it
-cannot, or it would leave records out, or a finding is BAD."""
+All records that cannot be used are listed, not only the first. Exit code 0: the run can start; 2:
+it cannot, or it would skip records, or a finding is BAD."""
 
 EXAMPLES = """\
 examples:
   vlm-sft check configs/tiny/stage1.yaml
   vlm-sft check my.yaml data.max_length=1024
-  vlm-sft check my.yaml --no-model      (data only, no weights needed)
-  vlm-sft check my.yaml --bad bad.jsonl (all bad records into a file)
+  vlm-sft check my.yaml --no-model      (only the data; needs no weights)
+  vlm-sft check my.yaml --bad bad.jsonl (writes all bad records to a file)
 
-  # do this model's tokenizer and a chat template go together? (0: yes, 2: something is BAD)
+  # do a tokenizer and a chat template fit together? (exit code 0: yes, 2: a finding is BAD)
   vlm-sft check --tokenizer models/qwen --template chatml
   vlm-sft check --tokenizer models/vicuna --template vicuna_v1 --strict --json"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check a configuration, or a tokenizer and a template alone; returns 0 or 2."""
+    """Check a configuration, or only a tokenizer with a template; return 0 or 2."""
     arguments = parser().read(argv)
     _require_one_source(arguments)
     from vlm_sft.commands import inputs
@@ -62,30 +62,30 @@ def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("vlm-sft check", ABOUT, EXAMPLES, takes_settings=True)
     add = parser.add_argument
-    add("config", metavar="CONFIG.yaml", nargs="?", help="a run's configuration")
+    add("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)
-    add("--no-model", action="store_true", help="leave the model out: data and images only")
+    add("--no-model", action="store_true", help="check only data and images, without the model")
     add(
         "--bad",
         metavar="FILE.jsonl",
-        help="write every bad record there: where it is, its id, the reason, the message",
+        help="write position, id, reason and message of every bad record to this file",
     )
-    add("--overwrite", action="store_true", help="replace the file of --bad if there is one")
+    add("--overwrite", action="store_true", help="replace the file of --bad if it exists")
     add(
         "--strict",
         action="store_true",
-        help="warnings (about the template, about repeated records) count as BAD",
+        help="let warnings (about the template, repeated records) fail the check",
     )
-    alone = parser.add_argument_group("a tokenizer and a template alone, without CONFIG.yaml")
-    alone.add_argument("--tokenizer", metavar="DIR", help="a folder, a hub name, or 'bytes'")
-    alone.add_argument("--template", metavar="NAME", help="a name, a YAML file, or auto (default)")
+    alone = parser.add_argument_group("only a tokenizer with a template, without CONFIG.yaml")
+    alone.add_argument("--tokenizer", metavar="DIR", help="folder, hub name, or 'bytes'")
+    alone.add_argument("--template", metavar="NAME", help="name, template file, or auto (default)")
     alone.add_argument("--system", metavar="TEXT", help="system text for records that have none")
     alone.add_argument(
         "--generation-config",
         metavar="DIR",
         help="folder of generation_config.json (default: the tokenizer's)",
     )
-    alone.add_argument("--json", action="store_true", help="the findings as JSON on stdout")
+    alone.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
 
@@ -95,7 +95,7 @@ def _require_one_source(arguments: argparse.Namespace) -> None:
     if arguments.config is None:
         if arguments.no_model or arguments.bad:
             option = "--no-model" if arguments.no_model else "--bad"
-            raise UserError(f"{option}: belongs to CONFIG.yaml; --tokenizer reads no data")
+            raise UserError(f"{option}: needs CONFIG.yaml; --tokenizer reads no data")
         return
     for name in ("tokenizer", "template", "system", "generation_config", "json"):
         if getattr(arguments, name):

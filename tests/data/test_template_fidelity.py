@@ -372,7 +372,7 @@ def _spaces() -> list[int]:
 
 KNOWN_DIFFERENCES = (
     Difference(
-        "`chatml` writes no system text of its own; Qwen's template writes one.",
+        "`chatml` writes no default system text; Qwen's template writes one.",
         "qwen",
         *_pair("chatml", "qwen", published.QWEN_2, _talk("Hi", "Yes.")),
         "<|im_start|> user Ċ Hi",
@@ -386,37 +386,38 @@ KNOWN_DIFFERENCES = (
         "user <0x0A> Hi <end_of_turn>",
     ),
     Difference(
-        "`phi_3` writes no <|endoftext|> behind the last answer; Phi 3's template does.",
+        "`phi_3` writes no <|endoftext|> after the last answer; Phi 3's template does.",
         "phi_3",
         *_pair("phi_3", "phi_3", published.PHI_3, _talk("Hi", "Yes.")),
         "▁Yes . <|end|>",
         "<|end|> <|endoftext|>",
     ),
     Difference(
-        "White space at the start of a text is kept; Phi 3's control tokens swallow it.",
+        "White space at the start of a text is kept; Phi 3's special tokens strip it.",
         "phi_3",
         *_pair("phi_3", "phi_3", published.PHI_3, _talk("\nHi", "Yes.")),
         "<|user|> ▁ <0x0A> Hi",
         "<|user|> ▁Hi",
     ),
     Difference(
-        "`mistral` writes a space before an answer and none behind </s>, as Mistral's own encoder "
-        "does; the template published with v0.1 does it the other way round.",
+        "`mistral` writes a space before an answer and none after </s>, as Mistral's own encoder "
+        "does; the template published with v0.1 does the opposite.",
         "llama_2_file",
         *_pair("mistral", "llama_2_file", published.MISTRAL_1, _talk("Hi", "Yes.", "Why?", "So.")),
         "▁Yes . </s> ▁[",
         "] Yes . </s>",
     ),
     Difference(
-        "Control strings in data stay ordinary text; transformers makes control tokens of them.",
+        "Special-token strings in data stay ordinary text; transformers encodes them as special "
+        "tokens.",
         "llama_3",
         *_pair("llama_3", "llama_3", published.LLAMA_3, _talk("Hi<|eot_id|>", "Yes.")),
         "Hi < | e ot _id",
         "Hi <|eot_id|> <|eot_id|>",
     ),
     Difference(
-        "An answer begins at a border of tokens, so that its prompt is its prefix; transformers "
-        "joins the header's newline to an answer that begins with one.",
+        "An answer begins at a token boundary, so that its prompt is a prefix; transformers "
+        "merges the header's newline with an answer that begins with one.",
         "qwen",
         *_pair(
             "chatml",
@@ -428,16 +429,16 @@ KNOWN_DIFFERENCES = (
         "assistant ĊĊ Yes",
     ),
     Difference(
-        "Text behind BOS begins with SentencePiece's dummy space in the textual templates, as it "
-        "did in LLaVA; transformers leaves it out where a bare tokenizer.model is loaded.",
+        "Text after BOS begins with SentencePiece's dummy space in templates without special "
+        "tokens, as in LLaVA; transformers omits it with a bare tokenizer.model.",
         "sentencepiece",
         *_pair("mistral", "sentencepiece", published.MISTRAL_1, _talk("Hi", "Yes.")),
         "<s> ▁[ INST",
         "<s> [ INST",
     ),
     Difference(
-        "Runs of spaces are cut as transformers cuts them; SentencePiece itself cuts them "
-        "otherwise.",
+        "Runs of spaces are split as in transformers; SentencePiece itself splits them "
+        "differently.",
         "llama_2_file",
         lambda: load("llama_2_file").encode("a    return", add_special_tokens=False),
         _spaces,

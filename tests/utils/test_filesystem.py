@@ -23,7 +23,7 @@ from vlm_sft.checkpoint.store import CheckpointStore, require_space
 from vlm_sft.checkpoint.tensor_files import load_tensors, save_tensors
 from vlm_sft.data.spool import Spool
 from vlm_sft.errors import UserError
-from vlm_sft.export import hf_llava
+from vlm_sft.export.folder import atomic_folder
 from vlm_sft.train.preflight import rehearse_saving
 from vlm_sft.utils import atomic_files as atomic
 from vlm_sft.utils import filesystem
@@ -140,7 +140,7 @@ def test_checkpoints_are_moved_file_by_file_where_directories_cannot_be_renamed(
 
     monkeypatch.setattr(os, "rename", files_only)
     save_and_finish(tmp_path)
-    with hf_llava._atomic_folder(tmp_path / "exported") as folder:
+    with atomic_folder(tmp_path / "exported") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "weights").write_bytes(b"x")
         (folder / "export.json").write_bytes(b"{}")
@@ -223,7 +223,7 @@ def test_every_new_file_follows_the_umask(tmp_path: Path, umask: int) -> None:
         AnswerWriter(tmp_path / "answers").close()
         Claims(tmp_path / "answers").close()
         SharedLog(tmp_path / "failures.jsonl", b"{").close()
-        with hf_llava._atomic_folder(tmp_path / "exported") as folder:
+        with atomic_folder(tmp_path / "exported") as folder:
             save_tensors(folder / "model.safetensors", {"w": torch.zeros(1)})
     finally:
         os.umask(before)
@@ -318,7 +318,7 @@ def test_an_export_whose_place_was_filled_meanwhile_is_kept_and_nothing_else_is_
         (out / name).write_text(name)
     with (
         pytest.raises(UserError, match=r"finished export is now .*exported\.kept-1$"),
-        hf_llava._atomic_folder(out) as folder,
+        atomic_folder(out) as folder,
     ):
         (folder / "export.json").write_text("{}")
         (out / "notes.txt").write_text("mine")
@@ -336,7 +336,7 @@ def test_an_export_takes_the_place_of_a_directory_with_system_files(tmp_path: Pa
     out = tmp_path / "exported"
     out.mkdir()
     (out / ".DS_Store").write_text("x")
-    with hf_llava._atomic_folder(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "export.json").write_text("{}")
     assert sorted(os.listdir(out)) == [".DS_Store", "export.json"]
     assert os.listdir(tmp_path) == ["exported"]

@@ -1,4 +1,4 @@
-"""Whether tokenizer, records and model fit each other; asked by `check` and before training."""
+"""Check that tokenizer, records and model are compatible, in `check` and before training."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,11 +10,11 @@ from vlm_sft.model.positions import position_limit
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
 PROBED_RECORDS = 8
-"""Records of each file set whose ids are looked at, for the control tokens that a template uses."""
+"""Records of each data set in which the special tokens of the template are searched."""
 
 
-def require_fit(language: Language, data: Data, model: VisionLanguageModel) -> list[str]:
-    """Refuse what would fail in the middle of training; return what the user should know.
+def require_compatible(language: Language, data: Data, model: VisionLanguageModel) -> list[str]:
+    """Refuse what would fail during training; return warnings.
 
     Raises:
         UserError: An id has no row in the embedding table, a record is longer than the table of
@@ -25,15 +25,15 @@ def require_fit(language: Language, data: Data, model: VisionLanguageModel) -> l
 
 
 def require_images(train: SupervisedDataset) -> None:
-    """Refuse data that gives the projector nothing to learn from.
+    """Refuse data without images, on which the projector would not be trained.
 
     Raises:
         UserError: No training record has an image.
     """
     if not any(train.has_image):
         raise UserError(
-            "data.train: no record has an image, so the projector would learn nothing; add records "
-            "with images",
+            "data.train: no record has an image, so the projector would not be trained; add "
+            "records with images",
             code="nothing_learns",
         )
 
@@ -41,10 +41,10 @@ def require_images(train: SupervisedDataset) -> None:
 def require_rows(language: Language, model: VisionLanguageModel, data: Data) -> list[str]:
     """Refuse a tokenizer whose ids go beyond the model's embedding table or output head.
 
-    Control tokens that neither the template nor padding uses never occur; they are reported only.
+    Special tokens that neither the template nor padding uses never occur; they are only reported.
 
     Raises:
-        UserError: Naming some of the ids, and what they are for.
+        UserError: An id that is used has no row; the message names some of them.
     """
     tokenizer, chat_tokenizer = language.tokenizer, language.chat_tokenizer
     rows = _num_rows(model)
@@ -52,39 +52,39 @@ def require_rows(language: Language, model: VisionLanguageModel, data: Data) -> 
     controls = chat_tokenizer.special_token_ids
     used = {
         f"{name_of.get(language.pad_token_id)!r} for padding": {padding_id(tokenizer)},
-        "what ends an answer": set(chat_tokenizer.eot_token_ids),
+        "end-of-turn tokens": set(chat_tokenizer.eot_token_ids),
         "the template's tokens": _ids_of_records(data) & controls,
         "ordinary tokens": set(name_of) - controls,
         "ids in the records": _ids_of_records(data),
     }
-    faults = {what: sorted(i for i in ids if i >= rows) for what, ids in used.items()}
-    what, beyond = next(((w, ids) for w, ids in faults.items() if ids), ("", []))
+    missing = {what: sorted(i for i in ids if i >= rows) for what, ids in used.items()}
+    what, beyond = next(((w, ids) for w, ids in missing.items() if ids), ("", []))
     kind = type(causal_lm(model.language_model)).__name__
     if beyond:
         shown = ", ".join(f"{name_of.get(i, '?')!r} = {i}" for i in beyond[:4])
         raise UserError(
             f"model.language_model.tokenizer: it has ids up to {max(name_of):,}, but "
-            f"{kind} has only {rows:,} rows of embeddings (ids 0 to {rows - 1:,}); without a row "
-            f"are {what} ({shown}{', ...' if len(beyond) > 4 else ''}). Use the tokenizer that "
-            f"belongs to the model, or a model with a vocab_size of at least {max(name_of) + 1:,}"
+            f"{kind} has only {rows:,} rows of embeddings (ids 0 to {rows - 1:,}); rows are "
+            f"missing for {what} ({shown}{', ...' if len(beyond) > 4 else ''}). Use the tokenizer "
+            f"of the model, or a model with a vocab_size of at least {max(name_of) + 1:,}"
         )
     unused = sorted(i for i in name_of if i >= rows)
     if not unused:
         return []
     shown = ", ".join(repr(name_of[i]) for i in unused[:4])
     return [
-        f"{len(unused)} control tokens of the tokenizer ({shown}) have no row among the {rows:,} "
-        f"embeddings of {kind}; nothing here uses them"
+        f"{len(unused)} special tokens of the tokenizer ({shown}) have no row in the {rows:,} "
+        f"embeddings of {kind}; this run does not use them"
     ]
 
 
 def require_positions(model: VisionLanguageModel, data: Data) -> list[str]:
-    """Refuse records beyond a table of positions; report those beyond what a model was trained on.
+    """Refuse records longer than a position table; report those longer than the trained context.
 
-    Records in a pack each start at position 0, so the length of a row does not matter.
+    Packed records each start at position 0, so the length of a row does not matter.
 
     Raises:
-        UserError: A record is longer than the model's table of positions.
+        UserError: A record is longer than the position table of the model.
     """
     language_model = causal_lm(model.language_model)
     limit = position_limit(language_model)
@@ -110,7 +110,7 @@ def require_positions(model: VisionLanguageModel, data: Data) -> list[str]:
             )
         notes.append(
             f"{where}. The model computes positions beyond that, but was not trained on them; "
-            f"{advice} to leave them out"
+            f"{advice} to skip these records"
         )
     return notes
 

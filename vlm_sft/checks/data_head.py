@@ -30,7 +30,7 @@ def check_data_head(config: RunConfig, chat_tokenizer: ChatTokenizer) -> None:
 def record_fault(
     record: Conversation | RecordError, chat_tokenizer: ChatTokenizer
 ) -> RecordError | None:
-    """What is wrong with a record: its form, its tokenization or one of its images."""
+    """Return what is wrong with a record: its format, its tokenization or one of its images."""
     if isinstance(record, RecordError):
         return record
     try:

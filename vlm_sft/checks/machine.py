@@ -1,10 +1,10 @@
-"""Settings that this machine or the other settings do not allow, found without building a model."""
+"""Check which settings this machine or other settings do not allow, without building a model."""
 
 from collections.abc import Set
 
 import torch
 
-from vlm_sft.checks.verdict import Verdict
+from vlm_sft.checks.results import CheckResults
 from vlm_sft.commands.inputs import require_stage2
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.fp8 import require_fp8
@@ -19,58 +19,60 @@ from vlm_sft.train.metrics import require_trackers
 
 
 def run_device() -> torch.device:
-    """Return the device that a run would use here."""
+    """Return the device that a run would use on this machine."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def examine_machine(config: RunConfig, trainable: Set[str], verdict: Verdict) -> None:
-    """Ask everything that the start of a run refuses before it loads anything."""
-    before, train = len(verdict.lines), config.train
-    with verdict.examine("environment"):
+def check_machine(config: RunConfig, trainable: Set[str], results: CheckResults) -> None:
+    """Make all checks that a run makes before it loads anything."""
+    before, train = len(results.lines), config.train
+    with results.check("environment"):
         require_environment(config)
-    with verdict.examine("trackers"):
+    with results.check("trackers"):
         require_trackers(train.trackers)
-    with verdict.examine("quantization"):
+    with results.check("quantization"):
         require_quantization(config.model.language_model, trainable)
-    with verdict.examine("master weights"):
+    with results.check("master weights"):
         require_roundable(config, trainable)
-    with verdict.examine("optimizer"):
+    with results.check("optimizer"):
         if config.optim.optimizer == "adamw_8bit":
             require_eight_bit()
-    with verdict.examine("precision"):
+    with results.check("precision"):
         require_precision(train.precision)
-    with verdict.examine("fp8"):
+    with results.check("fp8"):
         if train.fp8:
             require_fp8(run_device(), train.precision)
-    with verdict.examine("compile"):
+    with results.check("compile"):
         if train.compile:
             require_compiler(run_device())
-    with verdict.examine("sharding"):
+    with results.check("sharding"):
         choose_sharding(config, trainable, world_size=1)
     if config.lora is not None:
-        with verdict.examine("learning rates"):
+        with results.check("learning rates"):
             require_stage2(config)
-    if len(verdict.lines) == before:
-        words = f"the settings are available here ({run_device().type}, {train.precision})"
-        verdict.add("machine", True, words)
-    _warn_of_odd_settings(config, trainable, verdict)
+    if len(results.lines) == before:
+        text = (
+            f"all settings are available on this machine ({run_device().type}, {train.precision})"
+        )
+        results.add("machine", "good", text)
+    _warn_about_settings(config, trainable, results)
 
 
-def _warn_of_odd_settings(config: RunConfig, trainable: Set[str], verdict: Verdict) -> None:
-    """Report settings that a run accepts, but that are rarely meant."""
+def _warn_about_settings(config: RunConfig, trainable: Set[str], results: CheckResults) -> None:
+    """Warn about settings that a run accepts but that are rarely intended."""
     train, rates = config.train, config.optim.learning_rate
     language = trainable & {"language_model", "adapter"}
     warnings = {
-        "optim.learning_rate.projector is 0, so the projector stays as it is": rates.projector == 0,
-        "optim.learning_rate.language_model is 0, so the language model or its adapters stay as "
-        "they are": bool(language) and rates.language_model == 0,
-        "optim.warmup_ratio is 1: the learning rate rises to its peak at the last step": (
+        "optim.learning_rate.projector is 0, so the projector is not trained": rates.projector == 0,
+        "optim.learning_rate.language_model is 0, so neither the language model nor its adapters "
+        "are trained": bool(language) and rates.language_model == 0,
+        "optim.warmup_ratio is 1: the learning rate reaches its maximum at the last step": (
             config.optim.warmup_ratio == 1
         ),
-        "train.eval_every_steps is set, but there is no data.eval: nothing is evaluated": (
+        "train.eval_every_steps is set, but data.eval is not: nothing is evaluated": (
             train.eval_every_steps is not None and not config.data.eval
         ),
     }
-    for words, applies in warnings.items():
+    for text, applies in warnings.items():
         if applies:
-            verdict.report("settings", "warning", words)
+            results.add("settings", "warning", text)

@@ -1,4 +1,4 @@
-"""The run's longest batch through the model, forward and backward, as training would take it."""
+"""Run the longest batch of a run forward and backward, and generate an answer, as in training."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlm_sft.checks.machine import run_device
-from vlm_sft.checks.verdict import Verdict
+from vlm_sft.checks.results import CheckResults
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import Data, Language
 from vlm_sft.data.loader import load_batch
@@ -27,17 +27,17 @@ from vlm_sft.train.trainer import Plan
 from vlm_sft.utils.libraries import library_call
 
 CPU_FLOPS: Final = 2e12
-"""Most work that is tried on a CPU, about a minute; a larger batch is cut to one record."""
+"""Maximum work on a CPU, about a minute; of a larger batch only one record is used."""
 
 
 def try_longest_batch(
-    config: RunConfig, plan: Plan, data: Data, model: VisionLanguageModel, verdict: Verdict
+    config: RunConfig, plan: Plan, data: Data, model: VisionLanguageModel, results: CheckResults
 ) -> None:
-    """Train on the run's longest batch without an update, and look at loss and gradients."""
+    """Compute loss and gradients of the longest batch, without an update, and check both."""
     device, positions = run_device(), plan.collator.num_tokens
     with (
-        verdict.examine("longest batch"),
-        _shared_memory(model, verdict),
+        results.check("longest batch"),
+        _shared_memory(model, results),
         deterministic(config.train.deterministic),
     ):
         steps = (
@@ -47,32 +47,35 @@ def try_longest_batch(
         indices, _ = longest_micro_batch(steps, lambda i: positions(data.train, i), processes=1)
         chosen = _affordable(indices, data, model, device)
         if chosen is None:
-            words = "not tried: it would take too long on a CPU; run the check on the GPU machine"
-            verdict.report("longest batch", "note", words)
+            text = "not tried: it would take too long on a CPU; run this check on the GPU machine"
+            results.add("longest batch", "note", text)
             return
-        with library_call("transformers", "model", "train on the longest batch"), memory_faults():
+        with (
+            library_call("transformers", "model", "train on the longest batch"),
+            report_out_of_memory(),
+        ):
             loss = _loss_with_gradients(config, plan, data, model, chosen, device)
         _require_finite(loss)
         _require_gradients_where_trained(model)
         build_optimizer(named_parts(model), config.optim)
-        part = "" if len(chosen) == len(indices) else f" (of {len(indices)}, to be quick on a CPU)"
-        words = (
-            f"{len(chosen)} records{part} in {positions(data.train, chosen):,} positions went "
+        part = "" if len(chosen) == len(indices) else f" (of {len(indices)}, to save time on a CPU)"
+        text = (
+            f"{len(chosen)} records{part} in {positions(data.train, chosen):,} positions, "
             f"forward and backward on {device.type} in {config.train.precision}; loss {loss:.4f}, "
-            "gradients on all trained parts and on no frozen one"
+            "all trained parts and no frozen part have gradients"
         )
-        verdict.add("longest batch", True, words)
+        results.add("longest batch", "good", text)
     model.zero_grad(set_to_none=True)
 
 
-def try_an_answer(
+def try_generation(
     config: RunConfig,
     language: Language,
     data: Data,
     model: VisionLanguageModel,
-    verdict: Verdict,
+    results: CheckResults,
 ) -> None:
-    """Generate two tokens for one held-out record, as an evaluation does for a few."""
+    """Generate two tokens for one validation record, as the evaluations of training do."""
     if data.eval is None or not config.train.eval_samples or not len(data.eval):
         return
     if (
@@ -85,20 +88,20 @@ def try_an_answer(
     answers = Answers(config, language, model, data.eval, max_new_tokens=2)
     model.eval()
     with (
-        verdict.examine("evaluation"),
+        results.check("evaluation"),
         library_call("transformers", "model.language_model", "generate an answer"),
-        memory_faults(),
+        report_out_of_memory(),
         torch.no_grad(),
         _autocast(config, run_device()),
     ):
         answers(None if config.data.on_error == "stop" else lambda fault: None)
-        verdict.add("evaluation", True, "the model answers held-out records")
+        results.add("evaluation", "good", "the model generates answers to validation records")
 
 
 def _affordable(
     indices: Sequence[int], data: Data, model: VisionLanguageModel, device: torch.device
 ) -> Sequence[int] | None:
-    """The batch, its longest record alone, or None where even that takes a CPU too long."""
+    """Return the batch, or only its longest record, or None if even that takes too long."""
     weights = sum(map(num_weights, model.language_model.parameters()))
     longest = max(indices, key=lambda index: data.train.lengths[index])
 
@@ -106,6 +109,7 @@ def _affordable(
         return 6.0 * weights * sum(data.train.lengths[index] for index in chosen)
 
     choices = (list(indices), [longest])
+    # 6 FLOPs per weight and token: 2 forward, 4 backward.
     return next((c for c in choices if device.type != "cpu" or flops(c) <= CPU_FLOPS), None)
 
 
@@ -150,7 +154,10 @@ def _require_finite(loss: float) -> None:
 
 
 def _require_gradients_where_trained(model: VisionLanguageModel) -> None:
-    """Every trained part needs a gradient; a single tensor may have none, e.g. an idle expert."""
+    """Check that every trained part has a gradient, and no frozen part.
+
+    A single tensor may have none, e.g. an expert to which no token was routed.
+    """
     for part, named in named_parts(model).items():
         trained = [p for _, p in named if p.requires_grad]
         if trained and not any(p.grad is not None for p in trained):
@@ -158,9 +165,9 @@ def _require_gradients_where_trained(model: VisionLanguageModel) -> None:
                 f"{part} is trained, but no gradient reaches it from the loss",
                 code="nothing_learns",
             )
-        moved = next((name for name, p in named if not p.requires_grad and _has(p)), None)
-        if moved is not None:
-            raise UserError(f"{part} is frozen, but {moved} has a gradient")
+        with_gradient = next((name for name, p in named if not p.requires_grad and _has(p)), None)
+        if with_gradient is not None:
+            raise UserError(f"{part} is frozen, but {with_gradient} has a gradient")
         broken = next((name for name, p in named if _has(p) and not _finite(p)), None)
         if broken is not None:
             raise UserError(f"the gradient of {broken} is not finite", code="not_finite")
@@ -176,20 +183,20 @@ def _finite(parameter: nn.Parameter) -> bool:
 
 
 @contextmanager
-def _shared_memory(model: VisionLanguageModel, verdict: Verdict) -> Iterator[None]:
-    """Make missing memory a warning where several GPUs would share the weights in training."""
+def _shared_memory(model: VisionLanguageModel, results: CheckResults) -> Iterator[None]:
+    """Turn an out-of-memory error into a warning if training would shard the weights."""
     try:
         yield
     except UserError as error:
-        in_full = any(p.requires_grad for _, p in named_parts(model)["language_model"])
-        if error.reason != "out_of_memory" or not in_full or torch.cuda.device_count() < 2:
+        full_fine_tuning = any(p.requires_grad for _, p in named_parts(model)["language_model"])
+        if error.reason != "out_of_memory" or not full_fine_tuning or torch.cuda.device_count() < 2:
             raise
-        verdict.report("longest batch", "warning", f"on one GPU, without sharing weights: {error}")
+        results.add("longest batch", "warning", f"on one GPU, without sharding: {error}")
 
 
 @contextmanager
-def memory_faults() -> Iterator[None]:
-    """Report memory that this machine does not have as a user error."""
+def report_out_of_memory() -> Iterator[None]:
+    """Raise a UserError if this machine runs out of memory in the block."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
@@ -199,8 +206,8 @@ def memory_faults() -> Iterator[None]:
         ):
             raise
         raise UserError(
-            "this machine has no memory for the run's longest batch; lower train.micro_batch_size "
-            "(or train.packing.max_tokens) or data.max_length, set "
+            "this machine has not enough memory for the run's longest batch; lower "
+            "train.micro_batch_size (or train.packing.max_tokens) or data.max_length, set "
             "train.activation_checkpointing: full, or train on more GPUs",
             code="out_of_memory",
         ) from error

@@ -1,4 +1,4 @@
-"""Everything that can fail later in a run, now: all records, images, masks, model and saving."""
+"""Check in advance what can fail in a run: records, images, masks, model, saving, resuming."""
 
 import argparse
 import json
@@ -8,21 +8,22 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 from vlm_sft.checkpoint.components import checkpoint_components, unused_parts
 from vlm_sft.checkpoint.digests import frozen_digests
 from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.checkpoint.store import require_space
-from vlm_sft.checks.compatibility import require_fit
+from vlm_sft.checks.compatibility import require_compatible
 from vlm_sft.checks.data_head import record_fault
-from vlm_sft.checks.machine import examine_machine
-from vlm_sft.checks.output_places import (
-    examine_cache_dir,
-    examine_disk,
-    examine_output_dir,
-    examine_resume,
+from vlm_sft.checks.machine import check_machine
+from vlm_sft.checks.output_dir import (
+    check_cache_dir,
+    check_disk,
+    check_output_dir,
+    check_resume,
 )
+from vlm_sft.checks.results import CheckResults, is_failure, print_lines
 from vlm_sft.checks.tokenizer.check import (
     build_chat_tokenizer,
     check_tokenizer,
@@ -30,8 +31,7 @@ from vlm_sft.checks.tokenizer.check import (
     summary,
 )
 from vlm_sft.checks.tokenizer.under_test import Finding
-from vlm_sft.checks.trial_step import try_an_answer, try_longest_batch
-from vlm_sft.checks.verdict import Verdict, fails, print_lines
+from vlm_sft.checks.trial_step import try_generation, try_longest_batch
 from vlm_sft.config.method import trainable_parts
 from vlm_sft.config.schema import DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import (
@@ -50,8 +50,12 @@ from vlm_sft.data.records import open_records
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.errors.codes import CODES
-from vlm_sft.export.consumers import consumers_in_words
-from vlm_sft.export.obstacles import export_consumers, export_obstacles, outlook
+from vlm_sft.export.consumers import describe_consumers
+from vlm_sft.export.obstacles import (
+    export_consumers,
+    export_obstacles,
+    summarize_obstacles,
+)
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import num_bytes
@@ -72,29 +76,28 @@ from vlm_sft.utils.atomic_files import atomic_open
 from vlm_sft.utils.console import say, say_json
 from vlm_sft.utils.progress import track
 
-SHOWN = 20
-"""Bad records that are printed; the rest is counted."""
+MAX_PRINTED: Final = 20
+"""Bad records that are printed; the others are counted."""
 
 
 def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
-    """Check a run's records, model and saving; returns 0 or 2."""
-    verdict = Verdict()
-    verdict.strict = arguments.strict
-    examine_machine(config, trainable_parts(config), verdict)
-    resumed = examine_output_dir(config, verdict)
-    config = examine_cache_dir(config, verdict)
+    """Check the records, the model and the saving of a run; return 0 or 2."""
+    results = CheckResults(strict=arguments.strict)
+    check_machine(config, trainable_parts(config), results)
+    resumed = check_output_dir(config, results)
+    config = check_cache_dir(config, results)
     language = load_language(config)
-    verdict.add_findings(examine_language(config, language), strict=arguments.strict)
+    results.add_findings(language_findings(config, language))
     with open_bad_list(arguments.bad) as listed:
-        num_bad = check_records(config, language, verdict, listed)
+        num_bad = check_records(config, language, results, listed)
     if not arguments.no_model:
-        with verdict.examine("model"):
-            check_model(config, language, verdict, resumed, records_are_good=not num_bad)
-    verdict.print()
-    return 0 if verdict.good else 2
+        with results.check("model"):
+            check_model(config, language, results, resumed, records_are_good=not num_bad)
+    results.print()
+    return 0 if results.passed else 2
 
 
-def examine_language(config: RunConfig, language: Language) -> list[Finding]:
+def language_findings(config: RunConfig, language: Language) -> list[Finding]:
     """Return the findings about the tokenizer and the chat template of a run."""
     name = config.model.language_model.name
     generation = read_generation_config(Path(name).expanduser()) if name else None
@@ -116,25 +119,25 @@ def check_tokenizer_alone(arguments: argparse.Namespace) -> int:
         findings = [chat_tokenizer]
     else:
         findings = check_tokenizer(tokenizer, template, chat_tokenizer, generation)
-    good = not any(fails(finding.level, strict=arguments.strict) for finding in findings)
+    good = not any(is_failure(finding.level, strict=arguments.strict) for finding in findings)
     if arguments.json:
         rows = [asdict(finding) for finding in findings]
-        told = {"good": good, "summary": summary(findings), "findings": rows}
-        say_json(told, indent=2)
+        result = {"good": good, "summary": summary(findings), "findings": rows}
+        say_json(result, indent=2)
     else:
-        rows_of_text = [(f.what, f.level, _in_lines(f)) for f in findings]
-        print_lines(f"{arguments.tokenizer} with template {template}", rows_of_text)
+        lines = [(f.what, f.level, _finding_text(f)) for f in findings]
+        print_lines(f"{arguments.tokenizer} with template {template}", lines)
         say(summary(findings), file=sys.stdout)
     return 0 if good else 2
 
 
-def _in_lines(finding: Finding) -> str:
+def _finding_text(finding: Finding) -> str:
     return f"{finding.found}\n→ {finding.advice}" if finding.advice else finding.found
 
 
 @contextmanager
 def open_bad_list(path: str | Path | None) -> Iterator[Callable[[RecordError], None]]:
-    """What writes a bad record into `path` as a line of JSON, as soon as it is found."""
+    """Yield a function that writes a bad record to `path` as a line of JSON."""
     if path is None:
         yield lambda error: None
         return
@@ -155,19 +158,26 @@ def open_bad_list(path: str | Path | None) -> Iterator[Callable[[RecordError], N
 def check_records(
     config: RunConfig,
     language: Language,
-    verdict: Verdict,
+    results: CheckResults,
     listed: Callable[[RecordError], None] = lambda error: None,
 ) -> int:
-    """Read, tokenize and open every record of every file, one at a time.
+    """Read and tokenize every record of every file, and open its images.
 
-    Prints the first bad ones, gives every one to `listed`, and returns how many there are.
+    Args:
+        config: Configuration of the run.
+        language: Its tokenizer and template.
+        results: Receives a line per file.
+        listed: Called with every bad record; the first ones are printed, too.
+
+    Returns:
+        The number of bad records.
     """
     total_bad, repeats = 0, Repeats()
     layout = LayoutCheck(language.chat_tokenizer.image_separator)
-    for name, files in (("training data", config.data.train), ("held-out data", config.data.eval)):
+    for name, files in (("train", config.data.train), ("validation", config.data.eval)):
         for file in files:
             count, bad = 0, 0
-            repeats.begin(Path(file.path).name, held_out=name == "held-out data")
+            repeats.begin(Path(file.path).name, held_out=name == "validation")
             for record, error in _faults(file, language):
                 count += 1
                 repeats.add(None if error else cast(Conversation, record))
@@ -176,27 +186,26 @@ def check_records(
                     continue
                 bad += 1
                 listed(error)
-                if total_bad + bad <= SHOWN:
+                if total_bad + bad <= MAX_PRINTED:
                     say(f"bad record: {error.code}: {error}")
             total_bad += bad
-            kept_out = bad and config.data.on_error == "quarantine"
-            words = f"{count - bad:,} of {count:,} records can be used"
-            if kept_out:
-                words += f"; the run would leave {bad:,} out (data.on_error: quarantine)"
-            verdict.add(f"{name} {Path(file.path).name}", not bad, words)
-    if total_bad > SHOWN:
-        more = f"... and {total_bad - SHOWN:,} more bad records (--bad FILE lists all of them)"
-        say(more)
-    verdict.add_repeats(repeats)
+            text = f"{count - bad:,} of {count:,} records can be used"
+            if bad and config.data.on_error == "quarantine":
+                text += f"; the run would skip {bad:,} (data.on_error: quarantine)"
+            results.add(f"{name} {Path(file.path).name}", "bad" if bad else "good", text)
+    if total_bad > MAX_PRINTED:
+        more = total_bad - MAX_PRINTED
+        say(f"... and {more:,} more bad records (--bad FILE lists all of them)")
+    results.add_repeats(repeats)
     if language.chat_tokenizer.keeps_layout:
-        verdict.add_layout(layout)
+        results.add_layout(layout)
     return total_bad
 
 
 def _faults(
     file: DataFile, language: Language
 ) -> Iterator[tuple[Conversation | RecordError, RecordError | None]]:
-    """Every record with what is wrong with it."""
+    """Yield every record with its error, or None."""
     records = open_records(file)
     described = f"checking {Path(file.path).name}"
     for record in track(records.conversations, records.total, described):
@@ -206,66 +215,67 @@ def _faults(
 def check_model(
     config: RunConfig,
     language: Language,
-    verdict: Verdict,
+    results: CheckResults,
     resumed: Checkpoint | None,
     *,
     records_are_good: bool,
 ) -> None:
-    """Build the model, train on the longest batch, rehearse a save, ask the export."""
+    """Build the model, train on the longest batch, save a checkpoint, check the export."""
     trainable = trainable_parts(config)
     model, identity = load_model(config, trainable)
     parts = named_parts(model)
     rates = {part: base_lr(part, config.optim.learning_rate) for part in parts}
     print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
-    verdict.add("model", True, f"{tower.num_tokens} tokens of width {tower.width} an image")
+    results.add("model", "good", f"{tower.num_tokens} tokens of width {tower.width} per image")
     if (unused := unused_parts(config.projector)) is not None:
-        verdict.report("projector", "note", unused)
+        results.add("projector", "note", unused)
     for note in model_notes(model):
-        verdict.report("model", "note", note)
-    _check_export(model, verdict)
+        results.add("model", "note", note)
+    _check_export(model, results)
     total_steps = 0
-    loaded = _check_data(config, language, model, verdict) if records_are_good else None
+    loaded = _check_data(config, language, model, results) if records_are_good else None
     if loaded is not None:
         data, plan = loaded
         total_steps = plan.total_steps
-        if resumed is not None and not _is_bad(verdict, "lengths"):
+        if resumed is not None and not results.is_bad("lengths"):
             stage = "stage1" if trainable == {"projector"} else "stage2"
             store = make_store(config, stage, language, model, identity, data, say)
-            examine_resume(resumed, store, total_steps, lambda: frozen_digests(model), verdict)
-    _check_saving(config, language, model, trainable, total_steps, verdict)
-    verdict.add("memory", True, memory_estimate(model))
+            check_resume(resumed, store, total_steps, lambda: frozen_digests(model), results)
+    _check_saving(config, language, model, trainable, total_steps, results)
+    results.add("memory", "good", memory_estimate(model))
 
 
-def _check_export(model: VisionLanguageModel, verdict: Verdict) -> None:
-    """Say whether `export` will take the model; a run that is not to be exported may start."""
+def _check_export(model: VisionLanguageModel, results: CheckResults) -> None:
+    """Report whether the model can be exported; a run may start anyway."""
     obstacles = export_obstacles(model)
-    verdict.report("export --to hf", "note" if obstacles else "good", outlook(obstacles))
+    results.add("export --to hf", "note" if obstacles else "good", summarize_obstacles(obstacles))
     if not obstacles:
-        verdict.report("programs", "note", consumers_in_words(export_consumers(model)))
+        results.add("consumers", "note", describe_consumers(export_consumers(model)))
 
 
 def _check_data(
-    config: RunConfig, language: Language, model: VisionLanguageModel, verdict: Verdict
+    config: RunConfig, language: Language, model: VisionLanguageModel, results: CheckResults
 ) -> tuple[Data, Plan] | None:
-    """Fit the records to the model and train on the longest batch; return records and steps."""
+    """Load the records for the model and train on the longest batch; return data and plan."""
     listing = config.data.model_copy(update={"on_error": "quarantine"})
-    with verdict.examine("lengths"):
+    with results.check("lengths"):
+        # All records that do not fit are listed, not only the first.
         quarantining, tower = config.model_copy(update={"data": listing}), model.vision_tower
         data = load_data(quarantining, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
         errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
-        for entry in errors[:SHOWN]:
+        for entry in errors[:MAX_PRINTED]:
             say(f"bad record: {CODES[entry.reason]}: {entry.message}")
         longest, plan = max(data.train.lengths), make_plan(config, language, data, model)
-        words = (
+        text = (
             f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
         )
         if errors:
-            words += f"; {len(errors):,} records do not fit"
-        verdict.add("lengths", not errors, words)
-        verdict.add("ledger", True, data.summary())
+            text += f"; {len(errors):,} records do not fit"
+        results.add("lengths", "bad" if errors else "good", text)
+        results.add("ledger", "good", data.summary())
         if not errors:
-            _check_steps(config, language, data, model, plan, verdict)
+            _check_steps(config, language, data, model, plan, results)
         return data, plan
     return None
 
@@ -276,31 +286,27 @@ def _check_steps(
     data: Data,
     model: VisionLanguageModel,
     plan: Plan,
-    verdict: Verdict,
+    results: CheckResults,
 ) -> None:
     sampler = make_sampler(config, data.train)
     summary = packing_summary(
         plan.collator, sampler, data.train, num_steps=plan.total_steps, world_size=1
     )
     if summary is not None:
-        verdict.add("packs", True, summary.removeprefix("packing: "))
-    before = verdict.good
-    with verdict.examine("fit"):
-        for note in require_fit(language, data, model):
-            verdict.report("fit", "warning", note)
-    if config.data.feature_cache is not None and not _is_bad(verdict, "precision"):
-        with verdict.examine("feature cache"):
+        results.add("packs", "good", summary.removeprefix("packing: "))
+    before = results.passed
+    with results.check("fit"):
+        for note in require_compatible(language, data, model):
+            results.add("fit", "warning", note)
+    if config.data.feature_cache is not None and not results.is_bad("precision"):
+        with results.check("feature cache"):
             accelerator = make_accelerator(config.train.precision)
-            words = feature_cache_outlook(config, model, accelerator, data)
-            verdict.add("feature cache", True, words)
-    if before == verdict.good and not _is_bad(verdict, "precision"):
-        try_longest_batch(config, plan, data, model, verdict)
-        try_an_answer(config, language, data, model, verdict)
+            text = feature_cache_outlook(config, model, accelerator, data)
+            results.add("feature cache", "good", text)
+    if before == results.passed and not results.is_bad("precision"):
+        try_longest_batch(config, plan, data, model, results)
+        try_generation(config, language, data, model, results)
         model.to("cpu").train()
-
-
-def _is_bad(verdict: Verdict, what: str) -> bool:
-    return any(line[:2] == (what, "bad") for line in verdict.lines)
 
 
 def _entries(data: Data) -> list[LedgerEntry]:
@@ -314,7 +320,7 @@ def _check_saving(
     model: VisionLanguageModel,
     trainable: Set[str],
     total_steps: int,
-    verdict: Verdict,
+    results: CheckResults,
 ) -> None:
     output_dir = _existing_parent(Path(config.output_dir))
     trained = [
@@ -329,27 +335,28 @@ def _check_saving(
             )
             rehearse_saving(Path(place), components, trained)
     except (UserError, OSError) as error:
-        verdict.add("saving", False, str(error))
+        results.add("saving", "bad", str(error))
         return
-    verdict.add("saving", True, f"a checkpoint (about {size / 1e9:.2f} GB) was saved and read back")
+    text = f"a checkpoint (about {size / 1e9:.2f} GB) was saved and read back"
+    results.add("saving", "good", text)
     if total_steps:
-        examine_disk(config, output_dir, total_steps, size, verdict)
+        check_disk(config, output_dir, total_steps, size, results)
 
 
 def memory_estimate(model: VisionLanguageModel) -> str:
-    """Bytes for weights, gradients and AdamW's moments; activations come on top."""
+    """Return the memory of weights, gradients and AdamW's state; activations are extra."""
     weights = sum(map(num_bytes, model.parameters()))
     trained = checkpoint_bytes(
         p for named in named_parts(model).values() if is_trainable(named) for _, p in named
     )
     return (
-        f"{(weights + trained) / 1e9:.2f} GB a process for weights ({weights / 1e9:.2f}), "
-        f"gradients and AdamW ({trained / 1e9:.2f}); activations come on top"
+        f"{(weights + trained) / 1e9:.2f} GB per rank for weights ({weights / 1e9:.2f}), "
+        f"gradients and AdamW ({trained / 1e9:.2f}); activations are extra"
     )
 
 
 def _existing_parent(folder: Path) -> Path:
-    """The nearest folder at or above `folder` that exists."""
+    """Return the nearest existing folder at or above `folder`."""
     while not folder.is_dir():
         if folder == folder.parent:
             raise UserError(f"output_dir {folder}: no folder above it exists")

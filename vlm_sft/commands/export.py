@@ -1,4 +1,4 @@
-"""Export a checkpoint and print how the result differs from it."""
+"""Export a checkpoint and print the result of the verification."""
 
 import argparse
 import sys
@@ -17,18 +17,18 @@ from vlm_sft.utils.console import say
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, compare with the reloaded folder, print the difference; returns the exit code."""
+    """Export a checkpoint, verify the reloaded folder, print the result; return the exit code."""
     max_shard_size = require_shard_size(args.max_shard_size)
-    vlm_run = load_run(args.checkpoint, device="cpu", bases=parse_bases(args.base))
-    sample = _sample(vlm_run, args.image or _first_image(vlm_run), args.prompt)
+    loaded = load_run(args.checkpoint, device="cpu", bases=parse_bases(args.base))
+    sample = _sample(loaded, args.image or _first_image(loaded), args.prompt)
     report = export_hf_llava(
-        vlm_run.model,
-        vlm_run.tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         args.out,
-        image_aspect=vlm_run.aspect,
-        image_processing=vlm_run.processing,
-        chat_template=vlm_run.chat_tokenizer.to_jinja(),
-        eot_token_ids=vlm_run.chat_tokenizer.eot_token_ids,
+        image_aspect=loaded.aspect,
+        image_processing=loaded.processing,
+        chat_template=loaded.chat_tokenizer.to_jinja(),
+        eot_token_ids=loaded.chat_tokenizer.eot_token_ids,
         sample=sample,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         max_shard_size=max_shard_size,
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_report(report: ExportReport) -> None:
-    """Print what was compared, and which programs load the folder."""
+    """Print the result of the comparison, and which programs load the folder."""
     say(
         f"{report.folder}: {report.dtype}; reloaded by stock {report.model_class} in a new process "
         f"with {len(report.missing_keys)} missing and {len(report.unexpected_keys)} unexpected "
@@ -53,18 +53,18 @@ def print_report(report: ExportReport) -> None:
 
 
 def _sample(
-    run: VlmRun, image: Path | None, prompt: str
+    loaded: VlmRun, image: Path | None, prompt: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Pixels and prompt to compare logits on; None (noise) where there is no image at all."""
+    """Return pixels and prompt for the comparison of logits; None (noise) without an image."""
     if image is None:
         return None
-    ids = run.prompt_ids(question(prompt, [image]))
-    return run.pixels(image)[None], torch.tensor([ids])
+    ids = loaded.prompt_ids(question(prompt, [image]))
+    return loaded.pixels(image)[None], torch.tensor([ids])
 
 
-def _first_image(run: VlmRun) -> Path | None:
-    """An image of the training data, if it is still where it was."""
-    for file in run.config.data.train:
+def _first_image(loaded: VlmRun) -> Path | None:
+    """Return an image of the training data; None if none exists any more."""
+    for file in loaded.config.data.train:
         if not Path(file.path).exists():
             continue
         for record in read_records(DataFile.model_validate(file)):

@@ -15,14 +15,14 @@ from vlm_sft.checkpoint.run_dir import (
     settle_config,
 )
 from vlm_sft.checkpoint.store import CheckpointStore
-from vlm_sft.checks.compatibility import require_fit
+from vlm_sft.checks.compatibility import require_compatible
 from vlm_sft.checks.data_head import check_data_head
 from vlm_sft.config.method import Stage, trainable_parts
 from vlm_sft.config.resume import diff_lines
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_data, load_language, make_sampler, packing_summary
 from vlm_sft.data.feature_store import require_feature_cache
-from vlm_sft.export.obstacles import export_obstacles, outlook
+from vlm_sft.export.obstacles import export_obstacles, summarize_obstacles
 from vlm_sft.inference.samples import Answers
 from vlm_sft.inspection.run_report import write_run_report
 from vlm_sft.model.fp8 import require_fp8
@@ -126,7 +126,7 @@ def note_export_obstacles(model: VisionLanguageModel, output_dir: Path) -> None:
         obstacles = export_obstacles(model)
         for obstacle in obstacles:
             say_on_stderr(f"note: this model cannot be exported with --to hf: {obstacle}")
-        write_json(output_dir / EXPORT_OUTLOOK, {"hf": outlook(obstacles)})
+        write_json(output_dir / EXPORT_OUTLOOK, {"hf": summarize_obstacles(obstacles)})
 
 
 def _require_directories(config: RunConfig) -> None:
@@ -158,7 +158,7 @@ def _train(config: RunConfig, stage: str, trainable: Set[str], accelerator: Acce
         shard(model, accelerator, config.train.precision, reshard_after_forward=zero3)
     tower = model.vision_tower
     data = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
-    notes = require_fit(language, data, model)
+    notes = require_compatible(language, data, model)
     if main:
         for note in notes:
             say_on_stderr(f"warning: {note}")

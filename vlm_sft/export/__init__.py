@@ -1,1 +1,1 @@
-"""Checkpoints to the formats other programs load."""
+"""Export checkpoints to the formats of other programs."""

@@ -16,13 +16,13 @@ examples:
   # in bfloat16, in files of at most 2 GB
   vlm-sft export runs/stage2_lora/final exported --dtype bfloat16 --max-shard-size 2GB
 
-  # the same, with logits compared on an image of your own
+  # the same, with logits compared on another image
   vlm-sft export runs/stage2_lora/final exported --to hf --image dog.jpg
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export, compare with the reloaded folder, print the difference; returns the exit code."""
+    """Export a checkpoint, verify the reloaded folder, print the result; return the exit code."""
     arguments = parser().read(argv)
     from vlm_sft.commands.inputs import require_checkpoint, require_images
 
@@ -39,37 +39,37 @@ def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser(
         "vlm-sft export",
-        "Write a checkpoint in another program's format and prove it the same.",
+        "Write a checkpoint in another program's format, reload it and compare the logits.",
         EXAMPLES,
     )
     add_base_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
-    add("out", type=Path, metavar="OUT_DIR", help="the folder to write; must be new or empty")
-    add("--to", default="hf", choices=["hf"], help="the format (hf)")
+    add("out", type=Path, metavar="OUT_DIR", help="output folder, which must be new or empty")
+    add("--to", default="hf", choices=["hf"], help="output format (hf)")
     add(
         "--image",
         type=Path,
         metavar="FILE",
-        help="image to compare logits on (default: one of the training data)",
+        help="image for the comparison of logits (default: one of the training data)",
     )
     add(
         "--prompt",
         default="What is in the image?",
         metavar="TEXT",
-        help="text to compare logits on (default: What is in the image?)",
+        help="text for the comparison of logits (default: What is in the image?)",
     )
     add(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="dtype of the exported weights (auto: the language model's)",
+        help="dtype of the exported weights (auto: that of the language model)",
     )
     add(
         "--max-shard-size",
         default=MAX_SHARD_SIZE,
         metavar="SIZE",
-        help=f"write larger weights as several files (default: {MAX_SHARD_SIZE})",
+        help=f"split larger weights into several files (default: {MAX_SHARD_SIZE})",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""CLIP's image encoder from open_clip's names and layout to those of transformers."""
+"""Convert the image encoder of a CLIP model from open_clip to transformers."""
 
 import re
 from collections.abc import Mapping
@@ -32,30 +32,30 @@ _IN_PROJECTION: Final = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_pr
 
 
 def clip_from_open_clip(visual: nn.Module) -> CLIPVisionModel:
-    """A transformers CLIP encoder with the weights of an open_clip one; features are the same.
+    """Return a CLIP encoder of transformers with the weights and features of an open_clip one.
 
     Raises:
-        UserError: If the encoder has something that transformers' CLIP has not.
+        UserError: The encoder has a part that transformers' CLIP does not have.
     """
     config = clip_config_from_open_clip(visual)
     with torch.device("meta"):
         model = CLIPVisionModel(config)
     state = clip_state_from_open_clip(visual.state_dict())
     model.load_state_dict(state, assign=True)
-    for module in model.modules():  # not part of a state dict
+    for module in model.modules():  # buffers that are not in the state dict
         if isinstance(getattr(module, "position_ids", None), Tensor):
             cast(Any, module).position_ids = torch.arange(cast(Any, module).num_positions)[None]
     return model.requires_grad_(False).eval()
 
 
 def clip_state_from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of an open_clip `VisionTransformer`, renamed for `CLIPVisionModel`.
+    """Rename the state dict of an open_clip `VisionTransformer` for `CLIPVisionModel`.
 
-    The fused query-key-value matrix is cut in three; the final projection `proj` is left out,
-    since a feature layer comes before it.
+    The fused query-key-value matrix is split in three. The final projection `proj` is dropped,
+    because features are taken before it.
 
     Raises:
-        UserError: If a tensor has no place in transformers' CLIP.
+        UserError: A tensor does not exist in transformers' CLIP.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -71,15 +71,15 @@ def clip_state_from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif block is not None and block[2] in _BLOCK:
             renamed[f"encoder.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"] = value
         else:
-            raise UserError(f"the open_clip tensor {key!r} has no place in transformers' CLIP")
+            raise UserError(f"the open_clip tensor {key!r} does not exist in transformers' CLIP")
     return renamed
 
 
 def clip_config_from_open_clip(visual: nn.Module) -> CLIPVisionConfig:
-    """Sizes and activation of an open_clip encoder as transformers' configuration.
+    """Return the configuration of an open_clip encoder for transformers.
 
     Raises:
-        UserError: If it is no plain CLIP ViT.
+        UserError: The encoder is not a plain CLIP ViT.
     """
     if not isinstance(visual, VisionTransformer):
         raise UserError(

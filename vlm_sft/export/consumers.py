@@ -1,7 +1,7 @@
-"""Which programs load an exported folder, as far as its configuration decides that.
+"""List which programs load an exported folder, according to its configuration.
 
-"yes" is compared at every export; "expected" was read in the program's source (versions below) and
-not run here; "no" names what the program lacks.
+"yes" is verified at every export; "expected" is known from the program's source (versions below)
+and was not run; "no" names what the program lacks.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _VLLM_TOWERS: Final = ("clip_vision_model", "siglip_vision_model")
 
 @dataclass(frozen=True)
 class Consumer:
-    """A program that reads model folders, and whether it can read this one."""
+    """A program that loads model folders, and whether it can load this one."""
 
     name: str
     loads: Loads
@@ -25,11 +25,11 @@ class Consumer:
 
 
 def consumers(config: PretrainedConfig) -> list[Consumer]:
-    """Return what is known of each program about a folder of this configuration."""
+    """Return for each program whether it loads a folder with this configuration."""
     found: Any = config
     return [
         Consumer("transformers", "yes", f"compared with {__version__}, reloaded from disk"),
-        Consumer("transformers 5.0 to 5.5", "expected", "the names are the released ones"),
+        Consumer("transformers 5.0 to 5.5", "expected", "the tensors have the released names"),
         _served("vLLM 0.32", found, towers=_VLLM_TOWERS),
         _served("SGLang 0.5", found, towers=_VLLM_TOWERS[:1]),
         _served("mistral.rs 0.9", found, towers=_VLLM_TOWERS[:1]),
@@ -37,31 +37,31 @@ def consumers(config: PretrainedConfig) -> list[Consumer]:
     ]
 
 
-def consumers_in_words(found: Sequence[Consumer]) -> str:
-    """Return which programs would load an exported folder and which would not, and why."""
+def describe_consumers(found: Sequence[Consumer]) -> str:
+    """Return a sentence on which programs load an exported folder and which do not, and why."""
     loading = [
         consumer.name if consumer.loads == "yes" else f"{consumer.name} ({consumer.reason})"
         for consumer in found
         if consumer.loads != "no"
     ]
     others = [f"{c.name} ({c.reason})" for c in found if c.loads == "no"]
-    words = f"would load the exported folder: {', '.join(loading)}"
-    return f"{words}; would not: {', '.join(others)}" if others else words
+    text = f"would load the exported folder: {', '.join(loading)}"
+    return f"{text}; would not: {', '.join(others)}" if others else text
 
 
 def _served(name: str, config: Any, *, towers: tuple[str, ...]) -> Consumer:
-    """Return whether a server builds this tower and projector."""
+    """Return whether a server supports this tower and projector."""
     tower = config.vision_config.model_type
     if config.model_type != "llava":
-        return Consumer(name, "no", f"it is not known to load {config.model_type} with {tower}")
+        return Consumer(name, "no", f"it is not known to support {config.model_type} with {tower}")
     if tower not in towers:
-        return Consumer(name, "no", f"it builds {_listed(towers)} towers, this one is {tower}")
+        return Consumer(name, "no", f"it supports {_listed(towers)} towers, this one is {tower}")
     if not isinstance(config.vision_feature_layer, int):
-        return Consumer(name, "no", "it reads one feature layer, this model has several")
+        return Consumer(name, "no", "it supports one feature layer, this model has several")
     if config.projector_hidden_act == "linear":
         return Consumer(name, "no", "it has no linear projector (projector_hidden_act: linear)")
     kind = config.text_config.model_type
-    return Consumer(name, "expected", f"if it has the language model ({kind})")
+    return Consumer(name, "expected", f"if it supports the language model ({kind})")
 
 
 def _listed(towers: tuple[str, ...]) -> str:

@@ -1,9 +1,9 @@
-"""timm's EfficientNets as transformers' `EfficientNetModel`, with a pooled grid as one more block.
+"""Convert timm's EfficientNets to transformers, with grid pooling as one more block.
 
 FastVLM reads the last feature map of any encoder, but no class of transformers averages a map
-before the projector. In an EfficientNet that can be expressed with its own blocks: the last
-convolution becomes the expansion of a block whose depthwise convolution, of stride 2, averages. Its
-activation must leave averages of activations as they are, which ReLU and ReLU6 do.
+before the projector. An EfficientNet can express this with its own blocks: the last convolution
+becomes the expansion of a block whose depthwise convolution of stride 2 averages. The activation
+after it must not change averages of its own outputs, which holds for ReLU and ReLU6.
 """
 
 from typing import Any, Final
@@ -18,19 +18,19 @@ from vlm_sft.errors import UserError
 
 _ACTIVATIONS: Final[dict[type[nn.Module], str]] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 _OPEN: Final = 30.0
-"""A gate's bias: sigmoid(30) is 1 in float32, bfloat16 and float16."""
+"""Bias of a gate that is always open: sigmoid(30) is 1 in float32, bfloat16 and float16."""
 
 
 def pooled_efficientnet(net: Any, size: int, pooled: int) -> EfficientNetModel:
-    """Return a model whose last feature map is timm's, averaged to `pooled` x `pooled`.
+    """Return a model whose last feature map is that of timm, averaged to `pooled` x `pooled`.
 
     Args:
         net: timm's `EfficientNet` without squeeze-and-excitation, such as `tf_efficientnet_lite0`.
         size: Side of the input image in pixels.
-        pooled: Half the side of the net's own feature map, rounded down.
+        pooled: Half the side of the network's feature map, rounded down.
 
     Raises:
-        UserError: The net is built of other blocks, or the average is not one of stride 2.
+        UserError: The network has other blocks, or the pooling is not an average of stride 2.
     """
     activation = _activation(net)
     blocks = [block for stage in net.blocks for block in stage]
@@ -52,7 +52,8 @@ def _activation(net: Any) -> str:
     found |= {type(getattr(module, "act", None)) for module in net.modules()}
     names = {name for kind, name in _ACTIVATIONS.items() if kind in found}
     if len(names) != 1:
-        raise UserError(f"timm's {type(net).__name__} has no single ReLU or ReLU6 as activation")
+        kind = type(net).__name__
+        raise UserError(f"timm's {kind} does not have ReLU or ReLU6 as its only activation")
     return names.pop()
 
 
@@ -61,7 +62,7 @@ def _input_sides(net: Any, blocks: list[Any], size: int) -> list[int]:
     for name, module in net.named_modules():
         strided = isinstance(module, nn.Conv2d) and module.stride != (1, 1)
         if strided and (not isinstance(module, Conv2dSame) or module.stride != (2, 2)):
-            raise UserError(f"the convolution {name} is not padded as TensorFlow's")
+            raise UserError(f"the convolution {name} does not have TensorFlow's padding")
     if size % 2:
         raise UserError(f"transformers' EfficientNet pads an image of odd side {size} differently")
     sides = [size // 2]
@@ -73,11 +74,11 @@ def _input_sides(net: Any, blocks: list[Any], size: int) -> list[int]:
 
 
 def _kernel(side: int, pooled: int) -> int:
-    """Return the side of the windows that adaptive averaging takes with stride 2."""
+    """Return the side of the windows of adaptive average pooling with stride 2."""
     if side not in (2 * pooled, 2 * pooled + 1):
         raise UserError(
-            f"a feature map of {side} x {side} averaged to {pooled} x {pooled} is no convolution "
-            f"of stride 2; {side // 2} is (model.vision_tower.grid_pool)"
+            f"a feature map of {side} x {side} averaged to {pooled} x {pooled} is not a "
+            f"convolution of stride 2; model.vision_tower.grid_pool: {side // 2} would be"
         )
     return 2 + side % 2
 
@@ -99,7 +100,7 @@ def _config(net: Any, inputs: list[int], activation: str, kernel: int) -> Effici
             *(b.conv_dw.in_channels // _first_conv(b).in_channels for b in heads),
             width // last,
         ],
-        # Blocks whose input has an odd side are padded alike on all sides.
+        # Blocks whose input has an odd side are padded equally on all sides.
         depthwise_padding=[i for i, side in enumerate(inputs[:-1]) if side % 2],
         hidden_act=activation,
         hidden_dim=width,
@@ -139,7 +140,7 @@ def _block(block: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def _pooling(net: Any, kernel: int, prefix: str) -> dict[str, Tensor]:
-    """Return the last convolution as an expansion, the average, and two identities after it."""
+    """Return a block with the last convolution, the average, and two identities after it."""
     weight = net.conv_head.weight
     width = weight.shape[0]
     average = torch.full((width, 1, kernel, kernel), kernel**-2.0, dtype=weight.dtype)
@@ -163,7 +164,7 @@ def _norm(norm: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def _no_norm(width: int, eps: float, dtype: torch.dtype, prefix: str) -> dict[str, Tensor]:
-    """Return a batch norm that changes nothing."""
+    """Return a batch norm that is the identity: (x - 0) / sqrt(1 - eps + eps)."""
     zeros = torch.zeros(width, dtype=dtype)
     return {
         f"{prefix}weight": torch.ones(width, dtype=dtype),
@@ -175,7 +176,7 @@ def _no_norm(width: int, eps: float, dtype: torch.dtype, prefix: str) -> dict[st
 
 
 def _with_gates(state: dict[str, Tensor], model: EfficientNetModel) -> dict[str, Tensor]:
-    """Add squeeze-and-excitation that is always open: this net has none."""
+    """Add squeeze-and-excitation gates that are always open; timm's network has none."""
     dtype = state["encoder.top_conv.weight"].dtype
     for name, value in model.state_dict().items():
         if ".squeeze_excite." in name:

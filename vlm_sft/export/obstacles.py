@@ -1,4 +1,4 @@
-"""What becomes of a model when it is exported, known before it is trained."""
+"""Check before training whether a model can be exported."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,38 +19,38 @@ from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 def export_obstacles(model: VisionLanguageModel) -> list[str]:
     """Return one sentence for each part that `export --to hf` would refuse; empty if none.
 
-    Looks at names, shapes and settings and at the features of one blank image; no weight of the
-    language model is read, and the model is not changed. An export still compares the logits.
+    Compares names, shapes and settings, and the features of one image. No weight of the language
+    model is read, and the model is not changed. An export still compares the logits.
 
     Args:
         model: As training builds it, with or without adapters and 4-bit weights.
     """
-    asked: list[Callable[[], object]] = [
+    checks: list[Callable[[], object]] = [
         lambda: stock_tower(model.vision_tower),
         lambda: stock_projector(model.multi_modal_projector),
         lambda: require_language_model(causal_lm(model.language_model)),
     ]
     found = []
-    with torch.random.fork_rng(devices=[]):  # classes draw weights when they are built
-        for ask in asked:
+    with torch.random.fork_rng(devices=[]):  # building a class draws random weights
+        for check in checks:
             try:
-                ask()
+                check()
             except UserError as error:
                 found.append(str(error))
     return found
 
 
-def outlook(obstacles: Sequence[str]) -> str:
+def summarize_obstacles(obstacles: Sequence[str]) -> str:
     """Return "possible", or "not possible" with what `export_obstacles` found."""
-    words = "; ".join(obstacle.removeprefix("export: ") for obstacle in obstacles)
-    return f"not possible: {words}" if obstacles else "possible"
+    text = "; ".join(obstacle.removeprefix("export: ") for obstacle in obstacles)
+    return f"not possible: {text}" if obstacles else "possible"
 
 
 def export_consumers(model: VisionLanguageModel) -> list[Consumer]:
-    """Return what is known of each program about the exported folder of a model.
+    """Return for each program whether it loads the exported folder of a model.
 
     Args:
-        model: One that has no obstacles.
+        model: A model without obstacles.
     """
     language_model = causal_lm(model.language_model)
     rows = language_model.get_input_embeddings().weight.shape[0]

@@ -1,9 +1,9 @@
-"""Load an exported folder with transformers alone and write down what it computes.
+"""Load an exported folder with transformers alone, and save what the model computes.
 
     python vlm_sft/export/reload.py FOLDER INPUTS.safetensors OUTPUTS.safetensors
 
-A program of its own, which imports nothing of this toolkit: an export runs it in a new process, and
-`scripts/check_export_consumers` under other versions of transformers.
+This is a stand-alone program that does not import vlm_sft. An export runs it in a new process, and
+`scripts/check_export_consumers` runs it with other versions of transformers.
 
 INPUTS holds `input_ids` [1, T], `pixel_values` [N, 3, H, W] (N may be 0) and `image`, a test image
 [H, W, 3] uint8. OUTPUTS receives `logits` [1, T, V] and `pixels`, the test image as the exported
@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load, compute, write."""
+    """Load the folder, compute on the inputs, save the outputs; return the exit code."""
     folder, inputs, outputs = argv
     tensors, metadata = reload(folder, load_file(inputs))
     save_file(tensors, outputs, metadata=metadata)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 def reload(
     folder: str, inputs: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and the metadata that the module's text names."""
+    """Return the tensors and the metadata of OUTPUTS; see the module docstring."""
     loaded, info = AutoModelForImageTextToText.from_pretrained(
         folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
     )

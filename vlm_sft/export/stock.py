@@ -1,7 +1,7 @@
-"""Decide which class of transformers holds a model, and what each of its parts becomes there.
+"""Map a model to the stock classes of transformers: tower, projector, language model and head.
 
-Every function raises a `UserError` with one sentence where transformers' own classes cannot hold a
-part; `obstacles.export_obstacles` collects those sentences without exporting anything.
+Every function raises a `UserError` if the classes of transformers cannot hold a part of the model;
+`obstacles.export_obstacles` collects these errors without exporting anything.
 """
 
 import copy
@@ -35,7 +35,7 @@ from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.libraries import one_line
 
 ROW_MULTIPLE: Final = 64
-"""A vocabulary that has to grow is padded to a multiple of this, as GPU kernels like it."""
+"""A vocabulary that grows is padded to a multiple of this, which GPU kernels prefer."""
 
 _VISION_LEVEL: Final = "vision_model."
 """Level in the released names of CLIP and SigLIP that transformers has dropped in memory."""
@@ -43,16 +43,17 @@ _VISION_LEVEL: Final = "vision_model."
 
 @dataclass(frozen=True)
 class StockTower:
-    """A vision tower as one of transformers' classes, and how its tokens are chosen there.
+    """A vision tower as a class of transformers, and how its image tokens are selected there.
 
     Attributes:
-        encoder: Gives the same features as the tower.
-        model_class: The vision-language class that reads this encoder.
+        encoder: Encoder with the same features as the tower.
+        model_class: Vision-language class for this encoder.
         feature_layer: `vision_feature_layer` of the configuration.
         select_strategy: `vision_feature_select_strategy`: "default" drops the class token.
-        num_additional_image_tokens: Class tokens, before any is dropped.
-        patch_size: For the processor, which computes the number of image tokens from it.
-        released_level: Stands between `vision_tower.` and the encoder's names in released folders.
+        num_additional_image_tokens: Number of class tokens, before any is dropped.
+        patch_size: Patch size from which the processor computes the number of image tokens.
+        released_level: Prefix of the encoder's tensor names in released folders, after
+            `vision_tower.`.
     """
 
     encoder: PreTrainedModel
@@ -68,7 +69,7 @@ def stock_tower(tower: VisionTower) -> StockTower:
     """Return the tower as a class of transformers; weights are shared where possible.
 
     Raises:
-        UserError: No class gives the same features.
+        UserError: No class has the same features.
     """
     if tower.library == "timm":
         return _timm_tower(tower)
@@ -107,7 +108,7 @@ def _refuse_pooling(tower: VisionTower) -> None:
 
 
 def _timm_tower(tower: VisionTower) -> StockTower:
-    """Return a convolutional net of timm as FastVLM reads one: its last feature map, by rows."""
+    """Return a convolutional network of timm for FastVLM, which reads its last feature map."""
     from vlm_sft.model.towers.timm import FeatureMaps, timm_source
 
     model: Any = tower.encoder
@@ -115,11 +116,11 @@ def _timm_tower(tower: VisionTower) -> StockTower:
     if not isinstance(source, FeatureMaps):
         raise UserError(
             f"transformers' LLaVA classes cannot hold timm's {type(model).__name__}; of timm they "
-            "hold convolutional nets, and other ViTs load with library: transformers or open_clip"
+            "hold convolutional networks; load a ViT with library: transformers or open_clip"
         )
     if [layer % source.num_states for layer in tower.feature_layers] != [source.num_stages]:
         raise UserError(
-            "transformers' FastVlm reads the last feature map of a timm net alone "
+            "transformers' FastVlm reads only the last feature map of a timm network "
             f"(model.vision_tower.feature_layers is {tower.feature_layers}); train with "
             "feature_layers: [-1] to export"
         )
@@ -137,7 +138,7 @@ def _timm_tower(tower: VisionTower) -> StockTower:
 
 
 def _pooled_timm(model: Any, tower: VisionTower) -> PreTrainedModel:
-    """Return an EfficientNet of transformers that averages its feature map itself."""
+    """Return an EfficientNet of transformers that also averages its feature map."""
     from vlm_sft.export.efficientnet import pooled_efficientnet
 
     pooled = tower.grid_pool
@@ -169,9 +170,9 @@ def _wrapped_timm(model: Any, tower: VisionTower) -> TimmWrapperModel:
 
 @torch.no_grad()
 def _require_same_features(encoder: PreTrainedModel, tower: VisionTower) -> None:
-    """Compare what FastVLM reads of an encoder with the tower, on an image of noise."""
+    """Compare the features that FastVLM reads with those of the tower, on a noise image."""
     if tower.device.type == "meta":
-        return
+        return  # no weights to compare with, e.g. in `plan`
     generator = torch.Generator().manual_seed(0)
     shape = (1, 3, tower.image_spec.size, tower.image_spec.size)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -184,7 +185,7 @@ def _require_same_features(encoder: PreTrainedModel, tower: VisionTower) -> None
     if not same or not (found - expected).abs().max() <= limit * expected.abs().max():
         raise UserError(
             f"transformers' FastVlm reads other features of timm's {type(tower.encoder).__name__} "
-            "than training does; use a tower that transformers has itself to export"
+            "than training does; to export, use a tower of transformers"
         )
 
 
@@ -201,9 +202,9 @@ def _patch_size(side: int, num_tokens: int) -> int:
 
 
 def stock_projector(projector: nn.Module) -> dict[str, Tensor]:
-    """Return the projector as the two layers of the stock classes, by their names.
+    """Return the weights of the two linear layers of the stock projector, by name.
 
-    One linear layer is followed by the identity.
+    A linear projector becomes its one layer and an identity.
 
     Raises:
         UserError: It has more than two layers.
@@ -237,12 +238,12 @@ def is_linear(projector: nn.Module) -> bool:
 
 
 def head_scale(language_model: PreTrainedModel) -> float:
-    """Return what the output head's weights are multiplied by, so that it needs no scale after it.
+    """Return the factor by which the output head scales its logits, to be put into its weights.
 
     Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
 
     Raises:
-        UserError: The head does what a matrix cannot: it has a bias, or squashes its logits.
+        UserError: The head is more than a matrix: it has a bias, or soft-caps its logits.
     """
     config = language_model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
@@ -264,13 +265,13 @@ def head_scale(language_model: PreTrainedModel) -> float:
 
 
 def stock_text_config(language_model: PreTrainedModel, rows: int) -> Any:
-    """Return a copy of the language model's configuration for a plain, untied head."""
+    """Return a copy of the language model's configuration with a plain, untied head."""
     config: Any = copy.deepcopy(language_model.config.get_text_config())
     config.vocab_size = rows
     config.tie_word_embeddings = False
     for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) is not None:
-            setattr(config, name, 1.0)  # it is in the head's weights
+            setattr(config, name, 1.0)  # the scale is in the weights of the head
     return config
 
 
@@ -286,7 +287,7 @@ def stock_config(
     return cast(
         PretrainedConfig,
         config_class(
-            # A copy: a configuration that a live model shares would change under it.
+            # A copy: LlavaConfig changes the object, which the model uses, too.
             vision_config=copy.deepcopy(tower.encoder.config),
             text_config=text_config,
             image_token_index=image_token_id,
@@ -302,7 +303,7 @@ def stock_config(
 def empty_stock_model(
     model_class: type[PreTrainedModel], config: PretrainedConfig
 ) -> PreTrainedModel:
-    """Build a vision-language class on the meta device, without memory for weights.
+    """Build a vision-language model on the meta device, without memory for weights.
 
     Raises:
         UserError: transformers cannot build it.
@@ -313,7 +314,11 @@ def empty_stock_model(
 
 
 def body_of(language_model: PreTrainedModel, stock: PreTrainedModel) -> nn.Module:
-    """Return the part of a causal language model that the stock class has as `language_model`."""
+    """Return the part of a causal language model that is `language_model` in the stock class.
+
+    Raises:
+        UserError: The language model has no such part.
+    """
     wanted = type(cast(Any, stock).model.language_model)
     base = language_model.base_model
     if isinstance(base, wanted):
@@ -328,14 +333,14 @@ def body_of(language_model: PreTrainedModel, stock: PreTrainedModel) -> nn.Modul
 
 
 def can_tie(stock: PreTrainedModel) -> bool:
-    """Return whether the stock class finds embeddings of this family to tie its head to."""
+    """Return whether the stock class can tie its head to the embeddings of this family."""
     names = cast(Any, stock).model.language_model.state_dict()
     return "embed_tokens.weight" in names
 
 
 def tie(config: PretrainedConfig) -> None:
-    """Have the stock class share its embeddings with its head."""
-    both: Any = config
+    """Tie the head of the stock class to its embeddings."""
+    both: Any = config  # both levels must agree
     both.tie_word_embeddings = both.text_config.tie_word_embeddings = True
 
 
@@ -353,7 +358,7 @@ def require_language_model(language_model: PreTrainedModel) -> None:
         LlavaForConditionalGeneration, LlavaConfig(vision_config=vision, text_config=text_config)
     )
     with exported(f"the language model ({text_config.model_type})"), torch.device("meta"):
-        # Built anew: adapters and 4-bit weights have other names and shapes.
+        # A new model: with adapters or 4-bit weights, names and shapes are different.
         plain = AutoModelForCausalLM.from_config(language_model.config, trust_remote_code=False)
     found = {f"language_model.{k}": v.shape for k, v in body_of(plain, stock).state_dict().items()}
     found["lm_head.weight"] = cast(Any, plain.get_output_embeddings()).weight.shape
@@ -364,9 +369,10 @@ def require_language_model(language_model: PreTrainedModel) -> None:
     }
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
+            ours, theirs = _shape(found.get(name)), _shape(wanted.get(name))
             raise UserError(
                 f"transformers' LLaVA cannot hold the language model ({text_config.model_type}): "
-                f"{name} is {_shape(found.get(name))} here and {_shape(wanted.get(name))} there"
+                f"{name} is {ours} in the model and {theirs} in LLaVA"
             )
 
 
@@ -376,7 +382,7 @@ def _shape(shape: Any) -> str:
 
 @contextmanager
 def exported(part: str) -> Iterator[None]:
-    """Report any exception of transformers about `part` of a model as one sentence."""
+    """Turn any exception of transformers about a part of a model into a UserError."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Compare an exported folder, reloaded from disk, with the model that it was made from."""
+"""Reload an exported folder with stock transformers, for comparison with the trained model."""
 
 import json
 import os
@@ -23,14 +23,14 @@ _PROGRAM: Final = Path(__file__).with_name("reload.py")
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What stock transformers computes from an exported folder.
+    """Results of stock transformers for an exported folder.
 
     Attributes:
-        model_class: The class that it loaded.
+        model_class: Class that was loaded.
         logits: `[1, T, V]` float32.
         pixels: The test image as the exported image processor prepares it, `[3, H, W]`.
-        missing_keys: Tensors of the class that the folder lacks.
-        unexpected_keys: Tensors of the folder that the class does not have.
+        missing_keys: Tensors of the class that are not in the folder.
+        unexpected_keys: Tensors of the folder that are not in the class.
     """
 
     model_class: str
@@ -41,27 +41,29 @@ class Reloaded:
 
 
 Reload = Callable[[Path, dict[str, Tensor]], Reloaded]
-"""Loads a folder and computes on the inputs that `reload.py` describes."""
+"""A function that loads a folder and computes on the inputs described in `reload.py`."""
 
 
 def reload_in_new_process(
     folder: Path, inputs: dict[str, Tensor], *, python: str = sys.executable
 ) -> Reloaded:
-    """Reload with transformers alone, in a process that has nothing of the training's state.
+    """Reload the folder with transformers alone, in a new process without any state of training.
 
     Args:
         folder: The exported folder.
-        inputs: As `reload.py` describes them.
-        python: The interpreter, whose transformers is used.
+        inputs: Inputs as described in `reload.py`.
+        python: Interpreter with the version of transformers to use.
 
     Raises:
-        UserError: The program failed; the sentence has its last line.
+        UserError: The program failed; the message has its last line of output.
     """
     with tempfile.TemporaryDirectory(prefix="vlm_sft-export-") as scratch:
-        given, made = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
-        save_file(inputs, given)
+        inputs_file = Path(scratch, "inputs.safetensors")
+        outputs_file = Path(scratch, "outputs.safetensors")
+        save_file(inputs, inputs_file)
         finished = subprocess.run(
-            [python, "-P", str(_PROGRAM), str(folder), str(given), str(made)],
+            [python, "-P", str(_PROGRAM), str(folder), str(inputs_file), str(outputs_file)],
+            # On the CPU, and without a look at the hub: the folder must be complete.
             env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
@@ -71,13 +73,13 @@ def reload_in_new_process(
         if finished.returncode != 0:
             lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
             raise UserError(f"transformers cannot load the exported folder: {lines[-1]}")
-        with safe_open(made, "pt") as file:
+        with safe_open(outputs_file, "pt") as file:
             metadata = file.metadata()
-        return _reloaded(load_file(made), metadata)
+        return _reloaded(load_file(outputs_file), metadata)
 
 
 def reload_here(folder: Path, inputs: dict[str, Tensor]) -> Reloaded:
-    """Reload in this process: seconds faster, and blind to what this process has patched.
+    """Reload the folder in this process, which is faster but shares patches of this process.
 
     Raises:
         UserError: transformers cannot load the folder.
@@ -99,7 +101,7 @@ def _reloaded(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Reloaded:
 
 
 def noise_image(size: int) -> Tensor:
-    """Return a wide image of noise, `[size, 3/2 size, 3]` uint8."""
+    """Return a wide noise image, uint8 `[size, 3/2 size, 3]`."""
     generator = torch.Generator().manual_seed(0)
     shape = (size, size * 3 // 2, 3)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Weights of an exported model on disk, under the names of the released LLaVA folders."""
+"""Write the weights of an exported model under the names of the released LLaVA folders."""
 
 import re
 from pathlib import Path
@@ -20,16 +20,16 @@ _SIZE: Final = re.compile(r"^\d+(\.\d+)?\s*(KB|MB|GB|TB)$", re.IGNORECASE)
 
 
 def released_state(stock: PreTrainedModel, vision_level: str) -> dict[str, Tensor]:
-    """Return a model's tensors under the names that released folders have.
+    """Return the tensors of a model under the names of the released folders.
 
     transformers keeps other names in memory: `model.language_model.layers...` is released as
     `language_model.model.layers...`, and experts that it fuses are released one by one. CLIP and
-    SigLIP lost their `vision_model` level in transformers 5.6; older versions and other programs
-    know the names with it alone, and newer ones read both.
+    SigLIP lost their `vision_model` level in transformers 5.6. Older versions and other programs
+    read only the names with it; newer ones read both.
 
     Args:
         stock: A vision-language model of transformers.
-        vision_level: `vision_model.` for towers that are released with it, else empty.
+        vision_level: `vision_model.` for towers that are released with this level, else empty.
     """
     state = dict(stock.state_dict())
     if stock.config.tie_word_embeddings:
@@ -56,10 +56,10 @@ def write_weights(folder: Path, state: dict[str, Tensor], max_shard_size: str) -
 
 
 def require_shard_size(text: str) -> str:
-    """Return a size such as `5GB` if it is one.
+    """Return a size such as `5GB` unchanged.
 
     Raises:
-        UserError: It is not.
+        UserError: The text is not a size.
     """
     if not _SIZE.match(text) or float(re.split(r"[A-Za-z]", text)[0]) <= 0:
         raise UserError(

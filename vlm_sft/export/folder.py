@@ -1,0 +1,208 @@
+"""Write the folder of an exported model, which appears complete or not at all."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+from transformers import (
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from vlm_sft.config.fields import ImageAspect
+from vlm_sft.errors import UserError
+from vlm_sft.export.stock import StockTower
+from vlm_sft.export.weights import released_state, write_weights
+from vlm_sft.model.vision_tower import VisionTower
+from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
+from vlm_sft.utils.filesystem import (
+    created_above,
+    give_ordinary_modes,
+    rename_folder,
+    temporary_sibling,
+)
+from vlm_sft.utils.ownership import is_system_file, set_aside
+
+
+def set_stop_token(tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[int]) -> None:
+    """Make the template's stop token the EOS token of the tokenizer.
+
+    Some programs stop only at `tokenizer.eos_token_id` and ignore the generation config. Answers of
+    a model that was trained with ChatML on a base tokenizer would continue to the length limit.
+    """
+    named: Any = tokenizer
+    # Before EOS changes: padding with the old EOS stays what it was in training.
+    if named.pad_token is None and named.eos_token is not None:
+        named.pad_token = named.eos_token
+    if eot_token_ids:
+        named.eos_token = named.convert_ids_to_tokens(eot_token_ids[0])
+
+
+def generation_config(
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eot_token_ids: Sequence[int],
+) -> GenerationConfig:
+    """Return the language model's generation config with the stop tokens of the template."""
+    config: Any = copy.deepcopy(language_model.generation_config) or GenerationConfig()
+    if eot_token_ids:
+        config.eos_token_id = list(eot_token_ids)
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample:
+        # transformers does not save sampling settings that have no effect.
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(config, name, None)
+    return cast(GenerationConfig, config)
+
+
+def build_processor(
+    tower: VisionTower,
+    stock: StockTower,
+    tokenizer: PreTrainedTokenizerBase,
+    aspect: ImageAspect,
+    chat_template: str | None,
+) -> LlavaProcessor:
+    """Return a processor that prepares images as training does.
+
+    Args:
+        tower: The vision tower, for size and normalization.
+        stock: The tower as a class of transformers, for the number of image tokens.
+        tokenizer: The exported tokenizer.
+        aspect: How images were made square in training.
+        chat_template: Jinja text of the chat template.
+    """
+    spec = tower.image_spec
+    image_processor = LlavaImageProcessorPil(
+        do_pad=aspect == "pad",
+        do_resize=True,
+        size={"shortest_edge": spec.size},
+        do_center_crop=True,
+        crop_size={"height": spec.size, "width": spec.size},
+        resample=Image.Resampling[spec.interpolation.upper()],
+        do_normalize=True,
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=stock.patch_size,
+        vision_feature_select_strategy=stock.select_strategy,
+        num_additional_image_tokens=stock.num_additional_image_tokens,
+        image_token=IMAGE_PLACEHOLDER,
+    )
+    processor.chat_template = chat_template
+    return processor
+
+
+def write_model(
+    folder: Path,
+    stock: PreTrainedModel,
+    processor: LlavaProcessor,
+    vision_level: str,
+    max_shard_size: str,
+) -> None:
+    """Write weights, configurations, tokenizer and image processor."""
+    config: Any = stock.config
+    config.architectures = [type(stock).__name__]
+    config.save_pretrained(folder)
+    _add_older_keys(folder / "config.json")
+    cast(GenerationConfig, stock.generation_config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    # Older programs do not know processor_config.json and look for the image processor here.
+    image_processor = {**cast(Any, processor).image_processor.to_dict()}
+    image_processor["processor_class"] = type(processor).__name__
+    write_json(folder / "preprocessor_config.json", image_processor)
+    write_weights(folder, released_state(stock, vision_level), max_shard_size)
+
+
+def _add_older_keys(path: Path) -> None:
+    """Add `rope_theta` and `rope_scaling`, which programs before transformers 5 read.
+
+    Without them such a program uses its default and computes other positions.
+    """
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    text = tree["text_config"]
+    rope = dict(text.get("rope_parameters") or {})
+    if "rope_theta" in rope and "rope_theta" not in text:
+        text["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = rope
+        write_json(path, tree)
+
+
+@contextmanager
+def atomic_folder(out_dir: Path) -> Iterator[Path]:
+    """Yield a directory next to `out_dir` that replaces it if the block ends without an error.
+
+    Files of file managers in `out_dir`, such as `.DS_Store`, are moved to the new directory.
+
+    Raises:
+        OSError: A file cannot be written, for example because the disk is full. The error names
+            `out_dir`; the new directory, and those created above it, are deleted.
+        UserError: `out_dir` cannot be replaced; see `_move_into_place`.
+    """
+    temporary = temporary_sibling(out_dir)
+    with created_above(out_dir):
+        temporary.mkdir()
+        try:
+            with _named_by_target(temporary, out_dir):
+                yield temporary
+                give_ordinary_modes(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _move_into_place(temporary, out_dir)
+
+
+@contextmanager
+def _named_by_target(temporary: Path, target: Path) -> Iterator[None]:
+    """Replace the temporary directory by `target` in the file name of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or not Path(str(error.filename)).is_relative_to(temporary):
+            raise
+        name = target / Path(str(error.filename)).relative_to(temporary)
+        raise OSError(error.errno, error.strerror, str(name)) from None
+
+
+def _move_into_place(exported: Path, out_dir: Path) -> None:
+    """Rename a finished export to `out_dir`, which may contain only files of file managers.
+
+    Raises:
+        UserError: `out_dir` cannot be replaced, for example because a file was added to it in the
+            meantime. It is unchanged, and the export is kept under another name.
+    """
+    system_files = list(filter(is_system_file, os.listdir(out_dir))) if out_dir.exists() else []
+    try:
+        for name in system_files:
+            os.rename(out_dir / name, exported / name)
+        if out_dir.exists():
+            out_dir.rmdir()  # fails if another file was added
+        rename_folder(exported, out_dir, last="export.json")
+    except OSError as error:
+        # Undo the moves, so that `out_dir` is as it was.
+        for name in system_files:
+            out_dir.mkdir(exist_ok=True)
+            if os.path.lexists(exported / name):
+                os.rename(exported / name, out_dir / name)
+        kept = set_aside(exported, out_dir)
+        raise UserError(
+            f"{out_dir}: cannot be replaced by the export ({error.strerror}); nothing in it was "
+            f"changed, and the finished export is now {kept}",
+            code="not_ours",
+        ) from None
