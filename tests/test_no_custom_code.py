@@ -17,7 +17,7 @@ from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model, build_vision_tower
-from vlm_sft.planning.blueprint import language_model_config
+from vlm_sft.planning.local_configs import language_model_config
 from vlm_sft.utils.model_folders import require_plain_folder
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,5 @@
-"""What a run will need, before it: `python -m vlm_sft.plan CONFIG.yaml`."""
+"""Predict the memory and time of a run: `python -m vlm_sft.plan CONFIG.yaml`."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,11 +15,11 @@ from vlm_sft.errors import UserError
 from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GPUS, require_known
 
 ABOUT = f"""\
-Plan a run: read the data's real lengths and images, and work out memory by part, the largest
-micro-batch, samples/s, hours and what holds the run up, for stage 1, LoRA, QLoRA and full training.
+Plan a run: read the lengths and images of the data, and predict memory by part, the largest
+micro-batch, samples/s, hours and the bottleneck, for stage 1, LoRA, QLoRA and full fine-tuning.
 
-Nothing is downloaded and no weight is allocated: the model is built from its configuration alone,
-and its own code runs on tensors without values. GPUs known by name: {", ".join(GPUS)}."""
+Nothing is downloaded and no weights are allocated: the model is built from its configuration, and
+its own code runs on tensors without values. Known GPUs: {", ".join(GPUS)}."""
 
 EXAMPLES = """\
 examples:
@@ -29,19 +28,21 @@ examples:
   vlm-sft plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
   vlm-sft plan my.yaml --gpu h200 --json > plan.json
 
-  # a few real steps on this machine beside the prediction, with the error of both
+  # compare the prediction with a few real steps on this machine
   vlm-sft plan configs/tiny/stage2.yaml --calibrate
 
-With hub names, their configuration and tokenizer (not the weights) must be in the local cache."""
+The configuration and the tokenizer of a hub name (not its weights) must be in the local cache."""
 
 SAMPLE: Final = 20_000
-"""Records of each file that are tokenized unless `--sample` says otherwise."""
+"""Default of `--sample`: records of each file that are tokenized."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan of a configuration; returns 0, also where the run would not fit."""
+    """Print the plan of a configuration; return 0, also if the run would not fit."""
     arguments = parser().read(argv)
-    _require_fitting(arguments)
+    require_known(arguments.gpu)
+    if arguments.calibrate and (arguments.gpu not in (None, "cpu") or arguments.gpus != 1):
+        raise UserError("--calibrate: trains on this machine's own device; remove --gpu and --gpus")
     from vlm_sft.commands.inputs import ALL_PARTS, read_config
 
     parts = ALL_PARTS - {"projector"}
@@ -57,16 +58,15 @@ def parser() -> CommandParser:
     """Return the command's parser."""
     parser = config_parser("vlm-sft plan", ABOUT, EXAMPLES)
     add = parser.add_argument
-    add("--gpu", metavar="NAME", help="what to plan for (default: this machine's GPU, else cpu)")
-    add(
-        "--gpus", type=whole_number(1), default=1, metavar="N", help="how many of them (default: 1)"
-    )
+    add("--gpu", metavar="NAME", help="GPU to plan for (default: this machine's, else its CPU)")
+    add("--gpus", type=whole_number(1), default=1, metavar="N", help="number of GPUs (default: 1)")
     add(
         "--efficiency",
         type=number(0, 1, above=True),
         default=ASSUMED_EFFICIENCY,
         metavar="SHARE",
-        help=f"of the matrix products' rate that a step reaches (default: {ASSUMED_EFFICIENCY})",
+        help="share of the matrix-product rate that a step reaches "
+        f"(default: {ASSUMED_EFFICIENCY})",
     )
     add(
         "--sample",
@@ -75,15 +75,13 @@ def parser() -> CommandParser:
         metavar="N",
         help=f"records of each file to tokenize, drawn at random; 0: all (default: {SAMPLE:,})",
     )
-    add("--json", action="store_true", help="the plan as one JSON object on stdout")
-    add("--calibrate", action="store_true", help="also train a few steps here; needs the weights")
+    add("--json", action="store_true", help="print the plan as one JSON object")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="also train a few steps on this machine; needs the weights",
+    )
     return parser
-
-
-def _require_fitting(arguments: argparse.Namespace) -> None:
-    require_known(arguments.gpu)
-    if arguments.calibrate and (arguments.gpu not in (None, "cpu") or arguments.gpus != 1):
-        raise UserError("--calibrate: trains on this machine's device; leave --gpu and --gpus out")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from vlm_sft.config.schema import (
 )
 from vlm_sft.data.batch import Batch, pad_examples
 from vlm_sft.data.dataset import Example
-from vlm_sft.model.activation_checkpointing import POLICIES, set_recomputing
+from vlm_sft.model.activation_checkpointing import POLICIES, set_activation_checkpointing
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -73,14 +73,14 @@ def _policies(arguments: argparse.Namespace) -> Table:
         seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
         rows = []
         for policy in POLICIES:
-            set_recomputing(model, policy)
+            set_activation_checkpointing(model, policy)
             kept, peak, found = _measured(model, batch)
             reference = reference or found
             same = all(torch.equal(found[name], reference[name]) for name in reference)
             rows.append((stage, policy, kept, peak, same))
         for _ in range(arguments.rounds):
             for policy in POLICIES:
-                set_recomputing(model, policy)
+                set_activation_checkpointing(model, policy)
                 seconds[policy].append(_cpu_seconds(lambda m=model, b=batch: _step(m, b)))
         for name, policy, kept, peak, same in rows:
             middle = statistics.median(seconds[policy])

@@ -16,17 +16,17 @@ from tests.model.tiny import LLAMA, batch_of, images, rows, sums_of, tiny_model
 from tests.rounding import BACKWARD, assert_near
 from vlm_sft.config.schema import LanguageModelConfig, LoraConfig
 from vlm_sft.errors import ConfigError, UserError
-from vlm_sft.model.activation_checkpointing import set_recomputing
+from vlm_sft.model.activation_checkpointing import set_activation_checkpointing
 from vlm_sft.model.build import build_language_model
 from vlm_sft.model.hashing import tensors_digest
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.parts import named_parts, set_trainable
 from vlm_sft.model.quantization import (
+    dtype_name,
     is_quantized,
     linear_layers,
     num_bytes,
     num_weights,
-    number_format,
     require_quantization,
     unquantized_digest,
 )
@@ -76,7 +76,7 @@ def test_linear_layers_are_packed_and_embeddings_norms_biases_and_head_are_not(t
 def test_a_packed_layer_counts_its_weights_and_takes_a_quarter_of_bf16s_bytes() -> None:
     wide = {**LLAMA, "hidden_size": 512, "num_hidden_layers": 1}
     (layer, *_) = linear_layers(language_model(torch.bfloat16, config=wide)).values()
-    assert (num_weights(layer.weight), number_format(layer.weight)) == (512 * 512, "nf4")
+    assert (num_weights(layer.weight), dtype_name(layer.weight)) == (512 * 512, "nf4")
     # 4 bits a weight, 8 a block of 64, 32 for each 256 of those, and two tables.
     assert num_bytes(layer.weight) < 1.03 * 512 * 512 * (4 + 8 / 64 + 32 / 64 / 256) / 8 + 1500
     single = language_model(torch.bfloat16, config=wide, double_quantization=False)
@@ -138,7 +138,7 @@ def test_gradients_reach_adapters_and_projector_and_nothing_else(checkpointing: 
     model = quantized()
     set_trainable(model, {"projector", "adapter"})
     if checkpointing:
-        set_recomputing(model, "full")
+        set_activation_checkpointing(model, "full")
     trained(model).train()(batch_of(*BATCH, images(1))).loss_sum.backward()
     for part, named in named_parts(model).items():
         learns = part in ("projector", "adapter")
@@ -153,7 +153,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         model = trained(quantized())
         set_trainable(model, {"projector", "adapter"})
         if checkpointing:
-            set_recomputing(model, "full")
+            set_activation_checkpointing(model, "full")
         model.train()(batch_of(*BATCH, images(1))).loss_sum.backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -10,7 +10,7 @@ from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.batch import Batch, pack_examples, pad_examples
 from vlm_sft.data.dataset import Example
 from vlm_sft.errors import UserError
-from vlm_sft.model.activation_checkpointing import set_recomputing
+from vlm_sft.model.activation_checkpointing import set_activation_checkpointing
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.packed_attention import install_packed_attention
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
@@ -117,7 +117,7 @@ def test_the_router_learns_from_it_whatever_is_recomputed() -> None:
     gate = "model.layers.0.mlp.gate.weight"
     batch, gradients = pad_examples([example("a", 9)], 0), []
     for policy in ("none", "full", "selective"):
-        set_recomputing(model, policy)
+        set_activation_checkpointing(model, policy)
         model.zero_grad()
         model(batch).loss_sum.backward()
         gradients.append(causal_lm(model.language_model).get_parameter(gate).grad)

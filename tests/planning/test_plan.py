@@ -10,23 +10,25 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
-from vlm_sft.config.method import training_method
+from vlm_sft.config.method import Method, training_method
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
 from vlm_sft.data.build import load_data, load_language
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import UserError
-from vlm_sft.model.activation_checkpointing import Policy
+from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.model.costs import image_cost
-from vlm_sft.model.quantization import _quantized
+from vlm_sft.model.quantization import _quantized, quantized_bytes
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.plan import main
 from vlm_sft.planning.calibrate import calibrate, micro_batch_of
+from vlm_sft.planning.data_stats import read_data_stats
 from vlm_sft.planning.devices import find_device
-from vlm_sft.planning.estimate import Estimator, Method, packed_bytes, quantised_sizes
+from vlm_sft.planning.estimate import Estimator
 from vlm_sft.planning.gpus import GPUS
 from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.planning.workload import Workload, plan_workload, survey
+from vlm_sft.planning.speed import estimate_speed
+from vlm_sft.planning.step_stats import StepStats, plan_steps
 from vlm_sft.train.setup import load_model, make_plan
 from vlm_sft.train.trainer import Plan
 
@@ -53,29 +55,30 @@ def estimator(config: RunConfig, gpu: str = "4090", gpus: int = 1) -> Estimator:
     return Estimator(config, device, gpus=gpus, efficiency=0.5)
 
 
-def workload(config: RunConfig, *, sample: int = 0, image_cost: float = 0.0) -> Workload:
+def step_stats(config: RunConfig, *, image_cost: float = 0.0) -> StepStats:
     chat_tokenizer = load_language(config).chat_tokenizer
-    found = survey(config, chat_tokenizer, num_image_tokens=9, sample=sample)
-    return plan_workload(config, found, gpus=1, image_cost=image_cost)
+    data = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=0)
+    return plan_steps(config, data, gpus=1, image_cost=image_cost)
 
 
-def test_the_command_prints_memory_by_part_and_every_way_of_training(
+def test_the_command_prints_memory_by_part_and_every_training_option(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([STAGE2, "--gpu", "l4", "--json", *SHALLOW]) == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert plan["data"]["records_per_epoch"] == 24
-    assert plan["data"]["every_record_read"] is True
-    assert [way["method"] for way in plan["ways"]] == ["stage1", "lora", "qlora", "full"]
-    assert [way["method"] for way in plan["ways"] if way["configured"]] == ["full"]
-    assert all(way["fits"] and way["largest_micro_batch"] > 100 for way in plan["ways"])
-    for way in [*plan["memory_by_policy"], *plan["ways"]]:
-        memory = way["memory"]
+    assert plan["data"]["every_record_tokenized"] is True
+    options = plan["by_method"]
+    assert [option["method"] for option in options] == ["stage1", "lora", "qlora", "full"]
+    assert [option["method"] for option in options if option["configured"]] == ["full"]
+    assert all(option["fits"] and option["largest_micro_batch"] > 100 for option in options)
+    for option in [*plan["by_policy"], *options]:
+        memory = option["memory"]
         weights = memory.pop("weights")
         parts = [memory[key] for key in memory if key not in ("allocated", "total", "overhead")]
         assert sum(weights.values()) + sum(parts) == pytest.approx(memory["allocated"], abs=10)
         assert memory["allocated"] + memory["overhead"] == pytest.approx(memory["total"], abs=10)
-    configured = plan["memory_by_policy"][0]["memory"]
+    configured = plan["by_policy"][0]["memory"]
     assert configured["optimizer"] == 2 * configured["gradients"]
     assert any("assumed" in note for note in plan["notes"])
 
@@ -95,8 +98,8 @@ def data_of(config: RunConfig, model: VisionLanguageModel) -> tuple[Plan, Superv
 
 def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageModel) -> None:
     config = config_of(STAGE2, "train.group_by_length=true", "train.micro_batch_size=3")
-    (plan, data), work = data_of(config, model), workload(config)
-    assert work.steps == plan.total_steps
+    (plan, data), work = data_of(config, model), step_stats(config)
+    assert work.num_steps == plan.total_steps
     chunks = [
         chunk
         for step in range(3)
@@ -104,8 +107,8 @@ def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageMo
             plan.collator, data, plan.records_of_step(step), world_size=1, rank=0
         )
     ]
-    assert len(work.batches) == len(chunks)
-    for batch, chunk in zip(work.batches, chunks, strict=True):
+    assert len(work.micro_batches) == len(chunks)
+    for batch, chunk in zip(work.micro_batches, chunks, strict=True):
         examples = [data[i] for i in chunk]
         assert batch.rows == batch.records == len(chunk)
         assert batch.length == max(len(e.input_ids) for e in examples)
@@ -121,7 +124,7 @@ def test_packs_are_those_of_training_with_shared_prefixes(
     plan, data = data_of(config, model)
     cost = estimator(config).image_cost("full")
     assert cost == pytest.approx(image_cost(model))
-    work = workload(config, image_cost=cost)
+    work = step_stats(config, image_cost=cost)
     steps = [
         micro_batches_of_rank(plan.collator, data, plan.records_of_step(step), world_size=1, rank=0)
         for step in range(math.ceil(len(data) / config.train.global_batch_size))
@@ -131,7 +134,7 @@ def test_packs_are_those_of_training_with_shared_prefixes(
             data, [[pack for step in steps for pack in step]], collator=plan.collator, num_workers=0
         )
     )
-    assert work.batches == tuple(micro_batch_of(batch) for batch in loaded)
+    assert work.micro_batches == tuple(micro_batch_of(batch) for batch in loaded)
     assert work.packing is not None and work.packing.saved > 0.2
     assert work.total("images") < len(data) == work.total("records")
 
@@ -155,7 +158,7 @@ def records_of_two_images(folder: Path) -> Path:
     return folder / "rows.json"
 
 
-def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> None:
+def test_a_sample_represents_all_records_within_its_reported_error(tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x" * n}]}
         for n in range(1, 201)
@@ -167,16 +170,16 @@ def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> No
         update={"data": config.data.model_copy(update={"length_policy": "skip"})}
     )
     chat_tokenizer = load_language(config).chat_tokenizer
-    whole = survey(config, chat_tokenizer, num_image_tokens=9, sample=0)
-    part = survey(config, chat_tokenizer, num_image_tokens=9, sample=100)
-    assert whole.is_whole and whole.error_of_mean() == 0
-    assert whole.files[0].left_out["too_long"] == 200 - len(whole.files[0].lengths) > 0
+    whole = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=0)
+    part = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=100)
+    assert whole.is_complete and whole.mean_length_error() == 0
+    assert whole.files[0].skipped["too_long"] == 200 - len(whole.files[0].lengths) > 0
     assert whole.records_per_epoch == 2 * len(whole.files[0].lengths)
-    assert not part.is_whole and part.files[0].looked_at == 100
+    assert not part.is_complete and part.files[0].num_tokenized == 100
     assert part.records_per_epoch == pytest.approx(whole.records_per_epoch, rel=0.15)
     error = abs(part.mean("lengths") / whole.mean("lengths") - 1)
-    assert 0 < error < 1.5 * part.error_of_mean() < 0.25
-    steps = [plan_workload(config, found, gpus=1).steps for found in (whole, part)]
+    assert 0 < error < 1.5 * part.mean_length_error() < 0.25
+    steps = [plan_steps(config, data, gpus=1).num_steps for data in (whole, part)]
     assert steps[1] == pytest.approx(steps[0], rel=0.15)
 
 
@@ -192,7 +195,7 @@ def test_a_sample_stands_for_all_records_and_says_how_well(tmp_path: Path) -> No
     ],
 )
 def test_calibration_finds_the_predicted_memory(
-    path: str, method: Method, policy: Policy, overrides: list[str]
+    path: str, method: Method, policy: CheckpointPolicy, overrides: list[str]
 ) -> None:
     config = load_config(path, ["projector=null", *overrides])
     assert training_method(config) == method
@@ -201,31 +204,33 @@ def test_calibration_finds_the_predicted_memory(
     assert found.measured_seconds > 0 and 0 < found.efficiency < 1.5
 
 
-def test_processes_share_out_what_full_training_holds() -> None:
+def test_full_fine_tuning_is_sharded_over_the_ranks() -> None:
     config, batch = config_of(), MicroBatch.padded([90] * 4, targets=40, images=4)
-    one = estimator(config).standing("full")
-    four = estimator(config, gpus=4).standing("full")
+    one = estimator(config).static_memory("full")
+    four = estimator(config, gpus=4).static_memory("full")
     assert four.optimizer == one.optimizer / 4 and four.gradients == one.gradients / 4
     assert four.weights["language_model"] == one.weights["language_model"] / 4
     assert four.weights["vision_tower"] == one.weights["vision_tower"]
-    assert four.exchange > 0 == one.exchange
+    assert four.communication > 0 == one.communication
     lora = estimator(config_of("configs/tiny/stage2_lora.yaml"), gpus=4)
-    assert lora.standing("lora").exchange == lora.standing("lora").gradients
+    assert lora.static_memory("lora").communication == lora.static_memory("lora").gradients
     apart = estimator(config_of(STAGE2, "train.sharding=none"), gpus=4).memory(
         "full", "none", batch
     )
     assert apart.optimizer == one.optimizer
 
 
-def test_qlora_holds_linear_layers_in_four_bits_and_nothing_else() -> None:
+def test_qlora_quantizes_the_linear_layers_and_nothing_else() -> None:
     planner = estimator(config_of(LORA, "train.precision=bf16"))
-    lora, qlora = planner.standing("lora"), planner.standing("qlora")
+    lora, qlora = planner.static_memory("lora"), planner.static_memory("qlora")
     hidden, inner, kv = 64, 128, 32  # of the tiny Llama: q, k, v, o and the three of its MLP
     sizes = [hidden * hidden, kv * hidden, kv * hidden, hidden * hidden, *[hidden * inner] * 3]
-    assert quantised_sizes(planner.blueprint.model({"projector"})) == sizes
+    assert planner.quantized_layer_sizes("qlora") == sizes
     saved = lora.weights["language_model"] - qlora.weights["language_model"]
-    assert saved == 2 * sum(sizes) - sum(packed_bytes(size, double=True) for size in sizes)
-    assert qlora.exchange == 2 * hidden * inner
+    assert saved == 2 * sum(sizes) - sum(
+        quantized_bytes(size, double_quantization=True) for size in sizes
+    )
+    assert qlora.communication == 2 * hidden * inner
     assert qlora.optimizer == lora.optimizer
 
 
@@ -240,20 +245,25 @@ def test_four_bits_take_what_bitsandbytes_packs(double: bool) -> None:
     kept = [layer.weight, state.absmax, state.code]
     if double:
         kept += [state.offset, state.state2.absmax, state.state2.code]
-    assert packed_bytes(300 * 200, double=double) == sum(tensor.nbytes for tensor in kept)
+    assert quantized_bytes(300 * 200, double_quantization=double) == sum(
+        tensor.nbytes for tensor in kept
+    )
 
 
 def test_vicuna_7b_in_four_bits_takes_the_counted_gigabytes() -> None:
     per_layer = [4096 * 4096] * 4 + [4096 * 11008] * 3
     head_and_table = 2 * 2 * 32000 * 4096
-    packed = 32 * sum(packed_bytes(size, double=True) for size in per_layer) + head_and_table
+    packed = (
+        32 * sum(quantized_bytes(size, double_quantization=True) for size in per_layer)
+        + head_and_table
+    )
     assert packed / 1e9 == pytest.approx(3.87, abs=0.005)
     assert (2 * 32 * sum(per_layer) + head_and_table) / 1e9 == pytest.approx(13.48, abs=0.005)
 
 
 def test_eight_bit_moments_take_a_quarter() -> None:
-    eight = estimator(config_of(STAGE2, *EIGHT_BIT)).standing("full")
-    full = estimator(config_of()).standing("full")
+    eight = estimator(config_of(STAGE2, *EIGHT_BIT)).static_memory("full")
+    full = estimator(config_of()).static_memory("full")
     assert full.optimizer == 2 * full.gradients
     assert eight.gradients == full.gradients
     assert 2.03 / 8 <= eight.optimizer / full.optimizer < 0.35  # small tensors keep all eight
@@ -272,14 +282,14 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     assert not planner.fits(planner.memory("full", "none", of(round(1.02 * found) + 1)))
 
 
-def test_slow_image_loading_is_named_as_what_holds_the_run_up() -> None:
+def test_slow_image_loading_is_reported_as_the_bottleneck() -> None:
     config = config_of()
-    planner, work = estimator(config), workload(config)
-    fast = planner.speed("full", "none", work, images_per_second=1e12)
-    slow = planner.speed("full", "none", work, images_per_second=2.0)
+    planner, work = estimator(config), step_stats(config)
+    fast = estimate_speed(planner, "full", "none", work, images_per_second=1e12)
+    slow = estimate_speed(planner, "full", "none", work, images_per_second=2.0)
     assert fast.bottleneck != "image loading" == slow.bottleneck
     assert slow.samples_per_second == pytest.approx(2.0)  # each of its records has one image
-    assert slow.hours == pytest.approx(work.records / 2.0 / 3600)
+    assert slow.hours == pytest.approx(work.num_records / 2.0 / 3600)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +298,7 @@ def test_slow_image_loading_is_named_as_what_holds_the_run_up() -> None:
         (["--gpu", "h1000"], "--gpu h1000: not known"),
         (["--gpus", "0"], "--gpus 0: expected 1 or more"),
         (["--efficiency", "1.5"], "--efficiency 1.5: expected"),
-        (["--calibrate", "--gpu", "h200"], "leave --gpu and --gpus out"),
+        (["--calibrate", "--gpu", "h200"], "remove --gpu and --gpus"),
         (
             ["model.language_model={name: someone/never-fetched}"],
             "not on this machine and planning downloads nothing",
@@ -303,6 +313,6 @@ def test_slow_image_loading_is_named_as_what_holds_the_run_up() -> None:
         ),
     ],
 )
-def test_what_cannot_be_planned_is_told_in_a_sentence(arguments: list[str], words: str) -> None:
+def test_what_cannot_be_planned_is_one_sentence(arguments: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         main([STAGE2, *arguments])

@@ -20,9 +20,9 @@ from tests.model.tiny import (
 )
 from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
 from vlm_sft.errors import UserError
-from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.planning.blueprint import Blueprint
+from vlm_sft.planning.meta_model import MetaModel
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.simulate import Footprint, Simulation, TowerSimulation
 from vlm_sft.train.live_bytes import LiveBytes
@@ -47,7 +47,7 @@ VICUNA: dict[str, Any] = {
 DEEP_LLAMA = {**LLAMA, "num_hidden_layers": 4}
 QWEN2 = {**DEEP_LLAMA, "model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}
 GEMMA2 = {**LLAMA, "model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 24}
-LEARNS = {
+TRAINABLE_PARTS = {
     "stage1": {"projector"},
     "lora": {"projector", "adapter"},
     "full": {"projector", "language_model"},
@@ -57,23 +57,23 @@ RECORDS = ([7, -1, *range(100, 140)], [7, -1, 8, 9, *range(100, 120)], [*range(9
 
 
 def simulation(config: ModelConfig, method: str, dtype: torch.dtype) -> Simulation:
-    blueprint = Blueprint(config, dtype=dtype)
+    meta_model = MetaModel(config, dtype=dtype)
     return Simulation(
-        blueprint,
-        TowerSimulation(blueprint.tower),
-        LEARNS[method],
+        meta_model,
+        TowerSimulation(meta_model.tower),
+        TRAINABLE_PARTS[method],
         lora=LoraConfig(r=4, dropout=0.05) if method == "lora" else None,
         precision="fp32" if dtype == torch.float32 else "bf16",
     )
 
 
 @pytest.fixture(scope="module")
-def llava_7b() -> Blueprint:
+def llava_7b() -> MetaModel:
     config = ModelConfig(
         vision_tower=VisionTowerConfig(library="transformers", config=CLIP_LARGE),
         language_model=LanguageModelConfig(config=VICUNA, tokenizer="bytes"),
     )
-    return Blueprint(config, dtype=torch.bfloat16)
+    return MetaModel(config, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +81,17 @@ def simulated() -> Simulation:
     return simulation(model_config(), "stage1", torch.bfloat16)
 
 
-def test_the_flops_of_llava_7b_are_those_of_the_published_arithmetic(llava_7b: Blueprint) -> None:
+def test_the_flops_of_llava_7b_are_those_of_the_published_arithmetic(llava_7b: MetaModel) -> None:
     tower = TowerSimulation(llava_7b.tower)
-    stage1 = {"tokens": 600, "attended": 600**2, "targets": 24, "images": 1.0}
-    stage2 = {"tokens": 822, "attended": 822**2, "targets": 117, "images": 0.94}
+    stage1 = {"tokens": 600, "attention_pairs": 600**2, "targets": 24, "images": 1.0}
+    stage2 = {"tokens": 822, "attention_pairs": 822**2, "targets": 117, "images": 0.94}
     published = {"stage1": (stage1, 16.26), "lora": (stage2, 22.32), "full": (stage2, 33.00)}
     for method, (shape, teraflop) in published.items():
         # r = 1: the published figure leaves the adapters' own products out
         lora = LoraConfig(r=1) if method == "lora" else None
-        simulated = Simulation(llava_7b, tower, LEARNS[method], lora=lora, precision="bf16")
+        simulated = Simulation(
+            llava_7b, tower, TRAINABLE_PARTS[method], lora=lora, precision="bf16"
+        )
         flops = simulated.flops
         assert flops.of(**shape) / 1e12 == pytest.approx(teraflop, rel=0.003)
         forward = shape["tokens"] * flops.decoder.forward
@@ -110,14 +112,14 @@ def bytes_of(saved: Iterable[Saved]) -> int:
 
 
 def real_step(
-    language: dict[str, Any], method: str, dtype: torch.dtype, policy: Policy
+    language: dict[str, Any], method: str, dtype: torch.dtype, policy: CheckpointPolicy
 ) -> tuple[Footprint, MicroBatch]:
     """A real forward and backward: bytes saved between them, and most alive in each."""
     lora = LoraConfig(r=4, dropout=0.05) if method == "lora" else None
     model = tiny_model(language_model=language, lora=lora, dtype=dtype)
-    set_trainable(model, LEARNS[method])
+    set_trainable(model, TRAINABLE_PARTS[method])
     model.train()
-    set_recomputing(model, policy)
+    set_activation_checkpointing(model, policy)
     ids, mask, labels = rows(*RECORDS)
     pixels = images(2)
     batch = batch_of(ids, mask, labels, pixels)
@@ -164,7 +166,7 @@ def real_step(
     ],
 )
 def test_a_prediction_is_what_a_real_step_keeps_and_holds_at_its_peak(
-    language: dict[str, Any], dtype: torch.dtype, policy: Policy, method: str
+    language: dict[str, Any], dtype: torch.dtype, policy: CheckpointPolicy, method: str
 ) -> None:
     real, batch = real_step(language, method, dtype, policy)
     config = model_config(language_model=language)
@@ -203,12 +205,12 @@ def test_memory_grows_with_the_rows_by_the_same_for_each(simulated: Simulation) 
 
 
 def test_a_model_of_seven_billion_weights_is_planned_without_memory(
-    llava_7b: Blueprint,
+    llava_7b: MetaModel,
 ) -> None:
-    model = llava_7b.model({"projector"})
+    model = llava_7b.build({"projector"})
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616 + 20_979_712
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert (llava_7b.num_layers, llava_7b.layers_are_alike) == (32, True)
+    assert (llava_7b.num_layers, llava_7b.has_identical_layers) == (32, True)
     assert llava_7b.tower.num_tokens == 576
 
 
@@ -219,10 +221,10 @@ def test_a_mixture_of_experts_is_refused() -> None:
 
 
 def test_pytorchs_fused_attention_counts_as_its_four_projections_and_its_square() -> None:
-    blueprint = Blueprint(model_config(OPEN_CLIP), dtype=torch.float32)
+    meta_model = MetaModel(model_config(OPEN_CLIP), dtype=torch.float32)
     block = 5 * (8 + 16) * 32**2 + 4 * 5**2 * 32  # attention 4, MLP 8 squares of the width
     patches = 2 * 4 * 14 * 14 * 3 * 32
-    found = TowerSimulation(blueprint.tower).flops
+    found = TowerSimulation(meta_model.tower).flops
     assert found == 2 * block + patches  # all but the last of three blocks
 
 
@@ -243,7 +245,7 @@ def test_live_bytes_follow_tensors_from_their_making_to_their_end() -> None:
 
 
 def test_the_tower_of_the_tiny_models_gives_its_tokens() -> None:
-    assert Blueprint(model_config(CLIP), dtype=torch.float32).tower.num_tokens == TOKENS
+    assert MetaModel(model_config(CLIP), dtype=torch.float32).tower.num_tokens == TOKENS
 
 
 def test_a_loss_of_many_chunks_takes_no_more_logits_than_one_of_two(simulated: Simulation) -> None:

@@ -14,7 +14,7 @@ from tests.tiny_runs import run
 from tests.train.tiny import example, reset_accelerate, tiny_model
 from vlm_sft.checkpoint.format import read_manifest
 from vlm_sft.data.batch import PaddedCollator, pad_examples
-from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.train import checkpointing_policy as activations
 from vlm_sft.train.checkpointing_policy import Trial, longest_micro_batch, measure
 from vlm_sft.train.live_bytes import LiveBytes, NoRoom
@@ -30,7 +30,7 @@ def trials_with(free: int, monkeypatch: pytest.MonkeyPatch, later: int = 0) -> t
     batch = pad_examples([example(n, length=50) for n in range(8)], 0)
     return measure(
         lambda: model(batch).loss_sum.backward(),
-        lambda policy: set_recomputing(model, policy),
+        lambda policy: set_activation_checkpointing(model, policy),
         model,
         accelerator,
         later_bytes=later,
@@ -138,7 +138,7 @@ def test_another_device_is_measured_anew_and_told(
     reset_accelerate()
     accelerator, said = Accelerator(cpu=True), list[str]()
 
-    def settled(device: str, policy: Policy) -> Policy:
+    def settled(device: str, policy: CheckpointPolicy) -> CheckpointPolicy:
         return activations.settle(
             tmp_path,
             {"device": device, "batch": "2 records of up to 9 tokens"},

@@ -15,7 +15,7 @@ from tests.tiny_runs import run
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.batch import Batch
 from vlm_sft.errors import ConfigError
-from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.packed_attention import install_packed_attention
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
@@ -42,10 +42,12 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def adapted(policy: Policy = "none", lora: LoraConfig | None = LORA) -> VisionLanguageModel:
+def adapted(
+    policy: CheckpointPolicy = "none", lora: LoraConfig | None = LORA
+) -> VisionLanguageModel:
     model = tiny_model(lora=lora)
     set_trainable(model, {"projector", "adapter"} if lora else {"projector"})
-    set_recomputing(model, policy)
+    set_activation_checkpointing(model, policy)
     return model.train()
 
 
@@ -68,7 +70,7 @@ def learned(model: nn.Module, lengths: list[int]) -> tuple[float, dict[str, Tens
     ],
 )
 def test_after_the_first_batches_nothing_is_compiled_again(
-    policy: Policy, lora: LoraConfig | None, backend: str
+    policy: CheckpointPolicy, lora: LoraConfig | None, backend: str
 ) -> None:
     model, plain = adapted(policy, lora), adapted("none", lora)
     compile_layers(model, CPU, backend=backend)

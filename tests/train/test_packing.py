@@ -27,7 +27,7 @@ from vlm_sft.data.batch import Collator, LoadError, PackedCollator, PaddedCollat
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.model.activation_checkpointing import set_recomputing
+from vlm_sft.model.activation_checkpointing import set_activation_checkpointing
 from vlm_sft.model.packed_attention import PackedLayout, install_packed_attention
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 from vlm_sft.train import packing_check as isolation
@@ -298,7 +298,7 @@ def llama_gradients(prune: bool, checkpointing: bool = False) -> tuple[dict[str,
     if prune:
         assert isolation.prune_where_safe(model, "sdpa", torch.device("cpu"), 1e-5)
     if checkpointing:
-        set_recomputing(model, "full")
+        set_activation_checkpointing(model, "full")
     model.train()
     rows: list[int] = []
     last = causal_lm(model.language_model).model.layers[-1]  # type: ignore[attr-defined]

@@ -1,57 +1,62 @@
-"""Which activations of the language model's layers are kept for the backward pass."""
+"""Activation checkpointing of the language model: what is kept and what is recomputed."""
 
 import functools
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils import checkpoint
 
 from vlm_sft.errors import UserError
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
 
-Policy = Literal["none", "selective", "full"]
+CheckpointPolicy = Literal["none", "selective", "full"]
 
-POLICIES: Final[tuple[Policy, ...]] = ("none", "selective", "full")
-"""From the fastest to the smallest: all kept, the costly kept, only each layer's input kept."""
+POLICIES: Final[tuple[CheckpointPolicy, ...]] = ("none", "selective", "full")
+"""From the fastest to the one with the least memory. They keep all activations; the results of
+matrix products and attention; the input of each layer."""
 
 MATMULS: Final = frozenset(
     {"mm", "addmm", "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm", "mkldnn_linear"}
 )
-"""Products whose results `selective` keeps. Batched ones are not among them: without a fused
-kernel, attention's scores are such, and take more memory than all the rest."""
+"""Matrix products whose results `selective` keeps. `bmm` is not one of them: without a fused kernel
+the scores of attention are batched products, and take more memory than everything else."""
 
 WIDENING: Final = 8
-"""A product that makes its input so many times wider is cheap for its size (LoRA's second
-factor) and is computed again."""
+"""`selective` recomputes a product whose result is more than this many times wider than its input,
+such as the second factor of LoRA: it is cheap to compute for its size."""
 
 
-def set_recomputing(model: VisionLanguageModel, policy: Policy) -> None:
-    """Decide for every layer of the language model what its backward pass computes again.
+def set_activation_checkpointing(model: VisionLanguageModel, policy: CheckpointPolicy) -> None:
+    """Set what the backward pass of each decoder layer recomputes.
 
-    The non-reentrant kind: it needs no gradient at its input, so frozen embeddings and text-only
-    batches work unchanged; dropout draws the same numbers again. No policy changes a result. The
-    frozen tower keeps nothing anyway, and the projector is small.
+    No policy changes a result. Checkpointing is non-reentrant: it works with frozen embeddings and
+    text-only batches, whose layer inputs need no gradient, and restores the random state, so that
+    dropout draws the same mask again. The frozen tower saves nothing anyway, and the projector is
+    small.
 
     Args:
-        model: Changed in place; may be called again with another policy.
-        policy: `none` keeps all, `selective` the results of matrix products and attention, `full`
-            the input of each layer alone.
+        model: Changed in place; the policy can be changed again later.
+        policy: `none` keeps all activations, `selective` the results of matrix products and
+            attention, `full` the input of each layer.
 
     Raises:
-        UserError: The language model's class has no support for it in transformers.
+        UserError: If transformers does not support it for the class of the language model.
     """
     language_model: Any = causal_lm(model.language_model)
-    newer = hasattr(language_model, "activation_checkpointing_enable")  # its name since 5.2x
-    kind = "activation" if newer else "gradient"
+    # Its name since transformers 5.2; before, `gradient_checkpointing_enable`.
+    renamed = hasattr(language_model, "activation_checkpointing_enable")
+    prefix = "activation" if renamed else "gradient"
     if policy == "none":
-        getattr(language_model, f"{kind}_checkpointing_disable")()
+        getattr(language_model, f"{prefix}_checkpointing_disable")()
         return
     settings: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
-        settings["context_fn"] = _selective_contexts
+        settings["context_fn"] = functools.partial(
+            checkpoint.create_selective_checkpoint_contexts, _selective_policy
+        )
     try:
-        getattr(language_model, f"{kind}_checkpointing_enable")(settings)
+        getattr(language_model, f"{prefix}_checkpointing_enable")(settings)
     except ValueError:
         raise UserError(
             f"train.activation_checkpointing: {type(language_model).__name__} has no support for "
@@ -59,20 +64,19 @@ def set_recomputing(model: VisionLanguageModel, policy: Policy) -> None:
         ) from None
 
 
-def _selective_contexts() -> tuple[Any, Any]:
-    return cast("tuple[Any, Any]", create_selective_checkpoint_contexts(_keep_the_costly))
-
-
-def _keep_the_costly(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _selective_policy(
+    _: Any, operation: Any, *args: Any, **kwargs: Any
+) -> checkpoint.CheckpointPolicy:
+    """Return whether the result of an operation is kept or recomputed."""
     kind = _kind(operation)
     if kind == "attention" or (kind == "product" and not _widens(args)):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+        return checkpoint.CheckpointPolicy.MUST_SAVE
+    return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.lru_cache(maxsize=1024)
 def _kind(operation: Any) -> Literal["attention", "product", "other"]:
-    """By name: which kernels there are depends on the device, torch and what is installed."""
+    """Classify an operation by its name: the set of kernels depends on device, torch and extras."""
     name = str(operation)
     if ("attention" in name or "attn" in name) and "backward" not in name:
         return "attention"
@@ -80,6 +84,7 @@ def _kind(operation: Any) -> Literal["attention", "product", "other"]:
 
 
 def _widens(args: Any) -> bool:
+    """Return whether the last matrix of a product makes its input much wider."""
     matrices = [a for a in args if isinstance(a, Tensor) and a.ndim == 2][-2:]
     inner, outer = matrices[-1].shape if matrices else torch.Size((1, 1))
     return outer > WIDENING * inner

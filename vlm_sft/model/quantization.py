@@ -1,8 +1,12 @@
-"""A frozen language model's linear layers in 4 bits (QLoRA, arXiv 2305.14314), by bitsandbytes."""
+"""Hold the linear layers of a frozen language model in 4 bits (QLoRA, arXiv 2305.14314).
+
+bitsandbytes packs and unpacks them.
+"""
 
 import importlib.util
+import math
 from collections.abc import Set
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -13,20 +17,26 @@ from vlm_sft.errors import ConfigError
 from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.hashing import held_tensors, sample_digest
 
+BLOCK_SIZE: Final = 64
+"""Weights that share a scale (bitsandbytes' default for 4 bits)."""
+
+SCALE_BLOCK_SIZE: Final = 256
+"""Scales that share a scale of their own, with double quantization."""
+
 
 def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.dtype) -> None:
-    """Hold every linear layer but the output head in blocks of 64 weights of 4 bits, in place.
+    """Quantize every linear layer except the output head to 4 bits, in place.
 
-    Everything else (embeddings, norms, biases, head) is held in `dtype`, which layers compute in
-    too. The result depends on the weights as they are given, and not on `dtype`.
+    Everything else (embeddings, norms, biases, head) is cast to `dtype`. The 4-bit weights are
+    computed from the given ones and do not depend on `dtype`.
 
     Args:
-        model: On the CPU, in any floating dtype.
-        config: `quantization` is not None.
-        dtype: What a layer is unpacked to when it is used.
+        model: On the CPU, in any floating-point dtype.
+        config: Its `quantization` is not None.
+        dtype: The dtype that a layer is dequantized to when it is used.
 
     Raises:
-        ConfigError: bitsandbytes is not installed, or the model has no linear layer.
+        ConfigError: If bitsandbytes is not installed, or the model has no linear layer.
     """
     require_bitsandbytes()
     layers = linear_layers(model)
@@ -35,19 +45,20 @@ def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.d
             f"model.language_model.quantization: {type(model).__name__} has no nn.Linear layer to "
             "quantize; remove it"
         )
-    origin = sample_digest(model.named_parameters())
+    # Identifies the base model in checkpoints; it cannot be computed from packed weights.
+    digest = sample_digest(model.named_parameters())
     for name, layer in layers.items():
         model.set_submodule(name, _quantized(layer, config, dtype))
     cast_floating(model, dtype)
     marked: Any = model
-    marked.unquantized_digest = origin
-    marked.is_loaded_in_4bit = True  # where peft looks
+    marked.unquantized_digest = digest
+    marked.is_loaded_in_4bit = True  # peft reads this
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give every 4-bit layer the weights in `dtype` that it stands for, in place.
+    """Replace every 4-bit layer by a plain one with the dequantized weights in `dtype`, in place.
 
-    They are not those from before quantization, but those that a run was trained on.
+    These differ from the weights before quantization, and are those that adapters were trained on.
     """
     for name, layer in linear_layers(model).items():
         if is_quantized(layer.weight):
@@ -57,26 +68,27 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def require_quantization(config: LanguageModelConfig, trainable: Set[str]) -> None:
-    """Refuse what could not be carried out, before anything long starts.
+    """Check that quantization is possible, before anything slow starts.
 
     Raises:
-        ConfigError: The language model would be trained in full, or bitsandbytes is missing.
+        ConfigError: If the language model itself would be trained, or bitsandbytes is not
+            installed.
     """
     if config.quantization is None:
         return
     if "language_model" in trainable:
         raise ConfigError(
-            f"model.language_model.quantization: {config.quantization} weights stay as they are, "
-            "but stage 2 would train them in full; add a `lora` section, or set it to null"
+            f"model.language_model.quantization: {config.quantization} weights cannot be trained, "
+            "but stage 2 would train them; add a `lora` section, or set it to null"
         )
     require_bitsandbytes()
 
 
 def require_bitsandbytes() -> None:
-    """Refuse to go on without bitsandbytes.
+    """Check that bitsandbytes is installed.
 
     Raises:
-        ConfigError: With the line that installs it.
+        ConfigError: If it is not; the message has the command that installs it.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -87,7 +99,7 @@ def require_bitsandbytes() -> None:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every linear layer by its path, in the model's order, but for the output head."""
+    """Return every linear layer except the output head by its path, in the model's order."""
     head = model.get_output_embeddings()
     return {
         name: module
@@ -97,30 +109,44 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def unquantized_digest(model: PreTrainedModel) -> str | None:
-    """Sampled digest of the parameters that `quantize` was given; None where it was not called."""
+    """Return the digest of the weights before `quantize`; None if the model is not quantized."""
     return getattr(model, "unquantized_digest", None)
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
-    """Whether several weights are packed into each number of it."""
+    """Return whether a parameter holds packed 4-bit weights."""
     return getattr(parameter, "quant_state", None) is not None
 
 
 def num_weights(parameter: torch.Tensor) -> int:
-    """How many weights it stands for; packed numbers hold two."""
+    """Return the number of weights of a parameter; a byte of a packed one holds two."""
     state: Any = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def num_bytes(parameter: torch.Tensor) -> int:
-    """Bytes in memory, a packed one's scales included."""
+    """Return the bytes of a parameter, including the scales of a packed one."""
     return sum(t.numel() * t.element_size() for _, t in held_tensors("", parameter))
 
 
-def number_format(parameter: torch.Tensor) -> str:
-    """`float32`, `bfloat16`, ..., or of a packed one `nf4` or `fp4`."""
+def dtype_name(parameter: torch.Tensor) -> str:
+    """Return `float32`, `bfloat16`, ..., or `nf4` or `fp4` for a packed parameter."""
     state: Any = getattr(parameter, "quant_state", None)
     return str(parameter.dtype).removeprefix("torch.") if state is None else str(state.quant_type)
+
+
+def quantized_bytes(num_weights: int, *, double_quantization: bool) -> int:
+    """Return the bytes of one linear layer in 4 bits, as bitsandbytes stores it.
+
+    Half a byte per weight, a codebook of 16 float32 values and a float32 scale per block. With
+    double quantization (QLoRA, section 3) a scale takes one byte; their float32 offset, codebook of
+    256 float32 values and scales per block of scales come on top.
+    """
+    num_scales = math.ceil(num_weights / BLOCK_SIZE)
+    packed = math.ceil(num_weights / 2) + 16 * 4
+    if not double_quantization:
+        return packed + 4 * num_scales
+    return packed + num_scales + 4 + 256 * 4 + 4 * math.ceil(num_scales / SCALE_BLOCK_SIZE)
 
 
 def _quantized(layer: nn.Linear, config: LanguageModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -134,13 +160,13 @@ def _quantized(layer: nn.Linear, config: LanguageModelConfig, dtype: torch.dtype
         compress_statistics=config.double_quantization,
         quant_type=config.quantization,
     )
-    # The first move packs it. One CPU core packs some 17 million weights a second.
+    # The first `.to` quantizes. One CPU core quantizes about 17 million weights per second.
     packed.weight = weight.to(device).to("cpu")
     packed.quant_state = packed.weight.quant_state
-    packed.quant_state.dtype = dtype  # else the backward pass unpacks to the dtype of the source
+    packed.quant_state.dtype = dtype  # otherwise backward dequantizes to the source's dtype
     packed.bias = layer.bias
-    # Else some CPUs repack the weights in place at the first forward pass without gradient and
-    # round their scales to bfloat16: a frozen part would move.
+    # Otherwise some CPUs repack the weights in place in the first forward pass without gradient,
+    # and round their scales to bfloat16: a frozen part would change.
     packed.support_avx512bf16_for_cpu = False
     return packed
 

@@ -325,6 +325,26 @@ def decoder_of(language_model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.get_decoder() or model.base_model)
 
 
+def decoder_layers(language_model: nn.Module) -> list[nn.Module]:
+    """Return the decoder's layers, in order.
+
+    They are the decoder's first module list with as many entries as its configuration has layers:
+    transformers names that list `layers` in most families, `h` or `blocks` in others.
+
+    Raises:
+        UserError: If there is no such list.
+    """
+    model = causal_lm(language_model)
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in decoder_of(language_model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise UserError(
+        f"model.language_model: {type(model).__name__} has no list of {depth} decoder layers; use "
+        "a model of another family"
+    )
+
+
 def head_logits(language_model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits of hidden states `[..., D]`, scaled and capped as the model's own forward does.
 

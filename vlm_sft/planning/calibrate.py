@@ -1,5 +1,6 @@
-"""A few real training steps on this machine, beside what was predicted for them."""
+"""Compare the prediction with a few real training steps on this machine."""
 
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -7,14 +8,15 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.batch import Batch
-from vlm_sft.data.build import load_data, load_language
+from vlm_sft.data.build import load_data, load_language, make_collator, make_sampler
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
-from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
+from vlm_sft.model.costs import image_cost
 from vlm_sft.model.hashing import held_tensors
 from vlm_sft.model.packed_attention import PackedLayout
 from vlm_sft.model.parts import named_parts
@@ -26,26 +28,26 @@ from vlm_sft.train.feature_cache import use_feature_cache
 from vlm_sft.train.live_bytes import LiveBytes
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm
 from vlm_sft.train.packing_check import prepare_packing
-from vlm_sft.train.setup import load_model, make_plan
+from vlm_sft.train.setup import load_model
 from vlm_sft.train.train_step import accumulate_gradient
 
-STEPS: Final = 3
-"""Steps that are timed, after one that is not; one more is measured for its bytes."""
+TIMED_STEPS: Final = 3
+"""Steps that are timed. One step before them is a warm-up; the memory of one after is measured."""
 
-ON_A_GPU: Final = "torch.cuda.max_memory_allocated"
-ON_A_CPU: Final = "bytes of all live tensors (weights, gradients, optimizer, what operators make)"
+GPU_BASIS: Final = "torch.cuda.max_memory_allocated"
+CPU_BASIS: Final = "bytes of all live tensors (weights, gradients, optimizer state, activations)"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predicted and measured.
+    """Predicted and measured memory and time of a step.
 
     Attributes:
-        predicted_bytes: Allocated at the peak of a step.
-        measured_bytes: Likewise.
-        predicted_seconds: Of a step, at the efficiency that was assumed or given.
-        measured_seconds: Median of a few steps.
-        efficiency: Share of the matrix products' rate that these steps reached.
+        predicted_bytes: Predicted peak of the allocated memory.
+        measured_bytes: Measured peak of the allocated memory.
+        predicted_seconds: Predicted time of a step, with the efficiency that was assumed or given.
+        measured_seconds: Median of the timed steps.
+        efficiency: Share of the matrix-product rate that the timed steps reached.
         basis: How the bytes were measured.
     """
 
@@ -58,22 +60,22 @@ class Calibration:
 
     @property
     def memory_error(self) -> float:
-        """Predicted against measured bytes, as a share of the measured."""
+        """Relative error of the predicted bytes."""
         return self.predicted_bytes / self.measured_bytes - 1
 
     @property
     def time_error(self) -> float:
-        """Predicted against measured seconds, as a share of the measured."""
+        """Relative error of the predicted seconds."""
         return self.predicted_seconds / self.measured_seconds - 1
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         errors = {"memory_error": self.memory_error, "time_error": self.time_error}
         return {**asdict(self), **errors}
 
     def table(self) -> Table:
-        """Both beside each other."""
-        table = Table(title="calibration: a few real steps here", title_justify="left")
+        """Return a table of predicted and measured values."""
+        table = Table(title="calibration: a few real steps on this machine", title_justify="left")
         for column in ("", "predicted", "measured", "error"):
             table.add_column(column, justify="right" if column else "left")
         sizes = [f"{n / 2**20:,.1f} MiB" for n in (self.predicted_bytes, self.measured_bytes)]
@@ -84,42 +86,52 @@ class Calibration:
         return table
 
 
-def calibrate(estimator: Estimator, method: Method, policy: Policy) -> Calibration:
-    """Train a few steps as the stages do and compare; only a feature cache is written to.
+def calibrate(estimator: Estimator, method: Method, policy: CheckpointPolicy) -> Calibration:
+    """Train a few steps as the training commands do, and compare them with the prediction.
+
+    Nothing is saved, except that `data.feature_cache` is filled.
 
     Args:
-        estimator: Of the run, on this machine's device.
-        method: The configured one.
-        policy: The configured one.
+        estimator: The run on this machine's device.
+        method: The configured training method.
+        policy: Activation checkpointing.
 
     Raises:
-        UserError: Model or data cannot be loaded, or a step does not fit.
+        UserError: If the model or the data cannot be loaded, or a step does not fit.
     """
-    steps = _Steps(estimator.config, method, policy)
-    steps.take(0)
-    seconds = sorted(steps.timed(number) for number in range(1, STEPS + 1))[STEPS // 2]
-    batches = [micro_batch_of(batch) for batch in steps.batches(STEPS + 1)]
-    measured = steps.bytes_of(STEPS + 1)
-    largest = max(batches, key=lambda batch: batch.tokens)
-    memory = estimator.memory(method, policy, largest, micro_batches=len(batches))
+    steps = _TrainingSteps(estimator.config, method, policy)
+    timed = range(1, TIMED_STEPS + 1)
+    steps.run(0)
+    seconds = statistics.median([steps.run(step) for step in timed])
+    measured_bytes = steps.peak_bytes(TIMED_STEPS + 1)
+
+    shapes = [micro_batch_of(batch) for batch in steps.batches(TIMED_STEPS + 1)]
+    largest = max(shapes, key=lambda shape: shape.tokens)
+    memory = estimator.memory(method, policy, largest, micro_batches=len(shapes))
     flops = estimator.simulation(method).flops
-    mean = [micro_batch_of(b) for number in range(1, STEPS + 1) for b in steps.batches(number)]
-    spent = sum(flops.of_batch(batch, policy) for batch in mean) / STEPS
+    flops_per_step = (
+        sum(
+            flops.of_batch(micro_batch_of(batch), policy)
+            for step in timed
+            for batch in steps.batches(step)
+        )
+        / TIMED_STEPS
+    )
     rate = estimator.device.flops
     return Calibration(
         predicted_bytes=memory.allocated,
-        measured_bytes=measured,
-        predicted_seconds=spent / (rate * estimator.efficiency),
+        measured_bytes=measured_bytes,
+        predicted_seconds=flops_per_step / (rate * estimator.efficiency),
         measured_seconds=seconds,
-        efficiency=spent / (rate * seconds),
-        basis=ON_A_CPU if estimator.device.is_cpu else ON_A_GPU,
+        efficiency=flops_per_step / (rate * seconds),
+        basis=CPU_BASIS if estimator.device.is_cpu else GPU_BASIS,
     )
 
 
-class _Steps:
-    """The run's first steps, to be taken one by one."""
+class _TrainingSteps:
+    """The first optimizer steps of a run, run one at a time on one device."""
 
-    def __init__(self, config: RunConfig, method: Method, policy: Policy) -> None:
+    def __init__(self, config: RunConfig, method: Method, policy: CheckpointPolicy) -> None:
         require_quantization(config.model.language_model, TRAINABLE[method])
         self._max_norm = config.optim.max_grad_norm
         self._accelerator: Accelerator = make_accelerator(config.train.precision)
@@ -128,8 +140,9 @@ class _Steps:
         tower = model.vision_tower
         data = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
         use_feature_cache(config, model, self._accelerator, data)
-        self._data, self._plan = data.train, make_plan(config, language, data, model)
-        set_recomputing(model, policy)
+        self._records, self._sampler = data.train, make_sampler(config, data.train)
+        self._collator = make_collator(config, language.pad_token_id, image_cost(model))
+        set_activation_checkpointing(model, policy)
         model.train()
         self._model: nn.Module = model
         self._wrapped: nn.Module = self._accelerator.prepare(model)
@@ -138,71 +151,79 @@ class _Steps:
             autocast = self._accelerator.autocast()
             prepare_packing(model, config.train.packing, precision, device, autocast)
         self._optimizer = build_optimizer(named_parts(model), config.optim)
-        self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._trainable = [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def batches(self, number: int) -> list[Batch]:
-        """The micro-batches of a step; beyond the run's last it begins anew."""
-        records = self._plan.records_of_step(number % self._plan.total_steps)
-        collator = self._plan.collator
-        chunks = micro_batches_of_rank(collator, self._data, records, world_size=1, rank=0)
-        return next(load_steps(self._data, [chunks], collator=collator, num_workers=0))
+    def batches(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step; a short data set repeats in further epochs."""
+        indices = self._sampler.step_indices(step)
+        micro_batches = micro_batches_of_rank(
+            self._collator, self._records, indices, world_size=1, rank=0
+        )
+        loader = load_steps(self._records, [micro_batches], collator=self._collator, num_workers=0)
+        return next(loader)
 
-    def take(self, number: int) -> None:
-        """One step in full."""
-        self._update(self.batches(number))
-
-    def timed(self, number: int) -> float:
-        """Seconds of one step, without loading its records."""
-        batches = self.batches(number)
-        self._wait()
+    def run(self, step: int) -> float:
+        """Run one step; return its seconds without the time to load its records."""
+        batches = self.batches(step)
+        self._synchronize()
         start = time.perf_counter()
         self._update(batches)
-        self._wait()
+        self._synchronize()
         return time.perf_counter() - start
 
-    def bytes_of(self, number: int) -> float:
-        """Bytes alive at the peak of one step."""
-        batches = self.batches(number)
+    def peak_bytes(self, step: int) -> float:
+        """Run one step; return the most bytes of tensors that were alive at once."""
+        batches = self.batches(step)
         self._optimizer.zero_grad(set_to_none=True)
         if self._accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self._update(batches)
             return float(torch.cuda.max_memory_allocated())
-        states = (value for kept in self._optimizer.state.values() for value in kept.values())
-        state = [value for value in states if isinstance(value, torch.Tensor)]
-        parameters = (held_tensors("", p) for p in self._model.parameters())
-        weights = [tensor for held in parameters for _, tensor in held]
-        known = [*weights, *self._model.buffers(), *state]
-        pixels = [shown for batch in batches if (shown := _shown(batch)) is not None]
-        live = LiveBytes([*known, *pixels])
+        # A CPU has no such counter. `LiveBytes` counts what is allocated during the step; add what
+        # exists before it: weights (with the quantization state of packed ones), buffers, optimizer
+        # state, and the loaded inputs, of which the prediction counts the largest micro-batch.
+        states = (value for state in self._optimizer.state.values() for value in state.values())
+        weights = (tensor for p in self._model.parameters() for _, tensor in held_tensors("", p))
+        existing = [
+            *weights,
+            *self._model.buffers(),
+            *(value for value in states if isinstance(value, Tensor)),
+        ]
+        inputs = [tensor for batch in batches if (tensor := _image_input(batch)) is not None]
+        live = LiveBytes([*existing, *inputs])
         with live:
             self._update(batches)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in known}
-        return sum(storages.values()) + max((t.nbytes for t in pixels), default=0) + live.peak
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in existing}
+        return sum(storages.values()) + max((t.nbytes for t in inputs), default=0) + live.peak
 
     def _update(self, batches: list[Batch]) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         accumulate_gradient(self._wrapped, batches, self._accelerator)
-        gradient_norm(self._trained, self._max_norm)
+        gradient_norm(self._trainable, self._max_norm)
         self._optimizer.step()
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self._accelerator.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def _shown(batch: Batch) -> torch.Tensor | None:
-    """A batch's images, or their features."""
+def _image_input(batch: Batch) -> Tensor | None:
+    """Return the images of a batch, or their features."""
     return batch.pixel_values if batch.image_features is None else batch.image_features
 
 
 def micro_batch_of(batch: Batch) -> MicroBatch:
-    """Return the shape of a batch, which memory and FLOPs depend on."""
+    """Return the shape of a batch, on which its memory and FLOPs depend."""
     images, (rows, length) = batch.num_images, batch.input_ids.shape
     if batch.segments is None:
         return MicroBatch.padded([length] * rows, targets=batch.num_targets, images=images)
+    # The queries of a segment attend to the keys of its ancestors and its own. Before the causal
+    # mask, these are the pairs of a sequence of all those keys without the pairs of its ancestors,
+    # which count with the ancestors themselves.
     layout = PackedLayout(batch.segments)
-    pairs = zip(layout.num_keys, layout.lengths, strict=True)
-    attended = sum(keys**2 - (keys - own) ** 2 for keys, own in pairs)
+    pairs = sum(
+        keys**2 - (keys - length_of_segment) ** 2
+        for keys, length_of_segment in zip(layout.num_keys, layout.lengths, strict=True)
+    )
     records = len(batch.record_ids)
-    return MicroBatch(1, length, batch.num_targets, images, records, attended)
+    return MicroBatch(1, length, batch.num_targets, images, records, pairs)

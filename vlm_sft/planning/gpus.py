@@ -1,4 +1,4 @@
-"""What is known of GPUs by name, and where each figure comes from."""
+"""Memory, FLOP/s and bandwidth of known GPUs, with the source of each figure."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -8,35 +8,36 @@ from vlm_sft.errors import UserError
 GIB: Final = 2**30
 
 CUDA_OVERHEAD: Final = int(0.8 * GIB)
-"""Of a process for the driver's context, cuBLAS workspaces and NCCL; assumed."""
+"""Bytes per rank for the CUDA context, cuBLAS workspaces and NCCL buffers; assumed."""
 
 FRAGMENTATION: Final = 0.03
-"""Share of the allocated bytes that lie idle between them; assumed."""
+"""Memory lost to fragmentation in the caching allocator, as a share of the allocated bytes;
+assumed."""
 
 MATMUL_SHARE: Final = 0.8
-"""Of a datasheet's FLOP/s that large matrix products reach: measured on an H200 (790 of 989
-TFLOP/s, bf16, 8192 cubed), assumed for every other GPU."""
+"""Share of the datasheet's dense FLOP/s that large matrix products reach. Measured on an H200 (790
+of 989 TFLOP/s, bf16, 8192 x 8192 x 8192), assumed for every other GPU."""
 
 ASSUMED_EFFICIENCY: Final = 0.5
-"""Share of the matrix products' rate that a training step reaches; assumed. Good loops on Hopper
-reach 33 to 43 % of the datasheet's figure, which is 41 to 54 % of this one."""
+"""Share of the matrix-product rate that a training step reaches; assumed. Well-tuned training loops
+on Hopper reach an MFU of 33 to 43 % of the datasheet's figure, which is 41 to 54 % of this rate."""
 
 Source = Literal["datasheet", "measured"]
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator.
+    """One accelerator, or the CPU of this machine.
 
     Attributes:
-        name: As `--gpu` takes it.
-        memory: Bytes that one process can use.
-        flops: Of large dense 16-bit matrix products with 32-bit sums, FLOP/s.
-        flops_source: Measured, or `MATMUL_SHARE` of the datasheet's figure.
-        bandwidth: Of its memory, bytes/s.
-        link: To its neighbors, bytes/s in one direction; 0 where there are none.
-        is_cpu: This machine's processor.
-        note: What a user must know about it.
+        name: The name that `--gpu` takes.
+        memory: Bytes that one process can allocate.
+        flops: FLOP/s of large dense 16-bit matrix products with 32-bit accumulation.
+        bandwidth: Bytes/s of the device memory.
+        link: Bytes/s to other GPUs in one direction; 0 if there is no link.
+        flops_source: Whether `flops` was measured, or is `MATMUL_SHARE` of the datasheet's figure.
+        is_cpu: Whether this is the CPU of this machine.
+        note: A remark for the user; empty if there is none.
     """
 
     name: str
@@ -52,16 +53,20 @@ class Device:
 def _gpu(
     name: str, gib: float, tflops: float, gbytes: float, link: float, note: str = ""
 ) -> Device:
+    """Build a device from its datasheet: GiB, dense TFLOP/s, GB/s, GB/s in one direction."""
     flops = MATMUL_SHARE * tflops * 1e12
     return Device(name, int(gib * GIB), flops, gbytes * 1e9, link * 1e9, note=note)
 
 
-_NO_BF16: Final = "has no bf16; train.precision: fp16 is needed, and its FLOP/s are meant"
+_NO_BF16: Final = "has no bf16; use train.precision: fp16, which its FLOP/s here are for"
 
+# Memory is what the driver reports as usable, not the nominal size. TFLOP/s are the datasheet's
+# dense (not sparse) tensor-core figures in bf16 or fp16 with fp32 accumulation: on GeForce cards
+# (5090, 4090, 3090) half of the fp16-accumulation figure that is usually quoted. Links: NVLink
+# where the card has it, otherwise PCIe x16.
 GPUS: Final = {
     gpu.name: gpu
     for gpu in (
-        # usable GiB as drivers report them; dense TFLOP/s, GB/s, GB/s a direction: datasheets
         _gpu("b200", 178, 2250, 8000, 900),
         Device("h200", 139 * GIB, 790e12, 4800e9, 450e9, "measured"),
         _gpu("h100-80", 79, 989, 3350, 450),
@@ -80,10 +85,10 @@ GPUS: Final = {
 
 
 def require_known(name: str | None) -> None:
-    """Refuse a GPU that is not in the table; None and `cpu` mean this machine.
+    """Check the value of `--gpu`; None and `cpu` mean this machine.
 
     Raises:
-        UserError: Lists the known names.
+        UserError: If the name is not in `GPUS`; the message lists the known names.
     """
     if name not in (None, "cpu", *GPUS):
         raise UserError(f"--gpu {name}: not known; expected cpu or one of {', '.join(GPUS)}")

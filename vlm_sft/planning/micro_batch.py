@@ -1,20 +1,21 @@
-"""The shape of what goes through the model at once: all that memory and FLOPs depend on."""
+"""The shape of one micro-batch, which determines its memory and FLOPs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded records, or one pack of them.
+    """The shape of a padded micro-batch, or of one packed row.
 
     Attributes:
-        rows: Rows of the batch; 1 for a pack.
-        length: Tokens a row, image tokens and padding included.
+        rows: Number of rows; 1 if records are packed.
+        length: Tokens per row, including image tokens and padding.
         targets: Supervised tokens of all rows.
         images: Images of all rows.
         records: Records of all rows.
-        attended: Sum over the sequences that attend to themselves of their length squared; padded
-            rows attend in full.
+        attention_pairs: Query-key pairs before the causal mask, which halves them: the sum of the
+            squared lengths of the sequences that attend within themselves. A padded row counts
+            with its padded length.
     """
 
     rows: int
@@ -22,15 +23,15 @@ class MicroBatch:
     targets: int
     images: int
     records: int
-    attended: int
+    attention_pairs: int
 
     @property
     def tokens(self) -> int:
-        """Positions, padding included."""
+        """Tokens of all rows, including padding."""
         return self.rows * self.length
 
     @staticmethod
     def padded(lengths: list[int], *, targets: int, images: int) -> "MicroBatch":
-        """Records of these lengths, each padded to the longest."""
+        """Return the shape of records of these lengths, each padded to the longest."""
         rows, longest = len(lengths), max(lengths)
         return MicroBatch(rows, longest, targets, images, rows, rows * longest**2)

@@ -1,4 +1,4 @@
-"""The plan in words: the data, memory by part, ways to train, and what each figure rests on."""
+"""The plan as text and as JSON: the data, memory by part, training options, and assumptions."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,307 +8,269 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_sft.config.method import Method
-from vlm_sft.model.activation_checkpointing import Policy
 from vlm_sft.planning.calibrate import Calibration
-from vlm_sft.planning.estimate import Memory, Speed
+from vlm_sft.planning.data_stats import DataStats, FileStats
 from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GIB, MATMUL_SHARE, Device
-from vlm_sft.planning.micro_batch import MicroBatch
-from vlm_sft.planning.workload import Survey, Workload
+from vlm_sft.planning.planner import TrainingOption
+from vlm_sft.planning.step_stats import StepStats
 from vlm_sft.utils.console import Console
 from vlm_sft.utils.progress import format_seconds
 
-NAMES: Final[dict[Method, str]] = {
+METHOD_NAMES: Final[dict[Method, str]] = {
     "stage1": "stage 1 (projector)",
     "lora": "stage 2, LoRA",
     "qlora": "stage 2, QLoRA",
-    "full": "stage 2, full",
+    "full": "stage 2, full fine-tuning",
 }
 
-_WAY_COLUMNS: Final = (
-    "way of training",
-    "checkpointing",
-    "size",
-    "fits",
-    "largest",
-    "TFLOP a sample",
-    "samples/s",
-    "of peak",
-    "time",
-    "held up by",
-)
-_OF_WORDS: Final = ("way of training", "checkpointing", "fits", "held up by")
-
-_PARTS: Final = {
-    "vision_tower": "weights: tower",
+_WEIGHT_ROWS: Final = {
+    "vision_tower": "weights: vision tower",
     "projector": "weights: projector",
     "language_model": "weights: language model",
     "adapter": "weights: adapters",
 }
 
-_BYTES: Final = {
+_MEMORY_ROWS: Final = {
     "gradients": "gradients",
     "optimizer": "optimizer state",
-    "cast_weights": "trained weights in 16 bits",
-    "activations": "activations of the layers",
+    "cast_weights": "16-bit copies of trainable weights",
+    "activations": "activations of the decoder layers",
     "loss": "logits and loss",
     "images": "images and projector",
-    "passing": "passing tensors",
-    "exchange": "exchange between processes",
-    "overhead": "driver and idle (assumed)",
+    "transient": "transient tensors",
+    "communication": "communication buffers",
+    "overhead": "CUDA context, fragmentation (assumed)",
 }
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to train, planned.
-
-    Attributes:
-        method: What learns.
-        policy: What is recomputed.
-        configured: Whether the configuration asks for it.
-        memory: Of one process at the run's largest micro-batch.
-        fits: Whether the device has room for it.
-        largest_micro_batch: Padded records of the longest length that fit, at most 1,024; 0: none;
-            None: not asked, or records are packed.
-        largest_pack: Where they are: `max_tokens` that fit, likewise at most 262,144.
-        speed: In time.
-    """
-
-    method: Method
-    policy: Policy
-    configured: bool
-    memory: Memory
-    fits: bool
-    speed: Speed
-    largest_micro_batch: int | None = None
-    largest_pack: int | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values; bytes as whole numbers."""
-        memory = asdict(self.memory)
-        weights = {key: round(value) for key, value in memory.pop("weights").items()}
-        memory = {"weights": weights, **{key: round(value) for key, value in memory.items()}}
-        told = {**memory, "allocated": round(self.memory.allocated)}
-        return {**asdict(self), "memory": {**told, "total": round(self.memory.total)}}
-
-
-@dataclass(frozen=True)
 class PlanReport:
-    """All that `python -m vlm_sft.plan` found.
+    """Everything that `python -m vlm_sft.plan` found.
 
     Attributes:
         config: Path of the configuration.
-        device: What the run is planned for.
-        gpus: How many of it.
-        efficiency: Share of its FLOP/s that a step reaches.
-        survey: The data.
-        work: The run's micro-batches.
-        images_per_cpu_second: Measured here; None: no image could be opened.
-        policies: The configured method under every policy.
-        ways: Every method under its best policy.
-        unplanned: Sentences on what the configuration asks for and the plan does not know.
-        calibration: A few real steps, if they were asked for.
+        device: The device that the run is planned for.
+        gpus: Number of these devices.
+        efficiency: Share of the device's FLOP/s that a step reaches.
+        data: The training records.
+        steps: The run's micro-batches.
+        images_per_cpu_second: Measured on this machine; None if images are not loaded or none could
+            be read.
+        by_policy: The configured method under every activation checkpointing policy.
+        by_method: Every method, sized.
+        unsupported: Sentences about configured settings that the plan does not consider.
+        calibration: Comparison with real steps, if it was requested.
     """
 
     config: str
     device: Device
     gpus: int
     efficiency: float
-    survey: Survey
-    work: Workload
+    data: DataStats
+    steps: StepStats
     images_per_cpu_second: float | None
-    policies: Sequence[Way]
-    ways: Sequence[Way]
-    unplanned: Sequence[str] = ()
+    by_policy: Sequence[TrainingOption]
+    by_method: Sequence[TrainingOption]
+    unsupported: Sequence[str] = ()
     calibration: Calibration | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The whole plan as one object of plain values."""
-        found = self.survey
+        """Return the plan as one object of plain values."""
+        data, steps = self.data, self.steps
         return {
             "config": self.config,
             "device": {**asdict(self.device), "gpus": self.gpus, "efficiency": self.efficiency},
             "data": {
-                "files": [_file_json(file) for file in found.files],
-                "every_record_read": found.is_whole,
-                "relative_error_of_mean_length": found.error_of_mean(),
-                "records_per_epoch": found.records_per_epoch,
-                "mean_tokens": found.mean("lengths"),
-                "mean_targets": found.mean("targets"),
-                "mean_images": found.mean("images"),
-                "longest": found.longest(),
+                "files": [_file_json(file) for file in data.files],
+                "every_record_tokenized": data.is_complete,
+                "relative_error_of_mean_length": data.mean_length_error(),
+                "records_per_epoch": data.records_per_epoch,
+                "mean_tokens": data.mean("lengths"),
+                "mean_targets": data.mean("targets"),
+                "mean_images": data.mean("images"),
+                "longest": data.longest(),
                 "images_per_cpu_second": self.images_per_cpu_second,
             },
             "run": {
-                "steps": self.work.steps,
-                "records": self.work.records,
-                "micro_batches_a_step": self.work.micro_batches_a_step,
-                "largest_micro_batch": asdict(self.work.largest),
-                "padding": None if self.work.packing else self.padding,
-                "packing": asdict(self.work.packing) if self.work.packing else None,
+                "steps": steps.num_steps,
+                "records": steps.num_records,
+                "micro_batches_per_step": steps.micro_batches_per_step,
+                "largest_micro_batch": asdict(steps.largest),
+                "padding": None if steps.packing else self.padding,
+                "packing": asdict(steps.packing) if steps.packing else None,
             },
-            "memory_by_policy": [way.as_json() for way in self.policies],
-            "ways": [way.as_json() for way in self.ways],
+            "by_policy": [option.as_json() for option in self.by_policy],
+            "by_method": [option.as_json() for option in self.by_method],
             "calibration": None if self.calibration is None else self.calibration.as_json(),
             "notes": self.notes(),
         }
 
     @property
     def padding(self) -> float:
-        """Positions of all micro-batches / tokens of their records."""
-        tokens = self.work.total("records") * self.work.mean_length
-        return self.work.total("tokens") / tokens
+        """Tokens of all micro-batches including padding, divided by those of their records."""
+        tokens = self.steps.total("records") * self.steps.mean_length
+        return self.steps.total("tokens") / tokens
 
     def print(self, console: Console) -> None:
-        """The plan as tables and lines."""
-        for line in (self._data_line(), self._run_line(), *self._left_out()):
+        """Print the plan as lines and tables."""
+        for line in (self._data_line(), self._run_line(), *self._skipped_lines()):
             console.print(escape(line), soft_wrap=True)
         console.print(self._memory_table())
-        console.print(self._ways_table())
+        console.print(self._options_table())
         if self.calibration is not None:
             console.print(self.calibration.table())
         for note in self.notes():
             console.print(escape(f"- {note}"), soft_wrap=True)
 
-    def notes(self) -> list[str]:
-        """What each figure rests on: measured, a datasheet's, or assumed."""
-        device = self.device
-        rate = f"{device.flops / 1e12:,.4g} TFLOP/s of matrix products"
-        basis = (
-            "measured"
-            if device.flops_source == "measured"
-            else f"{MATMUL_SHARE:.0%} (assumed) of the datasheet's figure"
-        )
-        told = "assumed" if self.efficiency == ASSUMED_EFFICIENCY else "given"
-        told = told if self.calibration is None else "measured"
-        notes = [
-            f"{device.name}: {device.memory / GIB:.1f} GiB, {rate} ({basis}), of which a step "
-            f"reaches {self.efficiency:.0%} ({told}"
-            + ("; --calibrate on the machine itself measures it)" if told == "assumed" else ")"),
-            "bytes and FLOPs: counted on the model's own code with tensors that have no values; "
-            "weights in 4 bits, exchange, driver and idle memory: formulas",
-        ]
-        notes += [f"{device.name}: {device.note}"] if device.note else []
-        if self.images_per_cpu_second:
-            rate = f"{self.images_per_cpu_second:,.0f} images a second on one core"
-            notes.append(f"image loading: {rate}, measured on this machine with this data")
-        else:
-            notes.append("image loading: not counted (features are kept, or none could be opened)")
-        if self.work.packing and self.work.packing.saved and not self.survey.is_whole:
-            notes.append(
-                "shared prefixes: found in a sample, where fewer records of one image meet than "
-                "in the run, which therefore saves more; --sample 0 reads all records"
-            )
-        notes += self.unplanned
-        if self.work.micro_batches_a_step == 1:
-            notes.append(
-                "a step is one micro-batch: its gradients come while its activations go, and the "
-                "table has what they add to the peak"
-            )
-        return notes
-
     def _data_line(self) -> str:
-        found = self.survey
-        error = (
-            "every record read"
-            if found.is_whole
-            else f"a sample; mean length within {found.error_of_mean():.1%} (95 %)"
+        data = self.data
+        basis = (
+            "every record tokenized"
+            if data.is_complete
+            else f"a sample; mean length within {data.mean_length_error():.1%} (95 %)"
         )
         return (
-            f"data: {found.records_per_epoch:,.0f} records an epoch ({error}); mean "
-            f"{found.mean('lengths'):,.0f} tokens, {found.mean('targets'):,.0f} supervised, "
-            f"{found.mean('images'):.2f} images; longest {found.longest():,}"
+            f"data: {data.records_per_epoch:,.0f} records per epoch ({basis}); mean "
+            f"{data.mean('lengths'):,.0f} tokens, {data.mean('targets'):,.0f} supervised, "
+            f"{data.mean('images'):.2f} images; longest {data.longest():,}"
         )
 
     def _run_line(self) -> str:
-        largest = self.work.largest
+        steps, largest = self.steps, self.steps.largest
+        if steps.packing is None:
+            filling = f"{1 - 1 / self.padding:.1%} of all tokens are padding"
+        else:
+            filling = (
+                f"packed rows are {steps.packing.filled:.0%} full, shared image prefixes save "
+                f"{steps.packing.saved:.1%} of all tokens"
+            )
         return (
-            f"run: {self.work.steps:,} steps, {self.work.micro_batches_a_step} micro-batch(es) a "
-            f"step and process; largest {_shape(largest)}; {self._filling()}; on {self.gpus} x "
-            f"{self.device.name}"
+            f"run: {steps.num_steps:,} steps, {steps.micro_batches_per_step} micro-batch(es) per "
+            f"step and rank; largest {largest.rows} x {largest.length:,} tokens with "
+            f"{largest.images} image(s); {filling}; on {self.gpus} x {self.device.name}"
         )
 
-    def _filling(self) -> str:
-        if self.work.packing is None:
-            return f"padding takes {1 - 1 / self.padding:.1%} of all positions"
-        return (
-            f"packs {self.work.packing.filled:.0%} filled, shared prefixes save "
-            f"{self.work.packing.saved:.1%} of all tokens"
-        )
-
-    def _left_out(self) -> list[str]:
+    def _skipped_lines(self) -> list[str]:
         return [
-            f"{file.path}: of {file.looked_at:,} records looked at, {count:,} would be left out or "
-            f"stop the run ({reason}); see python -m vlm_sft.check"
-            for file in self.survey.files
-            for reason, count in sorted(file.left_out.items())
+            f"{file.path}: {count:,} of {file.num_tokenized:,} tokenized records would be skipped "
+            f"or stop the run ({reason}); see python -m vlm_sft.check"
+            for file in self.data.files
+            for reason, count in sorted(file.skipped.items())
         ]
 
     def _memory_table(self) -> Table:
-        size = _size_in(max(way.memory.total for way in self.policies))
-        title = f"memory of one process in {size.unit}: {NAMES[self.policies[0].method]}"
+        options = self.by_policy
+        size = _unit_for(max(option.memory.total for option in options))
+        title = f"memory per rank in {size.unit}: {METHOD_NAMES[options[0].method]}"
         table = Table(title=title, title_justify="left")
         table.add_column("activation checkpointing")
-        for way in self.policies:
-            table.add_column(("> " if way.configured else "") + way.policy, justify="right")
-        for part, name in _PARTS.items():
-            if self.policies[0].memory.weights[part]:
-                table.add_row(name, *(size(way.memory.weights[part]) for way in self.policies))
-        for part, name in _BYTES.items():
-            values = [getattr(way.memory, part) for way in self.policies]
+        for option in options:
+            table.add_column(_mark(option) + option.policy, justify="right")
+        for part, name in _WEIGHT_ROWS.items():
+            if options[0].memory.weights[part]:
+                table.add_row(name, *(size(option.memory.weights[part]) for option in options))
+        for part, name in _MEMORY_ROWS.items():
+            values = [getattr(option.memory, part) for option in options]
             if any(values):
                 table.add_row(name, *map(size, values))
         table.add_section()
-        table.add_row("allocated", *(size(way.memory.allocated) for way in self.policies))
-        verdicts = ["" if way.fits else " !" for way in self.policies]
-        totals = [size(way.memory.total) for way in self.policies]
-        table.add_row("total", *(t + v for t, v in zip(totals, verdicts, strict=True)))
-        speeds = [f"{way.speed.samples_per_second:,.1f}" for way in self.policies]
-        table.add_row("samples/s", *speeds)
-        table.caption = "> taken; ! does not fit"
+        table.add_row("allocated", *(size(option.memory.allocated) for option in options))
+        table.add_row("total", *(size(o.memory.total) + ("" if o.fits else " !") for o in options))
+        table.add_row("samples/s", *(f"{o.speed.samples_per_second:,.1f}" for o in options))
+        table.caption = "> selected; ! does not fit"
         return table
 
-    def _ways_table(self) -> Table:
-        table = Table(title="ways of training", title_justify="left")
-        size = _size_in(max(way.memory.total for way in self.ways))
-        for column in (size.unit if name == "size" else name for name in _WAY_COLUMNS):
-            table.add_column(column, justify="left" if column in _OF_WORDS else "right")
-        for way in self.ways:
-            speed = way.speed
+    def _options_table(self) -> Table:
+        table = Table(title="training options", title_justify="left")
+        size = _unit_for(max(option.memory.total for option in self.by_method))
+        table.add_column("method")
+        table.add_column("checkpointing")
+        table.add_column(size.unit, justify="right")
+        table.add_column("fits")
+        for column in ("largest", "TFLOP/sample", "samples/s", "MFU", "time"):
+            table.add_column(column, justify="right")
+        table.add_column("bottleneck")
+        for option in self.by_method:
+            speed = option.speed
+            largest = option.largest_micro_batch or option.largest_packed_row
             table.add_row(
-                ("> " if way.configured else "") + NAMES[way.method],
-                way.policy,
-                size(way.memory.total),
-                "yes" if way.fits else "no",
-                _largest(way),
+                _mark(option) + METHOD_NAMES[option.method],
+                option.policy,
+                size(option.memory.total),
+                "yes" if option.fits else "no",
+                f"{largest:,}" if largest else "none",
                 f"{speed.teraflop_per_sample:.4g}",
                 f"{speed.samples_per_second:,.1f}",
                 f"{speed.utilization:.0%}",
                 format_seconds(speed.hours * 3600),
                 speed.bottleneck,
             )
-        what = "tokens of a pack" if self.work.packing else "records of the longest length"
-        table.caption = f"largest: {what} that fit into one micro-batch"
+        what = "packed row in tokens" if self.steps.packing else "micro-batch of longest records"
+        table.caption = f"largest: {what} that fits; MFU: share of the matrix-product rate"
         return table
 
+    def notes(self) -> list[str]:
+        """Return what the figures are based on: measurements, datasheets or assumptions."""
+        device = self.device
+        source = (
+            "measured"
+            if device.flops_source == "measured"
+            else f"{MATMUL_SHARE:.0%} (assumed) of the datasheet's figure"
+        )
+        if self.calibration is not None:
+            efficiency = "measured"
+        elif self.efficiency == ASSUMED_EFFICIENCY:
+            efficiency = "assumed; --calibrate on that machine measures it"
+        else:
+            efficiency = "given"
+        notes = [
+            f"{device.name}: {device.memory / GIB:.1f} GiB, {device.flops / 1e12:,.4g} TFLOP/s of "
+            f"matrix products ({source}), of which a step reaches {self.efficiency:.0%} "
+            f"({efficiency})",
+            "memory and FLOPs: counted by running the model's own code on tensors without values; "
+            "4-bit weights, communication buffers, CUDA context and fragmentation: formulas",
+        ]
+        if device.note:
+            notes.append(f"{device.name}: {device.note}")
+        if self.images_per_cpu_second:
+            rate = f"{self.images_per_cpu_second:,.0f} images per second and core"
+            notes.append(f"image loading: {rate}, measured on this machine with this data")
+        else:
+            notes.append(
+                "image loading: not considered (features are cached, or no image could be read)"
+            )
+        packing = self.steps.packing
+        if packing and packing.saved and not self.data.is_complete:
+            notes.append(
+                "shared image prefixes: found in a sample, in which fewer records share an image "
+                "than in the run, which will therefore save more; --sample 0 tokenizes all records"
+            )
+        notes += self.unsupported
+        if self.steps.micro_batches_per_step == 1:
+            notes.append(
+                "a step has one micro-batch, whose gradients are allocated while its activations "
+                "are freed; the table shows what they add to the peak"
+            )
+        return notes
 
-def _file_json(file: Any) -> dict[str, Any]:
-    counts = {"path": file.path, "records": file.records, "looked_at": file.looked_at}
-    return {**counts, "would_train_on": len(file.lengths), "left_out": dict(file.left_out)}
+
+def _file_json(file: FileStats) -> dict[str, Any]:
+    return {
+        "path": file.path,
+        "records": file.num_records,
+        "tokenized": file.num_tokenized,
+        "usable": len(file.lengths),
+        "skipped": dict(file.skipped),
+    }
 
 
-def _largest(way: Way) -> str:
-    found = way.largest_micro_batch or way.largest_pack
-    return f"{found:,}" if found else "none"
-
-
-def _shape(batch: MicroBatch) -> str:
-    return f"{batch.rows} x {batch.length:,} tokens with {batch.images} image(s)"
+def _mark(option: TrainingOption) -> str:
+    return "> " if option.configured else ""
 
 
 @dataclass(frozen=True)
-class _Size:
-    """Bytes in one unit."""
+class _Unit:
+    """A unit of memory; calling it formats a number of bytes."""
 
     unit: str
     factor: int
@@ -318,6 +280,6 @@ class _Size:
         return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-def _size_in(largest: float) -> _Size:
-    """The unit for bytes of which the largest are so many."""
-    return _Size("GiB", GIB) if largest >= GIB / 2 else _Size("MiB", 2**20)
+def _unit_for(largest: float) -> _Unit:
+    """Return GiB or MiB, whichever suits a table whose largest entry is `largest` bytes."""
+    return _Unit("GiB", GIB) if largest >= GIB / 2 else _Unit("MiB", 2**20)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from vlm_sft.errors import UserError
-from vlm_sft.model.activation_checkpointing import POLICIES, Policy
+from vlm_sft.model.activation_checkpointing import POLICIES, CheckpointPolicy
 from vlm_sft.train.distributed import rank0_only, total
 from vlm_sft.train.live_bytes import LiveBytes, NoRoom
 from vlm_sft.utils.atomic_files import write_json
@@ -39,7 +39,7 @@ class Trial:
         room_bytes: What may be taken: free memory less `MARGIN`, in the process with the least.
     """
 
-    policy: Policy
+    policy: CheckpointPolicy
     peak_bytes: int | None
     room_bytes: int
 
@@ -64,7 +64,7 @@ class Choice:
         basis: What the measurement rests on; another device or batch asks for another one.
     """
 
-    policy: Policy
+    policy: CheckpointPolicy
     trials: tuple[Trial, ...]
     basis: Mapping[str, Any]
 
@@ -122,11 +122,11 @@ def settle(
 
 def measure(
     step: Callable[[], None],
-    set_policy: Callable[[Policy], None],
+    set_policy: Callable[[CheckpointPolicy], None],
     model: nn.Module,
     accelerator: Accelerator,
     *,
-    policies: Sequence[Policy] = POLICIES,
+    policies: Sequence[CheckpointPolicy] = POLICIES,
     later_bytes: int,
 ) -> tuple[Trial, ...]:
     """Run `step` under one policy after the other until one fits in every process.

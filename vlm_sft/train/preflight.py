@@ -16,7 +16,7 @@ from vlm_sft.checkpoint.folders import (
 from vlm_sft.checkpoint.format import step_name, verify
 from vlm_sft.checkpoint.snapshot import Component
 from vlm_sft.errors import CheckpointError, UserError
-from vlm_sft.model.quantization import num_weights, number_format
+from vlm_sft.model.quantization import dtype_name, num_weights
 from vlm_sft.train.optimizer import NamedParameters
 from vlm_sft.utils.console import Console
 from vlm_sft.utils.dtensor import full_tensor, local_tensor
@@ -42,7 +42,7 @@ def parts_rows(parts: Parts, rates: Mapping[str, float]) -> list[dict[str, str]]
         if not named:
             continue
         learns = is_trainable(named)
-        dtypes = sorted({number_format(p) for _, p in named})
+        dtypes = sorted({dtype_name(p) for _, p in named})
         values = (
             part,
             "trainable" if learns else "frozen",

@@ -30,7 +30,7 @@ from vlm_sft.data.loader import (
     micro_batches_of_rank,
 )
 from vlm_sft.errors import UserError
-from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.fp8 import use_fp8
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -326,7 +326,7 @@ class Trainer:
     def _settle_activations(self) -> None:
         """Keep what the configuration says to keep for the backward pass, or what fits."""
         model, asked = cast(VisionLanguageModel, self.model), self.plan.train
-        policy: Policy | Literal["auto"] = asked.activation_checkpointing
+        policy: CheckpointPolicy | Literal["auto"] = asked.activation_checkpointing
         if policy == "auto" and self._sharded:
             policy = "full"  # one process out of memory would leave the others waiting for it
             if self.accelerator.is_main_process:
@@ -357,7 +357,7 @@ class Trainer:
                 self.accelerator,
                 say=self.store.log,
             ).policy
-        set_recomputing(model, policy)
+        set_activation_checkpointing(model, policy)
 
     def _measured(self, indices: Sequence[int], several: bool) -> tuple[Trial, ...]:
         """Steps of these records under one policy after the other, until one fits."""
@@ -381,7 +381,7 @@ class Trainer:
         with eager(uncounted), compile_faults_told(self.plan.train.compile):
             return measure(
                 step,
-                lambda policy: set_recomputing(model, policy),
+                lambda policy: set_activation_checkpointing(model, policy),
                 self.model,
                 self.accelerator,
                 later_bytes=0 if self.optimizer.state else optimizer_state_bytes(self.optimizer),

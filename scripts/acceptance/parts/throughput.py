@@ -24,7 +24,7 @@ from acceptance.trainer import trainer_rate
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.batch import Batch, Collator, PackedCollator, PaddedCollator
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
-from vlm_sft.model.activation_checkpointing import Policy, set_recomputing
+from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.costs import image_cost
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -46,7 +46,7 @@ MFU_MODE = {"stage1": "stage1", "lora": "lora", "qlora": "lora", "full": "full"}
 class Bench:
     """One model with its optimizer, trained for a few steps on batches that are in memory."""
 
-    def __init__(self, job: Job, method: Method, policy: Policy, **train: Any) -> None:
+    def __init__(self, job: Job, method: Method, policy: CheckpointPolicy, **train: Any) -> None:
         self.job, self.method, self.policy = job, method, policy
         self.size = size_of(job.tiny)
         self.pack = 2048 if job.tiny else 16_384
@@ -55,7 +55,7 @@ class Bench:
         forget(self.device)
         self.accelerator = make_accelerator("bf16")
         self.model: VisionLanguageModel = make_model(self.config, method, self.device)
-        set_recomputing(self.model, policy)
+        set_activation_checkpointing(self.model, policy)
         assert self.config.train.packing is not None
         self.backend = prepare_packing(
             self.model,
@@ -187,7 +187,7 @@ def stage1(job: Job) -> None:
 
 def full(job: Job) -> None:
     """Measure full fine-tuning with the least recomputation that fits."""
-    policies: tuple[Policy, ...] = ("selective", "full")
+    policies: tuple[CheckpointPolicy, ...] = ("selective", "full")
     for policy in policies:
         try:
             bench, batch = Bench(job, "full", policy), 2 if job.tiny else 32

@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils import checkpoint
 
 from tests.model.tiny import GEMMA2, LLAMA, batch_of, images, rows, tiny_model
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model import activation_checkpointing as recompute
-from vlm_sft.model.activation_checkpointing import POLICIES, Policy, set_recomputing
+from vlm_sft.model.activation_checkpointing import (
+    POLICIES,
+    CheckpointPolicy,
+    set_activation_checkpointing,
+)
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
 from vlm_sft.train.live_bytes import LiveBytes
@@ -30,11 +34,11 @@ BATCHES = [
 ]
 
 
-def learning(stage: str, policy: Policy, **tree: Any) -> VisionLanguageModel:
+def learning(stage: str, policy: CheckpointPolicy, **tree: Any) -> VisionLanguageModel:
     lora, trainable = STAGES[stage]
     model = tiny_model(lora=lora, language_model={**LLAMA, **tree})
     set_trainable(model, trainable)
-    set_recomputing(model, policy)
+    set_activation_checkpointing(model, policy)
     return model.train()
 
 
@@ -74,7 +78,7 @@ def test_the_policy_can_be_changed_and_taken_back() -> None:
     model = learning("stage 1", "none")
     kept = []
     for policy in ("none", "full", "none"):
-        set_recomputing(model, policy)
+        set_activation_checkpointing(model, policy)
         kept.append(sum(saved_by(lambda: model(BATCHES[0])).values()))
     assert kept[0] == kept[2] > kept[1]
 
@@ -139,8 +143,8 @@ def test_a_frozen_llama_layer_saves_what_its_norms_rotation_attention_and_gate_n
 def test_selective_keeps_products_and_attention_but_not_what_is_cheap(
     operation: Any, shapes: list[tuple[int, ...]], kept: bool
 ) -> None:
-    decided = recompute._keep_the_costly(None, operation, *map(torch.empty, shapes))
-    assert (decided is CheckpointPolicy.MUST_SAVE) == kept
+    decided = recompute._selective_policy(None, operation, *map(torch.empty, shapes))
+    assert (decided is checkpoint.CheckpointPolicy.MUST_SAVE) == kept
 
 
 def test_other_families_recompute_too() -> None:
@@ -148,7 +152,7 @@ def test_other_families_recompute_too() -> None:
     for policy in POLICIES:
         model = tiny_model(language_model=GEMMA2)
         set_trainable(model, {"projector"})
-        set_recomputing(model, policy)
+        set_activation_checkpointing(model, policy)
         model.train()(BATCHES[0]).loss_sum.backward()
         found.append([p.grad for p in model.multi_modal_projector.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
@@ -158,4 +162,4 @@ def test_a_model_that_cannot_recompute_is_refused_by_name(monkeypatch: pytest.Mo
     model = tiny_model()
     monkeypatch.setattr(causal_lm(model.language_model), "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match="LlamaForCausalLM has no support for full"):
-        set_recomputing(model, "full")
+        set_activation_checkpointing(model, "full")

@@ -1,0 +1,163 @@
+"""Read model configurations from files on this machine; nothing is downloaded.
+
+Planning needs the shapes of a model and not its weights, so the `name` of a run's configuration is
+replaced by the model configuration found in a folder or in the hub's local cache.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, PretrainedConfig
+
+from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig, means_folder
+from vlm_sft.errors import UserError
+from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
+from vlm_sft.utils.reading import read_json
+
+_TOWER: Final = "model.vision_tower"
+_LANGUAGE: Final = "model.language_model"
+
+TowerConfig = tuple[dict[str, Any], int | None]
+"""Configuration of a tower in its library's terms, and the image size if that does not state it."""
+
+
+def language_model_config(config: LanguageModelConfig) -> PretrainedConfig:
+    """Return the language model's configuration: given in the run's, of a folder, or cached.
+
+    Raises:
+        UserError: If it is not on this machine, or of an unknown `model_type`.
+    """
+    if config.name is not None:
+        return _local_config(config.name, f"{_LANGUAGE}.name")
+    tree = dict(cast(dict[str, Any], config.config))
+    model_type = tree.pop("model_type", None)
+    if model_type is None:
+        raise UserError(f"{_LANGUAGE}.config: key 'model_type' is missing; add it, e.g. llama")
+    with library_call("transformers", f"{_LANGUAGE}.config", f"build a {model_type} model"):
+        return AutoConfig.for_model(model_type, **copy.deepcopy(tree))
+
+
+def require_local_tokenizer(config: LanguageModelConfig) -> None:
+    """Check that the tokenizer does not have to be downloaded.
+
+    Raises:
+        UserError: If it is neither a folder nor in the local cache.
+    """
+    name = config.tokenizer or config.name
+    assert name is not None
+    if name == "bytes" or means_folder(name) or Path(name).expanduser().is_dir():
+        return  # loading it reports a folder that does not exist
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        raise _not_local(name, _LANGUAGE, "tokenizer", "config.json 'tokenizer*'")
+
+
+def tower_without_weights(config: VisionTowerConfig) -> VisionTowerConfig:
+    """Return the same tower with random weights, its shape read from files on this machine.
+
+    Raises:
+        UserError: If the tower's configuration is not on this machine.
+    """
+    if config.config is not None:
+        return config
+    assert config.name is not None
+    tree, size = _TOWER_CONFIGS[config.library](config.name)
+    changes: dict[str, Any] = {"name": None, "weights": None, "config": tree}
+    if config.image_size is None and size is not None:
+        changes["image_size"] = size
+    return config.model_copy(update=changes)
+
+
+def _transformers_tower(name: str) -> TowerConfig:
+    config = _local_config(name, f"{_TOWER}.name")
+    tree: dict[str, Any] = config.to_dict()
+    if "vision_config" in tree:  # a two-tower model (CLIP, SigLIP): take its vision tower
+        tree = {**config.vision_config.to_dict(), "model_type": config.model_type}
+    if not str(tree["model_type"]).startswith("dinov2"):
+        return tree, None
+    # DINOv2 interpolates its position embeddings, so its `image_size` is that of pretraining (518);
+    # the size at which it is used is stated by the image processor.
+    preprocessing = _local_json(name, "preprocessor_config.json")
+    size: Any = preprocessing.get("crop_size") or preprocessing.get("size")
+    side = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
+    return tree, side
+
+
+def _timm_tower(name: str) -> TowerConfig:
+    if means_folder(name) or Path(name).expanduser().is_dir():
+        saved = _local_json(name, "config.json")
+        if "architecture" not in saved:
+            raise UserError(f"{_TOWER}.name: {name} has no timm config.json with an 'architecture'")
+        model_args = {k: v for k, v in saved.get("model_args", {}).items() if k != "num_classes"}
+        return {"architecture": saved["architecture"], **model_args}, None
+    return {"architecture": _registered(name)}, None
+
+
+def _open_clip_tower(name: str) -> TowerConfig:
+    if name.startswith("local-dir:"):
+        folder = name.removeprefix("local-dir:")
+        saved = _local_json(folder, "open_clip_config.json").get("model_cfg")
+        if saved is None:
+            raise UserError(f"{_TOWER}.name: {folder} has no open_clip_config.json; add it")
+        return saved, None
+    return {"model_name": _registered(name)}, None
+
+
+_TOWER_CONFIGS: Final[Mapping[str, Callable[[str], TowerConfig]]] = {
+    "transformers": _transformers_tower,
+    "timm": _timm_tower,
+    "open_clip": _open_clip_tower,
+}
+
+
+def _registered(name: str) -> str:
+    """Return the name of an architecture that timm or open_clip knows without the hub."""
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        raise UserError(
+            f"{_TOWER}.name: the shape of {name!r} is only known to the hub, and planning "
+            "downloads nothing; give its architecture's name or a local folder instead"
+        )
+    return name
+
+
+def _local_config(name: str, where: str) -> PretrainedConfig:
+    """Return a transformers configuration from a folder or the local cache."""
+    folder = Path(name).expanduser()
+    if means_folder(name) and not folder.is_dir():
+        raise UserError(f"{where}: no such folder {name!r}; give a model folder or a hub name")
+    if folder.is_dir():
+        action = f"read the config.json of {name!r}"
+        with library_call("transformers", where, action), custom_code_refused(where, name):
+            require_plain_folder(folder)
+            return AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+    try:
+        with custom_code_refused(where, name):
+            return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _not_local(name, where, "configuration", "'*.json'") from error
+
+
+def _local_json(name: str, file: str) -> dict[str, Any]:
+    """Return a JSON file of a folder or of the local cache; empty if there is none."""
+    folder = Path(name).expanduser()
+    path: Any = folder / file if folder.is_dir() else try_to_load_from_cache(name, file)
+    try:
+        return cast(dict[str, Any], read_json(Path(path)))
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
+def _not_local(name: str, where: str, what: str, files: str) -> UserError:
+    return UserError(
+        f"{where}: the {what} of {name!r} is not on this machine and planning downloads nothing; "
+        f"fetch these small files with `hf download {name} --include {files}`, or name a local "
+        "folder or a `config:` of the same shape"
+    )
