@@ -15,13 +15,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig
-from vlm_sft.data.conversation import Conversation
+from vlm_sft.data import record_store
+from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.spool import Spool
+from vlm_sft.data.record_store import RecordStore
 from vlm_sft.data.text_encoder import load_tokenizer
-from vlm_sft.data.tokenize import ChatTokenizer
+from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
@@ -378,20 +379,34 @@ def test_a_record_takes_a_few_hundred_bytes_of_memory_however_long_it_is(
     assert kept / 500 < 600
 
 
-# --- the spool
+# --- the record store
 
 
-def test_a_spool_reads_back_from_pickles_and_is_gone_with_its_owner():
-    spool = Spool()
-    refs = [spool.append(data) for data in (b"one", b"", b"three")]
-    spool.flush()
-    copy = pickle.loads(pickle.dumps(spool))
-    assert [copy.read(ref) for ref in refs] == [spool.read(ref) for ref in refs]
-    assert [spool.read(ref) for ref in refs] == [b"one", b"", b"three"]
-    path = Path(spool.path)
+def test_a_store_is_read_by_pickled_copies_and_deleted_with_its_owner(monkeypatch):
+    monkeypatch.setattr(record_store, "BATCH_BYTES", 100)  # several batches
+    turns = (
+        Turn("user", (ImagePart(0), TextPart(" and "), ImagePart(1)), image_separator=None),
+        Turn("assistant", (TextPart("Ünï\u0000"),), supervised=False),
+    )
+    images = (b"PNG", Path(os.fsdecode(b"/a/\xff.png")))
+    records = [Conversation(f"r{i}", turns, images, f"/b/\udcff:{i}") for i in range(20)]
+    store = RecordStore()
+    for number, row in enumerate(records):
+        labels = [IGNORE_INDEX, IMAGE_TOKEN_ID, number][: number % 4]
+        store.append(row, TokenizedRecord([5, IMAGE_TOKEN_ID, number][: number % 4], labels))
+    store.finish()
+    copy = pickle.loads(pickle.dumps(store))
+    for number, row in enumerate(records):
+        for by in (store, copy):
+            assert by.conversation(number) == row and by.where(number) == row.where
+            assert tuple(by.image(number, n) for n in range(2)) == images
+            ids, supervised = by.tokens(number)
+            assert ids.tolist() == [5, IMAGE_TOKEN_ID, number][: number % 4]
+            assert supervised.tolist() == [False, True, True][: number % 4]
+    path = Path(store.path)
     del copy
     assert path.exists()
-    del spool
+    del store
     assert not path.exists()
 
 

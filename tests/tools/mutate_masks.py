@@ -20,8 +20,8 @@ from vlm_sft.utils.progress import track
 
 DATA = "vlm_sft/data/"
 TESTS = (
-    "tests/data/test_masking.py",
-    "tests/data/test_collate.py",
+    "tests/data/test_tokenize.py",
+    "tests/data/test_batch.py",
     "tests/data/test_dataset.py",
     "tests/data/test_golden_masks.py",
     "tests/data/test_mask_properties.py",
@@ -165,8 +165,9 @@ MUTANTS = (
     Mutant(
         "padding is masked by its id, and the stop with it",
         DATA + "batch.py",
-        "        labels=labels,\n",
-        "        labels=labels.masked_fill(input_ids == pad_token_id, IGNORE_INDEX),\n",
+        "    positions, targets, rows = targets_of(labels)\n",
+        "    labels = labels.masked_fill(input_ids == pad_token_id, IGNORE_INDEX)\n"
+        "    positions, targets, rows = targets_of(labels)\n",
     ),
     Mutant(
         "padding is trained",
@@ -183,8 +184,8 @@ MUTANTS = (
     Mutant(
         "images are trained",
         DATA + "dataset.py",
-        "kept.supervised & ~is_image",
-        "kept.supervised | is_image",
+        "supervised & ~is_image",
+        "supervised | is_image",
     ),
     Mutant(
         "labels do not move when images are expanded",

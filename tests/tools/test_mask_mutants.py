@@ -46,7 +46,7 @@ def mutated(monkeypatch: pytest.MonkeyPatch, *mutants: Mutant) -> ModuleType:
 def broken_cases(monkeypatch: pytest.MonkeyPatch, *mutants: Mutant) -> list[str]:
     pair = Pair("chatml", "bytes", "chatml")
     by = mutated(monkeypatch, *mutants).ChatTokenizer.from_name(pair.template, load(pair.tokenizer))
-    monkeypatch.setattr(mask_oracle, "chat tokenizer", lambda _: by)
+    monkeypatch.setattr(mask_oracle, "chat_tokenizer", lambda _: by)
     broken = []
     for name, conversation in CASES.items():
         try:

@@ -21,7 +21,7 @@ from vlm_sft.checkpoint.run_dir import locked
 from vlm_sft.checkpoint.snapshot import tensor_component
 from vlm_sft.checkpoint.store import CheckpointStore, require_space
 from vlm_sft.checkpoint.tensor_files import load_tensors, save_tensors
-from vlm_sft.data.spool import Spool
+from vlm_sft.data.record_store import RecordStore
 from vlm_sft.errors import UserError
 from vlm_sft.export.folder import atomic_folder
 from vlm_sft.train.preflight import rehearse_saving
@@ -256,16 +256,20 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # EFBIG stands for a full disk
 here = Path(sys.argv[1])
 from vlm_sft.utils import atomic_files as atomic
-from vlm_sft.data.spool import Spool
+from vlm_sft.data.record_store import RecordStore
 from vlm_sft.utils.filesystem import naming
+from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.tokenize import TokenizedRecord
 from vlm_sft.checkpoint.tensor_files import save_tensors
 from vlm_sft.train.metrics import MetricsFile
 from data_tools.instruct.appending import SharedLog
-spool = Spool()
+store = RecordStore()
 metrics = MetricsFile(here / "metrics.jsonl", last_step=0)
 log = SharedLog(here / "log.jsonl", b"{")
 text = "x" * 10000
+turns = (Turn("user", (ImagePart(0),)), Turn("assistant", (TextPart("a"),)))
+big = Conversation("big", turns, (bytes(2_000_000),))
 
 def tokenizer():
     with naming(here / "tokenizer"):
@@ -274,7 +278,7 @@ def tokenizer():
 for name, write in {
     "atomic": lambda: atomic.write_text(here / "text", text),
     "tensors": lambda: save_tensors(here / "w.safetensors", {"w": torch.zeros(10000)}),
-    "spool": lambda: spool.append(bytes(1_000_000)),
+    "records": lambda: store.append(big, TokenizedRecord([1], [1])),
     "metrics": lambda: metrics.write({"step": 1, "text": text}),
     "log": lambda: log.append(text),
     "tokenizer": tokenizer,
@@ -293,11 +297,11 @@ def test_every_writer_names_its_file_when_the_disk_is_full(tmp_path: Path) -> No
     )
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert done.returncode == 0, done.stderr
-    for name in ("atomic", "tensors", "spool", "metrics", "log", "tokenizer"):
+    for name in ("atomic", "tensors", "records", "metrics", "log", "tokenizer"):
         found, file, _ = lines[name].split(" ", 2)
         assert found == "True", lines[name]
-        assert name == "spool" or Path(file).is_relative_to(tmp_path), lines[name]
-    assert "TMPDIR" in lines["spool"]
+        assert name == "records" or Path(file).is_relative_to(tmp_path), lines[name]
+    assert "TMPDIR" in lines["records"]
 
 
 def test_no_temporary_directory_is_a_sentence_with_the_remedy(
@@ -305,7 +309,7 @@ def test_no_temporary_directory_is_a_sentence_with_the_remedy(
 ) -> None:
     monkeypatch.setattr("tempfile.mkstemp", refusing(errno.ENOENT))
     with pytest.raises(OSError, match="TMPDIR") as caught:
-        Spool()
+        RecordStore()
     assert caught.value.filename == "the temporary directory"
 
 

@@ -9,9 +9,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +20,14 @@ from torch.utils.data import Dataset
 from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import (
     Conversation,
-    ImagePart,
     ImageSource,
-    TextPart,
-    Turn,
 )
 from vlm_sft.data.feature_store import FeatureStore
 from vlm_sft.data.filtering import RecordFilter
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
+from vlm_sft.data.record_store import RecordStore
 from vlm_sft.data.records import open_records
-from vlm_sft.data.spool import Spool, SpoolRef
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.errors import ImageError, RecordError, UserError
@@ -141,8 +137,7 @@ class SupervisedDataset(Dataset[Example]):
         self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
         self._sizes = array("q")  # of all image files, in bytes
         self._first_sizes = array("q")  # where each record's sizes begin
-        self._spool = Spool()
-        self._starts, self._spans = array("q"), array("i")  # of each record in the spool
+        self._store = RecordStore()
         self._features: FeatureStore | None = None
         self._entries = array("q")  # where in the ledger each record stands
         self.contents: list[FileContent] = []
@@ -191,10 +186,7 @@ class SupervisedDataset(Dataset[Example]):
 
     def conversation(self, index: int) -> Conversation:
         """The record as it is trained on, after turns were dropped."""
-        kept = self._kept(index)
-        turns = tuple(map(_turn_from_json, kept.turns))
-        images = tuple(map(self._source, kept.images))
-        return Conversation(self.record_ids[index], turns, images, kept.where)
+        return self._store.conversation(index)
 
     def broken_images(self) -> list[RecordError]:
         """Open every image in full; an error for each record that has a broken one."""
@@ -211,12 +203,13 @@ class SupervisedDataset(Dataset[Example]):
     def images(self) -> Iterator[ImageSource]:
         """Every image of every record, in order."""
         for index in range(len(self)):
-            yield from map(self._source, self._kept(index).images if self.has_image[index] else ())
+            for number in range(self.num_images[index]):
+                yield self._store.image(index, number)
 
     def image(self, number: int) -> ImageSource:
         """The image of that number."""
         index = bisect_right(self._first_sizes, number) - 1
-        return self._source(self._kept(index).images[number - self._first_sizes[index]])
+        return self._store.image(index, number - self._first_sizes[index])
 
     def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
         """Load kept features from now on instead of opening images.
@@ -253,7 +246,7 @@ class SupervisedDataset(Dataset[Example]):
                     digest.update(_identity(result.record, result.tokenized, root))
             self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
         self._prefixes.clear()
-        self._spool.flush()
+        self._store.finish()
         self._ledger.add_up(entries + self.num_input_records)
         if not self.record_ids:
             names = ", ".join(file.path for file in files)
@@ -273,13 +266,7 @@ class SupervisedDataset(Dataset[Example]):
         self.has_image.append(bool(record.images))
         self.num_images.append(len(record.images))
         self._note_prefix(record, tokenized)
-        images = [
-            self._spool.append(source) if isinstance(source, bytes) else str(source)
-            for source in record.images
-        ]
-        ref = self._spool.append(_to_bytes(record, tokenized, images))
-        self._starts.append(ref.offset)
-        self._spans.append(ref.length)
+        self._store.append(record, tokenized)
 
     def _note_prefix(self, record: Conversation, tokenized: TokenizedRecord) -> None:
         """Whether other records can share what comes up to and with the first image."""
@@ -291,17 +278,12 @@ class SupervisedDataset(Dataset[Example]):
 
     # --- looking
 
-    def _kept(self, index: int) -> "_Kept":
-        """What the spool holds of a record."""
-        data = self._spool.read(SpoolRef(self._starts[index], self._spans[index]))
-        return _from_bytes(data)
-
     def _expanded(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels, each placeholder repeated for its image's features."""
-        kept = self._kept(index)
-        ids = kept.input_ids.astype(np.int64)
+        ids, supervised = self._store.tokens(index)
+        ids = ids.astype(np.int64)
         is_image = ids == IMAGE_TOKEN_ID
-        labels = np.where(kept.supervised & ~is_image, ids, IGNORE_INDEX)
+        labels = np.where(supervised & ~is_image, ids, IGNORE_INDEX)
         times = np.where(is_image, self._num_image_tokens, 1)
         return np.repeat(ids, times), np.repeat(labels, times)
 
@@ -344,7 +326,7 @@ class SupervisedDataset(Dataset[Example]):
         return store.read(self._digests[place].tobytes())
 
     def _checked_source(self, index: int, number: int) -> ImageSource:
-        source = self._source(self._kept(index).images[number])
+        source = self._store.image(index, number)
         _require_size(source, self._sizes[self._first_sizes[index] + number])
         return source
 
@@ -354,11 +336,8 @@ class SupervisedDataset(Dataset[Example]):
         try:
             yield
         except ImageError as error:
-            record_id, where = self.record_ids[index], self._kept(index).where
+            record_id, where = self.record_ids[index], self._store.where(index)
             raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
-
-    def _source(self, image: str | SpoolRef) -> ImageSource:
-        return self._spool.read(image) if isinstance(image, SpoolRef) else Path(image)
 
 
 def _size(source: ImageSource) -> int:
@@ -414,69 +393,3 @@ def _identity(record: Conversation, tokenized: TokenizedRecord, root: str) -> by
     return head + b"".join(
         array("i", ids).tobytes() for ids in (tokenized.input_ids, tokenized.labels)
     )
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A record as the spool holds it: ids [n] int32 with one placeholder an image, bool [n]."""
-
-    input_ids: np.ndarray
-    supervised: np.ndarray
-    rest: bytes
-
-    @cached_property
-    def _parsed(self) -> list[Any]:
-        return cast(list[Any], json.loads(self.rest))
-
-    @property
-    def turns(self) -> list[Any]:
-        """As `_plain` made them."""
-        return cast(list[Any], self._parsed[0])
-
-    @property
-    def images(self) -> list[str | SpoolRef]:
-        """Paths, or where in the spool an embedded image lies."""
-        return [name if isinstance(name, str) else SpoolRef(*name) for name in self._parsed[1]]
-
-    @property
-    def where(self) -> str:
-        """File and line."""
-        return str(self._parsed[2])
-
-
-def _to_bytes(
-    record: Conversation, tokenized: TokenizedRecord, images: Sequence[str | SpoolRef]
-) -> bytes:
-    """The number of ids, the ids, a byte each for whether they are supervised, the rest as JSON."""
-    rest = json.dumps([_plain(record.turns), list(images), record.where]).encode()
-    flags = bytes(label != IGNORE_INDEX for label in tokenized.labels)
-    count = len(tokenized.input_ids)
-    return array("i", [count, *tokenized.input_ids]).tobytes() + flags + rest
-
-
-def _from_bytes(data: bytes) -> _Kept:
-    count = int(np.frombuffer(data, np.int32, 1)[0])
-    flags = 4 + 4 * count
-    return _Kept(
-        np.frombuffer(data, np.int32, count, 4),
-        np.frombuffer(data, np.bool_, count, flags),
-        data[flags + count :],
-    )
-
-
-def _plain(turns: Sequence[Turn]) -> list[Any]:
-    return [
-        [
-            t.role,
-            t.supervised,
-            t.image_separator,
-            [p.text if isinstance(p, TextPart) else p.index for p in t.parts],
-        ]
-        for t in turns
-    ]
-
-
-def _turn_from_json(plain: list[Any]) -> Turn:
-    role, supervised, image_separator, parts = plain
-    made = (TextPart(part) if isinstance(part, str) else ImagePart(part) for part in parts)
-    return Turn(role, tuple(made), supervised, image_separator)
