@@ -1,4 +1,4 @@
-"""Files of records to examples; every record is tokenized, measured and accounted for at start."""
+"""Record files to a data set of examples; all records are tokenized and filtered at the start."""
 
 import dataclasses
 import hashlib
@@ -18,10 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm_sft.config.schema import DataConfig, DataFile
-from vlm_sft.data.conversation import (
-    Conversation,
-    ImageSource,
-)
+from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.feature_store import FeatureStore
 from vlm_sft.data.filtering import RecordFilter
 from vlm_sft.data.images import ImageSpec, read_pixels
@@ -41,11 +38,10 @@ class Example:
 
     Attributes:
         record_id: The record's id.
-        input_ids: [T] int64; `IMAGE_TOKEN_ID` once for each image feature.
-        labels: [T] int64, unshifted; `IGNORE_INDEX` where there is no loss, always on images.
-        pixel_values: [n, 3, H, W] uint8, the images in reading order; n may be 0.
-        image_features: [n, tokens, width], what the tower made of the images; then there are no
-            `pixel_values`.
+        input_ids: [T] int64; `IMAGE_TOKEN_ID` once per image token.
+        labels: [T] int64, not shifted; `IGNORE_INDEX` where there is no loss, always on images.
+        pixel_values: [n, 3, H, W] uint8, the images in reading order; n can be 0.
+        image_features: [n, tokens, width], cached vision features; `pixel_values` is then empty.
         shared_prefix_length: Leading tokens, the first image's included, that repeat those of the
             example before this one in its batch. If it is not 0, the first image is not loaded
             again.
@@ -59,53 +55,35 @@ class Example:
     shared_prefix_length: int = 0
 
 
-@dataclass(frozen=True)
-class FileContent:
-    """What one file gave to train on.
-
-    Attributes:
-        records: How many records.
-        sha256: Over their ids, labels and images' places below the image folder (or bytes), in
-            order; neither a moved folder nor another spelling of the same JSON changes it.
-    """
-
-    records: int
-    sha256: str
-
-
-def content_difference(files: Sequence[str], before: Any, now: Sequence[FileContent]) -> str:
-    """A sentence about the first file whose content differs from what a manifest says."""
-    if len(before) != len(now):
-        return f"the run was started with {len(before)} files of records, now there are {len(now)}"
-    for path, old, new in zip(files, before, now, strict=True):
-        if old["sha256"] == new.sha256:
-            continue
-        if old["records"] != new.records:
-            return f"{path} gave {old['records']:,} records, now it gives {new.records:,}"
-        return (
-            f"{path} gives {new.records:,} records as before, but their texts, their order, their "
-            "images or what is supervised of them changed"
-        )
-    return "nothing differs"
-
-
 class SupervisedDataset(Dataset[Example]):
     """All usable records of some files as `Example`s.
 
-    Construction reads and tokenizes every record once and looks for its images' files; ids,
-    labels, texts and embedded images go to a temporary file, so that a record takes a few hundred
-    bytes of memory however long it is. Images are opened by indexing.
+    Construction reads, tokenizes and filters every record once and checks that its image files
+    exist. Ids, labels, texts and embedded images go to a temporary file, so that a record takes a
+    few hundred bytes of memory however long it is. Indexing opens the images.
 
     Args:
-        files: What to read, in order.
-        chat_tokenizer: Makes ids and labels; its RecordErrors are handled like the reader's.
-        image_spec: What the tower wants.
-        num_image_tokens: Features the tower gives for an image.
-        config: Length limit and policy, what to do with faulty records, image aspect.
-        ledger: Gets one entry for every record of the files.
+        files: The files to read, in order.
+        chat_tokenizer: Makes ids and labels.
+        image_spec: The input of the vision tower.
+        num_image_tokens: Tokens that an image takes in the language model's input.
+        config: Length limit and policy, handling of bad records, image processing.
+        ledger: Receives one entry per record of the files.
+
+    Attributes:
+        num_input_records: Number of records in the files, used or not.
+        record_ids: Id of each used record.
+        lengths: Tokens of each record, image tokens included.
+        weights: How often each record is seen in an epoch.
+        has_image: Whether each record has an image.
+        num_images: Images of each record.
+        prefix_ids: Equal numbers for records with the same tokens and image up to and including
+            their first image, none of them supervised; -1 for records without such a prefix.
+        prefix_lengths: Tokens of that prefix.
+        contents: What each file contributed, in order.
 
     Raises:
-        RecordError: With `on_error: stop`, the first record that cannot be used.
+        RecordError: The first record that cannot be used, if `on_error` is `stop`.
         UserError: A file cannot be read, or no record is left.
     """
 
@@ -119,121 +97,61 @@ class SupervisedDataset(Dataset[Example]):
         config: DataConfig,
         ledger: Ledger,
     ) -> None:
+        self._chat_tokenizer, self._image_spec = chat_tokenizer, image_spec
+        self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
         self.num_input_records = 0
+        # One entry per record; arrays, because there can be tens of millions of records.
         self.record_ids: list[str] = []
         self.lengths = array("i")
-        """Tokens of each record, image tokens included."""
         self.weights: list[float] = []
-        """How often each record is seen in an epoch."""
         self.has_image: list[bool] = []
         self.num_images = array("i")
         self.prefix_ids = array("q")
-        """The same number for records that begin alike up to and with their first image, none of
-        that supervised; -1 where there is no such beginning."""
         self.prefix_lengths = array("i")
-        """Tokens of that beginning."""
-        self._prefixes: dict[bytes, int] = {}  # their digests, while reading
-        self._chat_tokenizer, self._image_spec = chat_tokenizer, image_spec
-        self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
-        self._sizes = array("q")  # of all image files, in bytes
-        self._first_sizes = array("q")  # where each record's sizes begin
+        self._ledger_indices = array("q")
+        self._first_images = array("q")  # number of the record's first image in `_image_sizes`
+        # One entry per image of all records.
+        self._image_sizes = array("q")  # bytes
         self._store = RecordStore()
         self._features: FeatureStore | None = None
-        self._entries = array("q")  # where in the ledger each record stands
         self.contents: list[FileContent] = []
-        """What each file gave, in order."""
         self._read(files)
 
     def __len__(self) -> int:
         return len(self.record_ids)
 
     def __getitem__(self, index: int) -> Example:
-        """The example; raises RecordError naming record and file if an image is broken."""
+        """Return an example; raise RecordError if one of its images cannot be loaded."""
         return self.example(index)
 
     def example(self, index: int, *, first_image: int = 0) -> Example:
-        """As by indexing, but with the pixels of its images only from that number on."""
+        """Return an example with the pixels or features of its images from `first_image` on."""
         ids, labels = self._expanded(index)
-        features = self._kept_features(index, first_image)
+        features = self._image_features(index, first_image)
+        num_images, size = self.num_images[index], self._image_spec.size
+        pixels = torch.empty(0, 3, size, size, dtype=torch.uint8)
+        if features is None and first_image < num_images:
+            numbers = range(first_image, num_images)
+            pixels = torch.stack([self.pixels(index, number) for number in numbers])
         return Example(
             record_id=self.record_ids[index],
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
-            pixel_values=self._pixels(index, first_image if features is None else None),
+            pixel_values=pixels,
             image_features=features,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a loader's worker needs, which is neither tokenizer nor ledger."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_chat_tokenizer", "_ledger")}
-
-    def quarantine(self, index: int, reason: str, message: str) -> bool:
-        """Move a record that cannot be loaded after all to where the ledger says so.
-
-        Returns whether it was not there before.
-        """
-        entries, place = self._ledger.entries, self._entries[index]
-        if entries[place].bucket == "quarantined":
-            return False
-        entries[place] = dataclasses.replace(
-            entries[place], bucket="quarantined", reason=reason, message=message
-        )
-        return True
-
-    def token_ids(self, index: int) -> list[int]:
-        """Return a record's ids, `IMAGE_TOKEN_ID` in the places of image tokens."""
-        return [int(i) for i in self._expanded(index)[0]]
-
-    def conversation(self, index: int) -> Conversation:
-        """The record as it is trained on, after turns were dropped."""
-        return self._store.conversation(index)
-
-    def broken_images(self) -> list[RecordError]:
-        """Open every image in full; an error for each record that has a broken one."""
-        errors = []
-        for index in track(range(len(self)), description="opening images"):
-            try:
-                self._pixels(index, 0)
-            except RecordError as error:
-                errors.append(error)
-        return errors
-
-    # --- images, numbered over all records
-
-    def images(self) -> Iterator[ImageSource]:
-        """Every image of every record, in order."""
-        for index in range(len(self)):
-            for number in range(self.num_images[index]):
-                yield self._store.image(index, number)
-
-    def image(self, number: int) -> ImageSource:
-        """The image of that number."""
-        index = bisect_right(self._first_sizes, number) - 1
-        return self._store.image(index, number - self._first_sizes[index])
-
-    def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
-        """Load kept features from now on instead of opening images.
-
-        Args:
-            store: Where they are.
-            digests: sha256 of each image's bytes, None for one that has no features; such a
-                record raises as if there were no store.
-        """
-        self._features = store
-        self._has_features = np.array([digest is not None for digest in digests], dtype=np.bool_)
-        plain = b"".join(digest or bytes(32) for digest in digests)
-        self._digests = np.frombuffer(plain, dtype=np.uint8).reshape(-1, 32)
-
-    # --- reading
+    # --- reading the files
 
     def _read(self, files: Sequence[DataFile]) -> None:
         record_filter = RecordFilter(
             self._chat_tokenizer, num_image_tokens=self._num_image_tokens, config=self._config
         )
-        entries = len(self._ledger.entries)
+        num_entries_before = len(self._ledger.entries)
+        prefixes: dict[bytes, int] = {}
         for file in files:
-            records, digest, first = open_records(file), hashlib.sha256(), len(self.record_ids)
-            root = file.image_root or str(Path(file.path).parent)
+            records, digest, num_before = open_records(file), hashlib.sha256(), len(self)
+            image_root = file.image_root or str(Path(file.path).parent)
             description = f"reading {Path(file.path).name}"
             tracked = track(records.conversations, records.total, description)
             for result in record_filter.filter_all(tracked):
@@ -242,44 +160,38 @@ class SupervisedDataset(Dataset[Example]):
                     raise result.error
                 self._ledger.entries.append(result.entry)
                 if result.record is not None and result.tokenized is not None:
-                    self._keep(result.record, result.tokenized, result.length, file.weight)
-                    digest.update(_identity(result.record, result.tokenized, root))
-            self.contents.append(FileContent(len(self.record_ids) - first, digest.hexdigest()))
-        self._prefixes.clear()
+                    self._append(result.record, result.tokenized, prefixes)
+                    self.lengths.append(result.length)
+                    self.weights.append(file.weight)
+                    digest.update(_content_of(result.record, result.tokenized, image_root))
+            self.contents.append(FileContent(len(self) - num_before, digest.hexdigest()))
         self._store.finish()
-        self._ledger.add_up(entries + self.num_input_records)
+        self._ledger.add_up(num_entries_before + self.num_input_records)
         if not self.record_ids:
             names = ", ".join(file.path for file in files)
             raise UserError(
                 f"{names}: no record to train on; {self._ledger.summary()}", code="no_records"
             )
 
-    def _keep(
-        self, record: Conversation, tokenized: TokenizedRecord, length: int, weight: float
+    def _append(
+        self, record: Conversation, tokenized: TokenizedRecord, prefixes: dict[bytes, int]
     ) -> None:
-        self._first_sizes.append(len(self._sizes))
-        self._sizes.extend(map(_size, record.images))
-        self._entries.append(len(self._ledger.entries) - 1)
+        self._store.append(record, tokenized)
         self.record_ids.append(record.id)
-        self.lengths.append(length)
-        self.weights.append(weight)
         self.has_image.append(bool(record.images))
         self.num_images.append(len(record.images))
-        self._note_prefix(record, tokenized)
-        self._store.append(record, tokenized)
-
-    def _note_prefix(self, record: Conversation, tokenized: TokenizedRecord) -> None:
-        """Whether other records can share what comes up to and with the first image."""
-        found = shared_prefix(record, tokenized, num_image_tokens=self._num_image_tokens)
-        digest, length = found or (b"", 0)
-        known = self._prefixes.setdefault(digest, len(self._prefixes)) if digest else -1
-        self.prefix_ids.append(known)
+        self._ledger_indices.append(len(self._ledger.entries) - 1)
+        self._first_images.append(len(self._image_sizes))
+        self._image_sizes.extend(map(_num_bytes, record.images))
+        prefix = shared_prefix(record, tokenized, num_image_tokens=self._num_image_tokens)
+        digest, length = prefix or (b"", 0)
+        self.prefix_ids.append(prefixes.setdefault(digest, len(prefixes)) if digest else -1)
         self.prefix_lengths.append(length)
 
-    # --- looking
+    # --- one record
 
     def _expanded(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels, each placeholder repeated for its image's features."""
+        """Return ids and labels with each image's placeholder repeated for its tokens."""
         ids, supervised = self._store.tokens(index)
         ids = ids.astype(np.int64)
         is_image = ids == IMAGE_TOKEN_ID
@@ -287,85 +199,144 @@ class SupervisedDataset(Dataset[Example]):
         times = np.where(is_image, self._num_image_tokens, 1)
         return np.repeat(ids, times), np.repeat(labels, times)
 
-    def _pixels(self, index: int, first: int | None) -> Tensor:
-        """A record's images from that number on, uint8 [n, 3, H, W]; None: none of them."""
-        count, size = self.num_images[index], self._image_spec.size
-        if first is None or first >= count:
-            return torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return torch.stack([self.pixels(index, number) for number in range(first, count)])
+    def token_ids(self, index: int) -> list[int]:
+        """Return a record's ids, with `IMAGE_TOKEN_ID` at the positions of images."""
+        return [int(token) for token in self._expanded(index)[0]]
+
+    def conversation(self, index: int) -> Conversation:
+        """Return a record as it is trained on, that is, after turns were dropped."""
+        return self._store.conversation(index)
 
     def pixels(self, index: int, number: int) -> Tensor:
-        """Return a record's image of that number, uint8 [3, H, W].
+        """Return a record's image, uint8 [3, H, W]; `number` counts from 0.
 
         Raises:
-            RecordError: The image is missing, broken or changed; the record is named.
+            RecordError: The image is missing, broken or changed.
         """
-        spec, config = self._image_spec, self._config
-        with self._told_of(index):
-            source = self._checked_source(index, number)
-            return read_pixels(source, spec, config.image_aspect, config.image_processing)
+        config = self._config
+        with self._errors_of_record(index):
+            source = self._unchanged_image(index, number)
+            return read_pixels(
+                source, self._image_spec, config.image_aspect, config.image_processing
+            )
 
-    def _kept_features(self, index: int, first: int) -> Tensor | None:
-        """Features of a record's images [n, tokens, width] from one on; None if there is none."""
-        store, count = self._features, self.num_images[index]
-        if store is None or first >= count:
+    def quarantine(self, index: int, reason: str, message: str) -> bool:
+        """Move a record that cannot be loaded to the quarantined ones in the ledger.
+
+        Returns:
+            Whether it was not there before.
+        """
+        entries, position = self._ledger.entries, self._ledger_indices[index]
+        if entries[position].bucket == "quarantined":
+            return False
+        entries[position] = dataclasses.replace(
+            entries[position], bucket="quarantined", reason=reason, message=message
+        )
+        return True
+
+    def broken_images(self) -> list[RecordError]:
+        """Open every image; return an error per record with an image that cannot be loaded."""
+        errors = []
+        for index in track(range(len(self)), description="opening images"):
+            try:
+                for number in range(self.num_images[index]):
+                    self.pixels(index, number)
+            except RecordError as error:
+                errors.append(error)
+        return errors
+
+    # --- images of all records, and cached features of them
+
+    def images(self) -> Iterator[ImageSource]:
+        """Yield every image of every record, in order."""
+        for index in range(len(self)):
+            for number in range(self.num_images[index]):
+                yield self._store.image(index, number)
+
+    def image(self, number: int) -> ImageSource:
+        """Return the image with this number in `images()`."""
+        index = bisect_right(self._first_images, number) - 1
+        return self._store.image(index, number - self._first_images[index])
+
+    def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
+        """Load cached features from now on, instead of opening images.
+
+        Args:
+            store: The cached features.
+            digests: sha256 of each image's bytes, in the order of `images()`; None for an image
+                without features, whose record then raises as if there were no store.
+        """
+        self._features = store
+        self._has_features = np.array([digest is not None for digest in digests], dtype=np.bool_)
+        flat = b"".join(digest or bytes(32) for digest in digests)
+        self._digests = np.frombuffer(flat, dtype=np.uint8).reshape(-1, 32)
+
+    def _image_features(self, index: int, first_image: int) -> Tensor | None:
+        """Return features [n, tokens, width] from an image on; None if none are used."""
+        store, num_images = self._features, self.num_images[index]
+        if store is None or first_image >= num_images:
             return None
-        return torch.stack([self._feature(store, index, number) for number in range(first, count)])
+        numbers = range(first_image, num_images)
+        return torch.stack([self._feature(store, index, number) for number in numbers])
 
     def _feature(self, store: FeatureStore, index: int, number: int) -> Tensor:
-        place = self._first_sizes[index] + number
-        with self._told_of(index):
-            source = self._checked_source(index, number)
-            if not self._has_features[place]:
-                self.pixels(index, number)  # tells what is wrong with it
+        position = self._first_images[index] + number
+        with self._errors_of_record(index):
+            source = self._unchanged_image(index, number)
+            if not self._has_features[position]:
+                self.pixels(index, number)  # raises what is wrong with the image
                 raise ImageError(
                     "image_changed",
                     f"{source!s}: could not be opened when features were computed, but can be "
                     "now; repeat the command",
                 )
-        return store.read(self._digests[place].tobytes())
+        return store.read(self._digests[position].tobytes())
 
-    def _checked_source(self, index: int, number: int) -> ImageSource:
+    def _unchanged_image(self, index: int, number: int) -> ImageSource:
+        """Return an image whose size in bytes is still that of the start of the run."""
         source = self._store.image(index, number)
-        _require_size(source, self._sizes[self._first_sizes[index] + number])
-        return source
-
-    @contextmanager
-    def _told_of(self, index: int) -> Iterator[None]:
-        """While it holds, an image's fault is the record's."""
-        try:
-            yield
-        except ImageError as error:
-            record_id, where = self.record_ids[index], self._store.where(index)
-            raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
-
-
-def _size(source: ImageSource) -> int:
-    """Bytes of an image; -1 of a file that cannot be asked, which opening it will tell."""
-    try:
-        return len(source) if isinstance(source, bytes) else os.stat(source).st_size
-    except (OSError, ValueError):
-        return -1
-
-
-def _require_size(source: ImageSource, expected: int) -> None:
-    found = _size(source)
-    if found != expected and found != -1:
+        expected, found = self._image_sizes[self._first_images[index] + number], _num_bytes(source)
+        if found in (expected, -1):
+            return source
         raise ImageError(
             "image_changed",
             f"{source!s}: has {found:,} bytes, but had {expected:,} when the run read its records; "
             "put the old file back, or start a new run",
         )
 
+    @contextmanager
+    def _errors_of_record(self, index: int) -> Iterator[None]:
+        """Convert an ImageError into a RecordError that names the record and its file."""
+        try:
+            yield
+        except ImageError as error:
+            record_id, where = self.record_ids[index], self._store.where(index)
+            raise RecordError(error.reason, str(error), record_id=record_id, where=where) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a loader process needs, which excludes the tokenizer and the ledger."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_chat_tokenizer", "_ledger")}
+
+
+def _num_bytes(source: ImageSource) -> int:
+    """Return an image's size; -1 for a file without one, for which opening raises the error."""
+    try:
+        return len(source) if isinstance(source, bytes) else os.stat(source).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+# --- prefixes that records share
+
 
 def shared_prefix(
     record: Conversation, tokenized: TokenizedRecord, *, num_image_tokens: int
 ) -> tuple[bytes, int] | None:
-    """What other records may begin with too, up to and with the first image.
+    """Return the prefix up to and including the first image, which other records can share.
 
     Returns:
-        A digest of it and its tokens; None where there is no image, something of it is
-        supervised, or nothing follows.
+        A digest of its tokens and image, and its length in tokens. None if there is no image, if
+        a token of the prefix is supervised, or if nothing follows it.
     """
     if not record.images:
         return None
@@ -382,14 +353,50 @@ def _prefix_digest(ids: Sequence[int], image: ImageSource) -> bytes:
     return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]
 
 
-def _identity(record: Conversation, tokenized: TokenizedRecord, root: str) -> bytes:
-    """What of a record a training run depends on."""
-    places = (
-        s if isinstance(s, bytes) else os.path.relpath(str(s), root).encode("utf-8", "replace")
-        for s in record.images
-    )
-    images = [hashlib.sha256(place).hexdigest() for place in places]
-    head = json.dumps([len(tokenized.input_ids), images]).encode()
+# --- the content of files, to be compared when a run resumes
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """The content of one file that a training run depends on.
+
+    Attributes:
+        records: Number of used records.
+        sha256: Digest of their ids, labels and images, in order. Images count by their path below
+            the image folder, or by their bytes if they are embedded; a moved folder or another
+            JSON formatting does not change the digest.
+    """
+
+    records: int
+    sha256: str
+
+
+def _content_of(record: Conversation, tokenized: TokenizedRecord, image_root: str) -> bytes:
+    """Return the bytes of a record that its file's digest is taken over."""
+    images = [
+        image
+        if isinstance(image, bytes)
+        else os.path.relpath(str(image), image_root).encode("utf-8", "replace")
+        for image in record.images
+    ]
+    digests = [hashlib.sha256(image).hexdigest() for image in images]
+    head = json.dumps([len(tokenized.input_ids), digests]).encode()
     return head + b"".join(
         array("i", ids).tobytes() for ids in (tokenized.input_ids, tokenized.labels)
     )
+
+
+def content_difference(files: Sequence[str], before: Any, now: Sequence[FileContent]) -> str:
+    """Return a sentence about the first file whose content differs from a manifest's."""
+    if len(before) != len(now):
+        return f"the run was started with {len(before)} files of records, now there are {len(now)}"
+    for path, old, new in zip(files, before, now, strict=True):
+        if old["sha256"] == new.sha256:
+            continue
+        if old["records"] != new.records:
+            return f"{path} gave {old['records']:,} records, now it gives {new.records:,}"
+        return (
+            f"{path} gives {new.records:,} records as before, but their texts, their order, their "
+            "images or their supervised turns changed"
+        )
+    return "nothing differs"
