@@ -8,6 +8,7 @@ from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verification.case import Case
 from data_tools.instruct.verification.describing import PRONOUN, Action, action_stems, actions
+from data_tools.instruct.verification.flags import ACTION
 from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.knowledge import ANIMALS
 from data_tools.instruct.verification.reading import Mention
@@ -16,17 +17,20 @@ from data_tools.instruct.verification.reading import Mention
 def check(case: Case) -> Iterator[Check]:
     """Yield a finding for each kind of verb of the answer."""
     reading, knowledge = case.answer_reading, case.knowledge
+    if not reading.bits & ACTION:
+        return
     stems = action_stems()
     used = {stems[word] for word in reading.vocabulary if word in stems}
     if not used:
         return
     named: set[str] = set()
-    first_people = _first_mention(case)
     for number, sentence in enumerate(reading.sentences):
         for action in actions(sentence):
-            if action.subject == PRONOUN and (number or action.index > 4) and first_people:
+            if action.subject == PRONOUN and (number or action.index > 4):
                 # `They` of a description are whom it named first
-                action = replace(action, subject="person", mention=first_people)
+                people = _first_mention(case)
+                if people is not None:
+                    action = replace(action, subject="person", mention=people)
             first = action.mention is None or _is_first(named, action)
             if action.stem not in used:
                 continue

@@ -16,6 +16,7 @@ from data_tools.instruct.verification.describing import (
     noun_name,
     parts,
 )
+from data_tools.instruct.verification.flags import ATTRIBUTE
 from data_tools.instruct.verification.grammar import (
     BE,
     DEFINITE,
@@ -31,7 +32,7 @@ from data_tools.instruct.verification.reading import Sentence
 def check(case: Case) -> Iterator[Check]:
     """Yield a finding for each color, material and state of the answer."""
     reading = case.answer_reading
-    if attribute_words().keys().isdisjoint(reading.vocabulary):
+    if not reading.bits & ATTRIBUTE:
         return
     seen: set[str] = set()
     for number, sentence in enumerate(reading.sentences):

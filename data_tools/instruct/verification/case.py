@@ -7,6 +7,7 @@ from typing import Literal
 from data_tools.coco import Picture
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
+from data_tools.instruct.verification.flagging import fill
 from data_tools.instruct.verification.knowledge import Knowledge
 from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Lexicon
@@ -29,6 +30,7 @@ class Policy:
     def __init__(self, config: VerifyConfig, categories: Iterable[str]) -> None:
         self.config = config
         self.lexicon = Lexicon(categories)
+        fill(self.lexicon.flags)
         self.under_labelled = frozenset(config.under_labelled)
         self._known: dict[int, Knowledge] = {}
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Final, Literal
 
 from data_tools import wording
+from data_tools.instruct.verification.flags import ACTION, ATTRIBUTE, RELATION
 from data_tools.instruct.verification.grammar import (
     ADVERBS,
     BE,
@@ -73,22 +74,20 @@ class Relation:
 
 def attributes(sentence: Sentence) -> Iterator[Attribute]:
     """Yield every color, material and state that the sentence gives to a noun."""
-    families = attribute_words()
-    if families.keys().isdisjoint(sentence.vocabulary):
+    if not sentence.bits & ATTRIBUTE:
         return
-    words, end = sentence.words, len(sentence.words)
-    index = 0
-    while index < end:
-        family = families.get(words[index])
-        if family is None:
-            index += 1
-            continue
+    families, words = attribute_words(), sentence.words
+    end = 0
+    for index in sentence.hits(ATTRIBUTE):
+        if index < end:
+            continue  # `red and white` is read at once
+        family = families[words[index]]
         last = _chain(words, index, family)
         found = tuple(w for w in words[index : last + 1] if families.get(w) == family)
         attribute = _attribute(sentence, family, found, index, last)
         if attribute is not None:
             yield attribute
-        index = last + 1
+        end = last + 1
 
 
 def _chain(words: Sequence[str], index: int, family: Family) -> int:
@@ -182,9 +181,11 @@ def noun_name(word: str) -> str:
 
 def actions(sentence: Sentence) -> Iterator[Action]:
     """Yield every listed verb of the sentence with its subject."""
-    stems = action_stems()
-    words = sentence.words
-    for index, word in enumerate(words):
+    if not sentence.bits & ACTION:
+        return
+    stems, words = action_stems(), sentence.words
+    for index in sentence.hits(ACTION):
+        word = words[index]
         stem = stems.get(word)
         if word in _TAKES and not _PHOTOS.isdisjoint(words[index + 1 : index + 5]):
             stem = "photograph"
@@ -248,14 +249,12 @@ def _subject(sentence: Sentence, verb: int) -> Mention | str | None:
 
 def relations(sentence: Sentence) -> Iterator[Relation]:
     """Yield `one in front of other`, behind, on and under, of nouns that stand close by."""
-    words = sentence.words
-    if _RELATIONS.keys().isdisjoint(sentence.vocabulary):
+    if not sentence.bits & RELATION:
         return
-    for index, word in enumerate(words):
-        how = _RELATIONS.get(word)
-        last = index
-        if how is None:
-            continue
+    words = sentence.words
+    for index in sentence.hits(RELATION):
+        word = words[index]
+        how, last = RELATIONS[word], index
         if word == "front":
             if index == 0 or words[index - 1] != "in" or words[index + 1 : index + 2] != ["of"]:
                 continue
@@ -339,7 +338,7 @@ _BEFORE_VERB: Final = (
     BE | ADVERBS | word_set("who that which and , has have been peacefully happily")
 )
 _BEFORE_GERUND: Final = word_set("for of a an the")
-_RELATIONS: Final = {
+RELATIONS: Final = {
     "front": "front", "behind": "behind", "under": "under", "underneath": "under",
     "beneath": "under", "below": "under", "on": "on", "atop": "on", "top": "on",
 }  # fmt: skip

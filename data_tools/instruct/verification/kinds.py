@@ -8,6 +8,7 @@ from typing import Final
 from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verification.case import Case, Part
+from data_tools.instruct.verification.flags import KIND, PERSON
 from data_tools.instruct.verification.grammar import FUNCTION_WORDS, determiner, singular
 from data_tools.instruct.verification.knowledge import Knowledge
 from data_tools.instruct.verification.numbers import number_of
@@ -36,14 +37,14 @@ def check(case: Case) -> Iterator[Check]:
 
 
 def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]:
-    kinds = _kinds()
-    if kinds.keys().isdisjoint(reading.vocabulary):
+    if not reading.bits & KIND:
         return
+    kinds = _kinds()
     known = case.knowledge
     for sentence in reading.sentences:
         words = sentence.words
-        for index, word in enumerate(words):
-            for phrase in kinds.get(word, ()):
+        for index in sentence.hits(KIND):
+            for phrase in kinds[words[index]]:
                 last = index + len(phrase) - 1
                 if tuple(words[index : last + 1]) != phrase:
                     continue
@@ -79,8 +80,8 @@ def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
         kinds = _kinds()
         for caption in known.captions:
             words = caption.reading.words
-            for index, word in enumerate(words):
-                for phrase in kinds.get(word, ()):
+            for index, flags in enumerate(caption.reading.flags):
+                for phrase in kinds[words[index]] if flags & KIND else ():
                     if tuple(words[index : index + len(phrase)]) == phrase:
                         for kind in _by_text()[" ".join(phrase)]:
                             groups = found.setdefault(kind.family, {})
@@ -131,23 +132,15 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
 
 def _check_people(case: Case) -> Iterator[Check]:
     """Judge whether people are of the sex and age that captions name."""
-    people = _people()
-    reading = case.answer_reading
-    words = people["male"] | people["female"] | people["infant"] | people["adult"]
-    found_any = not words.isdisjoint(reading.vocabulary) or not (
-        people["he"] | people["she"]
-    ).isdisjoint(reading.vocabulary)
-    asked = case.question_reading
-    if not found_any and words.isdisjoint(asked.vocabulary):
+    reading, asked = case.answer_reading, case.question_reading
+    if not (reading.bits | asked.bits) & PERSON:
         return
     census = census_of(case.knowledge)
     if not census.ids:
         return
-    direct = bool({"who", "whom", "whose"} & asked.vocabulary) or not words.isdisjoint(
-        asked.vocabulary
-    )
+    direct = not _names_people().isdisjoint(asked.vocabulary)
     for part, text in (("answer", reading), ("question", asked)):
-        for number, sentence in enumerate(text.sentences):
+        for number, sentence in enumerate(text.sentences if text.bits & PERSON else ()):
             found = _wrong_person(case, census, sentence, number == 0, direct)
             if found is None:
                 continue
@@ -217,7 +210,8 @@ def _wrong_person(
     alone = (direct and opening) or (
         not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
     )
-    for index, word in enumerate(sentence.words):
+    for index in sentence.hits(PERSON):
+        word = sentence.words[index]
         if not alone and not _same_number(case, sentence, index):
             continue
         wrong = (
@@ -288,6 +282,14 @@ def _by_text() -> dict[str, tuple[Kind, ...]]:
 @cache
 def _evidence() -> dict[str, tuple[str, ...]]:
     return {k: tuple(v) for k, v in wording.load("facts")["kind_evidence"].items()}
+
+
+@cache
+def _names_people() -> frozenset[str]:
+    """Return the words by which a question is about a certain person."""
+    people = _people()
+    names = people["male"] | people["female"] | people["infant"] | people["adult"]
+    return names | {"who", "whom", "whose"}
 
 
 @cache

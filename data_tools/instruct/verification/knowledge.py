@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from data_tools import wording
 from data_tools.coco import Box, Picture
+from data_tools.instruct.verification.clock import times
 from data_tools.instruct.verification.describing import (
     Attribute,
     Family,
@@ -161,6 +162,15 @@ class Knowledge:
             for caption in self.captions
             for sentence in caption.reading.sentences
             for relation in relations(sentence)
+        ]
+
+    @lazy
+    def times(self) -> list[tuple[int, int]]:
+        """Times on clocks that captions read, as minutes after twelve, with the captions."""
+        return [
+            (minutes, caption.id)
+            for caption in self.captions
+            for minutes, _ in times(caption.reading.text)
         ]
 
     @lazy

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from data_tools import wording, words
+from data_tools.instruct.verification.flags import DEPICTS, THING, FlagTable
 from data_tools.instruct.verification.grammar import (
     ADVERBS,
     DEFINITE,
@@ -15,6 +16,7 @@ from data_tools.instruct.verification.grammar import (
     finite_verbs,
     word_set,
 )
+from data_tools.instruct.verification.lazy import lazy
 
 GrammaticalNumber = Literal["one", "many", "any"]
 
@@ -81,17 +83,33 @@ class Lexicon:
         for found in self._phrases.values():
             found.sort(key=lambda item: -len(item[0]))
 
-    def matches(self, sentence: Sequence[str], owners: frozenset[int] = frozenset()) -> list[Match]:
+    @lazy
+    def flags(self) -> FlagTable:
+        """Which rules each word concerns."""
+        table = FlagTable()
+        table.add(THING, self._phrases)
+        table.add(DEPICTS, self.depictions)
+        return table
+
+    def matches(
+        self,
+        sentence: Sequence[str],
+        hits: Iterable[int] | None = None,
+        owners: frozenset[int] = frozenset(),
+    ) -> list[Match]:
         """Return the entries in a sentence of lower-case words, longest first at every place.
 
         Args:
             sentence: The words.
+            hits: Indices of the words that may begin a name; None: all are tried.
             owners: Indices of words that carried an `'s`: `the dog's bowl` has a dog.
         """
         found: list[Match] = []
         phrases = self._phrases
-        index, end = 0, len(sentence)
-        while index < end:
+        end = 0
+        for index in range(len(sentence)) if hits is None else hits:
+            if index < end:
+                continue  # inside the name before
             for rest, entry in phrases.get(sentence[index], ()):
                 last = index + len(rest)
                 if rest and (
@@ -103,9 +121,8 @@ class Lexicon:
                     last in owners or not self._is_other(sentence, index, last, entry)
                 ):
                     found.append(Match(entry, index, last))
-                index = last
+                end = last + 1
                 break
-            index += 1
         return found
 
     def _is_other(self, words: Sequence[str], first: int, last: int, entry: Entry) -> bool:

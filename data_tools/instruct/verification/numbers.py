@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from data_tools.instruct.verification.flags import NUMBER
 from data_tools.instruct.verification.grammar import (
     is_plural,
     last_of_phrase,
@@ -59,6 +60,8 @@ def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
     Measures are no numbers of the thing (`two bunches of bananas`), and word and number must agree
     (`two traffic sign` says nothing of traffic).
     """
+    if not sentence.bits & NUMBER:
+        return None
     words = sentence.words
     steps = 0
     index = mention.first - 1
@@ -84,7 +87,8 @@ def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
 def numbered_nouns(sentence: Sentence) -> Iterator[tuple[str, int]]:
     """Yield every noun with a number before it, as its singular: `two large buckets`."""
     words = sentence.words
-    for index, word in enumerate(words):
+    for index in sentence.hits(NUMBER):
+        word = words[index]
         number = NUMBERS.get(word) if not word[0].isdigit() else number_of(word)
         if number is None:
             continue
@@ -139,7 +143,7 @@ def _has_same(sentence: Sentence, after: int) -> bool:
 
 
 def _several(word: str, mention: Mention, index: int) -> Quantity | None:
-    if word in _AT_LEAST_TWO and mention.number != "one":
+    if word in AT_LEAST_TWO and mention.number != "one":
         return Quantity(2, False, index)
     return None
 
@@ -164,7 +168,7 @@ _COUNTING: Final = {
     word: value for word, value in NUMBERS.items() if word not in ("couple", "pair", "trio", "duo")
 }
 _DIGITS: Final = re.compile(r"\d{1,3}")
-_AT_LEAST_TWO: Final = frozenset({"several", "many", "multiple", "various", "numerous", "few"})
+AT_LEAST_TWO: Final = frozenset({"several", "many", "multiple", "various", "numerous", "few"})
 _NOT_ADJECTIVES: Final = word_set(
     "a an the of in on at to with by from near is are was were be been has have had and or that "
     "which who it its his her their this these those for as some any no not about over under i we "

@@ -8,6 +8,7 @@ from typing import Final
 from data_tools.coco import Box
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verification.case import Case, Part
+from data_tools.instruct.verification.flags import PLACE
 from data_tools.instruct.verification.geometry import (
     Direction,
     Region,
@@ -17,7 +18,7 @@ from data_tools.instruct.verification.geometry import (
     region,
 )
 from data_tools.instruct.verification.knowledge import evidence
-from data_tools.instruct.verification.placing import CUES, Beside, InFrame, placings
+from data_tools.instruct.verification.placing import Beside, InFrame, placings
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 PLAIN_MARGIN: Final = 0.1
@@ -27,7 +28,7 @@ PLAIN_MARGIN: Final = 0.1
 def check(case: Case) -> Iterator[Check]:
     """A finding for every place given, in sentences, in yes/no questions and in bare answers."""
     answer = case.answer_reading
-    sentences = () if CUES.isdisjoint(answer.vocabulary) else answer.sentences
+    sentences = answer.sentences if answer.bits & PLACE else ()
     for number, sentence in enumerate(sentences):
         for placing in placings(sentence):
             if isinstance(placing, InFrame) and placing.pronoun:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from data_tools.instruct.verification.flags import PLACE
 from data_tools.instruct.verification.geometry import Direction, Region
 from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.reading import Mention, Sentence
@@ -42,12 +43,11 @@ class Beside:
 
 def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
     """Every place that a sentence gives to a thing it names."""
-    if CUES.isdisjoint(sentence.words):
+    if not sentence.bits & PLACE:
         return
     words = sentence.words
-    for index, word in enumerate(words):
-        if word not in CUES:
-            continue
+    for index in sentence.hits(PLACE):
+        word = words[index]
         if word in _SIDES or word in _CORNERS:
             found = _side(sentence, index)
         elif word in _VERTICAL:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from data_tools.instruct.verification.flags import DEPICTS, STANCE, THING
 from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Entry, GrammaticalNumber, Lexicon
-from data_tools.instruct.verification.stances import STANCE_CUES, Stance, Stances
+from data_tools.instruct.verification.stances import Stance, Stances
 
 
 @dataclass(slots=True, eq=False)
@@ -35,11 +36,21 @@ class Sentence:
     words: Sequence[str]
     begin: int
     text: "Reading"
+    flags: Sequence[int]
 
     @property
     def lexicon(self) -> Lexicon:
         """Which words name what."""
         return self.text.lexicon
+
+    @lazy
+    def bits(self) -> int:
+        """The flags that any word has."""
+        return _union(self.flags)
+
+    def hits(self, bit: int) -> list[int]:
+        """Return the indices of the words that have a flag."""
+        return [index for index, flags in enumerate(self.flags) if flags & bit]
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Characters of the text from word `first` to word `last`."""
@@ -49,11 +60,13 @@ class Sentence:
     @lazy
     def mentions(self) -> tuple[Mention, ...]:
         """The things named, in order."""
-        found = self.lexicon.matches(self.words, self._owners)
+        if not self.bits & THING:
+            return ()
+        found = self.lexicon.matches(self.words, self.hits(THING), self._owners)
         if not found:
             return ()
         words = self.words
-        plain = self.lexicon.depictions.isdisjoint(words) and STANCE_CUES.isdisjoint(words)
+        plain = not self.bits & (STANCE | DEPICTS)
         inside = frozenset(i for m in found for i in range(m.first, m.last + 1))
         stances = None if plain else Stances(self, inside)
         return tuple(
@@ -75,7 +88,7 @@ class Sentence:
 
     def asserts(self, first: int, last: int) -> bool:
         """Return whether these words are claimed as they stand: not denied, guessed, or general."""
-        if STANCE_CUES.isdisjoint(self.vocabulary):
+        if not self.bits & STANCE:
             return True
         return self.stances.of(first, last) == "asserted"
 
@@ -142,6 +155,17 @@ class Reading:
         return [match.span() for match in _TOKEN.finditer(self.text)]
 
     @lazy
+    def flags(self) -> list[int]:
+        """The flags of each word."""
+        of = self.lexicon.flags.of
+        return [of(word, 0) for word in self.words]
+
+    @lazy
+    def bits(self) -> int:
+        """The flags that any word has."""
+        return _union(self.flags)
+
+    @lazy
     def spoken(self) -> list[str]:
         """The words and numbers, without punctuation."""
         return [word for word in self.words if word[0].isalnum()]
@@ -149,11 +173,11 @@ class Reading:
     @lazy
     def sentences(self) -> tuple[Sentence, ...]:
         """Its sentences; the final mark belongs to none."""
-        words = self.words
+        words, flags = self.words, self.flags
         ends = [index for index, word in enumerate(words) if word in _SENTENCE_ENDS]
         begins = [0, *(end + 1 for end in ends)]
         return tuple(
-            Sentence(words[begin:end], begin, self)
+            Sentence(words[begin:end], begin, self, flags[begin:end])
             for begin, end in zip(begins, [*ends, len(words)], strict=True)
             if end > begin
         )
@@ -167,6 +191,13 @@ class Reading:
     def mentions(self) -> list[tuple[Sentence, Mention]]:
         """Every thing named, with its sentence."""
         return [(sentence, found) for sentence in self.sentences for found in sentence.mentions]
+
+
+def _union(flags: Sequence[int]) -> int:
+    bits = 0
+    for some in set(flags):
+        bits |= some
+    return bits
 
 
 _TOKEN: Final = re.compile(

@@ -7,10 +7,13 @@ from data_tools.instruct.schema import Check
 from data_tools.instruct.verification.attributes import asked_noun
 from data_tools.instruct.verification.case import Case
 from data_tools.instruct.verification.describing import PRONOUN, Relation, relations
+from data_tools.instruct.verification.flags import RELATION
 
 
 def check(case: Case) -> Iterator[Check]:
     """Yield a finding for each relation that captions have the other way round."""
+    if not case.answer_reading.bits & RELATION or not case.knowledge.relations:
+        return
     for number, sentence in enumerate(case.answer_reading.sentences):
         for relation in relations(sentence):
             one = relation.one
