@@ -6,6 +6,7 @@ and the annotation ids it rests on. A record that cannot be checked (another for
 image without annotations or without a file) is rejected with a code that says so. No model is used.
 """
 
+import gc
 import json
 import os
 import sys
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{files['instances']}: names no images to check records against")
     policy = Policy(VerifyConfig(), index.categories)
     annotated = {image.id: image for image in index.pictures}
+    # What is loaded stays until the end; full collections need not visit it again and again.
+    gc.freeze()
     summary = Summary()
     with owned_open(out / OUTPUT) as file:
         for line in verdicts(files["records"], images, annotated, policy, summary):

@@ -64,7 +64,8 @@ def _after_thinking(text: str) -> tuple[str, list[str]]:
 
     Chat templates that open the thinking themselves leave only its end in the text.
     """
-    match = None if _parses(text) else _THINKING.match(text)
+    plain = text.startswith("{") and text.endswith("}") and "</" not in text
+    match = None if plain else _THINKING.match(text)
     if match is None:
         return text, []
     return text[match.end() :].strip(), ["thinking before the answer"]

@@ -4,6 +4,7 @@ A pure function of pictures, requests and answers: it may be run again at no cos
 files give the same bytes.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -59,6 +60,8 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     else:
         tally = Tally()
         samples = _samples(config, folder, pictures, policy, tally)
+    # What is loaded stays until the end; full collections need not visit it again and again.
+    gc.freeze()
     write_samples(folder, samples, tally)
     print_summary(tally, folder)
 

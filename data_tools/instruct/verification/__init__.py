@@ -30,6 +30,17 @@ from data_tools.instruct.verification import (
 )
 from data_tools.instruct.verification.case import Case, Policy
 from data_tools.instruct.verification.citations import check_citations
+from data_tools.instruct.verification.flags import (
+    ACTION,
+    ATTRIBUTE,
+    COUNTED,
+    KIND,
+    NUMBER,
+    PERSON,
+    PLACE,
+    RELATION,
+    THING,
+)
 
 __all__ = ["Policy", "check_sample", "reasons"]
 
@@ -65,13 +76,23 @@ def reasons(checks: Sequence[Check]) -> tuple[str, ...]:
 
 
 def _check_turn(case: Case) -> Iterator[Check]:
+    """Yield what every rule finds whose words the turn has."""
     yield from form.check_turn(case)
     yield from manner.check(case)
-    yield from objects.check(case)
-    yield from counts.check(case)
-    yield from places.check(case)
-    yield from attributes.check(case)
-    yield from actions.check(case)
-    yield from kinds.check(case)
-    yield from relations.check(case)
+    answer, question = case.answer_reading.bits, case.question_reading.bits
+    both = answer | question
+    if both & THING:
+        yield from objects.check(case)
+    if both & NUMBER or question & COUNTED:
+        yield from counts.check(case)
+    if both & PLACE:
+        yield from places.check(case)
+    if answer & ATTRIBUTE:
+        yield from attributes.check(case)
+    if answer & ACTION:
+        yield from actions.check(case)
+    if both & (KIND | PERSON):
+        yield from kinds.check(case)
+    if answer & RELATION:
+        yield from relations.check(case)
     yield from times.check(case)

@@ -1,7 +1,6 @@
 """What a rule is given: one turn read, the picture's knowledge, and how strict to be."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 from data_tools.coco import Picture
@@ -9,7 +8,6 @@ from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
 from data_tools.instruct.verification.flagging import fill
 from data_tools.instruct.verification.knowledge import Knowledge
-from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Lexicon
 from data_tools.instruct.verification.questions import Question
 from data_tools.instruct.verification.reading import Reading
@@ -44,35 +42,33 @@ class Policy:
         return known
 
 
-@dataclass(eq=False)
 class Case:
-    """One turn of a sample under examination."""
+    """One turn of a sample under examination.
 
-    turn: Turn
-    index: int
-    sample_type: SampleType
-    knowledge: Knowledge
-    policy: Policy
+    Attributes:
+        question_reading: The question taken apart.
+        answer_reading: The answer taken apart.
+        question: The question, and what its answer says to it.
+        config: The run's `verify` section.
+    """
 
-    @property
-    def config(self) -> VerifyConfig:
-        """The run's `verify` section."""
-        return self.policy.config
-
-    @lazy
-    def question(self) -> Question:
-        """The question, and what its answer says to it."""
-        return Question(self.question_reading, self.answer_reading)
-
-    @lazy
-    def question_reading(self) -> Reading:
-        """The question taken apart."""
-        return Reading(self.turn.question, self.policy.lexicon)
-
-    @lazy
-    def answer_reading(self) -> Reading:
-        """The answer taken apart."""
-        return Reading(self.turn.answer, self.policy.lexicon)
+    def __init__(
+        self,
+        turn: Turn,
+        index: int,
+        sample_type: SampleType,
+        knowledge: Knowledge,
+        policy: Policy,
+    ) -> None:
+        self.turn = turn
+        self.index = index
+        self.sample_type = sample_type
+        self.knowledge = knowledge
+        self.policy = policy
+        self.config = policy.config
+        self.question_reading = Reading(turn.question, policy.lexicon)
+        self.answer_reading = Reading(turn.answer, policy.lexicon)
+        self.question = Question(self.question_reading, self.answer_reading)
 
     def check(
         self,

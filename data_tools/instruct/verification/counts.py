@@ -9,6 +9,7 @@ from data_tools import wording
 from data_tools.coco import Box
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verification.case import Case, Part
+from data_tools.instruct.verification.flags import NUMBER
 from data_tools.instruct.verification.grammar import (
     FUNCTION_WORDS,
     last_of_phrase,
@@ -33,13 +34,15 @@ def check(case: Case) -> Iterator[Check]:
         yield from _check_how_many(case, asked)
     elif case.question.kind == "how_many":
         yield from _check_how_many_others(case)
-    for sentence, mention in case.answer_reading.mentions:
+    answer = case.answer_reading
+    for sentence, mention in answer.mentions if answer.bits & NUMBER else ():
         is_asked = asked is not None and asked.entry.categories == mention.entry.categories
         if mention.stance == "asserted" and not is_asked:
             number = quantity(sentence, mention)
             if number is not None:
                 yield from _judge(case, sentence, mention, number, "answer")
-    yield from _check_yes_no(case)
+    if case.question_reading.bits & NUMBER:
+        yield from _check_yes_no(case)
 
 
 def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:

@@ -5,6 +5,7 @@ from data_tools.instruct.verification.describing import RELATIONS, action_stems,
 from data_tools.instruct.verification.flags import (
     ACTION,
     ATTRIBUTE,
+    COUNTED,
     KIND,
     NUMBER,
     PERSON,
@@ -34,3 +35,4 @@ def fill(table: FlagTable) -> None:
     table.add(PLACE, CUES)
     table.add(NUMBER, NUMBERS)
     table.add(NUMBER, AT_LEAST_TWO)
+    table.add(COUNTED, ("many", "number"))

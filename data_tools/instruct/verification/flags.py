@@ -27,6 +27,8 @@ PLACE: Final = 256
 """A side, corner, or a relation that boxes can refute."""
 NUMBER: Final = 512
 """A number or `several`."""
+COUNTED: Final = 1024
+"""Asks for a number (`how many`, `the number of`)."""
 
 
 class FlagTable:

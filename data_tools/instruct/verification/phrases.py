@@ -108,7 +108,7 @@ REFUSAL: Final = Phrases(
     "REFUSAL",
     word_set(
         "ai artificial language assistant machine text-based sorry apologize apologise cannot "
-        "can't can could couldn't unable able access ability visual guidelines policy policies"
+        "can't not couldn't unable able access ability visual guidelines policy policies"
     ),
     _any(
         r"\b(?:as|i am|i'm|being) an? (?:ai|artificial intelligence|"
@@ -151,7 +151,8 @@ ORDER: Final = Phrases(
     "INJECTION",
     word_set(
         "ignore disregard forget override system new developer jailbreak reply respond answer "
-        "output say print write end begin start http https www script api api-key key you act"
+        "output say print write end begin start http https www script api api-key key longer now "
+        "act"
     ),
     _any(
         r"\b(?:ignore|disregard|forget|override) (?:\w+ ){0,3}"

@@ -37,8 +37,10 @@ def check(case: Case) -> Iterator[Check]:
                     continue
                 placing = replace(placing, subjects=(meant,))
             yield _judge(case, sentence, placing, "answer")
-    yield from _check_yes_no(case)
-    yield from _check_bare_answer(case)
+    if case.question_reading.bits & PLACE:
+        yield from _check_yes_no(case)
+    if answer.bits & PLACE:
+        yield from _check_bare_answer(case)
 
 
 def _antecedent(case: Case, number: int) -> Mention | None:

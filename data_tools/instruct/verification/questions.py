@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from data_tools.instruct.verification.flags import COUNTED
 from data_tools.instruct.verification.grammar import PREPOSITIONS, determiner, word_set
 from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.numbers import number_of
@@ -14,7 +15,7 @@ QuestionKind = Literal["existence", "how_many", "yes_no", "open"]
 that is answered so."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Question:
     """A question together with the answer it got."""
 
@@ -37,7 +38,7 @@ class Question:
         if self.sentence is None:
             return "open"
         words = self.sentence.words
-        if self._how_many is not None:
+        if self.reading.bits & COUNTED and self._how_many is not None:
             return "how_many"
         start = 0
         while start < len(words) and words[start] in _POLITE:
@@ -52,7 +53,7 @@ class Question:
     @lazy
     def counted(self) -> Mention | None:
         """The thing whose number is asked for; None for the sum of several."""
-        if self._how_many is None:
+        if not self.reading.bits & COUNTED or self._how_many is None:
             return None
         after = [m for m in self.mentions if m.first >= self._how_many]
         if not after or after[0].first > self._how_many + 3 or self.sentence is None:

@@ -29,24 +29,32 @@ class Mention:
         return self.entry.number
 
 
-@dataclass(eq=False)
 class Sentence:
-    """Lower-case words, punctuation among them; the first is word `begin` of its text."""
+    """One sentence.
 
-    words: Sequence[str]
-    begin: int
-    text: "Reading"
-    flags: Sequence[int]
+    Args:
+        words: Lower-case words, punctuation among them.
+        begin: Which word of its text the first is.
+        text: The text.
+        flags: Which rules each word concerns.
+
+    Attributes:
+        bits: The flags that any word has.
+    """
+
+    def __init__(
+        self, words: Sequence[str], begin: int, text: "Reading", flags: Sequence[int]
+    ) -> None:
+        self.words = words
+        self.begin = begin
+        self.text = text
+        self.flags = flags
+        self.bits = _union(flags)
 
     @property
     def lexicon(self) -> Lexicon:
         """Which words name what."""
         return self.text.lexicon
-
-    @lazy
-    def bits(self) -> int:
-        """The flags that any word has."""
-        return _union(self.flags)
 
     def hits(self, bit: int) -> list[int]:
         """Return the indices of the words that have a flag."""
@@ -134,10 +142,15 @@ class Reading:
     def __init__(self, text: str, lexicon: Lexicon) -> None:
         self.text = text
         self.lexicon = lexicon
-        self.words: list[str] = _TOKEN.findall(text.lower())
+        # Lower case can be longer than the text outside of ASCII, where the words would differ.
+        words = _TOKEN.findall(text.lower() if text.isascii() else text)
+        self.words: list[str] = words if text.isascii() else [word.lower() for word in words]
         self.owners: frozenset[int] = frozenset()
         if "'" in text or "’" in text:
             self._remove_owners()
+        of = lexicon.flags.of
+        self.flags = [of(word, 0) for word in self.words]
+        self.bits = _union(self.flags)
 
     def _remove_owners(self) -> None:
         """Replace `dog's` by `dog`, and remember where: the owner is named, not the letter."""
@@ -155,17 +168,6 @@ class Reading:
         return [match.span() for match in _TOKEN.finditer(self.text)]
 
     @lazy
-    def flags(self) -> list[int]:
-        """The flags of each word."""
-        of = self.lexicon.flags.of
-        return [of(word, 0) for word in self.words]
-
-    @lazy
-    def bits(self) -> int:
-        """The flags that any word has."""
-        return _union(self.flags)
-
-    @lazy
     def spoken(self) -> list[str]:
         """The words and numbers, without punctuation."""
         return [word for word in self.words if word[0].isalnum()]
@@ -174,6 +176,8 @@ class Reading:
     def sentences(self) -> tuple[Sentence, ...]:
         """Its sentences; the final mark belongs to none."""
         words, flags = self.words, self.flags
+        if words.count(".") == 1 and words[-1] == "." and not _OTHER_ENDS.intersection(words):
+            return (Sentence(words[:-1], 0, self, flags[:-1]),) if len(words) > 1 else ()
         ends = [index for index, word in enumerate(words) if word in _SENTENCE_ENDS]
         begins = [0, *(end + 1 for end in ends)]
         return tuple(
@@ -204,6 +208,7 @@ _TOKEN: Final = re.compile(
     r"[^\W\d_][^\W_]*(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
 )
 _SENTENCE_ENDS: Final = frozenset(".!?\n")
+_OTHER_ENDS: Final = _SENTENCE_ENDS - {"."}
 _CLAUSE_WORDS: Final = word_set("; : ( ) but while although though whereas however because since")
 _STARTERS: Final = word_set(
     "a an the there it he she they this that these those but while and with which who whose where "
