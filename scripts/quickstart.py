@@ -28,7 +28,8 @@ from pathlib import Path
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
-from vlm_sft.inference.loaded_model import VlmRun, load_run, question
+from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
+from vlm_sft.inference.prompts import user_message
 from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.progress import format_seconds
@@ -191,7 +192,7 @@ class Quickstart:
         return self.folder / f"results-{split}.json"
 
     def _report(self) -> None:
-        run = load_run(self._final)
+        run = load_checkpoint(self._final)
         results = {
             title: json.loads(self._results(split).read_text(encoding="utf-8"))
             for split, title in RESULT_TITLES.items()
@@ -210,13 +211,13 @@ class Quickstart:
         )
         write_demo_report(report, self.folder / "report.html")
 
-    def _asked(self, run: VlmRun, index: int) -> ShownImage:
+    def _asked(self, run: LoadedModel, index: int) -> ShownImage:
         """An image by the unseen artist, and what the model says about it."""
         path = Path(self._scene_dir("unseen")) / "images" / f"{index:012d}.jpg"
         asked = json.loads((self.folder / "data/unseen/existence.json").read_text(encoding="utf-8"))
         about = [row for row in asked if row["image"] == path.name][:4]
         questions = ["What do you see?", *(row["question"] for row in about)]
-        answers = [(q, run.answer(question(q, [path]))) for q in questions]
+        answers = [(q, run.generate(user_message(q, [path]))) for q in questions]
         return ShownImage(path, answers, [None, *(row["answer"] for row in about)])
 
     def _scene_dir(self, split: str) -> str:

@@ -18,7 +18,7 @@ from vlm_sft.checkpoint.format import read_manifest, verify
 from vlm_sft.config.schema import load_config, parse_config
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.export.__main__ import main as export
-from vlm_sft.inference.loaded_model import load_run
+from vlm_sft.inference.loaded_model import load_checkpoint
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.quantization import is_quantized
 
@@ -122,7 +122,7 @@ def test_a_qlora_checkpoint_is_asked_measured_and_exported(
 
 
 def test_what_is_exported_is_the_trained_base_and_not_the_one_before(qlora_run: Path) -> None:
-    model = load_run(qlora_run, device="cpu").model
+    model = load_checkpoint(qlora_run, device="cpu").model
     assert any(map(is_quantized, model.parameters()))
     merged = merged_language_model(model)
     original = _merged_into_the_original(qlora_run)

@@ -43,23 +43,23 @@ def test_a_talk_shows_images_forgets_and_ends(
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3
     assert "image 1 goes with the next question" in err
-    assert "forgotten" in err
+    assert "conversation cleared" in err
     assert err.count("> ") == 7
 
 
 def test_a_talks_answers_are_those_of_its_whole_history(
     full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vlm_sft.inference.loaded_model import VlmRun
+    from vlm_sft.inference.loaded_model import LoadedModel
 
     asked: list[tuple[int, int]] = []
-    stream = VlmRun.stream
+    stream = LoadedModel.stream
 
-    def recorded(self: VlmRun, conversation, **keys):  # type: ignore[no-untyped-def]
+    def recorded(self: LoadedModel, conversation, **keys):  # type: ignore[no-untyped-def]
         asked.append((len(conversation.turns), len(conversation.images)))
         return stream(self, conversation, **keys)
 
-    monkeypatch.setattr(VlmRun, "stream", recorded)
+    monkeypatch.setattr(LoadedModel, "stream", recorded)
     lines = f"Which color?\n/image '{BLUE}'\nAnd this?\n/reset\nWho?\n"
     assert talk(full_run, lines, monkeypatch, "--image", RED) == 0
     assert asked == [(1, 1), (3, 2), (1, 0)]
@@ -82,12 +82,12 @@ def test_slips_are_told_and_the_talk_goes_on(
 def test_ctrl_c_stops_the_answer_and_not_the_talk(
     full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vlm_sft.inference.loaded_model import VlmRun
+    from vlm_sft.inference.loaded_model import LoadedModel
 
     calls: list[str] = []
-    stream = VlmRun.stream
+    stream = LoadedModel.stream
 
-    def interrupted(self: VlmRun, conversation, **keys):  # type: ignore[no-untyped-def]
+    def interrupted(self: LoadedModel, conversation, **keys):  # type: ignore[no-untyped-def]
         calls.append(conversation.turns[-1].text)
         yield "half"
         if len(calls) == 1:
@@ -95,10 +95,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(
         assert len(conversation.turns) == 1  # the half answer was not said
         yield from stream(self, conversation, **keys)
 
-    monkeypatch.setattr(VlmRun, "stream", interrupted)
+    monkeypatch.setattr(LoadedModel, "stream", interrupted)
     assert talk(full_run, "Which color?\nWhich shape?\n", monkeypatch) == 0
     assert calls == ["Which color?", "Which shape?"]
-    assert "(stopped; Ctrl-D leaves)" in capsys.readouterr().err
+    assert "(stopped; Ctrl-D quits)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

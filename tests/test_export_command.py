@@ -10,7 +10,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.export.__main__ import main
-from vlm_sft.inference.loaded_model import load_run, question
+from vlm_sft.inference.loaded_model import load_checkpoint
+from vlm_sft.inference.prompts import user_message
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -50,15 +51,15 @@ def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
         return_dict=True,
         return_tensors="pt",
     )
-    run = load_run(lora_run, device="cpu")
-    asked = question("Which color?", [RED])
+    run = load_checkpoint(lora_run, device="cpu")
+    asked = user_message("Which color?", [RED])
     ids = run.prompt_ids(asked)
     image = stock.config.image_token_id
     assert inputs["input_ids"][0].tolist() == [i if i >= 0 else image for i in ids]
     with torch.no_grad():
         theirs = stock(**inputs).logits[0, -1, :261]
         row = torch.tensor([ids])
-        ours = run.model.logits(row, pixel_values=run.pixels(RED)[None])[0, -1]
+        ours = run.model.logits(row, pixel_values=run.load_image(RED)[None])[0, -1]
     # The two see the same image but for the rounding of its pixels.
     assert torch.allclose(ours, theirs, atol=1e-2)
     assert ours.argmax() == theirs.argmax()

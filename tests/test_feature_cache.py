@@ -18,7 +18,7 @@ from tests.tiny_runs import TINY, rows, run
 from vlm_sft.data.feature_store import FeatureStore, disk_use, is_feature_cache, remove_stale
 from vlm_sft.data.images import read_pixels
 from vlm_sft.errors import UserError
-from vlm_sft.inference.loaded_model import load_run
+from vlm_sft.inference.loaded_model import load_checkpoint
 from vlm_sft.train import feature_cache
 from vlm_sft.train.feature_cache import Worth
 from vlm_sft.utils.ownership import MARKER
@@ -226,7 +226,7 @@ def test_kept_features_are_those_of_the_tower(folder: Path) -> None:
     (recipe,) = (path for path in (folder / "kept").iterdir() if path.is_dir())
     described = json.loads((recipe / "recipe.json").read_text())
     assert described["image_processing"] == "fast" and described["dtype"] == "torch.float32"
-    vlm = load_run(folder / "without", device="cpu")
+    vlm = load_checkpoint(folder / "without", device="cpu")
     kept = FeatureStore(
         folder / "kept",
         {k: v for k, v in described.items() if k not in ("shape", "dtype")},
@@ -234,7 +234,7 @@ def test_kept_features_are_those_of_the_tower(folder: Path) -> None:
         dtype=torch.float32,
     )
     image = next((TINY / "data").rglob("*.png"))
-    pixels = read_pixels(image, vlm.image_spec, vlm.aspect)
+    pixels = read_pixels(image, vlm.image_spec, vlm.image_aspect)
     found = kept.read(hashlib.sha256(image.read_bytes()).digest())
     tower = vlm.model.vision_tower
     assert_near(found, tower(pixels[None])[0], terms_of(tower.encoder, length=tower.num_tokens))

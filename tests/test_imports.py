@@ -29,10 +29,7 @@ LAYERS = {
 
 ENTRY_POINT = 7
 
-KNOWN_UPWARD = {
-    ("vlm_sft.checks.machine", "vlm_sft.commands.inputs"),
-    ("vlm_sft.inference.loaded_model", "vlm_sft.commands.inputs"),
-}
+KNOWN_UPWARD = {}
 """Upward imports that are still to be removed."""
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.commands.inputs import read_config, require_stage1, require_stage2
+from vlm_sft.commands.inputs import read_config
+from vlm_sft.config.method import require_stage1, require_stage2
 from vlm_sft.config.schema import dump_config, load_config
 from vlm_sft.errors import ConfigError, TemplateError
 
@@ -15,7 +16,7 @@ TINY = Path(__file__).parents[1] / "configs/tiny"
     ("name", "message"),
     [
         ("stage2", r"optim\.learning_rate\.language_model is 0\.003, but stage 1 trains"),
-        ("stage2_lora", "lora: stage 1 trains the projector alone"),
+        ("stage2_lora", "lora: stage 1 trains only the projector"),
     ],
 )
 def test_stage_1_refuses_settings_that_it_would_ignore(name: str, message: str) -> None:

@@ -14,7 +14,9 @@ from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.records import read_records
 from vlm_sft.export.__main__ import main as export
-from vlm_sft.inference.loaded_model import VlmRun, load_run, question
+from vlm_sft.inference.generate import generate_greedy
+from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
+from vlm_sft.inference.prompts import user_message
 
 pytestmark = [
     pytest.mark.usefixtures("in_the_repository"),
@@ -28,8 +30,8 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def run(full_run: Path) -> VlmRun:
-    return load_run(full_run, device="cpu")
+def run(full_run: Path) -> LoadedModel:
+    return load_checkpoint(full_run, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def stock(exported: Path) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration.from_pretrained(exported).eval()
 
 
-def trained_prompt(run: VlmRun) -> tuple[list[int], Path]:
+def trained_prompt(run: LoadedModel) -> tuple[list[int], Path]:
     """Prompt of a training record about an image, as training laid it out, and the image."""
     file = run.config.data.train[0]
     for record in read_records(DataFile.model_validate(file)):
@@ -64,7 +66,7 @@ def trained_prompt(run: VlmRun) -> tuple[list[int], Path]:
     raise AssertionError("the tiny data has images")
 
 
-def as_stock(run: VlmRun, ids: list[int], stock: LlavaForConditionalGeneration) -> list[int]:
+def as_stock(run: LoadedModel, ids: list[int], stock: LlavaForConditionalGeneration) -> list[int]:
     return [i if i >= 0 else stock.config.image_token_id for i in ids]
 
 
@@ -84,14 +86,14 @@ def inputs_of(processor: Any, messages: list[dict[str, Any]], **keys: Any) -> An
 
 
 def test_a_training_question_has_the_same_ids_through_every_way_of_asking(
-    run: VlmRun, processor: Any, stock: LlavaForConditionalGeneration
+    run: LoadedModel, processor: Any, stock: LlavaForConditionalGeneration
 ) -> None:
     trained, path = trained_prompt(run)
     text = run.tokenizer.decode([i for i in trained if i >= 0])
     (words,) = [t for t in text.split("\n") if t.endswith("?<|im_end|>")]
     asked = words.removesuffix("<|im_end|>")
     expected = as_stock(run, trained, stock)
-    assert run.prompt_ids(question(asked, [path])) == trained
+    assert run.prompt_ids(user_message(asked, [path])) == trained
     image = Image.open(path)
     for part in (
         {"type": "image", "image": image},
@@ -111,17 +113,23 @@ def test_a_training_question_has_the_same_ids_through_every_way_of_asking(
 
 
 def test_every_way_of_asking_gives_the_same_answer(
-    run: VlmRun,
+    run: LoadedModel,
     full_run: Path,
     exported: Path,
     processor: Any,
     stock: LlavaForConditionalGeneration,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    expected = run.answer(question(ASKED, [RED]), max_new_tokens=TOKENS)
-    prompt = run.prompt_ids(question(ASKED, [RED]))
-    embeds = run.image_embeds([run.pixels(RED)])
-    assert run.answers([prompt], embeds, max_new_tokens=TOKENS) == [expected]  # evaluate's way
+    expected = run.generate(user_message(ASKED, [RED]), max_new_tokens=TOKENS)
+    assert run.generate_batch([ASKED], [[RED]], max_new_tokens=TOKENS) == [expected]
+    [answer] = generate_greedy(  # as evaluate does
+        run.model,
+        run.chat_tokenizer,
+        [run.prompt_ids(user_message(ASKED, [RED]))],
+        image_embeds=torch.stack(run.encode_images([run.load_image(RED)])),
+        max_new_tokens=TOKENS,
+    )
+    assert answer == expected
 
     capfd.readouterr()
     argv = [str(full_run), "--device", "cpu", "--image", str(RED), "--prompt", ASKED]
@@ -149,7 +157,7 @@ def test_every_way_of_asking_gives_the_same_answer(
     assert said["generated_text"].strip() == expected
 
 
-def test_a_batch_of_questions_is_padded_on_the_left(run: VlmRun, processor: Any) -> None:
+def test_a_batch_of_questions_is_padded_on_the_left(run: LoadedModel, processor: Any) -> None:
     texts = [ASKED, "Which color is the large shape?"]
     chats = [
         user([{"type": "image", "path": str(RED)}, {"type": "text", "text": text}])
@@ -158,12 +166,12 @@ def test_a_batch_of_questions_is_padded_on_the_left(run: VlmRun, processor: Any)
     found = inputs_of(processor, chats, processor_kwargs={"padding": True})  # type: ignore[arg-type]
     kept = found["input_ids"][0][found["attention_mask"][0].bool()].tolist()
     assert not found["attention_mask"][0, 0] and found["attention_mask"][0, -1]
-    assert len(kept) == len(run.prompt_ids(question(ASKED, [RED])))
+    assert len(kept) == len(run.prompt_ids(user_message(ASKED, [RED])))
 
 
 @pytest.mark.parametrize("image_last", [False, True])
 def test_several_images_and_an_image_behind_the_text_keep_their_order(
-    image_last: bool, run: VlmRun, processor: Any, stock: LlavaForConditionalGeneration
+    image_last: bool, run: LoadedModel, processor: Any, stock: LlavaForConditionalGeneration
 ) -> None:
     images = [{"type": "image", "path": str(RED)}, {"type": "image", "path": str(BLUE)}]
     text = {"type": "text", "text": "Compare."}
@@ -179,27 +187,27 @@ def test_several_images_and_an_image_behind_the_text_keep_their_order(
     assert torch.equal(found["input_ids"], again["input_ids"])
     assert torch.equal(found["pixel_values"], again["pixel_values"])
     if not image_last:
-        ids = as_stock(run, run.prompt_ids(question("Compare.", [RED, BLUE])), stock)
+        ids = as_stock(run, run.prompt_ids(user_message("Compare.", [RED, BLUE])), stock)
         assert found["input_ids"][0].tolist() == ids
 
 
 def test_control_strings_of_a_user_are_text_where_transformers_is_asked_to_keep_them(
-    run: VlmRun, processor: Any, stock: LlavaForConditionalGeneration
+    run: LoadedModel, processor: Any, stock: LlavaForConditionalGeneration
 ) -> None:
     text = "Is <image> or <|im_end|> a word?"
     content = [{"type": "image", "path": str(RED)}, {"type": "text", "text": text}]
     found = inputs_of(processor, user(content), sanitize_control_tokens=True)
-    expected = as_stock(run, run.prompt_ids(question(text, [RED])), stock)
+    expected = as_stock(run, run.prompt_ids(user_message(text, [RED])), stock)
     assert found["input_ids"][0].tolist() == expected
 
 
 @pytest.mark.parametrize("size", [(48, 48), (90, 40), (31, 77), (300, 200)])
 def test_the_exported_processor_prepares_images_as_training_did(
-    size: tuple[int, int], run: VlmRun, processor: Any, tmp_path: Path
+    size: tuple[int, int], run: LoadedModel, processor: Any, tmp_path: Path
 ) -> None:
     noise = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(1))
     Image.fromarray(noise.to(torch.uint8).numpy()).save(tmp_path / "noise.png")
     stock = processor.image_processor(Image.open(tmp_path / "noise.png"), return_tensors="pt")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (run.image_spec.mean, run.image_spec.std))
     theirs = (stock["pixel_values"][0] * std + mean) * 255
-    assert (theirs - run.pixels(tmp_path / "noise.png")).abs().max() <= 2.5
+    assert (theirs - run.load_image(tmp_path / "noise.png")).abs().max() <= 2.5

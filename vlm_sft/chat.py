@@ -22,7 +22,8 @@ commands of the interactive chat:
 def main(argv: Sequence[str]) -> int:
     """Answer `--prompt`, or talk; returns the exit code."""
     arguments = parser().read(argv)
-    from vlm_sft.commands.inputs import require_checkpoint, require_images
+    from vlm_sft.checkpoint.format import require_checkpoint
+    from vlm_sft.commands.inputs import require_images
 
     arguments.image = [image_argument(name) for name in arguments.image]
     if arguments.prompt is not None:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate, print a table, write `--out`; return the exit code."""
     arguments = parser().read(argv)
     _require_fitting(arguments)
-    from vlm_sft.commands.inputs import require_checkpoint
+    from vlm_sft.checkpoint.format import require_checkpoint
     from vlm_sft.evaluation.question_files import read_rows
 
     for path in arguments.probes:

@@ -23,7 +23,8 @@ examples:
 def main(argv: Sequence[str]) -> int:
     """Run stage 1 and return the exit code."""
     arguments = parser().read(argv)
-    from vlm_sft.commands.inputs import read_config, require_stage1
+    from vlm_sft.commands.inputs import read_config
+    from vlm_sft.config.method import require_stage1
     from vlm_sft.config.resume import require_changeable
 
     config = read_config(arguments.config, arguments.overrides)

@@ -23,7 +23,7 @@ from vlm_sft.data.record_formats import Form, RawRecord, parse_record
 from vlm_sft.data.text_encoder import exported_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, TemplateError
-from vlm_sft.inference.loaded_model import question
+from vlm_sft.inference.prompts import user_message
 
 IMAGE = None
 """An image among the items of a turn; everything else is text."""
@@ -242,7 +242,7 @@ def test_chat_asks_as_llavas_records_and_content_parts_do(pair: Pair, num_images
     items: Items = [IMAGE] * num_images + ["What color is the car?"]
     written: Items = [*[IMAGE, "\n"] * num_images, "What color is the car?"]
     by = chat_tokenizer(pair)
-    chat = by.prompt(question("What color is the car?", [b""] * num_images))
+    chat = by.prompt(user_message("What color is the car?", [b""] * num_images))
     (trained,) = before_answers(read(Talk(None, ((written, "Red."),)), "llava"))
     assert by.prompt(trained) == chat
     for spelling, said in {
@@ -258,9 +258,9 @@ def test_chat_asks_as_llavas_records_and_content_parts_do(pair: Pair, num_images
 def test_a_later_question_of_a_chat_is_the_multi_turn_record() -> None:
     pair = Pair("vicuna_v1", "sentencepiece", "vicuna_v1")
     talk = Talk(None, (([IMAGE, "What?"], "A car."), ([IMAGE, "And this?"], "A dog.")))
-    first = question("What?", [b""])
+    first = user_message("What?", [b""])
     answered = (*first.turns, Turn("assistant", (TextPart("A car."),)))
-    later = question("And this?", [b"", b""], history=answered)
+    later = user_message("And this?", [b"", b""], history=answered)
     assert chat_tokenizer(pair).prompt(later) == chat_tokenizer(pair).prompt(
         before_answers(read(talk, "image"))[1]
     )
@@ -306,7 +306,9 @@ def test_a_template_file_names_its_separator_and_the_setting_goes_before_it(tmp_
     )
     tokenizer = load("bytes")
     by = ChatTokenizer.from_name(str(path), tokenizer)
-    assert by.encoder.decode([i for i in by.prompt(question("Hi", [b""])) if i >= 0]) == "Q:  Hi"
+    assert (
+        by.encoder.decode([i for i in by.prompt(user_message("Hi", [b""])) if i >= 0]) == "Q:  Hi"
+    )
     again = ChatTokenizer.from_description(by.describe(), tokenizer)
     assert again.image_separator == " " and again.describe() == by.describe()
     other = ChatTokenizer.from_name(str(path), tokenizer, image_separator="\n")

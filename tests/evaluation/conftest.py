@@ -8,12 +8,12 @@ import torch
 from vlm_sft.config.schema import LoraConfig, parse_config
 from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
-from vlm_sft.inference.loaded_model import VlmRun
+from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.model.build import build_model
 
 
 @pytest.fixture(scope="module", params=["no adapter", "LoRA"])
-def run(request: pytest.FixtureRequest) -> Iterator[VlmRun]:
+def run(request: pytest.FixtureRequest) -> Iterator[LoadedModel]:
     tokenizer = byte_tokenizer()
     tower = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
     tower |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -36,13 +36,13 @@ def run(request: pytest.FixtureRequest) -> Iterator[VlmRun]:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first: the adapter would do nothing
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
-    yield VlmRun(
+    yield LoadedModel(
         model=model,
         tokenizer=tokenizer,
         chat_tokenizer=ChatTokenizer.from_name("chatml", tokenizer),
         image_spec=model.vision_tower.image_spec,
-        aspect="pad",
-        processing="fast",
+        image_aspect="pad",
+        image_processing="fast",
         config=config,
         manifest={},
     )

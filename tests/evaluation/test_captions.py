@@ -17,7 +17,7 @@ from vlm_sft.evaluation.captions import (
     other_images,
     summarize_captions,
 )
-from vlm_sft.inference.loaded_model import VlmRun
+from vlm_sft.inference.loaded_model import LoadedModel
 
 
 def test_losses_are_taken_a_token_and_differences_within_a_record() -> None:
@@ -44,11 +44,11 @@ def test_one_image_has_no_other() -> None:
         other_images([captioned("a.png"), captioned("a.png")], seed=0)
 
 
-def plain_loss(run: VlmRun, record: Conversation, image: str) -> float:
+def plain_loss(run: LoadedModel, record: Conversation, image: str) -> float:
     tokenized, tokens = run.chat_tokenizer.tokenize(record), run.model.vision_tower.num_tokens
     ids = torch.tensor([expand(tokenized.input_ids, tokens)])
     labels = torch.tensor([expand(tokenized.input_ids, tokens, tokenized.labels)])
-    pixels = run.pixels(Path(image))[None]
+    pixels = run.load_image(Path(image))[None]
     with torch.inference_mode():
         output = run.model(batch_of(ids, torch.ones_like(ids), labels, pixels))
     return float(output.loss_sum)
@@ -56,7 +56,7 @@ def plain_loss(run: VlmRun, record: Conversation, image: str) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_captions_of_unequal_length_are_measured_together_as_alone(
-    run: VlmRun, tmp_path: Path, batch_size: int
+    run: LoadedModel, tmp_path: Path, batch_size: int
 ) -> None:
     names = [str(tmp_path / f"{color}.png") for color in ("red", "green", "blue")]
     for name in names:

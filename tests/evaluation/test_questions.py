@@ -28,7 +28,9 @@ from vlm_sft.evaluation.questions import (
     score_predictions,
     summarize,
 )
-from vlm_sft.inference.loaded_model import VlmRun, question
+from vlm_sft.inference.generate import generate_greedy
+from vlm_sft.inference.loaded_model import LoadedModel
+from vlm_sft.inference.prompts import user_message
 from vlm_sft.utils.atomic_files import write_json
 
 
@@ -41,13 +43,13 @@ def noise(seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (3, 28, 28), generator=generator, dtype=torch.uint8)
 
 
-def bound_of(run: VlmRun) -> float:
+def bound_of(run: LoadedModel) -> float:
     """Return how far apart two sums of log probabilities may be, relative to them."""
     return rounding(terms_of(run.model, length=80))
 
 
-def plain_score(run: VlmRun, asked: Question, choice: str, pixels: torch.Tensor) -> float:
-    prompt = run.prompt_ids(question(asked.question, [b""]))
+def plain_score(run: LoadedModel, asked: Question, choice: str, pixels: torch.Tensor) -> float:
+    prompt = run.prompt_ids(user_message(asked.question, [b""]))
     answer = run.chat_tokenizer.answer_ids(answer_text(choice))
     ids = torch.tensor([prompt + answer])
     labels = torch.tensor([[-100] * len(prompt) + answer])
@@ -56,7 +58,7 @@ def plain_score(run: VlmRun, asked: Question, choice: str, pixels: torch.Tensor)
     return -float(output.loss_sum)
 
 
-def test_cached_scores_equal_those_of_whole_sequences(run: VlmRun) -> None:
+def test_cached_scores_equal_those_of_whole_sequences(run: LoadedModel) -> None:
     pixels = noise(1)
     questions = [
         ask_yes_no("Is there a dog?"),
@@ -68,14 +70,14 @@ def test_cached_scores_equal_those_of_whole_sequences(run: VlmRun) -> None:
         assert prediction.log_probabilities == pytest.approx(expected, rel=bound_of(run))
 
 
-def test_one_question_is_scored_as_well_as_many(run: VlmRun) -> None:
+def test_one_question_is_scored_as_well_as_many(run: LoadedModel) -> None:
     pixels = torch.zeros(3, 28, 28, dtype=torch.uint8)
     alone = score_image(run, [ask_yes_no("Is there a dog?")], pixels)[0]
     together = score_image(run, [ask_yes_no("Is there a dog?"), ask_yes_no("Or a cow?")], pixels)[0]
     assert alone.log_probabilities == pytest.approx(together.log_probabilities, rel=bound_of(run))
 
 
-def test_the_image_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> None:
+def test_the_image_and_the_condition_matter(run: LoadedModel, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
     questions = [ask_yes_no("Is it red?", "a.png"), ask_yes_no("Is it red?", "b.png", "no")]
@@ -91,7 +93,7 @@ def test_the_image_and_the_condition_matter(run: VlmRun, tmp_path: Path) -> None
     assert scores["blank", "a.png"] == pytest.approx(scores["blank", "b.png"], rel=bound_of(run))
 
 
-def test_an_image_is_run_once_whatever_is_asked_about_it(run: VlmRun, tmp_path: Path) -> None:
+def test_an_image_is_run_once_whatever_is_asked_about_it(run: LoadedModel, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
     existence = [ask_yes_no("Is it red?", name) for name in ("a.png", "b.png") for _ in range(20)]
@@ -108,7 +110,7 @@ def test_an_image_is_run_once_whatever_is_asked_about_it(run: VlmRun, tmp_path: 
     assert all(item.question is prediction.question for item, prediction in predicted)
 
 
-def test_answers_of_any_number_and_length_score_as_whole_sequences_do(run: VlmRun) -> None:
+def test_answers_of_any_number_and_length_score_as_whole_sequences_do(run: LoadedModel) -> None:
     pixels = noise(2)
     many = ("a", "b c", "a rather long answer", "two", "seven")
     questions = [
@@ -159,7 +161,7 @@ def test_a_question_without_answer_is_named(tmp_path: Path) -> None:
         read_questions(tmp_path / "p.json")
 
 
-def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
+def test_the_summary_counts_what_was_right(run: LoadedModel) -> None:
     predictions = score_image(run, [ask_yes_no("a"), ask_yes_no("b", answer="no")], noise(3))
     found = summarize(predictions)
     share = sum(v.correct for v in predictions) / 2
@@ -168,7 +170,7 @@ def test_the_summary_counts_what_was_right(run: VlmRun) -> None:
     assert set(found["by_kind"]) == {"random"}
 
 
-def test_a_template_without_the_question_is_refused(run: VlmRun) -> None:
+def test_a_template_without_the_question_is_refused(run: LoadedModel) -> None:
     require_questions_in_prompt(run)
     plain = replace(run, chat_tokenizer=ChatTokenizer.from_name("plain", run.tokenizer))
     with pytest.raises(UserError, match="leaves questions out"):
@@ -197,7 +199,7 @@ def test_a_text_without_a_choice_is_wrong() -> None:
         ).correct
 
 
-def test_free_answers_together_are_those_given_one_by_one(run: VlmRun, tmp_path: Path) -> None:
+def test_free_answers_together_are_those_given_one_by_one(run: LoadedModel, tmp_path: Path) -> None:
     for index, name in enumerate(("a.png", "b.png", "c.png")):
         Image.new("RGB", (40, 28), (80 * index, 40, 200)).save(tmp_path / name)
     questions = [
@@ -209,9 +211,13 @@ def test_free_answers_together_are_those_given_one_by_one(run: VlmRun, tmp_path:
     found = list(generate_predictions(run, items, tmp_path, batch_size=4))
     assert sorted(map(repr, (item for item, _ in found))) == sorted(map(repr, items))
     for item, prediction in found:
-        shown = blank_pixels(run) if item.shown is None else run.pixels(tmp_path / item.shown)
-        [alone] = run.answers(
-            [run.prompt_ids(question(item.question.question, [b""]))], run.image_embeds([shown])
+        shown = blank_pixels(run) if item.shown is None else run.load_image(tmp_path / item.shown)
+        [alone] = generate_greedy(
+            run.model,
+            run.chat_tokenizer,
+            [run.prompt_ids(user_message(item.question.question, [b""]))],
+            image_embeds=torch.stack(run.encode_images([shown])),
+            max_new_tokens=64,
         )
         assert prediction.question is item.question
         assert prediction.free_form == alone

@@ -54,6 +54,19 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def require_checkpoint(folder: Path, where: str = "") -> None:
+    """Refuse a path that is not a directory, before anything heavy is imported.
+
+    Raises:
+        CheckpointError: `where` (the setting or option) comes before the path.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{where}{folder}: no such folder; give a checkpoint, e.g. RUN/final",
+            code="no_checkpoint",
+        )
+
+
 def verify(folder: Path) -> Checkpoint:
     """Read the manifest and compare the sha256 of every file, including the manifest itself.
 

@@ -5,7 +5,7 @@ from collections.abc import Set
 import torch
 
 from vlm_sft.checks.results import CheckResults
-from vlm_sft.commands.inputs import require_stage2
+from vlm_sft.config.method import require_stage2
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization

@@ -1,4 +1,4 @@
-"""Answer one question about images, or talk in the terminal."""
+"""Answer one question about images, or chat in the terminal."""
 
 import argparse
 import shlex
@@ -12,98 +12,109 @@ from vlm_sft.commands.inputs import require_images
 from vlm_sft.data.conversation import TextPart, Turn
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, error_line
-from vlm_sft.inference.loaded_model import VlmRun, load_run, question
+from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
+from vlm_sft.inference.prompts import user_message
 from vlm_sft.utils.console import say
 from vlm_sft.utils.image_paths import image_argument
 
 
 @dataclass
 class Chat:
-    """A conversation in progress."""
+    """A conversation in progress.
 
-    run: VlmRun
+    Attributes:
+        images: All images so far; those that no question has shown yet go with the next one.
+        turns: The turns so far; they end with an answer.
+    """
+
+    model: LoadedModel
     max_new_tokens: int
     temperature: float
     seed: int | None
     images: list[Path] = field(default_factory=list)
     turns: tuple[Turn, ...] = ()
 
-    def show(self, path: Path) -> None:
-        """Put an image before the next question.
+    def add_image(self, path: Path) -> None:
+        """Show an image with the next question.
 
         Raises:
-            ImageError: It is missing or broken.
+            ImageError: The image is missing or cannot be decoded.
         """
         require_images([path])
         open_image(path)
         self.images.append(path)
 
     def ask(self, text: str) -> Iterator[str]:
-        """Pieces of the answer; it counts as said when the last piece is taken."""
-        asked = question(text, self.images, history=self.turns)
-        said: list[str] = []
-        for piece in self.run.stream(
-            asked,
+        """Yield the answer in pieces; only a complete answer becomes part of the conversation."""
+        question = user_message(text, self.images, history=self.turns)
+        pieces: list[str] = []
+        for piece in self.model.stream(
+            question,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
         ):
-            said.append(piece)
+            pieces.append(piece)
             yield piece
-        answer = Turn("assistant", (TextPart("".join(said).strip()),))
-        self.turns = (*asked.turns, answer)
+        answer = Turn("assistant", (TextPart("".join(pieces).strip()),))
+        self.turns = (*question.turns, answer)
 
     def reset(self) -> None:
-        """Forget turns and images."""
+        """Clear the turns and images."""
         self.turns, self.images = (), []
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer `--prompt`, or talk; returns the exit code."""
+    """Answer `--prompt`, or chat until the user quits; returns the exit code."""
     for path in arguments.image:
         open_image(path)  # before the model is loaded, which takes long
-    vlm_run = load_run(
+    model = load_checkpoint(
         arguments.checkpoint, device=arguments.device, bases=parse_bases(arguments.base)
     )
-    chat = Chat(vlm_run, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    chat = Chat(model, arguments.max_new_tokens, arguments.temperature, arguments.seed)
     chat.images = list(arguments.image)
     if arguments.prompt is not None:
         _print_answer(chat, arguments.prompt)
-        return 0
-    _talk(chat)
+    else:
+        _chat(chat)
     return 0
 
 
-def _talk(chat: Chat) -> None:
+def _chat(chat: Chat) -> None:
+    """Read lines and answer them until `/quit` or the end of input."""
     given = f"; images given so far: {len(chat.images)}" if chat.images else ""
-    _say(f"Ask a question, or type /image FILE, /reset or /quit{given}.")
+    say(f"Ask a question, or type /image FILE, /reset or /quit{given}.")
     while True:
         try:
-            line = _read()
-            if line == "/quit":
+            say("> ", end="")
+            line = sys.stdin.readline()
+            if not line:  # Ctrl-D
+                say()
                 return
-            if line:
-                _obey_or_ask(chat, line)
-        except EOFError:
-            _say("")
-            return
+            if line.strip() == "/quit":
+                return
+            if line.strip():
+                _handle_line(chat, line.strip())
         except KeyboardInterrupt:
-            _say("\n(stopped; Ctrl-D leaves)")
+            say("\n(stopped; Ctrl-D quits)")
         except UserError as error:
-            _say(error_line(error))
+            say(error_line(error))
 
 
-def _obey_or_ask(chat: Chat, line: str) -> None:
+def _handle_line(chat: Chat, line: str) -> None:
     command, _, rest = line.partition(" ")
     if command == "/reset":
         chat.reset()
-        _say("forgotten")
+        say("conversation cleared")
     elif command == "/image":
-        names = _split(rest)
+        try:
+            names = shlex.split(rest)
+        except ValueError as error:
+            raise UserError(f"/image {rest}: {error}") from None
         if len(names) != 1:
             raise UserError(f"/image {rest}: expected one file; quote a name with spaces")
-        chat.show(image_argument(names[0]))
-        _say(f"image {len(chat.images)} goes with the next question")
+        chat.add_image(image_argument(names[0]))
+        say(f"image {len(chat.images)} goes with the next question")
     elif command.startswith("/"):
         raise UserError(f"{command}: unknown command; known: /image FILE, /reset, /quit")
     else:
@@ -114,22 +125,3 @@ def _print_answer(chat: Chat, text: str) -> None:
     for piece in chat.ask(text):
         say(piece, end="", file=sys.stdout)
     say(file=sys.stdout)
-
-
-def _read() -> str:
-    say("> ", end="")
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.strip()
-
-
-def _split(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"/image {text}: {error}") from None
-
-
-def _say(text: str) -> None:
-    say(text)

@@ -34,7 +34,7 @@ from vlm_sft.evaluation.questions import (
     score_predictions,
     summarize,
 )
-from vlm_sft.inference.loaded_model import VlmRun, load_run
+from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.console import Console, say
 from vlm_sft.utils.ownership import MADE_BY, made_by
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     records = (
         _read_captions(arguments.captions, arguments.images, links) if arguments.captions else []
     )
-    loaded = load_run(
+    loaded = load_checkpoint(
         arguments.checkpoint, device=arguments.device, bases=parse_bases(arguments.base)
     )
     if files:
@@ -127,7 +127,7 @@ def _items(files: dict[Path, list[Question]], arguments: argparse.Namespace) -> 
 
 
 def _measure(
-    loaded: VlmRun,
+    loaded: LoadedModel,
     items: list[EvalItem],
     records: list[Conversation],
     arguments: argparse.Namespace,

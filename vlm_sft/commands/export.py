@@ -1,4 +1,4 @@
-"""Export a checkpoint and print the result of the verification."""
+"""Export a checkpoint and print how the export differs from it."""
 
 import argparse
 import sys
@@ -7,26 +7,30 @@ from pathlib import Path
 import torch
 
 from vlm_sft.checkpoint.base_models import parse_bases
-from vlm_sft.config.schema import DataFile
 from vlm_sft.data.records import read_records
 from vlm_sft.errors import RecordError
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
 from vlm_sft.export.weights import require_shard_size
-from vlm_sft.inference.loaded_model import VlmRun, load_run, question
+from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
+from vlm_sft.inference.prompts import user_message
 from vlm_sft.utils.console import say
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export a checkpoint, verify the reloaded folder, print the result; return the exit code."""
+    """Export, reload the export, and print how it differs; returns the exit code."""
     max_shard_size = require_shard_size(args.max_shard_size)
-    loaded = load_run(args.checkpoint, device="cpu", bases=parse_bases(args.base))
-    sample = _sample(loaded, args.image or _first_image(loaded), args.prompt)
+    loaded = load_checkpoint(args.checkpoint, device="cpu", bases=parse_bases(args.base))
+    image = args.image or _first_image(loaded)
+    sample = None  # without any image, the export compares logits on noise
+    if image is not None:
+        ids = loaded.prompt_ids(user_message(args.prompt, [image]))
+        sample = loaded.load_image(image)[None], torch.tensor([ids])
     report = export_hf_llava(
         loaded.model,
         loaded.tokenizer,
         args.out,
-        image_aspect=loaded.aspect,
-        image_processing=loaded.processing,
+        image_aspect=loaded.image_aspect,
+        image_processing=loaded.image_processing,
         chat_template=loaded.chat_tokenizer.to_jinja(),
         eot_token_ids=loaded.chat_tokenizer.eot_token_ids,
         sample=sample,
@@ -38,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_report(report: ExportReport) -> None:
-    """Print the result of the comparison, and which programs load the folder."""
+    """Print the result of the comparison, and which programs load the exported directory."""
     say(
         f"{report.folder}: {report.dtype}; reloaded by stock {report.model_class} in a new process "
         f"with {len(report.missing_keys)} missing and {len(report.unexpected_keys)} unexpected "
@@ -52,22 +56,12 @@ def print_report(report: ExportReport) -> None:
         say(row, file=sys.stdout)
 
 
-def _sample(
-    loaded: VlmRun, image: Path | None, prompt: str
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return pixels and prompt for the comparison of logits; None (noise) without an image."""
-    if image is None:
-        return None
-    ids = loaded.prompt_ids(question(prompt, [image]))
-    return loaded.pixels(image)[None], torch.tensor([ids])
-
-
-def _first_image(loaded: VlmRun) -> Path | None:
-    """Return an image of the training data; None if none exists any more."""
+def _first_image(loaded: LoadedModel) -> Path | None:
+    """Return an image of the training data, or None if none of its files exists."""
     for file in loaded.config.data.train:
         if not Path(file.path).exists():
             continue
-        for record in read_records(DataFile.model_validate(file)):
+        for record in read_records(file):
             if isinstance(record, RecordError):
                 continue
             for image in record.images:

@@ -1,10 +1,11 @@
-"""Check a command's inputs before heavy imports: configuration, files, folders, model names."""
+"""Check the inputs of a command before heavy imports: configuration, files, model names."""
 
 import difflib
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from vlm_sft.checkpoint.format import require_checkpoint
 from vlm_sft.config.resume import changes_between
 from vlm_sft.config.schema import (
     DataFile,
@@ -16,7 +17,7 @@ from vlm_sft.config.schema import (
 )
 from vlm_sft.data.records import open_raw_records
 from vlm_sft.data.template_names import builtin_templates
-from vlm_sft.errors import CheckpointError, ConfigError, ImageError, TemplateError, UserError
+from vlm_sft.errors import ConfigError, ImageError, TemplateError, UserError
 
 Part = Literal["tokenizer", "model", "projector", "train", "eval"]
 ALL_PARTS: Final = frozenset[Part](get_args(Part))
@@ -26,18 +27,18 @@ _TOWER = "model.vision_tower"
 
 
 def read_config(path: str, overrides: Sequence[str], parts: Set[Part] = ALL_PARTS) -> RunConfig:
-    """Load a configuration and check that the files and folders that it names exist.
+    """Load a configuration and check that the files and directories that it names exist.
 
-    A finished run needs none of them any more: starting it again only reports that. With settings
-    that differ from the run's it is checked like a new one.
+    A finished run does not need them any more: starting it again only reports that it is finished.
+    If settings differ from those of the run, it is checked like a new one.
 
     Args:
         path: The YAML file.
-        overrides: `key.path=value`.
+        overrides: `key.path=value` arguments.
         parts: What the command will read.
 
     Raises:
-        UserError: One sentence with the key or file.
+        UserError: Names the key or the file.
     """
     if "=" in path and not Path(path).exists():
         raise UserError(f"{path}: the first argument is CONFIG.yaml; settings follow it")
@@ -48,10 +49,10 @@ def read_config(path: str, overrides: Sequence[str], parts: Set[Part] = ALL_PART
 
 
 def _is_finished(config: RunConfig) -> bool:
-    """Return whether the output directory holds the finished run of this very configuration.
+    """Return whether the output directory contains the finished run of this configuration.
 
-    Under a changed setting that counts, a value that is itself wrong must be reported before the
-    difference is.
+    If a setting differs that may not change freely, the answer is no: a wrong value is then
+    reported as such, and not as a difference.
     """
     output_dir = Path(config.output_dir)
     if not (output_dir / "final" / "manifest.json").exists():
@@ -59,37 +60,8 @@ def _is_finished(config: RunConfig) -> bool:
     try:
         before = load_stored_config(output_dir / "config.yaml")
     except (UserError, OSError):
-        return True  # the run's folder reports what is wrong with it
+        return True  # training reports what is wrong with the run directory
     return all(change.policy == "free" for change in changes_between(before, config))
-
-
-def require_stage1(config: RunConfig) -> None:
-    """Refuse settings of stage 2, which stage 1 would ignore.
-
-    Raises:
-        ConfigError: `lora`, or a learning rate of the language model.
-    """
-    if config.lora is not None:
-        raise ConfigError("lora: stage 1 trains the projector alone; remove it, or run stage 2")
-    rate = config.optim.learning_rate.language_model
-    if rate:
-        raise ConfigError(
-            f"optim.learning_rate.language_model is {rate:g}, but stage 1 trains the projector "
-            "alone; remove it, or run stage 2 (python -m vlm_sft.stage2)"
-        )
-
-
-def require_stage2(config: RunConfig) -> None:
-    """Refuse a stage 2 whose language model would silently have the learning rate 0.
-
-    Raises:
-        ConfigError: `optim.learning_rate.language_model` was not given.
-    """
-    if "language_model" not in config.optim.learning_rate.model_fields_set:
-        raise ConfigError(
-            "optim.learning_rate.language_model is missing, but stage 2 trains the language "
-            "model or its adapters; give it, e.g. 2e-5 in full or 2e-4 with lora"
-        )
 
 
 def _require_places(config: RunConfig, parts: Set[Part]) -> None:
@@ -125,10 +97,10 @@ def _require_data(file: DataFile) -> None:
 
 
 def require_records(option: str, path: str) -> None:
-    """Refuse a missing file of records that an option names.
+    """Refuse a file of records that an option names and that does not exist.
 
     Raises:
-        UserError: Names the option and the absolute place.
+        UserError: Names the option and the absolute path.
     """
     if not Path(path).exists():
         raise UserError(
@@ -138,14 +110,14 @@ def require_records(option: str, path: str) -> None:
 
 
 def require_model_name(where: str, name: str) -> None:
-    """Refuse a name that means a local folder, where there is none; hub names pass.
+    """Refuse a name that means a local directory which does not exist; accept hub names.
 
     Args:
         where: The configuration key or the option that gave the name.
-        name: A folder, a hub name, or `bytes`.
+        name: A directory, a hub name, or `bytes`.
 
     Raises:
-        UserError: Names the absolute place that was looked for.
+        UserError: Names the absolute path.
     """
     if means_folder(name) and not Path(name).expanduser().is_dir():
         raise UserError(
@@ -170,24 +142,11 @@ def require_template(where: str, name: str) -> None:
     )
 
 
-def require_checkpoint(folder: Path, where: str = "") -> None:
-    """Refuse a folder that does not exist or holds no checkpoint.
-
-    Raises:
-        CheckpointError: With `where` before the folder.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{where}{folder}: no such folder; give a checkpoint, e.g. RUN/final",
-            code="no_checkpoint",
-        )
-
-
 def require_images(paths: Sequence[Path]) -> None:
     """Refuse image files that do not exist.
 
     Raises:
-        ImageError: Names the absolute place.
+        ImageError: Names the absolute path.
     """
     for path in paths:
         if not path.exists():

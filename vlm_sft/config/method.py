@@ -4,6 +4,7 @@ from collections.abc import Mapping, Set
 from typing import Final, Literal
 
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.errors import ConfigError
 
 Method = Literal["stage1", "lora", "qlora", "full"]
 """Train the projector alone, or with LoRA adapters, with adapters on a 4-bit language model, or
@@ -41,3 +42,32 @@ def training_method(config: RunConfig, stage: Stage | None = None) -> Method:
 def trainable_parts(config: RunConfig, stage: Stage | None = None) -> Set[str]:
     """Return the parts of the model that a run trains; arguments as for `training_method`."""
     return TRAINABLE[training_method(config, stage)]
+
+
+def require_stage1(config: RunConfig) -> None:
+    """Refuse settings of stage 2, which stage 1 would ignore.
+
+    Raises:
+        ConfigError: `lora`, or a learning rate of the language model, is set.
+    """
+    if config.lora is not None:
+        raise ConfigError("lora: stage 1 trains only the projector; remove it, or run stage 2")
+    rate = config.optim.learning_rate.language_model
+    if rate:
+        raise ConfigError(
+            f"optim.learning_rate.language_model is {rate:g}, but stage 1 trains only the "
+            "projector; remove it, or run stage 2 (vlm-sft stage2)"
+        )
+
+
+def require_stage2(config: RunConfig) -> None:
+    """Refuse a stage 2 whose language model would silently have the learning rate 0.
+
+    Raises:
+        ConfigError: `optim.learning_rate.language_model` is not given.
+    """
+    if "language_model" not in config.optim.learning_rate.model_fields_set:
+        raise ConfigError(
+            "optim.learning_rate.language_model is missing, but stage 2 trains the language "
+            "model or its adapters; give it, e.g. 2e-5 for full fine-tuning or 2e-4 with lora"
+        )

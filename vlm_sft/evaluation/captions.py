@@ -16,7 +16,7 @@ from vlm_sft.data.dataset import Example
 from vlm_sft.data.tokenize import expand
 from vlm_sft.evaluation.intervals import cluster_bootstrap_ratio
 from vlm_sft.evaluation.questions import derangement
-from vlm_sft.inference.loaded_model import VlmRun
+from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.utils.constants import IGNORE_INDEX
 
 
@@ -43,7 +43,7 @@ def other_images(records: Sequence[Conversation], *, seed: int) -> dict[str, str
 
 
 def caption_losses(
-    loaded: VlmRun,
+    loaded: LoadedModel,
     records: Sequence[Conversation],
     others: Mapping[str, str],
     *,
@@ -66,11 +66,11 @@ def caption_losses(
 
 @torch.inference_mode()
 def _losses_of(
-    loaded: VlmRun, records: Sequence[Conversation], others: Mapping[str, str]
+    loaded: LoadedModel, records: Sequence[Conversation], others: Mapping[str, str]
 ) -> list[CaptionLoss]:
     own = [_example(loaded, record) for record in records]
     shuffled = [
-        replace(example, pixel_values=loaded.pixels(Path(others[str(record.images[0])]))[None])
+        replace(example, pixel_values=loaded.load_image(Path(others[str(record.images[0])]))[None])
         for example, record in zip(own, records, strict=True)
     ]
     batch = pad_examples([*own, *shuffled], loaded.pad_token_id)
@@ -83,14 +83,14 @@ def _losses_of(
     ]
 
 
-def _example(loaded: VlmRun, record: Conversation) -> Example:
+def _example(loaded: LoadedModel, record: Conversation) -> Example:
     tokenized = loaded.chat_tokenizer.tokenize(record)
     tokens = loaded.model.vision_tower.num_tokens
     return Example(
         record.id,
         torch.tensor(expand(tokenized.input_ids, tokens)),
         torch.tensor(expand(tokenized.input_ids, tokens, tokenized.labels)),
-        loaded.pixels(Path(str(record.images[0])))[None],
+        loaded.load_image(Path(str(record.images[0])))[None],
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,9 +17,14 @@ from vlm_sft.evaluation.conditions import IMAGE_CONDITIONS, ImageCondition
 from vlm_sft.evaluation.intervals import balanced_accuracy_interval, interval_of_shares
 from vlm_sft.evaluation.question_files import read_rows
 from vlm_sft.evaluation.scoring import Candidates, score_answers
-from vlm_sft.inference.loaded_model import VlmRun, question
+from vlm_sft.inference.generate import generate_greedy
+from vlm_sft.inference.loaded_model import LoadedModel
+from vlm_sft.inference.prompts import user_message
 from vlm_sft.utils.escape import shortened
 from vlm_sft.utils.image_paths import image_path
+
+MAX_ANSWER_TOKENS: Final = 64
+"""Length of free-form answers."""
 
 CLOSED_SETS: Final = (("yes", "no"), ("left", "right"), ("top", "bottom"))
 """Answers that are alternatives of each other, whatever the other answers of a file are."""
@@ -150,12 +156,12 @@ def derangement(names: Iterable[str], *, seed: int) -> dict[str, str]:
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def blank_pixels(loaded: VlmRun) -> Tensor:
+def blank_pixels(loaded: LoadedModel) -> Tensor:
     """Return an image of the tower's mean color, uint8 `[3, size, size]`."""
     size = loaded.image_spec.size
     red, green, blue = (int(255 * value) for value in loaded.image_spec.mean)
     image = Image.new("RGB", (size, size), (red, green, blue))
-    return to_pixels(image, loaded.image_spec, loaded.aspect)
+    return to_pixels(image, loaded.image_spec, loaded.image_aspect)
 
 
 def make_items(
@@ -183,13 +189,13 @@ def make_items(
     ]
 
 
-def require_questions_in_prompt(loaded: VlmRun) -> None:
+def require_questions_in_prompt(loaded: LoadedModel) -> None:
     """Check that the chat template writes the user's text into the prompt.
 
     Raises:
         UserError: It does not, as `plain` of LLaVA's stage 1.
     """
-    one, other = (loaded.prompt_ids(question(text, [b""])) for text in ("One?", "Other?"))
+    one, other = (loaded.prompt_ids(user_message(text, [b""])) for text in ("One?", "Other?"))
     if one == other:
         raise UserError(
             f"the checkpoint's template {loaded.config.data.template!r} leaves questions out, so "
@@ -198,7 +204,7 @@ def require_questions_in_prompt(loaded: VlmRun) -> None:
 
 
 def generate_predictions(
-    loaded: VlmRun, items: Sequence[EvalItem], images_dir: Path, *, batch_size: int = 96
+    loaded: LoadedModel, items: Sequence[EvalItem], images_dir: Path, *, batch_size: int = 96
 ) -> Iterator[tuple[EvalItem, Prediction]]:
     """Yield every item with the answer that the model generates greedily.
 
@@ -219,16 +225,22 @@ def generate_predictions(
         new = list(dict.fromkeys(shown for _, shown in batch if shown not in embeds))
         if new:
             pixels = [_pixels(loaded, shown, images_dir) for shown in new]
-            embeds |= zip(new, loaded.image_embeds(pixels), strict=True)
-        prompts = [loaded.prompt_ids(question(text, [b""])) for text, _ in batch]
-        answers = loaded.answers(prompts, [embeds[shown] for _, shown in batch])
+            embeds |= zip(new, loaded.encode_images(pixels), strict=True)
+        prompts = [loaded.prompt_ids(user_message(text, [b""])) for text, _ in batch]
+        answers = generate_greedy(
+            loaded.model,
+            loaded.chat_tokenizer,
+            prompts,
+            image_embeds=torch.stack([embeds[shown] for _, shown in batch]),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+        )
         for pair, answer in zip(batch, answers, strict=True):
             for item in same[pair]:
                 yield item, Prediction(item.question, free_form=answer)
 
 
 def score_predictions(
-    loaded: VlmRun, items: Sequence[EvalItem], images_dir: Path
+    loaded: LoadedModel, items: Sequence[EvalItem], images_dir: Path
 ) -> Iterator[tuple[EvalItem, Prediction]]:
     """Yield every item with the log-probabilities of its choices, grouped by image.
 
@@ -247,14 +259,16 @@ def score_predictions(
         yield from zip(group, predictions, strict=True)
 
 
-def _pixels(loaded: VlmRun, shown: str | None, images_dir: Path) -> Tensor:
+def _pixels(loaded: LoadedModel, shown: str | None, images_dir: Path) -> Tensor:
     if shown is None:
         return blank_pixels(loaded)
     # Whether links may leave the directory was decided by `require_images_inside`.
-    return loaded.pixels(image_path(images_dir, shown, follow_symlinks=True))
+    return loaded.load_image(image_path(images_dir, shown, follow_symlinks=True))
 
 
-def score_image(loaded: VlmRun, questions: Sequence[Question], pixels: Tensor) -> list[Prediction]:
+def score_image(
+    loaded: LoadedModel, questions: Sequence[Question], pixels: Tensor
+) -> list[Prediction]:
     """Return the predictions of questions about one image, in their order.
 
     Args:
@@ -266,7 +280,7 @@ def score_image(loaded: VlmRun, questions: Sequence[Question], pixels: Tensor) -
     ids = {choice: loaded.chat_tokenizer.answer_ids(answer_text(choice)) for choice in choices}
     candidates = [
         Candidates(
-            loaded.prompt_ids(question(asked.question, [b""])),
+            loaded.prompt_ids(user_message(asked.question, [b""])),
             [ids[choice] for choice in asked.choices],
         )
         for asked in questions

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_sft.inference.loaded_model import VlmRun
+from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.model.vlm import decoder_of, head_logits
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
@@ -36,7 +36,7 @@ class Candidates:
 
 
 def score_answers(
-    loaded: VlmRun, questions: Sequence[Candidates], pixels: Tensor
+    loaded: LoadedModel, questions: Sequence[Candidates], pixels: Tensor
 ) -> list[tuple[float, ...]]:
     """Return the summed log-probability of every answer after its prompt, in nats.
 
@@ -88,7 +88,7 @@ def _batches(order: Sequence[int], questions: Sequence[Candidates]) -> Iterator[
 class _Scorer:
     """Run the decoder on prefix, prompts and answers, reusing its KV cache."""
 
-    def __init__(self, loaded: VlmRun, shared_length: int) -> None:
+    def __init__(self, loaded: LoadedModel, shared_length: int) -> None:
         self._loaded, self._shared_length = loaded, shared_length
         self._decoder = cast(Any, decoder_of(loaded.model.language_model))
 

@@ -24,7 +24,8 @@ examples:
 def main(argv: Sequence[str]) -> int:
     """Export a checkpoint, verify the reloaded folder, print the result; return the exit code."""
     arguments = parser().read(argv)
-    from vlm_sft.commands.inputs import require_checkpoint, require_images
+    from vlm_sft.checkpoint.format import require_checkpoint
+    from vlm_sft.commands.inputs import require_images
 
     require_checkpoint(arguments.checkpoint)
     images = [arguments.image] if arguments.image else []

@@ -1,0 +1,56 @@
+"""Greedy generation for a batch of prompts."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vlm_sft.data.text_encoder import padding_id
+from vlm_sft.data.tokenize import ChatTokenizer
+from vlm_sft.model.vlm import VisionLanguageModel
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: VisionLanguageModel,
+    chat_tokenizer: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pixel_values: Tensor | None = None,
+    image_embeds: Tensor | None = None,
+    max_new_tokens: int,
+) -> list[str]:
+    """Return one response per prompt, without special tokens and surrounding white space.
+
+    Args:
+        model: In evaluation mode.
+        chat_tokenizer: Its tokenizer decodes; its template says which tokens end a response.
+        prompts: Token ids of each prompt, with `IMAGE_TOKEN_ID` once per image token.
+        pixel_values: The images of all prompts in order, uint8 `[N, 3, H, W]`; or None.
+        image_embeds: Instead of `pixel_values`, what the language model sees of the images,
+            `[N, tokens, D]`.
+        max_new_tokens: Longer responses are cut.
+    """
+    tokenizer: Any = chat_tokenizer.tokenizer
+    device, pad_token_id = model.vision_tower.device, padding_id(tokenizer)
+    width = max(map(len, prompts))
+    # Padded on the left: generation continues at the last position of every row.
+    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        attention_mask[row, width - len(prompt) :] = 1
+    input_ids = input_ids.to(device)
+    if pixel_values is not None:
+        image_embeds = model.encode_images(pixel_values.to(device))
+    model.require_matching_images(input_ids, 0 if image_embeds is None else len(image_embeds))
+    generated = model.generate_from_embeds(
+        model.embed(input_ids, image_embeds),
+        attention_mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(chat_tokenizer.eot_token_ids),
+        pad_token_id=pad_token_id,
+    )
+    return [cast(str, tokenizer.decode(row, skip_special_tokens=True)).strip() for row in generated]
