@@ -65,7 +65,7 @@ def _after_thinking(text: str) -> tuple[str, list[str]]:
     Chat templates that open the thinking themselves leave only its end in the text.
     """
     plain = text.startswith("{") and text.endswith("}") and "</" not in text
-    match = None if plain else _THINKING.match(text)
+    match = None if plain or _parses(text) else _THINKING.match(text)
     if match is None:
         return text, []
     return text[match.end() :].strip(), ["thinking before the answer"]
