@@ -24,7 +24,7 @@ from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
 from vlm_sft.model.build import build_model
 from vlm_sft.model.hashing import named_state
-from vlm_sft.model.vlm import causal_lm
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,9 @@ from vlm_sft.model.activation_checkpointing import (
     CheckpointPolicy,
     set_activation_checkpointing,
 )
+from vlm_sft.model.language_model import causal_lm, decoder_of
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_of
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.live_bytes import LiveBytes
 
 LORA = LoraConfig(r=4, alpha=8, dropout=0.2)

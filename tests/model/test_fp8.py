@@ -12,8 +12,9 @@ from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import ConfigError
 from vlm_sft.model import fp8
 from vlm_sft.model.fp8 import fp8_layers, require_fp8, use_fp8
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 LORA = LoraConfig(r=32, alpha=8, dropout=0.0, targets=["q_proj"])
 TREE = {

@@ -11,9 +11,10 @@ from vlm_sft.data.batch import Batch, pack_examples, pad_examples
 from vlm_sft.data.dataset import Example
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import set_activation_checkpointing
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.packed_attention import install_packed_attention
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 SHARED: dict[str, Any] = {

@@ -22,8 +22,9 @@ from tests.rounding import BACKWARD, assert_near
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model import loss
+from vlm_sft.model.language_model import check_head
 from vlm_sft.model.parts import named_parts, set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel, check_head
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IGNORE_INDEX
 
 LORA = LoraConfig(r=2, dropout=0.0)

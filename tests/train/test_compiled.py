@@ -14,13 +14,13 @@ from tests.tiny_runs import rows as read_rows
 from tests.tiny_runs import run
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.batch import Batch
-from vlm_sft.errors import ConfigError
+from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
+from vlm_sft.model.language_model import causal_lm, decoder_layers
 from vlm_sft.model.packed_attention import install_packed_attention
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.compile import compile_faults_told, compile_layers, eager
-from vlm_sft.train.fsdp import layers_of
 from vlm_sft.utils.constants import Segment
 
 # The compiler looks at tensors in ways that torch warns of, and hides that elsewhere.
@@ -101,7 +101,7 @@ def test_names_stay_and_eager_steps_are_the_plain_ones() -> None:
 
 def test_what_cannot_be_compiled_is_told_in_one_sentence() -> None:
     model = adapted()
-    layer = layers_of(causal_lm(model.language_model))[0]
+    layer = decoder_layers(model.language_model)[0]
     layer.input_layernorm.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     compile_layers(model, CPU, backend="eager")
     told = r"train.compile: a layer of the language model cannot be compiled \(Unsupported: [^\n]+$"
@@ -118,10 +118,10 @@ def test_a_missing_compiler_is_told_before_anything_runs(monkeypatch: pytest.Mon
         compile_layers(adapted(), torch.device("cuda"))
 
 
-def test_a_model_without_known_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = adapted()
-    monkeypatch.setattr(causal_lm(model.language_model), "_no_split_modules", None)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM does not say"):
+    causal_lm(model.language_model).config.num_hidden_layers += 1
+    with pytest.raises(UserError, match="LlamaForCausalLM has no list of 3 decoder layers"):
         compile_layers(model, CPU)
 
 

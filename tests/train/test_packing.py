@@ -28,8 +28,9 @@ from vlm_sft.data.dataset import Example
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.activation_checkpointing import set_activation_checkpointing
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.packed_attention import PackedLayout, install_packed_attention
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train import packing_check as isolation
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.fsdp import shard

@@ -26,8 +26,9 @@ from vlm_sft.config.schema import OptimConfig, load_config
 from vlm_sft.data.batch import PaddedCollator
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import CheckpointError, ConfigError
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.parts import named_parts
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import checkpoint_group, make_accelerator
 from vlm_sft.train.fsdp import choose_sharding, shard
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm

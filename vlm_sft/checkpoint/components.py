@@ -38,7 +38,8 @@ from vlm_sft.checkpoint.tensor_files import (
 from vlm_sft.config.schema import RunConfig, dump_config
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import CheckpointError
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.language_model import causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.atomic_files import write_json, write_text
 from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.libraries import one_line

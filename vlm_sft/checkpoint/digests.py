@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import unquantized_digest
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def base_identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from vlm_sft.data.build import Data, Language
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.text_encoder import padding_id
 from vlm_sft.errors import UserError
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 PROBED_RECORDS = 8
 """Records of each data set in which the special tokens of the template are searched."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sft.inference.loaded_model import LoadedModel
-from vlm_sft.model.vlm import decoder_of, head_logits
+from vlm_sft.model.language_model import decoder_of, head_logits
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 MAX_ANSWERS: Final = 32

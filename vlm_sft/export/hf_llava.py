@@ -27,8 +27,9 @@ from vlm_sft.export.obstacles import export_obstacles
 from vlm_sft.export.stock import stock_tower
 from vlm_sft.export.stock_model import build_stock_model
 from vlm_sft.export.verify import Reload, Reloaded, noise_image, reload_in_new_process
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.lora import merged_language_model
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.atomic_files import write_json, write_text
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
 from vlm_sft.utils.filesystem import naming

@@ -13,7 +13,8 @@ from vlm_sft.export.stock import (
     stock_text_config,
     stock_tower,
 )
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.language_model import causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def export_obstacles(model: VisionLanguageModel) -> list[str]:

@@ -35,8 +35,9 @@ from vlm_sft.inference.generate import generate_greedy
 from vlm_sft.inference.prompts import ImageInput, Prompt, as_conversation
 from vlm_sft.inference.stream import stream_text
 from vlm_sft.model.build import build_model
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.reading import read_json
 
 MAX_NEW_TOKENS: Final = 256

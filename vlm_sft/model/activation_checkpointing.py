@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 from vlm_sft.errors import UserError
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.language_model import causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 CheckpointPolicy = Literal["none", "selective", "full"]
 

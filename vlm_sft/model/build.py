@@ -17,12 +17,13 @@ from vlm_sft.config.schema import (
 )
 from vlm_sft.errors import UserError
 from vlm_sft.model.dtypes import cast_floating
+from vlm_sft.model.language_model import check_head
 from vlm_sft.model.positions import find_position_limit
 from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantization import quantize
 from vlm_sft.model.vision_tower import VisionTower
-from vlm_sft.model.vlm import VisionLanguageModel, check_head
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import refuse_remote_kernels, report_unused_code
 

@@ -1,7 +1,8 @@
 """Arithmetic cost of a model's parts, from their parameter counts."""
 
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.quantization import num_weights
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def image_cost(model: VisionLanguageModel) -> float:

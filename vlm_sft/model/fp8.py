@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vlm_sft.errors import ConfigError
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.language_model import causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 CAPABILITY: Final = (8, 9)
 """Compute capability from which NVIDIA's GPUs multiply in fp8: Ada, Hopper and later."""

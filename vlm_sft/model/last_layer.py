@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vlm_sft.errors import UserError
+from vlm_sft.model.language_model import causal_lm, decoder_layers
 from vlm_sft.model.router import router_loss_coefficient
-from vlm_sft.model.vlm import causal_lm, decoder_of
 
 
 @dataclass
@@ -58,8 +59,10 @@ def prune_last_mlp(language_model: nn.Module) -> LastMlp | None:
     """
     if router_loss_coefficient(causal_lm(language_model)) is not None:
         return None
-    layers = getattr(decoder_of(language_model), "layers", None)
-    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    try:
+        last = decoder_layers(language_model)[-1]
+    except UserError:
+        return None
     attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
     if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
         return None

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.quantization import dequantize, is_quantized, linear_layers
 from vlm_sft.model.router import fused_experts
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.libraries import library_call
 
 _MISSPELLED: Final = 0.8

@@ -5,10 +5,11 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.router import fused_experts, router_note
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def model_notes(model: VisionLanguageModel) -> list[str]:

@@ -16,9 +16,10 @@ from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.model.costs import image_cost
+from vlm_sft.model.language_model import causal_lm, decoder_layers, decoder_of
 from vlm_sft.model.parts import named_parts
 from vlm_sft.model.quantization import linear_layers, quantized_bytes
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_layers, decoder_of
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.gpus import CUDA_OVERHEAD, FRAGMENTATION, Device
 from vlm_sft.planning.meta_model import MetaModel
 from vlm_sft.planning.micro_batch import MicroBatch

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vlm_sft.config.schema import LoraConfig, ModelConfig
 from vlm_sft.model.build import build_vision_tower
 from vlm_sft.model.dtypes import cast_floating
+from vlm_sft.model.language_model import decoder_layers
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.projector import build_projector
 from vlm_sft.model.vision_tower import VisionTower
-from vlm_sft.model.vlm import VisionLanguageModel, decoder_layers
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.local_configs import language_model_config, tower_without_weights
 from vlm_sft.utils.libraries import library_call
 

@@ -29,10 +29,11 @@ from vlm_sft.data.batch import Batch
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.dtypes import cast_floating
+from vlm_sft.model.language_model import causal_lm, decoder_layers, decoder_of
 from vlm_sft.model.last_layer import prune_last_mlp
 from vlm_sft.model.packed_attention import PackedLayout, install_packed_attention
 from vlm_sft.model.vision_tower import VisionTower
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm, decoder_layers, decoder_of
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.flops import DecoderFlops, Flops, count_flops
 from vlm_sft.planning.meta_model import FeatureStub, MetaModel, make_fake
 from vlm_sft.planning.micro_batch import MicroBatch

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from vlm_sft.errors import ConfigError
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
-from vlm_sft.train.fsdp import layers_of
+from vlm_sft.model.language_model import decoder_layers
+from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def compile_layers(
@@ -35,18 +35,13 @@ def compile_layers(
         packed: The attention of packed records is left out: its segments differ in every row.
 
     Raises:
-        ConfigError: The compiler is missing, or the model does not say what its layers are.
+        ConfigError: If the compiler is missing.
+        UserError: If the model has no list of decoder layers.
     """
     require_compiler(device)
-    language_model = causal_lm(model.language_model)
-    layers: list[Any] = layers_of(language_model)
-    if not layers:
-        raise ConfigError(
-            f"train.compile: {type(language_model).__name__} does not say in transformers which "
-            "modules are its layers; set it to false"
-        )
     options = {"fallback_random": True} if backend == "inductor" else None
-    for layer in layers:
+    layer: Any
+    for layer in decoder_layers(model.language_model):
         layer.compile(fullgraph=not packed, dynamic=True, backend=backend, options=options)
 
 

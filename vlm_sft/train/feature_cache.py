@@ -23,9 +23,10 @@ from vlm_sft.data.feature_store import FeatureStore, disk_use, remove_stale
 from vlm_sft.data.images import ImageSpec, read_bytes, read_pixels
 from vlm_sft.data.loader import lost_worker_errors
 from vlm_sft.errors import ImageError, UserError
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vision_tower import VisionTower
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import rank0_only, total
 from vlm_sft.train.trainer import say_on_stderr
 from vlm_sft.utils.filesystem import existing_above, free_bytes

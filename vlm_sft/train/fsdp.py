@@ -1,11 +1,10 @@
 """A model whose weights, gradients and optimizer state are shared out over processes (FSDP2)."""
 
 from collections.abc import Set
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -15,7 +14,8 @@ from torch.distributed.fsdp import (
 
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import ConfigError
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.language_model import decoder_layers
+from vlm_sft.model.vlm import VisionLanguageModel
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 
@@ -94,7 +94,7 @@ def shard(
         reduce_dtype=torch.float32 if COMPUTE_DTYPES[precision] else None,
     )
     model.vision_tower.to(accelerator.device)
-    for layer in layers_of(causal_lm(model.language_model)):
+    for layer in decoder_layers(model.language_model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     frozen = set(model.vision_tower.parameters())
     fully_shard(
@@ -106,9 +106,3 @@ def shard(
     )
     register_fsdp_forward_method(model, "generate")
     register_fsdp_forward_method(model, "logits")
-
-
-def layers_of(language_model: nn.Module) -> list[nn.Module]:
-    """The modules that transformers says must stay in one piece: a model's layers."""
-    names = set(cast(Any, language_model)._no_split_modules or ())
-    return [module for module in language_model.modules() if type(module).__name__ in names]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlm_sft.config.schema import PackingConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.dtypes import DTYPES
+from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.last_layer import prune_last_mlp
 from vlm_sft.model.packed_attention import (
     NAME,
@@ -17,7 +18,7 @@ from vlm_sft.model.packed_attention import (
     choose_backend,
     install_packed_attention,
 )
-from vlm_sft.model.vlm import VisionLanguageModel, causal_lm
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import Segment
 from vlm_sft.utils.libraries import library_call
 

@@ -46,7 +46,7 @@ def main(job: Job) -> None:
 
 
 def _decoder(model: Any) -> Any:
-    from vlm_sft.model.vlm import causal_lm, decoder_of
+    from vlm_sft.model.language_model import causal_lm, decoder_of
 
     return decoder_of(causal_lm(model.language_model))
 
