@@ -143,7 +143,7 @@ def test_a_run_on_a_base_folder_needs_that_folder_unchanged(
     weights.write_bytes(whole)
     (tmp_path / "base").rename(tmp_path / "moved")
     key = "model.language_model.name"
-    with pytest.raises(CheckpointError, match=rf"looked for {tmp_path}/base .*--base {key}=PATH"):
+    with pytest.raises(CheckpointError, match=rf"searched {tmp_path}/base .*--base {key}=PATH"):
         load_checkpoint(run, device="cpu")
     found = parse_bases([f"{key}={tmp_path}/moved"])
     assert isinstance(

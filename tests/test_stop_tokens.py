@@ -25,7 +25,7 @@ from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.model.build import build_model
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.optimizer import build_optimizer
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
@@ -104,7 +104,7 @@ def overfitted(data: SupervisedDataset) -> VisionLanguageModel:
     model = build_model(CONFIG, dtype=torch.float32, seed=1)
     set_trainable(model, {"projector", "language_model"})
     rates = LearningRates(projector=3e-3, language_model=3e-3)
-    optimizer = build_optimizer(named_parts(model), OptimConfig(learning_rate=rates))
+    optimizer = build_optimizer(parameters_by_part(model), OptimConfig(learning_rate=rates))
     batch = pad_examples([data[index] for index in range(len(data))], 0)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"]

@@ -35,7 +35,7 @@ from vlm_sft.data.batch import Batch, pad_examples
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.activation_checkpointing import POLICIES, set_activation_checkpointing
 from vlm_sft.model.build import build_model
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.compile import compile_layers
 from vlm_sft.train.live_bytes import LiveBytes
@@ -97,7 +97,7 @@ def _optimisers(arguments: argparse.Namespace) -> Table:
         model = _model("stage 2 in full", arguments)
         rates = LearningRates(projector=1e-3, language_model=1e-4)
         config = OptimConfig.model_validate({"learning_rate": rates, "optimizer": kind})
-        optimizer = build_optimizer(named_parts(model), config)
+        optimizer = build_optimizer(parameters_by_part(model), config)
         set_learning_rates(optimizer, 1.0)
         weights = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
         _step(model, _batch(arguments))

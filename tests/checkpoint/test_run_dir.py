@@ -10,11 +10,11 @@ from tests.tiny_runs import TINY, run
 from vlm_sft import check
 from vlm_sft.checkpoint.run_dir import (
     WRITTEN,
-    keep_foreign_files,
     locked,
-    own_run_folder,
+    own_run_dir,
     require_unlocked,
-    settle_config,
+    set_foreign_files_aside,
+    store_config,
 )
 from vlm_sft.config.schema import RunConfig, dump_config, load_config
 from vlm_sft.errors import UserError
@@ -64,43 +64,41 @@ def test_a_configuration_inside_an_unmarked_folder_is_no_reason_to_write_there(
     text = "# my notes\n" + (TINY / "stage1.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"not empty \('config.yaml'\)"):
-        own_run_folder(load_config(tmp_path / "config.yaml", [f"output_dir={tmp_path}"]))
+        own_run_dir(load_config(tmp_path / "config.yaml", [f"output_dir={tmp_path}"]))
     assert content(tmp_path) == {"config.yaml": text.encode()}
 
 
 def test_a_run_of_a_version_without_markers_is_taken_over(tmp_path: Path) -> None:
     folder = unmarked_run(tmp_path / "run")
-    own_run_folder(config_for(folder))
+    own_run_dir(config_for(folder))
     assert (folder / MARKER).exists()
-    own_run_folder(config_for(folder))
+    own_run_dir(config_for(folder))
 
 
 def test_a_copied_checkpoint_alone_makes_no_run(tmp_path: Path) -> None:
     folder = unmarked_run(tmp_path / "run")
     (folder / "config.yaml").unlink()
     with pytest.raises(UserError, match="not empty"):
-        own_run_folder(config_for(folder))
+        own_run_dir(config_for(folder))
 
 
 def test_a_run_does_not_write_into_what_it_reads(tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(TINY / "data", data)
     with pytest.raises(UserError, match="is read by this command"):
-        own_run_folder(
-            config_for(tmp_path / "p", f"projector={tmp_path}", f"output_dir={tmp_path}")
-        )
+        own_run_dir(config_for(tmp_path / "p", f"projector={tmp_path}", f"output_dir={tmp_path}"))
     folder = unmarked_run(tmp_path / "run")
     with pytest.raises(UserError, match=r"the run would replace .*final, which it reads"):
-        own_run_folder(config_for(folder, f"projector={folder / 'final'}"))
+        own_run_dir(config_for(folder, f"projector={folder / 'final'}"))
     with pytest.raises(UserError, match="where a training run keeps checkpoints"):
-        own_run_folder(config_for(folder / "final" / "x"))
+        own_run_dir(config_for(folder / "final" / "x"))
 
 
 def test_a_file_in_the_place_of_the_checkpoints_is_found_before_training(tmp_path: Path) -> None:
-    own_run_folder(config_for(tmp_path))
+    own_run_dir(config_for(tmp_path))
     (tmp_path / "checkpoints").write_text("mine")
     with pytest.raises(UserError, match="keeps its checkpoints under this name"):
-        own_run_folder(config_for(tmp_path))
+        own_run_dir(config_for(tmp_path))
 
 
 def test_check_says_that_the_folder_would_be_refused(
@@ -117,7 +115,7 @@ def test_a_configuration_that_means_the_same_keeps_its_comments(tmp_path: Path) 
     text = "# my notes\n" + dump_config(config)
     (tmp_path / "config.yaml").write_text(text)
     for has_checkpoints in (False, True):
-        settle_config(config, has_checkpoints=has_checkpoints)
+        store_config(config, has_checkpoints=has_checkpoints)
         assert (tmp_path / "config.yaml").read_text() == text
 
 
@@ -128,7 +126,7 @@ def test_a_configuration_edited_by_hand_is_kept_when_another_is_written(
     config, path = config_for(tmp_path), tmp_path / "config.yaml"
     path.write_text(text.format(same=dump_config(config)))
     before = path.read_text()
-    settle_config(config.model_copy(update={"seed": 7}), has_checkpoints=False)
+    store_config(config.model_copy(update={"seed": 7}), has_checkpoints=False)
     assert load_config(path).seed == 7
     kept, said = tmp_path / "config.yaml.kept-1", capsys.readouterr().err
     if text == "{same}":  # written by a run
@@ -143,7 +141,7 @@ def test_a_linked_configuration_is_not_written_through(tmp_path: Path) -> None:
     before = mine.read_text()
     own_directory(tmp_path / "run", "training run")
     (tmp_path / "run" / "config.yaml").symlink_to(mine)
-    settle_config(config_for(tmp_path / "run"), has_checkpoints=False)
+    store_config(config_for(tmp_path / "run"), has_checkpoints=False)
     assert mine.read_text() == before
     assert not (tmp_path / "run" / "config.yaml").is_symlink()
 
@@ -207,7 +205,7 @@ def test_foreign_content_under_a_runs_names_is_kept_and_its_own_stays(
 ) -> None:
     assert run("stage1", tmp_path, "train.max_steps=2") == 0
     before = sorted(os.listdir(tmp_path))
-    keep_foreign_files(tmp_path)
+    set_foreign_files_aside(tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
     for name, text in FOREIGN.items():
         (tmp_path / name).write_text(text)
@@ -236,7 +234,7 @@ def test_rows_of_others_are_kept_although_the_run_begins_anew(tmp_path: Path) ->
 def test_a_pipe_with_the_name_of_a_runs_file_is_refused_without_waiting(
     tmp_path: Path, name: str
 ) -> None:
-    own_run_folder(config_for(tmp_path))
+    own_run_dir(config_for(tmp_path))
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="expected a regular file, found a pipe"):
-        own_run_folder(config_for(tmp_path))
+        own_run_dir(config_for(tmp_path))

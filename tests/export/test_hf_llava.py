@@ -20,7 +20,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
 from vlm_sft.export.verify import Reloaded, reload_here, reload_in_new_process
 from vlm_sft.model.hashing import named_state, tensors_digest
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
@@ -46,7 +46,7 @@ def export(
 
 def trained_adapters() -> VisionLanguageModel:
     model = tiny_model(tower=QUICK, lora=LoraConfig(r=2))
-    for name, parameter in named_parts(model)["adapter"]:
+    for name, parameter in parameters_by_part(model)["adapter"]:
         if ".lora_B." in name:
             parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     return model

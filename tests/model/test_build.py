@@ -12,7 +12,7 @@ from vlm_sft.config.schema import LanguageModelConfig, LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model, choose_attention
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.projector import build_projector
 
 
@@ -25,7 +25,7 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another() -> None:
     lora = LoraConfig(r=2)
     first, again, other = (tiny_model(lora=lora, seed=seed) for seed in (1, 1, 2))
     assert tensors_digest(named_state(first)) == tensors_digest(named_state(again))
-    parts, other_parts = named_parts(first), named_parts(other)
+    parts, other_parts = parameters_by_part(first), parameters_by_part(other)
     for part in parts:
         assert tensors_digest(parts[part]) != tensors_digest(other_parts[part]), part
 
@@ -47,7 +47,7 @@ def test_only_what_trains_is_thawed_and_held_in_float32(trainable: set[str]) -> 
     lora = LoraConfig(r=2) if "adapter" in trainable else None
     model = tiny_model(lora=lora, dtype=torch.bfloat16)
     set_trainable(model, trainable)
-    for part, parameters in named_parts(model).items():
+    for part, parameters in parameters_by_part(model).items():
         assert {p.requires_grad for _, p in parameters} <= {part in trainable}
         if part in trainable:
             assert {p.dtype for _, p in parameters} == {torch.float32}
@@ -57,7 +57,7 @@ def test_only_what_trains_is_thawed_and_held_in_float32(trainable: set[str]) -> 
 
 def test_every_parameter_is_in_exactly_one_part() -> None:
     model = tiny_model(lora=LoraConfig(r=2))
-    named = [name for part in named_parts(model).values() for name, _ in part]
+    named = [name for part in parameters_by_part(model).values() for name, _ in part]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
 
 

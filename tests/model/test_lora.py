@@ -7,14 +7,14 @@ from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.hashing import named_state, tensors_digest
 from vlm_sft.model.lora import merged_language_model, target_paths
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def adapted(targets: list[str] | str = "all-linear") -> VisionLanguageModel:
     model = tiny_model(lora=LoraConfig(r=2, targets=targets, dropout=0.0))
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in named_parts(model)["adapter"]:
+    for name, parameter in parameters_by_part(model)["adapter"]:
         if ".lora_B." in name:
             parameter.data.normal_(std=0.2, generator=generator)
     return model
@@ -33,7 +33,7 @@ def test_adapters_are_never_in_the_tower_though_it_has_layers_of_those_names(
     targets: list[str] | str,
 ) -> None:
     model = adapted(targets)
-    adapters = [name for name, _ in named_parts(model)["adapter"]]
+    adapters = [name for name, _ in parameters_by_part(model)["adapter"]]
     assert any("q_proj" in name for name, _ in model.vision_tower.named_parameters())
     assert all(name.startswith("language_model.") for name in adapters)
     assert len(adapters) == 2 * (14 if targets == "all-linear" else 4)
@@ -85,7 +85,7 @@ def test_a_model_without_adapters_is_its_own_merge() -> None:
 
 def test_diverged_adapters_are_not_merged() -> None:
     model = adapted()
-    named_parts(model)["adapter"][0][1].data.fill_(float("nan"))
+    parameters_by_part(model)["adapter"][0][1].data.fill_(float("nan"))
     with pytest.raises(UserError, match="cannot be merged"):
         merged_language_model(model)
 
@@ -93,7 +93,7 @@ def test_diverged_adapters_are_not_merged() -> None:
 def test_training_with_adapters_moves_them_and_the_projector_and_nothing_else() -> None:
     model = tiny_model(lora=LoraConfig(r=2, dropout=0.0))
     set_trainable(model, {"projector", "adapter"})
-    before = {part: tensors_digest(named) for part, named in named_parts(model).items()}
+    before = {part: tensors_digest(named) for part, named in parameters_by_part(model).items()}
     tower = model.vision_tower.digest()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model.train()
@@ -102,7 +102,9 @@ def test_training_with_adapters_moves_them_and_the_projector_and_nothing_else() 
         model(batch_of(*rows([5, -1, 6, 100, 101]), images(1))).loss_sum.backward()
         optimizer.step()
     moved = {
-        part for part, named in named_parts(model).items() if tensors_digest(named) != before[part]
+        part
+        for part, named in parameters_by_part(model).items()
+        if tensors_digest(named) != before[part]
     }
     assert moved == {"projector", "adapter"}
     assert model.vision_tower.digest() == tower

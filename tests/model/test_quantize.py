@@ -20,7 +20,7 @@ from vlm_sft.model.activation_checkpointing import set_activation_checkpointing
 from vlm_sft.model.build import build_language_model
 from vlm_sft.model.hashing import tensors_digest
 from vlm_sft.model.lora import merged_language_model
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.quantization import (
     dtype_name,
     is_quantized,
@@ -44,7 +44,7 @@ def quantized(lora: LoraConfig | None = LORA, **keys: Any) -> VisionLanguageMode
 def trained(model: VisionLanguageModel) -> VisionLanguageModel:
     """With adapters that do something."""
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in named_parts(model)["adapter"]:
+    for name, parameter in parameters_by_part(model)["adapter"]:
         if ".lora_B." in name:
             parameter.data.normal_(std=0.2, generator=generator)
         elif "magnitude" in name:
@@ -140,7 +140,7 @@ def test_gradients_reach_adapters_and_projector_and_nothing_else(checkpointing: 
     if checkpointing:
         set_activation_checkpointing(model, "full")
     trained(model).train()(batch_of(*BATCH, images(1))).loss_sum.backward()
-    for part, named in named_parts(model).items():
+    for part, named in parameters_by_part(model).items():
         learns = part in ("projector", "adapter")
         assert [p.grad is not None and bool(p.grad.any()) for _, p in named] == [learns] * len(
             named
@@ -183,19 +183,19 @@ def test_use_in_training_and_without_gradient_leaves_every_bit_of_the_base(
 ) -> None:
     model = trained(quantized(dtype=dtype))
     set_trainable(model, {"projector", "adapter"})
-    before = tensors_digest(named_parts(model)["language_model"])
+    before = tensors_digest(parameters_by_part(model)["language_model"])
     model.train()(batch_of(*BATCH, images(1))).loss_sum.backward()
     logits(model)
-    assert tensors_digest(named_parts(model)["language_model"]) == before
+    assert tensors_digest(parameters_by_part(model)["language_model"]) == before
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_the_digest_sees_a_moved_scale(double: bool) -> None:
     model = quantized(double_quantization=double)
-    before = tensors_digest(named_parts(model)["language_model"])
+    before = tensors_digest(parameters_by_part(model)["language_model"])
     layer: Any = next(p for p in model.parameters() if is_quantized(p))
     layer.quant_state.absmax[0] += 1
-    assert tensors_digest(named_parts(model)["language_model"]) != before
+    assert tensors_digest(parameters_by_part(model)["language_model"]) != before
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_merged_weights_give_the_logits_of_the_adapters_on_the_weights_they_lear
 ) -> None:
     lora = LORA.model_copy(update=variant)
     model = trained(quantized(lora, quantization=kind))
-    before = tensors_digest(named_parts(model)["language_model"])
+    before = tensors_digest(parameters_by_part(model)["language_model"])
     merged = merged_language_model(model)
-    assert tensors_digest(named_parts(model)["language_model"]) == before
+    assert tensors_digest(parameters_by_part(model)["language_model"]) == before
     assert not any(is_quantized(p) or "lora" in name for name, p in merged.named_parameters())
     whole = VisionLanguageModel(model.vision_tower, model.multi_modal_projector, merged)
     expected = logits(model)
@@ -249,7 +249,7 @@ def test_fresh_dora_adapters_change_nothing_and_are_held_in_float32(
     dtype: torch.dtype, kind: str | None
 ) -> None:
     model = quantized(LORA.model_copy(update={"use_dora": True}), quantization=kind, dtype=dtype)
-    adapters = named_parts(model)["adapter"]
+    adapters = parameters_by_part(model)["adapter"]
     assert {p.dtype for _, p in adapters} == {torch.float32}
     assert sum("magnitude" in name for name, _ in adapters) == 2 * 7
     assert torch.equal(logits(model), logits(quantized(None, quantization=kind, dtype=dtype)))

@@ -23,7 +23,7 @@ from vlm_sft.config.schema import LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model import loss
 from vlm_sft.model.language_model import check_head
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IGNORE_INDEX
 
@@ -142,7 +142,7 @@ def test_no_target_at_all_gives_exactly_zero_with_a_graph(part: str) -> None:
     assert (output.loss_sum.item(), output.num_targets.item()) == (0.0, 0)
     assert output.per_record_loss.tolist() == [0.0, 0.0]
     output.loss_sum.backward()
-    for name, parameter in named_parts(model)[part]:
+    for name, parameter in parameters_by_part(model)[part]:
         if "embed_tokens" not in name or part == "language_model":
             assert parameter.grad is not None, name
             assert torch.count_nonzero(parameter.grad) == 0, name
@@ -221,7 +221,7 @@ def test_sixteen_bit_weights_work_with_float32_projector_and_adapters(dtype: tor
     output = model(batch_of(*rows([5, -1, 6, 100]), images(1)))
     output.loss_sum.backward()
     assert output.loss_sum.dtype == torch.float32
-    parts = named_parts(model)
+    parts = parameters_by_part(model)
     assert {p.dtype for _, p in parts["vision_tower"] + parts["language_model"]} == {dtype}
     for _, parameter in parts["projector"] + parts["adapter"]:
         assert parameter.dtype == torch.float32 == parameter.grad.dtype

@@ -328,8 +328,8 @@ MUTANTS = (
     Mutant(
         "a loader process keeps the lock of its killed run",
         "vlm_sft/checkpoint/run_dir.py",
-        "        os.close(descriptor)  # ",
-        "        pass  # ",
+        "            os.close(descriptor)  # ",
+        "            pass  # ",
         (f"{RESUME}::test_a_loader_process_that_outlives_its_run_does_not_keep_the_folder",),
     ),
 )

@@ -11,7 +11,7 @@ from tests.train.tiny import tiny_model
 from vlm_sft.checkpoint.optimizer import optimizer_component
 from vlm_sft.config.schema import LearningRates, LoraConfig, OptimConfig
 from vlm_sft.errors import CheckpointError, ConfigError
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.train.optimizer import (
     build_optimizer,
     gradient_norm,
@@ -49,7 +49,7 @@ def test_a_line_and_a_constant() -> None:
 
 def test_each_part_has_its_own_rate_and_adapters_take_the_language_models() -> None:
     model = tiny_model("projector", "adapter", lora=LoraConfig(r=2))
-    optimizer = build_optimizer(named_parts(model), config())
+    optimizer = build_optimizer(parameters_by_part(model), config())
     assert set_learning_rates(optimizer, 0.5) == {"projector": 5e-4, "adapter": 1e-4}
     names = [name for group in optimizer.param_groups for name in group["names"]]
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -57,7 +57,9 @@ def test_each_part_has_its_own_rate_and_adapters_take_the_language_models() -> N
 
 
 def test_vectors_are_not_decayed() -> None:
-    optimizer = build_optimizer(named_parts(tiny_model("projector")), config(weight_decay=0.1))
+    optimizer = build_optimizer(
+        parameters_by_part(tiny_model("projector")), config(weight_decay=0.1)
+    )
     decay = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["names"]}
     assert decay["multi_modal_projector.linear_1.weight"] == 0.1
     assert decay["multi_modal_projector.linear_1.bias"] == 0.0
@@ -171,5 +173,5 @@ def test_without_bitsandbytes_eight_bit_moments_are_refused(
 
 
 def test_adamw_is_one_fused_kernel_here() -> None:
-    optimizer = build_optimizer(named_parts(tiny_model("projector")), config())
+    optimizer = build_optimizer(parameters_by_part(tiny_model("projector")), config())
     assert optimizer.defaults["fused"] is True

@@ -27,7 +27,7 @@ from vlm_sft.data.batch import PaddedCollator
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import CheckpointError, ConfigError
 from vlm_sft.model.language_model import causal_lm
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import checkpoint_group, make_accelerator
 from vlm_sft.train.fsdp import choose_sharding, shard
@@ -54,7 +54,7 @@ class Run:
         if accelerator.num_processes > 1:
             shard(self.model, accelerator, "fp32")
             group = checkpoint_group(accelerator)
-        self.optimizer = build_optimizer(named_parts(self.model), OPTIM)
+        self.optimizer = build_optimizer(parameters_by_part(self.model), OPTIM)
         projector = self.model.multi_modal_projector
         components = {
             "projector": tensor_component(

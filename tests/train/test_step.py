@@ -16,7 +16,7 @@ from vlm_sft.data.batch import PaddedCollator, pad_examples
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import RecordError, UserError
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.train.distributed import make_accelerator, rank0_only
 from vlm_sft.train.fsdp import shard
 from vlm_sft.train.optimizer import gradient_norm
@@ -271,7 +271,7 @@ def test_frozen_parts_get_no_gradient() -> None:
         eight_records(), [[[0, 1]]], collator=PaddedCollator(8, 0), num_workers=0
     )
     accumulate_gradient(accelerator.prepare(model), batches, accelerator)
-    for part, named in named_parts(model).items():
+    for part, named in parameters_by_part(model).items():
         assert all((p.grad is not None) == (part == "projector") for _, p in named)
 
 

@@ -25,7 +25,7 @@ from vlm_sft.data.batch import pad_examples
 from vlm_sft.errors import ConfigError
 from vlm_sft.export.__main__ import main as export
 from vlm_sft.model.build import build_model
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.adamw_bf16 import StochasticAdamW, round_stochastically
 from vlm_sft.train.fsdp import choose_sharding
@@ -186,7 +186,7 @@ def losses(kind: str, rate: float, steps: int = 30) -> Tensor:
     model = build_model(tiny_config(), dtype=torch.bfloat16, seed=1)
     learning = {"projector", "language_model"}
     set_trainable(model, learning, widen_language_model=kind == "fp32")
-    optimizer = build_optimizer(named_parts(model), config(rate), seed=5)
+    optimizer = build_optimizer(parameters_by_part(model), config(rate), seed=5)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if kind == "nearest":
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -293,7 +293,9 @@ def test_it_is_refused_where_processes_share_the_weights_and_cannot_change_withi
 
 def test_only_the_language_model_stays_narrow() -> None:
     def dtypes(model: VisionLanguageModel) -> dict[str, set[torch.dtype]]:
-        return {part: {p.dtype for _, p in named} for part, named in named_parts(model).items()}
+        return {
+            part: {p.dtype for _, p in named} for part, named in parameters_by_part(model).items()
+        }
 
     model = build_model(tiny_config(), dtype=torch.bfloat16, seed=1)
     set_trainable(model, {"projector", "language_model"}, widen_language_model=False)

@@ -9,16 +9,16 @@ from huggingface_hub import constants
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
-from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    settle_hub.cache_clear()
+    use_cache_if_hub_unreachable.cache_clear()
     yield
-    settle_hub.cache_clear()
+    use_cache_if_hub_unreachable.cache_clear()
 
 
 def test_a_hub_that_cannot_be_reached_is_tried_once(

@@ -1,8 +1,8 @@
-"""Find the base models of a checkpoint again: after a move, from any working directory, or by name.
+"""Locate the base models of a checkpoint, also after they were moved.
 
-A checkpoint holds what was trained. The frozen parts stay where they were, and `bases.json` records
-where that is, absolutely and from the run's folder, since the configuration may name them relative
-to the working directory of the training.
+A checkpoint holds only what was trained. `bases.json` records where the frozen parts are, as an
+absolute path and relative to the run's directory, since the configuration may name them relative to
+the working directory of the training.
 """
 
 import os
@@ -16,36 +16,36 @@ from vlm_sft.utils.reading import read_json
 
 FILE: Final = "bases.json"
 KEYS: Final = ("model.language_model.name", "model.vision_tower.name", "model.vision_tower.weights")
-"""Settings that may name a local file or folder which a checkpoint needs and does not hold."""
+"""Settings that may name a local file or folder that a checkpoint needs but does not contain."""
 
 _LOCAL_DIR: Final = "local-dir:"
-"""Prefix of a folder in timm's and open_clip's names."""
+"""Prefix of local folders in model names of timm and open_clip."""
 
 
 def describe_bases(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Return where each local base model is, by its key: `path`, absolute, and `from_run`."""
+    """Return the location of each local base model by its key: `path` (absolute), `from_run`."""
     tree, found = config.model_dump(mode="json"), {}
     for key in KEYS:
         path = _local(_get(tree, key))
-        if path is not None and not _means_a_name_of_open_clip(config, key):
+        if path is not None and not _is_open_clip_name(config, key):
             from_run = os.path.relpath(os.path.realpath(path), os.path.realpath(config.output_dir))
             found[key] = {"path": str(path.absolute()), "from_run": from_run}
     return found
 
 
 def find_bases(config: RunConfig, checkpoint: Path, given: Mapping[str, str]) -> RunConfig:
-    """Return the configuration with base models that exist in place of those of the training.
+    """Return the configuration with the current locations of the base models.
 
-    Each is looked for where the user says, where it was, and where it is if it was moved together
-    with the run, in this order.
+    Each is searched where the user says, at its absolute path, and at its path relative to the run,
+    in this order.
 
     Args:
         config: The checkpoint's configuration.
         checkpoint: Its folder, `RUN/final` or `RUN/checkpoints/step-N`.
-        given: Places that the user gave, by key.
+        given: Locations that the user gave, by key.
 
     Raises:
-        CheckpointError: A base model is not there any more.
+        CheckpointError: A base model is not found.
     """
     recorded, tree = _recorded(checkpoint), config.model_dump(mode="json")
     run = checkpoint.absolute().parent
@@ -59,9 +59,9 @@ def find_bases(config: RunConfig, checkpoint: Path, given: Mapping[str, str]) ->
             existing = next((path for path in candidates if path.exists()), None)
             if existing is None:
                 raise CheckpointError(
-                    f"{checkpoint}: the base model that it was trained on is not there any more "
-                    f"({key}: looked for {candidates[0]} and "
-                    f"{os.path.normpath(candidates[1])}); put it back, or give its new place with "
+                    f"{checkpoint}: the base model that it was trained on was not found "
+                    f"({key}: searched {candidates[0]} and "
+                    f"{os.path.normpath(candidates[1])}); put it back, or give its new path with "
                     f"--base {key}=PATH"
                 )
             _set(tree, key, str(existing))
@@ -88,13 +88,13 @@ def parse_bases(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def absolute_if_local(name: str | None) -> str | None:
-    """Return the absolute path of a local folder or file; another name as it is."""
+    """Return the absolute path of a local folder or file; any other name unchanged."""
     path = _local(name)
     return name if path is None else str(path.absolute())
 
 
-def _means_a_name_of_open_clip(config: RunConfig, key: str) -> bool:
-    """Return whether open_clip looks a name up in its own list, whatever folders there are."""
+def _is_open_clip_name(config: RunConfig, key: str) -> bool:
+    """Return whether open_clip resolves a name from its own list, even if such a folder exists."""
     tower = config.model.vision_tower
     return (
         key == "model.vision_tower.name"
@@ -104,7 +104,7 @@ def _means_a_name_of_open_clip(config: RunConfig, key: str) -> bool:
 
 
 def _local(name: str | None) -> Path | None:
-    """Return the existing file or folder that a name means, if any."""
+    """Return the local file or folder of a name, if it exists."""
     if not name:
         return None
     path = Path(name.removeprefix(_LOCAL_DIR)).expanduser()
@@ -113,7 +113,7 @@ def _local(name: str | None) -> Path | None:
 
 def _recorded(checkpoint: Path) -> dict[str, dict[str, str]]:
     path = checkpoint / FILE
-    if not path.exists():  # of a version that did not write it
+    if not path.exists():  # written by a version without this file
         return {}
     try:
         found: dict[str, dict[str, str]] = read_json(path)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
 from vlm_sft.model.language_model import causal_lm
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import unquantized_digest
 from vlm_sft.model.vlm import VisionLanguageModel
 
@@ -75,7 +75,7 @@ def template_digest(described: Mapping[str, Any]) -> str:
 def frozen_digests(model: VisionLanguageModel) -> dict[str, str]:
     """Return a sha256 over every byte of each frozen part, by part; it must never change."""
     digests = {"vision_tower": model.vision_tower.digest()}
-    for part, named in named_parts(model).items():
+    for part, named in parameters_by_part(model).items():
         if part != "vision_tower" and named and not any(p.requires_grad for _, p in named):
             digests[part] = tensors_digest(named)
     return digests

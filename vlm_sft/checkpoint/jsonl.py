@@ -1,4 +1,4 @@
-"""Read the JSON-lines files of a run, whatever a kill or an editor left in them."""
+"""Read the JSONL files of a run, including damaged ones."""
 
 import json
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from vlm_sft.utils.reading import open_regular
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file that a run wrote.
+    """The content of a JSONL file.
 
     Attributes:
-        rows: Its JSON objects, in order.
-        num_damaged: Lines that are something else.
+        rows: The JSON objects, in the order of the file.
+        num_damaged: Number of lines that are something else.
     """
 
     rows: list[dict[str, Any]]
@@ -23,20 +23,20 @@ class Rows:
 
 
 def has_step(row: dict[str, Any]) -> bool:
-    """Return whether a row says after how many steps it was written."""
+    """Return whether a row has a valid `step`."""
     step = row.get("step")
     return isinstance(step, int) and not isinstance(step, bool) and step >= 0
 
 
 def read_rows(path: Path, *, is_row: Callable[[dict[str, Any]], bool] = has_step) -> Rows:
-    """Read a JSON-lines file; lines that no run wrote whole are counted and skipped.
+    """Read a JSONL file; damaged lines are counted and skipped.
 
-    A last line that begins like a row and has no end, which a kill leaves, and empty lines are not
-    counted. A file that does not exist has no rows.
+    Not counted are empty lines and an incomplete last line, which a kill leaves. A file that does
+    not exist has no rows.
 
     Args:
         path: The file.
-        is_row: What a JSON object has to fulfill to be a row.
+        is_row: Returns whether a JSON object is a row of this file.
 
     Raises:
         OSError: The file cannot be read.

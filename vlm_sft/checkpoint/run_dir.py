@@ -1,5 +1,6 @@
-"""A run's folder: one run at a time, one configuration for its whole life."""
+"""The directory of a run: locked by one process, under one configuration from start to end."""
 
+import functools
 import os
 import re
 import socket
@@ -28,21 +29,12 @@ from vlm_sft.utils.reading import open_regular, read_json, require_regular
 _LOCK_CONTENT: Final = re.compile(r"process \d+ on .* since \S+")
 _MAX_LOCK_CHARACTERS: Final = 1000
 
-_held: set[int] = set()
-"""Descriptors of locks, which a forked loader process must not keep when its parent is killed."""
-
-
-def _let_go_in_child() -> None:
-    for descriptor in _held:
-        os.close(descriptor)  # the parent's lock stays, since only its own copy holds it
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
+_locks: set[int] = set()
+"""File descriptors of the locks that this process holds."""
 
 
 EXPORT_OUTLOOK: Final = "export_outlook.json"
-"""Name of the file that keeps whether the run's model can be exported, for the report."""
+"""Name of the file that records whether the model can be exported; the report shows it."""
 
 WRITTEN: Final = frozenset(
     {
@@ -62,16 +54,16 @@ WRITTEN: Final = frozenset(
         "trained.jsonl",
     }
 )
-"""Names that a run writes in its folder; others there are the user's and stay as they are."""
+"""Names that a run writes in its directory; other files there belong to the user."""
 
 
-def own_run_folder(config: RunConfig) -> None:
-    """Create and mark the run's folder, or accept one that a run made before.
+def own_run_dir(config: RunConfig) -> None:
+    """Create and mark the run's directory, or accept that of an earlier start.
 
     Raises:
-        UserError: As `require_run_folder`; nothing was changed.
+        UserError: As `require_run_dir`; nothing was changed.
     """
-    require_run_folder(config)
+    require_run_dir(config)
     own_directory(
         config.output_dir,
         TRAINING_RUN,
@@ -80,12 +72,12 @@ def own_run_folder(config: RunConfig) -> None:
     )
 
 
-def require_run_folder(config: RunConfig) -> None:
-    """Check that `output_dir` is new, empty, or a run's, without changing anything.
+def require_run_dir(config: RunConfig) -> None:
+    """Check that `output_dir` is new, empty, or the directory of a run; nothing is changed.
 
     Raises:
-        UserError: It holds something else, a pipe or a device has the name of a run's file, or the
-            run would replace what it reads.
+        UserError: It holds something else, the name of one of the run's files belongs to a pipe or
+            device, or the run would replace one of its inputs.
     """
     output_dir, inputs = Path(config.output_dir), config.input_paths()
     require_directory(
@@ -117,18 +109,23 @@ def require_run_folder(config: RunConfig) -> None:
 
 
 def _is_unmarked_run(folder: Path) -> bool:
-    """Return whether a version that wrote no markers trained in a folder."""
+    """Return whether a directory is a run of a version that wrote no markers."""
     return (folder / "config.yaml").is_file() and is_run(folder)
 
 
 @contextmanager
 def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
-    """Keep a second run out of the folder while the block lasts; a killed run leaves no lock.
+    """Lock the run's directory against a second run during the block.
 
+    The lock belongs to the open file, so the operating system releases it when the run is killed.
     Where the file system has no locks, a warning is printed and the run starts.
 
+    Args:
+        output_dir: The run's directory.
+        enabled: Whether to lock at all; with several ranks, rank 0 holds the lock.
+
     Raises:
-        UserError: Another process has it; it is named with its host and when it began. Or `.lock`
+        UserError: Another process holds the lock (with its number, host and start time), or `.lock`
             is a file that no run wrote.
     """
     if not enabled:
@@ -144,17 +141,33 @@ def locked(output_dir: Path, *, enabled: bool) -> Iterator[None]:
         began = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}")
         file.flush()
-        _held.add(file.fileno())
+        _close_locks_in_forks()
+        _locks.add(file.fileno())
         try:
             yield
         finally:
-            _held.discard(file.fileno())
+            _locks.discard(file.fileno())
 
 
-def keep_foreign_files(output_dir: Path) -> None:
-    """Rename the files that the run is about to replace and that no run has written so.
+@functools.cache
+def _close_locks_in_forks() -> None:
+    """Let forked processes close their copies of the locks.
 
-    Files of rows, such as `metrics.jsonl`, are handled where they are opened.
+    Otherwise a data-loader worker that outlives a killed run would keep the directory locked.
+    """
+
+    def close_locks() -> None:
+        for descriptor in _locks:
+            os.close(descriptor)  # the parent's own descriptor keeps the lock
+        _locks.clear()
+
+    os.register_at_fork(after_in_child=close_locks)
+
+
+def set_foreign_files_aside(output_dir: Path) -> None:
+    """Rename files that the run is about to replace but that no run wrote as they are.
+
+    JSONL files such as `metrics.jsonl` are handled where they are opened.
     """
     for name, is_ours in _CONTENT.items():
         path = output_dir / name
@@ -183,7 +196,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def _has_keys(*keys: str) -> Callable[[Path], bool]:
-    """Return a test for a JSON object with these keys, or a list of objects with them."""
+    """Return a predicate for files that hold JSON objects with these keys."""
 
     def test(path: Path) -> bool:
         try:
@@ -203,34 +216,34 @@ _CONTENT: Final[dict[str, Callable[[Path], bool]]] = {
     "ledger_eval.jsonl": _is_ledger,
     "parts.json": _has_keys("part"),
 }
-"""Files that a run replaces as a whole, and what tells that a run wrote them."""
+"""Files that a run replaces as a whole, each with a predicate for what a run writes."""
 
 
-def settle_config(
+def store_config(
     config: RunConfig, *, has_checkpoints: bool, allowed: Sequence[str] = ()
 ) -> list[Change]:
-    """Write `config.yaml`, after refusing to go on with a run under another configuration.
+    """Write `config.yaml`, unless the directory holds a run under another configuration.
 
-    A file that means the same stays as it is, comments included. One that was written by hand and
-    means something else is kept under another name.
+    A file with the same settings stays as it is, including its comments. A file with other settings
+    that no run wrote is kept under another name.
 
     Args:
-        config: This call's configuration.
-        has_checkpoints: Whether the folder holds a run to go on with.
+        config: The configuration of this start.
+        has_checkpoints: Whether the directory holds a run to resume.
         allowed: Settings that the user allows to change (see `vlm_sft.config.resume`).
 
     Returns:
-        The settings that the user allowed to change and that do.
+        The changed settings, all of which the user allowed.
 
     Raises:
-        ConfigError: The folder's checkpoints were made otherwise; every difference is shown.
+        ConfigError: The run to resume has other settings; every difference is shown.
     """
     granted = require_same_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
     path = Path(config.output_dir) / "config.yaml"
-    meaning = _meaning(path)
-    if meaning == dump_config(config):
+    stored = _normalized(path)
+    if stored == dump_config(config):
         return granted
-    if os.path.lexists(path) and _is_written_by_hand(path, meaning):
+    if os.path.lexists(path) and _is_edited(path, stored):
         kept = set_aside(path)
         say(f"warning: {path} was edited by hand or written by another version; it is now {kept}")
     write_text(path, dump_config(config))
@@ -240,7 +253,11 @@ def settle_config(
 def require_same_config(
     config: RunConfig, *, has_checkpoints: bool, allowed: Sequence[str] = ()
 ) -> list[Change]:
-    """Do what `settle_config` does, without writing anything."""
+    """Return the changed settings as `store_config` does, without writing anything.
+
+    Raises:
+        ConfigError: As `store_config`.
+    """
     path = Path(config.output_dir) / "config.yaml"
     if not has_checkpoints or not path.exists():
         return []
@@ -249,10 +266,10 @@ def require_same_config(
 
 
 def require_unlocked(output_dir: Path) -> None:
-    """Refuse a folder that another process trains in, without creating or changing a file.
+    """Check that no other process trains in a directory, without creating or changing a file.
 
     Raises:
-        UserError: As `locked` raises it.
+        UserError: As `locked`.
     """
     path = output_dir / ".lock"
     if not os.path.lexists(path):
@@ -264,7 +281,7 @@ def require_unlocked(output_dir: Path) -> None:
 
 
 def _open_lock(path: Path, *, create: bool) -> IO[str]:
-    """Open a lock file itself, never what a link of its name leads to.
+    """Open a lock file, but not the target of a symbolic link of its name.
 
     Raises:
         UserError: It is a link or no regular file.
@@ -281,8 +298,8 @@ def _open_lock(path: Path, *, create: bool) -> IO[str]:
 
 
 def _require_own_lock(file: IO[str]) -> None:
-    """Refuse a file with content that no run writes into its lock."""
-    found = file.read(_MAX_LOCK_CHARACTERS + 1).strip("\0")  # zeros are left by a power cut
+    """Check that a lock file is empty or has the content that a run writes."""
+    found = file.read(_MAX_LOCK_CHARACTERS + 1).strip("\0")  # a power cut can leave zeros
     if found and not _LOCK_CONTENT.fullmatch(found):
         raise _foreign_lock(Path(file.name))
 
@@ -303,16 +320,17 @@ def _in_use(output_dir: Path, file: IO[str]) -> UserError:
     )
 
 
-def _meaning(path: Path) -> str | None:
-    """Return a configuration file as `dump_config` would write it; None if it cannot be read."""
+def _normalized(path: Path) -> str | None:
+    """Return a stored configuration as `dump_config` writes it; None if it cannot be read."""
     try:
         return dump_config(load_stored_config(path))
     except (ConfigError, OSError):
         return None
 
 
-def _is_written_by_hand(path: Path, meaning: str | None) -> bool:
-    return meaning is None or path.is_symlink() or path.read_bytes() != meaning.encode()
+def _is_edited(path: Path, normalized: str | None) -> bool:
+    """Return whether a configuration is not exactly what a run of this version writes."""
+    return normalized is None or path.is_symlink() or path.read_bytes() != normalized.encode()
 
 
 def _holder(file: IO[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_sft.checkpoint.format import Checkpoint
-from vlm_sft.checkpoint.run_dir import require_run_folder, require_same_config, require_unlocked
+from vlm_sft.checkpoint.run_dir import require_run_dir, require_same_config, require_unlocked
 from vlm_sft.checkpoint.store import CheckpointStore, require_within
 from vlm_sft.checks.results import CheckResults
 from vlm_sft.config.schema import RunConfig
@@ -29,7 +29,7 @@ def check_output_dir(config: RunConfig, results: CheckResults) -> Checkpoint | N
     store = CheckpointStore(output_dir, {}, log=warn)
     has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
     with results.check("output_dir"):
-        require_run_folder(config)
+        require_run_dir(config)
         require_unlocked(output_dir)
         require_same_config(config, has_checkpoints=has_checkpoints)
         if (final := store.finished()) is not None:

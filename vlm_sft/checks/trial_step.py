@@ -15,7 +15,7 @@ from vlm_sft.data.build import Data, Language
 from vlm_sft.data.loader import load_batch
 from vlm_sft.errors import UserError
 from vlm_sft.inference.samples import Answers
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.checkpointing_policy import longest_micro_batch
@@ -57,7 +57,7 @@ def try_longest_batch(
             loss = _loss_with_gradients(config, plan, data, model, chosen, device)
         _require_finite(loss)
         _require_gradients_where_trained(model)
-        build_optimizer(named_parts(model), config.optim)
+        build_optimizer(parameters_by_part(model), config.optim)
         part = "" if len(chosen) == len(indices) else f" (of {len(indices)}, to save time on a CPU)"
         text = (
             f"{len(chosen)} records{part} in {positions(data.train, chosen):,} positions, "
@@ -158,7 +158,7 @@ def _require_gradients_where_trained(model: VisionLanguageModel) -> None:
 
     A single tensor may have none, e.g. an expert to which no token was routed.
     """
-    for part, named in named_parts(model).items():
+    for part, named in parameters_by_part(model).items():
         trained = [p for _, p in named if p.requires_grad]
         if trained and not any(p.grad is not None for p in trained):
             raise UserError(
@@ -188,7 +188,9 @@ def _shared_memory(model: VisionLanguageModel, results: CheckResults) -> Iterato
     try:
         yield
     except UserError as error:
-        full_fine_tuning = any(p.requires_grad for _, p in named_parts(model)["language_model"])
+        full_fine_tuning = any(
+            p.requires_grad for _, p in parameters_by_part(model)["language_model"]
+        )
         if error.reason != "out_of_memory" or not full_fine_tuning or torch.cuda.device_count() < 2:
             raise
         results.add("longest batch", "warning", f"on one GPU, without sharding: {error}")

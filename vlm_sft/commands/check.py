@@ -57,7 +57,7 @@ from vlm_sft.export.obstacles import (
     summarize_obstacles,
 )
 from vlm_sft.model.notes import model_notes
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import num_bytes
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import make_accelerator
@@ -223,7 +223,7 @@ def check_model(
     """Build the model, train on the longest batch, save a checkpoint, check the export."""
     trainable = trainable_parts(config)
     model, identity = load_model(config, trainable)
-    parts = named_parts(model)
+    parts = parameters_by_part(model)
     rates = {part: base_lr(part, config.optim.learning_rate) for part in parts}
     print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
@@ -324,7 +324,10 @@ def _check_saving(
 ) -> None:
     output_dir = _existing_parent(Path(config.output_dir))
     trained = [
-        (name, p) for named in named_parts(model).values() for name, p in named if p.requires_grad
+        (name, p)
+        for named in parameters_by_part(model).values()
+        for name, p in named
+        if p.requires_grad
     ]
     size = checkpoint_bytes(p for _, p in trained)
     try:
@@ -347,7 +350,7 @@ def memory_estimate(model: VisionLanguageModel) -> str:
     """Return the memory of weights, gradients and AdamW's state; activations are extra."""
     weights = sum(map(num_bytes, model.parameters()))
     trained = checkpoint_bytes(
-        p for named in named_parts(model).values() if is_trainable(named) for _, p in named
+        p for named in parameters_by_part(model).values() if is_trainable(named) for _, p in named
     )
     return (
         f"{(weights + trained) / 1e9:.2f} GB per rank for weights ({weights / 1e9:.2f}), "

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from vlm_sft.checkpoint.components import unused_parts
 from vlm_sft.checkpoint.run_dir import (
     EXPORT_OUTLOOK,
-    keep_foreign_files,
     locked,
-    own_run_folder,
-    settle_config,
+    own_run_dir,
+    set_foreign_files_aside,
+    store_config,
 )
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.checks.compatibility import require_compatible
@@ -76,11 +76,11 @@ def _run(config: RunConfig, stage: str, trainable: Set[str], allowed: Sequence[s
         trackers=list(config.train.trackers),
         project_dir=str(tracking_folder(config)),
     )
-    rank0_only(accelerator, lambda: own_run_folder(config))
+    rank0_only(accelerator, lambda: own_run_dir(config))
     with locked(output_dir, enabled=accelerator.is_main_process):
         if rank0_only(accelerator, lambda: _is_finished(config, allowed)):
             return 0
-        rank0_only(accelerator, lambda: keep_foreign_files(output_dir))
+        rank0_only(accelerator, lambda: set_foreign_files_aside(output_dir))
         outcome = _train(config, stage, trainable, accelerator)
         _close(accelerator, output_dir)
         if outcome.stopped_by is None:
@@ -109,7 +109,7 @@ def _is_finished(config: RunConfig, allowed: Sequence[str]) -> bool:
     """Settle the folder's configuration; say so if its run is done, and was not made longer."""
     store = CheckpointStore(Path(config.output_dir), {}, log=say_on_stderr)
     has_checkpoints = bool(store.step_folders()) or store.final_dir.exists()
-    changes = settle_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
+    changes = store_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
     if changes:
         say_on_stderr("\n".join(["going on with changed settings:", *diff_lines(changes)]))
     if any(change.key in LENGTH for change in changes):

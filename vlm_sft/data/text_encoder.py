@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vlm_sft.config.schema import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
-from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
@@ -56,7 +56,7 @@ def load_tokenizer(
         )
     action = f"load a tokenizer from {name!r}"
     if not folder.is_dir():
-        settle_hub()
+        use_cache_if_hub_unreachable()
         action = f"get the tokenizer of {name!r} from the hub, and there is no folder of that name"
     with library_call("transformers", key, action), custom_code_refused(key, name):
         if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: whole (nothing moved during a run) and sampled (is it that model?)."""
+"""Digests of weights: over every byte (frozen weights must not change) or sampled (same model?)."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -12,35 +12,36 @@ SAMPLES_PER_TENSOR: Final = 64
 
 
 def tensors_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 (hex) over names, dtypes, shapes and every byte; the order given does not matter.
+    """Return a sha256 (hex) over names, dtypes, shapes and every byte, in any order of the input.
 
-    Of a packed weight its scales count too.
+    It includes the quantization scales of a quantized weight.
     """
     digest = hashlib.sha256()
-    for whole_name, whole in sorted(named_tensors, key=lambda pair: pair[0]):
-        for name, tensor in held_tensors(whole_name, whole):
+    for full_name, full in sorted(named_tensors, key=lambda pair: pair[0]):
+        for name, tensor in stored_tensors(full_name, full):
             _add(digest, name, tensor, tensor)
     return digest.hexdigest()
 
 
 def sample_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 (hex) over names, shapes and 64 evenly spaced values a tensor, rounded to bfloat16.
+    """Return a sha256 (hex) over names, shapes and 64 evenly spaced values of each tensor.
 
-    Cheap on models of any size and the same for every dtype that a run may hold the model in; it
-    tells base models apart, it does not prove that every byte is equal.
+    The values are rounded to bfloat16, so that the digest does not depend on the dtype in which a
+    run holds the model. It is cheap for models of any size and distinguishes base models, but does
+    not prove that every byte is equal.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors, key=lambda pair: pair[0]):
         flat = tensor.detach().reshape(-1)
         count = min(SAMPLES_PER_TENSOR, flat.numel())
-        # Integer arithmetic: a float linspace would miss indices of tensors beyond 2**24.
+        # Integer arithmetic: a float32 linspace cannot represent all indices beyond 2**24.
         index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
         _add(digest, name, tensor, flat[index].to(torch.bfloat16), with_dtype=False)
     return digest.hexdigest()
 
 
-def held_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor and, where bitsandbytes has packed weights into it, what unpacks them again."""
+def stored_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor and, if bitsandbytes has quantized it, its quantization state."""
     yield name, tensor
     state = getattr(tensor, "quant_state", None)
     if state is not None:
@@ -49,7 +50,7 @@ def held_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers of a module by name, those that are not saved included."""
+    """Return all parameters and buffers of a module by name, including unsaved buffers."""
     return chain(module.named_parameters(), module.named_buffers())
 
 

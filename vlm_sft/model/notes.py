@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_sft.model.language_model import causal_lm
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.router import fused_experts, router_note
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -20,7 +20,7 @@ def model_notes(model: VisionLanguageModel) -> list[str]:
     """
     language_model = causal_lm(model.language_model)
     notes = [router_note(language_model), _own_dropout(language_model)]
-    if named_parts(model)["adapter"]:
+    if parameters_by_part(model)["adapter"]:
         notes.append(_without_adapter(language_model))
     return [note for note in notes if note is not None]
 

@@ -1,4 +1,4 @@
-"""The four parts of a model, by name: what is trained, frozen, counted, saved."""
+"""The four parts of a model: vision tower, projector, language model and adapter."""
 
 from collections.abc import Set
 from typing import Final
@@ -11,11 +11,11 @@ from vlm_sft.model.vlm import VisionLanguageModel
 PARTS: Final = ("vision_tower", "projector", "language_model", "adapter")
 
 
-def named_parts(model: VisionLanguageModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every parameter in exactly one part, under its full name in the model.
+def parameters_by_part(model: VisionLanguageModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Return the parameters of each part under their full names; each is in exactly one part.
 
-    `adapter` are the LoRA matrices inside the language model; `language_model` is the rest of it.
-    Tied weights appear once.
+    `adapter` has the LoRA matrices of the language model, `language_model` the rest of it. Tied
+    weights appear once.
     """
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
@@ -24,7 +24,7 @@ def named_parts(model: VisionLanguageModel) -> dict[str, list[tuple[str, nn.Para
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of `VisionLanguageModel` belongs to, by its full name."""
+    """Return the part of a parameter of `VisionLanguageModel`, by its full name."""
     if name.startswith("vision_tower."):
         return "vision_tower"
     if name.startswith("multi_modal_projector."):
@@ -35,16 +35,16 @@ def part_of(name: str) -> str:
 def set_trainable(
     model: VisionLanguageModel, trainable: Set[str], *, widen_language_model: bool = True
 ) -> None:
-    """Train these parts, in float32, and freeze all others, in the dtype they have.
+    """Make the given parts trainable in float32, and freeze all others in their dtype.
 
     Args:
         model: Changed in place.
-        trainable: Of `projector`, `language_model`, `adapter`; each must have parameters.
-        widen_language_model: False trains the language model's weights in the dtype they have.
+        trainable: Any of `projector`, `language_model`, `adapter`; each must have parameters.
+        widen_language_model: False keeps the dtype of the language model's weights.
     """
     unknown = set(trainable) - (set(PARTS) - {"vision_tower"})
     assert not unknown, f"cannot be trained: {sorted(unknown)}"
-    for part, parameters in named_parts(model).items():
+    for part, parameters in parameters_by_part(model).items():
         assert part not in trainable or parameters, f"the model has no {part}"
         widen = widen_language_model or part != "language_model"
         for _, parameter in parameters:

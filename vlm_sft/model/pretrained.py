@@ -9,7 +9,7 @@ from transformers import dynamic_module_utils
 
 from vlm_sft.config.schema import means_folder
 from vlm_sft.errors import UserError
-from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
@@ -33,7 +33,7 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
     source = str(folder) if folder.is_dir() else name
     action = f"load the folder {name!r}"
     if not folder.is_dir():
-        settle_hub()
+        use_cache_if_hub_unreachable()
         action = f"get {name!r} from the hub, and there is no folder of that name"
     with library_call("transformers", where, action), custom_code_refused(where, name):
         if folder.is_dir():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.errors import ConfigError
 from vlm_sft.model.dtypes import cast_floating
-from vlm_sft.model.hashing import held_tensors, sample_digest
+from vlm_sft.model.hashing import sample_digest, stored_tensors
 
 BLOCK_SIZE: Final = 64
 """Weights that share a scale (bitsandbytes' default for 4 bits)."""
@@ -126,7 +126,7 @@ def num_weights(parameter: torch.Tensor) -> int:
 
 def num_bytes(parameter: torch.Tensor) -> int:
     """Return the bytes of a parameter, including the scales of a packed one."""
-    return sum(t.numel() * t.element_size() for _, t in held_tensors("", parameter))
+    return sum(t.numel() * t.element_size() for _, t in stored_tensors("", parameter))
 
 
 def dtype_name(parameter: torch.Tensor) -> str:

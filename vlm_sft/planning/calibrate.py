@@ -17,9 +17,9 @@ from vlm_sft.data.build import load_data, load_language, make_collator, make_sam
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.costs import image_cost
-from vlm_sft.model.hashing import held_tensors
+from vlm_sft.model.hashing import stored_tensors
 from vlm_sft.model.packed_attention import PackedLayout
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import require_quantization
 from vlm_sft.planning.estimate import Estimator
 from vlm_sft.planning.micro_batch import MicroBatch
@@ -150,7 +150,7 @@ class _TrainingSteps:
             precision, device = config.train.precision, self._accelerator.device
             autocast = self._accelerator.autocast()
             prepare_packing(model, config.train.packing, precision, device, autocast)
-        self._optimizer = build_optimizer(named_parts(model), config.optim)
+        self._optimizer = build_optimizer(parameters_by_part(model), config.optim)
         self._trainable = [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def batches(self, step: int) -> list[Batch]:
@@ -183,7 +183,7 @@ class _TrainingSteps:
         # exists before it: weights (with the quantization state of packed ones), buffers, optimizer
         # state, and the loaded inputs, of which the prediction counts the largest micro-batch.
         states = (value for state in self._optimizer.state.values() for value in state.values())
-        weights = (tensor for p in self._model.parameters() for _, tensor in held_tensors("", p))
+        weights = (tensor for p in self._model.parameters() for _, tensor in stored_tensors("", p))
         existing = [
             *weights,
             *self._model.buffers(),

@@ -17,7 +17,7 @@ from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.model.costs import image_cost
 from vlm_sft.model.language_model import causal_lm, decoder_layers, decoder_of
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import linear_layers, quantized_bytes
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.gpus import CUDA_OVERHEAD, FRAGMENTATION, Device
@@ -159,7 +159,7 @@ class Estimator:
 
     def static_memory(self, method: Method) -> StaticMemory:
         """Return the bytes that one rank holds throughout training."""
-        parts = named_parts(self.model(method))
+        parts = parameters_by_part(self.model(method))
         weights = {
             part: float(sum(p.numel() * p.element_size() for _, p in named))
             for part, named in parts.items()

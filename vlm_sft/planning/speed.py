@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vlm_sft.config.method import Method
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.planning.estimate import Estimator
 from vlm_sft.planning.step_stats import StepStats
 
@@ -108,7 +108,7 @@ def _teraflop_per_sample(estimator: Estimator, method: Method, stats: StepStats)
 
 def _language_model_bytes(estimator: Estimator, method: Method) -> float:
     """Return the bytes of the language model in the compute dtype, read once per pass."""
-    parts = named_parts(estimator.model(method))
+    parts = parameters_by_part(estimator.model(method))
     weights = sum(p.numel() for part in ("language_model", "adapter") for _, p in parts[part])
     return float(weights * estimator.meta_model.dtype.itemsize)
 

@@ -20,7 +20,7 @@ from vlm_sft.data.build import Data, Language, make_collator, make_sampler
 from vlm_sft.data.dataset import content_difference
 from vlm_sft.model.build import build_model
 from vlm_sft.model.costs import image_cost
-from vlm_sft.model.parts import named_parts, set_trainable
+from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.trainer import Hooks, Plan, SampleGenerator, Trainer, say_on_stderr
 
@@ -61,7 +61,7 @@ def make_trainer(
         accelerator=accelerator,
         plan=make_plan(config, language, data, model),
         hooks=Hooks(
-            named_parts(model),
+            parameters_by_part(model),
             lambda: frozen_digests(model),
             samples,
             lambda fault, held_out: data.quarantine(
@@ -84,7 +84,7 @@ def make_store(
     say: Callable[[str], None],
 ) -> CheckpointStore:
     """Return the run's checkpoints, with everything that a resumed run must have in common."""
-    parts = named_parts(model)
+    parts = parameters_by_part(model)
     trainable = {part for part, named in parts.items() if any(p.requires_grad for _, p in named)}
     files = [file.path for file in config.data.train]
     return CheckpointStore(

@@ -1,4 +1,4 @@
-"""Write files that are either complete or absent: write a temporary one, then rename it."""
+"""Write files atomically: write and sync a temporary file, then rename it."""
 
 import json
 import os
@@ -28,14 +28,14 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, line ends as given; see `write_bytes`."""
+    """Write `text` as UTF-8 with its line ends unchanged; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`, so that readers see the old file or the new one whole.
+    """Replace the file at `path` by `data`; readers see either the old or the new content.
 
-    Folders above are made. The data is on the disk when this returns.
+    Missing directories are created. The data is on the disk when this returns.
 
     Raises:
         OSError: The disk is full or the place cannot be written. The old file is untouched and no
@@ -47,10 +47,10 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a binary file to write that replaces `path` when the block ends without an error.
+    """Open a binary file for writing that replaces `path` when the block ends without an error.
 
-    A new file gets the mode that the umask gives, a replaced one keeps its mode where the file
-    system allows it. A stream (see `is_stream`) is written in place.
+    A new file gets the mode given by the umask; a replaced one keeps its mode where the file system
+    allows it. A stream (see `is_stream`) is written in place.
 
     Raises:
         OSError: As `write_bytes`; the error names `path`.
@@ -63,27 +63,28 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     with naming(path):
-        with _called(path):
+        with _reported_as(path):
             descriptor = create_exclusively(temporary)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 _keep_mode(file.fileno(), path)
+                # Without this, a power cut after the rename can leave an empty file.
                 sync(file.fileno(), path)
-            with _called(path):
+            with _reported_as(path):
                 os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-        sync_folder(path.parent)
+        sync_folder(path.parent)  # makes the rename itself durable
 
 
 def is_stream(path: Path) -> bool:
-    """Return whether `path` is a device, a pipe or an open descriptor, which nothing may replace.
+    """Return whether `path` is a device, a pipe or an open descriptor, which cannot be replaced.
 
-    `/dev/stdout` is one even where it is redirected into a file.
+    `/dev/stdout` is one even if it is redirected to a file.
     """
     name = os.path.abspath(path)
     if name in ("/dev/stdout", "/dev/stderr") or name.startswith(("/dev/fd/", "/proc/")):
@@ -92,8 +93,8 @@ def is_stream(path: Path) -> bool:
 
 
 @contextmanager
-def _called(path: Path) -> Iterator[None]:
-    """Name the file that the user knows in an error about the temporary one."""
+def _reported_as(path: Path) -> Iterator[None]:
+    """Name the user's file in errors about the temporary one."""
     try:
         yield
     except OSError as error:
@@ -101,7 +102,7 @@ def _called(path: Path) -> Iterator[None]:
 
 
 def _keep_mode(descriptor: int, path: Path) -> None:
-    """Give the temporary file the mode of the file that it replaces, if there is one."""
+    """Give the temporary file the mode of the file that it replaces, if any."""
     with suppress(OSError):
         mode = path.stat().st_mode & 0o777
         if mode != os.fstat(descriptor).st_mode & 0o777:

@@ -1,8 +1,7 @@
-"""Work with file systems that lack locks, syncing, modes, hard links or renaming of directories.
+"""File-system calls that also work where locks, fsync, modes or hard links are unsupported.
 
-Network, FUSE and Windows-backed file systems refuse some calls. A call whose effect nobody needs is
-skipped, one that weakens a guarantee is skipped with a warning, and every other failure is an
-`OSError` that names the file.
+Network, FUSE and Windows-backed file systems refuse some calls. Such a call is skipped, with a
+warning if that weakens a guarantee. Every other failure is an `OSError` that names the file.
 """
 
 import errno
@@ -25,7 +24,7 @@ Lock = Literal["taken", "held_elsewhere", "unsupported"]
 UNSUPPORTED: Final = frozenset(
     {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY}
 )
-"""What a file system answers to a call that it does not have."""
+"""Error numbers of calls that a file system does not support."""
 
 _HELD_ELSEWHERE: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 _CANNOT_RENAME: Final = UNSUPPORTED | {errno.EPERM, errno.EXDEV}
@@ -35,11 +34,11 @@ _warned: set[str] = set()
 
 
 def warn_once(text: str, *, about: str | None = None) -> None:
-    """Print a warning to stderr, once in a process.
+    """Print a warning to stderr, once per process.
 
     Args:
         text: The warning.
-        about: What one warning is enough for; None: this text.
+        about: Warnings with the same value are printed once; None: `text`.
     """
     about = about or text
     if about not in _warned:
@@ -54,8 +53,8 @@ def lock(descriptor: int, path: Path, *, wait: bool) -> Lock:
 
     Args:
         descriptor: The open file.
-        path: Its name, for the warning.
-        wait: Wait for the process that holds the lock; without, return `held_elsewhere`.
+        path: Its path, for the warning.
+        wait: Wait for the process that holds the lock; otherwise return `held_elsewhere`.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -64,20 +63,20 @@ def lock(descriptor: int, path: Path, *, wait: bool) -> Lock:
             return "held_elsewhere"
         warn_once(
             f"{path.parent}: the file system has no file locks ({error.strerror}), so a second "
-            "process that writes into this directory is not noticed; start only one at a time"
+            "process that writes into this directory is not detected; start only one at a time"
         )
         return "unsupported"
     return "taken"
 
 
 def unlock(descriptor: int) -> None:
-    """Release what `lock` took, if it took anything."""
+    """Release the lock of `lock`, if any."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Wait until an open file is on the disk; warn once where the file system cannot do that.
+    """Wait until an open file is on the disk; warn once where that is unsupported.
 
     Raises:
         OSError: The disk is full or fails; the error names the file.
@@ -88,20 +87,20 @@ def sync(descriptor: int, path: Path) -> None:
         if error.errno not in UNSUPPORTED:
             raise OSError(error.errno, error.strerror, str(path)) from None
         warn_once(
-            f"{_lasting_folder(path)}: the file system cannot sync files to the disk "
+            f"{_permanent_folder(path)}: the file system cannot sync files to the disk "
             f"({error.strerror}); what was written last may be lost when the machine loses power",
             about=f"sync on device {os.fstat(descriptor).st_dev}",
         )
 
 
-def _lasting_folder(path: Path) -> Path:
-    """Return the nearest directory above a file that is not a temporary one of this toolkit."""
+def _permanent_folder(path: Path) -> Path:
+    """Return the nearest directory above a file that is no temporary one of this toolkit."""
     temporary = [p for p in path.parents if p.name.startswith(".") and p.name.endswith(".tmp")]
     return temporary[-1].parent if temporary else path.parent
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a directory on the disk; file systems that cannot do that are accepted.
+    """Wait until the names in a directory are on the disk; do nothing where that is unsupported.
 
     Raises:
         OSError: The disk is full or fails; the error names the directory.
@@ -121,13 +120,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add a file name to an `OSError` that has none, and turn a library's own error into one.
+    """Add the file name to an `OSError` without one, and turn errors of Rust libraries into one.
 
-    The Rust libraries that write weights and tokenizers report a full disk as a text that ends in
-    `(os error 28)`.
+    safetensors and tokenizers report a full disk as a text that ends in `(os error 28)`.
 
     Args:
-        path: What is read or written in the block.
+        path: The file that is read or written in the block.
     """
     try:
         yield
@@ -146,13 +144,13 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """Return an unused hidden name next to `path` whose length file systems accept."""
+    """Return an unused hidden path next to `path`, of a length that file systems accept."""
     name = os.fsencode(path.name)[:100].decode(errors="ignore")
     return path.with_name(f".{name}.{os.urandom(6).hex()}.tmp")
 
 
 def create_exclusively(path: Path) -> int:
-    """Create a file for writing, with the mode that the umask gives, and return its descriptor.
+    """Create a file for writing, with the mode given by the umask, and return its descriptor.
 
     Raises:
         OSError: It exists, or cannot be created.
@@ -161,9 +159,9 @@ def create_exclusively(path: Path) -> int:
 
 
 def give_ordinary_modes(folder: Path) -> None:
-    """Give every file below `folder` the mode of a new file there; a refusal is accepted.
+    """Give every file below `folder` the mode of a new file there, where that is supported.
 
-    Libraries that write through a private temporary file leave it readable by its owner alone.
+    Libraries that write through a private temporary file leave it readable only by its owner.
     """
     probe = temporary_sibling(folder / "mode")
     descriptor = create_exclusively(probe)
@@ -179,15 +177,15 @@ def give_ordinary_modes(folder: Path) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield everything below `folder` that is no directory, in the order of the names."""
+    """Yield everything below `folder` that is not a directory, sorted by path."""
     return (path for path in sorted(folder.rglob("*")) if not path.is_dir())
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy of its content where links are refused.
+    """Make `target` a hard link to `source`, or a synced copy where links are unsupported.
 
     Raises:
-        OSError: The copy cannot be written; the error names it.
+        OSError: The copy cannot be written; the error names the file.
     """
     try:
         os.link(source, target)
@@ -199,12 +197,13 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def rename_folder(source: Path, target: Path, *, last: str) -> None:
-    """Rename a directory; where the file system cannot, move its files one after the other.
+    """Rename a directory, or move its files one by one where that is unsupported.
 
     Args:
         source: The directory.
         target: Its new name, which must not exist.
-        last: The file that is moved last; a target without it is incomplete.
+        last: The file that is moved last. A target without it is incomplete, so a kill between two
+            files cannot leave a directory that looks complete.
 
     Raises:
         OSError: The target exists, or a file cannot be moved.
@@ -228,9 +227,7 @@ def rename_folder(source: Path, target: Path, *, last: str) -> None:
 
 @contextmanager
 def created_above(path: Path) -> Iterator[None]:
-    """Create the missing directories above `path`; remove them again if the block fails.
-
-    One that holds anything by then stays.
+    """Create the missing directories above `path`; remove the empty ones if the block fails.
 
     Raises:
         OSError: A directory cannot be created.
@@ -269,7 +266,7 @@ def require_writable(directory: Path) -> None:
 
 
 def free_bytes(place: Path) -> int | None:
-    """Return the free space at `place` in bytes; None where the file system does not report it."""
+    """Return the free space at `place` in bytes; None if the file system does not report it."""
     try:
         usage = shutil.disk_usage(place)
     except OSError:

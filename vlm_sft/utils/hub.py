@@ -1,4 +1,4 @@
-"""Reach the model hub once, instead of retrying for every file."""
+"""Check once whether the model hub is reachable, instead of retrying for every file."""
 
 import functools
 
@@ -6,15 +6,15 @@ from vlm_sft.utils.console import say
 from vlm_sft.utils.libraries import one_line
 
 TIMEOUT = 10.0
-"""Seconds that the hub may take for its first answer."""
+"""Timeout of the check, in seconds."""
 
 
 @functools.cache
-def settle_hub() -> None:
+def use_cache_if_hub_unreachable() -> None:
     """Use only cached files for the rest of the process if the hub does not answer.
 
-    The hub's client retries every file for half a minute, and a model has many files. Call before
-    a library loads a name that is no local folder. `HF_HUB_OFFLINE` is respected.
+    The hub's client retries every file for half a minute, and a model has many files. Call this
+    before a library loads a model that is not a local folder. `HF_HUB_OFFLINE` is respected.
     """
     from huggingface_hub import constants, get_session
 
@@ -22,7 +22,7 @@ def settle_hub() -> None:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception as error:  # whatever the HTTP library raises, the hub is not there
+    except Exception as error:  # whatever the HTTP library raises, the hub is not reachable
         constants.HF_HUB_OFFLINE = True
         say(
             f"note: the hub {constants.ENDPOINT} cannot be reached ({one_line(error)}); only "

@@ -1,4 +1,4 @@
-"""Turn any exception of a third-party library into one sentence about a configuration key."""
+"""Turn exceptions of third-party libraries into one sentence about a configuration key."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ _TERSE: Final = (KeyError, IndexError, AttributeError, AssertionError, Arithmeti
 
 @contextmanager
 def library_call(library: str, key: str, action: str, *, code: str | None = None) -> Iterator[None]:
-    """Report whatever a library raises in the block as a user error; the cause is kept.
+    """Turn any exception of the block into a user error, with the exception as its cause.
 
-    For blocks that construct or load something from values that the user gave. A library may
-    answer a wrong value with any type of exception, so none is listed here.
+    For blocks that build or load something from the user's values. Libraries raise exceptions of
+    any type for a wrong value, so no types are listed here.
 
     Args:
         library: Name of the library, e.g. `transformers`.
         key: The configuration key (or file) that the values came from.
-        action: What the block does, as an infinitive: `build the model`.
-        code: The fault's name in `error_codes`; None for the general one.
+        action: What the block does, as a verb phrase: `build the model`.
+        code: The name of the error in `vlm_sft.errors.codes`; None for the general one.
 
     Raises:
-        UserError: In place of any other exception; a `UserError` passes unchanged.
+        UserError: Instead of any other exception; a `UserError` passes unchanged.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def library_call(library: str, key: str, action: str, *, code: str | None = None
 
 
 def one_line(error: BaseException) -> str:
-    """Return the beginning of a library's message on one line."""
+    """Return the message of an exception on one line, shortened."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, _TERSE):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -47,7 +47,7 @@ def one_line(error: BaseException) -> str:
 
 
 def installed_version(name: str) -> str:
-    """Return a package's version, or "not installed": vlm-sft may be run from its sources."""
+    """Return a package's version, or "not installed" (vlm-sft can run from a checkout)."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Load folders of models without running code from them or waiting for what is no file."""
+"""Load model folders without running code from them or opening pipes and devices."""
 
 import os
 import stat
@@ -12,20 +12,20 @@ from vlm_sft.utils.console import say
 from vlm_sft.utils.reading import require_regular
 
 MAX_TEXT_BYTES: Final = 512 * 2**20
-"""Largest text file of a model folder, far above any real `tokenizer.json` or index."""
+"""Maximum size of text files in model folders, far above any real `tokenizer.json` or index."""
 
 _TEXT: Final = (".json", ".jinja", ".txt", ".yaml", ".model")
 
 
 @contextmanager
 def custom_code_refused(key: str, name: str) -> Iterator[None]:
-    """Report a folder or hub name that cannot be loaded without running Python code from it.
+    """Report a model that cannot be loaded without running its own Python code.
 
-    For calls of transformers with `trust_remote_code=False`, whose own message advises the user to
-    set that option.
+    For calls of transformers with `trust_remote_code=False`; its own message would advise the user
+    to set that option.
 
     Args:
-        key: The configuration key that held the name.
+        key: The configuration key of the name.
         name: The folder or hub name.
 
     Raises:
@@ -39,27 +39,27 @@ def custom_code_refused(key: str, name: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise UserError(
-            f"{key}: {name!r} needs Python code of its own (`auto_map` in one of its JSON files), "
-            "and no code from model folders is ever run; use a model that transformers has built "
-            "in, or convert this one to it",
+            f"{key}: {name!r} needs its own Python code (`auto_map` in one of its JSON files), but "
+            "code from model folders is never run; use a model that is built into transformers, "
+            "or convert this one",
             code="custom_code",
         ) from error
 
 
 def report_unused_code(key: str, name: str, config: Any) -> None:
-    """Say that a folder's own code is not used because transformers has the model built in."""
+    """Print a note if a folder names its own code but transformers has the model built in."""
     if getattr(config, "auto_map", None):
         say(
-            f"note: {key}: {name!r} names Python code of its own (`auto_map`), which is not run; "
+            f"note: {key}: {name!r} names its own Python code (`auto_map`), which is not run; "
             f"the {config.model_type!r} model of transformers is used"
         )
 
 
 def refuse_remote_kernels(key: str, name: str, config: Any) -> None:
-    """Refuse a configuration that has transformers fetch and run a kernel from a hub.
+    """Refuse a configuration that makes transformers download and run a kernel from a hub.
 
     Raises:
-        UserError: `custom_code`, with the name of the kernel's repository.
+        UserError: `custom_code`, with the repository of the kernel.
     """
     for part in (config, *vars(config).values()):
         for field in ("_attn_implementation_internal", "_experts_implementation_internal"):
@@ -68,7 +68,7 @@ def refuse_remote_kernels(key: str, name: str, config: Any) -> None:
             for kernel in named:
                 if isinstance(kernel, str) and "/" in kernel:
                     raise UserError(
-                        f"{key}: the config.json of {name!r} asks for the kernel {kernel!r}, which "
+                        f"{key}: the config.json of {name!r} requests the kernel {kernel!r}, which "
                         "is code from a hub and is never run; remove `attn_implementation` and "
                         "`experts_implementation` from it",
                         code="custom_code",
@@ -76,10 +76,10 @@ def refuse_remote_kernels(key: str, name: str, config: Any) -> None:
 
 
 def require_plain_folder(folder: str | Path) -> None:
-    """Refuse a folder in which a library would meet a pipe, a device or an endless text file.
+    """Refuse a folder that contains a pipe, a device or an extremely large text file.
 
     Raises:
-        UserError: With the entry's path; `not_a_file` or `file_too_large`.
+        UserError: With the path of the entry; `not_a_file` or `file_too_large`.
         OSError: The folder cannot be listed.
     """
     with os.scandir(folder) as entries:
@@ -88,7 +88,7 @@ def require_plain_folder(folder: str | Path) -> None:
         try:
             status = entry.stat()
         except OSError:
-            continue  # a dangling link is no file, and is missed by whoever needs it
+            continue  # a dangling link; a reader that needs it reports it
         if stat.S_ISDIR(status.st_mode):
             continue
         require_regular(entry.path)

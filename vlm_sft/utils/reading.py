@@ -1,7 +1,7 @@
-"""Read files that come from outside: regular files only, with a limit on bytes, depth and numbers.
+"""Read untrusted files: regular files only, with limits on bytes, nesting and numbers.
 
-A named pipe or a device under the name of a configuration, a checkpoint's manifest or a record file
-would make a command wait forever or read without end. Every reader of such files opens them here.
+A named pipe or device in place of a configuration, manifest or record file would make a command
+wait forever or read without end. All readers of such files open them here.
 """
 
 import errno
@@ -16,21 +16,21 @@ from vlm_sft.errors import UserError
 from vlm_sft.utils.escape import shortened
 
 MAX_FILE_BYTES: Final = 64 * 2**20
-"""Largest file that is read into memory as a whole: configurations, templates, manifests."""
+"""Maximum size of files read into memory as a whole: configurations, templates, manifests."""
 
 
 class NotARegularFile(UserError):
-    """A directory, pipe, socket or device stands where a file is expected."""
+    """There is a directory, pipe, socket or device where a file is expected."""
 
     default_code = "not_a_file"
 
 
 class StrictJsonError(ValueError):
-    """A text is not JSON as the standard has it.
+    """A text is not standard JSON.
 
     Attributes:
-        reason: The fault's name in `error_codes`.
-        position: Place in the text of a syntax error, in characters; None if unknown.
+        reason: The name of the error in `vlm_sft.errors.codes`.
+        position: Position of a syntax error in the text, in characters; None if unknown.
     """
 
     def __init__(self, reason: str, message: str, position: int | None = None) -> None:
@@ -40,14 +40,14 @@ class StrictJsonError(ValueError):
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a regular file for reading, without waiting for a pipe or waking a device.
+    """Open a regular file for reading; never open a pipe or device.
 
     Raises:
-        NotARegularFile: It is something else; the message names what it is.
+        NotARegularFile: It is something else, which the message names.
         OSError: As `open`, e.g. FileNotFoundError.
     """
     try:
-        # Looked at before it is opened: opening alone can rewind a tape or start a watchdog.
+        # Checked before opening: opening alone can rewind a tape or start a watchdog.
         _refuse_special(os.stat(path).st_mode, path)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except UserError:
@@ -63,10 +63,10 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def require_regular(path: str | Path) -> None:
-    """Refuse a pipe, device or directory that a library would open by its name.
+    """Check that a path that a library will open is a regular file.
 
     Raises:
-        NotARegularFile: It is one of these.
+        NotARegularFile: It is a pipe, device or directory.
         OSError: As `os.stat`.
     """
     _refuse_special(os.stat(path).st_mode, path)
@@ -90,7 +90,7 @@ def read_bytes(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise UserError(
-            f"{path}: larger than {limit:,} bytes, which no file of its kind is; check the name",
+            f"{path}: larger than {limit:,} bytes, the maximum for such files; check the name",
             code="file_too_large",
         )
     return data
@@ -132,11 +132,11 @@ def read_json(path: str | Path, limit: int = MAX_FILE_BYTES) -> Any:
 def parse_json(text: str, start: int | None = None) -> Any:
     """Parse the one JSON value of `text`, or the value that begins at `start`.
 
-    Unlike `json.loads`: no key twice in an object, no NaN or Infinity, no number beyond a float,
-    and a text that is nested too deeply or has an endless integer is an error like any other.
+    Unlike `json.loads`, this refuses repeated keys, NaN, Infinity and numbers beyond a float, and
+    reports too deep nesting and too long integers as the same type of error.
 
     Raises:
-        StrictJsonError: With the fault's name.
+        StrictJsonError: With the name of the error.
     """
     try:
         return _STRICT.decode(text) if start is None else _STRICT.raw_decode(text, start)[0]

@@ -1,4 +1,4 @@
-"""Standard streams in any encoding, or closed."""
+"""Make the standard streams accept any text."""
 
 import io
 import os
@@ -6,11 +6,11 @@ import sys
 
 
 def accept_any_text() -> None:
-    r"""Set the standard streams up so that no character of any text can stop a command.
+    r"""Configure the standard streams so that no character can raise an encoding error.
 
-    What the encoding of stdout or stderr has no bytes for is written as `\u20ac`. Bytes of stdin
-    that are not in its encoding arrive as half surrogate pairs, for `errors.as_text`. A stream
-    that the caller closed becomes the null device.
+    A character that the encoding of stdout or stderr lacks is written as `\u20ac`. Bytes of stdin
+    outside its encoding become lone surrogates, which `errors.as_text` handles. A stream that the
+    caller closed is replaced by the null device.
     """
     for name, errors in (
         ("stdin", "surrogateescape"),
@@ -20,12 +20,12 @@ def accept_any_text() -> None:
         stream = getattr(sys, name)
         if stream is None:
             mode = "r" if name == "stdin" else "w"
-            null = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  # until the exit
+            null = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  # open until exit
             setattr(sys, name, null)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
 def holds_unicode() -> bool:
-    """Return whether stdout has bytes for every character, so that JSON needs no escapes."""
+    """Return whether stdout can encode every character, so that JSON needs no escapes."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")

@@ -21,7 +21,7 @@ from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.errors import UserError
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.packed_attention import PackedLayout, choose_backend, packed_attention
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.optimizer import build_optimizer
@@ -87,7 +87,7 @@ def scaler(job: Job) -> None:
             gradients.append(_flat_gradient(model).double() / scale)
         error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
         job.record("fp16_gradient", float(error))
-        optimizer = build_optimizer(named_parts(model), config.optim)
+        optimizer = build_optimizer(parameters_by_part(model), config.optim)
         before = copy.deepcopy(model.multi_modal_projector.state_dict())
         scale = accelerator.scaler.get_scale()
         for parameter in model.multi_modal_projector.parameters():
@@ -154,7 +154,7 @@ def merging(job: Job) -> None:
         forget(device)
         model = make_model(run_config(SIZE, "lora", pack=2048), "lora", device).float().eval()
         draw = torch.Generator(device).manual_seed(0)
-        for name, parameter in named_parts(model)["adapter"]:
+        for name, parameter in parameters_by_part(model)["adapter"]:
             if ".lora_B." in name:
                 parameter.data.normal_(std=0.05, generator=draw)
         ids = torch.randint(3, SIZE.vocabulary, (1, 64), generator=draw, device=device)

@@ -26,7 +26,7 @@ from vlm_sft.data.batch import Batch, Collator, PackedCollator, PaddedCollator
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.costs import image_cost
-from vlm_sft.model.parts import named_parts
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.calibrate import micro_batch_of
 from vlm_sft.planning.devices import find_device
@@ -68,7 +68,7 @@ class Bench:
         if self.config.train.compile:
             compile_layers(self.model, self.device, packed=True)
         self.wrapped = self.accelerator.prepare(self.model)
-        self.optimizer = build_optimizer(named_parts(self.model), self.config.optim)
+        self.optimizer = build_optimizer(parameters_by_part(self.model), self.config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def packed(self, *, shared: bool = False) -> PackedCollator:

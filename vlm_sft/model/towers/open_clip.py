@@ -19,7 +19,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.model.pretrained import no_questions
 from vlm_sft.model.towers.base import BlockStates, FeatureSource, LoadedEncoder
 from vlm_sft.model.towers.timm import timm_source
-from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
@@ -161,7 +161,7 @@ def _pretrained(
     elif name.startswith("local-dir:"):
         require_plain_folder(Path(name.removeprefix("local-dir:")))
     if not name.startswith("local-dir:") and not Path(weights or "").is_file():
-        settle_hub()
+        use_cache_if_hub_unreachable()
     with (
         library_call("open_clip", _WHERE, f"load {name!r} with weights {weights!r}"),
         custom_code_refused(_WHERE, name),

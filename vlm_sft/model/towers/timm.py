@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.model.towers.base import BlockStates, FeatureSource, LoadedEncoder
-from vlm_sft.utils.hub import settle_hub
+from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import require_plain_folder
 from vlm_sft.utils.reading import read_json, require_regular
@@ -119,7 +119,7 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
 
 def _by_name(name: str, weights: str | None, image_size: int | None) -> Any:
     if weights is None:
-        settle_hub()
+        use_cache_if_hub_unreachable()
         action = f"load the weights of {name!r} (or give a file as {_WHERE}.weights)"
         with library_call("timm", f"{_WHERE}.name", action):
             return _create(name, image_size, None, {}, pretrained=True)
