@@ -246,7 +246,7 @@ def test_what_one_process_cannot_write_is_told_by_all_and_leaves_nothing(
 
 def test_what_one_process_would_not_save_stops_all(elastic: dict[str, Any]) -> None:
     for found in elastic["parts"][1]:
-        assert "lost learns but no part of a checkpoint saves it" in found["forgotten"]
+        assert "lost is trainable but no part of a checkpoint saves it" in found["forgotten"]
 
 
 def test_rows_are_cut_as_torch_chunks_them() -> None:
