@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.verify import noise_image, reload_here, reload_in_new_process

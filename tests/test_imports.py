@@ -76,6 +76,7 @@ def test_packages_do_not_import_what_they_must_not_know(module: str) -> None:
     forbidden = {
         "vlm_sft.data": ("vlm_sft.model",),
         "vlm_sft.model": (
+            "vlm_sft.data.hf_tokenizer",
             "vlm_sft.data.text_encoder",
             "vlm_sft.data.record_formats",
             "vlm_sft.data.records",

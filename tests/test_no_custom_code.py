@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig
-from vlm_sft.data.text_encoder import load_tokenizer
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model, build_vision_tower
 from vlm_sft.planning.local_configs import language_model_config

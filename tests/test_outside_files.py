@@ -11,7 +11,7 @@ from vlm_sft.checkpoint.format import read_manifest
 from vlm_sft.config.schema import load_config
 from vlm_sft.config.yaml_text import parse_yaml
 from vlm_sft.data.chat_template import load_template
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.questions import Question, read_questions, require_images_inside
 from vlm_sft.utils.ownership import MANIFEST

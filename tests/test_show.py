@@ -21,10 +21,10 @@ from vlm_sft.config.schema import DataConfig, DataFile, load_config
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.filtering import RecordFilter
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.records import read_records
-from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.inspection.records import Inspected

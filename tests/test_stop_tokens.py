@@ -21,8 +21,8 @@ from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.model.build import build_model
 from vlm_sft.model.parts import parameters_by_part, set_trainable

@@ -23,7 +23,7 @@ from vlm_sft.checks.tokenizer.check import (
 from vlm_sft.checks.tokenizer.under_test import Finding, TokenizerUnderTest
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.text_encoder import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
+from vlm_sft.data.hf_tokenizer import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import UserError
 from vlm_sft.utils.constants import IGNORE_INDEX

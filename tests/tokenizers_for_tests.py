@@ -45,7 +45,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from tests import chat_templates_for_tests as published
-from vlm_sft.data.text_encoder import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer
+from vlm_sft.data.hf_tokenizer import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2_FOLDER = ROOT / "demo" / "pieces" / "smollm2-135m-instruct"

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
-from vlm_sft.data.text_encoder import load_tokenizer
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.utils.progress import track

@@ -18,10 +18,10 @@ from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig
 from vlm_sft.data import record_store
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.record_store import RecordStore
-from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID

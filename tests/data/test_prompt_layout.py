@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from tests.data.mask_oracle import IMAGE_ID, MAIN_PAIRS, OTHER_PAIRS, Pair
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
+from vlm_sft.data.hf_tokenizer import exported_tokenizer
 from vlm_sft.data.image_separator import LayoutCheck, separated_parts
 from vlm_sft.data.record_formats import Form, RawRecord, parse_record
-from vlm_sft.data.text_encoder import exported_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, TemplateError
 from vlm_sft.inference.prompts import user_message

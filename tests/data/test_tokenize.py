@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.tokenizers_for_tests import bpe_tokenizer, sentencepiece_tokenizer
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID

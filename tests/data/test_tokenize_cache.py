@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.data.tokenize_cache import (
     FILE_NAME,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm_sft.config.schema import LoraConfig, parse_config
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.model.build import build_model

@@ -14,8 +14,8 @@ from transformers import (
 
 from tests.model.tiny import CLIP, GEMMA2, LLAMA, OPEN_CLIP, VIT, images, rows, tiny_model
 from vlm_sft.config.schema import LoraConfig
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.images import to_pixels
-from vlm_sft.data.text_encoder import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
 from vlm_sft.export.verify import Reloaded, reload_here, reload_in_new_process

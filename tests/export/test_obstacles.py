@@ -10,7 +10,7 @@ import torch
 from tests.model.tiny import CLIP, COHERE, GEMMA2, GRANITE, LLAMA, VIT, tiny_model
 from vlm_sft.commands.train import note_export_obstacles
 from vlm_sft.config.schema import LoraConfig
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.obstacles import export_consumers, export_obstacles

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.model.tiny import LLAMA, VIT, tiny_model
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.export.hf_llava import export_hf_llava
 from vlm_sft.export.verify import reload_here
 

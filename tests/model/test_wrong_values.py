@@ -9,8 +9,8 @@ import torch
 
 from tests.model.tiny import CLIP, LLAMA, OPEN_CLIP, tiny_model
 from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.records import open_raw_records
-from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model, build_vision_tower
 from vlm_sft.utils.libraries import library_call

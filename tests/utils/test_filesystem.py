@@ -259,7 +259,7 @@ from vlm_sft.utils import atomic_files as atomic
 from vlm_sft.data.record_store import RecordStore
 from vlm_sft.utils.filesystem import naming
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.text_encoder import byte_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.tokenize import TokenizedRecord
 from vlm_sft.checkpoint.tensor_files import save_tensors
 from vlm_sft.train.metrics import MetricsFile

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from vlm_sft.config.schema import LanguageModelConfig
-from vlm_sft.data.text_encoder import load_tokenizer
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from vlm_sft.data.build import Data, Language
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.text_encoder import padding_id
+from vlm_sft.data.hf_tokenizer import padding_id
 from vlm_sft.errors import UserError
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit

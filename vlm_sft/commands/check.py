@@ -44,10 +44,10 @@ from vlm_sft.data.build import (
 )
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.duplicates import Repeats
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.image_separator import LayoutCheck
 from vlm_sft.data.ledger import LedgerEntry
 from vlm_sft.data.records import open_records
-from vlm_sft.data.text_encoder import load_tokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.errors.codes import CODES
 from vlm_sft.export.consumers import describe_consumers

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import load_language
-from vlm_sft.data.text_encoder import load_tokenizer
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError, error_line
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.data.batch import Collator, LoadError, PackedCollator, PaddedCollator
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.hf_tokenizer import load_tokenizer, padding_id
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.packing import RecordLengths, packing_stats
 from vlm_sft.data.sampler import StepSampler
-from vlm_sft.data.text_encoder import load_tokenizer, padding_id
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.utils.console import say

@@ -1,149 +1,42 @@
-"""Text to token ids, with data kept apart from control tokens whatever it spells."""
+"""Text to token ids, so that no text of a record can become a special token."""
 
-import copy
 import functools
 import json
 import re
 from collections.abc import Iterable, Sequence, Set
-from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from vlm_sft.config.schema import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
-from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
-from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 from vlm_sft.utils.libraries import library_call
-from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
 Context = Literal["start", "after_special_token", "continuation"]
-"""Where a run of text begins: first in the sequence, right after a control token, or elsewhere
-(after an image, or where an answer begins)."""
-
-BYTE_TOKENIZER_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-    " + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def load_tokenizer(
-    config: LanguageModelConfig, where: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model: `config.tokenizer`, or the one beside `config.name`.
-
-    Args:
-        config: Names the tokenizer.
-        where: What to call the name's origin in errors; None: its configuration key.
-
-    Raises:
-        UserError: The folder or hub name gives no tokenizer, or only one without a `tokenizers`
-            backend.
-    """
-    name = config.tokenizer or config.name
-    assert name is not None  # the config guarantees it
-    if name == "bytes":
-        return byte_tokenizer()
-    key = where or f"model.language_model.{'tokenizer' if config.tokenizer else 'name'}"
-    folder = Path(name).expanduser()
-    if means_folder(name) and not folder.is_dir():
-        raise UserError(
-            f"{key}: no such folder {name!r} (looked for {folder.absolute()}); give a folder with "
-            "tokenizer.json or a hub name"
-        )
-    action = f"load a tokenizer from {name!r}"
-    if not folder.is_dir():
-        use_cache_if_hub_unreachable()
-        action = f"get the tokenizer of {name!r} from the hub, and there is no folder of that name"
-    with library_call("transformers", key, action), custom_code_refused(key, name):
-        if folder.is_dir():
-            require_plain_folder(folder)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else name, trust_remote_code=False
-        )
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            f"{key}: the tokenizer of {name!r} is {type(tokenizer).__name__}, which "
-            "has no `tokenizers` backend; convert it to a tokenizer.json"
-        )
-    return tokenizer
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills up shorter sequences: the tokenizer's pad, else its EOS, else 0.
-
-    Masked out by attention and never labeled, so that any id does.
-    """
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
-
-
-def exported_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | None
-) -> PreTrainedTokenizerBase:
-    """Return a copy of a run's tokenizer as an export carries it.
-
-    `<image>` is a token of it, prompts of different length are padded on the left, as generation
-    needs, and where a chat template writes BOS nothing else does: text that the template wrote
-    gives the same ids with and without `add_special_tokens`.
-
-    Args:
-        tokenizer: Not changed.
-        chat_template: Jinja text of the run's chat template, or None.
-    """
-    made: Any = copy.deepcopy(tokenizer)
-    made.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)])
-    made.padding_side = made.init_kwargs["padding_side"] = "left"  # the latter is what is saved
-    if chat_template is not None:
-        made.chat_template = chat_template
-        if made("a")["input_ids"] != made("a", add_special_tokens=False)["input_ids"]:
-            made.add_bos_token = made.add_eos_token = False
-    return cast(PreTrainedTokenizerBase, made)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes with ChatML and Llama control tokens; needs no file.
-
-    256 byte tokens, then `<s>`, `</s>`, `<pad>`, `<|im_start|>`, `<|im_end|>`: 261 ids.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = BYTE_TOKENIZER_CHAT_TEMPLATE
-    return tokenizer
+"""Where a text is: first in the sequence, right after a special token, or after other text or at
+the beginning of an answer."""
 
 
 class UnencodableText(UserError):
-    """The vocabulary has no pieces for a text."""
+    """The vocabulary cannot encode a text."""
 
     default_code = "unspellable"
 
 
 class TextEncoder:
-    """Encodes ordinary text so that no control token can come out of it.
+    """Encodes ordinary text without ever producing a special token.
 
-    Works on a copy of the tokenizer's backend without its added tokens; whitespace-only added
-    tokens stay, since they are spellings of ordinary text. What the tokenizer would prepend to a
-    run of text (SentencePiece's dummy space) is added here, by context.
+    The encoder works on a copy of the tokenizer's backend without its added tokens, so that
+    "<|im_end|>" in a record is ordinary text. Added tokens of white space stay, since they encode
+    ordinary text. The dummy space that SentencePiece tokenizers put before a text is switched off
+    in the copy and added by `with_prefix_space`, because it depends on what precedes the text.
 
     Args:
         tokenizer: Any tokenizer with a `tokenizers` backend.
 
     Attributes:
-        special_tokens: Every control token with its id, special or merely added.
+        special_tokens: The id of every added token that is not white space, special or not.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -171,10 +64,11 @@ class TextEncoder:
         self._cached = functools.lru_cache(maxsize=4096)(self._encode_uncached)
 
     def encode(self, text: str, context: Context) -> list[int]:
-        """Ids of `text` with no control id among them.
+        """Return the ids of a text; none of them is a special token.
 
         Raises:
-            UnencodableText: The vocabulary cannot spell the text (an unknown token came out).
+            UnencodableText: The vocabulary cannot encode the text without an unknown or special
+                token.
         """
         if not text:
             return []
@@ -187,7 +81,8 @@ class TextEncoder:
         encodings = self._backend.encode_batch_fast(unique, add_special_tokens=False)
         for text, encoding in zip(unique, encodings, strict=True):
             ids = encoding.ids
-            if self._needs_exact_encoding(text) or not self._special_ids.isdisjoint(ids):
+            # Almost no text is difficult, so that only few are encoded a second time.
+            if self._is_difficult(text) or not self._special_ids.isdisjoint(ids):
                 try:
                     found[text] = self._encode_uncached(text)
                 except UnencodableText as error:
@@ -197,16 +92,16 @@ class TextEncoder:
         return found
 
     def decode_all(self, rows: Sequence[list[int]]) -> list[str]:
-        """As `decode`, for many."""
+        """Return the text of each row of ids; see `decode`."""
         return list(self._backend.decode_batch(list(rows), skip_special_tokens=False))
 
     @property
     def spaces_first_text_only(self) -> bool:
-        """The dummy space comes before a text, but not before what follows a control token."""
+        """Whether the dummy space comes before the sequence, but not after a special token."""
         return self._prefix == ("metaspace", "first")
 
     def with_prefix_space(self, text: str, context: Context) -> str:
-        """The text with the dummy space that this tokenizer puts before it in this context."""
+        """Return the text with the dummy space that the tokenizer puts before it in a context."""
         kind, scope = self._prefix
         wanted = context == "start" or (context == "after_special_token" and scope == "always")
         if kind is None or not wanted or (kind == "metaspace" and text.startswith((" ", "▁"))):
@@ -214,15 +109,18 @@ class TextEncoder:
         return " " + text
 
     def decode(self, ids: list[int]) -> str:
-        """The exact text of ordinary ids, control ids not among them."""
+        """Return the exact text of ids without special tokens."""
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
     def normalized(self, text: str) -> str:
-        """The text as the tokenizer's own normalizer rewrites it (e.g. NFC); else unchanged."""
+        """Return the text after the tokenizer's normalizer (e.g. NFC), if it has one."""
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
     def strip_around_special(self, before: str, after: str) -> tuple[str, str]:
-        """Two neighboring template texts without what control tokens at their border swallow."""
+        """Strip two adjacent template texts as the special tokens at their border do.
+
+        A token with `lstrip` or `rstrip` (those of Phi 3) removes the white space next to it.
+        """
         names = self._special_pattern.findall(before) if self._special_pattern else []
         if names and before.endswith(names[-1]) and names[-1] in self._strips_right:
             after = after.lstrip()
@@ -232,9 +130,9 @@ class TextEncoder:
         return before, after
 
     def split_special_tokens(self, text: str) -> list[str | int]:
-        """Template text cut into ordinary text and ids of the control tokens that it names.
+        """Split template text into ordinary text and the ids of the special tokens in it.
 
-        White space of the template beside a token that swallows it (Phi 3's) is swallowed.
+        White space next to a token that strips it is removed, as in `strip_around_special`.
         """
         if self._special_pattern is None:
             return [text] if text else []
@@ -252,16 +150,17 @@ class TextEncoder:
         return [piece for piece in pieces if piece != ""]
 
     def find_special_tokens(self, text: str) -> list[str]:
-        """Control strings that ordinary text happens to spell, in order."""
+        """Return the texts of special tokens that occur in ordinary text, in order."""
         return self._special_pattern.findall(text) if self._special_pattern else []
 
-    def _needs_exact_encoding(self, text: str) -> bool:
-        """Whether the text has characters that the backend would lose or rewrite."""
+    def _is_difficult(self, text: str) -> bool:
+        """Whether the text has characters that the backend would drop or rewrite."""
         if self._space_mark_bytes is not None and SPACE_MARK in text:
             return True
         return self._lossy is not None and self._lossy.search(text) is not None
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        """Encode a text that may be difficult."""
         if self._lossy is not None and self._lossy.search(text):
             raise _unencodable(text)
         if self._space_mark_bytes is not None and SPACE_MARK in text:
@@ -269,13 +168,14 @@ class TextEncoder:
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if self._special_ids.isdisjoint(ids):
             return tuple(ids)
+        # The model's own vocabulary has a special token as a whole piece (Gemma's do).
         ids = self._encode_character_by_character(text)
         if not self._special_ids.isdisjoint(ids):
             raise _unencodable(text)
         return tuple(ids)
 
     def _encode_space_marks(self, text: str) -> tuple[int, ...]:
-        """Spell U+2581, which SentencePiece writes for a space, by its bytes."""
+        """Encode U+2581 by its bytes: SentencePiece would decode its own piece as a space."""
         if not self._space_mark_bytes:
             raise _unencodable(text)
         ids: list[int] = []
@@ -287,7 +187,7 @@ class TextEncoder:
         return tuple(ids)
 
     def _encode_character_by_character(self, text: str) -> list[int]:
-        """Spell control strings one character at a time, for vocabularies that hold them whole."""
+        """Encode the texts of special tokens one character at a time, and the rest as usual."""
         ids: list[int] = []
         end = 0
         for match in self._special_pattern.finditer(text) if self._special_pattern else ():
@@ -301,20 +201,21 @@ UTF8_BYTES: Final = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
 """Bytes that occur in UTF-8."""
 
 SPACE_MARK: Final = "\u2581"
-"""SentencePiece's spelling of a space."""
+"""The character that stands for a space in SentencePiece's pieces."""
 
 
 def _unencodable(text: str) -> UnencodableText:
     return UnencodableText(
-        f"the tokenizer cannot spell {text[:60]!r} without a control or unknown token; use a "
+        f"the tokenizer cannot encode {text[:60]!r} without a control or unknown token; use a "
         "tokenizer with byte fallback or leave the record out"
     )
 
 
 def _whitespace_tokens(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens that are white space, each made to keep its id; else left out.
+    """Return the added tokens of white space that keep their id.
 
-    A backend renumbers added tokens that its model does not hold.
+    The backend renumbers added tokens that are not in its model's vocabulary, so they are put
+    there first.
     """
     vocabulary = state["model"].get("vocab")
     white = [token for token in state["added_tokens"] if token["content"].isspace()]
@@ -326,13 +227,13 @@ def _whitespace_tokens(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _vocabulary(state: dict[str, Any]) -> dict[str, int]:
-    """Ids by piece, of a Unigram model's list of (piece, score) too."""
+    """Return the id of each piece; a Unigram model has a list of (piece, score)."""
     found = state["model"].get("vocab") or {}
     return found if isinstance(found, dict) else {p: i for i, (p, _) in enumerate(found)}
 
 
 def _without_space_marks(state: dict[str, Any]) -> normalizers.Normalizer | None:
-    """The normalizer apart from writing spaces as U+2581; None where nothing is left of it."""
+    """Return the normalizer without its step that writes spaces as U+2581; None if it is empty."""
     steps = [step for step in _steps(state["normalizer"]) if not _writes_space_marks(step)]
     if not steps:
         return None
@@ -345,7 +246,7 @@ def _writes_space_marks(step: dict[str, Any]) -> bool:
 
 
 def _space_mark_bytes(state: dict[str, Any]) -> list[int] | None:
-    """Byte tokens that spell U+2581 itself; [] where there are none, None where it is ordinary."""
+    """Return the byte tokens of U+2581; [] if there are none, None if it is an ordinary letter."""
     steps = [*_steps(state["normalizer"]), *_steps(state["pre_tokenizer"])]
     if not any(_writes_space_marks(step) or step["type"] == "Metaspace" for step in steps):
         return None
@@ -355,7 +256,10 @@ def _space_mark_bytes(state: dict[str, Any]) -> list[int] | None:
 
 
 def _lossy_characters(state: dict[str, Any]) -> re.Pattern[str] | None:
-    """Characters with a byte that a byte-level vocabulary has no letter for: lost silently."""
+    """Return a pattern of the characters that a byte-level vocabulary drops silently.
+
+    They have a byte for which the vocabulary has no letter.
+    """
     if not any(step["type"] == "ByteLevel" for step in _steps(state["pre_tokenizer"])):
         return None
     vocabulary, letters = _vocabulary(state), bytes_to_unicode()
@@ -369,7 +273,7 @@ def _lossy_characters(state: dict[str, Any]) -> re.Pattern[str] | None:
 
 
 def _lossy_in_block(start: int, missing: Set[int]) -> list[str]:
-    """Of the 64 characters from `start` on, which differ in their last byte alone."""
+    """Return those of 64 characters from `start`, which differ in their last UTF-8 byte only."""
     characters = [chr(code) for code in range(start, start + 64)]
     *leading, _ = characters[0].encode()
     if not missing.isdisjoint(leading):
@@ -378,7 +282,7 @@ def _lossy_in_block(start: int, missing: Set[int]) -> list[str]:
 
 
 def _ranges(characters: Sequence[str]) -> str:
-    """Sorted characters as the inside of a regular expression's class."""
+    """Return sorted characters as ranges of a regular expression's character class."""
     spans: list[list[str]] = []
     for character in characters:
         if spans and ord(character) == ord(spans[-1][1]) + 1:
@@ -397,7 +301,7 @@ PrefixRule = tuple[Literal["metaspace", "prepend"] | None, Literal["first", "alw
 
 
 def _remove_dummy_prefix(state: dict[str, Any]) -> PrefixRule:
-    """Take SentencePiece's dummy space out of a serialized tokenizer; say what the rule was."""
+    """Remove SentencePiece's dummy space from a serialized tokenizer; return its rule."""
     rule: PrefixRule = (None, "first")
     for section in ("normalizer", "pre_tokenizer"):
         kept = []
@@ -426,7 +330,7 @@ def _decoder_that_keeps_spaces(decoder: dict[str, Any] | None) -> dict[str, Any]
 
 
 def _keep_spaces(pre_tokenizer: dict[str, Any]) -> None:
-    """Byte-level tokenizers must not add a space of their own before a continued run."""
+    """Stop byte-level tokenizers from adding a space before a text that continues another."""
     for step in _steps(pre_tokenizer):
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False

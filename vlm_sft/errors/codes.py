@@ -401,7 +401,7 @@ ALL: Final = (
     ErrorCode(
         324,
         "unspellable",
-        "The tokenizer cannot spell a text without a control or unknown token.",
+        "The tokenizer cannot encode a text without a control or unknown token.",
         "Use a tokenizer with byte fallback, or leave the record out.",
     ),
     ErrorCode(

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
+from vlm_sft.data.hf_tokenizer import exported_tokenizer
 from vlm_sft.data.images import ImageSpec, read_pixels
-from vlm_sft.data.text_encoder import exported_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.export.consumers import Consumer, consumers
 from vlm_sft.export.folder import (

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vlm_sft.data.text_encoder import padding_id
+from vlm_sft.data.hf_tokenizer import padding_id
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.model.vlm import VisionLanguageModel
 

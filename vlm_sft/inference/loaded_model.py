@@ -25,10 +25,10 @@ from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_stored_config
 from vlm_sft.data.conversation import Conversation, ImageSource
+from vlm_sft.data.hf_tokenizer import load_tokenizer, padding_id
 from vlm_sft.data.image_separator import DEFAULT_SEPARATOR, separated_parts
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.records import read_records
-from vlm_sft.data.text_encoder import load_tokenizer, padding_id
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.inference.generate import generate_greedy

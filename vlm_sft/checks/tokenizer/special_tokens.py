@@ -11,7 +11,7 @@ from vlm_sft.checks.tokenizer.under_test import Finding, TokenizerUnderTest, cou
 from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.chat_template import TemplateText
 from vlm_sft.data.dataset import Example
-from vlm_sft.data.text_encoder import padding_id
+from vlm_sft.data.hf_tokenizer import padding_id
 from vlm_sft.utils.constants import IGNORE_INDEX
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, Role, TextPart, Turn
-from vlm_sft.data.text_encoder import exported_tokenizer
+from vlm_sft.data.hf_tokenizer import exported_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
