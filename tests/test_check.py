@@ -10,7 +10,7 @@ from vlm_sft import check
 from vlm_sft.checks.results import CheckResults
 from vlm_sft.commands import check as command
 from vlm_sft.config.schema import load_config
-from vlm_sft.data.build import load_language
+from vlm_sft.data.build import load_chat_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "tiny" / "stage1.yaml")
@@ -80,10 +80,10 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path, ending:
         path = tmp_path / f"{count}.{ending}"
         path.write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")
         config = load_config(CONFIG, [f"data.train.0.path={path}", "data.eval=[]"])
-        language = load_language(config)
+        chat_tokenizer = load_chat_tokenizer(config)
         with command.open_bad_list(str(tmp_path / "bad.jsonl")) as listed:
             tracemalloc.start()
-            assert command.check_records(config, language, CheckResults(), listed) == count
+            assert command.check_records(config, chat_tokenizer, CheckResults(), listed) == count
             _, most = tracemalloc.get_traced_memory()
             tracemalloc.stop()
         return most

@@ -17,7 +17,7 @@ from vlm_sft.checkpoint.jsonl import read_rows
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.errors import RecordError
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train import trainer as loop
+from vlm_sft.train import validation
 from vlm_sft.train.metrics import MetricsFile
 
 DATA = ROOT / "configs" / "tiny" / "data"
@@ -117,12 +117,12 @@ def test_a_run_killed_in_an_evaluation_resumes_from_its_step_and_evaluates_it(
     def killed() -> None:
         raise KeyboardInterrupt
 
-    evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", at_call(1, killed, evaluate))
+    evaluate = validation.validation_loss
+    monkeypatch.setattr(validation, "validation_loss", at_call(1, killed, evaluate))
     with pytest.raises(KeyboardInterrupt):
         run("stage1", tmp_path, *OFTEN, "train.async_checkpointing=false")
     assert steps_with(tmp_path, "loss") == [1, 2] and steps_with(tmp_path, "eval_loss") == []
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(validation, "validation_loss", evaluate)
     assert run("stage1", tmp_path, *OFTEN, "train.async_checkpointing=false") == 0
     assert steps_with(tmp_path, "loss") == [1, 2, 3, 4]
     assert steps_with(tmp_path, "eval_loss") == [2, 4]
@@ -144,7 +144,9 @@ def test_the_step_that_runs_when_a_signal_comes_is_the_last_one(
 def test_a_signal_in_an_evaluation_starts_no_further_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "evaluate", at_call(1, ask_to_stop, loop.evaluate))
+    monkeypatch.setattr(
+        validation, "validation_loss", at_call(1, ask_to_stop, validation.validation_loss)
+    )
     assert run("stage1", tmp_path, *OFTEN) == 143
     assert [row["step"] for row in rows(tmp_path / "trained.jsonl")] == [1, 2]
     assert steps_with(tmp_path, "eval_loss") == [2]
@@ -161,8 +163,8 @@ def test_damaged_lines_of_a_runs_files_are_counted_and_left_out_when_it_resumes(
     longer = ["data.eval=[]", "train.max_steps=3", "--allow-change", "train.max_steps"]
     assert run("stage1", tmp_path, *longer) == 0
     printed = capsys.readouterr().err
-    assert f"{tmp_path / 'metrics.jsonl'}: 6 damaged lines are left out" in printed
-    assert f"{tmp_path / 'trained.jsonl'}: 6 damaged lines are left out" in printed
+    assert f"{tmp_path / 'metrics.jsonl'}: 6 damaged lines are skipped" in printed
+    assert f"{tmp_path / 'trained.jsonl'}: 6 damaged lines are skipped" in printed
     for name in ("metrics.jsonl", "trained.jsonl"):
         assert [row["step"] for row in rows(tmp_path / name)] == [1, 2, 3]
 

@@ -208,7 +208,7 @@ def test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down(tmp_path:
     assert final.manifest["skipped_steps"] == len(left_out)
     weights = load_tensors(final.folder / "projector.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
-    with pytest.raises(UserError, match="1 updates were left out before"):
+    with pytest.raises(UserError, match="1 updates were skipped before"):
         run("stage1", tmp_path / "capped", *SKIP, *huge, "train.max_skipped_steps=1")
 
 

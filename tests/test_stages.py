@@ -22,10 +22,11 @@ from vlm_sft import check, stage1, stage2
 from vlm_sft.checkpoint.components import unused_parts
 from vlm_sft.checkpoint.format import read_manifest, verify
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.commands.train import farewell
+from vlm_sft.commands.train import log_result
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import CheckpointError, ConfigError, RecordError, UserError
-from vlm_sft.train.trainer import Outcome
+from vlm_sft.train.trainer import RunResult
+from vlm_sft.utils.logs import configure_logging
 from vlm_sft.utils.ownership import own_directory
 
 
@@ -85,7 +86,7 @@ def test_a_finished_run_says_so_and_does_nothing(
 ) -> None:
     before = (stage1_run / "metrics.jsonl").read_bytes()
     assert run("stage1", stage1_run) == 0
-    assert "finished before" in capsys.readouterr().err
+    assert "already finished: " in capsys.readouterr().err
     assert (stage1_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -133,8 +134,9 @@ def test_a_stopped_run_ends_with_one_line_that_says_how_to_resume(
     saved = verify(stage1_run / "final")
 
     def main(argv: Sequence[str]) -> int:
-        return farewell(Outcome(step=4, checkpoint=saved, stopped_by=stopped_by), say=True)
+        return log_result(RunResult(step=4, checkpoint=saved, stopped_by=stopped_by))
 
+    configure_logging()
     with pytest.raises(SystemExit) as ended:
         run_command(main, [])
     assert ended.value.code == 128 + stopped_by

@@ -12,9 +12,18 @@ from PIL import Image
 from tests.conftest import ROOT
 from vlm_sft.config.method import Method, training_method
 from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
-from vlm_sft.data.build import load_data, load_language
+from vlm_sft.data.batch import Collator
+from vlm_sft.data.build import (
+    load_chat_tokenizer,
+    load_data,
+    make_collator,
+    make_sampler,
+    num_steps,
+)
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.hf_tokenizer import padding_id
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
+from vlm_sft.data.sampler import StepSampler
 from vlm_sft.errors import UserError
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.model.costs import image_cost
@@ -29,8 +38,7 @@ from vlm_sft.planning.gpus import GPUS
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.speed import estimate_speed
 from vlm_sft.planning.step_stats import StepStats, plan_steps
-from vlm_sft.train.setup import load_model, make_plan
-from vlm_sft.train.trainer import Plan
+from vlm_sft.train.setup import load_model
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -56,7 +64,7 @@ def estimator(config: RunConfig, gpu: str = "4090", gpus: int = 1) -> Estimator:
 
 
 def step_stats(config: RunConfig, *, image_cost: float = 0.0) -> StepStats:
-    chat_tokenizer = load_language(config).chat_tokenizer
+    chat_tokenizer = load_chat_tokenizer(config)
     data = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=0)
     return plan_steps(config, data, gpus=1, image_cost=image_cost)
 
@@ -90,21 +98,24 @@ def model() -> VisionLanguageModel:
         return load_model(config_of(), {"projector", "language_model"})[0]
 
 
-def data_of(config: RunConfig, model: VisionLanguageModel) -> tuple[Plan, SupervisedDataset]:
-    language, tower = load_language(config), model.vision_tower
-    data = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
-    return make_plan(config, language, data, model), data.train
+def data_of(
+    config: RunConfig, model: VisionLanguageModel
+) -> tuple[StepSampler, Collator, SupervisedDataset]:
+    chat_tokenizer, tower = load_chat_tokenizer(config), model.vision_tower
+    data = load_data(config, chat_tokenizer, tower.image_spec, tower.num_tokens)
+    collator = make_collator(config, padding_id(chat_tokenizer.tokenizer), image_cost(model))
+    return make_sampler(config, data.train), collator, data.train
 
 
 def test_records_and_micro_batches_are_those_of_training(model: VisionLanguageModel) -> None:
     config = config_of(STAGE2, "train.group_by_length=true", "train.micro_batch_size=3")
-    (plan, data), work = data_of(config, model), step_stats(config)
-    assert work.num_steps == plan.total_steps
+    (sampler, collator, data), work = data_of(config, model), step_stats(config)
+    assert work.num_steps == num_steps(config, sampler)
     chunks = [
         chunk
         for step in range(3)
         for chunk in micro_batches_of_rank(
-            plan.collator, data, plan.records_of_step(step), world_size=1, rank=0
+            collator, data, sampler.step_indices(step), world_size=1, rank=0
         )
     ]
     assert len(work.micro_batches) == len(chunks)
@@ -121,17 +132,17 @@ def test_packs_are_those_of_training_with_shared_prefixes(
 ) -> None:
     file = records_of_two_images(tmp_path)
     config = config_of(STAGE2, f"data.train=[{{path: {file}, image_root: {tmp_path}}}]", *PACKED)
-    plan, data = data_of(config, model)
+    sampler, collator, data = data_of(config, model)
     cost = estimator(config).image_cost("full")
     assert cost == pytest.approx(image_cost(model))
     work = step_stats(config, image_cost=cost)
     steps = [
-        micro_batches_of_rank(plan.collator, data, plan.records_of_step(step), world_size=1, rank=0)
+        micro_batches_of_rank(collator, data, sampler.step_indices(step), world_size=1, rank=0)
         for step in range(math.ceil(len(data) / config.train.global_batch_size))
     ]
     loaded = next(
         load_steps(
-            data, [[pack for step in steps for pack in step]], collator=plan.collator, num_workers=0
+            data, [[pack for step in steps for pack in step]], collator=collator, num_workers=0
         )
     )
     assert work.micro_batches == tuple(micro_batch_of(batch) for batch in loaded)
@@ -169,7 +180,7 @@ def test_a_sample_represents_all_records_within_its_reported_error(tmp_path: Pat
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"length_policy": "skip"})}
     )
-    chat_tokenizer = load_language(config).chat_tokenizer
+    chat_tokenizer = load_chat_tokenizer(config)
     whole = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=0)
     part = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=100)
     assert whole.is_complete and whole.mean_length_error() == 0

@@ -1,6 +1,7 @@
 """`activation_checkpointing: auto`: measured on a real step, agreed upon, and without a trace."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +64,7 @@ def test_where_nothing_fits_the_last_is_taken_and_told(monkeypatch: pytest.Monke
     trials = trials_with(1000, monkeypatch)
     assert [trial.policy for trial in trials] == ["none", "selective", "full"]
     choice = activations.Choice("full", trials, {"batch": "8 records of up to 54 tokens"})
-    assert choice.told() == (
+    assert str(choice) == (
         "activation checkpointing: full (a step of 8 records of up to 54 tokens: none ran out of "
         "0.00 GiB; selective ran out of 0.00 GiB; full ran out of 0.00 GiB); even that may run "
         "out, so lower train.micro_batch_size (or train.packing.max_tokens) or data.max_length"
@@ -132,28 +133,28 @@ def test_a_measured_run_is_the_run_that_was_asked_for_by_name(
     assert run("stage2", tmp_path / "auto", *longer, config="stage2_lora") == 0
 
 
-def test_another_device_is_measured_anew_and_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_device_is_measured_again_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reset_accelerate()
-    accelerator, said = Accelerator(cpu=True), list[str]()
+    accelerator = Accelerator(cpu=True)
+    caplog.set_level(logging.INFO)
 
-    def settled(device: str, policy: CheckpointPolicy) -> CheckpointPolicy:
-        return activations.settle(
+    def chosen(device: str, policy: CheckpointPolicy) -> CheckpointPolicy:
+        return activations.choose_policy(
             tmp_path,
             {"device": device, "batch": "2 records of up to 9 tokens"},
             lambda: (Trial(policy, 2**30, 2**32),),
             accelerator,
-            say=said.append,
         ).policy
 
-    assert settled("A", "none") == "none"
-    assert settled("A", "full") == "none"  # kept
-    assert settled("B", "selective") == "selective"
-    assert said == [
+    assert chosen("A", "none") == "none"
+    assert chosen("A", "full") == "none"  # kept
+    assert chosen("B", "selective") == "selective"
+    assert caplog.messages == [
         "activation checkpointing: none (a step of 2 records of up to 9 tokens: "
         "none took 1.00 GiB of 4.00 GiB)",
-        "activation checkpointing: measured anew, since device was A, is B",
+        "activation checkpointing: measured again because device was A, is B",
         "activation checkpointing: selective (a step of 2 records of up to 9 tokens: "
         "selective took 1.00 GiB of 4.00 GiB)",
     ]
@@ -195,9 +196,7 @@ def test_a_damaged_choice_is_measured_again_with_a_warning(
     measured = Trial("selective", 2**30, 2**32)
     accelerator, basis = Accelerator(cpu=True), GOOD["basis"]
     for _ in range(2):
-        choice = activations.settle(
-            tmp_path, basis, lambda: (measured,), accelerator, say=lambda text: None
-        )
+        choice = activations.choose_policy(tmp_path, basis, lambda: (measured,), accelerator)
         assert choice.policy == "selective"
     assert json.loads(path.read_text())["policy"] == "selective"
     printed = capsys.readouterr().err

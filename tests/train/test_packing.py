@@ -36,7 +36,7 @@ from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.fsdp import shard
 from vlm_sft.train.packing_check import prepare_packing, prove_isolation
 from vlm_sft.train.train_step import accumulate_gradient
-from vlm_sft.train.trainer import evaluate
+from vlm_sft.train.validation import validation_loss
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.utils.dtensor import full_tensor
 
@@ -187,7 +187,8 @@ def test_held_out_records_are_packed_too_and_have_the_same_loss() -> None:
         model = tiny_model(*TRAINABLE)
         install_packed_attention(causal_lm(model.language_model))
         accelerator = make_accelerator("fp32")
-        found.append(evaluate(model, records(), accelerator, collator=collator, num_workers=0))
+        loss = validation_loss(model, records(), accelerator, collator=collator, num_workers=0)
+        found.append(loss)
     assert found[0][1] == found[1][1]
     assert found[1][0] == pytest.approx(found[0][0], rel=rounding(sums_of(model)))
 

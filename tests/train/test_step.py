@@ -26,7 +26,7 @@ from vlm_sft.train.train_step import (
     refuse_non_finite,
     step_seed,
 )
-from vlm_sft.train.trainer import evaluate
+from vlm_sft.train.validation import validation_loss
 from vlm_sft.utils.dtensor import full_tensor
 
 TRAINABLE = ("projector", "language_model")
@@ -242,7 +242,7 @@ def test_dropout_repeats_itself_for_a_step_and_differs_between_steps() -> None:
 def held_out_loss(accelerator: Accelerator, micro_batch_size: int) -> Any:
     model = tiny_model(*TRAINABLE).to(accelerator.device)
     records = Records(example(i, length=5 + i) for i in range(5))
-    return evaluate(
+    return validation_loss(
         model,
         records,
         accelerator,

@@ -231,7 +231,7 @@ def test_a_run_goes_on_bit_for_bit_in_half_the_bytes_and_is_exported_as_it_is(
     for lost in ("final", "checkpoints/step-00000004"):
         shutil.rmtree(cut / lost, ignore_errors=True)
     assert run("stage2", cut, *NONE) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     for file in ("language_model/model", "projector", "optimizer"):
         before, after = (load_file(r / "final" / f"{file}.safetensors") for r in (whole, cut))
         assert before.keys() == after.keys()

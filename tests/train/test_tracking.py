@@ -7,7 +7,7 @@ import pytest
 
 from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.errors import ConfigError, UserError
-from vlm_sft.train.metrics import tracker_arguments, tracking_folder
+from vlm_sft.train.trackers import tracker_arguments, tracking_folder
 
 TINY = str(Path(__file__).parents[2] / "configs/tiny/stage1.yaml")
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from vlm_sft.data.build import Data, Language
+from vlm_sft.data.build import Data
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.hf_tokenizer import padding_id
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
@@ -14,7 +15,9 @@ PROBED_RECORDS = 8
 """Records of each data set in which the special tokens of the template are searched."""
 
 
-def require_compatible(language: Language, data: Data, model: VisionLanguageModel) -> list[str]:
+def require_compatible(
+    chat_tokenizer: ChatTokenizer, data: Data, model: VisionLanguageModel
+) -> list[str]:
     """Refuse what would fail during training; return warnings.
 
     Raises:
@@ -22,7 +25,7 @@ def require_compatible(language: Language, data: Data, model: VisionLanguageMode
             positions, or no training record has an image.
     """
     require_images(data.train)
-    return [*require_rows(language, model, data), *require_positions(model, data)]
+    return [*require_rows(chat_tokenizer, model, data), *require_positions(model, data)]
 
 
 def require_images(train: SupervisedDataset) -> None:
@@ -39,7 +42,9 @@ def require_images(train: SupervisedDataset) -> None:
         )
 
 
-def require_rows(language: Language, model: VisionLanguageModel, data: Data) -> list[str]:
+def require_rows(
+    chat_tokenizer: ChatTokenizer, model: VisionLanguageModel, data: Data
+) -> list[str]:
     """Refuse a tokenizer whose ids go beyond the model's embedding table or output head.
 
     Special tokens that neither the template nor padding uses never occur; they are only reported.
@@ -47,12 +52,13 @@ def require_rows(language: Language, model: VisionLanguageModel, data: Data) -> 
     Raises:
         UserError: An id that is used has no row; the message names some of them.
     """
-    tokenizer, chat_tokenizer = language.tokenizer, language.chat_tokenizer
+    tokenizer = chat_tokenizer.tokenizer
+    pad_token_id = padding_id(tokenizer)
     rows = _num_rows(model)
     name_of = {index: name for name, index in tokenizer.get_vocab().items()}
     controls = chat_tokenizer.special_token_ids
     used = {
-        f"{name_of.get(language.pad_token_id)!r} for padding": {padding_id(tokenizer)},
+        f"{name_of.get(pad_token_id)!r} for padding": {pad_token_id},
         "end-of-turn tokens": set(chat_tokenizer.eot_token_ids),
         "the template's tokens": _ids_of_records(data) & controls,
         "ordinary tokens": set(name_of) - controls,

@@ -11,10 +11,13 @@ from torch import nn
 from vlm_sft.checks.machine import run_device
 from vlm_sft.checks.results import CheckResults
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.data.build import Data, Language
+from vlm_sft.data.batch import Collator
+from vlm_sft.data.build import Data, num_steps
 from vlm_sft.data.loader import load_batch
+from vlm_sft.data.sampler import StepSampler
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
-from vlm_sft.inference.samples import Answers
+from vlm_sft.inference.samples import SampleGenerator
 from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -23,7 +26,6 @@ from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.optimizer import build_optimizer
 from vlm_sft.train.packing_check import prepare_packing
 from vlm_sft.train.train_step import told_with_records
-from vlm_sft.train.trainer import Plan
 from vlm_sft.utils.libraries import library_call
 
 CPU_FLOPS: Final = 2e12
@@ -31,18 +33,23 @@ CPU_FLOPS: Final = 2e12
 
 
 def try_longest_batch(
-    config: RunConfig, plan: Plan, data: Data, model: VisionLanguageModel, results: CheckResults
+    config: RunConfig,
+    sampler: StepSampler,
+    collator: Collator,
+    data: Data,
+    model: VisionLanguageModel,
+    results: CheckResults,
 ) -> None:
     """Compute loss and gradients of the longest batch, without an update, and check both."""
-    device, positions = run_device(), plan.collator.num_tokens
+    device, positions = run_device(), collator.num_tokens
     with (
         results.check("longest batch"),
         _shared_memory(model, results),
         deterministic(config.train.deterministic),
     ):
         steps = (
-            plan.collator.assign_to_ranks(data.train, plan.records_of_step(step), 1)
-            for step in range(plan.total_steps)
+            collator.assign_to_ranks(data.train, sampler.step_indices(step), 1)
+            for step in range(num_steps(config, sampler))
         )
         indices, _ = longest_micro_batch(steps, lambda i: positions(data.train, i), processes=1)
         chosen = _affordable(indices, data, model, device)
@@ -54,7 +61,7 @@ def try_longest_batch(
             library_call("transformers", "model", "train on the longest batch"),
             report_out_of_memory(),
         ):
-            loss = _loss_with_gradients(config, plan, data, model, chosen, device)
+            loss = _loss_with_gradients(config, collator, data, model, chosen, device)
         _require_finite(loss)
         _require_gradients_where_trained(model)
         build_optimizer(parameters_by_part(model), config.optim)
@@ -70,7 +77,7 @@ def try_longest_batch(
 
 def try_generation(
     config: RunConfig,
-    language: Language,
+    chat_tokenizer: ChatTokenizer,
     data: Data,
     model: VisionLanguageModel,
     results: CheckResults,
@@ -83,9 +90,7 @@ def try_generation(
         is None
     ):
         return
-    one = config.train.model_copy(update={"eval_samples": 1})
-    config = config.model_copy(update={"train": one})
-    answers = Answers(config, language, model, data.eval, max_new_tokens=2)
+    generate = SampleGenerator(model, chat_tokenizer, data.eval, 1, max_new_tokens=2)
     model.eval()
     with (
         results.check("evaluation"),
@@ -94,7 +99,7 @@ def try_generation(
         torch.no_grad(),
         _autocast(config, run_device()),
     ):
-        answers(None if config.data.on_error == "stop" else lambda fault: None)
+        generate(None if config.data.on_error == "stop" else lambda fault: None)
         results.add("evaluation", "good", "the model generates answers to validation records")
 
 
@@ -115,7 +120,7 @@ def _affordable(
 
 def _loss_with_gradients(
     config: RunConfig,
-    plan: Plan,
+    collator: Collator,
     data: Data,
     model: VisionLanguageModel,
     indices: Sequence[int],
@@ -124,7 +129,7 @@ def _loss_with_gradients(
     batch = load_batch(
         data.train,
         indices,
-        collator=plan.collator,
+        collator=collator,
         on_error=None if config.data.on_error != "quarantine" else lambda error: None,
     )
     model.to(device).train()

@@ -36,18 +36,21 @@ from vlm_sft.config.method import trainable_parts
 from vlm_sft.config.schema import DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import (
     Data,
-    Language,
+    load_chat_tokenizer,
     load_data,
-    load_language,
+    make_collator,
     make_sampler,
+    num_steps,
     packing_summary,
 )
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.duplicates import Repeats
-from vlm_sft.data.hf_tokenizer import load_tokenizer
+from vlm_sft.data.hf_tokenizer import load_tokenizer, padding_id
 from vlm_sft.data.image_separator import LayoutCheck
 from vlm_sft.data.ledger import LedgerEntry
 from vlm_sft.data.records import open_records
+from vlm_sft.data.sampler import StepSampler
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.errors.codes import CODES
 from vlm_sft.export.consumers import describe_consumers
@@ -56,6 +59,7 @@ from vlm_sft.export.obstacles import (
     export_obstacles,
     summarize_obstacles,
 )
+from vlm_sft.model.costs import image_cost
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import num_bytes
@@ -70,8 +74,7 @@ from vlm_sft.train.preflight import (
     print_table,
     rehearse_saving,
 )
-from vlm_sft.train.setup import load_model, make_plan, make_store
-from vlm_sft.train.trainer import Plan
+from vlm_sft.train.setup import load_model, make_store
 from vlm_sft.utils.atomic_files import atomic_open
 from vlm_sft.utils.console import say, say_json
 from vlm_sft.utils.progress import track
@@ -86,23 +89,23 @@ def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     check_machine(config, trainable_parts(config), results)
     resumed = check_output_dir(config, results)
     config = check_cache_dir(config, results)
-    language = load_language(config)
-    results.add_findings(language_findings(config, language))
+    chat_tokenizer = load_chat_tokenizer(config)
+    results.add_findings(language_findings(config, chat_tokenizer))
     with open_bad_list(arguments.bad) as listed:
-        num_bad = check_records(config, language, results, listed)
+        num_bad = check_records(config, chat_tokenizer, results, listed)
     if not arguments.no_model:
         with results.check("model"):
-            check_model(config, language, results, resumed, records_are_good=not num_bad)
+            check_model(config, chat_tokenizer, results, resumed, records_are_good=not num_bad)
     results.print()
     return 0 if results.passed else 2
 
 
-def language_findings(config: RunConfig, language: Language) -> list[Finding]:
+def language_findings(config: RunConfig, chat_tokenizer: ChatTokenizer) -> list[Finding]:
     """Return the findings about the tokenizer and the chat template of a run."""
     name = config.model.language_model.name
     generation = read_generation_config(Path(name).expanduser()) if name else None
     return check_tokenizer(
-        language.tokenizer, config.data.template, language.chat_tokenizer, generation
+        chat_tokenizer.tokenizer, config.data.template, chat_tokenizer, generation
     )
 
 
@@ -157,7 +160,7 @@ def open_bad_list(path: str | Path | None) -> Iterator[Callable[[RecordError], N
 
 def check_records(
     config: RunConfig,
-    language: Language,
+    chat_tokenizer: ChatTokenizer,
     results: CheckResults,
     listed: Callable[[RecordError], None] = lambda error: None,
 ) -> int:
@@ -165,7 +168,7 @@ def check_records(
 
     Args:
         config: Configuration of the run.
-        language: Its tokenizer and template.
+        chat_tokenizer: Its tokenizer and template.
         results: Receives a line per file.
         listed: Called with every bad record; the first ones are printed, too.
 
@@ -173,12 +176,12 @@ def check_records(
         The number of bad records.
     """
     total_bad, repeats = 0, Repeats()
-    layout = LayoutCheck(language.chat_tokenizer.image_separator)
+    layout = LayoutCheck(chat_tokenizer.image_separator)
     for name, files in (("train", config.data.train), ("validation", config.data.eval)):
         for file in files:
             count, bad = 0, 0
             repeats.begin(Path(file.path).name, held_out=name == "validation")
-            for record, error in _faults(file, language):
+            for record, error in _faults(file, chat_tokenizer):
                 count += 1
                 repeats.add(None if error else cast(Conversation, record))
                 if error is None:
@@ -197,24 +200,24 @@ def check_records(
         more = total_bad - MAX_PRINTED
         say(f"... and {more:,} more bad records (--bad FILE lists all of them)")
     results.add_repeats(repeats)
-    if language.chat_tokenizer.keeps_layout:
+    if chat_tokenizer.keeps_layout:
         results.add_layout(layout)
     return total_bad
 
 
 def _faults(
-    file: DataFile, language: Language
+    file: DataFile, chat_tokenizer: ChatTokenizer
 ) -> Iterator[tuple[Conversation | RecordError, RecordError | None]]:
     """Yield every record with its error, or None."""
     records = open_records(file)
     described = f"checking {Path(file.path).name}"
     for record in track(records.conversations, records.total, described):
-        yield record, record_fault(record, language.chat_tokenizer)
+        yield record, record_fault(record, chat_tokenizer)
 
 
 def check_model(
     config: RunConfig,
-    language: Language,
+    chat_tokenizer: ChatTokenizer,
     results: CheckResults,
     resumed: Checkpoint | None,
     *,
@@ -234,15 +237,14 @@ def check_model(
         results.add("model", "note", note)
     _check_export(model, results)
     total_steps = 0
-    loaded = _check_data(config, language, model, results) if records_are_good else None
+    loaded = _check_data(config, chat_tokenizer, model, results) if records_are_good else None
     if loaded is not None:
-        data, plan = loaded
-        total_steps = plan.total_steps
+        data, total_steps = loaded
         if resumed is not None and not results.is_bad("lengths"):
             stage = "stage1" if trainable == {"projector"} else "stage2"
-            store = make_store(config, stage, language, model, identity, data, say)
+            store = make_store(config, stage, chat_tokenizer, model, identity, data)
             check_resume(resumed, store, total_steps, lambda: frozen_digests(model), results)
-    _check_saving(config, language, model, trainable, total_steps, results)
+    _check_saving(config, chat_tokenizer, model, trainable, total_steps, results)
     results.add("memory", "good", memory_estimate(model))
 
 
@@ -255,48 +257,51 @@ def _check_export(model: VisionLanguageModel, results: CheckResults) -> None:
 
 
 def _check_data(
-    config: RunConfig, language: Language, model: VisionLanguageModel, results: CheckResults
-) -> tuple[Data, Plan] | None:
-    """Load the records for the model and train on the longest batch; return data and plan."""
+    config: RunConfig,
+    chat_tokenizer: ChatTokenizer,
+    model: VisionLanguageModel,
+    results: CheckResults,
+) -> tuple[Data, int] | None:
+    """Load the records for the model and train on the longest batch; return data and steps."""
     listing = config.data.model_copy(update={"on_error": "quarantine"})
     with results.check("lengths"):
         # All records that do not fit are listed, not only the first.
         quarantining, tower = config.model_copy(update={"data": listing}), model.vision_tower
-        data = load_data(quarantining, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
+        data = load_data(quarantining, chat_tokenizer, tower.image_spec, tower.num_tokens)
         errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
         for entry in errors[:MAX_PRINTED]:
             say(f"bad record: {CODES[entry.reason]}: {entry.message}")
-        longest, plan = max(data.train.lengths), make_plan(config, language, data, model)
-        text = (
-            f"longest {longest:,} of {config.data.max_length:,} tokens; {plan.total_steps:,} steps"
-        )
+        longest, sampler = max(data.train.lengths), make_sampler(config, data.train)
+        steps = num_steps(config, sampler)
+        text = f"longest {longest:,} of {config.data.max_length:,} tokens; {steps:,} steps"
         if errors:
             text += f"; {len(errors):,} records do not fit"
         results.add("lengths", "bad" if errors else "good", text)
         results.add("ledger", "good", data.summary())
         if not errors:
-            _check_steps(config, language, data, model, plan, results)
-        return data, plan
+            _check_steps(config, chat_tokenizer, data, model, sampler, results)
+        return data, steps
     return None
 
 
 def _check_steps(
     config: RunConfig,
-    language: Language,
+    chat_tokenizer: ChatTokenizer,
     data: Data,
     model: VisionLanguageModel,
-    plan: Plan,
+    sampler: StepSampler,
     results: CheckResults,
 ) -> None:
-    sampler = make_sampler(config, data.train)
+    pad_token_id = padding_id(chat_tokenizer.tokenizer)
+    collator = make_collator(config, pad_token_id, image_cost(model))
     summary = packing_summary(
-        plan.collator, sampler, data.train, num_steps=plan.total_steps, world_size=1
+        collator, sampler, data.train, num_steps=num_steps(config, sampler), world_size=1
     )
     if summary is not None:
         results.add("packs", "good", summary.removeprefix("packing: "))
     before = results.passed
     with results.check("fit"):
-        for note in require_compatible(language, data, model):
+        for note in require_compatible(chat_tokenizer, data, model):
             results.add("fit", "warning", note)
     if config.data.feature_cache is not None and not results.is_bad("precision"):
         with results.check("feature cache"):
@@ -304,8 +309,8 @@ def _check_steps(
             text = feature_cache_outlook(config, model, accelerator, data)
             results.add("feature cache", "good", text)
     if before == results.passed and not results.is_bad("precision"):
-        try_longest_batch(config, plan, data, model, results)
-        try_generation(config, language, data, model, results)
+        try_longest_batch(config, sampler, collator, data, model, results)
+        try_generation(config, chat_tokenizer, data, model, results)
         model.to("cpu").train()
 
 
@@ -316,7 +321,7 @@ def _entries(data: Data) -> list[LedgerEntry]:
 
 def _check_saving(
     config: RunConfig,
-    language: Language,
+    chat_tokenizer: ChatTokenizer,
     model: VisionLanguageModel,
     trainable: Set[str],
     total_steps: int,
@@ -334,7 +339,7 @@ def _check_saving(
         require_space(output_dir, size)
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".check-") as place:
             components = checkpoint_components(
-                config, model, language.tokenizer, language.chat_tokenizer, trainable
+                config, model, chat_tokenizer.tokenizer, chat_tokenizer, trainable
             )
             rehearse_saving(Path(place), components, trained)
     except (UserError, OSError) as error:

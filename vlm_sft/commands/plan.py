@@ -6,7 +6,7 @@ from typing import Final
 from vlm_sft.checkpoint.components import dtype_of
 from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.data.build import load_language
+from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.planning.calibrate import Calibration, calibrate
 from vlm_sft.planning.data_stats import images_per_cpu_second, read_data_stats
@@ -30,7 +30,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     calibration = _calibrate(estimator) if arguments.calibrate else None
 
     tower = estimator.meta_model.tower
-    chat_tokenizer = load_language(config).chat_tokenizer
+    chat_tokenizer = load_chat_tokenizer(config)
     data = read_data_stats(
         config, chat_tokenizer, num_image_tokens=tower.num_tokens, sample=arguments.sample
     )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig, RunConfig
-from vlm_sft.data.build import load_language
+from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError, error_line
@@ -134,7 +134,7 @@ def _inspection(args: argparse.Namespace, config: RunConfig | None) -> Inspectio
 
 def _from_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
     files = config.data.eval if args.eval else config.data.train
-    chat_tokenizer = load_language(config).chat_tokenizer
+    chat_tokenizer = load_chat_tokenizer(config)
     if args.image_tokens is not None:
         return Inspection(files, chat_tokenizer, config.data, args.image_tokens)
     try:

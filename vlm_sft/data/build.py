@@ -1,36 +1,23 @@
 """Build tokenizer, records, sampler and batches from a run's configuration."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
-
 from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.data.batch import Collator, LoadError, PackedCollator, PaddedCollator
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.hf_tokenizer import load_tokenizer, padding_id
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.packing import RecordLengths, packing_stats
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
-from vlm_sft.utils.console import say
 
-
-@dataclass(frozen=True)
-class Language:
-    """The tokenizer and the chat tokenizer that every text of a run goes through."""
-
-    tokenizer: PreTrainedTokenizerBase
-    chat_tokenizer: ChatTokenizer
-
-    @property
-    def pad_token_id(self) -> int:
-        """What fills up shorter sequences; never seen by the loss or by attention."""
-        return padding_id(self.tokenizer)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +41,7 @@ class Data:
         assert dataset is not None
         if dataset.quarantine(error.index, error.reason, error.message):
             self.write_ledgers(output_dir)
-            say(f"quarantined: {error.message}")
+            logger.info("quarantined: %s", error.message)
 
     def summary(self) -> str:
         """A line for each ledger."""
@@ -64,22 +51,20 @@ class Data:
         return "\n".join(lines)
 
 
-def load_language(config: RunConfig) -> Language:
-    """Tokenizer, template, and the chat tokenizer made of both.
+def load_chat_tokenizer(config: RunConfig) -> ChatTokenizer:
+    """Load the language model's tokenizer and the chat template.
 
     Raises:
-        UserError: The tokenizer or the template cannot be loaded, or they do not fit.
+        UserError: The tokenizer or the template cannot be loaded, or they do not work together.
     """
-    tokenizer = load_tokenizer(config.model.language_model)
     data = config.data
-    chat_tokenizer = ChatTokenizer.from_name(
+    return ChatTokenizer.from_name(
         data.template,
-        tokenizer,
+        load_tokenizer(config.model.language_model),
         default_system=data.system,
         llava_quirks=data.llava_quirks,
         image_separator=data.image_separator,
     )
-    return Language(tokenizer, chat_tokenizer)
 
 
 def load_data(
@@ -141,6 +126,12 @@ def make_sampler(config: RunConfig, train: Ordered) -> StepSampler:
         has_image=train.has_image if by_length else None,
         prefix_ids=train.prefix_ids if config.train.share_image_prefix else None,
     )
+
+
+def num_steps(config: RunConfig, sampler: StepSampler) -> int:
+    """Return the number of optimizer steps of a run."""
+    steps = sampler.total_steps(config.train.epochs)
+    return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
 
 
 def make_collator(config: RunConfig, pad_token_id: int, image_cost: float) -> Collator:

@@ -41,16 +41,19 @@ def generate_greedy(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         attention_mask[row, width - len(prompt) :] = 1
-    input_ids = input_ids.to(device)
-    if pixel_values is not None:
-        image_embeds = model.encode_images(pixel_values.to(device))
-    model.require_matching_images(input_ids, 0 if image_embeds is None else len(image_embeds))
-    generated = model.generate_from_embeds(
-        model.embed(input_ids, image_embeds),
-        attention_mask.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(chat_tokenizer.eot_token_ids),
-        pad_token_id=pad_token_id,
-    )
+    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "eos_token_id": list(chat_tokenizer.eot_token_ids),
+        "pad_token_id": pad_token_id,
+    }
+    if image_embeds is None:
+        # The one entry point that FSDP gathers sharded weights for (see `train.fsdp.shard`).
+        pixels = None if pixel_values is None else pixel_values.to(device)
+        generated = model.generate(input_ids, attention_mask, pixels, **settings)
+    else:
+        model.require_matching_images(input_ids, len(image_embeds))
+        embeds = model.embed(input_ids, image_embeds)
+        generated = model.generate_from_embeds(embeds, attention_mask, **settings)
     return [cast(str, tokenizer.decode(row, skip_special_tokens=True)).strip() for row in generated]

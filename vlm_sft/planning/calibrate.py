@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.batch import Batch
-from vlm_sft.data.build import load_data, load_language, make_collator, make_sampler
+from vlm_sft.data.build import load_chat_tokenizer, load_data, make_collator, make_sampler
+from vlm_sft.data.hf_tokenizer import padding_id
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.model.costs import image_cost
@@ -135,13 +136,14 @@ class _TrainingSteps:
         require_quantization(config.model.language_model, TRAINABLE[method])
         self._max_norm = config.optim.max_grad_norm
         self._accelerator: Accelerator = make_accelerator(config.train.precision)
-        language = load_language(config)
+        chat_tokenizer = load_chat_tokenizer(config)
         model, _ = load_model(config, TRAINABLE[method])
         tower = model.vision_tower
-        data = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens)
+        data = load_data(config, chat_tokenizer, tower.image_spec, tower.num_tokens)
         use_feature_cache(config, model, self._accelerator, data)
         self._records, self._sampler = data.train, make_sampler(config, data.train)
-        self._collator = make_collator(config, language.pad_token_id, image_cost(model))
+        pad_token_id = padding_id(chat_tokenizer.tokenizer)
+        self._collator = make_collator(config, pad_token_id, image_cost(model))
         set_activation_checkpointing(model, policy)
         model.train()
         self._model: nn.Module = model

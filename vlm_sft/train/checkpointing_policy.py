@@ -1,6 +1,7 @@
 """`train.activation_checkpointing: auto`: the fastest policy whose measured step fits in memory."""
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,14 +13,26 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import UserError
-from vlm_sft.model.activation_checkpointing import POLICIES, CheckpointPolicy
+from vlm_sft.model.activation_checkpointing import (
+    POLICIES,
+    CheckpointPolicy,
+    set_activation_checkpointing,
+)
+from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.train.compile import eager
 from vlm_sft.train.distributed import rank0_only, total
 from vlm_sft.train.live_bytes import LiveBytes, NoRoom
+from vlm_sft.train.optimizer import optimizer_state_bytes
+from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.filesystem import warn_once
 from vlm_sft.utils.libraries import one_line
 from vlm_sft.utils.reading import read_json
+
+logger = logging.getLogger(__name__)
 
 FILE: Final = "activation_checkpointing.json"
 
@@ -48,8 +61,7 @@ class Trial:
         """Whether the step was done within the room."""
         return self.peak_bytes is not None and self.peak_bytes <= self.room_bytes
 
-    def told(self) -> str:
-        """For people."""
+    def __str__(self) -> str:
         took = "ran out" if self.peak_bytes is None else f"took {_gib(self.peak_bytes)}"
         return f"{self.policy} {took} of {_gib(self.room_bytes)}"
 
@@ -69,14 +81,13 @@ class Choice:
     basis: Mapping[str, Any]
 
     def changed(self, basis: Mapping[str, Any]) -> str:
-        """Why it is measured anew: what is not as it was."""
+        """Return why the memory is measured again."""
         new = [key for key in basis if basis[key] != self.basis.get(key)]
         differing = ", ".join(f"{key} was {self.basis.get(key)}, is {basis[key]}" for key in new)
-        return f"measured anew, since {differing}"
+        return f"measured again because {differing}"
 
-    def told(self) -> str:
-        """A line for people."""
-        figures = "; ".join(trial.told() for trial in self.trials)
+    def __str__(self) -> str:
+        figures = "; ".join(str(trial) for trial in self.trials)
         text = (
             f"activation checkpointing: {self.policy} (a step of {self.basis['batch']}: {figures})"
         )
@@ -88,22 +99,93 @@ class Choice:
         return text
 
 
-def settle(
+def set_up_activation_checkpointing(
+    config: RunConfig,
+    model: VisionLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    loader: StepLoader,
+    accelerator: Accelerator,
+    *,
+    total_steps: int,
+) -> None:
+    """Apply `train.activation_checkpointing`; for `auto`, choose the policy by measuring.
+
+    `auto` measures the run's longest micro-batch. Nothing is measured if the weights are sharded: a
+    rank that runs out of memory would leave the others waiting in a collective.
+
+    Args:
+        config: The run's configuration.
+        model: The model, before DDP wraps it: a measured step communicates nothing.
+        optimizer: Whose state the measurement must leave room for.
+        loader: Loads the longest micro-batch.
+        accelerator: Device, precision and ranks; all ranks choose the same.
+        total_steps: Optimizer steps of the run.
+    """
+    requested = config.train.activation_checkpointing
+    if requested != "auto":
+        set_activation_checkpointing(model, requested)
+        return
+    if is_sharded(model.parameters()):
+        logger.info(
+            "activation checkpointing: full; auto measures nothing if the weights are sharded, so "
+            "set none or selective explicitly if there is enough memory"
+        )
+        set_activation_checkpointing(model, "full")
+        return
+    indices, several = longest_micro_batch(
+        map(loader.micro_batches_of_all_ranks, range(total_steps)),
+        loader.num_tokens,
+        processes=accelerator.num_processes,
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    basis = {
+        "device": device_named(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": config.train.precision,
+        "compile": config.train.compile,
+        "fp8": config.train.fp8,
+        "learning": sum(parameter.numel() for parameter in parameters),
+        "batch": f"{len(indices)} records in {loader.num_tokens(indices):,} positions",
+    }
+
+    def measured() -> tuple[Trial, ...]:
+        batch = loader.load_micro_batch(indices)
+
+        def step() -> None:
+            # With several micro-batches per step, the gradients of those before are in memory.
+            for parameter in parameters if several else ():
+                parameter.grad = torch.zeros_like(parameter)
+            with accelerator.autocast():
+                output = model(batch.to(accelerator.device))
+            output.loss_sum.backward()
+
+        # Allocations of compiled code on a CPU cannot be counted; eager code needs no less.
+        with eager(config.train.compile and accelerator.device.type == "cpu"):
+            return measure(
+                step,
+                lambda policy: set_activation_checkpointing(model, policy),
+                model,
+                accelerator,
+                later_bytes=0 if optimizer.state else optimizer_state_bytes(optimizer),
+            )
+
+    choice = choose_policy(Path(config.output_dir), basis, measured, accelerator)
+    set_activation_checkpointing(model, choice.policy)
+
+
+def choose_policy(
     output_dir: Path,
     basis: Mapping[str, Any],
     measured: Callable[[], tuple[Trial, ...]],
     accelerator: Accelerator,
-    *,
-    say: Callable[[str], None],
 ) -> Choice:
-    """What the run in this folder settled on before, as long as `basis` is the same, or now.
+    """Return the policy that this run chose before, if `basis` is unchanged, or measure one.
 
     Args:
-        output_dir: The run folder, where the choice is kept.
-        basis: What a measurement rests on.
-        measured: Measures (see `measure`), in every process.
-        accelerator: Processes; they all get the same.
-        say: Told of the first process's choice.
+        output_dir: The run directory, where the choice is stored.
+        basis: What the measurement depends on.
+        measured: Measures (see `measure`); called on every rank.
+        accelerator: The ranks, which all get the same choice.
     """
     path = output_dir / FILE
     before = rank0_only(accelerator, lambda: _read(path))
@@ -112,10 +194,10 @@ def settle(
         return before
     trials = measured()
     choice = Choice(trials[-1].policy, trials, basis)
+    if before is not None:
+        logger.info("activation checkpointing: %s", before.changed(basis))
+    logger.info("%s", choice)
     if accelerator.is_main_process:
-        if before is not None:
-            say(f"activation checkpointing: {before.changed(basis)}")
-        say(choice.told())
         write_json(path, asdict(choice))
     return choice
 

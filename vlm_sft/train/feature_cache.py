@@ -1,6 +1,7 @@
 """`data.feature_cache`: a frozen tower's features computed once, worth it or not, and kept."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +29,10 @@ from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import rank0_only, total
-from vlm_sft.train.trainer import say_on_stderr
 from vlm_sft.utils.filesystem import existing_above, free_bytes
 from vlm_sft.utils.progress import track
+
+logger = logging.getLogger(__name__)
 
 FILL_BATCH: Final = 16
 """Images that go through the tower at once while the cache is filled."""
@@ -124,8 +126,7 @@ def use_feature_cache(
         there = {digest for digest in digests if digest is not None}
         kept = {digest for digest in there if digest not in missing or store.holds(digest)}
         dataset.use_features(store, [d if d in kept else None for d in digests])
-    if accelerator.is_main_process:
-        say_on_stderr(f"feature cache: {found.num_images:,} images from {store.folder}")
+    logger.info("feature cache: %s images from %s", f"{found.num_images:,}", store.folder)
 
 
 def feature_cache_outlook(
@@ -307,7 +308,7 @@ def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
         UserError: As `_require_room`.
     """
     assert config.feature_cache is not None
-    say_on_stderr(str(worth))
+    logger.info(worth)
     _require_room(worth, config, store)
     store.describe()
     remove_stale(config.feature_cache)

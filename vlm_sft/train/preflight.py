@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from rich.table import Table
-from torch import nn
 
 from vlm_sft.checkpoint.folders import (
     begin_temporary,
@@ -18,6 +18,7 @@ from vlm_sft.checkpoint.snapshot import Component
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.model.quantization import dtype_name, num_weights
 from vlm_sft.train.optimizer import NamedParameters
+from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.console import Console
 from vlm_sft.utils.dtensor import full_tensor, local_tensor
 from vlm_sft.utils.process_group import ProcessGroup
@@ -52,6 +53,21 @@ def parts_rows(parts: Parts, rates: Mapping[str, float]) -> list[dict[str, str]]
         )
         rows.append(dict(zip(PART_COLUMNS, values, strict=True)))
     return rows
+
+
+def report_parts(
+    parts: Parts, optimizer: torch.optim.Optimizer, accelerator: Accelerator, path: Path
+) -> None:
+    """Print the table of the model's parts on rank 0, and write it to `path` as JSON.
+
+    Raises:
+        UserError: Nothing is trainable.
+    """
+    rates = {group["part"]: group["peak_lr"] for group in optimizer.param_groups}
+    rows = parts_rows(parts, rates)
+    if accelerator.is_main_process:
+        print_table(parts_table(rows))
+        write_json(path, rows)
 
 
 def parts_table(rows: Sequence[Mapping[str, str]]) -> Table:
@@ -102,7 +118,7 @@ def require_gradients(parts: Parts, *, without: Set[str] = frozenset()) -> None:
 def rehearse_saving(
     output_dir: Path,
     components: Mapping[str, Component],
-    tensors: Sequence[tuple[str, nn.Parameter]],
+    tensors: Sequence[tuple[str, torch.Tensor]],
     group: ProcessGroup | None = None,
 ) -> None:
     """Save a checkpoint, make `final/` of it, read it back, compare bit by bit, remove both.
@@ -138,7 +154,7 @@ def rehearse_saving(
 def _read_and_compare(
     folder: Path,
     components: Mapping[str, Component],
-    tensors: Sequence[tuple[str, nn.Parameter]],
+    tensors: Sequence[tuple[str, torch.Tensor]],
     kept: Sequence[torch.Tensor],
 ) -> None:
     for component in components.values():
@@ -154,10 +170,10 @@ def _read_and_compare(
 
 
 def require_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    """Compare the frozen parts' fingerprints of the run's start and end.
+    """Compare the checksums of the frozen parts at two times.
 
     Raises:
-        UserError: A frozen part moved.
+        UserError: A frozen part was changed.
     """
     for part, digest in before.items():
         if after[part] != digest:

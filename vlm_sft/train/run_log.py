@@ -1,7 +1,8 @@
-"""The account of a run: what each step trained on, and what was left out on the way."""
+"""Log the records used and skipped in every step."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,118 +12,147 @@ from vlm_sft.data.batch import Batch, LoadError
 from vlm_sft.errors import UserError
 from vlm_sft.train.metrics import MetricsFile
 
+logger = logging.getLogger(__name__)
 
-@dataclass
-class Account:
-    """Kept alike in every process; the first one writes it down.
+
+class RunLog:
+    """The records that were trained on and those that were excluded.
+
+    Identical on all ranks; rank 0 writes it.
 
     Args:
-        record_ids: The dataset's ids, by place.
-        accelerator: The run's processes.
-        file: `trained.jsonl`, a row for every step; None outside the first process.
-        max_quarantined: Records that may turn out broken before the run stops.
-        max_skipped: Steps whose update may be left out before the run stops.
-        on_quarantine: Told, in the first process, of each record left out.
+        record_ids: The dataset's record ids, by index.
+        accelerator: The run's ranks.
+        file: `trained.jsonl`, one row per step; None on ranks other than 0.
+        max_quarantined: Records that may fail to load before the run stops.
+        max_skipped: Updates that may be skipped before the run stops.
+        on_quarantine: Called on rank 0 with each record that is excluded.
+
+    Attributes:
+        quarantined: The records that could not be loaded and are excluded, by index.
+        num_skipped: Number of skipped updates.
     """
 
-    record_ids: Sequence[str]
-    accelerator: Accelerator
-    file: MetricsFile | None
-    max_quarantined: int
-    max_skipped: int
-    on_quarantine: Callable[[LoadError], None]
-    quarantined: dict[int, LoadError] = field(default_factory=dict, init=False)
-    skipped_steps: int = field(default=0, init=False)
-    _met: list[LoadError] = field(default_factory=list, init=False)
+    def __init__(
+        self,
+        record_ids: Sequence[str],
+        accelerator: Accelerator,
+        file: MetricsFile | None,
+        *,
+        max_quarantined: int,
+        max_skipped: int,
+        on_quarantine: Callable[[LoadError], None],
+    ) -> None:
+        self._record_ids = record_ids
+        self._accelerator = accelerator
+        self._file = file
+        self._max_quarantined, self._max_skipped = max_quarantined, max_skipped
+        self._on_quarantine = on_quarantine
+        self._pending: list[LoadError] = []
+        self.quarantined: dict[int, LoadError] = {}
+        self.num_skipped = 0
 
-    def position(self) -> dict[str, Any]:
-        """What a checkpoint's manifest keeps of it."""
-        faults = [asdict(self.quarantined[index]) for index in sorted(self.quarantined)]
-        return {"quarantined": faults, "skipped_steps": self.skipped_steps}
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint's manifest stores of it."""
+        errors = [asdict(self.quarantined[index]) for index in sorted(self.quarantined)]
+        return {"quarantined": errors, "skipped_steps": self.num_skipped}
 
     def restore(self, manifest: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint: what was left out stays out, mended or not."""
-        self.skipped_steps = int(manifest.get("skipped_steps", 0))
-        self._leave_out([LoadError(**plain) for plain in manifest.get("quarantined", [])])
+        """Restore from a checkpoint: excluded records stay excluded, repaired or not."""
+        self.num_skipped = int(manifest.get("skipped_steps", 0))
+        self._exclude([LoadError(**values) for values in manifest.get("quarantined", [])])
 
     def usable(self, indices: Sequence[int]) -> list[int]:
-        """Those of some records that are not left out."""
+        """Return the given records without the excluded ones."""
         return [index for index in indices if index not in self.quarantined]
 
-    def meet(self, fault: LoadError) -> None:
-        """Note a record of the coming step that this process could not load."""
-        self._met.append(fault)
+    def add_error(self, error: LoadError) -> None:
+        """Add a record of the coming step that this rank could not load."""
+        self._pending.append(error)
 
     @property
-    def num_met(self) -> int:
-        """Records of the coming step that this process could not load."""
-        return len(self._met)
+    def num_errors(self) -> int:
+        """Number of records of the coming step that this rank could not load."""
+        return len(self._pending)
 
-    def settle(self, num_met: int) -> None:
-        """Leave out what any process could not load.
+    def sync_errors(self, num_errors: int) -> None:
+        """Exclude on all ranks what any rank could not load.
 
         Args:
-            num_met: `num_met` summed over all processes.
+            num_errors: `num_errors` summed over all ranks; without any, nothing is communicated.
 
         Raises:
-            UserError: In every process: more records are broken than may be.
+            UserError: On every rank, if too many records are excluded.
         """
-        if not num_met:
+        if not num_errors:
             return
-        mine, self._met = self._met, []
-        found = gather_object(mine) if self.accelerator.num_processes > 1 else mine
-        self._leave_out(found)
-        if len(self.quarantined) > self.max_quarantined:
+        own, self._pending = self._pending, []
+        errors = gather_object(own) if self._accelerator.num_processes > 1 else own
+        self._exclude(errors)
+        if len(self.quarantined) > self._max_quarantined:
             raise UserError(
-                f"{len(self.quarantined)} records turned out broken during training, and "
-                f"data.max_quarantined is {self.max_quarantined}; the last one: "
-                f"{found[-1].message} - run vlm_sft.check to find all of them",
+                f"{len(self.quarantined)} records could not be loaded during training, and "
+                f"data.max_quarantined is {self._max_quarantined}; the last one: "
+                f"{errors[-1].message} - run vlm_sft.check to find all of them",
                 code="too_many_broken",
             )
 
-    def skip(self, fault: str, *, step: int) -> None:
-        """Count a step whose update is left out.
+    def require_planned(self, batches: Sequence[Batch], planned: Sequence[Sequence[int]]) -> None:
+        """Check that the loaded micro-batches hold the records that the sampler planned.
 
         Raises:
-            UserError: More are left out than may be.
+            RuntimeError: They differ, which is a bug.
         """
-        self.skipped_steps += 1
-        if self.skipped_steps > self.max_skipped:
+        loaded = [list(batch.record_ids) for batch in batches]
+        expected = [[self._record_ids[i] for i in self.usable(indices)] for indices in planned]
+        if loaded != expected:
+            raise RuntimeError(
+                f"the loader returned the records {loaded}, but the step's are {expected}; this is "
+                "a bug: please report it"
+            )
+
+    def log_step(self, step: int, indices: Sequence[int], problem: str | None) -> None:
+        """Write the records of a finished step.
+
+        Args:
+            step: The step, counted from 1.
+            indices: Its records, on all ranks.
+            problem: Why its update was skipped, or None.
+
+        Raises:
+            UserError: More updates were skipped than `train.max_skipped_steps` allows.
+        """
+        if problem is not None:
+            self._count_skipped(step, problem)
+        if self._file is None:
+            return
+        row: dict[str, Any] = {"step": step}
+        row["records"] = [self._record_ids[index] for index in self.usable(indices)]
+        if problem is not None:
+            row["update_left_out"] = problem
+        self._file.write(row)
+
+    def sync_file(self) -> None:
+        """Flush `trained.jsonl` to the disk."""
+        if self._file is not None:
+            self._file.sync()
+
+    def _count_skipped(self, step: int, problem: str) -> None:
+        self.num_skipped += 1
+        if self.num_skipped > self._max_skipped:
             raise UserError(
-                f"step {step}: {fault}; {self.max_skipped} updates were left out before, as many "
+                f"step {step}: {problem}; {self._max_skipped} updates were skipped before, as many "
                 "as train.max_skipped_steps allows - lower the learning rate, or look at these "
                 "records with vlm_sft.show",
                 code="too_many_not_finite",
             )
+        logger.info("step %d: %s; its update is skipped", step, problem)
 
-    def require_planned(self, batches: Sequence[Batch], planned: Sequence[Sequence[int]]) -> None:
-        """Compare what was loaded with what the order says.
-
-        Raises:
-            RuntimeError: They differ, which is a fault of this program.
-        """
-        loaded = [list(batch.record_ids) for batch in batches]
-        wanted = [[self.record_ids[i] for i in self.usable(chunk)] for chunk in planned]
-        if loaded != wanted:
-            raise RuntimeError(
-                f"the loader gave the records {loaded}, but the step's are {wanted}; this is a "
-                "bug: please report it"
-            )
-
-    def note(self, step: int, indices: Sequence[int], skipped: str | None) -> None:
-        """Write down which records a finished step trained on."""
-        if self.file is None:
-            return
-        row: dict[str, Any] = {"step": step}
-        row["records"] = [self.record_ids[index] for index in self.usable(indices)]
-        if skipped is not None:
-            row["update_left_out"] = skipped
-        self.file.write(row)
-
-    def _leave_out(self, faults: Sequence[LoadError]) -> None:
-        for fault in sorted(faults, key=lambda fault: fault.index):
-            if fault.index in self.quarantined:
+    def _exclude(self, errors: Sequence[LoadError]) -> None:
+        # Sorted, so that the ledger does not depend on which rank met which error.
+        for error in sorted(errors, key=lambda error: error.index):
+            if error.index in self.quarantined:
                 continue
-            self.quarantined[fault.index] = fault
-            if self.accelerator.is_main_process:
-                self.on_quarantine(fault)
+            self.quarantined[error.index] = error
+            if self._accelerator.is_main_process:
+                self._on_quarantine(error)

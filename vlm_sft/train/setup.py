@@ -1,34 +1,65 @@
 """Build the model, the checkpoint store and the trainer from a run's configuration."""
 
 import dataclasses
-from collections.abc import Callable, Set
+import logging
+from collections.abc import Set
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from vlm_sft.checkpoint.components import checkpoint_components, dtype_of, load_projector
-from vlm_sft.checkpoint.digests import (
-    base_identity,
-    frozen_digests,
-    template_digest,
-    tokenizer_digest,
-)
+from vlm_sft.checkpoint.digests import base_identity, template_digest, tokenizer_digest
+from vlm_sft.checkpoint.optimizer import optimizer_component
+from vlm_sft.checkpoint.snapshot import Component
 from vlm_sft.checkpoint.store import CheckpointStore
+from vlm_sft.config.method import Stage
 from vlm_sft.config.schema import RunConfig
-from vlm_sft.data.build import Data, Language, make_collator, make_sampler
+from vlm_sft.data.build import (
+    Data,
+    make_collator,
+    make_sampler,
+    num_steps,
+    packing_summary,
+)
 from vlm_sft.data.dataset import content_difference
+from vlm_sft.data.hf_tokenizer import padding_id
+from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.model.build import build_model
 from vlm_sft.model.costs import image_cost
+from vlm_sft.model.fp8 import use_fp8
+from vlm_sft.model.notes import model_notes
 from vlm_sft.model.parts import parameters_by_part, set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.trainer import Hooks, Plan, SampleGenerator, Trainer, say_on_stderr
+from vlm_sft.train.checkpointing_policy import set_up_activation_checkpointing
+from vlm_sft.train.compile import compile_layers, eager
+from vlm_sft.train.distributed import checkpoint_group
+from vlm_sft.train.metrics import MetricsFile, RunMetrics
+from vlm_sft.train.optimizer import build_optimizer, checkpoint_bytes
+from vlm_sft.train.packing_check import prepare_packing
+from vlm_sft.train.preflight import report_parts
+from vlm_sft.train.run_checkpoints import RunCheckpoints
+from vlm_sft.train.run_log import RunLog
+from vlm_sft.train.step_loader import StepLoader
+from vlm_sft.train.trainer import Trainer
+from vlm_sft.train.update import Updater
+from vlm_sft.train.validation import GenerateSamples, Validation
+from vlm_sft.utils.dtensor import is_sharded
+from vlm_sft.utils.process_group import ProcessGroup
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
     config: RunConfig, trainable: Set[str]
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
-    """The model with its trainable parts thawed, and the identity of the base it starts from.
+    """Build the model with its trainable parts unfrozen, and the projector loaded if one is named.
+
+    Returns:
+        The model, and the identity of the base models that it is made from.
 
     Raises:
         UserError: A part cannot be built.
@@ -44,61 +75,209 @@ def load_model(
     return model, identity
 
 
-def make_trainer(
+def build_trainer(
     config: RunConfig,
-    stage: str,
+    stage: Stage,
     accelerator: Accelerator,
-    language: Language,
+    chat_tokenizer: ChatTokenizer,
     model: VisionLanguageModel,
     identity: dict[str, Any],
     data: Data,
-    samples: SampleGenerator | None,
+    samples: GenerateSamples | None,
 ) -> Trainer:
-    """Return the trainer of a run; `Trainer.run` does the rest."""
-    say = say_on_stderr if accelerator.is_main_process else lambda text: None
-    return Trainer(
-        model=model,
-        accelerator=accelerator,
-        plan=make_plan(config, language, data, model),
-        hooks=Hooks(
-            parameters_by_part(model),
-            lambda: frozen_digests(model),
-            samples,
-            lambda fault, held_out: data.quarantine(
-                fault, Path(config.output_dir), held_out=held_out
-            ),
-        ),
-        store=make_store(config, stage, language, model, identity, data, say),
-        train_data=data.train,
-        eval_data=data.eval,
+    """Build the trainer of a run and restore it from the run's newest checkpoint, if any.
+
+    Args:
+        config: The run's configuration.
+        stage: The stage that is run.
+        accelerator: Device, precision and ranks.
+        chat_tokenizer: Tokenizer and chat template.
+        model: As `load_model` returns it, sharded or not.
+        identity: As `load_model` returns it.
+        data: Training and validation records.
+        samples: Generates samples at evaluations, or None.
+
+    Raises:
+        UserError: Nothing is trainable, or a setting is not available on this machine.
+        CheckpointError: The run's checkpoints cannot be used, or none can be written.
+    """
+    output_dir, world_size = Path(config.output_dir), accelerator.num_processes
+    parts, sharded = parameters_by_part(model), is_sharded(model.parameters())
+    sampler = make_sampler(config, data.train)
+    total_steps = num_steps(config, sampler)
+    collator = make_collator(config, padding_id(chat_tokenizer.tokenizer), image_cost(model))
+    summary = packing_summary(
+        collator, sampler, data.train, num_steps=total_steps, world_size=world_size
     )
+    if summary is not None:
+        logger.info(summary)
+
+    prepared_model = prepare_model(config, model, accelerator)
+    optimizer = build_optimizer(parts, config.optim, seed=config.seed)
+    report_parts(parts, optimizer, accelerator, output_dir / "parts.json")
+    for note in model_notes(model):
+        logger.info(note)
+
+    store = make_store(
+        config,
+        stage,
+        chat_tokenizer,
+        model,
+        identity,
+        data,
+        optimizer_state=optimizer_component(
+            optimizer, cast("torch.amp.GradScaler | None", accelerator.scaler)
+        ),
+        saving_ranks=checkpoint_group(accelerator) if sharded else ProcessGroup(),
+    )
+    checkpoints = RunCheckpoints(
+        store,
+        model,
+        accelerator,
+        sharded=sharded,
+        asynchronous=config.train.async_checkpointing,
+    )
+    resumed_from = checkpoints.restore(total_steps)
+
+    # Only now: files of rows are cut at the step of the checkpoint, and the records that it
+    # excludes are not loaded again.
+    step = checkpoints.saved_step
+    metrics = RunMetrics(output_dir, accelerator, first_step=step, total_steps=total_steps)
+    trained_file = None
+    if accelerator.is_main_process:
+        trained_file = MetricsFile(output_dir / "trained.jsonl", last_step=step)
+    run_log = RunLog(
+        data.train.record_ids,
+        accelerator,
+        trained_file,
+        max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else 0,
+        max_skipped=config.train.max_skipped_steps,
+        on_quarantine=partial(data.quarantine, output_dir=output_dir, held_out=False),
+    )
+    if resumed_from is not None:
+        run_log.restore(resumed_from.manifest)
+    loader = StepLoader(
+        data.train,
+        sampler,
+        collator,
+        run_log,
+        accelerator,
+        num_workers=config.data.num_workers,
+        skip_errors=config.data.on_error != "stop",
+    )
+    validation = None
+    if data.eval is not None:
+        quarantine = partial(data.quarantine, output_dir=output_dir, held_out=True)
+        validation = Validation(
+            model,
+            data.eval,
+            collator,
+            accelerator,
+            num_workers=config.data.num_workers,
+            samples=samples,
+            sample_on_all_ranks=sharded,
+            compiled=config.train.compile,
+            on_quarantine=None if config.data.on_error == "stop" else quarantine,
+        )
+    set_up_activation_checkpointing(
+        config, model, optimizer, loader, accelerator, total_steps=total_steps
+    )
+    return Trainer(
+        config,
+        accelerator,
+        model=prepared_model,
+        loader=loader,
+        updater=Updater(optimizer, parts, config, accelerator, total_steps=total_steps),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        validation=validation,
+        total_steps=total_steps,
+    )
+
+
+def prepare_model(
+    config: RunConfig, model: VisionLanguageModel, accelerator: Accelerator
+) -> nn.Module:
+    """Set up fp8, compilation, DDP and packed attention; return the model for the forward pass.
+
+    Args:
+        config: The run's configuration.
+        model: Changed in place and moved to the device.
+        accelerator: Device, precision and ranks.
+
+    Raises:
+        UserError: A setting is not available on this machine or does not work with this model.
+    """
+    train = config.train
+    model.train()
+    if train.fp8:
+        layers = use_fp8(model)
+        logger.info("fp8: %d linear layers of the language model multiply in fp8", len(layers))
+    if train.compile:
+        compile_layers(model, accelerator.device, packed=train.packing is not None)
+    # FSDP2 has already moved and sharded the model; DDP would replicate it.
+    prepared = model if is_sharded(model.parameters()) else accelerator.prepare(model)
+    if train.packing is not None:
+        with eager(train.compile):
+            prepare_packing(
+                model,
+                train.packing,
+                train.precision,
+                accelerator.device,
+                accelerator.autocast(),
+                prune=not train.compile,
+            )
+    return prepared
 
 
 def make_store(
     config: RunConfig,
     stage: str,
-    language: Language,
+    chat_tokenizer: ChatTokenizer,
     model: VisionLanguageModel,
     identity: dict[str, Any],
     data: Data,
-    say: Callable[[str], None],
+    *,
+    optimizer_state: Component | None = None,
+    saving_ranks: ProcessGroup | None = None,
 ) -> CheckpointStore:
-    """Return the run's checkpoints, with everything that a resumed run must have in common."""
-    parts = parameters_by_part(model)
-    trainable = {part for part, named in parts.items() if any(p.requires_grad for _, p in named)}
+    """Build the store of the run's checkpoints.
+
+    Args:
+        config: The run's configuration.
+        stage: The stage that is run.
+        chat_tokenizer: Tokenizer and chat template.
+        model: The model with its trainable parts.
+        identity: Identity of the base models, which a resumed run must share.
+        data: The records, which a resumed run must share.
+        optimizer_state: Saves and loads the optimizer; None for a store that only compares.
+        saving_ranks: The ranks that save; None: this one.
+    """
+    trainable = {
+        part: [(name, p) for name, p in named if p.requires_grad]
+        for part, named in parameters_by_part(model).items()
+    }
+    tensors = {name: p for named in trainable.values() for name, p in named}
+    components = checkpoint_components(
+        config,
+        model,
+        chat_tokenizer.tokenizer,
+        chat_tokenizer,
+        {part for part, named in trainable.items() if named},
+    )
+    if optimizer_state is not None:
+        components = {**components, "optimizer": optimizer_state}
     files = [file.path for file in config.data.train]
     return CheckpointStore(
         Path(config.output_dir),
-        checkpoint_components(
-            config, model, language.tokenizer, language.chat_tokenizer, trainable
-        ),
+        components,
         fingerprint={
             "stage": stage,
             "base_model": identity,
-            "tokenizer": tokenizer_digest(language.tokenizer),
-            "template": template_digest(language.chat_tokenizer.describe()),
+            "tokenizer": tokenizer_digest(chat_tokenizer.tokenizer),
+            "template": template_digest(chat_tokenizer.describe()),
             "data": [dataclasses.asdict(content) for content in data.train.contents],
-            "recipe": language.chat_tokenizer.llava_quirks.describe(),
+            "recipe": chat_tokenizer.llava_quirks.describe(),
         },
         describe_mismatch={
             "tokenizer": lambda then, now: "the tokenizer's vocabulary or rules have changed",
@@ -106,28 +285,8 @@ def make_store(
             "data": lambda then, now: content_difference(files, then, data.train.contents),
         },
         keep=config.train.keep_last_checkpoints,
-        log=say,
-    )
-
-
-def make_plan(
-    config: RunConfig, language: Language, data: Data, model: VisionLanguageModel
-) -> Plan:
-    """How many steps, which records in each, and how they become micro-batches."""
-    train = data.train
-    sampler = make_sampler(config, train)
-    steps = sampler.total_steps(config.train.epochs)
-    if config.train.max_steps is not None:
-        steps = min(steps, config.train.max_steps)
-    return Plan(
-        output_dir=Path(config.output_dir),
-        seed=config.seed,
-        total_steps=steps,
-        records_of_step=sampler.step_indices,
-        epoch_of_step=sampler.epoch_of,
-        collator=make_collator(config, language.pad_token_id, image_cost(model)),
-        num_workers=config.data.num_workers,
-        train=config.train,
-        optim=config.optim,
-        max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else None,
+        num_bytes=checkpoint_bytes(tensors.values()),
+        log=logger.info,
+        trainable=tensors,
+        group=saving_ranks or ProcessGroup(),
     )

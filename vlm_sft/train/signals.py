@@ -1,32 +1,39 @@
-"""Signals that ask a run to save at the end of its step, and to leave or to go on."""
+"""Handle the signals that ask a run to save, or to save and stop, at the end of its step."""
 
+import logging
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from vlm_sft.utils.console import say
+from vlm_sft.utils.logs import ALL_RANKS
 
-LEAVING = (signal.SIGINT, signal.SIGTERM)
-SAVING = signal.SIGUSR1
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVE_SIGNAL = signal.SIGUSR1
 
 
-class StopRequest:
-    """Within the block SIGINT and SIGTERM set `received`, and a second one ends at once; SIGUSR1
-    sets `save_now`, and the run saves and goes on.
+class SignalHandler:
+    """Context manager that records SIGINT, SIGTERM (stop) and SIGUSR1 (save and continue).
 
-    Outside a process's main thread Python allows no handlers, and none is set.
+    A second SIGINT or SIGTERM ends the process at once. Python allows signal handlers in the main
+    thread only; in another thread, none are installed.
+
+    Attributes:
+        received: The signal that asks to stop, or None.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.save_now = False
+        self._save_requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in (*LEAVING, SAVING)}
+            signals = (*STOP_SIGNALS, SAVE_SIGNAL)
+            self._previous = {s: signal.signal(s, self._handle) for s in signals}
         return self
 
     def __exit__(
@@ -35,24 +42,30 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for watched, handler in self._previous.items():
-            signal.signal(watched, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def take_save_request(self) -> bool:
+        """Return whether a save was requested since the last call."""
+        requested, self._save_requested = self._save_requested, False
+        return requested
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == SAVING:
-            self.save_now = True
+        if number == SAVE_SIGNAL:
+            self._save_requested = True
             return
         if self.received is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             sys.exit(128 + number)
         self.received = signal.Signals(number)
-        say(
-            f"{self.received.name} received: finishing this step, then saving and leaving "
-            "(once more to leave at once)"
+        logger.info(
+            "%s received: finishing this step, then saving and stopping (again to stop at once)",
+            self.received.name,
+            extra=ALL_RANKS,
         )
 
 
 def exit_code(received: signal.Signals) -> int:
-    """What shells expect of a process that a signal ended: 128 + its number."""
+    """Return the exit code of a process that a signal ended, as shells have it: 128 + number."""
     return 128 + int(received)

@@ -32,8 +32,9 @@ from vlm_sft.checkpoint.format import verify
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.data.batch import Batch, pad_examples
-from vlm_sft.data.build import load_data, load_language
+from vlm_sft.data.build import load_chat_tokenizer, load_data
 from vlm_sft.data.dataset import Example
+from vlm_sft.data.hf_tokenizer import padding_id
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.setup import load_model
 
@@ -126,11 +127,11 @@ SYSTEMS: tuple[type[Ours] | type[Peer], ...] = (Ours, Peer)
 def train_with_trainer(kind: str, arguments: Sequence[str]) -> None:
     """What a script around the Trainer does: build everything, go on if there is a checkpoint."""
     config = load_config(arguments[0], arguments[1:])
-    language = load_language(config)
+    chat_tokenizer = load_chat_tokenizer(config)
     learned = "language_model" if config.lora is None else "adapter"
     model, _ = load_model(config, {"projector"} if kind == "stage1" else {"projector", learned})
     tower = model.vision_tower
-    records = load_data(config, language.chat_tokenizer, tower.image_spec, tower.num_tokens).train
+    records = load_data(config, chat_tokenizer, tower.image_spec, tower.num_tokens).train
     wrapped = ForTrainer(model)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ def train_with_trainer(kind: str, arguments: Sequence[str]) -> None:
         model=wrapped,
         args=training_arguments(config, kind),
         train_dataset=records,
-        data_collator=collator(language.pad_token_id),
+        data_collator=collator(padding_id(chat_tokenizer.tokenizer)),
         callbacks=[TrainedRecords(wrapped, out / "trained.jsonl")],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) is not None)

@@ -1,0 +1,164 @@
+"""Evaluate the model on the validation records during training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from vlm_sft.data.batch import Collator, LoadError
+from vlm_sft.data.loader import Examples, load_steps, micro_batches_of_rank
+from vlm_sft.train.compile import eager
+from vlm_sft.train.distributed import raise_together, total
+
+GenerateSamples = Callable[[Callable[[LoadError], None] | None], list[dict[str, Any]]]
+"""Generates answers to a few validation records, as rows of `samples.jsonl`. The argument is called
+with each record that cannot be loaded; None: such a record raises."""
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """The result of an evaluation.
+
+    Attributes:
+        loss: Mean loss of a supervised token, in nats.
+        num_targets: Number of supervised tokens.
+        samples: Rows of `samples.jsonl`.
+    """
+
+    loss: float
+    num_targets: int
+    samples: list[dict[str, Any]]
+
+
+class Validation:
+    """Evaluates a model on the validation records.
+
+    Args:
+        model: The model; left in training mode.
+        dataset: The validation records.
+        collator: How records become micro-batches.
+        accelerator: Device, precision and ranks.
+        num_workers: Worker processes that load ahead.
+        samples: Generates samples, or None.
+        sample_on_all_ranks: Generate on every rank, as sharded weights need.
+        compiled: Whether layers are compiled. An evaluation runs uncompiled: its many shapes would
+            each be compiled.
+        on_quarantine: Called on rank 0 with each record that cannot be loaded; None: such a record
+            raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Examples,
+        collator: Collator,
+        accelerator: Accelerator,
+        *,
+        num_workers: int,
+        samples: GenerateSamples | None,
+        sample_on_all_ranks: bool,
+        compiled: bool,
+        on_quarantine: Callable[[LoadError], None] | None,
+    ) -> None:
+        self._model = model
+        self._dataset = dataset
+        self._collator = collator
+        self._accelerator = accelerator
+        self._num_workers = num_workers
+        self._samples = samples if accelerator.is_main_process or sample_on_all_ranks else None
+        self._compiled = compiled
+        self._on_quarantine = on_quarantine
+
+    def run(self) -> ValidationResult:
+        """Compute the loss of all validation records and generate samples.
+
+        Raises:
+            RecordError: A record cannot be loaded and is not to be quarantined.
+            Exception: Any error of any rank, on all ranks.
+        """
+        errors: list[LoadError] = []
+        on_error = None if self._on_quarantine is None else errors.append
+        try:
+            with eager(self._compiled):
+                loss, num_targets = validation_loss(
+                    self._model,
+                    self._dataset,
+                    self._accelerator,
+                    collator=self._collator,
+                    num_workers=self._num_workers,
+                    on_error=on_error,
+                )
+                errors = gather_object(errors) if self._accelerator.num_processes > 1 else errors
+                samples = self._generate(None if on_error is None else errors.append)
+        finally:
+            self._model.train()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # generation leaves blocks of sizes that training lacks
+        if self._on_quarantine is not None and self._accelerator.is_main_process:
+            for error in errors:
+                self._on_quarantine(error)
+        return ValidationResult(loss, num_targets, samples)
+
+    def _generate(self, on_error: Callable[[LoadError], None] | None) -> list[dict[str, Any]]:
+        if self._samples is None:
+            return []
+        self._model.eval()
+        with torch.no_grad(), self._accelerator.autocast():
+            return self._samples(on_error)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    examples: Examples,
+    accelerator: Accelerator,
+    *,
+    collator: Collator,
+    num_workers: int,
+    on_error: Callable[[LoadError], None] | None = None,
+) -> tuple[float, int]:
+    """Return the mean loss (nats) of a supervised token and the number of supervised tokens.
+
+    Leaves the model in evaluation mode. The loss is 0.0 without supervised tokens.
+
+    Args:
+        model: The model.
+        examples: The records.
+        accelerator: Device, precision and ranks, which share the records.
+        collator: How records become micro-batches.
+        num_workers: Worker processes that load ahead.
+        on_error: Called with each record that cannot be loaded and is skipped; None: it raises.
+
+    Raises:
+        Exception: Any error of any rank, on all ranks.
+    """
+    mine = micro_batches_of_rank(
+        collator,
+        examples,
+        range(len(examples)),
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+    count = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    steps = [[micro_batch] for micro_batch in mine]
+    batches = load_steps(
+        examples, steps, collator=collator, num_workers=num_workers, on_error=on_error
+    )
+    failure: Exception | None = None
+    try:
+        with accelerator.autocast():
+            for (batch,) in batches:
+                output = model(batch.to(accelerator.device))
+                loss += output.loss_sum
+                count += output.num_targets
+    except Exception as error:  # raised below on every rank: the others would wait in `total`
+        failure = error
+    raise_together(accelerator, failure)
+    targets = int(total(accelerator, count))
+    return float(total(accelerator, loss)) / max(1, targets), targets
