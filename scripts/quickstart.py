@@ -184,7 +184,7 @@ class Quickstart:
                 str(self._final),
                 *("--images", f"{self._scene_dir(split)}/images"),
                 *("--probes", f"{data}/existence.json", "--captions", f"{data}/stage1.json"),
-                *("--beside", f"{data}/counting.json", f"{data}/halves.json"),
+                *("--right-only", f"{data}/counting.json", f"{data}/halves.json"),
                 *("--answers", "free_form", "--out", str(self._results(split))),
             )
 

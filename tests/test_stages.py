@@ -182,7 +182,7 @@ def test_a_projector_of_other_features_is_refused(stage1_run: Path, tmp_path: Pa
 
 
 def test_stage_1_refuses_adapters(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lora: stage 1 trains the projector alone"):
+    with pytest.raises(ConfigError, match="lora: stage 1 trains only the projector"):
         run("stage1", tmp_path, "lora.r=4")
 
 

@@ -71,7 +71,7 @@ def parser() -> CommandParser:
         help="files of questions with known answers; each has its own rows in the table",
     )
     add(
-        "--beside",
+        "--right-only",
         type=Path,
         nargs="+",
         default=[],
@@ -141,7 +141,7 @@ def _conditions(text: str) -> list[ImageCondition]:
 
 
 def _require_fitting(arguments: argparse.Namespace) -> None:
-    arguments.probes += arguments.beside
+    arguments.probes += arguments.right_only
     if not arguments.probes and not arguments.captions:
         raise UserError("nothing to evaluate; give --probes FILE, --captions FILE or both")
     stems = [path.stem for path in arguments.probes]

@@ -1,1 +1,1 @@
-"""Checks that run before training and behind `vlm_sft.check`."""
+"""Checks before training, which `vlm-sft check` also runs."""

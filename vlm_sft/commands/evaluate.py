@@ -120,7 +120,7 @@ def _items(files: dict[Path, list[Question]], arguments: argparse.Namespace) -> 
     for path, questions in files.items():
         images = _first_images([q.image for q in questions], arguments.max_images)
         selected = [question for question in questions if question.image in images]
-        only_right = path in arguments.beside
+        only_right = path in arguments.right_only
         conditions: list[ImageCondition] = ["right"] if only_right else arguments.conditions
         items += make_items(selected, conditions, measure=path.stem, seed=arguments.seed)
     return items

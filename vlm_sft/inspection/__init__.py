@@ -1,1 +1,1 @@
-"""Looking at records: what becomes of each, its tokens, statistics, and a page of it all."""
+"""Inspect records and runs: tokens, filtering results, statistics, and HTML pages of them."""

@@ -86,9 +86,15 @@ def test_json_for_other_programs_commands_no_terminal_and_reads_back_as_it_was(
     assert json.loads(shown) == value
 
 
-ROOT = Path(__file__).parent.parent
-ALLOWED = {"utils/console.py", "errors/__init__.py", "errors/codes.py", "errors/__main__.py"}
-"""Modules that may print: the console, the handler of uncaught errors, the table of codes."""
+ROOT = Path(__file__).parent.parent.parent
+ALLOWED = {
+    "__main__.py",  # a completion script, which the shell reads
+    "config/__main__.py",  # YAML and JSON, which escape control characters themselves
+    "commands/run_command.py",  # errors, which escape their own message
+    "errors/__main__.py",
+    "utils/console.py",
+}
+"""Modules that may print without the console's escaping."""
 
 
 def test_every_text_goes_to_the_terminal_through_the_one_function() -> None:
