@@ -1,13 +1,13 @@
-"""How runs survive: kills, damage, full disks, changed numbers of processes. Prints a table.
+"""Kill, damage and disturb training runs, and compare their results. Prints a table.
 
     scripts/reliability               # everything: 200 random kills, 1,000 flipped bits, ...
     scripts/reliability --quick       # a slice of each, within three minutes
     scripts/reliability --only kills  # one part: kills, places, signals, disks, damage, processes
     scripts/reliability --peer        # 20 kills for us and 20 for transformers' Trainer, compared
 
-Every run is the real command on a tiny model, in a process of its own that is really killed. A run
-counts as the same if its weights, its optimizer and the list of records that each step trained on
-have the sha256 of a run that nothing happened to. Exit code 1 if anything was lost.
+Every run is the real command on a tiny model, in a process that is really killed. A run is
+identical if its weights, its optimizer state and the list of records of every step have the sha256
+of an undisturbed run. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -49,7 +49,7 @@ Row = tuple[str, str, str, str, str]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the parts asked for; 1 if anything went wrong."""
+    """Run the chosen parts; return 1 if anything failed."""
     arguments = _parse(argv)
     folder = Path(tempfile.mkdtemp(prefix="vlm_sft-reliability-"))
     rows: list[Row] = []
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     for fault in faults:
         print(f"FAULT: {fault}")
     if faults:
-        print(f"what was left behind: {folder}")
+        print(f"the runs are in {folder}")
     return 1 if faults else 0
 
 
@@ -133,7 +133,7 @@ def _processes(folder: Path, arguments: argparse.Namespace) -> Measured:
         if found.loss_difference > 1e-6:
             wrong.append(f"{kind}: losses differ by {found.loss_difference:.1e}")
         shown = f"same order, losses within {found.loss_difference:.1e}"
-        what = "processes " + " -> ".join(map(str, sizes))
+        what = "ranks " + " -> ".join(map(str, sizes))
         yield (what, kind, "1", shown if not wrong else "; ".join(wrong), _since(start)), wrong
     seconds, wrong = lost_rank(folder / "rank")
     shown = f"all ended after {seconds:.0f} s" if not wrong else "; ".join(wrong)
@@ -179,14 +179,14 @@ def _tallied(what: str, kind: str, tallies: Iterator[Tally]) -> tuple[Row, list[
     for last in tallies:
         print(f"\r{what}, {kind}: {last.kills}", end="\r", file=sys.stderr)
     same = last.trials - len(last.faults)
-    shown = f"{same} of {last.trials} runs the same, {last.several} of them hit twice or more"
+    shown = f"{same} of {last.trials} runs identical, {last.several} of them with two or more kills"
     return (what, kind, f"{last.kills}", shown, _since(start)), last.faults
 
 
 def _found(what: str, kind: str, found: Iterator[Found]) -> tuple[Row, list[str]]:
     start = time.monotonic()
     *_, last = found
-    shown = f"{last.seen} of {last.tried} seen, the checkpoint before used"
+    shown = f"{last.seen} of {last.tried} detected, the previous checkpoint used"
     return (what, kind, f"{last.tried}", shown, _since(start)), last.missed
 
 
@@ -202,7 +202,7 @@ def _since(start: float) -> str:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="what happened to runs, and what became of them")
+    table = Table(title="disturbed runs and their results")
     for column, justify in (("event", "left"), ("run", "left"), ("times", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("result")
@@ -226,9 +226,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         const=20,
         metavar="KILLS",
-        help="so many random kills (20) for our runs and as many for transformers' Trainer",
+        help="number of random kills (20) of our runs, and as many of transformers' Trainer",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the times and the damage (1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the times and damages (1)")
     arguments = parser.parse_args(argv)
     arguments.parts = list(arguments.only or (() if arguments.peer else PARTS))
     arguments.parts += ["peer"] if arguments.peer else []

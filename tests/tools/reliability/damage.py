@@ -1,4 +1,4 @@
-"""Damaged checkpoints must be seen before the first step, and the one before them used."""
+"""Check that a damaged checkpoint is detected before the first step and the previous one used."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,12 +10,12 @@ from vlm_sft.checkpoint.store import CheckpointStore
 
 @dataclass
 class Found:
-    """How many damages were seen.
+    """The numbers of damages tried and detected.
 
     Attributes:
-        tried: Damages made.
-        seen: Of those, named and passed over in favor of the checkpoint before.
-        missed: A sentence for each that was not.
+        tried: Damages tried.
+        seen: Of those, the ones reported and skipped in favor of the previous checkpoint.
+        missed: A sentence for each of the others.
     """
 
     tried: int = 0
@@ -24,7 +24,7 @@ class Found:
 
 
 def flips(run: Path, count: int, *, seed: int) -> Iterator[Found]:
-    """Flip one random bit of a random file of the newest checkpoint, `count` times over."""
+    """Flip one random bit of a random file of the newest checkpoint, `count` times."""
     draw = random.Random(seed)
     files = _newest_files(run)
     found = Found()
@@ -50,7 +50,7 @@ def truncations(run: Path) -> Iterator[Found]:
 
 
 def losses(run: Path) -> Iterator[Found]:
-    """Take away every file of the newest checkpoint, and put one there that does not belong."""
+    """Delete each file of the newest checkpoint, and add one that does not belong there."""
     found = Found()
     for path in _newest_files(run):
         _try(run, path, None, f"{path.name} gone", found)
@@ -62,9 +62,9 @@ def losses(run: Path) -> Iterator[Found]:
 
 
 def _try(run: Path, path: Path, content: bytes | None, what: str, found: Found) -> None:
-    """Damage one file, ask which checkpoint is the newest, and mend it again."""
-    said: list[str] = []
-    store = CheckpointStore(run, {}, log=said.append)
+    """Damage one file, look for the newest checkpoint, and restore the file."""
+    logged: list[str] = []
+    store = CheckpointStore(run, {}, log=logged.append)
     newest, before = store.step_folders()[:2]
     whole = path.read_bytes() if path.exists() else None
     _put(path, content)
@@ -72,15 +72,15 @@ def _try(run: Path, path: Path, content: bytes | None, what: str, found: Found) 
     chosen: object = None
     try:
         chosen = store.newest()
-    except Exception as error:  # whatever it is, it is no fallback
+    except Exception as error:  # any exception means that the fallback failed
         chosen = error
     finally:
         _put(path, whole)
     folder = getattr(chosen, "folder", None)
-    if folder == before and len(said) == 1 and newest.name in said[0]:
+    if folder == before and len(logged) == 1 and newest.name in logged[0]:
         found.seen += 1
     else:
-        found.missed.append(f"{what}: {folder or chosen!r}, {said}")
+        found.missed.append(f"{what}: {folder or chosen!r}, {logged}")
 
 
 def _put(path: Path, content: bytes | None) -> None:

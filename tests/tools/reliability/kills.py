@@ -1,4 +1,4 @@
-"""Runs that are killed and started again must end as the one that never was."""
+"""Check that runs that are killed and resumed end like the undisturbed run."""
 
 import os
 import random
@@ -14,19 +14,19 @@ from tests.tools.reliability.kill_places import PLACES, kill_at
 from tests.tools.reliability.lab import Ended, Lab, Running
 
 HITS = (1, 1, 2, 3)
-"""How often a run is hit: one of these, drawn at random."""
+"""Number of kills of a run, drawn at random from these."""
 
 
 @dataclass
 class Tally:
-    """What came of a series of trials.
+    """The results of a series of trials.
 
     Attributes:
-        trials: Runs that were brought to their end.
+        trials: Runs that were resumed to their end.
         kills: Processes killed.
-        several: Trials with two kills or more.
-        faults: A sentence for whatever went wrong.
-        places: Where the named kills hit.
+        several: Trials with two or more kills.
+        faults: A sentence for each failure.
+        places: The named places that were hit.
     """
 
     trials: int = 0
@@ -37,15 +37,15 @@ class Tally:
 
 
 def untouched(lab: Lab) -> tuple[dict[str, str], float]:
-    """The result of a run that nothing happened to, and how long it took."""
+    """Return the result of an undisturbed run and its duration in seconds."""
     ended = lab.finish("untouched")
     if ended.code:
-        raise RuntimeError(f"the untouched run ended with {ended.code}: {ended.said[-2000:]}")
+        raise RuntimeError(f"the untouched run ended with {ended.code}: {ended.output[-2000:]}")
     return lab.result("untouched"), ended.seconds
 
 
 def random_kills(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
-    """Kill runs at random times until `count` processes died; the tally after every trial.
+    """Kill runs at random times until `count` processes died; yield the tally after every trial.
 
     Half of the trials have one kill, the others up to three.
     """
@@ -59,10 +59,10 @@ def random_kills(lab: Lab, count: int, *, seed: int) -> Iterator[Tally]:
             ended = strike(lab.start(name), draw, seconds)
             died += ended.code == -signal.SIGKILL
             if ended.code not in (0, -signal.SIGKILL):
-                tally.faults.append(f"{name}: ended with {ended.code}: {ended.said[-500:]}")
+                tally.faults.append(f"{name}: ended with {ended.code}: {ended.output[-500:]}")
         tally.kills += died
         tally.several += died > 1
-        _bring_to_its_end(lab, name, expected, tally)
+        _resume_to_the_end(lab, name, expected, tally)
         yield tally
 
 
@@ -74,7 +74,7 @@ def strike(running: Running, draw: random.Random, seconds: float) -> Ended:
 
 
 def named_kills(lab: Lab, *, every: int = 1) -> Iterator[Tally]:
-    """Kill one run at every named place (or each of `every`), and bring it to its end."""
+    """Kill a run at every named place (or every `every`-th), and resume it to its end."""
     expected, _ = untouched(lab)
     tally = Tally()
     for place in list(PLACES)[::every]:
@@ -85,7 +85,7 @@ def named_kills(lab: Lab, *, every: int = 1) -> Iterator[Tally]:
             tally.faults.append(f"{lab.kind} never reached {place}: {_last_line(ended)}")
         tally.kills += 1
         tally.places[place] += 1
-        _bring_to_its_end(lab, name, expected, tally)
+        _resume_to_the_end(lab, name, expected, tally)
         yield tally
 
 
@@ -98,11 +98,11 @@ def _prepare(lab: Lab, name: str, place: str) -> None:
         os.truncate(newest / "projector.safetensors", 10)
 
 
-def _bring_to_its_end(lab: Lab, name: str, expected: dict[str, str], tally: Tally) -> None:
+def _resume_to_the_end(lab: Lab, name: str, expected: dict[str, str], tally: Tally) -> None:
     tally.trials += 1
     ended = lab.finish(name)
     if ended.code:
-        tally.faults.append(f"{name}: could not go on: {_last_line(ended)}")
+        tally.faults.append(f"{name}: could not be resumed: {_last_line(ended)}")
         return
     found = lab.result(name)
     if found != expected:
@@ -111,12 +111,12 @@ def _bring_to_its_end(lab: Lab, name: str, expected: dict[str, str], tally: Tall
         return
     leftovers = [str(path) for path in lab.out(name).rglob("*.tmp")]
     if leftovers:
-        tally.faults.append(f"{name}: left {leftovers} behind")
+        tally.faults.append(f"{name}: left {leftovers}")
         return
     shutil.rmtree(lab.out(name))
     (lab.folder / f"{name}.log").unlink()
 
 
 def _last_line(ended: Ended) -> str:
-    lines = ended.said.strip().splitlines()
+    lines = ended.output.strip().splitlines()
     return lines[-1] if lines else f"code {ended.code}"

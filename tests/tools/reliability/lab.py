@@ -1,7 +1,7 @@
-"""Whole runs in forked processes that can be killed: no import to wait for, the command's own code.
+"""Start whole training runs in forked processes that can be killed.
 
-Each run is `vlm_sft.stage1` or `vlm_sft.stage2` as the command line calls it, in a process forked
-from one that has imported everything and computed nothing.
+Each run is `vlm_sft.stage1` or `vlm_sft.stage2` as the command line calls it. Its process is forked
+from one that has imported everything, which saves the time of the imports.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from vlm_sft.commands.run_command import run_command
 ROOT = Path(__file__).parents[3]
 KINDS = ("stage1", "stage2", "stage2_lora")
 SAME = ("projector.safetensors", "adapter/adapter_model.safetensors", "optimizer.safetensors")
-"""Files of a final checkpoint that must come out alike, beside the language model's."""
+"""Files of a final checkpoint that must be identical, besides those of the language model."""
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,38 @@ class Ended:
 
     Attributes:
         code: Its exit code, or minus the signal that killed it.
-        said: What it wrote to stderr and stdout.
+        output: Its stderr and stdout.
         seconds: How long it ran.
     """
 
     code: int
-    said: str
+    output: str
     seconds: float
 
 
 @dataclass
 class Running:
-    """A process under way."""
+    """A running process."""
 
     pid: int
     log: Path
     began: float
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal; a process that has ended already is let be."""
+        """Send a signal, unless the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def poll(self) -> Ended | None:
-        """How it ended, or None while it runs."""
+        """Return how the process ended; None while it runs."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return self._ended(status) if pid else None
 
     def wait(self, seconds: float = 300.0) -> Ended:
-        """Wait for its end.
+        """Wait until the process ends.
 
         Raises:
-            TimeoutError: It still runs after `seconds`; it is killed.
+            TimeoutError: It was still running after `seconds` and was killed.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -80,8 +80,8 @@ class Running:
 
     def _ended(self, status: int) -> Ended:
         code = os.waitstatus_to_exitcode(status)
-        said = self.log.read_text(errors="replace")
-        return Ended(code, said, time.monotonic() - self.began)
+        output = self.log.read_text(errors="replace")
+        return Ended(code, output, time.monotonic() - self.began)
 
 
 @dataclass
@@ -89,10 +89,10 @@ class Lab:
     """A folder of runs of one kind.
 
     Args:
-        folder: Where the runs lie.
+        folder: The directory of the runs.
         kind: One of `KINDS`; stage 2 starts from a fresh projector.
         overrides: Settings of every run.
-        logs: Where what the runs say goes; None: beside them.
+        logs: The directory of their output; None: `folder`.
     """
 
     folder: Path
@@ -101,13 +101,13 @@ class Lab:
     logs: Path | None = None
 
     def arguments(self, name: str, *more: str) -> list[str]:
-        """The command line of the run `name`, without the program."""
+        """Return the command line of the run `name`, without the program."""
         config = ROOT / "configs" / "tiny" / f"{self.kind}.yaml"
         fixed = ["train.trackers=[]", "projector=null", f"output_dir={self.out(name)}"]
         return [str(config), *fixed, *self.overrides, *more]
 
     def out(self, name: str) -> Path:
-        """The folder of the run `name`."""
+        """Return the directory of the run `name`."""
         return self.folder / name
 
     def start(
@@ -117,7 +117,7 @@ class Lab:
         environment: Mapping[str, str] | None = None,
         before: Callable[[], None] | None = None,
     ) -> Running:
-        """Begin (or go on with) the run `name`; `before` is called in its process first."""
+        """Start or resume the run `name`; `before` is called in its process first."""
         main = stage1.main if self.kind == "stage1" else stage2.main
         arguments = self.arguments(name, *more)
 
@@ -129,7 +129,7 @@ class Lab:
         return forked(work, (self.logs or self.folder) / f"{name}.log", environment)
 
     def start_ranks(self, name: str, count: int, *more: str) -> list[Running]:
-        """The same in `count` processes that train together."""
+        """Start or resume the run `name` on `count` ranks."""
         port = free_port()
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -145,11 +145,11 @@ class Lab:
         ]
 
     def finish(self, name: str, *more: str) -> Ended:
-        """Run or go on to the end."""
+        """Start or resume a run and wait until it ends."""
         return self.start(name, *more).wait()
 
     def result(self, name: str) -> dict[str, str]:
-        """sha256 of what a finished run made: weights, optimizer, and which records it saw when."""
+        """Return the sha256 of a finished run's weights, optimizer and list of trained records."""
         files = verify(self.out(name) / "final").manifest["files"]
         found = {
             file: digest
@@ -168,7 +168,7 @@ class Lab:
 def forked(
     work: Callable[[], None], log: Path, environment: Mapping[str, str] | None = None
 ) -> Running:
-    """Call `work` in a process of its own; what it prints goes to `log`."""
+    """Call `work` in a forked process, with its output in `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -206,13 +206,13 @@ def _become_a_command(log: Path, environment: Mapping[str, str]) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return an unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that a process has started, from /proc."""
+    """Return the child processes of a process, from /proc."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in path.read_text().split()] if path.exists() else []

@@ -289,7 +289,7 @@ def killed_runs(system: System, count: int, *, seed: int) -> Iterator[Score]:
     """Kill runs at random times until `count` processes died; the score after every run."""
     ended = system.start("untouched").wait(PATIENCE)
     if ended.code:
-        raise RuntimeError(f"{system.name}: the untouched run failed: {ended.said[-2000:]}")
+        raise RuntimeError(f"{system.name}: the untouched run failed: {ended.output[-2000:]}")
     draw, seconds = random.Random(seed), ended.seconds
     score = Score()
     while score.kills < count:
@@ -326,7 +326,7 @@ def _bring_to_its_end(system: System, run: str, score: Score) -> bool:
 
 def _clean_up(system: System, run: str, ended: Ended, score: Score) -> bool:
     """Count a start that failed, and delete what it stumbled over; whether there was such."""
-    score.failed[_first_line(ended.said, system.lab.out(run))] += 1
+    score.failed[_first_line(ended.output, system.lab.out(run))] += 1
     newest = system.newest(run)
     if newest is None:
         return False

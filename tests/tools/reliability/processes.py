@@ -1,4 +1,4 @@
-"""Several processes: the same order and losses however many there are, and none left waiting."""
+"""Check runs on several ranks: same order and losses for any world size, no rank left hanging."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from tests.tools.reliability.lab import ROOT, Lab, free_port
 
 @dataclass(frozen=True)
 class Elastic:
-    """A run whose number of processes changed, beside one whose did not.
+    """A run whose world size changed, compared with one whose world size did not.
 
     Attributes:
-        sizes: Processes, one number for each time it was started.
+        sizes: The world size of each start.
         same_order: Whether every step trained on the same records.
-        loss_difference: The largest difference of a step's loss, relative.
+        loss_difference: The largest relative difference of a step's loss.
     """
 
     sizes: tuple[int, ...]
@@ -31,7 +31,7 @@ class Elastic:
 
 
 def elastic(lab: Lab, sizes: Sequence[int]) -> Elastic:
-    """Train with `sizes[0]` processes, go on with `sizes[1]`, and so on to the end."""
+    """Train on `sizes[0]` ranks, resume on `sizes[1]`, and so on to the end."""
     untouched(lab)
     steps = len(_rows(lab, "untouched", "trained.jsonl"))
     for number, size in enumerate(sizes):
@@ -45,7 +45,7 @@ def elastic(lab: Lab, sizes: Sequence[int]) -> Elastic:
             ended = rank.wait(180)
             if ended.code not in (0, 143):
                 raise RuntimeError(
-                    f"{size} processes ended with {ended.code}: {ended.said[-2000:]}"
+                    f"{size} processes ended with {ended.code}: {ended.output[-2000:]}"
                 )
     ours, theirs = (_losses(lab, name) for name in ("elastic", "untouched"))
     difference = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, theirs, strict=True))
@@ -54,7 +54,7 @@ def elastic(lab: Lab, sizes: Sequence[int]) -> Elastic:
 
 
 def lost_rank(folder: Path) -> tuple[float, list[str]]:
-    """Under torchrun, kill rank 1: seconds until all ended, and what was wrong."""
+    """Kill rank 1 under torchrun; return the seconds until all ranks ended, and what was wrong."""
     config = str(ROOT / "configs/tiny/stage1.yaml")
     endless = ["train.max_steps=100000", "train.epochs=100000", "train.trackers=[]"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -73,19 +73,19 @@ def lost_rank(folder: Path) -> tuple[float, list[str]]:
     subprocess.run(["kill", "-KILL", str(ranks[1])], check=True)
     code = process.wait(120)
     seconds = time.monotonic() - began
-    said = log.read_text()
+    output = log.read_text()
     wrong = []
     if code == 0:
         wrong.append("the launcher ended with 0")
-    if "rank      : 1" not in said and "rank: 1" not in said:
-        wrong.append(f"the rank is not named: {said[-1500:]}")
+    if "rank      : 1" not in output and "rank: 1" not in output:
+        wrong.append(f"the rank is not named: {output[-1500:]}")
     if left := [pid for pid in ranks if Path(f"/proc/{pid}").exists()]:
         wrong.append(f"processes {left} are left")
     return seconds, wrong
 
 
 def failed_rank(folder: Path) -> tuple[float, list[str]]:
-    """Under torchrun, an image breaks that one rank alone reads: seconds, and what was wrong."""
+    """Break an image that only one rank reads; return the seconds and what was wrong."""
     data = folder / "data"
     shutil.copytree(ROOT / "configs/tiny/data", data)
     records = json.loads((data / "captions.json").read_text())
@@ -107,14 +107,14 @@ def failed_rank(folder: Path) -> tuple[float, list[str]]:
     wrong = []
     if ended.returncode == 0:
         wrong.append("the launcher ended with 0")
-    told = [line for line in ended.stderr.splitlines() if line.startswith("error VS2")]
-    if not any(" of 2: " in line and repr(records[-1]["id"]) in line for line in told):
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error VS2")]
+    if not any(" of 2: " in line and repr(records[-1]["id"]) in line for line in errors):
         wrong.append(f"rank and record are not named: {ended.stderr[-1500:]}")
     return time.monotonic() - began, wrong
 
 
 def _ranks_of(launcher: int) -> list[int]:
-    """The launcher's processes in the order of their ranks."""
+    """Return the launcher's processes, ordered by rank."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
