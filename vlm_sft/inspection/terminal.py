@@ -1,13 +1,11 @@
 """Print records and figures on a terminal, through a pager, or into a text file."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby
 
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +14,7 @@ from rich.text import Text
 from vlm_sft.data.conversation import TextPart
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.inspection.statistics import BUCKETS, FREE_TEXT, FigureTable
-from vlm_sft.inspection.tokens import TokenView
+from vlm_sft.inspection.tokens import TokenView, marked
 from vlm_sft.utils.console import Console
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 from vlm_sft.utils.escape import escape_control
@@ -35,9 +33,7 @@ class _Console(Console):
 def as_text(found: Inspected, view: TokenView | None) -> Text:
     """Return a record as text: trained text in bold between ⟦ and ⟧, special tokens in color.
 
-    Ordinary text that equals the name of a special token, `<image>` or one of the marks gets a
-    backslash, so that it differs from the real one without colors, too. Control characters are
-    shown as symbols (␛), so that data cannot control the terminal.
+    See `TokenView.shown_texts` for what is escaped.
     """
     text = Text()
     text.append(escape_control(f"── {found.entry.record_id} "), style="bold")
@@ -49,7 +45,7 @@ def as_text(found: Inspected, view: TokenView | None) -> Text:
         for turn in found.conversation.turns if found.conversation else ():
             text.append(f"{turn.role}: ", style="bold dim")
             texts = (
-                _escaped(p.text, (IMAGE_PLACEHOLDER,)) if isinstance(p, TextPart) else "<image>"
+                marked(p.text, (IMAGE_PLACEHOLDER,)) if isinstance(p, TextPart) else "<image>"
                 for p in turn.parts
             )
             text.append(escape_control("".join(texts)) + "\n", style="dim")
@@ -58,23 +54,12 @@ def as_text(found: Inspected, view: TokenView | None) -> Text:
         is_trained = span.kind == "trained"
         if is_trained:
             text.append("⟦", style="bold green")
-        for is_special, tokens in groupby(span.tokens, key=lambda token: token.is_special):
-            style = "bold black on green" if is_trained else "dim"
-            shown = "".join(token.text for token in tokens)
-            if not is_special:
-                shown = _escaped(shown, view.special_texts)
-            text.append(escape_control(shown), style="cyan" if is_special else style)
+        style = "bold black on green" if is_trained else "dim"
+        for is_special, shown in view.shown_texts(span):
+            text.append(shown, style="cyan" if is_special else style)
         if is_trained:
             text.append("⟧", style="bold green")
     return text.append("\n")
-
-
-def _escaped(text: str, special_texts: Sequence[str]) -> str:
-    """Put a backslash before names of special tokens and marks, and before such backslashes."""
-    # Longest first: a name can be the beginning of another one.
-    names = sorted({*special_texts, "⟦", "⟧"}, key=len, reverse=True)
-    pattern = "|".join(map(re.escape, names))
-    return re.sub(rf"(\\*)({pattern})", r"\1\1\\\2", text)
 
 
 def summary_line(found: Inspected, view: TokenView | None) -> str:

@@ -1,14 +1,16 @@
 """View a record's tokens as text: which are trained, which are special, exactly as decoded."""
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from vlm_sft.data.tokenize import ChatTokenizer
+from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError
 from vlm_sft.inspection.records import Inspected
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
+from vlm_sft.utils.escape import escape_control
 
 SpanKind = Literal["context", "trained", "untrained"]
 """`context`: input only; `trained`: has labels; `untrained`: an answer without labels."""
@@ -75,6 +77,34 @@ class TokenView:
         """Number of tokens without image tokens."""
         return len(self.input_ids) - self.num_images
 
+    def __str__(self) -> str:
+        """Return the text with the trained tokens between ⟦ and ⟧; see `shown_texts`."""
+        texts = []
+        for span in self.spans:
+            text = "".join(text for _, text in self.shown_texts(span))
+            texts.append(f"⟦{text}⟧" if span.kind == "trained" else text)
+        return "".join(texts)
+
+    def shown_texts(self, span: TokenSpan) -> Iterator[tuple[bool, str]]:
+        """Yield the text of a span in pieces that are safe to print, each with `is_special`.
+
+        Ordinary text that equals the name of a special token, `<image>` or one of the marks gets a
+        backslash, so that it differs from the real one. Control characters are shown as symbols
+        (␛), so that data cannot control the terminal.
+        """
+        for is_special, tokens in itertools.groupby(span.tokens, key=lambda t: t.is_special):
+            text = "".join(token.text for token in tokens)
+            text = text if is_special else marked(text, self.special_texts)
+            yield is_special, escape_control(text)
+
+
+def marked(text: str, special_texts: Sequence[str]) -> str:
+    """Put a backslash before names of special tokens and marks, and before such backslashes."""
+    # Longest first: a name can be the beginning of another one.
+    names = sorted({*special_texts, "⟦", "⟧"}, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, names))
+    return re.sub(rf"(\\*)({pattern})", r"\1\1\\\2", text)
+
 
 def view_tokens(
     found: Inspected, chat_tokenizer: ChatTokenizer, num_image_tokens: int
@@ -90,9 +120,19 @@ def view_tokens(
         tokenized = chat_tokenizer.tokenize(conversation)
     except RecordError:
         return None
-    ids = tokenized.input_ids
     kept = found.result.tokenized
-    labels = [IGNORE_INDEX] * len(ids) if kept is None else kept.labels
+    labels = [IGNORE_INDEX] * len(tokenized.labels) if kept is None else kept.labels
+    return view_tokenized(tokenized, labels, chat_tokenizer, num_image_tokens)
+
+
+def view_tokenized(
+    tokenized: TokenizedRecord,
+    labels: list[int],
+    chat_tokenizer: ChatTokenizer,
+    num_image_tokens: int,
+) -> TokenView:
+    """Return the tokens of a tokenized record in spans; `labels` says which count as trained."""
+    ids = tokenized.input_ids
     images = itertools.count(1)
     spans: list[TokenSpan] = []
     end = 0
