@@ -11,7 +11,7 @@ from vlm_sft.checkpoint.format import read_manifest
 from vlm_sft.config.method import Stage, require_stage1, require_stage2, trainable_parts
 from vlm_sft.config.resume import require_changeable
 from vlm_sft.config.schema import RunConfig, load_config, parse_config
-from vlm_sft.data.build import load_language
+from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.record_formats import RawRecord, parse_record
 from vlm_sft.data.tokenize import ChatTokenizer
@@ -137,7 +137,7 @@ def tokenize_record(
     if isinstance(tokenizer, ChatTokenizer):
         chat_tokenizer = tokenizer
     else:
-        chat_tokenizer = load_language(_as_config(tokenizer)).chat_tokenizer
+        chat_tokenizer = load_chat_tokenizer(_as_config(tokenizer))
     if not isinstance(record, Conversation):
         record = parse_record(RawRecord(record, "record", "record"), None, Path(image_root))
     tokenized = chat_tokenizer.tokenize(record)
