@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.duplicates import Repeats
+from vlm_sft.data.duplicates import DuplicateFinder
 
 
 def record(name: str, *images: bytes | Path, text: str = "A cat.") -> Conversation:
@@ -19,16 +19,16 @@ def record(name: str, *images: bytes | Path, text: str = "A cat.") -> Conversati
 def found_in(
     *files: tuple[str, list[Conversation | None]], held_out: list[Conversation] | None = None
 ) -> list[str]:
-    repeats = Repeats()
+    duplicates = DuplicateFinder()
     for name, records in files:
-        repeats.begin(name, held_out=False)
+        duplicates.begin(name, held_out=False)
         for each in records:
-            repeats.add(each)
+            duplicates.add(each)
     if held_out is not None:
-        repeats.begin("val.json", held_out=True)
+        duplicates.begin("val.json", held_out=True)
         for each in held_out:
-            repeats.add(each)
-    return [str(repeat) for repeat in repeats.found()]
+            duplicates.add(each)
+    return [str(repeat) for repeat in duplicates.found()]
 
 
 def test_several_questions_about_one_image_are_no_repeat() -> None:

@@ -19,7 +19,7 @@ from tests.data.mask_oracle import IMAGE_ID, MAIN_PAIRS, OTHER_PAIRS, Pair
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.hf_tokenizer import exported_tokenizer
-from vlm_sft.data.image_separator import LayoutCheck, separated_parts
+from vlm_sft.data.image_separator import ImageLayoutCheck, separated_parts
 from vlm_sft.data.record_formats import Form, RawRecord, parse_record
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError, TemplateError
@@ -392,7 +392,7 @@ def test_a_templates_own_conditions_on_contents_do_not_return_in_the_export() ->
 
 
 def checked(spelled: Sequence[str], separator: str = "\n") -> list[str]:
-    check = LayoutCheck(separator)
+    check = ImageLayoutCheck(separator)
     for text in spelled:
         items: Items = []
         for number, piece in enumerate(text.split("<image>")):
@@ -416,7 +416,7 @@ def test_another_separator_and_another_place_are_reported() -> None:
 
 
 def test_content_parts_are_always_laid_out_as_asked() -> None:
-    check = LayoutCheck("\n")
+    check = ImageLayoutCheck("\n")
     check.add(read(Talk(None, (([IMAGE, "What?"], "Red."),)), "image"))
     assert check.num_questions == 1 and check.warnings() == []
 

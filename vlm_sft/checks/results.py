@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_sft.checks.tokenizer.under_test import Finding, Level
-from vlm_sft.data.duplicates import Repeats
-from vlm_sft.data.image_separator import LayoutCheck
+from vlm_sft.data.duplicates import DuplicateFinder
+from vlm_sft.data.image_separator import ImageLayoutCheck
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import Console, say
 
@@ -66,18 +66,18 @@ class CheckResults:
         for f in findings:
             self.add(f.what, f.level, f"{f.found}; {f.advice}" if f.advice else f.found)
 
-    def add_repeats(self, repeats: Repeats) -> None:
+    def add_duplicates(self, duplicates: DuplicateFinder) -> None:
         """Add a warning for each repeated id, record and validation image."""
-        found = repeats.found()
+        found = duplicates.found()
         for repeat in found:
             self.add("repeats", "warning", str(repeat))
         if not found:
             text = "no id and no record occurs twice"
-            if repeats.has_held_out:
+            if duplicates.has_held_out:
                 text += ", and no image is in both training and validation data"
             self.add("repeats", "good", text)
 
-    def add_layout(self, layout: LayoutCheck) -> None:
+    def add_layout(self, layout: ImageLayoutCheck) -> None:
         """Add how the layout of questions about images differs from that of inference."""
         warnings = layout.warnings()
         for text in warnings:

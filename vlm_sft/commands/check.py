@@ -44,9 +44,9 @@ from vlm_sft.data.build import (
     packing_summary,
 )
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.duplicates import Repeats
+from vlm_sft.data.duplicates import DuplicateFinder
 from vlm_sft.data.hf_tokenizer import load_tokenizer, padding_id
-from vlm_sft.data.image_separator import LayoutCheck
+from vlm_sft.data.image_separator import ImageLayoutCheck
 from vlm_sft.data.ledger import LedgerEntry
 from vlm_sft.data.records import open_records
 from vlm_sft.data.sampler import StepSampler
@@ -175,15 +175,15 @@ def check_records(
     Returns:
         The number of bad records.
     """
-    total_bad, repeats = 0, Repeats()
-    layout = LayoutCheck(chat_tokenizer.image_separator)
+    total_bad, duplicates = 0, DuplicateFinder()
+    layout = ImageLayoutCheck(chat_tokenizer.image_separator)
     for name, files in (("train", config.data.train), ("validation", config.data.eval)):
         for file in files:
             count, bad = 0, 0
-            repeats.begin(Path(file.path).name, held_out=name == "validation")
+            duplicates.begin(Path(file.path).name, held_out=name == "validation")
             for record, error in _faults(file, chat_tokenizer):
                 count += 1
-                repeats.add(None if error else cast(Conversation, record))
+                duplicates.add(None if error else cast(Conversation, record))
                 if error is None:
                     layout.add(cast(Conversation, record))
                     continue
@@ -199,7 +199,7 @@ def check_records(
     if total_bad > MAX_PRINTED:
         more = total_bad - MAX_PRINTED
         say(f"... and {more:,} more bad records (--bad FILE lists all of them)")
-    results.add_repeats(repeats)
+    results.add_duplicates(duplicates)
     if chat_tokenizer.keeps_layout:
         results.add_layout(layout)
     return total_bad

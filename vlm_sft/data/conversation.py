@@ -1,4 +1,4 @@
-"""One record as the trainer sees it: turns of text and images, whatever format it came in."""
+"""A conversation: the turns of text and images of one record, whatever its format."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from typing import Literal
 Role = Literal["system", "user", "assistant"]
 
 ImageSource = Path | bytes
-"""An image's file, or its encoded bytes (Parquet image columns)."""
+"""An image file, or the encoded bytes of an image (from a Parquet column or a data URL)."""
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """Text exactly as the user wrote it; never interpreted as control tokens."""
+    """Text exactly as in the record; it is never interpreted as special tokens."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """The place of an image; `index` points into `Conversation.images`."""
+    """The position of an image; `index` is its index in `Conversation.images`."""
 
     index: int
 
@@ -30,14 +30,14 @@ Part = TextPart | ImagePart
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says.
+    """One message of a conversation.
 
     Attributes:
         role: The speaker.
         parts: Text and images in order.
-        supervised: Whether the turn is trained; meaningful for assistants only.
-        image_separator: Text to write between an image and its neighbors: "" where `parts` are
-            exactly what was written, None (content given as a list of parts) for the template's.
+        supervised: Whether the turn is trained on; only used for assistant turns.
+        image_separator: Text to put between an image and its neighbors: "" if `parts` are complete
+            as they are, None for the template's (content that was a list of parts).
     """
 
     role: Role
@@ -47,19 +47,19 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The turn's text without its images."""
+        """The text of the turn without its images."""
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A record: at most one leading system turn, then user and assistant in alternation.
+    """One record: at most one leading system turn, then user and assistant turns alternate.
 
     Attributes:
-        id: The record's id as a string; unique ids are wanted, not assumed.
-        turns: The turns in order; the last one is an assistant's in training data.
-        images: One source for each image; `ImagePart.index` counts from 0 in reading order.
-        where: `file:line` (lines from 1) or `file[index]`, for messages.
+        id: The record's id; ids should be unique, but nothing relies on it.
+        turns: The turns in order; in training data the last one is an assistant turn.
+        images: One source per image; `ImagePart.index` counts from 0 in reading order.
+        where: `file:line` (lines from 1) or `file[index]`, for error messages.
     """
 
     id: str
@@ -68,7 +68,7 @@ class Conversation:
     where: str = "<memory>"
 
     def image_parts(self) -> Iterator[ImagePart]:
-        """Every image's place, in reading order."""
+        """Yield the position of every image, in reading order."""
         for turn in self.turns:
             for part in turn.parts:
                 if isinstance(part, ImagePart):

@@ -1,4 +1,4 @@
-"""Records that occur twice, ids given twice, and held-out images that are trained on too."""
+"""Find duplicate records and ids, and held-out images that are also trained on."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from vlm_sft.data.conversation import Conversation, ImageSource, TextPart
 
 
 @dataclass(frozen=True)
-class Repeat:
-    """One kind of repetition that was found.
+class DuplicateReport:
+    """One kind of duplicate that was found.
 
     Attributes:
-        what: For people, with the number of cases.
-        first: The first case: two records by file and number, counted from 1.
+        what: A sentence with the number of cases.
+        first: The first case: two records by file and number, from 1.
     """
 
     what: str
@@ -27,44 +27,45 @@ class Repeat:
         return f"{self.what}; first: {self.first}"
 
 
-class Repeats:
-    """Notes every record in eight bytes a property, and says at the end what occurred twice.
+class DuplicateFinder:
+    """Collects digests of records and reports at the end which of them occur twice.
 
-    Records are alike if their images' bytes, their roles and their texts are.
+    Two records are duplicates if the bytes of their images, their roles and their texts are equal.
+    A record takes 16 bytes per id, image and text.
     """
 
     def __init__(self) -> None:
         self._train, self._held_out = _Side(), _Side()
 
     def begin(self, file: str, *, held_out: bool) -> None:
-        """The records that come now are of this file."""
+        """Start a file: the records added next are from it."""
         side = self._held_out if held_out else self._train
         side.begin(file)
         self._side = side
 
     def add(self, record: Conversation | None) -> None:
-        """The file's next record; None if it cannot be used."""
+        """Add the next record of the file; None if it cannot be used."""
         self._side.add(record)
 
-    def found(self) -> list[Repeat]:
-        """Every kind of repetition that there is."""
+    def found(self) -> list[DuplicateReport]:
+        """Return a report for each kind of duplicate that occurs."""
         sides = (("training", self._train), ("held-out", self._held_out))
-        repeats = [repeat for name, side in sides for repeat in side.repeats(name)]
-        return [*repeats, *self._in_both()]
+        reports = [report for name, side in sides for report in side.duplicates(name)]
+        return [*reports, *self._in_both()]
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there was anything to compare the training records with."""
+        """Whether there are held-out records to compare the training records with."""
         return len(self._held_out) > 0
 
-    def _in_both(self) -> list[Repeat]:
+    def _in_both(self) -> list[DuplicateReport]:
         kinds = {
             "held-out records show an image that is trained on too": "images",
             "held-out records without an image are trained on too": "texts",
         }
         found = []
         for words, kind in kinds.items():
-            trained, held_out = self._train.noted(kind), self._held_out.noted(kind)
+            trained, held_out = self._train.digests(kind), self._held_out.digests(kind)
             both = np.isin(held_out.digests, trained.digests)
             if both.any():
                 at = int(np.flatnonzero(both)[0])
@@ -73,26 +74,26 @@ class Repeats:
                     f"{self._held_out.name(int(held_out.owners[at]))} and "
                     f"{self._train.name(int(trained.owners[other]))}"
                 )
-                found.append(Repeat(f"{len(set(held_out.owners[both])):,} {words}", pair))
+                found.append(DuplicateReport(f"{len(set(held_out.owners[both])):,} {words}", pair))
         return found
 
 
 @dataclass(frozen=True)
-class _Noted:
-    """Digests `[n]` uint64 and the record that each belongs to, `[n]` int64."""
+class _Digests:
+    """Digests `[n]` uint64 and the number of the record of each, `[n]` int64."""
 
     digests: NDArray[np.uint64]
     owners: NDArray[np.int64]
 
 
 class _Side:
-    """The records of one side, training or held out."""
+    """The training records, or the held-out records."""
 
     def __init__(self) -> None:
         self._files: list[tuple[str, int]] = []
         self._count = 0
         kinds = ("ids", "records", "images", "texts")
-        self._digests = {kind: array("Q") for kind in kinds}
+        self._values = {kind: array("Q") for kind in kinds}
         self._owners = {kind: array("q") for kind in kinds}
 
     def __len__(self) -> int:
@@ -108,45 +109,47 @@ class _Side:
             return
         images = [_image_digest(source) for source in record.images]
         text = _text(record)
-        self._note("ids", number, _digest(record.id.encode()))
-        whole = text + b"".join(d.to_bytes(8, "little") for d in images)
-        self._note("records", number, _digest(whole))
+        self._add_digest("ids", number, _digest(record.id.encode()))
+        content = text + b"".join(d.to_bytes(8, "little") for d in images)
+        self._add_digest("records", number, _digest(content))
         for image in images:
-            self._note("images", number, image)
+            self._add_digest("images", number, image)
         if not images:
-            self._note("texts", number, _digest(text))
+            self._add_digest("texts", number, _digest(text))
 
-    def _note(self, kind: str, number: int, digest: int) -> None:
-        self._digests[kind].append(digest)
+    def _add_digest(self, kind: str, number: int, digest: int) -> None:
+        self._values[kind].append(digest)
         self._owners[kind].append(number)
 
-    def noted(self, kind: str) -> _Noted:
-        return _Noted(
-            np.array(self._digests[kind], dtype=np.uint64),
+    def digests(self, kind: str) -> _Digests:
+        return _Digests(
+            np.array(self._values[kind], dtype=np.uint64),
             np.array(self._owners[kind], dtype=np.int64),
         )
 
     def name(self, number: int) -> str:
-        """`record 3 of train.json`."""
+        """Return a record's number and file, e.g. `record 3 of train.json`."""
         file, start = next(f for f in reversed(self._files) if f[1] <= number)
         return f"record {number - start + 1:,} of {file}"
 
-    def repeats(self, name: str) -> list[Repeat]:
-        """Ids and whole records that occur more than once on this side."""
+    def duplicates(self, name: str) -> list[DuplicateReport]:
+        """Return reports about ids and records that occur more than once."""
         words = {
             "ids": f"{name} records have an id that an earlier one has",
             "records": f"{name} records repeat an earlier one, images and words",
         }
         found = []
         for kind, what in words.items():
-            noted = self.noted(kind)
-            _, first, which = np.unique(noted.digests, return_index=True, return_inverse=True)
-            again = np.flatnonzero(first[which] != np.arange(len(which)))
-            if len(again):
-                earlier, later = first[which[again[0]]], again[0]
-                pair = f"{self.name(int(noted.owners[earlier]))} and "
-                pair += self.name(int(noted.owners[later]))
-                found.append(Repeat(f"{len(again):,} {what}", pair))
+            found_digests = self.digests(kind)
+            _, first, which = np.unique(
+                found_digests.digests, return_index=True, return_inverse=True
+            )
+            repeated = np.flatnonzero(first[which] != np.arange(len(which)))
+            if len(repeated):
+                earlier, later = first[which[repeated[0]]], repeated[0]
+                pair = f"{self.name(int(found_digests.owners[earlier]))} and "
+                pair += self.name(int(found_digests.owners[later]))
+                found.append(DuplicateReport(f"{len(repeated):,} {what}", pair))
         return found
 
 
@@ -163,7 +166,7 @@ def _image_digest(source: ImageSource) -> int:
         return _digest(source)
     try:
         return _digest(source.read_bytes())
-    except OSError:  # it was there a moment ago; who opens it next will tell
+    except OSError:  # deleted since it was looked for; opening it reports the error
         return _digest(str(source).encode())
 
 

@@ -1,4 +1,4 @@
-"""The text between an image and its neighbors where a turn's content is a list of parts."""
+"""The text between an image and its neighbors, where a turn's content is a list of parts."""
 
 from dataclasses import replace
 from typing import Final
@@ -6,7 +6,7 @@ from typing import Final
 from vlm_sft.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
 
 DEFAULT_SEPARATOR: Final = "\n"
-"""LLaVA's records have each image on a line of its own."""
+"""In LLaVA's records each image is on a line of its own."""
 
 
 def separated(conversation: Conversation, separator: str) -> Conversation:
@@ -31,8 +31,8 @@ def _separated(turn: Turn, separator: str) -> Turn:
 def separated_parts(parts: tuple[Part, ...], separator: str) -> list[Part]:
     """Return the parts with exactly one separator between an image and its neighbors.
 
-    Text that already begins or ends with the separator gets no second one; empty text is left
-    out. The exported chat template follows the same rule (`template.jinja_prelude`).
+    Text that already begins or ends with the separator gets no second one; empty text is
+    dropped. The exported chat template follows the same rule (`jinja_export.jinja_prelude`).
     """
     made: list[Part] = []
     text = ""  # since the last image
@@ -52,11 +52,11 @@ def separated_parts(parts: tuple[Part, ...], separator: str) -> list[Part]:
     return [part for part in made if isinstance(part, ImagePart) or part.text]
 
 
-class LayoutCheck:
-    """Compare how training questions lay their images out with how the model will be asked.
+class ImageLayoutCheck:
+    """Compares where training questions have their images with the prompts of inference.
 
-    `chat`, `evaluate` and the exported chat template with content parts ask with the images first
-    and the template's separator behind each.
+    `chat`, `evaluate` and the exported chat template put the images first and the template's
+    separator after each.
 
     Args:
         separator: The template's.
@@ -74,21 +74,21 @@ class LayoutCheck:
             if not any(isinstance(part, ImagePart) for part in turn.parts):
                 continue
             self.num_questions += 1
-            written = _spelled(turn.parts)
-            if _spelled(_asked(turn.parts, self._separator)) != written:
+            trained = _joined(turn.parts)
+            if _joined(_as_prompted(turn.parts, self._separator)) != trained:
                 self._other_separator.append(record.id)
             elif not isinstance(turn.parts[0], ImagePart):
                 self._other_place.append(record.id)
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each way in which asking differs from training."""
+        """Return a sentence for each way in which prompts differ from training."""
         found = []
         if self._other_separator:
             found.append(
                 f"{self._counted(self._other_separator)} have other text than {self._separator!r} "
                 "between an image and its neighbors, which chat, evaluate and the exported chat "
-                "template write; set data.image_separator to what the records have, or write them "
-                "alike"
+                "template write; set data.image_separator to the text in the records, or change "
+                "the records"
             )
         if self._other_place:
             found.append(
@@ -105,8 +105,8 @@ class LayoutCheck:
         )
 
 
-def _asked(parts: tuple[Part, ...], separator: str) -> tuple[Part, ...]:
-    """Return the same parts in the same order as a caller gives them: without outer white space."""
+def _as_prompted(parts: tuple[Part, ...], separator: str) -> tuple[Part, ...]:
+    """Return the parts as a caller gives them: in the same order, without outer white space."""
     bare = []
     for index, part in enumerate(parts):
         if isinstance(part, TextPart):
@@ -120,8 +120,8 @@ def _asked(parts: tuple[Part, ...], separator: str) -> tuple[Part, ...]:
     return tuple(separated_parts(tuple(bare), separator))
 
 
-def _spelled(parts: tuple[Part, ...]) -> list[str | int]:
-    """Return text and images with adjacent texts joined."""
+def _joined(parts: tuple[Part, ...]) -> list[str | int]:
+    """Return texts and image indices, with adjacent texts joined."""
     made: list[str | int] = []
     for part in parts:
         if isinstance(part, ImagePart):

@@ -1,4 +1,4 @@
-"""What became of every input record: each ends in one bucket, and the buckets add up."""
+"""The ledger: the status of every input record, each in exactly one bucket."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ from vlm_sft.utils.atomic_files import atomic_open
 
 Bucket = Literal["trained", "turns_dropped", "skipped", "quarantined"]
 
-_WORDS: dict[Bucket, str] = {
+_DESCRIPTIONS: dict[Bucket, str] = {
     "trained": "used whole",
     "turns_dropped": "used with turns dropped",
     "skipped": "skipped",
@@ -21,15 +21,15 @@ _WORDS: dict[Bucket, str] = {
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One record's end.
+    """The status of one record.
 
     Attributes:
         record_id: The record's id.
         where: `file:line` or `file[index]`.
-        bucket: `trained`, `turns_dropped` (trained on, shortened), `skipped` (by policy) or
-            `quarantined` (faulty).
-        reason: A name of `error_codes`, empty for `trained`.
-        message: The sentence for people, empty for `trained`.
+        bucket: `trained`, `turns_dropped` (trained on with fewer turns), `skipped` (by a policy)
+            or `quarantined` (unusable).
+        reason: A name of `errors.codes`; empty for `trained`.
+        message: A sentence for the user; empty for `trained`.
     """
 
     record_id: str
@@ -41,11 +41,11 @@ class LedgerEntry:
 
 @dataclass
 class Ledger:
-    """The entries of one data set in reading order.
+    """The entries of one data set, in reading order.
 
     Args:
-        entries: What is known already.
-        held_out: The records are evaluated and never trained on, which the file says.
+        entries: Entries so far.
+        held_out: The records are evaluated and never trained on; the file calls them `evaluated`.
     """
 
     entries: list[LedgerEntry] = field(default_factory=list)
@@ -54,29 +54,29 @@ class Ledger:
     def add(
         self, record_id: str, where: str, bucket: Bucket, reason: str = "", message: str = ""
     ) -> None:
-        """Note one record's end."""
+        """Add an entry."""
         self.entries.append(LedgerEntry(record_id, where, bucket, reason, message))
 
     def quarantine(self, error: RecordError) -> None:
-        """Note a record left out for its fault."""
+        """Add the entry of an unusable record."""
         self.add(error.record_id, error.where, "quarantined", error.reason, str(error))
 
     @property
     def counts(self) -> dict[Bucket, int]:
-        """Records by bucket; every bucket is there."""
+        """Number of records per bucket, for all buckets."""
         found = Counter(entry.bucket for entry in self.entries)
-        return {bucket: found[bucket] for bucket in _WORDS}
+        return {bucket: found[bucket] for bucket in _DESCRIPTIONS}
 
     @property
     def reasons(self) -> dict[tuple[Bucket, str], int]:
-        """Records by bucket and reason, for those not used whole."""
+        """Number of records per bucket and reason, for those not in `trained`."""
         return dict(Counter((e.bucket, e.reason) for e in self.entries if e.bucket != "trained"))
 
     def add_up(self, total: int) -> None:
         """Check that `total` input records have one entry each.
 
         Raises:
-            RuntimeError: They have not, which is a fault of this program.
+            RuntimeError: They have not, which is a bug of this program.
         """
         if len(self.entries) != total:
             raise RuntimeError(
@@ -93,12 +93,12 @@ class Ledger:
             if count or bucket == "trained":
                 reasons = [f"{r} {n}" for (b, r), n in self.reasons.items() if b == bucket and r]
                 detail = f" ({', '.join(sorted(reasons))})" if reasons else ""
-                parts.append(f"{count:,} {_WORDS[bucket]}{detail}")
+                parts.append(f"{count:,} {_DESCRIPTIONS[bucket]}{detail}")
         return f"{_records(len(self.entries))}: {', '.join(parts)}"
 
     def write(self, path: str | Path) -> None:
-        """Write `ledger.jsonl`: a line with the counts, then one line a record. Atomic."""
-        names = {bucket: self._name(bucket) for bucket in _WORDS}
+        """Write `ledger.jsonl` atomically: a line with the counts, then one line per record."""
+        names = {bucket: self._name(bucket) for bucket in _DESCRIPTIONS}
         head: dict[str, int] = {"total": len(self.entries)}
         head |= {names[bucket]: count for bucket, count in self.counts.items()}
         with atomic_open(path) as file:
@@ -110,7 +110,7 @@ class Ledger:
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def _name(self, bucket: Bucket) -> str:
-        """Return a bucket's name in the file: held-out records are not `trained`."""
+        """Return a bucket's name in the file."""
         return "evaluated" if self.held_out and bucket == "trained" else bucket
 
 

@@ -1,4 +1,4 @@
-"""Records of every supported form, read into conversations; a bad record is its own error."""
+"""The formats of records (LLaVA, messages, Alpaca): a parsed value to a conversation."""
 
 import base64
 import binascii
@@ -32,29 +32,28 @@ ROLES: Final[dict[str, Role]] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-"""Names of speakers, as `from` or `role` spells them."""
+"""Values of `from` and `role`."""
 
 MAX_ID: Final = 4096
 """Longest id of a record in characters."""
 
 MAX_TURNS: Final = 10_000
 MAX_IMAGES: Final = 10_000
-"""Most turns and images of one record; each of them costs time and memory before any length limit
-can apply."""
+"""Most turns and images of a record. Each costs time and memory before a length limit applies."""
 
-_MARKS: Final[dict[str, Form]] = {
+_FORMAT_KEYS: Final[dict[str, Form]] = {
     "conversations": "llava",
     "messages": "messages",
     "instruction": "alpaca",
 }
-"""The key that tells a record's form."""
+"""The key that identifies a record's format."""
 
 
-_FOREIGN_PLACEHOLDER: Final = re.compile(
+_OTHER_PLACEHOLDERS: Final = re.compile(
     r"<\|(image|image_pad|image_\d+|vision_start|IMAGE)\|>|<(image_placeholder|image_\d+|ImageHere"
     r"|image_soft_token|start_of_image|Image|IMAGE|img|IMG|IMG_CONTEXT)>|\[IMG\]|<__media__>"
 )
-"""How other tools spell an image's place."""
+"""Image placeholders of other tools."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,12 @@ class RawRecord:
 def parse_record(
     raw: RawRecord, form: Form | None, image_root: Path, *, follow_symlinks: bool = False
 ) -> Conversation:
-    """Return one parsed value as a conversation.
+    """Convert the parsed value of a record into a conversation.
 
     Args:
-        raw: The value and its place.
-        form: How it is written; None tells by its keys.
-        image_root: Folder that image names start from and may not leave.
+        raw: The value, with its place for errors.
+        form: The format; None detects it by the record's keys.
+        image_root: Folder that image names are relative to and may not leave.
         follow_symlinks: Whether symbolic links below `image_root` may leave it.
 
     Raises:
@@ -92,7 +91,15 @@ def parse_record(
 
 
 class _Reader:
-    """Reads one record; holds its place for errors and its images in reading order."""
+    """Reads one record.
+
+    Attributes:
+        value: The parsed value.
+        where: The record's place, for errors.
+        id: The record's id, or the fallback id until it is known.
+        listed: Values of the record's `image` or `images` field, in order.
+        drafts: The turns so far; images are matched with `listed` at the end.
+    """
 
     def __init__(self, raw: RawRecord, image_root: Path, follow_symlinks: bool) -> None:
         self.value, self.where, self.id = raw.value, raw.where, raw.fallback_id
@@ -130,16 +137,18 @@ class _Reader:
         return self._clean(text, "id")
 
     def _form(self, record: Mapping[str, Any]) -> Form:
-        found = [key for key in _MARKS if record.get(key) is not None]
+        found = [key for key in _FORMAT_KEYS if record.get(key) is not None]
         if len(found) == 1:
-            return _MARKS[found[0]]
-        known = ", ".join(f"`{key}` ({form})" for key, form in _MARKS.items())
+            return _FORMAT_KEYS[found[0]]
+        known = ", ".join(f"`{key}` ({form})" for key, form in _FORMAT_KEYS.items())
         if found:
-            problem = f"has {' and '.join(found)}; one is wanted, or `format` set for the file"
+            problem = (
+                f"has {' and '.join(found)}; expected one of them, or `format` set for the file"
+            )
         else:
             keys = ", ".join(map(str, list(record)[:8])) or "no keys"
             problem = f"none of the known keys {known}; found {keys}"
-        raise self.error("format", f"the form cannot be told: {problem}")
+        raise self.error("format", f"the format cannot be detected: {problem}")
 
     def _listed_images(self, record: Mapping[str, Any]) -> list[Any]:
         found: list[list[Any]] = []
@@ -147,7 +156,7 @@ class _Reader:
             value = record.get(key)
             if value is not None and value != []:
                 found.append(value if isinstance(value, list) else [value])
-        if len(found) > 1:  # a column that names no image is no second list
+        if len(found) > 1:  # a table's empty column does not count as a second list
             found = [listed for listed in found if not all(map(_is_empty, listed))] or found[:1]
         if len(found) > 1:
             raise self.error("image_field", "has both `image` and `images`; keep one")
@@ -156,7 +165,7 @@ class _Reader:
             raise self.error("image_count", message)
         return found[0] if found else []
 
-    # --- the forms
+    # --- the formats
 
     def _read_turns(self, record: Mapping[str, Any], form: Form) -> None:
         key = "conversations" if form == "llava" else "messages"
@@ -173,8 +182,8 @@ class _Reader:
             role = self._role(turn, number)
             self._refuse_tool_calls(turn, number)
             content = _first_of(turn, "value", "content")
-            marks = role == "user" and (form == "llava" or bool(self.listed))
-            parts = self._content(content, number, marks)
+            placeholders = role == "user" and (form == "llava" or bool(self.listed))
+            parts = self._content(content, number, placeholders)
             separator = self._separator(turn, content, number)
             supervised = self._supervised(turn, role, number)
             self.drafts.append(_Draft(role, parts, supervised, separator))
@@ -227,9 +236,9 @@ class _Reader:
             raise self.error("bad_loss", message)
         return loss is not False and weight != 0
 
-    def _content(self, content: Any, number: int, marks: bool) -> "list[_DraftPart]":
+    def _content(self, content: Any, number: int, placeholders: bool) -> "list[_DraftPart]":
         if isinstance(content, str):
-            return self._text(content, number, marks)
+            return self._text(content, number, placeholders)
         if not isinstance(content, list):
             message = f"turn {number}: expected text or a list of parts, found {_kind(content)}"
             raise self.error("bad_turn", message)
@@ -239,7 +248,7 @@ class _Reader:
         return parts
 
     def _separator(self, turn: Mapping[str, Any], content: Any, number: int) -> str | None:
-        """What stands between an image and its neighbors: nothing that a string does not spell."""
+        """Return the text between an image and its neighbors; None for the template's."""
         separator = turn.get("image_separator")
         if separator is None:
             return None if isinstance(content, list) else ""
@@ -248,9 +257,9 @@ class _Reader:
             raise self.error("bad_turn", f"{message}, found {separator!r}"[:300])
         return self._clean(separator, f"turn {number}: image_separator")
 
-    def _text(self, text: str, number: int, marks: bool) -> "list[_DraftPart]":
+    def _text(self, text: str, number: int, placeholders: bool) -> "list[_DraftPart]":
         self._clean(text, f"turn {number}")
-        pieces = text.split(IMAGE_PLACEHOLDER) if marks else [text]
+        pieces = text.split(IMAGE_PLACEHOLDER) if placeholders else [text]
         parts: list[_DraftPart] = []
         for index, piece in enumerate(pieces):
             if index:
@@ -279,11 +288,11 @@ class _Reader:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
-            message = f"{place}: half a surrogate pair (U+{code:04X}) is no text"
+            message = f"{place}: half a surrogate pair (U+{code:04X}) is not text"
             raise self.error("bad_text", message) from None
         return text
 
-    # --- the whole
+    # --- the whole record
 
     def _check_order(self) -> None:
         roles = [draft.role for draft in self.drafts]
@@ -313,7 +322,7 @@ class _Reader:
             raise self.error("image_count", message)
         open_places = sum(place.source is None for place in places)
         if not open_places and all(map(_is_empty, self.listed)):
-            self.listed = []  # tables fill the image column of text-only rows with empty values
+            self.listed = []  # tables have empty values in the image column of text-only rows
         if open_places != len(self.listed):
             message = (
                 f"the text has places for {open_places} images ({IMAGE_PLACEHOLDER} or image "
@@ -321,9 +330,9 @@ class _Reader:
             )
             if any(map(_is_empty, self.listed)):
                 message += " (an empty image name counts)"
-            foreign = self._foreign_placeholder()
-            if foreign is not None and open_places < len(self.listed):
-                message += f"; {foreign} is another tool's placeholder, write {IMAGE_PLACEHOLDER}"
+            other = self._other_placeholder()
+            if other is not None and open_places < len(self.listed):
+                message += f"; {other} is the placeholder of another tool, use {IMAGE_PLACEHOLDER}"
             raise self.error("image_count", message)
         listed = iter(self.listed)
         images: list[ImageSource] = []
@@ -342,10 +351,10 @@ class _Reader:
             turns.append(Turn(draft.role, tuple(parts), draft.supervised, separator))
         return Conversation(self.id, tuple(turns), tuple(images), self.where)
 
-    def _foreign_placeholder(self) -> str | None:
-        """Return the first placeholder of another tool in a user's text."""
+    def _other_placeholder(self) -> str | None:
+        """Return the first image placeholder of another tool in a user turn."""
         texts = (d.text for d in self.drafts if d.role == "user")
-        found = (match for text in texts if (match := _FOREIGN_PLACEHOLDER.search(text)))
+        found = (match for text in texts if (match := _OTHER_PLACEHOLDERS.search(text)))
         return next((match.group() for match in found), None)
 
     def _source(self, value: Any) -> ImageSource:
@@ -383,7 +392,7 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _Image:
-    """An image's place; without a source it takes the next of the record's list."""
+    """The position of an image; without a source it is the next one of the record's list."""
 
     source: Any = None
 
@@ -404,19 +413,19 @@ class _Draft:
 
 
 def _first_of(table: Mapping[str, Any], *keys: str) -> Any:
-    """The first value that is there; columns of tables hold None where a key is absent."""
+    """Return the first value that is not None; tables have None where a key is absent."""
     return next((table[key] for key in keys if table.get(key) is not None), None)
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether the value of an image column names no image."""
+    """Return whether a value of an image field names no image."""
     if isinstance(value, Mapping):
         return not value.get("bytes") and not value.get("path")
     return value is None or value in ("", b"", [])
 
 
 def _quoted(value: Any) -> str:
-    """Return a value of any size and depth in a few characters."""
+    """Return a short `repr` of a value of any size and depth."""
     return _BOUNDED.repr(value)
 
 
@@ -430,6 +439,7 @@ _BOUNDED: Final = _bounded_repr()
 
 
 def _kind(value: Any) -> str:
+    """Describe the type of a JSON value, for errors."""
     if value is None:
         return "nothing"
     names = {str: "text", dict: "an object", list: "a list", bool: "true/false"}

@@ -1,4 +1,4 @@
-"""Tokenized records kept across runs, by the content of the record and of all that tokenizes it."""
+"""A cache of tokenized records across runs."""
 
 import hashlib
 import json
@@ -33,20 +33,20 @@ _TABLE: Final = "rendered (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID"
 
 
 class CachedChatTokenizer:
-    """A chat tokenizer that looks up what it, or another run, has tokenized and proven before.
+    """Looks up records that this or another run has tokenized and proven before.
 
-    Keyed by sha256 over the record's turns and over everything that decides its ids: tokenizer,
-    template, system text, recipe, the code of this package that tokenizes, and the version of
-    `tokenizers`. Every row carries a checksum; a row that fails it is tokenized again. Safe for
-    several processes at once (SQLite). Faulty records are not kept.
+    A record's key is the sha256 of its turns and of everything else that its ids depend on:
+    tokenizer, template, system text, LLaVA quirks, the source code of this package that tokenizes,
+    and the version of `tokenizers`. Every row carries a checksum; a damaged row is tokenized
+    again. Several processes may use the cache at once (SQLite). Unusable records are not cached.
 
     Args:
-        chat_tokenizer: Renders what is not there.
-        folder: Holds `rendered.sqlite`; created and marked if missing or empty.
+        chat_tokenizer: Tokenizes records that are not in the cache.
+        folder: Contains `rendered.sqlite`; created and marked if missing or empty.
 
     Attributes:
-        hits: Records that were found.
-        misses: Records that were tokenized.
+        hits: Number of records that were found.
+        misses: Number of records that were tokenized.
 
     Raises:
         UserError: The folder or the file in it cannot be used, or is not a cache.
@@ -62,10 +62,10 @@ class CachedChatTokenizer:
             )
             self._table = _open_table(self._path)
         except (OSError, sqlite3.Error) as error:
-            raise _fault(self._path, error) from None
+            raise _unusable(self._path, error) from None
 
     def tokenize(self, conversation: Conversation) -> TokenizedRecord:
-        """As `ChatTokenizer.tokenize`, without `answers` where the record was found."""
+        """Return a record as `ChatTokenizer.tokenize`, without `answer_spans` on a hit."""
         tokenized = next(self.tokenize_all([conversation]))
         if isinstance(tokenized, RecordError):
             raise tokenized
@@ -74,17 +74,16 @@ class CachedChatTokenizer:
     def tokenize_all(
         self, conversations: Iterable[Conversation]
     ) -> Iterator[TokenizedRecord | RecordError]:
-        """As `ChatTokenizer.tokenize_all`, without `answers` where a record was found."""
+        """Yield records as `ChatTokenizer.tokenize_all`, without `answer_spans` on a hit."""
         for chunk in batched(conversations, CHUNK):
             keys = [self._key(conversation) for conversation in chunk]
-            found = self._found(keys)
+            found = self._look_up(keys)
             missing = [c for c, key in zip(chunk, keys, strict=True) if key not in found]
             self.hits += len(chunk) - len(missing)
             self.misses += len(missing)
-            made = list(self._chat_tokenizer.tokenize_all(missing))
-            fresh = iter(made)
-            rows = [found[key] if key in found else next(fresh) for key in keys]
-            self._keep([(k, r) for k, r in zip(keys, rows, strict=True) if k not in found])
+            tokenized = self._chat_tokenizer.tokenize_all(missing)
+            rows = [found[key] if key in found else next(tokenized) for key in keys]
+            self._insert([(k, r) for k, r in zip(keys, rows, strict=True) if k not in found])
             yield from rows
 
     def _key(self, conversation: Conversation) -> bytes:
@@ -97,30 +96,30 @@ class CachedChatTokenizer:
                 digest.update(f"\0{kind}\0{len(text)}\0{text}".encode())
         return digest.digest()
 
-    def _found(self, keys: Sequence[bytes]) -> dict[bytes, TokenizedRecord]:
+    def _look_up(self, keys: Sequence[bytes]) -> dict[bytes, TokenizedRecord]:
         marks = ",".join("?" * len(keys))
         try:
             rows = self._table.execute(
                 f"SELECT key, row FROM rendered WHERE key IN ({marks})", keys
             ).fetchall()
         except sqlite3.Error as error:
-            raise _fault(self._path, error) from None
-        unpacked = ((key, _unpacked(row)) for key, row in rows)
-        return {key: tokenized for key, tokenized in unpacked if tokenized is not None}
+            raise _unusable(self._path, error) from None
+        decoded = ((key, _from_row(row)) for key, row in rows)
+        return {key: tokenized for key, tokenized in decoded if tokenized is not None}
 
-    def _keep(self, rows: Sequence[tuple[bytes, TokenizedRecord | RecordError]]) -> None:
-        values = [(key, _packed(row)) for key, row in rows if isinstance(row, TokenizedRecord)]
+    def _insert(self, rows: Sequence[tuple[bytes, TokenizedRecord | RecordError]]) -> None:
+        values = [(key, _to_row(row)) for key, row in rows if isinstance(row, TokenizedRecord)]
         try:
             with self._table:
                 self._table.executemany("INSERT OR REPLACE INTO rendered VALUES (?, ?)", values)
         except sqlite3.Error as error:
-            raise _fault(self._path, error) from None
+            raise _unusable(self._path, error) from None
 
 
 def require_tokenize_cache(folder: str | Path) -> None:
-    """Check that `CachedChatTokenizer` can use a directory, without changing anything that is kept.
+    """Check that `CachedChatTokenizer` can use a directory, without changing its content.
 
-    SQLite's locks and its journal are tried on a temporary database in the same place.
+    SQLite's locks and journal are tried on a temporary database in the same file system.
 
     Raises:
         UserError: As `CachedChatTokenizer`.
@@ -132,13 +131,13 @@ def require_tokenize_cache(folder: str | Path) -> None:
         if path.exists():
             with closing(sqlite3.connect(path, timeout=60)) as table:
                 _require_ours(table, path)
-                table.execute("BEGIN IMMEDIATE")  # takes the lock of a writer, which closing ends
+                table.execute("BEGIN IMMEDIATE")  # takes the write lock, which closing releases
         require_writable(folder)
         place = existing_above(folder)
         with tempfile.TemporaryDirectory(dir=place, prefix=".vlm_sft.") as temporary:
             _open_table(Path(temporary) / FILE_NAME).close()
     except (OSError, sqlite3.Error) as error:
-        raise _fault(path, error) from None
+        raise _unusable(path, error) from None
 
 
 def _open_table(path: Path) -> sqlite3.Connection:
@@ -159,9 +158,9 @@ def _require_ours(table: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _fault(path: Path, error: Exception) -> UserError:
+def _unusable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"data.cache_dir: {path} cannot be used ({error}); give another folder with room in it, "
+        f"data.cache_dir: {path} cannot be used ({error}); give another folder with enough space, "
         "or move the file away",
         code="cache_unusable",
     )
@@ -180,16 +179,20 @@ def is_tokenize_cache(folder: Path) -> bool:
 
 
 def _is_ours(table: sqlite3.Connection, *, empty: bool = True) -> bool:
-    """Return whether a database has our one table and nothing else; `empty` for one with nothing.
+    """Return whether a database has our one table and nothing else.
 
-    Views, triggers and indices count: SQLite lists them in the same table.
+    Views, triggers and indices count: SQLite lists them in `sqlite_master` too.
+
+    Args:
+        table: The database.
+        empty: Accept an empty database.
     """
     found = [row[0] for row in table.execute("SELECT sql FROM sqlite_master")]
     return found == [f"CREATE TABLE {_TABLE}"] or (empty and not found)
 
 
 def fingerprint(chat_tokenizer: ChatTokenizer) -> bytes:
-    """sha256 over all that decides what a record's ids and labels are, besides the record."""
+    """Return the sha256 of everything but the record that its ids and labels depend on."""
     digest = hashlib.sha256()
     digest.update(json.dumps(chat_tokenizer.describe(), sort_keys=True).encode())
     digest.update(chat_tokenizer.tokenizer.backend_tokenizer.to_str().encode())
@@ -199,15 +202,15 @@ def fingerprint(chat_tokenizer: ChatTokenizer) -> bytes:
     return digest.digest()
 
 
-def _packed(tokenized: TokenizedRecord) -> bytes:
-    """Checksum, then ids, then one byte a token: whether it is supervised."""
+def _to_row(tokenized: TokenizedRecord) -> bytes:
+    """Return a checksum, the ids, and one byte per token: whether it is supervised."""
     ids = array("i", tokenized.input_ids).tobytes()
     flags = bytes(label != IGNORE_INDEX for label in tokenized.labels)
     return hashlib.blake2b(ids + flags, digest_size=8).digest() + ids + flags
 
 
-def _unpacked(row: bytes) -> TokenizedRecord | None:
-    """The tokenization, or None where its checksum does not fit."""
+def _from_row(row: bytes) -> TokenizedRecord | None:
+    """Return the record of a row; None if its checksum does not match."""
     checksum, body = row[:8], row[8:]
     if hashlib.blake2b(body, digest_size=8).digest() != checksum:
         return None
