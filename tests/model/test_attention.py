@@ -267,8 +267,8 @@ def test_flex_attention_is_told_the_same_as_is_computed_segment_by_segment(seed:
     assert_near(found, expected, LENGTH + HEAD_DIM)
 
 
-def test_a_segment_must_stand_behind_what_it_continues() -> None:
-    with pytest.raises(ValueError, match="behind the one it continues"):
+def test_a_segment_must_come_after_what_it_continues() -> None:
+    with pytest.raises(ValueError, match="after the one it continues"):
         PackedLayout([(3, 1), (2, -1)])
 
 
@@ -279,11 +279,11 @@ def test_scores_that_are_capped_and_weights_that_cannot_be_dropped_are_refused()
         attend(SEGMENTS, "varlen", dropout=0.1)
 
 
-def test_the_kernel_is_the_first_that_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_the_first_that_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_backend("auto", cpu, torch.float32, 0.0) == "sdpa"
     for name in ("flash_attn", "varlen", "flex"):
-        with pytest.raises(UserError, match=f"{name} is not to be had here"):
+        with pytest.raises(UserError, match=f"{name} is not available here"):
             choose_backend(name, cpu, torch.bfloat16, 0.0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     installed = {"flash_attn", "torch.nn.attention.varlen"}

@@ -34,7 +34,7 @@ from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train import packing_check as isolation
 from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.fsdp import shard
-from vlm_sft.train.packing_check import prepare_packing, prove_isolation
+from vlm_sft.train.packing_check import check_no_leakage, prepare_packing
 from vlm_sft.train.train_step import accumulate_gradient
 from vlm_sft.train.validation import validation_loss
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -252,14 +252,14 @@ def with_other_parents(options: dict[str, Any]) -> dict[str, Any]:
 def test_a_model_that_keeps_records_apart_is_let_through() -> None:
     model = model_that(lambda options: options)
     model.train()
-    prove_isolation(model, "sdpa", torch.device("cpu"), 1e-5)
+    check_no_leakage(model, "sdpa", torch.device("cpu"), 1e-5)
     assert model.language_model.training
 
 
 @pytest.mark.parametrize("attends", [without_layout, with_other_parents])
 def test_a_model_in_which_records_see_others_is_refused(attends: Any) -> None:
     with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be packed .*logits off by") as e:
-        prove_isolation(model_that(attends), "sdpa", torch.device("cpu"), 1e-3)
+        check_no_leakage(model_that(attends), "sdpa", torch.device("cpu"), 1e-3)
     assert e.value.reason == "packing_leaks"
 
 
@@ -268,8 +268,8 @@ def test_a_leak_too_small_for_rounding_is_seen_when_another_record_changes() -> 
     norm = causal_lm(model.language_model).model.norm  # type: ignore[attr-defined]
     plain = norm.forward
     norm.forward = lambda x: plain(x) + 1e-4 * plain(x).mean(dim=1, keepdim=True)
-    with pytest.raises(UserError, match=r"other logits move by .* when record 1 of 3 changes"):
-        prove_isolation(model, "sdpa", torch.device("cpu"), 1.0)
+    with pytest.raises(UserError, match=r"other logits change by .* when record 1 of 3 changes"):
+        check_no_leakage(model, "sdpa", torch.device("cpu"), 1.0)
 
 
 def test_a_model_whose_forward_takes_no_layout_is_refused() -> None:
@@ -285,7 +285,7 @@ def test_a_model_whose_forward_takes_no_layout_is_refused() -> None:
 
 def test_the_proof_takes_place_on_every_packed_start(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[nn.Module] = []
-    monkeypatch.setattr(isolation, "prove_isolation", lambda model, *rest: seen.append(model))
+    monkeypatch.setattr(isolation, "check_no_leakage", lambda model, *rest: seen.append(model))
     model = tiny_model()
     prepare_packing(model, PackingConfig(max_tokens=64), "fp32", torch.device("cpu"))
     assert seen == [model]

@@ -25,7 +25,7 @@ from vlm_sft.train.checkpointing_policy import longest_micro_batch
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.optimizer import build_optimizer
 from vlm_sft.train.packing_check import prepare_packing
-from vlm_sft.train.train_step import told_with_records
+from vlm_sft.train.train_step import explain_out_of_memory
 from vlm_sft.utils.libraries import library_call
 
 CPU_FLOPS: Final = 2e12
@@ -136,7 +136,7 @@ def _loss_with_gradients(
     if (packing := config.train.packing) is not None:
         prepare_packing(model, packing, config.train.precision, device, _autocast(config, device))
     torch.manual_seed(config.seed)
-    with told_with_records(batch):
+    with explain_out_of_memory(batch):
         with _autocast(config, device):
             output = model(batch.to(device))
         (output.loss_sum / max(1, int(output.num_targets))).backward()

@@ -1,4 +1,4 @@
-"""Which records a step sees: pure functions of the seed, the epoch and the position in it."""
+"""The records of each step: a pure function of the seed, the epoch and the position in it."""
 
 import hashlib
 import math
@@ -11,17 +11,18 @@ Indices = NDArray[np.int64]
 
 
 class StepSampler:
-    """The records of every step, from explicit seeds; nothing to save, nothing to restore.
+    """Returns the records of any step from explicit seeds, so it has no state to save or restore.
 
-    An epoch's last batch may be smaller: no record is dropped and none repeated to fill it up.
+    The last batch of an epoch may be smaller: no record is dropped, and none is repeated to fill
+    the batch.
 
     Args:
         weights: How often each record is seen in one epoch (see `epoch_order`).
-        batch_size: Records a step (global: over all processes and micro-batches).
-        seed: The run's seed.
-        lengths: With `has_image`: put records of like length and one modality into a batch.
+        batch_size: Records per step (global: over all ranks and micro-batches).
+        seed: Seed of the run.
+        lengths: With `has_image`: group records of similar length and one modality in a batch.
         has_image: Whether each record has images.
-        prefix_ids: Instead of these two: records of one key (not -1) come one behind the other.
+        prefix_ids: In place of these two: records of one prefix id (not -1) follow one another.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class StepSampler:
 
     @property
     def records_per_epoch(self) -> int:
-        """Records seen in one epoch, repeats counted; the same in every epoch."""
+        """Records seen in one epoch, repetitions counted; the same in every epoch."""
         return len(self._cached[1])
 
     @property
@@ -53,19 +54,19 @@ class StepSampler:
         return math.ceil(self.records_per_epoch / self._batch_size)
 
     def total_steps(self, epochs: float) -> int:
-        """Steps that `epochs` take, at least one; half an epoch ends with its last begun batch."""
-        whole = math.floor(epochs)
-        rest = round((epochs - whole) * self.records_per_epoch, 6)
-        return max(1, whole * self.steps_per_epoch + math.ceil(rest / self._batch_size))
+        """Return the steps of `epochs` epochs, at least one; a started batch is completed."""
+        full_epochs = math.floor(epochs)
+        rest = round((epochs - full_epochs) * self.records_per_epoch, 6)
+        return max(1, full_epochs * self.steps_per_epoch + math.ceil(rest / self._batch_size))
 
     def epoch_of(self, step: int) -> float:
-        """Epochs that lie behind when `step` steps (counted from 0) are done."""
-        whole, within = divmod(step, self.steps_per_epoch)
+        """Return the epochs that are done after `step` steps, as a fraction."""
+        full_epochs, within = divmod(step, self.steps_per_epoch)
         seen = min(within * self._batch_size, self.records_per_epoch)
-        return whole + seen / self.records_per_epoch
+        return full_epochs + seen / self.records_per_epoch
 
     def step_indices(self, step: int) -> list[int]:
-        """Indices of the records of global step `step`, counted from 0 over all epochs."""
+        """Return the record indices of a step, counted from 0 over all epochs."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._cached[0] != epoch:
             self._cached = (epoch, self._order(epoch))
@@ -90,14 +91,19 @@ class StepSampler:
 def epoch_order(
     weights: Sequence[float] | NDArray[np.float64], *, seed: int, epoch: int
 ) -> list[int]:
-    """Record indices in the order that epoch `epoch` sees them.
+    """Return the record indices of an epoch in their order.
 
-    A weight of 2.5 is twice in every epoch and a third time in every other: of the n records that
-    share a weight, round(fraction * n) (at least one) get the extra look, and the window of those
-    moves on with each epoch, so that all get their turn.
+    A record of weight 2.5 is in every epoch twice, and in every other epoch a third time: of the n
+    records that share a weight, round(fraction * n), at least one, are repeated once more, and the
+    window of those moves on with each epoch, so that every record has its turn.
+
+    Args:
+        weights: How often each record is seen in one epoch, above zero.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
 
     Raises:
-        ValueError: There are no records, or a weight is not above zero.
+        ValueError: If there are no records, or a weight is not a finite number above zero.
     """
     array = np.asarray(weights, dtype=np.float64)
     if not array.size:
@@ -108,25 +114,9 @@ def epoch_order(
     for weight in np.unique(array[array != repeats]):
         members = np.flatnonzero(array == weight)
         repeats[_window(members, float(weight) % 1.0, seed, epoch)] += 1
-    looks = np.repeat(np.arange(len(array)), repeats)
-    order: list[int] = looks[_permutation(len(looks), "order", seed, epoch)].tolist()
+    repeated = np.repeat(np.arange(len(array)), repeats)
+    order: list[int] = repeated[_permutation(len(repeated), "order", seed, epoch)].tolist()
     return order
-
-
-def step_indices(
-    step: int,
-    weights: Sequence[float],
-    *,
-    batch_size: int,
-    seed: int,
-    lengths: Sequence[int] | None = None,
-    has_image: Sequence[bool] | None = None,
-) -> list[int]:
-    """`StepSampler.step_indices` for one look; make a StepSampler for many."""
-    sampler = StepSampler(
-        weights, batch_size=batch_size, seed=seed, lengths=lengths, has_image=has_image
-    )
-    return sampler.step_indices(step)
 
 
 def group_by_length(
@@ -138,19 +128,19 @@ def group_by_length(
     seed: int,
     epoch: int,
 ) -> list[int]:
-    """`order` rearranged so that a batch has one modality, longest records first.
+    """Return `order` rearranged so that a batch has one modality, longest records first.
 
-    LLaVA's `get_modality_length_grouped_indices` (`llava/train/llava_trainer.py`), drawn from
-    explicit seeds: each modality is cut into batches, whole batches are shuffled, what is left of
-    the two comes last. Sorting within a batch puts like lengths into the same micro-batch.
+    LLaVA's `get_modality_length_grouped_indices` (`llava/train/llava_trainer.py`) with explicit
+    seeds: each modality is cut into batches, full batches are shuffled, and the rest of both comes
+    last. Sorting within a batch puts similar lengths into the same micro-batch.
     """
     batches: list[list[int]] = []
     rest: list[int] = []
     for modality in (True, False):
         members = [index for index in order if bool(has_image[index]) is modality]
-        whole = len(members) - len(members) % batch_size
-        batches += [members[i : i + batch_size] for i in range(0, whole, batch_size)]
-        rest += members[whole:]
+        in_full_batches = len(members) - len(members) % batch_size
+        batches += [members[i : i + batch_size] for i in range(0, in_full_batches, batch_size)]
+        rest += members[in_full_batches:]
     shuffled = [batches[i] for i in _permutation(len(batches), "batches", seed, epoch)]
     shuffled += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
     return [
@@ -161,17 +151,19 @@ def group_by_length(
 
 
 def group_by_prefix(order: Sequence[int], prefix_ids: Sequence[int]) -> list[int]:
-    """`order` rearranged so that records that share a prefix follow the first of them.
+    """Return `order` rearranged so that records that share a prefix follow the first of them.
 
-    So images are shuffled instead of records. A record that an epoch sees again goes with the
-    others' second looks.
+    This shuffles images instead of records. The second repetition of a record in an epoch is
+    grouped with the second repetitions of the others, so that a group has no record twice.
     """
     groups: dict[tuple[int, int], list[int]] = {}
-    looks: dict[int, int] = {}
+    repetitions: dict[int, int] = {}
     for place, index in enumerate(order):
-        look = looks[index] = looks.get(index, -1) + 1
-        key = prefix_ids[index]
-        groups.setdefault((key, look) if key >= 0 else (-1 - place, 0), []).append(index)
+        repetition = repetitions[index] = repetitions.get(index, -1) + 1
+        prefix_id = prefix_ids[index]
+        # A record without a prefix is a group of its own, under a key that no other has.
+        key = (prefix_id, repetition) if prefix_id >= 0 else (-1 - place, 0)
+        groups.setdefault(key, []).append(index)
     return [index for group in groups.values() for index in group]
 
 
@@ -182,7 +174,10 @@ def _window(members: Indices, fraction: float, seed: int, epoch: int) -> Indices
 
 
 def _permutation(count: int, purpose: str, seed: int, epoch: int) -> Indices:
-    """A shuffle of range(count) that no numpy version changes: raw Philox bits, stably sorted."""
+    """Return a permutation of range(count) that is the same in every version of numpy.
+
+    numpy may change its shuffles, but not the raw bits of Philox; these are sorted stably.
+    """
     digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
     bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
     return np.argsort(bits, kind="stable")

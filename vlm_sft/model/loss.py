@@ -1,4 +1,4 @@
-"""Cross-entropy of the supervised positions, a chunk of logits at a time."""
+"""Cross-entropy at the target positions, computed in chunks so that few logits exist at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 CHUNK: Final = 512
-"""Positions that go through the head at once; bounds the memory of their logits."""
+"""Target positions that go through the head at once; bounds the memory of the logits."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -16,57 +16,59 @@ Head = Callable[[Tensor], Tensor]
 def chunked_cross_entropy(
     head: Head, states: Tensor, targets: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss, with gradient, and each position's own, without.
+    """Return the summed loss, with gradient, and the loss of each position, without gradient.
 
-    A chunk's gradient is worked out while its logits are there, so that none are kept and none are
-    computed twice (as in Liger's fused linear cross-entropy, arXiv 2410.10989). With no position
-    the empty row still goes through the head: the sum is exactly 0 and its graph the same.
+    The gradient of a chunk is computed in the forward pass, while its logits exist, so that no
+    logits are kept and none are computed twice (as in Liger's fused linear cross-entropy, arXiv
+    2410.10989). Without any position an empty chunk still goes through the head: the sum is
+    exactly 0, and the autograd graph is the same on every rank.
 
     Args:
-        head: States `[n, D]` to logits `[n, V]`, in the numbers that the loss is to be taken in.
-        states: Hidden states that predict, `[N, D]`.
-        targets: Ids that they predict, `[N]`.
-        parameters: What `head` is made of; gradients go to those that learn.
+        head: Hidden states `[n, D]` to logits `[n, V]`, in the loss dtype.
+        states: `[N, D]`, the hidden states that predict the targets.
+        targets: `[N]` int64.
+        parameters: All parameters that `head` uses; the trainable ones get gradients.
 
     Returns:
-        A scalar and `[N]`.
+        A scalar, and `[N]`.
     """
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
-    if torch.is_grad_enabled() and (learning or states.requires_grad):
-        total, losses = _Chunked.apply(head, states, targets, *learning)
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if torch.is_grad_enabled() and (trainable or states.requires_grad):
+        total, losses = _ChunkedCrossEntropy.apply(head, states, targets, *trainable)
         return total, losses
-    losses = torch.cat([_losses(head, part, wanted) for part, wanted in _chunks(states, targets)])
+    losses = torch.cat([_losses(head, part, ids) for part, ids in _chunks(states, targets)])
     return losses.sum(), losses
 
 
-class _Chunked(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, head: Head, states: Tensor, targets: Tensor, *learning: Tensor
+        ctx: Any, head: Head, states: Tensor, targets: Tensor, *trainable: Tensor
     ) -> tuple[Tensor, Tensor]:
-        losses, of_states = [], []
-        # In float32 at least: sums of a few hundred bfloat16 chunks would lose digits.
-        wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in learning]
-        of_head = [torch.zeros_like(p, dtype=w) for p, w in zip(learning, wide, strict=True)]
-        for part, wanted in _chunks(states, targets):
+        losses, state_grads = [], []
+        # Accumulate in float32 or wider: a sum over hundreds of bf16 chunks would lose digits.
+        wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in trainable]
+        head_grads = [torch.zeros_like(p, dtype=w) for p, w in zip(trainable, wide, strict=True)]
+        for part, ids in _chunks(states, targets):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                loss = _losses(head, part, wanted)
-                found = torch.autograd.grad(loss.sum(), [part, *learning])
+                loss = _losses(head, part, ids)
+                grads = torch.autograd.grad(loss.sum(), [part, *trainable])
             losses.append(loss.detach())
-            of_states.append(found[0])
-            for total, gradient in zip(of_head, found[1:], strict=True):
-                total += gradient
-        narrow = (g.to(p.dtype) for g, p in zip(of_head, learning, strict=True))
-        ctx.save_for_backward(torch.cat(of_states), *narrow)
-        joined = torch.cat(losses)
-        ctx.mark_non_differentiable(joined)
-        return joined.sum(), joined
+            state_grads.append(grads[0])
+            for total, grad in zip(head_grads, grads[1:], strict=True):
+                total += grad
+        narrow = (g.to(p.dtype) for g, p in zip(head_grads, trainable, strict=True))
+        ctx.save_for_backward(torch.cat(state_grads), *narrow)
+        all_losses = torch.cat(losses)
+        ctx.mark_non_differentiable(all_losses)
+        return all_losses.sum(), all_losses
 
     @staticmethod
-    def backward(ctx: Any, of_sum: Tensor, of_losses: Tensor) -> tuple[Tensor | None, ...]:
-        of_states, *of_head = (g * of_sum.to(g.dtype) for g in ctx.saved_tensors)
-        return (None, of_states, None, *of_head)
+    def backward(ctx: Any, sum_grad: Tensor, losses_grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The saved gradients are those of the sum itself; the chain rule is one multiplication.
+        state_grads, *head_grads = (g * sum_grad.to(g.dtype) for g in ctx.saved_tensors)
+        return (None, state_grads, None, *head_grads)
 
 
 def _losses(head: Head, states: Tensor, targets: Tensor) -> Tensor:

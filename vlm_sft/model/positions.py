@@ -1,4 +1,4 @@
-"""How long a sequence may be for a language model, and what happens beyond that."""
+"""The longest sequence of a language model, and whether it fails on longer ones."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,13 +12,13 @@ _NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_s
 
 @dataclass(frozen=True)
 class PositionLimit:
-    """Positions of a language model.
+    """Longest sequence of a language model.
 
     Attributes:
-        tokens: Longest sequence that its configuration names, in tokens.
-        key: The name that it has there.
-        is_hard: The model fails on a longer one, since it looks positions up in a table; otherwise
-            (RoPE, ALiBi) it computes them, but was not trained on such positions.
+        tokens: Longest sequence in tokens, according to the configuration.
+        key: Name of that setting in the configuration.
+        is_hard: The model fails on longer sequences because it has a table of positions. Otherwise
+            (RoPE, ALiBi) it computes positions, but was not trained on longer sequences.
     """
 
     tokens: int
@@ -27,14 +27,14 @@ class PositionLimit:
 
 
 def find_position_limit(model: PreTrainedModel) -> PositionLimit | None:
-    """Return the limit of a model on the CPU, trying one position beyond it; None: it has none."""
+    """Return the limit of a model on the CPU, or None; runs one position beyond the limit."""
     config = model.config.get_text_config()
     key = next((name for name in _NAMES if isinstance(getattr(config, name, None), int)), None)
     if key is None:
         return None
     table = int(getattr(config, key))
     is_hard = _runs_at(model, table - 1) and not _runs_at(model, table)
-    return PositionLimit(table if is_hard else _stretched(config, table), key, is_hard)
+    return PositionLimit(table if is_hard else _scaled(config, table), key, is_hard)
 
 
 def position_limit(model: nn.Module) -> PositionLimit | None:
@@ -43,8 +43,8 @@ def position_limit(model: nn.Module) -> PositionLimit | None:
     return found
 
 
-def _stretched(config: PretrainedConfig, tokens: int) -> int:
-    """Positions after RoPE scaling, which some configurations count in already and some do not."""
+def _scaled(config: PretrainedConfig, tokens: int) -> int:
+    """Return the length after RoPE scaling, which some configurations already include."""
     rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict) or not isinstance(rope.get("factor"), (int, float)):
         return tokens
@@ -57,7 +57,7 @@ def _stretched(config: PretrainedConfig, tokens: int) -> int:
 
 @torch.no_grad()
 def _runs_at(model: PreTrainedModel, position: int) -> bool:
-    """Whether the decoder computes a token that stands at `position` (from 0)."""
+    """Return whether the decoder can compute a token at `position` (from 0)."""
     table: Any = model.get_input_embeddings()
     embeds = table.weight[:1].detach().to(model.dtype)[None]
     decoder: Any = model.get_decoder() or model.base_model
@@ -67,7 +67,7 @@ def _runs_at(model: PreTrainedModel, position: int) -> bool:
         decoder(inputs_embeds=embeds, position_ids=torch.tensor([[position]]), use_cache=False)
     except (IndexError, RuntimeError):
         return False
-    except (TypeError, ValueError):  # it takes no positions, so no table is asked for them
+    except (TypeError, ValueError):  # it takes no positions, so it has no table of them
         return True
     finally:
         model.train(training)

@@ -1,4 +1,4 @@
-"""The projector: vision features to language-model embeddings, the one part born untrained."""
+"""The projector from vision features to language-model embeddings; randomly initialized."""
 
 import re
 from typing import Final
@@ -12,7 +12,7 @@ _MLP: Final = re.compile(r"^mlp([1-9]\d*)x_gelu$")
 
 
 class LinearProjector(nn.Module):
-    """One linear layer (LLaVA 1.0): state-dict names `weight`, `bias`."""
+    """One linear layer (LLaVA 1.0); its parameters are named `weight` and `bias`."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -20,14 +20,14 @@ class LinearProjector(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden))
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[..., width]` to `[..., hidden]`."""
+        """Project `[..., width]` to `[..., hidden]`."""
         return nn.functional.linear(features, self.weight, self.bias)
 
 
 class MlpProjector(nn.Module):
-    """`depth` linear layers with GELU between (LLaVA 1.5: 2), named `linear_1` ... `linear_N`.
+    """`depth` linear layers with GELU between them (LLaVA 1.5: 2), named `linear_1` to `linear_N`.
 
-    The names are those of `LlavaForConditionalGeneration`'s `multi_modal_projector`.
+    These are the names in `LlavaForConditionalGeneration`.
     """
 
     def __init__(self, width: int, hidden: int, depth: int) -> None:
@@ -38,7 +38,7 @@ class MlpProjector(nn.Module):
             self.add_module(f"linear_{index}", layer)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[..., width]` to `[..., hidden]`."""
+        """Project `[..., width]` to `[..., hidden]`."""
         for index in range(1, self.depth + 1):
             if index > 1:
                 features = nn.functional.gelu(features)
@@ -47,13 +47,13 @@ class MlpProjector(nn.Module):
 
 
 def build_projector(projector_type: str, width: int, hidden: int, *, seed: int) -> nn.Module:
-    """A projector in float32 with PyTorch's default linear initialization, drawn from `seed`.
+    """Build a projector in float32 with PyTorch's default initialization of linear layers.
 
     Args:
         projector_type: `linear` or `mlpNx_gelu` (LLaVA `multimodal_projector/builder.py`).
-        width: Features of one image token.
+        width: Number of vision features per image token.
         hidden: Embedding size of the language model.
-        seed: The same seed gives the same numbers, whatever was drawn before.
+        seed: Seed of the weights, which do not depend on the global generator.
 
     Raises:
         UserError: If the type is unknown.
@@ -64,14 +64,15 @@ def build_projector(projector_type: str, width: int, hidden: int, *, seed: int) 
             f"model.projector_type: found {projector_type!r}, expected 'linear' or 'mlpNx_gelu' "
             "(mlp2x_gelu is LLaVA-1.5's)"
         )
-    with torch.random.fork_rng(devices=[]):  # the layers' own initialization is thrown away
+    # The layers draw initial weights from the global generator; these are replaced below.
+    with torch.random.fork_rng(devices=[]):
         projector: nn.Module = (
             MlpProjector(width, hidden, int(match[1])) if match else LinearProjector(width, hidden)
         )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in projector.named_parameters():
         fan_in = width if name in _FIRST_LAYER else hidden
-        bound = fan_in**-0.5  # of weight and bias alike: nn.Linear.reset_parameters
+        bound = fan_in**-0.5  # for weight and bias, as in nn.Linear.reset_parameters
         with torch.no_grad():
             parameter.data = torch.empty(parameter.shape, dtype=torch.float32)
             parameter.data.uniform_(-bound, bound, generator=generator)

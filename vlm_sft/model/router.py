@@ -27,14 +27,14 @@ def router_loss_coefficient(model: PreTrainedModel) -> float | None:
 def router_loss(
     model: PreTrainedModel, router_logits: tuple[Tensor, ...], mask: Tensor | None
 ) -> Tensor:
-    """Return the router loss of one micro-batch, weighted by its coefficient (a scalar).
+    """Return the router loss of one micro-batch, multiplied by its coefficient (a scalar).
 
-    Switch Transformer's (arXiv 2101.03961, equations 4 to 6), over all layers and all real tokens.
-    It is a product of two means over tokens, so the loss of a large batch is not exactly the mean
-    of its micro-batches' losses.
+    The load-balancing loss of Switch Transformer (arXiv 2101.03961, equations 4 to 6), over all
+    layers and all tokens that are not padding. It is a product of two means over tokens, so the
+    loss of a large batch is not exactly the mean of the losses of its micro-batches.
 
     Args:
-        model: A model that `router_loss_coefficient` gives a number for.
+        model: A model whose `router_loss_coefficient` is not None.
         router_logits: `[B * T, experts]` of each layer, as the decoder returns them.
         mask: `[B, T]`, false (0) on padding; None: there is none.
     """
@@ -73,7 +73,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _balance(model: PreTrainedModel) -> Callable[..., Tensor | int] | None:
-    """The loss function that the model's own module in transformers uses."""
+    """Return the loss function in the model's own module of transformers, if it has one."""
     has_sizes = hasattr(model, "num_experts") and hasattr(model, "num_experts_per_tok")
     module = sys.modules[type(model).__module__]
     return getattr(module, "load_balancing_loss_func", None) if has_sizes else None

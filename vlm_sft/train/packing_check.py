@@ -1,4 +1,4 @@
-"""Before the first step of a packed run: proof, on the model, that no record sees another."""
+"""Before the first step of a packed run: check on the model that no record attends to another."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
@@ -23,20 +23,22 @@ from vlm_sft.utils.constants import Segment
 from vlm_sft.utils.libraries import library_call
 
 SEGMENTS: Final[tuple[Segment, ...]] = ((7, -1), (5, -1), (4, 1), (6, 1))
-"""A record of 7 tokens, and two of 9 and 11 that share their first 5."""
+"""The row of the check: a record of 7 tokens, and two of 9 and 11 that share their first 5."""
 
 RECORDS: Final = (range(7), [*range(7, 16)], [*range(7, 12), *range(16, 22)])
-"""Where in the row each record lies."""
+"""Positions in the row of each record, the shared prefix included."""
 
 OWN: Final = (range(7), range(12, 16), range(16, 22))
-"""Of these what the other two do not see."""
+"""Positions of each record that the other two do not attend to."""
 
 TOLERANCE: Final = {"fp32": 2e-3, "bf16": 5e-2, "fp16": 2e-2}
-"""Between a record in a pack and alone, relative to its largest logit; sums are taken in another
-order there (and a GPU may round the factors of fp32 products)."""
+"""Largest difference between the logits of a record in a packed row and alone, by precision,
+relative to the record's largest logit. Sums are taken in another order there, and a GPU may round
+the factors of fp32 products."""
 
 LEAK: Final = 1e-6
-"""Of a record's logits when another one's tokens change, relative: the same sums, so nothing."""
+"""Largest relative change of a record's logits when another record changes. The same sums are
+computed, so the change should be exactly 0."""
 
 
 def prepare_packing(
@@ -48,55 +50,59 @@ def prepare_packing(
     *,
     prune: bool = True,
 ) -> Backend:
-    """Install packed attention, choose its kernel, and prove on this device that it isolates.
+    """Install packed attention, choose its kernel, and check on this device that records isolate.
 
     Args:
-        model: On `device`.
+        model: On `device`; its `attention_backend` is set.
         config: Which kernel.
-        precision: bf16, fp16 or fp32.
-        device: Where it is to run.
-        autocast: Under which it is to run.
-        prune: Let the last layer skip what predicts nothing (compiled layers cannot).
+        precision: `bf16`, `fp16` or `fp32`.
+        device: Device of the run.
+        autocast: Autocast context of the run.
+        prune: Let the last layer skip positions that predict nothing (not with compiled layers).
+
+    Returns:
+        The chosen kernel.
 
     Raises:
-        UserError: The kernel is not to be had, or the model computes its attention elsewhere.
+        UserError: If the kernel is not available, or the model does not compute its attention
+            there or adds something to it.
     """
     language_model = causal_lm(model.language_model)
-    dtype = DTYPES[precision]
     text = language_model.config.get_text_config()
     dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0.0)) or 0.0
-    backend = choose_backend(config.attention, device, dtype, dropout)
+    backend = choose_backend(config.attention, device, DTYPES[precision], dropout)
     model.attention_backend = backend
     packing = library_call("transformers", "train.packing", "compute attention of packed records")
     with packing, autocast or nullcontext():
-        own = _logits_alone(model, device)
+        before = _logits_unpacked(model, device)
         install_packed_attention(language_model)
-        _require_same_attention(own, _logits_alone(model, device), model, TOLERANCE[precision])
-        prove_isolation(model, backend, device, TOLERANCE[precision])
+        after = _logits_unpacked(model, device)
+        _require_same_attention(before, after, model, TOLERANCE[precision])
+        check_no_leakage(model, backend, device, TOLERANCE[precision])
         if prune:
             prune_where_safe(model, backend, device, TOLERANCE[precision])
     return backend
 
 
 @torch.no_grad()
-def _logits_alone(model: VisionLanguageModel, device: torch.device) -> Tensor:
-    """Logits of one record, unpacked, by whatever attention the model has now."""
+def _logits_unpacked(model: VisionLanguageModel, device: torch.device) -> Tensor:
+    """Return the logits of one record in a row of its own, by the model's present attention."""
     was_training = model.training
     model.eval()
-    logits = model.logits(_probe(model, device)[:, list(RECORDS[2])])
+    logits = model.logits(_random_row(model, device)[:, list(RECORDS[2])])
     model.train(was_training)
     return logits
 
 
 def _require_same_attention(
-    own: Tensor, packed: Tensor, model: VisionLanguageModel, tolerance: float
+    before: Tensor, after: Tensor, model: VisionLanguageModel, tolerance: float
 ) -> None:
-    """Refuse a model whose own attention has more to it: sinks, capped scores, biases.
+    """Refuse a model whose attention does more than the kernels: sinks, capped scores, biases.
 
     Raises:
         UserError: Naming the model.
     """
-    if (difference := _relative(packed, own)) > tolerance:
+    if (difference := _relative(after, before)) > tolerance:
         raise UserError(
             f"train.packing: {type(causal_lm(model.language_model)).__name__} computes its "
             "attention in a way that packed attention does not (attention sinks, capped scores or "
@@ -110,91 +116,100 @@ def _require_same_attention(
 def prune_where_safe(
     model: VisionLanguageModel, backend: Backend, device: torch.device, tolerance: float
 ) -> bool:
-    """Let the last layer skip what predicts nothing, if the other logits stay what they are.
-
-    Returns whether it does.
-    """
-    pruned = prune_last_mlp(model.language_model)
-    if pruned is None:
+    """Prune the last MLP if the logits at target positions stay the same; return whether it is."""
+    pruning = prune_last_mlp(model.language_model)
+    if pruning is None:
         return False
     was_training = model.training
     model.eval()
-    row = _probe(model, device)
-    needed = torch.arange(1, row.shape[1], 3, device=device)
+    row = _random_row(model, device)
+    targets = torch.arange(1, row.shape[1], 3, device=device)
     try:
-        whole = model.logits(row, layout=PackedLayout(SEGMENTS, device, backend))
-        part = model.logits(row, layout=PackedLayout(SEGMENTS, device, backend, needed))
-        safe = _relative(part[:, needed], whole[:, needed]) <= tolerance
-    except TypeError:  # a mixture of experts may give its router's scores besides
+        full = model.logits(row, layout=PackedLayout(SEGMENTS, device, backend))
+        pruned = model.logits(row, layout=PackedLayout(SEGMENTS, device, backend, targets))
+        safe = _relative(pruned[:, targets], full[:, targets]) <= tolerance
+    except TypeError:  # the MLP of a mixture of experts may also return router scores
         safe = False
     model.train(was_training)
     if not safe:
-        pruned.remove()
+        pruning.remove()
     return safe
 
 
 @torch.no_grad()
-def prove_isolation(
+def check_no_leakage(
     model: nn.Module, backend: Backend, device: torch.device, tolerance: float
 ) -> None:
-    """Compare a pack of three records, two of them with a shared prefix, with each of them alone.
+    """Compare a row of three records, two of them with a shared prefix, with each record alone.
 
-    Then change the tokens of each in turn: no logit of another may move.
+    Then change the tokens of each record in turn: the logits of the others must not change.
+
+    Args:
+        model: A `VisionLanguageModel` with packed attention installed.
+        backend: The kernel to check.
+        device: Device of the run.
+        tolerance: See `TOLERANCE`.
 
     Raises:
-        UserError: Naming the model and what was seen.
+        UserError: Naming the model and the difference.
     """
     was_training = model.training
     model.eval()
     try:
-        fault = _fault(cast(VisionLanguageModel, model), backend, device, tolerance)
+        leak = _find_leak(cast(VisionLanguageModel, model), backend, device, tolerance)
     finally:
         model.train(was_training)
-    if fault is not None:
+    if leak is not None:
         name = type(causal_lm(cast(VisionLanguageModel, model).language_model)).__name__
         raise UserError(
-            f"train.packing: {name} cannot be packed ({fault}, attention by {backend} as {NAME}); "
+            f"train.packing: {name} cannot be packed ({leak}, attention by {backend} as {NAME}); "
             "set train.micro_batch_size instead of train.packing",
             code="packing_leaks",
         )
 
 
-def _fault(
+def _find_leak(
     model: VisionLanguageModel, backend: Backend, device: torch.device, tolerance: float
 ) -> str | None:
-    row = _probe(model, device)
-    size, count = _vocabulary(model), row.shape[1]
+    """Return what differs for a packed record, or None."""
+    row = _random_row(model, device)
+    vocabulary_size, num_tokens = _vocabulary_size(model), row.shape[1]
     layout = PackedLayout(SEGMENTS, device, backend)
     try:
         packed = model.logits(row, layout=layout)[0]
-    except TypeError as error:  # its forward does not hand on what the attention needs
-        return f"it refuses the layout of a pack: {' '.join(str(error).split())}"
+    except TypeError as error:  # its forward does not pass keyword arguments on to attention
+        return f"it refuses the layout of a packed row: {' '.join(str(error).split())}"
+    # The comparison with each record alone finds wrong positions, parents and kernels. Rounding
+    # limits it, so the second loop looks for an influence of any size.
     for number, places in enumerate(RECORDS):
         alone = model.logits(row[:, list(places)])[0]
         difference = _relative(packed[list(places)], alone)
         if difference > tolerance:
-            return f"record {number + 1} of 3 has logits off by {difference:.2g} in a pack"
+            return f"record {number + 1} of 3 has logits off by {difference:.2g} in a packed row"
     for number, places in enumerate(OWN):
         changed = row.clone()
-        changed[0, list(places)] = (changed[0, list(places)] + 1) % size
-        moved = model.logits(changed, layout=layout)[0]
-        others = [place for place in range(count) if place not in places]
-        if (difference := _relative(moved[others], packed[others])) > LEAK:
-            return f"other logits move by {difference:.2g} when record {number + 1} of 3 changes"
+        changed[0, list(places)] = (changed[0, list(places)] + 1) % vocabulary_size
+        after = model.logits(changed, layout=layout)[0]
+        others = [place for place in range(num_tokens) if place not in places]
+        if (difference := _relative(after[others], packed[others])) > LEAK:
+            return f"other logits change by {difference:.2g} when record {number + 1} of 3 changes"
     return None
 
 
-def _probe(model: VisionLanguageModel, device: torch.device) -> Tensor:
+def _random_row(model: VisionLanguageModel, device: torch.device) -> Tensor:
+    """Return random token ids `[1, T]` for the row of `SEGMENTS`."""
     generator = torch.Generator().manual_seed(0)
-    count = sum(length for length, _ in SEGMENTS)
-    return torch.randint(_vocabulary(model), (1, count), generator=generator).to(device)
+    num_tokens = sum(length for length, _ in SEGMENTS)
+    ids = torch.randint(_vocabulary_size(model), (1, num_tokens), generator=generator)
+    return ids.to(device)
 
 
-def _vocabulary(model: VisionLanguageModel) -> int:
+def _vocabulary_size(model: VisionLanguageModel) -> int:
     return int(causal_lm(model.language_model).get_input_embeddings().weight.shape[0])
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value; infinite for NaN."""
     scale = expected.float().abs().max().clamp_min(1e-12)
     difference = (found.float() - expected.float()).abs().max() / scale
     return float(difference.nan_to_num(nan=float("inf")))

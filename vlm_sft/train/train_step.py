@@ -1,4 +1,4 @@
-"""One optimizer step's gradient: the sum of all token losses of the step over all its targets."""
+"""The gradient of one optimizer step: all token losses of the step over all of its targets."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from vlm_sft.train.distributed import total
 
 @dataclass(frozen=True)
 class StepGradient:
-    """What a step's backward passes found; the gradients lie in the parameters' `.grad`.
+    """Result of the backward passes of a step; the gradients are in the parameters' `.grad`.
 
     Attributes:
-        loss_sum: Summed cross-entropy over the step's targets, all processes (scalar tensor).
-        num_targets: Supervised tokens of the step, all processes.
-        num_records: Records of the step, all processes.
-        record_losses: This process's records with their summed losses, for messages.
-        num_faults: Records of the step that could not be loaded, all processes.
+        loss_sum: Summed cross-entropy over all targets of the step, on all ranks (scalar tensor).
+        num_targets: Targets of the step, on all ranks.
+        num_records: Records of the step, on all ranks.
+        record_losses: This rank's records with their summed losses, for error messages.
+        num_faults: Records of the step that could not be loaded, on all ranks.
     """
 
     loss_sum: torch.Tensor
@@ -36,7 +36,7 @@ class StepGradient:
 
     @property
     def loss(self) -> float:
-        """Mean loss of a target in nats; 0 for a step without any."""
+        """Mean loss per target in nats; 0 for a step without targets."""
         return float(self.loss_sum) / max(1, self.num_targets)
 
 
@@ -48,23 +48,23 @@ def accumulate_gradient(
     num_faults: int = 0,
     seed_of: Callable[[int], int] | None = None,
 ) -> StepGradient:
-    """Run all micro-batches of a step forward and backward.
+    """Run forward and backward of all micro-batches of a step.
 
-    The gradient is that of `sum of losses / number of targets` over every micro-batch of every
-    process, so that neither micro-batch size nor number of processes changes it. A batch without
-    targets adds exactly nothing.
+    The loss is `sum of all token losses / number of targets` over every micro-batch of every rank,
+    so its gradient depends neither on the micro-batch size nor on the number of ranks. A batch
+    without targets adds exactly 0.
 
     Args:
-        model: Prepared by `accelerator`; returns a `VlmOutput`.
-        batches: This process's micro-batches, as many as every other process has.
-        accelerator: Device, precision and processes.
-        num_faults: Records of the step that this process could not load.
-        seed_of: Seed of the random generators (dropout) for micro-batch `i` of this process.
+        model: `VisionLanguageModel`, prepared by `accelerator`.
+        batches: This rank's micro-batches, as many as every other rank has.
+        accelerator: Device, precision and ranks.
+        num_faults: Records of the step that this rank could not load.
+        seed_of: Seed of the random generators (dropout) for micro-batch `i` of this rank.
     """
     mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
     counts = torch.tensor([*mine, num_faults], device=accelerator.device)
     num_targets, num_records, faults = (int(n) for n in total(accelerator, counts))
-    # Data-parallel wrapping averages gradients over processes; the sum is wanted.
+    # DDP and FSDP average gradients over ranks; multiply to get the sum.
     scale = accelerator.num_processes / max(1, num_targets)
     loss_sums: list[torch.Tensor] = []
     record_losses: list[tuple[str, torch.Tensor]] = []
@@ -72,10 +72,11 @@ def accumulate_gradient(
         if seed_of is not None:
             torch.manual_seed(seed_of(number))
         last = number == len(batches) - 1
+        # Ranks reduce their gradients in the backward pass of the last micro-batch only.
         with nullcontext() if last else accelerator.no_sync(model):
-            with accelerator.autocast(), told_with_records(batch):
+            with accelerator.autocast(), explain_out_of_memory(batch):
                 output: VlmOutput = model(batch.to(accelerator.device))
-            with told_with_records(batch):
+            with explain_out_of_memory(batch):
                 accelerator.backward(output.loss_sum * scale)
         loss_sums.append(output.loss_sum.detach())
         record_losses += zip(batch.record_ids, output.per_record_loss.detach(), strict=False)
@@ -90,11 +91,11 @@ def accumulate_gradient(
 
 
 @contextmanager
-def told_with_records(batch: Batch) -> Iterator[None]:
-    """Name the micro-batch that the GPU had no room for; none is ever left out.
+def explain_out_of_memory(batch: Batch) -> Iterator[None]:
+    """Context manager that adds the micro-batch to an out-of-memory error; none is ever skipped.
 
     Raises:
-        UserError: In place of the GPU's own error.
+        UserError: In place of torch's error.
     """
     try:
         yield
@@ -102,8 +103,8 @@ def told_with_records(batch: Batch) -> Iterator[None]:
         rows, tokens = len(batch.record_ids), batch.input_ids.shape[1]
         named = ", ".join(repr(name) for name in batch.record_ids[:8])
         raise UserError(
-            f"the GPU has no room for a micro-batch of {rows} records, {tokens} tokens long, and "
-            f"{batch.num_images} images (records {named}); lower train.micro_batch_size (or "
+            f"the GPU is out of memory for a micro-batch of {rows} records, {tokens} tokens long, "
+            f"and {batch.num_images} images (records {named}); lower train.micro_batch_size (or "
             "train.packing.max_tokens) or data.max_length, or set "
             "train.activation_checkpointing: full",
             code="out_of_memory",
@@ -111,7 +112,7 @@ def told_with_records(batch: Batch) -> Iterator[None]:
 
 
 def step_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Seed of the random generators for one micro-batch, a pure function of its arguments."""
+    """Return the seed of the random generators for one micro-batch of one step."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -119,10 +120,10 @@ def step_seed(seed: int, step: int, micro_batch: int) -> int:
 def non_finite_fault(
     gradient: StepGradient, norm: torch.Tensor, accelerator: Accelerator
 ) -> str | None:
-    """What is not finite of a step, the loss or the gradient's norm; None where both are.
+    """Return what is not finite in a step, the loss or the gradient norm; None if both are finite.
 
-    The same text in every process, with the records at fault where single ones stand out, else
-    with those of the step.
+    The text is the same on every rank. It names the records whose loss is not finite, or, if there
+    are none, all records of the step.
     """
     loss_is_finite = bool(torch.isfinite(gradient.loss_sum))
     if loss_is_finite and bool(torch.isfinite(norm)):
@@ -139,10 +140,10 @@ def non_finite_fault(
 
 
 def refuse_non_finite(fault: str | None, *, step: int) -> None:
-    """Stop before the optimizer step where `non_finite_fault` found something.
+    """Stop before the optimizer step if `non_finite_fault` found something.
 
     Raises:
-        UserError: Saying so, with what can be done.
+        UserError: If `fault` is not None.
     """
     if fault is not None:
         raise UserError(
