@@ -228,6 +228,21 @@ def test_words_of_two_captions_do_not_make_one_thing() -> None:
     assert codes("A hot dog lies there.", kitchen) == ("OBJECT_NOT_FOUND",)
 
 
+def test_what_is_outside_the_categories_is_in_captions_or_counted_as_unknown() -> None:
+    turn = Turn(
+        question="Describe it.", kind="object",
+        answer="A man passes a white building, a guitar, and two large fountains.",
+    )  # fmt: skip
+    found = [
+        check
+        for check in check_sample((turn,), "detail", MAN, Shown(), POLICY)
+        if check.rule == "other_object"
+    ]
+    assert [(check.verdict, check.code, check.claim) for check in found] == [
+        ("unknown", None, "outside the categories and captions: guitar, fountain")
+    ]
+
+
 def test_one_guess_in_three_sentences_is_accepted_and_two_are_not() -> None:
     plain = "A man rides past a car. He looks happy."
     assert codes(f"{plain} It is probably his street.", MAN) == ()

@@ -1,15 +1,24 @@
-"""Every claim of a sample held against the annotations of its picture, without any model.
+"""Check every sample against the annotations of its image, without any model.
 
 A turn is read as sentences of words (`reading`); the things it names are found by word lists
-(`lexicon`); rules then say of each claim whether boxes and captions bear it out, contradict it, or
-do not tell, and by which annotations:
+(`lexicon`), how it speaks of them by closed word classes (`grammar`, `stances`), and what it says
+of them by the words around them (`describing`). Captions are read in the same way (`knowledge`).
+Rules then compare:
 
     objects      the things named are there, those denied are not
+    others       things outside the annotated categories: in captions, or unknown
     counts       numbers
-    places       sides, halves, corners, order, nearness
-    attributes   colours, materials, actions: captions alone know
+    places       sides, halves, corners, order, nearness, by boxes
+    relations    in front of, behind, on, under, by captions
+    attributes   colors, materials, states
+    actions      verbs, by their subject
+    kinds        people, animals, sports, rooms, times of day that exclude each other
+    times        clocks
     manner       leaks, guesses, refusals, language, planted orders
     form         turns, lengths, repetitions, questions that answer themselves
+
+A claim that no rule reads is not checked; `docs/instruction-data/verification.md` has the recall by
+kind of error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +33,7 @@ from data_tools.instruct.verification import (
     kinds,
     manner,
     objects,
+    others,
     places,
     relations,
     times,
@@ -96,3 +106,4 @@ def _check_turn(case: Case) -> Iterator[Check]:
     if answer & RELATION:
         yield from relations.check(case)
     yield from times.check(case)
+    yield from others.check(case)

@@ -10,10 +10,14 @@ from data_tools.instruct.verification.case import Case
 from data_tools.instruct.verification.grammar import word_set
 from data_tools.instruct.verification.manner import hedged_sentences
 from data_tools.instruct.verification.numbers import number_of
+from data_tools.instruct.verification.phrases import HEDGE
 
 TOLERANT: Final = 12
 """One sentence that guesses is accepted next to others, or where it has this many words, which
 leave room for a reason."""
+OPENING: Final = 16
+"""A description that guesses within this many characters (`It looks like a ...`) guesses as a
+whole."""
 LONG_ANSWER: Final = 5
 """Answers of more words than this are not to be repeated."""
 
@@ -130,7 +134,9 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     ]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
     most = cases[0].config.max_hedged * total
-    if most > 0 and (total > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT):
+    opens = HEDGE.pattern.search(cases[0].turn.answer, 0, OPENING) is not None
+    long = total > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
+    if most > 0 and long and not (opens and sample_type == "detail"):
         most = max(most, 1)
     if guessing and guessing > most:
         yield Check(

@@ -15,6 +15,7 @@ from data_tools.instruct.verification.describing import (
     action_stems,
     actions,
     attributes,
+    noun_name,
     relations,
 )
 from data_tools.instruct.verification.lazy import lazy
@@ -185,6 +186,11 @@ class Knowledge:
             f"black and white {word}" in self.text
             for word in ("photo", "photograph", "picture", "image", "shot")
         )
+
+    @lazy
+    def nouns(self) -> frozenset[str]:
+        """The captions' words, as the names that nouns of answers get."""
+        return frozenset(noun_name(word) for word in self.words)
 
     @lazy
     def text(self) -> str:
