@@ -1,6 +1,6 @@
 """Are there as many as the turn says?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -31,7 +31,7 @@ def check(case: Case) -> Iterator[Check]:
     """
     asked = case.question.counted
     if asked is not None:
-        yield from _check_how_many(case, asked)
+        yield from _check_how_many(case, _named_in_answer(case, asked))
     elif case.question.kind == "how_many":
         yield from _check_how_many_others(case)
     answer = case.answer_reading
@@ -43,6 +43,17 @@ def check(case: Case) -> Iterator[Check]:
                 yield from _judge(case, sentence, mention, number, "answer")
     if case.question_reading.bits & NUMBER:
         yield from _check_yes_no(case)
+
+
+def _named_in_answer(case: Case, asked: Mention) -> Mention:
+    """Return the thing that the answer counts: `How many animals?` `There are three horses.`"""
+    if asked.entry.firm:
+        return asked
+    for sentence, mention in case.answer_reading.mentions:
+        narrower = set(mention.entry.categories) < set(asked.entry.categories)
+        if mention.entry.firm and narrower and quantity(sentence, mention) is not None:
+            return Mention(mention.entry, mention.word, asked.first, asked.last, asked.stance)
+    return asked
 
 
 def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
@@ -59,7 +70,10 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
     narrow = asked.entry.narrow
     if not narrow and unrestricted and tally.boxes:
         verdict, code = tally.exactly(value)
-    elif tally.refuted_by_captions(value) and (unrestricted or _shares_words(case)):
+    elif tally.exceeds_captions(value) or (
+        (unrestricted or _shares_words(case))
+        and (tally.refuted_by_captions(value) or tally.refuted_by_other_words(value))
+    ):
         verdict, code = "contradicted", "COUNT_WRONG"
     elif narrow or not unrestricted:
         verdict, code = tally.at_least(value)
@@ -153,6 +167,8 @@ def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quanti
     """
     words = sentence.words
     first = number.first
+    if words[max(0, first - 3) : first] in (["a", "group", "of"], ["a", "total", "of"]):
+        first -= 3
     if first and words[first - 1] in ("the", "these", "all"):
         first -= 1
     elif first > 0:
@@ -161,9 +177,11 @@ def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quanti
         return False  # `two of the dogs`
     begin, end = sentence.clause(mention.first)
     end = next((i for i in range(mention.last + 1, end) if words[i] in ("and", ",")), end)
-    if not _PARTIAL.isdisjoint(words[begin:end]) or (
-        words[mention.last + 1 : mention.last + 2] in (["with"], ["wearing"], ["of"])
-    ):
+    partial = _PARTIAL & set(words[begin:end])
+    after = words[mention.last + 1 : end]
+    if partial <= _PLACES and _is_where_captions_count(case, mention, after):
+        partial = frozenset()
+    if partial or (words[mention.last + 1 : mention.last + 2] in (["with"], ["wearing"], ["of"])):
         return False
     others = [
         (where, other)
@@ -176,6 +194,19 @@ def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quanti
         for where, other in others
     )
     return not more and not _MORE_ALONE & case.answer_reading.vocabulary
+
+
+def _is_where_captions_count(case: Case, mention: Mention, after: Sequence[str]) -> bool:
+    """Return whether captions count the things at the place that follows: `sit at the table`."""
+    known = case.knowledge
+    counting = {
+        number
+        for name in names_for_counts(mention.entry, mention.word)
+        for ids in known.counts.get(name, {}).values()
+        for number in ids
+    }
+    places = [word for word in after if word not in FUNCTION_WORDS]
+    return any(counting & set(known.words.get(word, ())) for word in places[-1:])
 
 
 def _shares_words(case: Case) -> bool:
@@ -230,6 +261,10 @@ class Tally:
             for name in names_for_counts(self.entry, self.word):
                 for number, ids in known.counts.get(name, {}).items():
                     found[number] = (*found.get(number, ()), *ids)
+        only = self.entry.categories[0] if len(self.entry.categories) == 1 else ""
+        name = f"word {singular(self.word)}" if self.entry.narrow else only
+        if name in known.single and only != "person":
+            found.setdefault(1, known.named.get(only, ()))  # captions only have `a laptop`
         return found
 
     def exactly(self, value: int) -> tuple[Verdict, str | None]:
@@ -271,14 +306,24 @@ class Tally:
         votes = sum(len(numbers[number]) for number in several)
         return bool(self.boxes) or votes > 1
 
+    def refuted_by_other_words(self, value: int) -> bool:
+        """Return whether captions count the same things by other words: players as `two women`."""
+        if not self.entry.narrow or self.in_captions or value == len(self.boxes):
+            return False
+        known = self.case.knowledge.counts.get(self.entry.categories[0], {})
+        several = {number: ids for number, ids in known.items() if number > 1}
+        votes = sum(len(ids) for ids in several.values())
+        return len(several) == 1 and votes > 1 and value not in known and value > 1
+
     def exceeds_captions(self, value: int) -> bool:
         """Return whether captions agree on a smaller number of a kind, or of what has no box."""
         numbers = self.in_captions
-        several = [number for number in numbers if number > 1]
-        if not several or value <= max(several) or (self.boxes and not self.entry.narrow):
+        firm = self.entry.firm and not self.entry.narrow
+        if not numbers or value <= max(numbers) or (self.boxes and firm):
             return False
-        votes = sum(len(numbers[number]) for number in several)
-        return votes > 1 and value > self._most
+        votes = sum(len(ids) for ids in numbers.values())
+        # a word for several categories is counted by captions only where most of them do
+        return votes > (1 if self.entry.firm else 2) and value > self._most
 
     def evidence(self, value: int) -> tuple[int, ...]:
         """Return the boxes, and the captions with this number."""
@@ -294,7 +339,7 @@ class Tally:
     @property
     def _most(self) -> int:
         """The number of boxes, where a kind might be all of its category."""
-        return 0 if self.entry.narrow else len(self.boxes)
+        return 0 if self.entry.narrow or not self.entry.firm else len(self.boxes)
 
     @property
     def is_mirrored(self) -> bool:
@@ -332,6 +377,7 @@ _PARTIAL: Final = word_set(
     "background foreground behind left right front others other near beside next closest nearest "
     "them top bottom upper lower side distance edge more on in at under inside outside"
 )
+_PLACES: Final = word_set("on in at under inside outside")
 _MORE: Final = word_set("another other more additional second third fourth fifth remaining")
 _MORE_ALONE: Final = word_set("others another fourth third fifth remaining rest")
 _MIRRORS: Final = ("mirror", "mirrors", "reflection", "reflected", "reflections")

@@ -82,6 +82,15 @@ def finite_verbs() -> frozenset[str]:
     return frozenset(verbs | set(claims["more_verbs"]))
 
 
+def _is_unlisted_verb(words: Sequence[str], index: int) -> bool:
+    """Return whether a word is a verb by its place: `the walls swallow a lot`, `it holds the`."""
+    after = words[index + 1] if index + 1 < len(words) else ""
+    takes_object = after in DEFINITE or after in INDEFINITE
+    if is_plural(words[index - 1]):
+        return not is_plural(words[index]) and (takes_object or after in PREPOSITIONS)
+    return is_plural(words[index]) and takes_object
+
+
 @cache
 def _color_words() -> frozenset[str]:
     return frozenset(wording.load("claims")["colours"])
@@ -109,7 +118,9 @@ def last_of_phrase(words: Sequence[str], first: int, end: int) -> int:
             word in verbs
             or word in _color_words()
             or (word.endswith(("ing", "ed")) and singular(word) not in _NOUNS_IN_ING)
+            or word in _PARTICIPLES
             or (word in verb_stems() and is_plural(words[index - 1]))
+            or _is_unlisted_verb(words, index)
         ):
             break
         if word.endswith("ly") and word not in ("family", "butterfly", "belly"):
@@ -155,6 +166,7 @@ FUNCTION_WORDS: Final = (
     BE | _HAVE | DEFINITE | INDEFINITE | QUANTITIES | MODALS | PREPOSITIONS | CONJUNCTIONS
     | PRONOUNS | ADVERBS
 )  # fmt: skip
+_PARTICIPLES: Final = word_set("made worn held shown seen built hung drawn written kept taken")
 _NOUNS_IN_ING: Final = word_set(
     "building clothing ceiling painting railing awning wedding pudding evening morning string ring "
     "wing thing covering lighting frosting icing crossing landing netting topping seating bed shed "

@@ -43,6 +43,7 @@ def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]
     known = case.knowledge
     for sentence in reading.sentences:
         words = sentence.words
+        ends: dict[str, int] = {}  # by family: the `park` of a `skate park` is not a park
         for index in sentence.hits(KIND):
             for phrase in kinds[words[index]]:
                 last = index + len(phrase) - 1
@@ -50,6 +51,9 @@ def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]
                     continue
                 text = " ".join(phrase)
                 for kind in _by_text()[text]:
+                    if index < ends.get(kind.family, 0):
+                        continue
+                    ends[kind.family] = last + 1
                     ids = excluding(known, kind)
                     if (
                         ids is None
@@ -80,10 +84,14 @@ def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
         kinds = _kinds()
         for caption in known.captions:
             words = caption.reading.words
+            ends: dict[str, int] = {}
             for index, flags in enumerate(caption.reading.flags):
                 for phrase in kinds[words[index]] if flags & KIND else ():
                     if tuple(words[index : index + len(phrase)]) == phrase:
                         for kind in _by_text()[" ".join(phrase)]:
+                            if index < ends.get(kind.family, 0):
+                                continue
+                            ends[kind.family] = index + len(phrase)
                             groups = found.setdefault(kind.family, {})
                             groups[kind.group] = (*groups.get(kind.group, ()), caption.id)
                         break
@@ -106,7 +114,7 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         start = begin - 1 if introduced != "none" else first - 1
         lead = words[start] if start >= 0 else ""
         ends = not after or after in FUNCTION_WORDS or not after[0].isalpha()
-        located = lead in ("in", "on", "at", "of", "shows", "is", "inside", "through") or start < 0
+        located = lead in ("in", "on", "at", "shows", "is", "inside", "through") or start < 0
         located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
         return (ends or after in _FEATURES) and located
     if kind.family == "time of day":
@@ -123,6 +131,8 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         ) and (after not in ("light", "lights", "stand", "table", "before", "of", "time", "club"))
     if kind.family in ("bird", "bear", "truck", "boat", "airplane"):
         return case.knowledge.boxes_of((kind.family,)) != () or not case.knowledge.has_boxes
+    if kind.family in _OF_CONVERSATIONS:
+        return case.sample_type == "conversation"
     if kind.family == "animal":
         return not _ANIMALS_ASKED.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "drink":
@@ -237,8 +247,11 @@ def _wrong_person(
                 continue
             if not (opening or index == 0):
                 continue
-        if index and sentence.words[index - 1] in _OTHERS:
+        before = sentence.words[max(0, index - 2) : index]
+        if before[-1:] in (["another"], ["other"], ["second"], ["third"]):
             continue
+        if before[-1:] == ["of"] and before[0] not in _GROUPS:
+            continue  # `one of the women`
         return index
     return None
 
@@ -299,4 +312,6 @@ def _people() -> dict[str, frozenset[str]]:
 
 _ANIMALS_ASKED: Final = frozenset({"animal", "animals", "creature", "creatures", "pet", "pets"})
 _FEATURES: Final = frozenset({"features", "has", "with", "contains", "is", "scene"})
-_OTHERS: Final = frozenset({"another", "other", "second", "third", "of"})
+_GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
+_OF_CONVERSATIONS: Final = frozenset({"aircraft", "flower"})
+"""Families of which a description may name another one that captions leave out."""

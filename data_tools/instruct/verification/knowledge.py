@@ -18,6 +18,7 @@ from data_tools.instruct.verification.describing import (
     noun_name,
     relations,
 )
+from data_tools.instruct.verification.grammar import singular
 from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Entry, Lexicon
 from data_tools.instruct.verification.numbers import numbered_nouns, quantity
@@ -203,11 +204,13 @@ class Knowledge:
 
     @lazy
     def single(self) -> frozenset[str]:
-        """Categories that at least two captions name, and only ever in the singular."""
+        """Categories, and words (`word cupcake`), that at least two captions name, and only ever
+        in the singular.
+        """
         numbers: dict[str, list[bool]] = defaultdict(list)
         for caption in self.captions:
             for _, mention in caption.reading.mentions:
-                for name in mention.entry.categories:
+                for name in (*mention.entry.categories, f"word {singular(mention.word)}"):
                     numbers[name].append(mention.number == "many")
         return frozenset(n for n, many in numbers.items() if len(many) > 1 and not any(many))
 
@@ -267,10 +270,12 @@ class Knowledge:
                     continue
                 if mention.stance == "denied":
                     continue
-                if (entry.firm and mention.stance != "depicted") or (
-                    not firm_only and mention.word not in hypernyms
-                ):
+                if entry.firm and mention.stance != "depicted":
                     names.update(entry.categories)
+                elif not firm_only and mention.word not in hypernyms:
+                    # where one of them is boxed, a `bike` is that one
+                    boxed = [name for name in entry.categories if name in self.boxes]
+                    names.update(boxed or entry.categories)
             for name in sorted(names):
                 found[name].append(caption.id)
         return {name: tuple(ids) for name, ids in found.items()}

@@ -51,7 +51,7 @@ def check(case: Case) -> Iterator[Check]:
         yield case.check("other_object", "unknown", None, "answer", span, claim)
 
 
-_INTRODUCING: Final = (DEFINITE | INDEFINITE | QUANTITIES) - word_set("no all both each every")
+_INTRODUCING: Final = (DEFINITE | INDEFINITE | QUANTITIES) - word_set("no all both each every that")
 _NOT_THINGS: Final = word_set(
     "image picture photo photograph scene shot view background foreground middle center centre "
     "left right corner distance camera viewer moment time day night way lot variety number group "
