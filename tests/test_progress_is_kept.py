@@ -152,7 +152,7 @@ def test_a_signal_in_an_evaluation_starts_no_further_step(
     assert steps_with(tmp_path, "eval_loss") == [2]
 
 
-def test_damaged_lines_of_a_runs_files_are_counted_and_left_out_when_it_resumes(
+def test_damaged_lines_of_a_runs_files_are_counted_and_skipped_when_it_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("stage1", tmp_path, "data.eval=[]", "train.max_steps=2") == 0

@@ -1,4 +1,4 @@
-"""A run goes on with what it was, says what differs, and accounts for every record and step."""
+"""A run resumes where it was, reports what differs, and records every record and step."""
 
 import json
 import os
@@ -90,12 +90,14 @@ def test_two_records_that_changed_places_are_noticed(cut: Path) -> None:
         go_on(cut)
 
 
-def test_a_file_that_was_only_written_anew_is_the_same_data(cut: Path) -> None:
+def test_a_rewritten_file_of_the_same_content_is_the_same_data(cut: Path) -> None:
     (cut / "data/captions.json").write_text(json.dumps(captions(cut)))
     assert go_on(cut) == 0
 
 
-def test_an_allowed_change_is_told_and_made(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_allowed_change_is_reported_and_made(
+    cut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed = "optim.learning_rate.projector=0.5"
     with pytest.raises(ConfigError, match=r"--allow-change optim\.learning_rate\.projector"):
         go_on(cut, changed)
@@ -130,7 +132,7 @@ def test_a_frozen_part_that_is_another_now_is_refused(
         go_on(cut)
 
 
-def test_another_template_is_refused_by_what_it_says_and_not_by_its_name(cut: Path) -> None:
+def test_another_template_is_refused(cut: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.template cannot change within a run"):
         go_on(cut, "data.template=chatml")
 
@@ -158,7 +160,7 @@ def with_a_broken_image(folder: Path) -> list[str]:
     return [*own_data(folder), *QUARANTINE]
 
 
-def test_an_image_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_path: Path) -> None:
+def test_an_image_found_broken_during_training_is_skipped_and_recorded(tmp_path: Path) -> None:
     assert run("stage1", tmp_path / "run", *with_a_broken_image(tmp_path)) == 0
     head, *entries = rows(tmp_path / "run/ledger.jsonl")
     broken = [row for row in entries if row["bucket"] == "quarantined"]
@@ -170,7 +172,7 @@ def test_an_image_found_broken_on_the_way_is_left_out_and_accounted_for(tmp_path
     assert [fault["reason"] for fault in manifest["quarantined"]] == [broken[0]["reason"]]
 
 
-def test_what_was_left_out_stays_out_when_the_image_is_mended(tmp_path: Path) -> None:
+def test_a_skipped_record_stays_skipped_when_its_image_is_fixed(tmp_path: Path) -> None:
     options = [*with_a_broken_image(tmp_path), "train.epochs=3", "train.keep_last_checkpoints=9"]
     assert run("stage1", tmp_path / "run", *options) == 0
     weights = (tmp_path / "run/final/projector.safetensors").read_bytes()
@@ -194,7 +196,7 @@ def test_more_broken_images_than_allowed_stop_the_run(tmp_path: Path) -> None:
 SKIP = ("train.on_nonfinite_loss=skip", "optim.max_grad_norm=null", "train.max_steps=8")
 
 
-def test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down(tmp_path: Path) -> None:
+def test_a_step_with_a_nonfinite_loss_can_be_skipped_and_is_recorded(tmp_path: Path) -> None:
     # Each update multiplies the weights by about -1e12, until they overflow.
     huge = (
         "optim.learning_rate.projector=1e6",
@@ -228,7 +230,7 @@ def during(path: Path, rows_there: int, act: Callable[[], None]) -> threading.Th
     return thread
 
 
-def test_sigusr1_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_sigusr1_saves_and_the_run_continues(tmp_path: Path) -> None:
     steps = 60
     options = (
         f"train.max_steps={steps}",
@@ -242,7 +244,7 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     assert len(saved) == 2 and 3 <= saved[0] < saved[1] == steps
 
 
-def test_a_run_that_is_asked_to_end_saves_and_goes_on_as_if_it_had_not_been(
+def test_a_run_that_is_stopped_saves_and_resumes_to_the_same_result(
     tmp_path: Path,
 ) -> None:
     options = ("train.max_steps=60", "train.epochs=1000", "train.save_every_steps=20")
@@ -288,7 +290,7 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
     assert newest is not None and newest.step == 2 * (len(written) - 1)
 
 
-def test_a_loader_process_that_outlives_its_run_does_not_keep_the_folder(tmp_path: Path) -> None:
+def test_a_loader_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path: Path) -> None:
     with locked(tmp_path, enabled=True):
         end, done = os.pipe()
         begun, begin = os.pipe()
@@ -341,7 +343,7 @@ def test_packed_runs_take_the_same_records_in_the_same_order_to_the_same_losses(
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=bound)
 
 
-def test_a_packed_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_an_interrupted_packed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     ways = [*multiplied(tmp_path), *PACKED, "train.share_image_prefix=true"]
     assert run("stage1", tmp_path / "whole", *ways) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -101,7 +101,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_found_before_training(tmp_pat
         own_run_dir(config_for(tmp_path))
 
 
-def test_check_says_that_the_folder_would_be_refused(
+def test_check_reports_that_the_folder_would_be_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
@@ -128,11 +128,11 @@ def test_a_configuration_edited_by_hand_is_kept_when_another_is_written(
     before = path.read_text()
     store_config(config.model_copy(update={"seed": 7}), has_checkpoints=False)
     assert load_config(path).seed == 7
-    kept, said = tmp_path / "config.yaml.kept-1", capsys.readouterr().err
+    kept, logged = tmp_path / "config.yaml.kept-1", capsys.readouterr().err
     if text == "{same}":  # written by a run
-        assert not kept.exists() and not said
+        assert not kept.exists() and not logged
     else:
-        assert kept.read_text() == before and str(kept) in said
+        assert kept.read_text() == before and str(kept) in logged
 
 
 def test_a_linked_configuration_is_not_written_through(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_foreign_content_under_a_runs_names_is_kept_and_its_own_stays(
         assert f"now {tmp_path / name}.kept-1" in printed
 
 
-def test_rows_of_others_are_kept_although_the_run_begins_anew(tmp_path: Path) -> None:
+def test_rows_of_others_are_kept_although_the_run_starts_again(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("epoch,loss\n1,2.5")
     MetricsFile(tmp_path / "metrics.jsonl", last_step=0).write({"step": 1})
     assert (tmp_path / "metrics.jsonl.kept-1").read_text() == "epoch,loss\n1,2.5"

@@ -1,4 +1,4 @@
-"""Checkpoints are complete and proven, or they are not used."""
+"""Checkpoints are complete and verified, or they are not used."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors, save_ten
 from vlm_sft.errors import CheckpointError
 
 
-def new_store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module | None = None):  # type: ignore[no-untyped-def]
+def new_store(folder: Path, logged: list[str], *, keep: int = 2, model: nn.Module | None = None):  # type: ignore[no-untyped-def]
     model = model or nn.Linear(3, 2)
     weights = tensor_component(
         model.state_dict,
@@ -31,7 +31,7 @@ def new_store(folder: Path, said: list[str], *, keep: int = 2, model: nn.Module 
         lambda f: copy_tensors(load_tensors(f / "weights.safetensors"), model.state_dict(), f),
     )
     return CheckpointStore(
-        folder, {"weights": weights}, fingerprint={"stage": "stage1"}, keep=keep, log=said.append
+        folder, {"weights": weights}, fingerprint={"stage": "stage1"}, keep=keep, log=logged.append
     )
 
 
@@ -56,8 +56,8 @@ def test_the_newest_is_found_and_older_ones_are_dropped(tmp_path: Path) -> None:
 
 
 def test_a_damaged_newest_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
-    said: list[str] = []
-    checkpoints = new_store(tmp_path, said)
+    logged: list[str] = []
+    checkpoints = new_store(tmp_path, logged)
     checkpoints.save({"step": 5})
     weights = checkpoints.save({"step": 10}).folder / "weights.safetensors"
     content = bytearray(weights.read_bytes())
@@ -65,7 +65,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(tmp_path: Path) ->
     weights.write_bytes(content)
     newest = checkpoints.newest()
     assert newest is not None and newest.step == 5
-    assert len(said) == 1 and "weights.safetensors has changed" in said[0]
+    assert len(logged) == 1 and "weights.safetensors has changed" in logged[0]
 
 
 @pytest.mark.parametrize("place", range(0, 400, 7))
@@ -157,7 +157,7 @@ def test_what_is_saved_is_what_was_when_the_save_began(tmp_path: Path) -> None:
     assert torch.equal(saved["weight"], before)
 
 
-def test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing(tmp_path: Path) -> None:
+def test_a_trainable_tensor_that_is_not_saved_is_named_before_writing(tmp_path: Path) -> None:
     checkpoints = new_store(tmp_path, [])
     checkpoints.trainable = {"forgotten.weight": torch.zeros(2)}
     with pytest.raises(CheckpointError, match=r"forgotten\.weight is trainable but no part"):
@@ -258,7 +258,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_temporary_folder(tmp_
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
-def test_too_little_space_is_told_before_writing(tmp_path: Path) -> None:
+def test_too_little_space_is_reported_before_writing(tmp_path: Path) -> None:
     checkpoints = new_store(tmp_path, [])
     checkpoints.num_bytes = 10**18
     with pytest.raises(CheckpointError, match=r"takes about 1000000000\.0 GB"):
@@ -277,11 +277,11 @@ def test_final_is_a_complete_checkpoint_that_shares_the_bytes(tmp_path: Path) ->
 
 
 def test_a_damaged_final_does_not_count_as_finished(tmp_path: Path) -> None:
-    said: list[str] = []
-    checkpoints = new_store(tmp_path, said)
+    logged: list[str] = []
+    checkpoints = new_store(tmp_path, logged)
     damage(checkpoints.finish(checkpoints.save({"step": 5})).folder)
     assert checkpoints.finished() is None
-    assert len(said) == 1 and "final: weights.safetensors has changed" in said[0]
+    assert len(logged) == 1 and "final: weights.safetensors has changed" in logged[0]
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
@@ -303,19 +303,19 @@ def test_a_checkpoint_is_written_by_a_package_that_runs_from_its_sources(
     assert saved.manifest["software"]["vlm-sft"] == "not installed"
 
 
-def test_other_software_is_told_and_does_not_stop_the_run(
+def test_other_software_is_reported_and_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    checkpoints = new_store(tmp_path, said)
+    logged: list[str] = []
+    checkpoints = new_store(tmp_path, logged)
     saved = checkpoints.save({"step": 5})
     checkpoints.load(saved)
-    assert said == []
+    assert logged == []
     assert len(saved.manifest["software"]["code"]) == 64
     now = {**provenance.software(), "torch": "9.9.9", "code": "f" * 64}
     monkeypatch.setattr(store, "software", lambda: now)
     checkpoints.load(saved)
-    (line,) = said
+    (line,) = logged
     assert "torch " in line and "now 9.9.9" in line
     assert "code" in line and "now ffffffffffff" in line
 
@@ -374,7 +374,7 @@ def step_once(layer: nn.Linear, optimizer: torch.optim.AdamW, step: int) -> None
     optimizer.step()
 
 
-def test_an_optimiser_goes_on_from_its_files_bit_for_bit(tmp_path: Path) -> None:
+def test_an_optimizer_resumes_from_its_files_bit_for_bit(tmp_path: Path) -> None:
     layer, optimizer = stepped(0, 3)
     optimizer_component(optimizer).snapshot()(tmp_path)
     other, resumed = stepped(1, 0)
@@ -387,7 +387,7 @@ def test_an_optimiser_goes_on_from_its_files_bit_for_bit(tmp_path: Path) -> None
     assert torch.equal(layer.weight, other.weight)
 
 
-def test_an_optimiser_of_other_parameters_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:
     optimizer_component(stepped(0, 1)[1]).snapshot()(tmp_path)
     layer = nn.Linear(4, 3, bias=False)
     group = {"params": list(layer.parameters()), "names": ["weight"], "part": "projector"}
@@ -425,29 +425,29 @@ def test_the_rest_of_a_deletion_that_was_killed_is_deleted(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("foreign", ["step-1", "step-00000001"])
 def test_a_folder_of_others_among_the_checkpoints_stays(tmp_path: Path, foreign: str) -> None:
-    said: list[str] = []
+    logged: list[str] = []
     notes = tmp_path / "checkpoints" / foreign / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    checkpoints = new_store(tmp_path, said, keep=1)
+    checkpoints = new_store(tmp_path, logged, keep=1)
     for step in (5, 10, 15):
         checkpoints.save({"step": step})
     assert notes.read_text() == "mine"
     kept = {"step-1": [], "step-00000001": ["no valid manifest"]}[foreign]
-    assert len(said) == len(kept) and all(words in said[0] for words in kept)
+    assert len(logged) == len(kept) and all(words in logged[0] for words in kept)
     assert [f.name for f in checkpoints.step_folders() if f != notes.parent] == ["step-00000015"]
 
 
 def test_a_checkpoint_with_a_file_of_others_is_not_pruned(tmp_path: Path) -> None:
-    said: list[str] = []
-    checkpoints = new_store(tmp_path, said, keep=1)
+    logged: list[str] = []
+    checkpoints = new_store(tmp_path, logged, keep=1)
     notes = checkpoints.save({"step": 5}).folder / "notes.txt"
     notes.write_text("mine")
     for step in (10, 15):
         checkpoints.save({"step": step})
     assert notes.read_text() == "mine"
     assert [f.name for f in checkpoints.step_folders()] == ["step-00000015", "step-00000005"]
-    assert len(said) == 1 and "notes.txt is not in its manifest" in said[0]
+    assert len(logged) == 1 and "notes.txt is not in its manifest" in logged[0]
 
 
 def test_what_a_file_manager_left_in_a_checkpoint_does_not_keep_it(tmp_path: Path) -> None:
@@ -459,8 +459,8 @@ def test_what_a_file_manager_left_in_a_checkpoint_does_not_keep_it(tmp_path: Pat
 
 @pytest.mark.parametrize("what", ["file added", "file edited", "folder", "file", "link"])
 def test_what_others_have_under_the_name_of_a_checkpoint_is_kept(tmp_path: Path, what: str) -> None:
-    said: list[str] = []
-    checkpoints = new_store(tmp_path, said)
+    logged: list[str] = []
+    checkpoints = new_store(tmp_path, logged)
     saved = checkpoints.save({"step": 5})
     final, mine = tmp_path / "final", tmp_path / "elsewhere"
     mine.mkdir()
@@ -485,7 +485,7 @@ def test_what_others_have_under_the_name_of_a_checkpoint_is_kept(tmp_path: Path,
         else kept / ("weights.safetensors" if "edited" in what else "notes.txt")
     )
     assert found.read_text() == "mine" and (mine / "notes.txt").read_text() == "mine"
-    assert len(said) == 1 and str(kept) in said[0]
+    assert len(logged) == 1 and str(kept) in logged[0]
     checkpoints.finish(saved)
     assert not (tmp_path / "final.kept-2").exists()
 

@@ -1,4 +1,4 @@
-"""Saves, crashes, damage and resumes in any order: what is loaded is what was saved, and newest."""
+"""Save, kill, damage and resume in any order: the newest complete checkpoint is loaded as saved."""
 
 import os
 import shutil
@@ -36,11 +36,11 @@ COMPLETE_FROM = POINTS.index("checkpoint.renamed")
 
 
 class Killed(BaseException):
-    """The process is gone; the disk is as `Disk` kept it."""
+    """The process was killed; the run directory is as it was at that moment."""
 
 
 class RunOnDisk(RuleBasedStateMachine):
-    """A run of one tensor, whose value says at which step it was saved."""
+    """A run of one tensor whose value is the step at which it was saved."""
 
     @initialize(keep=st.integers(1, 3), background=st.booleans())
     def begin(self, keep: int, background: bool) -> None:
@@ -48,7 +48,7 @@ class RunOnDisk(RuleBasedStateMachine):
         self.keep, self.background = keep, background
         self.step = 0
         self.whole: set[int] = set()
-        """Steps whose checkpoint is announced or renamed, and undamaged since."""
+        """Steps whose checkpoint was reported or renamed, and is undamaged."""
         self.there: set[int] = set()
         self.passed_over: set[int] = set()
         """Steps whose checkpoint this process found damaged when it looked for the newest."""
@@ -77,7 +77,7 @@ class RunOnDisk(RuleBasedStateMachine):
     @rule()
     def save(self) -> None:
         self.saver.save({"step": self.step})
-        self.weights["w"].add_(0.5)  # training goes on while the copy is written
+        self.weights["w"].add_(0.5)  # training continues while the copy is written
         self.saver.wait()
         self.weights["w"].sub_(0.5)
         self.announce(self.step)
@@ -112,7 +112,7 @@ class RunOnDisk(RuleBasedStateMachine):
 
     @rule()
     def resume(self) -> None:
-        """A new process finds the newest whole checkpoint, and in it what was saved."""
+        """Start a new process: it finds the newest complete checkpoint, as it was saved."""
         self.start_process()
         if self.there and not self.whole:
             with pytest.raises(CheckpointError):
@@ -137,9 +137,9 @@ class RunOnDisk(RuleBasedStateMachine):
         assert len([there for there in self.whole if there <= step]) <= self.keep
 
     def look(self) -> None:
-        """See what is on the disk; only what `keep` newer ones make superfluous may be gone.
+        """Look at the disk: a checkpoint may be gone only if `keep` newer ones exist.
 
-        Newer ones that were damaged since this process looked are among those it keeps.
+        Newer ones that were damaged since this process looked count among those it keeps.
         """
         names = [path.name for path in self.store.steps_dir.glob("*step-????????*")]
         names = [name.removeprefix(".").removesuffix(".replaced") for name in names]
@@ -150,7 +150,7 @@ class RunOnDisk(RuleBasedStateMachine):
         self.whole &= self.there
 
     def killed_at(self, point: str) -> bool:
-        """Save with a kill at `point`; whether the save came there."""
+        """Save with a kill at `point`; return whether the save reached it."""
         snapshot = self.root / "as it was"
 
         def kill() -> None:

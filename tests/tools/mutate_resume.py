@@ -139,7 +139,7 @@ MUTANTS = (
         STORE + "store.py",
         "self.group.all_ranks(lambda: require_all_saved(self.trainable, self.components))",
         "pass",
-        (f"{CHECKPOINT}::test_a_tensor_that_learns_and_is_not_saved_is_named_before_writing",),
+        (f"{CHECKPOINT}::test_a_trainable_tensor_that_is_not_saved_is_named_before_writing",),
     ),
     Mutant(
         "an error of one rank is not raised on the others",
@@ -181,21 +181,21 @@ MUTANTS = (
         STORE + "optimizer.py",
         "    optimizer.load_state_dict(state)\n",
         "",
-        (f"{CHECKPOINT}::test_an_optimiser_goes_on_from_its_files_bit_for_bit",),
+        (f"{CHECKPOINT}::test_an_optimizer_resumes_from_its_files_bit_for_bit",),
     ),
     Mutant(
         "8-bit moments are not restored",
         STORE + "optimizer.py",
         "    copy_tensors(found, live, file)\n",
         "",
-        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
+        (f"{OPTIM}::test_eight_bit_moments_resume_bit_for_bit_and_are_named_if_they_differ",),
     ),
     Mutant(
         "8-bit moments count their steps from 0 again",
         STORE + "optimizer.py",
         '["step"] = int(live[f"step/{name}"])',
         '["step"] = 0',
-        (f"{OPTIM}::test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name",),
+        (f"{OPTIM}::test_eight_bit_moments_resume_bit_for_bit_and_are_named_if_they_differ",),
     ),
     Mutant(
         "the order starts at the first step again",
@@ -268,14 +268,14 @@ MUTANTS = (
         TRAIN + "update.py",
         "        if problem is None:\n",
         "        if True:\n",
-        (f"{RESUME}::test_a_step_that_is_not_finite_can_be_left_out_and_is_written_down",),
+        (f"{RESUME}::test_a_step_with_a_nonfinite_loss_can_be_skipped_and_is_recorded",),
     ),
     Mutant(
         "records that were left out come back",
         TRAIN + "setup.py",
         "        run_log.restore(resumed_from.manifest)\n",
         "        pass\n",
-        (f"{RESUME}::test_what_was_left_out_stays_out_when_the_image_is_mended",),
+        (f"{RESUME}::test_a_skipped_record_stays_skipped_when_its_image_is_fixed",),
     ),
     Mutant(
         "skipped updates are counted from 0 again",
@@ -303,7 +303,7 @@ MUTANTS = (
         TRAIN + "signals.py",
         "        self.received = signal.Signals(number)\n",
         "        return\n",
-        (f"{RESUME}::test_a_run_that_is_asked_to_end_saves_and_goes_on_as_if_it_had_not_been",),
+        (f"{RESUME}::test_a_run_that_is_stopped_saves_and_resumes_to_the_same_result",),
     ),
     Mutant(
         "the data's content is not part of a checkpoint",
@@ -317,7 +317,7 @@ MUTANTS = (
         "vlm_sft/checkpoint/run_dir.py",
         "if not has_checkpoints or not path.exists():",
         "if True:",
-        (f"{RESUME}::test_an_allowed_change_is_told_and_made",),
+        (f"{RESUME}::test_an_allowed_change_is_reported_and_made",),
     ),
     Mutant(
         "the lock is not taken",
@@ -331,7 +331,7 @@ MUTANTS = (
         "vlm_sft/checkpoint/run_dir.py",
         "            os.close(descriptor)  # ",
         "            pass  # ",
-        (f"{RESUME}::test_a_loader_process_that_outlives_its_run_does_not_keep_the_folder",),
+        (f"{RESUME}::test_a_loader_worker_that_outlives_its_run_does_not_keep_the_lock",),
     ),
 )
 

@@ -98,7 +98,7 @@ def learn(layer: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None
     optimizer.step()
 
 
-def test_eight_bit_moments_go_on_bit_for_bit_and_are_told_by_name(tmp_path: Path) -> None:
+def test_eight_bit_moments_resume_bit_for_bit_and_are_named_if_they_differ(tmp_path: Path) -> None:
     layer, optimizer = learned(3)
     optimizer_component(optimizer).snapshot()(tmp_path)
     tensors = load_file(tmp_path / "optimizer.safetensors")

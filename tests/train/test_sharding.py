@@ -189,7 +189,7 @@ def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     yield {"parts": parts, "always": always, "folder": folder}
 
 
-def test_a_run_goes_on_with_any_number_of_processes(elastic: dict[str, Any]) -> None:
+def test_a_run_resumes_on_any_number_of_ranks(elastic: dict[str, Any]) -> None:
     for processes, expected in zip(elastic["parts"], elastic["always"], strict=True):
         for found in processes:
             assert found["losses"] == pytest.approx(expected["losses"], rel=1e-11)
@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_any_number_of_processes(elastic: dict[str, Any]) -> 
                 assert found["weights"][name] == pytest.approx(weights, rel=1e-9, abs=1e-11), name
 
 
-def test_each_process_writes_its_own_rows(elastic: dict[str, Any]) -> None:
+def test_each_rank_writes_its_own_rows(elastic: dict[str, Any]) -> None:
     folder = elastic["folder"] / "run" / "checkpoints" / "step-00000006" / "language_model"
     index = json.loads((folder / "model.pieces.json").read_text())
     assert index["processes"] == 3
@@ -227,16 +227,16 @@ def test_a_finished_run_has_one_model_that_transformers_reads(
     assert before == {p: p.read_bytes() for p in step.rglob("*") if p.is_file()}
 
 
-def test_tensors_with_fewer_rows_than_processes_come_back(elastic: dict[str, Any]) -> None:
+def test_tensors_with_fewer_rows_than_ranks_are_restored(elastic: dict[str, Any]) -> None:
     for found in elastic["parts"][1]:
         assert found["few rows"] == [[[1.0] * 3], [0.0, 1.0, 2.0, 3.0, 4.0], [], 7.0]
 
 
-def test_saving_is_rehearsed_by_all(elastic: dict[str, Any]) -> None:
+def test_all_ranks_take_part_in_the_dry_run_of_saving(elastic: dict[str, Any]) -> None:
     assert all(found["rehearsal"] for found in elastic["parts"][1])
 
 
-def test_what_one_process_cannot_write_is_told_by_all_and_leaves_nothing(
+def test_a_failed_write_of_one_rank_is_raised_on_all_and_leaves_nothing(
     elastic: dict[str, Any],
 ) -> None:
     for found in elastic["parts"][1]:
@@ -244,7 +244,7 @@ def test_what_one_process_cannot_write_is_told_by_all_and_leaves_nothing(
         assert found["left"] == ["step-00000002"]
 
 
-def test_what_one_process_would_not_save_stops_all(elastic: dict[str, Any]) -> None:
+def test_a_tensor_that_one_rank_would_not_save_stops_all_ranks(elastic: dict[str, Any]) -> None:
     for found in elastic["parts"][1]:
         assert "lost is trainable but no part of a checkpoint saves it" in found["forgotten"]
 

@@ -22,7 +22,7 @@ def test_text_bytes_and_json_are_written_as_given_and_leave_no_temporary_file(tm
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failing_disk_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch, call):
+def test_a_failing_disk_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path, monkeypatch, call):
     atomic.write_text(tmp_path / "file", "old")
 
     def fail(*_: object) -> None:

@@ -201,7 +201,7 @@ def checkpoint_in(folder: Path) -> Path:
         "link/page.html",
     ],
 )
-def test_no_output_lies_in_a_checkpoint(tmp_path: Path, place: str) -> None:
+def test_no_output_is_inside_a_checkpoint(tmp_path: Path, place: str) -> None:
     checkpoint_in(tmp_path / "run" / "final")
     (tmp_path / "link").symlink_to(tmp_path / "run" / "final")
     with pytest.raises(UserError, match="where a training run keeps checkpoints"):
