@@ -94,7 +94,8 @@ def make_model(config: RunConfig, method: Method, device: torch.device) -> Visio
     with torch.device(device):
         language_model: Any = AutoModelForCausalLM.from_config(llama, dtype=dtype)
     if method == "qlora":
-        quantize(language_model, config.model.language_model, frozen)
+        double = config.model.language_model.double_quantization
+        quantize(language_model, frozen, "nf4", double_quantization=double)
     tower = build_vision_tower(config.model.vision_tower, dtype=frozen, seed=SEED)
     projector = build_projector(
         config.model.projector_type, tower.width, llama.hidden_size, seed=SEED

@@ -103,7 +103,7 @@ class Runs:
         if self.device == "cpu":
             environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if peer.is_ours:
-            environ["PYTHONPATH"] = str(PEERS.parent.parent)
+            environ["PYTHONPATH"] = str(PEERS.parent.parent.parent)  # the root of the repository
         return environ
 
     def _left(self) -> str:

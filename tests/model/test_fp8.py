@@ -30,7 +30,7 @@ TREE = {
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:
-    monkeypatch.setattr(fp8, "SMALLEST", 64)
+    monkeypatch.setattr(fp8, "MIN_WIDTH", 64)
     model = tiny_model(language_model=TREE, lora=LORA)
     set_trainable(model, {"projector", "adapter"})
     return model.train()
@@ -88,7 +88,7 @@ def test_it_is_refused_by_name_where_it_cannot_run(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"found A100 \(8.0\)"):
         require_fp8(cuda, "bf16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.raises(ConfigError, match=r"goes with train\.precision: bf16, found fp32"):
+    with pytest.raises(ConfigError, match=r"needs train\.precision: bf16, found fp32"):
         require_fp8(cuda, "fp32")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[fp8\]'"):

@@ -47,8 +47,8 @@ def test_one_layer_can_be_named_by_the_end_of_its_path() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("q_prj", "'q_prj' names no linear layer of the language model; did you mean 'q_proj'"),
-        ("lm_head", "'lm_head' names no linear layer"),
+        ("q_prj", "'q_prj' matches no linear layer of the language model; did you mean 'q_proj'"),
+        ("lm_head", "'lm_head' matches no linear layer"),
         ("zzz", "known: down_proj, gate_proj"),
     ],
 )

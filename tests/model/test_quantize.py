@@ -263,9 +263,9 @@ def test_packed_layers_get_pefts_own_kind_of_adapter() -> None:
 def test_a_quantised_model_cannot_be_trained_in_full() -> None:
     config = LanguageModelConfig(config=LLAMA, tokenizer="bytes", quantization="nf4")
     with pytest.raises(ConfigError, match=r"quantization: nf4 weights .* add a `lora` section"):
-        require_quantization(config, {"projector", "language_model"})
-    require_quantization(config, {"projector", "adapter"})
-    require_quantization(config, {"projector"})
+        require_quantization(config.quantization, {"projector", "language_model"})
+    require_quantization(config.quantization, {"projector", "adapter"})
+    require_quantization(config.quantization, {"projector"})
 
 
 def test_without_bitsandbytes_the_line_that_installs_it_is_told(

@@ -161,7 +161,7 @@ def test_adapters_stay_on_the_linear_layers_that_were_asked_for() -> None:
     assert not any(".experts" in name or "gate_proj" in name for name in names)
     model = tiny_model(language_model=DEEPSEEK, lora=LoraConfig())
     assert "gate_proj.weight" in model_notes(model)[1]
-    with pytest.raises(UserError, match="peft takes gate_proj of DeepseekV3ForCausalLM"):
+    with pytest.raises(UserError, match="peft applies gate_proj of DeepseekV3ForCausalLM"):
         tiny_model(language_model=DEEPSEEK, lora=LoraConfig(targets=["gate_proj"]))
 
 

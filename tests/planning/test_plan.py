@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from vlm_sft.config.method import Method, training_method
-from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_config
+from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.data.batch import Collator
 from vlm_sft.data.build import (
     load_chat_tokenizer,
@@ -248,10 +248,7 @@ def test_qlora_quantizes_the_linear_layers_and_nothing_else() -> None:
 @pytest.mark.parametrize("double", [True, False])
 def test_four_bits_take_what_bitsandbytes_packs(double: bool) -> None:
     pytest.importorskip("bitsandbytes")
-    held = LanguageModelConfig(
-        config={}, tokenizer="bytes", quantization="nf4", double_quantization=double
-    )
-    layer: Any = _quantized(torch.nn.Linear(300, 200), held, torch.bfloat16)
+    layer: Any = _quantized(torch.nn.Linear(300, 200), torch.bfloat16, "nf4", double)
     state = layer.quant_state
     kept = [layer.weight, state.absmax, state.code]
     if double:

@@ -31,7 +31,7 @@ def check_machine(config: RunConfig, trainable: Set[str], results: CheckResults)
     with results.check("trackers"):
         require_trackers(train.trackers)
     with results.check("quantization"):
-        require_quantization(config.model.language_model, trainable)
+        require_quantization(config.model.language_model.quantization, trainable)
     with results.check("master weights"):
         require_roundable(config, trainable)
     with results.check("optimizer"):

@@ -72,7 +72,7 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
     trainable = trainable_parts(config, stage)
     require_environment(config)
     require_trackers(config.train.trackers)
-    require_quantization(config.model.language_model, trainable)
+    require_quantization(config.model.language_model.quantization, trainable)
     require_roundable(config, trainable)
     with deterministic(config.train.deterministic), compile_faults_told(config.train.compile):
         output_dir = Path(config.output_dir)

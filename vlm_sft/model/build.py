@@ -116,9 +116,14 @@ def build_language_model(
     with library_call("transformers", where, f"run {type(model).__name__} on three tokens"):
         check_head(model)
     cast(Any, model).position_limit = find_position_limit(model)
-    if quantized:
+    if config.quantization is not None:
         with library_call("bitsandbytes", f"{_WHERE}.quantization", "quantize this model"):
-            quantize(model, config, dtype)
+            quantize(
+                model,
+                dtype,
+                config.quantization,
+                double_quantization=config.double_quantization,
+            )
     return model
 
 

@@ -1,4 +1,4 @@
-"""LoRA on the language model through peft; never on the tower or the projector."""
+"""LoRA adapters on the language model, through peft; the tower and the projector get none."""
 
 import copy
 import difflib
@@ -22,26 +22,29 @@ from vlm_sft.model.router import fused_experts
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.libraries import library_call
 
-_MISSPELLED: Final = 0.8
-"""Similarity (difflib's) from which a name passes for a misspelling: `q_prj`, but not `gate_proj`
-for `v_proj`."""
+_TYPO_SIMILARITY: Final = 0.8
+"""difflib's similarity from which a target counts as a typo of a known name: `q_prj` of `q_proj`,
+but not `gate_proj` of `v_proj`."""
 
 
 def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> None:
-    """Wrap the language model in peft with float32 adapters drawn from `seed`.
+    """Add float32 adapters, initialized from `seed`, to the language model in place.
 
-    Quantized layers are adapted as they are. peft's `prepare_model_for_kbit_training` has nothing
-    to add: `set_trainable` freezes, norms compute in float32 whatever their dtype, and gradient
-    checkpointing is of the kind that needs no gradient at its input.
-
-    Targets are handed to peft as full paths inside the language model, so that no like-named
-    module elsewhere (CLIP has `q_proj` too) can be hit.
+    Args:
+        model: Its language model is replaced by a `peft.PeftModel` that wraps it. It may be
+            quantized: peft's `prepare_model_for_kbit_training` is not needed, since
+            `set_trainable` freezes weights, norms compute in float32 for any dtype, and
+            non-reentrant activation checkpointing needs no gradient at its input.
+        config: Targets, rank and the other settings of LoRA.
+        seed: Seed of the initial weights.
 
     Raises:
-        UserError: If a target names no linear layer of the language model.
+        UserError: If a target matches no linear layer of the language model.
     """
     language_model = causal_lm(model.language_model)
-    paths = _kept_by_peft(language_model, target_paths(language_model, config.targets), config)
+    # Full paths inside the language model: by its last name alone, `q_proj` would match modules of
+    # a CLIP tower too.
+    paths = _supported_targets(language_model, target_paths(language_model, config.targets), config)
     peft_config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -55,24 +58,26 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> No
     adding = library_call("peft", "lora", "add adapters to this model")
     with adding, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.language_model = _wrapped(language_model, peft_config)
+        model.language_model = _with_adapters(language_model, peft_config)
 
 
 def target_paths(language_model: PreTrainedModel, targets: Sequence[str] | str) -> list[str]:
-    """Full paths of the linear layers that `lora.targets` means, in the model's order.
+    """Return the full paths of the linear layers that match `lora.targets`, in the model's order.
 
-    `all-linear`: all but the output head. Otherwise each target is a layer's last name (`q_proj`)
-    or the end of its path (`layers.0.self_attn.q_proj`).
+    Args:
+        language_model: A model without adapters.
+        targets: `all-linear` for all linear layers except the output head; or a list of last names
+            (`q_proj`) or ends of paths (`layers.0.self_attn.q_proj`).
 
     Raises:
-        UserError: If a target matches nothing; the nearest name is told.
+        UserError: If a target matches nothing; the message names the closest known one.
     """
     linear = list(linear_layers(language_model))
     if isinstance(targets, str):
         if not linear:
             raise UserError(
                 f"lora.targets: {type(language_model).__name__} has no nn.Linear layer to adapt; "
-                "remove `lora` and train the language model in full"
+                "remove `lora` for full fine-tuning"
             )
         return linear
     for target in targets:
@@ -82,23 +87,25 @@ def target_paths(language_model: PreTrainedModel, targets: Sequence[str] | str) 
 
 
 def merged_language_model(model: VisionLanguageModel) -> PreTrainedModel:
-    """The language model with its adapters added into the weights, as a plain transformers model.
+    """Return the language model with its adapters merged, as a plain transformers model.
 
-    A copy: `model` stays as it is, and for a moment the weights are in memory twice. Without
-    adapters it is the language model itself. The sums are rounded to the weights' own dtype.
+    Merged weights are rounded to the dtype of the weights. `model` is not changed: the result is a
+    copy, so the weights are in memory twice. Without adapters and quantization it is the language
+    model itself.
 
-    Quantized weights are unpacked first, to the dtype of the embeddings: adapters learnt beside
-    those, and added to the weights from before quantization they would make another model.
+    Quantized weights are dequantized first, to the dtype of the embeddings. The adapters were
+    trained on these weights; merged into those from before quantization, they would give another
+    model.
 
     Raises:
-        UserError: If an adapter holds NaN or infinity.
+        UserError: If an adapter contains NaN or infinity.
     """
     language_model = model.language_model
     quantized = any(map(is_quantized, language_model.parameters()))
     if not isinstance(language_model, peft.PeftModel):
-        live = cast(PreTrainedModel, language_model)
-        return _dequantized(copy.deepcopy(live)) if quantized else live
-    copied = _on_plain_weights(language_model) if quantized else copy.deepcopy(language_model)
+        plain = cast(PreTrainedModel, language_model)
+        return _dequantized(copy.deepcopy(plain)) if quantized else plain
+    copied = _dequantized_base(language_model) if quantized else copy.deepcopy(language_model)
     try:
         merged = copied.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -106,32 +113,37 @@ def merged_language_model(model: VisionLanguageModel) -> PreTrainedModel:
     return cast(PreTrainedModel, merged)
 
 
-def _wrapped(language_model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
+def _with_adapters(language_model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
+    """Wrap a language model in peft with new adapters in float32."""
     with warnings.catch_warnings():
-        # peft 0.19 still asks transformers 5.2x for this under its old name.
+        # peft 0.19 reads this attribute under the name it had before transformers 5.2.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         wrapped = peft.get_peft_model(language_model, config, autocast_adapter_dtype=True)
     for name, parameter in wrapped.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.float32)
     if config.use_dora:
-        _measure_magnitudes(wrapped)
+        _set_dora_magnitudes(wrapped)
     return cast(peft.PeftModel, wrapped)
 
 
-def _measure_magnitudes(wrapped: nn.Module) -> None:
-    """DoRA's first magnitudes in float32: rounded to bfloat16, fresh adapters change the model."""
+def _set_dora_magnitudes(wrapped: nn.Module) -> None:
+    """Set DoRA's initial magnitudes to the weight norms in float32 (arXiv 2402.09353, section 4).
+
+    peft computes them in the dtype of the weights. Rounded to bfloat16 they differ from the norms
+    by which DoRA divides, so that new adapters would change the model's output.
+    """
     for layer in wrapped.modules():
         for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
             weight = dequantize_module_weight(cast(Any, layer).get_base_layer())
             magnitude.weight.data = torch.linalg.norm(weight.float(), dim=1)
 
 
-def _on_plain_weights(language_model: peft.PeftModel) -> peft.PeftModel:
-    """A copy whose adapters stand on unpacked weights."""
+def _dequantized_base(language_model: peft.PeftModel) -> peft.PeftModel:
+    """Return a copy with the same adapters on dequantized weights."""
     base = _dequantized(cast(Any, copy.deepcopy(language_model)).unload())
     with torch.random.fork_rng(devices=[]):
-        wrapped = _wrapped(base, copy.copy(language_model.peft_config["default"]))
+        wrapped = _with_adapters(base, copy.copy(language_model.peft_config["default"]))
     set_peft_model_state_dict(wrapped, get_peft_model_state_dict(language_model))
     return wrapped
 
@@ -141,39 +153,42 @@ def _dequantized(language_model: PreTrainedModel) -> PreTrainedModel:
     return language_model
 
 
-def _kept_by_peft(
+def _supported_targets(
     language_model: PreTrainedModel, paths: Sequence[str], config: LoraConfig
 ) -> list[str]:
-    """Return the targets without those that peft would move from a linear layer to the experts.
+    """Return the targets without those that peft would apply to fused experts.
 
-    In some families with fused experts peft takes `gate_proj`, which is also a linear layer of the
-    shared expert, for the fused tensor, whenever the adapter is made or loaded.
+    transformers 5 fuses the experts of some families into one tensor. peft then redirects their
+    former names (`gate_proj`) to that tensor, both when an adapter is created and when it is
+    loaded, although linear layers of the shared expert have the same names.
 
     Raises:
-        UserError: The user named such a target.
+        UserError: If the user named such a target, or no other target is left.
     """
-    moved = {name for name in {_last(path) for path in paths} if _is_moved(language_model, name)}
-    kept = [path for path in paths if _last(path) not in moved]
-    if moved and (not kept or not isinstance(config.targets, str)):
-        known = sorted({_last(path) for path in linear_layers(language_model)} - moved)
+    names = {_last_name(path) for path in paths}
+    redirected = {name for name in names if _is_redirected(language_model, name)}
+    supported = [path for path in paths if _last_name(path) not in redirected]
+    if redirected and (not supported or not isinstance(config.targets, str)):
+        known = sorted({_last_name(path) for path in linear_layers(language_model)} - redirected)
         raise UserError(
-            f"lora.targets: peft takes {', '.join(sorted(moved))} of "
-            f"{type(language_model).__name__} for the fused experts, which get no adapter here; "
-            f"leave these out. Other linear layers: {', '.join(known)}"
+            f"lora.targets: peft applies {', '.join(sorted(redirected))} of "
+            f"{type(language_model).__name__} to the fused experts, which get no adapter here; "
+            f"remove these targets. Other linear layers: {', '.join(known)}"
         )
-    return kept
+    return supported
 
 
-def _is_moved(language_model: PreTrainedModel, name: str) -> bool:
+def _is_redirected(language_model: PreTrainedModel, name: str) -> bool:
+    """Return whether peft's conversion removes a target from the list that it is given."""
     config = peft.LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model=language_model, conversions=None)
-    except ValueError:  # it would move this one only together with others
+    except ValueError:  # raised for a target that can only be converted together with others
         return True
     return name not in (config.target_modules or ())
 
 
-def _last(path: str) -> str:
+def _last_name(path: str) -> str:
     return path.rsplit(".", 1)[-1]
 
 
@@ -182,17 +197,17 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _unknown_target(model: PreTrainedModel, target: str, linear: Sequence[str]) -> str:
-    """Say why a target matches nothing: it is no `nn.Linear`, or misspelled."""
-    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    near = difflib.get_close_matches(target, known, n=1, cutoff=_MISSPELLED)
+    """Return an error message that says why a target matches no linear layer."""
+    known = sorted({_last_name(name) for name in linear})
+    near = difflib.get_close_matches(target, known, n=1, cutoff=_TYPO_SIMILARITY)
     hint = f"did you mean {near[0]!r}? " if near else ""
     if any(_matches(name, target) for name, _ in model.named_modules()):
         hint = "it is a module of another kind, which gets no adapter here. "
-    elif experts := {name.rsplit(".", 1)[-1] for name in fused_experts(model)}:
+    elif experts := {_last_name(name) for name in fused_experts(model)}:
         hint += (
             f"The experts' weights are fused ({', '.join(sorted(experts))}) and get no adapter. "
         )
     return (
-        f"lora.targets: {target!r} names no linear layer of the language model; {hint}"
+        f"lora.targets: {target!r} matches no linear layer of the language model; {hint}"
         f"known: {', '.join(known)}"
     )

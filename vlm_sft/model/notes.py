@@ -1,4 +1,4 @@
-"""Lines for the start of a run about what a model has besides linear layers and cross-entropy."""
+"""Notes on a model that a run logs at its start: router loss, dropout, weights without adapter."""
 
 from typing import cast
 
@@ -13,20 +13,20 @@ from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def model_notes(model: VisionLanguageModel) -> list[str]:
-    """Return what the user should know of the model beyond its linear layers and cross-entropy.
+    """Return one line for everything about the model that a user may not expect.
 
-    The router loss, weights that get no adapter, and dropout that the language model's own
-    configuration asks for.
+    A mixture of experts' router loss, dropout of the language model's own configuration, and
+    weights that LoRA does not adapt.
     """
     language_model = causal_lm(model.language_model)
-    notes = [router_note(language_model), _own_dropout(language_model)]
+    notes = [router_note(language_model), _dropout_note(language_model)]
     if parameters_by_part(model)["adapter"]:
-        notes.append(_without_adapter(language_model))
+        notes.append(_unadapted_note(language_model))
     return [note for note in notes if note is not None]
 
 
-def _own_dropout(language_model: nn.Module) -> str | None:
-    """Name the dropout probabilities of the language model's configuration that are not zero."""
+def _dropout_note(language_model: nn.Module) -> str | None:
+    """Return a note with the nonzero dropout probabilities of the model's configuration."""
     config = cast(PreTrainedModel, language_model).config.get_text_config()
     found = [
         f"{name} {value:g}"
@@ -41,13 +41,17 @@ def _own_dropout(language_model: nn.Module) -> str | None:
     return f"dropout of the language model's own configuration is active: {', '.join(found)}"
 
 
-def _without_adapter(language_model: nn.Module) -> str | None:
-    """Name the weight matrices that LoRA leaves as they are, though the user may not expect it."""
+def _unadapted_note(language_model: nn.Module) -> str | None:
+    """Return a note with the weight matrices that get no adapter.
+
+    Embeddings and the output head are not listed: nobody expects adapters there.
+    """
     found: dict[str, int] = {}
     routed = bool(fused_experts(language_model))
     head = cast(PreTrainedModel, language_model).get_output_embeddings()
     for path, module in language_model.named_modules():
-        # Without experts every linear layer that has no adapter is one that the user left out.
+        # A linear layer without adapter was excluded by `lora.targets`, except in a mixture of
+        # experts, where `all-linear` excludes some as well.
         adapted = isinstance(module, nn.Linear) and (not routed or path.endswith(".base_layer"))
         if adapted or isinstance(module, nn.Embedding) or module is head or ".lora_" in path:
             continue

@@ -1,4 +1,4 @@
-"""Loading from a folder or the hub, with one sentence when it cannot be done."""
+"""Load models of transformers from a folder or the hub, with errors of one sentence."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +15,17 @@ from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folde
 
 
 def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: Any) -> Any:
-    """Return `load(name, trust_remote_code=False, **kwargs)`; a failure is one sentence.
+    """Return `load(name, trust_remote_code=False, **kwargs)`.
 
     Args:
         load: A `from_pretrained` of transformers.
         name: A local folder or a hub name.
-        where: The configuration key that held the name.
-        kwargs: Handed on.
+        where: The configuration key of the name, for error messages.
+        kwargs: Passed on.
 
     Raises:
-        UserError: If the folder does not exist, is incomplete, or the hub cannot be reached; if it
-            needs code of its own, or holds a pipe or a device.
+        UserError: If the folder does not exist or is incomplete, if the hub cannot be reached, if
+            the model needs custom code, or if the folder contains a pipe or a device.
     """
     folder = Path(name).expanduser()
     if means_folder(name) and not folder.is_dir():
@@ -42,10 +42,10 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
 
 
 @contextmanager
-def no_questions() -> Iterator[None]:
-    """Have transformers refuse custom code instead of asking on the terminal whether to run it.
+def no_custom_code_prompts() -> Iterator[None]:
+    """Make transformers refuse custom code instead of asking on the terminal whether to run it.
 
-    For libraries that call transformers themselves and do not pass `trust_remote_code` on.
+    For libraries that call transformers without passing on `trust_remote_code`.
     """
     before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0

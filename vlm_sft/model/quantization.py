@@ -6,13 +6,12 @@ bitsandbytes packs and unpacks them.
 import importlib.util
 import math
 from collections.abc import Set
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.errors import ConfigError
 from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.hashing import sample_digest, stored_tensors
@@ -24,7 +23,13 @@ SCALE_BLOCK_SIZE: Final = 256
 """Scales that share a scale of their own, with double quantization."""
 
 
-def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.dtype) -> None:
+def quantize(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    quant_type: Literal["nf4", "fp4"],
+    *,
+    double_quantization: bool,
+) -> None:
     """Quantize every linear layer except the output head to 4 bits, in place.
 
     Everything else (embeddings, norms, biases, head) is cast to `dtype`. The 4-bit weights are
@@ -32,8 +37,9 @@ def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.d
 
     Args:
         model: On the CPU, in any floating-point dtype.
-        config: Its `quantization` is not None.
         dtype: The dtype that a layer is dequantized to when it is used.
+        quant_type: The 4-bit data type.
+        double_quantization: Whether the scales are quantized too.
 
     Raises:
         ConfigError: If bitsandbytes is not installed, or the model has no linear layer.
@@ -48,7 +54,7 @@ def quantize(model: PreTrainedModel, config: LanguageModelConfig, dtype: torch.d
     # Identifies the base model in checkpoints; it cannot be computed from packed weights.
     digest = sample_digest(model.named_parameters())
     for name, layer in layers.items():
-        model.set_submodule(name, _quantized(layer, config, dtype))
+        model.set_submodule(name, _quantized(layer, dtype, quant_type, double_quantization))
     cast_floating(model, dtype)
     marked: Any = model
     marked.unquantized_digest = digest
@@ -67,18 +73,22 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
     marked.is_loaded_in_4bit = False
 
 
-def require_quantization(config: LanguageModelConfig, trainable: Set[str]) -> None:
-    """Check that quantization is possible, before anything slow starts.
+def require_quantization(quantization: str | None, trainable: Set[str]) -> None:
+    """Check that the configured quantization is possible, before anything slow starts.
+
+    Args:
+        quantization: `model.language_model.quantization`.
+        trainable: The trainable parts of the model.
 
     Raises:
         ConfigError: If the language model itself would be trained, or bitsandbytes is not
             installed.
     """
-    if config.quantization is None:
+    if quantization is None:
         return
     if "language_model" in trainable:
         raise ConfigError(
-            f"model.language_model.quantization: {config.quantization} weights cannot be trained, "
+            f"model.language_model.quantization: {quantization} weights cannot be trained, "
             "but stage 2 would train them; add a `lora` section, or set it to null"
         )
     require_bitsandbytes()
@@ -149,7 +159,9 @@ def quantized_bytes(num_weights: int, *, double_quantization: bool) -> int:
     return packed + num_scales + 4 + 256 * 4 + 4 * math.ceil(num_scales / SCALE_BLOCK_SIZE)
 
 
-def _quantized(layer: nn.Linear, config: LanguageModelConfig, dtype: torch.dtype) -> nn.Module:
+def _quantized(
+    layer: nn.Linear, dtype: torch.dtype, quant_type: str, double_quantization: bool
+) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):
@@ -157,8 +169,8 @@ def _quantized(layer: nn.Linear, config: LanguageModelConfig, dtype: torch.dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = Params4bit(
         layer.weight.data,
-        compress_statistics=config.double_quantization,
-        quant_type=config.quantization,
+        compress_statistics=double_quantization,
+        quant_type=quant_type,
     )
     # The first `.to` quantizes. One CPU core quantizes about 17 million weights per second.
     packed.weight = weight.to(device).to("cpu")

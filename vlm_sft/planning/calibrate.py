@@ -133,7 +133,7 @@ class _TrainingSteps:
     """The first optimizer steps of a run, run one at a time on one device."""
 
     def __init__(self, config: RunConfig, method: Method, policy: CheckpointPolicy) -> None:
-        require_quantization(config.model.language_model, TRAINABLE[method])
+        require_quantization(config.model.language_model.quantization, TRAINABLE[method])
         self._max_norm = config.optim.max_grad_norm
         self._accelerator: Accelerator = make_accelerator(config.train.precision)
         chat_tokenizer = load_chat_tokenizer(config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.model.pretrained import no_questions
+from vlm_sft.model.pretrained import no_custom_code_prompts
 from vlm_sft.model.towers.base import BlockStates, FeatureSource, LoadedEncoder
 from vlm_sft.model.towers.timm import timm_source
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
@@ -165,7 +165,7 @@ def _pretrained(
     with (
         library_call("open_clip", _WHERE, f"load {name!r} with weights {weights!r}"),
         custom_code_refused(_WHERE, name),
-        no_questions(),
+        no_custom_code_prompts(),
     ):
         model = open_clip.create_model(
             name,
