@@ -113,14 +113,14 @@ def test_codes_are_unique_in_order_and_in_a_family() -> None:
 
 
 def test_every_fact_of_a_manifest_that_can_differ_has_a_code() -> None:
-    """The facts that `make_store` gives to the store of checkpoints."""
+    """The entries of the fingerprint that `make_store` gives to the checkpoint store."""
     tree = ast.parse((ROOT / "vlm_sft" / "train" / "setup.py").read_text(encoding="utf-8"))
     (facts,) = (
         keyword.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
-        if keyword.arg == "facts"
+        if keyword.arg == "fingerprint"
     )
     assert isinstance(facts, ast.Dict)
     assert {key.value for key in facts.keys if isinstance(key, ast.Constant)} == set(CODE_OF_FACT)

@@ -1,4 +1,4 @@
-"""Print every error code as Markdown: `python -m vlm_sft.errors > docs/errors.md`."""
+"""Print all error codes as Markdown: `vlm-sft errors > docs/errors.md`."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    about = "Print every error code with its meaning and remedy, as Markdown."
+    about = "Print all error codes with their meanings and remedies, as Markdown."
     return CommandParser("vlm-sft errors", about, EXAMPLES)
 
 

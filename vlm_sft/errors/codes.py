@@ -1,6 +1,7 @@
-"""Every fault that has a name: its code, what it means, what to do. Makes `docs/errors.md`.
+"""The error codes: number, name, meaning and remedy of every error that a user can fix.
 
-A ledger's `reason` is one of these names, and a command's error line begins with the code.
+`docs/errors.md` is generated from them. The `reason` in a ledger is one of these names, and the
+error line of a command begins with the code.
 """
 
 from collections.abc import Mapping
@@ -10,13 +11,13 @@ from typing import Final
 
 @dataclass(frozen=True)
 class ErrorCode:
-    """One fault.
+    """One error that a user can fix.
 
     Attributes:
-        number: Its family in the hundreds; never given to another fault again.
-        name: Unique, in snake_case; raise sites and ledgers use it.
-        meaning: One sentence.
-        remedy: One sentence.
+        number: Number of the code; the hundreds are its family. A number is never reused.
+        name: Unique name in snake_case, used where the error is raised and in ledgers.
+        meaning: What is wrong, in one sentence.
+        remedy: What to do, in one sentence.
     """
 
     number: int
@@ -25,7 +26,7 @@ class ErrorCode:
     remedy: str
 
     def __str__(self) -> str:
-        """The code as it is printed, e.g. `VS101`."""
+        """Return the code as it is printed, e.g. `VS101`."""
         return f"VS{self.number:03d}"
 
 
@@ -33,250 +34,249 @@ FAMILIES: Final[Mapping[int, str]] = {
     0: "Input and configuration",
     1: "Disk, processes and checkpoints",
     2: "Images",
-    3: "Records, texts and templates",
-    4: "Numbers, and parts that do not go together",
-    5: "Teachers and answers of instruction data",
+    3: "Records, text and templates",
+    4: "Model, training and memory",
+    5: "Teacher models and generated answers",
 }
-"""Titles by the hundreds of a code's number."""
+"""Title of each family, by the hundreds of its numbers."""
 
 ALL: Final = (
     ErrorCode(
         1,
         "configuration",
         "A key or a value of a configuration file or of an override is wrong.",
-        "Mend the key that the message names; a misspelled one is told with the nearest known one.",
+        "Fix the key that the message names; for a misspelled key it names the nearest known one.",
     ),
     ErrorCode(
         2,
         "wrong_input",
-        "Something given to a command (an option, a name, a file) cannot be used.",
-        "Do what the message says; `--help` shows examples of every command.",
+        "An option, a name or a file that was given to a command cannot be used.",
+        "Do what the message says; `--help` shows examples for every command.",
     ),
     ErrorCode(
         3,
         "not_a_file",
-        "A directory, pipe, socket or device stands where a regular file is expected.",
-        "Give the name of a regular file.",
+        "A directory, pipe, socket or device is given instead of a regular file.",
+        "Give the path of a regular file.",
     ),
     ErrorCode(
         4,
         "file_too_large",
-        "A file is larger than any file of its kind, and is not read into memory.",
-        "Check that the name is the one that was meant.",
+        "A file is larger than any valid file of its kind, so it is not read into memory.",
+        "Check that the path is the intended one.",
     ),
     ErrorCode(
         5,
         "custom_code",
-        "A model folder needs Python code of its own, which is never run.",
-        "Use a model that the library has built in, or convert the folder to such a model.",
+        "A model requires its own Python code, which is never executed.",
+        "Use a model that is built into the library, or convert it to one.",
     ),
-    # --- disk, processes and checkpoints
+    # --- Disk, processes and checkpoints
     ErrorCode(
         100,
         "checkpoint_unusable",
-        "A checkpoint cannot be used for a reason that has no code of its own.",
+        "A checkpoint cannot be used, for a reason that has no other code.",
         "Do what the message says, or give another checkpoint.",
     ),
     ErrorCode(
         101,
         "disk_full",
-        "The disk, or this user's share of it, has no room for what is to be written.",
-        "Make room or choose another `output_dir`, then repeat the command: checkpoints saved "
-        "before are untouched.",
+        "The disk, or the user's quota, is full.",
+        "Free some space or choose another `output_dir`, then repeat the command; checkpoints that "
+        "were saved before are intact.",
     ),
     ErrorCode(
         102,
         "disk_error",
-        "The system refused to read or write a file.",
-        "Look at the file and the disk that the message names, then repeat the command.",
+        "The operating system could not read or write a file.",
+        "Check the file and the disk that the message names, then repeat the command.",
     ),
     ErrorCode(
         103,
         "not_permitted",
-        "This user may not read or write a file or folder, or the disk is read-only.",
-        "Change its permissions, or choose another place.",
+        "A file or directory may not be read or written, or the disk is read-only.",
+        "Change the permissions, or choose another location.",
     ),
     ErrorCode(
         104,
         "cache_unusable",
-        "What is in `data.cache_dir` or `data.feature_cache` cannot be read or written.",
-        "Remove that file, which costs time only, or give another folder with room in it.",
+        "A file in `data.cache_dir` or `data.feature_cache` cannot be read or written.",
+        "Delete the file (it is computed again), or choose another directory with free space.",
     ),
     ErrorCode(
         105,
         "feature_cache_full",
-        "The features of the run's images have no room, in `data.feature_cache_gb` or on the disk.",
-        "Make room or raise the limit, or train without `data.feature_cache`.",
+        "The features of all images would exceed `data.feature_cache_gb` or the free disk space.",
+        "Free some space, raise the limit, or train without `data.feature_cache`.",
     ),
     ErrorCode(
         106,
         "features_damaged",
-        "A file in `data.feature_cache` is gone or is not what was written; what was there is kept "
-        "as `NAME.kept-N`.",
-        "Repeat the command: it computes these features again and resumes from the newest "
+        "A file in `data.feature_cache` is missing or does not match its checksum; a damaged file "
+        "is kept as `NAME.kept-N`.",
+        "Repeat the command; it computes these features again and resumes from the newest "
         "checkpoint.",
     ),
     ErrorCode(
         110,
         "checkpoints_all_damaged",
-        "The run has checkpoints and not one of them is complete; it is not started over silently.",
-        "Copy a good checkpoint back, or delete the folder `checkpoints` to start over.",
+        "The run has checkpoints, but none of them is complete; it does not silently start over.",
+        "Restore a complete checkpoint, or delete the directory `checkpoints` to start over.",
     ),
     ErrorCode(
         111,
         "checkpoint_damaged",
-        "A file of a checkpoint is missing, too many, or changed since it was written.",
-        "Use another checkpoint of the run, or copy this one again from where it was whole.",
+        "A checkpoint has a missing, an additional or a changed file.",
+        "Use another checkpoint of the run, or copy this one again from an intact copy.",
     ),
     ErrorCode(
         112,
         "manifest_damaged",
-        "A checkpoint's `manifest.json` is not what was written, so nothing in it can be trusted.",
-        "Use another checkpoint of the run, or copy this one again from where it was whole.",
+        "A checkpoint's `manifest.json` does not match its checksum, so it cannot be trusted.",
+        "Use another checkpoint of the run, or copy this one again from an intact copy.",
     ),
     ErrorCode(
         113,
         "no_checkpoint",
-        "The folder is not there, or holds no complete checkpoint.",
-        "Give a folder like `RUN/final` or `RUN/checkpoints/step-00000100`.",
+        "The directory does not exist, or does not contain a complete checkpoint.",
+        "Give a directory like `RUN/final` or `RUN/checkpoints/step-00000100`.",
     ),
     ErrorCode(
         114,
         "checkpoint_format",
-        "The checkpoint was written in a form that this version does not read.",
-        "Use the version of vlm-sft that wrote it; its manifest names it.",
+        "The checkpoint has a format that this version does not read.",
+        "Use the version of vlm-sft that is named in the checkpoint's manifest.",
     ),
     ErrorCode(
         115,
         "save_failed",
         "A checkpoint could not be written.",
-        "Mend what the message says and repeat the command: it goes on from the one before.",
+        "Fix what the message names and repeat the command; it resumes from the checkpoint before.",
     ),
     ErrorCode(
         116,
         "save_changed",
-        "What was saved for a trial did not come back from the disk as it was.",
-        "Choose another `output_dir`: this place does not keep what is written.",
+        "A trial checkpoint that was written and read back differs from the original.",
+        "Choose another `output_dir`; this disk does not store data reliably.",
     ),
     ErrorCode(
         117,
         "save_incomplete",
-        "Something is trained that no part of a checkpoint would hold.",
-        "Report it: this is a bug, and nothing was trained or written.",
+        "A trained parameter would not be saved in any part of the checkpoint.",
+        "Report it; this is a bug, and nothing was trained or written.",
     ),
     ErrorCode(
         120,
         "folder_in_use",
-        "Another run is at work in this `output_dir`.",
+        "Another process is training in this `output_dir`.",
         "Wait for the process that the message names, or choose another `output_dir`.",
     ),
     ErrorCode(
         121,
         "not_ours",
-        "An output would replace or delete something that this toolkit did not write, or an input.",
-        "Choose a new name or an empty directory, or allow the replacement of a file with "
-        "`--overwrite` where the command has it.",
+        "An output would replace or delete an input, or a file that this toolkit did not write.",
+        "Choose a new name or an empty directory, or use `--overwrite` if the command has it.",
     ),
     ErrorCode(
         131,
         "data_changed",
-        "The training data is not what the run was started with.",
-        "Put the files back as they were, or start a new run in another `output_dir`.",
+        "The training data differs from the data that the run was started with.",
+        "Restore the files, or start a new run in another `output_dir`.",
     ),
     ErrorCode(
         132,
         "settings_changed",
         "Settings differ from those that the run was started with.",
-        "Set them back, allow those that may change with `--allow-change KEY`, or choose another "
+        "Restore them, allow those that may change with `--allow-change KEY`, or choose another "
         "`output_dir`.",
     ),
     ErrorCode(
         133,
         "stage_changed",
-        "The folder holds a run of the other stage.",
-        "Choose another `output_dir`; stage 2 starts from stage 1 by `projector=RUN/final`.",
+        "The directory contains a run of the other stage.",
+        "Choose another `output_dir`; stage 2 starts from stage 1 with `projector=RUN/final`.",
     ),
     ErrorCode(
         141,
         "loader_died",
-        "A process that reads records ahead was ended from outside.",
-        "Set `data.num_workers` lower, or 0, if memory or shared memory ran out, and repeat the "
-        "command.",
+        "A data loader process was killed.",
+        "Lower `data.num_workers` (0 loads in the training process) if memory or shared memory was "
+        "full, then repeat the command.",
     ),
-    # --- images
+    # --- Images
     ErrorCode(
         201,
         "image_missing",
-        "A record's image file is not there.",
-        "Check the name and `image_root`, or leave the record out.",
+        "A record's image file does not exist.",
+        "Check the name and `image_root`, or remove the record.",
     ),
     ErrorCode(
         202,
         "image_not_file",
-        "A record's image is a folder, a pipe, a socket or a device.",
-        "Give the name of a regular file.",
+        "A record's image is a directory, a pipe, a socket or a device.",
+        "Give the path of a regular file.",
     ),
     ErrorCode(
         203,
         "image_format",
-        "An image file is empty, or its content is of none of the formats that are decoded.",
-        "Save it as JPEG, PNG, WebP, GIF, BMP or TIFF; the name's ending does not matter.",
+        "An image file is empty, or has none of the supported formats.",
+        "Save it as JPEG, PNG, WebP, GIF, BMP or TIFF; the file extension does not matter.",
     ),
     ErrorCode(
         204,
         "image_broken",
         "An image is truncated or corrupt.",
-        "Get the file again.",
+        "Download or copy the file again.",
     ),
     ErrorCode(
         205,
         "image_too_large",
-        "An image has more pixels, or a longer side, than is ever decoded.",
+        "An image has more pixels, or a longer side, than the decoder accepts.",
         "Shrink it.",
     ),
     ErrorCode(
         207,
         "image_path",
-        "An image's name is a URL, or leads out of the image root by `..` or a symbolic link.",
-        "Set `image_root` to a folder above all images, allow links with `follow_symlinks: true`, "
-        "or move the image.",
+        "An image path is a URL, or leads out of the image root through `..` or a symbolic link.",
+        "Set `image_root` to a directory that contains all images, allow links with "
+        "`follow_symlinks: true`, or move the image.",
     ),
     ErrorCode(
         208,
         "image_changed",
-        "An image file has another size than when the run read its records.",
-        "Put the old file back, or start a new run in another `output_dir`.",
+        "An image file has changed its size since the run read its records.",
+        "Restore the old file, or start a new run in another `output_dir`.",
     ),
     ErrorCode(
         209,
         "image_unreadable",
-        "An image file is there but the system does not give its content.",
+        "An image file exists but cannot be read.",
         "Check its permissions and the disk.",
     ),
     ErrorCode(
         210,
         "image_field",
-        "What a record gives for an image is neither a file's name nor embedded bytes.",
-        "Give `image` or `images` (not both) as names, or base64 data URLs.",
+        "A record's image is neither a file name nor embedded bytes.",
+        "Give `image` or `images` (not both) as file names or base64 data URLs.",
     ),
-    # --- records, texts and templates
+    # --- Records, text and templates
     ErrorCode(
         301,
         "not_utf8",
-        "A file or line of records is not UTF-8.",
-        "Save the file as UTF-8; the message has the place of the first wrong byte.",
+        "A file or a line of records is not UTF-8.",
+        "Save the file as UTF-8; the message gives the position of the first wrong byte.",
     ),
     ErrorCode(
         302,
         "bad_text",
-        "A text has half a surrogate pair, which is no character.",
-        "Write the whole character, or remove the half.",
+        "A text contains a lone surrogate, which is not a character.",
+        "Write the complete character, or remove the surrogate.",
     ),
     ErrorCode(
         303,
         "json_syntax",
         "A file or line is not valid JSON.",
-        "Mend it at the place that the message names.",
+        "Fix it at the position that the message gives.",
     ),
     ErrorCode(
         304,
@@ -287,98 +287,98 @@ ALL: Final = (
     ErrorCode(
         305,
         "json_nan",
-        "A record has NaN or an infinity, which are not JSON.",
+        "A record contains NaN or an infinity, which are not JSON.",
         "Write a number, or null.",
     ),
     ErrorCode(
         306,
         "json_depth",
         "JSON is nested too deeply to be a record.",
-        "Mend or remove it.",
+        "Fix or remove it.",
     ),
     ErrorCode(
         307,
         "line_too_long",
-        "A record is larger than is ever held in memory.",
-        "Put images into files instead of the record, or remove the line.",
+        "A record is larger than the reader accepts.",
+        "Store images in files instead of the record, or remove the line.",
     ),
     ErrorCode(
         308,
         "data_file_missing",
-        "A file of records or annotations is not there.",
-        "Check its name in `data`, or on the command line.",
+        "A file of records or annotations does not exist.",
+        "Check its path in `data` or on the command line.",
     ),
     ErrorCode(
         309,
         "data_file_unreadable",
-        "A file of records or annotations cannot be read, is damaged, or is of no known kind.",
-        "Give a JSON list, one JSON record a line, Parquet, or a `datasets` folder.",
+        "A file of records or annotations cannot be read, is damaged, or has an unknown format.",
+        "Use a JSON list, JSON lines, Parquet, or a directory saved by `datasets`.",
     ),
     ErrorCode(
         310,
         "role_order",
-        "The speakers of a record do not alternate, or it does not end in an answer.",
-        "Mend the order: user and assistant in turn, at most one system turn, first.",
+        "The turns of a record do not alternate, or the last one is not an answer.",
+        "Fix the order: at most one system turn first, then user and assistant alternately.",
     ),
     ErrorCode(
         311,
         "empty_answer",
-        "An answer is empty or blank.",
-        "Write one, or remove the question and its answer.",
+        "An answer is empty or consists of white space.",
+        "Write an answer, or remove the question and its answer.",
     ),
     ErrorCode(
         312,
         "no_answer",
-        "A record has no answer to train on.",
-        "Add an assistant's turn, or remove the record.",
+        "A record has no assistant turn to train on.",
+        "Add an assistant turn, or remove the record.",
     ),
     ErrorCode(
         313,
         "image_count",
-        "A text has more or fewer places for images than there are images.",
-        "Write one `<image>` for every image.",
+        "The number of image placeholders in a record differs from its number of images.",
+        "Write one `<image>` for each image.",
     ),
     ErrorCode(
         314,
         "unknown_role",
-        "A turn's speaker is missing or of no known name.",
-        "Name it as the message says.",
+        "The role of a turn is missing or unknown.",
+        "Use one of the roles that the message lists.",
     ),
     ErrorCode(
         315,
         "image_in_answer",
-        "An image stands in a turn that is not the user's.",
-        "Move it to the user's turn; in an answer's plain text `<image>` is text.",
+        "An image is in a turn that is not the user's.",
+        "Move it to a user turn; in an answer given as text, `<image>` is ordinary text.",
     ),
     ErrorCode(
         316,
         "format",
-        "A record is of none of the known forms, or of two at once.",
-        "Write it as LLaVA, messages or Alpaca, and set the file's `format` if it cannot be told.",
+        "A record has none of the supported formats, or the keys of two of them.",
+        "Use the LLaVA, messages or Alpaca format, and set `format` if it is ambiguous.",
     ),
     ErrorCode(
         317,
         "bad_id",
         "A record's `id` is neither text nor an integer.",
-        "Write it as text, or leave it out.",
+        "Write it as text, or omit it.",
     ),
     ErrorCode(
         318,
         "bad_turn",
-        "A turn is not an object, or its content is neither text nor a list of parts.",
-        "Mend the turn that the message names.",
+        "A turn is not a JSON object, or its content is neither text nor a list of parts.",
+        "Fix the turn that the message names.",
     ),
     ErrorCode(
         319,
         "bad_loss",
-        "A turn's `loss` or `weight` has a wrong value, or stands on a turn that is no answer.",
-        "Write true or false, 0 or 1, on answers only.",
+        "A turn's `loss` or `weight` has a wrong value, or the turn is not an answer.",
+        "Use true or false for `loss`, 0 or 1 for `weight`, on answers only.",
     ),
     ErrorCode(
         320,
         "no_targets",
-        "No token of a record is supervised, so it could teach nothing.",
-        "Remove it, or let one of its answers be trained.",
+        "No token of a record is supervised, so there is nothing to train on.",
+        "Remove the record, or train on one of its answers.",
     ),
     ErrorCode(
         321,
@@ -389,158 +389,157 @@ ALL: Final = (
     ErrorCode(
         322,
         "tool_calls",
-        "A turn has tool calls, which would be lost.",
-        "Write the call into the turn's text.",
+        "A turn has tool calls, which are not supported.",
+        "Write the call into the text of the turn.",
     ),
     ErrorCode(
         323,
         "several_images",
         "`llava_quirks: llava-1.5` keeps one image per turn, and a turn has several.",
-        "Spread them over turns, or take `llava_quirks: none`.",
+        "Distribute them over turns, or set `llava_quirks: none`.",
     ),
     ErrorCode(
         324,
         "unspellable",
-        "The tokenizer cannot encode a text without a control or unknown token.",
-        "Use a tokenizer with byte fallback, or leave the record out.",
+        "The tokenizer cannot encode a text without a special or unknown token.",
+        "Use a tokenizer with byte fallback, or remove the record.",
     ),
     ErrorCode(
         325,
         "template",
-        "A chat template is missing or faulty, or does not fit the tokenizer or a record's turns.",
-        "Choose another template or mend its file; `python -m vlm_sft.check` tries it out.",
+        "A chat template is missing or invalid, or does not fit the tokenizer or a record.",
+        "Choose another template or fix its file; `vlm-sft check` tests it.",
     ),
     ErrorCode(
         326,
         "mask_proof",
-        "The tokens of a record supervise something other than its answers.",
-        "Choose another template; with one that comes with vlm-sft, report it with the record.",
+        "The supervised tokens of a record differ from its answers.",
+        "Choose another template; if it is a built-in one, report it together with the record.",
     ),
     ErrorCode(
         327,
         "prompt_ends_in_answer",
-        "A prompt to be answered ends in an answer.",
-        "End it with the user's turn.",
+        "A prompt ends with an answer.",
+        "End it with a user turn.",
     ),
     ErrorCode(
         330,
         "no_records",
         "No record is left to train on.",
-        "Look at the counts in the message, and at the records with `python -m vlm_sft.check`.",
+        "Look at the counts in the message, and check the records with `vlm-sft check`.",
     ),
     ErrorCode(
         331,
         "too_many_broken",
-        "More records turned out broken during training than `data.max_quarantined` allows.",
-        "Find all of them with `python -m vlm_sft.check` and mend them, or raise the limit.",
+        "More records failed to load during training than `data.max_quarantined` allows.",
+        "Find all of them with `vlm-sft check` and fix them, or raise the limit.",
     ),
-    # --- numbers, and parts that do not go together
+    # --- Model, training and memory
     ErrorCode(
         401,
         "wrong_base",
         "The vision tower or language model is not the one that a checkpoint was trained with.",
-        "Put the original back, or name it in the configuration.",
+        "Restore the original, or give its location in the configuration.",
     ),
     ErrorCode(
         402,
         "tokenizer_or_template_changed",
         "Tokenizer, chat template or LLaVA quirks are not those that the run was started with.",
-        "Put them back as they were, or start a new run in another `output_dir`.",
+        "Restore them, or start a new run in another `output_dir`.",
     ),
     ErrorCode(
         403,
         "shapes_differ",
-        "A tensor, or the choice of vision features, is of another shape than the model's.",
-        "Use the tower, its features, the `projector_type` and the language model that it was "
-        "trained with.",
+        "A tensor or the vision features have another shape than in the model.",
+        "Use the vision tower, features, `projector_type` and language model of the training run.",
     ),
     ErrorCode(
         404,
         "nothing_learns",
-        "No part is trainable, or a trainable part has no gradient.",
-        "Look at the trained tokens with `python -m vlm_sft.show`.",
+        "Nothing is trainable, or a trainable part gets no gradient.",
+        "Look at the trained tokens with `vlm-sft show`.",
     ),
     ErrorCode(
         406,
         "tensors_differ",
-        "Tensors are missing, or there are some that the model has no place for.",
-        "Use the configuration that they were made with, or get the whole folder again.",
+        "Tensors are missing, or unexpected ones are present.",
+        "Use the configuration that they were saved with, or copy the whole directory again.",
     ),
     ErrorCode(
         407,
         "frozen_part_moved",
-        "Weights that must not change have changed during the run.",
-        "Do not use the result; report how the run was started.",
+        "Frozen weights have changed during the run.",
+        "Do not use the result, and report how the run was started.",
     ),
     ErrorCode(
         410,
         "not_finite",
-        "A step's loss or gradient is NaN or infinite; the weights are those before it.",
-        "Look at the records that the message names, lower the learning rate, or use bf16 or fp32.",
+        "The loss or the gradient of a step is NaN or infinite; the weights were not updated.",
+        "Check the records that the message names, lower the learning rate, or use bf16 or fp32.",
     ),
     ErrorCode(
         411,
         "too_many_not_finite",
-        "More updates had to be left out than `train.max_skipped_steps` allows.",
-        "Lower the learning rate, or look at the records that the message names.",
+        "More updates were skipped than `train.max_skipped_steps` allows.",
+        "Lower the learning rate, or check the records that the message names.",
     ),
     ErrorCode(
         412,
         "fp16_overflow",
-        "The gradient overflows fp16 even without loss scaling.",
+        "The gradient overflows in fp16 even without loss scaling.",
         "Use `train.precision=bf16` or `fp32`.",
     ),
     ErrorCode(
         413,
         "out_of_memory",
-        "The GPU has not enough memory for a micro-batch.",
+        "The GPU is out of memory.",
         "Lower `train.micro_batch_size` (or `train.packing.max_tokens`) or `data.max_length`, or "
-        "turn on gradient checkpointing.",
+        "set `train.activation_checkpointing: full`.",
     ),
     ErrorCode(
         414,
         "packing_leaks",
-        "The language model does not keep the records of a pack apart.",
-        "Train padded: set `train.micro_batch_size` and take `train.packing` away.",
+        "In a packed row, the language model lets records attend to each other.",
+        "Train with padding: set `train.micro_batch_size` and remove `train.packing`.",
     ),
-    # --- teachers and answers of instruction data
+    # --- Teacher models and generated answers
     ErrorCode(
         500,
         "teacher_address",
-        "A teacher's address cannot be used, or would carry the key in the open.",
-        "Give `teacher.base_url` as https://host/v1, or http:// for a server on this machine, "
-        "without user name or password.",
+        "The address of a teacher model cannot be used, or would send the key unencrypted.",
+        "Give `teacher.base_url` as https://host/v1, or http:// for a local server, without user "
+        "name or password.",
     ),
     ErrorCode(
         501,
         "teacher_key",
-        "The environment variable with the teacher's key is not set, or holds no key.",
+        "The environment variable with the teacher's key is not set or is empty.",
         "Set the variable that `teacher.api_key_env` names.",
     ),
     ErrorCode(
         502,
         "teacher_refused",
-        "The teacher's server refuses every request for a reason that repeating does not change.",
-        "Mend what the message names (key, model, address, parameters, account), then give the "
-        "same command again.",
+        "The teacher's server refuses every request, and a retry would not help.",
+        "Fix what the message names (key, model, address, parameters, account), then repeat the "
+        "command.",
     ),
     ErrorCode(
         503,
         "answers_damaged",
-        "A line among the recorded answers is no answer.",
-        "Delete the line that the message names; its request is asked again.",
+        "A line of the recorded answers is not a valid answer.",
+        "Delete the line that the message names; its request is sent again.",
     ),
     ErrorCode(
         504,
         "spending_damaged",
-        "The record of what a run has spent was damaged or edited, so its limits cannot be kept.",
+        "The file with the costs of a run is damaged or edited, so its limits cannot be enforced.",
         "Restore `spending.jsonl`, or move it away to count from zero.",
     ),
 )
-"""Every code, in order of numbers."""
+"""All codes, sorted by number."""
 
 CODES: Final[Mapping[str, ErrorCode]] = {code.name: code for code in ALL}
-"""Every code by its name."""
+"""All codes by name."""
 
 CODE_OF_FACT: Final[Mapping[str, str]] = {
     "stage": "stage_changed",
@@ -555,25 +554,26 @@ CODE_OF_FACT: Final[Mapping[str, str]] = {
 _HEAD: Final = """\
 # Errors
 
-A command that cannot go on says so and ends with exit code 2:
+A command that cannot continue prints one line and exits with code 2:
 
 ```
 error VS311: a.json[7]: record 'r7': turn 1: the answer is empty; write one or remove the exchange
 ```
 
-The sentence names the file, record or setting; the code says which fault it is, and no code is ever
-given to another one. `reason` in `ledger.jsonl`, and what `python -m vlm_sft.show --reason` takes,
-are the names below. A traceback is a bug: please report it.
+The sentence names the file, record or setting. The code identifies the error and is never reused.
+The names below are also the values of `reason` in `ledger.jsonl` and of `vlm-sft show --reason`. In
+Python every such error is a subclass of `vlm_sft.UserError`: `ConfigError`, `TemplateError`,
+`RecordError`, `ImageError` or `CheckpointError`. A traceback is a bug; please report it.
 
-Generated from `vlm_sft/errors/codes.py` by `python -m vlm_sft.errors > docs/errors.md`.
+Generated from `vlm_sft/errors/codes.py` by `vlm-sft errors > docs/errors.md`.
 """
 
 
 def page() -> str:
-    """`docs/errors.md`: a table for every family."""
+    """Return `docs/errors.md`, with a table for every family."""
     lines = [_HEAD]
     for family, title in FAMILIES.items():
-        lines += [f"## {title}", "", "| code | name | what it means | what to do |"]
+        lines += [f"## {title}", "", "| code | name | meaning | remedy |"]
         lines.append("|---|---|---|---|")
         lines += [
             f"| {code} | `{code.name}` | {code.meaning} | {code.remedy} |"
