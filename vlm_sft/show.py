@@ -71,6 +71,13 @@ def parser() -> CommandParser:
     parser = CommandParser("vlm-sft show", ABOUT, EXAMPLES, takes_settings=True)
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)
+    _add_input_options(parser)
+    _add_selection_options(parser)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_input_options(parser: CommandParser) -> None:
     count = whole_number(1)
     add = parser.add_argument_group("input").add_argument
     add("--eval", action="store_true", help="show the files of data.eval instead of data.train")
@@ -114,6 +121,9 @@ def parser() -> CommandParser:
         choices=["error", "drop_turns", "skip"],
         help="what to do with longer records (default: error)",
     )
+
+
+def _add_selection_options(parser: CommandParser) -> None:
     add = parser.add_argument_group("selection").add_argument
     add("--record", metavar="ID", help="only the record with this id")
     help_reason = "only records with this reason, e.g. too_long, empty_answer"
@@ -131,7 +141,11 @@ def parser() -> CommandParser:
         help="only records with fewer tokens, counted in the same way",
     )
     default = f"{MAX_PRINTED}; with a pager or --json all; with --html {MAX_ON_PAGE}"
-    add("--limit", type=count, metavar="N", help=f"maximum number of records (default: {default})")
+    help_limit = f"maximum number of records (default: {default})"
+    add("--limit", type=whole_number(1), metavar="N", help=help_limit)
+
+
+def _add_output_options(parser: CommandParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--html", metavar="FILE", help="write a self-contained HTML page")
     add(
@@ -151,7 +165,6 @@ def parser() -> CommandParser:
     )
     add("--no-pager", action="store_true", help="print without a pager")
     add("--no-color", action="store_true", help="print without colors")
-    return parser
 
 
 def _reason(name: str) -> str:
