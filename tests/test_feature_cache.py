@@ -20,7 +20,7 @@ from vlm_sft.data.images import read_pixels
 from vlm_sft.errors import UserError
 from vlm_sft.inference.loaded_model import load_checkpoint
 from vlm_sft.train import feature_cache
-from vlm_sft.train.feature_cache import Worth
+from vlm_sft.train.feature_cache import CacheEstimate
 from vlm_sft.utils.ownership import MARKER
 
 SHAPE = (9, 32)
@@ -178,7 +178,7 @@ def test_a_cache_without_a_marker_is_used_as_before(tmp_path: Path) -> None:
 # --- whether it pays
 
 
-WORTH = Worth(
+ESTIMATE = CacheEstimate(
     tower_flops=2.0,
     record_flops=8.0,
     records=100.0,
@@ -190,15 +190,15 @@ WORTH = Worth(
 
 
 def test_worth_counts_the_tower_and_the_pass_that_fills_the_cache() -> None:
-    assert WORTH.tower_share == pytest.approx(0.2)
-    assert WORTH.break_even_epochs == pytest.approx(1.0)
-    assert WORTH.saved == pytest.approx(2 * 200 / 3000)
-    assert "20.0% of a step" in str(WORTH) and "2.5 GB" in str(WORTH)
-    assert "saves about 13.3%" in str(WORTH)
-    once = replace(WORTH, epochs=0.5)
+    assert ESTIMATE.tower_share == pytest.approx(0.2)
+    assert ESTIMATE.break_even_epochs == pytest.approx(1.0)
+    assert ESTIMATE.saved == pytest.approx(2 * 200 / 3000)
+    assert "20.0% of a step" in str(ESTIMATE) and "2.5 GB" in str(ESTIMATE)
+    assert "saves about 13.3%" in str(ESTIMATE)
+    once = replace(ESTIMATE, epochs=0.5)
     assert once.saved == pytest.approx(-100 / 500)
     assert "costs about 20.0% more" in str(once)
-    shared = replace(WORTH, missing=25, epochs=1.0)
+    shared = replace(ESTIMATE, missing=25, epochs=1.0)
     assert (shared.break_even_epochs, shared.saved) == (0.25, pytest.approx(150 / 1000))
 
 

@@ -1,4 +1,4 @@
-"""A frozen tower's features on disk: a file an image, found by the image's bytes."""
+"""Vision features on disk: one file per image, named by the digest of the image's bytes."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ from vlm_sft.utils.ownership import CACHE, own_directory, require_directory, set
 from vlm_sft.utils.reading import read_bytes, read_json
 
 STALE_SECONDS: Final = 3600.0
-"""An unfinished file of that age was left by a process that was killed."""
+"""Age at which an unfinished file counts as left behind by a killed process."""
 
-_RECIPE: Final = "recipe.json"
+_SETTINGS_FILE: Final = "recipe.json"
 _STORE_NAME: Final = re.compile(r"[0-9a-f]{16}")
 _FILE_NAME: Final = re.compile(r"[0-9a-f]{64}\.safetensors")
 _UNFINISHED_NAME: Final = re.compile(
@@ -32,42 +32,42 @@ _UNFINISHED_NAME: Final = re.compile(
 
 
 class FeatureStore:
-    """Features `[tokens, width]` by sha256 of the image's bytes, under all that decides them.
+    """Features `[tokens, width]` by sha256 of the image's bytes, for one tower and its settings.
 
-    A file is complete or absent, so that any number of runs may fill a folder at once and be killed
-    at any point. Each holds a sha256 of its features, which every reading compares.
+    A file is complete or absent, so any number of runs may fill a directory at once and be killed
+    at any point. Every file has a sha256 of its features, which is compared on reading.
 
     Args:
-        folder: Of all stores; each recipe has a folder of its own in it.
-        recipe: Everything besides the image's bytes that decides its features, as plain JSON.
+        folder: Directory of all stores; each combination of settings has a directory in it.
+        settings: Everything besides the image's bytes that the features depend on, as plain JSON.
         shape: `(tokens, width)`.
-        dtype: Of the features.
+        dtype: Dtype of the features.
 
     Attributes:
-        folder: The recipe's own.
-        entry_bytes: What one image takes on disk.
+        folder: Directory of this store.
+        entry_bytes: Bytes of one image on disk.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        recipe: Mapping[str, Any],
+        settings: Mapping[str, Any],
         *,
         shape: tuple[int, int],
         dtype: torch.dtype,
     ) -> None:
-        described = {**recipe, "shape": list(shape), "dtype": str(dtype)}
+        described = {**settings, "shape": list(shape), "dtype": str(dtype)}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         self._cache = Path(folder)
         self.folder = self._cache / digest[:16]
-        self._recipe, self._shape, self._dtype = described, shape, dtype
+        self._settings, self._shape, self._dtype = described, shape, dtype
         self.entry_bytes = len(_packed(torch.zeros(shape, dtype=dtype)))
 
     def require_place(self) -> None:
-        """Check that `describe` and `write` would find a place of ours, without changing anything.
+        """Check that `describe` and `write` can use the directory, without changing anything.
 
         Raises:
-            UserError: As `describe`.
+            UserError: See `describe`.
         """
         try:
             _require_cache(self._cache)
@@ -76,10 +76,10 @@ class FeatureStore:
             raise _unusable(self.folder, error) from None
 
     def describe(self) -> None:
-        """Mark the cache directory and write `recipe.json`, which says what its features are of.
+        """Mark the cache directory as ours and write the settings of this store to `recipe.json`.
 
         Raises:
-            UserError: The directory cannot be written, or holds files that are not of a cache.
+            UserError: If the directory cannot be written, or has files that are not of a cache.
         """
         try:
             own_directory(
@@ -88,27 +88,27 @@ class FeatureStore:
                 adopt=is_feature_cache(self._cache),
                 setting="data.feature_cache",
             )
-            write_json(self.folder / _RECIPE, self._recipe)
+            write_json(self.folder / _SETTINGS_FILE, self._settings)
         except OSError as error:
             raise _unusable(self.folder, error) from None
 
     def path(self, digest: bytes) -> Path:
-        """Where an image's features are or would be."""
+        """Return the path of an image's features, whether they exist or not."""
         name = digest.hex()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def holds(self, digest: bytes) -> bool:
-        """Whether an image's file is there and as long as it should be; its content is unread."""
+        """Return whether an image's file exists with the right size; its content is not read."""
         try:
             return self.path(digest).stat().st_size == self.entry_bytes
         except OSError:
             return False
 
     def write(self, digest: bytes, features: Tensor) -> None:
-        """Keep an image's features.
+        """Write an image's features.
 
         Raises:
-            UserError: The disk is full or refuses.
+            UserError: If the file cannot be written, e.g. because the disk is full.
         """
         try:
             write_bytes(self.path(digest), _packed(features.detach().cpu()))
@@ -116,10 +116,10 @@ class FeatureStore:
             raise _unusable(self.folder, error) from None
 
     def read(self, digest: bytes) -> Tensor:
-        """An image's features.
+        """Read an image's features.
 
         Raises:
-            UserError: They are missing or damaged; a damaged file is renamed, so that the next
+            UserError: If they are missing or damaged; a damaged file is renamed, so that the next
                 start computes them again.
         """
         path = self.path(digest)
@@ -135,20 +135,20 @@ class FeatureStore:
         with suppress(OSError):
             where = f"; the file is now {set_aside(path)}"
         raise UserError(
-            f"{path}: the features kept there are missing or damaged ({fault}){where}. Repeat the "
+            f"{path}: the features there are missing or damaged ({fault}){where}. Repeat the "
             "command, which computes them again and resumes from the newest checkpoint",
             code="features_damaged",
         )
 
 
 def disk_use(folder: str | Path) -> int:
-    """Return the bytes of all features under `folder`, without stale unfinished files.
+    """Return the bytes of all features under `folder`, stale unfinished files not counted.
 
     Only files that a store writes, in the folders that it creates, are counted.
     """
     total = 0
     for path in _own_files(Path(folder)):
-        with suppress(OSError):  # gone meanwhile: another run works here
+        with suppress(OSError):  # deleted meanwhile by another run
             if not _is_stale(path):
                 total += path.stat().st_size
     return total
@@ -168,12 +168,12 @@ def _is_stale(path: Path) -> bool:
 
 
 def require_feature_cache(folder: str | Path) -> None:
-    """Check, before the tower is known, that a store would find a place, without changing anything.
+    """Check, before the tower is loaded, that a store can use the directory.
 
-    A directory that holds stores may be read only: this run's features can all be there.
+    Nothing is changed. A directory with stores may be read-only: it may have all features.
 
     Raises:
-        UserError: As `FeatureStore.describe`.
+        UserError: See `FeatureStore.describe`.
     """
     try:
         _require_cache(Path(folder))
@@ -189,29 +189,29 @@ def _require_cache(folder: Path) -> None:
 
 
 def is_feature_cache(folder: Path) -> bool:
-    """Return whether a directory holds the folder of a store, by its name and its recipe."""
+    """Return whether a directory has the directory of a store, by its name and its settings."""
     return next(_stores(folder), None) is not None
 
 
 def _stores(folder: Path) -> Iterator[Path]:
-    """Yield the folders of the stores in a cache directory."""
+    """Yield the directories of the stores in a cache directory."""
     for path in sorted(folder.glob("*")):
         if not _STORE_NAME.fullmatch(path.name) or path.is_symlink():
             continue
         try:
-            recipe = read_json(path / _RECIPE)
+            settings = read_json(path / _SETTINGS_FILE)
         except (OSError, UserError):
             continue
-        if isinstance(recipe, dict) and {"shape", "dtype"} <= recipe.keys():
+        if isinstance(settings, dict) and {"shape", "dtype"} <= settings.keys():
             yield path
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of all stores: features, recipes and unfinished ones of both."""
+    """Yield the files of all stores: features, settings, and unfinished files of both."""
     for store in _stores(folder):
         for path in [*store.glob("*"), *store.glob("[0-9a-f][0-9a-f]/*")]:
             names = (_FILE_NAME.fullmatch, _UNFINISHED_NAME.fullmatch)
-            ours = path.name == _RECIPE or any(match(path.name) for match in names)
+            ours = path.name == _SETTINGS_FILE or any(match(path.name) for match in names)
             if ours and path.is_file() and not path.is_symlink():
                 yield path
 
@@ -236,7 +236,7 @@ def _checksum(features: Tensor) -> Tensor:
 
 def _unusable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"data.feature_cache: {folder} cannot be written ({error.strerror or error}); make room, "
-        "give another folder, or leave data.feature_cache out",
+        f"data.feature_cache: {folder} cannot be written ({error.strerror or error}); free disk "
+        "space, choose another directory, or remove data.feature_cache",
         code="cache_unusable",
     )

@@ -1,4 +1,4 @@
-"""`data.feature_cache`: a frozen tower's features computed once, worth it or not, and kept."""
+"""`data.feature_cache`: compute the features of the frozen tower once and keep them on disk."""
 
 import hashlib
 import logging
@@ -35,7 +35,7 @@ from vlm_sft.utils.progress import track
 logger = logging.getLogger(__name__)
 
 FILL_BATCH: Final = 16
-"""Images that go through the tower at once while the cache is filled."""
+"""Batch size of the tower while the cache is filled."""
 
 CODE: Final = (
     "data/images.py",
@@ -43,21 +43,21 @@ CODE: Final = (
     "model/towers/base.py",
     "model/towers/{library}.py",
 )
-"""Files of this package that decide what an image's features are."""
+"""Source files on which the features of an image depend."""
 
 
 @dataclass(frozen=True)
-class Worth:
-    """What keeping features saves of the arithmetic of a run, and what it costs on disk.
+class CacheEstimate:
+    """Estimate of the FLOPs that cached features save in a run, and of their size on disk.
 
     Attributes:
-        tower_flops: Of one image through the tower.
-        record_flops: Of one record through the rest, forward and backward.
+        tower_flops: FLOPs of one image through the tower.
+        record_flops: FLOPs of one record through the rest of the model, forward and backward.
         records: Records of an epoch.
-        images: Images shown in an epoch.
-        missing: Different images that are not kept yet.
-        epochs: That this run trains for.
-        num_bytes: Disk that the missing ones will take.
+        images: Images of an epoch, repetitions counted.
+        missing: Number of different images without features.
+        epochs: Epochs of this run.
+        num_bytes: Bytes on disk of the missing features.
     """
 
     tower_flops: float
@@ -70,91 +70,90 @@ class Worth:
 
     @property
     def tower_share(self) -> float:
-        """What of a step's arithmetic the tower takes without the cache, 0..1."""
+        """Share of the tower in the FLOPs of a step without the cache, 0 to 1."""
         tower = self.tower_flops * self.images
         return tower / max(1.0, tower + self.record_flops * self.records)
 
     @property
     def break_even_epochs(self) -> float:
-        """Epochs after which filling the cache has been saved again."""
+        """Epochs after which the cache has saved as many FLOPs as filling it costs."""
         return self.missing / max(1.0, self.images)
 
     @property
     def saved(self) -> float:
-        """What of the whole run's arithmetic is saved, 0..1; below 0 it is lost."""
+        """Share of the run's FLOPs that the cache saves; negative if filling it costs more."""
         without = self.epochs * (self.tower_flops * self.images + self.record_flops * self.records)
         shown = self.epochs * self.images - self.missing
         return self.tower_flops * shown / max(1.0, without)
 
     def __str__(self) -> str:
-        verdict = f"saves about {self.saved:.1%} of this run's arithmetic"
+        effect = f"saves about {self.saved:.1%} of the run's FLOPs"
         if self.saved <= 0:
-            verdict = f"costs about {-self.saved:.1%} more arithmetic than it saves in this run"
+            effect = f"costs about {-self.saved:.1%} more of the run's FLOPs than it saves"
         return (
-            f"feature cache: the tower is about {self.tower_share:.1%} of a step's arithmetic; "
-            f"{self.missing:,} different images are to be computed, {_told(self.num_bytes)} on "
-            f"disk; that pays from {self.break_even_epochs:.2f} epochs on and, over "
-            f"{self.epochs:.3g} epochs, {verdict} (reading the disk not counted)"
+            f"feature cache: the tower takes about {self.tower_share:.1%} of a step's FLOPs; "
+            f"{self.missing:,} different images to compute, {_format_bytes(self.num_bytes)} on "
+            f"disk; breaks even after {self.break_even_epochs:.2f} epochs and, over "
+            f"{self.epochs:.3g} epochs, {effect} (time to read the disk not counted)"
         )
 
 
 def use_feature_cache(
     config: RunConfig, model: VisionLanguageModel, accelerator: Accelerator, data: Data
 ) -> None:
-    """Have the records' features, not their images, loaded from `data.feature_cache`, if set.
+    """Make the datasets load features from `data.feature_cache` in place of images, if it is set.
 
-    Features that are not there yet are computed first, shared out over the processes; before that
-    the first process says what they take and what they save. An image that cannot be opened is
-    left to training, which deals with it as without the cache.
+    Missing features are computed first, distributed over the ranks, after rank 0 has logged what
+    they cost and save. An image that cannot be opened is left to training, which handles it as it
+    does without the cache.
 
     Raises:
-        UserError: No room, within `data.feature_cache_gb` or on the disk, or the folder is not to
-            be written.
+        UserError: If the features do not fit into `data.feature_cache_gb` or on the disk, or the
+            directory cannot be written.
     """
     if config.data.feature_cache is None:
         return
     found = _look_up(config, model, accelerator, data)
     store, missing = found.store, found.missing
     if missing:
-        worth = _worth(config, model, data, missing=len(missing), num_bytes=store.entry_bytes)
-        rank0_only(accelerator, lambda: _announce(worth, config.data, store))
-        _together(
+        estimate = _estimate(config, model, data, len(missing), store.entry_bytes)
+        rank0_only(accelerator, lambda: _prepare_filling(estimate, config.data, store))
+        _run_on_all_ranks(
             accelerator,
             lambda: _fill(store, model.vision_tower, accelerator, config.data, missing),
         )
     for dataset, digests in zip(found.datasets, found.digests, strict=True):
-        there = {digest for digest in digests if digest is not None}
-        kept = {digest for digest in there if digest not in missing or store.holds(digest)}
-        dataset.use_features(store, [d if d in kept else None for d in digests])
+        readable = {digest for digest in digests if digest is not None}
+        cached = {digest for digest in readable if digest not in missing or store.holds(digest)}
+        dataset.use_features(store, [d if d in cached else None for d in digests])
     logger.info("feature cache: %s images from %s", f"{found.num_images:,}", store.folder)
 
 
 def feature_cache_outlook(
     config: RunConfig, model: VisionLanguageModel, accelerator: Accelerator, data: Data
 ) -> str:
-    """Return what `use_feature_cache` would report, without computing or writing features.
+    """Return what `use_feature_cache` would log, without computing or writing features.
 
     Raises:
-        UserError: As `use_feature_cache`.
+        UserError: See `use_feature_cache`.
     """
     found = _look_up(config, model, accelerator, data)
     if not found.missing:
         return f"all {found.num_images:,} images are in {found.store.folder}"
-    num_missing, num_bytes = len(found.missing), found.store.entry_bytes
-    worth = _worth(config, model, data, missing=num_missing, num_bytes=num_bytes)
-    _require_room(worth, config.data, found.store)
-    return str(worth).removeprefix("feature cache: ")
+    estimate = _estimate(config, model, data, len(found.missing), found.store.entry_bytes)
+    _require_space(estimate, config.data, found.store)
+    return str(estimate).removeprefix("feature cache: ")
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A run's images in the cache.
+class _Lookup:
+    """Which images of a run have features in the cache.
 
     Attributes:
-        store: The tower's features.
-        datasets: Training records, then held-out ones if there are any.
-        digests: Of each dataset's images, in order; None where a file cannot be read.
-        missing: Images without features, by digest: a dataset and a place in it.
+        store: The features of the run's tower.
+        datasets: The training records, then the validation records if there are any.
+        digests: sha256 of each dataset's images, in order; None where a file cannot be read.
+        missing: Images without features, by digest: a dataset and the image's number in it.
     """
 
     store: FeatureStore
@@ -170,16 +169,16 @@ class _Found:
 
 def _look_up(
     config: RunConfig, model: VisionLanguageModel, accelerator: Accelerator, data: Data
-) -> _Found:
+) -> _Lookup:
     """Move the tower to the run's device and find which images have features."""
     store = open_store(config.data, model.vision_tower.to(accelerator.device), accelerator)
     datasets = [data.train] if data.eval is None else [data.train, data.eval]
     digests = [_digests(dataset) for dataset in datasets]
-    return _Found(store, datasets, digests, _missing(store, datasets, digests))
+    return _Lookup(store, datasets, digests, _missing(store, datasets, digests))
 
 
 def open_store(config: DataConfig, tower: VisionTower, accelerator: Accelerator) -> FeatureStore:
-    """The store of what this tower makes of images prepared as `config` says, on this device."""
+    """Open the store for the features of this tower, with this preprocessing, on this device."""
     assert config.feature_cache is not None
     size = tower.image_spec.size
     blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=tower.device)
@@ -221,17 +220,17 @@ def _code_digest(library: str) -> str:
 
 
 def _digests(dataset: SupervisedDataset) -> list[bytes | None]:
-    """sha256 of every image's bytes, in the dataset's order; None where they cannot be read."""
-    of_files: dict[ImageSource, bytes | None] = {}
-    found: list[bytes | None] = []
+    """Return the sha256 of every image's bytes, in order; None where they cannot be read."""
+    by_file: dict[ImageSource, bytes | None] = {}
+    digests: list[bytes | None] = []
     for source in track(dataset.images(), sum(dataset.num_images), "hashing images"):
         if isinstance(source, bytes):
-            found.append(_digest(source))
+            digests.append(_digest(source))
             continue
-        if source not in of_files:
-            of_files[source] = _digest(source)
-        found.append(of_files[source])
-    return found
+        if source not in by_file:
+            by_file[source] = _digest(source)
+        digests.append(by_file[source])
+    return digests
 
 
 def _digest(source: ImageSource) -> bytes | None:
@@ -246,7 +245,7 @@ def _missing(
     datasets: Sequence[SupervisedDataset],
     digests: Sequence[Sequence[bytes | None]],
 ) -> dict[bytes, tuple[SupervisedDataset, int]]:
-    """Where the first image of each digest that is not kept stands."""
+    """Return dataset and number of the first image of each digest without features."""
     places: dict[bytes, tuple[SupervisedDataset, int]] = {}
     for dataset, found in zip(datasets, digests, strict=True):
         for place, digest in enumerate(found):
@@ -255,9 +254,9 @@ def _missing(
     return {digest: place for digest, place in places.items() if not store.holds(digest)}
 
 
-def _worth(
-    config: RunConfig, model: VisionLanguageModel, data: Data, *, missing: int, num_bytes: int
-) -> Worth:
+def _estimate(
+    config: RunConfig, model: VisionLanguageModel, data: Data, missing: int, entry_bytes: int
+) -> CacheEstimate:
     weights, train = np.array(data.train.weights), data.train
     images = np.array(train.num_images)
     epochs, records = config.train.epochs, float(weights.sum())
@@ -265,19 +264,19 @@ def _worth(
         steps = config.train.max_steps * config.train.global_batch_size
         epochs = min(epochs, steps / records)
     tokens = float((weights * np.array(train.lengths)).sum()) / records
-    return Worth(
+    return CacheEstimate(
         tower_flops=tower_flops(model.vision_tower),
         record_flops=tokens * token_flops(model, config.train.activation_checkpointing == "full"),
         records=records,
         images=float((weights * images).sum()),
         missing=missing,
         epochs=epochs,
-        num_bytes=missing * num_bytes,
+        num_bytes=missing * entry_bytes,
     )
 
 
 def tower_flops(tower: VisionTower) -> float:
-    """Floating-point operations of one image through the tower, counted as it is run."""
+    """Return the FLOPs of one image through the tower, counted in a forward pass."""
     size = tower.image_spec.size
     with FlopCounterMode(display=False) as counter:
         tower(torch.zeros(1, 3, size, size, dtype=torch.uint8))
@@ -285,59 +284,59 @@ def tower_flops(tower: VisionTower) -> float:
 
 
 def token_flops(model: VisionLanguageModel, checkpointing: bool) -> float:
-    """Operations of one token through the language model's layers, forward and backward.
+    """Return the FLOPs of one token through the language model's layers, forward and backward.
 
-    Two a parameter for each pass: forward, gradient of the activations, gradient of the weights
-    where they learn, and the forward pass again with checkpointing. Head and attention, a few per
-    cent of it, are left out.
+    2 FLOPs per weight in each pass: forward, gradient of the activations, gradient of the weights
+    if they are trained, and the forward pass again with activation checkpointing. Head and
+    attention, a few percent of the total, are not counted.
     """
-    live = causal_lm(model.language_model)
-    tables = {id(live.get_input_embeddings().weight)}
-    if (head := live.get_output_embeddings()) is not None:
+    language_model = causal_lm(model.language_model)
+    tables = {id(language_model.get_input_embeddings().weight)}
+    if (head := language_model.get_output_embeddings()) is not None:
         tables.add(id(head.weight))
-    layers = [p for p in live.parameters() if id(p) not in tables]
-    everything = float(sum(num_weights(p) for p in layers))
-    learning = float(sum(num_weights(p) for p in layers if p.requires_grad))
-    return 2 * (everything * (2 + checkpointing) + learning)
+    layers = [p for p in language_model.parameters() if id(p) not in tables]
+    all_weights = float(sum(num_weights(p) for p in layers))
+    trainable = float(sum(num_weights(p) for p in layers if p.requires_grad))
+    return 2 * (all_weights * (2 + checkpointing) + trainable)
 
 
-def _announce(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
-    """Report what is to come, refuse what has no room, and mark the directory.
+def _prepare_filling(estimate: CacheEstimate, config: DataConfig, store: FeatureStore) -> None:
+    """Log the estimate, check for space, and mark the directory as a cache.
 
     Raises:
-        UserError: As `_require_room`.
+        UserError: See `_require_space`.
     """
     assert config.feature_cache is not None
-    logger.info(worth)
-    _require_room(worth, config, store)
+    logger.info(estimate)
+    _require_space(estimate, config, store)
     store.describe()
     remove_stale(config.feature_cache)
 
 
-def _require_room(worth: Worth, config: DataConfig, store: FeatureStore) -> None:
+def _require_space(estimate: CacheEstimate, config: DataConfig, store: FeatureStore) -> None:
     """Check the cache directory, its limit and the disk, without changing anything.
 
     Raises:
-        UserError: The directory is not ours or cannot be written, or the features take more than
-            `data.feature_cache_gb` or than the disk has free.
+        UserError: If the directory is not a cache or cannot be written, or the features take more
+            than `data.feature_cache_gb` or than the disk has free.
     """
     assert config.feature_cache is not None
     store.require_place()
     used, limit = disk_use(config.feature_cache), int(config.feature_cache_gb * 1e9)
-    if used + worth.num_bytes > limit:
+    if used + estimate.num_bytes > limit:
         raise UserError(
-            f"data.feature_cache: {config.feature_cache} holds {_told(used)} and would take "
-            f"{_told(worth.num_bytes)} more, but data.feature_cache_gb allows "
-            f"{config.feature_cache_gb:g} GB; raise it, remove folders of other towers from there, "
-            "or leave data.feature_cache out",
+            f"data.feature_cache: {config.feature_cache} has {_format_bytes(used)} and needs "
+            f"{_format_bytes(estimate.num_bytes)} more, but data.feature_cache_gb allows "
+            f"{config.feature_cache_gb:g} GB; raise it, delete the directories of other towers "
+            "there, or remove data.feature_cache",
             code="feature_cache_full",
         )
     free = free_bytes(existing_above(Path(config.feature_cache)))
-    if free is not None and worth.num_bytes > free:
+    if free is not None and estimate.num_bytes > free:
         raise UserError(
-            f"data.feature_cache: {config.feature_cache} has {_told(free)} free and "
-            f"{_told(worth.num_bytes)} are needed; make room, give another folder, or leave "
-            "data.feature_cache out",
+            f"data.feature_cache: {config.feature_cache} has {_format_bytes(free)} free and "
+            f"{_format_bytes(estimate.num_bytes)} are needed; free disk space, choose another "
+            "directory, or remove data.feature_cache",
             code="feature_cache_full",
         )
 
@@ -349,13 +348,13 @@ def _fill(
     config: DataConfig,
     missing: Mapping[bytes, tuple[SupervisedDataset, int]],
 ) -> None:
-    """Compute this process's share of the missing features."""
+    """Compute this rank's share of the missing features."""
     mine = list(missing.items())[accelerator.process_index :: accelerator.num_processes]
-    # Runs that fill one folder at once begin at different places and skip what they find.
+    # Runs that fill one directory at once start at different images and skip what they find.
     start = os.getpid() % max(1, len(mine))
-    images = _Images(mine[start:] + mine[:start], store, tower.image_spec, config)
+    missing_images = _MissingImages(mine[start:] + mine[:start], store, tower.image_spec, config)
     loader = DataLoader(
-        images,
+        missing_images,
         batch_size=FILL_BATCH,
         num_workers=config.num_workers,
         collate_fn=list,
@@ -363,17 +362,17 @@ def _fill(
     )
     with lost_worker_errors():
         for batch in track(loader, len(loader), f"computing features, {FILL_BATCH} images each"):
-            made = [item for item in batch if item is not None]
-            if not made:
+            images = [item for item in batch if item is not None]
+            if not images:
                 continue
             with accelerator.autocast():
-                features = tower(torch.stack([square for _, square in made]))
-            for (digest, _), kept in zip(made, features, strict=True):
-                store.write(digest, kept)
+                features = tower(torch.stack([pixels for _, pixels in images]))
+            for (digest, _), image_features in zip(images, features, strict=True):
+                store.write(digest, image_features)
 
 
-class _Images(Dataset["tuple[bytes, Tensor] | None"]):
-    """Images by digest; None for one that is no image, has changed, or is kept by now."""
+class _MissingImages(Dataset["tuple[bytes, Tensor] | None"]):
+    """Pixels by digest; None for an image that is broken, has changed, or has features by now."""
 
     def __init__(
         self,
@@ -394,14 +393,18 @@ class _Images(Dataset["tuple[bytes, Tensor] | None"]):
         aspect, processing = self._config.image_aspect, self._config.image_processing
         try:
             data = read_bytes(dataset.image(place))
-            square = read_pixels(data, self._spec, aspect, processing)
-        except ImageError:  # training opens it again and says what is wrong
+            pixels = read_pixels(data, self._spec, aspect, processing)
+        except ImageError:  # training opens it again and reports the error
             return None
-        return (digest, square) if hashlib.sha256(data).digest() == digest else None
+        return (digest, pixels) if hashlib.sha256(data).digest() == digest else None
 
 
-def _together(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do `work` in every process; all wait for all, and none goes on where one has failed."""
+def _run_on_all_ranks(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Run `work` on every rank and wait for all of them.
+
+    Raises:
+        UserError: On every rank, if any of them failed.
+    """
     failure: UserError | None = None
     try:
         work()
@@ -413,12 +416,12 @@ def _together(accelerator: Accelerator, work: Callable[[], None]) -> None:
         raise failure
     if count:
         raise UserError(
-            "data.feature_cache: another process could not fill it; its own message says why",
+            "data.feature_cache: another rank could not fill it; see that rank's error message",
             code="cache_unusable",
         )
 
 
-def _told(num_bytes: float) -> str:
+def _format_bytes(num_bytes: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"
