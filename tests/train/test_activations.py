@@ -18,7 +18,7 @@ from vlm_sft.data.batch import PaddedCollator, pad_examples
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy, set_activation_checkpointing
 from vlm_sft.train import checkpointing_policy as activations
 from vlm_sft.train.checkpointing_policy import Trial, longest_micro_batch, measure
-from vlm_sft.train.live_bytes import LiveBytes, NoRoom
+from vlm_sft.train.live_bytes import LimitExceeded, LiveBytes
 from vlm_sft.utils import filesystem
 
 
@@ -63,7 +63,7 @@ def test_the_state_that_the_optimiser_will_have_is_counted(monkeypatch: pytest.M
 def test_where_nothing_fits_the_last_is_taken_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = trials_with(1000, monkeypatch)
     assert [trial.policy for trial in trials] == ["none", "selective", "full"]
-    choice = activations.Choice("full", trials, {"batch": "8 records of up to 54 tokens"})
+    choice = activations.PolicyChoice("full", trials, {"batch": "8 records of up to 54 tokens"})
     assert str(choice) == (
         "activation checkpointing: full (a step of 8 records of up to 54 tokens: none ran out of "
         "0.00 GiB; selective ran out of 0.00 GiB; full ran out of 0.00 GiB); even that may run "
@@ -81,7 +81,7 @@ def test_live_bytes_counts_what_lives_and_no_view_twice() -> None:
         passing = kept + 1
         del passing
         assert (live.now, live.peak) == (4000, 8000)
-        with pytest.raises(NoRoom):
+        with pytest.raises(LimitExceeded):
             torch.zeros(2000)
 
 
@@ -92,8 +92,8 @@ def test_the_longest_micro_batch_is_the_one_with_most_positions() -> None:
     def positions(indices: Sequence[int]) -> int:
         return PaddedCollator(2, 0).num_tokens(sizes, indices)
 
-    assert longest_micro_batch(steps, positions, processes=1) == ([0, 1], True)
-    assert longest_micro_batch(steps, positions, processes=2) == ([0, 1], False)
+    assert longest_micro_batch(steps, positions, world_size=1) == ([0, 1], True)
+    assert longest_micro_batch(steps, positions, world_size=2) == ([0, 1], False)
 
 
 def test_every_process_takes_what_fits_in_all() -> None:

@@ -20,7 +20,7 @@ from vlm_sft.model.language_model import causal_lm, decoder_layers
 from vlm_sft.model.packed_attention import install_packed_attention
 from vlm_sft.model.parts import set_trainable
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.compile import compile_faults_told, compile_layers, eager
+from vlm_sft.train.compile import compile_errors, compile_layers, eager
 from vlm_sft.utils.constants import Segment
 
 # The compiler looks at tensors in ways that torch warns of, and hides that elsewhere.
@@ -105,7 +105,7 @@ def test_what_cannot_be_compiled_is_told_in_one_sentence() -> None:
     layer.input_layernorm.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     compile_layers(model, CPU, backend="eager")
     told = r"train.compile: a layer of the language model cannot be compiled \(Unsupported: [^\n]+$"
-    with pytest.raises(ConfigError, match=told), compile_faults_told(True):
+    with pytest.raises(ConfigError, match=told), compile_errors(True):
         learned(model, [3, 5])
 
 

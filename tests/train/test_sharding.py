@@ -32,7 +32,7 @@ from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import checkpoint_group, make_accelerator
 from vlm_sft.train.fsdp import choose_sharding, shard
 from vlm_sft.train.optimizer import build_optimizer, gradient_norm
-from vlm_sft.train.preflight import rehearse_saving
+from vlm_sft.train.preflight import dry_run_save
 from vlm_sft.train.train_step import accumulate_gradient
 from vlm_sft.utils.dtensor import full_tensor, local_tensor, rows_of_rank
 from vlm_sft.utils.process_group import ProcessGroup
@@ -142,7 +142,7 @@ def few_rows(accelerator: Accelerator, folder: Path) -> list[Any]:
 def rehearsal(run: Run, folder: Path) -> bool:
     before = run.weights()
     learning = [(n, p) for n, p in run.model.named_parameters() if p.requires_grad]
-    rehearse_saving(folder, run.store.components, learning, run.store.group)
+    dry_run_save(folder, run.store.components, learning, run.store.group)
     return all((before[n] == w).all() for n, w in run.weights().items())
 
 

@@ -24,7 +24,7 @@ from vlm_sft.checkpoint.tensor_files import load_tensors, save_tensors
 from vlm_sft.data.record_store import RecordStore
 from vlm_sft.errors import UserError
 from vlm_sft.export.folder import atomic_folder
-from vlm_sft.train.preflight import rehearse_saving
+from vlm_sft.train.preflight import dry_run_save
 from vlm_sft.utils import atomic_files as atomic
 from vlm_sft.utils import filesystem
 
@@ -57,7 +57,7 @@ def save_and_finish(folder: Path) -> None:
     """Rehearse, save three times with pruning, finish and find everything again."""
     model = nn.Linear(3, 2)
     checkpoints = store(folder, model)
-    rehearse_saving(folder, checkpoints.components, list(model.named_parameters()))
+    dry_run_save(folder, checkpoints.components, list(model.named_parameters()))
     for step in (1, 2, 3):
         checkpoints.save({"step": step})
     newest = checkpoints.newest()

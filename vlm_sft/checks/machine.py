@@ -9,8 +9,8 @@ from vlm_sft.config.method import require_stage2
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
-from vlm_sft.train.adamw_8bit import require_eight_bit
-from vlm_sft.train.adamw_bf16 import require_roundable
+from vlm_sft.train.adamw_8bit import require_bitsandbytes
+from vlm_sft.train.adamw_bf16 import require_master_weights
 from vlm_sft.train.compile import require_compiler
 from vlm_sft.train.distributed import require_precision
 from vlm_sft.train.environment import require_environment
@@ -33,10 +33,10 @@ def check_machine(config: RunConfig, trainable: Set[str], results: CheckResults)
     with results.check("quantization"):
         require_quantization(config.model.language_model.quantization, trainable)
     with results.check("master weights"):
-        require_roundable(config, trainable)
+        require_master_weights(config, trainable)
     with results.check("optimizer"):
         if config.optim.optimizer == "adamw_8bit":
-            require_eight_bit()
+            require_bitsandbytes()
     with results.check("precision"):
         require_precision(train.precision)
     with results.check("fp8"):

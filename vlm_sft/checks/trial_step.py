@@ -51,7 +51,7 @@ def try_longest_batch(
             collator.assign_to_ranks(data.train, sampler.step_indices(step), 1)
             for step in range(num_steps(config, sampler))
         )
-        indices, _ = longest_micro_batch(steps, lambda i: positions(data.train, i), processes=1)
+        indices, _ = longest_micro_batch(steps, lambda i: positions(data.train, i), world_size=1)
         chosen = _affordable(indices, data, model, device)
         if chosen is None:
             text = "not tried: it would take too long on a CPU; run this check on the GPU machine"

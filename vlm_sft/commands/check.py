@@ -68,11 +68,11 @@ from vlm_sft.train.distributed import make_accelerator
 from vlm_sft.train.feature_cache import feature_cache_outlook
 from vlm_sft.train.optimizer import base_lr, checkpoint_bytes
 from vlm_sft.train.preflight import (
+    dry_run_save,
     is_trainable,
     parts_rows,
     parts_table,
     print_table,
-    rehearse_saving,
 )
 from vlm_sft.train.setup import load_model, make_store
 from vlm_sft.utils.atomic_files import atomic_open
@@ -341,7 +341,7 @@ def _check_saving(
             components = checkpoint_components(
                 config, model, chat_tokenizer.tokenizer, chat_tokenizer, trainable
             )
-            rehearse_saving(Path(place), components, trained)
+            dry_run_save(Path(place), components, trained)
     except (UserError, OSError) as error:
         results.add("saving", "bad", str(error))
         return

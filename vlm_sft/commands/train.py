@@ -30,8 +30,8 @@ from vlm_sft.inspection.run_report import write_run_report
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.adamw_bf16 import require_roundable
-from vlm_sft.train.compile import compile_faults_told
+from vlm_sft.train.adamw_bf16 import require_master_weights
+from vlm_sft.train.compile import compile_errors
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, rank0_only
 from vlm_sft.train.environment import environment_notes, require_environment
@@ -73,8 +73,8 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
     require_environment(config)
     require_trackers(config.train.trackers)
     require_quantization(config.model.language_model.quantization, trainable)
-    require_roundable(config, trainable)
-    with deterministic(config.train.deterministic), compile_faults_told(config.train.compile):
+    require_master_weights(config, trainable)
+    with deterministic(config.train.deterministic), compile_errors(config.train.compile):
         output_dir = Path(config.output_dir)
         accelerator = make_accelerator(
             config.train.precision,

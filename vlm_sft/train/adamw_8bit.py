@@ -1,4 +1,4 @@
-"""AdamW whose two moments take a byte a number each, by bitsandbytes (arXiv 2110.02861)."""
+"""AdamW with 8-bit moments, from bitsandbytes (arXiv 2110.02861)."""
 
 import importlib
 import importlib.util
@@ -11,33 +11,33 @@ from vlm_sft.config.schema import OptimConfig
 from vlm_sft.errors import ConfigError
 from vlm_sft.utils.libraries import library_call
 
-SMALLEST: Final = 4096
-"""Tensors of fewer numbers keep moments in float32; bitsandbytes' `min_8bit_size`."""
+MIN_8BIT_SIZE: Final = 4096
+"""Smaller tensors keep float32 moments; `min_8bit_size` of bitsandbytes."""
 
-BLOCK: Final = 256
-"""Numbers that share a scale, in bitsandbytes."""
+BLOCK_SIZE: Final = 256
+"""Values that share one float32 scale in bitsandbytes."""
 
 
-def eight_bit_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Bitsandbytes' AdamW of parameter groups as `build_optimizer` makes them.
+def build_adamw_8bit(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the AdamW of bitsandbytes for parameter groups as `build_optimizer` makes them.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
-    require_eight_bit()
-    with library_call("bitsandbytes", "optim", "make its 8-bit AdamW"):
-        kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
-        made: torch.optim.Optimizer = kind(
-            groups, lr=0.0, betas=config.betas, eps=config.epsilon, min_8bit_size=SMALLEST
+    require_bitsandbytes()
+    with library_call("bitsandbytes", "optim", "create its 8-bit AdamW"):
+        optimizer_class = importlib.import_module("bitsandbytes").optim.AdamW8bit
+        optimizer: torch.optim.Optimizer = optimizer_class(
+            groups, lr=0.0, betas=config.betas, eps=config.epsilon, min_8bit_size=MIN_8BIT_SIZE
         )
-    return made
+    return optimizer
 
 
-def require_eight_bit() -> None:
-    """Refuse 8-bit moments without bitsandbytes.
+def require_bitsandbytes() -> None:
+    """Check that bitsandbytes is installed.
 
     Raises:
-        ConfigError: With the line that installs it.
+        ConfigError: It is not; the message has the command that installs it.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -47,7 +47,7 @@ def require_eight_bit() -> None:
 
 
 def moment_bytes(count: int) -> int:
-    """Memory of both moments of a tensor of so many numbers, scales included."""
-    if count < SMALLEST:
+    """Return the bytes of both moments of a tensor with `count` values, scales included."""
+    if count < MIN_8BIT_SIZE:
         return 2 * 4 * count
-    return 2 * (count + 4 * math.ceil(count / BLOCK))
+    return 2 * (count + 4 * math.ceil(count / BLOCK_SIZE))

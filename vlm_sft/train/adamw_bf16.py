@@ -1,9 +1,9 @@
-"""AdamW of weights that are kept in bfloat16 alone, rounded at random instead of to the nearest.
+"""AdamW for weights that are stored in bfloat16 only, with stochastic rounding.
 
-A bfloat16 number has 8 significant bits, so that rounding to the nearest loses every update smaller
-than about 1/512 of its weight. Rounded up or down with the chances that make the mean exact, the
-updates of many steps add up to what they are (Gupta et al., "Deep Learning with Limited Numerical
-Precision", arXiv 1502.02551; of bfloat16 weights, arXiv 2010.06192).
+A bfloat16 value has 8 significant bits, so rounding to nearest loses every update smaller than
+about 1/512 of its weight. Stochastic rounding is unbiased, so the updates of many steps add up
+correctly (Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv 1502.02551; for
+bfloat16 weights, arXiv 2010.06192).
 """
 
 import hashlib
@@ -19,21 +19,21 @@ from vlm_sft.config.schema import OptimConfig, RunConfig
 from vlm_sft.errors import ConfigError
 
 LOW_BITS: Final = 16
-"""Bits of a float32 that a bfloat16 lacks."""
+"""Mantissa bits of float32 that bfloat16 does not have."""
 
 
-def require_roundable(config: RunConfig, trainable: Set[str]) -> None:
-    """Refuse `train.master_weights: none` where it has no meaning or is not built.
+def require_master_weights(config: RunConfig, trainable: Set[str]) -> None:
+    """Check that `train.master_weights: none`, if set, works with the rest of the configuration.
 
     Raises:
-        ConfigError: The language model does not learn in full, in bf16, by torch's AdamW.
+        ConfigError: The run is not full fine-tuning in bf16 with torch's AdamW.
     """
     if config.train.master_weights == "fp32":
         return
     if "language_model" not in trainable:
         raise ConfigError(
-            "train.master_weights: none is for stage 2 in full; the projector and adapters are "
-            "small and learn in float32, so leave it at fp32"
+            "train.master_weights: none is for full fine-tuning in stage 2; the projector and "
+            "adapters are small and trained in float32, so leave it at fp32"
         )
     if config.train.precision != "bf16":
         raise ConfigError(
@@ -42,24 +42,24 @@ def require_roundable(config: RunConfig, trainable: Set[str]) -> None:
         )
     if config.optim.optimizer != "adamw":
         raise ConfigError(
-            f"train.master_weights: none does not go with optim.optimizer: {config.optim.optimizer}"
-            ", which rounds the weights it writes to the nearest; take one of the two alone"
+            f"train.master_weights: none does not work with optim.optimizer: "
+            f"{config.optim.optimizer}, which rounds weights to nearest; use one of the two"
         )
 
 
 class StochasticAdamW(torch.optim.AdamW):
-    """torch's AdamW, computed in float32 of each tensor; bfloat16 ones are rounded at random.
+    """AdamW of torch, computed in float32; weights in bfloat16 are rounded stochastically.
 
-    Moments are float32. The random bits are a pure function of the seed, of how often the tensor
-    was updated before and of its name: a run that goes on from a checkpoint writes the same bits,
-    and so does every process that holds the same weights, as long as all compute on devices of one
-    model. Beside the state, a float32 copy of one tensor's weights and gradient is held at a time.
+    Moments are float32. The random bits are a pure function of the seed, of the number of updates
+    of the tensor and of its name, so a resumed run writes the same bits, and so does every rank
+    with the same weights, if all use devices of one model. Besides the state, float32 copies of one
+    tensor's weights and gradient are in memory at a time.
 
     Args:
-        groups: With `names` beside `params`, as `build_optimizer` makes them.
+        groups: Parameter groups with `names`, as `build_optimizer` makes them.
         config: Betas and epsilon.
-        seed: The run's.
-        fused: As torch takes it.
+        seed: Seed of the rounding.
+        fused: As for `torch.optim.AdamW`.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class StochasticAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update every parameter that has a gradient; there is no closure to call."""
-        assert closure is None, "the gradient is there already"
-        learning = list(self._learning())
-        for group, _, parameter in learning:
+        """Update every parameter that has a gradient."""
+        assert closure is None, "gradients are computed before the step"
+        updated = list(self._with_gradient())
+        for group, _, parameter in updated:
             if not self.state[parameter]:
                 self.state[parameter] = first_state(parameter, on_device=bool(group["fused"]))
-        steps = [self.state[parameter]["step"] for _, _, parameter in learning]
-        before = torch.stack(steps).tolist() if steps else []  # one wait for the device, not many
-        for (group, name, parameter), count in zip(learning, before, strict=True):
+        steps = [self.state[parameter]["step"] for _, _, parameter in updated]
+        before = torch.stack(steps).tolist() if steps else []  # one device sync, not one per tensor
+        for (group, name, parameter), count in zip(updated, before, strict=True):
             generator = torch.Generator(parameter.device)
             generator.manual_seed(rounding_seed(self._seed, int(count), name))
             self._update(group, parameter, generator)
 
-    def _learning(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if parameter.grad is not None:
@@ -94,7 +94,7 @@ class StochasticAdamW(torch.optim.AdamW):
     ) -> None:
         assert parameter.grad is not None
         state, (beta1, beta2) = self.state[parameter], group["betas"]
-        weights = parameter.float()  # the parameter itself where it is float32
+        weights = parameter.float()  # no copy if it is float32 already
         adamw(
             [weights],
             [parameter.grad.float()],
@@ -117,35 +117,35 @@ class StochasticAdamW(torch.optim.AdamW):
 
 
 def first_state(parameter: nn.Parameter, *, on_device: bool) -> dict[str, Tensor]:
-    """What AdamW knows of a parameter before its first update, moments in float32."""
+    """Return the state of a parameter before its first update, with float32 moments."""
     place = parameter.device if on_device else torch.device("cpu")
     moments = {key: torch.zeros_like(parameter, dtype=torch.float32) for key in MOMENTS}
     return {"step": torch.zeros((), device=place), **moments}
 
 
 def rounding_seed(seed: int, updates: int, name: str) -> int:
-    """Seed of the random bits for the update of a tensor that had so many before."""
+    """Return the seed of the rounding of a tensor's update, after `updates` earlier ones."""
     digest = hashlib.sha256(f"{seed}/{updates}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """One of the two bfloat16 numbers around each value, such that the mean is the value.
+    """Round each value up or down to bfloat16 so that the expected result is the value.
 
-    A number between `a` and the next one further from zero `b` becomes `b` with the chance
-    `(x - a) / (b - a)`, to 1/65536. What bfloat16 represents stays as it is, infinities and NaN
-    included; beyond its largest number lies infinity.
+    A value between two bfloat16 values `a` and `b` (the one further from zero) becomes `b` with
+    probability `(x - a) / (b - a)`, to within 1/65536. Values that bfloat16 represents are
+    unchanged, infinities and NaN included; values beyond its largest one can become infinity.
 
     Args:
-        values: float32, any shape; left as they are.
-        generator: On their device.
+        values: float32, any shape; not changed.
+        generator: Random generator on the same device.
 
     Returns:
         bfloat16 of the same shape.
     """
     assert values.dtype == torch.float32, values.dtype
-    # Noise below the bits that stay carries into them as often as what is cut off is large; sign
-    # and magnitude are apart in a float, so a carry always leads away from zero.
+    # Add uniform noise to the 16 low bits and truncate: the carry into the high bits has the
+    # wanted probability. A float stores sign and magnitude, so a carry always leads away from zero.
     bits = torch.randint(
         0, 1 << LOW_BITS, values.shape, generator=generator, dtype=torch.int32, device=values.device
     )

@@ -1,4 +1,4 @@
-"""`train.activation_checkpointing: auto`: the fastest policy whose measured step fits in memory."""
+"""Set up activation checkpointing; `auto` takes the fastest policy whose measured step fits."""
 
 import gc
 import logging
@@ -22,8 +22,8 @@ from vlm_sft.model.activation_checkpointing import (
 )
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.compile import eager
-from vlm_sft.train.distributed import rank0_only, total
-from vlm_sft.train.live_bytes import LiveBytes, NoRoom
+from vlm_sft.train.distributed import all_reduce_sum, rank0_only
+from vlm_sft.train.live_bytes import LimitExceeded, LiveBytes
 from vlm_sft.train.optimizer import optimizer_state_bytes
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.utils.atomic_files import write_json
@@ -37,19 +37,19 @@ logger = logging.getLogger(__name__)
 FILE: Final = "activation_checkpointing.json"
 
 MARGIN: Final = 0.1
-"""Share of the memory that a step must leave free: for what the measured step did not show, such
-as fragments between tensors, and the answers generated at evaluations."""
+"""Share of the memory that a step must leave free, for what the measured step does not show:
+fragmentation and the samples generated at evaluations."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A step that was measured.
+    """A measured step.
 
     Attributes:
-        policy: What its backward pass computed again.
-        peak_bytes: Memory that the step takes beside what was there before it, and the optimizer's
-            state where there is none yet; None where memory ran out before the step was done.
-        room_bytes: What may be taken: free memory less `MARGIN`, in the process with the least.
+        policy: What its backward pass recomputes.
+        peak_bytes: Memory that the step needs in addition to what was allocated before it, with the
+            optimizer's state if there is none yet; None if the step ran out of memory.
+        room_bytes: Available memory: the free memory minus `MARGIN`, on the rank with the least.
     """
 
     policy: CheckpointPolicy
@@ -58,7 +58,7 @@ class Trial:
 
     @property
     def fits(self) -> bool:
-        """Whether the step was done within the room."""
+        """Whether the step fits into the available memory."""
         return self.peak_bytes is not None and self.peak_bytes <= self.room_bytes
 
     def __str__(self) -> str:
@@ -67,13 +67,13 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was settled for a run, as `activation_checkpointing.json` keeps it.
+class PolicyChoice:
+    """The policy chosen for a run, as `activation_checkpointing.json` stores it.
 
     Attributes:
-        policy: The one taken.
-        trials: What was measured for it, in order.
-        basis: What the measurement rests on; another device or batch asks for another one.
+        policy: The chosen policy.
+        trials: The measured steps, in order.
+        basis: What the measurement depends on; with another device or batch it is repeated.
     """
 
     policy: CheckpointPolicy
@@ -135,7 +135,7 @@ def set_up_activation_checkpointing(
     indices, several = longest_micro_batch(
         map(loader.micro_batches_of_all_ranks, range(total_steps)),
         loader.num_tokens,
-        processes=accelerator.num_processes,
+        world_size=accelerator.num_processes,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     basis = {
@@ -178,7 +178,7 @@ def choose_policy(
     basis: Mapping[str, Any],
     measured: Callable[[], tuple[Trial, ...]],
     accelerator: Accelerator,
-) -> Choice:
+) -> PolicyChoice:
     """Return the policy that this run chose before, if `basis` is unchanged, or measure one.
 
     Args:
@@ -193,7 +193,7 @@ def choose_policy(
         assert before is not None
         return before
     trials = measured()
-    choice = Choice(trials[-1].policy, trials, basis)
+    choice = PolicyChoice(trials[-1].policy, trials, basis)
     if before is not None:
         logger.info("activation checkpointing: %s", before.changed(basis))
     logger.info("%s", choice)
@@ -211,18 +211,18 @@ def measure(
     policies: Sequence[CheckpointPolicy] = POLICIES,
     later_bytes: int,
 ) -> tuple[Trial, ...]:
-    """Run `step` under one policy after the other until one fits in every process.
+    """Run `step` with one policy after the other until one fits on every rank.
 
-    Afterwards the last one tried is set, and nothing else is changed: no gradient is left, and
-    random generators are where they were.
+    The last policy remains set. Nothing else is changed: gradients are freed, and random generators
+    are restored.
 
     Args:
-        step: A forward and a backward pass, without communication between processes.
-        set_policy: Makes `step` one of a policy.
-        model: Whose gradients are dropped after each trial.
-        accelerator: Device and processes.
-        policies: From the fastest to the smallest.
-        later_bytes: Memory that is taken only after a first step (the optimizer's state).
+        step: A forward and a backward pass, without communication between ranks.
+        set_policy: Sets the policy that `step` runs with.
+        model: The model, whose gradients are freed after each trial.
+        accelerator: Device and ranks.
+        policies: From the fastest to the one that needs the least memory.
+        later_bytes: Memory that is allocated only later (the optimizer's state).
     """
     trials: list[Trial] = []
     for policy in policies:
@@ -242,7 +242,7 @@ def measure(
 
 
 def device_named(device: torch.device) -> str:
-    """The device's name and memory; where both are the same, a measurement holds."""
+    """Return the device's name and memory, which a measurement is valid for."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {_gib(properties.total_memory)}"
@@ -251,29 +251,29 @@ def device_named(device: torch.device) -> str:
 
 def longest_micro_batch(
     steps: Iterable[Sequence[Sequence[int]]],
-    num_positions: Callable[[Sequence[int]], int],
+    num_tokens: Callable[[Sequence[int]], int],
     *,
-    processes: int,
+    world_size: int,
 ) -> tuple[Sequence[int], bool]:
-    """The micro-batch with most positions, and whether a process has several a step.
+    """Return the micro-batch with most tokens, and whether a rank has several per step.
 
     Args:
-        steps: The micro-batches of every step and process, as indices of records.
-        num_positions: Of a micro-batch, what fills up included.
-        processes: Among which a step's micro-batches are shared out.
+        steps: The micro-batches of every step, on all ranks, as indices of records.
+        num_tokens: Returns the tokens of a micro-batch, padding included.
+        world_size: Number of ranks.
     """
     longest: Sequence[int] = ()
     most, several = -1, False
     for micro_batches in steps:
-        several = several or len(micro_batches) > processes
+        several = several or len(micro_batches) > world_size
         for indices in micro_batches:
-            if (positions := num_positions(indices)) > most:
-                most, longest = positions, indices
+            if (tokens := num_tokens(indices)) > most:
+                most, longest = tokens, indices
     return longest, several
 
 
-def _read(path: Path) -> Choice | None:
-    """Return the choice that a file keeps; None, with a warning, where it cannot be used."""
+def _read(path: Path) -> PolicyChoice | None:
+    """Return the stored choice; None, with a warning, if the file cannot be used."""
     if not os.path.lexists(path):
         return None
     try:
@@ -283,17 +283,17 @@ def _read(path: Path) -> Choice | None:
         return None
 
 
-def _choice(tree: Any) -> Choice:
+def _choice(tree: Any) -> PolicyChoice:
     trials = tuple(Trial(**trial) for trial in tree["trials"])
     figures = [figure for t in trials for figure in (t.peak_bytes or 0, t.room_bytes)]
     usable = bool(trials) and all(type(figure) is int for figure in figures)
     if not usable or tree["policy"] not in POLICIES or not isinstance(tree["basis"], dict):
-        raise ValueError("it is not a choice with its measurements")
-    return Choice(tree["policy"], trials, tree["basis"])
+        raise ValueError("it is not a stored choice")
+    return PolicyChoice(tree["policy"], trials, tree["basis"])
 
 
 def _peak_of(step: Callable[[], None], device: torch.device, *, limit: int) -> int | None:
-    """Most bytes that a step takes at a time; None where they are more than there are."""
+    """Return the peak bytes of a step; None if they exceed `limit` or the GPU's memory."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
         if not cuda:
@@ -301,7 +301,7 @@ def _peak_of(step: Callable[[], None], device: torch.device, *, limit: int) -> i
             try:
                 with live:
                     step()
-            except NoRoom:
+            except LimitExceeded:
                 return None
             return live.peak
         torch.cuda.empty_cache()
@@ -316,18 +316,18 @@ def _peak_of(step: Callable[[], None], device: torch.device, *, limit: int) -> i
 
 
 def _agreed(trial: Trial, accelerator: Accelerator) -> Trial:
-    """The trial as every process tells it: of the most bytes and of the least room."""
+    """Return the trial that all ranks agree on: the highest peak, the least available memory."""
     if accelerator.num_processes == 1:
         return trial
     figures = [trial.peak_bytes if trial.peak_bytes is not None else -1, trial.room_bytes]
     shared = torch.zeros(accelerator.num_processes, 2, dtype=torch.int64, device=accelerator.device)
     shared[accelerator.process_index] = torch.tensor(figures)
-    peaks, rooms = total(accelerator, shared).T.tolist()
+    peaks, rooms = all_reduce_sum(accelerator, shared).T.tolist()
     return Trial(trial.policy, None if min(peaks) < 0 else max(peaks), min(rooms))
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take, or has taken and does not use."""
+    """Return the memory that this process can still allocate, its cached blocks included."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -336,13 +336,13 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _container_bytes() -> int:
-    """What a container's own limit (control groups, version 2) leaves of the memory."""
+    """Return what the limit of a container (cgroups v2) leaves of the memory."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # there is none, or no limit ("max")
+    except (OSError, ValueError):  # no container, or no limit ("max")
         return 2**63
     return max(0, limit - used + int(stat.get("inactive_file", 0)))
 

@@ -1,4 +1,4 @@
-"""`train.compile`: the language model's layers compiled, one after the other by the same code."""
+"""`train.compile`: compile the decoder layers of the language model with torch.compile."""
 
 import importlib.util
 import os
@@ -21,18 +21,18 @@ def compile_layers(
     backend: str = "inductor",
     packed: bool = False,
 ) -> None:
-    """Have every layer of the language model compiled at its first use, in place.
+    """Compile every decoder layer in place, at its first use.
 
-    Layers are alike, so one compilation serves all; lengths are left open, so one serves every
-    batch, and another a batch of one record. Parameters keep their names. Dropout draws what it
-    draws without compiling. An operation that cannot be compiled is an error, and so is compiling
-    over and over (see `compile_faults_told`).
+    Layers are alike, so one compilation serves all of them. Shapes are dynamic, so one compilation
+    serves all batches, and a second one batches of a single record. Parameters keep their names,
+    and dropout draws the same bits as without compiling. A graph break is an error, and so is
+    repeated recompilation (see `compile_errors`).
 
     Args:
         model: Changed in place.
-        device: Where it runs; decides which compiler is needed.
-        backend: torch.compile's.
-        packed: The attention of packed records is left out: its segments differ in every row.
+        device: Device of the run, which decides the compiler that is needed.
+        backend: As for `torch.compile`.
+        packed: Allow graph breaks: the segments of packed attention differ in every row.
 
     Raises:
         ConfigError: If the compiler is missing.
@@ -47,9 +47,9 @@ def compile_layers(
 
 @contextmanager
 def eager(enabled: bool) -> Iterator[None]:
-    """While it holds, compiled layers run as if they were not; does nothing if not enabled.
+    """Context manager that runs compiled layers uncompiled, if enabled.
 
-    For evaluations and generated answers, whose many shapes would each be compiled.
+    For evaluation and generation, whose many shapes would each be compiled.
     """
     if not enabled:
         yield
@@ -59,11 +59,11 @@ def eager(enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def compile_faults_told(enabled: bool) -> Iterator[None]:
-    """While it holds, what cannot be compiled is told in a sentence; nothing if not enabled.
+def compile_errors(enabled: bool) -> Iterator[None]:
+    """Context manager that converts an error of the compiler into a `ConfigError`, if enabled.
 
     Raises:
-        ConfigError: In place of the compiler's own error.
+        ConfigError: A layer cannot be compiled.
     """
     if not enabled:
         yield
@@ -81,10 +81,10 @@ def compile_faults_told(enabled: bool) -> Iterator[None]:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Refuse `train.compile` without the compiler that the device needs.
+    """Check that the compiler that `train.compile` needs on a device is installed.
 
     Raises:
-        ConfigError: Naming what to install.
+        ConfigError: It is not; the message says what to install.
     """
     if device.type == "cpu":
         name = os.environ.get("CXX", "g++")

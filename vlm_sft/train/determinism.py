@@ -1,4 +1,4 @@
-"""Kernels that give the same bits every time, or an error that names the one that cannot."""
+"""`train.deterministic`: only deterministic kernels, or an error that names the missing one."""
 
 import os
 import re
@@ -20,12 +20,12 @@ NAMED = re.compile(r"(\S+) does not have a deterministic implementation")
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """While it holds, every operation is one that repeats bit for bit; does nothing if not enabled.
+    """Context manager that allows deterministic operations only, if enabled.
 
-    Must begin before CUDA is first used. Source: torch's page "Reproducibility".
+    Must be entered before CUDA is first used. Source: the page "Reproducibility" of PyTorch.
 
     Raises:
-        ConfigError: An operation has no such kernel on its device; it is named.
+        ConfigError: An operation has no deterministic kernel on its device; it is named.
     """
     if not enabled:
         yield

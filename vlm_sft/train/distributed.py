@@ -1,4 +1,4 @@
-"""Processes of a run: how they are set up, and how they share a result or an error."""
+"""The ranks of a run: set them up, and share results and errors between them."""
 
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -24,12 +24,17 @@ def make_accelerator(
     trackers: list[str] | None = None,
     project_dir: str | None = None,
 ) -> Accelerator:
-    """This process's device and its place among the others, from the launcher's environment.
+    """Create the accelerator: device, precision, and rank and world size from the launcher.
 
-    One process without a launcher; several under `torchrun` or `accelerate launch`.
+    The world size is 1 without a launcher such as `torchrun` or `accelerate launch`.
+
+    Args:
+        precision: Precision of the forward pass.
+        trackers: Names of experiment trackers.
+        project_dir: Directory that trackers write to.
 
     Raises:
-        UserError: fp16 where no GPU is, or bf16 on a GPU that has none.
+        UserError: fp16 without a GPU, or bf16 on a GPU that does not support it.
     """
     has_gpu = torch.accelerator.is_available()
     require_precision(precision)
@@ -37,7 +42,7 @@ def make_accelerator(
         return Accelerator(
             cpu=not has_gpu,
             mixed_precision="no" if precision == "fp32" else precision,
-            # Given explicitly: a number from the environment would divide every gradient.
+            # Given explicitly: a value from the environment would divide every gradient.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir),
@@ -46,15 +51,15 @@ def make_accelerator(
 
 
 def require_precision(precision: Literal["bf16", "fp16", "fp32"]) -> None:
-    """Refuse numbers that this machine does not compute with.
+    """Check that this machine supports a precision.
 
     Raises:
-        UserError: fp16 where no GPU is, or bf16 on a GPU that has none.
+        UserError: fp16 without a GPU, or bf16 on a GPU that does not support it.
     """
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs an NVIDIA or AMD GPU; use fp32 or bf16 here")
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision: this GPU has no bf16; use fp16 or fp32")
+        raise UserError("train.precision: this GPU does not support bf16; use fp16 or fp32")
 
 
 def rank0_only(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
@@ -92,12 +97,12 @@ def checkpoint_group(accelerator: Accelerator) -> ProcessGroup:
     return ProcessGroup(accelerator.process_index, all_gather)
 
 
-def raise_together(accelerator: Accelerator, failure: Exception | None) -> None:
-    """Raise in every process what any of them met, so that none waits for the others.
+def raise_on_all_ranks(accelerator: Accelerator, failure: Exception | None) -> None:
+    """Raise an error of any rank on all ranks, so that none waits for the others; a collective.
 
     Args:
-        accelerator: The run's processes; all of them must call.
-        failure: What this process met, or None.
+        accelerator: The run's ranks.
+        failure: The error of this rank, or None.
     """
     found = [failure]
     if accelerator.num_processes > 1:
@@ -109,8 +114,8 @@ def raise_together(accelerator: Accelerator, failure: Exception | None) -> None:
             raise error
 
 
-def total(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum of `values` over all processes."""
+def all_reduce_sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """Return the element-wise sum of `values` over all ranks."""
     if accelerator.num_processes == 1:
         return values
     return accelerator.reduce(values, reduction="sum")

@@ -43,13 +43,13 @@ REFUSED: Final[Mapping[str, Refused]] = {
     "ACCELERATE_DYNAMO_BACKEND": Refused(
         _OFF, "compiles the model outside of the configuration", "set train.compile"
     ),
-    "ACCELERATE_USE_FSDP": Refused(_OFF, "shards the model in accelerate's own way", _SHARDING),
+    "ACCELERATE_USE_FSDP": Refused(_OFF, "shards the model as accelerate does", _SHARDING),
     "ACCELERATE_USE_DEEPSPEED": Refused(
         _OFF, "hands the model and the optimizer to DeepSpeed", _SHARDING
     ),
     "ACCELERATE_USE_MEGATRON_LM": Refused(_OFF, "hands the model to Megatron-LM", _SHARDING),
     "ACCELERATE_USE_PARALLELISM_CONFIG": Refused(
-        _OFF, "splits the model over processes in accelerate's own way", _SHARDING
+        _OFF, "splits the model over ranks as accelerate does", _SHARDING
     ),
     "ACCELERATE_DOWNCAST_BF16": Refused(_OFF, "rounds float32 to bfloat16", "set train.precision"),
     "XLA_USE_BF16": Refused(_OFF, "rounds float32 to bfloat16", "set train.precision"),
@@ -75,7 +75,7 @@ TF32: Final = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 
 
 def require_environment(config: RunConfig, environment: Environment = os.environ) -> None:
-    """Refuse environment variables that would change the run beside its configuration.
+    """Refuse environment variables that would change the run without its configuration showing it.
 
     Raises:
         UserError: A variable is set to a value that changes the run; the message names it,

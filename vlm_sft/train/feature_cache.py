@@ -28,7 +28,7 @@ from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.train.distributed import rank0_only, total
+from vlm_sft.train.distributed import all_reduce_sum, rank0_only
 from vlm_sft.utils.filesystem import existing_above, free_bytes
 from vlm_sft.utils.progress import track
 
@@ -411,7 +411,7 @@ def _run_on_all_ranks(accelerator: Accelerator, work: Callable[[], None]) -> Non
     except UserError as error:
         failure = error
     failed = torch.tensor(int(failure is not None), device=accelerator.device)
-    count = int(total(accelerator, failed))
+    count = int(all_reduce_sum(accelerator, failed))
     if failure is not None:
         raise failure
     if count:

@@ -1,4 +1,4 @@
-"""A model whose weights, gradients and optimizer state are shared out over processes (FSDP2)."""
+"""Shard weights, gradients and optimizer state over the ranks with FSDP2."""
 
 from collections.abc import Set
 from typing import Literal
@@ -68,21 +68,22 @@ def shard(
     *,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Share out projector and language model over all processes, in place, by rows (ZeRO-3).
+    """Shard projector and language model over all ranks, in place, along dimension 0.
 
-    Every layer of the language model is gathered just before it is used; the frozen tower stays
-    whole in every process. Trained weights stay in fp32, gathered ones have the dtype of
-    `precision`, gradients are summed in fp32.
+    Every decoder layer is gathered just before it is used; the frozen vision tower is replicated.
+    Sharded weights are fp32, gathered ones have the dtype of `precision`, and gradients are reduced
+    in fp32.
 
     Args:
         model: Changed in place.
-        accelerator: Of the processes.
+        accelerator: The ranks.
         precision: fp32 or bf16.
-        reshard_after_forward: Give gathered weights up before backward gathers them again; False
-            keeps them, for less traffic and more memory (ZeRO-2).
+        reshard_after_forward: Free gathered weights after the forward pass and gather them again
+            for the backward pass (ZeRO-3). False keeps them: less communication, more memory
+            (ZeRO-2).
 
     Raises:
-        ConfigError: fp16, whose loss scale is not kept alike in all processes here.
+        ConfigError: fp16, whose loss scale would differ between ranks.
     """
     if precision not in COMPUTE_DTYPES:
         raise ConfigError(
@@ -94,6 +95,7 @@ def shard(
         reduce_dtype=torch.float32 if COMPUTE_DTYPES[precision] else None,
     )
     model.vision_tower.to(accelerator.device)
+    # Layers first: the root then holds what is left (embeddings, norm, head, projector).
     for layer in decoder_layers(model.language_model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     frozen = set(model.vision_tower.parameters())

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at a time, for real tensors and for fake ones alike."""
+"""Count the bytes of live tensors, real or fake."""
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,28 +9,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class NoRoom(Exception):
-    """More bytes are alive than `LiveBytes` was given."""
+class LimitExceeded(Exception):
+    """More bytes are alive than the limit of `LiveBytes`."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, follows every storage from its making to its end.
+    """Dispatch mode that counts the bytes of all storages that operators create.
 
-    Counts what operators hand out, as `torch.cuda.max_memory_allocated` would, without their
-    internal workspaces and the rounding to the allocator's blocks. What an operator is given and
-    hands on, as a view or written in place, is not new.
+    Like `torch.cuda.max_memory_allocated`, but without internal workspaces of operators and without
+    rounding to the allocator's blocks. Views and outputs written in place are not new storages.
 
     Args:
-        known: Tensors that were there before and do not count: weights, gradients, inputs.
-        limit: Bytes alive at which to give up; None: never.
+        known: Existing tensors that do not count: weights, gradients, inputs.
+        limit: Bytes alive at which to raise; None: no limit.
 
     Attributes:
         now: Bytes alive.
         peak: Most bytes alive at once since the last `restart`.
 
     Raises:
-        NoRoom: From within the operator that takes them beyond `limit`; a CPU has no error of its
-            own for that, its process is killed.
+        LimitExceeded: Inside the operator that exceeds `limit`. Without it, a CPU process that
+            runs out of memory is killed.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), *, limit: int | None = None) -> None:
@@ -40,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def restart(self) -> None:
-        """Count the peak from here on."""
+        """Start to measure the peak again."""
         self.peak = self.now
 
     def __torch_dispatch__(
@@ -50,14 +49,14 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the operator, then count what is new in its results."""
+        """Run the operator, then count the new storages of its results."""
         result = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages(args)}
         for storage in _storages(result):
             if storage not in self._seen and storage._cdata not in given:
                 self._count(storage)
         if self._limit is not None and self.now > self._limit:
-            raise NoRoom
+            raise LimitExceeded
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

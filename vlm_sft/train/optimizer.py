@@ -9,7 +9,7 @@ from torch import nn
 
 from vlm_sft.checkpoint.optimizer import is_eight_bit
 from vlm_sft.config.schema import LearningRates, OptimConfig
-from vlm_sft.train.adamw_8bit import eight_bit_adamw, moment_bytes
+from vlm_sft.train.adamw_8bit import build_adamw_8bit, moment_bytes
 from vlm_sft.train.adamw_bf16 import StochasticAdamW
 from vlm_sft.utils.dtensor import full_tensor, local_tensor
 
@@ -54,7 +54,7 @@ def build_optimizer(
                     }
                 )
     if config.optimizer == "adamw_8bit":
-        return eight_bit_adamw(groups, config)
+        return build_adamw_8bit(groups, config)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = True if devices <= {"cpu", "cuda"} else None
     if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):

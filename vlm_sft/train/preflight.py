@@ -1,4 +1,4 @@
-"""What is proven before and after a run: what learns, what must not move, that saving works."""
+"""Checks before and after training: trainable parts, frozen parts, gradients, saving."""
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -29,7 +29,7 @@ PART_COLUMNS = ("part", "state", "parameters", "dtype", "peak learning rate")
 
 
 def parts_rows(parts: Parts, rates: Mapping[str, float]) -> list[dict[str, str]]:
-    """A row for every part: trainable or frozen, parameters, dtype, peak learning rate.
+    """Return a row for every part: trainable or frozen, parameters, dtype, peak learning rate.
 
     Raises:
         UserError: Nothing is trainable.
@@ -42,14 +42,14 @@ def parts_rows(parts: Parts, rates: Mapping[str, float]) -> list[dict[str, str]]
     for part, named in parts.items():
         if not named:
             continue
-        learns = is_trainable(named)
+        trainable = is_trainable(named)
         dtypes = sorted({dtype_name(p) for _, p in named})
         values = (
             part,
-            "trainable" if learns else "frozen",
+            "trainable" if trainable else "frozen",
             f"{sum(num_weights(parameter) for _, parameter in named):,}",
             ", ".join(dtypes),
-            f"{rates[part]:.2e}" if learns else "-",
+            f"{rates[part]:.2e}" if trainable else "-",
         )
         rows.append(dict(zip(PART_COLUMNS, values, strict=True)))
     return rows
@@ -71,7 +71,7 @@ def report_parts(
 
 
 def parts_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """The rows of `parts_rows` for a terminal."""
+    """Return the rows of `parts_rows` as a table."""
     table = Table(title="parts of the model")
     for column in PART_COLUMNS:
         table.add_column(column, justify="right" if column == "parameters" else "left")
@@ -81,7 +81,7 @@ def parts_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print to stderr, at least wide enough for all columns."""
+    """Print a table to stderr, at least wide enough for all columns."""
     console = Console(stderr=True)
     if console.width < 90:
         console.width = 90
@@ -89,19 +89,19 @@ def print_table(table: Table) -> None:
 
 
 def is_trainable(named: NamedParameters) -> bool:
-    """Whether any parameter of a part learns."""
+    """Return whether any parameter of a part is trainable."""
     return any(parameter.requires_grad for _, parameter in named)
 
 
 def require_gradients(parts: Parts, *, without: Set[str] = frozenset()) -> None:
-    """After the first backward pass: every trainable part must have a gradient somewhere.
+    """Check after the first backward pass that every trainable part has a nonzero gradient.
 
     Args:
         parts: The model's parameters by part.
-        without: Parts that the step had nothing for: the projector, if no record has an image.
+        without: Parts that the step has no gradient for: the projector, if no record has an image.
 
     Raises:
-        UserError: Naming the part, so that hours are not spent on weights that stay as they are.
+        UserError: A part has none, so it would never be trained.
     """
     for part, named in parts.items():
         if part in without:
@@ -110,44 +110,50 @@ def require_gradients(parts: Parts, *, without: Set[str] = frozenset()) -> None:
         if gradients and not any(g is not None and bool(full_tensor(g).any()) for g in gradients):
             raise UserError(
                 f"{part} is trainable but has no gradient after the first step, so it would never "
-                "learn; its outputs do not reach the loss - check the masks with vlm_sft.show",
+                "change; its outputs do not reach the loss - check the masks with vlm_sft.show",
                 code="nothing_learns",
             )
 
 
-def rehearse_saving(
+def dry_run_save(
     output_dir: Path,
     components: Mapping[str, Component],
     tensors: Sequence[tuple[str, torch.Tensor]],
     group: ProcessGroup | None = None,
 ) -> None:
-    """Save a checkpoint, make `final/` of it, read it back, compare bit by bit, remove both.
+    """Save a checkpoint, copy it to `final/`, load it, compare bit by bit, and delete both.
 
-    The calls are those of a real save and of the end of a run, so that a file system that refuses
-    one of them is found out before the first step. The live weights are wiped before they are read
-    back, so what is compared comes from the disk. Processes that share the weights do it together.
+    The calls are those of a real save and of the end of a run, so a file system that refuses one of
+    them is noticed before the first step.
+
+    Args:
+        output_dir: The run directory; everything is written to a temporary directory in it.
+        components: The components of a checkpoint.
+        tensors: The trainable tensors, which are compared; unchanged afterwards.
+        group: The ranks that save together; None: this one.
 
     Raises:
-        CheckpointError: A tensor came back changed or could not be read.
-        OSError: The place cannot be written.
+        CheckpointError: A tensor was loaded with other values, or could not be loaded.
+        OSError: The directory cannot be written.
     """
     group = group or ProcessGroup()
     place = group.rank0_then_broadcast(lambda: begin_temporary(output_dir / "rehearsal"))
     folder = place / step_name(0)
-    kept = [local_tensor(parameter.detach()).clone() for _, parameter in tensors]
+    before = [local_tensor(parameter.detach()).clone() for _, parameter in tensors]
     try:
         write_checkpoint(folder, components, {"step": 0, "rehearsal": True}, group)
         group.rank0_then_broadcast(
             lambda: copy_checkpoint(verify(folder), place / "final", components)
         )
+        # Zero the live weights, so that the values that are compared come from the disk.
         with torch.no_grad():
             for _, parameter in tensors:
                 local_tensor(parameter).zero_()
-        group.all_ranks(lambda: _read_and_compare(folder, components, tensors, kept))
+        group.all_ranks(lambda: _read_and_compare(folder, components, tensors, before))
     finally:
         with torch.no_grad():
-            for (_, parameter), before in zip(tensors, kept, strict=True):
-                local_tensor(parameter).copy_(before)
+            for (_, parameter), values in zip(tensors, before, strict=True):
+                local_tensor(parameter).copy_(values)
         group.rank0_then_broadcast(lambda: delete_tree(place))
 
 
@@ -155,16 +161,16 @@ def _read_and_compare(
     folder: Path,
     components: Mapping[str, Component],
     tensors: Sequence[tuple[str, torch.Tensor]],
-    kept: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
 ) -> None:
     for component in components.values():
         if component.load is not None:
             component.load(folder)
-    for (name, parameter), before in zip(tensors, kept, strict=True):
-        if not torch.equal(local_tensor(parameter), before):
+    for (name, parameter), values in zip(tensors, before, strict=True):
+        if not torch.equal(local_tensor(parameter), values):
             raise CheckpointError(
-                f"{folder}: rehearsal of saving: {name} did not come back as it was saved; "
-                "the checkpoints of this run could not be trusted",
+                f"{folder}: dry run of saving: {name} was not loaded as it was saved; the "
+                "checkpoints of this run could not be trusted",
                 code="save_changed",
             )
 

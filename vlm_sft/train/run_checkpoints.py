@@ -13,7 +13,7 @@ from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.checkpoint.store import CheckpointStore, require_within
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import rank0_only
-from vlm_sft.train.preflight import rehearse_saving, require_unchanged
+from vlm_sft.train.preflight import dry_run_save, require_unchanged
 from vlm_sft.utils.process_group import Value
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class RunCheckpoints:
         if checkpoint is None:
             store, trainable = self._store, list(self._store.trainable.items())
             self._on_saving_ranks(
-                lambda: rehearse_saving(store.output_dir, store.components, trainable, store.group)
+                lambda: dry_run_save(store.output_dir, store.components, trainable, store.group)
             )
             self._frozen = frozen_digests(self._model)
             return None

@@ -20,10 +20,10 @@ from vlm_sft.utils.reading import read_text
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker whose package is not installed.
+    """Check that the packages of the trackers are installed.
 
     Raises:
-        UserError: With the line that installs it.
+        UserError: One is not; the message has the command that installs it.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -34,13 +34,13 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def tracking_folder(config: RunConfig) -> Path:
-    """Return the folder that trackers write to."""
+    """Return the directory that trackers write to."""
     folder = config.train.tracking.dir
     return Path(config.output_dir) / "trackers" if folder is None else Path(folder).expanduser()
 
 
 def require_tracking_folder(config: RunConfig) -> None:
-    """Check that trackers, if there are any, can write to their directory.
+    """Check that the trackers, if any, can write to their directory.
 
     Raises:
         UserError: It is a file, or does not accept new files.
@@ -61,7 +61,7 @@ def require_tracking_folder(config: RunConfig) -> None:
 
 
 def tracker_arguments(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Return what each tracker is started with besides the project.
+    """Return the arguments that each tracker is started with, besides the project.
 
     The run's id is kept in its folder, so that a resumed run continues the same wandb run.
     """
@@ -84,7 +84,7 @@ def tracker_arguments(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _tracking_id(output_dir: Path) -> str:
-    """Return the id of the run at its trackers, made at the first start."""
+    """Return the id of the tracked run, which is created at the first start."""
     path = output_dir / "trackers" / "run_id"
     try:
         found = read_text(path, limit=1024).strip()
@@ -97,7 +97,7 @@ def _tracking_id(output_dir: Path) -> str:
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Open the trackers named when `accelerator` was made, with the run's configuration."""
+    """Start the trackers that `accelerator` was created with, with the run's configuration."""
     if accelerator.log_with:
         arguments: dict[str, dict[str, Any]] = {}
         if accelerator.is_main_process:
@@ -113,7 +113,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as dotted keys with text or numbers, as every tracker takes them."""
+    """Flatten nested values to dotted keys with text or numbers, which every tracker accepts."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -124,7 +124,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def tracker_values(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's numbers under `train/` or `eval/`, for `Accelerator.log`."""
+    """Return the numbers of a row as `train/...` or `eval/...`, for `Accelerator.log`."""
     kind = "eval" if "eval_loss" in row else "train"
     numbers = {k: v for k, v in flat(row).items() if isinstance(v, (int, float)) and k != "step"}
     return {f"{kind}/{key}": float(value) for key, value in numbers.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from vlm_sft.data.batch import Batch
 from vlm_sft.errors import UserError
 from vlm_sft.model.vlm import VlmOutput
-from vlm_sft.train.distributed import total
+from vlm_sft.train.distributed import all_reduce_sum
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def accumulate_gradient(
     """
     mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
     counts = torch.tensor([*mine, num_faults], device=accelerator.device)
-    num_targets, num_records, faults = (int(n) for n in total(accelerator, counts))
+    num_targets, num_records, faults = (int(n) for n in all_reduce_sum(accelerator, counts))
     # DDP and FSDP average gradients over ranks; multiply to get the sum.
     scale = accelerator.num_processes / max(1, num_targets)
     loss_sums: list[torch.Tensor] = []
@@ -82,7 +82,7 @@ def accumulate_gradient(
         record_losses += zip(batch.record_ids, output.per_record_loss.detach(), strict=False)
     summed = torch.stack(loss_sums).sum()
     return StepGradient(
-        loss_sum=total(accelerator, summed),
+        loss_sum=all_reduce_sum(accelerator, summed),
         num_targets=num_targets,
         num_records=num_records,
         record_losses=tuple(record_losses),

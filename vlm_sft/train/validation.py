@@ -12,7 +12,7 @@ from torch import nn
 from vlm_sft.data.batch import Collator, LoadError
 from vlm_sft.data.loader import Examples, load_steps, micro_batches_of_rank
 from vlm_sft.train.compile import eager
-from vlm_sft.train.distributed import raise_together, total
+from vlm_sft.train.distributed import all_reduce_sum, raise_on_all_ranks
 
 GenerateSamples = Callable[[Callable[[LoadError], None] | None], list[dict[str, Any]]]
 """Generates answers to a few validation records, as rows of `samples.jsonl`. The argument is called
@@ -159,6 +159,6 @@ def validation_loss(
                 count += output.num_targets
     except Exception as error:  # raised below on every rank: the others would wait in `total`
         failure = error
-    raise_together(accelerator, failure)
-    targets = int(total(accelerator, count))
-    return float(total(accelerator, loss)) / max(1, targets), targets
+    raise_on_all_ranks(accelerator, failure)
+    targets = int(all_reduce_sum(accelerator, count))
+    return float(all_reduce_sum(accelerator, loss)) / max(1, targets), targets

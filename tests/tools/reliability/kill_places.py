@@ -23,7 +23,7 @@ _FILES: Final = "vlm_sft.utils.filesystem"
 _WRITE: Final = f"{_STORE}._write"
 _FINISH: Final = f"{_STORE}.finish"
 _SAVE: Final = "vlm_sft.checkpoint.tensor_files:save_tensors"
-_REHEARSAL: Final = "vlm_sft.train.preflight:rehearse_saving"
+_REHEARSAL: Final = "vlm_sft.train.preflight:dry_run_save"
 _MOVE: Final = f"{_FOLDERS}:move_into_place"
 
 
