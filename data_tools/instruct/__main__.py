@@ -29,7 +29,7 @@ STAGES = {
     "index": ("indexing", "read and check the annotations"),
     "plan": ("planning", "choose pictures, write the requests, estimate tokens and money"),
     "generate": ("generating", "ask the teacher what has no answer yet"),
-    "verify": ("verifying", "read the answers and hold every claim against the annotations"),
+    "verify": ("verifying", "read the answers and check their claims against the annotations"),
     "clean": ("cleaning", "take out duplicates, balance answers and types"),
     "export": ("exporting", "write the training files"),
     "report": ("reporting", "one HTML page of what was made, and of what was not"),

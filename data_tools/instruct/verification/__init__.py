@@ -101,6 +101,10 @@ def _check_turn(case: Case) -> Iterator[Check]:
         yield from attributes.check(case)
     if answer & ACTION:
         yield from actions.check(case)
+    if question & ATTRIBUTE:
+        yield from attributes.check_yes_no(case)
+    if question & ACTION:
+        yield from actions.check_yes_no(case)
     if both & (KIND | PERSON):
         yield from kinds.check(case)
     if answer & RELATION:

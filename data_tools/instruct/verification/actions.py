@@ -66,6 +66,22 @@ def check(case: Case) -> Iterator[Check]:
         named.update(name for m in sentence.mentions for name in m.entry.categories)
 
 
+def check_yes_no(case: Case) -> Iterator[Check]:
+    """Judge `Is the cat sleeping?` `Yes.`"""
+    question, sentence = case.question, case.question.sentence
+    if question.kind != "yes_no" or question.polarity != "yes" or sentence is None:
+        return
+    for action in actions(sentence):
+        if action.mention is None or case.knowledge.actions.get(action.stem):
+            continue
+        ids = excluding(case, action, opening=True, first=True)
+        if ids:
+            span = sentence.span(action.index, action.index)
+            yield case.check(
+                "action", "contradicted", "ACTION_WRONG", "question", span, action.stem, ids
+            )
+
+
 def excluding(case: Case, action: Action, *, opening: bool, first: bool) -> tuple[int, ...]:
     """Return the captions whose action excludes this one; none where they do not decide.
 

@@ -54,6 +54,33 @@ def check(case: Case) -> Iterator[Check]:
     yield from _check_words(case, seen)
 
 
+def check_yes_no(case: Case) -> Iterator[Check]:
+    """Judge `Is the bus red?` `Yes.`, and `No.` where captions have it red."""
+    question, sentence = case.question, case.question.sentence
+    if question.kind != "yes_no" or question.polarity is None or sentence is None:
+        return
+    families, words = attribute_words(), sentence.words
+    last = len(words) - 1
+    while last > 0 and families.get(words[last]) is None and words[last] in ("color", "colour"):
+        last -= 1
+    family = families.get(words[last])
+    if family is None or words[0] not in BE or words[max(0, last - 1)] in ("a", "an", "or", "and"):
+        return
+    noun = asked_noun(case)
+    claim = Attribute(family, (words[last],), noun, noun_name(noun) != noun, last, last, True)
+    text = f"{words[last]} {noun}"
+    ids = contradicting(case, claim, noun) if question.polarity == "yes" else None
+    if question.polarity == "no":
+        given = case.knowledge.attributes.get((family, noun), [])
+        if given and all(words[last] in known.words for known, _ in given):
+            ids, text = tuple(number for _, number in given if number), f"not {text}"
+    if ids is not None:
+        span = sentence.span(last, last)
+        yield case.check(
+            "attribute", "contradicted", "ATTRIBUTE_WRONG", "question", span, text, ids
+        )
+
+
 def contradicting(
     case: Case, claim: Attribute, noun: str, worn_by_first: bool = False
 ) -> tuple[int, ...] | None:
@@ -163,8 +190,8 @@ def _check_bare(case: Case) -> Iterator[Check]:
     if not given or any(word not in families and word not in _BARE_WORDS for word in words):
         return
     family = families[given[0]]
-    if not (asked & _ASKS[family]):
-        return
+    if not (asked & _ASKS[family] or any(families.get(word) == family for word in asked)):
+        return  # `Is it red or blue?` asks for a color too
     noun = asked_noun(case)
     many = noun_name(noun) != noun
     ids = contradicting(case, Attribute(family, given, noun, many, 0, 0, predicate=True), noun)

@@ -31,7 +31,8 @@ class Kind:
 def check(case: Case) -> Iterator[Check]:
     """Yield a finding for each kind that captions contradict."""
     yield from _check_families(case, "answer", case.answer_reading)
-    if case.question.polarity != "no" and case.question.kind not in ("existence", "yes_no"):
+    question = case.question
+    if question.kind not in ("existence", "yes_no") or question.polarity == "yes":
         yield from _check_families(case, "question", case.question_reading)
     yield from _check_people(case)
 
@@ -114,7 +115,10 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         start = begin - 1 if introduced != "none" else first - 1
         lead = words[start] if start >= 0 else ""
         ends = not after or after in FUNCTION_WORDS or not after[0].isalpha()
-        located = lead in ("in", "on", "at", "shows", "is", "inside", "through") or start < 0
+        located = (
+            lead in ("this", "it", "in", "on", "at", "shows", "is", "inside", "through")
+            or start < 0
+        )
         located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
         return (ends or after in _FEATURES) and located
     if kind.family == "time of day":
