@@ -25,9 +25,7 @@ def test_the_modules_that_run_are_the_commands() -> None:
 def test_every_command_of_the_script_that_the_documents_name_is_one() -> None:
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("vlm_sft/**/*.py")]
     texts = [path.read_text(encoding="utf-8") for path in documents]
-    named = {
-        name for text in texts for name in re.findall(r"(?:^ +|`|\()vlm-sft (\w+)", text, re.M)
-    }
+    named = {name for text in texts for name in re.findall(r"(?:^ +|`)vlm-sft (\w+)", text, re.M)}
     named -= {"COMMAND", "NAME"}  # placeholders
     assert named <= SCRIPT_COMMANDS.keys()
     assert len(named) > 8

@@ -25,7 +25,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "problem"),
     [
         (BOMB, "more than 100,000 values"),
-        ("a: &a [*a]", "an alias stands inside the value"),
+        ("a: &a [*a]", "an alias is inside the value"),
         ("[" * 5000, "nested too deeply"),
         ("a: " + "1" * 5000, "Exceeds the limit"),
         ("a: 2024-13-45", "month must be in 1..12"),

@@ -1,4 +1,4 @@
-"""Ask a trained model about images: `python -m vlm_sft.chat CHECKPOINT --image FILE`."""
+"""Ask a checkpoint about images, once or in a chat."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ EXAMPLES = """examples:
   vlm-sft chat runs/stage2/final --image a.jpg --image b.jpg
 commands of the interactive chat:
   /image FILE   show an image with the next question
-  /reset        forget the conversation and its images
-  /quit         leave (or Ctrl-D)
+  /reset        clear the conversation and its images
+  /quit         quit (or Ctrl-D)
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer `--prompt`, or talk; returns the exit code."""
+    """Answer `--prompt`, or start a chat; returns the exit code."""
     arguments = parser().read(argv)
     from vlm_sft.checkpoint.format import require_checkpoint
     from vlm_sft.commands.inputs import require_images
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def temperature(text: str) -> float:
-    """Return a temperature that logits of every precision can be divided by."""
+    """Return a temperature that logits of every dtype can be divided by."""
     try:
         value = float(text)
     except ValueError:
@@ -57,7 +57,7 @@ def parser() -> CommandParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="an image that goes with the first question; may be repeated",
+        help="an image for the first question; may be repeated",
     )
     add("--prompt", metavar="TEXT", help="answer this question and exit")
     add(
@@ -65,20 +65,20 @@ def parser() -> CommandParser:
         type=whole_number(1, 10**6),
         default=256,
         metavar="N",
-        help="longest answer in tokens (default: 256)",
+        help="maximum length of an answer in tokens (default: 256)",
     )
     add(
         "--temperature",
         type=temperature,
         default=0.0,
         metavar="T",
-        help="0 (default) takes the likeliest token; 0.01 to 100 draws",
+        help="0 (default) takes the most likely token; 0.01 to 100 samples",
     )
     add(
         "--seed",
         type=whole_number(0, 2**32 - 1),
         metavar="N",
-        help="makes answers with a temperature repeatable",
+        help="seed of the sampling",
     )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")
     return parser

@@ -6,10 +6,10 @@ from vlm_sft.commands.parser import CommandParser, heavy_imports, training_parse
 from vlm_sft.commands.run_command import run_command
 
 ABOUT = """\
-Train the projector alone on image-caption pairs (LLaVA's stage 1, feature alignment).
+Train only the projector, on image-caption pairs (LLaVA's stage 1, feature alignment).
 
 The vision tower and the language model stay frozen, bit for bit. The same command resumes from
-the newest checkpoint; a finished run says so. Results: OUTPUT_DIR/final."""
+the newest checkpoint, or reports that the run is finished. Result: OUTPUT_DIR/final."""
 
 EXAMPLES = """\
 examples:

@@ -6,11 +6,11 @@ from vlm_sft.commands.parser import CommandParser, heavy_imports, training_parse
 from vlm_sft.commands.run_command import run_command
 
 ABOUT = """\
-Train projector and language model on instructions (LLaVA's stage 2, visual instruction tuning).
+Train projector and language model on conversations (LLaVA's stage 2, visual instruction tuning).
 
-The language model is trained in full, or through LoRA adapters where the configuration has a
-`lora` section. The vision tower stays frozen, bit for bit. The same command resumes from the
-newest checkpoint; a finished run says so. Results: OUTPUT_DIR/final."""
+With a `lora` section in the configuration LoRA adapters are trained, else the whole language
+model. The vision tower stays frozen, bit for bit. The same command resumes from the newest
+checkpoint, or reports that the run is finished. Result: OUTPUT_DIR/final."""
 
 EXAMPLES = """\
 examples:

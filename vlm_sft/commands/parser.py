@@ -1,4 +1,4 @@
-"""The argument parser that every command shares, and what happens before heavy imports."""
+"""The argument parser that all commands share, and the block of their heavy imports."""
 
 import argparse
 import difflib
@@ -21,20 +21,19 @@ _NUMBER = re.compile(r"-\d*\.?\d+([eE][-+]?\d+)?")
 
 
 _EXPECTED = {int: "expected a whole number", float: "expected a number"}
-"""What to say instead of argparse's `invalid int value`."""
+"""Messages that replace argparse's `invalid int value`."""
 
 
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, raised as `UserError`.
 
-    Options are never abbreviated: a shortened name would change its meaning when another option
-    is added.
+    Options cannot be abbreviated: an abbreviation could change its meaning when an option is added.
 
     Args:
-        prog: As the user starts it, e.g. `python -m vlm_sft.stage1`.
+        prog: The command as the user types it, e.g. `vlm-sft stage1`.
         about: What the command does.
-        examples: Shown below the options.
-        takes_settings: Whether the command accepts `key.path=value`.
+        examples: Text below the options.
+        takes_settings: Whether the command accepts `key.path=value` arguments.
         usage: Replaces the generated usage line.
     """
 
@@ -64,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`; options may stand between positional arguments.
+        """Parse `argv`; options may come between positional arguments.
 
         Raises:
             UserError: Unknown option, missing argument or wrong value.
@@ -73,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
         return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's complaint as a `UserError`."""
+        """Raise an error of argparse as a `UserError`."""
         message = re.sub(r"^argument (\S+): ", r"\1: ", message)
         missing = re.fullmatch(r"the following arguments are required: (.*)", message)
         if missing is not None:
@@ -129,7 +128,9 @@ def _name_of(action: argparse.Action) -> str:
 def config_parser(prog: str, about: str, examples: str) -> CommandParser:
     """Return a parser for `CONFIG.yaml [key.path=value ...]`."""
     parser = CommandParser(prog, about, examples, takes_settings=True)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run's configuration, see configs/")
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", help="configuration of a run, see configs/"
+    )
     add_overrides(parser)
     return parser
 
@@ -142,8 +143,8 @@ def training_parser(prog: str, about: str, examples: str) -> CommandParser:
         metavar="KEY",
         action="append",
         default=[],
-        help="resume a run although this setting (or all that begin with it) differs from what "
-        "the run was started with; may be given several times",
+        help="resume although this setting (or any setting that begins with it) differs from the "
+        "value that the run was started with; may be repeated",
     )
     return parser
 
@@ -155,12 +156,12 @@ def add_overrides(parser: argparse.ArgumentParser, example: str = "train.max_ste
         metavar="key.path=value",
         nargs="*",
         default=[],
-        help=f"values that replace the file's, e.g. {example}",
+        help=f"settings that replace those of the file, e.g. {example}",
     )
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return an argument type: a whole number from `least` to `most`."""
+    """Return an argument type for whole numbers from `least` to `most`."""
 
     def convert(text: str) -> int:
         try:
@@ -175,7 +176,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def number(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """Return an argument type: a finite number from `least` (`above`: more than it) to `most`."""
+    """Return an argument type for numbers from `least` (exclusive if `above`) to `most`."""
 
     def convert(text: str) -> float:
         try:
@@ -200,7 +201,7 @@ def require_file(option: str, path: Path) -> None:
     """Refuse an input file that does not exist.
 
     Raises:
-        UserError: Names the option and the absolute place.
+        UserError: Names the option and the absolute path.
     """
     if path.is_dir():
         raise UserError(f"{option} {path}: this is a folder; give a file")
@@ -215,7 +216,7 @@ def require_folder(option: str, path: Path) -> None:
     """Refuse an input folder that does not exist.
 
     Raises:
-        UserError: Names the option and the absolute place.
+        UserError: Names the option and the absolute path.
     """
     if not path.is_dir():
         found = "this is a file; give a folder" if path.exists() else "no such folder"
@@ -226,10 +227,10 @@ def require_folder(option: str, path: Path) -> None:
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Import torch and the rest inside this block, after arguments and files are checked.
+    """Import torch and other slow libraries in this block, after arguments and files are checked.
 
-    Ctrl-C ends the process at once: nothing was started, and libraries turn a KeyboardInterrupt
-    in their imports into other exceptions or swallow it.
+    Ctrl-C ends the process at once. Nothing has started yet, and libraries turn a KeyboardInterrupt
+    during their import into other exceptions, or ignore it.
     """
     silence_known_noise()
     ours = (
@@ -247,7 +248,7 @@ def heavy_imports() -> Iterator[None]:
 
 
 def _keep_bars_out_of_files() -> None:
-    """Switch transformers' loading bars off where stderr is no terminal that could redraw them."""
+    """Disable the progress bars of transformers unless stderr is a terminal."""
     library = sys.modules.get("transformers.utils.logging")
     if library is not None and not sys.stderr.isatty():
         library.disable_progress_bar()
@@ -256,15 +257,15 @@ def _keep_bars_out_of_files() -> None:
 NOISE: Final = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
 }
-"""By logger, how messages begin that say nothing about the user's run and that nobody can act on.
+"""Beginnings of log messages that are irrelevant to the user, by the name of their logger.
 
 bitsandbytes logs this on import, whether or not anything is quantized; without that kernel it
-computes the same on a CPU by another way.
+computes the same on a CPU in another way.
 """
 
 
 def silence_known_noise() -> None:
-    """Drop the messages of `NOISE`, and no others of those loggers."""
+    """Drop the messages of `NOISE`, and no other messages of those loggers."""
     for name, beginning in NOISE.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _DropMessages) for known in logger.filters):
@@ -272,7 +273,7 @@ def silence_known_noise() -> None:
 
 
 class _DropMessages(logging.Filter):
-    """Drop what begins with a known text."""
+    """A logging filter that drops messages with a known beginning."""
 
     def __init__(self, beginning: str) -> None:
         super().__init__()
@@ -283,12 +284,12 @@ class _DropMessages(logging.Filter):
 
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--base` of the commands that load a checkpoint; see `checkpoint.base_models`."""
+    """Add `--base`, for commands that load a checkpoint; see `checkpoint.base_models`."""
     parser.add_argument(
         "--base",
         metavar="KEY=PATH",
         action="append",
         default=[],
-        help="where a base model of the checkpoint is now, if it was moved, e.g. "
+        help="new location of a base model of the checkpoint that was moved, e.g. "
         "model.language_model.name=models/vicuna; may be repeated",
     )

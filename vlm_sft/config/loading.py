@@ -1,4 +1,4 @@
-"""Typed YAML with `key.path=value` overrides; what is wrong is reported in one sentence."""
+"""Load typed YAML files with `key.path=value` overrides; errors are one sentence."""
 
 import codecs
 import math
@@ -18,7 +18,7 @@ from vlm_sft.utils.reading import StrictJsonError, parse_json, read_bytes
 
 
 class Section(BaseModel):
-    """A mapping of a YAML file; unknown keys and wrong types are refused."""
+    """A section of a YAML file; unknown keys and wrong types are refused."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
@@ -32,8 +32,8 @@ def load(section: type[SectionT], path: str | Path, overrides: Sequence[str] = (
     """Read a YAML file, apply `key.path=value` overrides, and check every key and value.
 
     Raises:
-        ConfigError: In one sentence, with the file, the key's path, what was found and expected;
-            an unknown key names the nearest known one.
+        ConfigError: One sentence with the file, the key, the value and what was expected. An
+            unknown key is reported with the nearest known one.
     """
     return parse(section, read_tree(path, overrides), str(path))
 
@@ -51,7 +51,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def parse(section: type[SectionT], tree: Mapping[str, Any], where: str) -> SectionT:
-    """Check a tree of plain values; `where` names it in errors.
+    """Check a nested mapping of plain values; `where` names it in errors.
 
     Raises:
         ConfigError: As `load`.
@@ -64,9 +64,9 @@ def parse(section: type[SectionT], tree: Mapping[str, Any], where: str) -> Secti
 
 
 def _refuse_unusable(tree: Mapping[str, Any], where: str) -> None:
-    """Refuse text, keys and numbers, at any depth, that no file or file name can hold.
+    """Refuse text, keys and numbers, at any depth, that a file or file name cannot contain.
 
-    YAML and JSON have escapes for NUL and for half surrogate pairs, and YAML has infinities.
+    YAML and JSON have escapes for NUL and for lone surrogates, and YAML has infinities.
     """
     waiting: list[tuple[str, Any]] = [("", tree)]
     while waiting:
@@ -84,7 +84,7 @@ def _refuse_unusable(tree: Mapping[str, Any], where: str) -> None:
 def _expected_instead(value: Any) -> str | None:
     if isinstance(value, str):
         usable = "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
-        return None if usable else "text without NUL or half surrogate pairs"
+        return None if usable else "text without NUL or lone surrogates"
     if isinstance(value, float):
         return None if math.isfinite(value) else "a finite number"
     if isinstance(value, int):
@@ -93,20 +93,20 @@ def _expected_instead(value: Any) -> str | None:
 
 
 def dump(values: Section) -> str:
-    """The values as YAML; `load` reads it back equal."""
+    """Return the values as YAML, from which `load` restores them."""
     return yaml.safe_dump(values.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     text = _read_text(path)
     if not text.strip():
-        raise ConfigError(f"{path}: the file is empty; see configs/ for complete ones")
+        raise ConfigError(f"{path}: the file is empty; see configs/ for examples")
     try:
         tree = _parse(text)
     except YamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if tree is None:
-        raise ConfigError(f"{path}: the file has comments only; see configs/ for complete ones")
+        raise ConfigError(f"{path}: the file contains only comments; see configs/ for examples")
     if isinstance(tree, list):
         raise ConfigError(
             f"{path}: expected a mapping of keys, found list; a configuration has `key: value` "
@@ -145,7 +145,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON where it is JSON, which may be indented with tabs, else YAML."""
+    """Parse as JSON if it is JSON, which may be indented with tabs, else as YAML."""
     if text.lstrip().startswith("{"):
         try:
             return parse_json(text)
@@ -180,7 +180,7 @@ def _apply_override(tree: dict[str, Any], override: str, following: Sequence[str
 
 
 def _require_form(override: str, following: Sequence[str]) -> None:
-    """Refuse `key = value`, `key value` and `key: value` with the right spelling."""
+    """Refuse `key = value`, `key value` and `key: value`, naming the correct form."""
     key, separator, raw = override.partition("=")
     after = list(following[:2])
     if after[:1] == ["="]:
@@ -213,7 +213,7 @@ def _descend(node: Any, part: str, path: str, override: str) -> Any:
 
 def _list_index(node: list[Any], part: str, path: str, override: str) -> int:
     if not node:
-        raise ConfigError(f"override {override!r}: the list is empty; give all of it")
+        raise ConfigError(f"override {override!r}: the list is empty; give the whole list")
     if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
         raise ConfigError(
             f"override {override!r}: {path}: expected an index from 0 to {len(node) - 1}"

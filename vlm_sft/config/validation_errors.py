@@ -1,4 +1,4 @@
-"""Say in one plain sentence what is wrong with the values of a configuration."""
+"""Turn pydantic's validation errors into one plain sentence."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,8 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from vlm_sft.utils.escape import shortened
 
-_SHOWN: Final = 4
-"""Wrong values that are named; more are counted."""
+_MAX_SENTENCES: Final = 4
+"""Errors that are described; further ones are only counted."""
 
 _EXPECTED: Final[Mapping[str, str]] = {
     "string_type": "text",
@@ -38,7 +38,7 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "string_too_long": "text of at most {max_length} characters",
     "none_required": "null",
 }
-"""What was expected, by pydantic's type of error, with the values of its context."""
+"""The expected value by pydantic's error type, a format string for the error's context."""
 
 _OTHER_NAMES: Final[Mapping[str, str]] = {
     "bf16": "precision",
@@ -65,10 +65,10 @@ Path = tuple[str | int, ...]
 
 
 def in_words(section: type[BaseModel], error: ValidationError) -> str:
-    """Return what is wrong in one sentence.
+    """Return the errors as one sentence.
 
-    Unknown keys come first, each with the key that was probably meant, then all missing keys, then
-    wrong values.
+    Unknown keys come first, each with the key that was probably intended, then all missing keys,
+    then wrong values.
     """
     problems = [(_path(problem), problem) for problem in error.errors()]
     missing = [path for path, problem in problems if problem["type"] == "missing"]
@@ -86,12 +86,12 @@ def in_words(section: type[BaseModel], error: ValidationError) -> str:
             + ("it" if one else "them")
         )
     sentences += _wrong_values(problems)
-    more = len(sentences) - _SHOWN
-    return "; ".join(sentences[:_SHOWN]) + (f" (and {more} more)" if more > 0 else "")
+    more = len(sentences) - _MAX_SENTENCES
+    return "; ".join(sentences[:_MAX_SENTENCES]) + (f" (and {more} more)" if more > 0 else "")
 
 
 def _path(problem: Problem) -> Path:
-    """Return where the value is, without pydantic's names for the members of a union."""
+    """Return the path of the value, without pydantic's names for the members of a union."""
     return tuple(part for part in problem["loc"] if not _is_union_member(part))
 
 
@@ -106,13 +106,13 @@ def _dotted(path: Path) -> str:
 
 
 def _wrong_values(problems: Sequence[tuple[Path, Problem]]) -> Iterator[str]:
-    """Yield a sentence for every place with a wrong value; a union's complaints are joined."""
+    """Yield a sentence for every wrong value; the errors of a union's members are joined."""
     places: dict[Path, list[Problem]] = {}
     for path, problem in problems:
         if problem["type"] not in ("extra_forbidden", "missing"):
             places.setdefault(path, []).append(problem)
     for path, found in places.items():
-        # Of a union, the member that was understood furthest knows best.
+        # Of a union's members, report the one whose validation got furthest.
         if any(len(other) > len(path) and other[: len(path)] == path for other in places):
             continue
         yield _wrong_value(path, found)
@@ -165,22 +165,22 @@ def _shown(value: Any) -> str:
 
 
 def _unknown(section: type[BaseModel], path: Path, missing: Sequence[Path]) -> tuple[str, Path]:
-    """Return the sentence about an unknown key, and the missing key that it probably means."""
+    """Return the sentence about an unknown key, and the missing key that was probably intended."""
     key, parents = str(path[-1]), path[:-1]
     absent = {str(other[-1]): other for other in missing if other[:-1] == parents}
-    said = f"unknown key {_dotted(path)!r}"
+    start = f"unknown key {_dotted(path)!r}"
     if near := difflib.get_close_matches(key, absent, n=1, cutoff=0.4):
         meant = absent[near[0]]
-        return f"{said}; did you mean {_dotted(meant)!r}, which is missing?", meant
+        return f"{start}; did you mean {_dotted(meant)!r}, which is missing?", meant
     everywhere = dict(_all_paths(section, ""))
     if (meant_name := _OTHER_NAMES.get(key, key)) in everywhere:
-        return f"{said}; did you mean {everywhere[meant_name]!r}?", ()
+        return f"{start}; did you mean {everywhere[meant_name]!r}?", ()
     known = _known_keys(section, parents)
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
-        return f"{said}; did you mean {_dotted((*parents, near[0]))!r}?", ()
+        return f"{start}; did you mean {_dotted((*parents, near[0]))!r}?", ()
     if near := difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8):
-        return f"{said}; did you mean {everywhere[near[0]]!r}?", ()
-    return f"{said}; known here: {', '.join(known)}", ()
+        return f"{start}; did you mean {everywhere[near[0]]!r}?", ()
+    return f"{start}; known here: {', '.join(known)}", ()
 
 
 def _known_keys(section: type[BaseModel], path: Path) -> list[str]:
@@ -203,7 +203,7 @@ def _all_paths(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field's annotation holds, alone, in a union or in a list."""
+    """Return the section in a field's annotation, alone, in a union or in a list; or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in get_args(annotation):

@@ -1,4 +1,4 @@
-"""Read YAML strictly: no duplicate keys, bounded aliases, errors in plain words with the line."""
+"""Parse YAML strictly: no duplicate keys, bounded aliases, one-sentence errors with the line."""
 
 import re
 from typing import Any, Final
@@ -6,15 +6,15 @@ from typing import Any, Final
 import yaml
 
 MAX_NODES: Final = 100_000
-"""Values that a text may have once every alias is written out."""
+"""Maximum number of values after all aliases are expanded."""
 
 
 class YamlError(yaml.YAMLError):
-    """A text is not the YAML that is accepted; the message is one sentence."""
+    """A text is not valid YAML, or not accepted; the message is one sentence."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, with `2e-5` read as the number that it is."""
+    """YAML's safe subset, with `2e-5` read as a number as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -25,13 +25,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the one value of a YAML text; None for an empty one.
+    """Return the value of a YAML text; None for an empty one.
 
-    Anchors, aliases and merge keys (`<<: *name`) work as in every YAML; the result shares no list
-    or mapping between places, so that one place can be changed alone.
+    Anchors, aliases and merge keys (`<<: *name`) are supported. Aliases become copies, so that one
+    of them can be changed by an override.
 
     Raises:
-        YamlError: Syntax, a duplicate key, an alias of itself, or aliases that expand too far.
+        YamlError: Wrong syntax, a duplicate key, an alias inside its own anchor, or aliases that
+            expand to too many values.
     """
     try:
         loader = _Loader(text)  # refuses characters that YAML does not allow
@@ -58,15 +59,15 @@ def parse_yaml(text: str) -> Any:
 def _require_sound(root: yaml.Node) -> None:
     """Refuse duplicate keys and aliases that refer to themselves or expand beyond `MAX_NODES`.
 
-    On the nodes, before merge keys are resolved: afterwards an overridden key of a merged mapping
-    looks like a duplicate.
+    Works on nodes, before merge keys are resolved: afterwards an overridden key of a merged mapping
+    would look like a duplicate.
     """
     sizes: dict[int, int | None] = {}
 
     def size(node: yaml.Node) -> int:
         known = sizes.get(id(node), 0)
         if known is None:
-            raise YamlError(f"line {_line(node)}: an alias stands inside the value that it names")
+            raise YamlError(f"line {_line(node)}: an alias is inside the value that it names")
         if known:
             return known
         sizes[id(node)] = None
@@ -110,12 +111,12 @@ def _unshared(value: Any) -> Any:
 
 
 def _in_words(error: yaml.YAMLError) -> str:
-    """Return PyYAML's complaint as one sentence with the line."""
+    """Return an error of PyYAML as one sentence with the line."""
     mark = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error)
     place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     if "'\\t'" in problem:
-        return f"{place}a tab stands where YAML needs spaces; indent with spaces"
+        return f"{place}a tab where YAML needs spaces; indent with spaces"
     if "expected a single document" in str(error):
         return f"{place}a second document (`---`) begins here; keep one"
     if match := re.search(r"found undefined alias '?([^']*)'?", problem):
