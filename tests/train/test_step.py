@@ -22,8 +22,8 @@ from vlm_sft.train.fsdp import shard
 from vlm_sft.train.optimizer import gradient_norm
 from vlm_sft.train.train_step import (
     accumulate_gradient,
-    non_finite_fault,
-    refuse_non_finite,
+    nonfinite_problem,
+    raise_if_nonfinite,
     step_seed,
 )
 from vlm_sft.train.validation import validation_loss
@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_names_its_record_and_stops() -> None:
     gradient = accumulate_gradient(accelerator.prepare(model), batches, accelerator)
     norm = gradient_norm(model.multi_modal_projector.parameters(), 1.0)
     with pytest.raises(UserError, match=r"step 7: the loss is not finite \(records 'record-2'\)"):
-        refuse_non_finite(non_finite_fault(gradient, norm, accelerator), step=7)
+        raise_if_nonfinite(nonfinite_problem(gradient, norm, accelerator), step=7)
 
 
 def test_dropout_repeats_itself_for_a_step_and_differs_between_steps() -> None:

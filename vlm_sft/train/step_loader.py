@@ -1,12 +1,12 @@
 """Load this rank's micro-batches of every training step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from accelerate import Accelerator
 
 from vlm_sft.data.batch import Batch, Collator
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.loader import load_steps, micro_batches_of_rank
+from vlm_sft.data.loader import load_batch, load_steps, micro_batches_of_rank
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.train.run_log import RunLog
 
@@ -63,18 +63,12 @@ class StepLoader:
 
     def load_micro_batch(self, indices: Sequence[int]) -> Batch:
         """Load one micro-batch of these records in this process, without those that are broken."""
-        ignore: Callable[[object], None] | None = (
-            (lambda error: None) if self._skip_errors else None
-        )
-        steps = load_steps(
+        return load_batch(
             self._dataset,
-            [[self.run_log.usable(indices)]],
+            self.run_log.usable(indices),
             collator=self._collator,
-            num_workers=0,
-            on_error=ignore,
+            on_error=(lambda error: None) if self._skip_errors else None,
         )
-        ((batch,),) = steps
-        return batch
 
     def records(self, step: int) -> Sequence[int]:
         """Return the records of a step, over all ranks."""

@@ -25,14 +25,14 @@ class StepGradient:
         num_targets: Targets of the step, on all ranks.
         num_records: Records of the step, on all ranks.
         record_losses: This rank's records with their summed losses, for error messages.
-        num_faults: Records of the step that could not be loaded, on all ranks.
+        num_load_errors: Records of the step that could not be loaded, on all ranks.
     """
 
     loss_sum: torch.Tensor
     num_targets: int
     num_records: int
     record_losses: tuple[tuple[str, torch.Tensor], ...]
-    num_faults: int
+    num_load_errors: int
 
     @property
     def loss(self) -> float:
@@ -45,7 +45,7 @@ def accumulate_gradient(
     batches: Sequence[Batch],
     accelerator: Accelerator,
     *,
-    num_faults: int = 0,
+    num_load_errors: int = 0,
     seed_of: Callable[[int], int] | None = None,
 ) -> StepGradient:
     """Run forward and backward of all micro-batches of a step.
@@ -58,12 +58,12 @@ def accumulate_gradient(
         model: `VisionLanguageModel`, prepared by `accelerator`.
         batches: This rank's micro-batches, as many as every other rank has.
         accelerator: Device, precision and ranks.
-        num_faults: Records of the step that this rank could not load.
+        num_load_errors: Records of the step that this rank could not load.
         seed_of: Seed of the random generators (dropout) for micro-batch `i` of this rank.
     """
     mine = [sum(b.num_targets for b in batches), sum(len(b.record_ids) for b in batches)]
-    counts = torch.tensor([*mine, num_faults], device=accelerator.device)
-    num_targets, num_records, faults = (int(n) for n in all_reduce_sum(accelerator, counts))
+    counts = torch.tensor([*mine, num_load_errors], device=accelerator.device)
+    num_targets, num_records, num_errors = (int(n) for n in all_reduce_sum(accelerator, counts))
     # DDP and FSDP average gradients over ranks; multiply to get the sum.
     scale = accelerator.num_processes / max(1, num_targets)
     loss_sums: list[torch.Tensor] = []
@@ -79,14 +79,14 @@ def accumulate_gradient(
             with explain_out_of_memory(batch):
                 accelerator.backward(output.loss_sum * scale)
         loss_sums.append(output.loss_sum.detach())
-        record_losses += zip(batch.record_ids, output.per_record_loss.detach(), strict=False)
+        record_losses += zip(batch.record_ids, output.per_record_loss.detach(), strict=True)
     summed = torch.stack(loss_sums).sum()
     return StepGradient(
         loss_sum=all_reduce_sum(accelerator, summed),
         num_targets=num_targets,
         num_records=num_records,
         record_losses=tuple(record_losses),
-        num_faults=faults,
+        num_load_errors=num_errors,
     )
 
 
@@ -117,7 +117,7 @@ def step_seed(seed: int, step: int, micro_batch: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def non_finite_fault(
+def nonfinite_problem(
     gradient: StepGradient, norm: torch.Tensor, accelerator: Accelerator
 ) -> str | None:
     """Return what is not finite in a step, the loss or the gradient norm; None if both are finite.
@@ -139,15 +139,15 @@ def non_finite_fault(
     return f"{what} (records {shown}{more})"
 
 
-def refuse_non_finite(fault: str | None, *, step: int) -> None:
-    """Stop before the optimizer step if `non_finite_fault` found something.
+def raise_if_nonfinite(problem: str | None, *, step: int) -> None:
+    """Stop before the optimizer step if `nonfinite_problem` found something.
 
     Raises:
-        UserError: If `fault` is not None.
+        UserError: If `problem` is not None.
     """
-    if fault is not None:
+    if problem is not None:
         raise UserError(
-            f"step {step}: {fault}; the weights are those before this step - look at these records "
-            "with vlm_sft.show, lower the learning rate, or use precision bf16 or fp32",
+            f"step {step}: {problem}; the weights are those before this step - look at these "
+            "records with vlm_sft.show, lower the learning rate, or use precision bf16 or fp32",
             code="not_finite",
         )

@@ -135,12 +135,12 @@ class Trainer:
             self.model,
             batches,
             self.accelerator,
-            num_faults=self.loader.run_log.num_errors,
+            num_load_errors=self.loader.run_log.num_errors,
             # Micro-batches are dealt out to ranks in turn, so dropout draws the same bits for a
             # micro-batch whatever the number of ranks.
             seed_of=lambda i: step_seed(self.config.seed, self.step, i * world_size + rank),
         )
-        self.loader.run_log.sync_errors(gradient.num_faults)
+        self.loader.run_log.sync_errors(gradient.num_load_errors)
         self.loader.run_log.require_planned(batches, self.loader.micro_batches(self.step))
         has_image = self.loader.has_image(self.step)
         update = self.updater.apply(gradient, self.step, has_image=has_image)

@@ -17,7 +17,7 @@ from vlm_sft.train.optimizer import (
     set_learning_rates,
 )
 from vlm_sft.train.preflight import require_gradients
-from vlm_sft.train.train_step import StepGradient, non_finite_fault, refuse_non_finite
+from vlm_sft.train.train_step import StepGradient, nonfinite_problem, raise_if_nonfinite
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +117,9 @@ class Updater:
             if not torch.isfinite(norm):
                 self._report_overflow(self._scaler.get_scale(), step)
             return None
-        problem = non_finite_fault(gradient, norm, self._accelerator)
+        problem = nonfinite_problem(gradient, norm, self._accelerator)
         if self._config.train.on_nonfinite_loss == "stop":
-            refuse_non_finite(problem, step=step + 1)
+            raise_if_nonfinite(problem, step=step + 1)
         return problem
 
     def _report_overflow(self, scale: float, step: int) -> None:
