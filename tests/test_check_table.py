@@ -220,7 +220,7 @@ BAD: dict[str, tuple[str, Changes, str]] = {
     "the template's tokens are not the tokenizer's": (
         "stage2",
         {"data.template": "llama_3"},
-        "control token",
+        "special token",
     ),
     "another run trains there": ("stage1", {"output_dir": "LOCKED"}, "is locked"),
     "output_dir is a file": ("stage1", {"output_dir": "FILE"}, "output_dir"),

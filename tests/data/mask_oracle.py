@@ -1,4 +1,4 @@
-"""What a tokenized conversation must be, written down without the chat_tokenizer.
+"""The expected ids and labels of a conversation, written down independently of ChatTokenizer.
 
 Two independent readings are compared: `expected` writes a conversation as the model's makers
 describe their format, `read` turns ids back into text byte by byte from the vocabulary alone.

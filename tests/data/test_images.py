@@ -313,7 +313,7 @@ def test_pad_is_llavas_square_of_the_mean_color_and_then_clip_image_processor(sh
 def test_padding_one_axis_at_a_time_gives_the_square_way_s_pixels(shape, monkeypatch):
     image = photo(*shape)
     whole = to_pixels(image, UNIT_336, "pad").int()
-    monkeypatch.setattr(images, "_PLAIN_CANVAS", 100)
+    monkeypatch.setattr(images, "_MAX_CANVAS", 100)
     difference = (whole - to_pixels(image, UNIT_336, "pad")).abs().float()
     if shape[0] >= shape[1]:
         assert difference.max() == 0

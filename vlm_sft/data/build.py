@@ -83,12 +83,12 @@ def load_data(
         RecordError: A record cannot be used and `data.on_error` is `stop`.
     """
     cache = config.data.cache_dir
-    tokenizes = chat_tokenizer if cache is None else CachedChatTokenizer(chat_tokenizer, cache)
+    cached = chat_tokenizer if cache is None else CachedChatTokenizer(chat_tokenizer, cache)
 
     def load(files: list[DataFile], ledger: Ledger) -> SupervisedDataset:
         return SupervisedDataset(
             files,
-            tokenizes,
+            cached,
             image_spec,
             num_image_tokens=num_image_tokens,
             config=config.data,

@@ -1,4 +1,4 @@
-"""Chat templates as data: where the turns of a conversation go, and what is control."""
+"""Chat templates as data: the text around turns, and the slots for the turns' own text."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from vlm_sft.utils.reading import read_text
 
 @dataclass(frozen=True)
 class TemplateText:
-    """Text that the template writes; control tokens that it names count as such."""
+    """Text that the template writes; the special tokens in it are encoded as special tokens."""
 
     text: str
     supervised: bool = False
@@ -30,7 +30,7 @@ class TemplateText:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a turn's own text and images."""
+    """The position of a turn's own text and images."""
 
     turn: int
     supervised: bool = False
@@ -40,32 +40,32 @@ TemplatePiece = TemplateText | Slot
 
 
 class ChatTemplate(Protocol):
-    """Where turns go. The pieces depend on the roles alone, never on what the turns say."""
+    """A chat template. Its pieces depend on the roles alone, never on the text of the turns."""
 
     name: str
     images_only_users: bool
-    """The template throws the users' words away and keeps their images (LLaVA's `plain`)."""
+    """The template drops the text of user turns and keeps their images (LLaVA's `plain`)."""
     begins_text: bool
-    """The first run of text is tokenized as the start of a text, even behind BOS."""
+    """The first text is tokenized as the start of the sequence, even after BOS."""
     eot_token: str
-    """The text of the control token that ends an answer; "" where answers do not end by one."""
+    """The special token that ends an answer; "" if answers do not end with one."""
     default_system: str | None
-    """System text for conversations that bring none."""
+    """System text for conversations without one."""
     image_separator: str
     """Text between an image and its neighbors where content is given as a list of parts."""
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
-        """The sequence for these turns; with the generation prompt last when no answer is."""
+        """Return the pieces for these turns, with the generation prompt after a user turn."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that `template_from_description` turns back into this template."""
+        """Return plain values for `template_from_description`."""
         ...
 
     def jinja_body(self) -> str:
-        """A `chat_template` for transformers that writes the same text for the same turns.
+        """Return a `chat_template` for transformers that writes the same text.
 
-        It takes messages whose contents are text; `ChatTokenizer.to_jinja` adds what makes them so.
+        It expects contents that are text; `ChatTokenizer.to_jinja` adds the conversion to text.
         """
         ...
 
@@ -79,7 +79,7 @@ class _Affixes(BaseModel):
 
 class _SystemAffixes(_Affixes):
     inside_user: bool = False
-    """The system text stands in the first user turn, behind its prefix (Llama 2, Gemma)."""
+    """The system text is in the first user turn, after its prefix (Llama 2, Gemma)."""
 
 
 class _UserAffixes(_Affixes):
@@ -88,17 +88,17 @@ class _UserAffixes(_Affixes):
 
 class _AssistantAffixes(_Affixes):
     answer_prefix: str = ""
-    """Supervised text between the generation prompt and the answer (Vicuna's space)."""
+    """Supervised text between the generation prompt and the answer (the space of Vicuna)."""
     answer_suffix: str = ""
-    """Supervised text between the answer and its stop (Llama 2's space)."""
+    """Supervised text between the answer and its EOT token (the space of Llama 2)."""
     stop: str = "{eos}"
 
 
 class TemplateFile(BaseModel):
-    """A template file: text around each role's turns; `{bos}` and `{eos}` name the tokenizer's.
+    """A template file: the text around each role's turns.
 
-    `control` lists the strings in it that must be control tokens of the tokenizer: without them
-    a header would silently be ordinary text.
+    `{bos}` and `{eos}` are replaced by the tokenizer's. `control` lists the texts that must be
+    special tokens of the tokenizer; without them a header would silently be ordinary text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,9 +120,9 @@ class FileTemplate:
     """A template read from YAML.
 
     Args:
-        file: The checked file.
-        bos: What `{bos}` stands for; "" where the tokenizer has none.
-        eos: What `{eos}` stands for.
+        file: The validated file.
+        bos: Replaces `{bos}`; "" if the tokenizer has none.
+        eos: Replaces `{eos}`.
     """
 
     def __init__(self, file: TemplateFile, *, bos: str, eos: str) -> None:
@@ -189,7 +189,7 @@ class FileTemplate:
     def describe(self) -> dict[str, Any]:
         file = self._file.model_dump(mode="json")
         if self.image_separator == DEFAULT_SEPARATOR:
-            del file["image_separator"]  # the digest of an older run's template stays what it was
+            del file["image_separator"]  # keeps the digest of templates of older runs
         return {
             "kind": "file",
             "file": file,
@@ -224,17 +224,18 @@ class FileTemplate:
 
 
 class JinjaTemplate:
-    """A model's own chat template, used without its text ever seeing the user's words.
+    """A model's own chat template, evaluated without the text of the turns.
 
-    The template is tokenized with a marker for each turn's content and cut at the markers, so that
-    words can neither become control text nor change how the template behaves. Differences from
-    `apply_chat_template`: contents are never trimmed, and conditions on contents see the marker.
+    The template is rendered with a marker in place of each turn's content and cut at the markers,
+    so that the text of a record can neither become a special token nor change what the template
+    writes. Differences from `apply_chat_template`: contents are never trimmed, and conditions on
+    contents see the marker.
 
     Args:
-        tokenizer: Its `chat_template` is used.
+        tokenizer: The tokenizer with the `chat_template`.
 
     Raises:
-        TemplateError: There is none.
+        TemplateError: It has none.
     """
 
     images_only_users = False
@@ -251,7 +252,7 @@ class JinjaTemplate:
             )
         self._tokenizer = tokenizer
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
-        self.eot_token = self._find_stop()
+        self.eot_token = self._find_eot_token()
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
         return self._cached(tuple(roles))
@@ -284,7 +285,7 @@ class JinjaTemplate:
     def _answer(
         self, roles: tuple[Role, ...], turn: int, text: str, before: str
     ) -> list[TemplatePiece]:
-        """Header, anything the model itself must write before its answer, answer, stop."""
+        """Return the header, text that the model itself writes before its answer, answer, EOT."""
         prompt = self._render(roles[:turn], generate=True)
         if not text.startswith(prompt):
             raise TemplateError(
@@ -301,15 +302,15 @@ class JinjaTemplate:
             TemplateText(self.eot_token, supervised=True),
         ]
 
-    def _find_stop(self) -> str:
+    def _find_eot_token(self) -> str:
         text = self._render(("user", "assistant", "user", "assistant"), generate=False)
         after_first = text.partition(_marker(1))[2]
-        control = sorted(map(str, self._tokenizer.added_tokens_decoder.values()), key=len)
-        for token in reversed(control):
+        special = sorted(map(str, self._tokenizer.added_tokens_decoder.values()), key=len)
+        for token in reversed(special):
             if after_first.startswith(token):
                 return token
         raise TemplateError(
-            "the model's own chat template writes no control token right behind an answer (found "
+            "the model's own chat template writes no special token right after an answer (found "
             f"{after_first[:40]!r}), so the model could not learn to stop; choose one of "
             + ", ".join(builtin_templates())
         )
@@ -340,10 +341,10 @@ def _marker(turn: int) -> str:
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """A template by built-in name, by YAML file, or the tokenizer's own (`auto`).
+    """Load a template by its built-in name, from a YAML file, or the tokenizer's own (`auto`).
 
     Raises:
-        TemplateError: No such template, a faulty file, or a control token it names is missing.
+        TemplateError: No such template, an invalid file, or a special token of it is missing.
     """
     if name == "auto":
         return JinjaTemplate(tokenizer)
@@ -361,13 +362,13 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate
     except (ValidationError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:300]
         raise TemplateError(f"template {name}: {reason}") from None
-    return _fitted(file, tokenizer)
+    return _for_tokenizer(file, tokenizer)
 
 
 def template_from_description(
     description: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> ChatTemplate:
-    """The template that a checkpoint's `template.json` describes."""
+    """Return the template that a checkpoint's `template.json` describes."""
     if description["kind"] == "jinja":
         tokenizer.chat_template = description["chat_template"]
         return JinjaTemplate(tokenizer)
@@ -375,19 +376,19 @@ def template_from_description(
     return FileTemplate(file, bos=description["bos"], eos=description["eos"])
 
 
-def _fitted(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTemplate:
+def _for_tokenizer(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> FileTemplate:
     template = FileTemplate(file, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if template.eot_token and template.eot_token not in known:
         raise TemplateError(
-            f"template {file.name!r} ends answers with the control token {template.eot_token!r}, "
+            f"template {file.name!r} ends answers with the special token {template.eot_token!r}, "
             "which this tokenizer does not have; choose another template or add the token"
         )
     missing = [token for token in file.control if token not in known]
     if missing:
         raise TemplateError(
-            f"template {file.name!r} needs the control tokens {', '.join(missing)}, which this "
-            "tokenizer would spell as ordinary text; choose another template or add the tokens"
+            f"template {file.name!r} needs the special tokens {', '.join(missing)}, which this "
+            "tokenizer would encode as ordinary text; choose another template or add the tokens"
         )
     return template
 

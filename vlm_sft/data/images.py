@@ -1,4 +1,4 @@
-"""Image files to pixels: one contract for every format, mode, rotation, alpha and bit depth."""
+"""Image files to pixels, for every format, mode, orientation, alpha channel and bit depth."""
 
 import os
 import warnings
@@ -23,34 +23,34 @@ from vlm_sft.utils.image_paths import nearest_existing
 from vlm_sft.utils.reading import NotARegularFile, open_regular
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is decoded, told by content and not by name. Others (EPS, WMF, ...) may run programs."""
+"""The formats that are decoded, detected by content. Others (EPS, WMF, ...) can run programs."""
 
 MAX_PIXELS: Final = 120_000_000
-"""Larger images are refused from their header, before anything is decoded."""
+"""Images with more pixels are refused by their header, before anything is decoded."""
 
 MAX_BYTES: Final = 512 * 2**20
-"""Larger image files are refused unread; MAX_PIXELS without compression take less."""
+"""Larger image files are refused unread; MAX_PIXELS without compression take fewer bytes."""
 
 MAX_SIDE: Final = 65_535
-"""Longest side in pixels, which is JPEG's own limit."""
+"""Longest side in pixels, which is the limit of JPEG."""
 
-_PLAIN_CANVAS: Final = 4096
-"""Up to this side the padded square is made whole; beyond it, one axis at a time."""
+_MAX_CANVAS: Final = 4096
+"""Longest side of which the padded square is created; larger images are resized axis by axis."""
 
 _MISSING: Final = "check the name (a record's starts from its `image_root`)"
 
-_FAST_RESIZES: Final = ("bilinear", "bicubic")
-"""What torch resizes bytes by as Pillow does."""
+_FAST_INTERPOLATIONS: Final = ("bilinear", "bicubic")
+"""Interpolations for which torch resizes bytes like Pillow."""
 
-_LONG_STRIP: Final = 64
-"""Up to this aspect ratio the whole image is resized and then cropped, as CLIPImageProcessor
-does; beyond it only what the square shows, since a 1 x N strip would become N times the square.
-(The two differ by a few levels of 255: Pillow rounds between its two passes.)"""
+_MAX_WHOLE_RESIZE: Final = 64
+"""Largest aspect ratio of which the whole image is resized and then cropped, as CLIPImageProcessor
+does. Beyond it only the visible square is resized, because a 1 x N strip would become N times the
+square. (The two differ by a few levels of 255: Pillow rounds between its two passes.)"""
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a vision tower wants to be fed; comes from the tower.
+    """The input that a vision tower expects; provided by the tower.
 
     Attributes:
         size: Side of the square input in pixels.
@@ -66,11 +66,11 @@ class ImageSpec:
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """The image as 8-bit RGB, fully decoded and upright.
+    """Return an image as 8-bit RGB, fully decoded and upright.
 
-    First frame of animations and multi-page files; EXIF orientation applied; alpha composited on
-    white, so that colors hidden under it never show; 16-bit and float greys scaled, not clipped;
-    CMYK and LAB converted without a device profile.
+    Animations and multi-page files give their first frame. The EXIF orientation is applied. Alpha
+    is composited on white, so that hidden colors never show. 16-bit and float gray is scaled, not
+    clipped. CMYK and LAB are converted without a device profile.
 
     Raises:
         ImageError: `image_missing`, `image_not_file` (folder, pipe, device), `image_unreadable`
@@ -82,7 +82,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 class UprightSize(NamedTuple):
-    """Sides as `open_image` gives them, and what EXIF had done to the image before."""
+    """The size of an image as `open_image` returns it, and how EXIF orientation turned it."""
 
     width: int
     height: int
@@ -90,10 +90,10 @@ class UprightSize(NamedTuple):
 
 
 def upright_size(source: ImageSource) -> UprightSize:
-    """The image's size from its header alone: what is broken behind it is not found.
+    """Return the image's size from its header alone; broken pixel data is not detected.
 
     Raises:
-        ImageError: As `open_image`, for what a header shows.
+        ImageError: As `open_image`, for errors of the header.
     """
     with _opened(source) as (file, name):
         image = _read_header(file, name)
@@ -107,18 +107,18 @@ def upright_size(source: ImageSource) -> UprightSize:
 def read_pixels(
     source: ImageSource, spec: ImageSpec, aspect: ImageAspect, processing: ImageProcessing = "fast"
 ) -> Tensor:
-    """An image as a tower's square of bytes, uint8 [3, size, size] in red, green, blue.
+    """Load an image as a tower's square input, uint8 [3, size, size], channels in RGB order.
 
     Args:
         source: A file or its bytes.
-        spec: What the tower wants; its mean and standard deviation are the tower's own business,
-            except for the color that `pad` fills up with.
+        spec: The tower's input. Mean and standard deviation are applied by the tower; here the
+            mean is only the color of the padding.
         aspect: See `to_pixels`.
-        processing: `exact` is `to_pixels(open_image(...))`. `fast` has the same contract and the
-            same errors: plain JPEGs are decoded to the same bytes by libjpeg-turbo itself, and
-            torch resizes in Pillow's fixed-point arithmetic, to at most 2 levels of 255 of it.
-            What these two do not do exactly so (other formats and modes, files with any fault,
-            other resizings, narrow crops, sides over 4,096) goes the exact way.
+        processing: `exact` is `to_pixels(open_image(...))`. `fast` raises the same errors and
+            differs by at most 2 levels of 255: libjpeg-turbo decodes ordinary JPEGs to the same
+            bytes, and torch resizes in Pillow's fixed-point arithmetic. Everything else (other
+            formats, modes and interpolations, damaged files, narrow crops, sides over 4,096) is
+            processed as with `exact`.
 
     Raises:
         ImageError: As `open_image`.
@@ -135,7 +135,7 @@ def read_pixels(
 
 
 def read_bytes(source: ImageSource) -> bytes:
-    """An image file's bytes as they are.
+    """Return the bytes of an image file.
 
     Raises:
         ImageError: `image_missing`, `image_not_file` or `image_unreadable`.
@@ -150,11 +150,12 @@ def read_bytes(source: ImageSource) -> bytes:
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec, aspect: ImageAspect) -> Tensor:
-    """An image from `open_image` as a tower's square of bytes, uint8 [3, size, size], by Pillow.
+    """Convert an image from `open_image` to a square by Pillow, uint8 [3, size, size].
 
-    `pad` puts the whole image on a square of color int(255 * mean), offset floor((max - min) /
-    2), and resizes it (LLaVA `llava/mm_utils.py:expand2square`). `crop` resizes the short side to
-    `size` and takes the center square (CLIPImageProcessor; LLaVA-1.5 stage 1).
+    `pad` pastes the whole image on a square of color int(255 * mean) at offset
+    floor((max - min) / 2), and resizes the square (LLaVA, `llava/mm_utils.py:expand2square`).
+    `crop` resizes the short side to `size` and takes the center square (CLIPImageProcessor;
+    LLaVA-1.5 stage 1).
     """
     resample = Image.Resampling[spec.interpolation.upper()]
     fit = _pad if aspect == "pad" else _crop
@@ -163,7 +164,7 @@ def to_pixels(image: Image.Image, spec: ImageSpec, aspect: ImageAspect) -> Tenso
 
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[tuple[IO[bytes], str]]:
-    """The file with the name that messages call it by, while Pillow is strict."""
+    """Open an image with its name for messages; Pillow is strict meanwhile."""
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     with _open_bytes(source, name) as file, _strict_pillow():
         yield file, name
@@ -205,7 +206,7 @@ def _unreadable(name: str, error: Exception) -> ImageError:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Truncated files stay errors whatever another library asked for; warnings are no news here."""
+    """Keep truncated files errors, whatever another library has set, and ignore warnings."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -225,7 +226,7 @@ def _read_header(file: IO[bytes], name: str) -> Image.Image:
         raise ImageError("image_format", f"{name}: {_unknown_content(file)}") from None
     except MemoryError:
         raise _too_large(name) from None
-    except Exception as error:  # Pillow's readers raise whatever a damaged header makes them
+    except Exception as error:  # a damaged header can make Pillow's readers raise anything
         raise _broken(name, error) from None
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
@@ -251,11 +252,11 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise
     except MemoryError:
         raise _too_large(name) from None
-    except Exception as error:  # as above: decoders have no common error type
+    except Exception as error:  # decoders have no common error type either
         raise _broken(name, error) from None
 
 
-def _too_large(name: str, found: str = "a header that asks for too much memory") -> ImageError:
+def _too_large(name: str, found: str = "a header that needs too much memory") -> ImageError:
     limits = f"at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side are accepted"
     return ImageError("image_too_large", f"{name}: {found}; {limits}; shrink it")
 
@@ -266,7 +267,7 @@ def _broken(name: str, error: Exception) -> ImageError:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey_of_any_depth(image)
+        return _gray_of_any_depth(image)
     if image.has_transparency_data:
         if image.mode == "La":
             image = image.convert("LA")
@@ -280,12 +281,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_of_any_depth(image: Image.Image) -> Image.Image:
-    """Grey with its range scaled to 0..255 (Pillow's own conversion clips at 255).
+def _gray_of_any_depth(image: Image.Image) -> Image.Image:
+    """Scale the range of a gray image to 0..255 (Pillow's own conversion clips at 255).
 
-    16-bit modes have the range 0..65535. 32-bit and float modes state none: it is the smallest of
-    0..1 (float), 0..255 and 0..65535 that holds every value, else the values' own minimum to
-    maximum.
+    16-bit modes have the range 0..65535. 32-bit and float modes declare none: it is the smallest
+    of 0..1 (float), 0..255 and 0..65535 that contains every value, else minimum to maximum.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
@@ -325,14 +325,14 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What sets an image upright by its EXIF orientation; EXIF that cannot be read says nothing.
+    """Return the transposition that makes an image upright; unreadable EXIF is ignored.
 
     `ImageOps.exif_transpose` also rewrites the whole EXIF block, and fails on images that are
-    fine but for a damaged tag in it.
+    fine except for a damaged tag in it.
     """
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # damaged metadata must not cost a good image
+    except Exception:  # ignore damaged metadata of a good image
         return None
     return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
@@ -341,7 +341,7 @@ def _crop(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Im
     size = spec.size
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    if max(width, height) <= _LONG_STRIP * size:
+    if max(width, height) <= _MAX_WHOLE_RESIZE * size:
         whole = image.resize((width, height), resample)
         return whole.crop((left, top, left + size, top + size))
     x, y = image.width / width, image.height / height
@@ -354,7 +354,7 @@ def _pad(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Ima
     red, green, blue = (int(255 * value) for value in spec.mean)
     offset = ((side - width) // 2, (side - height) // 2)
     canvas_size = (side, side)
-    if side > _PLAIN_CANVAS:  # the long axis first: the square itself could take gigabytes
+    if side > _MAX_CANVAS:  # the long axis first, because the square itself could take gigabytes
         wide = width >= height
         image = image.resize((size, height) if wide else (width, size), resample)
         canvas_size = (size, side) if wide else (side, size)
@@ -364,17 +364,17 @@ def _pad(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Ima
     return canvas.resize((size, size), resample)
 
 
-# --- the fast way
+# --- fast processing
 
 
 def _decode_plain_jpeg(file: IO[bytes], image: Image.Image) -> np.ndarray | None:
-    """uint8 [H, W, 3] of an upright gray or color JPEG without any fault; None for all else."""
+    """Decode an upright gray or color JPEG to uint8 [H, W, 3]; return None for everything else."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or _turn_of(image) is not None:
         return None
     file.seek(0)
     try:
         pixels: np.ndarray = simplejpeg.decode_jpeg(file.read(), colorspace="RGB", strict=True)
-    except Exception:  # whatever it is, Pillow decides whether it matters and what to say of it
+    except Exception:  # Pillow decides whether this is an error
         return None
     return pixels if pixels.shape[:2] == (image.height, image.width) else None
 
@@ -382,10 +382,10 @@ def _decode_plain_jpeg(file: IO[bytes], image: Image.Image) -> np.ndarray | None
 def _resizes_fast(image: np.ndarray, spec: ImageSpec, aspect: ImageAspect) -> bool:
     height, width = image.shape[:2]
     if aspect == "pad":
-        fits = max(height, width) <= _PLAIN_CANVAS
-    else:  # what is taller, Pillow resizes downwards first, which torch does last
-        fits = height <= 2 * width <= 2 * _LONG_STRIP * height
-    return fits and spec.interpolation in _FAST_RESIZES
+        fits = max(height, width) <= _MAX_CANVAS
+    else:  # for taller images Pillow resizes vertically first, and torch last
+        fits = height <= 2 * width <= 2 * _MAX_WHOLE_RESIZE * height
+    return fits and spec.interpolation in _FAST_INTERPOLATIONS
 
 
 def _crop_fast(image: np.ndarray, spec: ImageSpec) -> Tensor:
@@ -409,6 +409,6 @@ def _pad_fast(image: np.ndarray, spec: ImageSpec) -> Tensor:
 
 
 def _resize_fast(image: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> Tensor:
-    """uint8 [H, W, 3] to uint8 [3, height, width], with the bytes lying as they lay before."""
+    """Resize uint8 [H, W, 3] to uint8 [3, height, width] in channels-last memory format."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return interpolate(pixels, size=size, mode=spec.interpolation, antialias=True)[0]

@@ -29,7 +29,7 @@ _CONTENTS: Final = (
     "{%- endfor -%}{%- endif -%}"
     "{%- set c = p.text -%}"
 )
-"""Contents as text: a list of parts by the rule of `layout.separated_parts`, none at all as ""."""
+"""Makes contents text; lists of parts by the rule of `image_separator.separated_parts`."""
 
 _IMAGE_FIRST: Final = (
     "{%- if m['role'] == 'user' and '<image>' in c -%}"
@@ -44,10 +44,10 @@ _MESSAGES_DONE: Final = (
 
 
 def jinja_prelude(system: str | None, *, image_separator: str, image_first: bool) -> str:
-    """Return Jinja to put before a body: contents become text with `<image>`.
+    """Return the Jinja before a body, which converts contents to text with `<image>`.
 
     Args:
-        system: System text for conversations that bring none.
+        system: System text for conversations without one.
         image_separator: Text between an image part and its neighbors.
         image_first: Put a user turn's image on a line of its own before its text.
     """
@@ -62,16 +62,16 @@ def jinja_prelude(system: str | None, *, image_separator: str, image_first: bool
 
 
 def hide_contents_from(body: str) -> str:
-    """Return a body that sees a marker for each message's content, as in training.
+    """Return a body that sees a marker in place of each message's content, as in training.
 
-    What a model's own template does to contents (trimming, conditions on their words) would
-    otherwise happen in the export alone. Blocks of `{% generation %}`, whose offsets would be
-    wrong, become blocks without an effect.
+    Otherwise a model's own template would change contents (trimming, conditions on their text) in
+    the export and not in training. `{% generation %}` blocks, whose offsets would be wrong, are
+    replaced by blocks without effect.
     """
     body = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", body)
     body = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", body)
     marker = "'vlmsftTurn' ~ loop.index0 ~ 'Content'"
-    # The empty expressions keep white space at the body's ends from the tags around it.
+    # The empty expressions keep the tags around the body from trimming its white space.
     return (
         "{%- set hidden = namespace(messages=[]) -%}{%- for m in messages -%}"
         "{%- set hidden.messages = hidden.messages + "
@@ -88,15 +88,15 @@ def hide_contents_from(body: str) -> str:
 
 
 def _without_last_newline(text: str) -> str:
-    """Return a Jinja source as Jinja reads it: one line end at its end does not count."""
+    """Return a Jinja source without one line end at its end, which Jinja ignores."""
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def jinja_with_first_space(body: str, bos: str) -> str:
-    """A body whose text begins with a space behind `bos`.
+    """Return a body whose text begins with a space after `bos`.
 
-    Some tokenizers put their dummy space before a text, but not before what follows a control
-    token; a chat template writes BOS itself, so what they would put there must be written out.
+    Some tokenizers put a dummy space before the sequence, but not after a special token. A chat
+    template writes BOS itself, so that it must write the space too.
     """
     start = len(bos)
     return (

@@ -206,7 +206,7 @@ SPACE_MARK: Final = "\u2581"
 
 def _unencodable(text: str) -> UnencodableText:
     return UnencodableText(
-        f"the tokenizer cannot encode {text[:60]!r} without a control or unknown token; use a "
+        f"the tokenizer cannot encode {text[:60]!r} without a special or unknown token; use a "
         "tokenizer with byte fallback or leave the record out"
     )
 

@@ -371,7 +371,7 @@ class ChatTokenizer:
         if num_special != layout.num_special:
             raise self._disproof(
                 conversation,
-                f"{num_special} control tokens, expected the {layout.num_special} that the "
+                f"{num_special} special tokens, expected the {layout.num_special} that the "
                 "template writes",
             )
 
