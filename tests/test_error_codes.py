@@ -10,7 +10,7 @@ import pytest
 
 from vlm_sft import errors
 from vlm_sft.errors import UserError
-from vlm_sft.errors.codes import ALL, CODE_OF_FACT, CODES, FAMILIES
+from vlm_sft.errors.codes import ALL, CODE_OF_FINGERPRINT, CODES, FAMILIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ NAME_AT = {
 REASON_AT = {"_entry": 2, "LedgerEntry": 3}
 """Which argument of a call of the trainer is a ledger's reason; the data tools have none."""
 
-RELAYS = ("CODE_OF_FACT.get(name)", "code_of(error).name", "error.reason", "reason", "code")
+RELAYS = ("CODE_OF_FINGERPRINT.get(name)", "code_of(error).name", "error.reason", "reason", "code")
 """Names that come from elsewhere: an error or a table that was checked where it was made."""
 
 ERRORS = {
@@ -81,7 +81,7 @@ def names_at_raise_sites(file: Path) -> Iterator[tuple[str, str]]:
 
 def all_names() -> list[tuple[str, str]]:
     found = [pair for file in sources() for pair in names_at_raise_sites(file)]
-    found += [(name, "CODE_OF_FACT") for name in CODE_OF_FACT.values()]
+    found += [(name, "CODE_OF_FINGERPRINT") for name in CODE_OF_FINGERPRINT.values()]
     found += [(name, "errno") for name in errors._OF_ERRNO.values()]
     return [*found, (errors.code_of(OSError("no number")).name, "errno")]
 
@@ -112,7 +112,7 @@ def test_codes_are_unique_in_order_and_in_a_family() -> None:
             assert sentence.endswith(".") and "\n" not in sentence and "|" not in sentence, sentence
 
 
-def test_every_fact_of_a_manifest_that_can_differ_has_a_code() -> None:
+def test_every_entry_of_the_fingerprint_has_a_code() -> None:
     """The entries of the fingerprint that `make_store` gives to the checkpoint store."""
     tree = ast.parse((ROOT / "vlm_sft" / "train" / "setup.py").read_text(encoding="utf-8"))
     (facts,) = (
@@ -123,7 +123,9 @@ def test_every_fact_of_a_manifest_that_can_differ_has_a_code() -> None:
         if keyword.arg == "fingerprint"
     )
     assert isinstance(facts, ast.Dict)
-    assert {key.value for key in facts.keys if isinstance(key, ast.Constant)} == set(CODE_OF_FACT)
+    assert {key.value for key in facts.keys if isinstance(key, ast.Constant)} == set(
+        CODE_OF_FINGERPRINT
+    )
 
 
 def test_the_page_is_what_the_module_prints() -> None:

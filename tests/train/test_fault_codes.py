@@ -13,7 +13,7 @@ from vlm_sft.checkpoint.snapshot import plain_component
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.checkpoint.tensor_files import check_tensors
 from vlm_sft.errors import CheckpointError, UserError
-from vlm_sft.errors.codes import CODE_OF_FACT
+from vlm_sft.errors.codes import CODE_OF_FINGERPRINT
 
 
 def write_weights(folder: Path) -> None:
@@ -67,14 +67,14 @@ def test_a_damaged_checkpoint_is_told_by_what_is_damaged(kind: str, tmp_path: Pa
     assert str(caught.value.code) == "VS110"
 
 
-@pytest.mark.parametrize("fact", CODE_OF_FACT)
+@pytest.mark.parametrize("fact", CODE_OF_FINGERPRINT)
 def test_a_checkpoint_of_another_run_is_told_by_what_differs(fact: str, tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     manifest = {**checkpoints.save({"step": 1}).manifest, fact: "then"}
     checkpoints.fingerprint = {fact: "now"}
     with pytest.raises(CheckpointError) as caught:
         checkpoints.load(Checkpoint(tmp_path, manifest))
-    assert caught.value.reason == CODE_OF_FACT[fact]
+    assert caught.value.reason == CODE_OF_FINGERPRINT[fact]
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ def describe_bases(config: RunConfig) -> dict[str, dict[str, str]]:
 def find_bases(config: RunConfig, checkpoint: Path, given: Mapping[str, str]) -> RunConfig:
     """Return the configuration with the current locations of the base models.
 
-    Each is searched where the user says, at its absolute path, and at its path relative to the run,
-    in this order.
+    Each is searched at the path that the user gave, at its absolute path, and at its path relative
+    to the run, in this order.
 
     Args:
         config: The checkpoint's configuration.

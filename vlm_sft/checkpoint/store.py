@@ -38,7 +38,7 @@ from vlm_sft.checkpoint.snapshot import (
     snapshot_components,
 )
 from vlm_sft.errors import CheckpointError, ConfigError
-from vlm_sft.errors.codes import CODE_OF_FACT
+from vlm_sft.errors.codes import CODE_OF_FINGERPRINT
 from vlm_sft.utils.filesystem import free_bytes
 from vlm_sft.utils.process_group import ProcessGroup
 
@@ -225,7 +225,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{checkpoint.folder}: {difference}; resume with what the checkpoint was made "
                 "from, or choose another output_dir",
-                code=CODE_OF_FACT.get(name),
+                code=CODE_OF_FINGERPRINT.get(name),
             )
         if changed := software_difference(checkpoint.manifest.get("software", {}), software()):
             self.log(f"{checkpoint.folder} was made by other software ({changed})")
@@ -251,8 +251,8 @@ def require_within(checkpoint: Checkpoint, total_steps: int) -> None:
     if checkpoint.step > total_steps:
         raise ConfigError(
             f"{checkpoint.folder}: the run is already at step {checkpoint.step}, beyond the "
-            f"{total_steps} that train.max_steps and train.epochs ask for; ask for more, or "
-            "choose another output_dir",
+            f"{total_steps} of train.max_steps and train.epochs; raise them, or choose another "
+            "output_dir",
             code="settings_changed",
         )
 

@@ -541,7 +541,7 @@ ALL: Final = (
 CODES: Final[Mapping[str, ErrorCode]] = {code.name: code for code in ALL}
 """All codes by name."""
 
-CODE_OF_FACT: Final[Mapping[str, str]] = {
+CODE_OF_FINGERPRINT: Final[Mapping[str, str]] = {
     "stage": "stage_changed",
     "base_model": "wrong_base",
     "tokenizer": "tokenizer_or_template_changed",
@@ -549,7 +549,7 @@ CODE_OF_FACT: Final[Mapping[str, str]] = {
     "recipe": "tokenizer_or_template_changed",
     "data": "data_changed",
 }
-"""Names by the fact of a checkpoint's manifest that differs from the run's own."""
+"""Names of errors, by the entry of a checkpoint's fingerprint that differs from the run's."""
 
 _HEAD: Final = """\
 # Errors

@@ -95,6 +95,6 @@ def require_plain_folder(folder: str | Path) -> None:
         if entry.name.endswith(_TEXT) and status.st_size > MAX_TEXT_BYTES:
             raise UserError(
                 f"{entry.path}: {status.st_size:,} bytes, but such a file has at most "
-                f"{MAX_TEXT_BYTES:,}; it is damaged or not what its name says",
+                f"{MAX_TEXT_BYTES:,}; it is damaged or has the wrong name",
                 code="file_too_large",
             )
