@@ -12,15 +12,12 @@ import sys
 from tests.tools.mutation import Mutant, try_mutants
 
 ATTENTION, PACKING = "vlm_sft/model/packed_attention.py", "vlm_sft/data/packing.py"
-OF_ATTENTION, OF_PACKS = "tests/model/test_attention.py", "tests/data/test_packing.py"
+OF_ATTENTION, OF_PACKS = "tests/model/test_packed_attention.py", "tests/data/test_packing.py"
 BATCH, OF_BATCH = "vlm_sft/data/batch.py", "tests/data/test_batch.py"
 OF_DATA = "tests/data/test_dataset.py"
 ALONE = f"{OF_ATTENTION}::test_a_packed_record_has_the_states_and_gradients_that_it_has_alone"
-VARLEN = (
-    f"{OF_ATTENTION}::"
-    "test_variable_length_kernels_are_told_the_same_as_is_computed_segment_by_segment"
-)
-FLEX = f"{OF_ATTENTION}::test_flex_attention_is_told_the_same_as_is_computed_segment_by_segment"
+VARLEN = f"{OF_ATTENTION}::test_variable_length_kernels_compute_the_same_as_sdpa_per_segment"
+FLEX = f"{OF_ATTENTION}::test_flex_attention_computes_the_same_as_sdpa_per_segment"
 GRADIENT = "tests/train/test_packing.py::test_packing_changes_neither_loss_nor_gradient"
 HELD = f"{OF_PACKS}::test_rows_hold_every_record_once_and_never_too_many_tokens"
 BALANCED = f"{OF_PACKS}::test_rows_cost_about_the_same_in_tokens_and_images"

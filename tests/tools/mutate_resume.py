@@ -247,14 +247,14 @@ MUTANTS = (
         DATA + "sampler.py",
         "{purpose}/{seed}/{epoch}",
         "{purpose}/{seed}/0",
-        ("tests/data/test_sampling.py",),
+        ("tests/data/test_sampler.py",),
     ),
     Mutant(
         "the epoch is not looked at after the first",
         DATA + "sampler.py",
         "if self._cached[0] != epoch:",
         "if False:",
-        ("tests/data/test_sampling.py",),
+        ("tests/data/test_sampler.py",),
     ),
     Mutant(
         "a frozen part may be another after resuming",

@@ -1,4 +1,4 @@
-"""A loader process that dies while its tensors are fetched is told as one that died."""
+"""Loading of the micro-batches of each step, and the error if a worker process dies."""
 
 import signal
 from collections.abc import Iterator

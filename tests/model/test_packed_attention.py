@@ -214,7 +214,7 @@ def attend(segments: list[Segment], backend: Any, **options: Any) -> Tensor:
         ("varlen", "torch.nn.attention.varlen", "varlen_attn", old_varlen_stand_in),
     ],
 )
-def test_variable_length_kernels_are_told_the_same_as_is_computed_segment_by_segment(
+def test_variable_length_kernels_compute_the_same_as_sdpa_per_segment(
     backend: str,
     module: str,
     name: str,
@@ -259,7 +259,7 @@ def test_kernels_that_autocast_does_not_know_get_its_dtype(monkeypatch: pytest.M
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("seed", range(5))
-def test_flex_attention_is_told_the_same_as_is_computed_segment_by_segment(seed: int) -> None:
+def test_flex_attention_computes_the_same_as_sdpa_per_segment(seed: int) -> None:
     chance = random.Random(seed)
     segments = [(chance.randint(1, 9), chance.randint(-1, i - 1)) for i in range(8)]
     with torch.no_grad():
