@@ -13,7 +13,7 @@ from tests.tools.mutation import Mutant, try_mutants
 
 DATA, TRAIN, STORE = "vlm_sft/data/", "vlm_sft/train/", "vlm_sft/checkpoint/"
 CHECKPOINT = "tests/checkpoint/test_store.py"
-OPTIM = "tests/train/test_optim.py"
+OPTIM = "tests/train/test_optimizer.py"
 RESUME = "tests/test_resume.py"
 BIT_FOR_BIT = (
     "tests/test_stages.py::test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit"
@@ -146,14 +146,14 @@ MUTANTS = (
         "vlm_sft/utils/process_group.py",
         "            if error is not None:\n                raise error\n",
         "            pass\n",
-        ("tests/train/test_sharding.py",),
+        ("tests/train/test_fsdp.py",),
     ),
     Mutant(
         "sharded tensors are read from the first rows on",
         STORE + "shards.py",
         "low, high = max(start, first), min(stop, end)",
         "low, high = max(start, first), min(stop - start, end)",
-        ("tests/train/test_sharding.py",),
+        ("tests/train/test_fsdp.py",),
     ),
     Mutant(
         "another run's checkpoint is loaded",
@@ -232,7 +232,7 @@ MUTANTS = (
         "{seed}/{step}/{micro_batch}",
         "{seed}/{micro_batch}",
         (
-            "tests/train/test_step.py::test_dropout_repeats_itself_for_a_step_and_differs_between_steps",
+            "tests/train/test_train_step.py::test_dropout_repeats_itself_for_a_step_and_differs_between_steps",
         ),
     ),
     Mutant(
@@ -240,7 +240,9 @@ MUTANTS = (
         TRAIN + "train_step.py",
         "output.loss_sum * scale",
         "output.loss_sum / max(1, batch.num_targets) / len(batches)",
-        ("tests/train/test_step.py::test_micro_batches_and_processes_do_not_change_the_gradient",),
+        (
+            "tests/train/test_train_step.py::test_micro_batches_and_processes_do_not_change_the_gradient",
+        ),
     ),
     Mutant(
         "every epoch has the order of the first",

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.model.tiny import sums_of
 from tests.rounding import rounding
-from tests.train.test_step import largest_difference
+from tests.train.test_train_step import largest_difference
 from tests.train.tiny import (
     IMAGE_SIZE,
     NUM_IMAGE_TOKENS,

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.tiny_runs import run
-from tests.train.test_step import eight_records
+from tests.train.test_train_step import eight_records
 from tests.train.tiny import double_model, in_processes
 from vlm_sft.checkpoint.components import language_model_component
 from vlm_sft.checkpoint.format import verify
