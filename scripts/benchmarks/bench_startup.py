@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIG = "configs/tiny/stage1.yaml"
 WITH_CONFIG = ("vlm_sft.stage1", "vlm_sft.stage2", "vlm_sft.check", "vlm_sft.plan", "vlm_sft.show")
 COMMANDS = (
+    "vlm_sft",
+    "vlm_sft.config",
     *WITH_CONFIG,
     "vlm_sft.chat",
     "vlm_sft.evaluate",
