@@ -299,10 +299,3 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _brief(value: Any) -> str:
     return value[:12] if isinstance(value, str) else json.dumps(value)
-
-
-def dtype_of(config: RunConfig) -> torch.dtype:
-    """Return the dtype of frozen weights."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
-        config.train.precision
-    ]

@@ -18,6 +18,7 @@ from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.inference.samples import SampleGenerator
+from vlm_sft.model.dtypes import DTYPES
 from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -144,9 +145,10 @@ def _loss_with_gradients(
 
 
 def _autocast(config: RunConfig, device: torch.device) -> Any:
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes.get(config.train.precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    precision = config.train.precision
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 def _require_finite(loss: float) -> None:

@@ -3,11 +3,11 @@
 import argparse
 from typing import Final
 
-from vlm_sft.checkpoint.components import dtype_of
 from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
+from vlm_sft.model.dtypes import DTYPES
 from vlm_sft.planning.calibrate import Calibration, calibrate
 from vlm_sft.planning.data_stats import images_per_cpu_second, read_data_stats
 from vlm_sft.planning.devices import find_device
@@ -25,7 +25,7 @@ FILE_WIDTH: Final = 160
 def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Print the plan of a configuration; return 0, also if the run would not fit."""
     require_local_tokenizer(config.model.language_model)
-    device = find_device(arguments.gpu, dtype_of(config))
+    device = find_device(arguments.gpu, DTYPES[config.train.precision])
     estimator = Estimator(config, device, gpus=arguments.gpus, efficiency=arguments.efficiency)
     calibration = _calibrate(estimator) if arguments.calibrate else None
 

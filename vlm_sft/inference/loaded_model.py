@@ -15,7 +15,6 @@ from vlm_sft.checkpoint.components import (
     ADAPTER,
     LANGUAGE_MODEL,
     PROJECTOR,
-    dtype_of,
     load_adapter,
     load_language_model,
 )
@@ -35,6 +34,7 @@ from vlm_sft.inference.generate import generate_greedy
 from vlm_sft.inference.prompts import ImageInput, Prompt, as_conversation
 from vlm_sft.inference.stream import stream_text
 from vlm_sft.model.build import build_model
+from vlm_sft.model.dtypes import DTYPES
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -337,7 +337,7 @@ def _load_model(config: RunConfig, manifest: dict[str, Any], folder: Path) -> Vi
         CheckpointError: A base model is missing or another one than in training, or the adapter
             and the configuration do not agree.
     """
-    dtype = dtype_of(config)
+    dtype = DTYPES[config.train.precision]
     try:
         model = build_model(config.model, dtype=dtype, seed=config.seed, lora=config.lora)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Arithmetic cost of a model's parts, from their parameter counts."""
+"""Relative cost of a model's parts, from their numbers of parameters."""
 
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.quantization import num_weights
@@ -6,10 +6,11 @@ from vlm_sft.model.vlm import VisionLanguageModel
 
 
 def image_cost(model: VisionLanguageModel) -> float:
-    """What encoding an image costs, in tokens through the language model, by their parameters.
+    """Return the cost of encoding an image, in tokens of the language model.
 
-    The tower runs forward only; the language model forward and backward, which is twice as much
-    where its weights are frozen and three times where they learn (2 FLOP a parameter and token).
+    A forward pass takes 2 FLOPs per parameter and token. The tower runs forward only. The language
+    model also runs backward: as many FLOPs again if its weights are frozen (gradients of its
+    activations), twice as many if they are trainable.
     """
     tower = sum(map(num_weights, model.vision_tower.parameters()))
     weights = list(causal_lm(model.language_model).parameters())

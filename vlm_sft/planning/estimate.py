@@ -11,11 +11,11 @@ from typing import Final
 import torch
 from torch import nn
 
-from vlm_sft.checkpoint.components import dtype_of
 from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.model.costs import image_cost
+from vlm_sft.model.dtypes import DTYPES
 from vlm_sft.model.language_model import causal_lm, decoder_layers, decoder_of
 from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.model.quantization import linear_layers, quantized_bytes
@@ -105,7 +105,7 @@ class Estimator:
 
     def __init__(self, config: RunConfig, device: Device, *, gpus: int, efficiency: float) -> None:
         self.config, self.device, self.gpus, self.efficiency = config, device, gpus, efficiency
-        self.meta_model = MetaModel(config.model, dtype=dtype_of(config))
+        self.meta_model = MetaModel(config.model, dtype=DTYPES[config.train.precision])
         self._tower = TowerSimulation(self.meta_model.tower)
         self._simulations: dict[tuple[str, bool], Simulation] = {}
         self._models: dict[str, VisionLanguageModel] = {}

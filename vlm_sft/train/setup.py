@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vlm_sft.checkpoint.components import checkpoint_components, dtype_of, load_projector
+from vlm_sft.checkpoint.components import checkpoint_components, load_projector
 from vlm_sft.checkpoint.digests import base_identity, template_digest, tokenizer_digest
 from vlm_sft.checkpoint.optimizer import optimizer_component
 from vlm_sft.checkpoint.snapshot import Component
@@ -30,6 +30,7 @@ from vlm_sft.data.hf_tokenizer import padding_id
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.model.build import build_model
 from vlm_sft.model.costs import image_cost
+from vlm_sft.model.dtypes import DTYPES
 from vlm_sft.model.fp8 import use_fp8
 from vlm_sft.model.notes import model_notes
 from vlm_sft.model.parts import parameters_by_part, set_trainable
@@ -65,7 +66,9 @@ def load_model(
         UserError: A part cannot be built.
         CheckpointError: `projector` is no checkpoint, or of another model.
     """
-    model = build_model(config.model, dtype=dtype_of(config), seed=config.seed, lora=config.lora)
+    model = build_model(
+        config.model, dtype=DTYPES[config.train.precision], seed=config.seed, lora=config.lora
+    )
     identity = base_identity(config, model)
     if config.projector is not None:
         load_projector(model, Path(config.projector), identity)
