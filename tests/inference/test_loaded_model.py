@@ -27,7 +27,7 @@ from vlm_sft.model.hashing import named_state
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "configs" / "tiny" / "data" / "images"
 RED, BLUE = IMAGES / "red-circle-0.png", IMAGES / "blue-square-0.png"
 

@@ -18,7 +18,7 @@ from vlm_sft.errors import ImageError, RecordError, UserError
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import as_conversation, image_source
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "configs" / "tiny" / "data" / "images"
 RED, BLUE = IMAGES / "red-circle-1.png", IMAGES / "blue-square-1.png"
 

@@ -12,7 +12,7 @@ from vlm_sft import errors
 from vlm_sft.errors import UserError
 from vlm_sft.errors.codes import ALL, CODE_OF_FINGERPRINT, CODES, FAMILIES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 NAME_AT = {
     "RecordError": 0,

@@ -20,7 +20,7 @@ from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.config.validation_errors import section_of
 from vlm_sft.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny" / "stage2_lora.yaml"
 
 

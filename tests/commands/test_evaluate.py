@@ -13,7 +13,7 @@ from vlm_sft.commands.evaluate import one_sided
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.atomic_files import write_json
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "configs" / "tiny" / "data"
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from vlm_sft.commands.parser import NOISE, heavy_imports, silence_known_noise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = "configs/tiny/stage1.yaml"
 HEAVY = {
     "torch",

@@ -10,7 +10,7 @@ import pytest
 from vlm_sft.__main__ import COMMANDS as SCRIPT_COMMANDS
 from vlm_sft.commands.registry import COMMANDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_modules_that_run_are_the_commands() -> None:

@@ -10,7 +10,7 @@ import pytest
 from vlm_sft import chat
 from vlm_sft.commands.run_command import run_command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "configs" / "tiny" / "data" / "images"
 RED, BLUE = str(IMAGES / "red-circle-0.png"), str(IMAGES / "blue-square-0.png")
 

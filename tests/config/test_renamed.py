@@ -11,7 +11,7 @@ from vlm_sft.config.resume import flat
 from vlm_sft.config.schema import dump_config, load_config, load_stored_config
 from vlm_sft.errors import ConfigError
 
-TINY = Path(__file__).parent.parent / "configs" / "tiny" / "stage1.yaml"
+TINY = Path(__file__).parents[2] / "configs" / "tiny" / "stage1.yaml"
 OLD = {
     "data": {"recipe": "fixed"},
     "train": {

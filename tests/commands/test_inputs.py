@@ -9,7 +9,7 @@ from vlm_sft.config.method import require_stage1, require_stage2
 from vlm_sft.config.schema import dump_config, load_config
 from vlm_sft.errors import ConfigError, TemplateError
 
-TINY = Path(__file__).parents[1] / "configs/tiny"
+TINY = Path(__file__).parents[2] / "configs/tiny"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from vlm_sft.config.resume import flat
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import ConfigError, UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny" / "stage2_lora.yaml")
 
 

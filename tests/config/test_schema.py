@@ -17,7 +17,7 @@ from vlm_sft.config.validation_errors import _OTHER_NAMES
 from vlm_sft.config.yaml_text import YamlError, parse_yaml
 from vlm_sft.errors import ConfigError
 
-LLAVA_LORA = Path(__file__).parent.parent / "configs/llava-1.5/stage2_lora.yaml"
+LLAVA_LORA = Path(__file__).parents[2] / "configs/llava-1.5/stage2_lora.yaml"
 SMALLEST = """\
 output_dir: runs/x
 model:
