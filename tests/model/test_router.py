@@ -198,7 +198,7 @@ def test_a_model_whose_own_loss_has_another_term_is_refused(
         "from_config",
         lambda config, **_: WithPenalty(config),
     )
-    with pytest.raises(UserError, match="has a term that is not known here"):
+    with pytest.raises(UserError, match="has a term that is not supported"):
         tiny_model()
 
 

@@ -117,7 +117,7 @@ class Collator(Protocol):
 
     @property
     def share_image_prefix(self) -> bool:
-        """Whether neighboring records of one image share its tokens in the batch."""
+        """True if neighboring records of one image share its tokens in the batch."""
         ...
 
     def assign_to_ranks(

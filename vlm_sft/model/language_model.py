@@ -88,14 +88,14 @@ def check_head(language_model: PreTrainedModel) -> None:
     name = type(language_model).__name__
     if not torch.allclose(logits.float(), expected.logits.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"model.language_model: {name} computes its logits in a way that is not known here "
+            f"model.language_model: {name} computes its logits in a way that is not supported "
             f"(off by {(logits - expected.logits).abs().max().item():.2g}), so the loss would be "
             "wrong; use a model of another family"
         )
     if not torch.allclose(loss.float(), expected.loss.float(), rtol=1e-2, atol=1e-3):
         raise UserError(
-            f"model.language_model: the own loss of {name} has a term that is not known here "
-            f"({expected.loss.item():.4f} on three tokens, {loss.item():.4f} without it), which "
-            "would be left out; use a model of another family, or set output_router_logits to "
+            f"model.language_model: the own loss of {name} has a term that is not supported "
+            f"({expected.loss.item():.4f} on three tokens, {loss.item():.4f} without it), so it "
+            "would be missing; use a model of another family, or set output_router_logits to "
             "false in its configuration if that is the term"
         )

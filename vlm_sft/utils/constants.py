@@ -1,4 +1,4 @@
-"""Token ids that are ours, not a tokenizer's, and what a packed row is made of; their one home."""
+"""Constants that several packages share: our own token ids, packed segments, file sizes."""
 
 from typing import Final
 
@@ -16,10 +16,10 @@ IMAGE_PLACEHOLDER: Final = "<image>"
 """How LLaVA-form records spell an image inside a human turn."""
 
 Segment = tuple[int, int]
-"""Tokens of one stretch of a packed row, and the number of the segment it continues (-1: none).
+"""A segment of a packed row: its length in tokens, and the index of its parent (-1: none).
 
-A record that shares nothing is one segment. Where records share a prefix, the prefix is a segment
-and each of them another that continues it.
+A record that shares nothing is one segment. Where records share a prefix, the prefix is a segment,
+and the rest of each record is a segment with the prefix as its parent.
 """
 
 MAX_SHARD_SIZE: Final = "5GB"
