@@ -271,7 +271,7 @@ def _gemma(writer: _Writer, turns: Sequence[Turn]) -> None:
 
 
 def _phi_3(ends_text: bool, writer: _Writer, turns: Sequence[Turn]) -> None:
-    # Its control tokens swallow the newlines that its template writes behind them.
+    # Its special tokens strip the newlines that its template writes after them.
     for index, turn in enumerate(turns):
         writer.control(f"<|{turn.role}|>")
         if turn.role == "assistant":
@@ -314,17 +314,21 @@ def _composed(items: list[Item]) -> list[Item]:
 
 
 def _with_dummy_spaces(pair: Pair, items: list[Item]) -> list[Item]:
-    """Where text starts: before anything, behind BOS in the textual formats, or `always`."""
+    """Where text starts: before anything, after BOS in the textual formats, or `always`."""
     rule = DUMMY_SPACE.get(pair.tokenizer)
-    spelled: list[Item] = []
+    with_spaces: list[Item] = []
     for item in items:
-        if item.kind == "text" and (not spelled or spelled[-1].kind != "text"):
-            bos = len(spelled) == 1 and spelled[0].kind == "control" and pair.template != "auto"
-            first = (not spelled or bos) and not item.text.startswith((" ", "▁"))
+        if item.kind == "text" and (not with_spaces or with_spaces[-1].kind != "text"):
+            bos = (
+                len(with_spaces) == 1
+                and with_spaces[0].kind == "control"
+                and pair.template != "auto"
+            )
+            first = (not with_spaces or bos) and not item.text.startswith((" ", "▁"))
             if rule == "always" or (rule == "first" and first):
                 item = replace(item, text=" " + item.text)
-        spelled.append(item)
-    return spelled
+        with_spaces.append(item)
+    return with_spaces
 
 
 # --- what did come out
@@ -357,7 +361,7 @@ def control_names(tokenizer_name: str) -> dict[int, str]:
 
 @functools.lru_cache(maxsize=500_000)
 def token_bytes(tokenizer_name: str, index: int) -> bytes:
-    """The bytes that an ordinary token stands for."""
+    """Return the bytes of an ordinary token."""
     tokenizer = load(tokenizer_name)
     if index in tokenizer.added_tokens_decoder:
         return str(tokenizer.added_tokens_decoder[index]).encode()
@@ -371,7 +375,7 @@ def token_bytes(tokenizer_name: str, index: int) -> bytes:
 
 @functools.cache
 def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the rest from 256 on."""
+    """GPT-2's letters for bytes: printable ones are themselves, the rest from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -379,7 +383,7 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 @functools.cache
-def _unspellable(tokenizer_name: str) -> frozenset[int]:
+def _unencodable_bytes(tokenizer_name: str) -> frozenset[int]:
     """Bytes that a byte-level vocabulary has no token for (SmolLM2 lacks some)."""
     vocabulary = load(tokenizer_name).get_vocab()
     if "Ġ" not in vocabulary:
@@ -387,9 +391,9 @@ def _unspellable(tokenizer_name: str) -> frozenset[int]:
     return frozenset(b for letter, b in _byte_of_letter().items() if letter not in vocabulary)
 
 
-def can_spell(tokenizer_name: str, text: str) -> bool:
+def can_encode(tokenizer_name: str, text: str) -> bool:
     """Whether every byte of the text has a token."""
-    return _unspellable(tokenizer_name).isdisjoint(text.encode())
+    return _unencodable_bytes(tokenizer_name).isdisjoint(text.encode())
 
 
 # --- the comparison
@@ -398,10 +402,10 @@ def can_spell(tokenizer_name: str, text: str) -> bool:
 def check(pair: Pair, conversation: Conversation) -> int:
     """Hold one conversation to every invariant; returns its number of tokens.
 
-    Text that the vocabulary has no spelling for must be refused, not thinned out.
+    Text that the vocabulary cannot encode must be refused, not shortened.
     """
     by = chat_tokenizer(pair)
-    if not all(can_spell(pair.tokenizer, turn.text) for turn in conversation.turns):
+    if not all(can_encode(pair.tokenizer, turn.text) for turn in conversation.turns):
         with pytest.raises(RecordError):
             by.tokenize(conversation)
         return 0

@@ -29,7 +29,7 @@ from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 SPEC = ImageSpec(size=14, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 TOKENS = 4
 TOKENIZER = load_tokenizer(LanguageModelConfig(config={"model_type": "llama"}, tokenizer="bytes"))
-RENDERER = ChatTokenizer.from_name("vicuna_v1", TOKENIZER)
+CHAT_TOKENIZER = ChatTokenizer.from_name("vicuna_v1", TOKENIZER)
 
 
 def record(turns: int = 1, images: int = 0, **more: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def build(
     config = DataConfig(train=files, **more)
     ledger = Ledger()
     dataset = SupervisedDataset(
-        files, RENDERER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
+        files, CHAT_TOKENIZER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
     )
     return dataset, ledger
 
@@ -69,7 +69,7 @@ def build(
 def test_an_example_is_its_rendering_with_placeholders_expanded_and_without_loss(folder):
     dataset, _ = build(folder, [record(turns=3, images=2, id="x")])
     example = dataset[0]
-    tokenized = RENDERER.tokenize(dataset.conversation(0))
+    tokenized = CHAT_TOKENIZER.tokenize(dataset.conversation(0))
     ids, labels = [], []
     for token, label in zip(tokenized.input_ids, tokenized.labels, strict=True):
         times = TOKENS if token == IMAGE_TOKEN_ID else 1
@@ -102,7 +102,7 @@ def test_a_text_record_has_no_images_but_their_shape(folder):
 def test_the_first_position_never_has_a_label(folder):
     class FromTheStart:
         def tokenize(self, conversation: Conversation) -> Any:
-            tokenized = RENDERER.tokenize(conversation)
+            tokenized = CHAT_TOKENIZER.tokenize(conversation)
             return replace(tokenized, labels=list(tokenized.input_ids))
 
         def tokenize_all(self, conversations: Iterable[Conversation]) -> Any:
@@ -139,7 +139,7 @@ def faulty() -> list[dict[str, Any]]:
     return [record(id="good"), empty, record(images=1, id="gone", image="gone.png")]
 
 
-def test_the_first_faulty_record_stops_the_reading_by_default(folder):
+def test_the_first_bad_record_stops_reading_by_default(folder):
     with pytest.raises(RecordError, match=r"data0\.json\[1\]: record 'empty': .*empty") as caught:
         build(folder, faulty())
     assert caught.value.reason == "empty_answer"
@@ -148,7 +148,7 @@ def test_the_first_faulty_record_stops_the_reading_by_default(folder):
     assert caught.value.reason == "image_missing"
 
 
-def test_faulty_records_are_quarantined_on_demand_and_all_are_accounted_for(folder):
+def test_bad_records_are_quarantined_on_request_and_the_ledger_counts_all(folder):
     dataset, ledger = build(folder, faulty(), on_error="quarantine")
     assert dataset.record_ids == ["good"] and dataset.num_input_records == 3
     assert [(e.record_id, e.bucket, e.reason) for e in ledger.entries] == [
@@ -186,14 +186,14 @@ def test_a_broken_image_is_named_with_its_record_when_it_is_opened(folder):
 def test_an_image_that_was_replaced_since_the_records_were_read_is_named(folder):
     dataset, _ = build(folder, [record(images=1, id="one")])
     before = dataset[0].pixel_values
-    (folder / "0.png").write_bytes((folder / "0.png").read_bytes())  # written anew, the same
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes())  # rewritten with the same bytes
     assert torch.equal(dataset[0].pixel_values, before)
     Image.new("RGB", (90, 70), "red").save(folder / "0.png")
     with pytest.raises(
         RecordError, match=r"record 'one': .*0\.png: has \d+ bytes, but had"
-    ) as told:
+    ) as caught:
         dataset[0]
-    assert told.value.reason == "image_changed"
+    assert caught.value.reason == "image_changed"
 
 
 def test_a_record_whose_answers_all_carry_no_loss_is_skipped(folder):
@@ -237,7 +237,7 @@ def test_the_limit_counts_expanded_tokens_and_is_inclusive(folder, policy, beyon
         assert ledger.entries[1].message == "2 of 4 turns dropped"
 
 
-def test_dropped_turns_go_whole_with_their_images(folder):
+def test_dropped_turns_take_their_images_with_them(folder):
     limit = length_of(2, 2, folder)
     records = [record(3, 3, id="x")]
     dataset, ledger = build(folder, records, max_length=limit, length_policy="drop_turns")
@@ -289,7 +289,7 @@ def test_too_long_records_can_be_quarantined(folder):
 # --- what is kept
 
 
-def test_a_conversation_comes_back_as_it_was_read(folder):
+def test_a_conversation_is_returned_as_it_was_read(folder):
     texts = ["Ünï\u2003코드 <image> \u0000", '"quotes" \n\n </s>']
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": texts[0]}]
     turns += [{"role": "assistant", "content": texts[1]}]
@@ -313,7 +313,7 @@ def test_embedded_images_are_kept_on_disk_and_give_the_same_pixels(folder):
     files = [DataFile(path=str(folder / "x.parquet"))]
     dataset = SupervisedDataset(
         files,
-        RENDERER,
+        CHAT_TOKENIZER,
         SPEC,
         num_image_tokens=TOKENS,
         config=DataConfig(train=files),
@@ -410,7 +410,7 @@ def test_a_store_is_read_by_pickled_copies_and_deleted_with_its_owner(monkeypatc
     assert not path.exists()
 
 
-def test_records_that_begin_alike_up_to_their_image_have_one_key(folder: Path) -> None:
+def test_records_with_the_same_prefix_have_the_same_prefix_id(folder: Path) -> None:
     other = record(images=1)
     other["image"] = ["1.png"]
     later = record(images=1)
@@ -433,7 +433,7 @@ def test_records_that_begin_alike_up_to_their_image_have_one_key(folder: Path) -
     assert len(dataset.example(0, first_image=1).pixel_values) == 0
 
 
-def test_images_within_the_records_are_told_apart_by_their_bytes(folder: Path) -> None:
+def test_embedded_images_are_distinguished_by_their_bytes(folder: Path) -> None:
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -454,13 +454,13 @@ def test_images_within_the_records_are_told_apart_by_their_bytes(folder: Path) -
     file = DataFile(path=str(folder / "rows.parquet"))
     config = DataConfig(train=[file])
     dataset = SupervisedDataset(
-        [file], RENDERER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
+        [file], CHAT_TOKENIZER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
     )
     first, second, third = dataset.prefix_ids
     assert first == second != third
 
 
-def test_a_beginning_that_is_learned_is_not_shared(folder: Path) -> None:
+def test_a_supervised_prefix_is_not_shared(folder: Path) -> None:
     learned = record(turns=2)
     learned["conversations"][2]["value"] = "<image>\nQuestion?"
     learned["image"] = ["0.png"]

@@ -1,4 +1,4 @@
-"""What occurs twice is told, with where; what only looks alike is not."""
+"""Duplicates are reported with their places; similar records are not."""
 
 from pathlib import Path
 
@@ -39,35 +39,35 @@ def test_several_questions_about_one_image_are_no_repeat() -> None:
 def test_ids_are_compared_over_all_files_and_records_counted_from_one() -> None:
     first = [record("x", b"1"), None, record("y", b"2")]
     second: list[Conversation | None] = [record("z", b"3"), record("y", b"4"), record("x", b"5")]
-    (told,) = found_in(("a.json", list(first)), ("b.json", second))
-    assert told.startswith("2 training records have an id that an earlier one has")
-    assert told.endswith("first: record 3 of a.json and record 2 of b.json")
+    (reported,) = found_in(("a.json", list(first)), ("b.json", second))
+    assert reported.startswith("2 training records have an id that an earlier one has")
+    assert reported.endswith("first: record 3 of a.json and record 2 of b.json")
 
 
 def test_a_record_is_known_again_under_another_id_and_another_image_file(tmp_path: Path) -> None:
     here, copy = tmp_path / "here.jpg", tmp_path / "copy.jpg"
     here.write_bytes(b"the same bytes")
     copy.write_bytes(b"the same bytes")
-    (told,) = found_in(("a.json", [record("1", here), record("2", b"x"), record("3", copy)]))
-    assert told == (
+    (reported,) = found_in(("a.json", [record("1", here), record("2", b"x"), record("3", copy)]))
+    assert reported == (
         "1 training records repeat an earlier one, images and words; "
         "first: record 1 of a.json and record 3 of a.json"
     )
 
 
-def test_held_out_images_that_are_trained_on_are_told_whatever_is_asked() -> None:
+def test_held_out_images_that_are_trained_on_are_reported_whatever_the_question() -> None:
     train: list[Conversation | None] = [record("1", b"cat"), record("2", b"dog", b"cow")]
     held_out = [record("3", b"owl"), record("4", b"cow", text="Moo."), record("5", b"cat", b"cow")]
-    (told,) = found_in(("a.json", train), held_out=held_out)
-    assert told.startswith("2 held-out records show an image that is trained on too")
-    assert told.endswith("first: record 2 of val.json and record 2 of a.json")
+    (reported,) = found_in(("a.json", train), held_out=held_out)
+    assert reported.startswith("2 held-out records show an image that is trained on too")
+    assert reported.endswith("first: record 2 of val.json and record 2 of a.json")
 
 
 def test_held_out_texts_count_only_without_an_image() -> None:
     train: list[Conversation | None] = [record("1", b"cat"), record("2", text="Four.")]
     assert found_in(("a.json", train), held_out=[record("3", b"dog")]) == []
-    (told,) = found_in(("a.json", train), held_out=[record("3", text="Four.")])
-    assert told.startswith("1 held-out records without an image are trained on too")
+    (reported,) = found_in(("a.json", train), held_out=[record("3", text="Four.")])
+    assert reported.startswith("1 held-out records without an image are trained on too")
 
 
 @pytest.mark.parametrize("held_out", [None, []])
@@ -80,6 +80,6 @@ def test_as_many_repeats_as_records_beyond_the_first_of_their_kind(kinds: list[i
     records: list[Conversation | None] = [
         record(str(n), bytes([kind])) for n, kind in enumerate(kinds)
     ]
-    told = found_in(("a.json", records))
+    reported = found_in(("a.json", records))
     expected = len(kinds) - len(set(kinds))
-    assert [line.split()[0] for line in told] == ([str(expected)] if expected else [])
+    assert [line.split()[0] for line in reported] == ([str(expected)] if expected else [])

@@ -35,7 +35,7 @@ def parse(record: dict[str, Any], root: str | Path = "/root") -> Conversation:
     return parse_record(RawRecord(record, "data.json[0]", "index-0"), None, Path(root))
 
 
-def fault(record: dict[str, Any], root: str | Path = "/root") -> RecordError:
+def error_of(record: dict[str, Any], root: str | Path = "/root") -> RecordError:
     with pytest.raises(RecordError) as caught:
         parse(record, root)
     return caught.value
@@ -59,10 +59,10 @@ def test_an_empty_image_column_of_a_text_only_record_is_no_image(key: str, value
 @pytest.mark.parametrize("value", ["", [""], [None], {"bytes": None, "path": None}], ids=str)
 def test_an_empty_name_for_a_placeholder_is_called_so(value: Any) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
-    assert "an empty image name" in str(fault({"image": value, "conversations": turns}))
+    assert "an empty image name" in str(error_of({"image": value, "conversations": turns}))
     part = [{"type": "image", "image": ""}, {"type": "text", "text": "What?"}]
     chat = [{"role": "user", "content": part}, {"role": "assistant", "content": "A dog."}]
-    assert "an empty image name" in str(fault({"messages": chat}))
+    assert "an empty image name" in str(error_of({"messages": chat}))
 
 
 def test_an_empty_column_next_to_a_filled_one_is_ignored() -> None:
@@ -136,7 +136,7 @@ def test_odd_values_in_every_place_are_a_bounded_and_visible_message(value: Any)
         {str(value): 1},
     ]
     for record in records:
-        line = error_line(fault(record))
+        line = error_line(error_of(record))
         assert len(line) < 5_000 and line.isprintable()
 
 
@@ -150,20 +150,20 @@ def deep(levels: int) -> Any:
 def test_values_nested_almost_too_deeply_are_quoted_without_recursion() -> None:
     for key in ("loss", "weight", "from"):
         turns = [TURNS[0], {**TURNS[1], key: deep(900)}]
-        assert len(str(fault({"conversations": turns}))) < 500
+        assert len(str(error_of({"conversations": turns}))) < 500
 
 
 def test_records_beyond_the_limits_of_turns_images_and_ids_are_refused() -> None:
-    assert fault({"conversations": TURNS * 50_000}).reason == "bad_turn"
+    assert error_of({"conversations": TURNS * 50_000}).reason == "bad_turn"
     many = {"image": ["a.jpg"] * 1_000_000, "conversations": TURNS}
-    assert fault(many).reason == "image_count"
+    assert error_of(many).reason == "image_count"
     marks = [{"from": "human", "value": "<image>" * 20_000}, TURNS[1]]
-    assert fault({"image": "a.jpg", "conversations": marks}).reason == "image_count"
-    assert fault({**GOOD, "id": "x" * 5_000_000}).reason == "bad_id"
+    assert error_of({"image": "a.jpg", "conversations": marks}).reason == "image_count"
+    assert error_of({**GOOD, "id": "x" * 5_000_000}).reason == "bad_id"
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "parquet"])
-def test_a_record_beyond_the_limit_is_one_fault_in_every_form(
+def test_a_record_beyond_the_limit_is_one_error_in_every_format(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 5_000)

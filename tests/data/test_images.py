@@ -356,7 +356,7 @@ def test_pixels_are_in_red_green_blue_order():
     assert pixels[:, 0, 0].tolist() == [255, 0, 51]
 
 
-# --- the fast way beside the exact one
+# --- fast processing compared with exact processing
 
 RESIZES = ["nearest", "bilinear", "bicubic", "lanczos"]
 COCO = Path(os.environ.get("VLM_SFT_COCO_DIR", "none"))

@@ -46,7 +46,7 @@ def test_stage_1_trains_a_newline_instead_of_eos_with_llavas_quirks_only() -> No
     assert chat_tokenizer("plain", "llava-1.5").eot_token_id is None
 
 
-def test_text_behind_an_image_begins_with_the_dummy_space_with_llavas_quirks_only() -> None:
+def test_text_after_an_image_begins_with_the_dummy_space_with_llavas_quirks_only() -> None:
     # The ids of LLaVA's own functions: "USER : ▁ <image> ▁ <0x0A> Describe . ▁ASS ..."
     assert tokens("llava-1.5", "vicuna_v1", CAPTIONED).startswith("<image> ▁ <0x0A> Des")
     assert tokens("none", "vicuna_v1", CAPTIONED).startswith("<image> <0x0A> Des")

@@ -82,7 +82,7 @@ def test_labels_are_the_answers_on_other_tokenizers(pair: Pair, data: st.DataObj
 @pytest.mark.parametrize("pair", params(MAIN_PAIRS))
 @examples(40)
 @given(data=st.data())
-def test_a_turn_that_spells_control_strings_changes_no_other_turn(
+def test_a_turn_with_texts_of_special_tokens_changes_no_other_turn(
     pair: Pair, data: st.DataObject
 ) -> None:
     conversation = data.draw(conversations(pair))

@@ -1,4 +1,4 @@
-"""The same question gives the same ids, however a record or a caller spells it.
+"""The same question gives the same ids, in whatever form a record or a caller has it.
 
 Training (`ChatTokenizer.tokenize`), `chat` and `evaluate` (`ChatTokenizer.prompt`), and the
 exported chat template, applied by transformers to plain strings and to content parts.
@@ -98,29 +98,29 @@ class Talk:
     def num_images(self) -> int:
         return sum(items.count(IMAGE) for items, _ in self.exchanges)
 
-    def messages(self, spelling: str, *, last_answer: bool = True) -> list[dict[str, Any]]:
+    def messages(self, form_name: str, *, last_answer: bool = True) -> list[dict[str, Any]]:
         """Messages for `apply_chat_template`, contents as strings or as lists of parts."""
         made: list[dict[str, Any]] = []
         if self.system is not None:
             made.append({"role": "system", "content": self.system})
         for items, answer in self.exchanges:
             content: Any = as_string(items)
-            if spelling != "string":
-                content = as_parts(items, IMAGE_PARTS[spelling])
+            if form_name != "string":
+                content = as_parts(items, IMAGE_PARTS[form_name])
             made += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         return made if last_answer else made[:-1]
 
-    def record(self, spelling: str) -> tuple[dict[str, Any], Form]:
-        """A record of a form: LLaVA, `messages` in several spellings, or Alpaca."""
+    def record(self, form_name: str) -> tuple[dict[str, Any], Form]:
+        """A record of a form: LLaVA, `messages` in several forms, or Alpaca."""
         names = ["a.png"] * self.num_images
-        if spelling == "llava":
+        if form_name == "llava":
             return {"conversations": self._llava(), "image": names}, "llava"
-        if spelling == "alpaca":
+        if form_name == "alpaca":
             ((items, answer),) = self.exchanges
             record = {"instruction": as_string(items), "output": answer, "images": names}
             return {**record, "system": self.system}, "alpaca"
-        record = {"messages": self.messages(spelling)}
-        if spelling in ("string", "listed"):
+        record = {"messages": self.messages(form_name)}
+        if form_name in ("string", "listed"):
             record["images"] = names
         return record, "messages"
 
@@ -132,14 +132,14 @@ class Talk:
         ]
 
 
-def read(talk: Talk, spelling: str) -> Conversation:
-    record, form = talk.record(spelling)
+def read(talk: Talk, form_name: str) -> Conversation:
+    record, form = talk.record(form_name)
     return parse_record(RawRecord(record, "memory", "r1"), form, Path("/images"))
 
 
-def content_of(spelling: str) -> str:
-    """How a caller of the export spells what a record of this form spells."""
-    return "string" if spelling in ("llava", "alpaca", "string") else spelling
+def content_of(form_name: str) -> str:
+    """Return the form of a call of the export that corresponds to a form of records."""
+    return "string" if form_name in ("llava", "alpaca", "string") else form_name
 
 
 def before_answers(conversation: Conversation) -> list[Conversation]:
@@ -184,7 +184,7 @@ def questions(leading: bool) -> st.SearchStrategy[Items]:
 
 @st.composite
 def talks(draw: st.DrawFn, pair: Pair) -> Talk:
-    leading = pair.tokenizer != "phi_3"  # its control tokens swallow the white space behind them
+    leading = pair.tokenizer != "phi_3"  # its special tokens strip the white space after them
     system = draw(st.none() | texts(leading=leading)) if pair.takes_system else None
     count = draw(st.integers(1, min(3, pair.max_exchanges)))
     exchanges = []
@@ -194,7 +194,7 @@ def talks(draw: st.DrawFn, pair: Pair) -> Talk:
     return Talk(system, tuple(exchanges))
 
 
-SPELLINGS = ("llava", "string", *IMAGE_PARTS, "alpaca")
+FORM_NAMES = ("llava", "string", *IMAGE_PARTS, "alpaca")
 PAIRS = [
     pair
     for pair in (*MAIN_PAIRS, *OTHER_PAIRS)
@@ -211,21 +211,21 @@ PAIRS = [
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_every_spelling_of_a_record_is_asked_for_as_it_was_trained(
+def test_every_form_of_a_record_has_the_prompt_that_it_was_trained_with(
     pair: Pair, data: st.DataObject
 ) -> None:
     talk = data.draw(talks(pair))
     small = pair.tokenizer in ("bytes", "bpe")
     separator = data.draw(st.sampled_from((None, "", " ", "\n\n"))) if small else None
-    spelling = data.draw(st.sampled_from(SPELLINGS[: None if len(talk.exchanges) == 1 else -1]))
+    form_name = data.draw(st.sampled_from(FORM_NAMES[: None if len(talk.exchanges) == 1 else -1]))
     by = chat_tokenizer(pair, separator)
-    trained_on = read(talk, spelling)
+    trained_on = read(talk, form_name)
     try:
         tokenized = by.tokenize(trained_on)
     except RecordError as error:
         assert error.reason in ("unspellable", "template")
         return
-    messages = talk.messages(content_of(spelling))
+    messages = talk.messages(content_of(form_name))
     assert asked_of_export(pair, messages, separator) == tokenized.input_ids
     cuts = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for cut, span, asked in zip(
@@ -245,13 +245,13 @@ def test_chat_asks_as_llavas_records_and_content_parts_do(pair: Pair, num_images
     chat = by.prompt(user_message("What color is the car?", [b""] * num_images))
     (trained,) = before_answers(read(Talk(None, ((written, "Red."),)), "llava"))
     assert by.prompt(trained) == chat
-    for spelling, said in {
+    for form_name, question in {
         "string": written,
         "image": items,
         "openai": items,
         "url": items,
     }.items():
-        messages = Talk(None, ((said, "Red."),)).messages(spelling, last_answer=False)
+        messages = Talk(None, ((question, "Red."),)).messages(form_name, last_answer=False)
         assert asked_of_export(pair, messages) == chat
 
 
@@ -290,7 +290,7 @@ A, B = ImagePart(0), ImagePart(1)
         ([A, " What?"], "\n", "<image>\n What?"),
     ],
 )
-def test_one_separator_stands_between_an_image_and_its_neighbors(
+def test_one_separator_is_between_an_image_and_its_neighbors(
     items: Sequence[str | ImagePart], separator: str, expected: str
 ) -> None:
     parts = tuple(TextPart(item) if isinstance(item, str) else item for item in items)
@@ -391,9 +391,9 @@ def test_a_templates_own_conditions_on_contents_do_not_return_in_the_export() ->
 # --- what `check` reports
 
 
-def checked(spelled: Sequence[str], separator: str = "\n") -> list[str]:
+def checked(texts: Sequence[str], separator: str = "\n") -> list[str]:
     check = ImageLayoutCheck(separator)
-    for text in spelled:
+    for text in texts:
         items: Items = []
         for number, piece in enumerate(text.split("<image>")):
             items += [IMAGE, piece] if number else [piece]
@@ -424,6 +424,6 @@ def test_content_parts_are_always_laid_out_as_asked() -> None:
 @pytest.mark.parametrize("name", ["<|image|>", "<|image_1|>", "<ImageHere>", "[IMG]", "<image_0>"])
 def test_a_placeholder_of_another_tool_is_named(name: str) -> None:
     record = {"messages": Talk(None, (([f"{name}What?"], "Red."),)).messages("string")}
-    with pytest.raises(RecordError, match="is another tool's placeholder, write <image>") as raised:
+    with pytest.raises(RecordError, match="is the placeholder of another tool, use <image>") as raised:
         parse_record(RawRecord({**record, "images": ["a.png"]}, "m", "r1"), None, Path("/images"))
     assert name in str(raised.value)

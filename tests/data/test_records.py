@@ -22,7 +22,7 @@ def parse(record: object, root: str | Path = "/root", form=None) -> Conversation
     return parse_record(RawRecord(record, "file.jsonl:1", "line-1"), form, Path(root))
 
 
-def fault(record: object, root: str | Path = "/root", form=None) -> RecordError:
+def error_of(record: object, root: str | Path = "/root", form=None) -> RecordError:
     with pytest.raises(RecordError) as caught:
         parse(record, root, form)
     assert "\n" not in str(caught.value)
@@ -54,7 +54,7 @@ PLAIN = (Turn("user", (TextPart("What?"),)), Turn("assistant", (TextPart("A cat.
 # --- forms
 
 
-def test_a_llava_record_becomes_turns_with_images_where_their_placeholders_stand():
+def test_a_llava_record_becomes_turns_with_images_at_their_placeholders():
     record = llava(
         ("system", "Be brief."),
         ("human", "<image>\nAnd <image>?"),
@@ -116,7 +116,7 @@ def test_alpaca_input_follows_the_instruction_and_images_are_placed_in_either():
         ImagePart(1),
     )
     assert answer == PLAIN[1]
-    assert fault({**record, "history": [["a", "b"]]}).reason == "format"
+    assert error_of({**record, "history": [["a", "b"]]}).reason == "format"
 
 
 def test_image_parts_take_their_own_image_or_the_next_of_the_list_in_reading_order():
@@ -150,17 +150,17 @@ def test_placeholders_in_plain_user_messages_count_only_when_images_are_listed()
 
 def test_the_file_s_format_setting_overrides_keys_that_could_mean_two_forms():
     both = {**llava(QUESTION, ANSWER), **messages(("user", "Other?"), ("assistant", "Dog."))}
-    assert fault(both).reason == "format"
+    assert error_of(both).reason == "format"
     assert parse(both, form="llava").turns == PLAIN
     assert parse(both, form="messages").turns[1].text == "Dog."
-    assert "list of turns" in str(fault({"instruction": "x", "output": "y"}, form="llava"))
+    assert "list of turns" in str(error_of({"instruction": "x", "output": "y"}, form="llava"))
 
 
 def test_a_record_of_no_known_form_names_its_keys_and_the_known_ones():
-    error = fault({"prompt": "x", "completion": "y"})
+    error = error_of({"prompt": "x", "completion": "y"})
     assert error.reason == "format"
     assert "prompt, completion" in str(error) and "`conversations` (llava)" in str(error)
-    assert fault([1]).reason == fault("text").reason == fault({}).reason == "format"
+    assert error_of([1]).reason == error_of("text").reason == error_of({}).reason == "format"
 
 
 def test_ids_are_text_or_integers_and_made_up_from_the_place_when_missing():
@@ -168,7 +168,7 @@ def test_ids_are_text_or_integers_and_made_up_from_the_place_when_missing():
     assert parse(llava(QUESTION, ANSWER, id="x")).id == "x"
     assert parse(llava(QUESTION, ANSWER)).id == "line-1"
     for value in (1.5, True, [1]):
-        assert fault(llava(QUESTION, ANSWER, id=value)).reason == "bad_id"
+        assert error_of(llava(QUESTION, ANSWER, id=value)).reason == "bad_id"
 
 
 # --- counts of images
@@ -191,7 +191,7 @@ def test_placeholders_and_images_must_agree_and_the_error_names_both_counts(mark
         if marks == listed:
             assert len(parse(record).images) == marks
         else:
-            error = fault(record)
+            error = error_of(record)
             assert error.reason == "image_count"
             assert f"places for {marks} " in str(error) and f"lists {listed};" in str(error)
 
@@ -200,7 +200,7 @@ def test_placeholders_and_images_must_agree_and_the_error_names_both_counts(mark
 
 
 def expected_fault(roles: list[str]) -> str | None:
-    """The rule, told once more as an automaton."""
+    """The rule, restated as an automaton."""
     if "assistant" not in roles:
         return "no_answer"
     rest = roles[1:] if roles[0] == "system" else roles
@@ -215,7 +215,7 @@ def test_turns_are_a_system_then_user_and_assistant_in_alternation(roles):
     if expected_fault(roles) is None:
         assert [turn.role for turn in parse(record).turns] == roles
     else:
-        assert fault(record).reason == expected_fault(roles)
+        assert error_of(record).reason == expected_fault(roles)
 
 
 @pytest.mark.parametrize(
@@ -223,33 +223,33 @@ def test_turns_are_a_system_then_user_and_assistant_in_alternation(roles):
     [("asistant", "did you mean 'assistant'"), ("Human", "did you mean 'human'"), ("zz", "known")],
 )
 def test_an_unknown_role_names_the_nearest_known_one(role, hint):
-    error = fault(llava(QUESTION, (role, "A cat.")))
+    error = error_of(llava(QUESTION, (role, "A cat.")))
     assert error.reason == "unknown_role"
     assert repr(role) in str(error) and "turn 1" in str(error) and hint in str(error)
-    assert fault({"messages": [{"content": "x"}]}).reason == "unknown_role"
-    assert fault({"messages": [{"role": ["user"], "content": "x"}]}).reason == "unknown_role"
+    assert error_of({"messages": [{"content": "x"}]}).reason == "unknown_role"
+    assert error_of({"messages": [{"role": ["user"], "content": "x"}]}).reason == "unknown_role"
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t", "\u2003"])
 def test_an_empty_or_blank_answer_is_refused(text):
-    assert fault(llava(QUESTION, ("gpt", text))).reason == "empty_answer"
-    assert fault({"instruction": "What?", "output": text}).reason == "empty_answer"
-    assert fault(messages(("user", "x"), ("assistant", []))).reason == "empty_answer"
+    assert error_of(llava(QUESTION, ("gpt", text))).reason == "empty_answer"
+    assert error_of({"instruction": "What?", "output": text}).reason == "empty_answer"
+    assert error_of(messages(("user", "x"), ("assistant", []))).reason == "empty_answer"
 
 
 def test_what_is_no_text_is_refused_and_nothing_is_lost_silently():
-    assert fault(llava(QUESTION, ("gpt", None))).reason == "bad_turn"
-    assert fault(llava(QUESTION, ("gpt", 3))).reason == "bad_turn"
-    assert fault({"conversations": ["hello"]}).reason == "bad_turn"
-    assert fault({"conversations": "hello"}).reason == "format"
-    assert fault({"instruction": "x"}).reason == "bad_turn"
+    assert error_of(llava(QUESTION, ("gpt", None))).reason == "bad_turn"
+    assert error_of(llava(QUESTION, ("gpt", 3))).reason == "bad_turn"
+    assert error_of({"conversations": ["hello"]}).reason == "bad_turn"
+    assert error_of({"conversations": "hello"}).reason == "format"
+    assert error_of({"instruction": "x"}).reason == "bad_turn"
     video = messages(("user", [{"type": "video", "video": "a.mp4"}]), ("assistant", "x"))
-    assert "type 'video'" in str(fault(video))
+    assert "type 'video'" in str(error_of(video))
     call = {"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}
-    assert fault({"messages": [{"role": "user", "content": "x"}, call]}).reason == "tool_calls"
+    assert error_of({"messages": [{"role": "user", "content": "x"}, call]}).reason == "tool_calls"
     shown = messages(("user", "x"), ("assistant", [{"type": "image", "image": "a.png"}]))
-    assert fault(shown).reason == "image_in_answer"
-    assert fault(llava(("human", "\ud800"), ANSWER)).reason == "bad_text"
+    assert error_of(shown).reason == "image_in_answer"
+    assert error_of(llava(("human", "\ud800"), ANSWER)).reason == "bad_text"
 
 
 @pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"weight": 0.0}])
@@ -263,13 +263,13 @@ def test_a_turn_can_be_left_without_loss(mark):
 def test_a_loss_mark_that_is_not_understood_is_refused(mark):
     record = llava(QUESTION, ANSWER)
     record["conversations"][1] |= mark  # type: ignore[index]
-    assert fault(record).reason == "bad_loss"
+    assert error_of(record).reason == "bad_loss"
 
 
 def test_loss_on_a_user_turn_is_refused_and_no_loss_there_is_fine():
     record = llava(QUESTION, ANSWER)
     record["conversations"][0]["weight"] = 1  # type: ignore[index]
-    assert fault(record).reason == "bad_loss"
+    assert error_of(record).reason == "bad_loss"
     record["conversations"][0]["weight"] = 0  # type: ignore[index]
     assert parse(record).turns[1].supervised
 
@@ -291,7 +291,7 @@ def test_names_inside_the_root_are_taken_from_it(name, tmp_path):
     ["../a.png", "sub/../../a.png", "/etc/passwd", "a\0.png", "..", ".", "file:///etc/passwd"],
 )
 def test_names_that_leave_the_root_are_refused(name, tmp_path):
-    error = fault(llava(("human", "<image>"), ANSWER, image=name), tmp_path)
+    error = error_of(llava(("human", "<image>"), ANSWER, image=name), tmp_path)
     assert error.reason == "image_path" and repr(name) in str(error)
 
 
@@ -299,9 +299,9 @@ def test_absolute_names_inside_the_root_are_accepted_and_urls_are_not_fetched(tm
     inside = llava(("human", "<image>"), ANSWER, image=str(tmp_path / "sub" / "a.png"))
     assert parse(inside, tmp_path).images == (tmp_path / "sub" / "a.png",)
     remote = llava(("human", "<image>"), ANSWER, image="https://example.org/a.png")
-    assert "images are not downloaded" in str(fault(remote, tmp_path))
+    assert "images are not downloaded" in str(error_of(remote, tmp_path))
     sibling = llava(("human", "<image>"), ANSWER, image=f"{tmp_path}-other/a.png")
-    assert fault(sibling, tmp_path).reason == "image_path"
+    assert error_of(sibling, tmp_path).reason == "image_path"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -318,12 +318,12 @@ def test_no_name_made_of_path_pieces_leaves_the_root(pieces):
 
 @pytest.mark.parametrize("value", ["", 3, [None], [["a.png"]], {"bytes": None, "path": None}])
 def test_what_is_no_image_name_is_refused(value):
-    error = fault(llava(("human", "<image>"), ANSWER, image=value))
+    error = error_of(llava(("human", "<image>"), ANSWER, image=value))
     assert error.reason == "image_field"
     both = llava(("human", "<image>"), ANSWER, image="a.png", images=["a.png"])
-    assert fault(both).reason == "image_field"
+    assert error_of(both).reason == "image_field"
     broken = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%"}}]
-    assert fault(messages(("user", broken), ("assistant", "x"))).reason == "image_field"
+    assert error_of(messages(("user", broken), ("assistant", "x"))).reason == "image_field"
 
 
 # --- JSONL
@@ -596,7 +596,7 @@ def test_a_list_is_read_as_the_standard_library_reads_it_damaged_or_not(
         assert read_list(path) == read_list_by_the_standard_library(path)
 
 
-def test_nan_and_half_a_surrogate_pair_are_the_fault_of_their_record_alone(tmp_path: Path) -> None:
+def test_nan_and_half_a_surrogate_pair_quarantine_their_record_alone(tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     good = json.dumps(llava(QUESTION, ANSWER))
     path.write_text(f'[{good}, {{"id": NaN}}, {good.replace("cat", chr(92) + "ud83d")}, {good}]')

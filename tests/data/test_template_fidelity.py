@@ -345,7 +345,7 @@ class Difference:
     ours: Callable[[], list[int]]
     theirs: Callable[[], list[int]]
     our_tokens: str
-    """Tokens that only we have in a row, as the vocabulary spells them."""
+    """Tokens that only we have in a row, as the vocabulary names them."""
     their_tokens: str
 
 

@@ -123,7 +123,7 @@ def test_exported_template_and_prompt_say_what_was_trained(tokenizer: str, templ
         tokenize=False,
         add_generation_prompt=True,
     )
-    spelled = "".join(
+    expected = "".join(
         "<image>"
         if piece == IMAGE_TOKEN_ID
         else by.tokenizer.convert_ids_to_tokens(piece)
@@ -131,7 +131,7 @@ def test_exported_template_and_prompt_say_what_was_trained(tokenizer: str, templ
         else by.encoder.decode([piece])
         for piece in by.prompt(question)
     )
-    assert text == spelled
+    assert text == expected
 
 
 @pytest.mark.parametrize(("tokenizer", "template"), CHAT)
@@ -210,7 +210,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
 @pytest.mark.parametrize(("tokenizer", "template"), CHAT)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(conversation=conversations())
-def test_whatever_the_words_control_tokens_are_the_templates(
+def test_all_special_tokens_are_the_templates_whatever_the_text(
     tokenizer: str, template: str, conversation: Conversation
 ) -> None:
     by = chat_tokenizer(tokenizer, template)
@@ -236,7 +236,7 @@ def test_whatever_the_words_control_tokens_are_the_templates(
         assert by.tokenizer.convert_ids_to_tokens(labels[-1]) == by.template.eot_token
 
 
-def test_long_runs_of_combining_characters_are_rendered() -> None:
+def test_long_runs_of_combining_characters_are_tokenized() -> None:
     by = chat_tokenizer("bytes", "chatml")
     text = "e" + "\u0301" * 20_000
     answer = by.tokenize(record(turn("user", "?"), turn("assistant", text))).answer_spans[0]
@@ -300,7 +300,7 @@ def test_text_that_only_training_writes_before_an_answer_is_trained() -> None:
     assert by.encoder.decode(trained[:-1]) == "<think></think>z"
 
 
-def test_many_are_rendered_as_one_by_one_with_faults_in_their_places() -> None:
+def test_many_are_tokenized_as_one_by_one_with_errors_in_their_places() -> None:
     by = chat_tokenizer("bytes", "plain")
     good = record(turn("user", 0, "\nWhat?"), turn("assistant", "A dog."))
     found = list(by.tokenize_all([good, TWO_TURNS, good] * 200))

@@ -1,4 +1,4 @@
-"""What was tokenized once is found again, as it was, and only under what made it."""
+"""Cached records are found, unchanged, and only under the same tokenizer and settings."""
 
 import sqlite3
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from vlm_sft.data.tokenize_cache import (
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.ownership import MARKER, own_directory
 
-RENDERER = ChatTokenizer.from_name("chatml", byte_tokenizer())
+CHAT_TOKENIZER = ChatTokenizer.from_name("chatml", byte_tokenizer())
 
 
 def conversation(number: int, *, supervised: bool = True) -> Conversation:
@@ -37,7 +37,9 @@ RECORDS = [conversation(number) for number in range(300)]
 
 
 def same(cached: CachedChatTokenizer, records: list[Conversation]) -> bool:
-    return comparable(cached.tokenize_all(records)) == comparable(RENDERER.tokenize_all(records))
+    return comparable(cached.tokenize_all(records)) == comparable(
+        CHAT_TOKENIZER.tokenize_all(records)
+    )
 
 
 def comparable(rows: Iterable[TokenizedRecord | RecordError]) -> list[TokenizedRecord]:
@@ -46,24 +48,24 @@ def comparable(rows: Iterable[TokenizedRecord | RecordError]) -> list[TokenizedR
 
 
 def test_a_second_run_finds_everything_and_it_is_the_same(tmp_path: Path) -> None:
-    first = CachedChatTokenizer(RENDERER, tmp_path)
+    first = CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     assert same(first, RECORDS)
     assert (first.hits, first.misses) == (0, 300)
-    second = CachedChatTokenizer(RENDERER, tmp_path)
+    second = CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     assert same(second, RECORDS)
     assert (second.hits, second.misses) == (300, 0)
 
 
-def test_a_changed_record_is_rendered_again(tmp_path: Path) -> None:
-    list(CachedChatTokenizer(RENDERER, tmp_path).tokenize_all(RECORDS))
+def test_a_changed_record_is_tokenized_again(tmp_path: Path) -> None:
+    list(CachedChatTokenizer(CHAT_TOKENIZER, tmp_path).tokenize_all(RECORDS))
     changed = [*RECORDS[:-1], conversation(299, supervised=False)]
-    again = CachedChatTokenizer(RENDERER, tmp_path)
+    again = CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     assert same(again, changed)
     assert (again.hits, again.misses) == (299, 1)
 
 
-def test_words_that_move_between_parts_are_another_record(tmp_path: Path) -> None:
-    cached = CachedChatTokenizer(RENDERER, tmp_path)
+def test_text_that_moves_between_parts_makes_another_record(tmp_path: Path) -> None:
+    cached = CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     answer = Turn("assistant", (TextPart("Yes."),))
     one = Conversation("a", (Turn("user", (TextPart("x"), ImagePart(0))), answer), (b"",))
     other = Conversation("b", (Turn("user", (ImagePart(0), TextPart("x"))), answer), (b"",))
@@ -74,7 +76,7 @@ def test_words_that_move_between_parts_are_another_record(tmp_path: Path) -> Non
 def test_another_template_system_text_or_set_of_quirks_finds_nothing() -> None:
     tokenizer = byte_tokenizer()
     chat_tokenizers = [
-        RENDERER,
+        CHAT_TOKENIZER,
         ChatTokenizer.from_name("vicuna_v1", tokenizer),
         ChatTokenizer.from_name("vicuna_v1", tokenizer, llava_quirks="llava-1.5"),
         ChatTokenizer.from_name("vicuna_v1", tokenizer, default_system="Be short."),
@@ -84,20 +86,20 @@ def test_another_template_system_text_or_set_of_quirks_finds_nothing() -> None:
     )
 
 
-def test_a_damaged_row_is_rendered_again(tmp_path: Path) -> None:
-    list(CachedChatTokenizer(RENDERER, tmp_path).tokenize_all(RECORDS[:2]))
+def test_a_damaged_row_is_tokenized_again(tmp_path: Path) -> None:
+    list(CachedChatTokenizer(CHAT_TOKENIZER, tmp_path).tokenize_all(RECORDS[:2]))
     with sqlite3.connect(tmp_path / FILE_NAME) as table:
         rows = table.execute("SELECT key, row FROM rendered").fetchall()
         for key, row in rows:
             flipped = row[:20] + bytes([row[20] ^ 1]) + row[21:]
             table.execute("UPDATE rendered SET row = ? WHERE key = ?", (flipped, key))
     table.close()
-    again = CachedChatTokenizer(RENDERER, tmp_path)
+    again = CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     assert same(again, RECORDS[:2])
     assert (again.hits, again.misses) == (0, 2)
 
 
-def test_faulty_records_are_told_each_time_and_not_kept(tmp_path: Path) -> None:
+def test_bad_records_raise_each_time_and_are_not_cached(tmp_path: Path) -> None:
     plain = ChatTokenizer.from_name("plain", byte_tokenizer())
     for _ in range(2):
         cached = CachedChatTokenizer(plain, tmp_path)
@@ -111,13 +113,13 @@ def test_a_damaged_cache_is_refused_in_one_sentence(tmp_path: Path) -> None:
     text = "not a database, but long enough to be read as one " * 20
     (tmp_path / "cache" / FILE_NAME).write_text(text)
     with pytest.raises(UserError, match=r"rendered\.sqlite cannot be used .*; give another"):
-        CachedChatTokenizer(RENDERER, tmp_path / "cache")
+        CachedChatTokenizer(CHAT_TOKENIZER, tmp_path / "cache")
 
 
 def test_a_directory_with_files_of_others_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"data\.cache_dir .* was not created by vlm_sft"):
-        CachedChatTokenizer(RENDERER, tmp_path)
+        CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -127,14 +129,14 @@ def test_a_database_of_others_is_not_written_into(tmp_path: Path) -> None:
         table.execute("CREATE TABLE mine (name TEXT)")
     before = (tmp_path / FILE_NAME).read_bytes()
     with pytest.raises(UserError, match=r"a database that vlm_sft did not write"):
-        CachedChatTokenizer(RENDERER, tmp_path)
+        CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
 
 def test_a_cache_without_a_marker_is_used_as_before(tmp_path: Path) -> None:
-    list(CachedChatTokenizer(RENDERER, tmp_path).tokenize_all(RECORDS[:2]))
+    list(CachedChatTokenizer(CHAT_TOKENIZER, tmp_path).tokenize_all(RECORDS[:2]))
     (tmp_path / MARKER).unlink()
-    again = CachedChatTokenizer(RENDERER, tmp_path)
+    again = CachedChatTokenizer(CHAT_TOKENIZER, tmp_path)
     assert same(again, RECORDS[:2]) and again.hits == 2
     assert (tmp_path / MARKER).exists()
 
@@ -146,7 +148,7 @@ def test_a_database_that_holds_only_a_view_of_others_is_not_written_into(tmp_pat
     before = (tmp_path / FILE_NAME).read_bytes()
     for use in (
         lambda: require_tokenize_cache(tmp_path),
-        lambda: CachedChatTokenizer(RENDERER, tmp_path),
+        lambda: CachedChatTokenizer(CHAT_TOKENIZER, tmp_path),
     ):
         with pytest.raises(UserError, match=r"a database that vlm_sft did not write"):
             use()

@@ -1,10 +1,10 @@
 """Masks as a person reads them: tests/golden/masks/<template>.txt, written and compared here.
 
     scripts/golden_masks            # tell what differs
-    scripts/golden_masks --write    # write the files anew, for a reader to look at
+    scripts/golden_masks --write    # rewrite the files, for review
 
 `⟦ ... ⟧` is what is trained. `▁` is a space within a token, `↵` a newline, `→` a tab; a control
-token stands in its own spelling; the same spelling in data comes in pieces.
+token is one token; the same text in a record is several ordinary tokens.
 """
 
 import argparse
@@ -66,11 +66,11 @@ CASES = {
     "system text": _record(
         ("system", ["Be brief."], True), _ask(0, "\nWhat colour is the car?"), _answer("Red.")
     ),
-    "picture first": _record(_ask(0, "Describe it."), _answer("A red car.\nA wet street.")),
-    "picture later": _record(
+    "image first": _record(_ask(0, "Describe it."), _answer("A red car.\nA wet street.")),
+    "image later": _record(
         _ask("Hello!"), _answer("Hi."), _ask("Is there a dog in ", 0, "?"), _answer("No.")
     ),
-    "two pictures": _record(_ask(0, "\n", 1, "\nWhat differs?"), _answer("The colour.")),
+    "two images": _record(_ask(0, "\n", 1, "\nWhat differs?"), _answer("The colour.")),
     "text only": _record(_ask("What is 2 + 2?"), _answer("4")),
     "a turn that is not trained": _record(
         _ask("Who?"), _answer("A man.", False), _ask("Where?"), _answer("Outside.")
@@ -117,7 +117,7 @@ def _shown(tokenizer: str, token: int) -> str:
 
 
 def _wrapped(words: Sequence[str]) -> Iterator[str]:
-    """Lines that end behind a newline or an answer, or where they are full."""
+    """Yield lines that end after a newline or an answer, or when they are full."""
     line: list[str] = []
     for word in words:
         if (line and len(" ".join([*line, word])) > WIDTH) or (line and word.startswith("⟦")):
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="golden_masks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="write the files anew")
+    parser.add_argument("--write", action="store_true", help="rewrite the files")
     arguments = parser.parse_args(argv)
     found = False
     for pair in PAIRS:

@@ -67,7 +67,7 @@ MUTANTS = (
         "                labels[start - 1] = ids[start - 1]\n",
     ),
     Mutant(
-        "the separator behind the stop is trained",
+        "the separator after the stop is trained",
         DATA + "tokenize.py",
         LABELS,
         LABELS + "            if run.turn is None and answer_spans and len(ids) > start:\n"
@@ -95,7 +95,7 @@ MUTANTS = (
         FLAG.rstrip("\n") + " and run is layout.runs[-1]\n",
     ),
     Mutant(
-        "behind an empty answer the wrong turn is taken",
+        "after an empty answer the wrong turn is taken",
         DATA + "tokenize.py",
         FLAG,
         "                before = turn - 2 if len(ids) - start == 1 and turn > 2 else turn\n"
@@ -145,7 +145,7 @@ MUTANTS = (
         'begin: "{bos}{bos}"',
     ),
     Mutant(
-        "the newline behind <|im_end|> is missing",
+        "the newline after <|im_end|> is missing",
         DATA + "templates/chatml.yaml",
         'stop: "<|im_end|>", suffix: "\\n"',
         'stop: "<|im_end|>"',
@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
         start = time.monotonic()
         seen_by = partial(killer, root, tests=TESTS, options=("-k", LIGHT), kept=KEPT)
         if (broken := seen_by(())) is not None:
-            print(f"error: {broken} fails without any mutant; mend it first", file=sys.stderr)
+            print(f"error: {broken} fails without any mutant; fix it first", file=sys.stderr)
             return 1
         print(f"without a mutant all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
         verdicts = [

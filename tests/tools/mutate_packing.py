@@ -21,7 +21,7 @@ FLEX = f"{OF_ATTENTION}::test_flex_attention_computes_the_same_as_sdpa_per_segme
 GRADIENT = "tests/train/test_packing.py::test_packing_changes_neither_loss_nor_gradient"
 HELD = f"{OF_PACKS}::test_rows_hold_every_record_once_and_never_too_many_tokens"
 BALANCED = f"{OF_PACKS}::test_rows_cost_about_the_same_in_tokens_and_images"
-KEYS = f"{OF_DATA}::test_records_that_begin_alike_up_to_their_image_have_one_key"
+KEYS = f"{OF_DATA}::test_records_with_the_same_prefix_have_the_same_prefix_id"
 
 MUTANTS = (
     Mutant(
@@ -212,7 +212,7 @@ MUTANTS = (
         "vlm_sft/data/dataset.py",
         "    if not unsupervised or end >= len(tokenized.input_ids):\n",
         "    if end >= len(tokenized.input_ids):\n",
-        (f"{OF_DATA}::test_a_beginning_that_is_learned_is_not_shared",),
+        (f"{OF_DATA}::test_a_supervised_prefix_is_not_shared",),
     ),
     Mutant(
         "a record stands among others' first looks at its second",

@@ -38,7 +38,7 @@ class Proof:
     conversations: int
     tokens: int
     refused: int
-    """Conversations with text that the vocabulary cannot spell, refused as they must be."""
+    """Conversations with text that the vocabulary cannot encode, refused as required."""
     violations: int
     shortest: str
     seconds: float

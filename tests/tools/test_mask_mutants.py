@@ -31,7 +31,7 @@ def test_a_mutant_still_fits_the_sources(mutant: Mutant, tmp_path: Path) -> None
 
 
 def mutated(monkeypatch: pytest.MonkeyPatch, *mutants: Mutant) -> ModuleType:
-    """The module of the masks with these bugs in it, beside the real one."""
+    """The module of the masks with these bugs in it; the real module stays as it is."""
     path = ROOT / NO_PROOF.file
     text = path.read_text(encoding="utf-8")
     for mutant in mutants:

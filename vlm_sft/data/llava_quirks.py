@@ -1,4 +1,4 @@
-"""LLaVA-1.5's quirks in preparing conversations, to be reproduced or left out."""
+"""LLaVA-1.5's quirks in preparing conversations, to be reproduced or corrected."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
