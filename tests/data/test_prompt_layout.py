@@ -424,6 +424,8 @@ def test_content_parts_are_always_laid_out_as_asked() -> None:
 @pytest.mark.parametrize("name", ["<|image|>", "<|image_1|>", "<ImageHere>", "[IMG]", "<image_0>"])
 def test_a_placeholder_of_another_tool_is_named(name: str) -> None:
     record = {"messages": Talk(None, (([f"{name}What?"], "Red."),)).messages("string")}
-    with pytest.raises(RecordError, match="is the placeholder of another tool, use <image>") as raised:
+    with pytest.raises(
+        RecordError, match="is the placeholder of another tool, use <image>"
+    ) as raised:
         parse_record(RawRecord({**record, "images": ["a.png"]}, "m", "r1"), None, Path("/images"))
     assert name in str(raised.value)
