@@ -275,7 +275,7 @@ MUTANTS = (
     Mutant(
         "records that were left out come back",
         TRAIN + "setup.py",
-        "        run_log.restore(resumed_from.manifest)\n",
+        "        run_log.restore(checkpoints.resumed_from.manifest)\n",
         "        pass\n",
         (f"{RESUME}::test_a_skipped_record_stays_skipped_when_its_image_is_fixed",),
     ),

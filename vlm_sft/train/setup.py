@@ -5,9 +5,8 @@ import logging
 from collections.abc import Set
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -18,6 +17,7 @@ from vlm_sft.checkpoint.snapshot import Component
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.config.method import Stage
 from vlm_sft.config.schema import RunConfig
+from vlm_sft.data.batch import Collator
 from vlm_sft.data.build import (
     Data,
     make_collator,
@@ -27,6 +27,7 @@ from vlm_sft.data.build import (
 )
 from vlm_sft.data.dataset import content_difference
 from vlm_sft.data.hf_tokenizer import padding_id
+from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.model.build import build_model
 from vlm_sft.model.costs import image_cost
@@ -128,60 +129,21 @@ def build_trainer(
         model,
         identity,
         data,
-        optimizer_state=optimizer_component(
-            optimizer, cast("torch.amp.GradScaler | None", accelerator.scaler)
-        ),
+        optimizer_state=optimizer_component(optimizer, accelerator.scaler),
         saving_ranks=checkpoint_group(accelerator) if sharded else ProcessGroup(),
     )
+    asynchronous = config.train.async_checkpointing
     checkpoints = RunCheckpoints(
-        store,
-        model,
-        accelerator,
-        sharded=sharded,
-        asynchronous=config.train.async_checkpointing,
+        store, model, accelerator, sharded=sharded, asynchronous=asynchronous
     )
-    resumed_from = checkpoints.restore(total_steps)
+    checkpoints.restore(total_steps)
 
     # Only now: files of rows are cut at the step of the checkpoint, and the records that it
     # excludes are not loaded again.
-    step = checkpoints.saved_step
-    metrics = RunMetrics(output_dir, accelerator, first_step=step, total_steps=total_steps)
-    trained_file = None
-    if accelerator.is_main_process:
-        trained_file = MetricsFile(output_dir / "trained.jsonl", last_step=step)
-    run_log = RunLog(
-        data.train.record_ids,
-        accelerator,
-        trained_file,
-        max_quarantined=config.data.max_quarantined if config.data.on_error != "stop" else 0,
-        max_skipped=config.train.max_skipped_steps,
-        on_quarantine=partial(data.quarantine, output_dir=output_dir, held_out=False),
+    metrics = RunMetrics(
+        output_dir, accelerator, first_step=checkpoints.saved_step, total_steps=total_steps
     )
-    if resumed_from is not None:
-        run_log.restore(resumed_from.manifest)
-    loader = StepLoader(
-        data.train,
-        sampler,
-        collator,
-        run_log,
-        accelerator,
-        num_workers=config.data.num_workers,
-        skip_errors=config.data.on_error != "stop",
-    )
-    validation = None
-    if data.eval is not None:
-        quarantine = partial(data.quarantine, output_dir=output_dir, held_out=True)
-        validation = Validation(
-            model,
-            data.eval,
-            collator,
-            accelerator,
-            num_workers=config.data.num_workers,
-            samples=samples,
-            sample_on_all_ranks=sharded,
-            compiled=config.train.compile,
-            on_quarantine=None if config.data.on_error == "stop" else quarantine,
-        )
+    loader = build_loader(config, data, sampler, collator, checkpoints, accelerator)
     set_up_activation_checkpointing(
         config, model, optimizer, loader, accelerator, total_steps=total_steps
     )
@@ -193,8 +155,85 @@ def build_trainer(
         updater=Updater(optimizer, parts, config, accelerator, total_steps=total_steps),
         checkpoints=checkpoints,
         metrics=metrics,
-        validation=validation,
+        validation=build_validation(config, model, data, collator, samples, accelerator),
         total_steps=total_steps,
+    )
+
+
+def build_loader(
+    config: RunConfig,
+    data: Data,
+    sampler: StepSampler,
+    collator: Collator,
+    checkpoints: RunCheckpoints,
+    accelerator: Accelerator,
+) -> StepLoader:
+    """Build the loader of the training steps, with the log of the records used and excluded.
+
+    Args:
+        config: The run's configuration.
+        data: Training and validation records.
+        sampler: The records of each step.
+        collator: How the records of a step become micro-batches.
+        checkpoints: Restored: the records excluded before stay excluded.
+        accelerator: The run's ranks.
+    """
+    output_dir, skip_errors = Path(config.output_dir), config.data.on_error != "stop"
+    file = None
+    if accelerator.is_main_process:
+        file = MetricsFile(output_dir / "trained.jsonl", last_step=checkpoints.saved_step)
+    run_log = RunLog(
+        data.train.record_ids,
+        accelerator,
+        file,
+        max_quarantined=config.data.max_quarantined if skip_errors else 0,
+        max_skipped=config.train.max_skipped_steps,
+        on_quarantine=partial(data.quarantine, output_dir=output_dir, held_out=False),
+    )
+    if checkpoints.resumed_from is not None:
+        run_log.restore(checkpoints.resumed_from.manifest)
+    return StepLoader(
+        data.train,
+        sampler,
+        collator,
+        run_log,
+        accelerator,
+        num_workers=config.data.num_workers,
+        skip_errors=skip_errors,
+    )
+
+
+def build_validation(
+    config: RunConfig,
+    model: VisionLanguageModel,
+    data: Data,
+    collator: Collator,
+    samples: GenerateSamples | None,
+    accelerator: Accelerator,
+) -> Validation | None:
+    """Build what evaluates on the validation records; return None if there are none.
+
+    Args:
+        config: The run's configuration.
+        model: The model, sharded or not.
+        data: Training and validation records.
+        collator: How records become micro-batches.
+        samples: Generates samples, or None.
+        accelerator: Device, precision and ranks.
+    """
+    if data.eval is None:
+        return None
+    quarantine = partial(data.quarantine, output_dir=Path(config.output_dir), held_out=True)
+    return Validation(
+        model,
+        data.eval,
+        collator,
+        accelerator,
+        num_workers=config.data.num_workers,
+        samples=samples,
+        sample_on_all_ranks=is_sharded(model.parameters()),
+        compiled=config.train.compile,
+        on_quarantine=None if config.data.on_error == "stop" else quarantine,
     )
 
 
