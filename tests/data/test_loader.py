@@ -6,10 +6,11 @@ from types import FrameType
 
 import pytest
 
-from tests.train.tiny import Records
+from tests.train.tiny import Records, example
 from vlm_sft.data import loader
-from vlm_sft.data.batch import PaddedCollator
-from vlm_sft.errors import UserError
+from vlm_sft.data.batch import LoadError, PaddedCollator
+from vlm_sft.data.dataset import Example
+from vlm_sft.errors import RecordError, UserError
 
 
 class BrokenLoader:
@@ -61,3 +62,61 @@ def test_a_connection_that_breaks_for_another_reason_keeps_its_error(
     monkeypatch.setattr(loader, "NOTICE_SECONDS", 0.01)
     with pytest.raises(ConnectionResetError), loader.lost_worker_errors():
         next(broken_steps(monkeypatch))
+
+
+class Broken(Records):
+    """Records of which the second and the third cannot be loaded."""
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        if index in (1, 2):
+            raise RecordError("image_broken", "cut off", record_id=f"r{index}", where="a.json")
+        return super().__getitem__(index)
+
+
+def six_records() -> list[Example]:
+    return [example(number, length=5) for number in range(6)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_steps_come_in_order_whatever_their_number_of_micro_batches(num_workers: int) -> None:
+    steps = [[[0, 3]], [[5], [], [1]], [[4], [2]]]
+    collator = PaddedCollator(2, pad_token_id=0)
+    loaded = loader.load_steps(
+        Records(six_records()), iter(steps), collator=collator, num_workers=num_workers
+    )
+    found = [[list(batch.record_ids) for batch in batches] for batches in loaded]
+    assert found == [[[f"record-{i}" for i in indices] for indices in step] for step in steps]
+
+
+def test_steps_are_read_only_as_they_are_needed() -> None:
+    read: list[int] = []
+
+    def steps() -> Iterator[list[list[int]]]:
+        for index in range(6):
+            read.append(index)
+            yield [[index]]
+
+    collator = PaddedCollator(1, pad_token_id=0)
+    loaded = loader.load_steps(Records(six_records()), steps(), collator=collator, num_workers=0)
+    next(loaded)
+    assert read == [0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_record_that_cannot_be_loaded_is_reported_before_the_step_without_it(
+    num_workers: int,
+) -> None:
+    errors: list[LoadError] = []
+    loaded = loader.load_steps(
+        Broken(six_records()),
+        [[[0], [1, 3]], [[2]]],
+        collator=PaddedCollator(2, pad_token_id=0),
+        num_workers=num_workers,
+        on_error=errors.append,
+    )
+    first = next(loaded)
+    assert [batch.record_ids for batch in first] == [("record-0",), ("record-3",)]
+    assert first[1].load_errors == (LoadError(1, "image_broken", "a.json: record 'r1': cut off"),)
+    (empty,) = next(loaded)
+    assert empty.record_ids == () and empty.num_targets == 0
+    assert [error.index for error in errors] == [1, 2]
