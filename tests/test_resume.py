@@ -189,7 +189,7 @@ def test_a_skipped_record_stays_skipped_when_its_image_is_fixed(tmp_path: Path) 
 
 def test_more_broken_images_than_allowed_stop_the_run(tmp_path: Path) -> None:
     options = [*with_a_broken_image(tmp_path), "data.max_quarantined=0"]
-    with pytest.raises(UserError, match=r"1 records turned out broken.*red-circle-1"):
+    with pytest.raises(UserError, match=r"1 records could not be loaded.*red-circle-1"):
         run("stage1", tmp_path / "run", *options)
 
 
