@@ -1,13 +1,13 @@
-"""Images a CPU-second from file to square, ours beside the usual ways.
+"""Images per CPU-second from a file to the square input of the tower, against common pipelines.
 
     scripts/benchmarks/bench_data  # images made on the spot
     scripts/benchmarks/bench_data --images coco/val2017  # JPEGs of a folder, the first 64 by name
     scripts/benchmarks/bench_data --out docs/benchmarks  # keep table, figures and plot
 
-All ways go over the same JPEGs in memory, in turns, on one thread; figures are medians over rounds
-of images per CPU-second (process time), so that a busy machine changes them less. The made-up
-images have the size and the bytes of a photograph of COCO saved once more for the web (640 x 480,
-about 100 KB). The text path has its own: `scripts/benchmarks/bench_tokenize.py`.
+All pipelines process the same JPEGs in memory, in turns, on one thread. The figures are medians
+over rounds of images per CPU-second (process time), so that a busy machine changes them less. The
+generated images have the dimensions and file size of a COCO photograph compressed again for the web
+(640 x 480, about 100 KB). `scripts/benchmarks/bench_tokenize.py` measures text.
 """
 
 import argparse
@@ -54,7 +54,7 @@ Way = Callable[[bytes], Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Time every way, compare fast with exact, print the table and keep it where asked."""
+    """Time every pipeline, compare fast with exact, print the table, and write it if requested."""
     arguments = _parse(argv)
     torch.set_num_threads(1)
     facts = machine_facts()

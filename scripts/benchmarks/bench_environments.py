@@ -1,4 +1,4 @@
-"""Peers' environments: one folder each, with the versions that `bench_peers/*.txt` pin."""
+"""Create the environments of the peers from the pins in `bench_peers/*.txt`, one folder each."""
 
 import hashlib
 import shutil
@@ -13,10 +13,10 @@ DEFAULT = Path("~/.cache/vlm_sft/bench")
 
 
 def environment_python(name: str, root: Path) -> Path:
-    """The Python of the peer's environment below `root`; made first where it is not there.
+    """Return the Python of a peer's environment under `root`, creating the environment if needed.
 
     Raises:
-        UserError: uv is not installed, or it cannot install what is pinned.
+        UserError: If uv is not installed, or cannot install the pinned versions.
     """
     pins = PEERS / f"{name}.txt"
     folder = root.expanduser() / name
@@ -26,7 +26,9 @@ def environment_python(name: str, root: Path) -> Path:
         return python
     uv = _uv()
     print(
-        f"making {folder} from {pins.name} (torch is about 4 GB once)", file=sys.stderr, flush=True
+        f"creating {folder} from {pins.name} (torch is about 4 GB once)",
+        file=sys.stderr,
+        flush=True,
     )
     shutil.rmtree(folder, ignore_errors=True)
     for command in (
@@ -35,15 +37,15 @@ def environment_python(name: str, root: Path) -> Path:
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise UserError(f"{folder}: uv cannot make this environment ({last.strip()})")
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{folder}: uv cannot create this environment ({last.strip()})")
     stamp.touch()
     return python
 
 
 def _uv() -> str:
-    beside = Path(sys.executable).parent / "uv"
-    found = str(beside) if beside.is_file() else shutil.which("uv")
+    local = Path(sys.executable).parent / "uv"
+    found = str(local) if local.is_file() else shutil.which("uv")
     if found is None:
         raise UserError("uv is not installed, and the peers' environments need it: pip install uv")
     return found

@@ -1,10 +1,11 @@
-"""Floating-point operations that training needs (not those it wastes), and what the machine does.
+"""FLOPs that training needs (without padding and recomputation), and FLOP/s of the machine.
 
-    python scripts/benchmarks/bench_flops.py cuda  # prints the matrix product's operations a second
+    python scripts/benchmarks/bench_flops.py cuda  # prints the FLOP/s of a matrix product
 
-Two operations a multiply-add. Backward is once the forward's linear layers where weights are
-frozen (gradients of activations alone) and twice where they learn; attention's is always twice.
-The head counts at supervised positions, the tower forward only; adapters are left out.
+A multiply-add counts as 2. The backward pass of a linear layer costs as much as its forward pass if
+the weights are frozen (gradients of activations only) and twice as much if they are trainable; that
+of attention always costs twice. The head counts at supervised positions and the tower forward only;
+adapters are not counted.
 """
 
 import sys
@@ -17,7 +18,7 @@ from bench_sizes import NUM_IMAGE_TOKENS, Size
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one record, image tokens included, how many carry loss, and its images."""
+    """Number of tokens of a record (image tokens included), of supervised tokens and of images."""
 
     tokens: int
     targets: int
@@ -25,26 +26,26 @@ class Sample:
 
 
 def sample_flops(size: Size, sample: Sample, mode: str) -> float:
-    """Operations of one record's forward and backward pass in `mode` (see bench_peers/measure)."""
-    learns = 3 if mode == "full" else 2
+    """Return the FLOPs of a record's forward and backward pass in `mode` (bench_peers/measure)."""
+    passes = 3 if mode == "full" else 2
     layer = 4 * size.width**2 + 3 * size.width * size.intermediate
     linear = 2 * sample.tokens * size.layers * layer
     attention = 2 * sample.tokens**2 * size.width * size.layers
     head = 2 * sample.targets * size.width * size.vocabulary
     projector = 2 * NUM_IMAGE_TOKENS * (size.vision_width * size.width + size.width**2)
     images = sample.images * (3 * projector + _tower(size))
-    return learns * (linear + head) + 3 * attention + images
+    return passes * (linear + head) + 3 * attention + images
 
 
 def _tower(size: Size) -> float:
-    """Forward through the layers that feed the features: all but the last."""
+    """Return the FLOPs of the layers before the features: all but the last, forward."""
     tokens, layers = NUM_IMAGE_TOKENS + 1, size.vision_layers - 1
     linear = 2 * tokens * 12 * size.vision_width**2
     return layers * (linear + 4 * tokens**2 * size.vision_width)
 
 
 def matmul_rate(device: str) -> float:
-    """Operations a second of a large matrix product: bf16 on a GPU, fp32 on a CPU; median of 5."""
+    """Return FLOP/s of a large matrix product: bf16 on a GPU, fp32 on a CPU; median of 5."""
     side, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     left = torch.randn(side, side, device=device, dtype=dtype)
     right = torch.randn(side, side, device=device, dtype=dtype)

@@ -1,13 +1,12 @@
-"""What `train.activation_checkpointing` and `optim.optimizer` cost in memory and in time.
+"""Memory and time of `train.activation_checkpointing` and `optim.optimizer`.
 
     .venv/bin/python scripts/benchmarks/bench_memory.py
     .venv/bin/python scripts/benchmarks/bench_memory.py --hidden-size 512 --layers 8 --tokens 1024
 
-A Llama with random weights and a tiny tower, in each of the stages: bytes that the forward pass
-leaves for the backward pass, bytes at the peak of both, CPU-seconds of both (medians over rounds,
-the policies in turns), and whether loss and gradients are the same bits. Then a step of each
-optimizer over as many weights: bytes of its state and CPU-seconds. `--compile` times compiled
-layers too. One thread.
+For a Llama with random weights and a tiny tower, in each stage: bytes that the forward pass saves
+for the backward pass, peak bytes of both, CPU-seconds of both (medians over rounds, the policies in
+turns), and whether loss and gradients are bit-identical. Then a step of each optimizer on the same
+weights: bytes of its state and CPU-seconds. `--compile` times compiled layers too. One thread.
 """
 
 import argparse
@@ -45,19 +44,19 @@ from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 STAGES: dict[str, set[str]] = {
     "stage 1": {"projector"},
     "stage 2, LoRA": {"projector", "adapter"},
-    "stage 2 in full": {"projector", "language_model"},
+    "stage 2, full": {"projector", "language_model"},
 }
 IMAGE = 16
-"""Tokens of the tiny tower's one image."""
+"""Tokens of an image in the tiny tower."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and print."""
+    """Measure, and print the tables."""
     arguments = _parse(argv)
     torch.set_num_threads(1)
     console = Console(width=110)
     console.print(_policies(arguments))
-    console.print(_optimisers(arguments))
+    console.print(_optimizers(arguments))
     if arguments.compile:
         console.print(_compiled(arguments))
     return 0
@@ -89,12 +88,12 @@ def _policies(arguments: argparse.Namespace) -> Table:
     return table
 
 
-def _optimisers(arguments: argparse.Namespace) -> Table:
-    table = Table(title="optimizers, stage 2 in full")
-    for column in ("optimizer", "weights", "state bytes a weight", "CPU-s a step"):
+def _optimizers(arguments: argparse.Namespace) -> Table:
+    table = Table(title="optimizers, full fine-tuning")
+    for column in ("optimizer", "weights", "state bytes per weight", "CPU-s per step"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     for kind in ("adamw", "adamw_8bit"):
-        model = _model("stage 2 in full", arguments)
+        model = _model("stage 2, full", arguments)
         rates = LearningRates(projector=1e-3, language_model=1e-4)
         config = OptimConfig.model_validate({"learning_rate": rates, "optimizer": kind})
         optimizer = build_optimizer(parameters_by_part(model), config)
@@ -171,7 +170,7 @@ def _model(stage: str, arguments: argparse.Namespace) -> VisionLanguageModel:
 
 
 def _batch(arguments: argparse.Namespace) -> Batch:
-    """An image first, then words, a seventh of all positions supervised."""
+    """Return records of an image and text, with a seventh of all positions supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 1024, (arguments.rows, arguments.tokens), generator=generator)
     ids[:, 1 : 1 + IMAGE] = IMAGE_TOKEN_ID
@@ -190,7 +189,7 @@ def _step(model: VisionLanguageModel, batch: Batch) -> None:
 
 
 def _measured(model: VisionLanguageModel, batch: Batch) -> tuple[int, int, dict[str, Tensor]]:
-    """Bytes kept after the forward pass, bytes at the peak, loss and gradients by name."""
+    """Return bytes saved by the forward pass, peak bytes, and loss and gradients by name."""
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.manual_seed(0)

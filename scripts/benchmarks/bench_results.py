@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table on the terminal and as Markdown, all of it as JSON."""
+"""Write the results of a benchmark: a table on the terminal, a Markdown page and a JSON file."""
 
 import argparse
 import datetime
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, memory, accelerator, system, versions and the day (UTC)."""
+    """Return processor, memory, accelerator, system, versions and the date (UTC)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -38,7 +38,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def command_line(script: str, given: Sequence[str]) -> str:
-    """The command without the folders that are this machine's own."""
+    """Return the command without options that name folders of this machine."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--environments", "--output", "--scratch"):
         parser.add_argument(option)
@@ -46,7 +46,7 @@ def command_line(script: str, given: Sequence[str]) -> str:
 
 
 def print_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """The rows on the terminal; `columns` maps a row's key to its heading."""
+    """Print the rows; `columns` maps a row's key to its heading."""
     table = Table(title=title)
     for place, heading in enumerate(columns.values()):
         table.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
@@ -56,7 +56,7 @@ def print_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> 
 
 
 def markdown_table(columns: Mapping[str, str], rows: Sequence[Row]) -> str:
-    """The same as a Markdown table."""
+    """Return the rows as a Markdown table; see `print_table`."""
     lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
     lines += [" | ".join(_shown(row.get(key)) for key in columns) for row in rows]
     return "".join(f"| {line} |\n" for line in lines)
@@ -76,14 +76,14 @@ def write_results(
     """Write `NAME.json` and `NAME.md` into `folder`.
 
     Args:
-        folder: Made where it is missing.
-        name: Of the files.
+        folder: Created if it does not exist.
+        name: Name of the files, without extension.
         title: Heading of the page.
-        command: What makes it again.
+        command: The command that repeats the benchmark.
         tables: Heading, columns (key to heading) and rows of each.
-        details: What else was measured, for the JSON alone.
+        details: Further measurements, written to the JSON file only.
         facts: `machine_facts()` from before the benchmark.
-        plot: File name of an image that lies beside, if any.
+        plot: File name of a plot in the same folder, if any.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = {heading: list(found) for heading, _, found in tables}

@@ -1,8 +1,8 @@
-"""Rows and images for the benchmarks: made up from a seed, shaped like LLaVA-1.5's 665K mixture.
+"""Rows and images for the benchmarks, generated with the shape of LLaVA-1.5's 665K mixture.
 
-Which share each component has, how often it asks, how long its questions and answers are, and how
-many of its records show one image follow what is published about the mixture; lengths within a
-component are drawn here, so figures made with them speak of the shape, not of LLaVA's own text.
+The share of each component, its number of questions, the lengths of its questions and answers, and
+the number of records per image follow what is published about the mixture. Lengths within a
+component are drawn at random, so the figures describe this shape and not LLaVA's own text.
 """
 
 import io
@@ -100,14 +100,17 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote."""
+    """Return the rows of a file that `write_rows` wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_images(rows: Sequence[Row], folder: Path, *, distinct: int | None = None) -> None:
-    """A JPEG of 640x480 and about 100 KB for every image that the rows name, below `folder`.
+    """Write a JPEG of 640x480 and about 100 KB for every image of the rows.
 
-    `distinct`: draw only so many and repeat them.
+    Args:
+        rows: Their `image` is a path inside `folder`.
+        folder: Folder of the images.
+        distinct: Number of different images, which are repeated; None for all different.
     """
     names = sorted({row["image"] for row in rows if "image" in row})
     drawn: list[bytes] = []

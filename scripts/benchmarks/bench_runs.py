@@ -1,4 +1,4 @@
-"""Runs of peers: each a process of its own, in an environment of its own, given a job file."""
+"""Run a peer on a job file, in its own process and environment."""
 
 import argparse
 import json
@@ -17,22 +17,22 @@ from vlm_sft.errors import UserError
 from vlm_sft.utils.progress import format_seconds
 
 BATCH = 4
-"""Records a step, where a job does not say otherwise."""
+"""Default number of records per step."""
 
 JobFields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: As the table has it.
-        script: In bench_peers.
-        environment: Its pins in bench_peers; None: this one.
-        micro_batch_size: Records at once; fewer than a step's: gradients are accumulated.
-        weight: About how long a step takes beside others, for the estimate of time left.
-        config: Settings of vlm_sft that differ from the plain run's.
+        name: Name in the table.
+        script: Script in bench_peers.
+        environment: Name of the pins in bench_peers; None for the current environment.
+        micro_batch_size: Records per forward pass; gradients are accumulated over a step.
+        weight: Approximate relative time of a step, to estimate the remaining time.
+        config: Settings of vlm_sft that differ from the padded run's.
     """
 
     name: str
@@ -44,25 +44,25 @@ class Peer:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is vlm_sft itself."""
+        """Whether the peer is vlm_sft itself."""
         return self.script == "ours.py"
 
 
 class Runs:
-    """Starts a peer's process for a job and reads what it measured, telling how long is left."""
+    """Runs peers one after the other, and logs an estimate of the remaining time."""
 
     def __init__(self, work: Path, arguments: argparse.Namespace) -> None:
         self.work, self.device = work, arguments.device
         self._root = Path(arguments.environments)
         self._number, self._start = 0, time.monotonic()
         self.planned, self.done = 0.0, 0.0
-        """Work planned and done, in the peers' weights times steps."""
+        """Planned and finished work: the sum of steps times the peer's weight."""
 
     def run(self, peer: Peer, job: JobFields, *, note: str) -> dict[str, Any]:
-        """What the peer measured.
+        """Return what the peer measured.
 
         Raises:
-            UserError: It did not get to the end, with the last line it said.
+            PeerError: If its process failed; the message has the last line of its log.
         """
         say(f"{peer.name}, {note}{self._left()}")
         python = sys.executable
@@ -118,19 +118,19 @@ class PeerError(UserError):
     """A peer's process failed."""
 
     def __init__(self, peer: Peer, log: str) -> None:
-        lines = [line for line in log.strip().splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line for line in log.strip().splitlines() if line.strip()] or ["no output"]
         self.out_of_memory = "OutOfMemoryError" in log or "out of memory" in log.lower()
         self.log = log
         super().__init__(f"{peer.name}: the run failed with: {lines[-1].strip()[:300]}")
 
 
 def _trained(path: Path) -> list[list[str]]:
-    """The ids of the records of every step, where the run wrote them down."""
+    """Return the record ids of every step, if the run logged them."""
     if not path.is_file():
         return []
     return [json.loads(line)["records"] for line in path.read_text().splitlines()]
 
 
 def say(text: str) -> None:
-    """A line about how far it is."""
+    """Log a line about the progress to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,12 +1,12 @@
-"""What exact saving adds to a step and takes on the disk, beside writing the same bytes plainly.
+"""Time that resumable checkpoints add to a step, and their size, against plain file writing.
 
     .venv/bin/python scripts/benchmarks/bench_saving.py
     .venv/bin/python scripts/benchmarks/bench_saving.py --hidden-size 768 --layers 12
 
-Trains stage 2 in full on a language model with random weights, in turns without saving, saving in
-place and saving beside training, and compares the runs' own clocks. Then the tensors of one
-checkpoint are written by torch.save, by safetensors, and by safetensors with fsync and sha256:
-what a save cannot be faster than. Medians over rounds.
+Runs stage 2 (full fine-tuning of a language model with random weights) in turns without
+checkpoints, with synchronous and with asynchronous ones, and compares the step times that the runs
+log. Then it writes the tensors of one checkpoint with torch.save, with safetensors, and with
+safetensors plus fsync and sha256, which is a lower bound for a save. Medians over rounds.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What training costs against tokens, images, records and processes; one thread a process.
+"""Cost of training against tokens, images, records and processes, one thread per process.
 
     scripts/benchmarks/bench_scaling                                   # 1,000 to 1,000,000 records
     scripts/benchmarks/bench_scaling --records 1000 10000 --parts records step
 
-Records: made-up records of one exchange that repeat a few real images are read, tokenized,
-admitted, put in order and packed as a run does it; what each costs should not depend on how many
-there are (needs Linux: memory is read from /proc). Step, text
-and image: a step of the tiny LLaVA, tokenization, and opening images. Processes: the same steps of
-`vlm_sft.stage2` under torchrun with one process and with two.
+Records: generated records of one exchange, which repeat a few real images, are read, tokenized,
+filtered, ordered and packed as in a run. The cost per record should not depend on their number
+(needs Linux: memory is read from /proc). Step, text and image: a step of the tiny LLaVA,
+tokenization, and reading images. Processes: the same steps of `vlm_sft.stage2` under torchrun with
+one process and with two.
 """
 
 import argparse
@@ -55,7 +55,7 @@ Panel = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the parts asked for, print them and write them down."""
+    """Run the requested parts; print and write the results."""
     arguments = _parse(argv)
     torch.set_num_threads(1)
     facts = machine_facts()
@@ -285,7 +285,7 @@ PROCESS_COLUMNS = {
 def _processes(work: Path) -> tuple[Table, list[Panel]]:
     """Eight records a step under torchrun: one process with two micro-batches, two with one each.
 
-    Where more processes run than cores are free, samples a second say nothing.
+    With more processes than free cores, samples per second mean nothing.
     """
     steps, batch = 4, 8
     rows = make_rows(steps * batch, seed=SEED)

@@ -1,7 +1,7 @@
-"""Stage 1, LoRA, QLoRA and full training on a GPU: samples a second, peak memory, and the share of
-the machine's matrix product that training's own arithmetic reaches (MFU).
+"""Stage 1, LoRA, QLoRA and full fine-tuning on a GPU: samples per second, peak memory and MFU.
 
-The same code runs on a CPU with tiny shapes, where figures mean nothing but that it works.
+MFU is the share of the machine's matrix-product rate that the FLOPs of training reach. The same
+code runs on a CPU with tiny shapes, where the figures only show that it works.
 """
 
 import argparse
@@ -32,25 +32,25 @@ from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import RecordError
 
 LORA = {"lora_r": 128, "lora_alpha": 256}
-QUANTIzED = {"model": {"language_model": {"quantization": "nf4"}}}
+QUANTIZED = {"model": {"language_model": {"quantization": "nf4"}}}
 CAPTION_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<image>' }}{% else %}"
     "{% generation %}{{ m['content'][0]['text'] }}{{ eos_token }}{% endgeneration %}{% endif %}"
     "{% endfor %}"
 )
-"""`plain`, as transformers needs it."""
+"""The `plain` template as a Jinja template of transformers."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained on what.
+    """A training method and its data.
 
     Attributes:
-        mode: As a job has it.
-        rows: `captions`, `mixture`, or `long`: records of 2,048 tokens.
-        batch_size: Records a step.
-        micro_batch_size: Of those at once where they are padded.
-        checkpointing: Activations are recomputed.
+        mode: The `mode` of a job.
+        rows: `captions`, `mixture`, or `long` (records of 2,048 tokens).
+        batch_size: Records per step.
+        micro_batch_size: Records per forward pass if they are padded.
+        checkpointing: Whether activations are recomputed.
     """
 
     mode: str
@@ -82,7 +82,7 @@ COLUMNS = {
 
 
 def stage_rows(work: Path, arguments: argparse.Namespace, facts: JobFields, runs: Runs) -> None:
-    """Run the stages asked for, print and write them."""
+    """Run the requested stages; print and write the results."""
     peak = _machine_rate(arguments.device)
     table: list[dict[str, Any]] = []
     chosen = {name: STAGES[name] for name in arguments.only}
@@ -102,7 +102,7 @@ def _peers(stage: Stage) -> list[Peer]:
     HF Trainer runs in this environment: all that it needs vlm_sft needs too.
     """
     train = {"gradient_checkpointing": stage.checkpointing}
-    quantized = QUANTIzED if stage.mode == "qlora" else {}
+    quantized = QUANTIZED if stage.mode == "qlora" else {}
     packing = {"micro_batch_size": None, "packing": {"max_tokens": MAX_PACK}}
     packed = {"train": {**train, **packing}, **quantized}
     shared = {"train": {**train, **packing, "share_image_prefix": True}, **quantized}

@@ -1,4 +1,4 @@
-"""CPU seconds of every command until it has answered `--help` or refused a wrong input.
+"""CPU-seconds of every command until it has answered `--help` or refused a wrong input.
 
     python scripts/benchmarks/bench_startup.py [REPEATS]
 

@@ -1,11 +1,11 @@
-"""Records a second through template, tokenizer, mask and proof, beside transformers' own mask.
+"""Tokenization: records per second with a verified loss mask, compared with transformers' mask.
 
     .venv/bin/python scripts/benchmarks/bench_tokenize.py  # SmolLM2 of the quickstart
     .venv/bin/python scripts/benchmarks/bench_tokenize.py --tokenizer DIR --template vicuna_v1
 
-All ways go over the same conversations, in turns, on one thread; figures are medians over rounds of
-conversations per CPU-second (process time). The conversations are shaped like LLaVA-1.5's mixture
-(`scripts/benchmarks/bench_rows.py`).
+All variants process the same conversations, in turns, on one thread. The figures are medians over
+rounds of conversations per CPU-second (process time). The conversations have the shape of
+LLaVA-1.5's mixture (`scripts/benchmarks/bench_rows.py`).
 """
 
 import argparse

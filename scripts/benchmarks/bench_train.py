@@ -1,13 +1,13 @@
 """Training speed and peak memory of vlm_sft and its peers on the same rows, order and weights.
 
     scripts/benchmarks/bench_train  # CPU, tiny LLaVA, all peers
-    scripts/benchmarks/bench_train --sharing --size small  # shared prefixes alone, other shapes
+    scripts/benchmarks/bench_train --sharing --size small  # shared prefixes only, other shapes
     scripts/benchmarks/bench_train --device cuda --size 7b  # GPU: stage 1, LoRA, QLoRA, full
     scripts/benchmarks/bench_train --stages --steps 2  # the GPU's code path, tiny, on the CPU
 
 On a CPU every peer is one process on one thread; figures are per process CPU-second, from the end
-of the first step to the end of the last, medians over rounds in which the peers take turns. The
-peers' environments are made by uv below --environments the first time.
+of the first step to the end of the last, medians over rounds in which the peers take turns. uv
+creates the peers' environments under --environments the first time.
 """
 
 import argparse
@@ -58,7 +58,7 @@ ALL_PEERS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what was asked for, print it and write it down."""
+    """Run the requested benchmark; print and write the results."""
     arguments = _parse(argv)
     facts = machine_facts()
     device, size = arguments.device, SIZES[arguments.size]
@@ -235,7 +235,7 @@ def _sharing(
 ) -> list[dict[str, Any]]:
     """Packed with and without shared prefixes, over the whole of a set.
 
-    Each has an order of its own; losses stand beside the reference on the same records.
+    Each has its own order; its losses are compared with the reference on the same records.
     """
     rows = make_rows(SHARING_ROWS, seed=SEED + 1)
     folder = work / "sharing"
@@ -368,7 +368,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
-    parser.add_argument("--sharing", action="store_true", help="shared prefixes alone, on a CPU")
+    parser.add_argument(
+        "--sharing", action="store_true", help="only shared image prefixes, on a CPU"
+    )
     parser.add_argument("--stages", action="store_true", help="the stages instead of the peers")
     parser.add_argument(
         "--only", nargs="*", choices=tuple(STAGES), default=list(STAGES), help="of the stages"

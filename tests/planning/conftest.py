@@ -5,7 +5,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def no_fakes_left() -> Iterator[None]:
-    """Fake tensors lie in cycles; what they stand for is counted until they are gone."""
+def collect_fake_tensors() -> Iterator[None]:
+    """Collect garbage after each test: fake tensors are in reference cycles, and count as live."""
     yield
     gc.collect()

@@ -1,4 +1,4 @@
-"""Samples a second, share of the machine's rate, peak memory against the planner, and a peer."""
+"""Measure samples per second, MFU, peak memory against the planner, and transformers' Trainer."""
 
 import statistics
 import sys
@@ -38,13 +38,13 @@ from vlm_sft.train.packing_check import prepare_packing
 from vlm_sft.train.train_step import accumulate_gradient
 
 WARM_UP, MEASURED = 1, 3
-"""Steps that are not counted, and steps whose median is; of tiny shapes one."""
+"""Steps before the measurement, and steps whose median is taken; with tiny shapes one."""
 
 MFU_MODE = {"stage1": "stage1", "lora": "lora", "qlora": "lora", "full": "full"}
 
 
 class Bench:
-    """One model with its optimizer, trained for a few steps on batches that are in memory."""
+    """A model and its optimizer, trained for a few steps on batches in memory."""
 
     def __init__(self, job: Job, method: Method, policy: CheckpointPolicy, **train: Any) -> None:
         self.job, self.method, self.policy = job, method, policy
@@ -76,7 +76,7 @@ class Bench:
         return PackedCollator(self.pack, shared, 1, image_cost(self.model), 0)
 
     def rate(self, records: Records, collator: Collator, batch_size: int) -> float:
-        """Return samples a second: the median of a few steps, loading not counted."""
+        """Return samples per second: the median of a few steps, loading not counted."""
         steps = len(records) // batch_size
         seconds = []
         warm_up, measured = (0, 1) if self.job.tiny else (WARM_UP, MEASURED)
@@ -131,7 +131,7 @@ class Bench:
 
 
 def main(job: Job) -> None:
-    """Measure every way of training, the most telling first."""
+    """Measure every training method, the most important figures first."""
     with job.figures("lora_padded", "lora_packed", "lora_mfu", "lora_sharing", "planner_lora"):
         lora(job)
     with job.figures("stage1_padded", "stage1_packed", "stage1_mfu", "planner_stage1"):
@@ -146,7 +146,7 @@ def main(job: Job) -> None:
         keys = (f"{method}_trainer", f"{method}_against_trainer")
         if job.tiny and method != "lora":
             for key in keys:
-                job.missing(key, "compared for LoRA alone when tiny")
+                job.missing(key, "with tiny shapes only LoRA is compared")
             continue
         with job.figures(*keys):
             against_trainer(job, method)
@@ -259,7 +259,7 @@ def against_trainer(job: Job, method: Method) -> None:
 
 def _against_planner(job: Job, bench: Bench, records: Records, batch: int) -> None:
     if job.tiny and bench.method != "lora":
-        job.missing(f"planner_{bench.method}", "planned for LoRA alone when tiny")
+        job.missing(f"planner_{bench.method}", "with tiny shapes only LoRA is planned")
         return
     batches = bench.load(records, bench.packed(), range(batch))
     measured, predicted = bench.memory(batches)

@@ -22,14 +22,14 @@ class Job:
         rows: JSON lines in LLaVA's form, in the order to train in.
         images: Folder that the rows' images start from.
         result: JSON file to write.
-        work: Empty folder for whatever else is written.
+        work: Empty folder for all other output.
         steps: Optimizer steps.
-        batch_size: Records a step.
-        micro_batch_size: Records at once; fewer than `batch_size`: gradients are accumulated.
-        learning_rate: Of all that learns, from the first step to the last.
+        batch_size: Records per step.
+        micro_batch_size: Records per forward pass; gradients are accumulated over `batch_size`.
+        learning_rate: Constant learning rate of all trainable parameters.
         mode: `full` (projector and language model), `lora`, `qlora` or `stage1` (projector).
-        device: `cpu` or `cuda`; on `cuda` in bf16 with fp32 for what learns.
-        options: Settings that this peer's row stands for.
+        device: `cpu` or `cuda`; `cuda` uses bf16, with fp32 trainable parameters.
+        options: Settings that distinguish this row from other rows of the peer.
     """
 
     model: str

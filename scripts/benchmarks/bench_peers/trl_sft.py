@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with its own collator for images and the loss on answers alone."""
+"""TRL's SFTTrainer with its own collator for images and the loss on answers only."""
 
 import datasets
 from measure import Job, Meter, measure_trainer
