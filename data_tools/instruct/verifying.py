@@ -5,7 +5,7 @@ files give the same bytes.
 """
 
 import gc
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,7 +112,7 @@ class Tally:
     def __init__(self) -> None:
         self.funnel: Counter[str] = Counter()
         self.by_type: dict[str, Counter[str]] = {}
-        self.verdicts: dict[str, Counter[str]] = {}
+        self.verdicts: dict[str, Counter[str]] = defaultdict(Counter)
         self.codes: Counter[str] = Counter()
         self.codes_by_type: dict[str, Counter[str]] = {}
         self.deviations: Counter[str] = Counter()
@@ -126,7 +126,7 @@ class Tally:
         self.funnel[sample.status] += 1
         self.by_type.setdefault(sample.type, Counter())[sample.status] += 1
         for check in sample.checks:
-            self.verdicts.setdefault(check.rule, Counter())[check.verdict] += 1
+            self.verdicts[check.rule][check.verdict] += 1
             if check.rule == "reading" and check.code is None:
                 self.deviations[check.claim] += 1
         for code in sample.reasons:

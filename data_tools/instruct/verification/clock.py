@@ -29,6 +29,8 @@ def _number(word: str) -> int | None:
     return int(word) if word.isdigit() else NUMBERS.get(word.lower())
 
 
+CLOCK: Final = frozenset({"past", "quarter", "half", "o'clock", "o’clock", "to", "after"})
+"""Words of which a time in words has one."""
 _DIGITAL: Final = re.compile(r"\b(1[0-2]|0?[1-9]):([0-5]\d)\b")
 _SPOKEN: Final = re.compile(
     r"\b(?P<step>half|quarter|twenty-five|\d{1,2}|five|ten|twenty)(?: minutes)? "

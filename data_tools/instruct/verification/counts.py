@@ -72,7 +72,10 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
         verdict, code = tally.exactly(value)
     elif tally.exceeds_captions(value) or (
         (unrestricted or _shares_words(case))
-        and (tally.refuted_by_captions(value) or tally.refuted_by_other_words(value))
+        and (
+            tally.refuted_by_captions(value, some=not unrestricted)
+            or tally.refuted_by_other_words(value)
+        )
     ):
         verdict, code = "contradicted", "COUNT_WRONG"
     elif narrow or not unrestricted:
@@ -136,12 +139,14 @@ def _judge(
 ) -> Iterator[Check]:
     tally = Tally(case, mention.entry, mention.word)
     value = number.least
-    if value < 2 and not number.exact:
+    if value < 2 and not number.exact and sentence.words[number.first] != "one":
         return
     if not tally.boxes and (case.knowledge.has_boxes or not tally.in_captions):
         return
     vague = sentence.words[number.first] in _VAGUE
     exact = number.exact and not mention.entry.narrow
+    if value < 2 and not number.exact and not _counts_all(case, sentence, mention, number):
+        return
     fewer = value < max(tally.in_captions, default=0)
     all_of_them = number.exact or (fewer and _counts_all(case, sentence, mention, number))
     verdict: Verdict
@@ -290,14 +295,15 @@ class Tally:
             return "unknown", None
         return "contradicted", "COUNT_TOO_HIGH"
 
-    def refuted_by_captions(self, value: int) -> bool:
+    def refuted_by_captions(self, value: int, *, some: bool = False) -> bool:
         """Return whether captions count this word and neither they nor the boxes allow the number.
 
-        Without boxes two captions must agree.
+        Without boxes two captions must agree. `some`: only some of the things are counted, so that
+        the number of boxes says nothing.
         """
         numbers = self.in_captions
         several = {number for number in numbers if number > 1} or set(numbers)
-        same = value == len(self.boxes) and self.entry.firm
+        same = value == len(self.boxes) and self.entry.firm and not (some and self.entry.narrow)
         if not several or value in numbers or same:
             return False
         firm = self.entry.firm and not self.entry.narrow
@@ -379,6 +385,6 @@ _PARTIAL: Final = word_set(
 )
 _PLACES: Final = word_set("on in at under inside outside")
 _MORE: Final = word_set("another other more additional second third fourth fifth remaining")
-_MORE_ALONE: Final = word_set("others another fourth third fifth remaining rest")
+_MORE_ALONE: Final = word_set("others other another second fourth third fifth remaining rest")
 _MIRRORS: Final = ("mirror", "mirrors", "reflection", "reflected", "reflections")
 _ASKING: Final = word_set("many number standing sitting total visible seen picture image photo")

@@ -51,10 +51,15 @@ def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]
                 if tuple(words[index : last + 1]) != phrase:
                     continue
                 text = " ".join(phrase)
-                for kind in _by_text()[text]:
+                kinds_here = _by_text()[text]
+                # `evening` is in two groups of its family; one of them suffices
+                allowed = {k.family for k in kinds_here if excluding(known, k) is None}
+                for kind in kinds_here:
                     if index < ends.get(kind.family, 0):
                         continue
                     ends[kind.family] = last + 1
+                    if kind.family in allowed:
+                        continue
                     ids = excluding(known, kind)
                     if (
                         ids is None
@@ -116,7 +121,20 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         lead = words[start] if start >= 0 else ""
         ends = not after or after in FUNCTION_WORDS or not after[0].isalpha()
         located = (
-            lead in ("this", "it", "in", "on", "at", "shows", "is", "inside", "through")
+            lead
+            in (
+                "this",
+                "it",
+                "in",
+                "on",
+                "at",
+                "along",
+                "across",
+                "shows",
+                "is",
+                "inside",
+                "through",
+            )
             or start < 0
         )
         located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
@@ -137,6 +155,9 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         return case.knowledge.boxes_of((kind.family,)) != () or not case.knowledge.has_boxes
     if kind.family in _OF_CONVERSATIONS:
         return case.sample_type == "conversation"
+    if kind.family == "vehicle asked":
+        named = case.knowledge.boxes_of((sentence.words[last], singular(sentence.words[last])))
+        return not named and not _VEHICLES_ASKED.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "animal":
         return not _ANIMALS_ASKED.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "drink":
@@ -224,9 +245,10 @@ def _wrong_person(
     alone = (direct and opening) or (
         not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
     )
+    main = _main_person(case, sentence) if opening else None
     for index in sentence.hits(PERSON):
         word = sentence.words[index]
-        if not alone and not _same_number(case, sentence, index):
+        if index != main and not alone and not _same_number(case, sentence, index):
             continue
         wrong = (
             ((word in people["male"] or word in people["he"]) and census.female and not census.male)
@@ -258,6 +280,23 @@ def _wrong_person(
             continue  # `one of the women`
         return index
     return None
+
+
+def _main_person(case: Case, sentence: Sentence) -> int | None:
+    """Return the index of the person whom an answer names first, whom captions describe too.
+
+    Two captions must have the other sex.
+    """
+    first = next((m for m in sentence.mentions if "person" in m.entry.categories), None)
+    if first is None or first.first != first.last or any(
+        word in _people()["mixed"] for word in sentence.words[: first.first]
+    ):  # fmt: skip
+        return None
+    people = _people()
+    word = sentence.words[first.first]
+    other = people["female"] if word in people["male"] else people["male"]
+    votes = {n for w in other for n in case.knowledge.words.get(w, ())}
+    return first.first if len(votes) > 1 else None
 
 
 def _same_number(case: Case, sentence: Sentence, index: int) -> bool:
@@ -315,7 +354,8 @@ def _people() -> dict[str, frozenset[str]]:
 
 
 _ANIMALS_ASKED: Final = frozenset({"animal", "animals", "creature", "creatures", "pet", "pets"})
+_VEHICLES_ASKED: Final = frozenset({"vehicle", "vehicles", "transport", "transportation"})
 _FEATURES: Final = frozenset({"features", "has", "with", "contains", "is", "scene"})
 _GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
-_OF_CONVERSATIONS: Final = frozenset({"aircraft", "flower"})
+_OF_CONVERSATIONS: Final = frozenset({"aircraft"})
 """Families of which a description may name another one that captions leave out."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from data_tools import wording
 from data_tools.coco import Box, Picture
-from data_tools.instruct.verification.clock import times
+from data_tools.instruct.verification.clock import CLOCK, times
 from data_tools.instruct.verification.describing import (
     Attribute,
     Family,
@@ -22,7 +22,7 @@ from data_tools.instruct.verification.grammar import singular
 from data_tools.instruct.verification.lazy import lazy
 from data_tools.instruct.verification.lexicon import Entry, Lexicon
 from data_tools.instruct.verification.numbers import numbered_nouns, quantity
-from data_tools.instruct.verification.phrases import planted_words
+from data_tools.instruct.verification.phrases import ORDER, planted_words
 from data_tools.instruct.verification.reading import Reading
 
 SMALL: Final = 0.1
@@ -93,6 +93,7 @@ class Knowledge:
         return tuple(
             (word, caption.id)
             for caption in self.captions
+            if not ORDER.cues.isdisjoint(caption.reading.vocabulary)
             for word in planted_words(caption.reading.text)
         )
 
@@ -172,6 +173,7 @@ class Knowledge:
         return [
             (minutes, caption.id)
             for caption in self.captions
+            if ":" in caption.reading.text or not CLOCK.isdisjoint(caption.reading.vocabulary)
             for minutes, _ in times(caption.reading.text)
         ]
 
