@@ -198,7 +198,7 @@ BAD: dict[str, tuple[str, Changes, str]] = {
         {"optim.learning_rate": {"projector": 1e-3}},
         "language_model is missing",
     ),
-    "4 bits that would be trained in full": (
+    "full fine-tuning of 4-bit weights": (
         "stage2",
         {"model.language_model.quantization": "nf4"},
         "model.language_model.quantization",
@@ -303,8 +303,8 @@ def records(kind: str, folder: Path) -> list[dict[str, Any]]:
     """A data file for the configurations that name one of these kinds."""
 
     def record(number: int, image: str | None) -> dict[str, Any]:
-        asked = "<image>\nWhat?" if image else "What?"
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "yes"}]
+        question = "<image>\nWhat?" if image else "What?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
         return {"id": f"r{number}", "conversations": turns} | ({"image": image} if image else {})
 
     images = {"TEXT_ONLY": [], "NO_IMAGE": ["gone.png"], "ONE_IMAGE": ["red-circle-0.png"]}[kind]
@@ -358,7 +358,7 @@ def everything(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def words_of(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def run_and_read(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code of a command, and all that it printed on one line."""
     try:
         code, error = run(), ""
@@ -379,7 +379,7 @@ def test_what_must_fail_later_is_found(
     path = configuration(places, stage, changes)
     reset_accelerate()
     before = everything(places)
-    code, text = words_of(lambda: check.main([path]), capsys)
+    code, text = run_and_read(lambda: check.main([path]), capsys)
     assert code == 2, text
     assert words in text
     assert everything(places) == before
@@ -401,7 +401,7 @@ def test_what_only_looks_odd_passes_and_trains(
 ) -> None:
     stage, changes = GOOD[name]
     path = configuration(tmp_path, stage, changes)
-    code, text = words_of(lambda: check.main([path]), capsys)
+    code, text = run_and_read(lambda: check.main([path]), capsys)
     assert code == 0, text
     export = "export --to hf note not possible" if "exported" in name else OUTLOOK
     assert export in text
@@ -416,17 +416,17 @@ def test_a_run_that_is_already_there_is_reported(
     reset_accelerate()
     assert stage1.main([configuration(tmp_path, "stage1", {"data.eval": []})]) == 0
     path = configuration(tmp_path, "stage1", {"data.eval": []})
-    code, text = words_of(lambda: check.main([path, "--no-model"]), capsys)
+    code, text = run_and_read(lambda: check.main([path, "--no-model"]), capsys)
     assert code == 0
     assert "already finished" in text
     path = configuration(tmp_path, "stage1", {"data.eval": [], "seed": 7})
-    code, text = words_of(lambda: check.main([path, "--no-model"]), capsys)
+    code, text = run_and_read(lambda: check.main([path, "--no-model"]), capsys)
     assert code == 2
     assert "seed" in text
     other = {"projector": str(tmp_path / "run" / "final"), "output_dir": str(tmp_path / "next")}
     wider = {LANGUAGE: {**SMALL, "hidden_size": 96, "intermediate_size": 64}}
     path = configuration(tmp_path, "stage2", {**other, **wider})
-    code, text = words_of(lambda: check.main([path]), capsys)
+    code, text = run_and_read(lambda: check.main([path]), capsys)
     assert code == 2
     assert "but this model's is" in text
 
@@ -495,15 +495,15 @@ def test_a_resume_that_the_stage_would_refuse_is_bad_in_the_same_words(
         config = configuration(tmp_path, "stage1", {**SAVED, "train.max_steps": 1})
         own.write_text(own.read_text().replace("max_steps: 4", "max_steps: 1"))
     before = everything(tmp_path)
-    code, text = words_of(lambda: check.main([config]), capsys)
+    code, text = run_and_read(lambda: check.main([config]), capsys)
     assert everything(tmp_path) == before
     assert code == (2 if words else 0), text
     assert (words or "a run would resume") in text
     assert ("skipped: " in text) == ("damaged" in fault)
     reset_accelerate()
     if words:
-        with pytest.raises(UserError) as refusal:
+        with pytest.raises(UserError) as error:
             stage1.main([config])
-        assert "".join(str(refusal.value).split()) in "".join(text.split())
+        assert "".join(str(error.value).split()) in "".join(text.split())
     else:
         assert stage1.main([config]) == 0

@@ -43,7 +43,7 @@ def test_a_run_report_holds_loss_ledger_answers_and_settings_escaped(tmp_path: P
     assert "export --to hf" not in page, "an older version did not note it"
 
 
-def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
+def test_a_run_without_a_step_has_a_report(tmp_path: Path) -> None:
     assert "No training step" in write_run_report(tmp_path).read_text()
 
 

@@ -81,7 +81,7 @@ def test_both_sources_show_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert objects([CONFIG, "--json"], capsys) == objects([*FILE, "--json"], capsys)
 
 
-def test_a_configurations_overrides_and_held_out_files_count(
+def test_overrides_and_validation_files_of_a_configuration_are_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (one,) = objects([CONFIG, "--eval", "--json", "--limit", "1"], capsys)
@@ -91,7 +91,7 @@ def test_a_configurations_overrides_and_held_out_files_count(
 
 
 @pytest.mark.parametrize("source", [[CONFIG], FILE])
-def test_trained_text_stands_between_marks(
+def test_trained_text_is_between_marks(
     source: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert show.main([*source, "--record", "red-circle-1"]) == 0
@@ -102,7 +102,7 @@ def test_trained_text_stands_between_marks(
     assert "red-circle-1" in out and "1 image)" in out and "red-circle-0" not in out
 
 
-def test_five_records_are_shown_unless_more_are_asked_for(
+def test_five_records_are_shown_without_a_limit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for options, count in ([], 5), (["--limit", "7"], 7):
@@ -432,9 +432,9 @@ class Page(HTMLParser):
             self.articles.append([])
             self.marks.append([])
             self.texts.append("")
-        held = sorted((k, v) for k, v in attrs if k not in ("src", "width", "height"))
+        kept = sorted((k, v) for k, v in attrs if k not in ("src", "width", "height"))
         into = self.articles[-1] if "article" in [*self.open, tag] else self.shape
-        into.append((tag, held))
+        into.append((tag, kept))
         if tag == "mark" and self.articles:
             self.marks[-1].append("")
         if tag not in ("meta", "img", "input", "br"):
@@ -492,7 +492,7 @@ def test_no_text_of_a_record_changes_the_page_around_it(tmp_path: Path) -> None:
     text, page = page_of(nasty_records(tmp_path, NASTY), tmp_path)
     _, harmless = page_of(nasty_records(tmp_path, ["harmless"] * len(NASTY)), tmp_path)
     assert page.articles == harmless.articles and len(page.articles) == len(NASTY)
-    # the table of control strings is the same, since none of these texts spells one
+    # the table of special-token strings is the same, since none of these texts contains one
     assert page.shape == harmless.shape and page.open == []
     assert [tag for tag, _ in page.shape].count("script") == 1
     assert text.count("<script") == text.count("</script") == 1
@@ -505,7 +505,7 @@ def test_no_text_of_a_record_changes_the_page_around_it(tmp_path: Path) -> None:
 
 def test_a_page_loads_nothing_and_runs_its_own_script_alone(tmp_path: Path) -> None:
     text, page = page_of([CONFIG], tmp_path)
-    policy = next(dict(held)["content"] for _, held in page.shape if "http-equiv" in dict(held))
+    policy = next(dict(found)["content"] for _, found in page.shape if "http-equiv" in dict(found))
     assert policy.startswith("default-src 'none'; img-src data:;") and "sha256-" in policy
     assert "'unsafe-inline'" not in policy.partition("script-src")[2]
     assert "://" not in text and "@import" not in text and "url(" not in text
@@ -557,7 +557,7 @@ def test_tokens_together_spell_exactly_what_was_encoded(tokenizer: str, template
             assert len(trained.tokens) > 3  # tokens are shown one by one
 
 
-def test_a_page_shows_images_small_and_says_which_are_missing_or_broken(tmp_path: Path) -> None:
+def test_a_page_shows_thumbnails_and_reports_missing_and_broken_images(tmp_path: Path) -> None:
     text, page = page_of([str(mixed(tmp_path))], tmp_path)
     assert text.count("data:image/jpeg;base64,") == 1
     assert 'width="256" height="128"' in text and "1: ok.png, 600 x 300" in page.texts[0]
@@ -584,7 +584,7 @@ def test_a_page_shows_the_filtering_result_of_each_record(tmp_path: Path) -> Non
     assert text.count('data-kind="source"') == 2 and text.count('data-kind="outcome"') == 4
 
 
-def test_a_page_says_how_many_records_it_shows_and_is_the_same_each_time(
+def test_a_page_reports_how_many_records_it_shows_and_is_reproducible(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [CONFIG, "--limit", "7", "--longer-than", "10"]

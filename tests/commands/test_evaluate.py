@@ -1,4 +1,4 @@
-"""Measuring a checkpoint, from the command to the file of results."""
+"""A checkpoint is evaluated, from the command to the file of results."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def probes(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_is_measured_into_one_file(
+def test_a_checkpoint_is_evaluated_into_one_file(
     trained: Path, probes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = probes.parent / "results.json"
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_measured_into_one_file(
     assert lines[-1] == f"results: {out}" and not any("eld-out" in line for line in lines)
 
 
-def test_probes_that_got_one_answer_alone_are_noted_with_their_balanced_accuracy() -> None:
+def test_one_sided_predictions_are_noted_with_their_balanced_accuracy() -> None:
     found = {"chosen": {"no": 1.0}, "balanced_accuracy": {"estimate": 0.5}}
     mixed = {"chosen": {"no": 0.6, "yes": 0.4}, "balanced_accuracy": {"estimate": 0.5}}
     results = {"probes": {"pope": {"right": found, "blank": mixed}}}
@@ -80,7 +80,7 @@ def test_probes_that_got_one_answer_alone_are_noted_with_their_balanced_accuracy
     ]
 
 
-def test_fewer_images_and_conditions_can_be_asked_for(trained: Path, probes: Path) -> None:
+def test_images_and_conditions_can_be_limited(trained: Path, probes: Path) -> None:
     out = probes.parent / "results.json"
     options = ["--conditions", "blank,right", "--max-images", "1", "--out", str(out)]
     where = ["--probes", str(probes), "--images", str(DATA), "--device", "cpu"]
@@ -90,7 +90,7 @@ def test_fewer_images_and_conditions_can_be_asked_for(trained: Path, probes: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--probes", "{p}", "--conditions", "left"], "--conditions left: expected some of right"),
         (["--probes", "missing.json"], "missing.json: no such file"),
@@ -101,14 +101,14 @@ def test_fewer_images_and_conditions_can_be_asked_for(trained: Path, probes: Pat
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_exit_code_2(
-    probes: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    probes: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [argument.format(p=probes) for argument in arguments]
     with pytest.raises(SystemExit) as ended:
         run_command(evaluate.main, ["no-checkpoint", "--images", str(DATA), *given])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert said in told and "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
 
 
 def test_a_missing_checkpoint_is_named(probes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +119,7 @@ def test_a_missing_checkpoint_is_named(probes: Path, capsys: pytest.CaptureFixtu
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_the_run_wrote_the_table_of_its_parts_and_reports_it(trained: Path) -> None:
+def test_the_run_writes_the_table_of_its_parts_and_reports_it(trained: Path) -> None:
     rows = json.loads((trained / "parts.json").read_text())
     states = {row["part"]: (row["state"], row["peak learning rate"]) for row in rows}
     assert states == {

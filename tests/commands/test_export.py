@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("in_the_repository")
 RED = Path("configs/tiny/data/images/red-circle-0.png")
 
 
-def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         run_command(main, argv)
     assert stopped.value.code == 2
@@ -27,7 +27,7 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
+def test_a_lora_run_is_exported_to_a_folder_that_stock_classes_load(
     lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "exported"
@@ -52,8 +52,8 @@ def test_a_lora_run_becomes_a_folder_that_stock_classes_load(
         return_tensors="pt",
     )
     run = load_checkpoint(lora_run, device="cpu")
-    asked = user_message("Which color?", [RED])
-    ids = run.prompt_ids(asked)
+    message = user_message("Which color?", [RED])
+    ids = run.prompt_ids(message)
     image = stock.config.image_token_id
     assert inputs["input_ids"][0].tolist() == [i if i >= 0 else image for i in ids]
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_run_that_stock_llava_cannot_hold_is_refused_and_nothing_is_written(
         "model.vision_tower.grid_pool=1",
     )
     capsys.readouterr()
-    line = refusal([str(run), str(tmp_path / "out")], capsys)
+    line = error_of([str(run), str(tmp_path / "out")], capsys)
     assert "averages the feature grid" in line
     assert not (tmp_path / "out").exists()
 
@@ -93,11 +93,11 @@ def test_a_run_that_stock_llava_cannot_hold_is_refused_and_nothing_is_written(
 def test_wrong_arguments_end_with_one_sentence_and_2(
     lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no such folder" in refusal([str(tmp_path / "gone"), str(tmp_path / "o")], capsys)
+    assert "no such folder" in error_of([str(tmp_path / "gone"), str(tmp_path / "o")], capsys)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    line = refusal([str(lora_run), str(tmp_path / "full")], capsys)
+    line = error_of([str(lora_run), str(tmp_path / "full")], capsys)
     assert "is not an empty directory" in line
-    line = refusal([str(lora_run), str(tmp_path / "o"), "--image", "gone.png"], capsys)
+    line = error_of([str(lora_run), str(tmp_path / "o"), "--image", "gone.png"], capsys)
     assert "gone.png" in line
     assert not (tmp_path / "o").exists()

@@ -1,4 +1,4 @@
-"""Caption loss: what the image is worth, on cases counted by hand."""
+"""Caption losses equal those computed by hand and without batches."""
 
 from pathlib import Path
 

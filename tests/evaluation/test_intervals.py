@@ -17,17 +17,17 @@ from vlm_sft.evaluation.intervals import (
 def test_the_clustered_interval_covers_the_truth_with_about_its_confidence() -> None:
     generator = np.random.default_rng(0)
     clusters = [image for image in range(80) for _ in range(5)]
-    held = held_naive = 0
+    covered = covered_naive = 0
     for trial in range(200):
         # Answers of one image go together: each image has its own chance of a right answer.
         chances = generator.beta(0.7, 0.3, size=80)  # mean 0.7
         values = (generator.random(400) < np.repeat(chances, 5)).astype(float)
         found = cluster_bootstrap_interval(list(values), clusters, seed=trial, samples=400)
-        held += found.low <= 0.7 <= found.high
+        covered += found.low <= 0.7 <= found.high
         naive = wilson_interval(int(values.sum()), 400)
-        held_naive += naive.low <= 0.7 <= naive.high
-    assert 180 <= held <= 199
-    assert held_naive < 160, "an interval that ignores images is too narrow here"
+        covered_naive += naive.low <= 0.7 <= naive.high
+    assert 180 <= covered <= 199
+    assert covered_naive < 160, "an interval that ignores images is too narrow here"
 
 
 def test_wilson_gives_the_textbook_interval() -> None:

@@ -93,7 +93,9 @@ def test_the_image_and_the_condition_matter(run: LoadedModel, tmp_path: Path) ->
     assert scores["blank", "a.png"] == pytest.approx(scores["blank", "b.png"], rel=bound_of(run))
 
 
-def test_an_image_is_run_once_whatever_is_asked_about_it(run: LoadedModel, tmp_path: Path) -> None:
+def test_an_image_is_encoded_once_for_all_questions_about_it(
+    run: LoadedModel, tmp_path: Path
+) -> None:
     Image.new("RGB", (40, 30), (250, 10, 10)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40), (10, 10, 250)).save(tmp_path / "b.png")
     existence = [ask_yes_no("Is it red?", name) for name in ("a.png", "b.png") for _ in range(20)]

@@ -65,7 +65,7 @@ def trained_adapters() -> VisionLanguageModel:
         DINO,
     ],
 )
-def test_stock_llava_loads_the_export_and_says_the_same(
+def test_stock_llava_loads_the_export_and_gives_the_same_logits(
     tower: dict[str, Any], projector: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model = tiny_model(tower=tower, projector_type=projector)

@@ -1,4 +1,4 @@
-"""What an export refuses is known before training, as sentences."""
+"""Everything that an export would refuse is reported before training."""
 
 import html
 from pathlib import Path

@@ -159,12 +159,12 @@ def test_weights_above_the_size_are_several_files_with_an_index_of_all_names(
     files = sorted(path.name for path in out.glob("model-*.safetensors"))
     assert len(files) > 1 and sorted(set(index["weight_map"].values())) == files
     for file in files:
-        held = names(out / file)
-        assert held and all(index["weight_map"][name] == file for name in held)
+        stored = names(out / file)
+        assert stored and all(index["weight_map"][name] == file for name in stored)
     assert not (out / "model.safetensors").exists()
 
 
-def test_weights_are_cast_to_the_asked_dtype_and_compared_in_it(tmp_path: Path) -> None:
+def test_weights_are_cast_to_the_requested_dtype_and_compared_in_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(out, {"tower": tower("clip_vision_model")}, dtype=torch.bfloat16)
     weights = load_file(out / "model.safetensors").values()

@@ -51,7 +51,7 @@ def test_a_message_of_five_megabytes_is_shortened_in_every_kind_of_error() -> No
         assert len(getattr(error, "message", "")) <= MAX_SHOWN
 
 
-def test_shortening_keeps_both_ends_and_says_how_much_there_was() -> None:
+def test_shortening_keeps_both_ends_and_reports_the_length() -> None:
     short = shortened("a" * 100 + "b" * 100, 64)
     assert len(short) == 64 and short[0] == "a" and short[-1] == "b" and "200 characters" in short
     assert shortened("a" * 64, 64) == "a" * 64

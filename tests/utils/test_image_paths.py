@@ -66,7 +66,7 @@ def test_links_within_the_root_and_a_root_that_is_a_link_are_accepted(root: Path
 
 
 @pytest.mark.parametrize(
-    ("there", "asked", "difference"),
+    ("existing", "requested", "difference"),
     [
         ("Café.jpg", "Cafe\u0301.jpg", "Unicode form (NFD and NFC)"),
         ("Dog.JPG", "dog.jpg", "upper and lower case"),
@@ -81,11 +81,11 @@ def test_links_within_the_root_and_a_root_that_is_a_link_are_accepted(root: Path
     ],
 )
 def test_a_missing_name_is_explained_by_the_nearest_one(
-    tmp_path: Path, there: str, asked: str, difference: str
+    tmp_path: Path, existing: str, requested: str, difference: str
 ) -> None:
-    (tmp_path / there).parent.mkdir(exist_ok=True)
-    (tmp_path / there).write_bytes(b"")
-    found = nearest_existing(tmp_path / asked)
+    (tmp_path / existing).parent.mkdir(exist_ok=True)
+    (tmp_path / existing).write_bytes(b"")
+    found = nearest_existing(tmp_path / requested)
     assert found.endswith(f"exists, which differs in {difference}")
 
 
