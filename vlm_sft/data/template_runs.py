@@ -1,11 +1,11 @@
 """Group the pieces of a chat template into runs of text that are tokenized together."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vlm_sft.data.chat_template import ChatTemplate, Slot, TemplatePiece, TemplateText
-from vlm_sft.data.conversation import Role
+from vlm_sft.data.conversation import Conversation, Role
 from vlm_sft.data.text_encoder import TextEncoder
 
 
@@ -29,6 +29,38 @@ class TemplateRun:
     prefix: str = ""
     suffix: str = ""
     num_special: int = 0
+
+
+@dataclass(slots=True)
+class FilledRun:
+    """A `TemplateRun` with the turns' text in it: ids of special tokens and images, and text."""
+
+    parts: list[str | int]
+    turn: int | None
+    prefix: str
+    suffix: str
+
+
+@dataclass(slots=True)
+class Layout:
+    """A conversation in its template, before its text is encoded.
+
+    Attributes:
+        conversation: The conversation, with separators written out and quirks applied.
+        runs: Its text in the runs of the template.
+        num_added_turns: Turns before the conversation's own: 1 for a default system text, else 0.
+        num_special: Special tokens that the template writes for these roles.
+    """
+
+    conversation: Conversation
+    runs: list[FilledRun]
+    num_added_turns: int
+    num_special: int
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """The texts to encode."""
+        return (part for run in self.runs for part in run.parts if isinstance(part, str))
 
 
 def find_runs(

@@ -20,7 +20,7 @@ from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.image_separator import separated
 from vlm_sft.data.jinja_export import jinja_prelude, jinja_with_first_space
 from vlm_sft.data.llava_quirks import NO_QUIRKS, LlavaQuirks
-from vlm_sft.data.template_runs import TemplateRun, find_runs
+from vlm_sft.data.template_runs import FilledRun, Layout, TemplateRun, find_runs
 from vlm_sft.data.text_encoder import Context, TextEncoder, UnencodableText
 from vlm_sft.errors import RecordError, TemplateError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
@@ -177,7 +177,7 @@ class ChatTokenizer:
         layouts = [self._lay_out(conversation) for conversation in chunk]
 
         # 2. Encode all ordinary text of the chunk in one call, which is faster than one by one.
-        texts = (text for layout in layouts if isinstance(layout, _Layout) for text in layout.texts)
+        texts = (text for layout in layouts if isinstance(layout, Layout) for text in layout.texts)
         encoded = self.encoder.encode_all(texts)
 
         # 3. Concatenate the ids. The labels of a supervised answer and its EOT token are its ids;
@@ -228,7 +228,7 @@ class ChatTokenizer:
 
     # --- 1. conversation to special tokens and text
 
-    def _lay_out(self, conversation: Conversation) -> "_Layout | RecordError":
+    def _lay_out(self, conversation: Conversation) -> Layout | RecordError:
         """Put a conversation's text into the runs of the template."""
         try:
             conversation = separated(conversation, self.image_separator)
@@ -241,17 +241,17 @@ class ChatTokenizer:
             return error
         except UserError as error:
             return self._error(conversation, "template", str(error))
-        runs: list[_Run] = []
+        runs: list[FilledRun] = []
         context: Context = "start"
         for template_run in template_runs:
             run, context = self._fill(template_run, turns, context)
             runs.append(run)
         num_special = sum(run.num_special for run in template_runs)
-        return _Layout(conversation, runs, len(turns) - len(conversation.turns), num_special)
+        return Layout(conversation, runs, len(turns) - len(conversation.turns), num_special)
 
     def _fill(
         self, template_run: TemplateRun, turns: Sequence[Turn], context: Context
-    ) -> tuple["_Run", Context]:
+    ) -> tuple[FilledRun, Context]:
         """Put the turns' text into a run; also return the context of the run after it."""
         parts: list[str | int] = []
         for piece in template_run.parts:
@@ -273,7 +273,7 @@ class ChatTokenizer:
             if template_run.turn is not None and index == 0:
                 prefix = text[: len(text) - len(part)] + prefix
             parts[index], context = text, "continuation"
-        return _Run(parts, template_run.turn, prefix, template_run.suffix), context
+        return FilledRun(parts, template_run.turn, prefix, template_run.suffix), context
 
     def _turn_parts(self, turn: Turn) -> list[str | int]:
         parts: list[str | int] = [
@@ -295,7 +295,7 @@ class ChatTokenizer:
     # --- 3. ids and labels
 
     def _join(
-        self, layout: "_Layout", encoded: Mapping[str, Sequence[int] | UnencodableText]
+        self, layout: Layout, encoded: Mapping[str, Sequence[int] | UnencodableText]
     ) -> TokenizedRecord | RecordError:
         """Concatenate the ids of a conversation and label its supervised answers."""
         ids: list[int] = []
@@ -335,7 +335,7 @@ class ChatTokenizer:
                 answers.append(ids)
         return self.encoder.decode_all(answers)
 
-    def _prove(self, layout: "_Layout", tokenized: TokenizedRecord, answers: Sequence[str]) -> None:
+    def _prove(self, layout: Layout, tokenized: TokenizedRecord, answers: Sequence[str]) -> None:
         """Check ids and labels against the conversation itself, not against the runs.
 
         Raises:
@@ -459,38 +459,6 @@ class ChatTokenizer:
                 f"image separator {separator!r}: contains {found[0]!r}, which is not ordinary "
                 "text; use white space or words"
             )
-
-
-@dataclass(slots=True)
-class _Run:
-    """A `TemplateRun` with the turns' text in it: ids of special tokens and images, and text."""
-
-    parts: list[str | int]
-    turn: int | None
-    prefix: str
-    suffix: str
-
-
-@dataclass(slots=True)
-class _Layout:
-    """A conversation in its template, before its text is encoded.
-
-    Attributes:
-        conversation: The conversation, with separators written out and quirks applied.
-        runs: Its text in the runs of the template.
-        num_added_turns: Turns before the conversation's own: 1 for a default system text, else 0.
-        num_special: Special tokens that the template writes for these roles.
-    """
-
-    conversation: Conversation
-    runs: list[_Run]
-    num_added_turns: int
-    num_special: int
-
-    @property
-    def texts(self) -> Iterator[str]:
-        """The texts to encode."""
-        return (part for run in self.runs for part in run.parts if isinstance(part, str))
 
 
 def expand(ids: Sequence[int], num_tokens: int, values: Sequence[int] | None = None) -> list[int]:
