@@ -14,6 +14,7 @@ from data_tools.instruct.verification.grammar import (
     PREPOSITIONS,
     determiner,
     finite_verbs,
+    verb_stems,
     word_set,
 )
 from data_tools.instruct.verification.lazy import lazy
@@ -144,6 +145,8 @@ class Lexicon:
             words[last + 2 : last + 6]
         ):
             return True  # `the bed of the pickup`
+        if after in verb_stems() and determiner(words, first)[0] == "number":
+            return False  # `several sheep stand there`
         return after in self._heads or (
             # `dog bowl`, `train car`: the last of two nouns is what is there
             after in self._phrases
