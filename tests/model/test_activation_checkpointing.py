@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_the_same_to_the_bit_whatever_is_recomputed(stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_selective_keeps_less_where_weights_learn_and_full_keeps_least(stage: str) -> None:
+def test_selective_keeps_less_if_weights_are_trainable_and_full_keeps_least(stage: str) -> None:
     kept = []
     for policy in POLICIES:
         model = learning(stage, policy, num_hidden_layers=4)
@@ -148,7 +148,7 @@ def test_selective_keeps_products_and_attention_but_not_what_is_cheap(
     assert (decided is checkpoint.CheckpointPolicy.MUST_SAVE) == kept
 
 
-def test_other_families_recompute_too() -> None:
+def test_other_families_support_checkpointing_too() -> None:
     found = []
     for policy in POLICIES:
         model = tiny_model(language_model=GEMMA2)

@@ -165,13 +165,13 @@ def real_step(
         pytest.param(QWEN2, torch.bfloat16, "none", "full", marks=pytest.mark.slow),
     ],
 )
-def test_a_prediction_is_what_a_real_step_keeps_and_holds_at_its_peak(
+def test_predicted_saved_and_peak_bytes_are_those_of_a_real_step(
     language: dict[str, Any], dtype: torch.dtype, policy: CheckpointPolicy, method: str
 ) -> None:
     real, batch = real_step(language, method, dtype, policy)
     config = model_config(language_model=language)
     predicted = simulation(config, method, dtype).footprint(batch, policy)
-    if policy == "none":  # what checkpointing keeps, it keeps beside autograd
+    if policy == "none":  # checkpointing keeps its inputs outside of autograd
         kept = predicted.images + predicted.activations + predicted.loss
         kept -= 2 * 3 * 28 * 28  # the pixels: alive, and not saved for the backward pass
         assert kept == pytest.approx(real.activations, rel=0.1)
@@ -187,7 +187,7 @@ def test_a_single_row_needs_no_mask_however_long(simulated: Simulation) -> None:
     assert long < 32 * short
 
 
-def test_what_is_recomputed_is_not_kept(simulated: Simulation) -> None:
+def test_recomputed_activations_are_not_saved(simulated: Simulation) -> None:
     batch = MicroBatch.padded([64] * 4, targets=20, images=4)
     none, selective, full = (
         simulated.footprint(batch, policy).activations for policy in ("none", "selective", "full")

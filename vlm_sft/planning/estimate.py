@@ -38,7 +38,7 @@ class StaticMemory:
         weights: Weights of each part of the model.
         gradients: Gradients of the trainable weights, in float32.
         optimizer: AdamW's two moments: float32, or with 8-bit AdamW one byte each and their scales.
-        communication: Buffers beside the rank's own tensors: gradient buckets (DDP), or gathered
+        communication: Buffers besides the rank's own tensors: gradient buckets (DDP), or gathered
             layers (FSDP2); with QLoRA, one dequantized layer.
     """
 

@@ -209,7 +209,7 @@ def test_the_digest_sees_a_moved_scale(double: bool) -> None:
         (None, {"use_rslora": True}),
     ],
 )
-def test_merged_weights_give_the_logits_of_the_adapters_on_the_weights_they_learnt_beside(
+def test_merged_weights_give_the_logits_of_the_adapters_on_dequantized_weights(
     kind: str | None, variant: dict[str, bool]
 ) -> None:
     lora = LORA.model_copy(update=variant)
@@ -228,7 +228,7 @@ def test_merged_weights_give_the_logits_of_the_adapters_on_the_weights_they_lear
         assert (expected - original).abs().max() > 0.005
 
 
-def test_a_quantised_base_without_adapters_merges_to_the_weights_it_stands_for() -> None:
+def test_a_quantized_base_without_adapters_merges_to_its_dequantized_weights() -> None:
     model = quantized(None)
     merged = merged_language_model(model)
     assert merged is not model.language_model and not any(map(is_quantized, merged.parameters()))
@@ -260,7 +260,7 @@ def test_packed_layers_get_pefts_own_kind_of_adapter() -> None:
     assert len(found) == 2 * 7
 
 
-def test_a_quantised_model_cannot_be_trained_in_full() -> None:
+def test_a_quantized_model_refuses_full_fine_tuning() -> None:
     config = LanguageModelConfig(config=LLAMA, tokenizer="bytes", quantization="nf4")
     with pytest.raises(ConfigError, match=r"quantization: nf4 weights .* add a `lora` section"):
         require_quantization(config.quantization, {"projector", "language_model"})
@@ -268,7 +268,7 @@ def test_a_quantised_model_cannot_be_trained_in_full() -> None:
     require_quantization(config.quantization, {"projector"})
 
 
-def test_without_bitsandbytes_the_line_that_installs_it_is_told(
+def test_without_bitsandbytes_the_error_has_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find_spec = importlib.util.find_spec
