@@ -28,9 +28,9 @@ def imported_samples(
 
     Args:
         path: A JSON list, or one JSON object a line (`.jsonl`).
-        pictures: By id; a record's picture is found by the number in its file's name.
+        pictures: By id; a record's image is found by the number in its file's name.
         policy: How strict.
-        left_out: Counts what cannot be checked: text only, pictures without annotations, records
+        left_out: Counts what cannot be checked: text only, images without annotations, records
             that are not of the form.
 
     Raises:

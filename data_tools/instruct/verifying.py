@@ -1,6 +1,6 @@
 """Answers become samples: read, checked claim by claim, accepted or rejected with their reasons.
 
-A pure function of pictures, requests and answers: it may be run again at no cost, and the same
+A pure function of images, requests and answers: it may be run again at no cost, and the same
 files give the same bytes.
 """
 
@@ -96,7 +96,7 @@ def make_sample(request: Request, answer: Answer, picture: Picture, policy: Poli
 
 
 def picture_source(picture: Picture) -> PictureSource:
-    """What a sample keeps of its picture."""
+    """What a sample keeps of its image."""
     return PictureSource(
         id=picture.id,
         file_name=picture.file_name,

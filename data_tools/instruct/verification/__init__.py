@@ -65,7 +65,7 @@ def check_sample(
     """Everything found about a sample, turn by turn; a check with a code rejects it.
 
     Args:
-        turns: Questions with answers, without picture placeholders.
+        turns: Questions with answers, without image placeholders.
         sample_type: Descriptions and conversations are held to what is there; reasoning may infer.
         picture: With all of its annotations. Without any box nothing counts as absent.
         shown: What the labels that turns cite stand for.

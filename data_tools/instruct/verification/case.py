@@ -1,4 +1,4 @@
-"""What a rule is given: one turn read, the picture's knowledge, and how strict to be."""
+"""What a rule is given: one turn read, the image's knowledge, and how strict to be."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -14,7 +14,7 @@ from data_tools.instruct.verification.reading import Reading
 
 Part = Literal["question", "answer"]
 REMEMBERED = 256
-"""So many pictures' knowledge is kept at a time."""
+"""The knowledge of this many images is kept at a time."""
 
 
 class Policy:
@@ -22,7 +22,7 @@ class Policy:
 
     Args:
         config: The run's `verify` section.
-        categories: Names of all categories that are annotated, whether in this picture or not.
+        categories: Names of all categories that are annotated, whether in this image or not.
     """
 
     def __init__(self, config: VerifyConfig, categories: Iterable[str]) -> None:
@@ -33,7 +33,7 @@ class Policy:
         self._known: dict[int, Knowledge] = {}
 
     def knowledge(self, picture: Picture) -> Knowledge:
-        """What the annotations say of a picture; samples of one picture share it."""
+        """What the annotations state about an image; samples of one image share it."""
         known = self._known.get(picture.id)
         if known is None or known.picture is not picture:
             if len(self._known) >= REMEMBERED:

@@ -42,21 +42,21 @@ ALL: Final = (
     Code("IMAGE_MISSING", "reading", "The image of a record of others is not in the folder.", ""),
     Code("TURN_COUNT", "form", "Too few or too many turns for the type.", "a detail with 2 turns"),
     Code("TURN_EMPTY", "form", "A question or an answer without words.", "`\"answer\": \" \"`"),
-    Code("TURN_REPEATED", "form", "A question, or a long answer, stands twice.",
+    Code("TURN_REPEATED", "form", "A question, or a long answer, appears twice.",
          "`How many dogs are there?` twice"),
     Code("TOO_SHORT", "form", "An answer with fewer words than its type allows.",
          "a detail of `A cat.`"),
     Code("TOO_LONG", "form", "A question or answer with more words than its type allows.", ""),
     Code("NOT_A_QUESTION", "form", "The human's turn neither asks nor instructs.",
          "`The dog is black.`"),
-    Code("PICTURE_MARK", "form", "A text holds a picture's placeholder; exports set it themselves.",
+    Code("PICTURE_MARK", "form", "A text holds an image's placeholder; exports set it themselves.",
          "`<image>`"),
     Code("ROLE_MARK", "form", "A text holds a role's name or a template's control text.",
          "`ASSISTANT: It is a cat.`"),
     Code("ALL_YES", "form", "Every yes/no question of a conversation is answered yes.",
          "three questions, three times `Yes.`"),
     Code("GIVEN_AWAY", "form", "The question holds its own answer.",
-         "`What colour is the red bus?` `Red.`"),
+         "`What color is the red bus?` `Red.`"),
     Code("LEAK", "manner", "It speaks of captions, boxes, coordinates, labels or a description.",
          "`According to the caption, ...`"),
     Code("HEDGED", "manner", "Too many sentences guess.", "`It appears to be a dog, possibly.`"),
@@ -76,7 +76,7 @@ ALL: Final = (
     Code("PLACE_WRONG", "content", "A side, half, corner or order that the boxes contradict.",
          "`The cat is left of the cup.`"),
     Code("RELATION_REFUTED", "content",
-         "On, under, in, next to: of things that are far apart in the picture.",
+         "On, under, in, next to: of things that are far apart in the image.",
          "`The cat sits on the chair.`"),
     Code("ATTRIBUTE_WRONG", "content",
          "A color, material or state of a thing where captions give the same thing another one.",
@@ -90,7 +90,7 @@ ALL: Final = (
          "A time of day, a time on a clock, or weather that captions contradict.",
          "`at night`, captions: `a sunny day`"),
     Code("ATTRIBUTE_UNKNOWN", "content",
-         "A colour, material or action that no caption has, where the settings refuse those.",
+         "A color, material or action that no caption has, where the settings refuse those.",
          "`a red dog`"),
 )  # fmt: skip
 """In the order of the documentation."""
@@ -98,7 +98,7 @@ ALL: Final = (
 NOT_CLAIMS: Final = frozenset(
     {"reading", "form", "citation", "hedge", "leak", "language", "injection", "refusal", "clean"}
 )
-"""Rules whose checks are about the answer's form, manner or citations, not about the picture."""
+"""Rules whose checks are about the answer's form, manner or citations, not about the image."""
 
 CODES: Final = {code.name: code for code in ALL}
 """Every code by its name."""

@@ -72,7 +72,7 @@ def _asks(case: Case) -> bool:
 
 
 def _given_away(case: Case) -> str | None:
-    """The answer where the question has it: all words of a short one, or the number or colour."""
+    """The answer where the question has it: all words of a short one, or the number or color."""
     question = case.question
     if question.kind != "open" and question.kind != "how_many":
         return None

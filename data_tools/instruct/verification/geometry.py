@@ -36,7 +36,7 @@ def order(
 
 
 def region(box: Box, where: Region, picture: Picture, margin: float) -> Verdict:
-    """Whether the box lies in this half of the picture, or about its centre.
+    """Whether the box lies in this half of the image, or about its center.
 
     A half is certain where the box stays `margin` of the side away from the middle. `centre` is
     refuted only, by a box that stays in an outer quarter.

@@ -1,4 +1,4 @@
-"""What the annotations say of one picture, put so that claims can be held against it."""
+"""What the annotations state about one image, put so that claims can be held against it."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -43,9 +43,9 @@ class Caption:
 
 
 class Knowledge:
-    """A picture's boxes and captions by category.
+    """An image's boxes and captions by category.
 
-    Everything annotated counts, shown to the teacher or not: what is true of the picture is no
+    Everything annotated counts, shown to the teacher or not: what is true of the image is no
     fault of an answer.
     """
 

@@ -39,7 +39,7 @@ def check(case: Case) -> Iterator[Check]:
 def hedged_sentences(case: Case) -> tuple[int, int]:
     """How many sentences of an answer guess, and how many there are.
 
-    Words of a caption are the annotator's, who saw the picture.
+    Words of a caption are the annotator's, who saw the image.
     """
     sentences = case.answer_reading.sentences
     if HEDGE.cues.isdisjoint(case.answer_reading.vocabulary):

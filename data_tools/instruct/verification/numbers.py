@@ -126,7 +126,7 @@ def _agreed(sentence: Sentence, mention: Mention, index: int, value: int) -> Qua
 
 
 def _is_total(sentence: Sentence, index: int, last: int) -> bool:
-    """`There are two dogs (in the picture).`, `The picture shows two dogs.`"""
+    """`There are two dogs (in the image).`, `The image shows two dogs.`"""
     words = sentence.words
     before = words[max(0, index - 4) : index]
     if not (_THERE & set(before) and not _NOT_TOTAL & set(words[:index])):

@@ -1,4 +1,4 @@
-"""Are the things that a turn names in the picture, and those that it denies not?"""
+"""Are the things that a turn names in the image, and those that it denies not?"""
 
 from collections.abc import Iterator, Sequence
 from functools import cache

@@ -22,7 +22,7 @@ from data_tools.instruct.verification.placing import Beside, InFrame, placings
 from data_tools.instruct.verification.reading import Mention, Sentence
 
 PLAIN_MARGIN: Final = 0.1
-"""`on the left`, without naming the picture, is held against halves with at least this margin."""
+"""`on the left`, without naming the image, is held against halves with at least this margin."""
 
 
 def check(case: Case) -> Iterator[Check]:

@@ -15,10 +15,10 @@ Touch = Literal["on", "under", "in", "next to"]
 
 @dataclass(frozen=True, slots=True)
 class InFrame:
-    """Things said to be in a region of the picture.
+    """Things said to be in a region of the image.
 
     `subjects` may each be the one that is meant. `plain`: `on the left`, without naming the
-    picture, which may also be said of two things. `pronoun`: an `it` or `they` is placed, and
+    image, which may also be said of two things. `pronoun`: an `it` or `they` is placed, and
     `subjects` is empty.
     """
 

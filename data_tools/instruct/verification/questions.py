@@ -11,7 +11,7 @@ from data_tools.instruct.verification.numbers import number_of
 from data_tools.instruct.verification.reading import Mention, Reading, Sentence
 
 QuestionKind = Literal["existence", "how_many", "yes_no", "open"]
-"""`existence`: whether a thing is in the picture, without conditions; `yes_no`: any other question
+"""`existence`: whether a thing is in the image, without conditions; `yes_no`: any other question
 that is answered so."""
 
 
@@ -63,7 +63,7 @@ class Question:
 
     @lazy
     def is_unrestricted(self) -> bool:
-        """Whether the thing is asked for in the whole picture, and only named, nothing else."""
+        """Whether the thing is asked for in the whole image, and only named, nothing else."""
         if self.sentence is None:
             return False
         words = self.sentence.words
