@@ -127,16 +127,17 @@ def test_what_can_be_exported_has_no_obstacle_and_is_exported_exactly(
     assert report.consumers == expected
 
 
-def test_a_run_notes_at_its_start_what_an_export_would_refuse_and_draws_no_number(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_logs_at_its_start_what_an_export_would_refuse_and_draws_no_random_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="vlm_sft")
     model = tiny_model(projector_type="mlp3x_gelu", tower=RESNET)
     before = torch.get_rng_state()
     note_export_obstacles(model, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
-    printed = capsys.readouterr().err
-    assert printed.startswith("note: this model cannot be exported with --to hf: ")
-    assert "mlp3x_gelu" in printed and printed.count("\n") == 1
+    (message,) = caplog.messages
+    assert message.startswith("note: this model cannot be exported with --to hf: ")
+    assert "mlp3x_gelu" in message
     (obstacle,) = export_obstacles(model)
     words = obstacle.removeprefix("export: ")
     page = html.unescape(write_run_report(tmp_path).read_text())
