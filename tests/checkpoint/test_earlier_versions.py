@@ -22,7 +22,6 @@ from vlm_sft.checkpoint.tensor_files import load_tensors
 from vlm_sft.config.schema import load_config, load_stored_config
 from vlm_sft.errors import CheckpointError, ConfigError, UserError
 from vlm_sft.inference.loaded_model import load_checkpoint
-from vlm_sft.inference.prompts import user_message
 from vlm_sft.utils.ownership import MANIFEST
 
 EARLIER = ROOT / "tests" / "golden" / "earlier_run"
@@ -92,7 +91,7 @@ def test_a_run_of_an_earlier_version_is_resumed_to_the_same_losses(earlier: Path
 def test_a_checkpoint_of_an_earlier_version_answers(earlier: Path) -> None:
     loaded = load_checkpoint(earlier / STEP, device="cpu")
     image = TINY / "data" / "images" / "red-circle-1.png"
-    answer = loaded.answer(user_message("Describe it.", [image]), max_new_tokens=3)
+    answer = loaded.generate("Describe it.", [image], max_new_tokens=3)
     assert isinstance(answer, str)
     saved = load_tensors(earlier / STEP / "projector.safetensors")
     live = loaded.model.multi_modal_projector.state_dict()
