@@ -29,9 +29,6 @@ LAYERS = {
 
 ENTRY_POINT = 7
 
-KNOWN_UPWARD = {}
-"""Upward imports that are still to be removed."""
-
 
 def modules() -> list[str]:
     files = [*ROOT.glob("vlm_sft/**/*.py"), *ROOT.glob("data_tools/**/*.py")]
@@ -67,8 +64,7 @@ def test_imports_run_downward(module: str) -> None:
             pytest.fail(f"{module} imports {imported}: the trainer does not know the data tools")
         if not imported.startswith("vlm_sft."):
             continue
-        known = any(module == m and imported.startswith(i) for m, i in KNOWN_UPWARD)
-        assert known or layer(imported) <= layer(module), f"{module} imports {imported} upward"
+        assert layer(imported) <= layer(module), f"{module} imports {imported} upward"
 
 
 @pytest.mark.parametrize("module", modules())

@@ -76,18 +76,18 @@ LLAVA_1_5: Final = LlavaQuirks(
     stored_name="llava-1.5",
     quirks=MappingProxyType(
         {
-            "caption_newline": "stage 1 trains a newline behind the caption and no EOS "
+            "caption_newline": "stage 1 trains a newline after the caption and no EOS "
             "(template llava_plain for plain)",
             "image_first": "a turn's image moves to a line of its own before its stripped text "
             "(preprocess_multimodal)",
-            "space_behind_image": "text behind an image is tokenized as the start of a text, "
+            "space_behind_image": "text after an image is tokenized as the start of a text, "
             "with SentencePiece's dummy space (tokenizer_image_token)",
         }
     ),
 )
 NEVER_REPRODUCED: Final = {
     "zeroed_samples": "a record whose mask LLaVA cannot find trains nothing there (preprocess_v1)",
-    "control_from_data": "</s> or <image> in a record's words becomes a control token there",
+    "control_from_data": "</s> or <image> in a record's words becomes a special token there",
     "cut_answers": "records are cut at the length limit there, inside answers and images",
 }
 
