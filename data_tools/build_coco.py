@@ -25,7 +25,7 @@ from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, con
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.output_files import refuse_image, write_result
 from vlm_sft.utils.owned_files import own_output, write_owned_json
 from vlm_sft.utils.ownership import read_marker, refuse_input
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         )
     else:
         _write_folder(arguments, inputs, outputs, receipt)
-    say("\n".join([*index.findings.lines(), *_table(receipt)]), file=sys.stdout)
+    echo("\n".join([*index.findings.lines(), *_table(receipt)]), file=sys.stdout)
     return 0
 
 

@@ -19,7 +19,7 @@ from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scen
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.filesystem import naming
 from vlm_sft.utils.owned_files import OwnedFiles, own_output, write_owned, write_owned_json
 from vlm_sft.utils.ownership import read_marker
@@ -56,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.out:
         raise UserError("--out: the name is empty; give a folder to write")
     if _is_done(out, receipt):
-        say(f"{out}: done already, {arguments.count} pictures with these settings", file=sys.stdout)
+        echo(
+            f"{out}: done already, {arguments.count} pictures with these settings", file=sys.stdout
+        )
         return 0
     artist = art.ARTISTS[settings.artist]
     art.check_drawings(artist, settings.categories)
@@ -74,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     write_owned(out / "ATTRIBUTION.md", art.attribution(artist).encode())
     write_owned_json(out / "settings.json", told | {"complete": True, "images_sha256": digest})
     crowds = sum(entry["iscrowd"] for entry in instances["annotations"])
-    say(
+    echo(
         f"{out}: {arguments.count} pictures, {len(instances['annotations'])} objects "
         f"({crowds} of them crowds), {len(settings.categories)} categories by {artist.name}, "
         f"{len(captions['annotations'])} captions",

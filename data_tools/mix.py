@@ -17,7 +17,7 @@ from vlm_sft.commands.parser import CommandParser, add_overrides
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import own_output, owned_open, write_owned, write_owned_json
 from vlm_sft.utils.ownership import read_marker
 from vlm_sft.utils.reading import read_json
@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
     told = card.card(config, sources, times, found, root, output)
     write_owned_json(output.with_name("card.json"), told)
     write_owned(output.with_name("card.md"), card.markdown(told).encode())
-    say(card.table(found), file=sys.stdout)
-    say(
+    echo(card.table(found), file=sys.stdout)
+    echo(
         f"\n{output} and card.md; ids are `source/id`, pictures start from image_root {root}",
         file=sys.stdout,
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 
 if TYPE_CHECKING:
     from data_tools.coco import Picture
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
     with owned_open(out / OUTPUT) as file:
         for line in verdicts(files["records"], images, annotated, policy, summary):
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-    say(summary.table(), file=sys.stdout)
-    say(f"\n{out / OUTPUT}", file=sys.stdout)
+    echo(summary.table(), file=sys.stdout)
+    echo(f"\n{out / OUTPUT}", file=sys.stdout)
     return 0
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = parser().read(argv)
     from vlm_sft.checkpoint.run_dir import WRITTEN
-    from vlm_sft.utils.console import say
+    from vlm_sft.utils.console import echo
     from vlm_sft.utils.output_files import require_output_file
 
     run_dir = arguments.run
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     out = require_output_file(out, inputs=inputs, command="report", overwrite=arguments.overwrite)
     with heavy_imports():
         from vlm_sft.inspection.run_report import write_run_report
-    say(write_run_report(run_dir, out), file=sys.stdout)
+    echo(write_run_report(run_dir, out), file=sys.stdout)
     return 0
 
 

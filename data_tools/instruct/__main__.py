@@ -70,10 +70,10 @@ def _repeat_refused(output_dir: Path) -> None:
     """Print again at the end how many images the guard refused; the plan's lines are far above."""
     from data_tools.instruct.folder import RunFolder
     from data_tools.instruct.planning import refused_line
-    from vlm_sft.utils.console import say
+    from vlm_sft.utils.console import echo
 
     if (line := refused_line(RunFolder(output_dir))) is not None:
-        say(line, file=sys.stdout)
+        echo(line, file=sys.stdout)
 
 
 def _is_override(word: str) -> bool:

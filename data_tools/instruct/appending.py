@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.filesystem import lock, sync, unlock
 
 
@@ -34,7 +34,7 @@ class SharedLog:
             os.close(self._descriptor)
             raise
         if removed:
-            say(
+            echo(
                 f"warning: {path}: the last line was cut when a process was ended; its {removed:,} "
                 "bytes were removed"
             )

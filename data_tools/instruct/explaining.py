@@ -12,7 +12,7 @@ from data_tools.instruct.receipts.evidence import deciding
 from data_tools.instruct.receipts.explanation import Explanation, explain
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.output_files import write_result
 
 
@@ -26,11 +26,11 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     found = explain(config, arguments.id)
     if arguments.png:
         _write(arguments.png, picture(found), config, found, arguments.overwrite)
-        say(f"{arguments.png}: the picture with its boxes", file=sys.stdout)
+        echo(f"{arguments.png}: the picture with its boxes", file=sys.stdout)
     if arguments.html:
         page = sample_page.build(found).encode()
         _write(arguments.html, page, config, found, arguments.overwrite)
-        say(f"{arguments.html}: the sample as a page", file=sys.stdout)
+        echo(f"{arguments.html}: the sample as a page", file=sys.stdout)
     if not arguments.png and not arguments.html:
         from vlm_sft.utils.console import Console
 

@@ -18,7 +18,7 @@ from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
 from data_tools.records import IMAGE_LINE, IMAGE_MARK
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import owned_open, remove_owned, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
@@ -75,7 +75,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     told = counts.as_dict(config.export, _license_names(folder))
     told["files"] = _digests(folder.exports, names)
     write_owned_json(folder.exports / "export.json", told)
-    say(counts.summary(folder.exports, names), file=sys.stdout)
+    echo(counts.summary(folder.exports, names), file=sys.stdout)
 
 
 def _recorded(path: Path) -> dict[str, str]:

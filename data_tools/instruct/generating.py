@@ -33,7 +33,7 @@ from data_tools.instruct.teachers.spending import LimitReached, Spending
 from data_tools.instruct.teachers.stopping import Stopped, Stopping
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 
 if TYPE_CHECKING:
     from data_tools.instruct.teachers.batch import BatchTeacher
@@ -275,11 +275,11 @@ class Generation:
     def tell(self) -> int:
         """Say how the run stands; returns the exit code."""
         for line in [self.standing.summary(), *self._failures.lines()]:
-            say(line, file=sys.stdout)
+            echo(line, file=sys.stdout)
         if self._signal is not None:
             return 128 + int(self._signal)
         if self._limited:
-            say(
+            echo(
                 "generate: a cap of limits was reached, counted at the most that a further request "
                 "may take; raise it and give the same command again",
                 file=sys.stdout,
@@ -287,7 +287,7 @@ class Generation:
             return 4
         failed, asked = self.standing.failed, self.standing.total - self.standing.silent
         if failed > self._config.teacher.failures_allowed * max(1, asked):
-            say("generate: the same command asks again what failed", file=sys.stdout)
+            echo("generate: the same command asks again what failed", file=sys.stdout)
             return 3
         return 0
 
@@ -330,7 +330,7 @@ class _FailureLog:
             try:
                 self._written[Failure.model_validate_json(line).request] = line
             except ValidationError:
-                say(f"generate: {path}:{number}: is no failure and is ignored; it was damaged")
+                echo(f"generate: {path}:{number}: is no failure and is ignored; it was damaged")
         self._now: set[str] = set()
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, Failure] = {}
@@ -390,4 +390,4 @@ def _parser() -> CommandParser:
 
 
 def _say(line: str) -> None:
-    say(f"generate: {line}")
+    echo(f"generate: {line}")

@@ -17,7 +17,7 @@ from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.options import stage_parser
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import open_regular, read_json
@@ -42,8 +42,10 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     if told is None:
         told = _index(folder, inputs, config.coco)
     else:
-        say(f"{folder.pictures}: made from these very files before; nothing to do", file=sys.stdout)
-    say("\n".join(_table(told)), file=sys.stdout)
+        echo(
+            f"{folder.pictures}: made from these very files before; nothing to do", file=sys.stdout
+        )
+    echo("\n".join(_table(told)), file=sys.stdout)
 
 
 def read_pictures(folder: RunFolder) -> dict[int, Picture]:

@@ -22,7 +22,7 @@ from data_tools.instruct.tokens import estimate_tokens
 from vlm_sft.commands.parser import whole_number
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import write_owned, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
@@ -62,9 +62,9 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
         **tally.told(config.teacher),
     }
     write_owned_json(folder.plan, told)
-    say("\n".join([*guarded.lines(), *_table(told, config)]), file=sys.stdout)
+    echo("\n".join([*guarded.lines(), *_table(told, config)]), file=sys.stdout)
     for request in islice(read_requests(folder), arguments.show):
-        say("\n".join(_in_full(request, templates)), file=sys.stdout)
+        echo("\n".join(_in_full(request, templates)), file=sys.stdout)
 
 
 def read_requests(folder: RunFolder) -> Iterator[Request]:

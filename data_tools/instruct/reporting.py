@@ -17,7 +17,7 @@ from data_tools.instruct.receipts.meanings import meanings
 from data_tools.instruct.receipts.page import Report
 from data_tools.instruct.receipts.plots import plots
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import OwnedFiles, remove_owned, write_owned
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
@@ -42,9 +42,9 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
         write_owned(folder.report / name, data)
     for old in set(PLOTS) - set(drawn):  # of an earlier report
         remove_owned(folder.report / old)
-    say(f"{path}, and {len(drawn)} plots beside it", file=sys.stdout)
+    echo(f"{path}, and {len(drawn)} plots beside it", file=sys.stdout)
     for figure, words in page.headline(report.figures):
-        say(f"{figure:>16}  {words}", file=sys.stdout)
+        echo(f"{figure:>16}  {words}", file=sys.stdout)
 
 
 def _built(report: Report, folder: RunFolder) -> str:

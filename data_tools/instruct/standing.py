@@ -10,7 +10,7 @@ from typing import Final
 
 from data_tools.instruct.schema import Answer
 from data_tools.instruct.teachers.spending import Spending
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.progress import LINE_SECONDS, format_seconds
 
 _REDRAW_SECONDS: Final = 0.5
@@ -102,7 +102,7 @@ async def _lines(standing: Standing) -> None:
     while True:
         await asyncio.sleep(LINE_SECONDS)
         share = f"{standing.done:,} of {standing.total:,}"
-        say(f"generate: {share}: {standing.figures()}")
+        echo(f"generate: {share}: {standing.figures()}")
 
 
 async def _bar(standing: Standing) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 
 from vlm_sft.errors import ConfigError, ImageError, RecordError, UserError, error_line
-from vlm_sft.utils.console import Console, say, say_json
+from vlm_sft.utils.console import Console, echo, echo_json
 from vlm_sft.utils.escape import MAX_SHOWN, escape_control, escape_control_line, shortened
 
 HOSTILE = "a\x1b[2J\x9b\r\x07\u202eb\u2066\u200b\U000e0041\ufeffc"
@@ -64,7 +64,7 @@ def test_escaping_is_idempotent() -> None:
 
 def test_say_and_the_console_show_hostile_text_harmlessly() -> None:
     file = io.StringIO()
-    say(HOSTILE, file=file)
+    echo(HOSTILE, file=file)
     console = Console(file=file, force_terminal=True, width=200)
     console.print(HOSTILE, markup=False, highlight=False)
     table = Table(title="t")
@@ -80,7 +80,7 @@ def test_json_for_other_programs_commands_no_terminal_and_reads_back_as_it_was(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     value = {HOSTILE + "\x7f\u0085": ["é ü 图", HOSTILE, "\t"]}
-    say_json(value)
+    echo_json(value)
     shown = capsys.readouterr().out
     assert dangerous(shown) == set() and "\x7f" not in shown and "é ü 图" in shown
     assert json.loads(shown) == value
@@ -105,7 +105,7 @@ def test_every_text_goes_to_the_terminal_through_the_one_function() -> None:
             place = f"{file}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name != "print", f"{place}: use vlm_sft.utils.console.say"
+                assert name != "print", f"{place}: use vlm_sft.utils.console.echo"
                 assert not name.endswith(("stdout.write", "stderr.write")), place
             if isinstance(node, ast.ImportFrom) and node.module == "rich.console":
                 names = {alias.name for alias in node.names}

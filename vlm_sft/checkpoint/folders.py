@@ -40,7 +40,7 @@ from vlm_sft.checkpoint.format import (
 from vlm_sft.checkpoint.snapshot import Component, Writer, snapshot_components
 from vlm_sft.errors import CheckpointError
 from vlm_sft.utils.atomic_files import write_text
-from vlm_sft.utils.console import say as print_line
+from vlm_sft.utils.console import echo as print_line
 from vlm_sft.utils.filesystem import (
     files_below,
     give_ordinary_modes,

@@ -15,7 +15,7 @@ from vlm_sft.config.resume import Change, changes_between, require_allowed
 from vlm_sft.config.schema import RunConfig, dump_config, load_stored_config
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.utils.atomic_files import is_stream, write_text
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.filesystem import lock
 from vlm_sft.utils.ownership import (
     TRAINING_RUN,
@@ -173,7 +173,7 @@ def set_foreign_files_aside(output_dir: Path) -> None:
         path = output_dir / name
         if os.path.lexists(path) and not _is_empty(path) and not is_ours(path):
             kept = set_aside(path)
-            say(
+            echo(
                 f"warning: {path} was not written by a run, or was edited or damaged; it is now "
                 f"{kept}"
             )
@@ -245,7 +245,7 @@ def store_config(
         return granted
     if os.path.lexists(path) and _is_edited(path, stored):
         kept = set_aside(path)
-        say(f"warning: {path} was edited by hand or written by another version; it is now {kept}")
+        echo(f"warning: {path} was edited by hand or written by another version; it is now {kept}")
     write_text(path, dump_config(config))
     return granted
 

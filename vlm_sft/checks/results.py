@@ -12,7 +12,7 @@ from vlm_sft.checks.tokenizer.under_test import Finding, Level
 from vlm_sft.data.duplicates import DuplicateFinder
 from vlm_sft.data.image_separator import ImageLayoutCheck
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import Console, say
+from vlm_sft.utils.console import Console, echo
 
 Line = tuple[str, Level, str]
 """What was checked, its level, and a description."""
@@ -89,7 +89,7 @@ class CheckResults:
     def print(self) -> None:
         """Print a table on stdout, and whether the run can start."""
         print_lines("check", self.lines)
-        say("the run can start" if self.passed else "the run cannot start", file=sys.stdout)
+        echo("the run can start" if self.passed else "the run cannot start", file=sys.stdout)
 
 
 def is_failure(level: Level, *, strict: bool) -> bool:

@@ -14,7 +14,7 @@ from vlm_sft.data.images import open_image
 from vlm_sft.errors import UserError, error_line
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.image_paths import image_argument
 
 
@@ -83,29 +83,29 @@ def run(arguments: argparse.Namespace) -> int:
 def _chat(chat: Chat) -> None:
     """Read lines and answer them until `/quit` or the end of input."""
     given = f"; images given so far: {len(chat.images)}" if chat.images else ""
-    say(f"Ask a question, or type /image FILE, /reset or /quit{given}.")
+    echo(f"Ask a question, or type /image FILE, /reset or /quit{given}.")
     while True:
         try:
-            say("> ", end="")
+            echo("> ", end="")
             line = sys.stdin.readline()
             if not line:  # Ctrl-D
-                say()
+                echo()
                 return
             if line.strip() == "/quit":
                 return
             if line.strip():
                 _handle_line(chat, line.strip())
         except KeyboardInterrupt:
-            say("\n(stopped; Ctrl-D quits)")
+            echo("\n(stopped; Ctrl-D quits)")
         except UserError as error:
-            say(error_line(error))
+            echo(error_line(error))
 
 
 def _handle_line(chat: Chat, line: str) -> None:
     command, _, rest = line.partition(" ")
     if command == "/reset":
         chat.reset()
-        say("conversation cleared")
+        echo("conversation cleared")
     elif command == "/image":
         try:
             names = shlex.split(rest)
@@ -114,7 +114,7 @@ def _handle_line(chat: Chat, line: str) -> None:
         if len(names) != 1:
             raise UserError(f"/image {rest}: expected one file; quote a name with spaces")
         chat.add_image(image_argument(names[0]))
-        say(f"image {len(chat.images)} goes with the next question")
+        echo(f"image {len(chat.images)} goes with the next question")
     elif command.startswith("/"):
         raise UserError(f"{command}: unknown command; known: /image FILE, /reset, /quit")
     else:
@@ -123,5 +123,5 @@ def _handle_line(chat: Chat, line: str) -> None:
 
 def _print_answer(chat: Chat, text: str) -> None:
     for piece in chat.ask(text):
-        say(piece, end="", file=sys.stdout)
-    say(file=sys.stdout)
+        echo(piece, end="", file=sys.stdout)
+    echo(file=sys.stdout)

@@ -76,7 +76,7 @@ from vlm_sft.train.preflight import (
 )
 from vlm_sft.train.setup import load_model, make_store
 from vlm_sft.utils.atomic_files import atomic_open
-from vlm_sft.utils.console import say, say_json
+from vlm_sft.utils.console import echo, echo_json
 from vlm_sft.utils.progress import track
 
 MAX_PRINTED: Final = 20
@@ -126,11 +126,11 @@ def check_tokenizer_alone(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [asdict(finding) for finding in findings]
         result = {"good": good, "summary": summary(findings), "findings": rows}
-        say_json(result, indent=2)
+        echo_json(result, indent=2)
     else:
         lines = [(f.what, f.level, _finding_text(f)) for f in findings]
         print_lines(f"{arguments.tokenizer} with template {template}", lines)
-        say(summary(findings), file=sys.stdout)
+        echo(summary(findings), file=sys.stdout)
     return 0 if good else 2
 
 
@@ -190,7 +190,7 @@ def check_records(
                 bad += 1
                 listed(error)
                 if total_bad + bad <= MAX_PRINTED:
-                    say(f"bad record: {error.code}: {error}")
+                    echo(f"bad record: {error.code}: {error}")
             total_bad += bad
             text = f"{count - bad:,} of {count:,} records can be used"
             if bad and config.data.on_error == "quarantine":
@@ -198,7 +198,7 @@ def check_records(
             results.add(f"{name} {Path(file.path).name}", "bad" if bad else "good", text)
     if total_bad > MAX_PRINTED:
         more = total_bad - MAX_PRINTED
-        say(f"... and {more:,} more bad records (--bad FILE lists all of them)")
+        echo(f"... and {more:,} more bad records (--bad FILE lists all of them)")
     results.add_duplicates(duplicates)
     if chat_tokenizer.keeps_layout:
         results.add_layout(layout)
@@ -270,7 +270,7 @@ def _check_data(
         data = load_data(quarantining, chat_tokenizer, tower.image_spec, tower.num_tokens)
         errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
         for entry in errors[:MAX_PRINTED]:
-            say(f"bad record: {CODES[entry.reason]}: {entry.message}")
+            echo(f"bad record: {CODES[entry.reason]}: {entry.message}")
         longest, sampler = max(data.train.lengths), make_sampler(config, data.train)
         steps = num_steps(config, sampler)
         text = f"longest {longest:,} of {config.data.max_length:,} tokens; {steps:,} steps"

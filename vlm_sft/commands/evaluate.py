@@ -36,7 +36,7 @@ from vlm_sft.evaluation.questions import (
 )
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.utils.atomic_files import write_json
-from vlm_sft.utils.console import Console, say
+from vlm_sft.utils.console import Console, echo
 from vlm_sft.utils.ownership import MADE_BY, made_by
 from vlm_sft.utils.progress import track
 
@@ -76,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         results["captions"] = summarize_captions(losses, seed=arguments.seed)
     Console().print(results_table(results))  # before writing, which can fail on a full disk
     for line in one_sided(results):
-        say(line, file=sys.stdout)
+        echo(line, file=sys.stdout)
     write_json(arguments.out, results)
-    say(f"results: {arguments.out}", file=sys.stdout)
+    echo(f"results: {arguments.out}", file=sys.stdout)
     return 0
 
 

@@ -13,7 +13,7 @@ from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
 from vlm_sft.export.weights import require_shard_size
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_report(report: ExportReport) -> None:
     """Print the result of the comparison, and which programs load the exported directory."""
-    say(
+    echo(
         f"{report.folder}: {report.dtype}; reloaded by stock {report.model_class} in a new process "
         f"with {len(report.missing_keys)} missing and {len(report.unexpected_keys)} unexpected "
         f"keys; largest logit difference {report.max_abs_logit_difference:.2e} (largest logit "
@@ -53,7 +53,7 @@ def print_report(report: ExportReport) -> None:
     )
     for consumer in report.consumers:
         row = f"  {consumer.name:<24} {consumer.loads:<9} {consumer.reason}"
-        say(row, file=sys.stdout)
+        echo(row, file=sys.stdout)
 
 
 def _first_image(loaded: LoadedModel) -> Path | None:

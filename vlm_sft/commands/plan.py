@@ -16,7 +16,7 @@ from vlm_sft.planning.local_configs import require_local_tokenizer
 from vlm_sft.planning.planner import Planner
 from vlm_sft.planning.report import PlanReport
 from vlm_sft.planning.step_stats import plan_steps
-from vlm_sft.utils.console import Console, say_json
+from vlm_sft.utils.console import Console, echo_json
 
 FILE_WIDTH: Final = 160
 """Columns of the tables if the output is not a terminal."""
@@ -55,7 +55,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
         calibration=calibration,
     )
     if arguments.json:
-        say_json(report.as_json(), indent=2)
+        echo_json(report.as_json(), indent=2)
         return 0
     console = Console()
     if not console.is_terminal:

@@ -63,10 +63,10 @@ def prepare_command(package: str) -> None:
     if module in COMMANDS:
         _exit_on_ctrl_c()
         return
-    from vlm_sft.utils.console import say  # imports rich, which commands do not need to start
+    from vlm_sft.utils.console import echo  # imports rich, which commands do not need to start
 
     known = ", ".join(command for command in COMMANDS if command.startswith(f"{package}."))
-    say(f"error: {module} is not a command; the commands are {known}")
+    echo(f"error: {module} is not a command; the commands are {known}")
     sys.exit(2)
 
 

@@ -16,7 +16,7 @@ from vlm_sft.inspection.statistics import Statistics
 from vlm_sft.inspection.terminal import as_text, output, pager_command, print_tables
 from vlm_sft.inspection.tokens import as_json, view_tokens
 from vlm_sft.model.build import build_vision_tower
-from vlm_sft.utils.console import say, say_json
+from vlm_sft.utils.console import echo, echo_json
 
 
 def run(args: argparse.Namespace, config: RunConfig | None) -> int:
@@ -44,9 +44,9 @@ def _read_all(args: argparse.Namespace, inspection: Inspection, selection: Selec
         page.write(args.html, statistics)
         size = Path(args.html).stat().st_size / 1e6
         shown = f"{page.num_shown:,} of {page.num_matching:,} records"
-        say(f"{args.html}: {shown}, {size:.1f} MB")
+        echo(f"{args.html}: {shown}, {size:.1f} MB")
     if args.statistics and args.json:
-        say_json(statistics.as_json())
+        echo_json(statistics.as_json())
     elif args.statistics:
         with output(_pager(args), no_color=args.no_color) as console:
             print_tables(console, statistics.tables())
@@ -74,9 +74,9 @@ def _print(args: argparse.Namespace, inspection: Inspection, selection: Selectio
     if not shown:
         _report_none(inspection, selection, num_read)
     if more:
-        say(f"{shown:,} records shown; there are more (--limit N)")
+        echo(f"{shown:,} records shown; there are more (--limit N)")
     if faulty:
-        say(f"error: {faulty:,} of {shown:,} records shown are faulty")
+        echo(f"error: {faulty:,} of {shown:,} records shown are faulty")
     return 2 if faulty else 0
 
 
@@ -99,9 +99,9 @@ def _print_json(args: argparse.Namespace, inspection: Inspection, selection: Sel
 def _print_line(found: Inspected, inspection: Inspection) -> bool:
     """Print a record as JSON, or its error on stderr; return whether it is valid."""
     if found.result.error is not None:
-        say(error_line(found.result.error))
+        echo(error_line(found.result.error))
         return False
-    say_json(as_json(found, inspection.chat_tokenizer))
+    echo_json(as_json(found, inspection.chat_tokenizer))
     return True
 
 
@@ -111,7 +111,7 @@ def _report_none(inspection: Inspection, selection: Selection, num_read: int) ->
     if selection.record_id is not None and selection == Selection(selection.record_id):
         raise UserError(f"--record {selection.record_id}: no record with this id in {names}")
     criteria = f" matches {selection}" if str(selection) else ""
-    say(f"no record{criteria}; {num_read:,} records in {names}")
+    echo(f"no record{criteria}; {num_read:,} records in {names}")
 
 
 def _pager(args: argparse.Namespace) -> list[str]:
@@ -142,7 +142,7 @@ def _from_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
     except UserError as error:
         if args.html or args.statistics:
             raise UserError(f"{error}; or give --image-tokens N") from None
-        say(
+        echo(
             f"note: {error}; {LLAVA_IMAGE_TOKENS} image tokens per image are assumed and no length "
             "limit is applied; give the true number with --image-tokens N"
         )
@@ -154,7 +154,7 @@ def _image_tokens(config: RunConfig) -> int:
     """Return the image tokens per image, by building the vision tower."""
     tower = config.model.vision_tower
     if tower.name is not None:
-        say(
+        echo(
             f"building the vision tower {tower.name} to count its image tokens; "
             "--image-tokens N skips this"
         )

@@ -13,7 +13,7 @@ from typing import Any, Final
 from vlm_sft.checkpoint.jsonl import has_step, read_rows
 from vlm_sft.checkpoint.run_dir import EXPORT_OUTLOOK
 from vlm_sft.utils.atomic_files import write_text
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.html import data_uri, render_page
 from vlm_sft.utils.output_files import has_mark
 from vlm_sft.utils.ownership import made_by, set_aside
@@ -195,7 +195,7 @@ def keep_file_of_others(path: Path) -> None:
     """Rename a file that is about to be replaced, unless a report was written there before."""
     if os.path.lexists(path) and (not path.is_file() or not has_mark(path, COMMAND)):
         kept = set_aside(path)
-        say(f"warning: {path} was not written by vlm_sft {COMMAND}; it was renamed to {kept}")
+        echo(f"warning: {path} was not written by vlm_sft {COMMAND}; it was renamed to {kept}")
 
 
 def loss_curves(runs: Mapping[str, Sequence[Row]]) -> bytes:

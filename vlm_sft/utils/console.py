@@ -21,13 +21,13 @@ _JSON_ESCAPES: Final = {
 `json.dumps` already escapes those below 0x7F."""
 
 
-def say(text: object = "", *, end: str = "\n", file: IO[str] | None = None) -> None:
+def echo(text: object = "", *, end: str = "\n", file: IO[str] | None = None) -> None:
     """Print escaped text to stderr, or to `file`, and flush; tabs and newlines are kept."""
     shown = "\t".join(map(escape_control, str(text).split("\t")))
     print(shown, end=end, file=sys.stderr if file is None else file, flush=True)
 
 
-def say_json(value: Any, *, indent: int | None = None) -> None:
+def echo_json(value: Any, *, indent: int | None = None) -> None:
     """Print a value as JSON on stdout, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=not holds_unicode(), indent=indent)
     print(text.translate(_JSON_ESCAPES), flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 
 Lock = Literal["taken", "held_elsewhere", "unsupported"]
 
@@ -43,7 +43,7 @@ def warn_once(text: str, *, about: str | None = None) -> None:
     about = about or text
     if about not in _warned:
         _warned.add(about)
-        say(f"warning: {text}")
+        echo(f"warning: {text}")
 
 
 def lock(descriptor: int, path: Path, *, wait: bool) -> Lock:

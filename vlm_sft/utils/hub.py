@@ -2,7 +2,7 @@
 
 import functools
 
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.libraries import one_line
 
 TIMEOUT = 10.0
@@ -24,7 +24,7 @@ def use_cache_if_hub_unreachable() -> None:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except Exception as error:  # whatever the HTTP library raises, the hub is not reachable
         constants.HF_HUB_OFFLINE = True
-        say(
+        echo(
             f"note: the hub {constants.ENDPOINT} cannot be reached ({one_line(error)}); only "
             "models in its local cache are found"
         )

@@ -135,11 +135,45 @@ def split_object(data: Bytes) -> dict[str, RawJson]:
     except RecursionError:
         raise StrictJsonError("json_depth", "lists within lists, nested too deeply") from None
     except msgspec.DecodeError as error:
-        raise StrictJsonError("json_syntax", str(error)) from None
+        if "truncated" in str(error):  # nothing to repair, and the file may be large
+            raise StrictJsonError("json_syntax", str(error)) from None
+        # As in `split_list`: NaN or half a surrogate pair is the fault of one value alone.
+        members = list(_members_of_text(bytes(data)))
+        keys, values = [key for key, _ in members], dict(members)
     if len(values) != len(keys):
         twice = next(key for index, key in enumerate(keys) if key in keys[:index])
         raise StrictJsonError("json_duplicate_key", f"the key {twice!r} appears twice")
     return {str(key): value for key, value in values.items()}
+
+
+def _members_of_text(data: bytes) -> Iterator[tuple[str, RawJson]]:
+    """Yield key and value of a JSON object by the standard library, with the text in memory."""
+    text = data.decode("utf-8")
+
+    def after_space(position: int, expected: str) -> int:
+        match = _SPACE.match(text, position)
+        assert match is not None
+        if text[match.end() : match.end() + 1] not in tuple(expected):
+            raise json.JSONDecodeError(f"expected {' or '.join(expected)}", text, match.end())
+        return match.end()
+
+    try:
+        position = after_space(0, "{") + 1
+        while text[position - 1] != "}":
+            start = after_space(position, '"')
+            key, position = _LENIENT.raw_decode(text, start)
+            start = after_space(position, ":") + 1
+            space = _SPACE.match(text, start)
+            assert space is not None
+            start = space.end()
+            position = _LENIENT.raw_decode(text, start)[1]
+            yield key, text[start:position].encode()
+            position = after_space(position, ",}") + 1
+        if _SPACE.fullmatch(text, position) is None:
+            raise json.JSONDecodeError("expected nothing after the object", text, position)
+    except json.JSONDecodeError as error:
+        place = f"{error.msg} in line {error.lineno}, column {error.colno}"
+        raise StrictJsonError("json_syntax", place) from None
 
 
 def _line_of(data: mmap.mmap, byte: int) -> int:

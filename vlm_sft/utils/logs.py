@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from typing import Any, Final
 
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 
 PACKAGE: Final = "vlm_sft"
 
@@ -52,7 +52,7 @@ class StderrHandler(logging.Handler):
         prefix = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
         with suppress(OSError):
             # `sys.stderr` is looked up now: a progress bar replaces it to stay below the lines.
-            say(f"{rank_prefix()}{prefix}{record.getMessage()}")
+            echo(f"{rank_prefix()}{prefix}{record.getMessage()}")
 
 
 def is_for_this_rank(record: logging.LogRecord) -> bool:

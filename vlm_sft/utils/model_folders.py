@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.reading import require_regular
 
 MAX_TEXT_BYTES: Final = 512 * 2**20
@@ -49,7 +49,7 @@ def custom_code_refused(key: str, name: str) -> Iterator[None]:
 def report_unused_code(key: str, name: str, config: Any) -> None:
     """Print a note if a folder names its own code but transformers has the model built in."""
     if getattr(config, "auto_map", None):
-        say(
+        echo(
             f"note: {key}: {name!r} names its own Python code (`auto_map`), which is not run; "
             f"the {config.model_type!r} model of transformers is used"
         )

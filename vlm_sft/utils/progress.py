@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vlm_sft.utils.console import Console, say
+from vlm_sft.utils.console import Console, echo
 
 Item = TypeVar("Item")
 
@@ -111,4 +111,4 @@ def format_seconds(seconds: float) -> str:
 
 
 def _print(line: str) -> None:
-    say(line)
+    echo(line)

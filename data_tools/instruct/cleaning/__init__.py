@@ -21,7 +21,7 @@ from data_tools.instruct.lines import read_lines
 from data_tools.instruct.options import stage_parser
 from data_tools.instruct.schema import Sample
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import say
+from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 
@@ -43,7 +43,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
         figures = Figures(config.clean, table, known, looks)
         _write(folder, table, reader, figures)
     write_owned_json(folder.cleaning, figures.as_dict(folder))
-    say(figures.summary(), file=sys.stdout)
+    echo(figures.summary(), file=sys.stdout)
 
 
 def _read(folder: RunFolder, config: InstructConfig, known: dict[int, Picture]) -> Table:
