@@ -189,6 +189,7 @@ def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     yield {"parts": parts, "always": always, "folder": folder}
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_any_number_of_ranks(elastic: dict[str, Any]) -> None:
     for processes, expected in zip(elastic["parts"], elastic["always"], strict=True):
         for found in processes:
@@ -197,6 +198,7 @@ def test_a_run_resumes_on_any_number_of_ranks(elastic: dict[str, Any]) -> None:
                 assert found["weights"][name] == pytest.approx(weights, rel=1e-9, abs=1e-11), name
 
 
+@pytest.mark.slow
 def test_each_rank_writes_its_own_rows(elastic: dict[str, Any]) -> None:
     folder = elastic["folder"] / "run" / "checkpoints" / "step-00000006" / "language_model"
     index = json.loads((folder / "model.pieces.json").read_text())
@@ -209,6 +211,7 @@ def test_each_rank_writes_its_own_rows(elastic: dict[str, Any]) -> None:
     assert torch.equal(torch.cat([p[name] for p in pieces]), consolidated)
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_one_model_that_transformers_reads(
     elastic: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -227,15 +230,18 @@ def test_a_finished_run_has_one_model_that_transformers_reads(
     assert before == {p: p.read_bytes() for p in step.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_tensors_with_fewer_rows_than_ranks_are_restored(elastic: dict[str, Any]) -> None:
     for found in elastic["parts"][1]:
         assert found["few rows"] == [[[1.0] * 3], [0.0, 1.0, 2.0, 3.0, 4.0], [], 7.0]
 
 
+@pytest.mark.slow
 def test_all_ranks_take_part_in_the_dry_run_of_saving(elastic: dict[str, Any]) -> None:
     assert all(found["rehearsal"] for found in elastic["parts"][1])
 
 
+@pytest.mark.slow
 def test_a_failed_write_of_one_rank_is_raised_on_all_and_leaves_nothing(
     elastic: dict[str, Any],
 ) -> None:
@@ -244,6 +250,7 @@ def test_a_failed_write_of_one_rank_is_raised_on_all_and_leaves_nothing(
         assert found["left"] == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_a_tensor_that_one_rank_would_not_save_stops_all_ranks(elastic: dict[str, Any]) -> None:
     for found in elastic["parts"][1]:
         assert "lost is trainable but no part of a checkpoint saves it" in found["forgotten"]
