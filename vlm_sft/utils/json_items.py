@@ -4,7 +4,7 @@ import codecs
 import json
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,6 +130,7 @@ def split_object(data: Bytes) -> dict[str, RawJson]:
         keys.append(key)
         return _Key(key)
 
+    values: Mapping[str, RawJson]
     try:
         values = msgspec.json.decode(data, type=dict[_Key, msgspec.Raw], dec_hook=note_key)
     except RecursionError:
