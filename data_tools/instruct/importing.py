@@ -124,7 +124,7 @@ def read_records(path: Path) -> Iterator[Any]:
         except ImportError:
             raise UserError(
                 f"{path}: reading a JSON list piece by piece needs ijson; "
-                "pip install 'vlm_sft[instruct]'"
+                "pip install -e '.[instruct]'"
             ) from None
         with open_regular(path) as file:
             if file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b""):

@@ -13,8 +13,9 @@ from PIL import Image
 
 import vlm_sft
 from tests.train.tiny import reset_accelerate
+from vlm_sft.config.reference import select_settings
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart
-from vlm_sft.errors import ImageError, RecordError, UserError
+from vlm_sft.errors import ConfigError, ImageError, RecordError, UserError
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import as_conversation, image_source
 
@@ -131,6 +132,32 @@ def test_a_rotated_jpeg_is_upright_as_a_pil_image_too(model: LoadedModel) -> Non
 def test_something_else_is_not_an_image() -> None:
     with pytest.raises(ImageError, match="a path, bytes or a PIL image, found int"):
         as_conversation("What?", [3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": "a.png"}, "images: expected a list of images, found a single one"),
+        ({"images": Image.new("RGB", (8, 8))}, "images: expected a list of images"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
+        ({"temperature": -1.0}, "temperature: expected a number of at least 0, found -1.0"),
+    ],
+)
+def test_wrong_arguments_of_generate_are_one_sentence(
+    model: LoadedModel, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        model.generate("What?", **arguments)
+
+
+def test_a_single_override_is_not_read_letter_by_letter() -> None:
+    with pytest.raises(ConfigError, match="overrides: expected a list"):
+        vlm_sft.load_config("configs/tiny/stage1.yaml", "output_dir=x")
+
+
+def test_the_reference_knows_the_old_names_of_settings() -> None:
+    with pytest.raises(ConfigError, match=r"data\.recipe: .* it is now 'data\.llava_quirks'"):
+        select_settings(["data.recipe"])
 
 
 def test_messages_with_image_parts_take_the_images_in_order() -> None:

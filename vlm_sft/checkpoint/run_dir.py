@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Final
 
+from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.config.resume import Change, changes_between, require_allowed
 from vlm_sft.config.schema import RunConfig, dump_config, load_stored_config
 from vlm_sft.errors import ConfigError, UserError
@@ -263,6 +264,17 @@ def require_same_config(
         return []
     changes = changes_between(load_stored_config(path), config)
     return require_allowed(changes, allowed, config.output_dir)
+
+
+def is_longer(config: RunConfig, final: Checkpoint) -> bool:
+    """Return whether a run is to be trained longer than its final checkpoint was.
+
+    This compares settings with those inside the checkpoint and not with `config.yaml` of the run,
+    which already has the new ones if training was interrupted after it was made longer.
+    """
+    before = load_stored_config(final.folder / "config.yaml").train
+    now = config.train
+    return (before.epochs, before.max_steps) != (now.epochs, now.max_steps)
 
 
 def require_unlocked(output_dir: Path) -> None:

@@ -6,7 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_sft.checkpoint.format import Checkpoint
-from vlm_sft.checkpoint.run_dir import require_run_dir, require_same_config, require_unlocked
+from vlm_sft.checkpoint.run_dir import (
+    is_longer,
+    require_run_dir,
+    require_same_config,
+    require_unlocked,
+)
 from vlm_sft.checkpoint.store import CheckpointStore, require_within
 from vlm_sft.checks.results import CheckResults
 from vlm_sft.config.schema import RunConfig
@@ -32,7 +37,8 @@ def check_output_dir(config: RunConfig, results: CheckResults) -> Checkpoint | N
         require_run_dir(config)
         require_unlocked(output_dir)
         require_same_config(config, has_checkpoints=has_checkpoints)
-        if (final := store.finished()) is not None:
+        final = store.finished()
+        if final is not None and not is_longer(config, final):
             text = f"already finished: {final.folder} (step {final.step}); nothing to do"
             warn(text)
         elif (newest := store.newest_complete()) is not None:

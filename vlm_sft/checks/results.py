@@ -25,6 +25,10 @@ _STYLES: Final[dict[Level, str]] = {
 }
 
 
+FAILED: Final = "check failed: the run would stop or skip records; see the lines above"
+"""The last line of a failed check."""
+
+
 class CheckResults:
     """The results of a check, in order.
 
@@ -89,7 +93,7 @@ class CheckResults:
     def print(self) -> None:
         """Print a table on stdout, and whether the run can start."""
         print_lines("check", self.lines)
-        echo("the run can start" if self.passed else "the run cannot start", file=sys.stdout)
+        echo("the run can start" if self.passed else FAILED, file=sys.stdout)
 
 
 def is_failure(level: Level, *, strict: bool) -> bool:

@@ -11,6 +11,7 @@ from vlm_sft.checkpoint.components import unused_parts
 from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.checkpoint.run_dir import (
     EXPORT_OUTLOOK,
+    is_longer,
     locked,
     own_run_dir,
     set_foreign_files_aside,
@@ -51,9 +52,6 @@ from vlm_sft.utils.libraries import one_line
 
 logger = logging.getLogger(__name__)
 
-LENGTH = ("train.epochs", "train.max_steps")
-"""Settings that make a finished run unfinished."""
-
 
 def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -> int:
     """Train as `config` says, from the newest checkpoint of its run directory if there is one.
@@ -85,7 +83,7 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
         with locked(output_dir, enabled=accelerator.is_main_process):
             finished = rank0_only(accelerator, lambda: find_finished(config, allowed))
             if finished is not None:
-                log_already_finished(finished)
+                log_already_finished(config, finished)
                 return 0
             rank0_only(accelerator, lambda: set_foreign_files_aside(output_dir))
             result = train(config, stage, accelerator)
@@ -163,18 +161,22 @@ def find_finished(config: RunConfig, allowed: Sequence[str]) -> Checkpoint | Non
     changes = store_config(config, has_checkpoints=has_checkpoints, allowed=allowed)
     if changes:
         logger.info("\n".join(["resuming with changed settings:", *diff_lines(changes)]))
-    if any(change.key in LENGTH for change in changes):
+    final = store.finished()
+    if final is None or is_longer(config, final):
         return None
-    return store.finished()
+    return final
 
 
-def log_already_finished(final: Checkpoint) -> None:
+def log_already_finished(config: RunConfig, final: Checkpoint) -> None:
     """Log that a run is finished, and what to do to train further."""
+    max_steps = config.train.max_steps
+    setting = "train.epochs" if max_steps is None or final.step < max_steps else "train.max_steps"
     logger.info(
-        "already finished: %s (step %d). Use a new output_dir, or raise train.max_steps with "
-        "--allow-change train.max_steps",
+        "already finished: %s (step %d). Use a new output_dir, or raise %s with --allow-change %s",
         final.folder,
         final.step,
+        setting,
+        setting,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 import yaml
 
 from vlm_sft.config.fields import ResumePolicy
+from vlm_sft.config.renamed import RENAMED
 from vlm_sft.config.resume import resume_policy
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import ConfigError
@@ -81,6 +82,9 @@ def select_settings(keys: Sequence[str]) -> list[Setting]:
         wanted = _with_placeholder(key)
         found = [s for s in settings if s.key == wanted or s.key.startswith(f"{wanted}.")]
         found = found or [s for s in settings if s.key.rpartition(".")[2] == key]
+        if not found and (renamed := RENAMED.get(key)) is not None:
+            hint = f"it is now {renamed.key!r}" if renamed.key else renamed.hint
+            raise ConfigError(f"{key}: a setting of an earlier version; {hint}")
         if not found:
             raise ConfigError(f"{key}: no such setting{_nearest(wanted, settings)}")
         chosen |= {setting.key: setting for setting in found}

@@ -29,6 +29,7 @@ from vlm_sft.config.fields import (
 )
 from vlm_sft.config.loading import Section
 from vlm_sft.config.renamed import refuse_renamed, translate_renamed
+from vlm_sft.errors import ConfigError
 
 
 class VisionTowerConfig(Section):
@@ -428,6 +429,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: One sentence with the file, the key, the value and what was expected. A
             misspelled key is reported with the nearest known one, a renamed one with its new name.
     """
+    if isinstance(overrides, str):
+        raise ConfigError("overrides: expected a list of key.path=value, found a single text")
     tree = loading.read_tree(path, overrides)
     refuse_renamed(tree, str(path))
     return parse_config(tree, str(path))

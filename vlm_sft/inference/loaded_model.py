@@ -126,6 +126,7 @@ class LoadedModel:
 
         White space before the response (which some chat templates have) is skipped.
         """
+        _require_limits(max_new_tokens, temperature)
         conversation = as_conversation(prompt, images)
         prompt_ids = self.prompt_ids(conversation)
         pixels = [self.load_image(source) for source in conversation.images]
@@ -176,6 +177,7 @@ class LoadedModel:
             ImageError: As `generate`, before anything is generated.
             UserError: As `generate`, before anything is generated.
         """
+        _require_limits(max_new_tokens)
         images = [()] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise UserError(
@@ -239,6 +241,18 @@ class LoadedModel:
                 code="too_long",
             )
         return limit.tokens - num_tokens
+
+
+def _require_limits(max_new_tokens: int, temperature: float = 0.0) -> None:
+    """Check the settings of a generation.
+
+    Raises:
+        UserError: One of them is out of range.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature: expected a number of at least 0, found {temperature}")
 
 
 def load_checkpoint(

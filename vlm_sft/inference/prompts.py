@@ -39,6 +39,8 @@ def as_conversation(prompt: Prompt, images: Sequence[ImageInput] = ()) -> Conver
             of places for images than there are images.
         ImageError: Something is not an image.
     """
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+        raise UserError("images: expected a list of images, found a single one; put it in a list")
     if isinstance(prompt, Conversation):
         if images:
             raise UserError("images: a Conversation contains its images; give none besides")

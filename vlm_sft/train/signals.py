@@ -1,6 +1,7 @@
 """Handle the signals that ask a run to save, or to save and stop, at the end of its step."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -28,6 +29,7 @@ class SignalHandler:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._save_requested = False
+        self._pid = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -51,6 +53,8 @@ class SignalHandler:
         return requested
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a loader process, which its parent ends
         if number == SAVE_SIGNAL:
             self._save_requested = True
             return

@@ -17,5 +17,5 @@ def require(name: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"the package {name!r} cannot be imported ({error}); "
-            "install it with `pip install 'vlm_sft[instruct]'`"
+            "install it with `pip install -e '.[instruct]'`"
         ) from None

@@ -26,7 +26,7 @@ _HEADERS: Final = frozenset(
 )  # fmt: skip
 _HEADER_NAME: Final = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
 _CHARSET: Final = re.compile(rb";\s*charset\s*=\s*\"?([^\s;\"]*)\"?", re.IGNORECASE)
-_INSTALL: Final = "pip install 'vlm_sft[instruct]'"
+_INSTALL: Final = "pip install -e '.[instruct]'"
 
 
 class TooLong(Exception):

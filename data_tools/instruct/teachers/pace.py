@@ -65,7 +65,7 @@ def _limiter(per_minute: int | None) -> "AsyncLimiter | None":
     except ImportError:
         raise UserError(
             "teacher.requests_per_minute and tokens_per_minute need the package aiolimiter: "
-            "pip install 'vlm_sft[instruct]'"
+            "pip install -e '.[instruct]'"
         ) from None
     burst = max(1.0, per_minute * _BURST_SECONDS / 60)
     values: dict[str, Any] = {"max_rate": burst, "time_period": burst * 60 / per_minute}
