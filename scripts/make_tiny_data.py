@@ -5,10 +5,10 @@
 The files are committed; this makes the same ones again.
 """
 
+import argparse
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -82,5 +82,7 @@ def record(name: str, exchanges: list[tuple[str, str]]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent.parent / "configs" / "tiny" / "data"
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+    parser.add_argument("folder", type=Path, nargs="?", default=default, help="output directory")
+    main(parser.parse_args().folder)

@@ -140,7 +140,8 @@ def test_something_else_is_not_an_image() -> None:
         ({"images": "a.png"}, "images: expected a list of images, found a single one"),
         ({"images": Image.new("RGB", (8, 8))}, "images: expected a list of images"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
-        ({"temperature": -1.0}, "temperature: expected a number of at least 0, found -1.0"),
+        ({"temperature": float("nan")}, "temperature: expected 0, or 0.01 to 100, found nan"),
+        ({"temperature": -1.0}, "temperature: expected 0, or 0.01 to 100, found -1.0"),
     ],
 )
 def test_wrong_arguments_of_generate_are_one_sentence(

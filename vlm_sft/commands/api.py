@@ -148,5 +148,5 @@ def _as_config(config: ConfigInput, overrides: Sequence[str] = ()) -> RunConfig:
     if isinstance(config, (str, Path)):
         return load_config(config, overrides)
     if overrides:
-        raise UserError("overrides are for configuration files; change the values of the mapping")
+        raise UserError("overrides are for configuration files; change the configuration itself")
     return config if isinstance(config, RunConfig) else parse_config(config, "config")

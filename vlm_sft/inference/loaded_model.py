@@ -251,8 +251,8 @@ def _require_limits(max_new_tokens: int, temperature: float = 0.0) -> None:
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature: expected a number of at least 0, found {temperature}")
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise UserError(f"temperature: expected 0, or 0.01 to 100, found {temperature}")
 
 
 def load_checkpoint(
