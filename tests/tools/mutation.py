@@ -156,9 +156,6 @@ def _run_tests(root: Path, log: Path, arguments: Sequence[str], kept: Sequence[s
         os._exit(code)
 
 
-FAST = ("-m", "not slow")
-
-
 def try_mutants(argv: Sequence[str], mutants: Sequence[Mutant], *, prog: str, about: str) -> int:
     """A script's main: each mutant on the tests named with it; 1 when one survives."""
     parser = argparse.ArgumentParser(
@@ -173,12 +170,12 @@ def try_mutants(argv: Sequence[str], mutants: Sequence[Mutant], *, prog: str, ab
         _warm_up()
         start = time.monotonic()
         tests = sorted({test for mutant in chosen for test in mutant.tests})
-        if (broken := killer(root, (), tests, options=FAST)) is not None:
+        if (broken := killer(root, (), tests)) is not None:
             print(f"error: {broken} fails without any mutant; mend it first", file=sys.stderr)
             return 1
         print(f"without a mutant all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
         seen_by = {
-            mutant.name: killer(root, (mutant,), mutant.tests, options=FAST)
+            mutant.name: killer(root, (mutant,), mutant.tests)
             for mutant in track(chosen, description="mutants")
         }
     return _report(seen_by)
