@@ -7,6 +7,7 @@ from pathlib import Path
 from vlm_sft.commands.parser import CommandParser, add_base_option, heavy_imports, whole_number
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import as_text
+from vlm_sft.inference.limits import TEMPERATURES, is_temperature
 from vlm_sft.utils.image_paths import image_argument
 
 EXAMPLES = """examples:
@@ -41,8 +42,8 @@ def temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError("expected a number") from None
-    if value != 0 and not 0.01 <= value <= 100:
-        raise argparse.ArgumentTypeError("expected 0, or 0.01 to 100")
+    if not is_temperature(value):
+        raise argparse.ArgumentTypeError(f"expected {TEMPERATURES}")
     return value
 
 

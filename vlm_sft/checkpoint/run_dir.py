@@ -266,11 +266,11 @@ def require_same_config(
     return require_allowed(changes, allowed, config.output_dir)
 
 
-def is_longer(config: RunConfig, final: Checkpoint) -> bool:
-    """Return whether a run is to be trained longer than its final checkpoint was.
+def has_other_length(config: RunConfig, final: Checkpoint) -> bool:
+    """Return whether a run is to be trained for another length than its final checkpoint was.
 
     This compares settings with those inside the checkpoint and not with `config.yaml` of the run,
-    which already has the new ones if training was interrupted after it was made longer.
+    which already has the new ones if training was interrupted after they were changed.
     """
     before = load_stored_config(final.folder / "config.yaml").train
     now = config.train

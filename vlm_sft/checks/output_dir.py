@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.checkpoint.run_dir import (
-    is_longer,
+    has_other_length,
     require_run_dir,
     require_same_config,
     require_unlocked,
@@ -38,7 +38,7 @@ def check_output_dir(config: RunConfig, results: CheckResults) -> Checkpoint | N
         require_unlocked(output_dir)
         require_same_config(config, has_checkpoints=has_checkpoints)
         final = store.finished()
-        if final is not None and not is_longer(config, final):
+        if final is not None and not has_other_length(config, final):
             text = f"already finished: {final.folder} (step {final.step}); nothing to do"
             warn(text)
         elif (newest := store.newest_complete()) is not None:

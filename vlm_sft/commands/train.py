@@ -11,7 +11,7 @@ from vlm_sft.checkpoint.components import unused_parts
 from vlm_sft.checkpoint.format import Checkpoint
 from vlm_sft.checkpoint.run_dir import (
     EXPORT_OUTLOOK,
-    is_longer,
+    has_other_length,
     locked,
     own_run_dir,
     set_foreign_files_aside,
@@ -162,7 +162,7 @@ def find_finished(config: RunConfig, allowed: Sequence[str]) -> Checkpoint | Non
     if changes:
         logger.info("\n".join(["resuming with changed settings:", *diff_lines(changes)]))
     final = store.finished()
-    if final is None or is_longer(config, final):
+    if final is None or has_other_length(config, final):
         return None
     return final
 

@@ -31,6 +31,7 @@ from vlm_sft.data.records import read_records
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.inference.generate import generate_greedy
+from vlm_sft.inference.limits import TEMPERATURES, is_temperature
 from vlm_sft.inference.prompts import ImageInput, Prompt, as_conversation
 from vlm_sft.inference.stream import stream_text
 from vlm_sft.model.build import build_model
@@ -251,8 +252,8 @@ def _require_limits(max_new_tokens: int, temperature: float = 0.0) -> None:
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-    if temperature != 0 and not 0.01 <= temperature <= 100:
-        raise UserError(f"temperature: expected 0, or 0.01 to 100, found {temperature}")
+    if not is_temperature(temperature):
+        raise UserError(f"temperature: expected {TEMPERATURES}, found {temperature}")
 
 
 def load_checkpoint(
