@@ -1,12 +1,11 @@
 """Run a command: `vlm-sft COMMAND ...` or `python -m vlm_sft COMMAND ...`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
-from vlm_sft.commands.parser import CommandParser
+from vlm_sft.commands.parser import CommandParser, group_parser
 from vlm_sft.commands.registry import SCRIPT, SUBCOMMANDS
 from vlm_sft.commands.run_command import run_command
 
@@ -52,18 +51,10 @@ def module_of(name: str) -> str:
 
 def parser() -> CommandParser:
     """Return the parser of the script's own options and of the command's name."""
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {about}" for name, about in COMMANDS.items())
-    parser = CommandParser(
-        SCRIPT,
-        "Turn a vision encoder and a language model into a vision-language model.\n\n"
-        f"commands:\n{lines}\n\n`{SCRIPT} COMMAND --help` describes a command.",
-        EXAMPLES,
-        usage="%(prog)s COMMAND ...",
-    )
-    parser.add_argument(
-        "command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
-    )
+    about = "Turn a vision encoder and a language model into a vision-language model."
+    parser = group_parser(SCRIPT, about, COMMANDS, EXAMPLES)
+    assert parser.description is not None
+    parser.description += f"\n\n`{SCRIPT} COMMAND --help` describes a command."
     return parser
 
 

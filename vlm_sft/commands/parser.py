@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -132,6 +132,28 @@ def config_parser(prog: str, about: str, examples: str) -> CommandParser:
         "config", metavar="CONFIG.yaml", help="configuration of a run, see configs/"
     )
     add_overrides(parser)
+    return parser
+
+
+def group_parser(
+    prog: str, about: str, commands: Mapping[str, str], examples: str
+) -> CommandParser:
+    """Return the parser of a command whose first argument names one of several commands.
+
+    Args:
+        prog: As the user types it, e.g. `vlm-sft config`.
+        about: What the group of commands is for.
+        commands: What each command does, by name; the help text lists them in this order.
+        examples: Examples, printed at the end of the help text.
+    """
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    parser = CommandParser(
+        prog, f"{about}\n\ncommands:\n{lines}", examples, usage="%(prog)s COMMAND ..."
+    )
+    parser.add_argument(
+        "command", choices=list(commands), metavar="COMMAND", help=argparse.SUPPRESS
+    )
     return parser
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from vlm_sft.commands.parser import CommandParser, config_parser
+from vlm_sft.commands.parser import CommandParser, config_parser, group_parser
 from vlm_sft.commands.run_command import run_command
 
 COMMANDS = {
@@ -33,17 +33,8 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    lines = "\n".join(f"  {name:<9}  {about}" for name, about in COMMANDS.items())
-    parser = CommandParser(
-        "vlm-sft config",
-        f"Print configurations and their reference.\n\ncommands:\n{lines}",
-        EXAMPLES,
-        usage="%(prog)s COMMAND ...",
-    )
-    parser.add_argument(
-        "command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
-    )
-    return parser
+    about = "Print configurations and their reference."
+    return group_parser("vlm-sft config", about, COMMANDS, EXAMPLES)
 
 
 def parsers() -> dict[str, CommandParser]:
