@@ -89,6 +89,62 @@ class LanguageModelConfig(Section):
         return self
 
 
+Tiles = Annotated[int, Field(gt=0, le=64)]
+"""Number of tiles in a row, in a column, or of an image."""
+
+
+class ImageTilingConfig(Section):
+    """How an image is divided into crops, each of which the vision tower encodes
+    (`docs/images.md`).
+    """
+
+    layout: Forbidden[str] = "none"
+    """`none`: an image is one square (`data.image_aspect`). `anyres`: LLaVA-NeXT's overview and
+    tiles, without the tokens of the padding, a learned newline after each row. `anyres_max_N`:
+    LLaVA-OneVision's, which scales the tiles' tokens down to at most N crops' and divides no image
+    of a record with several. `dynamic`: InternVL's tiles and overview."""
+    grids: Forbidden[list[tuple[Tiles, Tiles]] | None] = Field(default=None, min_length=1)
+    """Rows and columns of tiles to choose from (`anyres`, `anyres_max_N`); the order decides
+    between grids that fit equally well. Null: LLaVA-NeXT's five grids of up to 4 tiles for
+    `anyres`, all from 1 x 1 to 6 x 6 for `anyres_max_N`."""
+    min_tiles: Forbidden[Tiles] = 1
+    """Fewest tiles of an image (`dynamic`)."""
+    max_tiles: Forbidden[Tiles] = 12
+    """Most tiles of an image, the overview not counted (`dynamic`)."""
+
+    @property
+    def max_crops(self) -> int | None:
+        """The N of `anyres_max_N`; None for every other layout."""
+        match = _ANYRES_MAX.fullmatch(self.layout)
+        return int(match[1]) if match else None
+
+    @model_validator(mode="after")
+    def _fits_the_layout(self) -> "ImageTilingConfig":
+        layout = self.layout
+        if layout not in ("none", "anyres", "dynamic") and self.max_crops is None:
+            raise ValueError(
+                "layout: expected none, anyres, anyres_max_N with N from 1 to 999 (anyres_max_9 is "
+                f"LLaVA-OneVision's), or dynamic (found {layout!r})"
+            )
+        if self.grids is not None and not layout.startswith("anyres"):
+            raise ValueError(
+                f"`grids` is for anyres and anyres_max_N; remove it (layout: {layout})"
+            )
+        if layout != "dynamic" and (self.min_tiles, self.max_tiles) != (1, 12):
+            raise ValueError(
+                f"`min_tiles` and `max_tiles` are for dynamic; remove them (layout: {layout})"
+            )
+        if self.min_tiles > self.max_tiles:
+            raise ValueError(
+                f"min_tiles is {self.min_tiles}, but max_tiles is {self.max_tiles}; set min_tiles "
+                "to at most that"
+            )
+        return self
+
+
+_ANYRES_MAX = re.compile(r"anyres_max_([1-9]\d{0,2})")
+
+
 class ModelConfig(Section):
     """The three parts of the model: vision tower, projector and language model."""
 
