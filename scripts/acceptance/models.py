@@ -18,9 +18,9 @@ from vlm_sft.config.method import TRAINABLE, Method
 from vlm_sft.config.schema import LoraConfig, RunConfig
 from vlm_sft.data.dataset import Example
 from vlm_sft.model.build import build_vision_tower
+from vlm_sft.model.connectors.build import build_connector
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantization import quantize
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -97,10 +97,10 @@ def make_model(config: RunConfig, method: Method, device: torch.device) -> Visio
         double = config.model.language_model.double_quantization
         quantize(language_model, frozen, "nf4", double_quantization=double)
     tower = build_vision_tower(config.model.vision_tower, dtype=frozen, seed=SEED)
-    projector = build_projector(
-        config.model.projector_type, tower.width, llama.hidden_size, seed=SEED
+    connector = build_connector(
+        config.model.projector_type, tower.grid, tower.width, llama.hidden_size, seed=SEED
     )
-    model = VisionLanguageModel(tower, projector, language_model)
+    model = VisionLanguageModel(tower, connector, language_model)
     if config.lora is not None:
         add_lora(model, cast(LoraConfig, config.lora), seed=SEED)
     model.requires_grad_(False)

@@ -132,6 +132,7 @@ def test_a_wrong_setting_is_one_sentence(file: Path, overrides: list[str], messa
 
 TOWER, LANGUAGE = "model.vision_tower", "model.language_model"
 BUILT = [f"{LANGUAGE}.name=null", f"{LANGUAGE}.tokenizer=bytes"]
+RESAMPLER = ["model.projector_type=resampler"]
 PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=4096"]
 
 
@@ -174,7 +175,11 @@ PACKED = ["train.micro_batch_size=null", "train.packing.max_tokens=4096"]
         (["data.num_workers=99999999"], "data.num_workers: expected a number of at most 1024"),
         (["lora.r=99999999999"], "lora.r: expected a number of at most"),
         ([f"{TOWER}.image_size=99999999999"], "image_size: expected a number of at most"),
-        (["model.projector_type=mlp99999999x_gelu"], "model.projector_type: expected 'linear'"),
+        (["model.projector_type=mlp99999999x_gelu"], "model.projector_type: found 'mlp9"),
+        (["model.projector_type=resample"], "found 'resample', expected one of .*'resampler'"),
+        (["model.num_queries=64"], "model: num_queries is for projector_type: resampler"),
+        ([*RESAMPLER, "model.num_queries=200"], r"such as 64, 144 or 256 \(found 200\)"),
+        ([*RESAMPLER, "model.num_queries=0"], "model.num_queries: expected"),
         (
             [*BUILT, f"{LANGUAGE}.config.num_hidden_layers=99999999999999999"],
             "config: num_hidden_layers: expected at most 1,000 layers .found 9999",

@@ -7,13 +7,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.model.tiny import CLIP, LLAMA, model_config, tiny_model
-from tests.rounding import assert_near
 from vlm_sft.config.schema import LanguageModelConfig, LoraConfig
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_language_model, choose_attention
 from vlm_sft.model.hashing import named_state, sample_digest, tensors_digest
 from vlm_sft.model.parts import parameters_by_part, set_trainable
-from vlm_sft.model.projector import build_projector
 
 
 def language_model(dtype: torch.dtype = torch.float32, seed: int = 0, **keys: Any) -> Any:
@@ -115,41 +113,6 @@ def test_attention_is_sdpa_unless_flash_attention_can_run() -> None:
     assert language_model(config=LLAMA).config._attn_implementation == "sdpa"
     assert choose_attention("eager", torch.float32) == "eager"
     assert choose_attention("auto", torch.float32) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [
-        ("linear", ["weight", "bias"]),
-        ("mlp1x_gelu", ["linear_1.weight", "linear_1.bias"]),
-        (
-            "mlp2x_gelu",
-            ["linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"],
-        ),
-    ],
-)
-def test_projectors_carry_the_names_of_transformers_llava(kind: str, names: list[str]) -> None:
-    projector = build_projector(kind, 8, 12, seed=0)
-    assert list(projector.state_dict()) == names
-    assert projector(torch.zeros(2, 3, 8)).shape == (2, 3, 12)
-    for name, parameter in projector.named_parameters():
-        bound = (8 if name in ("weight", "bias") or "_1" in name else 12) ** -0.5
-        assert parameter.abs().max() <= bound
-        assert parameter.abs().max() > bound / 2
-
-
-def test_an_mlp_projector_is_linear_gelu_linear() -> None:
-    projector = build_projector("mlp2x_gelu", 8, 12, seed=0)
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    state = projector.state_dict()
-    inner = torch.nn.functional.gelu(x @ state["linear_1.weight"].T + state["linear_1.bias"])
-    expected = inner @ state["linear_2.weight"].T + state["linear_2.bias"]
-    assert_near(projector(x), expected, 8 + 12)
-
-
-def test_an_unknown_projector_is_refused() -> None:
-    with pytest.raises(UserError, match="'mlp2x_relu', expected 'linear' or 'mlpNx_gelu'"):
-        build_projector("mlp2x_relu", 8, 12, seed=0)
 
 
 def test_a_projector_fits_the_concatenated_layers() -> None:

@@ -116,7 +116,7 @@ def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[st
         "image_spec": dataclasses.asdict(model.vision_tower.image_spec),
         "image_aspect": config.data.image_aspect,
         "image_processing": config.data.image_processing,
-        "num_image_tokens": model.vision_tower.num_tokens,
+        "num_image_tokens": model.num_image_tokens,
     }
 
 

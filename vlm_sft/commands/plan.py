@@ -32,7 +32,10 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     tower = estimator.meta_model.tower
     chat_tokenizer = load_chat_tokenizer(config)
     data = read_data_stats(
-        config, chat_tokenizer, num_image_tokens=tower.num_tokens, sample=arguments.sample
+        config,
+        chat_tokenizer,
+        num_image_tokens=estimator.meta_model.num_image_tokens,
+        sample=arguments.sample,
     )
     cost = estimator.image_cost(training_method(config)) if config.train.packing else 0.0
     steps = plan_steps(config, data, gpus=arguments.gpus, image_cost=cost)

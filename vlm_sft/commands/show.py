@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from vlm_sft.config.connectors import count_tokens
 from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer
@@ -158,7 +159,7 @@ def _image_tokens(config: RunConfig) -> int:
             f"building the vision tower {tower.name} to count its image tokens; "
             "--image-tokens N skips this"
         )
-    return build_vision_tower(tower).num_tokens
+    return count_tokens(config.model.token_grid(build_vision_tower(tower).grid))
 
 
 def _from_records(args: argparse.Namespace) -> Inspection:

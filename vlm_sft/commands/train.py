@@ -116,8 +116,8 @@ def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResul
         zero3 = sharding == "zero3"
         shard(model, accelerator, config.train.precision, reshard_after_forward=zero3)
 
-    tower = model.vision_tower
-    data = load_data(config, chat_tokenizer, tower.image_spec, tower.num_tokens)
+    image_spec = model.vision_tower.image_spec
+    data = load_data(config, chat_tokenizer, image_spec, model.num_image_tokens)
     for warning in require_compatible(chat_tokenizer, data, model):
         logger.warning(warning)
     for note in environment_notes(config):

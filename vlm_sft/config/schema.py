@@ -4,7 +4,7 @@
 `vlm_sft.config.fields`.
 """
 
-import re
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vlm_sft.config import loading
+from vlm_sft.config.connectors import TokenGrid, connector_grid, connector_kind
 from vlm_sft.config.fields import (
     Architecture,
     Count,
@@ -29,7 +30,7 @@ from vlm_sft.config.fields import (
 )
 from vlm_sft.config.loading import Section
 from vlm_sft.config.renamed import refuse_renamed, translate_renamed
-from vlm_sft.errors import ConfigError
+from vlm_sft.errors import ConfigError, UserError
 
 
 class VisionTowerConfig(Section):
@@ -150,19 +151,47 @@ class ModelConfig(Section):
 
     vision_tower: VisionTowerConfig
     projector_type: Forbidden[str] = "mlp2x_gelu"
-    """Architecture of the projector: `linear`, or `mlpNx_gelu` for N linear layers with GELU
-    between them. The default is LLaVA-1.5's."""
+    """Architecture of the projector: `linear`; `mlpNx_gelu`, N linear layers with GELU between them
+    (LLaVA-1.5: `mlp2x_gelu`); `pixel_shuffle_mlp`, which joins 2 x 2 tokens into one (InternVL); or
+    `resampler`, learned queries with cross-attention (Qwen-VL). For average pooling, set
+    `vision_tower.grid_pool`."""
+    num_queries: Forbidden[Annotated[int, Field(gt=0, le=65_536)] | None] = None
+    """Image tokens of the `resampler`: a square number, such as 64 or 144. Null: 256. Other
+    projectors have no queries."""
     language_model: LanguageModelConfig
 
     @field_validator("projector_type")
     @classmethod
     def _known_projector(cls, name: str) -> str:
-        if re.fullmatch(r"linear|mlp[1-9]\d?x_gelu", name) is None:
-            raise ValueError(
-                "expected 'linear' or 'mlpNx_gelu' with N from 1 to 99, e.g. mlp2x_gelu "
-                f"(found {name!r})"
-            )
+        try:
+            connector_kind(name)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("model.projector_type: ")) from None
         return name
+
+    @model_validator(mode="after")
+    def _fitting_queries(self) -> "ModelConfig":
+        if self.num_queries is None:
+            return self
+        if self.projector_type != "resampler":
+            raise ValueError(
+                f"num_queries is for projector_type: resampler (found {self.projector_type!r}); "
+                "remove it"
+            )
+        if math.isqrt(self.num_queries) ** 2 != self.num_queries:
+            raise ValueError(
+                "num_queries: expected a square number, whose queries lie on a square grid, such "
+                f"as 64, 144 or 256 (found {self.num_queries})"
+            )
+        return self
+
+    def token_grid(self, tower_grid: TokenGrid) -> TokenGrid:
+        """Return the tokens of an image crop in the language model, given those of the tower.
+
+        Raises:
+            UserError: If the projector cannot take the tower's tokens.
+        """
+        return connector_grid(self.projector_type, tower_grid, num_queries=self.num_queries)
 
 
 class LoraConfig(Section):

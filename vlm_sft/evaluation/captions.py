@@ -85,7 +85,7 @@ def _losses_of(
 
 def _example(loaded: LoadedModel, record: Conversation) -> Example:
     tokenized = loaded.chat_tokenizer.tokenize(record)
-    tokens = loaded.model.vision_tower.num_tokens
+    tokens = loaded.model.num_image_tokens
     return Example(
         record.id,
         torch.tensor(expand(tokenized.input_ids, tokens)),

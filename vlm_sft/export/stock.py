@@ -29,7 +29,10 @@ from transformers import (
 )
 
 from vlm_sft.errors import UserError
-from vlm_sft.model.projector import LinearProjector, MlpProjector
+from vlm_sft.model.connectors.base import Connector
+from vlm_sft.model.connectors.linear import LinearConnector
+from vlm_sft.model.connectors.mlp import MlpConnector
+from vlm_sft.model.connectors.pixel_shuffle_mlp import PixelShuffleMlpConnector
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.libraries import one_line
@@ -201,13 +204,13 @@ def _patch_size(side: int, num_tokens: int) -> int:
     return patch
 
 
-def stock_projector(projector: nn.Module) -> dict[str, Tensor]:
+def stock_projector(projector: Connector) -> dict[str, Tensor]:
     """Return the weights of the two linear layers of the stock projector, by name.
 
     A linear projector becomes its one layer and an identity.
 
     Raises:
-        UserError: It has more than two layers.
+        UserError: It has more than two layers, or is not an MLP.
     """
     state = projector.state_dict()
     if is_linear(projector):
@@ -220,20 +223,31 @@ def stock_projector(projector: nn.Module) -> dict[str, Tensor]:
             "linear_2.weight": torch.eye(hidden, device=weight.device),
             "linear_2.bias": torch.zeros(hidden, device=weight.device),
         }
-    depth = getattr(projector, "depth", "?")
-    if depth != 2:
+    if isinstance(projector, PixelShuffleMlpConnector):
         raise UserError(
-            f"the projector of transformers' LLaVA has two layers and this one "
-            f"(model.projector_type: mlp{depth}x_gelu) has {depth}; train with mlp2x_gelu or "
-            "linear to export"
+            "transformers has pixel shuffle (model.projector_type: pixel_shuffle_mlp) only in "
+            "InternVLForConditionalGeneration, whose vision tower is an InternViT; train with "
+            "mlp2x_gelu or linear to export"
+        )
+    if not isinstance(projector, MlpConnector):
+        name = type(projector).__name__.removesuffix("Connector").lower()
+        raise UserError(
+            f"no class of transformers has this projector (model.projector_type: {name}); train "
+            "with mlp2x_gelu or linear to export"
+        )
+    if projector.depth != 2:
+        raise UserError(
+            f"the projector of transformers' LLaVA has two layers and this one (model."
+            f"projector_type: mlp{projector.depth}x_gelu) has {projector.depth}; train with "
+            "mlp2x_gelu or linear to export"
         )
     return dict(state)
 
 
-def is_linear(projector: nn.Module) -> bool:
+def is_linear(projector: Connector) -> bool:
     """Return whether the projector is one linear layer, without activation."""
-    return isinstance(projector, LinearProjector) or (
-        isinstance(projector, MlpProjector) and projector.depth == 1
+    return isinstance(projector, LinearConnector) or (
+        isinstance(projector, MlpConnector) and projector.depth == 1
     )
 
 

@@ -211,7 +211,7 @@ class LoadedModel:
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Return the token ids to generate from, with `IMAGE_TOKEN_ID` once per image token."""
-        return expand(self.chat_tokenizer.prompt(conversation), self.model.vision_tower.num_tokens)
+        return expand(self.chat_tokenizer.prompt(conversation), self.model.num_image_tokens)
 
     def load_image(self, source: ImageSource) -> Tensor:
         """Return an image as the vision tower takes it, uint8 `[3, size, size]`.

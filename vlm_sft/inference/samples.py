@@ -75,7 +75,7 @@ class SampleGenerator:
         (answer,) = generate_greedy(
             self._model,
             self._chat_tokenizer,
-            [expand(prompt, self._model.vision_tower.num_tokens)],
+            [expand(prompt, self._model.num_image_tokens)],
             pixel_values=torch.stack(pixels) if pixels else None,
             max_new_tokens=self._max_new_tokens,
         )

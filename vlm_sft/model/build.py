@@ -16,11 +16,11 @@ from vlm_sft.config.schema import (
     VisionTowerConfig,
 )
 from vlm_sft.errors import UserError
+from vlm_sft.model.connectors.build import build_connector
 from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.language_model import check_head
 from vlm_sft.model.positions import find_position_limit
 from vlm_sft.model.pretrained import load_pretrained
-from vlm_sft.model.projector import build_projector
 from vlm_sft.model.quantization import quantize
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -47,8 +47,15 @@ def build_model(
     language_model = build_language_model(config.language_model, dtype=dtype, seed=seed)
     tower = build_vision_tower(config.vision_tower, dtype=dtype, seed=seed)
     hidden = language_model.get_input_embeddings().weight.shape[1]
-    projector = build_projector(config.projector_type, tower.width, hidden, seed=seed)
-    model = VisionLanguageModel(tower, projector, language_model)
+    connector = build_connector(
+        config.projector_type,
+        tower.grid,
+        tower.width,
+        hidden,
+        seed=seed,
+        num_queries=config.num_queries,
+    )
+    model = VisionLanguageModel(tower, connector, language_model)
     if lora is not None:
         from vlm_sft.model.lora import add_lora  # peft is needed by LoRA runs only
 

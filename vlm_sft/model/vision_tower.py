@@ -1,11 +1,13 @@
 """The frozen vision tower: images to features, whichever library the encoder comes from."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vlm_sft.config.connectors import TokenGrid
 from vlm_sft.errors import UserError
 from vlm_sft.model.hashing import named_state, tensors_digest
 from vlm_sft.model.towers.base import FeatureSource, LoadedEncoder
@@ -25,8 +27,9 @@ class VisionTower(nn.Module):
 
     Attributes:
         image_spec: Size and normalization of the input images.
-        num_tokens: Image tokens per image.
-        width: Features per token.
+        num_tokens: Features per image.
+        grid: The same as `(rows, columns)`, or their number if they are not a square grid.
+        width: Size of a feature.
 
     Raises:
         UserError: If the encoder does not have these features.
@@ -64,6 +67,9 @@ class VisionTower(nn.Module):
         probe = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         self.num_tokens: int = probe.shape[1]
         self.width: int = probe.shape[2]
+        side = math.isqrt(self.num_tokens)
+        is_grid = feature_select == "patch" and side * side == self.num_tokens
+        self.grid: TokenGrid = (side, side) if is_grid else self.num_tokens
 
     @property
     def dtype(self) -> torch.dtype:

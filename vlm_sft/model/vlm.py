@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from vlm_sft.data.batch import Batch
 from vlm_sft.errors import UserError
+from vlm_sft.model.connectors.base import Connector
 from vlm_sft.model.language_model import causal_lm, decoder_of, head_logits
 from vlm_sft.model.loss import chunked_cross_entropy
 from vlm_sft.model.neftune import add_noise, text_lengths
@@ -52,8 +53,8 @@ class VisionLanguageModel(nn.Module):
     The submodules have the names of `LlavaForConditionalGeneration`.
 
     Args:
-        vision_tower: Frozen; images to features `[N, image tokens, width]`.
-        multi_modal_projector: Features to embeddings of the language model.
+        vision_tower: Frozen; images to features `[N, tower tokens, width]`.
+        multi_modal_projector: The connector: features to embeddings of the language model.
         language_model: A causal language model of transformers, possibly wrapped by peft.
 
     Attributes:
@@ -64,7 +65,7 @@ class VisionLanguageModel(nn.Module):
     def __init__(
         self,
         vision_tower: VisionTower,
-        multi_modal_projector: nn.Module,
+        multi_modal_projector: Connector,
         language_model: PreTrainedModel | nn.Module,
     ) -> None:
         super().__init__()
@@ -110,12 +111,17 @@ class VisionLanguageModel(nn.Module):
         hidden, router = self.decode(embeds, batch.attention_mask, layout, with_router_loss=True)
         return self.loss(hidden, batch, router)
 
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that an image takes in the language model."""
+        return self.multi_modal_projector.num_tokens
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return image embeddings `[N, image tokens, D]` of `[N, 3, H, W]` uint8 images."""
         return self.project(self.vision_tower(pixel_values))
 
     def project(self, features: Tensor) -> Tensor:
-        """Return image embeddings `[N, image tokens, D]` of features `[N, image tokens, width]`."""
+        """Return image embeddings `[N, image tokens, D]` of features `[N, tower tokens, width]`."""
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
 
@@ -297,7 +303,7 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: If the counts do not match; it names both.
         """
-        tokens = self.vision_tower.num_tokens
+        tokens = self.num_image_tokens
         rows = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()
         if sum(rows) != num_images * tokens:
             raise UserError(

@@ -138,8 +138,8 @@ class _TrainingSteps:
         self._accelerator: Accelerator = make_accelerator(config.train.precision)
         chat_tokenizer = load_chat_tokenizer(config)
         model, _ = load_model(config, TRAINABLE[method])
-        tower = model.vision_tower
-        data = load_data(config, chat_tokenizer, tower.image_spec, tower.num_tokens)
+        image_spec = model.vision_tower.image_spec
+        data = load_data(config, chat_tokenizer, image_spec, model.num_image_tokens)
         use_feature_cache(config, model, self._accelerator, data)
         self._records, self._sampler = data.train, make_sampler(config, data.train)
         pad_token_id = padding_id(chat_tokenizer.tokenizer)

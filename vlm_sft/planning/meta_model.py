@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vlm_sft.config.connectors import count_tokens
 from vlm_sft.config.schema import LoraConfig, ModelConfig
 from vlm_sft.model.build import build_vision_tower
+from vlm_sft.model.connectors.build import build_connector
 from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.language_model import decoder_layers
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
-from vlm_sft.model.projector import build_projector
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.planning.local_configs import language_model_config, tower_without_weights
@@ -34,6 +35,7 @@ class MetaModel:
         tower: The vision tower on the meta device.
         language_config: Configuration of the language model.
         num_layers: Decoder layers of the language model.
+        num_image_tokens: Tokens that an image takes in the language model.
         has_identical_layers: Whether all decoder layers have the same modules, shapes and kind of
             attention, so that the cost of one is the cost of every other.
 
@@ -42,7 +44,7 @@ class MetaModel:
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
-        self.dtype, self._projector_type = dtype, config.projector_type
+        self.dtype, self._config = dtype, config
         self.language_config = language_model_config(config.language_model)
         # flash-attention does not run on the CPU; SDPA saves the same tensors for the backward
         # pass. None leaves the choice to transformers.
@@ -52,6 +54,7 @@ class MetaModel:
             self.tower = build_vision_tower(tower_without_weights(config.vision_tower), dtype=dtype)
             layers = decoder_layers(self._language_model(None))
         self.num_layers = len(layers)
+        self.num_image_tokens = count_tokens(config.token_grid(self.tower.grid))
         # Gemma 2 and others alternate between full and sliding-window attention in layers of the
         # same shapes; `layer_types` lists the kind of each.
         kinds = set(getattr(self.language_config, "layer_types", None) or [None])
@@ -70,9 +73,16 @@ class MetaModel:
         with torch.device("meta"):
             language_model = self._language_model(num_layers)
             hidden = language_model.get_input_embeddings().weight.shape[1]
-            projector = build_projector(self._projector_type, self.tower.width, hidden, seed=0)
+            connector = build_connector(
+                self._config.projector_type,
+                self.tower.grid,
+                self.tower.width,
+                hidden,
+                seed=0,
+                num_queries=self._config.num_queries,
+            )
             stub = cast(VisionTower, FeatureStub(self.tower))
-            model = VisionLanguageModel(stub, projector, language_model)
+            model = VisionLanguageModel(stub, connector, language_model)
             if lora is not None:
                 add_lora(model, lora, seed=0)
         model.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Connectors: modules from vision features to embeddings of the language model."""
