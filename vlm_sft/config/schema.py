@@ -5,6 +5,7 @@
 """
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
