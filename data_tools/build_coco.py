@@ -17,10 +17,10 @@ from typing import Any, Final, get_args
 import numpy as np
 
 from data_tools.backends import Backend, make_backend
-from data_tools.coco import CocoIndex, Picture, read_coco
+from data_tools.coco import AnnotatedImage, CocoIndex, read_coco
 from data_tools.digests import file_digest
 from data_tools.findings import MAX_FAULTY
-from data_tools.image_check import require_few_missing, usable_pictures
+from data_tools.image_check import require_few_missing, usable_images
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.commands.run_command import run_command
@@ -87,12 +87,12 @@ def main(argv: Sequence[str]) -> int:
     index, annotated = _read(arguments, inputs)
     if arguments.follow_symlinks and arguments.out_file and Path(arguments.out_file).exists():
         images = Path(arguments.images)
-        refuse_input(arguments.out_file, (images / p.file_name for p in index.pictures))
+        refuse_input(arguments.out_file, (images / p.file_name for p in index.images))
     train, held_out = _split(index, arguments.seed, arguments.eval_share)
     if arguments.eval_share and not (train and held_out):
         raise UserError(
-            f"--eval-share {arguments.eval_share}: of {len(index.pictures)} pictures "
-            f"{len(held_out)} would be set aside; give more pictures or another share or seed"
+            f"--eval-share {arguments.eval_share}: of {len(index.images)} images "
+            f"{len(held_out)} would be set aside; give more images or another share or seed"
         )
     backend = make_backend(
         arguments.backend,
@@ -130,16 +130,16 @@ def _read(arguments: argparse.Namespace, inputs: dict[str, Path]) -> tuple[CocoI
     share, images = arguments.max_faulty, Path(arguments.images)
     remedy = "; --max-faulty 1 sets aside whatever is faulty"
     index = read_coco(inputs.get("instances"), inputs.get("captions"), share, remedy)
-    require_few_missing(index.pictures, images, share)
-    pictures = usable_pictures(index, images, follow_symlinks=arguments.follow_symlinks)
-    index.findings.require_few({"picture": len(index.pictures)}, share, remedy)
-    if not pictures:
+    require_few_missing(index.images, images, share)
+    annotated = usable_images(index, images, follow_symlinks=arguments.follow_symlinks)
+    index.findings.require_few({"image": len(index.images)}, share, remedy)
+    if not annotated:
         raise UserError(
-            f"--images {images}: not one of the {len(index.pictures):,} annotated pictures can be "
+            f"--images {images}: not one of the {len(index.images):,} annotated images can be "
             "used; give annotations that list images, and the folder of these images",
             code="no_records",
         )
-    return replace(index, pictures=pictures), len(index.pictures)
+    return replace(index, images=annotated), len(index.images)
 
 
 def _write_folder(
@@ -192,7 +192,7 @@ def parser() -> CommandParser:
     parser = CommandParser("python -m data_tools.build_coco", __doc__, EXAMPLES)
     parser.add_argument("--instances", help="COCO's instances_*.json: boxes")
     parser.add_argument("--captions", help="COCO's captions_*.json")
-    parser.add_argument("--images", required=True, help="folder of the pictures")
+    parser.add_argument("--images", required=True, help="folder of the images")
     parser.add_argument(
         "--follow-symlinks",
         action="store_true",
@@ -227,23 +227,23 @@ def parser() -> CommandParser:
     )
     parser.add_argument("--turns", type=int, default=8, help="questions a conversation (8)")
     parser.add_argument(
-        "--captions-per-picture", type=int, help="stage-1 pairs a picture (all captions)"
+        "--captions-per-image", type=int, help="stage-1 pairs an image (all captions)"
     )
     parser.add_argument(
-        "--eval-share", type=float, default=0.0, help="share of pictures set aside, 0..0.9 (0)"
+        "--eval-share", type=float, default=0.0, help="share of images set aside, 0..0.9 (0)"
     )
     parser.add_argument(
         "--probes",
         type=int,
-        help=f"single questions a picture and family, on the pictures set aside, or on all with "
-        f"--eval-share 0 (default: {DEFAULT_PROBES} where pictures are set aside, else none)",
+        help=f"single questions an image and family, on the images set aside, or on all with "
+        f"--eval-share 0 (default: {DEFAULT_PROBES} where images are set aside, else none)",
     )
     parser.add_argument(
         "--max-faulty",
         type=float,
         default=MAX_FAULTY,
         metavar="SHARE",
-        help="share of the boxes, captions or pictures that one kind of fault may set aside, 0..1 "
+        help="share of the boxes, captions or images that one kind of fault may set aside, 0..1 "
         f"({MAX_FAULTY}); more is an error",
     )
     parser.add_argument(
@@ -270,7 +270,7 @@ def _check(arguments: argparse.Namespace) -> None:
     limits = (
         ("--seed", arguments.seed, 0, 2**63),
         ("--turns", arguments.turns, 1, 100),
-        ("--captions-per-picture", arguments.captions_per_picture, 1, 1000),
+        ("--captions-per-image", arguments.captions_per_image, 1, 1000),
         ("--eval-share", arguments.eval_share, 0, 0.9),
         ("--probes", arguments.probes, 2, 100),
         ("--max-faulty", arguments.max_faulty, 0, 1),
@@ -282,80 +282,80 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _split(
     index: CocoIndex, seed: int, eval_share: float
-) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:
-    """Pictures to train on and pictures set aside; a picture's side depends on its id and seed."""
+) -> tuple[tuple[AnnotatedImage, ...], tuple[AnnotatedImage, ...]]:
+    """Images to train on and images set aside; an image's side depends on its id and seed."""
     aside = {
-        picture.id
-        for picture in index.pictures
-        if np.random.default_rng([seed, picture.id, 0]).random() < eval_share
+        image.id
+        for image in index.images
+        if np.random.default_rng([seed, image.id, 0]).random() < eval_share
     }
     return (
-        tuple(picture for picture in index.pictures if picture.id not in aside),
-        tuple(picture for picture in index.pictures if picture.id in aside),
+        tuple(image for image in index.images if image.id not in aside),
+        tuple(image for image in index.images if image.id in aside),
     )
 
 
 def _outputs(
     arguments: argparse.Namespace,
     backend: Backend,
-    train: Sequence[Picture],
-    held_out: Sequence[Picture],
+    train: Sequence[AnnotatedImage],
+    held_out: Sequence[AnnotatedImage],
 ) -> dict[str, _Output]:
-    """The files by their names without ending; pictures set aside never reach the first two."""
+    """The files by their names without ending; images set aside never reach the first two."""
     wanted = [arguments.only] if arguments.only else list(FAMILIES)
     outputs: dict[str, _Output] = {}
-    for prefix, pictures in (("", train), ("eval_", held_out)):
-        if prefix and not pictures:
+    for prefix, annotated in (("", train), ("eval_", held_out)):
+        if prefix and not annotated:
             continue
         for name in ("stage1", "stage2"):
             if name in wanted and not (prefix and arguments.out_file):
-                outputs[prefix + name] = _stage(name, arguments, backend, pictures)
-    per_picture = arguments.probes
-    if per_picture is None and (held_out or arguments.only in PROBE_FAMILIES):
-        per_picture = DEFAULT_PROBES
-    if per_picture is not None:
+                outputs[prefix + name] = _stage(name, arguments, backend, annotated)
+    per_image = arguments.probes
+    if per_image is None and (held_out or arguments.only in PROBE_FAMILIES):
+        per_image = DEFAULT_PROBES
+    if per_image is not None:
         for family in PROBE_FAMILIES:
             if family in wanted:
-                outputs[family] = _probes(family, backend, held_out or train, per_picture)
+                outputs[family] = _probes(family, backend, held_out or train, per_image)
     return outputs
 
 
 def _stage(
-    name: str, arguments: argparse.Namespace, backend: Backend, pictures: Sequence[Picture]
+    name: str, arguments: argparse.Namespace, backend: Backend, annotated: Sequence[AnnotatedImage]
 ) -> _Output:
     output = _Output()
-    for picture in track(pictures, description=f"building {name}"):
+    for image in track(annotated, description=f"building {name}"):
         if name == "stage1":
-            exchanges = backend.captions(picture, arguments.captions_per_picture)
+            exchanges = backend.captions(image, arguments.captions_per_image)
             records = [[exchange] for exchange in exchanges]
         else:
-            exchanges = backend.conversation(picture, arguments.turns)
+            exchanges = backend.conversation(image, arguments.turns)
             # A second question behind evidence would be answered by reading, not by looking.
             apart = arguments.answers == "evidence"
             records = [[e] for e in exchanges] if apart else [list(exchanges)] * bool(exchanges)
         for number, turns in enumerate(records):
             label = "caption" if name == "stage1" else "conversation"
-            record_id = f"{picture.id:012d}-{label}-{number}"
-            output.records.append(conversation(record_id, picture.file_name, turns))
+            record_id = f"{image.id:012d}-{label}-{number}"
+            output.records.append(conversation(record_id, image.file_name, turns))
         output.exchanges.extend(exchanges)
     return output
 
 
 def _probes(
-    family: str, backend: Backend, pictures: Sequence[Picture], per_picture: int
+    family: str, backend: Backend, annotated: Sequence[AnnotatedImage], per_image: int
 ) -> _Output:
     output = _Output()
-    found = backend.probes(pictures, family, per_picture)
-    for picture in pictures:
-        for number, exchange in enumerate(found[picture.id]):
-            record_id = f"{picture.id:012d}-{family}-{number}"
-            output.records.append(probe(record_id, picture.file_name, exchange))
+    found = backend.probes(annotated, family, per_image)
+    for image in annotated:
+        for number, exchange in enumerate(found[image.id]):
+            record_id = f"{image.id:012d}-{family}-{number}"
+            output.records.append(probe(record_id, image.file_name, exchange))
             output.exchanges.append(exchange)
     return output
 
 
 def _best_by_category(exchanges: Sequence[Exchange]) -> float:
-    """Accuracy of one who never sees the picture but knows each category's commoner answer."""
+    """Accuracy of one who never sees the image but knows each category's commoner answer."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for exchange in exchanges:
         counts[exchange.category][exchange.answer] += 1
@@ -370,7 +370,7 @@ def _receipt(
     annotated: int,
     outputs: dict[str, _Output],
 ) -> dict[str, Any]:
-    pictures = index.pictures
+    used = index.images
     return {
         "command": "data_tools.build_coco",
         "backend": arguments.backend,
@@ -382,13 +382,13 @@ def _receipt(
         "inputs": {
             name: {"file": path.name, "sha256": file_digest(path)} for name, path in inputs.items()
         },
-        "pictures": {
+        "images": {
             "annotated": annotated,
-            "all": len(pictures),
+            "all": len(used),
             "train": split[0],
             "set_aside": split[1],
-            "without_captions": sum(not picture.captions for picture in pictures),
-            "without_boxes": sum(not picture.boxes for picture in pictures),
+            "without_captions": sum(not image.captions for image in used),
+            "without_boxes": sum(not image.boxes for image in used),
         },
         "max_faulty": arguments.max_faulty,
         "findings": index.findings.told(),
@@ -397,19 +397,19 @@ def _receipt(
 
 
 def _table(receipt: dict[str, Any]) -> Iterator[str]:
-    pictures = receipt["pictures"]
+    counts = receipt["images"]
     yield (
-        f"{pictures['all']} of {pictures['annotated']} annotated pictures: "
-        f"{pictures['train']} to train on, "
-        f"{pictures['set_aside']} set aside"
+        f"{counts['all']} of {counts['annotated']} annotated images: "
+        f"{counts['train']} to train on, "
+        f"{counts['set_aside']} set aside"
     )
-    if pictures["without_boxes"]:
+    if counts["without_boxes"]:
         yield (
-            f"{pictures['without_boxes']} pictures have no boxes: what is absent from them is "
+            f"{counts['without_boxes']} images have no boxes: what is absent from them is "
             "unknown, so they give captions only"
         )
-    if pictures["without_captions"]:
-        yield f"{pictures['without_captions']} pictures have no captions: no descriptions of them"
+    if counts["without_captions"]:
+        yield f"{counts['without_captions']} images have no captions: no descriptions of them"
     yield f"{'file':<20} {'records':>8} {'questions':>10}  families"
     for name, told in receipt["files"].items():
         families = ", ".join(f"{family} {count}" for family, count in told["families"].items())

@@ -1,4 +1,4 @@
-"""COCO's annotation files as an index: what is known about each picture, and what is not."""
+"""COCO's annotation files as an index: what is known about each image, and what is not."""
 
 import re
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ MAX_ID: Final = 2**63
 MAX_SIDE: Final = 1_000_000
 """Pixels; no image that can be opened has a longer side."""
 SLACK: Final = 1.0
-"""Pixels; published COCO boxes leave their picture by rounding, never by a whole pixel."""
+"""Pixels; published COCO boxes leave their image by rounding, never by a whole pixel."""
 
 _KINDS: Final = {int: "a whole number", str: "a text"}
 _CATEGORY_NAME: Final = re.compile(r"\w[\w .,'&/()+-]{0,59}")
@@ -55,8 +55,8 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture with its captions and boxes.
+class AnnotatedImage:
+    """An image with its captions and boxes.
 
     Attributes:
         id: COCO's image id.
@@ -66,8 +66,8 @@ class Picture:
         captions: In the file's order, white space made single.
         boxes: In the file's order. Empty means unknown, never that nothing is there.
         caption_ids: The captions' annotation ids, in the order of `captions`.
-        license: COCO's number of the picture's licence; None where the files name none.
-        split: The part of COCO that the picture's name or address speaks of, e.g. `val2014`.
+        license: COCO's number of the image's licence; None where the files name none.
+        split: The part of COCO that the image's name or address speaks of, e.g. `val2014`.
     """
 
     id: int
@@ -92,28 +92,28 @@ class Picture:
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """All pictures in order of their ids, and the names of all categories that are annotated.
+    """All images in order of their ids, and the names of all categories that are annotated.
 
     Attributes:
         licenses: The files' table of licences, by number, as they have it.
         findings: What was wrong or is worth knowing, and what was set aside for it.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[AnnotatedImage, ...]
     categories: tuple[str, ...]
     licenses: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
 
     def frequencies(self) -> Counter[str]:
-        """In how many pictures each category occurs."""
-        return Counter(name for picture in self.pictures for name in picture.categories)
+        """In how many images each category occurs."""
+        return Counter(name for image in self.images for name in image.categories)
 
     def together(self) -> dict[str, Counter[str]]:
-        """For each category, in how many of its pictures every other one occurs."""
+        """For each category, in how many of its images every other one occurs."""
         counts: dict[str, Counter[str]] = {name: Counter() for name in self.categories}
-        for picture in self.pictures:
-            for name in picture.categories:
-                counts[name].update(other for other in picture.categories if other != name)
+        for image in self.images:
+            for name in image.categories:
+                counts[name].update(other for other in image.categories if other != name)
         return counts
 
 
@@ -136,17 +136,17 @@ def read_coco(
     Raises:
         UserError: A file is missing, is no JSON, lacks a key, repeats an id, names an image or
             category it does not list, disagrees with the other, or has too many faulty boxes
-            (degenerate, outside their pictures) or captions.
+            (degenerate, outside their images) or captions.
     """
     reader = _Reader(Findings())
     sentences = reader.captions(captions) if captions is not None else {}
     boxes = reader.boxes(instances) if instances is not None else {}
     reader.findings.require_few(reader.totals, max_faulty, remedy)
-    pictures = tuple(
-        _picture(image, sentences.get(image.id, ()), boxes.get(image.id, ()), reader.findings)
+    images = tuple(
+        _annotated(image, sentences.get(image.id, ()), boxes.get(image.id, ()), reader.findings)
         for image in (reader.images[image_id] for image_id in sorted(reader.images))
     )
-    return CocoIndex(pictures, reader.categories, reader.licenses, reader.findings)
+    return CocoIndex(images, reader.categories, reader.licenses, reader.findings)
 
 
 class _Image(NamedTuple):
@@ -166,7 +166,7 @@ class _Sentence(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """An annotation that has been looked at by itself, but not yet beside its picture."""
+    """An annotation that has been looked at by itself, but not yet beside its image."""
 
     id: int
     image_id: int
@@ -189,7 +189,7 @@ class _Reader:
         self.totals: Counter[str] = Counter()
 
     def captions(self, path: Path) -> dict[int, list[_Sentence]]:
-        """The usable captions by picture."""
+        """The usable captions by image."""
         found: dict[int, list[_Sentence]] = defaultdict(list)
         for entry in self._annotations(path, _caption_of, {}):
             self.totals["caption"] += 1
@@ -199,7 +199,7 @@ class _Reader:
         return found
 
     def boxes(self, path: Path) -> dict[int, list[Box]]:
-        """The usable boxes by picture."""
+        """The usable boxes by image."""
         found: dict[int, list[Box]] = defaultdict(list)
         categories: dict[int, str] = {}
         for entry in self._annotations(path, _box_of, categories):
@@ -241,7 +241,7 @@ class _Reader:
                     here, there = (shortened(repr(value), 200) for value in (here, there))
                     raise UserError(
                         f"{path}: image {image_id}: {key} is {here} here and {there} in "
-                        "the captions file; the two files must speak of the same pictures"
+                        "the captions file; the two files must speak of the same images"
                     )
 
     def _usable_caption(self, entry: _Entry, path: Path) -> str | None:
@@ -279,7 +279,7 @@ class _Reader:
         if beyond > SLACK:
             self.findings.add(
                 "box_outside",
-                f"{where}: bbox {values} leaves its picture of {image.width} x "
+                f"{where}: bbox {values} leaves its image of {image.width} x "
                 f"{image.height} pixels; expected [x, y, width, height] in pixels",
             )
             return None
@@ -301,30 +301,30 @@ class _Reader:
         return False
 
 
-def _picture(
-    image: _Image,
+def _annotated(
+    entry: _Image,
     sentences: Iterable[_Sentence],
     boxes: Iterable[Box],
     findings: Findings,
-) -> Picture:
-    picture = Picture(
-        id=image.id,
-        file_name=image.file_name,
-        width=image.width,
-        height=image.height,
+) -> AnnotatedImage:
+    image = AnnotatedImage(
+        id=entry.id,
+        file_name=entry.file_name,
+        width=entry.width,
+        height=entry.height,
         captions=tuple(sentence.text for sentence in sentences),
         boxes=tuple(boxes),
         caption_ids=tuple(sentence.id for sentence in sentences),
-        license=image.license,
-        split=image.split,
+        license=entry.license,
+        split=entry.split,
     )
-    if not picture.captions:
-        findings.add("picture_without_captions", image.file_name)
-    if not picture.boxes:
-        findings.add("picture_without_boxes", image.file_name)
-    for _ in range(len(picture.captions) - len(set(picture.captions))):
+    if not image.captions:
+        findings.add("image_without_captions", image.file_name)
+    if not image.boxes:
+        findings.add("image_without_boxes", image.file_name)
+    for _ in range(len(image.captions) - len(set(image.captions))):
         findings.add("caption_repeated", image.file_name)
-    return picture
+    return image
 
 
 def _entry(element: Element, where: str, content_of: _ContentOf) -> _Entry:
@@ -383,7 +383,7 @@ def _add_image(images: dict[int, _Image], value: Any, where: str) -> None:
     if not _is_below(name):
         raise UserError(
             f"{where}: file_name is {shown_name(name)}, expected a path below the folder of "
-            f"pictures with '/' between folders and at most {MAX_NAME:,} characters",
+            f"images with '/' between folders and at most {MAX_NAME:,} characters",
             code="image_path",
         )
     for side in ("width", "height"):

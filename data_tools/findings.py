@@ -7,11 +7,11 @@ from typing import Any, Final, Literal
 
 from vlm_sft.errors import UserError
 
-Consequence = Literal["annotation set aside", "picture set aside", "told"]
+Consequence = Literal["annotation set aside", "image set aside", "told"]
 
 MAX_EXAMPLES: Final = 5
 MAX_FAULTY: Final = 0.01
-"""Share of all annotations or pictures that may have one fault and be set aside; a larger one
+"""Share of all annotations or images that may have one fault and be set aside; a larger one
 speaks of a wrong file (or of corners in place of sizes), not of a slip of its makers."""
 
 
@@ -21,7 +21,7 @@ class Finding:
 
     Attributes:
         meaning: In the plural, behind a count.
-        consequence: What becomes of the annotation or the picture.
+        consequence: What becomes of the annotation or the image.
     """
 
     meaning: str
@@ -30,21 +30,21 @@ class Finding:
 
 KINDS: Final[Mapping[str, Finding]] = {
     "box_without_area": Finding("boxes without area", "annotation set aside"),
-    "box_outside": Finding("boxes leaving their picture by over a pixel", "annotation set aside"),
-    "box_repeated": Finding("boxes repeating one of their picture", "annotation set aside"),
-    "box_rounded": Finding("boxes leaving their picture by up to a pixel, kept", "told"),
+    "box_outside": Finding("boxes leaving their image by over a pixel", "annotation set aside"),
+    "box_repeated": Finding("boxes repeating one of their image", "annotation set aside"),
+    "box_rounded": Finding("boxes leaving their image by up to a pixel, kept", "told"),
     "box_crowd": Finding("boxes of crowds, never counted", "told"),
     "caption_empty": Finding("captions without a word", "annotation set aside"),
     "caption_long": Finding("captions of over 5,000 characters", "annotation set aside"),
     "caption_unreadable": Finding("captions that are no Unicode text", "annotation set aside"),
-    "caption_repeated": Finding("captions repeating one of their picture, kept", "told"),
-    "picture_without_captions": Finding("pictures without captions", "told"),
-    "picture_without_boxes": Finding("pictures without boxes: absence unknown", "told"),
-    "picture_missing": Finding("pictures without a file", "picture set aside"),
-    "picture_unreadable": Finding("pictures that cannot be opened", "picture set aside"),
-    "picture_size": Finding("pictures of another size than annotated", "picture set aside"),
-    "picture_turned": Finding(
-        "pictures turned by their EXIF data, unlike their boxes", "picture set aside"
+    "caption_repeated": Finding("captions repeating one of their image, kept", "told"),
+    "image_without_captions": Finding("images without captions", "told"),
+    "image_without_boxes": Finding("images without boxes: absence unknown", "told"),
+    "image_missing": Finding("images without a file", "image set aside"),
+    "image_unreadable": Finding("images that cannot be opened", "image set aside"),
+    "image_size": Finding("images of another size than annotated", "image set aside"),
+    "image_turned": Finding(
+        "images turned by their EXIF data, unlike their boxes", "image set aside"
     ),
 }
 
@@ -68,7 +68,7 @@ class Findings:
         """Refuse faults that set too large a part aside.
 
         Args:
-            totals: How many there are of what kinds begin with (`box`, `caption`, `picture`);
+            totals: How many there are of what kinds begin with (`box`, `caption`, `image`);
                 kinds of others are not looked at.
             share: The largest part that may be set aside for one fault.
             remedy: What else can be done, told at the sentence's end.
@@ -83,7 +83,7 @@ class Findings:
             raise UserError(
                 f"{self.examples[kind][0]} ({KINDS[kind].meaning}: {count:,} of {total:,}, and up "
                 f"to {share:.3g} of them would be set aside){remedy}",
-                code="image_missing" if kind == "picture_missing" else None,
+                code="image_missing" if kind == "image_missing" else None,
             )
 
     def told(self) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Compose pictures from emoji art and write them with COCO's own annotations."""
+"""Compose images from emoji art and write them with COCO's own annotations."""
 
 import argparse
 import hashlib
@@ -13,9 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from data_tools import art, masks, scene_captions
-from data_tools.backgrounds import KINDS
-from data_tools.scenes import COCO_MAX_SIDE, Scene, SceneSettings, compose, scene_rng
+from data_tools.scenes import art, masks
+from data_tools.scenes import captions as scene_captions
+from data_tools.scenes.backgrounds import KINDS
+from data_tools.scenes.compose import (
+    COCO_MAX_SIDE,
+    Scene,
+    SceneSettings,
+    compose,
+    scene_rng,
+)
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
@@ -27,13 +34,13 @@ from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 
 FORMAT = 1
-"""Raised when the same settings would give other pictures."""
+"""Raised when the same settings would give other images."""
 
 KIND = "scene set"
 """What the marker of an output folder says that it holds."""
 
 MAX_OBJECTS = 4
-"""Most categories in a picture, where not told."""
+"""Most categories in an image, where not told."""
 
 _TEMPORARY: Final = re.compile(r"\.(?P<image>[0-9]{12}\.jpg)\.(?P<process>[0-9]{1,20})\.part")
 
@@ -56,9 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.out:
         raise UserError("--out: the name is empty; give a folder to write")
     if _is_done(out, receipt):
-        echo(
-            f"{out}: done already, {arguments.count} pictures with these settings", file=sys.stdout
-        )
+        echo(f"{out}: done already, {arguments.count} images with these settings", file=sys.stdout)
         return 0
     artist = art.ARTISTS[settings.artist]
     art.check_drawings(artist, settings.categories)
@@ -66,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     (out / "images").mkdir(parents=True, exist_ok=True)
     told = {"sha256": _hash(receipt), "complete": False, **receipt}
     write_owned_json(out / "settings.json", told)
-    instances, captions, digest = _write_pictures(
+    instances, captions, digest = _write_images(
         out, settings, arguments.count, arguments.workers, overwrite=arguments.overwrite
     )
     head = _head(settings)
@@ -77,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     write_owned_json(out / "settings.json", told | {"complete": True, "images_sha256": digest})
     crowds = sum(entry["iscrowd"] for entry in instances["annotations"])
     echo(
-        f"{out}: {arguments.count} pictures, {len(instances['annotations'])} objects "
+        f"{out}: {arguments.count} images, {len(instances['annotations'])} objects "
         f"({crowds} of them crowds), {len(settings.categories)} categories by {artist.name}, "
         f"{len(captions['annotations'])} captions",
         file=sys.stdout,
@@ -92,7 +97,7 @@ def parser() -> CommandParser:
     parser.add_argument(
         "--artist", required=True, choices=sorted(art.ARTISTS), help="whose drawings"
     )
-    parser.add_argument("--count", required=True, type=int, help="number of pictures")
+    parser.add_argument("--count", required=True, type=int, help="number of images")
     parser.add_argument("--seed", required=True, type=int, help="0 or more")
     parser.add_argument("--categories", help="names (dog,cat,...) or a JSON file; default: all")
     parser.add_argument("--min-objects", type=int, default=1, help="fewest categories (1)")
@@ -104,7 +109,7 @@ def parser() -> CommandParser:
         nargs=2,
         default=(0.2, 0.55),
         metavar=("MIN", "MAX"),
-        help="objects' longer side as a share of the picture's shorter side (0.2 0.55)",
+        help="objects' longer side as a share of the image's shorter side (0.2 0.55)",
     )
     parser.add_argument(
         "--max-side",
@@ -116,7 +121,7 @@ def parser() -> CommandParser:
         "--augment", type=float, default=0.5, help="0..1: how much drawings are varied (0.5)"
     )
     parser.add_argument(
-        "--crowd-share", type=float, default=0.05, help="0..1: pictures with a crowd (0.05)"
+        "--crowd-share", type=float, default=0.05, help="0..1: images with a crowd (0.05)"
     )
     parser.add_argument(
         "--visible-share",
@@ -247,7 +252,7 @@ def _hash(receipt: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(receipt, sort_keys=True).encode()).hexdigest()
 
 
-def _write_pictures(
+def _write_images(
     out: Path, settings: SceneSettings, count: int, workers: int, *, overwrite: bool
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Write every image.

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 IMAGE_MARK = "<image>"
-"""Where a picture stands in a text (LLaVA's data form)."""
+"""Where an image stands in a text (LLaVA's data form)."""
 
 IMAGE_LINE = f"{IMAGE_MARK}\n"
-"""Opens the first human turn of a record with a picture (LLaVA's data form)."""
+"""Opens the first human turn of a record with an image (LLaVA's data form)."""
 
 AnswerStyle = Literal["short", "sentence", "evidence"]
 """`Yes.`; a sentence; or, for existence, what is seen and then the verdict (others stay short)."""
@@ -39,7 +39,7 @@ class Exchange:
 
 
 def conversation(record_id: str, image: str, exchanges: Sequence[Exchange]) -> dict[str, Any]:
-    """A record of LLaVA's form; the picture stands in the first human turn."""
+    """A record of LLaVA's form; the image stands in the first human turn."""
     turns: list[dict[str, str]] = []
     for exchange in exchanges:
         opening = "" if turns else IMAGE_LINE

@@ -21,9 +21,9 @@ from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 
 if TYPE_CHECKING:
-    from data_tools.coco import Picture
+    from data_tools.coco import AnnotatedImage
     from data_tools.instruct.schema import Check
-    from data_tools.instruct.verification import Policy
+    from data_tools.instruct.verify import Policy
 
 KIND: Final = "verdicts"
 """What the marker of an output folder states that it holds."""
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
     from data_tools.coco import read_coco
     from data_tools.instruct.config import VerifyConfig
-    from data_tools.instruct.verification import Policy
+    from data_tools.instruct.verify import Policy
     from vlm_sft.utils.owned_files import own_output, owned_open
 
     own_output(
@@ -57,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
         overwrite=arguments.overwrite,
     )  # fmt: skip
     index = read_coco(files["instances"], files["captions"])
-    if not index.pictures:
+    if not index.images:
         raise UserError(f"{files['instances']}: names no images to check records against")
     policy = Policy(VerifyConfig(), index.categories)
-    annotated = {image.id: image for image in index.pictures}
+    annotated = {image.id: image for image in index.images}
     # What is loaded stays until the end; full collections need not visit it again and again.
     gc.freeze()
     summary = Summary()
@@ -130,7 +130,7 @@ class Summary:
 def verdicts(
     records: Path,
     images: Path,
-    annotated: "dict[int, Picture]",
+    annotated: "dict[int, AnnotatedImage]",
     policy: "Policy",
     summary: Summary,
 ) -> Iterator[dict[str, Any]]:
@@ -143,9 +143,9 @@ def verdicts(
         policy: How strict the checks are.
         summary: Counts the lines.
     """
-    from data_tools.instruct.importing import image_of, read_records, turns_of, type_of
     from data_tools.instruct.schema import SampleType, Shown
-    from data_tools.instruct.verification import check_sample, reasons
+    from data_tools.instruct.verify import check_sample, reasons
+    from data_tools.instruct.verify.llava_records import image_of, read_records, turns_of, type_of
     from vlm_sft.utils.progress import track
 
     types: dict[str, SampleType] = {

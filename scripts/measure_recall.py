@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.coco import Picture, read_coco
+from data_tools.coco import AnnotatedImage, read_coco
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Shown, Turn
-from data_tools.instruct.verification import Policy, check_sample, reasons
+from data_tools.instruct.verify import Policy, check_sample, reasons
 
 CASES = Path(__file__).parent.parent / "tests" / "data_tools" / "verify_cases"
 UNDECIDABLE = "not decidable"
@@ -61,14 +61,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--misses", action="store_true", help="list every wrong verdict")
     arguments = parser.parse_args(argv)
     index = read_coco(arguments.instances, arguments.captions)
-    images = {image.id: image for image in index.pictures}
+    images = {image.id: image for image in index.images}
     policy = Policy(VerifyConfig(), index.categories)
     for path in arguments.cases:
         print_tables(path.name, outcomes(path, images, policy), arguments.misses)
     return 0
 
 
-def outcomes(path: Path, images: Mapping[int, Picture], policy: Policy) -> list[Outcome]:
+def outcomes(path: Path, images: Mapping[int, AnnotatedImage], policy: Policy) -> list[Outcome]:
     """Return the verdict on every case of a file."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,26 +1,26 @@
 """Who writes the conversations: rules today, other teachers beside them.
 
-A backend is given an index of pictures and yields exchanges; files, ids and checks are not its own.
+A backend is given an index of images and yields exchanges; files, ids and checks are not its own.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, cast, get_args
 
-from data_tools.coco import CocoIndex, Picture
+from data_tools.coco import AnnotatedImage, CocoIndex
 from data_tools.records import AnswerStyle, Exchange
 
 
 class Backend(Protocol):
     """What `build_coco` asks of a backend. Every answer must follow from the annotations."""
 
-    def captions(self, picture: Picture, limit: int | None) -> Sequence[Exchange]:
+    def captions(self, image: AnnotatedImage, limit: int | None) -> Sequence[Exchange]:
         """Caption pairs for stage 1, at most `limit`."""
 
-    def conversation(self, picture: Picture, turns: int) -> Sequence[Exchange]:
+    def conversation(self, image: AnnotatedImage, turns: int) -> Sequence[Exchange]:
         """One conversation for stage 2, about `turns` questions; empty if nothing is known."""
 
     def probes(
-        self, pictures: Sequence[Picture], family: str, per_picture: int
+        self, images: Sequence[AnnotatedImage], family: str, per_image: int
     ) -> Mapping[int, Sequence[Exchange]]:
         """Balanced single questions of one family, by image id."""
 

@@ -26,13 +26,13 @@ OVERWRITE: Final = "--overwrite"
 """Option of every stage: replace files in `output_dir` that were changed since."""
 
 STAGES = {
-    "index": ("indexing", "read and check the annotations"),
-    "plan": ("planning", "choose pictures, write the requests, estimate tokens and money"),
-    "generate": ("generating", "ask the teacher what has no answer yet"),
-    "verify": ("verifying", "read the answers and check their claims against the annotations"),
-    "clean": ("cleaning", "take out duplicates, balance answers and types"),
-    "export": ("exporting", "write the training files"),
-    "report": ("reporting", "one HTML page of what was made, and of what was not"),
+    "index": ("index", "read and check the annotations"),
+    "plan": ("plan.command", "choose images, write the requests, estimate tokens and money"),
+    "generate": ("generate.command", "ask the teacher what has no answer yet"),
+    "verify": ("verify.command", "read the answers and check their claims against the annotations"),
+    "clean": ("clean.command", "take out duplicates, balance answers and types"),
+    "export": ("export", "write the training files"),
+    "report": ("report.command", "one HTML page of what was made, and of what was not"),
 }
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if overwrite:
         options.remove(OVERWRITE)
     from data_tools.instruct.config import InstructConfig
-    from data_tools.instruct.folder import own_for
+    from data_tools.instruct.run_folder import own_for
     from vlm_sft.config import loading as settings
 
     config = settings.load(InstructConfig, arguments.config, overrides)
@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _repeat_refused(output_dir: Path) -> None:
     """Print again at the end how many images the guard refused; the plan's lines are far above."""
-    from data_tools.instruct.folder import RunFolder
-    from data_tools.instruct.planning import refused_line
+    from data_tools.instruct.plan.command import refused_line
+    from data_tools.instruct.run_folder import RunFolder
     from vlm_sft.utils.console import echo
 
     if (line := refused_line(RunFolder(output_dir))) is not None:
@@ -81,7 +81,7 @@ def _is_override(word: str) -> bool:
 
 
 def _module_of(command: str) -> str:
-    return "explaining" if command == "explain" else STAGES[command][0]
+    return "explain" if command == "explain" else STAGES[command][0]
 
 
 def parser() -> CommandParser:

@@ -1,7 +1,7 @@
 """Boxes in texts, and the two frames that their corners are shares of.
 
-`original`: the picture as it is. `padded_square`: the square that LLaVA pads it to before resizing,
-its longer side's length, the picture in the middle (`llava/mm_utils.py:expand2square`). LLaVA's own
+`original`: the image as it is. `padded_square`: the square that LLaVA pads it to before resizing,
+its longer side's length, the image in the middle (`llava/mm_utils.py:expand2square`). LLaVA's own
 files mix the two, so a file of ours names its frame.
 """
 
@@ -17,7 +17,7 @@ _BOX: Final = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
 
 def to_padded_square(corners: Corners, width: int, height: int) -> Corners:
-    """Shares of a picture of `width` x `height` pixels as shares of the padded square."""
+    """Shares of an image of `width` x `height` pixels as shares of the padded square."""
     side, left, top = _square(width, height)
     return (
         (corners[0] * width + left) / side,

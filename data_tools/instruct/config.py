@@ -13,7 +13,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class CocoConfig(Section):
-    """COCO's annotation files, 2014 or 2017, and the folder of the pictures."""
+    """COCO's annotation files, 2014 or 2017, and the folder of the images."""
 
     instances: NonEmptyText | None = None
     captions: NonEmptyText | None = None
@@ -21,12 +21,12 @@ class CocoConfig(Section):
     follow_symlinks: bool = False
     """Whether images may be symbolic links to a place outside of `images`."""
     max_faulty: Share = 0.01
-    """Share of the boxes, captions or pictures that one kind of fault may set aside; beyond, the
-    files are taken for wrong ones. 1 where only part of the annotated pictures is on the disk."""
+    """Share of the boxes, captions or images that one kind of fault may set aside; beyond, the
+    files are taken for wrong ones. 1 where only part of the annotated images is on the disk."""
 
 
 class GuardConfig(Section):
-    """Pictures that evaluations use are not trained on."""
+    """Images that evaluations use are not trained on."""
 
     lists: dict[str, NonEmptyText | list[NonEmptyText]] = Field(default={})
     """Files with the image ids of evaluations, by name: the known ones (`pope`,
@@ -35,31 +35,31 @@ class GuardConfig(Section):
     """Train on them all the same; what is measured on them afterwards is void."""
 
 
-class PicturesConfig(Section):
-    """Which pictures are asked about."""
+class ImagesConfig(Section):
+    """Which images are asked about."""
 
     count: PositiveInt | None = None
     """None: all."""
     choose: Literal["random", "balanced"] = "balanced"
-    """`balanced`: every category gets its pictures in turn, the rarest first, in the spirit of
+    """`balanced`: every category gets its images in turn, the rarest first, in the spirit of
     LLaVA's balancing of noun phrases (arXiv 2304.08485, appendix E)."""
 
 
 class RequestsConfig(Section):
-    """What is asked, and what of a picture is shown."""
+    """What is asked, and what of an image is shown."""
 
     shares: dict[SampleType, Annotated[float, Field(ge=0)]] = Field(
         default={"conversation": 0.70, "detail": 0.29, "reasoning": 0.94}
     )
-    """Requests a picture of each type; a fraction asks for that share of the pictures. LLaVA's own:
-    56,681, 23,240 and 76,643 samples of 81,479 pictures."""
+    """Requests an image of each type; a fraction asks for that share of the images. LLaVA's own:
+    56,681, 23,240 and 76,643 samples of 81,479 images."""
     prompts: NonEmptyText | None = None
     """Folder with own prompts and seed examples; None: those of `data_tools/instruct/prompts`."""
     decimals: Annotated[int, Field(ge=1, le=4)] = 2
     max_boxes: PositiveInt = 30
     """Beyond, the smallest are told as a number."""
     min_area: Share = 0.002
-    """Boxes below this share of the picture are told as a number."""
+    """Boxes below this share of the image are told as a number."""
 
 
 class PricesConfig(Section):
@@ -169,7 +169,7 @@ class VerifyConfig(Section):
     countable: PositiveInt = 8
     """More boxes of one category than this are not counted: annotators stop there."""
     tiny: Share = 0.002
-    """Boxes below this share of the picture may or may not be counted."""
+    """Boxes below this share of the image may or may not be counted."""
     gap: Share = 0.02
     """Share of the side that must lie between two boxes, or a box and the middle, for a side to be
     certain."""
@@ -189,24 +189,24 @@ class NearDuplicatesConfig(Section):
     across_origins: list[Literal["llm", "rules", "human", "imported"]] = Field(
         default=["llm", "human", "imported"]
     )
-    """Whose texts are compared across pictures. A program's sentences repeat by nature, and what
-    differs is the picture: they are compared with samples on the same picture only."""
+    """Whose texts are compared across images. A program's sentences repeat by nature, and what
+    differs is the image: they are compared with samples on the same image only."""
     across_words: PositiveInt = 20
-    """Texts with fewer words are compared with samples on the same picture only."""
+    """Texts with fewer words are compared with samples on the same image only."""
 
 
-class SamePictureConfig(Section):
-    """Pictures that look the same."""
+class SameImageConfig(Section):
+    """Images that look the same."""
 
     action: Literal["set_aside", "keep"] = "set_aside"
-    """`set_aside`: samples on the later picture; `keep` opens no picture."""
+    """`set_aside`: samples on the later image; `keep` opens no image."""
     max_distance: Annotated[int, Field(ge=0, le=16)] = 6
     """Bits of 64 by which the perceptual hashes of candidates may differ."""
     max_difference: Annotated[float, Field(ge=0, le=255)] = 10.0
     """Mean difference of 16 x 16 colour thumbnails, of 255 and apart from their brightness, up to
     which candidates are the same; a perceptual hash alone sees no colour."""
     workers: PositiveInt = 1
-    """Processes that open pictures; the result is the same for any number."""
+    """Processes that open images; the result is the same for any number."""
 
 
 class AnswerBalanceConfig(Section):
@@ -241,11 +241,11 @@ class CleanConfig(Section):
 
     near_duplicates: NearDuplicatesConfig | None = NearDuplicatesConfig()
     same_questions: bool = True
-    """Whether a question that was asked of the same picture before is set aside."""
-    same_pictures: SamePictureConfig = SamePictureConfig()
+    """Whether a question that was asked of the same image before is set aside."""
+    same_images: SameImageConfig = SameImageConfig()
     answers: AnswerBalanceConfig = AnswerBalanceConfig()
     openings: OpeningsConfig | None = OpeningsConfig()
-    max_per_picture: PositiveInt | None = None
+    max_per_image: PositiveInt | None = None
     max_per_category: PositiveInt | None = None
     """Samples a category brings in, the rarest category first, as LLaVA chose captions by noun
     phrases (arXiv 2304.08485, appendix)."""
@@ -260,10 +260,10 @@ class ExportConfig(Section):
         default=["llava", "messages", "parquet"]
     )
     image_prefix: str = ""
-    """Put before every picture's name, e.g. `coco/train2017/`; the trainer's `image_root` is then
+    """Put before every image's name, e.g. `coco/train2017/`; the trainer's `image_root` is then
     the folder above."""
     box_frame: Literal["original", "padded_square"] = "original"
-    """What box corners in texts are shares of: the picture, or the square that it is padded to."""
+    """What box corners in texts are shares of: the image, or the square that it is padded to."""
 
 
 class InstructConfig(Section):
@@ -273,7 +273,7 @@ class InstructConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     coco: CocoConfig
     guard: GuardConfig = GuardConfig()
-    pictures: PicturesConfig = PicturesConfig()
+    images: ImagesConfig = ImagesConfig()
     requests: RequestsConfig = RequestsConfig()
     teacher: TeacherConfig
     limits: LimitsConfig = LimitsConfig()

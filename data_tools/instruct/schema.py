@@ -11,7 +11,7 @@ Kind = Literal[
     "existence", "count", "place", "object", "attribute", "action", "relation",
     "description", "reasoning", "cannot_tell",
 ]  # fmt: skip
-"""What a question is about; `cannot_tell`: the right answer is that the picture does not say."""
+"""What a question is about; `cannot_tell`: the right answer is that the image does not say."""
 
 Verdict = Literal["supported", "contradicted", "unknown"]
 
@@ -27,7 +27,7 @@ class Line(BaseModel):
 
 
 class Shown(Line):
-    """What a teacher was told of a picture.
+    """What a teacher was told of an image.
 
     Captions carry the labels `c1`, `c2`, ... and boxes `b1`, `b2`, ... in the order given here;
     answers cite those.
@@ -37,7 +37,7 @@ class Shown(Line):
         boxes: Annotation ids of the boxes that were shown one by one.
         summarised: Annotation ids of boxes that were told as a number only (small ones, or more
             than the limit), by category.
-        frame: Box corners are shares of the width and height of the `original` picture.
+        frame: Box corners are shares of the width and height of the `original` image.
         decimals: Digits of these shares.
     """
 
@@ -54,8 +54,8 @@ class Request(Line):
     Attributes:
         id: Hex digest over everything below except `sample_id`.
         sample_id: Unique in a run, `000000033471-detail-0`.
-        picture: COCO's image id.
-        number: Which of several samples of one picture and type, from 0.
+        image: COCO's image id.
+        number: Which of several samples of one image and type, from 0.
         template: The prompt's name; its text (system, seed examples) lies in `templates.json`.
         template_sha256: Digest of that text.
         question: The question, where we ask it (`detail`); None: the teacher writes it.
@@ -66,7 +66,7 @@ class Request(Line):
 
     id: str
     sample_id: str
-    picture: int
+    image: int
     type: SampleType
     number: int
     template: str
@@ -113,7 +113,7 @@ class Failure(Line):
     Attributes:
         request: The request's id.
         reason: `nothing_to_say` is no fault: the rules find nothing certain to say about the
-            picture. `not_recorded`: the replayed folder lacks the request.
+            image. `not_recorded`: the replayed folder lacks the request.
         message: In one sentence; foreign text in it is made safe to print.
         status: The server's HTTP status, where it gave one.
         attempts: Sendings.
@@ -163,8 +163,8 @@ class Check(Line):
     evidence: tuple[int, ...] = ()
 
 
-class PictureSource(Line):
-    """The picture a sample is about; `license` is COCO's number, None where unknown."""
+class ImageSource(Line):
+    """The image a sample is about; `license` is COCO's number, None where unknown."""
 
     id: int
     file_name: str
@@ -200,7 +200,7 @@ class Sample(Line):
     id: str
     type: SampleType
     origin: Literal["llm", "rules", "human", "imported"]
-    picture: PictureSource
+    image: ImageSource
     turns: tuple[Turn, ...]
     raw: str | None = None
     shown: Shown

@@ -4,7 +4,7 @@
 
 Samples are made up in LLaVA-Instruct's proportions and lengths (four-turn conversations, 100-word
 descriptions, 120-word reasoning), 1 % exact and 2 % near duplicates among them (one word in fifty
-changed); pictures are not opened. Every size and stage runs in a process of its own: CPU time is
+changed); images are not opened. Every size and stage runs in a process of its own: CPU time is
 the process's, memory its peak above that of a run on ten samples.
 """
 
@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.coco import Box, Picture
-from data_tools.instruct import cleaning, exporting
+from data_tools.coco import AnnotatedImage, Box
+from data_tools.instruct import export as exporting
+from data_tools.instruct.clean import command as cleaning
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import write_pictures
+from data_tools.instruct.index import write_images
 from data_tools.instruct.lines import write_lines
-from data_tools.instruct.schema import Cost, PictureSource, Sample, Shown, Turn
+from data_tools.instruct.run_folder import RunFolder
+from data_tools.instruct.schema import Cost, ImageSource, Sample, Shown, Turn
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.loading import parse
 from vlm_sft.utils.atomic_files import write_json
@@ -91,7 +92,7 @@ def measure(stage: str, run: Path) -> dict[str, Any]:
 
 def mix_export(run: Path) -> None:
     """Mix nine tenths of the export."""
-    from data_tools import mix
+    from data_tools.mix import __main__ as mix
 
     total = json.loads((run / "export" / "export.json").read_text())["samples"] * 9 // 10
     values = {
@@ -104,33 +105,33 @@ def mix_export(run: Path) -> None:
                 "image_root": str(run / "images"),
             }
         ],
-        "missing_pictures": "leave_out",
+        "missing_images": "leave_out",
     }
     (run / "mix.yaml").write_text(json.dumps(values))
     mix.main([str(run / "mix.yaml")])
 
 
 def run_config(run: Path) -> InstructConfig:
-    """Everything on, but that no picture is opened."""
+    """Everything on, but that no image is opened."""
     values = {
         "output_dir": str(run),
         "coco": {"captions": "captions.json", "images": str(run / "images")},
         "teacher": {"kind": "rules"},
-        "clean": {"same_pictures": {"action": "keep"}},
+        "clean": {"same_images": {"action": "keep"}},
     }
     return parse(InstructConfig, values, "bench")
 
 
 def make_run(run: Path, count: int) -> None:
-    """`pictures.jsonl` and `samples.jsonl` of a run."""
+    """`images.jsonl` and `samples.jsonl` of a run."""
     rng = random.Random(count)
-    pictures = []
+    images = []
     for number in range(1, count // 2 + 2):
         boxes = tuple(
             Box(name, 1, 1, 9, 9, False, i) for i, name in enumerate(rng.sample(CATEGORIES, 3), 1)
         )
-        pictures.append(
-            Picture(
+        images.append(
+            AnnotatedImage(
                 id=number,
                 file_name=f"{number:012d}.jpg",
                 width=64,
@@ -141,21 +142,21 @@ def make_run(run: Path, count: int) -> None:
             )
         )
     folder = RunFolder(run)
-    write_pictures(folder, pictures)
+    write_images(folder, images)
     write_json(folder.index, {"categories": dict.fromkeys(CATEGORIES)})
     (run / "images").mkdir()
-    for picture in pictures:
-        (run / "images" / picture.file_name).touch()
-    write_lines(folder.samples, make_samples(rng, count, pictures))
+    for image in images:
+        (run / "images" / image.file_name).touch()
+    write_lines(folder.samples, make_samples(rng, count, images))
 
 
-def make_samples(rng: random.Random, count: int, pictures: list[Picture]) -> Iterator[Sample]:
+def make_samples(rng: random.Random, count: int, images: list[AnnotatedImage]) -> Iterator[Sample]:
     """The samples, repeats among them."""
     words = [f"word{n}" for n in range(8000)]
     weights = [1 / (n + 5) for n in range(8000)]
     earlier = ""
     for number in range(count):
-        picture = pictures[number // 2]
+        image = images[number // 2]
         kind = rng.choices(("conversation", "detail", "reasoning"), (57, 23, 77))[0]
         if kind == "conversation":
             turns = [_yes_no(rng) for _ in range(2)]
@@ -173,7 +174,7 @@ def make_samples(rng: random.Random, count: int, pictures: list[Picture]) -> Ite
             elif rng.random() < 0.1:
                 earlier = text
             turns = [_turn(text)]
-        yield _sample(number, picture, kind, turns)
+        yield _sample(number, image, kind, turns)
 
 
 def _yes_no(rng: random.Random) -> Turn:
@@ -185,14 +186,12 @@ def _turn(text: str) -> Turn:
     return Turn(question=f"What of {text[:12]}?", answer=text, kind="reasoning")
 
 
-def _sample(number: int, picture: Picture, kind: Any, turns: list[Turn]) -> Sample:
+def _sample(number: int, image: AnnotatedImage, kind: Any, turns: list[Turn]) -> Sample:
     return Sample(
-        id=f"{picture.id:012d}-{kind}-{number}",
+        id=f"{image.id:012d}-{kind}-{number}",
         type=kind,
         origin="llm",
-        picture=PictureSource(
-            id=picture.id, file_name=picture.file_name, width=64, height=48, license=4
-        ),
+        image=ImageSource(id=image.id, file_name=image.file_name, width=64, height=48, license=4),
         turns=tuple(turns),
         shown=Shown(captions=(1,), boxes=(1, 2, 3)),
         request=f"{number:064x}",

@@ -11,9 +11,9 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
-from data_tools.instruct import planning
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.tokens import estimate_tokens
+from data_tools.instruct.plan import command as planning
+from data_tools.instruct.plan.tokens import estimate_tokens
+from data_tools.instruct.run_folder import RunFolder
 
 Count = Callable[[str], int]
 

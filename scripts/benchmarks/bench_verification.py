@@ -1,6 +1,6 @@
-"""Speed and memory of `verify` on made-up pictures.
+"""Speed and memory of `verify` on made-up images.
 
-    python scripts/benchmarks/bench_verification.py [--samples 10000] [--pictures 1000]
+    python scripts/benchmarks/bench_verification.py [--samples 10000] [--images 1000]
 
 Writes a run of so many answers, conversations of three turns and descriptions of four sentences,
 verifies it in a process of its own, and prints samples a CPU second and that process's peak memory.
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import words
-from data_tools.coco import Box, Picture
-from data_tools.instruct import verifying
+from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.config import CocoConfig, InstructConfig, TeacherConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import write_pictures
+from data_tools.instruct.index import write_images
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Request, SampleType, Shown
+from data_tools.instruct.verify import command as verifying
 
 NAMES = ("dog", "cat", "cup", "chair", "person", "car", "bus", "bird", "bottle", "umbrella")
 ABSENT = ("zebra", "train", "pizza", "kite", "toilet")
@@ -41,12 +41,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.run:
         return verify(Path(arguments.run))
     with tempfile.TemporaryDirectory() as folder:
-        write_run(RunFolder(Path(folder)), arguments.samples, arguments.pictures)
+        write_run(RunFolder(Path(folder)), arguments.samples, arguments.images)
         command = [sys.executable, __file__, "--run", folder]
         told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     rate = arguments.samples / told["cpu_seconds"]
     print(
-        f"{arguments.samples:,} samples of {arguments.pictures:,} pictures: {rate:,.0f} a CPU "
+        f"{arguments.samples:,} samples of {arguments.images:,} pictures: {rate:,.0f} a CPU "
         f"second, {told['peak_mb']:.0f} MB at the most, {told['before_mb']:.0f} MB before"
     )
     return 0
@@ -68,11 +68,11 @@ def verify(folder: Path) -> int:
     return 0
 
 
-def write_run(folder: RunFolder, num_samples: int, num_pictures: int) -> None:
-    """Pictures, requests and answers; half of the answers are descriptions."""
+def write_run(folder: RunFolder, num_samples: int, num_images: int) -> None:
+    """Images, requests and answers; half of the answers are descriptions."""
     rng = random.Random(0)
-    pictures = [make_picture(number + 1, rng) for number in range(num_pictures)]
-    write_pictures(folder, pictures)
+    images = [make_image(number + 1, rng) for number in range(num_images)]
+    write_images(folder, images)
     folder.index.write_text(json.dumps({"categories": dict.fromkeys((*NAMES, *ABSENT), 1)}))
     folder.answers.mkdir()
     with (
@@ -80,16 +80,16 @@ def write_run(folder: RunFolder, num_samples: int, num_pictures: int) -> None:
         (folder.answers / "part-00001.jsonl").open("w") as answers,
     ):
         for number in range(num_samples):
-            picture = pictures[number * num_pictures // num_samples]
+            image = images[number * num_images // num_samples]
             sample_type: SampleType = "detail" if number % 2 else "conversation"
             request = Request(
-                id=f"{number:064x}", sample_id=f"sample-{number}", picture=picture.id,
+                id=f"{number:064x}", sample_id=f"sample-{number}", image=image.id,
                 type=sample_type, number=0, template="t", template_sha256="0" * 64,
                 question="Describe the picture." if number % 2 else None,
                 context="c1: a caption\n" * 5, parameters={"model": "m", "seed": number},
-                shown=Shown(captions=picture.caption_ids),
+                shown=Shown(captions=image.caption_ids),
             )  # fmt: skip
-            said = description(picture, rng) if number % 2 else conversation(picture, rng)
+            said = description(image, rng) if number % 2 else conversation(image, rng)
             answer = Answer(
                 request=request.id, teacher="openai", text=json.dumps(said), finish="stop"
             )
@@ -97,7 +97,7 @@ def write_run(folder: RunFolder, num_samples: int, num_pictures: int) -> None:
             answers.write(answer.model_dump_json() + "\n")
 
 
-def make_picture(number: int, rng: random.Random) -> Picture:
+def make_image(number: int, rng: random.Random) -> AnnotatedImage:
     """Three kinds of things, up to three of each, five captions."""
     names = rng.sample(NAMES, 3)
     boxes = [
@@ -113,13 +113,13 @@ def make_picture(number: int, rng: random.Random) -> Picture:
         )
     )  # fmt: skip
     ids = tuple(10**9 + 10 * number + i for i in range(5))
-    return Picture(number, f"{number:012d}.jpg", 640, 480, captions, tuple(boxes), ids)
+    return AnnotatedImage(number, f"{number:012d}.jpg", 640, 480, captions, tuple(boxes), ids)
 
 
-def conversation(picture: Picture, rng: random.Random) -> dict[str, Any]:
+def conversation(image: AnnotatedImage, rng: random.Random) -> dict[str, Any]:
     """Three turns, about every tenth of them false."""
-    one, two, _ = picture.categories
-    count = len(picture.of(one)) + (rng.random() < 0.1)
+    one, two, _ = image.categories
+    count = len(image.of(one)) + (rng.random() < 0.1)
     absent = rng.choice(ABSENT)
     asked = (
         (f"How many {words.plural(one)} are there in the picture?",
@@ -132,9 +132,9 @@ def conversation(picture: Picture, rng: random.Random) -> dict[str, Any]:
     return {"turns": [dict(zip(keys, (*turn, ["c1"]), strict=True)) for turn in asked]}
 
 
-def description(picture: Picture, rng: random.Random) -> dict[str, Any]:
+def description(image: AnnotatedImage, rng: random.Random) -> dict[str, Any]:
     """Four sentences of sixty words, about every tenth with a thing that is not there."""
-    one, two, three = picture.categories
+    one, two, three = image.categories
     extra = rng.choice(ABSENT) if rng.random() < 0.1 else three
     text = (
         "The picture shows a quiet street on a sunny day, with a red wall and some trees behind. "

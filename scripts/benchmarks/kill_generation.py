@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from data_tools.instruct.answers import read_answers  # noqa: E402
-from data_tools.instruct.folder import RunFolder  # noqa: E402
-from data_tools.instruct.planning import read_requests  # noqa: E402
+from data_tools.instruct.generate.answers import read_answers  # noqa: E402
+from data_tools.instruct.plan.command import read_requests  # noqa: E402
+from data_tools.instruct.run_folder import RunFolder  # noqa: E402
 from tests.data_tools.asked import planned  # noqa: E402
 from tests.data_tools.teacher_server import Act, Received, after, say, served  # noqa: E402
 from vlm_sft.config import loading as settings  # noqa: E402

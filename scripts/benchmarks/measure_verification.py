@@ -21,16 +21,16 @@ from typing import Any
 import mutate_samples
 from mutate_samples import AnswerMutant, Mutant
 
-from data_tools.coco import Picture
-from data_tools.instruct.answers import answers_folder, read_answers
+from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import read_categories, read_pictures
+from data_tools.instruct.generate.answers import answers_folder, read_answers
+from data_tools.instruct.index import read_categories, read_images
 from data_tools.instruct.lines import read_lines
-from data_tools.instruct.planning import read_requests
+from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Check, Sample, Shown, Turn
-from data_tools.instruct.verification import Policy, check_sample, reasons
-from data_tools.instruct.verification.codes import CODES
+from data_tools.instruct.verify import Policy, check_sample, reasons
+from data_tools.instruct.verify.codes import CODES
 from vlm_sft.config import loading as settings
 
 QUESTION = "Describe the picture."
@@ -45,30 +45,30 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     config = settings.load(InstructConfig, arguments.config, arguments.overrides)
     folder = RunFolder(Path(config.output_dir))
-    pictures = read_pictures(folder)
+    images = read_images(folder)
     policy = Policy(config.verify, read_categories(folder))
-    print_captions(pictures.values(), policy, arguments.misses)
+    print_captions(images.values(), policy, arguments.misses)
     samples = list(read_lines(folder.samples, Sample))
     answers = read_answers(answers_folder(config))
     mutants: list[Mutant | AnswerMutant] = []
-    mutants += mutate_samples.mutants(samples, pictures, policy.lexicon.categories)
-    mutants += mutate_samples.caption_mutants(pictures.values(), policy.lexicon.categories)
+    mutants += mutate_samples.mutants(samples, images, policy.lexicon.categories)
+    mutants += mutate_samples.caption_mutants(images.values(), policy.lexicon.categories)
     mutants += mutate_samples.answer_mutants(read_requests(folder), answers)
-    print_mutants(mutants, pictures, policy, arguments.misses)
+    print_mutants(mutants, images, policy, arguments.misses)
     return 0
 
 
-def print_captions(pictures: Collection[Picture], policy: Policy, misses: bool) -> None:
+def print_captions(images: Collection[AnnotatedImage], policy: Policy, misses: bool) -> None:
     """Human captions as descriptions; which are rejected, and as what."""
     for name, alone in (("boxes and all captions", False), ("boxes and the other captions", True)):
         total, found = 0, []
-        for picture in pictures:
-            for index in range(len(picture.captions)):
+        for image in images:
+            for index in range(len(image.captions)):
                 total += 1
-                checks = check_caption(picture, index, policy, leave_out=alone)
+                checks = check_caption(image, index, policy, leave_out=alone)
                 refused = [check for check in checks if check.code is not None]
                 if refused:
-                    found.append((picture.id, picture.captions[index], refused))
+                    found.append((image.id, image.captions[index], refused))
         contradicted = [f for f in found if any(is_false(check) for check in f[2])]
         codes = Counter(code for _, _, refused in found for code in reasons(refused))
         print(f"\nhuman captions against {name}: {total}")
@@ -80,17 +80,17 @@ def print_captions(pictures: Collection[Picture], policy: Policy, misses: bool) 
 
 
 def check_caption(
-    picture: Picture, index: int, policy: Policy, *, leave_out: bool
+    image: AnnotatedImage, index: int, policy: Policy, *, leave_out: bool
 ) -> tuple[Check, ...]:
     """A human caption as the answer to a request for a description."""
-    known = picture
+    known = image
     if leave_out:
         known = replace(
-            picture,
-            captions=_without(picture.captions, index),
-            caption_ids=_without(picture.caption_ids, index),
+            image,
+            captions=_without(image.captions, index),
+            caption_ids=_without(image.caption_ids, index),
         )
-    turn = Turn(question=QUESTION, answer=picture.captions[index], kind="description")
+    turn = Turn(question=QUESTION, answer=image.captions[index], kind="description")
     return check_sample((turn,), "detail", known, Shown(), policy)
 
 
@@ -102,7 +102,7 @@ def is_false(check: Check) -> bool:
 
 def print_mutants(
     mutants: Sequence[Mutant | AnswerMutant],
-    pictures: dict[int, Picture],
+    images: dict[int, AnnotatedImage],
     policy: Policy,
     misses: bool,
 ) -> None:
@@ -111,7 +111,7 @@ def print_mutants(
     codes: dict[str, Counter[str]] = {}
     missed: list[str] = []
     for mutant in mutants:
-        found = judge(mutant, pictures, policy)
+        found = judge(mutant, images, policy)
         right = bool(mutant.expected & set(found))
         outcome = "right" if right else "other" if found else "accepted"
         outcomes.setdefault(mutant.mutation, Counter())[outcome] += 1
@@ -127,10 +127,10 @@ def print_mutants(
 
 
 def judge(
-    mutant: Mutant | AnswerMutant, pictures: dict[int, Picture], policy: Policy
+    mutant: Mutant | AnswerMutant, images: dict[int, AnnotatedImage], policy: Policy
 ) -> tuple[str, ...]:
     """The codes that reject a mutant; empty where it is accepted."""
-    return mutant.judge(pictures[mutant.picture], policy)
+    return mutant.judge(images[mutant.image], policy)
 
 
 def _print_row(name: str, counts: Counter[str], codes: Counter[str]) -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from data_tools import wording, words
-from data_tools.coco import Picture
-from data_tools.instruct.parsing import read_turns
+from data_tools.coco import AnnotatedImage
 from data_tools.instruct.schema import Answer, Request, Sample, SampleType, Shown, Turn
-from data_tools.instruct.verification import Policy, check_sample, reasons
+from data_tools.instruct.verify import Policy, check_sample, reasons
+from data_tools.instruct.verify.parse_answer import read_turns
 
 Item = TypeVar("Item")
 Texts = tuple[tuple[str, str, str], ...]
@@ -28,20 +28,20 @@ class Mutant:
     """A false sample; verification is right if it gives one of the `expected` codes."""
 
     mutation: str
-    picture: int
+    image: int
     sample_type: SampleType
     turns: tuple[Turn, ...]
     shown: Shown
     expected: frozenset[str]
 
-    def judge(self, picture: Picture, policy: Policy) -> tuple[str, ...]:
+    def judge(self, image: AnnotatedImage, policy: Policy) -> tuple[str, ...]:
         """The codes that reject it; empty where it is accepted."""
-        return reasons(check_sample(self.turns, self.sample_type, picture, self.shown, policy))
+        return reasons(check_sample(self.turns, self.sample_type, image, self.shown, policy))
 
     def describe(self) -> str:
-        """Its picture and texts in a line."""
+        """Its image and texts in a line."""
         said = " / ".join(f"{turn.question} {turn.answer}" for turn in self.turns)
-        return f"{self.picture} {self.sample_type}: {said}"
+        return f"{self.image} {self.sample_type}: {said}"
 
 
 @dataclass(frozen=True)
@@ -54,50 +54,52 @@ class AnswerMutant:
     expected: frozenset[str]
 
     @property
-    def picture(self) -> int:
-        """The id of its picture."""
-        return self.request.picture
+    def image(self) -> int:
+        """The id of its image."""
+        return self.request.image
 
-    def judge(self, picture: Picture, policy: Policy) -> tuple[str, ...]:
+    def judge(self, image: AnnotatedImage, policy: Policy) -> tuple[str, ...]:
         """The codes that reject it."""
         parsed = read_turns(self.request, self.answer)
         if not parsed.turns:
             return reasons(parsed.checks)
         shown, kind = self.request.shown, self.request.type
-        return reasons(check_sample(parsed.turns, kind, picture, shown, policy))
+        return reasons(check_sample(parsed.turns, kind, image, shown, policy))
 
     def describe(self) -> str:
-        """Its picture and the beginning of its text."""
-        return f"{self.picture}: {self.answer.text[:100]!r}"
+        """Its image and the beginning of its text."""
+        return f"{self.image}: {self.answer.text[:100]!r}"
 
 
 def mutants(
-    samples: Iterable[Sample], pictures: Mapping[int, Picture], categories: Collection[str]
+    samples: Iterable[Sample], images: Mapping[int, AnnotatedImage], categories: Collection[str]
 ) -> Iterator[Mutant]:
     """Every mutation of every sample that it fits, at most one of a kind for each sample."""
     for sample in samples:
-        picture = pictures[sample.picture.id]
+        image = images[sample.image.id]
         for name, (mutate, codes) in MUTATIONS.items():
-            turns = mutate(sample.turns, sample.type, picture, sorted(categories), sample.id)
+            turns = mutate(sample.turns, sample.type, image, sorted(categories), sample.id)
             if turns is not None and turns != sample.turns:
                 yield Mutant(
-                    name, picture.id, sample.type, turns, sample.shown, frozenset(codes.split())
+                    name, image.id, sample.type, turns, sample.shown, frozenset(codes.split())
                 )
 
 
-def caption_mutants(pictures: Iterable[Picture], categories: Collection[str]) -> Iterator[Mutant]:
+def caption_mutants(
+    images: Iterable[AnnotatedImage], categories: Collection[str]
+) -> Iterator[Mutant]:
     """The same of human captions, each as the answer to a request for a description."""
-    for picture in pictures:
-        if not picture.boxes:
+    for image in images:
+        if not image.boxes:
             continue  # nothing is known to be absent
-        for index, caption in enumerate(picture.captions):
+        for index, caption in enumerate(image.captions):
             turn = Turn(question="Describe the picture.", answer=caption, kind="description")
-            key = f"{picture.id}-{index}"
+            key = f"{image.id}-{index}"
             for name, (mutate, codes) in MUTATIONS.items():
-                turns = mutate((turn,), "detail", picture, sorted(categories), key)
+                turns = mutate((turn,), "detail", image, sorted(categories), key)
                 if turns is not None and turns[0] != turn:
                     expected = frozenset(codes.split())
-                    yield Mutant(f"{name} (human)", picture.id, "detail", turns, Shown(), expected)
+                    yield Mutant(f"{name} (human)", image.id, "detail", turns, Shown(), expected)
 
 
 def answer_mutants(
@@ -114,14 +116,14 @@ def answer_mutants(
 
 
 def swap_object(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """A thing that is there becomes one that is not."""
-    absent = [name for name in categories if _is_absent(picture, name)]
+    absent = [name for name in categories if _is_absent(image, name)]
     for index, turn in _rotated(list(enumerate(turns)), key):
         if re.search(r"(?i)\bno\b", turn.answer):
             continue
-        for name in _rotated(list(picture.categories), key + "c"):
+        for name in _rotated(list(image.categories), key + "c"):
             new = _picked(absent, key + name)
             question, answer = _renamed(turn.question, name, new), _renamed(turn.answer, name, new)
             if (question, answer) != (turn.question, turn.answer):
@@ -130,15 +132,15 @@ def swap_object(
 
 
 def deny_present(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """A thing that is rightly denied becomes one that is there."""
     for index, turn in enumerate(turns):
         if not turn.answer.startswith("No"):
             continue
         for name in categories:
-            if _is_absent(picture, name) and picture.categories:
-                new = _picked(list(picture.categories), key)
+            if _is_absent(image, name) and image.categories:
+                new = _picked(list(image.categories), key)
                 question = _renamed(turn.question, name, new)
                 answer = _renamed(turn.answer, name, new)
                 if question != turn.question:
@@ -150,7 +152,11 @@ def count(step: int) -> Callable[..., tuple[Turn, ...] | None]:
     """A number of things, raised or lowered; lowered only where it is meant exactly."""
 
     def mutate(
-        turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+        turns: Sequence[Turn],
+        kind: SampleType,
+        image: AnnotatedImage,
+        categories: list[str],
+        key: str,
     ) -> tuple[Turn, ...] | None:
         for index, turn in _rotated(list(enumerate(turns)), key):
             asked = re.search(r"\b(?:how many|number of)\b", turn.question, re.I)
@@ -160,10 +166,10 @@ def count(step: int) -> Callable[..., tuple[Turn, ...] | None]:
             )
             if step < 0 and not exact:
                 continue
-            for name in picture.categories:
-                if any(box.crowd for box in picture.of(name)) or len(picture.of(name)) > 8:
+            for name in image.categories:
+                if any(box.crowd for box in image.of(name)) or len(image.of(name)) > 8:
                     continue
-                answer = _recounted(turn.answer, name, step, len(picture.of(name)))
+                answer = _recounted(turn.answer, name, step, len(image.of(name)))
                 if asked and not together and answer == turn.answer and name in _asked(turn):
                     answer = _bare_number(turn.answer, step)
                 if answer != turn.answer:
@@ -174,7 +180,7 @@ def count(step: int) -> Callable[..., tuple[Turn, ...] | None]:
 
 
 def mirror(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """Left and right, top and bottom change places in an answer."""
     for index, turn in _rotated(list(enumerate(turns)), key):
@@ -190,7 +196,7 @@ def mirror(
 
 
 def negate(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """Yes becomes no and no yes; a description denies a thing that is there."""
     for index, turn in _rotated(list(enumerate(turns)), key):
@@ -204,15 +210,15 @@ def negate(
             else:
                 answer = _picked(_yesses(name), key)
             return _with(turns, index, turn.question, answer)
-        if kind == "detail" and picture.categories:
-            name = _picked(list(picture.categories), key)
+        if kind == "detail" and image.categories:
+            name = _picked(list(image.categories), key)
             answer = f"{turn.answer.rstrip(' .')}. {_picked(_denials(name), key)}"
             return _with(turns, index, turn.question, answer)
     return None
 
 
 def leak(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
     """A turn speaks of where its words come from."""
     index, turn = _picked(list(enumerate(turns)), key)
@@ -222,7 +228,7 @@ def leak(
 
 
 def hedge(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """Half of the sentences guess."""
     if kind == "reasoning":
@@ -239,14 +245,14 @@ def hedge(
 
 
 def repeat(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...] | None:
     """A turn stands twice."""
     return (*turns, turns[0]) if kind == "conversation" else None
 
 
 def order(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
     """A turn carries an order from the data."""
     index, turn = _picked(list(enumerate(turns)), key)
@@ -255,24 +261,24 @@ def order(
 
 
 def mark(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
-    """A picture's placeholder or a role's name inside a text."""
+    """An image's placeholder or a role's name inside a text."""
     index, turn = _picked(list(enumerate(turns)), key)
     return _with(turns, index, turn.question, f"{_picked(_MARKS, key)}{turn.answer}")
 
 
 def foreign(
-    turns: Sequence[Turn], kind: SampleType, picture: Picture, categories: list[str], key: str
+    turns: Sequence[Turn], kind: SampleType, image: AnnotatedImage, categories: list[str], key: str
 ) -> tuple[Turn, ...]:
     """An answer in another language."""
     index, turn = _picked(list(enumerate(turns)), key)
     return _with(turns, index, turn.question, _picked(_FOREIGN, key))
 
 
-def _is_absent(picture: Picture, name: str) -> bool:
-    return name not in picture.categories and not any(
-        words.mentions(caption, name) for caption in picture.captions
+def _is_absent(image: AnnotatedImage, name: str) -> bool:
+    return name not in image.categories and not any(
+        words.mentions(caption, name) for caption in image.captions
     )
 
 
@@ -480,7 +486,7 @@ MUTATIONS: Mapping[str, tuple[Callable[..., tuple[Turn, ...] | None], str]] = {
     "hedge": (hedge, "HEDGED"),
     "repeat": (repeat, "TURN_REPEATED"),
     "order": (order, "INJECTION"),
-    "mark": (mark, "PICTURE_MARK ROLE_MARK"),
+    "mark": (mark, "IMAGE_MARK ROLE_MARK"),
     "foreign": (foreign, "LANGUAGE"),
 }
 """Each with the codes that are right for it."""

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from data_tools.instruct.config import InstructConfig
-from data_tools.mixing.config import MixConfig
+from data_tools.mix.config import MixConfig
 from vlm_sft.config import loading as settings
 from vlm_sft.config.loading import Section
 from vlm_sft.config.resume import flat

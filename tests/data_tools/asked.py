@@ -1,21 +1,21 @@
-"""A planned run made on the spot: pictures, prompts and requests, without the planning stage."""
+"""A planned run made on the spot: images, prompts and requests, without the planning stage."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from data_tools.coco import Box, Picture
+from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import write_pictures
+from data_tools.instruct.index import write_images
 from data_tools.instruct.lines import write_lines
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Request, SampleType, Shown, answer_form
 
 TYPES: tuple[SampleType, ...] = ("conversation", "detail", "reasoning")
 
 
-def picture(number: int) -> Picture:
+def image(number: int) -> AnnotatedImage:
     """Two dogs on the left, a cat in the middle, a cup on the right; 1000 x 500 pixels."""
     boxes = (
         Box("dog", 10, 100, 100, 100, False, 10 * number + 1),
@@ -25,10 +25,12 @@ def picture(number: int) -> Picture:
     )
     captions = (f"Two dogs near a cat, scene {number}.", "A cat and a cup.")
     ids = (10 * number + 5, 10 * number + 6)
-    return Picture(number, f"{number:012d}.jpg", 1000, 500, captions, boxes, ids)
+    return AnnotatedImage(number, f"{number:012d}.jpg", 1000, 500, captions, boxes, ids)
 
 
-def request_of(about: Picture, kind: SampleType, number: int = 0, **parameters: Any) -> Request:
+def request_of(
+    about: AnnotatedImage, kind: SampleType, number: int = 0, **parameters: Any
+) -> Request:
     """What planning would write, in short."""
     shown = Shown(
         captions=about.caption_ids,
@@ -39,7 +41,7 @@ def request_of(about: Picture, kind: SampleType, number: int = 0, **parameters: 
     return Request(
         id=hashlib.sha256(known.encode()).hexdigest(),
         sample_id=f"{about.id:012d}-{kind}-{number}",
-        picture=about.id,
+        image=about.id,
         type=kind,
         number=number,
         template=kind,
@@ -51,8 +53,8 @@ def request_of(about: Picture, kind: SampleType, number: int = 0, **parameters: 
     )
 
 
-def planned(folder: Path, pictures: int = 2, **teacher: Any) -> tuple[InstructConfig, RunFolder]:
-    """A run of 3 requests a picture; `teacher` are its settings, `limits` among them."""
+def planned(folder: Path, images: int = 2, **teacher: Any) -> tuple[InstructConfig, RunFolder]:
+    """A run of 3 requests an image; `teacher` are its settings, `limits` among them."""
     limits = teacher.pop("limits", {})
     values = {
         "output_dir": str(folder),
@@ -62,8 +64,8 @@ def planned(folder: Path, pictures: int = 2, **teacher: Any) -> tuple[InstructCo
         "limits": limits,
     }
     config, run = InstructConfig.model_validate(values), RunFolder(folder)
-    indexed = [picture(number) for number in range(1, pictures + 1)]
-    write_pictures(run, indexed)
+    indexed = [image(number) for number in range(1, images + 1)]
+    write_images(run, indexed)
     write_lines(run.requests, [request_of(p, kind) for p in indexed for kind in TYPES])
     templates = {
         kind: {

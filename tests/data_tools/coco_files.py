@@ -11,18 +11,18 @@ CATEGORIES = ("dog", "cat", "car", "bus", "apple", "cup")
 
 def write_coco(
     folder: Path,
-    pictures: dict[int, list[tuple[str, list[float], int]]],
+    images: dict[int, list[tuple[str, list[float], int]]],
     captions: dict[int, list[str]] | None = None,
 ) -> dict[str, Path]:
-    """Pictures of 200 x 100 pixels with (category, bbox, iscrowd) each."""
+    """Images of 200 x 100 pixels with (category, bbox, iscrowd) each."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    images = []
+    listed = []
     boxes: list[dict[str, Any]] = []
     sentences: list[dict[str, Any]] = []
-    for image_id, objects in pictures.items():
+    for image_id, objects in images.items():
         name = f"{image_id:012d}.jpg"
         Image.new("RGB", (200, 100), "grey").save(folder / "images" / name)
-        images.append({"id": image_id, "file_name": name, "width": 200, "height": 100})
+        listed.append({"id": image_id, "file_name": name, "width": 200, "height": 100})
         for category, bbox, crowd in objects:
             boxes.append(
                 {
@@ -39,9 +39,9 @@ def write_coco(
     categories = [{"id": i + 1, "name": n, "supercategory": "x"} for i, n in enumerate(CATEGORIES)]
     files = {"instances": folder / "instances.json", "captions": folder / "captions.json"}
     files["instances"].write_text(
-        json.dumps({"images": images, "annotations": boxes, "categories": categories})
+        json.dumps({"images": listed, "annotations": boxes, "categories": categories})
     )
-    files["captions"].write_text(json.dumps({"images": images, "annotations": sentences}))
+    files["captions"].write_text(json.dumps({"images": listed, "annotations": sentences}))
     return files | {"images": folder / "images", "out": folder / "out"}
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from data_tools.coco import Picture
+from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import write_pictures
+from data_tools.instruct.index import write_images
 from data_tools.instruct.lines import write_lines
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import (
     Answer,
     Check,
     Cost,
-    PictureSource,
+    ImageSource,
     Request,
     Sample,
     SampleType,
@@ -46,7 +46,7 @@ def config_of(root: Path, images: Path, **more: Any) -> InstructConfig:
 class Run:
     """The lines of a run before they are written."""
 
-    pictures: Sequence[Picture]
+    images: Sequence[AnnotatedImage]
     requests: list[Request] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -54,12 +54,12 @@ class Run:
     kept: list[Sample] = field(default_factory=list)
     set_aside: list[Sample] = field(default_factory=list)
     numbers: Counter[tuple[int, str]] = field(default_factory=Counter)
-    """Requests so far by picture and type."""
+    """Requests so far by image and type."""
 
     def write(self, root: Path, *stages: str) -> RunFolder:
         """Write what the stages named would have written; without names, what all would have."""
         folder = RunFolder(root)
-        write_pictures(folder, self.pictures)
+        write_images(folder, self.images)
         files: dict[str, list[tuple[Path, Sequence[BaseModel]]]] = {
             "plan": [(folder.requests, self.requests)],
             "generate": [(folder.answers / "part-00001.jsonl", self.answers)],
@@ -87,13 +87,13 @@ TEMPLATES: dict[str, Any] = {
 }
 
 
-def make_run(pictures: Sequence[Picture], per_picture: Sequence[SampleType]) -> Run:
+def make_run(images: Sequence[AnnotatedImage], per_image: Sequence[SampleType]) -> Run:
     """A run in which the fates take turns."""
-    run = Run(pictures)
+    run = Run(images)
     fates = _forever(FATES)
-    for picture in pictures:
-        for sample_type in per_picture:
-            add(run, picture, sample_type, next(fates))
+    for image in images:
+        for sample_type in per_image:
+            add(run, image, sample_type, next(fates))
     return run
 
 
@@ -102,15 +102,15 @@ def _forever(values: Sequence[str]) -> Iterator[str]:
         yield from values
 
 
-def add(run: Run, picture: Picture, sample_type: SampleType, fate: str) -> None:
+def add(run: Run, image: AnnotatedImage, sample_type: SampleType, fate: str) -> None:
     """One request with all that came of it."""
-    number = run.numbers[picture.id, sample_type]
-    run.numbers[picture.id, sample_type] += 1
-    request = request_about(picture, sample_type, number)
+    number = run.numbers[image.id, sample_type]
+    run.numbers[image.id, sample_type] += 1
+    request = request_about(image, sample_type, number)
     run.requests.append(request)
     if fate == "unanswered":
         return
-    turns, checks = talk(picture, sample_type, fate)
+    turns, checks = talk(image, sample_type, fate)
     text = json.dumps({"turns": [turn.model_dump() for turn in turns]})
     run.answers.append(
         Answer(
@@ -120,7 +120,7 @@ def add(run: Run, picture: Picture, sample_type: SampleType, fate: str) -> None:
         )
     )  # fmt: skip
     reasons = tuple(dict.fromkeys(check.code for check in checks if check.code))
-    sample = sample_of(request, picture, run.answers[-1], turns, checks, reasons)
+    sample = sample_of(request, image, run.answers[-1], turns, checks, reasons)
     (run.rejected if reasons else run.samples).append(sample)
     if not reasons:
         _clean(run, sample, fate)
@@ -153,21 +153,21 @@ def _aside(sample: Sample, check: Check, sample_id: str) -> Sample:
     )
 
 
-def request_about(picture: Picture, sample_type: SampleType, number: int) -> Request:
+def request_about(image: AnnotatedImage, sample_type: SampleType, number: int) -> Request:
     """A request that shows all captions and the first 30 boxes."""
     shown = Shown(
-        captions=picture.caption_ids,
-        boxes=tuple(box.id for box in picture.boxes[:30]),
-        summarised={"far ones": tuple(box.id for box in picture.boxes[30:])}
-        if picture.boxes[30:]
+        captions=image.caption_ids,
+        boxes=tuple(box.id for box in image.boxes[:30]),
+        summarised={"far ones": tuple(box.id for box in image.boxes[30:])}
+        if image.boxes[30:]
         else {},
     )
-    lines = [f"c{i}: {text}" for i, text in enumerate(picture.captions, 1)]
-    lines += [f"b{i}: {box.category}" for i, box in enumerate(picture.boxes[:30], 1)]
+    lines = [f"c{i}: {text}" for i, text in enumerate(image.captions, 1)]
+    lines += [f"b{i}: {box.category}" for i, box in enumerate(image.boxes[:30], 1)]
     return Request(
-        id=hashlib.sha256(f"{picture.id}-{sample_type}-{number}".encode()).hexdigest(),
-        sample_id=f"{picture.id:012d}-{sample_type}-{number}",
-        picture=picture.id, type=sample_type, number=number, template=sample_type,
+        id=hashlib.sha256(f"{image.id}-{sample_type}-{number}".encode()).hexdigest(),
+        sample_id=f"{image.id:012d}-{sample_type}-{number}",
+        image=image.id, type=sample_type, number=number, template=sample_type,
         template_sha256=hashlib.sha256(sample_type.encode()).hexdigest(),
         question="Describe the picture." if sample_type == "detail" else None,
         context="\n".join(lines), parameters={"model": "scripted", "temperature": 0.7},
@@ -176,16 +176,16 @@ def request_about(picture: Picture, sample_type: SampleType, number: int) -> Req
 
 
 def talk(
-    picture: Picture, sample_type: SampleType, fate: str
+    image: AnnotatedImage, sample_type: SampleType, fate: str
 ) -> tuple[tuple[Turn, ...], tuple[Check, ...]]:
-    """Turns about the picture's boxes, with the checks that a verifier would have made."""
+    """Turns about the image's boxes, with the checks that a verifier would have made."""
     if fate == "unread":
         return (), (Check(rule="form", verdict="contradicted", code="REFUSAL", claim="I am sorry"),)
     if sample_type == "detail":
-        return _description(picture, fate)
+        return _description(image, fate)
     turns, checks = [], []
-    for name in picture.categories[:2] or ("picture",):
-        ids = tuple(box.id for box in picture.of(name))
+    for name in image.categories[:2] or ("image",):
+        ids = tuple(box.id for box in image.of(name))
         said = len(ids) + (fate == "count")
         answer = f"There are {said} of {name} in view, as the photo shows."
         turn = len(turns)
@@ -198,8 +198,8 @@ def talk(
                 span=(10, answer.index(" in view")), claim=f"{said} {name}", evidence=ids,
             )
         )  # fmt: skip
-    there = picture.categories[0] if picture.categories else "person"
-    asked, said = ("unicorn", "No") if picture.id % 2 else (there, "Yes")
+    there = image.categories[0] if image.categories else "person"
+    asked, said = ("unicorn", "No") if image.id % 2 else (there, "Yes")
     answer = f"{said}, {'there is no' if said == 'No' else 'I can see a'} {asked}."
     turns.append(Turn(question=f"Is there a {asked}?", answer=answer, kind="existence"))
     start = answer.index(asked)
@@ -207,7 +207,7 @@ def talk(
         Check(
             rule="object", verdict="unknown" if said == "No" else "supported", turn=len(turns) - 1,
             part="answer", span=(start, start + len(asked)), claim=asked,
-            evidence=tuple(box.id for box in picture.of(asked)),
+            evidence=tuple(box.id for box in image.of(asked)),
         )
     )  # fmt: skip
     if fate == "object":
@@ -226,16 +226,16 @@ def _invented(turns: list[Turn]) -> list[Check]:
     ]  # fmt: skip
 
 
-def _description(picture: Picture, fate: str) -> tuple[tuple[Turn, ...], tuple[Check, ...]]:
+def _description(image: AnnotatedImage, fate: str) -> tuple[tuple[Turn, ...], tuple[Check, ...]]:
     text, checks = "The picture shows ", []
-    for name in picture.categories or ("something",):
+    for name in image.categories or ("something",):
         start = len(text)
         text += name
-        ids = tuple(box.id for box in picture.of(name))
+        ids = tuple(box.id for box in image.of(name))
         verdict = "supported" if ids else "unknown"
         checks.append(
             Check(rule="object", verdict=verdict, turn=0, part="answer", span=(start, len(text)),
-                  claim=name, evidence=ids or picture.caption_ids[:1])
+                  claim=name, evidence=ids or image.caption_ids[:1])
         )  # fmt: skip
         text += " and "
     text = text.removesuffix(" and ") + ". It was taken in daylight."
@@ -252,7 +252,7 @@ def _description(picture: Picture, fate: str) -> tuple[tuple[Turn, ...], tuple[C
 
 def sample_of(
     request: Request,
-    picture: Picture,
+    image: AnnotatedImage,
     answer: Answer,
     turns: tuple[Turn, ...],
     checks: tuple[Check, ...],
@@ -261,9 +261,9 @@ def sample_of(
     """The verified sample."""
     return Sample(
         id=request.sample_id, type=request.type, origin="llm",
-        picture=PictureSource(
-            id=picture.id, file_name=picture.file_name, width=picture.width,
-            height=picture.height, license=picture.license,
+        image=ImageSource(
+            id=image.id, file_name=image.file_name, width=image.width,
+            height=image.height, license=image.license,
         ),
         turns=turns, raw=None if turns else answer.text, shown=request.shown, request=request.id,
         template=request.template, template_sha256=request.template_sha256, model=answer.model,

@@ -1,16 +1,16 @@
-"""Samples and pictures of a run, made on the spot."""
+"""Samples and images of a run, made on the spot."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from data_tools.coco import Box, Picture
+from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import write_pictures
+from data_tools.instruct.index import write_images
 from data_tools.instruct.lines import read_lines, write_lines
-from data_tools.instruct.schema import Check, Cost, Kind, PictureSource, Sample, Shown, Turn
+from data_tools.instruct.run_folder import RunFolder
+from data_tools.instruct.schema import Check, Cost, ImageSource, Kind, Sample, Shown, Turn
 from vlm_sft.config.loading import parse
 from vlm_sft.utils.atomic_files import write_json
 
@@ -23,7 +23,7 @@ def turn(question: str, answer: str, kind: Kind = "object") -> Turn:
 
 def sample(
     sample_id: str,
-    picture: int,
+    image: int,
     talk: Sequence[Talk],
     *,
     sample_type: str = "conversation",
@@ -36,8 +36,8 @@ def sample(
             "id": sample_id,
             "type": sample_type,
             "origin": origin,
-            "picture": PictureSource(
-                id=picture, file_name=f"{picture:012d}.png", width=64, height=48, license=license
+            "image": ImageSource(
+                id=image, file_name=f"{image:012d}.png", width=64, height=48, license=license
             ),
             "turns": tuple(turn(*words) for words in talk),
             "shown": Shown(captions=(1,)),
@@ -58,7 +58,7 @@ def sample(
 
 
 def draw(path: Path, number: int, size: tuple[int, int] = (64, 48)) -> None:
-    """A picture of coarse blocks that is unlike that of any other number."""
+    """An image of coarse blocks that is unlike that of any other number."""
     image = Image.new("RGB", (8, 6))
     for place in range(48):
         value = (number * 2654435761 + place * 40503 * (number + 7)) >> 3
@@ -72,17 +72,17 @@ def run_folder(
     categories: dict[int, Sequence[str]] | None = None,
     **clean: object,
 ) -> InstructConfig:
-    """A run in which `verify` has accepted the samples; pictures are drawn where there are none."""
+    """A run in which `verify` has accepted the samples; images are drawn where there are none."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     known = {}
     for one in samples:
-        source = one.picture
+        source = one.image
         if not (images / source.file_name).exists():
             draw(images / source.file_name, source.id)
         names = (categories or {}).get(source.id, ["dog"])
         boxes = tuple(Box(name, 1, 1, 20, 20, False, i) for i, name in enumerate(names, 1))
-        known[source.id] = Picture(
+        known[source.id] = AnnotatedImage(
             id=source.id,
             file_name=source.file_name,
             width=64,
@@ -98,7 +98,7 @@ def run_folder(
         "clean": clean,
     }
     run = RunFolder(folder / "run")
-    write_pictures(run, [known[number] for number in sorted(known)])
+    write_images(run, [known[number] for number in sorted(known)])
     names = ("dog", "cat", "person", "bear", *(n for p in known.values() for n in p.categories))
     licenses = {"2": {"name": "Attribution-NonCommercial License"}}
     write_json(run.index, {"categories": dict.fromkeys(names), "licenses": licenses})

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.instruct.answers import Answers, AnswerWriter, Claims, read_answers
+from data_tools.instruct.generate.answers import Answers, AnswerWriter, Claims, read_answers
 from data_tools.instruct.schema import Answer
 from vlm_sft.errors import UserError
 
@@ -50,7 +50,7 @@ def test_what_is_appended_meanwhile_is_taken_in(tmp_path: Path) -> None:
 def test_many_answers_are_sorted_into_flat_arrays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.instruct.answers._RECENT", 10)
+    monkeypatch.setattr("data_tools.instruct.generate.answers._RECENT", 10)
     write(tmp_path, *(answer(i, f"text {i}") for i in range(25)))
     answers = read_answers(tmp_path)
     write(tmp_path, *(answer(i, f"text {i}") for i in range(25, 60)))
@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_no_part_of_an_answer(
 CLAIMING = """
 import sys, time
 from pathlib import Path
-from data_tools.instruct.answers import Claims
+from data_tools.instruct.generate.answers import Claims
 claims = Claims(Path(sys.argv[1]))
 print(claims.take("a"), flush=True)
 time.sleep(60)

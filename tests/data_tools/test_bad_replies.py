@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from data_tools.instruct import generating, reporting
-from data_tools.instruct.answers import read_answers
 from data_tools.instruct.config import LimitsConfig
-from data_tools.instruct.teachers.batch_log import BatchLog
-from data_tools.instruct.teachers.faults import retry_after
-from data_tools.instruct.teachers.spending import Spending, Usage
-from data_tools.instruct.teachers.stopping import Stopping
+from data_tools.instruct.generate import command as generating
+from data_tools.instruct.generate.answers import read_answers
+from data_tools.instruct.generate.teachers.batch_log import BatchLog
+from data_tools.instruct.generate.teachers.faults import retry_after
+from data_tools.instruct.generate.teachers.spending import Spending, Usage
+from data_tools.instruct.generate.teachers.stopping import Stopping
+from data_tools.instruct.report import command as reporting
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import completion, say, send, served
 from vlm_sft.errors import UserError

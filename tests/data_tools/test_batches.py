@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from data_tools.instruct import generating
-from data_tools.instruct.answers import read_answers
-from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.generate import command as generating
+from data_tools.instruct.generate.answers import read_answers
 from data_tools.instruct.lines import read_lines
-from data_tools.instruct.planning import read_requests
+from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Failure
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import TeacherServer, completion, say, served
@@ -23,10 +23,10 @@ def answered(custom_id: str, body: Any) -> dict[str, Any]:
 
 
 def batched(
-    folder: Path, server: TeacherServer, pictures: int = 2, **teacher: Any
+    folder: Path, server: TeacherServer, images: int = 2, **teacher: Any
 ) -> tuple[Any, RunFolder]:
     settings = {"structured": "json_object", "poll_seconds": 0.02, "batch_size": 4}
-    return planned(folder, pictures, kind="batch", base_url=server.url, **(settings | teacher))
+    return planned(folder, images, kind="batch", base_url=server.url, **(settings | teacher))
 
 
 def test_requests_are_handed_in_as_files_and_results_taken_in(tmp_path: Path) -> None:
@@ -50,7 +50,9 @@ def test_a_batch_is_found_again_by_its_recorded_id(
         server.batch_status = ["in_progress"] * 8 + ["completed"]
         config, run = batched(tmp_path, server)
         with monkeypatch.context() as patch:
-            patch.setattr("data_tools.instruct.teachers.batch.BatchTeacher._look_at", _killed)
+            patch.setattr(
+                "data_tools.instruct.generate.teachers.batch.BatchTeacher._look_at", _killed
+            )
             with pytest.raises(KeyboardInterrupt):
                 generating.command(config, [])
         assert len(read_answers(run.answers)) == 0
@@ -65,7 +67,9 @@ def test_a_batch_created_just_before_a_kill_is_found_by_its_key(
         server.batch_script = answered
         config, run = batched(tmp_path, server, batch_size=10)
         with monkeypatch.context() as patch:
-            patch.setattr("data_tools.instruct.teachers.batch_log.BatchLog.created", _killed)
+            patch.setattr(
+                "data_tools.instruct.generate.teachers.batch_log.BatchLog.created", _killed
+            )
             with pytest.raises(KeyboardInterrupt):
                 generating.command(config, [])
         generating.command(config, [])
@@ -79,7 +83,7 @@ def test_a_batch_that_was_never_created_is_handed_in_again(
         server.batch_script = answered
         config, run = batched(tmp_path, server, batch_size=10, limits={"requests": 6})
         with monkeypatch.context() as patch:
-            patch.setattr("data_tools.instruct.teachers.batch.BatchTeacher._call", _killed)
+            patch.setattr("data_tools.instruct.generate.teachers.batch.BatchTeacher._call", _killed)
             with pytest.raises(KeyboardInterrupt):
                 generating.command(config, [])
         generating.command(config, [])

@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools import build_coco, words
 from data_tools.backends.rules import RulesBackend
 from data_tools.backends.rules.phrases import MOST_NAMED, things
-from data_tools.coco import Box, CocoIndex, Picture
+from data_tools.coco import AnnotatedImage, Box, CocoIndex
 from tests.data_tools.coco_files import CATEGORIES, arguments, write_coco
 from vlm_sft.errors import UserError
 
@@ -73,7 +73,7 @@ def test_crowds_are_not_counted_but_exist(tmp_path: Path) -> None:
     assert kinds == {"description": 1, "existence": 2}
 
 
-def test_a_picture_without_boxes_gives_captions_and_never_a_no(
+def test_an_image_without_boxes_gives_captions_and_never_a_no(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write_coco(tmp_path, {1: [], 2: [("dog", [0, 0, 50, 50], 0)]}, {1: ["Fog."]})
@@ -81,7 +81,7 @@ def test_a_picture_without_boxes_gives_captions_and_never_a_no(
     [first, _] = _read(files, "stage2")
     assert [turn["value"] for turn in first["conversations"]][1:] == ["Fog."]
     assert {record["image"] for record in _read(files, "existence")} == {"000000000002.jpg"}
-    assert "1 pictures have no boxes" in capsys.readouterr().out
+    assert "1 images have no boxes" in capsys.readouterr().out
 
 
 def test_what_a_caption_speaks_of_is_never_denied(tmp_path: Path) -> None:
@@ -121,18 +121,18 @@ boxes = st.builds(
 def test_every_answer_follows_from_the_boxes(
     scenes: list[list[Box]], seed: int, turns: int
 ) -> None:
-    pictures = tuple(
-        Picture(i, f"{i}.jpg", 200, 100, (), tuple(scene)) for i, scene in enumerate(scenes)
+    images = tuple(
+        AnnotatedImage(i, f"{i}.jpg", 200, 100, (), tuple(scene)) for i, scene in enumerate(scenes)
     )
-    backend = RulesBackend(CocoIndex(pictures, CATEGORIES), seed, "short")
-    for picture in pictures:
-        exchanges = backend.conversation(picture, turns)
+    backend = RulesBackend(CocoIndex(images, CATEGORIES), seed, "short")
+    for image in images:
+        exchanges = backend.conversation(image, turns)
         assert len({(e.question, e.category) for e in exchanges}) == len(exchanges)
         existence = [e.answer for e in exchanges if e.family == "existence"]
         assert existence.count("yes") == existence.count("no")
-        assert exchanges == [] or picture.boxes
+        assert exchanges == [] or image.boxes
         for e in exchanges:
-            found = picture.of(e.category)
+            found = image.of(e.category)
             if e.family == "existence":
                 assert (e.answer == "yes") == bool(found)
                 continue
@@ -218,7 +218,7 @@ def _break(name: str, document: dict[str, Any]) -> None:
     ("name", "message"),
     [
         ("degenerate", "annotation 1: bbox .* has no area"),
-        ("outside", "annotation 1: bbox .* leaves its picture of 200 x 100"),
+        ("outside", "annotation 1: bbox .* leaves its image of 200 x 100"),
         ("not numbers", "expected four numbers"),
         ("unknown image", "image_id 99 is not among"),
         ("unknown category", "category_id 99 is not among"),
@@ -239,9 +239,9 @@ def test_wrong_annotations_are_told_in_one_sentence(
     assert not files["out"].exists()
 
 
-def test_setting_aside_none_of_the_pictures_is_refused(tmp_path: Path) -> None:
+def test_setting_aside_none_of_the_images_is_refused(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
-    with pytest.raises(UserError, match="of 1 pictures 0 would be set aside"):
+    with pytest.raises(UserError, match="of 1 images 0 would be set aside"):
         build_coco.main(arguments(files, "--eval-share", "0.01"))
 
 
@@ -254,10 +254,10 @@ def test_a_family_with_one_answer_only_is_not_a_measure(
     assert "empty: the annotations hold nothing" in capsys.readouterr().out
 
 
-def test_missing_pictures_and_broken_json_are_named(tmp_path: Path) -> None:
+def test_missing_images_and_broken_json_are_named(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
     (files["images"] / "000000000001.jpg").unlink()
-    with pytest.raises(UserError, match=r"1 annotated pictures are not there \(000000000001.jpg\)"):
+    with pytest.raises(UserError, match=r"1 annotated images are not there \(000000000001.jpg\)"):
         build_coco.main(arguments(files))
     files["captions"].write_text("{")
     with pytest.raises(UserError, match=r"captions\.json: is not valid JSON"):
@@ -279,7 +279,7 @@ def test_real_coco_files_are_built(tmp_path: Path) -> None:
     assert len(_read(files, "stage2")) > 10
 
 
-def test_with_room_for_one_question_every_family_is_asked_of_some_picture(tmp_path: Path) -> None:
+def test_with_room_for_one_question_every_family_is_asked_of_some_image(tmp_path: Path) -> None:
     boxes = {i: [("dog", [5, 30, 20, 20], 0), ("cat", [70, 30, 20, 20], 0)] for i in range(1, 41)}
     files = write_coco(tmp_path, boxes)
     families_asked = ("description", "counting", "halves", "relation")
@@ -318,9 +318,9 @@ def test_things_names_the_largest_and_always_what_is_asked(sizes: list[int], ask
         Box(name, 0.0, 0.0, size, size, crowd=False)
         for name, size in zip(CATEGORIES, sizes, strict=False)
     )
-    picture = Picture(1, "a.jpg", 100, 100, (), boxes)
-    name = picture.categories[asked % len(boxes)]
-    text = things(picture, asked=name)
+    image = AnnotatedImage(1, "a.jpg", 100, 100, (), boxes)
+    name = image.categories[asked % len(boxes)]
+    text = things(image, asked=name)
     named = [box for box in boxes if words.mentions(text, box.category)]
     assert words.mentions(text, name)
     assert len(named) == min(len(boxes), MOST_NAMED)
@@ -353,8 +353,8 @@ def test_an_image_that_exif_turns_unlike_its_boxes_is_set_aside_and_reported(
     for name in ("stage1", "stage2"):
         assert {record["image"] for record in _read(files, name)} == {"000000000002.jpg"}
     receipt = json.loads((files["out"] / "build.json").read_text())
-    assert receipt["findings"]["picture_turned"]["count"] == 1
-    assert "1 of 2 annotated pictures" in capsys.readouterr().out
+    assert receipt["findings"]["image_turned"]["count"] == 1
+    assert "1 of 2 annotated images" in capsys.readouterr().out
 
 
 def test_an_image_that_exif_turns_as_its_boxes_say_is_used(tmp_path: Path) -> None:

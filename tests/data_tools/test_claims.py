@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.coco import Box, Picture, read_coco
+from data_tools.coco import AnnotatedImage, Box, read_coco
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import SampleType, Shown, Turn
-from data_tools.instruct.verification import Policy, check_sample, reasons
+from data_tools.instruct.verify import Policy, check_sample, reasons
 
 CASES = Path(__file__).parent / "verify_cases"
 CATEGORIES = tuple(
@@ -19,13 +19,13 @@ CATEGORIES = tuple(
 POLICY = Policy(VerifyConfig(), CATEGORIES)
 
 
-def image(*captions: str, boxes: tuple[tuple[Any, ...], ...] = ()) -> Picture:
+def image(*captions: str, boxes: tuple[tuple[Any, ...], ...] = ()) -> AnnotatedImage:
     """An image of 640 x 480 with captions 1, 2, ... and boxes (category, left, top, w, h)."""
     made = tuple(
         Box(name, *(float(value) for value in place), crowd=False, id=100 + number)
         for number, (name, *place) in enumerate(boxes)
     )
-    return Picture(1, "1.jpg", 640, 480, captions, made, tuple(range(1, len(captions) + 1)))
+    return AnnotatedImage(1, "1.jpg", 640, 480, captions, made, tuple(range(1, len(captions) + 1)))
 
 
 MAN = image(
@@ -69,16 +69,16 @@ ROOM = image(
 
 def codes(
     answer: str,
-    picture: Picture,
+    image: AnnotatedImage,
     question: str = "What do you see?",
     sample_type: SampleType = "conversation",
 ) -> tuple[str, ...]:
     turn = Turn(question=question, answer=answer, kind="object")
-    return reasons(check_sample((turn,), sample_type, picture, Shown(), POLICY))
+    return reasons(check_sample((turn,), sample_type, image, Shown(), POLICY))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "true", "picture", "code"),
+    ("wrong", "true", "image", "code"),
     [
         # a noun before a verb that is a noun as well
         ("A zebra watches the man.", "A man watches the car.", MAN, "OBJECT_NOT_FOUND"),
@@ -134,14 +134,14 @@ def codes(
     ],
 )  # fmt: skip
 def test_a_wrong_claim_is_rejected_and_a_true_one_like_it_is_not(
-    wrong: str, true: str, picture: Picture, code: str
+    wrong: str, true: str, image: AnnotatedImage, code: str
 ) -> None:
-    assert code in codes(wrong, picture)
-    assert codes(true, picture) == ()
+    assert code in codes(wrong, image)
+    assert codes(true, image) == ()
 
 
 @pytest.mark.parametrize(
-    ("question", "wrong", "true", "picture", "code"),
+    ("question", "wrong", "true", "image", "code"),
     [
         ("Can you see any cars?", "I do not see any.", "Yes, one.", MAN, "OBJECT_DENIED"),
         ("Is there a car?", "Unfortunately, no.", "Absolutely.", MAN, "OBJECT_DENIED"),
@@ -164,10 +164,10 @@ def test_a_wrong_claim_is_rejected_and_a_true_one_like_it_is_not(
     ],
 )  # fmt: skip
 def test_a_wrong_answer_is_rejected_and_a_true_one_to_the_same_question_is_not(
-    question: str, wrong: str, true: str, picture: Picture, code: str
+    question: str, wrong: str, true: str, image: AnnotatedImage, code: str
 ) -> None:
-    assert code in codes(wrong, picture, question)
-    assert codes(true, picture, question) == ()
+    assert code in codes(wrong, image, question)
+    assert codes(true, image, question) == ()
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ ROUNDS = [
 @pytest.mark.parametrize(("name", "recall", "refused"), ROUNDS)
 def test_the_case_files_are_judged_as_published(name: str, recall: float, refused: float) -> None:
     index = read_coco(CASES / "instances.json", CASES / "captions.json")
-    images = {picture.id: picture for picture in index.pictures}
+    images = {image.id: image for image in index.images}
     policy = Policy(VerifyConfig(), index.categories)
     verdicts: dict[bool, list[bool]] = {True: [], False: []}
     for line in (CASES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.instruct import cleaning
-from data_tools.instruct.cleaning import balance, texts
-from data_tools.instruct.cleaning.choices import Categories, choice_of, group_of
-from data_tools.instruct.cleaning.near import MISSED, banding
-from data_tools.instruct.cleaning.pictures import hash_of, look, near_pairs
-from data_tools.instruct.config import InstructConfig, SamePictureConfig
+from data_tools.instruct.clean import balance, texts
+from data_tools.instruct.clean import command as cleaning
+from data_tools.instruct.clean.choices import Categories, choice_of, group_of
+from data_tools.instruct.clean.images import hash_of, look, near_pairs
+from data_tools.instruct.clean.near import MISSED, banding
+from data_tools.instruct.config import InstructConfig, SameImageConfig
 from data_tools.instruct.schema import Sample
 from tests.data_tools.instruct_samples import draw, kept, run_folder, sample, set_aside, turn
 from vlm_sft.errors import UserError
@@ -24,7 +24,7 @@ from vlm_sft.errors import UserError
 KEEP: dict[str, Any] = {
     "near_duplicates": None,
     "same_questions": False,
-    "same_pictures": {"action": "keep"},
+    "same_images": {"action": "keep"},
     "answers": {"families": []},
     "openings": None,
 }
@@ -70,7 +70,7 @@ def test_the_first_of_equal_and_nearly_equal_texts_stays(tmp_path: Path) -> None
     assert claims(near) == ["duplicate of a (Jaccard 0.968)"]  # 30 of 31 shingles
 
 
-def test_short_texts_and_a_programs_texts_repeat_on_one_picture_only(tmp_path: Path) -> None:
+def test_short_texts_and_a_programs_texts_repeat_on_one_image_only(tmp_path: Path) -> None:
     short = [("Is there a dog?", "Yes.")]
     samples = [
         sample("a", 1, short),
@@ -103,8 +103,8 @@ def test_no_two_kept_texts_are_alike_and_the_first_of_alike_ones_is_kept(
     threshold: float,
 ) -> None:
     samples = [
-        sample(f"s{i}", picture, [("What?", " ".join(words))], sample_type="detail")
-        for i, (picture, words) in enumerate(texts_of)
+        sample(f"s{i}", image, [("What?", " ".join(words))], sample_type="detail")
+        for i, (image, words) in enumerate(texts_of)
     ]
     settings_of = {"threshold": threshold, "shingle_words": 2, "across_words": 3}
     folder = tmp_path_factory.mktemp("near")
@@ -112,7 +112,7 @@ def test_no_two_kept_texts_are_alike_and_the_first_of_alike_ones_is_kept(
 
     def compared(first: Sample, second: Sample) -> bool:
         long = all(len(texts.words(one.turns[0].answer)) >= 3 for one in (first, second))
-        return long or first.picture.id == second.picture.id
+        return long or first.image.id == second.image.id
 
     def likeness(first: Sample, second: Sample) -> float:
         sets = [texts.shingles(texts.words(s.turns[0].answer), 2) for s in (first, second)]
@@ -135,7 +135,7 @@ def test_bands_are_chosen_so_that_pairs_at_the_threshold_are_hardly_ever_missed(
     assert banding(0.8) == (25, 5)
 
 
-def test_a_question_asked_before_of_the_picture_goes_with_what_leans_on_it(tmp_path: Path) -> None:
+def test_a_question_asked_before_of_the_image_goes_with_what_leans_on_it(tmp_path: Path) -> None:
     samples = [
         sample("a", 1, [("Is there a dog?", "Yes.")]),
         sample(
@@ -167,10 +167,10 @@ def test_a_question_asked_before_of_the_picture_goes_with_what_leans_on_it(tmp_p
     assert all(one.status == "rejected" and one.cost.tokens_in == 0 for one in lost)
 
 
-# --- pictures
+# --- images
 
 
-def test_a_picture_saved_again_smaller_is_the_same_and_another_colour_is_not(
+def test_an_image_saved_again_smaller_is_the_same_and_another_colour_is_not(
     tmp_path: Path,
 ) -> None:
     draw(tmp_path / "1.png", 1, (256, 192))
@@ -182,26 +182,26 @@ def test_a_picture_saved_again_smaller_is_the_same_and_another_colour_is_not(
     (tmp_path / "5.png").write_bytes(b"no picture")
     names = ["1.png", "2.png", "3.jpg", "4.png", "5.png", "6.png"]
     paths = {number: tmp_path / name for number, name in enumerate(names, 1)}
-    looks = look(paths, tmp_path / "cache.jsonl", SamePictureConfig())
+    looks = look(paths, tmp_path / "cache.jsonl", SameImageConfig())
     assert looks.repeats == {3: 1}
     assert sorted(looks.unreadable) == [5, 6]
-    again = look(paths, tmp_path / "cache.jsonl", SamePictureConfig())
+    again = look(paths, tmp_path / "cache.jsonl", SameImageConfig())
     assert again.repeats == {3: 1} and again.opened == 2  # the unreadable ones
 
 
-def test_samples_on_a_repeated_or_unreadable_picture_are_set_aside(tmp_path: Path) -> None:
+def test_samples_on_a_repeated_or_unreadable_image_are_set_aside(tmp_path: Path) -> None:
     samples = [sample(f"s{i}", i, [("What?", f"Thing {i}.")]) for i in (1, 2, 3)]
     images = tmp_path / "images"
     images.mkdir()
     draw(images / f"{1:012d}.png", 1)
     draw(images / f"{2:012d}.png", 1)
     (images / f"{3:012d}.png").write_bytes(b"")
-    config = clean(tmp_path, samples, same_pictures={})
+    config = clean(tmp_path, samples, same_images={})
     assert [one.id for one in kept(config)] == ["s1"]
     twin, broken = set_aside(config)
-    assert (twin.reasons, claims(twin)) == (("PICTURE_DUPLICATE",), ["duplicate of s1"])
-    assert broken.reasons == ("PICTURE_UNREADABLE",)
-    assert figures(config)["pictures"]["first_alike"] == [[2, 1]]
+    assert (twin.reasons, claims(twin)) == (("IMAGE_DUPLICATE",), ["duplicate of s1"])
+    assert broken.reasons == ("IMAGE_UNREADABLE",)
+    assert figures(config)["images"]["first_alike"] == [[2, 1]]
 
 
 @settings(max_examples=50, deadline=None)
@@ -270,8 +270,8 @@ def test_categories_are_found_by_plural_and_synonym() -> None:
     assert group("Is there a giraffe?") == ("yes_no", "existence", "")
 
 
-def existence(name: str, category: str, answer: str, *, picture: int) -> Sample:
-    return sample(name, picture, [(f"Is there a {category}?", f"{answer}.", "existence")])
+def existence(name: str, category: str, answer: str, *, image: int) -> Sample:
+    return sample(name, image, [(f"Is there a {category}?", f"{answer}.", "existence")])
 
 
 def many_answers() -> list[Sample]:
@@ -281,7 +281,7 @@ def many_answers() -> list[Sample]:
     for category, answer, count in counts:
         for _ in range(count):
             number = len(found) + 1
-            found.append(existence(f"s{number:03d}", category, answer, picture=number))
+            found.append(existence(f"s{number:03d}", category, answer, image=number))
     return found
 
 
@@ -383,7 +383,7 @@ def test_answers_that_begin_alike_are_capped(tmp_path: Path) -> None:
         )
 
 
-def test_types_pictures_and_categories_are_held_to_their_shares_and_caps(tmp_path: Path) -> None:
+def test_types_images_and_categories_are_held_to_their_shares_and_caps(tmp_path: Path) -> None:
     types = ["conversation"] * 12 + ["detail"] * 4 + ["reasoning"] * 12
     samples = [
         sample(f"s{i}", i // 2, [("What?", f"Thing {i}.")], sample_type=kind)
@@ -393,11 +393,11 @@ def test_types_pictures_and_categories_are_held_to_their_shares_and_caps(tmp_pat
     config = clean(tmp_path / "types", samples, type_shares=shares)
     count = Counter(one.type for one in kept(config))
     assert count == {"conversation": 8, "detail": 4, "reasoning": 8}
-    one_each = clean(tmp_path / "pictures", samples, max_per_picture=1)
-    assert len({one.picture.id for one in kept(one_each)}) == len(kept(one_each)) == 14
+    one_each = clean(tmp_path / "images", samples, max_per_image=1)
+    assert len({one.image.id for one in kept(one_each)}) == len(kept(one_each)) == 14
     names = {number: ["person"] if number < 12 else ["person", "bear"] for number in range(20)}
     capped = clean(tmp_path / "categories", samples, max_per_category=7, categories=names)
-    bears = sum(one.picture.id >= 12 for one in kept(capped))
+    bears = sum(one.image.id >= 12 for one in kept(capped))
     assert bears == 6 and 7 <= len(kept(capped)) <= 13  # all that are rare, 7 of the others
     assert figures(capped)["set_aside"]["samples_by_reason"] == {
         "CATEGORY_CAP": 28 - len(kept(capped))
@@ -431,8 +431,8 @@ def test_every_turn_is_kept_or_set_aside_once_and_again_gives_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, talks: list[tuple[int, list[Any]]]
 ) -> None:
     samples = [
-        sample(f"s{i}", picture, [(q, a, kind) for (q, kind), a in talk])
-        for i, (picture, talk) in enumerate(talks)
+        sample(f"s{i}", image, [(q, a, kind) for (q, kind), a in talk])
+        for i, (image, talk) in enumerate(talks)
     ]
     folder = tmp_path_factory.mktemp("whole")
     settings_of = {**KEEP, "near_duplicates": {}, "same_questions": True, "answers": {}}
@@ -457,9 +457,9 @@ def test_every_turn_is_kept_or_set_aside_once_and_again_gives_the_same_bytes(
     assert first == [(Path(config.output_dir) / name).read_bytes() for name in names]
 
 
-def test_samples_of_unknown_pictures_are_refused(tmp_path: Path) -> None:
+def test_samples_of_unknown_images_are_refused(tmp_path: Path) -> None:
     config = run_folder(tmp_path, [sample("a", 1, [("What?", "A dog.")])], **KEEP)
     run = Path(config.output_dir)
-    (run / "pictures.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"sample 'a' is about picture 1, which pictures\.jsonl"):
+    (run / "images.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"sample 'a' is about image 1, which images\.jsonl"):
         cleaning.command(config, [])

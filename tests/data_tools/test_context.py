@@ -5,23 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.coco import Box, Picture
-from data_tools.instruct.context import describe, quoted
+from data_tools.coco import AnnotatedImage, Box
+from data_tools.instruct.plan.context import describe, quoted
 
 
-def picture(*boxes: Box, captions: tuple[str, ...] = ("A dog.",)) -> Picture:
+def image(*boxes: Box, captions: tuple[str, ...] = ("A dog.",)) -> AnnotatedImage:
     numbers = tuple(range(101, 101 + len(captions)))
-    return Picture(7, "7.jpg", 200, 100, captions, boxes, numbers)
+    return AnnotatedImage(7, "7.jpg", 200, 100, captions, boxes, numbers)
 
 
 def box(number: int, name: str, left: float, top: float, width: float, height: float) -> Box:
     return Box(name, left, top, width, height, False, number)
 
 
-def test_a_picture_in_words_is_grouped_counted_and_biggest_first() -> None:
+def test_an_image_in_words_is_grouped_counted_and_biggest_first() -> None:
     crowd = Box("person", 0, 0, 100, 50, True, 5)
     told = describe(
-        picture(
+        image(
             box(1, "cup", 10, 10, 4, 4),
             box(2, "dog", 20, 20, 20, 20),
             box(3, "cat", 50, 50, 150, 50.5),
@@ -55,26 +55,26 @@ def test_a_picture_in_words_is_grouped_counted_and_biggest_first() -> None:
 
 
 def test_unknown_is_not_absent() -> None:
-    assert "not annotated for this picture" in describe(picture()).text
-    told = describe(picture(box(1, "dog", 0, 0, 50, 50), captions=()))
+    assert "not annotated for this picture" in describe(image()).text
+    told = describe(image(box(1, "dog", 0, 0, 50, 50), captions=()))
     assert "CAPTIONS: nobody wrote any" in told.text and "dog: 1" in told.text
 
 
 def test_the_limit_keeps_the_biggest_and_counts_the_rest() -> None:
-    told = describe(picture(*(box(i, "dog", 0, 0, 10 + i, 20) for i in range(1, 6))), max_boxes=2)
+    told = describe(image(*(box(i, "dog", 0, 0, 10 + i, 20) for i in range(1, 6))), max_boxes=2)
     assert told.shown.boxes == (5, 4)
     assert told.shown.summarised == {"dog": (3, 2, 1)}
     assert "dog: 5, 3 of them without a box here" in told.text
 
 
 def test_a_small_crowd_is_many_too() -> None:
-    told = describe(picture(Box("boat", 0, 0, 2, 2, True, 1), box(2, "dog", 0, 0, 50, 50)))
+    told = describe(image(Box("boat", 0, 0, 2, 2, True, 1), box(2, "dog", 0, 0, 50, 50)))
     assert "By number only, without a box here: boat: many" in told.text
 
 
 @pytest.mark.parametrize("decimals", [1, 4])
 def test_corners_have_the_digits_asked_for(decimals: int) -> None:
-    told = describe(picture(box(1, "dog", 0, 0, 200 / 3, 50)), decimals)
+    told = describe(image(box(1, "dog", 0, 0, 200 / 3, 50)), decimals)
     assert f"[{0:.{decimals}f}, {0:.{decimals}f}, {1 / 3:.{decimals}f}" in told.text
     assert told.shown.decimals == decimals
 
@@ -92,7 +92,7 @@ INJECTIONS = [
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_a_captions_text_stays_one_quoted_line(text: str) -> None:
-    told = describe(picture(captions=(text, "A dog."))).text
+    told = describe(image(captions=(text, "A dog."))).text
     lines = told.splitlines()
     assert lines[2] == "CAPTIONS (2, each by one person):"
     assert lines[3] == f"c1: {quoted(text)}" and lines[4] == 'c2: "A dog."'
@@ -132,7 +132,7 @@ def test_every_box_is_shown_or_counted_and_labels_follow_shown(
         Box(b.category, b.left, b.top, b.width, b.height, b.crowd, n)
         for n, b in enumerate(boxes, 1)
     ]
-    told = describe(picture(*named), 2, max_boxes, min_area)
+    told = describe(image(*named), 2, max_boxes, min_area)
     summarised = [n for numbers in told.shown.summarised.values() for n in numbers]
     assert sorted([*told.shown.boxes, *summarised]) == [b.id for b in named]
     assert len(told.shown.boxes) <= max_boxes

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.instruct import exporting
+from data_tools.instruct import export as exporting
 from data_tools.instruct.boxes import boxes_in, convert, to_original, to_padded_square
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
 from data_tools.instruct.lines import write_lines
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Sample
 from tests.data_tools.instruct_samples import run_folder, sample
 from vlm_sft.config.loading import parse
@@ -94,8 +94,8 @@ def test_the_receipt_names_request_model_cost_and_checks(tmp_path: Path) -> None
     assert receipts[0]["cost"]["tokens_in"] == 100
     assert receipts[0]["checks"] == {"supported": 2}
     told = json.loads((folder / "export.json").read_text())
-    assert (told["samples"], told["turns"], told["pictures"]) == (2, 3, 2)
-    assert told["picture_licenses"] == {
+    assert (told["samples"], told["turns"], told["images"]) == (2, 3, 2)
+    assert told["image_licenses"] == {
         "Attribution-NonCommercial License": 1,
         "CC BY 2.0": 1,
     }
@@ -119,7 +119,7 @@ def test_a_format_that_is_no_longer_wanted_leaves_no_old_file(tmp_path: Path) ->
     ]
 
 
-def test_a_question_with_the_picture_mark_is_left_out_of_all_files_and_named(
+def test_a_question_with_the_image_mark_is_left_out_of_all_files_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = [sample("a", 1, [("What does <image> mean?", "x")]), sample("b", 1, TALK)]

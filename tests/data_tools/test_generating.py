@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from data_tools.instruct import generating
-from data_tools.instruct.answers import read_answers
-from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.generate import command as generating
+from data_tools.instruct.generate.answers import read_answers
 from data_tools.instruct.lines import read_lines
-from data_tools.instruct.planning import read_requests
+from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Failure
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import (
@@ -98,7 +98,7 @@ def test_a_misbehaviour_is_survived_once_and_told_if_it_stays(tmp_path: Path, na
     def start(folder: Path, script: Any, **more: Any) -> RunFolder:
         with served(script) as server:
             config, run = planned(
-                folder, pictures=1, kind="openai", base_url=server.url, structured="none",
+                folder, images=1, kind="openai", base_url=server.url, structured="none",
                 timeout_seconds=1.0, max_answer_bytes=100_000, attempts=2, **more,
             )  # fmt: skip
             generating.command(config, [])
@@ -127,7 +127,7 @@ def test_an_odd_answer_is_recorded_untouched_for_verification(tmp_path: Path, na
     changes, text, finish = ODD_ANSWERS[name]
     with served(lambda received: say(text, **dict(changes))) as server:
         config, run = planned(
-            tmp_path, pictures=1, kind="openai", base_url=server.url, structured="none"
+            tmp_path, images=1, kind="openai", base_url=server.url, structured="none"
         )
         generating.command(config, [])
     for answer in read_answers(run.answers).values():
@@ -139,7 +139,7 @@ def test_what_every_request_would_meet_stops_the_run_at_once(tmp_path: Path, sta
     act = fail(status, "no such model")
     with served(lambda received: act) as server:
         config, _ = planned(
-            tmp_path, pictures=20, kind="openai", base_url=server.url, structured="none"
+            tmp_path, images=20, kind="openai", base_url=server.url, structured="none"
         )
         with pytest.raises(UserError, match=f"the server says {status}.*no such model") as told:
             generating.command(config, [])
@@ -149,7 +149,7 @@ def test_what_every_request_would_meet_stops_the_run_at_once(tmp_path: Path, sta
 
 def test_a_refused_request_is_not_sent_again_and_others_go_on(tmp_path: Path) -> None:
     bad = {"000000000002-detail-0"}
-    config, run = planned(tmp_path, pictures=3, kind="openai", base_url="http://127.0.0.1:1/v1")
+    config, run = planned(tmp_path, images=3, kind="openai", base_url="http://127.0.0.1:1/v1")
     ids = {request.id for request in read_requests(run) if request.sample_id in bad}
     script = lambda r: fail(400, "too long") if r.id in ids else say(GOOD)  # noqa: E731
     with served(script) as server:
@@ -179,7 +179,7 @@ def test_a_server_that_is_down_ends_the_run_before_every_request_has_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, _ = planned(
-        tmp_path, pictures=40, kind="openai", base_url="http://127.0.0.1:1/v1", structured="none",
+        tmp_path, images=40, kind="openai", base_url="http://127.0.0.1:1/v1", structured="none",
         attempts=1,
     )  # fmt: skip
     with pytest.raises(SystemExit) as ended:

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from data_tools.coco import Picture
-from data_tools.instruct import guard
+from data_tools.coco import AnnotatedImage
+from data_tools.instruct import contamination as guard
 from data_tools.instruct.config import GuardConfig
 from vlm_sft.errors import UserError
 
 
-def pictures(*ids: int, split: str | None = None) -> list[Picture]:
-    return [Picture(i, f"{i:012d}.jpg", 10, 10, ("A.",), (), (1,), None, split) for i in ids]
+def images(*ids: int, split: str | None = None) -> list[AnnotatedImage]:
+    return [AnnotatedImage(i, f"{i:012d}.jpg", 10, 10, ("A.",), (), (1,), None, split) for i in ids]
 
 
 def statuses(found: guard.Guard) -> dict[str, str]:
@@ -72,8 +72,8 @@ def test_a_split_named_elsewhere_is_that_part_of_karpathys_file(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "lists no picture"),
-        ("[]", "lists no picture"),
+        ("", "lists no image"),
+        ("[]", "lists no image"),
         ("kitchen.jpg", r":1: found 'kitchen.jpg', expected COCO's numeric id"),
         ('{"question": "x"}', "expected COCO's numeric id"),
         ('[{"image": null}]', r"\[0\]: found"),
@@ -92,7 +92,7 @@ def test_a_list_without_ids_is_refused(tmp_path: Path, text: str, message: str) 
         guard.read_ids(tmp_path / "none")
 
 
-def checked(tmp_path: Path, ours: list[Picture], **lists: Any) -> guard.Guard:
+def checked(tmp_path: Path, ours: list[AnnotatedImage], **lists: Any) -> guard.Guard:
     named = {}
     for name, ids in lists.items():
         named[name] = str(tmp_path / f"{name}.txt")
@@ -100,8 +100,8 @@ def checked(tmp_path: Path, ours: list[Picture], **lists: Any) -> guard.Guard:
     return guard.check(ours, GuardConfig(lists=named))
 
 
-def test_pictures_of_evaluations_are_refused_and_counted_by_list(tmp_path: Path) -> None:
-    ours = pictures(1, 2, 3, 4, split="train2017")
+def test_images_of_evaluations_are_refused_and_counted_by_list(tmp_path: Path) -> None:
+    ours = images(1, 2, 3, 4, split="train2017")
     found = checked(tmp_path, ours, pope=[2, 9], mine=[2, 3])
     assert found.evaluations == {2: ("pope", "mine"), 3: ("mine",)}
     assert [p.id for p in ours if not found.refuses(p.id)] == [1, 4]
@@ -111,7 +111,7 @@ def test_pictures_of_evaluations_are_refused_and_counted_by_list(tmp_path: Path)
 
 
 def test_what_nobody_looked_at_is_said_plainly(tmp_path: Path) -> None:
-    found = checked(tmp_path, pictures(1, split="train2017"), pope=[2])
+    found = checked(tmp_path, images(1, split="train2017"), pope=[2])
     assert statuses(found) == {
         "pope": "checked",
         "val2014": "not checked",
@@ -124,21 +124,21 @@ def test_what_nobody_looked_at_is_said_plainly(tmp_path: Path) -> None:
 
 
 def test_val2014s_own_list_covers_the_evaluations_made_of_it(tmp_path: Path) -> None:
-    found = checked(tmp_path, pictures(1, 2, split="train2017"), val2014=[2])
+    found = checked(tmp_path, images(1, 2, split="train2017"), val2014=[2])
     assert statuses(found)["pope"] == statuses(found)["karpathy_test"] == "covered"
     assert found.refuses(2) and not found.refuses(1)
 
 
 def test_names_of_the_2014_files_settle_everything_without_a_list(tmp_path: Path) -> None:
-    ours = pictures(1, split="train2014") + pictures(2, split="val2014")
+    ours = images(1, split="train2014") + images(2, split="val2014")
     found = checked(tmp_path, ours)
     assert found.evaluations == {2: ("val2014",)}
     assert statuses(checked(tmp_path, ours[:1])) == dict.fromkeys(guard.KNOWN, "by split")
     assert statuses(found)["val2014"] == "by split" and statuses(found)["pope"] == "covered"
 
 
-def test_pictures_that_do_not_say_where_they_are_from_leave_it_open(tmp_path: Path) -> None:
-    ours = pictures(1) + pictures(2, split="val2017")
+def test_images_that_do_not_say_where_they_are_from_leave_it_open(tmp_path: Path) -> None:
+    ours = images(1) + images(2, split="val2017")
     found = checked(tmp_path, ours)
     assert statuses(found)["val2017"] == "split only"
     assert found.evaluations == {2: ("val2017",)}
@@ -147,7 +147,7 @@ def test_pictures_that_do_not_say_where_they_are_from_leave_it_open(tmp_path: Pa
 
 def test_said_otherwise_they_are_kept_and_still_counted() -> None:
     config = GuardConfig(allow_evaluation_images=True)
-    found = guard.check(pictures(2, split="val2017"), config)
+    found = guard.check(images(2, split="val2017"), config)
     assert not found.refuses(2)
     assert found.told()["evaluation_images"] == 1
     assert "1  images of evaluations found, kept (guard.allow_evaluation_images)" in "\n".join(
@@ -156,7 +156,7 @@ def test_said_otherwise_they_are_kept_and_still_counted() -> None:
 
 
 def test_refused_images_come_with_the_switch_that_keeps_them() -> None:
-    refused = guard.check(pictures(2, split="val2017"), GuardConfig())
+    refused = guard.check(images(2, split="val2017"), GuardConfig())
     assert "guard.allow_evaluation_images=true keeps them" in next(refused.lines())
-    nothing = guard.check(pictures(2, split="train2017"), GuardConfig())
+    nothing = guard.check(images(2, split="train2017"), GuardConfig())
     assert "allow_evaluation_images" not in next(nothing.lines())

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from data_tools.coco import read_coco
-from data_tools.instruct import indexing
+from data_tools.instruct import index as indexing
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
+from data_tools.instruct.run_folder import RunFolder
 from tests.data_tools.coco_files import write_coco
 from vlm_sft.errors import UserError
 
@@ -43,13 +43,13 @@ def index(files: dict[str, Path], **coco: Any) -> dict[str, Any]:
     return told
 
 
-def test_pictures_come_back_as_they_stand_in_the_annotations(tmp_path: Path) -> None:
+def test_images_come_back_as_they_stand_in_the_annotations(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {7: [DOG], 3: []}, {7: ["A  dog."], 3: ["Fog."]})
     index(files)
-    pictures = indexing.read_pictures(RunFolder(files["out"]))
-    assert list(pictures) == [3, 7]
-    assert pictures == {p.id: p for p in read_coco(files["instances"], files["captions"]).pictures}
-    assert pictures[7].captions == ("A dog.",) and pictures[7].caption_ids == (1,)
+    images = indexing.read_images(RunFolder(files["out"]))
+    assert list(images) == [3, 7]
+    assert images == {p.id: p for p in read_coco(files["instances"], files["captions"]).images}
+    assert images[7].captions == ("A dog.",) and images[7].caption_ids == (1,)
     assert indexing.read_categories(RunFolder(files["out"])) == (
         "dog", "cat", "car", "bus", "apple", "cup",
     )  # fmt: skip
@@ -80,13 +80,13 @@ def test_every_kind_of_slip_is_set_aside_counted_and_told(
         "caption_long": 1,
         "caption_unreadable": 1,
         "caption_repeated": 1,
-        "picture_missing": 1,
-        "picture_unreadable": 1,
-        "picture_size": 1,
-        "picture_turned": 1,
+        "image_missing": 1,
+        "image_unreadable": 1,
+        "image_size": 1,
+        "image_turned": 1,
     }
-    assert told["pictures"]["annotated"] == 7 and told["pictures"]["indexed"] == 3
-    assert list(indexing.read_pictures(RunFolder(files["out"]))) == [1, 2, 7]
+    assert told["images"]["annotated"] == 7 and told["images"]["indexed"] == 3
+    assert list(indexing.read_images(RunFolder(files["out"]))) == [1, 2, 7]
     said = capsys.readouterr().out
     assert "annotation 3: bbox [0.0, 0.0, 5.0, 0.0] has no area" in said
     assert "100 x 200 pixels, annotated as 200 x 100" in said
@@ -95,7 +95,7 @@ def test_every_kind_of_slip_is_set_aside_counted_and_told(
     )
 
 
-def test_pictures_that_exif_turns_onto_their_side_fit_annotations_made_upright(
+def test_images_that_exif_turns_onto_their_side_fit_annotations_made_upright(
     tmp_path: Path,
 ) -> None:
     files = write_coco(tmp_path, {1: [DOG]})
@@ -109,16 +109,16 @@ def test_many_faults_of_a_kind_stop_the_run_with_the_first_example(tmp_path: Pat
     files = write_coco(tmp_path, {i: [DOG] for i in range(1, 201)})
     for number in (1, 2, 3):
         (files["images"] / f"{number:012d}.jpg").unlink()
-    with pytest.raises(UserError, match=r"(?s)000000000001.jpg.*pictures without a file: 3 of 200"):
+    with pytest.raises(UserError, match=r"(?s)000000000001.jpg.*images without a file: 3 of 200"):
         index(files)
     assert not files["out"].exists()
     (files["images"] / "000000000001.jpg").write_bytes(
         (files["images"] / "000000000004.jpg").read_bytes()
     )
-    assert index(files)["findings"]["picture_missing"]["count"] == 2
+    assert index(files)["findings"]["image_missing"]["count"] == 2
 
 
-def test_licences_are_kept_by_picture_and_as_a_table(tmp_path: Path) -> None:
+def test_licences_are_kept_by_image_and_as_a_table(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG], 2: [DOG]})
     for name in ("instances", "captions"):
         document = json.loads(files[name].read_text())
@@ -126,10 +126,10 @@ def test_licences_are_kept_by_picture_and_as_a_table(tmp_path: Path) -> None:
         document["images"][0]["license"] = 4
         files[name].write_text(json.dumps(document))
     told = index(files)
-    assert told["licenses"] == {"4": {"name": "By", "url": "http://example.org", "pictures": 1}}
-    assert told["pictures_without_license"] == 1
-    pictures = indexing.read_pictures(RunFolder(files["out"]))
-    assert (pictures[1].license, pictures[2].license) == (4, None)
+    assert told["licenses"] == {"4": {"name": "By", "url": "http://example.org", "images": 1}}
+    assert told["images_without_license"] == 1
+    images = indexing.read_images(RunFolder(files["out"]))
+    assert (images[1].license, images[2].license) == (4, None)
 
 
 def test_files_that_disagree_are_refused(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_files_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     files = write_coco(tmp_path, {1: [DOG]})
     change(files["captions"], images=lambda images: images[0].update(file_name=name))
-    with pytest.raises(UserError, match="expected a path below the folder of pictures"):
+    with pytest.raises(UserError, match="expected a path below the folder of images"):
         index(files)
 
 
@@ -179,13 +179,13 @@ def test_unchanged_inputs_are_not_read_again_and_changed_ones_are(
 ) -> None:
     files = write_coco(tmp_path, {1: [DOG], 2: [DOG]})
     first = index(files)
-    pictures = (files["out"] / "pictures.jsonl").read_bytes()
+    images = (files["out"] / "images.jsonl").read_bytes()
     calls: list[int] = []
     monkeypatch.setattr(indexing, "read_coco", lambda *a: calls.append(1) or read_coco(*a))
     assert index(files) == first and not calls
-    (files["out"] / "pictures.jsonl").write_bytes(pictures[:-5])
+    (files["out"] / "images.jsonl").write_bytes(images[:-5])
     assert index(files) == first and len(calls) == 1
-    assert (files["out"] / "pictures.jsonl").read_bytes() == pictures
+    assert (files["out"] / "images.jsonl").read_bytes() == images
     change(files["captions"], annotations=lambda a: a[0].update(caption="Another."))
     index(files)
     assert len(calls) == 2
@@ -199,5 +199,5 @@ def test_the_same_inputs_give_the_same_bytes_anywhere(tmp_path: Path) -> None:
     for place in ("here", "there"):
         files = write_coco(tmp_path / place, {1: [DOG], 2: [("cat", [0, 0, 0, 9], 0), DOG]})
         index(files, max_faulty=1)
-        written.append([(files["out"] / n).read_bytes() for n in ("index.json", "pictures.jsonl")])
+        written.append([(files["out"] / n).read_bytes() for n in ("index.json", "images.jsonl")])
     assert written[0] == written[1]

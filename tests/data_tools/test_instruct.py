@@ -12,9 +12,9 @@ import yaml
 
 from data_tools import make_scenes
 from data_tools.instruct.__main__ import STAGES, main
-from data_tools.instruct.answers import read_answers
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.planning import read_requests
+from data_tools.instruct.generate.answers import read_answers
+from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.run_folder import RunFolder
 from tests.data_tools.teacher_server import Act, Received, drop, fail, fenced, say, served
 from tests.tiny_runs import run as run_stage
 from vlm_sft.config.schema import DataFile
@@ -232,7 +232,7 @@ def test_a_server_that_misbehaves_costs_no_record_and_nothing_wrong_is_kept(
 
 
 def _absent(scenes: Path) -> dict[int, str]:
-    """Of every picture a kind of thing that is annotated elsewhere and not there."""
+    """Of every image a kind of thing that is annotated elsewhere and not there."""
     text = (scenes / "annotations/instances_twemoji.json").read_text(encoding="utf-8")
     document = json.loads(text)
     names = {entry["id"]: entry["name"] for entry in document["categories"]}

@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from data_tools.instruct import explaining
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.receipts.explanation import explain
-from data_tools.instruct.receipts.terminal import show
+from data_tools.instruct import explain as explaining
+from data_tools.instruct.report.explanation import explain
+from data_tools.instruct.report.terminal import show
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Failure
 from tests.data_tools.instruct_runs import FATES, Run, add, config_of
-from tests.data_tools.test_instruct_report import HOSTILE, hostile_run, pictures
+from tests.data_tools.test_instruct_report import HOSTILE, hostile_run, images
 from vlm_sft.errors import UserError
 
 FATES_ONCE = tuple(dict.fromkeys(FATES))
@@ -20,10 +20,10 @@ FATES_ONCE = tuple(dict.fromkeys(FATES))
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """One conversation of each fate: picture 1 is kept, 2 loses a turn, ..."""
-    run = Run(pictures(tmp_path / "images", len(FATES_ONCE)))
-    for picture, fate in zip(run.pictures, FATES_ONCE, strict=True):
-        add(run, picture, "conversation", fate)
+    """One conversation of each fate: image 1 is kept, 2 loses a turn, ..."""
+    run = Run(images(tmp_path / "images", len(FATES_ONCE)))
+    for image, fate in zip(run.images, FATES_ONCE, strict=True):
+        add(run, image, "conversation", fate)
     return run
 
 
@@ -115,18 +115,18 @@ def test_a_terminal_is_not_commanded_by_foreign_text(tmp_path: Path) -> None:
     assert "\x1b" in HOSTILE
 
 
-def test_the_page_and_the_picture_are_written_where_they_are_asked_for(
+def test_the_page_and_the_image_are_written_where_they_are_asked_for(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.write(tmp_path / "run")
     config = config_of(tmp_path / "run", tmp_path / "images")
-    page, picture = tmp_path / "out.html", tmp_path / "out.png"
+    page, image = tmp_path / "out.html", tmp_path / "out.png"
     sample_id = f"{FATES_ONCE.index('count') + 1:012d}-conversation-0"
-    explaining.command(config, [sample_id, "--html", str(page), "--png", str(picture)])
-    first = page.read_bytes(), picture.read_bytes()
-    explaining.command(config, [sample_id, "--html", str(page), "--png", str(picture)])
-    assert (page.read_bytes(), picture.read_bytes()) == first
-    assert Image.open(io.BytesIO(picture.read_bytes())).size == (80, 60)
+    explaining.command(config, [sample_id, "--html", str(page), "--png", str(image)])
+    first = page.read_bytes(), image.read_bytes()
+    explaining.command(config, [sample_id, "--html", str(page), "--png", str(image)])
+    assert (page.read_bytes(), image.read_bytes()) == first
+    assert Image.open(io.BytesIO(image.read_bytes())).size == (80, 60)
     html = page.read_text(encoding="utf-8")
     for words in ("COUNT_WRONG", 'data-rests="b1 b2"', "✗ b1 dog", "You write conversation data."):
         assert words in html
@@ -143,7 +143,7 @@ def test_a_hostile_sample_has_a_harmless_page(tmp_path: Path) -> None:
     assert html.count("<script") == 1 and "<img src=x" not in html and "\u202e" not in html
 
 
-def test_a_missing_picture_has_no_png(tmp_path: Path, run: Run) -> None:
+def test_a_missing_image_has_no_png(tmp_path: Path, run: Run) -> None:
     run.write(tmp_path / "run")
     (tmp_path / "images" / "000000000001.jpg").unlink()
     config = config_of(tmp_path / "run", tmp_path / "images")

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.coco import Box, Picture
-from data_tools.instruct import reporting
-from data_tools.instruct.cleaning import codes
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.receipts import charts, drawing, page
-from data_tools.instruct.receipts.counting import MOST_OPENINGS, Openings, Reservoir
-from data_tools.instruct.receipts.evidence import evidence, labels, pieces
-from data_tools.instruct.receipts.meanings import meanings
+from data_tools.coco import AnnotatedImage, Box
+from data_tools.instruct.clean import codes
+from data_tools.instruct.report import charts, drawing, page
+from data_tools.instruct.report import command as reporting
+from data_tools.instruct.report.counting import MOST_OPENINGS, Openings, Reservoir
+from data_tools.instruct.report.evidence import evidence, labels, pieces
+from data_tools.instruct.report.meanings import meanings
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Check, Shown
 from tests.data_tools import asked
 from tests.data_tools.instruct_runs import (
@@ -34,8 +34,8 @@ from vlm_sft.errors import UserError
 TYPES = ("conversation", "detail", "reasoning")
 
 
-def pictures(folder: Path, count: int) -> list[Picture]:
-    """Pictures of 80 x 60 pixels with up to three dogs, a cat in every second, a crowd."""
+def images(folder: Path, count: int) -> list[AnnotatedImage]:
+    """Images of 80 x 60 pixels with up to three dogs, a cat in every second, a crowd."""
     folder.mkdir(exist_ok=True)
     found = []
     for number in range(1, count + 1):
@@ -46,7 +46,7 @@ def pictures(folder: Path, count: int) -> list[Picture]:
         boxes += [Box("cat", 40, 5, 30, 20, False, 100 * number + 50)] if number % 2 else []
         boxes += [Box("person", 0, 0, 80, 20, True, 100 * number + 60)] if number % 5 == 0 else []
         found.append(
-            Picture(number, name, 80, 60, ("A dog.", "Dogs at play."), tuple(boxes),
+            AnnotatedImage(number, name, 80, 60, ("A dog.", "Dogs at play."), tuple(boxes),
                     (1000 + number, 2000 + number), license=number % 2 + 4)
         )  # fmt: skip
     return found
@@ -54,7 +54,7 @@ def pictures(folder: Path, count: int) -> list[Picture]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return make_run(pictures(tmp_path / "images", 14), TYPES)
+    return make_run(images(tmp_path / "images", 14), TYPES)
 
 
 def built(tmp_path: Path, run: Run, *stages: str) -> str:
@@ -102,7 +102,7 @@ def test_the_figures_are_those_counted_from_the_files(tmp_path: Path, run: Run) 
     spent = sum(answer["usd"] for answer in answers)
     assert f"$0.00052 a sample that is kept; ${spent:.4f} in all" in text
     assert f"{sum(a['tokens_in'] for a in answers):,}" in text
-    dogs = {s["picture"]["id"] for s in kept}
+    dogs = {s["image"]["id"] for s in kept}
     assert f"dog {len(dogs)} / 14" in text
 
 
@@ -142,9 +142,9 @@ def test_unfinished_runs_have_a_page_that_says_so(
 
 
 def test_a_run_without_an_accepted_sample_has_a_page(tmp_path: Path) -> None:
-    run = Run(pictures(tmp_path / "images", 3))
-    for picture in run.pictures:
-        add(run, picture, "detail", "object")
+    run = Run(images(tmp_path / "images", 3))
+    for image in run.images:
+        add(run, image, "detail", "object")
     text = text_of(built(tmp_path, run))
     assert "0 of 3 requests became samples that are kept" in text
     assert "OBJECT_NOT_FOUND 3 (100.0 %)" in text and "Gallery" in text
@@ -191,10 +191,10 @@ def hostile_run(tmp_path: Path) -> Run:
     """A run in which every foreign text tries to be more than text."""
     run = make_run(
         [
-            Picture(p.id, p.file_name, 80, 60, (HOSTILE, "A dog."),
+            AnnotatedImage(p.id, p.file_name, 80, 60, (HOSTILE, "A dog."),
                     tuple(Box(HOSTILE, b.left, b.top, b.width, b.height, b.crowd, b.id)
                           for b in p.boxes), p.caption_ids)
-            for p in pictures(tmp_path / "images", 4)
+            for p in images(tmp_path / "images", 4)
         ],
         TYPES,
     )  # fmt: skip
@@ -233,7 +233,7 @@ def test_foreign_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_the_page_does_not_grow_with_the_samples(tmp_path: Path) -> None:
-    made = pictures(tmp_path / "images", 6)
+    made = images(tmp_path / "images", 6)
     run = Run(made)
     for number in range(900):
         add(run, made[number % 6], "reasoning", ("object", "kept")[number % 2])
@@ -243,7 +243,7 @@ def test_the_page_does_not_grow_with_the_samples(tmp_path: Path) -> None:
     assert html.count("<img") == 10 * 5 + 20 * 2 + 20 + 20
 
 
-def test_a_picture_that_cannot_be_opened_is_told_in_its_place(tmp_path: Path, run: Run) -> None:
+def test_an_image_that_cannot_be_opened_is_told_in_its_place(tmp_path: Path, run: Run) -> None:
     for path in (tmp_path / "images").glob("*.jpg"):
         path.unlink()
     html = built(tmp_path, run)
@@ -289,20 +289,20 @@ def test_pieces_are_the_text_and_every_claim_is_covered(
 
 
 def test_boxes_tell_by_more_than_colour_what_they_are() -> None:
-    picture = Picture(
+    image = AnnotatedImage(
         1, "a.jpg", 100, 50, (),
         (Box("dog", 0, 0, 20, 20, False, 1), Box("person", 30, 0, 40, 40, True, 2),
          Box("cup", 80, 40, 5, 5, False, 3)),
     )  # fmt: skip
     shown = Shown(boxes=(1, 2), summarised={"cup": (3,)})
     check = Check(rule="count", verdict="contradicted", code="COUNT_WRONG", evidence=(1, 3))
-    drawn = drawing.marks(picture, shown, [check])
+    drawn = drawing.marks(image, shown, [check])
     assert [mark.name for mark in drawn] == ["b2 person (crowd)", "✗ b1 dog", "✗ cup"]
     over = drawing.svg(drawn, (100, 50), all_=True)
     assert '<g class="plain crowd" data-b="b2">' in over
     assert '<g class="contradicted" data-b="b1">' in over
     assert '<g class="contradicted told" data-b="">' in over
-    names = labels(picture, shown)
+    names = labels(image, shown)
     assert evidence(check, names) == "b1 dog, #3 cup (told as a number)"
 
 
@@ -311,7 +311,7 @@ def test_boxes_tell_by_more_than_colour_what_they_are() -> None:
         st.tuples(*[st.floats(0, 1) for _ in range(4)], st.booleans()), min_size=1, max_size=30
     )
 )
-def test_names_stay_inside_the_picture(
+def test_names_stay_inside_the_image(
     boxes: list[tuple[float, float, float, float, bool]],
 ) -> None:
     drawn = [
@@ -323,7 +323,7 @@ def test_names_stay_inside_the_picture(
         assert tag.top >= 0 and tag.top + tag.height <= 240.1
 
 
-def test_a_drawn_picture_keeps_its_size_and_its_bytes() -> None:
+def test_a_drawn_image_keeps_its_size_and_its_bytes() -> None:
     mark = drawing.Mark("b1", "dog", 0.1, 0.1, 0.5, 0.5, True, "contradicted")
     image = Image.new("RGB", (90, 70), "green")
     data = drawing.png(image, [mark])
@@ -344,14 +344,14 @@ def test_every_code_of_cleaning_has_a_meaning() -> None:
 
 def test_answers_that_could_not_be_read_count_as_no_claims(tmp_path: Path) -> None:
     checks = (Check(rule="reading", verdict="contradicted", code="NOT_JSON", claim="x"),)
-    pictures = [asked.picture(1)]
-    run = Run(pictures)
+    images = [asked.image(1)]
+    run = Run(images)
     for number in range(2):
-        request = request_about(pictures[0], "detail", number)
+        request = request_about(images[0], "detail", number)
         answer = Answer(request=request.id, teacher="openai", text="x", finish="stop")
         run.requests.append(request)
         run.answers.append(answer)
-        sample = sample_of(request, pictures[0], answer, (), checks, ("NOT_JSON",))
+        sample = sample_of(request, images[0], answer, (), checks, ("NOT_JSON",))
         run.rejected.append(sample)
     folder = run.write(tmp_path / "run")
     config = config_of(folder.root, tmp_path / "images")

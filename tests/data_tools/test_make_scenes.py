@@ -11,8 +11,10 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_tools import art, backgrounds, make_scenes, masks, scene_captions, words
-from data_tools.scenes import Scene, SceneSettings, compose, scene_rng
+from data_tools import make_scenes, words
+from data_tools.scenes import art, backgrounds, masks
+from data_tools.scenes import captions as scene_captions
+from data_tools.scenes.compose import Scene, SceneSettings, compose, scene_rng
 from vlm_sft.errors import UserError
 
 pytest.importorskip("resvg_py", reason="needs the extra 'demo'")
@@ -44,7 +46,7 @@ def test_every_category_is_drawn_by_both_artists(artist: str) -> None:
             assert solid.mean() > 0.1
 
 
-def test_masks_of_different_objects_share_no_pixel_and_lie_in_the_picture() -> None:
+def test_masks_of_different_objects_share_no_pixel_and_lie_in_the_image() -> None:
     for scene in _scenes(12):
         total = np.zeros((scene.height, scene.width), dtype=int)
         for instance in scene.instances:
@@ -117,9 +119,9 @@ def test_files_have_cocos_form_and_do_not_depend_on_the_number_of_workers(tmp_pa
     assert set(document) == {"info", "licenses", "images", "annotations", "categories"}
     sizes = {image["id"]: (image["width"], image["height"]) for image in document["images"]}
     for image in document["images"]:
-        with Image.open(tmp_path / "one" / "images" / image["file_name"]) as picture:
-            assert picture.size == sizes[image["id"]]
-            assert max(picture.size) <= 128
+        with Image.open(tmp_path / "one" / "images" / image["file_name"]) as opened:
+            assert opened.size == sizes[image["id"]]
+            assert max(opened.size) <= 128
     for entry in document["annotations"]:
         left, top, width, height = entry["bbox"]
         assert left >= 0 and top >= 0

@@ -9,10 +9,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import mix
-from data_tools.mixing.config import CANNOT_TELL, MixConfig
-from data_tools.mixing.quotas import Available, quotas
-from data_tools.mixing.scan import content_digest
+from data_tools.mix import __main__ as mix
+from data_tools.mix.config import CANNOT_TELL, MixConfig
+from data_tools.mix.quotas import Available, quotas
+from data_tools.mix.scan import content_digest
 from tests.data_tools.instruct_samples import draw
 from vlm_sft.config.loading import parse
 from vlm_sft.config.schema import DataFile
@@ -27,8 +27,8 @@ def record(number: int, *, name: str = "", answer: str = "", image: bool = True)
         {"from": "human", "value": ("<image>\n" if image else "") + question},
         {"from": "gpt", "value": answer or f"Thing {number}."},
     ]
-    picture = {"image": "train2017/000000000001.png"} if image else {}
-    return {"id": number, **picture, "conversations": turns}
+    image = {"image": "train2017/000000000001.png"} if image else {}
+    return {"id": number, **image, "conversations": turns}
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def test_all_of_all_sources_comes_with_the_sources_name_before_every_id(
 def test_every_form_is_read_and_written_as_the_same_conversation(root: Path) -> None:
     from pyarrow import Table, parquet
 
-    picture = (root / "train2017" / "000000000001.png").read_bytes()
+    image = (root / "train2017" / "000000000001.png").read_bytes()
     turns = [{"from": "human", "value": "Look <image> here"}, {"from": "gpt", "value": "A dog."}]
-    rows = [{"id": "p", "image": {"bytes": picture, "path": None}, "conversations": turns}]
+    rows = [{"id": "p", "image": {"bytes": image, "path": None}, "conversations": turns}]
     parquet.write_table(Table.from_pylist(rows), root / "p.parquet")
     messages = {
         "id": "m",
@@ -137,7 +137,7 @@ def test_what_is_chosen_does_not_depend_on_the_order_of_a_file(root: Path) -> No
 
 def test_text_replay_has_the_share_that_is_wanted(root: Path) -> None:
     sources = [
-        source(root, "pictures", [record(n) for n in range(47)]),
+        source(root, "images", [record(n) for n in range(47)]),
         source(root, "text", [record(n, image=False) for n in range(20)], replay=True),
     ]
     found = mixed(root, sources, replay_share=0.06)
@@ -238,22 +238,22 @@ def test_equal_records_of_two_sources_come_once(root: Path) -> None:
     assert left_out == [{"repeats an earlier one": 1}] * 2
 
 
-def test_bad_records_and_missing_pictures_stop_it_or_are_counted(root: Path) -> None:
+def test_bad_records_and_missing_images_stop_it_or_are_counted(root: Path) -> None:
     gone = record(2)
     gone["image"] = "gone.png"
     sources = [source(root, "a", [record(1), gone, {"id": 3, "conversations": []}])]
-    with pytest.raises(UserError, match=r"record '2': there is no picture .*gone\.png"):
+    with pytest.raises(UserError, match=r"record '2': there is no image .*gone\.png"):
         mixed(root, sources)
     with pytest.raises(UserError, match="bad_records: leave_out"):
-        mixed(root, sources, missing_pictures="leave_out")
-    found = mixed(root, sources, missing_pictures="leave_out", bad_records="leave_out")
+        mixed(root, sources, missing_images="leave_out")
+    found = mixed(root, sources, missing_images="leave_out", bad_records="leave_out")
     assert [one.id for one in found] == ["a/1"]
     (told,) = card(root)["sources"]
-    assert told["left_out"] == {"bad record": 1, "picture missing": 1}
+    assert told["left_out"] == {"bad record": 1, "image missing": 1}
     assert told["bad_records"] == {"no_answer": 1}
 
 
-def test_pictures_of_evaluations_are_left_out_unless_allowed(root: Path) -> None:
+def test_images_of_evaluations_are_left_out_unless_allowed(root: Path) -> None:
     draw(root / "train2017" / "000000000002.png", 2)
     second = record(2)
     second["image"] = "train2017/000000000002.png"
@@ -261,18 +261,18 @@ def test_pictures_of_evaluations_are_left_out_unless_allowed(root: Path) -> None
     guard = {"lists": {"own": str(root / "ids.txt")}}
     sources = [source(root, "a", [record(1), second])]
     assert [one.id for one in mixed(root, sources, guard=guard)] == ["a/1"]
-    assert card(root)["sources"][0]["left_out"] == {"evaluation picture": 1}
+    assert card(root)["sources"][0]["left_out"] == {"evaluation image": 1}
     allowed = {**guard, "allow_evaluation_images": True}
     assert len(mixed(root, sources, guard=allowed)) == 2
 
 
-def test_a_picture_outside_of_the_root_is_refused(root: Path) -> None:
+def test_an_image_outside_of_the_root_is_refused(root: Path) -> None:
     sources = [source(root, "a", [record(1)])]
     with pytest.raises(UserError, match="is not below"):
         mixed(root, sources, image_root=str(root / "train2017" / "deeper"))
 
 
-def test_one_picture_under_two_roots_is_one(root: Path) -> None:
+def test_one_image_under_two_roots_is_one(root: Path) -> None:
     found = [
         Conversation("x", (), (Path(folder, "train2017", "1.jpg"),)) for folder in ("/a", "/b/c")
     ]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools import build_coco, make_scenes, mix
+from data_tools import build_coco, make_scenes
 from data_tools.instruct.__main__ import main as instruct
+from data_tools.mix import __main__ as mix
 from tests.data_tools.coco_files import arguments, write_coco
 from vlm_sft.errors import UserError
 
@@ -212,7 +213,7 @@ def instruct_line(folder: Path, command: str = "run", **changes: Any) -> list[st
         "output_dir": str(folder / "run"),
         "coco": coco | {"images": str(folder / "images")},
         "teacher": {"kind": "rules"},
-        "clean": {"same_pictures": {"action": "keep"}},
+        "clean": {"same_images": {"action": "keep"}},
         "export": {"formats": ["llava", "messages"]},
     }
     (folder / "given.yaml").write_text(yaml.safe_dump(values | changes))
@@ -444,9 +445,9 @@ def test_a_foreign_file_among_the_answers_is_refused_before_it_is_cut(tmp_path: 
     assert (shared / "part-00001.jsonl").read_text().endswith('an end"}')
 
 
-@pytest.mark.parametrize("name", ["failures.jsonl", "spending.jsonl", "cache/picture_hashes.jsonl"])
+@pytest.mark.parametrize("name", ["failures.jsonl", "spending.jsonl", "cache/image_hashes.jsonl"])
 def test_the_last_line_of_a_file_of_others_is_not_cut(tmp_path: Path, name: str) -> None:
-    line = instruct_line(tmp_path, clean={"same_pictures": {"action": "set_aside"}})
+    line = instruct_line(tmp_path, clean={"same_images": {"action": "set_aside"}})
     assert instruct(line) == 0
     path, stage = tmp_path / "run" / name, "clean" if name.startswith("cache") else "generate"
     path.write_text("line 1\nmy last line without an end")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data_tools.instruct.parsing import read_turns
 from data_tools.instruct.schema import Answer, Request, SampleType, Shown
-from data_tools.instruct.verification import reasons
+from data_tools.instruct.verify import reasons
+from data_tools.instruct.verify.parse_answer import read_turns
 
 CONTEXT = 'CAPTIONS\nc1: "A dog sleeps on a couch."\n\nOBJECTS\nb1: dog [0.1, 0.2, 0.5, 0.9]'
 TURN = {"question": "What sleeps?", "answer": "A dog {x}.", "kind": "object", "evidence": ["c1"]}
@@ -15,7 +15,7 @@ GOOD = json.dumps({"turns": [TURN]})
 
 def read(text: str, finish: str | None = "stop", sample_type: SampleType = "conversation"):
     request = Request(
-        id="r", sample_id="s", picture=1, type=sample_type, number=0, template="t",
+        id="r", sample_id="s", image=1, type=sample_type, number=0, template="t",
         template_sha256="", question="Describe it.", context=CONTEXT, parameters={}, shown=Shown(),
     )  # fmt: skip
     return read_turns(request, Answer(request="r", teacher="openai", text=text, finish=finish))

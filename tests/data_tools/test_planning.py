@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from data_tools.instruct import planning
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.prompting import make_templates, messages
+from data_tools.instruct.plan import command as planning
+from data_tools.instruct.plan.prompts import make_templates, messages
+from data_tools.instruct.plan.tokens import estimate_tokens
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Request
-from data_tools.instruct.tokens import estimate_tokens
 from tests.data_tools.coco_files import write_coco
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
@@ -44,14 +44,14 @@ def written(files: dict[str, Path]) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in files["out"].iterdir()}
 
 
-def test_requests_come_by_picture_type_and_number_with_ids_of_their_content(
+def test_requests_come_by_image_type_and_number_with_ids_of_their_content(
     tmp_path: Path,
 ) -> None:
     files = write_coco(tmp_path, {5: [DOG], 3: []})
     requests = plan(config_of(files))
     assert [request.sample_id for request in requests] == [
-        f"{picture:012d}-{kind}"
-        for picture in (3, 5)
+        f"{image:012d}-{kind}"
+        for image in (3, 5)
         for kind in ("conversation-0", "detail-0", "reasoning-0", "reasoning-1")
     ]
     for request in requests:
@@ -68,7 +68,7 @@ def test_requests_come_by_picture_type_and_number_with_ids_of_their_content(
     assert requests[0].question is None and detail.shown.captions == (2,)
 
 
-def test_changing_one_picture_changes_only_its_own_requests(tmp_path: Path) -> None:
+def test_changing_one_image_changes_only_its_own_requests(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {i: [DOG] for i in range(1, 30)})
     before = {request.sample_id: request.id for request in plan(config_of(files))}
     document = json.loads(files["captions"].read_text())
@@ -80,10 +80,10 @@ def test_changing_one_picture_changes_only_its_own_requests(tmp_path: Path) -> N
     assert changed == {name for name in before if name.startswith("000000000004-")}
 
 
-def test_more_pictures_keep_the_requests_of_the_ones_before(tmp_path: Path) -> None:
+def test_more_images_keep_the_requests_of_the_ones_before(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {i: [DOG] for i in range(1, 30)})
-    few = {r.id for r in plan(config_of(files, pictures={"count": 5}))}
-    more = {r.id for r in plan(config_of(files, pictures={"count": 12}))}
+    few = {r.id for r in plan(config_of(files, images={"count": 5}))}
+    more = {r.id for r in plan(config_of(files, images={"count": 12}))}
     assert len(few) == 20 and few < more and len(more) == 48
 
 
@@ -122,7 +122,7 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     plan(config_of(files))
     first = written(files)
     assert set(first) == {
-        "pictures.jsonl", "index.json", "requests.jsonl", "templates.json", "plan.json",
+        "images.jsonl", "index.json", "requests.jsonl", "templates.json", "plan.json",
         "config.yaml",
     }  # fmt: skip
     plan(config_of(files))
@@ -143,7 +143,7 @@ def test_the_table_says_what_it_takes_and_what_was_left_out(
         document["annotations"] = [a for a in document["annotations"] if a["image_id"] != 2]
         files[name].write_text(json.dumps(document))
     requests = plan(config_of(files, limits={"usd": 0.0001}), "--show", "1")
-    assert {request.picture for request in requests} == {3, 4}
+    assert {request.image for request in requests} == {3, 4}
     told = json.loads((files["out"] / "plan.json").read_text())
     assert told["left_out"] == {
         "of_evaluations": 1,
@@ -161,9 +161,9 @@ def test_the_table_says_what_it_takes_and_what_was_left_out(
         usd["nothing_cached"] - 0.9 * total["repeated_prefix"] / 1e6, abs=1e-4
     )
     said = capsys.readouterr().out
-    assert "2 of 4 pictures are asked about; left out: 1 of evaluations" in said
+    assert "2 of 4 images are asked about; left out: 1 of evaluations" in said
     assert "limits.usd 0.0001 is below that" in said
-    assert "val2017: 1 of our pictures say that they are of it" in said
+    assert "val2017: 1 of our images say that they are of it" in said
     assert said.count("----- system") == 1 and "----- assistant" in said
 
 

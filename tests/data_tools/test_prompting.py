@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import data_tools.instruct as instruct
-from data_tools.instruct.prompting import TYPES, Seed, make_templates, messages, seeds
+from data_tools.instruct.plan.prompts import TYPES, Seed, make_templates, messages, seeds
 from data_tools.instruct.schema import ConversationForm, Request, Shown, answer_form
 from vlm_sft.errors import UserError
 
@@ -63,13 +63,13 @@ def test_every_seed_conversation_has_an_answer_of_no_or_cannot_be_told() -> None
         denied = [t for t in turns if t.answer.startswith("No,") or t.kind == "cannot_tell"]
         assert denied and all(t.evidence == () for t in denied)
         assert all(t.evidence for t in turns if t not in denied)
-        if not seed.picture.boxes:
+        if not seed.image.boxes:
             assert not any(t.answer.startswith("No,") for t in turns), "absence is unknown"
 
 
 def test_places_in_seed_examples_hold_in_their_boxes() -> None:
     """What the words of the seeds claim, by hand: the scenes must not drift away from them."""
-    kitchen, stop = seeds("conversation")[0].picture, seeds("conversation")[1].picture
+    kitchen, stop = seeds("conversation")[0].image, seeds("conversation")[1].image
     [cat], [sandwich] = kitchen.of("cat"), kitchen.of("sandwich")
     left, right = kitchen.of("cup")
     assert left.right < cat.left and cat.right < right.left and cat.right < sandwich.left
@@ -85,7 +85,7 @@ def test_places_in_seed_examples_hold_in_their_boxes() -> None:
 def test_a_request_ends_with_its_own_context() -> None:
     templates = make_templates(("dog",))
     request = Request(
-        id="x", sample_id="y", picture=1, type="detail", number=0, template="detail",
+        id="x", sample_id="y", image=1, type="detail", number=0, template="detail",
         template_sha256="", question="Q?", context="CONTEXT", parameters={}, shown=Shown(),
     )  # fmt: skip
     sent = messages(request, templates)

@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 import pytest
 
-from data_tools.instruct import generating
 from data_tools.instruct.__main__ import main as instruct
-from data_tools.instruct.teachers.secrets import REMOVED, Remover
+from data_tools.instruct.generate import command as generating
+from data_tools.instruct.generate.teachers.secrets import REMOVED, Remover
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import Act, Handler, Received, served
 from vlm_sft.config import loading as settings

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from data_tools.coco import Picture
-from data_tools.instruct import generating
-from data_tools.instruct.answers import read_answers
+from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import InstructConfig, TeacherConfig
-from data_tools.instruct.context import describe
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.planning import read_requests
-from data_tools.instruct.prompting import closing, messages
+from data_tools.instruct.generate import command as generating
+from data_tools.instruct.generate.answers import read_answers
+from data_tools.instruct.generate.teachers.client import Key, addresses
+from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.plan.context import describe
+from data_tools.instruct.plan.prompts import closing, messages
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer
-from data_tools.instruct.teachers.client import Key, addresses
-from data_tools.instruct.verification import Policy
-from data_tools.instruct.verifying import make_sample
-from tests.data_tools.asked import picture, planned, request_of
+from data_tools.instruct.verify import Policy
+from data_tools.instruct.verify.command import make_sample
+from tests.data_tools.asked import image, planned, request_of
 from tests.data_tools.teacher_server import Act, Received, drop, fail, say, send, served
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
@@ -41,9 +41,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
     return KEY
 
 
-def with_key(folder: Path, url: str, pictures: int = 1, **more: Any) -> tuple[Any, RunFolder]:
+def with_key(folder: Path, url: str, images: int = 1, **more: Any) -> tuple[Any, RunFolder]:
     return planned(
-        folder, pictures, kind="openai", base_url=url, structured="none",
+        folder, images, kind="openai", base_url=url, structured="none",
         api_key_env="TEACHER_KEY", **more,
     )  # fmt: skip
 
@@ -142,9 +142,9 @@ def test_a_server_on_this_machine_needs_no_key(
     assert server.received[0].headers["authorization"] == "Bearer none"
 
 
-def hostile(caption: str) -> Picture:
-    """The usual picture with one caption of an attacker's, as the index would keep it."""
-    return replace(picture(1), captions=(" ".join(caption.split()), "A cat and a cup."))
+def hostile(caption: str) -> AnnotatedImage:
+    """The usual image with one caption of an attacker's, as the index would keep it."""
+    return replace(image(1), captions=(" ".join(caption.split()), "A cat and a cup."))
 
 
 @pytest.mark.parametrize("caption", INJECTIONS)

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from kill_generation import trial
 
-from data_tools.instruct import generating
-from data_tools.instruct.answers import read_answers
 from data_tools.instruct.config import LimitsConfig, TeacherConfig
-from data_tools.instruct.planning import read_requests
-from data_tools.instruct.teachers.faults import retry_after
-from data_tools.instruct.teachers.pace import Pace, backoff
-from data_tools.instruct.teachers.spending import LimitReached, Spending, Usage
-from data_tools.instruct.teachers.stopping import Stopping
-from data_tools.instruct.teachers.wire import printable, strict
+from data_tools.instruct.generate import command as generating
+from data_tools.instruct.generate.answers import read_answers
+from data_tools.instruct.generate.teachers.faults import retry_after
+from data_tools.instruct.generate.teachers.pace import Pace, backoff
+from data_tools.instruct.generate.teachers.spending import LimitReached, Spending, Usage
+from data_tools.instruct.generate.teachers.stopping import Stopping
+from data_tools.instruct.generate.teachers.wire import printable, strict
+from data_tools.instruct.plan.command import read_requests
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import Act, Received, after, fail, say, served
 from vlm_sft.config import loading as settings
@@ -220,7 +220,7 @@ RUNNING = """
 import sys
 from pathlib import Path
 from tests.data_tools.asked import planned
-from data_tools.instruct import generating
+from data_tools.instruct.generate import command as generating
 from vlm_sft.commands.run_command import run_command
 def main(argv):
     config, _ = planned(Path(argv[0]), 30, kind="openai", base_url=argv[1], structured="none",
@@ -307,7 +307,7 @@ def test_a_shared_folder_answers_the_same_requests_of_another_run(tmp_path: Path
             answers_dir=str(tmp_path / "shared"),
         )  # fmt: skip
         generating.command(config, [])
-    assert len(server.received) == 9  # six, none, and the three of one more picture
+    assert len(server.received) == 9  # six, none, and the three of one more image
 
 
 def test_a_request_that_stands_twice_is_asked_once(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_an_address_that_would_carry_the_key_in_the_open_is_refused(
 
 
 def test_this_machine_may_be_spoken_to_in_the_open() -> None:
-    from data_tools.instruct.teachers.client import addresses
+    from data_tools.instruct.generate.teachers.client import addresses
 
     for host in ("127.0.0.1", "127.5.5.5", "localhost", "[::1]"):
         url = f"http://{host}:8000/v1"

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from data_tools.instruct import verifying
-from data_tools.instruct.answers import AnswerWriter
 from data_tools.instruct.config import CocoConfig, InstructConfig, TeacherConfig
-from data_tools.instruct.folder import RunFolder
-from data_tools.instruct.indexing import command as index
+from data_tools.instruct.generate.answers import AnswerWriter
+from data_tools.instruct.index import command as index
 from data_tools.instruct.lines import read_lines, write_lines
+from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Request, Sample, Shown
+from data_tools.instruct.verify import command as verifying
 from tests.data_tools.coco_files import write_coco
 
 OBJECTS: dict[int, list[tuple[str, list[float], int]]] = {
@@ -37,15 +37,15 @@ def config(tmp_path: Path) -> InstructConfig:
 
 
 def write_run(config: InstructConfig, said: list[tuple[int, str | None]]) -> None:
-    """A conversation request for each picture id, answered with the answer to one question."""
+    """A conversation request for each image id, answered with the answer to one question."""
     folder = RunFolder(Path(config.output_dir))
     requests = [
         Request(
-            id=f"{number:064x}", sample_id=f"sample-{number}", picture=picture, type="conversation",
+            id=f"{number:064x}", sample_id=f"sample-{number}", image=image, type="conversation",
             number=number, template="conversation", template_sha256="t", question=None,
-            context="", parameters={}, shown=Shown(captions=(picture,), boxes=()),
+            context="", parameters={}, shown=Shown(captions=(image,), boxes=()),
         )
-        for number, (picture, _) in enumerate(said)
+        for number, (image, _) in enumerate(said)
     ]  # fmt: skip
     write_lines(folder.requests, requests)
     writer = AnswerWriter(folder.answers)
@@ -140,8 +140,8 @@ def test_held_out_answers_and_human_captions_are_told_apart_as_documented(tmp_pa
     import measure_held_out
     import measure_verification
 
-    from data_tools.instruct.indexing import read_categories, read_pictures
-    from data_tools.instruct.verification import Policy
+    from data_tools.instruct.index import read_categories, read_images
+    from data_tools.instruct.verify import Policy
 
     root = Path(os.environ["VLM_SFT_COCO_DIR"])
     coco = CocoConfig(
@@ -153,12 +153,12 @@ def test_held_out_answers_and_human_captions_are_told_apart_as_documented(tmp_pa
     config = InstructConfig(output_dir=str(tmp_path / "run"), coco=coco, teacher=teacher)
     index(config, [])
     folder = RunFolder(Path(config.output_dir))
-    pictures = read_pictures(folder)
+    images = read_images(folder)
     policy = Policy(config.verify, read_categories(folder))
-    outcomes = measure_held_out.outcomes(pictures, policy)
+    outcomes = measure_held_out.outcomes(images, policy)
     assert outcomes["true, rejected"] <= 2
     assert outcomes["false, accepted"] == 0
-    captions = [(p, i) for p in pictures.values() for i in range(len(p.captions))]
+    captions = [(p, i) for p in images.values() for i in range(len(p.captions))]
     refused = sum(
         any(
             measure_verification.is_false(check)
@@ -172,10 +172,10 @@ def test_held_out_answers_and_human_captions_are_told_apart_as_documented(tmp_pa
 def test_mutations_of_true_samples_are_rejected_with_the_right_code() -> None:
     import mutate_samples
 
-    from data_tools.coco import Box, Picture
+    from data_tools.coco import AnnotatedImage, Box
     from data_tools.instruct.config import VerifyConfig
     from data_tools.instruct.schema import Turn
-    from data_tools.instruct.verification import Policy, check_sample, reasons
+    from data_tools.instruct.verify import Policy, check_sample, reasons
     from tests.data_tools.test_verification import CATEGORIES
 
     boxes = (
@@ -183,7 +183,7 @@ def test_mutations_of_true_samples_are_rejected_with_the_right_code() -> None:
         Box("dog", 150, 200, 100, 100, False, 2),
         Box("cat", 400, 250, 80, 60, False, 3),
     )
-    picture = Picture(1, "1.jpg", 640, 480, ("Two dogs lie near a cat.",), boxes, (9,))
+    image = AnnotatedImage(1, "1.jpg", 640, 480, ("Two dogs lie near a cat.",), boxes, (9,))
     policy = Policy(VerifyConfig(), CATEGORIES)
     turns = (
         Turn(question="Is there a cat in the picture?", answer="Yes.", kind="existence"),
@@ -195,14 +195,14 @@ def test_mutations_of_true_samples_are_rejected_with_the_right_code() -> None:
             kind="place",
         ),
     )
-    assert not reasons(check_sample(turns, "conversation", picture, Shown(), policy))
+    assert not reasons(check_sample(turns, "conversation", image, Shown(), policy))
     seen = set()
     for number in range(12):  # another key, another variant
         for name, (mutate, expected) in mutate_samples.MUTATIONS.items():
-            mutant = mutate(turns, "conversation", picture, sorted(CATEGORIES), str(number))
+            mutant = mutate(turns, "conversation", image, sorted(CATEGORIES), str(number))
             if mutant is None or mutant == turns:
                 continue
             seen.add(name)
-            found = reasons(check_sample(mutant, "conversation", picture, Shown(), policy))
+            found = reasons(check_sample(mutant, "conversation", image, Shown(), policy))
             assert set(expected.split()) & set(found), (name, mutant, found)
     assert seen == set(mutate_samples.MUTATIONS)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools import build_coco, mix
+from data_tools import build_coco
 from data_tools.instruct.__main__ import main as instruct
+from data_tools.mix import __main__ as mix
 from tests.data_tools.coco_files import arguments, write_coco
 from tests.data_tools.test_ownership import CAT, DOG, instruct_line
 from vlm_sft.errors import UserError
@@ -96,7 +97,7 @@ def test_damaged_files_of_a_run_end_every_stage_in_one_sentence(tmp_path: Path) 
         assert instruct([stage, line[1]]) == 0
     read_by = {
         "index.json": ["verify", "clean", "export"],
-        "pictures.jsonl": ["verify", "clean"],
+        "images.jsonl": ["verify", "clean"],
         "templates.json": ["explain"],
         "requests.jsonl": ["verify", "explain"],
         "samples.jsonl": ["clean"],
@@ -175,5 +176,5 @@ def test_annotations_without_an_image_are_refused(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG, CAT]})
     for name in ("instances", "captions"):
         files[name].write_text('{"images": [], "annotations": [], "categories": []}')
-    with pytest.raises(UserError, match="not one of the 0 annotated pictures can be used"):
+    with pytest.raises(UserError, match="not one of the 0 annotated images can be used"):
         build_coco.main(arguments(files))

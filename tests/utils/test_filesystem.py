@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from data_tools.instruct.answers import AnswerWriter, Claims
-from data_tools.instruct.appending import SharedLog
+from data_tools.instruct.generate.answers import AnswerWriter, Claims
+from data_tools.instruct.generate.append_only import SharedLog
 from vlm_sft.checkpoint import tensor_files
 from vlm_sft.checkpoint.run_dir import locked
 from vlm_sft.checkpoint.snapshot import tensor_component
@@ -263,7 +263,7 @@ from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.tokenize import TokenizedRecord
 from vlm_sft.checkpoint.tensor_files import save_tensors
 from vlm_sft.train.metrics import MetricsFile
-from data_tools.instruct.appending import SharedLog
+from data_tools.instruct.generate.append_only import SharedLog
 store = RecordStore()
 metrics = MetricsFile(here / "metrics.jsonl", last_step=0)
 log = SharedLog(here / "log.jsonl", b"{")

@@ -23,7 +23,7 @@ COMMANDS: Final = {
     "vlm_sft.errors": "print the table of error codes",
     "data_tools.build_coco": "build records from COCO annotations",
     "data_tools.instruct": "have a language model write records",
-    "data_tools.instruct.verification.codes": "print the table of its codes",
+    "data_tools.instruct.verify.codes": "print the table of its codes",
     "data_tools.make_scenes": "compose scenes with known content",
     "data_tools.mix": "mix record files",
     "data_tools.verify": "check records of others against COCO annotations",

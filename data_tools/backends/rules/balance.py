@@ -13,20 +13,20 @@ LEAST_SHARE: Final = 0.02
 
 
 def level(
-    found: Mapping[int, Sequence[Exchange]], per_picture: int, rng: np.random.Generator
+    found: Mapping[int, Sequence[Exchange]], per_image: int, rng: np.random.Generator
 ) -> dict[int, list[Exchange]]:
     """Choose among the exchanges so that, within a kind, all answers are equally many.
 
     Args:
         found: Candidates by image id.
-        per_picture: At most this many of a picture are kept.
+        per_image: At most this many of an image are kept.
         rng: Decides which are kept.
     """
     places: dict[str, dict[str, list[tuple[int, Exchange]]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for image_id, exchanges in found.items():
-        for i in rng.permutation(len(exchanges))[:per_picture]:
+        for i in rng.permutation(len(exchanges))[:per_image]:
             places[exchanges[i].kind][exchanges[i].answer].append((image_id, exchanges[i]))
     chosen: dict[int, list[Exchange]] = {image_id: [] for image_id in found}
     for answers in places.values():

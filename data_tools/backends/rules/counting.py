@@ -7,19 +7,19 @@ import numpy as np
 
 from data_tools import wording, words
 from data_tools.backends.rules.phrases import Speaker
-from data_tools.coco import Picture
+from data_tools.coco import AnnotatedImage
 from data_tools.records import Exchange
 
 MOST: Final = 8
 """More objects than this are not asked for: annotators stop counting."""
 
 
-def ask(picture: Picture, speaker: Speaker) -> list[Exchange]:
+def ask(image: AnnotatedImage, speaker: Speaker) -> list[Exchange]:
     """One question for each category that can be counted."""
     texts = wording.load("questions")["counting"]
     exchanges = []
-    for name in picture.categories:
-        boxes = picture.of(name)
+    for name in image.categories:
+        boxes = image.of(name)
         if any(box.crowd for box in boxes) or len(boxes) > MOST:
             continue
         number = words.number(len(boxes))

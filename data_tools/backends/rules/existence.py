@@ -1,4 +1,4 @@
-"""Is there a ...? As many yes as no in every picture, negatives drawn in POPE's three ways."""
+"""Is there a ...? As many yes as no in every image, negatives drawn in POPE's three ways."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Final
 
 from data_tools import wording, words
 from data_tools.backends.rules.phrases import Speaker, things
-from data_tools.coco import CocoIndex, Picture
+from data_tools.coco import AnnotatedImage, CocoIndex
 from data_tools.records import Exchange
 
 NEGATIVE_KINDS: Final = ("random", "popular", "adversarial")
@@ -27,41 +27,41 @@ class ExistenceRules:
         self._excess: Counter[str] = Counter()
         self._next_kind = 0
 
-    def ask(self, picture: Picture, pairs: int, speaker: Speaker) -> list[Exchange]:
+    def ask(self, image: AnnotatedImage, pairs: int, speaker: Speaker) -> list[Exchange]:
         """Up to `pairs` questions answered yes and as many answered no.
 
-        A picture without any box gives none: nothing is known to be absent. Neither is a category
+        An image without any box gives none: nothing is known to be absent. Neither is a category
         that has no box but is spoken of in a caption.
         """
-        if not picture.boxes:
+        if not image.boxes:
             return []
-        present = self._ordered(picture.categories, speaker, least=True)
-        absent = [name for name in self._categories if self._is_absent(picture, name)]
+        present = self._ordered(image.categories, speaker, least=True)
+        absent = [name for name in self._categories if self._is_absent(image, name)]
         exchanges: list[Exchange] = []
         for name in present[: min(pairs, len(absent))]:
             kind = NEGATIVE_KINDS[self._next_kind % len(NEGATIVE_KINDS)]
             self._next_kind += 1
             self._excess[name] += 1
-            other = self._ordered(self._pool(kind, absent, picture), speaker, least=False)[0]
+            other = self._ordered(self._pool(kind, absent, image), speaker, least=False)[0]
             absent.remove(other)
             self._excess[other] -= 1
-            exchanges.append(self._exchange(picture, name, "yes", "positive", speaker))
-            exchanges.append(self._exchange(picture, other, "no", kind, speaker))
+            exchanges.append(self._exchange(image, name, "yes", "positive", speaker))
+            exchanges.append(self._exchange(image, other, "no", kind, speaker))
         return exchanges
 
-    def _is_absent(self, picture: Picture, name: str) -> bool:
-        return name not in picture.categories and not any(
-            words.mentions(caption, name) for caption in picture.captions
+    def _is_absent(self, image: AnnotatedImage, name: str) -> bool:
+        return name not in image.categories and not any(
+            words.mentions(caption, name) for caption in image.captions
         )
 
-    def _pool(self, kind: str, absent: Sequence[str], picture: Picture) -> Sequence[str]:
+    def _pool(self, kind: str, absent: Sequence[str], image: AnnotatedImage) -> Sequence[str]:
         """The half of the absent categories that is most frequent, or most often in company."""
         if kind == "random":
             return absent
         score = Counter(self._frequencies)
         if kind == "adversarial":
             score = Counter()
-            for name in picture.categories:
+            for name in image.categories:
                 score.update(self._together[name])
         ranked = sorted(absent, key=lambda name: (-score[name], name))
         return ranked[: (len(ranked) + 1) // 2]
@@ -73,12 +73,12 @@ class ExistenceRules:
         return sorted(shuffled, key=lambda name: sign * self._excess[name])
 
     def _exchange(
-        self, picture: Picture, name: str, answer: str, kind: str, speaker: Speaker
+        self, image: AnnotatedImage, name: str, answer: str, kind: str, speaker: Speaker
     ) -> Exchange:
         texts = wording.load("questions")["existence"]
         reply = speaker.reply(answer, texts[answer], name)
         if speaker.style == "evidence":
-            seen = things(picture, asked=name)
+            seen = things(image, asked=name)
             reply = speaker.pick(texts["evidence"]).format(things=seen, answer=answer)
         return Exchange(
             family="existence",

@@ -6,21 +6,21 @@ from typing import Final
 import numpy as np
 
 from data_tools import words
-from data_tools.coco import Picture
+from data_tools.coco import AnnotatedImage
 from data_tools.records import AnswerStyle
 
 MOST_NAMED: Final = 6
 """Categories named in a list of things, at most; more would be a catalogue."""
 
 
-def things(picture: Picture, asked: str = "") -> str:
-    """`a cat and a boat`: the picture's categories, the one with the largest area first.
+def things(image: AnnotatedImage, asked: str = "") -> str:
+    """`a cat and a boat`: the image's categories, the one with the largest area first.
 
     Numbers are left to the counting questions. `asked` is named whenever it is there.
     """
     areas = {
-        name: sum(box.width * box.height for box in picture.of(name))
-        for name in sorted(picture.categories)
+        name: sum(box.width * box.height for box in image.of(name))
+        for name in sorted(image.categories)
     }
     largest = sorted(areas, key=lambda name: -areas[name])
     named = largest[:MOST_NAMED]

@@ -1,23 +1,23 @@
-"""Where? Halves of the picture and left or right of another thing, both with a margin."""
+"""Where? Halves of the image and left or right of another thing, both with a margin."""
 
 from typing import Final
 
 from data_tools import wording
 from data_tools.backends.rules.phrases import Speaker
-from data_tools.coco import Box, Picture
+from data_tools.coco import AnnotatedImage, Box
 from data_tools.records import Exchange
 
 MARGIN: Final = 0.02
 """Share of the side that must lie between an object and the middle, or between two objects."""
 
 
-def halves(picture: Picture, speaker: Speaker) -> list[Exchange]:
+def halves(image: AnnotatedImage, speaker: Speaker) -> list[Exchange]:
     """Left or right, top or bottom half, of single objects that do not reach the middle."""
     exchanges = []
-    for box in _single(picture):
+    for box in _single(image):
         sides = (
-            ("horizontal_half", _side(box.left, box.right, picture.width, "left", "right")),
-            ("vertical_half", _side(box.top, box.bottom, picture.height, "top", "bottom")),
+            ("horizontal_half", _side(box.left, box.right, image.width, "left", "right")),
+            ("vertical_half", _side(box.top, box.bottom, image.height, "top", "bottom")),
         )
         for pattern, answer in sides:
             if answer is None:
@@ -36,17 +36,17 @@ def halves(picture: Picture, speaker: Speaker) -> list[Exchange]:
     return exchanges
 
 
-def relations(picture: Picture, speaker: Speaker) -> list[Exchange]:
+def relations(image: AnnotatedImage, speaker: Speaker) -> list[Exchange]:
     """Left or right of each other, for pairs of single objects with room between them.
 
     A pair is asked once, from a side drawn at random.
     """
     texts = wording.load("questions")["relation"]
-    single = _single(picture)
+    single = _single(image)
     exchanges = []
     for left in single:
         for right in single:
-            if left.right + MARGIN * picture.width > right.left:
+            if left.right + MARGIN * image.width > right.left:
                 continue
             asked_left = bool(speaker.rng.random() < 0.5)
             one, other = (left, right) if asked_left else (right, left)
@@ -65,9 +65,9 @@ def relations(picture: Picture, speaker: Speaker) -> list[Exchange]:
     return exchanges
 
 
-def _single(picture: Picture) -> list[Box]:
+def _single(image: AnnotatedImage) -> list[Box]:
     """Boxes that are the only one of their category, so that `the dog` means one thing."""
-    return [box for box in picture.boxes if not box.crowd and len(picture.of(box.category)) == 1]
+    return [box for box in image.boxes if not box.crowd and len(image.of(box.category)) == 1]
 
 
 def _side(start: float, end: float, length: int, first: str, second: str) -> str | None:

@@ -1,0 +1,332 @@
+"""The answers: append-only files in a folder that several processes and runs may share.
+
+    answers/part-00001.jsonl    one `schema.Answer` a line; appended to by one process at a time
+    answers/claims              empty; who asks what just now, as locks that end with their process
+
+A line is one write: it is there whole, or cut by what ended the process, and then it is the last of
+its file. The next process to append to that file takes the cut piece away and says so. A recorded
+answer outlives its process at once, and a power failure after `AnswerWriter.sync`.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.generate.append_only import append_line, end_last_line
+from data_tools.instruct.run_folder import RunFolder
+from data_tools.instruct.schema import Answer
+from vlm_sft.errors import UserError
+from vlm_sft.utils.filesystem import lock, sync, sync_folder
+
+_HEAD: Final = re.compile(rb'\{"request":"([^"\\]+)"')
+_BEGINNING: Final = b'{"request":"'
+"""Of every file of answers, even if a kill cut its first line."""
+_FILE_BITS: Final = 20
+"""A place is one integer: the byte of a file above, the number of the file below."""
+_RECENT: Final = 1 << 16
+"""Answers found since the last sorting; kept in a dictionary."""
+
+
+def read_answers(folder: Path) -> "Answers":
+    """All answers of a folder by request id; a folder that is not there holds none.
+
+    Raises:
+        UserError: A line is no answer.
+    """
+    answers = Answers(folder)
+    answers.refresh()
+    return answers
+
+
+def answers_folder(config: InstructConfig) -> Path:
+    """Where a run's answers lie: its own folder, or the one it shares (`teacher.answers_dir`)."""
+    shared = config.teacher.answers_dir
+    return Path(shared) if shared else RunFolder(Path(config.output_dir)).answers
+
+
+class Answers(Mapping[str, Answer]):
+    """Answers by request id; about 16 bytes of memory each, the texts stay in their files.
+
+    Where two processes have answered one request, the answer whose text has the smaller SHA-256
+    is the one, whatever files the two lie in.
+
+    Attributes:
+        folder: Where the files lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: list[Path] = []
+        self._read: dict[Path, int] = {}
+        self._keys: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._places: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._recent: dict[int, list[int]] = {}
+        self._handles: dict[int, BinaryIO] = {}
+
+    def refresh(self) -> None:
+        """Take in what has been appended since the last time.
+
+        Raises:
+            UserError: A line is no answer.
+        """
+        for path in sorted(self.folder.glob("part-*.jsonl")):
+            if path not in self._read:
+                self._read[path] = 0
+                self._files.append(path)
+            if path.stat().st_size > self._read[path]:
+                self._scan(path)
+        if len(self._recent) > _RECENT:
+            self._sort()
+
+    def __getitem__(self, request: str) -> Answer:
+        found = [answer for _, answer in self._candidates(request)]
+        if not found:
+            raise KeyError(request)
+        return found[0] if len(found) == 1 else min(found, key=_rank)
+
+    def __contains__(self, request: object) -> bool:
+        return isinstance(request, str) and any(
+            head == request.encode() for head in map(self._id_at, self._places_of(_key(request)))
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        """Request ids, each once, file by file."""
+        for number, path in enumerate(self._files):
+            for offset, _, request in _heads(path, 0, self._read[path]):
+                place = offset << _FILE_BITS | number
+                if len(self._places_of(_key(request))) == 1 or place == self._chosen(request):
+                    yield request
+
+    def __len__(self) -> int:
+        return self.lines - self.duplicates
+
+    @property
+    def lines(self) -> int:
+        """Records in all files."""
+        return len(self._keys) + sum(map(len, self._recent.values()))
+
+    @property
+    def duplicates(self) -> int:
+        """Records beyond the first of their request."""
+        self._sort()
+        again = int(np.count_nonzero(self._keys[1:] == self._keys[:-1]))
+        return again and self.lines - len({self._id_at(int(place)) for place in self._places})
+
+    def _scan(self, path: Path) -> None:
+        number = self._files.index(path)
+        keys, places = array("Q"), array("Q")
+        for offset, end, request in _heads(path, self._read[path]):
+            keys.append(_key(request))
+            places.append(offset << _FILE_BITS | number)
+            self._read[path] = end
+        if len(keys) > _RECENT:
+            self._keys = np.concatenate([self._keys, np.frombuffer(keys, np.uint64)])
+            self._places = np.concatenate([self._places, np.frombuffer(places, np.uint64)])
+            self._sort()
+            return
+        for key, place in zip(keys, places, strict=True):
+            self._recent.setdefault(key, []).append(place)
+
+    def _sort(self) -> None:
+        if self._recent:
+            keys = np.fromiter(
+                (key for key, places in self._recent.items() for _ in places), np.uint64
+            )
+            places = np.fromiter((p for group in self._recent.values() for p in group), np.uint64)
+            self._keys = np.concatenate([self._keys, keys])
+            self._places = np.concatenate([self._places, places])
+            self._recent = {}
+        order = np.argsort(self._keys, kind="stable")
+        self._keys, self._places = self._keys[order], self._places[order]
+
+    def _places_of(self, key: int) -> list[int]:
+        first = int(np.searchsorted(self._keys, np.uint64(key), "left"))
+        last = int(np.searchsorted(self._keys, np.uint64(key), "right"))
+        return [*map(int, self._places[first:last]), *self._recent.get(key, ())]
+
+    def _candidates(self, request: str) -> Iterator[tuple[int, Answer]]:
+        for place in self._places_of(_key(request)):
+            answer = self._answer_at(place)
+            if answer.request == request:
+                yield place, answer
+
+    def _chosen(self, request: str) -> int:
+        return min(self._candidates(request), key=lambda found: _rank(found[1]))[0]
+
+    def _answer_at(self, place: int) -> Answer:
+        line = self._line_at(place)
+        try:
+            return Answer.model_validate_json(line)
+        except ValidationError as error:
+            path = self._files[place & (1 << _FILE_BITS) - 1]
+            raise _damaged(path, place >> _FILE_BITS, error.errors()[0]["msg"]) from None
+
+    def _id_at(self, place: int) -> bytes:
+        match = _HEAD.match(self._line_at(place))
+        return match[1] if match else b""
+
+    def _line_at(self, place: int) -> bytes:
+        file = self._opened(place & (1 << _FILE_BITS) - 1)
+        file.seek(place >> _FILE_BITS)
+        return file.readline()
+
+    def _opened(self, number: int) -> BinaryIO:
+        if number not in self._handles:
+            self._handles[number] = self._files[number].open("rb")
+        return self._handles[number]
+
+    def close(self) -> None:
+        """Close the files; a later look opens them again."""
+        for file in self._handles.values():
+            file.close()
+        self._handles.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AnswerWriter:
+    """Appends answers to a file that no other process appends to meanwhile.
+
+    Attributes:
+        path: The file.
+        torn: Bytes of a cut last line that were taken away from it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor, self.path = _own_file(folder)
+        try:
+            self.torn = end_last_line(self._descriptor, self.path, _BEGINNING)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def write(self, answer: Answer) -> None:
+        """Record one answer; it outlives this process from here on.
+
+        Raises:
+            OSError: The disk is full or fails; nothing of the answer stays.
+        """
+        append_line(self._descriptor, answer.model_dump_json().encode() + b"\n", self.path)
+
+    def sync(self) -> None:
+        """Put what was written on the disk: it outlives the machine's power from here on."""
+        sync(self._descriptor, self.path)
+
+    def close(self) -> None:
+        """Sync, and leave the file to others."""
+        self.sync()
+        os.close(self._descriptor)
+
+
+class Claims:
+    """Who asks what just now, over all processes that share a folder.
+
+    A claim is a lock on one byte of the file `claims`, whose place is the request's key; the
+    system takes it back when its process ends, however that happens. Processes on machines whose
+    file system has no locks do not see each other's claims: give them shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(folder / "claims", os.O_RDWR | os.O_CREAT, 0o666)
+
+    def take(self, request: str) -> bool:
+        """Whether the request is this process's to ask."""
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _key(request) >> 2)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
+
+    def release(self, request: str) -> None:
+        """Let others have it."""
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _key(request) >> 2)
+
+    def close(self) -> None:
+        """Give all back."""
+        os.close(self._descriptor)
+
+
+def _heads(path: Path, start: int, end: int | None = None) -> Iterator[tuple[int, int, str]]:
+    """Where every whole line from byte `start` on begins and ends, and its request's id."""
+    with path.open("rb") as file:
+        file.seek(start)
+        offset = start
+        for line in file:
+            if not line.endswith(b"\n") or offset == end:
+                return
+            match = _HEAD.match(line)
+            if match is None or not line.endswith(b"}\n"):
+                raise _damaged(path, offset, "it is cut or of another form")
+            yield offset, offset + len(line), match[1].decode()
+            offset += len(line)
+
+
+def _damaged(path: Path, offset: int, why: str) -> UserError:
+    return UserError(
+        f"{path}: the line at byte {offset:,} is no answer: {why}; the file was damaged: delete "
+        "that line, and its request is asked again",
+        code="answers_damaged",
+    )
+
+
+def _own_file(folder: Path) -> tuple[int, Path]:
+    """The first file of the folder that no process appends to, else a new one."""
+    number, flags = 0, os.O_RDWR | os.O_APPEND | os.O_CREAT
+    while True:
+        number += 1
+        path = folder / f"part-{number:05d}.jsonl"
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileExistsError:
+            continue
+        found = lock(descriptor, path, wait=False)
+        if found == "held_elsewhere":
+            os.close(descriptor)
+            continue
+        # Without locks only a new file certainly belongs to no other process.
+        if found == "unsupported" and not flags & os.O_EXCL:
+            os.close(descriptor)
+            flags |= os.O_EXCL
+            continue
+        _require_answers(descriptor, path)
+        sync_folder(folder)
+        return descriptor, path
+
+
+def _require_answers(descriptor: int, path: Path) -> None:
+    """Refuse a file of others before anything is appended to it or cut from its end."""
+    head = os.pread(descriptor, len(_BEGINNING), 0)
+    if not _BEGINNING.startswith(head):
+        os.close(descriptor)
+        raise UserError(
+            f"{path}: is no file of recorded answers; nothing was changed. Choose another "
+            "output_dir or teacher.answers_dir",
+            code="not_ours",
+        )
+
+
+def _key(request: str) -> int:
+    return int.from_bytes(hashlib.blake2b(request.encode(), digest_size=8).digest(), "little")
+
+
+def _rank(answer: Answer) -> tuple[bytes, str]:
+    text = hashlib.sha256(answer.text.encode()).digest()
+    return text, json.dumps(answer.model_dump(mode="json", exclude={"seconds"}), sort_keys=True)

@@ -1,0 +1,393 @@
+"""The requests that have no answer yet are asked, within caps, so that no answer is lost.
+
+Ends with exit code 0 when every request has its answer, 3 when some failed (the same command asks
+them again), 4 when a cap of `limits` was reached, 130 or 143 when Ctrl-C or SIGTERM ended it.
+"""
+
+import argparse
+import asyncio
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import ValidationError
+
+from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.generate.answers import Answers, AnswerWriter, Claims, answers_folder
+from data_tools.instruct.generate.append_only import SharedLog
+from data_tools.instruct.generate.progress import Standing, shown
+from data_tools.instruct.generate.teachers import Teacher
+from data_tools.instruct.generate.teachers.making import make_teacher
+from data_tools.instruct.generate.teachers.spending import LimitReached, Spending
+from data_tools.instruct.generate.teachers.stopping import Stopped, Stopping
+from data_tools.instruct.options import stage_parser
+from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.run_folder import RunFolder
+from data_tools.instruct.schema import Answer, Failure, Request
+from vlm_sft.commands.parser import CommandParser
+from vlm_sft.errors import UserError
+from vlm_sft.utils.console import echo
+
+if TYPE_CHECKING:
+    from data_tools.instruct.generate.teachers.batch import BatchTeacher
+
+GRACE_SECONDS: Final = 10.0
+"""After the first Ctrl-C, answers that are under way are waited for so long."""
+_SYNC_SECONDS: Final = 1.0
+"""A power failure costs the answers of so long, at most."""
+_STREAK: Final = 20
+"""So many failures in a row, or two for each request in flight, and the server is held for down."""
+_LOOK_SECONDS: Final = 0.5
+"""Between two looks whether another process has answered what it had claimed."""
+
+
+def command(config: InstructConfig, options: Sequence[str]) -> None:
+    """Ask what has no answer yet.
+
+    Raises:
+        UserError: The settings, the key or the files are wrong, or the server refuses everything.
+        SystemExit: With the exit code, where it is not 0.
+    """
+    shard = _parser().read(options).shard
+    if config.limits.usd is not None and config.teacher.prices is None:
+        raise UserError(
+            "limits.usd is set and teacher.prices is not, so that no cost is known; give the "
+            "prices of a million tokens"
+        )
+    code = asyncio.run(_generate(config, shard))
+    if code:
+        raise SystemExit(code)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of the requests; which one a request is in, its id alone decides."""
+
+    number: int = 1
+    count: int = 1
+
+    def holds(self, request: Request) -> bool:
+        """Whether the request is of this part."""
+        return sum(request.id.encode()) % self.count == self.number - 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """`2/8` is the second of eight."""
+        number, _, count = text.partition("/")
+        digits = re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text)
+        if not (digits and 1 <= int(number) <= int(count)):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected i/n, with i from 1 to n")
+        return cls(int(number), int(count))
+
+
+async def _generate(config: InstructConfig, shard: Shard) -> int:
+    folder = RunFolder(Path(config.output_dir))
+    stopping = Stopping()
+    spending = Spending(folder.spending, config.limits, stopping)
+    generation = Generation(config, folder, shard, spending, stopping)
+    teacher = make_teacher(config, folder, spending, stopping)
+    try:
+        with generation.signals():
+            async with shown(generation.standing):
+                await generation.run(teacher)
+    finally:
+        await teacher.close()
+        generation.close()
+    return generation.tell()
+
+
+class Generation:
+    """One start of the command: what is still to ask, and where its answers go."""
+
+    def __init__(
+        self,
+        config: InstructConfig,
+        folder: RunFolder,
+        shard: Shard,
+        spending: Spending,
+        stopping: Stopping,
+    ) -> None:
+        self._config, self._folder, self._shard = config, folder, shard
+        self._spending, self._stopping = spending, stopping
+        place = answers_folder(config)
+        self._answers = Answers(place)
+        self._writer, self._claims = AnswerWriter(place), Claims(place)
+        self._failures = _FailureLog(folder.failures)
+        self._judge = _judge(config, folder)
+        self._asking: set[str] = set()
+        self._elsewhere = 0
+        self._streak = 0
+        self._most_streak = max(_STREAK, 2 * config.teacher.concurrency)
+        self._error: BaseException | None = None
+        self._signal: signal.Signals | None = None
+        self._limited = False
+        self._dirty = False
+        self.standing = Standing(spending)
+        if self._writer.torn:
+            _say(
+                f"{self._writer.path}: the last line was cut when a process was ended; its "
+                f"{self._writer.torn:,} bytes were taken away, and the request is asked again"
+            )
+
+    async def run(self, teacher: "Teacher | BatchTeacher") -> None:
+        """Ask until nothing is left to ask, or a reason to stop has come up.
+
+        Raises:
+            UserError: No request would be answered.
+            OSError: An answer cannot be written.
+        """
+        self._count()
+        syncing = asyncio.create_task(self._sync())
+        try:
+            await self._pass(teacher)
+            while self._elsewhere and not self._stopping.requested:
+                with suppress(Stopped):
+                    await self._stopping.sleep(_LOOK_SECONDS)
+                self._elsewhere = 0
+                await self._pass(teacher)
+        finally:
+            syncing.cancel()
+        if self._error is not None:
+            raise self._error
+
+    def _count(self) -> None:
+        self._answers.refresh()
+        for request in read_requests(self._folder):
+            if self._shard.holds(request):
+                self.standing.total += 1
+                self.standing.before += request.id in self._answers
+        if self._answers.duplicates:
+            _say(
+                f"{self._answers.folder}: {self._answers.duplicates:,} requests were answered more "
+                "than once; of each, the answer with the smaller SHA-256 counts"
+            )
+
+    async def _pass(self, teacher: "Teacher | BatchTeacher") -> None:
+        queue = self._pending()
+        if isinstance(teacher, Teacher):
+            works = [self._work(queue, teacher) for _ in range(self._config.teacher.concurrency)]
+        else:
+            works = [self._guarded(teacher.fill(queue, self._record_new))]
+        self._workers = [asyncio.create_task(work) for work in works]
+        await asyncio.wait(self._workers)
+
+    def _pending(self) -> Iterator[Request]:
+        for request in read_requests(self._folder):
+            if not self._shard.holds(request) or request.id in self._answers:
+                continue
+            if not self._failures.is_from_this_start(request.id):
+                yield request
+
+    async def _work(self, queue: Iterator[Request], teacher: Teacher) -> None:
+        async def every() -> None:
+            for request in queue:
+                self._stopping.check()
+                await self._handle(request, teacher)
+                await asyncio.sleep(0)  # the rules never wait; signals are to be heard all the same
+
+        await self._guarded(every())
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it; what ends it ends the whole run in order."""
+        try:
+            await work
+        except LimitReached:
+            self._limited = True
+            self._stopping.request()
+        except (Stopped, asyncio.CancelledError):
+            pass
+        except BaseException as error:
+            self._error = self._error or error
+            self._stopping.request()
+
+    async def _handle(self, request: Request, teacher: Teacher) -> None:
+        if request.id in self._asking or not self._claims.take(request.id):
+            self._elsewhere += 1
+            return
+        self._asking.add(request.id)
+        try:
+            self._answers.refresh()
+            if request.id in self._answers:  # another process was quicker
+                self.standing.before += 1
+                return
+            self._record(await teacher.ask(request), request)
+        finally:
+            self._asking.discard(request.id)
+            self._claims.release(request.id)
+
+    def _record_new(self, outcome: Answer | Failure) -> None:
+        """Of a batch that was taken in before, in part, what is new."""
+        self._answers.refresh()
+        if outcome.request not in self._answers:
+            self._record(outcome)
+
+    def _record(self, outcome: Answer | Failure, request: Request | None = None) -> None:
+        if isinstance(outcome, Answer):
+            self._writer.write(outcome)
+            self._dirty = True
+            self._streak = 0
+            self.standing.take(outcome, self._judge(request, outcome) if request else None)
+            return
+        self._failures.add(outcome)
+        if outcome.reason == "nothing_to_say":
+            self.standing.silent += 1
+            return
+        self.standing.failed += 1
+        self._streak += outcome.reason != "not_recorded"
+        if self._streak >= self._most_streak and not self._stopping.requested:
+            _say(f"{self._streak} requests in a row failed, the last one thus: {outcome.message}")
+            self._stopping.request()
+
+    async def _sync(self) -> None:
+        while True:
+            await asyncio.sleep(_SYNC_SECONDS)
+            if self._dirty:
+                self._dirty = False
+                await asyncio.to_thread(self._writer.sync)
+
+    def signals(self) -> "_Signals":
+        """Within the block, Ctrl-C and SIGTERM end the run in order; a second one at once."""
+        return _Signals(self._on_signal)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signal is not None:
+            self._cancel()
+            return
+        self._signal = number
+        self._stopping.request()
+        _say(
+            f"{number.name} received: nothing more is sent; waiting {GRACE_SECONDS:.0f} s at most "
+            "for answers under way (once more to leave at once)"
+        )
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._cancel)
+
+    def _cancel(self) -> None:
+        for worker in self._workers:
+            worker.cancel()
+
+    def tell(self) -> int:
+        """Say how the run stands; returns the exit code."""
+        for line in [self.standing.summary(), *self._failures.lines()]:
+            echo(line, file=sys.stdout)
+        if self._signal is not None:
+            return 128 + int(self._signal)
+        if self._limited:
+            echo(
+                "generate: a cap of limits was reached, counted at the most that a further request "
+                "may take; raise it and give the same command again",
+                file=sys.stdout,
+            )
+            return 4
+        failed, asked = self.standing.failed, self.standing.total - self.standing.silent
+        if failed > self._config.teacher.failures_allowed * max(1, asked):
+            echo("generate: the same command asks again what failed", file=sys.stdout)
+            return 3
+        return 0
+
+    def close(self) -> None:
+        """Put everything on the disk."""
+        self._writer.close()
+        self._claims.close()
+        self._answers.close()
+        self._failures.close()
+        self._spending.close()
+
+
+def _judge(config: InstructConfig, folder: RunFolder) -> Callable[[Request, Answer], bool | None]:
+    """Whether `verify` will accept an answer, for the rate that is shown; it decides nothing."""
+    if not folder.index.exists():
+        return lambda request, answer: None
+    from data_tools.instruct.index import read_categories, read_images
+    from data_tools.instruct.verify import Policy
+    from data_tools.instruct.verify.command import make_sample
+
+    images = read_images(folder)
+    policy = Policy(config.verify, read_categories(folder))
+
+    def accepted(request: Request, answer: Answer) -> bool | None:
+        image = images.get(request.image)
+        if image is None:
+            return None
+        return make_sample(request, answer, image, policy).status == "accepted"
+
+    return accepted
+
+
+class _FailureLog:
+    """The run's failures: of each request the last, written down where it is new."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = SharedLog(path, b'{"request":"')
+        self._written = {}
+        for number, line in enumerate(self._log.news(), 1):
+            try:
+                self._written[Failure.model_validate_json(line).request] = line
+            except ValidationError:
+                echo(f"generate: {path}:{number}: is no failure and is ignored; it was damaged")
+        self._now: set[str] = set()
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, Failure] = {}
+
+    def add(self, failure: Failure) -> None:
+        self._now.add(failure.request)
+        self._reasons[failure.reason] += 1
+        self._examples.setdefault(failure.reason, failure)
+        line = failure.model_dump_json()
+        if self._written.get(failure.request) != line:
+            with self._log.locked():
+                self._log.append(line)
+
+    def is_from_this_start(self, request: str) -> bool:
+        return request in self._now
+
+    def lines(self) -> list[str]:
+        """One line for every reason."""
+        return [
+            f"  {count:,} x {reason}: {self._examples[reason].message} (for one, "
+            f"{self._examples[reason].sample_id})"
+            for reason, count in self._reasons.most_common()
+        ]
+
+    def close(self) -> None:
+        self._log.close()
+
+
+class _Signals:
+    """Hands SIGINT and SIGTERM to a function within the block; only a main thread can."""
+
+    def __init__(self, handle: Callable[[signal.Signals], None]) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self._handle, number)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().remove_signal_handler(number)
+
+
+def _parser() -> CommandParser:
+    parser = stage_parser("generate", __doc__)
+    parser.add_argument(
+        "--shard",
+        type=Shard.parse,
+        default=Shard(),
+        metavar="i/n",
+        help="ask only the requests of part i of n (from 1), for several machines",
+    )
+    return parser
+
+
+def _say(line: str) -> None:
+    echo(f"generate: {line}")

@@ -1,0 +1,45 @@
+"""The teacher that a configuration names."""
+
+from typing import TYPE_CHECKING
+
+from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.generate.teachers import Teacher
+from data_tools.instruct.generate.teachers.spending import Spending
+from data_tools.instruct.generate.teachers.stopping import Stopping
+from data_tools.instruct.index import read_images
+from data_tools.instruct.plan.command import read_templates
+from data_tools.instruct.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from data_tools.instruct.generate.teachers.batch import BatchTeacher
+
+
+def make_teacher(
+    config: InstructConfig, folder: RunFolder, spending: Spending, stopping: Stopping
+) -> "Teacher | BatchTeacher":
+    """The teacher, ready to be asked.
+
+    Raises:
+        UserError: Its settings, its key or the files it needs are wrong.
+    """
+    if config.teacher.kind == "rules":
+        from data_tools.instruct.generate.teachers.rules import RulesTeacher
+
+        return RulesTeacher(read_images(folder))
+    if config.teacher.kind == "replay":
+        from data_tools.instruct.generate.teachers.replay import ReplayTeacher
+
+        return ReplayTeacher(config.teacher)
+    if config.teacher.kind == "batch":
+        from data_tools.instruct.generate.teachers.batch import BatchTeacher
+
+        return BatchTeacher(
+            config.teacher, read_templates(folder), spending, stopping, seed=config.seed,
+            found=folder.teacher, batches=folder.batches,
+        )  # fmt: skip
+    from data_tools.instruct.generate.teachers.chat import ChatTeacher
+
+    return ChatTeacher(
+        config.teacher, read_templates(folder), spending, stopping, seed=config.seed,
+        found=folder.teacher,
+    )  # fmt: skip

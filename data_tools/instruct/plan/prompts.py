@@ -1,0 +1,234 @@
+"""The prompts: what every request of a type begins with, and the messages of one request."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Final, TypeVar, get_args
+
+from pydantic import BaseModel, Field, ValidationError
+
+from data_tools.coco import AnnotatedImage, Box
+from data_tools.instruct.plan.context import describe
+from data_tools.instruct.schema import (
+    ConversationForm,
+    DetailForm,
+    Line,
+    Request,
+    SampleType,
+    Shown,
+    answer_form,
+)
+from vlm_sft.errors import UserError
+from vlm_sft.utils.reading import read_text
+
+TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
+
+_ASK: Final = "\n---\n"
+"""In a type's file, between the system text and what the last message ends with."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A made-up image, and an answer that is right for it."""
+
+    image: AnnotatedImage
+    context: str
+    shown: Shown
+    answer: ConversationForm | DetailForm
+
+
+def messages(request: Request, templates: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What is sent: system text, seed examples as earlier turns, then the image's own context.
+
+    All but the last message are the same for every request of a template, so that servers can
+    keep their computed prefix.
+    """
+    fixed: list[dict[str, str]] = templates[request.template]["messages"]
+    return [*fixed, {"role": "user", "content": request.context}]
+
+
+def make_templates(
+    categories: Sequence[str], decimals: int = 2, folder: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """The templates by name (a sample type), as `templates.json` holds them.
+
+    Each has `messages` (the fixed beginning), `ask` (what the last message ends with), `questions`
+    (ours, for `detail`), `answer_schema`, and `sha256`, the digest of all of that.
+
+    Args:
+        categories: What annotators looked for; told, so that absence can be.
+        decimals: Digits of the corners in the seed examples.
+        folder: Own files in place of ours, under the same names.
+
+    Raises:
+        UserError: A file is missing or not of its form, or a seed cites a label that is not shown.
+    """
+    own = _Folder(folder)
+    common = own.text("common.txt").replace("{categories}", ", ".join(categories) or "nothing")
+    templates: dict[str, dict[str, Any]] = {}
+    for name in TYPES:
+        system, ask = own.task(name)
+        fixed = [{"role": "system", "content": f"{common}\n\n{system}"}]
+        questions = own.questions() if name == "detail" else []
+        for number, seed in enumerate(own.seeds(name, decimals)):
+            question = questions[number % len(questions)] if questions else ""
+            content = closing(seed.context, ask, question)
+            fixed.append({"role": "user", "content": content})
+            fixed.append({"role": "assistant", "content": _json(seed.answer.model_dump())})
+        template = {
+            "messages": fixed,
+            "ask": ask,
+            "questions": questions,
+            "answer_schema": answer_form(name).model_json_schema(),
+        }
+        templates[name] = {**template, "sha256": digest(template)}
+    return templates
+
+
+def closing(context: str, ask: str, question: str) -> str:
+    """An image's context and what is asked about it: the last message of a request."""
+    return f"{context}\n\n{ask.replace('{question}', question)}"
+
+
+def seeds(sample_type: SampleType, folder: str | None = None) -> tuple[Seed, ...]:
+    """The seed examples of a type with what they are about, for checking that they are true."""
+    return _Folder(folder).seeds(sample_type, decimals=2)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the value as canonical JSON: sorted keys, no spaces, UTF-8."""
+    return hashlib.sha256(_json(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _json(value: Any, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
+
+
+class _SeedBox(Line):
+    """Corners as COCO has them: left, top, width, height in pixels."""
+
+    category: str
+    box: tuple[float, float, float, float]
+    crowd: bool = False
+
+
+class _Scene(Line):
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    captions: tuple[str, ...]
+    boxes: tuple[_SeedBox, ...]
+
+
+class _SeedAnswer(Line):
+    scene: str
+    answer: dict[str, Any]
+
+
+class _Seeds(Line):
+    scenes: dict[str, _Scene]
+    conversation: tuple[_SeedAnswer, ...] = Field(min_length=1)
+    detail: tuple[_SeedAnswer, ...] = Field(min_length=1)
+    reasoning: tuple[_SeedAnswer, ...] = Field(min_length=1)
+
+
+class _Folder:
+    """The files of a set of prompts: ours, or the user's."""
+
+    def __init__(self, folder: str | None) -> None:
+        ours = files("data_tools.instruct").joinpath("prompts")
+        self.place: Traversable = ours if folder is None else Path(folder)
+
+    def text(self, name: str) -> str:
+        """A file's text without white space around it."""
+        try:
+            file = self.place.joinpath(name)
+            if isinstance(file, Path):
+                return read_text(file).strip()
+            return file.read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"requests.prompts: {self.place}/{name}: there is no such file; a folder of "
+                "prompts has common.txt, a file for each type, questions.txt and seeds.json",
+                code="data_file_missing",
+            ) from None
+        except UserError as error:
+            raise UserError(f"requests.prompts: {error}", code=error.reason) from None
+
+    def task(self, name: SampleType) -> tuple[str, str]:
+        """A type's part of the system text, and what its last message ends with."""
+        system, line, ask = self.text(f"{name}.txt").partition(_ASK)
+        wants = name == "detail"
+        if not line or ("{question}" in ask) != wants:
+            raise UserError(
+                f"requests.prompts: {self.place}/{name}.txt: expected the system text, a line "
+                f"'---' and what a request ends with, {'with' if wants else 'without'} "
+                "{question} in it"
+            )
+        return system.strip(), ask.strip()
+
+    def questions(self) -> list[str]:
+        """The questions that ask for a description, one a line, each once."""
+        lines = [line.strip() for line in self.text("questions.txt").splitlines() if line.strip()]
+        if not lines or len(set(lines)) < len(lines):
+            raise UserError(
+                f"requests.prompts: {self.place}/questions.txt: expected one question a line, "
+                f"each once, found {len(lines)} lines, {len(set(lines))} of them different"
+            )
+        return lines
+
+    def seeds(self, name: SampleType, decimals: int) -> tuple[Seed, ...]:
+        """The type's seed examples, with contexts of the run's own form."""
+        where = f"requests.prompts: {self.place}/seeds.json"
+        known = _parsed(_Seeds, self.text("seeds.json"), where)
+        return tuple(
+            _seed(entry, known.scenes, name, decimals, f"{where}: {name}[{number}]")
+            for number, entry in enumerate(getattr(known, name))
+        )
+
+
+def _seed(
+    entry: _SeedAnswer, scenes: Mapping[str, _Scene], name: SampleType, decimals: int, where: str
+) -> Seed:
+    if entry.scene not in scenes:
+        raise UserError(f"{where}: scene {entry.scene!r} is not among the file's scenes")
+    image = _image(scenes[entry.scene])
+    context = describe(image, decimals)
+    answer = _parsed(answer_form(name), json.dumps(entry.answer), where)
+    labels = {f"c{i}" for i in range(1, len(context.shown.captions) + 1)}
+    labels |= {f"b{i}" for i in range(1, len(context.shown.boxes) + 1)}
+    for label in _cited(answer):
+        if label not in labels:
+            raise UserError(f"{where}: cites {label!r}, which its scene does not show")
+    return Seed(image, context.text, context.shown, answer)
+
+
+def _image(scene: _Scene) -> AnnotatedImage:
+    boxes = tuple(
+        Box(box.category, *box.box, box.crowd, number) for number, box in enumerate(scene.boxes, 1)
+    )
+    numbers = tuple(range(1, len(scene.captions) + 1))
+    return AnnotatedImage(0, "seed", scene.width, scene.height, scene.captions, boxes, numbers)
+
+
+def _cited(answer: ConversationForm | DetailForm) -> tuple[str, ...]:
+    if isinstance(answer, DetailForm):
+        return answer.evidence
+    return tuple(label for turn in answer.turns for label in turn.evidence)
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def _parsed(form: type[ModelT], text: str, where: str) -> ModelT:
+    try:
+        return form.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{where}: {place + ': ' if place else ''}{first['msg']}", code="json_syntax"
+        ) from None

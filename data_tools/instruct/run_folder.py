@@ -1,0 +1,287 @@
+"""Where the files of one run lie, and which of them may be replaced."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from data_tools.instruct.config import InstructConfig
+from vlm_sft.config import loading as settings
+from vlm_sft.errors import UserError
+from vlm_sft.utils.owned_files import own_output
+from vlm_sft.utils.ownership import foreign_entries, read_marker, refuse_in_checkpoint, refuse_input
+
+KIND: Final = "instruction-data run"
+"""What the marker of a run's folder says that it holds."""
+
+PLOTS: Final = (
+    "funnel.png", "reasons.png", "claims.png", "categories.png", "lengths.png", "yes-no.png",
+)  # fmt: skip
+EXPORTS: Final = ("llava.json", "messages.jsonl", "train.parquet", "receipts.jsonl", "export.json")
+
+WRITTEN: Final[dict[str, tuple[str, ...]]] = {
+    "index": ("images.jsonl", "index.json"),
+    "plan": ("requests.jsonl", "templates.json", "config.yaml", "plan.json"),
+    "generate": (),
+    "verify": ("samples.jsonl", "rejected.jsonl", "verification.json"),
+    "clean": ("kept.jsonl", "set_aside.jsonl", "cleaning.json"),
+    "export": tuple(f"export/{name}" for name in EXPORTS),
+    "report": ("report/report.html", *(f"report/{name}" for name in PLOTS)),
+}
+"""What each stage replaces, below the run's folder."""
+
+_APPENDED: Final = (
+    "answers", "failures.jsonl", "spending.jsonl", "teacher.json", "batches.jsonl", "cache",
+    "checked", "export", "report",
+)  # fmt: skip
+"""Other names in a run's folder: files that only grow, and folders."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder; every path below is written by the stage named beside it."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """`plan`: the resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def images(self) -> Path:
+        """`index`: one `coco.AnnotatedImage` a line, in the order of ids."""
+        return self.root / "images.jsonl"
+
+    @property
+    def index(self) -> Path:
+        """`index`: what was found in the annotations, counts and digests."""
+        return self.root / "index.json"
+
+    @property
+    def templates(self) -> Path:
+        """`plan`: the prompts by name."""
+        return self.root / "templates.json"
+
+    @property
+    def plan(self) -> Path:
+        """`plan`: what was chosen, refused and left out, with the estimates."""
+        return self.root / "plan.json"
+
+    @property
+    def requests(self) -> Path:
+        """`plan`: one `schema.Request` a line."""
+        return self.root / "requests.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """`generate`: a folder of append-only files of `schema.Answer`; runs may share it."""
+        return self.root / "answers"
+
+    @property
+    def failures(self) -> Path:
+        """`generate`: one `schema.Failure` a line, appended; the last of a request is the truth."""
+        return self.root / "failures.jsonl"
+
+    @property
+    def spending(self) -> Path:
+        """`generate`: what was sent and what it took, appended; the sum is what the run spent."""
+        return self.root / "spending.jsonl"
+
+    @property
+    def teacher(self) -> Path:
+        """`generate`: what was found out about the server."""
+        return self.root / "teacher.json"
+
+    @property
+    def batches(self) -> Path:
+        """`generate`: batches handed in and what became of them, appended."""
+        return self.root / "batches.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """`verify`: accepted `schema.Sample`s, in the order of the requests."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def rejected(self) -> Path:
+        """`verify`: rejected ones, in the order of the requests."""
+        return self.root / "rejected.jsonl"
+
+    @property
+    def verification(self) -> Path:
+        """`verify`: counts of requests, answers, verdicts and reasons."""
+        return self.root / "verification.json"
+
+    @property
+    def kept(self) -> Path:
+        """`clean`: samples to train on."""
+        return self.root / "kept.jsonl"
+
+    @property
+    def set_aside(self) -> Path:
+        """`clean`: samples left out, with their reasons."""
+        return self.root / "set_aside.jsonl"
+
+    @property
+    def cleaning(self) -> Path:
+        """`clean`: counts, balances, duplicates."""
+        return self.root / "cleaning.json"
+
+    @property
+    def image_hashes(self) -> Path:
+        """`clean`: a cache of what images look like; no result, and free to be deleted."""
+        return self.root / "cache" / "image_hashes.jsonl"
+
+    @property
+    def exports(self) -> Path:
+        """`export`: training files and `export.json`, which counts them."""
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        """`report`: `report.html` and the plots."""
+        return self.root / "report"
+
+
+def own_for(
+    config: InstructConfig, given: Path, commands: Sequence[str], *, overwrite: bool
+) -> None:
+    """Check, before any work, that commands replace nothing in the run's folder but their own.
+
+    Args:
+        config: The run's.
+        given: The configuration file that the user gave.
+        commands: Stages to be run; `plan` indexes as well.
+        overwrite: Whether the user allowed to replace files of any origin except inputs.
+    """
+    _require_plain_addresses(config)
+    root = Path(config.output_dir)
+    stages = ["index", *commands] if "plan" in commands else commands
+    own = root / "config.yaml"
+    given_elsewhere = not own.exists() or not given.samefile(own)
+    inputs: list[str | Path] = [*run_inputs(config), *([given] if given_elsewhere else [])]
+    images = [config.coco.images] if config.coco.images else []
+    _require_own_answers_dir(config, root, inputs)
+    own_run(root, stages, inputs=inputs, image_roots=images, overwrite=overwrite)
+    if "plan" in stages:
+        own_config(own, settings.dump(config), given)
+
+
+def _require_own_answers_dir(config: InstructConfig, root: Path, inputs: list[str | Path]) -> None:
+    """Refuse recorded answers in a directory that holds something else, before any is written."""
+    given = config.teacher.answers_dir
+    if not given:
+        return
+    refuse_input(given, inputs)
+    refuse_in_checkpoint(given)
+    place, run = Path(given).resolve(), root.resolve()
+    names = {name.split("/")[0] for names in WRITTEN.values() for name in names} | {*_APPENDED}
+    taken = place == run or any(
+        place.is_relative_to(run / name) for name in names - {RunFolder(root).answers.name}
+    )
+    if taken or read_marker(place) is not None:
+        raise UserError(
+            f"teacher.answers_dir {given}: holds other files of vlm_sft; choose a directory for "
+            "the answers alone, or omit it for output_dir/answers",
+            code="not_ours",
+        )
+
+
+def _require_plain_addresses(config: InstructConfig) -> None:
+    """Refuse servers' addresses that may hold a key, before the configuration is written down."""
+    given = config.teacher.base_url or []
+    if any(sign in url for url in ([given] if isinstance(given, str) else given) for sign in "@?#"):
+        raise UserError(
+            "teacher.base_url holds a user name, a password, a query or a fragment (not shown, for "
+            "it may be a key); give https://host/v1, and put the key into the variable "
+            "teacher.api_key_env",
+            code="teacher_address",
+        )
+
+
+def own_run(
+    root: Path,
+    stages: Iterable[str],
+    *,
+    inputs: Iterable[str | Path],
+    image_roots: Iterable[str | Path] = (),
+    overwrite: bool,
+) -> None:
+    """Create or accept a run's folder, and check that the stages may replace their files.
+
+    A folder that an older version made is accepted if it holds nothing but the files of a run.
+
+    Raises:
+        UserError: The folder holds files of others, is one of the inputs, or a file that would be
+            replaced was changed since it was written.
+    """
+    inputs = list(inputs)
+    is_old = read_marker(root) is None and _is_unmarked_run(root)
+    for name in _APPENDED:
+        refuse_input(root / name, inputs)
+    names = [name for stage in stages for name in WRITTEN[stage]]
+    files = own_output(
+        root,
+        KIND,
+        names,
+        inputs=inputs,
+        image_roots=image_roots,
+        adopt=is_old,
+        overwrite=overwrite,
+    )
+    if is_old:
+        files.accept(name for names in WRITTEN.values() for name in names)
+
+
+def own_config(path: Path, text: str, given: Path) -> None:
+    """Refuse to rewrite the configuration file that the user gave, under whatever name.
+
+    Args:
+        path: The run's own `config.yaml`.
+        text: What would be written there.
+        given: The file that the command was started with.
+    """
+    if path.is_file() and path.samefile(given) and path.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{given}: is the configuration that was given and would be rewritten with other "
+            "values or without its comments; give a copy of it outside of output_dir",
+            code="not_ours",
+        )
+
+
+def _is_unmarked_run(root: Path) -> bool:
+    """Return whether a folder has a run's index or requests, and nothing besides a run's files."""
+    known = {name.split("/")[0] for names in WRITTEN.values() for name in names} | {*_APPENDED}
+    if foreign_entries(root, known):
+        return False
+    return any(
+        _begins_with(root / name, keys)
+        for name, keys in (
+            ("images.jsonl", {"file_name", "caption_ids", "boxes"}),
+            ("requests.jsonl", {"sample_id", "template_sha256"}),
+            ("samples.jsonl", {"schema", "request"}),
+        )
+    )
+
+
+def _begins_with(path: Path, keys: set[str]) -> bool:
+    """Return whether the file's first line is a JSON object with these keys."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            first = json.loads(file.readline(1 << 24))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(first, dict) and keys <= first.keys()
+
+
+def run_inputs(config: InstructConfig) -> Iterator[str]:
+    """Yield every file and folder that a run's configuration names to be read."""
+    named = [config.coco.instances, config.coco.captions, config.coco.images]
+    named += [config.requests.prompts, config.teacher.replay_from]
+    for files in config.guard.lists.values():
+        named += [files] if isinstance(files, str) else files
+    yield from (name for name in named if name)

@@ -1,0 +1,113 @@
+"""Check every sample against the annotations of its image, without any model.
+
+A turn is read as sentences of words (`reading`); the things it names are found by word lists
+(`lexicon`), how it speaks of them by closed word classes (`grammar`, `stances`), and what it says
+of them by the words around them (`describing`). Captions are read in the same way (`knowledge`).
+Rules then compare:
+
+    objects      the things named are there, those denied are not
+    others       things outside the annotated categories: in captions, or unknown
+    counts       numbers
+    places       sides, halves, corners, order, nearness, by boxes
+    relations    in front of, behind, on, under, by captions
+    attributes   colors, materials, states
+    actions      verbs, by their subject
+    kinds        people, animals, sports, rooms, times of day that exclude each other
+    times        clocks
+    manner       leaks, guesses, refusals, language, planted orders
+    form         turns, lengths, repetitions, questions that answer themselves
+
+A claim that no rule reads is not checked; `docs/instruction-data/verification.md` has the recall by
+kind of error.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from data_tools.coco import AnnotatedImage
+from data_tools.instruct.schema import Check, SampleType, Shown, Turn
+from data_tools.instruct.verify import (
+    actions,
+    attributes,
+    counts,
+    form,
+    kinds,
+    manner,
+    objects,
+    others,
+    places,
+    relations,
+    times,
+)
+from data_tools.instruct.verify.case import Case, Policy
+from data_tools.instruct.verify.citations import check_citations
+from data_tools.instruct.verify.flags import (
+    ACTION,
+    ATTRIBUTE,
+    COUNTED,
+    KIND,
+    NUMBER,
+    PERSON,
+    PLACE,
+    RELATION,
+    THING,
+)
+
+__all__ = ["Policy", "check_sample", "reasons"]
+
+
+def check_sample(
+    turns: Sequence[Turn],
+    sample_type: SampleType,
+    image: AnnotatedImage,
+    shown: Shown,
+    policy: Policy,
+) -> tuple[Check, ...]:
+    """Everything found about a sample, turn by turn; a check with a code rejects it.
+
+    Args:
+        turns: Questions with answers, without image placeholders.
+        sample_type: Descriptions and conversations are held to what is there; reasoning may infer.
+        image: With all of its annotations. Without any box nothing counts as absent.
+        shown: What the labels that turns cite stand for.
+        policy: How strict; the annotated categories.
+    """
+    knowledge = policy.knowledge(image)
+    cases = [Case(turn, index, sample_type, knowledge, policy) for index, turn in enumerate(turns)]
+    found: list[Check] = list(form.check_sample(cases, sample_type))
+    for case in cases:
+        found += check_citations(case.turn, case.index, shown)
+        found += _check_turn(case)
+    return tuple(found)
+
+
+def reasons(checks: Sequence[Check]) -> tuple[str, ...]:
+    """The codes that reject, in the order found, each once."""
+    return tuple(dict.fromkeys(check.code for check in checks if check.code is not None))
+
+
+def _check_turn(case: Case) -> Iterator[Check]:
+    """Yield what every rule finds whose words the turn has."""
+    yield from form.check_turn(case)
+    yield from manner.check(case)
+    answer, question = case.answer_reading.bits, case.question_reading.bits
+    both = answer | question
+    if both & THING:
+        yield from objects.check(case)
+    if both & NUMBER or question & COUNTED:
+        yield from counts.check(case)
+    if both & PLACE:
+        yield from places.check(case)
+    if answer & ATTRIBUTE:
+        yield from attributes.check(case)
+    if answer & ACTION:
+        yield from actions.check(case)
+    if question & ATTRIBUTE:
+        yield from attributes.check_yes_no(case)
+    if question & ACTION:
+        yield from actions.check_yes_no(case)
+    if both & (KIND | PERSON):
+        yield from kinds.check(case)
+    if answer & RELATION:
+        yield from relations.check(case)
+    yield from times.check(case)
+    yield from others.check(case)

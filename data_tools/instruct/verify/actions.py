@@ -1,0 +1,251 @@
+"""Actions: supported, contradicted where captions give the same subject another one, or unknown."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+from data_tools import wording
+from data_tools.instruct.schema import Check
+from data_tools.instruct.verify.case import Case
+from data_tools.instruct.verify.describing import PRONOUN, Action, action_stems, actions
+from data_tools.instruct.verify.flags import ACTION
+from data_tools.instruct.verify.grammar import word_set
+from data_tools.instruct.verify.knowledge import ANIMALS
+from data_tools.instruct.verify.reading import Mention
+
+
+def check(case: Case) -> Iterator[Check]:
+    """Yield a finding for each kind of verb of the answer."""
+    reading, knowledge = case.answer_reading, case.knowledge
+    if not reading.bits & ACTION:
+        return
+    stems = action_stems()
+    used = {stems[word] for word in reading.vocabulary if word in stems}
+    if not used:
+        return
+    named: set[str] = set()
+    for number, sentence in enumerate(reading.sentences):
+        for action in actions(sentence):
+            if action.subject == PRONOUN and (number or action.index > 4):
+                # `They` of a description are whom it named first
+                people = _first_mention(case)
+                if people is not None:
+                    action = replace(action, subject="person", mention=people)
+            first = action.mention is None or _is_first(named, action)
+            if action.stem not in used:
+                continue
+            captions = knowledge.actions.get(action.stem, ())
+            span = sentence.span(action.index, action.index)
+            swapped = _swapped(case, action) if captions else ()
+            if action.stem == "ride" and action.target is not None and not swapped:
+                swapped = _rides_another(case, action)
+            if swapped and sentence.asserts(action.index, action.index):
+                used.discard(action.stem)
+                yield case.check(
+                    "action", "contradicted", "ACTION_WRONG", "answer", span,
+                    f"{action.mention.word if action.mention else ''} {action.stem}", swapped,
+                )  # fmt: skip
+                continue
+            if captions:
+                used.discard(action.stem)
+                ids = tuple(n for n in captions if n)
+                yield case.check("action", "supported", None, "answer", span, action.stem, ids)
+                continue
+            if sentence.asserts(action.index, action.index):
+                ids = excluding(case, action, opening=number == 0, first=first)
+                if ids:
+                    used.discard(action.stem)
+                    yield case.check(
+                        "action", "contradicted", "ACTION_WRONG", "answer", span, action.stem, ids
+                    )
+                    continue
+            used.discard(action.stem)
+            refused = case.config.unknown_attributes == "reject"
+            code = "ATTRIBUTE_UNKNOWN" if refused and case.sample_type != "reasoning" else None
+            yield case.check("action", "unknown", code, "answer", span, action.stem)
+        named.update(name for m in sentence.mentions for name in m.entry.categories)
+
+
+def check_yes_no(case: Case) -> Iterator[Check]:
+    """Judge `Is the cat sleeping?` `Yes.`"""
+    question, sentence = case.question, case.question.sentence
+    if question.kind != "yes_no" or question.polarity != "yes" or sentence is None:
+        return
+    for action in actions(sentence):
+        if action.mention is None or case.knowledge.actions.get(action.stem):
+            continue
+        ids = excluding(case, action, opening=True, first=True)
+        if ids:
+            span = sentence.span(action.index, action.index)
+            yield case.check(
+                "action", "contradicted", "ACTION_WRONG", "question", span, action.stem, ids
+            )
+
+
+def excluding(case: Case, action: Action, *, opening: bool, first: bool) -> tuple[int, ...]:
+    """Return the captions whose action excludes this one; none where they do not decide.
+
+    Args:
+        case: The turn.
+        action: What the answer claims; no caption has it.
+        opening: Whether its sentence is the answer's first.
+        first: Whether its subject is the first of its category that the answer names.
+    """
+    subject, number = _subject(case, action, opening=opening)
+    if action.stem in ("ride", "drive") and action.target is not None:
+        ridden = _ridden(case, action.target)
+        if ridden:
+            return ridden
+    if subject is None or (subject not in _ANIMATE and action.stem not in _OF_VEHICLES):
+        return ()
+    known = case.knowledge.actions_of.get(subject, {})
+    if not known:
+        return ()
+    asked = opening and _asks_for_action(case)
+    if asked and number == "many" and subject in case.knowledge.single:
+        return ()  # captions do not speak of these
+    if not asked and (not first or not _is_alone(case, subject, number)):
+        return ()
+    excluded = _excluded(subject == "person")
+    tasks, compatible = _tasks()
+    ids: set[int] = set()
+    for stem, captions in known.items():
+        out = stem in excluded.get(action.stem, ()) or (
+            asked
+            and action.stem in tasks
+            and stem in tasks
+            and (action.stem, stem) not in compatible
+        )
+        if out:
+            ids.update(captions)
+        elif stem in tasks and (action.stem, stem) in compatible:
+            return ()
+    return tuple(sorted(n for n in ids if n))
+
+
+def _ridden(case: Case, target: str) -> tuple[int, ...]:
+    """Return the captions by which nobody rides this: parked vehicles, people standing by it."""
+    knowledge = case.knowledge
+    if len(knowledge.boxes.get(target, ())) > 1:
+        return ()
+    if target in ANIMALS:
+        people = knowledge.actions_of.get("person", {})
+        found = [ids for stem, ids in people.items() if stem in ("stand", "pet", "feed", "sit")]
+    else:
+        found = [knowledge.actions_of.get(target, {}).get("park", ())]
+    return tuple(sorted({number for ids in found for number in ids if number}))
+
+
+def _rides_another(case: Case, action: Action) -> tuple[int, ...]:
+    """Return captions with another thing to ride on, where nothing has the one that is claimed."""
+    knowledge = case.knowledge
+    if action.target in knowledge.boxes or action.target in knowledge.perhaps_named:
+        return ()
+    ids = {
+        number
+        for name, captions in knowledge.named.items()
+        if name in _RIDDEN and name != action.target
+        for number in captions
+    }
+    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
+
+
+def _first_mention(case: Case) -> Mention | None:
+    """Return the first person or animal that an answer names, if it names no other one."""
+    alive = [
+        m for _, m in case.answer_reading.mentions
+        if "person" in m.entry.categories or not _ANIMATE.isdisjoint(m.entry.categories)
+    ]  # fmt: skip
+    return alive[0] if len(alive) == 1 and alive[0].entry.categories == ("person",) else None
+
+
+def _swapped(case: Case, action: Action) -> tuple[int, ...]:
+    """Return the captions that give this action to the other sex, and another one to this sex."""
+    mention = action.mention
+    if mention is None or not mention.entry.narrow:
+        return ()
+    people = wording.load("facts")["people"]
+    own, other = people["male"], people["female"]
+    if mention.word in other:
+        own, other = other, own
+    elif mention.word not in own:
+        return ()
+    doing: dict[str, set[str]] = {"own": set(), "other": set()}
+    ids: set[int] = set()
+    for caption in case.knowledge.captions:
+        for sentence in caption.reading.sentences:
+            for known in actions(sentence):
+                word = known.mention.word if known.mention else ""
+                side = "own" if word in own else "other" if word in other else ""
+                if side:
+                    doing[side].add(known.stem)
+                if side == "other" and known.stem == action.stem:
+                    ids.add(caption.id)
+    if not ids or action.stem in doing["own"] or not doing["own"]:
+        return ()
+    return tuple(sorted(n for n in ids if n))
+
+
+def _subject(case: Case, action: Action, *, opening: bool) -> tuple[str | None, str]:
+    """Return whose action it is: a category; and whether one or many are meant."""
+    if action.mention is not None:
+        return action.subject, action.mention.number
+    if action.subject == PRONOUN or (action.subject is None and action.index <= 1):
+        for mention in case.question.mentions if opening else ():
+            names = mention.entry.categories
+            if mention.word in _BACKGROUND:
+                return None, "any"
+            if len(names) == 1 or "person" in names:
+                return ("person" if "person" in names else names[0]), mention.number
+    return None, "any"
+
+
+def _is_alone(case: Case, subject: str, number: str) -> bool:
+    """Return whether the captions must speak of the same one."""
+    knowledge = case.knowledge
+    most = max(knowledge.counts.get(subject, {}), default=1)
+    if number == "many":
+        return most > 1 and (knowledge.prominent(subject) <= most or not knowledge.has_boxes)
+    return most == 1 and knowledge.prominent(subject) <= 1
+
+
+def _is_first(named: set[str], action: Action) -> bool:
+    """Return whether the subject is the first of its category that the answer names."""
+    mention = action.mention
+    assert mention is not None
+    if mention.word in _BACKGROUND:
+        return False
+    return named.isdisjoint(mention.entry.categories) or mention.number == "many"
+
+
+def _asks_for_action(case: Case) -> bool:
+    return not _ASKING.isdisjoint(case.question_reading.vocabulary)
+
+
+@cache
+def _excluded(person: bool) -> dict[str, frozenset[str]]:
+    """Return for every verb those that it excludes, both ways."""
+    listed = wording.load("facts")["activities"]
+    found: dict[str, set[str]] = {}
+    tables = [listed["postures"]] + ([listed["person_postures"]] if person else [])
+    for table in tables:
+        for stem, others in table.items():
+            for other in others:
+                found.setdefault(stem, set()).add(other)
+                found.setdefault(other, set()).add(stem)
+    return {stem: frozenset(others) for stem, others in found.items()}
+
+
+@cache
+def _tasks() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    """Return the actions that fill a person's attention, and the pairs that go together."""
+    listed = wording.load("facts")["activities"]
+    pairs = [(a, b) for a, b in listed["compatible"]]
+    return frozenset(listed["tasks"]), frozenset(pairs + [(b, a) for a, b in pairs])
+
+
+_ANIMATE = frozenset({"person", *ANIMALS})
+_RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
+_OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})
+_ASKING = word_set("doing position posture activity action happening riding sitting")
+_BACKGROUND = word_set("spectators spectator audience crowd onlookers passersby others")

@@ -1,0 +1,297 @@
+"""Colors, materials and states, compared with those that captions give to the same noun."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+from data_tools import wording
+from data_tools.instruct.schema import Check
+from data_tools.instruct.verify.case import Case
+from data_tools.instruct.verify.describing import (
+    PRONOUN,
+    Attribute,
+    Family,
+    attribute_words,
+    attributes,
+    noun_at,
+    noun_name,
+    parts,
+)
+from data_tools.instruct.verify.flags import ATTRIBUTE
+from data_tools.instruct.verify.grammar import (
+    BE,
+    DEFINITE,
+    INDEFINITE,
+    QUANTITIES,
+    last_of_phrase,
+    word_set,
+)
+from data_tools.instruct.verify.knowledge import ANIMALS
+from data_tools.instruct.verify.reading import Sentence
+
+
+def check(case: Case) -> Iterator[Check]:
+    """Yield a finding for each color, material and state of the answer."""
+    reading = case.answer_reading
+    if not reading.bits & ATTRIBUTE:
+        return
+    seen: set[str] = set()
+    for number, sentence in enumerate(reading.sentences):
+        for attribute in attributes(sentence):
+            if not sentence.asserts(attribute.first, attribute.last):
+                continue
+            noun = attribute.noun
+            if noun == PRONOUN:
+                noun = asked_noun(case) if number == 0 else _previous(reading.sentences, number)
+            ids = contradicting(case, attribute, noun, _is_worn_by_first(case, sentence, attribute))
+            if ids is not None:
+                seen.update(attribute.words)
+                span = sentence.span(attribute.first, attribute.last)
+                claim = f"{' and '.join(attribute.words)} {noun}"
+                yield case.check(
+                    "attribute", "contradicted", "ATTRIBUTE_WRONG", "answer", span, claim, ids
+                )
+    yield from _check_bare(case)
+    yield from _check_words(case, seen)
+
+
+def check_yes_no(case: Case) -> Iterator[Check]:
+    """Judge `Is the bus red?` `Yes.`, and `No.` where captions have it red."""
+    question, sentence = case.question, case.question.sentence
+    if question.kind != "yes_no" or question.polarity is None or sentence is None:
+        return
+    families, words = attribute_words(), sentence.words
+    last = len(words) - 1
+    while last > 0 and families.get(words[last]) is None and words[last] in ("color", "colour"):
+        last -= 1
+    family = families.get(words[last])
+    if family is None or words[0] not in BE or words[max(0, last - 1)] in ("a", "an", "or", "and"):
+        return
+    noun = asked_noun(case)
+    claim = Attribute(family, (words[last],), noun, noun_name(noun) != noun, last, last, True)
+    text = f"{words[last]} {noun}"
+    ids = contradicting(case, claim, noun) if question.polarity == "yes" else None
+    if question.polarity == "no":
+        given = case.knowledge.attributes.get((family, noun), [])
+        if given and all(words[last] in known.words for known, _ in given):
+            ids, text = tuple(number for _, number in given if number), f"not {text}"
+    if ids is not None:
+        span = sentence.span(last, last)
+        yield case.check(
+            "attribute", "contradicted", "ATTRIBUTE_WRONG", "question", span, text, ids
+        )
+
+
+def contradicting(
+    case: Case, claim: Attribute, noun: str, worn_by_first: bool = False
+) -> tuple[int, ...] | None:
+    """Return the captions that give the noun another attribute; None unless they decide.
+
+    Args:
+        case: The turn.
+        claim: What the answer states.
+        noun: Of which noun, pronouns resolved.
+        worn_by_first: Whether it belongs to the first person whom the answer names, who is the one
+            that captions describe.
+
+    They decide where none of them gives the noun an attribute that may be the same, and the noun
+    can only be one thing.
+    """
+    known = case.knowledge
+    noun = _whole(case, noun)
+    found = known.attributes.get((claim.family, noun), ())
+    if not found or (claim.family == "color" and (noun in _uncolored() or known.is_monochrome)):
+        return None
+    if claim.family == "state":
+        opposite = {w for word in claim.words for w in _opposites().get(word, ())}
+        stated = {word for attribute, _ in found for word in attribute.words}
+        if not stated & opposite or stated & set(claim.words) or _shared_side(claim.words, stated):
+            return None
+    elif any(
+        alike(claim.family, one, other)
+        for one in claim.words
+        for attribute, _ in found
+        for other in attribute.words
+    ):
+        return None
+    known_ones = [attribute for attribute, _ in found]
+    if not _is_one_thing(case, claim, noun, known_ones, worn_by_first):
+        return None
+    return tuple(number for _, number in found if number)
+
+
+def alike(family: Family, one: str, other: str) -> bool:
+    """Return whether two people may use these two words for the same color or material."""
+    if one == other:
+        return True
+    groups = _groups(family)
+    return not groups.get(one, frozenset()).isdisjoint(groups.get(other, frozenset()))
+
+
+def _is_one_thing(
+    case: Case, claim: Attribute, noun: str, known: Sequence[Attribute], worn_by_first: bool
+) -> bool:
+    """Return whether claim and captions must speak of the same thing, or of all such things."""
+    knowledge = case.knowledge
+    if claim.predicate and claim.many:
+        return True  # `both buckets are yellow` is wrong if one of them is red
+    if knowledge.boxes.get(noun):
+        one = knowledge.prominent(noun) == 1 or noun in knowledge.single
+        return one or (claim.many and any(a.many for a in known))
+    if noun in _wearables() and knowledge.prominent("person") > 1:
+        return worn_by_first or _asks_about_one_person(case)
+    return claim.many == any(a.many for a in known) or not claim.many
+
+
+def _is_worn_by_first(case: Case, sentence: Sentence, attribute: Attribute) -> bool:
+    """Return whether the noun belongs to the first person, a single one, whom the answer names."""
+    people = [(s, m) for s, m in case.answer_reading.mentions if "person" in m.entry.categories]
+    if not people or people[0][1].number != "one" or people[0][1].entry.categories != ("person",):
+        return False
+    first, person = people[0]
+    before = [m for s, m in people if s is sentence and m.last < attribute.first]
+    if before:
+        same = before[-1] is person or before[-1].first == person.last + 1  # `male player`
+        return first is sentence and same
+    return sentence.words[0] in ("he", "she", "his", "her") and len(people) == 1
+
+
+def _asks_about_one_person(case: Case) -> bool:
+    """Return whether the question is about the one person whom captions describe."""
+    asked = [m for m in case.question.mentions if "person" in m.entry.categories]
+    return bool(asked) and all(m.number == "one" for m in asked)
+
+
+def asked_noun(case: Case) -> str:
+    """Return the noun that the question asks about; `it` if there is none."""
+    sentence = case.question.sentence
+    if sentence is None:
+        return PRONOUN
+    words = sentence.words
+    start = next((i + 1 for i, word in enumerate(words) if word in BE or word == "does"), 0)
+    while start < len(words) and words[start] in (DEFINITE | INDEFINITE | QUANTITIES):
+        start += 1
+    last = last_of_phrase(words, start, len(words))
+    if last < start:
+        return PRONOUN
+    if words[last] in parts() and words[last + 1 : last + 2] == ["of"]:
+        inner = last_of_phrase(words, last + 3, len(words))
+        last = inner if inner > last + 2 else last
+    return noun_at(sentence, last)
+
+
+def _check_bare(case: Case) -> Iterator[Check]:
+    """Judge `What color is the bus?` `Dark red.`"""
+    words = case.answer_reading.spoken
+    families = attribute_words()
+    if not words or len(words) > 5 or case.question.kind != "open":
+        return
+    asked = case.question_reading.vocabulary
+    given = tuple(word for word in words if word in families)
+    if not given or any(word not in families and word not in _BARE_WORDS for word in words):
+        return
+    family = families[given[0]]
+    if not (asked & _ASKS[family] or any(families.get(word) == family for word in asked)):
+        return  # `Is it red or blue?` asks for a color too
+    noun = asked_noun(case)
+    many = noun_name(noun) != noun
+    ids = contradicting(case, Attribute(family, given, noun, many, 0, 0, predicate=True), noun)
+    if ids is not None:
+        claim = f"{' and '.join(given)} {noun}"
+        span = (0, len(case.answer_reading.text))
+        yield case.check("attribute", "contradicted", "ATTRIBUTE_WRONG", "answer", span, claim, ids)
+
+
+def _check_words(case: Case, seen: set[str]) -> Iterator[Check]:
+    """Yield whether any caption has the word; unknown words reject only if the settings say so."""
+    reading, knowledge = case.answer_reading, case.knowledge
+    listed = _listed()
+    known = {word for word in reading.vocabulary if word in listed} - seen
+    for sentence in reading.sentences if known else ():
+        for index, word in enumerate(sentence.words):
+            if word not in known:
+                continue
+            known.remove(word)
+            span = sentence.span(index, index)
+            captions = knowledge.words.get(word, ())
+            if captions:
+                ids = tuple(number for number in captions if number)
+                yield case.check("attribute", "supported", None, "answer", span, word, ids)
+            else:
+                refused = case.config.unknown_attributes == "reject"
+                code = "ATTRIBUTE_UNKNOWN" if refused and case.sample_type != "reasoning" else None
+                yield case.check("attribute", "unknown", code, "answer", span, word)
+
+
+def _previous(sentences: Sequence[Sentence], number: int) -> str:
+    """Return what a pronoun stands for: the first thing that the sentence before names."""
+    before = sentences[number - 1].mentions
+    names = before[0].entry.categories if before else ()
+    return names[0] if len(names) == 1 else PRONOUN
+
+
+def _whole(case: Case, noun: str) -> str:
+    """Return the animal for its fur, where question and answer name only one, or the image has."""
+    if noun not in _fur() or ("color", noun) in case.knowledge.attributes:
+        return noun
+    named = {
+        name
+        for reading in (case.question_reading, case.answer_reading)
+        for _, mention in reading.mentions
+        for name in mention.entry.categories
+        if name in ANIMALS and len(mention.entry.categories) == 1
+    }
+    animals = sorted(named) or case.knowledge.animals
+    return animals[0] if len(animals) == 1 else noun
+
+
+def _shared_side(words: Sequence[str], stated: set[str]) -> bool:
+    sides = [set(side) for pair in wording.load("facts")["states"] for side in pair]
+    return any(side & stated and side & set(words) for side in sides)
+
+
+@cache
+def _groups(family: Family) -> dict[str, frozenset[int]]:
+    """Return for every word the groups of alike words that it is in."""
+    groups: dict[str, set[int]] = {}
+    listed = wording.load("facts")["colors" if family == "color" else "materials"]
+    for number, group in enumerate(listed):
+        for word in group:
+            groups.setdefault(word, set()).add(number)
+    return {word: frozenset(numbers) for word, numbers in groups.items()}
+
+
+@cache
+def _opposites() -> dict[str, frozenset[str]]:
+    found: dict[str, frozenset[str]] = {}
+    for one, other in wording.load("facts")["states"]:
+        found |= dict.fromkeys(one, frozenset(other)) | dict.fromkeys(other, frozenset(one))
+    return found
+
+
+@cache
+def _listed() -> frozenset[str]:
+    claims = wording.load("claims")
+    return frozenset(claims["colours"]) | frozenset(claims["materials"])
+
+
+@cache
+def _uncolored() -> frozenset[str]:
+    return frozenset(wording.load("facts")["uncolored"])
+
+
+@cache
+def _wearables() -> frozenset[str]:
+    return frozenset(wording.load("facts")["wearables"])
+
+
+@cache
+def _fur() -> frozenset[str]:
+    return frozenset(noun_name(word) for word in wording.load("facts")["fur"]) | {"fur"}
+
+
+_BARE_WORDS = word_set("it is they are and dark light bright pale mostly the a of made both all")
+_ASKS: dict[Family, frozenset[str]] = {
+    "color": frozenset({"color", "colour", "colors", "colours", "colored", "coloured"}),
+    "material": frozenset({"made", "material", "materials"}),
+    "state": frozenset({"state", "condition"}),
+}

@@ -1,0 +1,87 @@
+"""What a rule is given: one turn read, the image's knowledge, and how strict to be."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from data_tools.coco import AnnotatedImage
+from data_tools.instruct.config import VerifyConfig
+from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
+from data_tools.instruct.verify.flagging import fill
+from data_tools.instruct.verify.knowledge import Knowledge
+from data_tools.instruct.verify.lexicon import Lexicon
+from data_tools.instruct.verify.questions import Question
+from data_tools.instruct.verify.reading import Reading
+
+Part = Literal["question", "answer"]
+REMEMBERED = 256
+"""The knowledge of this many images is kept at a time."""
+
+
+class Policy:
+    """How strict the checks are, and the words they look for.
+
+    Args:
+        config: The run's `verify` section.
+        categories: Names of all categories that are annotated, whether in this image or not.
+    """
+
+    def __init__(self, config: VerifyConfig, categories: Iterable[str]) -> None:
+        self.config = config
+        self.lexicon = Lexicon(categories)
+        fill(self.lexicon.flags)
+        self.under_labelled = frozenset(config.under_labelled)
+        self._known: dict[int, Knowledge] = {}
+
+    def knowledge(self, image: AnnotatedImage) -> Knowledge:
+        """What the annotations state about an image; samples of one image share it."""
+        known = self._known.get(image.id)
+        if known is None or known.image is not image:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            known = self._known[image.id] = Knowledge(image, self.lexicon)
+        return known
+
+
+class Case:
+    """One turn of a sample under examination.
+
+    Attributes:
+        question_reading: The question taken apart.
+        answer_reading: The answer taken apart.
+        question: The question, and what its answer says to it.
+        config: The run's `verify` section.
+    """
+
+    def __init__(
+        self,
+        turn: Turn,
+        index: int,
+        sample_type: SampleType,
+        knowledge: Knowledge,
+        policy: Policy,
+    ) -> None:
+        self.turn = turn
+        self.index = index
+        self.sample_type = sample_type
+        self.knowledge = knowledge
+        self.policy = policy
+        self.config = policy.config
+        self.question_reading = Reading(turn.question, policy.lexicon)
+        self.answer_reading = Reading(turn.answer, policy.lexicon)
+        self.question = Question(self.question_reading, self.answer_reading)
+
+    def check(
+        self,
+        rule: str,
+        verdict: Verdict,
+        code: str | None,
+        part: Part,
+        span: tuple[int, int] | None,
+        claim: str,
+        evidence: tuple[int, ...] = (),
+    ) -> Check:
+        """A finding about this turn."""
+        return Check(
+            rule=rule, verdict=verdict, code=code, turn=self.index, part=part, span=span,
+            claim=claim, evidence=evidence,
+        )  # fmt: skip

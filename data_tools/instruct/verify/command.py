@@ -1,0 +1,234 @@
+"""Answers become samples: read, checked claim by claim, accepted or rejected with their reasons.
+
+A pure function of images, requests and answers: it may be run again at no cost, and the same
+files give the same bytes.
+"""
+
+import gc
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+from rich.table import Table
+
+import vlm_sft
+from data_tools.coco import AnnotatedImage
+from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.generate.answers import answers_folder, read_answers
+from data_tools.instruct.index import read_categories, read_images
+from data_tools.instruct.options import stage_parser
+from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.run_folder import RunFolder
+from data_tools.instruct.schema import Answer, Check, Cost, ImageSource, Request, Sample
+from data_tools.instruct.verify import Policy, check_sample, reasons
+from data_tools.instruct.verify.parse_answer import read_turns
+from vlm_sft.errors import UserError
+from vlm_sft.utils.console import Console
+from vlm_sft.utils.owned_files import owned_open, write_owned_json
+from vlm_sft.utils.ownership import refuse_input
+from vlm_sft.utils.progress import track
+
+TOOL: Final = f"vlm_sft/{vlm_sft.__version__}"
+EXAMPLES: Final = 5
+"""So many samples of every reason are named in `verification.json`."""
+
+
+def command(config: InstructConfig, options: Sequence[str]) -> None:
+    """Write samples.jsonl, rejected.jsonl and verification.json, and tell what was found."""
+    parser = stage_parser("verify", __doc__)
+    parser.add_argument(
+        "--file",
+        metavar="LLAVA.json",
+        help="check this file of LLaVA's form (.json or .jsonl) against the annotations instead; "
+        "results go to OUTPUT_DIR/checked/NAME/",
+    )
+    arguments = parser.read(options)
+    folder = RunFolder(Path(config.output_dir))
+    policy = Policy(config.verify, read_categories(folder))
+    images = read_images(folder)
+    if arguments.file is not None:
+        from data_tools.instruct.verify.llava_records import imported_samples
+
+        path = Path(arguments.file)
+        folder = RunFolder(folder.root / "checked" / path.stem)
+        for output in (folder.samples, folder.rejected, folder.verification):
+            refuse_input(output, [path])
+        tally = Tally()
+        samples = imported_samples(path, images, policy, tally.left_out)
+    else:
+        tally = Tally()
+        samples = _samples(config, folder, images, policy, tally)
+    # What is loaded stays until the end; full collections need not visit it again and again.
+    gc.freeze()
+    write_samples(folder, samples, tally)
+    print_summary(tally, folder)
+
+
+def make_sample(request: Request, answer: Answer, image: AnnotatedImage, policy: Policy) -> Sample:
+    """One answer with everything found about it."""
+    parsed = read_turns(request, answer)
+    checks = parsed.checks
+    if parsed.turns:
+        checks += check_sample(parsed.turns, request.type, image, request.shown, policy)
+    codes = reasons(checks)
+    return Sample(
+        id=request.sample_id,
+        type=request.type,
+        origin="rules" if answer.teacher == "rules" else "llm",
+        image=image_source(image),
+        turns=parsed.turns,
+        raw=None if parsed.turns else answer.text,
+        shown=request.shown,
+        request=request.id,
+        template=request.template,
+        template_sha256=request.template_sha256,
+        model=answer.model,
+        fingerprint=answer.fingerprint,
+        parameters=request.parameters,
+        cost=_cost(answer),
+        tool=TOOL,
+        checks=checks,
+        status="rejected" if codes else "accepted",
+        reasons=codes,
+    )
+
+
+def image_source(image: AnnotatedImage) -> ImageSource:
+    """What a sample keeps of its image."""
+    return ImageSource(
+        id=image.id,
+        file_name=image.file_name,
+        width=image.width,
+        height=image.height,
+        license=image.license,
+    )
+
+
+class Tally:
+    """Counts of a run of checks: the funnel, verdicts by rule, codes, examples."""
+
+    def __init__(self) -> None:
+        self.funnel: Counter[str] = Counter()
+        self.by_type: dict[str, Counter[str]] = {}
+        self.verdicts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.codes: Counter[str] = Counter()
+        self.codes_by_type: dict[str, Counter[str]] = {}
+        self.deviations: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.examples: dict[str, list[dict[str, str]]] = {}
+
+    def add(self, sample: Sample) -> None:
+        """Count a finished sample."""
+        self.funnel["answered"] += 1
+        self.funnel["read"] += bool(sample.turns)
+        self.funnel[sample.status] += 1
+        self.by_type.setdefault(sample.type, Counter())[sample.status] += 1
+        for check in sample.checks:
+            self.verdicts[check.rule][check.verdict] += 1
+            if check.rule == "reading" and check.code is None:
+                self.deviations[check.claim] += 1
+        for code in sample.reasons:
+            self.codes[code] += 1
+            self.codes_by_type.setdefault(sample.type, Counter())[code] += 1
+            known = self.examples.setdefault(code, [])
+            if len(known) < EXAMPLES:
+                known.append({"sample": sample.id, "claim": _claim(sample, code)})
+
+    def told(self) -> dict[str, Any]:
+        """The content of `verification.json`; keys sorted, so that order tells nothing."""
+        return {
+            "funnel": {
+                name: self.funnel[name]
+                for name in ("requests", "unanswered", "answered", "read", "accepted", "rejected")
+            },
+            "left_out": dict(sorted(self.left_out.items())),
+            "by_type": _sorted(self.by_type),
+            "verdicts": _sorted(self.verdicts),
+            "codes": dict(sorted(self.codes.items())),
+            "codes_by_type": _sorted(self.codes_by_type),
+            "deviations": dict(sorted(self.deviations.items())),
+            "examples": dict(sorted(self.examples.items())),
+        }
+
+
+def write_samples(folder: RunFolder, samples: Iterator[Sample], tally: Tally) -> None:
+    """Write accepted and rejected samples as they come, and the counts; all or nothing."""
+    with ExitStack() as stack:
+        accepted = stack.enter_context(owned_open(folder.samples))
+        rejected = stack.enter_context(owned_open(folder.rejected))
+        for sample in samples:
+            tally.add(sample)
+            file = accepted if sample.status == "accepted" else rejected
+            file.write(sample.model_dump_json().encode() + b"\n")
+    write_owned_json(folder.verification, tally.told())
+
+
+def print_summary(tally: Tally, folder: RunFolder) -> None:
+    """The funnel, and the commonest reasons with an example each."""
+    told = tally.told()["funnel"]
+    console = Console(highlight=False, markup=False, emoji=False)
+    asked = f"requests {told['requests']:,}: unanswered {told['unanswered']:,}"
+    if not told["requests"]:  # a file of others' was checked
+        left_out = tally.left_out.total()
+        asked = f"records {told['answered'] + left_out:,}: left out {left_out:,}"
+    console.print(
+        f"{asked}, accepted {told['accepted']:,}, rejected {told['rejected']:,} -> {folder.root}",
+        soft_wrap=True,
+    )
+    for reason, count in sorted(tally.left_out.items()):
+        console.print(f"left out: {count:,} {reason}", soft_wrap=True)
+    for note, count in sorted(tally.deviations.items()):
+        console.print(f"read although: {count:,} had {note}", soft_wrap=True)
+    if not tally.codes:
+        return
+    table = Table("reason", "samples", "example", box=None)
+    for code, count in sorted(tally.codes.items(), key=lambda item: (-item[1], item[0])):
+        example = tally.examples[code][0]
+        table.add_row(code, f"{count:,}", f"{example['sample']}: {example['claim']}"[:90])
+    console.print(table)
+
+
+def _samples(
+    config: InstructConfig,
+    folder: RunFolder,
+    images: dict[int, AnnotatedImage],
+    policy: Policy,
+    tally: Tally,
+) -> Iterator[Sample]:
+    answers = read_answers(answers_folder(config))
+    with folder.requests.open("rb") as file:
+        total = sum(1 for _ in file)
+    for request in track(read_requests(folder), total, "verifying"):
+        tally.funnel["requests"] += 1
+        answer = answers.get(request.id)
+        if answer is None:
+            tally.funnel["unanswered"] += 1
+            continue
+        image = images.get(request.image)
+        if image is None:
+            raise UserError(
+                f"{folder.requests}: request {request.sample_id} is about image "
+                f"{request.image}, which {folder.images} has not; run `index` and `plan` again"
+            )
+        yield make_sample(request, answer, image, policy)
+
+
+def _cost(answer: Answer) -> Cost:
+    return Cost(
+        tokens_in=answer.tokens_in,
+        tokens_cached=answer.tokens_cached,
+        tokens_out=answer.tokens_out,
+        usd=answer.usd,
+        attempts=answer.attempts,
+    )
+
+
+def _claim(sample: Sample, code: str) -> str:
+    found: Check = next(check for check in sample.checks if check.code == code)
+    return " ".join(found.claim.split())
+
+
+def _sorted(counts: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    return {name: dict(sorted(counter.items())) for name, counter in sorted(counts.items())}

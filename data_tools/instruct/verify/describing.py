@@ -1,0 +1,344 @@
+"""What a sentence says of the things it names: colors, materials, states, actions, positions.
+
+The same reading serves answers and captions, so that the two can be compared noun by noun.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Final, Literal
+
+from data_tools import wording
+from data_tools.instruct.verify.flags import ACTION, ATTRIBUTE, RELATION
+from data_tools.instruct.verify.grammar import (
+    ADVERBS,
+    BE,
+    CONJUNCTIONS,
+    DEFINITE,
+    INDEFINITE,
+    PREPOSITIONS,
+    QUANTITIES,
+    is_plural,
+    last_of_phrase,
+    singular,
+    word_set,
+)
+from data_tools.instruct.verify.reading import Mention, Sentence
+
+Family = Literal["color", "material", "state"]
+PRONOUN: Final = "it"
+"""The noun of what is said of a pronoun."""
+
+
+@dataclass(slots=True)
+class Attribute:
+    """A color, material or state of a noun; `first` and `last` are words of the sentence.
+
+    `noun` is a category, or a singular in lower case. `predicate`: it is said of all of them (`the
+    buckets are red`), not of those that are named (`two red buckets`).
+    """
+
+    family: Family
+    words: tuple[str, ...]
+    noun: str
+    many: bool
+    first: int
+    last: int
+    predicate: bool = False
+
+
+@dataclass(slots=True)
+class Action:
+    """A verb with its subject: a category, `it` for a pronoun, None if neither is found.
+
+    `target` is the category of what follows the verb.
+    """
+
+    stem: str
+    subject: str | None
+    mention: Mention | None
+    index: int
+    target: str | None
+
+
+@dataclass(slots=True)
+class Relation:
+    """`one` is `how` (in front of, behind, on, under) the `other`; both are nouns."""
+
+    one: str
+    how: str
+    other: str
+    first: int
+    last: int
+
+
+def attributes(sentence: Sentence) -> Iterator[Attribute]:
+    """Yield every color, material and state that the sentence gives to a noun."""
+    if not sentence.bits & ATTRIBUTE:
+        return
+    families, words = attribute_words(), sentence.words
+    end = 0
+    for index in sentence.hits(ATTRIBUTE):
+        if index < end:
+            continue  # `red and white` is read at once
+        family = families[words[index]]
+        last = _chain(words, index, family)
+        found = tuple(w for w in words[index : last + 1] if families.get(w) == family)
+        attribute = _attribute(sentence, family, found, index, last)
+        if attribute is not None:
+            yield attribute
+        end = last + 1
+
+
+def _chain(words: Sequence[str], index: int, family: Family) -> int:
+    """Return the last word of `red, white and blue`."""
+    families = attribute_words()
+    last = index
+    while last + 1 < len(words):
+        step = 2 if words[last + 1] in ("and", ",", "-", "or") else 1
+        if last + step >= len(words) or families.get(words[last + step]) != family:
+            if words[last + 1 : last + 3] == [",", "and"] and (
+                families.get("".join(words[last + 3 : last + 4])) == family
+            ):
+                last += 3
+                continue
+            break
+        last += step
+    return last
+
+
+def _attribute(
+    sentence: Sentence, family: Family, found: tuple[str, ...], first: int, last: int
+) -> Attribute | None:
+    words = sentence.words
+    head = last_of_phrase(words, last + 1, len(words))
+    mention = next((m for m in sentence.mentions if m.first <= last < m.last), None)
+    if mention is not None:
+        head = mention.last  # `black bear` is one name
+    if head > last:
+        return Attribute(family, found, noun_at(sentence, head), _is_many(words, head), first, head)
+    before = first - 1
+    while before >= 0 and words[before] in _DEGREES:
+        before -= 1
+    if before < 0:
+        return None
+    if words[before] in ("of", "from", "in") and before and words[before - 1] in _MADE:
+        before -= 1 if words[before - 1] != "out" else 2
+        while before >= 0 and words[before] in _MADE:
+            before -= 1
+    elif family == "material":
+        return None  # `a wall of stone`, `made with wood` say less
+    if before < 0 or words[before] not in _LINKING:
+        return None
+    subject = subject_before(sentence, before)
+    if subject is None:
+        return None
+    noun, at = subject
+    return Attribute(family, found, noun, _is_many(words, at), first, last, predicate=True)
+
+
+def subject_before(sentence: Sentence, verb: int) -> tuple[str, int] | None:
+    """Return the noun before a linking verb, and its index: `the walls of the room are`."""
+    words = sentence.words
+    begin, _ = sentence.clause(verb)
+    begin = max([begin, *(i + 1 for i in range(begin, verb) if words[i] == ",")])
+    while begin < verb and words[begin] in (CONJUNCTIONS | ADVERBS | {","}):
+        begin += 1
+    if begin >= verb:
+        return None
+    if words[begin] in _PRONOUNS and all(word in ADVERBS for word in words[begin + 1 : verb]):
+        return PRONOUN, begin
+    index = begin
+    while index < verb and not (index > begin and words[index] in _ENDS_SUBJECT):
+        index += 1
+    head = index - 1
+    if words[head] in parts() and words[index : index + 1] == ["of"]:
+        inner = last_of_phrase(words, index + 2, verb)
+        head = inner if inner > index + 1 else head
+    if words[head] in parts():
+        return None
+    if not words[head][0].isalpha() or words[head] in PREPOSITIONS:
+        return None
+    return noun_at(sentence, head), head
+
+
+def noun_at(sentence: Sentence, index: int) -> str:
+    """Return the name of the noun at an index: its category, or its singular."""
+    for mention in sentence.mentions:
+        if mention.first <= index <= mention.last:
+            if len(mention.entry.categories) == 1:
+                return mention.entry.categories[0]
+            break
+    return noun_name(sentence.words[index])
+
+
+@cache
+def noun_name(word: str) -> str:
+    """Return one name for synonyms: `countertops` -> `counter`."""
+    name = singular(word)
+    return _synonyms().get(name, name)
+
+
+def actions(sentence: Sentence) -> Iterator[Action]:
+    """Yield every listed verb of the sentence with its subject."""
+    if not sentence.bits & ACTION:
+        return
+    stems, words = action_stems(), sentence.words
+    for index in sentence.hits(ACTION):
+        word = words[index]
+        stem = stems.get(word)
+        if word in _TAKES and not _PHOTOS.isdisjoint(words[index + 1 : index + 5]):
+            stem = "photograph"
+        if stem is None or any(m.first <= index <= m.last for m in sentence.mentions):
+            continue
+        if not word.endswith("ing") and index and _is_noun_place(words[index - 1]):
+            continue  # `a ride`, `the look`
+        if word.endswith("ing") and index and words[index - 1] in _BEFORE_GERUND:
+            continue  # `a parking meter`, `for skating`
+        if stem == "fly" and not {"kite", "kites"}.isdisjoint(words[index + 1 : index + 6]):
+            stem = "play"
+        if _takes_object(words, index, stem):
+            continue  # `resting its head`
+        subject = _subject(sentence, index)
+        target = _target(sentence, index)
+        if isinstance(subject, Mention):
+            names = subject.entry.categories
+            # `pitcher` is a vessel as well, but does nothing then
+            name = "person" if "person" in names else names[0] if len(names) == 1 else None
+            yield Action(stem, name, subject, index, target)
+        else:
+            yield Action(stem, subject, None, index, target)
+
+
+def _target(sentence: Sentence, verb: int) -> str | None:
+    """Return the category that follows a verb: `riding on the back of an elephant`."""
+    _, end = sentence.clause(verb)
+    after = [m for m in sentence.mentions if verb < m.first < end]
+    names = after[0].entry.categories if after and after[0].first - verb <= 7 else ()
+    return names[0] if len(names) == 1 else None
+
+
+def _takes_object(words: Sequence[str], index: int, stem: str) -> bool:
+    return stem in ("lie", "sit", "stand", "run", "jump") and words[index + 1 : index + 2] in (
+        ["its"], ["his"], ["her"], ["their"],
+    )  # fmt: skip
+
+
+def _subject(sentence: Sentence, verb: int) -> Mention | str | None:
+    words = sentence.words
+    begin, _ = sentence.clause(verb)
+    before = [m for m in sentence.mentions if begin <= m.first and m.last < verb]
+    if before:
+        near = before[-1]
+        between = words[near.last + 1 : verb]
+        if all(word in _BEFORE_VERB for word in between):
+            return near
+        joint = max(
+            (i for i in range(begin, verb) if words[i] in (",", "and", "while")), default=-1
+        )
+        if joint > before[0].last and verb - joint > 2:
+            return None  # another noun may stand in between
+        return before[0]
+    if begin < verb and any(word in _PRONOUNS for word in words[begin:verb]):
+        return PRONOUN
+    if begin and verb - begin <= 2 and words[begin] in ("and", ",", "while"):
+        earlier = [m for m in sentence.mentions if m.last < begin]
+        return earlier[0] if earlier else None
+    return None
+
+
+def relations(sentence: Sentence) -> Iterator[Relation]:
+    """Yield `one in front of other`, behind, on and under, of nouns that stand close by."""
+    if not sentence.bits & RELATION:
+        return
+    words = sentence.words
+    for index in sentence.hits(RELATION):
+        word = words[index]
+        how, last = RELATIONS[word], index
+        if word == "front":
+            if index == 0 or words[index - 1] != "in" or words[index + 1 : index + 2] != ["of"]:
+                continue
+            last = index + 1
+        if word == "top":
+            if words[index + 1 : index + 2] != ["of"]:
+                continue
+            last = index + 1
+        start = last + 1
+        while start < len(words) and words[start] in (DEFINITE | INDEFINITE | QUANTITIES):
+            start += 1
+        other = last_of_phrase(words, start, len(words))
+        mention = next((m for m in sentence.mentions if m.first >= start), None)
+        if mention is not None and mention.first <= start + 2 and mention.first <= other:
+            other = mention.last
+        if other < start:
+            continue
+        begin, _ = sentence.clause(index)
+        for subject in _placed(sentence, begin, index):
+            yield Relation(subject, how, noun_at(sentence, other), index, other)
+
+
+def _placed(sentence: Sentence, begin: int, index: int) -> Iterator[str]:
+    """Yield the nouns that the phrase at `index` may place: the first and the last before it."""
+    words = sentence.words
+    before = [m for m in sentence.mentions if begin <= m.first and m.last < index]
+    for subject in before[:1] + before[1:][-1:]:
+        names = subject.entry.categories
+        yield names[0] if len(names) == 1 else noun_name(subject.word)
+    if not before and begin < index and words[begin] in _PRONOUNS:
+        yield PRONOUN
+
+
+@cache
+def attribute_words() -> dict[str, Family]:
+    """Return the words that are colors, materials and states, with their family."""
+    claims, facts = wording.load("claims"), wording.load("facts")
+    found: dict[str, Family] = dict.fromkeys(claims["materials"], "material")
+    found |= dict.fromkeys(claims["colours"], "color")
+    found |= {w: "state" for pair in facts["states"] for side in pair for w in side}
+    return found
+
+
+@cache
+def action_stems() -> dict[str, str]:
+    """Return the stems of verb forms: `riding` -> `ride`."""
+    listed = wording.load("claims")["actions"]
+    return {form: stem for stem, forms in listed.items() for form in forms}
+
+
+@cache
+def parts() -> frozenset[str]:
+    """Return nouns that stand for what follows their `of`: `the front part of the bus`."""
+    return frozenset(wording.load("facts")["parts"])
+
+
+@cache
+def _synonyms() -> dict[str, str]:
+    return {word: group[0] for group in wording.load("facts")["nouns"] for word in reversed(group)}
+
+
+def _is_many(words: Sequence[str], index: int) -> bool:
+    return is_plural(words[index]) or words[index] in ("they", "both", "these", "those")
+
+
+def _is_noun_place(before: str) -> bool:
+    return before in DEFINITE or before in INDEFINITE or before in QUANTITIES
+
+
+_TAKES: Final = word_set("take takes taking took")
+_PHOTOS: Final = word_set("photo photos picture pictures photograph photographs selfie image")
+_DEGREES: Final = word_set(
+    "very mostly all both completely entirely bright dark light deep pale painted colored coloured "
+    "a an quite also rather predominantly vivid solid"
+)
+_MADE: Final = word_set("made carved built constructed out cut")
+_LINKING: Final = BE | word_set("looks appears seems painted colored glows shines looked")
+_PRONOUNS: Final = word_set("it they he she both these those this that")
+_ENDS_SUBJECT: Final = PREPOSITIONS | word_set("that which who , and is are was were worn")
+_BEFORE_VERB: Final = (
+    BE | ADVERBS | word_set("who that which and , has have been peacefully happily")
+)
+_BEFORE_GERUND: Final = word_set("for of a an the")
+RELATIONS: Final = {
+    "front": "front", "behind": "behind", "under": "under", "underneath": "under",
+    "beneath": "under", "below": "under", "on": "on", "atop": "on", "top": "on",
+}  # fmt: skip

@@ -1,0 +1,187 @@
+"""How a sample is built: turns, lengths, repetitions, marks, questions that answer themselves."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from data_tools import wording
+from data_tools.instruct.schema import Check, SampleType
+from data_tools.instruct.verify.case import Case
+from data_tools.instruct.verify.grammar import word_set
+from data_tools.instruct.verify.manner import hedged_sentences
+from data_tools.instruct.verify.numbers import number_of
+from data_tools.instruct.verify.phrases import HEDGE
+
+TOLERANT: Final = 12
+"""One sentence that guesses is accepted next to others, or where it has this many words, which
+leave room for a reason."""
+OPENING: Final = 16
+"""A description that guesses within this many characters (`It looks like a ...`) guesses as a
+whole."""
+LONG_ANSWER: Final = 5
+"""Answers of more words than this are not to be repeated."""
+
+
+def check_sample(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
+    """Findings about the sample as a whole; `cases` are its turns."""
+    config = cases[0].config if cases else None
+    if config is not None:
+        least, most = config.forms[sample_type].turns
+        if not least <= len(cases) <= most:
+            yield _whole("TURN_COUNT", f"{len(cases)} turns, {least} to {most} expected")
+    yield from _repeated(cases)
+    yield from _all_yes(cases, sample_type)
+    yield from _hedged(cases, sample_type)
+
+
+def check_turn(case: Case) -> Iterator[Check]:
+    """Findings about the form of one turn."""
+    config, turn = case.config, case.turn
+    for part, reading in (("question", case.question_reading), ("answer", case.answer_reading)):
+        if not reading.spoken:
+            yield _fault(case, "TURN_EMPTY", part, f"the {part} has no words")
+        if _MARKS.isdisjoint(reading.vocabulary):
+            continue  # most texts
+        for code, pattern in (("IMAGE_MARK", _IMAGE), ("ROLE_MARK", _ROLE)):
+            match = pattern.search(reading.text)
+            if match:
+                yield _fault(case, code, part, match[0].strip(), match.span())
+    least, most = config.forms[case.sample_type].answer_words
+    asked, answered = len(case.question_reading.spoken), len(case.answer_reading.spoken)
+    if 0 < answered < least:
+        yield _fault(case, "TOO_SHORT", "answer", f"{answered} words, at least {least} expected")
+    if answered > most:
+        yield _fault(case, "TOO_LONG", "answer", f"{answered} words, at most {most} expected")
+    if asked > config.max_question_words:
+        limit = config.max_question_words
+        yield _fault(case, "TOO_LONG", "question", f"{asked} words, at most {limit} expected")
+    if asked and case.sample_type != "detail" and not _asks(case):
+        yield _fault(case, "NOT_A_QUESTION", "question", turn.question[:60])
+    given = _given_away(case)
+    if given:
+        yield _fault(case, "GIVEN_AWAY", "question", given)
+
+
+def _asks(case: Case) -> bool:
+    words = [word for word in case.question_reading.words if word not in _BEFORE_ORDERS]
+    return (
+        "?" in case.turn.question
+        or bool(words and words[0] in _INSTRUCTIONS)
+        or _REQUEST.search(case.turn.question) is not None
+    )
+
+
+def _given_away(case: Case) -> str | None:
+    """The answer where the question has it: all words of a short one, or the number or color."""
+    question = case.question
+    if question.kind != "open" and question.kind != "how_many":
+        return None
+    words = case.question_reading.words
+    if "or" in words or question.sentence is None:
+        return None
+    if question.kind == "how_many":
+        value = question.number
+        counted = question.counted
+        if value is None or counted is None or value < 2:
+            return None
+        return next((word for word in words if number_of(word) == value), None)
+    content = case.answer_reading.spoken
+    telling = [word for word in content if word not in _EMPTY_WORDS]
+    if telling and len(content) <= 4 and all(word in words for word in telling):
+        return " ".join(telling)
+    if "colour" in words or "color" in words:
+        colours = case.answer_reading.vocabulary & _colours() & case.question_reading.vocabulary
+        return min(colours) if colours else None
+    return None
+
+
+def _colours() -> frozenset[str]:
+    return frozenset(wording.load("claims")["colours"])
+
+
+def _repeated(cases: Sequence[Case]) -> Iterator[Check]:
+    questions: set[str] = set()
+    answers: set[str] = set()
+    for case in cases:
+        question = " ".join(case.question_reading.spoken)
+        answer = " ".join(case.answer_reading.spoken)
+        if question and question in questions:
+            yield _fault(case, "TURN_REPEATED", "question", case.turn.question[:60])
+        elif answer in answers and answer.count(" ") >= LONG_ANSWER:
+            yield _fault(case, "TURN_REPEATED", "answer", case.turn.answer[:60])
+        questions.add(question)
+        answers.add(answer)
+
+
+def _all_yes(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
+    if sample_type != "conversation" or not cases:
+        return
+    polarities = [
+        case.question.polarity for case in cases if case.question.kind in ("existence", "yes_no")
+    ]
+    answered = [polarity for polarity in polarities if polarity is not None]
+    if len(answered) >= cases[0].config.all_yes_from and set(answered) == {"yes"}:
+        yield _whole("ALL_YES", f"{len(answered)} yes/no questions, every answer is yes")
+
+
+def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
+    if sample_type == "reasoning" or not cases:
+        return
+    counts = [
+        hedged_sentences(case)
+        for case in cases
+        if case.turn.kind != "cannot_tell" and _INVITES.isdisjoint(case.question_reading.vocabulary)
+    ]
+    guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
+    most = cases[0].config.max_hedged * total
+    opens = HEDGE.pattern.search(cases[0].turn.answer, 0, OPENING) is not None
+    long = total > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
+    if most > 0 and long and not (opens and sample_type == "detail"):
+        most = max(most, 1)
+    if guessing and guessing > most:
+        yield Check(
+            rule="hedge", verdict="contradicted", code="HEDGED", turn=None, part=None, span=None,
+            claim=f"{guessing} of {total} sentences guess", evidence=(),
+        )  # fmt: skip
+
+
+def _fault(
+    case: Case, code: str, part: str, claim: str, span: tuple[int, int] | None = None
+) -> Check:
+    return case.check("form", "contradicted", code, part, span, claim)  # type: ignore[arg-type]
+
+
+def _whole(code: str, claim: str) -> Check:
+    return Check(
+        rule="form", verdict="contradicted", code=code, turn=None, part=None, span=None,
+        claim=claim, evidence=(),
+    )  # fmt: skip
+
+
+_INVITES: Final = word_set(
+    "might may likely could would probably possibly suggest suggests indicate indicates infer "
+    "inferred why think guess imagine possible seem appear"
+)
+"""Words of questions that want a guess."""
+_MARKS: Final = frozenset("<[:#=`")
+_IMAGE: Final = re.compile(r"<\s*/?\s*(?:image|img|picture|video)[^>]{0,20}>", re.IGNORECASE)
+_ROLE: Final = re.compile(
+    r"(?:^|\n)\s*(?:human|user|assistant|system|gpt|question|answer|q|a)\s*:|<\|[^|>]{1,30}\|>|</?s>|"
+    r"\[/?INST\]|^#{2,}|\n===|```",
+    re.IGNORECASE,
+)
+_INSTRUCTIONS: Final = word_set(
+    "describe tell list count name explain say give identify point find show write summarise "
+    "summarize mention state provide discuss outline compare imagine walk look what which who "
+    "where when why how is are does do can could analyze analyse suggest create help let help try "
+    "recommend propose think consider predict guess estimate infer determine choose pick select "
+    "compose draft elaborate characterize characterise interpret illustrate clarify share offer "
+    "highlight examine evaluate assess explore justify generate based in given focus tell talk"
+)
+_REQUEST: Final = re.compile(
+    r"\b(?:i(?:'d| would)? (?:like|love|want|need|wish)|"
+    r"i(?: am|'m) (?:curious|interested|wondering)|i wonder|let me know|help me|tell me|show me)\b",
+    re.IGNORECASE,
+)
+_BEFORE_ORDERS: Final = word_set("please now then and also first finally , briefly")
+_EMPTY_WORDS: Final = word_set("the a an is are it its this that there of in on at to and")

@@ -1,0 +1,361 @@
+"""Kinds that exclude each other: of people, animals, vehicles, sports, rooms, places and times."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+from data_tools import wording
+from data_tools.instruct.schema import Check
+from data_tools.instruct.verify.case import Case, Part
+from data_tools.instruct.verify.flags import KIND, PERSON
+from data_tools.instruct.verify.grammar import FUNCTION_WORDS, determiner, singular
+from data_tools.instruct.verify.knowledge import Knowledge
+from data_tools.instruct.verify.numbers import number_of
+from data_tools.instruct.verify.reading import Reading, Sentence
+
+TIMES: Final = frozenset({"time of day", "weather", "season"})
+"""Families whose contradictions are `TIME_WRONG`."""
+LOCATIONS: Final = frozenset({"room", "place", "indoors"})
+"""Families of which a word counts only where it is the place of the whole scene."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A word, the family that it belongs to, and the number of its group there."""
+
+    family: str
+    group: int
+
+
+def check(case: Case) -> Iterator[Check]:
+    """Yield a finding for each kind that captions contradict."""
+    yield from _check_families(case, "answer", case.answer_reading)
+    question = case.question
+    if question.kind not in ("existence", "yes_no") or question.polarity == "yes":
+        yield from _check_families(case, "question", case.question_reading)
+    yield from _check_people(case)
+
+
+def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]:
+    if not reading.bits & KIND:
+        return
+    kinds = _kinds()
+    known = case.knowledge
+    for sentence in reading.sentences:
+        words = sentence.words
+        ends: dict[str, int] = {}  # by family: the `park` of a `skate park` is not a park
+        for index in sentence.hits(KIND):
+            for phrase in kinds[words[index]]:
+                last = index + len(phrase) - 1
+                if tuple(words[index : last + 1]) != phrase:
+                    continue
+                text = " ".join(phrase)
+                kinds_here = _by_text()[text]
+                # `evening` is in two groups of its family; one of them suffices
+                allowed = {k.family for k in kinds_here if excluding(known, k) is None}
+                for kind in kinds_here:
+                    if index < ends.get(kind.family, 0):
+                        continue
+                    ends[kind.family] = last + 1
+                    if kind.family in allowed:
+                        continue
+                    ids = excluding(known, kind)
+                    if (
+                        ids is None
+                        or not sentence.asserts(index, last)
+                        or not _is_claim(case, sentence, index, last, kind)
+                    ):
+                        continue
+                    code = "TIME_WRONG" if kind.family in TIMES else "KIND_WRONG"
+                    span = sentence.span(index, last)
+                    yield case.check("kind", "contradicted", code, part, span, text, ids)
+                    break
+                break
+
+
+def excluding(known: Knowledge, kind: Kind) -> tuple[int, ...] | None:
+    """Return the captions that name another kind of the family, where none names this one."""
+    found = known_kinds(known).get(kind.family)
+    if not found or kind.group in found:
+        return None
+    return tuple(sorted({number for ids in found.values() for number in ids if number}))
+
+
+def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Return the kinds that the captions of an image name, by family and group."""
+    found = known.kinds
+    if found is None:
+        found = {}
+        kinds = _kinds()
+        for caption in known.captions:
+            words = caption.reading.words
+            ends: dict[str, int] = {}
+            for index, flags in enumerate(caption.reading.flags):
+                for phrase in kinds[words[index]] if flags & KIND else ():
+                    if tuple(words[index : index + len(phrase)]) == phrase:
+                        for kind in _by_text()[" ".join(phrase)]:
+                            if index < ends.get(kind.family, 0):
+                                continue
+                            ends[kind.family] = index + len(phrase)
+                            groups = found.setdefault(kind.family, {})
+                            groups[kind.group] = (*groups.get(kind.group, ()), caption.id)
+                        break
+            for family, others in _evidence().items():
+                if any(known.says(other) for other in others):
+                    found.setdefault(family, {}).setdefault(-1, (caption.id,))
+        known.kinds = found
+    return found
+
+
+def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind) -> bool:
+    """Return whether the word is said of the scene or a thing in it, not used as a modifier."""
+    words = sentence.words
+    before = words[first - 1] if first else ""
+    after = words[last + 1] if last + 1 < len(words) else ""
+    if kind.family in LOCATIONS:
+        introduced, begin = determiner(words, first)
+        if kind.family != "indoors" and introduced == "none":
+            return False
+        start = begin - 1 if introduced != "none" else first - 1
+        lead = words[start] if start >= 0 else ""
+        ends = not after or after in FUNCTION_WORDS or not after[0].isalpha()
+        located = (
+            lead
+            in (
+                "this",
+                "it",
+                "in",
+                "on",
+                "at",
+                "along",
+                "across",
+                "shows",
+                "is",
+                "inside",
+                "through",
+            )
+            or start < 0
+        )
+        located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
+        return (ends or after in _FEATURES) and located
+    if kind.family == "time of day":
+        return before in (
+            "at",
+            "the",
+            "during",
+            "a",
+            "sunny",
+            "bright",
+            "this",
+            "late",
+            "dark",
+        ) and (after not in ("light", "lights", "stand", "table", "before", "of", "time", "club"))
+    if kind.family in ("bird", "bear", "truck", "boat", "airplane"):
+        return case.knowledge.boxes_of((kind.family,)) != () or not case.knowledge.has_boxes
+    if kind.family in _OF_CONVERSATIONS:
+        return case.sample_type == "conversation"
+    if kind.family == "vehicle asked":
+        named = case.knowledge.boxes_of((sentence.words[last], singular(sentence.words[last])))
+        return not named and not _VEHICLES_ASKED.isdisjoint(case.question_reading.vocabulary)
+    if kind.family == "animal":
+        return not _ANIMALS_ASKED.isdisjoint(case.question_reading.vocabulary)
+    if kind.family == "drink":
+        return after not in ("glass", "glasses", "bottle", "table", "cup", "mug", "maker")
+    return True
+
+
+def _check_people(case: Case) -> Iterator[Check]:
+    """Judge whether people are of the sex and age that captions name."""
+    reading, asked = case.answer_reading, case.question_reading
+    if not (reading.bits | asked.bits) & PERSON:
+        return
+    census = census_of(case.knowledge)
+    if not census.ids:
+        return
+    direct = not _names_people().isdisjoint(asked.vocabulary)
+    for part, text in (("answer", reading), ("question", asked)):
+        for number, sentence in enumerate(text.sentences if text.bits & PERSON else ()):
+            found = _wrong_person(case, census, sentence, number == 0, direct)
+            if found is None:
+                continue
+            index = found
+            span = sentence.span(index, index)
+            word = sentence.words[index]
+            part_: Part = "answer" if part == "answer" else "question"
+            yield case.check("kind", "contradicted", "KIND_WRONG", part_, span, word, census.ids)
+            return
+
+
+@dataclass(frozen=True)
+class Census:
+    """What captions say of the people: which sexes and ages, how many at the most."""
+
+    male: bool
+    female: bool
+    infant: bool
+    child: bool
+    adult: bool
+    mixed: bool
+    most: int
+    ids: tuple[int, ...]
+
+
+def census_of(known: Knowledge) -> Census:
+    """Return what the captions say of the people in an image."""
+    if known.census is not None:
+        return known.census
+    people = _people()
+    words = frozenset(known.words)
+    ids = {
+        number
+        for word in words & (people["male"] | people["female"] | people["infant"] | people["child"])
+        for number in known.words[word]
+    }
+    numbers = [n for n in known.counts.get("person", {1: ()})] or [1]
+    plural = {"people", "men", "women", "boys", "girls", "children", "kids", "persons", "guys"}
+    most = max(numbers) if numbers else 1
+    if words & plural and most < 2:
+        most = 99
+    census = Census(
+        male=bool(words & (people["male"] | people["he"])),
+        female=bool(words & (people["female"] | people["she"])),
+        infant=bool(words & people["infant"]),
+        child=bool(words & people["child"]),
+        adult=bool(words & people["adult"]),
+        mixed=bool(words & people["mixed"]) or ("couple" in words and not known.says("couple of")),
+        most=most,
+        ids=tuple(sorted(n for n in ids if n)),
+    )
+    known.census = census
+    return census
+
+
+def _wrong_person(
+    case: Case, census: Census, sentence: Sentence, opening: bool, direct: bool
+) -> int | None:
+    """Return the index of a word for a person that captions exclude."""
+    people = _people()
+    there = case.knowledge.prominent("person") if case.knowledge.has_boxes else 0
+    if there == 2 and {"mirror", "reflection"} & case.knowledge.words.keys():
+        there = 1
+    if opening and sentence.words[0] in ("he", "she") and not direct:
+        asked = [m for m in case.question.mentions if "person" in m.entry.categories]
+        direct = len(asked) == 1 and asked[0].number == "one"
+    alone = (direct and opening) or (
+        not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
+    )
+    main = _main_person(case, sentence) if opening else None
+    for index in sentence.hits(PERSON):
+        word = sentence.words[index]
+        if index != main and not alone and not _same_number(case, sentence, index):
+            continue
+        wrong = (
+            ((word in people["male"] or word in people["he"]) and census.female and not census.male)
+            or (
+                (word in people["female"] or word in people["she"])
+                and census.male
+                and not census.female
+            )
+            or (
+                direct
+                and opening
+                and word in people["adult"]
+                and census.infant
+                and not census.adult
+            )
+            or (word in people["infant"] and census.adult and not (census.infant or census.child))
+        )
+        if not wrong or not sentence.asserts(index, index):
+            continue
+        if word in people["he"] or word in people["she"]:
+            if index > 0 and word not in ("he", "she"):
+                continue
+            if not (opening or index == 0):
+                continue
+        before = sentence.words[max(0, index - 2) : index]
+        if before[-1:] in (["another"], ["other"], ["second"], ["third"]):
+            continue
+        if before[-1:] == ["of"] and before[0] not in _GROUPS:
+            continue  # `one of the women`
+        return index
+    return None
+
+
+def _main_person(case: Case, sentence: Sentence) -> int | None:
+    """Return the index of the person whom an answer names first, whom captions describe too.
+
+    Two captions must have the other sex.
+    """
+    first = next((m for m in sentence.mentions if "person" in m.entry.categories), None)
+    if first is None or first.first != first.last or any(
+        word in _people()["mixed"] for word in sentence.words[: first.first]
+    ):  # fmt: skip
+        return None
+    people = _people()
+    word = sentence.words[first.first]
+    other = people["female"] if word in people["male"] else people["male"]
+    votes = {n for w in other for n in case.knowledge.words.get(w, ())}
+    return first.first if len(votes) > 1 else None
+
+
+def _same_number(case: Case, sentence: Sentence, index: int) -> bool:
+    """Return whether captions give the number before this word for people of the other sex."""
+    people = _people()
+    word = sentence.words[index]
+    sex = "male" if word in people["male"] else "female" if word in people["female"] else None
+    if sex is None:
+        return False
+    numbers = {number_of(w) for w in sentence.words[max(0, index - 3) : index]} - {None, 1}
+    after = sentence.words[index + 1 : index + 4]
+    if after[:2] == ["and", "a"] and not (people["male"] | people["female"]).isdisjoint(after[2:]):
+        numbers.add(2)  # `a boy and a girl`
+    counts = case.knowledge.word_counts
+    other = people["female" if sex == "male" else "male"]
+    return any(numbers & counts.get(singular(w), {}).keys() for w in other)
+
+
+@cache
+def _kinds() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Return the phrases of all families by their first word, longest first."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for text in _by_text():
+        phrase = tuple(text.split())
+        found.setdefault(phrase[0], []).append(phrase)
+    return {word: tuple(sorted(phrases, key=lambda p: -len(p))) for word, phrases in found.items()}
+
+
+@cache
+def _by_text() -> dict[str, tuple[Kind, ...]]:
+    found: dict[str, tuple[Kind, ...]] = {}
+    for family, groups in wording.load("facts")["kinds"].items():
+        for number, group in enumerate(groups):
+            for text in group:
+                found[text] = (*found.get(text, ()), Kind(family, number))
+    return found
+
+
+@cache
+def _evidence() -> dict[str, tuple[str, ...]]:
+    return {k: tuple(v) for k, v in wording.load("facts")["kind_evidence"].items()}
+
+
+@cache
+def _names_people() -> frozenset[str]:
+    """Return the words by which a question is about a certain person."""
+    people = _people()
+    names = people["male"] | people["female"] | people["infant"] | people["adult"]
+    return names | {"who", "whom", "whose"}
+
+
+@cache
+def _people() -> dict[str, frozenset[str]]:
+    return {name: frozenset(words) for name, words in wording.load("facts")["people"].items()}
+
+
+_ANIMALS_ASKED: Final = frozenset({"animal", "animals", "creature", "creatures", "pet", "pets"})
+_VEHICLES_ASKED: Final = frozenset({"vehicle", "vehicles", "transport", "transportation"})
+_FEATURES: Final = frozenset({"features", "has", "with", "contains", "is", "scene"})
+_GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
+_OF_CONVERSATIONS: Final = frozenset({"aircraft"})
+"""Families of which a description may name another one that captions leave out."""

@@ -1,0 +1,173 @@
+"""Conversations of LLaVA's form, as others made them, checked like our own."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from data_tools.coco import AnnotatedImage
+from data_tools.instruct.schema import Cost, Kind, Sample, SampleType, Shown, Turn
+from data_tools.instruct.verify import Policy, check_sample, reasons
+from data_tools.records import IMAGE_MARK
+from vlm_sft.errors import UserError
+from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import open_regular
+
+LONG_ANSWER: Final = 60
+"""A single answer of this many words, not to a request for a description, counts as reasoning."""
+SHORT_REASONING: Final = 20
+"""The same where the question asks for a reason or a guess (`why`, `what might`)."""
+
+
+def imported_samples(
+    path: Path, images: Mapping[int, AnnotatedImage], policy: Policy, left_out: Counter[str]
+) -> Iterator[Sample]:
+    """The file's records as checked samples, in the file's order, one at a time.
+
+    Args:
+        path: A JSON list, or one JSON object a line (`.jsonl`).
+        images: By id; a record's image is found by the number in its file's name.
+        policy: How strict.
+        left_out: Counts what cannot be checked: text only, images without annotations, records
+            that are not of the form.
+
+    Raises:
+        UserError: The file is missing or no JSON, or `ijson` is not installed.
+    """
+    from data_tools.instruct.verify.command import TOOL, image_source
+
+    for position, record in enumerate(
+        track(read_records(path), description=f"checking {path.name}")
+    ):
+        turns = turns_of(record)
+        if turns is None:
+            left_out["records that are not of LLaVA's form"] += 1
+            continue
+        if not record.get("image"):
+            left_out["records without a picture"] += 1
+            continue
+        image = image_of(str(record["image"]), images)
+        if image is None:
+            left_out["records whose picture is not indexed"] += 1
+            continue
+        sample_type = type_of(turns)
+        checks = check_sample(turns, sample_type, image, Shown(), policy)
+        codes = reasons(checks)
+        yield Sample(
+            id=f"{record.get('id', 'record')}-{position}", type=sample_type, origin="imported",
+            image=image_source(image), turns=turns, shown=Shown(), request="", template="",
+            template_sha256="", model="", parameters={}, cost=Cost(), tool=TOOL, checks=checks,
+            status="rejected" if codes else "accepted", reasons=codes,
+        )  # fmt: skip
+
+
+def type_of(turns: tuple[Turn, ...]) -> SampleType:
+    """Which type a conversation is, as far as its form tells."""
+    if len(turns) > 1:
+        return "conversation"
+    if turns[0].kind == "description":
+        return "detail"
+    least = SHORT_REASONING if turns[0].kind == "reasoning" else LONG_ANSWER
+    return "reasoning" if len(turns[0].answer.split()) >= least else "conversation"
+
+
+def kind_of(question: str) -> Kind:
+    """What a question is about, by its first words."""
+    words = question.lower().split()
+    text = " ".join(words[:12])
+    for kind, cues in _KINDS.items():
+        if any(text.startswith(cue) or f" {cue} " in f" {text} " for cue in cues):
+            return kind
+    return "object"
+
+
+def turns_of(record: Any) -> tuple[Turn, ...] | None:
+    """Return a record's questions and answers; None where it is not of LLaVA's form."""
+    try:
+        said = [(part["from"], str(part["value"])) for part in record["conversations"]]
+    except (KeyError, TypeError):
+        return None
+    said = [part for part in said if part[0] != "system"]
+    roles = [role for role, _ in said]
+    if not said or roles != ["human", "gpt"] * (len(said) // 2):
+        return None
+    turns: list[Turn] = []
+    for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=True):
+        if not turns:
+            question = question.replace(IMAGE_MARK, "", 1)
+        question = question.strip()
+        turns.append(Turn(question=question, answer=answer.strip(), kind=kind_of(question)))
+    return tuple(turns)
+
+
+def image_of(name: str, images: Mapping[int, AnnotatedImage]) -> AnnotatedImage | None:
+    """Return the image whose id is in a file name, as in `COCO_train2014_000000000009.jpg`."""
+    digits = Path(name).stem.rpartition("_")[2]
+    return images.get(int(digits)) if re.fullmatch(r"[0-9]{1,19}", digits) else None
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Yield the records of a JSON list or of a file with one JSON object a line, one at a time.
+
+    Raises:
+        UserError: The file is missing or not JSON, or `ijson` is not installed.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            with open_regular(path) as lines:
+                yield from _lines(path, lines)
+            return
+        try:
+            import ijson
+        except ImportError:
+            raise UserError(
+                f"{path}: reading a JSON list piece by piece needs ijson; "
+                "pip install -e '.[instruct]'"
+            ) from None
+        with open_regular(path) as file:
+            if file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b""):
+                raise UserError(
+                    f"{path}: expected a JSON list of records; a file with one record a line has "
+                    "to end in .jsonl",
+                    code="json_syntax",
+                )
+            try:
+                yield from ijson.items(file, "item", use_float=True)
+            except ijson.JSONError as error:
+                raise UserError(
+                    f"{path}: is not valid JSON ({str(error).partition(chr(10))[0].strip()})",
+                    code="json_syntax",
+                ) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
+
+
+def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}:{number}: is not valid JSON ({error})", code="json_syntax"
+            ) from None
+
+
+_KINDS: Final[dict[Kind, tuple[str, ...]]] = {
+    "count": ("how many", "number of"),
+    "reasoning": (
+        "why", "how might", "how could", "what could", "what might", "what can be inferred",
+        "what may", "what can", "what would", "how would", "what does this", "could be the reason",
+        "might", "likely", "suggest", "suggests", "indicate", "indicates", "reveal", "infer",
+    ),
+    "description": (
+        "describe", "what is this", "write a", "explain the visual", "can you describe",
+        "analyze the image", "what do you see", "what's happening", "explain the various",
+        "characterize", "description", "what is happening in", "explain the scene", "tell me about",
+    ),
+    "existence": ("is there", "are there", "does the picture", "does the image", "can you see"),
+    "place": ("where", "left", "right", "which side"),
+    "attribute": ("what color", "what colour", "what type", "what kind"),
+    "action": ("doing", "what activity"),
+}  # fmt: skip

@@ -1,0 +1,173 @@
+"""What a question asks, and whether its answer says yes, no, or a number."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from data_tools.instruct.verify.flags import COUNTED
+from data_tools.instruct.verify.grammar import PREPOSITIONS, determiner, word_set
+from data_tools.instruct.verify.lazy import lazy
+from data_tools.instruct.verify.numbers import number_of
+from data_tools.instruct.verify.reading import Mention, Reading, Sentence
+
+QuestionKind = Literal["existence", "how_many", "yes_no", "open"]
+"""`existence`: whether a thing is in the image, without conditions; `yes_no`: any other question
+that is answered so."""
+
+
+@dataclass(eq=False)
+class Question:
+    """A question together with the answer it got."""
+
+    reading: Reading
+    answer: Reading
+
+    @lazy
+    def sentence(self) -> Sentence | None:
+        """The last sentence: what stands before it only prepares it."""
+        return self.reading.sentences[-1] if self.reading.sentences else None
+
+    @lazy
+    def mentions(self) -> tuple[Mention, ...]:
+        """What the question names."""
+        return self.sentence.mentions if self.sentence else ()
+
+    @lazy
+    def kind(self) -> QuestionKind:
+        """What an answer to it would say."""
+        if self.sentence is None:
+            return "open"
+        words = self.sentence.words
+        if self.reading.bits & COUNTED and self._how_many is not None:
+            return "how_many"
+        start = 0
+        while start < len(words) and words[start] in _POLITE:
+            start += 1
+        if start < len(words) and words[start] in _AUXILIARIES:
+            alternatives = " or " in f" {' '.join(words)} " and not self.is_answered_by_yes_or_no
+            if alternatives:
+                return "open"
+            return "existence" if self._asks_existence(start) else "yes_no"
+        return "open"
+
+    @lazy
+    def counted(self) -> Mention | None:
+        """The thing whose number is asked for; None for the sum of several."""
+        if not self.reading.bits & COUNTED or self._how_many is None:
+            return None
+        after = [m for m in self.mentions if m.first >= self._how_many]
+        if not after or after[0].first > self._how_many + 3 or self.sentence is None:
+            return None
+        several = len(after) > 1 and self.sentence.words[after[0].last + 1] == "and"
+        return None if several else after[0]
+
+    @lazy
+    def is_unrestricted(self) -> bool:
+        """Whether the thing is asked for in the whole image, and only named, nothing else."""
+        if self.sentence is None:
+            return False
+        words = self.sentence.words
+        inside = {
+            i
+            for m in self.mentions
+            if not _is_place(words, m.first)
+            for i in range(m.first, m.last + 1)
+        }
+        return all(i in inside or word in _OF_EXISTENCE for i, word in enumerate(words))
+
+    @lazy
+    def polarity(self) -> Literal["yes", "no"] | None:
+        """What the answer begins with."""
+        words = self.answer.words
+        if not words:
+            return None
+        if words[0] in _YES:
+            return "yes"
+        if words[0] in ("no", "nope") and (
+            len(words) == 1 or words[1] in (",", ".", "!", ";", "-")
+        ):
+            return "no"
+        # `I see a cat and a cup, so yes.`: reasons first, then the verdict
+        if words[0] in ("unfortunately", "actually") and words[1:2] == [","]:
+            words = words[2:]
+            if words[:1] == ["no"]:
+                return "no"
+        if not self.answer.mentions and _denies(words):
+            return "no"
+        if words[-1] == "." and words[-3:-1] in (["so", "yes"], ["so", "no"]):
+            return "yes" if words[-2] == "yes" else "no"
+        return None
+
+    @property
+    def is_answered_by_yes_or_no(self) -> bool:
+        """Whether the answer begins, or ends, with one of the two."""
+        return self.polarity is not None
+
+    @lazy
+    def number(self) -> int | None:
+        """The number that the answer to `how many` gives; 0 for none."""
+        for word in self.answer.words[:12]:
+            if word in ("no", "none", "zero"):
+                return 0
+            value = number_of(word)
+            if value is not None:
+                return value
+        for _, mention in self.answer.mentions:
+            if (
+                mention.number == "one"
+                and self.counted
+                and self.counted.entry.categories == (mention.entry.categories)
+            ):
+                return 1
+        return None
+
+    @lazy
+    def _how_many(self) -> int | None:
+        """Index of the word after `how many` or `number of`."""
+        if self.sentence is None:
+            return None
+        words = self.sentence.words
+        if "many" not in words and "number" not in words:
+            return None
+        for i in range(len(words) - 1):
+            if words[i : i + 2] in (["how", "many"], ["number", "of"]):
+                return i + 2
+        return None
+
+    def _asks_existence(self, start: int) -> bool:
+        words = self.sentence.words if self.sentence else []
+        existential = (
+            words[start + 1 : start + 2] == ["there"]
+            or "see" in words[start : start + 4]
+            or bool(_SHOWING & set(words[start : start + 6]))
+        )
+        return existential and self.is_unrestricted and bool(self.mentions)
+
+
+def _is_place(words: Sequence[str], first: int) -> bool:
+    """Return whether the thing only tells where another one is asked for: `in the bowl`."""
+    _, begin = determiner(words, first)
+    return begin > 0 and words[begin - 1] in PREPOSITIONS and words[begin - 1] != "of"
+
+
+def _denies(words: Sequence[str]) -> bool:
+    """Return whether an answer that names nothing denies: `I do not see any`, `None are there`."""
+    text = " ".join(words[:9])
+    return text.startswith(
+        ("none ", "nothing ", "not that ", "there are none", "there is none")
+    ) or (
+        bool({"not", "don't", "can't", "cannot", "aren't", "isn't"} & set(words[:5]))
+        and bool({"any", "one"} & set(words[:8]))
+    )
+
+
+_POLITE: Final = word_set("please so and now , tell me")
+_AUXILIARIES: Final = word_set("is are does do can could was were has have did")
+_YES: Final = word_set("yes yeah yep correct indeed absolutely definitely certainly sure exactly")
+_SHOWING: Final = word_set("show contain include have feature visible present")
+_OF_EXISTENCE: Final = word_set(
+    "is are there a an any some the can could you we i one see do does did picture image photo "
+    "photograph scene show contain include have feature in this here visible present be seen how "
+    "many number of what s or at all shown pictured pair pairs piece pieces and , anywhere please "
+    "total me tell its kitchen room bathroom bedroom street"
+)

@@ -1,0 +1,220 @@
+"""A text as sentences of words, with the things it names and how it speaks of them."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from data_tools.instruct.verify.flags import DEPICTS, STANCE, THING
+from data_tools.instruct.verify.grammar import word_set
+from data_tools.instruct.verify.lazy import lazy
+from data_tools.instruct.verify.lexicon import Entry, GrammaticalNumber, Lexicon
+from data_tools.instruct.verify.stances import Stance, Stances
+
+
+@dataclass(slots=True, eq=False)
+class Mention:
+    """A thing named in a text; `first` and `last` are words of its sentence."""
+
+    entry: Entry
+    word: str
+    first: int
+    last: int
+    stance: Stance
+
+    @property
+    def number(self) -> GrammaticalNumber:
+        """Whether the word stands for one or for many."""
+        return self.entry.number
+
+
+class Sentence:
+    """One sentence.
+
+    Args:
+        words: Lower-case words, punctuation among them.
+        begin: Which word of its text the first is.
+        text: The text.
+        flags: Which rules each word concerns.
+
+    Attributes:
+        bits: The flags that any word has.
+    """
+
+    def __init__(
+        self, words: Sequence[str], begin: int, text: "Reading", flags: Sequence[int]
+    ) -> None:
+        self.words = words
+        self.begin = begin
+        self.text = text
+        self.flags = flags
+        self.bits = _union(flags)
+
+    @property
+    def lexicon(self) -> Lexicon:
+        """Which words name what."""
+        return self.text.lexicon
+
+    def hits(self, bit: int) -> list[int]:
+        """Return the indices of the words that have a flag."""
+        return [index for index, flags in enumerate(self.flags) if flags & bit]
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Characters of the text from word `first` to word `last`."""
+        spans = self.text.spans
+        return spans[self.begin + first][0], spans[self.begin + last][1]
+
+    @lazy
+    def mentions(self) -> tuple[Mention, ...]:
+        """The things named, in order."""
+        if not self.bits & THING:
+            return ()
+        found = self.lexicon.matches(self.words, self.hits(THING), self._owners)
+        if not found:
+            return ()
+        words = self.words
+        plain = not self.bits & (STANCE | DEPICTS)
+        inside = frozenset(i for m in found for i in range(m.first, m.last + 1))
+        stances = None if plain else Stances(self, inside)
+        return tuple(
+            Mention(
+                m.entry,
+                words[m.first] if m.first == m.last else " ".join(words[m.first : m.last + 1]),
+                m.first,
+                m.last,
+                stances.of(m.first, m.last) if stances else "asserted",
+            )
+            for m in found
+        )
+
+    @lazy
+    def stances(self) -> Stances:
+        """How it speaks of what it names."""
+        inside = {i for m in self.mentions for i in range(m.first, m.last + 1)}
+        return Stances(self, frozenset(inside))
+
+    def asserts(self, first: int, last: int) -> bool:
+        """Return whether these words are claimed as they stand: not denied, guessed, or general."""
+        if not self.bits & STANCE:
+            return True
+        return self.stances.of(first, last) == "asserted"
+
+    def is_seen_after(self, last: int) -> bool:
+        """Return whether `can be seen` or `could be made out` follows."""
+        return not _SEEN.isdisjoint(self.words[last + 1 : last + 5])
+
+    @lazy
+    def _owners(self) -> frozenset[int]:
+        owners = self.text.owners
+        if not owners:
+            return owners
+        return frozenset(i for i in range(len(self.words)) if i + self.begin in owners)
+
+    @lazy
+    def vocabulary(self) -> frozenset[str]:
+        """The words, each once."""
+        return frozenset(self.words)
+
+    def clause(self, index: int) -> tuple[int, int]:
+        """First and one-past-last word of the clause around a word."""
+        bounds = self._bounds
+        place = bisect_right(bounds, index)
+        return bounds[place - 1], bounds[place] if place < len(bounds) else len(self.words)
+
+    @lazy
+    def _bounds(self) -> list[int]:
+        words = self.words
+        bounds = [0]
+        for i in range(1, len(words)):
+            word = words[i]
+            ends = word in _CLAUSE_WORDS or (
+                word in (",", "and", "or") and i + 1 < len(words) and words[i + 1] in _STARTERS
+            )
+            if ends and not (word == "or" and words[i + 1] in _OR_GOES_ON):
+                bounds.append(i)
+        return bounds
+
+
+class Reading:
+    """A text taken apart once, for all rules."""
+
+    def __init__(self, text: str, lexicon: Lexicon) -> None:
+        self.text = text
+        self.lexicon = lexicon
+        # Lower case can be longer than the text outside of ASCII, where the words would differ.
+        words = _TOKEN.findall(text.lower() if text.isascii() else text)
+        self.words: list[str] = words if text.isascii() else [word.lower() for word in words]
+        self.owners: frozenset[int] = frozenset()
+        if "'" in text or "’" in text:
+            self._remove_owners()
+        of = lexicon.flags.of
+        self.flags = [of(word, 0) for word in self.words]
+        self.bits = _union(self.flags)
+
+    def _remove_owners(self) -> None:
+        """Replace `dog's` by `dog`, and remember where: the owner is named, not the letter."""
+        owners = []
+        for index, word in enumerate(self.words):
+            word = word.replace("’", "'")
+            if word.endswith("'s") and len(word) > 2 and word not in _NOT_OWNERS:
+                owners.append(index)
+            self.words[index] = word[:-2] if word.endswith("'s") and len(word) > 2 else word
+        self.owners = frozenset(owners)
+
+    @lazy
+    def spans(self) -> list[tuple[int, int]]:
+        """Characters of the text that each word takes."""
+        return [match.span() for match in _TOKEN.finditer(self.text)]
+
+    @lazy
+    def spoken(self) -> list[str]:
+        """The words and numbers, without punctuation."""
+        return [word for word in self.words if word[0].isalnum()]
+
+    @lazy
+    def sentences(self) -> tuple[Sentence, ...]:
+        """Its sentences; the final mark belongs to none."""
+        words, flags = self.words, self.flags
+        if words.count(".") == 1 and words[-1] == "." and not _OTHER_ENDS.intersection(words):
+            return (Sentence(words[:-1], 0, self, flags[:-1]),) if len(words) > 1 else ()
+        ends = [index for index, word in enumerate(words) if word in _SENTENCE_ENDS]
+        begins = [0, *(end + 1 for end in ends)]
+        return tuple(
+            Sentence(words[begin:end], begin, self, flags[begin:end])
+            for begin, end in zip(begins, [*ends, len(words)], strict=True)
+            if end > begin
+        )
+
+    @lazy
+    def vocabulary(self) -> frozenset[str]:
+        """The words, each once."""
+        return frozenset(self.words)
+
+    @lazy
+    def mentions(self) -> list[tuple[Sentence, Mention]]:
+        """Every thing named, with its sentence."""
+        return [(sentence, found) for sentence in self.sentences for found in sentence.mentions]
+
+
+def _union(flags: Sequence[int]) -> int:
+    bits = 0
+    for some in set(flags):
+        bits |= some
+    return bits
+
+
+_TOKEN: Final = re.compile(
+    r"[^\W\d_][^\W_]*(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
+)
+_SENTENCE_ENDS: Final = frozenset(".!?\n")
+_OTHER_ENDS: Final = _SENTENCE_ENDS - {"."}
+_CLAUSE_WORDS: Final = word_set("; : ( ) but while although though whereas however because since")
+_STARTERS: Final = word_set(
+    "a an the there it he she they this that these those but while and with which who whose where "
+    "only just one two three four five six several some its his her their however instead so "
+    "because although i we you another many both each as in on to at near next behind"
+)
+_OR_GOES_ON: Final = word_set("a an any the other")
+_SEEN: Final = word_set("seen visible spotted made")
+_NOT_OWNERS: Final = word_set("it's he's she's there's that's what's who's here's let's where's")

@@ -1,0 +1,116 @@
+"""Mix sources of records into one training file, in wanted shares, under unique ids.
+
+`python -m data_tools.mix MIX.yaml [KEY=VALUE ...]` reads LLaVA JSON, messages, Alpaca and Parquet
+as the trainer does and writes `train.jsonl` (messages), `card.json` and `card.md`.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from data_tools.mix import card, scan, writing
+from data_tools.mix.config import MixConfig
+from data_tools.mix.quotas import quotas
+from vlm_sft.commands.parser import CommandParser, add_overrides
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.config import loading as settings
+from vlm_sft.errors import UserError
+from vlm_sft.utils.console import echo
+from vlm_sft.utils.owned_files import own_output, owned_open, write_owned, write_owned_json
+from vlm_sft.utils.ownership import read_marker
+from vlm_sft.utils.reading import read_json
+
+KIND: Final = "mixture"
+"""What the marker of an output folder says that it holds."""
+OUTPUTS: Final = ("train.jsonl", "card.json", "card.md")
+
+EXAMPLES = """examples:
+  python -m data_tools.mix configs/instruct/mix.yaml
+  python -m data_tools.mix my-mix.yaml total=100000 replay_share=0.06 when_short=upsample
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Mix as `argv` says; returns the exit code."""
+    arguments = parser().read(argv)
+    config = settings.load(MixConfig, arguments.config, arguments.overrides)
+    output = _own(config, arguments.config, overwrite=arguments.overwrite)
+    split = config.cannot_tell_share is not None
+    sources = scan.scan(config)
+    available = {source.config.name: source.available(split) for source in sources}
+    wanted = quotas(config, available)
+    times = [scan.selected(source, wanted[source.config.name], split) for source in sources]
+    root = writing.common_root(config, sources)
+    with owned_open(output) as file:
+        for record in writing.records(sources, times, root):
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    found = card.rows(sources, wanted, available, times)
+    told = card.card(config, sources, times, found, root, output)
+    write_owned_json(output.with_name("card.json"), told)
+    write_owned(output.with_name("card.md"), card.markdown(told).encode())
+    echo(card.table(found), file=sys.stdout)
+    echo(
+        f"\n{output} and card.md; ids are `source/id`, images start from image_root {root}",
+        file=sys.stdout,
+    )
+    return 0
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("python -m data_tools.mix", __doc__, EXAMPLES, takes_settings=True)
+    parser.add_argument("config", metavar="MIX.yaml", help="the sources and their shares")
+    add_overrides(parser, "total=1000")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files in output_dir that were edited or that this command did not write",
+    )
+    return parser
+
+
+def _own(config: MixConfig, given: str, *, overwrite: bool) -> Path:
+    """Check that the output files may be written and are no inputs; return the training file."""
+    folder = Path(config.output_dir)
+    inputs = [given, *_inputs(config)]
+    card_file = folder / "card.json"
+    if not overwrite and read_marker(folder) is None and _is_card(card_file):
+        raise UserError(
+            f"{folder}: was written by an older version, which did not record what it wrote, so "
+            "that files edited since cannot be told apart; choose a new output_dir, or replace its "
+            "files with --overwrite",
+            code="not_ours",
+        )
+    for source in config.sources:
+        path = Path(source.path).resolve()
+        if path.is_dir() and folder.resolve().is_relative_to(path):
+            raise UserError(
+                f"output_dir {folder}: lies in the folder of source {source.name} ({source.path}), "
+                "whose records would change by it; choose another output_dir",
+                code="not_ours",
+            )
+    roots = [s.image_root or str(Path(s.path).parent) for s in config.sources]
+    own_output(folder, KIND, OUTPUTS, inputs=inputs, image_roots=roots, overwrite=overwrite)
+    return folder / "train.jsonl"
+
+
+def _inputs(config: MixConfig) -> Iterator[str]:
+    """Yield every file and folder that the mixture is read from."""
+    for source in config.sources:
+        yield from (name for name in (source.path, source.receipts, source.image_root) if name)
+    for files in config.guard.lists.values():
+        yield from [files] if isinstance(files, str) else files
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        found = read_json(path)
+    except (OSError, UserError):
+        return False
+    return isinstance(found, dict) and {"sources", "evaluation_guard", "file"} <= found.keys()
+
+
+if __name__ == "__main__":
+    run_command(main)
