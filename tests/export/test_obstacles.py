@@ -53,6 +53,14 @@ REGISTERS: dict[str, Any] = {
     ("parts", "sentences"),
     [
         ({"projector_type": "mlp3x_gelu"}, ["mlp3x_gelu) has 3"]),
+        (
+            {"projector_type": "pixel_shuffle_mlp"},
+            ["only in InternVLForConditionalGeneration, whose vision tower is an InternViT"],
+        ),
+        (
+            {"projector_type": "resampler"},
+            ["no class of transformers has this projector (model.projector_type: resampler)"],
+        ),
         ({"tower": {**CLIP, "grid_pool": 1}}, ["model.vision_tower.grid_pool is 1"]),
         ({"language_model": GEMMA2}, ["final_logit_softcapping = 0.05"]),
         ({"language_model": {**LLAMA, "model_type": "phi"}}, ["has no bias and PhiForCausalLM's"]),

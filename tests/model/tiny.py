@@ -97,10 +97,10 @@ def images(count: int, *, seed: int = 0, size: int = 28) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def rows(*records: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def rows(*records: list[int], tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded ids, mask and labels; -1 is a whole image, ids above 99 are supervised."""
     expanded = [
-        [t for i in record for t in ([IMAGE_TOKEN_ID] * TOKENS if i == -1 else [i])]
+        [t for i in record for t in ([IMAGE_TOKEN_ID] * tokens if i == -1 else [i])]
         for record in records
     ]
     longest = max(map(len, expanded))

@@ -112,15 +112,21 @@ def bytes_of(saved: Iterable[Saved]) -> int:
 
 
 def real_step(
-    language: dict[str, Any], method: str, dtype: torch.dtype, policy: CheckpointPolicy
+    language: dict[str, Any],
+    method: str,
+    dtype: torch.dtype,
+    policy: CheckpointPolicy,
+    projector_type: str = "mlp2x_gelu",
 ) -> tuple[Footprint, MicroBatch]:
     """A real forward and backward: bytes saved between them, and most alive in each."""
     lora = LoraConfig(r=4, dropout=0.05) if method == "lora" else None
-    model = tiny_model(language_model=language, lora=lora, dtype=dtype)
+    model = tiny_model(
+        language_model=language, lora=lora, dtype=dtype, projector_type=projector_type
+    )
     set_trainable(model, TRAINABLE_PARTS[method])
     model.train()
     set_activation_checkpointing(model, policy)
-    ids, mask, labels = rows(*RECORDS)
+    ids, mask, labels = rows(*RECORDS, tokens=model.num_image_tokens)
     pixels = images(2)
     batch = batch_of(ids, mask, labels, pixels)
     given = [t for t in vars(batch).values() if isinstance(t, torch.Tensor) and t is not pixels]
@@ -177,6 +183,36 @@ def test_predicted_saved_and_peak_bytes_are_those_of_a_real_step(
         assert kept == pytest.approx(real.activations, rel=0.1)
     assert predicted.forward_peak == pytest.approx(real.forward_peak, rel=0.1)
     assert predicted.backward_peak == pytest.approx(real.backward_peak, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("projector_type", ["pixel_shuffle_mlp", "resampler"])
+def test_predicted_bytes_of_each_connector_are_those_of_a_real_step(
+    projector_type: str, dtype: torch.dtype
+) -> None:
+    real, batch = real_step(LLAMA, "stage1", dtype, "none", projector_type)
+    config = model_config(projector_type=projector_type)
+    predicted = simulation(config, "stage1", dtype).footprint(batch, "none")
+    kept = predicted.images + predicted.activations + predicted.loss - 2 * 3 * 28 * 28
+    assert kept == pytest.approx(real.activations, rel=0.1)
+    assert predicted.forward_peak == pytest.approx(real.forward_peak, rel=0.1)
+    assert predicted.backward_peak == pytest.approx(real.backward_peak, rel=0.1)
+
+
+def test_the_flops_of_a_resampler_are_its_projections_and_its_attention() -> None:
+    width, hidden, features, queries = 32, 48, 4, 256
+    config = model_config(projector_type="resampler")
+    meta_model = MetaModel(config, dtype=torch.float32)
+    tower = TowerSimulation(meta_model.tower)
+    simulated = Simulation(meta_model, tower, {"projector"}, lora=None, precision="fp32")
+    # Weights of features, keys, values; of queries; of output and `proj`. The queries of one
+    # image are projected once, and the gradient of the frozen features is not computed.
+    inputs = features * (2 * width * hidden * 2 + 2 * 2 * hidden**2 * 3)
+    outputs = queries * 2 * 3 * hidden**2 * 3
+    attention = 2 * 2 * queries * features * hidden * 3.5
+    found = simulated.flops.image - tower.flops
+    assert found == pytest.approx(inputs + outputs + attention, rel=0.01)
+    assert meta_model.num_image_tokens == queries
 
 
 def test_a_single_row_needs_no_mask_however_long(simulated: Simulation) -> None:

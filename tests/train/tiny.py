@@ -57,8 +57,11 @@ def tiny_model(*trainable: str, lora: LoraConfig | None = None) -> VisionLanguag
     return model
 
 
-def double_model(*trainable: str) -> VisionLanguageModel:
-    """In float64 throughout: GPT-2 takes its norms and its softmax in the dtype it is given."""
+def double_model(*trainable: str, **changes: Any) -> VisionLanguageModel:
+    """In float64 throughout: GPT-2 takes its norms and its softmax in the dtype it is given.
+
+    `changes` are settings of `ModelConfig`.
+    """
     gpt2 = {
         "model_type": "gpt2",
         "vocab_size": 40,
@@ -71,7 +74,7 @@ def double_model(*trainable: str) -> VisionLanguageModel:
         "attn_pdrop": 0.0,
     }
     language_model = LanguageModelConfig(config=gpt2, tokenizer="bytes")
-    config = tiny_config().model_copy(update={"language_model": language_model})
+    config = tiny_config().model_copy(update={"language_model": language_model, **changes})
     model = build_model(config, dtype=torch.float64, seed=1)
     set_trainable(model, set(trainable))
     return model.double()
