@@ -134,7 +134,9 @@ def test_a_stopped_run_ends_with_one_line_that_says_how_to_resume(
     saved = verify(stage1_run / "final")
 
     def main(argv: Sequence[str]) -> int:
-        return log_result(RunResult(step=4, checkpoint=saved, stopped_by=stopped_by))
+        result = RunResult(step=4, checkpoint=saved, stopped_by=stopped_by)
+        log_result(result)
+        return result.exit_code
 
     configure_logging()
     with pytest.raises(SystemExit) as ended:

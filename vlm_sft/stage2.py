@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         from vlm_sft.commands.train import run_stage
         from vlm_sft.utils.logs import configure_logging
     configure_logging()
-    return run_stage(config, stage="stage2", allowed=arguments.allow_change)
+    return run_stage(config, stage="stage2", allowed=arguments.allow_change).exit_code
 
 
 def parser() -> CommandParser:

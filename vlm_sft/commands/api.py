@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from vlm_sft.checkpoint.format import read_manifest
 from vlm_sft.config.method import Stage, require_stage1, require_stage2, trainable_parts
 from vlm_sft.config.resume import require_changeable
 from vlm_sft.config.schema import RunConfig, load_config, parse_config
@@ -81,19 +80,16 @@ def train_stage(
     (require_stage1 if stage == "stage1" else require_stage2)(run_config)
     require_changeable(run_config, allow_change)
     try:
-        exit_code = run_stage(run_config, stage=stage, allowed=allow_change)
+        result = run_stage(run_config, stage=stage, allowed=allow_change)
     finally:
         # Accelerate keeps the precision and the trackers of a run for the whole process.
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
     output_dir = Path(run_config.output_dir)
-    found = sorted(output_dir.glob("checkpoints/step-*/manifest.json"))
-    if exit_code == 0:
-        found.append(output_dir / "final" / "manifest.json")
-    checkpoint = found[-1].parent if found else None
-    step = 0 if checkpoint is None else int(read_manifest(checkpoint)["step"])
-    return TrainResult(output_dir, checkpoint, step, exit_code == 0)
+    folder = None if result.checkpoint is None else result.checkpoint.folder
+    step = 0 if result.checkpoint is None else result.checkpoint.step
+    return TrainResult(output_dir, folder, step, finished=result.stopped_by is None)
 
 
 def build_model(config: ConfigInput, *overrides: str) -> VisionLanguageModel:

@@ -39,7 +39,6 @@ from vlm_sft.train.environment import environment_notes, require_environment
 from vlm_sft.train.feature_cache import use_feature_cache
 from vlm_sft.train.fsdp import choose_sharding, shard
 from vlm_sft.train.setup import build_trainer, load_model
-from vlm_sft.train.signals import exit_code
 from vlm_sft.train.trackers import (
     require_trackers,
     require_tracking_folder,
@@ -53,16 +52,13 @@ from vlm_sft.utils.libraries import one_line
 logger = logging.getLogger(__name__)
 
 
-def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -> int:
+def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -> RunResult:
     """Train as `config` says, from the newest checkpoint of its run directory if there is one.
 
     Args:
         config: The run's configuration.
         stage: Which parts of the model are trained.
         allowed: Settings that may differ from those that the run was started with.
-
-    Returns:
-        The exit code: 0 if the run is finished, 128 + signal number if a signal stopped it.
 
     Raises:
         UserError: With one sentence; see the functions called.
@@ -84,11 +80,12 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
             finished = rank0_only(accelerator, lambda: find_finished(config, allowed))
             if finished is not None:
                 log_already_finished(config, finished)
-                return 0
+                return RunResult(finished.step, finished)
             rank0_only(accelerator, lambda: set_foreign_files_aside(output_dir))
             result = train(config, stage, accelerator)
             close_trackers_and_report(accelerator, output_dir)
-    return log_result(result)
+    log_result(result)
+    return result
 
 
 def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResult:
@@ -180,21 +177,19 @@ def log_already_finished(config: RunConfig, final: Checkpoint) -> None:
     )
 
 
-def log_result(result: RunResult) -> int:
-    """Log where the run is saved, and return the exit code."""
+def log_result(result: RunResult) -> None:
+    """Log where the run is saved."""
     checkpoint = result.checkpoint
     if result.stopped_by is None:
         assert checkpoint is not None
         logger.info("finished: %s (step %d)", checkpoint.folder, result.step)
-        return 0
-    if checkpoint is not None:
+    elif checkpoint is not None:
         logger.info(
             "stopped by %s after step %d; saved in %s; run the same command to resume",
             result.stopped_by.name,
             result.step,
             checkpoint.folder,
         )
-    return exit_code(result.stopped_by)
 
 
 def close_trackers_and_report(accelerator: Accelerator, output_dir: Path) -> None:

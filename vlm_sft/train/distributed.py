@@ -11,7 +11,6 @@ from accelerate.utils import (
     ProjectConfiguration,
     gather_object,
 )
-from accelerate.utils import broadcast_object_list as broadcast_objects
 
 from vlm_sft.errors import UserError
 from vlm_sft.utils.libraries import library_call, one_line
@@ -69,16 +68,8 @@ def rank0_only(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
     """
     if accelerator.num_processes == 1:
         return action()
-    shared: list[Any] = [None, None]  # result, error
-    if accelerator.is_main_process:
-        try:
-            shared[0] = action()
-        except (UserError, OSError) as error:
-            shared[1] = error
-    broadcast_objects(shared)
-    if shared[1] is not None:
-        raise shared[1]
-    return cast(Value, shared[0])
+    ranks = ProcessGroup(accelerator.process_index, lambda value: gather_object([value]))
+    return ranks.rank0_then_broadcast(action)
 
 
 def checkpoint_group(accelerator: Accelerator) -> ProcessGroup:

@@ -14,7 +14,7 @@ from vlm_sft.data.loader import lost_worker_errors
 from vlm_sft.errors import UserError
 from vlm_sft.train.metrics import RunMetrics
 from vlm_sft.train.run_checkpoints import RunCheckpoints
-from vlm_sft.train.signals import SignalHandler
+from vlm_sft.train.signals import SignalHandler, exit_code
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.train_step import StepGradient, accumulate_gradient, step_seed
 from vlm_sft.train.update import Update, Updater
@@ -34,6 +34,11 @@ class RunResult:
     step: int
     checkpoint: Checkpoint | None
     stopped_by: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the run is finished, 128 + signal number if a signal stopped it."""
+        return 0 if self.stopped_by is None else exit_code(self.stopped_by)
 
 
 class Trainer:
