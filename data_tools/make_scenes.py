@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from data_tools.scenes import art, masks
+from data_tools.scenes import art
 from data_tools.scenes import captions as scene_captions
 from data_tools.scenes.backgrounds import KINDS
 from data_tools.scenes.compose import (
@@ -390,14 +390,9 @@ def _objects(scene: Scene) -> list[dict[str, Any]]:
         {
             "image_id": scene.index,
             "category_id": instance.category.id,
-            "bbox": list(masks.box(instance.mask)),
+            "bbox": list(instance.box()),
             "area": float(instance.mask.sum()),
             "iscrowd": int(instance.crowd),
-            "segmentation": (
-                masks.run_lengths(instance.mask)
-                if instance.crowd
-                else masks.polygons(instance.mask)
-            ),
         }
         for instance in scene.instances
     ]

@@ -74,7 +74,7 @@ class PricesConfig(Section):
 class TeacherConfig(Section):
     """Who writes the answers."""
 
-    kind: Literal["openai", "batch", "rules", "replay"]
+    kind: Literal["openai", "batch", "rules"]
     model: str = ""
     base_url: str | list[str] | None = None
     """Of an OpenAI-compatible server, ending in `/v1`; plain http on this machine only. Of several
@@ -83,8 +83,6 @@ class TeacherConfig(Section):
     """The environment variable that holds the key; the key itself is never written anywhere."""
     answers_dir: NonEmptyText | None = None
     """A folder of answers that runs share; None: `answers` in the run's own."""
-    replay_from: NonEmptyText | None = None
-    """`replay`: a folder of recorded answers."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: PositiveInt = 1024
@@ -186,9 +184,7 @@ class NearDuplicatesConfig(Section):
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """Jaccard similarity of the word shingles from which the later of two texts is set aside."""
     shingle_words: Annotated[int, Field(ge=1, le=16)] = 3
-    across_origins: list[Literal["llm", "rules", "human", "imported"]] = Field(
-        default=["llm", "human", "imported"]
-    )
+    across_origins: list[Literal["llm", "rules", "imported"]] = Field(default=["llm", "imported"])
     """Whose texts are compared across images. A program's sentences repeat by nature, and what
     differs is the image: they are compared with samples on the same image only."""
     across_words: PositiveInt = 20
@@ -262,8 +258,6 @@ class ExportConfig(Section):
     image_prefix: str = ""
     """Put before every image's name, e.g. `coco/train2017/`; the trainer's `image_root` is then
     the folder above."""
-    box_frame: Literal["original", "padded_square"] = "original"
-    """What box corners in texts are shares of: the image, or the square that it is padded to."""
 
 
 class InstructConfig(Section):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from data_tools.digests import file_digest
-from data_tools.instruct.boxes import convert
 from data_tools.instruct.config import ExportConfig, InstructConfig
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.options import stage_parser
@@ -61,7 +60,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
             files.callback(writers[-1].finish)  # before the file takes its place
         receipts = files.enter_context(owned_open(folder.exports / RECEIPTS))
         samples = track(read_lines(folder.kept, Sample), description="exporting samples")
-        for sample, turns in _told(samples, config.export, counts):
+        for sample, turns in _exportable(samples, counts):
             for writer in writers:
                 writer.write(sample.id, config.export.image_prefix + sample.image.file_name, turns)
             receipts.write(_json(receipt(sample)))
@@ -111,39 +110,25 @@ Turns = list[tuple[str, str]]
 """Questions with their answers."""
 
 
-def _told(
-    samples: Iterator[Sample], config: ExportConfig, counts: "_Counts"
-) -> Iterator[tuple[Sample, Turns]]:
-    """The samples that can be written, with their texts as they are to stand in the files."""
+def _exportable(samples: Iterator[Sample], counts: "_Counts") -> Iterator[tuple[Sample, Turns]]:
+    """Yield the samples that can be written, with their texts."""
     seen: set[int] = set()
     for sample in samples:
         digest = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "little")
         if digest in seen:
             raise UserError(f"export: the id {sample.id!r} stands twice; run `clean` again")
         seen.add(digest)
-        turns: Turns = []
-        boxes = 0
-        for turn in sample.turns:
-            question, first = _framed(turn.question, sample, config)
-            answer, second = _framed(turn.answer, sample, config)
-            boxes += first + second
-            turns.append((question, answer))
+        turns = [(turn.question, turn.answer) for turn in sample.turns]
         if any(IMAGE_MARK in question for question, _ in turns):
             counts.left_out.append(sample.id)
             continue
         counts.add(sample)
-        counts.boxes += boxes
         yield sample, turns
-
-
-def _framed(text: str, sample: Sample, config: ExportConfig) -> tuple[str, int]:
-    image = sample.image
-    return convert(text, image.width, image.height, sample.shown.frame, config.box_frame)
 
 
 class _Counts:
     def __init__(self) -> None:
-        self.samples = self.turns = self.boxes = 0
+        self.samples = self.turns = 0
         self.left_out: list[str] = []
         self._types: Counter[str] = Counter()
         self._origins: Counter[str] = Counter()
@@ -172,7 +157,6 @@ class _Counts:
                 names.get(str(number)) or LICENSES.get(number, "not told"): count
                 for number, count in sorted(licenses.items())
             },
-            "boxes_in_texts": {"frame": config.box_frame, "count": self.boxes},
             "left_out": {"IMAGE_MARK_IN_QUESTION": self.left_out},
             "image_prefix": config.image_prefix,
         }

@@ -281,7 +281,7 @@ def _begins_with(path: Path, keys: set[str]) -> bool:
 def run_inputs(config: InstructConfig) -> Iterator[str]:
     """Yield every file and folder that a run's configuration names to be read."""
     named = [config.coco.instances, config.coco.captions, config.coco.images]
-    named += [config.requests.prompts, config.teacher.replay_from]
+    named.append(config.requests.prompts)
     for files in config.guard.lists.values():
         named += [files] if isinstance(files, str) else files
     yield from (name for name in named if name)

@@ -37,14 +37,12 @@ class Shown(Line):
         boxes: Annotation ids of the boxes that were shown one by one.
         summarised: Annotation ids of boxes that were told as a number only (small ones, or more
             than the limit), by category.
-        frame: Box corners are shares of the width and height of the `original` image.
-        decimals: Digits of these shares.
+        decimals: Digits of the boxes' corners, which are shares of the image's width and height.
     """
 
     captions: tuple[int, ...] = ()
     boxes: tuple[int, ...] = ()
     summarised: dict[str, tuple[int, ...]] = {}
-    frame: Literal["original"] = "original"
     decimals: int = 2
 
 
@@ -94,7 +92,7 @@ class Answer(Line):
     """
 
     request: str
-    teacher: Literal["openai", "batch", "rules", "replay"]
+    teacher: Literal["openai", "batch", "rules"]
     text: str
     finish: str | None = None
     model: str = ""
@@ -113,7 +111,7 @@ class Failure(Line):
     Attributes:
         request: The request's id.
         reason: `nothing_to_say` is no fault: the rules find nothing certain to say about the
-            image. `not_recorded`: the replayed folder lacks the request.
+            image.
         message: In one sentence; foreign text in it is made safe to print.
         status: The server's HTTP status, where it gave one.
         attempts: Sendings.
@@ -123,7 +121,7 @@ class Failure(Line):
     sample_id: str
     reason: Literal[
         "rate_limited", "server_error", "timeout", "connection", "too_long", "not_an_answer",
-        "refused", "expired", "nothing_to_say", "not_recorded",
+        "refused", "expired", "nothing_to_say",
     ]  # fmt: skip
     message: str
     status: int | None = None
@@ -187,7 +185,7 @@ class Sample(Line):
     """A finished sample with its receipt; a line of `samples.jsonl` or `rejected.jsonl`.
 
     Attributes:
-        origin: `llm`, `rules` (made by program, always said), `human`, or `imported`.
+        origin: `llm`, `rules` (made by program, always said) or `imported`.
         turns: Empty where the answer could not be read.
         raw: The answer's text where `turns` is empty.
         shown, request, template, template_sha256, parameters, model, fingerprint: As in `Request`
@@ -199,7 +197,7 @@ class Sample(Line):
     schema_: Annotated[Literal["vlm_sft.sample/1"], Field(alias="schema")] = "vlm_sft.sample/1"
     id: str
     type: SampleType
-    origin: Literal["llm", "rules", "human", "imported"]
+    origin: Literal["llm", "rules", "imported"]
     image: ImageSource
     turns: tuple[Turn, ...]
     raw: str | None = None

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools import wording, words
-from data_tools.scenes import masks
 from data_tools.scenes.compose import Instance, Scene
 
 CAPTIONS_PER_SCENE = 5
@@ -64,7 +63,7 @@ def _beside(scene: Scene, rng: np.random.Generator) -> str | None:
     """A sentence about two single objects far enough apart, where there are such."""
     single = {kind.name for kind in _kinds(scene.instances) if not kind.several}
     placed = [
-        (instance.category.name, masks.box(instance.mask))
+        (instance.category.name, instance.box())
         for instance in scene.instances
         if instance.category.name in single
     ]

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from data_tools.scenes import art, backgrounds
 from data_tools.scenes.art import SceneCategory
-from data_tools.scenes.masks import Mask
+
+Mask = NDArray[np.bool_]
+"""Which pixels are the object's, [height, width]."""
 
 COCO_SIZES: Final = ((640, 480), (480, 640), (640, 427), (427, 640), (640, 426), (500, 375),
                      (612, 612), (640, 360), (640, 512))  # fmt: skip
@@ -64,6 +67,13 @@ class Instance:
     category: SceneCategory
     mask: Mask
     crowd: bool = False
+
+    def box(self) -> tuple[float, float, float, float]:
+        """Return left, top, width and height of the visible pixels, in pixels."""
+        rows = np.flatnonzero(self.mask.any(axis=1))
+        columns = np.flatnonzero(self.mask.any(axis=0))
+        left, top = float(columns[0]), float(rows[0])
+        return left, top, float(columns[-1] + 1) - left, float(rows[-1] + 1) - top
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.instruct import export as exporting
-from data_tools.instruct.boxes import boxes_in, convert, to_original, to_padded_square
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.lines import write_lines
 from data_tools.instruct.run_folder import RunFolder
@@ -138,67 +137,6 @@ def test_two_samples_of_one_id_are_refused_and_the_old_export_stays(tmp_path: Pa
         exported(tmp_path, [one, one])
     assert (folder / "llava.json").read_bytes() == before
     assert not list(folder.glob(".*"))
-
-
-# --- boxes
-
-
-def test_corners_move_into_the_padded_square_as_llava_pads() -> None:
-    # 200 x 100 pixels stand in a square of 200, 50 pixels below its top
-    assert to_padded_square((0.0, 0.0, 1.0, 1.0), 200, 100) == (0.0, 0.25, 1.0, 0.75)
-    assert to_padded_square((0.5, 0.5, 0.75, 1.0), 200, 100) == (0.5, 0.5, 0.75, 0.75)
-    # 3 x 6: an odd difference, of which LLaVA's floor puts the smaller half on the left
-    assert to_padded_square((0.0, 0.0, 1.0, 1.0), 3, 6) == (1 / 6, 0.0, 4 / 6, 1.0)
-
-
-SHARES = st.floats(0, 1)
-
-
-@given(st.tuples(SHARES, SHARES, SHARES, SHARES), st.integers(1, 2000), st.integers(1, 2000))
-def test_there_and_back_is_the_same_box(
-    corners: tuple[float, float, float, float], width: int, height: int
-) -> None:
-    padded = to_padded_square(corners, width, height)
-    assert all(-1e-9 <= value <= 1 + 1e-9 for value in padded)
-    assert to_original(padded, width, height) == pytest.approx(corners, abs=1e-6)
-
-
-def test_the_square_is_the_one_that_training_pads_to() -> None:
-    pytest.importorskip("torch")
-    from PIL import Image
-
-    from vlm_sft.data.images import ImageSpec, to_pixels
-
-    image = Image.new("RGB", (60, 37))
-    image.paste((255, 255, 255), (30, 10, 45, 37))
-    spec = ImageSpec(60, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest")
-    white = to_pixels(image, spec, "pad")[0].nonzero()
-    top, left = white.min(dim=0).values.tolist()
-    bottom, right = (white.max(dim=0).values + 1).tolist()
-    padded = to_padded_square((30 / 60, 10 / 37, 45 / 60, 37 / 37), 60, 37)
-    assert [value * 60 for value in padded] == pytest.approx([left, top, right, bottom])
-
-
-def test_boxes_in_a_text_are_converted_and_other_brackets_are_not() -> None:
-    text = (
-        "The dog [0.50, 0.5,0.75, 1.0] sits, see [1, 2, 3, 4] and [0.9, 0.1, 0.2, 0.5] or [0, 1]."
-    )
-    assert boxes_in(text) == [(0.5, 0.5, 0.75, 1.0)]
-    assert convert(text, 200, 100, "original", "original") == (text, 1)
-    moved, count = convert(text, 200, 100, "original", "padded_square")
-    assert count == 1
-    assert moved == text.replace("[0.50, 0.5,0.75, 1.0]", "[0.500, 0.500, 0.750, 0.750]")
-    assert boxes_in(convert(moved, 200, 100, "padded_square", "original")[0]) == [
-        (0.5, 0.5, 0.75, 1.0)
-    ]
-
-
-def test_an_export_in_the_padded_frame_says_so_and_counts(tmp_path: Path) -> None:
-    talk: list[Any] = [("Where is the dog?", "At [0.25, 0.00, 0.75, 1.00].")]
-    folder = exported(tmp_path, [sample("a", 1, talk)], box_frame="padded_square")  # 64 x 48
-    told = json.loads((folder / "export.json").read_text())
-    assert told["boxes_in_texts"] == {"frame": "padded_square", "count": 1}
-    assert "At [0.250, 0.125, 0.750, 0.875]." in (folder / "llava.json").read_text()
 
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(

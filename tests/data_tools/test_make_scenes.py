@@ -1,18 +1,15 @@
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data_tools import make_scenes, words
-from data_tools.scenes import art, backgrounds, masks
+from data_tools.scenes import art, backgrounds
 from data_tools.scenes import captions as scene_captions
 from data_tools.scenes.compose import Scene, SceneSettings, compose, scene_rng
 from vlm_sft.errors import UserError
@@ -95,17 +92,12 @@ def test_captions_name_all_and_only_what_is_there() -> None:
 _PUNCTUATION = str.maketrans(",.", "  ")
 
 
-def test_a_crowd_is_one_annotation_with_run_lengths(tmp_path: Path) -> None:
+def test_a_crowd_is_one_annotation(tmp_path: Path) -> None:
     out = tmp_path / "scenes"
     make_scenes.main(_line(out, "--crowd-share", "1", "--categories", "dog,cat"))
     document = json.loads((out / "annotations" / "instances_twemoji.json").read_text())
-    crowds = [entry for entry in document["annotations"] if entry["iscrowd"]]
-    assert crowds
-    for entry in crowds:
-        counts = entry["segmentation"]["counts"]
-        height, width = entry["segmentation"]["size"]
-        assert sum(counts) == height * width
-        assert sum(counts[1::2]) == entry["area"]
+    crowds = Counter(entry["image_id"] for entry in document["annotations"] if entry["iscrowd"])
+    assert crowds and set(crowds.values()) == {1}
 
 
 def test_files_have_cocos_form_and_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
@@ -182,39 +174,6 @@ def test_a_file_of_another_form_is_no_table_of_categories(tmp_path: Path, docume
     (tmp_path / "table.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match="expected an object with a list of objects under 'categ"):
         make_scenes.main(_line(tmp_path / "scenes", "--categories", str(tmp_path / "table.json")))
-
-
-_masks = hnp.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)))
-
-
-@given(_masks)
-def test_run_lengths_come_back_as_the_mask(mask: NDArray[np.bool_]) -> None:
-    told = masks.run_lengths(mask)
-    values = np.arange(len(told["counts"])) % 2 == 1
-    flat = np.repeat(values, told["counts"])
-    assert (flat.reshape(told["size"], order="F") == mask).all()
-
-
-@settings(deadline=None)
-@given(_masks.filter(lambda mask: bool(mask.any())))
-def test_polygons_stay_in_the_box_and_cover_the_mask(mask: NDArray[np.bool_]) -> None:
-    left, top, width, height = masks.box(mask)
-    assert mask[int(top) : int(top + height), int(left) : int(left + width)].sum() == mask.sum()
-    for outline in masks.polygons(mask):
-        assert len(outline) >= 6 and len(outline) % 2 == 0
-        assert left <= min(outline[::2]) and max(outline[::2]) <= left + width
-        assert top <= min(outline[1::2]) and max(outline[1::2]) <= top + height
-
-
-def test_a_discs_polygon_has_nearly_its_area_and_few_corners() -> None:
-    canvas = Image.new("1", (100, 90))
-    ImageDraw.Draw(canvas).ellipse((10, 20, 70, 80), fill=1)
-    mask = np.asarray(canvas)
-    [outline] = masks.polygons(mask)
-    x, y = np.array(outline[::2]), np.array(outline[1::2])
-    area = abs(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
-    assert area == pytest.approx(mask.sum(), rel=0.03)
-    assert len(x) < 60
 
 
 def test_only_the_chosen_backgrounds_are_painted() -> None:

@@ -318,24 +318,6 @@ def test_a_request_that_stands_twice_is_asked_once(tmp_path: Path) -> None:
     assert set(server.counts.values()) == {1} and read_answers(run.answers).lines == 3
 
 
-def test_replay_gives_recorded_answers_and_tells_what_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, recorded = planned(tmp_path / "recorded", 1)
-    generating.command(config, [])
-    config, run = planned(
-        tmp_path / "replayed", 2, kind="replay", replay_from=str(recorded.answers)
-    )
-    with pytest.raises(SystemExit) as ended:
-        generating.command(config, [])
-    assert ended.value.code == 3
-    replayed, known = read_answers(run.answers), read_answers(recorded.answers)
-    assert {id: (a.text, a.teacher) for id, a in replayed.items()} == {
-        id: (a.text, "replay") for id, a in known.items()
-    }
-    assert "3 x not_recorded" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "text, shown",
     [("a\x1b[31mb", "a�[31mb"), ("a\nb\tc", "a b c"), ("\u202eevil", "�evil"),

@@ -144,7 +144,7 @@ def test_text_that_no_file_can_hold_is_refused_wherever_it_stands_in_a_configura
         (instruct, key)
         for key in (
             "output_dir", "coco.instances", "coco.captions", "coco.images", "guard.lists.val2014",
-            "requests.prompts", "teacher.answers_dir", "teacher.replay_from", "teacher.model",
+            "requests.prompts", "teacher.answers_dir", "teacher.model",
             "teacher.base_url", "teacher.api_key_env", "export.image_prefix",
         )
     ]  # fmt: skip

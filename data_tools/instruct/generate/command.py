@@ -240,7 +240,7 @@ class Generation:
             self.standing.silent += 1
             return
         self.standing.failed += 1
-        self._streak += outcome.reason != "not_recorded"
+        self._streak += 1
         if self._streak >= self._most_streak and not self._stopping.requested:
             _say(f"{self._streak} requests in a row failed, the last one thus: {outcome.message}")
             self._stopping.request()

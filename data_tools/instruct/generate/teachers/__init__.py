@@ -1,9 +1,8 @@
-"""Who writes the answers: a server, its batches, rules, or answers recorded before.
+"""Who writes the answers: a server, its batches, or rules.
 
 chat.py      an OpenAI-compatible server, one request at a time
 batch.py     the same servers' batches
 rules/       sentences read off the annotations, without any model
-replay.py    answers that another run recorded
 """
 
 from typing import Protocol, runtime_checkable

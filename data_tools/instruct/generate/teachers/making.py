@@ -26,10 +26,6 @@ def make_teacher(
         from data_tools.instruct.generate.teachers.rules import RulesTeacher
 
         return RulesTeacher(read_images(folder))
-    if config.teacher.kind == "replay":
-        from data_tools.instruct.generate.teachers.replay import ReplayTeacher
-
-        return ReplayTeacher(config.teacher)
     if config.teacher.kind == "batch":
         from data_tools.instruct.generate.teachers.batch import BatchTeacher
 
