@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from data_tools import geometry
 from data_tools.instruct.schema import SampleType
 from vlm_sft.config.fields import NonEmptyText
 from vlm_sft.config.loading import Section
@@ -168,12 +169,12 @@ class VerifyConfig(Section):
     """More boxes of one category than this are not counted: annotators stop there."""
     tiny: Share = 0.002
     """Boxes below this share of the image may or may not be counted."""
-    gap: Share = 0.02
+    gap: Share = geometry.GAP
     """Share of the side that must lie between two boxes, or a box and the middle, for a side to be
     certain."""
-    centres: Share = 0.15
+    centres: Share = geometry.CENTERS
     """Where boxes overlap in one direction: share of the side that their centres must differ by."""
-    far: Share = 0.25
+    far: Share = geometry.FAR
     """A gap of this share of the side between two boxes refutes that one is on, in or next to the
     other."""
 

@@ -6,10 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from data_tools.coco import Box
-from data_tools.instruct.schema import Check, Verdict
-from data_tools.instruct.verify.case import Case, Part
-from data_tools.instruct.verify.flags import PLACE
-from data_tools.instruct.verify.geometry import (
+from data_tools.geometry import (
     Direction,
     Region,
     are_far_apart,
@@ -17,6 +14,9 @@ from data_tools.instruct.verify.geometry import (
     order,
     region,
 )
+from data_tools.instruct.schema import Check, Verdict
+from data_tools.instruct.verify.case import Case, Part
+from data_tools.instruct.verify.flags import PLACE
 from data_tools.instruct.verify.knowledge import evidence
 from data_tools.instruct.verify.placing import Beside, InFrame, placings
 from data_tools.instruct.verify.reading import Mention, Sentence
@@ -103,7 +103,7 @@ def _beside_verdict(case: Case, placing: Beside) -> tuple[Verdict, tuple[Box, ..
     image = case.knowledge.image
     if placing.how in ("left", "right", "above", "below"):
         verdicts = {
-            order(one, other, placing.how, image, case.config)
+            order(one, other, placing.how, image, case.config.gap, case.config.centres)
             for one in boxes
             for other in others
             if one is not other

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from data_tools.geometry import Direction, Region
 from data_tools.instruct.verify.flags import PLACE
-from data_tools.instruct.verify.geometry import Direction, Region
 from data_tools.instruct.verify.grammar import word_set
 from data_tools.instruct.verify.reading import Mention, Sentence
 
