@@ -9,8 +9,13 @@ from vlm_sft.commands.parser import CommandParser, group_parser
 from vlm_sft.commands.registry import SCRIPT, SUBCOMMANDS
 from vlm_sft.commands.run_command import run_command
 
+DATA: Final = "data"
 COMPLETION: Final = "completion"
-COMMANDS: Final = {**SUBCOMMANDS, COMPLETION: "print a completion script for bash or zsh"}
+COMMANDS: Final = {
+    **SUBCOMMANDS,
+    DATA: "build instruction data from COCO annotations",
+    COMPLETION: "print a completion script for bash or zsh",
+}
 """What each command does, in the order of the help text."""
 
 EXAMPLES = """\
@@ -18,10 +23,12 @@ examples:
   vlm-sft check configs/tiny/stage1.yaml
   vlm-sft stage1 configs/tiny/stage1.yaml output_dir=runs/mine
   vlm-sft config reference train.packing
+  vlm-sft data plan configs/instruct/rules.yaml
   eval "$(vlm-sft completion bash)"
 
 Each command is also a module, e.g. for several GPUs:
-  torchrun --nproc-per-node 8 -m vlm_sft.stage1 configs/llava-1.5/stage1.yaml"""
+  torchrun --nproc-per-node 8 -m vlm_sft.stage1 configs/llava-1.5/stage1.yaml
+`vlm-sft data` is the module data_tools.instruct."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +39,9 @@ def main(argv: Sequence[str]) -> int:
     name, *arguments = argv
     if name in SUBCOMMANDS:
         return int(import_module(module_of(name)).main(arguments))
+    if name == DATA:
+        instruct = import_module("data_tools.instruct.__main__")
+        return int(instruct.main(arguments, prog=f"{SCRIPT} {DATA}"))
     if name == COMPLETION:
         return _print_completion(arguments)
     parser().read(argv[:1])  # handles --help and --version, and refuses everything else
@@ -79,6 +89,7 @@ def _print_completion(argv: Sequence[str]) -> int:
         name: module.parsers() if hasattr(module, "parsers") else module.parser()
         for name, module in modules.items()
     }
+    parsers[DATA] = import_module("data_tools.instruct.stages").parsers(f"{SCRIPT} {DATA}")
     parsers[COMPLETION] = completion_parser()
     print(completion_script(shell, parsers, COMMANDS))
     return 0

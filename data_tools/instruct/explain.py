@@ -1,40 +1,51 @@
 """`explain`: one sample completely, on the terminal, as a page, or as an image with its boxes."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.report import drawing, sample_page, terminal
 from data_tools.instruct.report.evidence import deciding
 from data_tools.instruct.report.explanation import Explanation, explain
 from data_tools.instruct.run_folder import run_inputs
-from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.output_files import write_result
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
-    """Show the sample whose id is among the options.
+def command(
+    config: InstructConfig,
+    id: str,
+    *,
+    png: Path | None = None,
+    html: Path | None = None,
+    prompt: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Print a sample, or write it as an image or a page.
+
+    Args:
+        config: The run's.
+        id: Of the sample or of its request.
+        png: File for the image with its boxes.
+        html: File for the page.
+        prompt: Whether to print the system text and the seed examples.
+        overwrite: Whether files that this command did not write may be replaced.
 
     Raises:
         UserError: There is no such id (the nearest are named), or no image for `--png`.
     """
-    arguments = _parser().read(options)
-    found = explain(config, arguments.id)
-    if arguments.png:
-        _write(arguments.png, image(found), config, found, arguments.overwrite)
-        echo(f"{arguments.png}: the image with its boxes", file=sys.stdout)
-    if arguments.html:
-        page = sample_page.build(found).encode()
-        _write(arguments.html, page, config, found, arguments.overwrite)
-        echo(f"{arguments.html}: the sample as a page", file=sys.stdout)
-    if not arguments.png and not arguments.html:
+    found = explain(config, id)
+    if png:
+        _write(png, image(found), config, found, overwrite)
+        echo(f"{png}: the image with its boxes", file=sys.stdout)
+    if html:
+        _write(html, sample_page.build(found).encode(), config, found, overwrite)
+        echo(f"{html}: the sample as a page", file=sys.stdout)
+    if not png and not html:
         from vlm_sft.utils.console import Console
 
-        terminal.show(Console(highlight=False), found, whole_prompt=arguments.prompt)
+        terminal.show(Console(highlight=False), found, whole_prompt=prompt)
 
 
 def _write(
@@ -47,16 +58,6 @@ def _write(
     if found.image is not None:
         inputs.append(found.image_dir / found.image.file_name)
     write_result(path, data, inputs=inputs, overwrite=overwrite)
-
-
-def _parser() -> CommandParser:
-    parser = stage_parser("explain", __doc__)
-    parser.add_argument("id", metavar="ID", help="of the sample, or of its request")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="write the image with its boxes")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write all of it as a page")
-    parser.add_argument("--prompt", action="store_true", help="show system text and seed examples")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE, whatever it is")
-    return parser
 
 
 def image(found: Explanation) -> bytes:

@@ -12,7 +12,6 @@ from typing import IO, Any, Final, Protocol
 from data_tools.digests import file_digest
 from data_tools.instruct.config import ExportConfig, InstructConfig
 from data_tools.instruct.lines import read_lines
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Sample
 from data_tools.records import IMAGE_LINE, IMAGE_MARK
@@ -40,7 +39,7 @@ LICENSES: Final = {
 _ROWS_AT_ONCE: Final = 1000
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
+def command(config: InstructConfig) -> None:
     """Read `kept.jsonl`, write the folder `export`: training files, receipts, `export.json`.
 
     Every file holds the same conversations under the same ids, in the same order.
@@ -48,7 +47,6 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     Raises:
         UserError: `clean` has not run, or an id stands twice.
     """
-    stage_parser("export", __doc__).read(options)
     folder = RunFolder(Path(config.output_dir))
     counts = _Counts()
     before = _recorded(folder.exports / "export.json")

@@ -14,7 +14,6 @@ from data_tools.coco import AnnotatedImage, Box, CocoIndex, read_coco
 from data_tools.digests import file_digest
 from data_tools.image_check import usable_images
 from data_tools.instruct.config import CocoConfig, InstructConfig
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.run_folder import RunFolder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
@@ -29,9 +28,8 @@ _IMAGE_FIELDS: Final = tuple(field.name for field in fields(AnnotatedImage))
 _BOX_FIELDS: Final = tuple(field.name for field in fields(Box))
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
+def command(config: InstructConfig) -> None:
     """Read and check the annotations, unless `images.jsonl` is of these very files."""
-    stage_parser("index", __doc__).read(options)
     if config.coco.instances is None and config.coco.captions is None:
         raise UserError(
             "give coco.instances, coco.captions or both: there is nothing to build from"

@@ -74,8 +74,8 @@ def measure(stage: str, run: Path) -> dict[str, Any]:
     """Run one stage in this process."""
     config = run_config(run)
     stages: dict[str, Callable[[], Any]] = {
-        "clean": lambda: cleaning.command(config, []),
-        "export": lambda: exporting.command(config, []),
+        "clean": lambda: cleaning.command(config),
+        "export": lambda: exporting.command(config),
         "mix": lambda: mix_export(run),
     }
     start = time.process_time()

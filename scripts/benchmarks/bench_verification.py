@@ -60,7 +60,7 @@ def verify(folder: Path) -> int:
     before = _peak_mb()
     start = time.process_time()
     sys.stdout = sys.stderr
-    verifying.command(config, [])
+    verifying.command(config)
     told = {
         "cpu_seconds": time.process_time() - start, "peak_mb": _peak_mb(), "before_mb": before,
     }  # fmt: skip

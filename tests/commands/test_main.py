@@ -62,6 +62,18 @@ def test_a_misspelled_command_is_refused_with_the_nearest_one(
     assert str(caught.value).startswith(message)
 
 
+def test_the_data_commands_name_themselves_as_they_were_called(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "plan", "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: vlm-sft data plan [-h]")
+    assert "\n  vlm-sft data plan configs/instruct/rules.yaml" in printed
+    with pytest.raises(UserError, match=r"^missing: COMMAND; `vlm-sft data --help` shows examples"):
+        main(["data"])
+
+
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_command_names_itself_in_its_help(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -170,6 +182,8 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vlm-sft stage2 --allow-change lora.al", ["lora.alpha"]),
         ("vlm-sft config sh", ["show"]),
         ("vlm-sft config reference lora.al", ["lora.alpha"]),
+        ("vlm-sft data expl", ["explain"]),
+        ("vlm-sft data generate --sh", ["--shard"]),
         ("vlm-sft completion z", ["zsh"]),
     ],
 )

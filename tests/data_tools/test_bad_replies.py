@@ -63,12 +63,12 @@ def test_a_bad_reply_is_one_failed_request_and_the_next_start_asks_again(
             max_tokens=64, limits={"tokens": 200_000},
         )  # fmt: skip
         with pytest.raises(SystemExit) as ended:
-            generating.command(config, [])
+            generating.command(config)
         assert ended.value.code == 3
         answered = len(read_answers(run.answers))
         assert 0 < answered < 9
         server.script = lambda r: say(GOOD)
-        generating.command(config, [])
+        generating.command(config)
         reporting.read(config, run)
     assert len(read_answers(run.answers)) == 9
 
@@ -82,11 +82,11 @@ def test_odd_charsets_end_no_run(tmp_path: Path, name: str, status: int) -> None
             tmp_path, 1, kind="openai", base_url=server.url, structured="none", attempts=1
         )
         if status == 200:
-            generating.command(config, [])
+            generating.command(config)
             assert len(read_answers(run.answers)) == 3
         else:
             with pytest.raises((SystemExit, UserError)):
-                generating.command(config, [])
+                generating.command(config)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_server_that_asks_for_an_endless_wait_is_not_waited_for(tmp_path: Path
     with served(lambda r: slow) as server:
         config, _ = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
         with pytest.raises(SystemExit):
-            generating.command(config, [])
+            generating.command(config)
     assert len(server.received) == 3
 
 
@@ -168,5 +168,5 @@ def test_a_damaged_line_of_failures_is_ignored_with_a_warning(
     with served(lambda r: say(GOOD)) as server:
         config, run = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
         run.failures.write_text("damaged\n")
-        generating.command(config, [])
+        generating.command(config)
     assert "failures.jsonl:1: is no failure and is ignored" in capsys.readouterr().err

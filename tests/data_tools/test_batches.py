@@ -33,8 +33,8 @@ def test_requests_are_handed_in_as_files_and_results_taken_in(tmp_path: Path) ->
     with served(lambda received: say(GOOD)) as server:
         server.batch_script = answered
         config, run = batched(tmp_path, server)
-        generating.command(config, [])
-        generating.command(config, [])
+        generating.command(config)
+        generating.command(config)
     assert len(server.batches) == 2 and len(read_answers(run.answers)) == 6
     lines = [json.loads(line) for line in server.files["file-1"].splitlines()]
     assert len(lines) == 4 and lines[0]["url"] == "/v1/chat/completions"
@@ -54,9 +54,9 @@ def test_a_batch_is_found_again_by_its_recorded_id(
                 "data_tools.instruct.generate.teachers.batch.BatchTeacher._look_at", _killed
             )
             with pytest.raises(KeyboardInterrupt):
-                generating.command(config, [])
+                generating.command(config)
         assert len(read_answers(run.answers)) == 0
-        generating.command(config, [])
+        generating.command(config)
     assert len(server.batches) == 2 and len(read_answers(run.answers)) == 6
 
 
@@ -71,8 +71,8 @@ def test_a_batch_created_just_before_a_kill_is_found_by_its_key(
                 "data_tools.instruct.generate.teachers.batch_log.BatchLog.created", _killed
             )
             with pytest.raises(KeyboardInterrupt):
-                generating.command(config, [])
-        generating.command(config, [])
+                generating.command(config)
+        generating.command(config)
     assert len(server.batches) == 1 and len(read_answers(run.answers)) == 6
 
 
@@ -85,8 +85,8 @@ def test_a_batch_that_was_never_created_is_handed_in_again(
         with monkeypatch.context() as patch:
             patch.setattr("data_tools.instruct.generate.teachers.batch.BatchTeacher._call", _killed)
             with pytest.raises(KeyboardInterrupt):
-                generating.command(config, [])
-        generating.command(config, [])
+                generating.command(config)
+        generating.command(config)
     assert len(server.batches) == 1 and len(read_answers(run.answers)) == 6
 
 
@@ -106,7 +106,7 @@ def test_partial_and_refused_results_are_told_and_asked_again(tmp_path: Path) ->
         server.batch_script, server.batch_status = partly, ["expired"]
         config, run = batched(tmp_path, server, batch_size=10)
         with pytest.raises(SystemExit) as ended:
-            generating.command(config, [])
+            generating.command(config)
         assert ended.value.code == 3
         told = {failure.request: failure for failure in read_lines(run.failures, Failure)}
         assert {request: failure.reason for request, failure in told.items()} == {
@@ -114,7 +114,7 @@ def test_partial_and_refused_results_are_told_and_asked_again(tmp_path: Path) ->
         }  # fmt: skip
         assert "\x1b" not in told[refused].message
         server.batch_script = answered
-        generating.command(config, [])
+        generating.command(config)
     assert len(server.batches) == 2 and len(read_answers(run.answers)) == 6
 
 
@@ -123,7 +123,7 @@ def test_caps_hold_for_batches(tmp_path: Path) -> None:
         server.batch_script = answered
         config, run = batched(tmp_path, server, batch_size=2, limits={"requests": 5})
         with pytest.raises(SystemExit) as ended:
-            generating.command(config, [])
+            generating.command(config)
     assert ended.value.code == 4
     assert len(read_answers(run.answers)) == 5
 

@@ -39,7 +39,7 @@ LONG = (
 def clean(folder: Path, samples: list[Sample], **settings: Any) -> InstructConfig:
     categories = settings.pop("categories", None)
     config = run_folder(folder, samples, categories, **{**KEEP, **settings})
-    cleaning.command(config, [])
+    cleaning.command(config)
     return config
 
 
@@ -453,7 +453,7 @@ def test_every_turn_is_kept_or_set_aside_once_and_again_gives_the_same_bytes(
     assert told["set_aside"]["lines"] == len(set_aside(config))
     names = ("kept.jsonl", "set_aside.jsonl", "cleaning.json")
     first = [(Path(config.output_dir) / name).read_bytes() for name in names]
-    cleaning.command(config, [])
+    cleaning.command(config)
     assert first == [(Path(config.output_dir) / name).read_bytes() for name in names]
 
 
@@ -462,4 +462,4 @@ def test_samples_of_unknown_images_are_refused(tmp_path: Path) -> None:
     run = Path(config.output_dir)
     (run / "images.jsonl").write_text("")
     with pytest.raises(UserError, match=r"sample 'a' is about image 1, which images\.jsonl"):
-        cleaning.command(config, [])
+        cleaning.command(config)

@@ -33,7 +33,7 @@ def exported(folder: Path, samples: list[Sample], **settings_of: Any) -> Path:
     values = config.model_dump(mode="json") | {"export": settings_of}
     run = RunFolder(Path(config.output_dir))
     write_lines(run.kept, samples)
-    exporting.command(parse(InstructConfig, values, "test"), [])
+    exporting.command(parse(InstructConfig, values, "test"))
     return run.exports
 
 
@@ -179,4 +179,4 @@ def test_a_damaged_line_of_kept_samples_is_named(tmp_path: Path) -> None:
     config = run_folder(tmp_path, [])
     RunFolder(Path(config.output_dir)).kept.write_text("{}\n")
     with pytest.raises(UserError, match=r"kept\.jsonl:1"):
-        exporting.command(config, [])
+        exporting.command(config)

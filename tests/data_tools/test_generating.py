@@ -42,9 +42,9 @@ def test_rules_answer_every_request_and_a_second_start_asks_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = planned(tmp_path)
-    generating.command(config, [])
+    generating.command(config)
     first = (run.answers / "part-00001.jsonl").read_bytes()
-    generating.command(config, [])
+    generating.command(config)
     assert (run.answers / "part-00001.jsonl").read_bytes() == first
     assert len(read_answers(run.answers)) == 6
     assert "6 requests: 6 answered before, 0 now" in capsys.readouterr().out
@@ -56,8 +56,8 @@ def test_a_server_is_asked_with_every_parameter_once(tmp_path: Path) -> None:
             tmp_path, kind="openai", base_url=server.url, structured="json_schema",
             prices={"input": 2.0, "cached": 1.0, "output": 10.0},
         )  # fmt: skip
-        generating.command(config, [])
-        generating.command(config, [])
+        generating.command(config)
+        generating.command(config)
     requests = list(read_requests(run))
     assert sorted(received.id for received in server.received) == sorted(r.id for r in requests)
     body = server.received[0].body
@@ -101,7 +101,7 @@ def test_a_misbehaviour_is_survived_once_and_told_if_it_stays(tmp_path: Path, na
                 folder, images=1, kind="openai", base_url=server.url, structured="none",
                 timeout_seconds=1.0, max_answer_bytes=100_000, attempts=2, **more,
             )  # fmt: skip
-            generating.command(config, [])
+            generating.command(config)
         return run
 
     assert texts(start(tmp_path / "once", once)) == [GOOD] * 3
@@ -129,7 +129,7 @@ def test_an_odd_answer_is_recorded_untouched_for_verification(tmp_path: Path, na
         config, run = planned(
             tmp_path, images=1, kind="openai", base_url=server.url, structured="none"
         )
-        generating.command(config, [])
+        generating.command(config)
     for answer in read_answers(run.answers).values():
         assert (answer.text, answer.finish) == (text, finish)
 
@@ -142,7 +142,7 @@ def test_what_every_request_would_meet_stops_the_run_at_once(tmp_path: Path, sta
             tmp_path, images=20, kind="openai", base_url=server.url, structured="none"
         )
         with pytest.raises(UserError, match=f"the server says {status}.*no such model") as told:
-            generating.command(config, [])
+            generating.command(config)
     assert told.value.reason == "teacher_refused"
     assert len(server.received) <= config.teacher.concurrency
 
@@ -157,7 +157,7 @@ def test_a_refused_request_is_not_sent_again_and_others_go_on(tmp_path: Path) ->
             tmp_path, 3, kind="openai", base_url=server.url, structured="none", concurrency=1
         )
         with pytest.raises(SystemExit) as ended:
-            generating.command(config, [])
+            generating.command(config)
     assert ended.value.code == 3
     assert len(read_answers(run.answers)) == 8 and set(server.counts.values()) == {1}
     assert [(f.sample_id, f.reason, f.status) for f in failures(run)] == [
@@ -169,7 +169,7 @@ def test_content_against_the_servers_rules_has_an_empty_answer(tmp_path: Path) -
     act = fail(400, "our policy", code="content_filter")
     with served(lambda received: act) as server:
         config, run = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
-        generating.command(config, [])
+        generating.command(config)
     answers = read_answers(run.answers).values()
     assert {(answer.text, answer.finish) for answer in answers} == {("", "content_filter")}
     assert set(server.counts.values()) == {1}
@@ -183,7 +183,7 @@ def test_a_server_that_is_down_ends_the_run_before_every_request_has_failed(
         attempts=1,
     )  # fmt: skip
     with pytest.raises(SystemExit) as ended:
-        generating.command(config, [])
+        generating.command(config)
     assert ended.value.code == 3
     told = capsys.readouterr()
     assert "20 requests in a row failed" in told.err and "cannot be reached" in told.out

@@ -38,7 +38,7 @@ def change(path: Path, **lists: Any) -> None:
 
 
 def index(files: dict[str, Path], **coco: Any) -> dict[str, Any]:
-    indexing.command(config_of(files, **coco), ())
+    indexing.command(config_of(files, **coco))
     told: dict[str, Any] = json.loads((files["out"] / "index.json").read_text())
     return told
 

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from data_tools import make_scenes
-from data_tools.instruct.__main__ import STAGES, main
+from data_tools.instruct.__main__ import main
 from data_tools.instruct.generate.answers import read_answers
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder
+from data_tools.instruct.stages import COMMANDS, parsers
 from tests.data_tools.teacher_server import Act, Received, drop, fail, fenced, say, served
 from tests.tiny_runs import run as run_stage
 from vlm_sft.config.schema import DataFile
@@ -126,18 +127,65 @@ def test_stage_2_trains_on_the_exported_file(tmp_path: Path, scenes: Path) -> No
     assert (tmp_path / "trained/final/manifest.json").is_file()
 
 
-@pytest.mark.parametrize("command", [*STAGES, "explain"])
-def test_every_stage_says_what_it_takes(command: str, tmp_path: Path, scenes: Path) -> None:
-    config = config_file(tmp_path, scenes)
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("words", [["--help"], ["nowhere.yaml", "--help"], ["-h"]])
+def test_every_command_has_its_own_help_with_examples(
+    command: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        main([command, str(config), "--help"])
+        main([command, *words])
     assert end.value.code == 0
+    help_text = capsys.readouterr().out
+    prog = f"python -m data_tools.instruct {command}"
+    assert help_text.startswith(f"usage: {prog} [-h]")
+    for word in ("--overwrite", "CONFIG.yaml", "key.path=value", f"\n  {prog} "):
+        assert word in help_text
 
 
-def test_options_belong_to_a_stage(tmp_path: Path, scenes: Path) -> None:
-    config = config_file(tmp_path, scenes)
-    with pytest.raises(UserError, match="run takes no options, found '--shard'"):
-        main(["run", str(config), "--shard", "1/2"])
+def test_the_examples_of_the_help_are_accepted() -> None:
+    for name, stage in COMMANDS.items():
+        for example in stage.examples:
+            assert parsers()[name].read(example.split()).config.endswith(".yaml")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "my.yaml --shard 2/3 limits.usd=1 seed=2",
+        "--shard 2/3 my.yaml limits.usd=1 seed=2",
+        "my.yaml limits.usd=1 seed=2 --shard=2/3",
+        "my.yaml limits.usd=1 --shard 2/3 seed=2",
+    ],
+)
+def test_options_may_be_before_and_after_the_configuration(words: str) -> None:
+    found = parsers()["generate"].read(words.split())
+    assert (found.config, found.overrides) == ("my.yaml", ["limits.usd=1", "seed=2"])
+    assert (found.shard.number, found.shard.count) == (2, 3)
+
+
+def test_the_value_of_an_option_is_not_an_override() -> None:
+    found = parsers()["verify"].read(["my.yaml", "--file", "a=b.json"])
+    assert (found.file, found.overrides) == (Path("a=b.json"), [])
+
+
+@pytest.mark.parametrize("option", ["--shard", "--show=3", "--file"])
+def test_run_has_no_options_of_a_stage(option: str, tmp_path: Path, scenes: Path) -> None:
+    with pytest.raises(UserError, match=r"an option of `\w+`, not of `run`; run the stages one by"):
+        main(["run", str(config_file(tmp_path, scenes)), option, "1/2"])
+
+
+def test_a_misspelt_stage_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"^COMMAND verfy: did you mean verify\?$"):
+        main(["verfy", "my.yaml"])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom data_tools.instruct.__main__ import main\n"
+        "try: main(['plan', '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'pydantic', 'numpy', 'rich', 'yaml', 'PIL'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_misspelt_setting_is_one_sentence_and_code_2(tmp_path: Path, scenes: Path) -> None:

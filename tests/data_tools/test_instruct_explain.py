@@ -122,9 +122,9 @@ def test_the_page_and_the_image_are_written_where_they_are_asked_for(
     config = config_of(tmp_path / "run", tmp_path / "images")
     page, image = tmp_path / "out.html", tmp_path / "out.png"
     sample_id = f"{FATES_ONCE.index('count') + 1:012d}-conversation-0"
-    explaining.command(config, [sample_id, "--html", str(page), "--png", str(image)])
+    explaining.command(config, sample_id, html=page, png=image)
     first = page.read_bytes(), image.read_bytes()
-    explaining.command(config, [sample_id, "--html", str(page), "--png", str(image)])
+    explaining.command(config, sample_id, html=page, png=image)
     assert (page.read_bytes(), image.read_bytes()) == first
     assert Image.open(io.BytesIO(image.read_bytes())).size == (80, 60)
     html = page.read_text(encoding="utf-8")
@@ -138,7 +138,7 @@ def test_a_hostile_sample_has_a_harmless_page(tmp_path: Path) -> None:
     run.write(tmp_path / "run")
     page = tmp_path / "out.html"
     config = config_of(tmp_path / "run", tmp_path / "images")
-    explaining.command(config, [run.requests[0].sample_id, "--html", str(page)])
+    explaining.command(config, run.requests[0].sample_id, html=page)
     html = page.read_text(encoding="utf-8")
     assert html.count("<script") == 1 and "<img src=x" not in html and "\u202e" not in html
 
@@ -148,7 +148,5 @@ def test_a_missing_image_has_no_png(tmp_path: Path, run: Run) -> None:
     (tmp_path / "images" / "000000000001.jpg").unlink()
     config = config_of(tmp_path / "run", tmp_path / "images")
     with pytest.raises(UserError, match="000000000001"):
-        explaining.command(
-            config, ["000000000001-conversation-0", "--png", str(tmp_path / "a.png")]
-        )
+        explaining.command(config, "000000000001-conversation-0", png=tmp_path / "a.png")
     assert not RunFolder(tmp_path / "run").report.exists()

@@ -66,7 +66,7 @@ def built(tmp_path: Path, run: Run, *stages: str) -> str:
 def written(tmp_path: Path, run: Run) -> dict[str, bytes]:
     """All files of the run's report."""
     folder = run.write(tmp_path / "run")
-    reporting.command(config_of(folder.root, tmp_path / "images"), [])
+    reporting.command(config_of(folder.root, tmp_path / "images"))
     return {path.name: path.read_bytes() for path in folder.report.iterdir()}
 
 
@@ -155,7 +155,7 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path, run: Run) -> Non
     folder = RunFolder(tmp_path / "run")
     for path in (folder.samples, folder.rejected, folder.kept, folder.set_aside):
         path.unlink()
-    reporting.command(config_of(folder.root, tmp_path / "images"), [])
+    reporting.command(config_of(folder.root, tmp_path / "images"))
     assert sorted(p.name for p in folder.report.iterdir()) == ["funnel.png", "report.html"]
 
 
@@ -164,7 +164,7 @@ def test_samples_of_another_plan_are_refused(tmp_path: Path, run: Run) -> None:
     plan = folder.requests.read_text().splitlines(keepends=True)
     folder.requests.write_text("".join(plan[:20]))
     with pytest.raises(UserError, match=r"belongs to no request of the present plan.*`verify`"):
-        reporting.command(config_of(folder.root, tmp_path / "images"), [])
+        reporting.command(config_of(folder.root, tmp_path / "images"))
 
 
 def test_who_made_the_samples_is_said_plainly(tmp_path: Path, run: Run) -> None:

@@ -35,8 +35,8 @@ def config_of(files: dict[str, Path], **sections: Any) -> InstructConfig:
     return InstructConfig.model_validate(tree)
 
 
-def plan(config: InstructConfig, *options: str) -> list[Request]:
-    planning.command(config, options)
+def plan(config: InstructConfig, show: int = 0) -> list[Request]:
+    planning.command(config, show)
     return list(planning.read_requests(RunFolder(Path(config.output_dir))))
 
 
@@ -142,7 +142,7 @@ def test_the_table_says_what_it_takes_and_what_was_left_out(
         document["images"][0]["coco_url"] = "http://x/val2017/000000000001.jpg"
         document["annotations"] = [a for a in document["annotations"] if a["image_id"] != 2]
         files[name].write_text(json.dumps(document))
-    requests = plan(config_of(files, limits={"usd": 0.0001}), "--show", "1")
+    requests = plan(config_of(files, limits={"usd": 0.0001}), show=1)
     assert {request.image for request in requests} == {3, 4}
     told = json.loads((files["out"] / "plan.json").read_text())
     assert told["left_out"] == {

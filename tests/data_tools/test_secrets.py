@@ -108,7 +108,7 @@ def test_a_server_that_repeats_the_key_everywhere_gets_it_nowhere(
             api_key_env="TEACHER_KEY", backoff_seconds=0.01,
         )  # fmt: skip
         with pytest.raises((SystemExit, UserError)):
-            generating.command(config, [])
+            generating.command(config)
     assert any(received.times > 3 for received in server.received)
     printed = capsys.readouterr()
     told = (
@@ -139,7 +139,7 @@ def test_a_server_that_repeats_the_key_everywhere_gets_it_nowhere(
 def test_a_refused_address_is_not_repeated(tmp_path: Path, url: str) -> None:
     config, run = planned(tmp_path / "run", 1, kind="openai", base_url=url)
     with pytest.raises(UserError) as told:
-        generating.command(config, [])
+        generating.command(config)
     assert "canary" not in str(told.value)
     if any(sign in url for sign in "@?#"):
         path = tmp_path / "given.yaml"

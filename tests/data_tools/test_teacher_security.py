@@ -87,7 +87,7 @@ def test_the_key_is_not_in_a_refusal_nor_behind_it(tmp_path: Path, key: str, sta
     with served(lambda r: fail(status, f"wrong key {key} \x1b[2J")) as server:
         config, _ = with_key(tmp_path, server.url)
         with pytest.raises(UserError, match=f"the server says {status}") as told:
-            generating.command(config, [])
+            generating.command(config)
     shown = "".join(traceback.format_exception(told.value))
     assert key not in shown and "\x1b" not in shown and "[key removed]" in shown
 
@@ -98,7 +98,7 @@ def test_the_key_follows_no_redirect(tmp_path: Path, key: str) -> None:
         with served(lambda r: away) as server:
             config, _ = with_key(tmp_path, server.url)
             with pytest.raises(UserError, match="it points elsewhere"):
-                generating.command(config, [])
+                generating.command(config)
     assert not thief.received
 
 
@@ -113,7 +113,7 @@ def test_nothing_of_the_environment_reaches_the_server_but_the_key(
         custom = "Authorization: Bearer sk-other\nX-Other: sk-other"
         monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", custom)
         config, run = with_key(tmp_path, server.url)
-        generating.command(config, [])
+        generating.command(config)
     assert not proxy.received and len(read_answers(run.answers)) == 3
     for received in server.received:
         assert "other" not in json.dumps(received.headers)
@@ -137,7 +137,7 @@ def test_a_server_on_this_machine_needs_no_key(
             tmp_path, 1, kind="openai", base_url=server.url, structured="none",
             api_key_env="TEACHER_KEY",
         )  # fmt: skip
-        generating.command(config, [])
+        generating.command(config)
     assert len(read_answers(run.answers)) == 3
     assert server.received[0].headers["authorization"] == "Bearer none"
 

@@ -16,12 +16,14 @@ from kill_generation import trial
 from data_tools.instruct.config import LimitsConfig, TeacherConfig
 from data_tools.instruct.generate import command as generating
 from data_tools.instruct.generate.answers import read_answers
+from data_tools.instruct.generate.shard import Shard
 from data_tools.instruct.generate.teachers.faults import retry_after
 from data_tools.instruct.generate.teachers.pace import Pace, backoff
 from data_tools.instruct.generate.teachers.spending import LimitReached, Spending, Usage
 from data_tools.instruct.generate.teachers.stopping import Stopping
 from data_tools.instruct.generate.teachers.wire import printable, strict
 from data_tools.instruct.plan.command import read_requests
+from data_tools.instruct.stages import parsers
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import Act, Received, after, fail, say, served
 from vlm_sft.config import loading as settings
@@ -44,7 +46,7 @@ def test_no_cap_is_ever_passed_over_all_starts(
         )  # fmt: skip
         for _ in range(2):
             with pytest.raises(SystemExit) as ended:
-                generating.command(config, [])
+                generating.command(config)
             assert ended.value.code == 4
     answers = list(read_answers(run.answers).values())
     tokens = sum(answer.tokens_in + answer.tokens_out for answer in answers)
@@ -76,7 +78,7 @@ def test_a_sending_whose_end_is_unknown_counts_at_the_most_it_can_cost(tmp_path:
 def test_a_cap_on_money_needs_prices(tmp_path: Path) -> None:
     config, _ = planned(tmp_path, limits={"usd": 1.0})
     with pytest.raises(UserError, match=r"limits\.usd is set and teacher\.prices is not"):
-        generating.command(config, [])
+        generating.command(config)
 
 
 def test_retry_after_is_kept_to_by_all_requests(tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_retry_after_is_kept_to_by_all_requests(tmp_path: Path) -> None:
         config, run = planned(
             tmp_path, 1, kind="openai", base_url=server.url, structured="none", concurrency=3
         )
-        generating.command(config, [])
+        generating.command(config)
     times = [received.at for received in server.received]
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert len(read_answers(run.answers)) == 3
@@ -99,7 +101,7 @@ def test_a_wait_of_hours_is_left_to_the_next_start(tmp_path: Path) -> None:
     with served(lambda received: fail(429, "tomorrow", retry_after=10_000)) as server:
         config, run = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
         with pytest.raises(SystemExit) as ended:
-            generating.command(config, [])
+            generating.command(config)
     assert ended.value.code == 3 and set(server.counts.values()) == {1}
     assert run.failures.read_text().count('"rate_limited"') == 3
 
@@ -109,7 +111,7 @@ def test_a_used_up_quota_stops_the_run(tmp_path: Path) -> None:
     with served(lambda received: act) as server:
         config, _ = planned(tmp_path, 9, kind="openai", base_url=server.url, structured="none")
         with pytest.raises(UserError, match="pay first"):
-            generating.command(config, [])
+            generating.command(config)
     assert len(server.received) <= config.teacher.concurrency
 
 
@@ -150,7 +152,7 @@ def test_no_more_requests_are_under_way_than_allowed(tmp_path: Path) -> None:
         config, _ = planned(
             tmp_path, 5, kind="openai", base_url=server.url, structured="none", concurrency=3
         )
-        generating.command(config, [])
+        generating.command(config)
     assert server.most_busy == 3
 
 
@@ -159,7 +161,7 @@ def test_several_servers_share_the_requests(tmp_path: Path) -> None:
         config, run = planned(
             tmp_path, 8, kind="openai", base_url=[one.url, other.url], structured="none"
         )
-        generating.command(config, [])
+        generating.command(config)
     assert len(read_answers(run.answers)) == 24
     assert 4 < len(other.received) < 20 and len(one.received) == 24
 
@@ -196,9 +198,9 @@ def test_a_server_is_probed_once_and_remembered(tmp_path: Path, name: str) -> No
 
     with served(script) as server:
         config, run = planned(tmp_path, 2, kind="openai", base_url=server.url)
-        generating.command(config, [])
+        generating.command(config)
         (run.answers / "part-00001.jsonl").unlink()
-        generating.command(config, [])
+        generating.command(config)
     found = json.loads(run.teacher.read_text())
     assert (found["structured"], found["length"]) == (structured, length)
     assert sum(received.is_probe for received in server.received) == probes
@@ -225,14 +227,14 @@ from vlm_sft.commands.run_command import run_command
 def main(argv):
     config, _ = planned(Path(argv[0]), 30, kind="openai", base_url=argv[1], structured="none",
                         concurrency=2)
-    generating.command(config, argv[2:])
+    generating.command(config)
     return 0
 run_command(main)
 """
 
 
-def start(folder: Path, url: str, *options: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", RUNNING, str(folder), url, *options]
+def start(folder: Path, url: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", RUNNING, str(folder), url]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -277,10 +279,10 @@ def test_two_processes_share_a_folder_and_ask_nothing_twice(tmp_path: Path) -> N
 
 def test_shards_ask_each_request_once_and_merge_to_the_same_answers(tmp_path: Path) -> None:
     whole_config, whole = planned(tmp_path / "whole", 10)
-    generating.command(whole_config, [])
+    generating.command(whole_config)
     config, run = planned(tmp_path / "parts", 10)
     for part in (3, 1, 2):
-        generating.command(config, ["--shard", f"{part}/3"])
+        generating.command(config, Shard(part, 3))
     parts, answers = read_answers(run.answers), read_answers(whole.answers)
     assert parts.lines == 30
     for request in read_requests(run):
@@ -288,10 +290,9 @@ def test_shards_ask_each_request_once_and_merge_to_the_same_answers(tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2", "1/0"])
-def test_a_shard_is_one_of_n(tmp_path: Path, text: str) -> None:
-    config, _ = planned(tmp_path)
-    with pytest.raises(UserError, match="expected i/n, with i from 1 to n"):
-        generating.command(config, [f"--shard={text}"])
+def test_a_shard_is_one_of_n(text: str) -> None:
+    with pytest.raises(UserError, match=f"^--shard {text}: expected i/n, with i from 1 to n$"):
+        parsers()["generate"].read(["run.yaml", f"--shard={text}"])
 
 
 def test_a_shared_folder_answers_the_same_requests_of_another_run(tmp_path: Path) -> None:
@@ -301,12 +302,12 @@ def test_a_shared_folder_answers_the_same_requests_of_another_run(tmp_path: Path
                 tmp_path / name, 2, kind="openai", base_url=server.url, structured="none",
                 answers_dir=str(tmp_path / "shared"),
             )  # fmt: skip
-            generating.command(config, [])
+            generating.command(config)
         config, _ = planned(
             tmp_path / "third", 3, kind="openai", base_url=server.url, structured="none",
             answers_dir=str(tmp_path / "shared"),
         )  # fmt: skip
-        generating.command(config, [])
+        generating.command(config)
     assert len(server.received) == 9  # six, none, and the three of one more image
 
 
@@ -314,7 +315,7 @@ def test_a_request_that_stands_twice_is_asked_once(tmp_path: Path) -> None:
     with served(lambda received: after(0.05, say(GOOD))) as server:
         config, run = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
         run.requests.write_bytes(run.requests.read_bytes() * 2)
-        generating.command(config, [])
+        generating.command(config)
     assert set(server.counts.values()) == {1} and read_answers(run.answers).lines == 3
 
 
@@ -338,7 +339,7 @@ def test_an_address_that_would_carry_the_key_in_the_open_is_refused(
 ) -> None:
     config, _ = planned(tmp_path, kind="openai", base_url=url)
     with pytest.raises(UserError) as told:
-        generating.command(config, [])
+        generating.command(config)
     assert told.value.reason == "teacher_address" and "secret-word" not in str(told.value)
 
 
@@ -374,7 +375,7 @@ def test_a_missing_or_broken_key_is_told_without_showing_it(
         tmp_path, kind="openai", base_url="https://host.example/v1", api_key_env="TEACHER_KEY"
     )
     with pytest.raises(UserError, match="TEACHER_KEY") as told:
-        generating.command(config, [])
+        generating.command(config)
     assert told.value.reason == "teacher_key" and "secr" not in str(told.value)
 
 

@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> InstructConfig:
     config = InstructConfig(
         output_dir=str(tmp_path / "run"), coco=coco, teacher=TeacherConfig(kind="rules")
     )
-    index(config, [])
+    index(config)
     return config
 
 
@@ -62,7 +62,7 @@ def test_samples_and_rejected_come_in_the_order_of_the_requests_with_counts(
 ) -> None:
     said = [(1, "Two dogs."), (1, "Three dogs."), (2, None), (2, "A cat and a bus."), (2, "A cat.")]
     write_run(config, said)
-    verifying.command(config, [])
+    verifying.command(config)
     folder = RunFolder(Path(config.output_dir))
     accepted, rejected = (list(read_lines(p, Sample)) for p in (folder.samples, folder.rejected))
     assert [sample.id for sample in accepted] == ["sample-0", "sample-4"]
@@ -85,7 +85,7 @@ def test_the_same_answers_give_the_same_bytes(config: InstructConfig) -> None:
     folder = RunFolder(Path(config.output_dir))
     contents = []
     for _ in range(2):
-        verifying.command(config, [])
+        verifying.command(config)
         files = (folder.samples, folder.rejected, folder.verification)
         contents.append([path.read_bytes() for path in files])
     assert contents[0] == contents[1]
@@ -97,7 +97,7 @@ def test_an_unreadable_answer_is_kept_as_it_came(config: InstructConfig) -> None
     writer = AnswerWriter(folder.answers)
     writer.write(Answer(request=f"{0:064x}", teacher="openai", text="No JSON", finish="stop"))
     writer.close()
-    verifying.command(config, [])
+    verifying.command(config)
     [sample] = read_lines(folder.rejected, Sample)
     assert (sample.raw, sample.turns, sample.reasons) == ("No JSON", (), ("NOT_JSON",))
 
@@ -117,7 +117,7 @@ def test_files_of_llava_form_are_checked_against_the_annotations(
     path = tmp_path / f"mine.{suffix}"
     lines = "\n".join(json.dumps(record) for record in records)
     path.write_text(json.dumps(records) if suffix == "json" else lines)
-    verifying.command(config, ["--file", str(path)])
+    verifying.command(config, path)
     folder = RunFolder(Path(config.output_dir) / "checked" / "mine")
     [good], [bad] = (list(read_lines(p, Sample)) for p in (folder.samples, folder.rejected))
     assert (good.id, good.origin, good.turns[0].kind) == ("a-0", "imported", "count")
@@ -151,7 +151,7 @@ def test_held_out_answers_and_human_captions_are_told_apart_as_documented(tmp_pa
     )
     teacher = TeacherConfig(kind="rules")
     config = InstructConfig(output_dir=str(tmp_path / "run"), coco=coco, teacher=teacher)
-    index(config, [])
+    index(config)
     folder = RunFolder(Path(config.output_dir))
     images = read_images(folder)
     policy = Policy(config.verify, read_categories(folder))

@@ -62,6 +62,11 @@ class CommandParser(argparse.ArgumentParser):
             help="print the version and exit",
         )
 
+    @property
+    def option_strings(self) -> frozenset[str]:
+        """All options, e.g. `--help` and `-h`."""
+        return frozenset(self._option_string_actions)
+
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; options may come between positional arguments.
 

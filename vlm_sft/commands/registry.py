@@ -54,7 +54,8 @@ def prepare_command(package: str) -> None:
     if not sys.argv:
         return
     if os.path.basename(sys.argv[0]) == SCRIPT:
-        _exit_on_ctrl_c()
+        if package == "vlm_sft":  # `vlm-sft data` imports data_tools when it is already running
+            _exit_on_ctrl_c()
         return
     # `sys.argv[0]` is `-m` until Python has found the module that it is to run.
     module = _requested_module() if sys.argv[0] == "-m" else ""

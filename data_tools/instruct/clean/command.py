@@ -5,7 +5,7 @@ decided; the second writes `kept.jsonl` and `set_aside.jsonl`.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from data_tools.instruct.clean.table import Reader, Table, TableBuilder, line_of
 from data_tools.instruct.config import CleanConfig, InstructConfig
 from data_tools.instruct.index import read_categories, read_images
 from data_tools.instruct.lines import read_lines
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Sample
 from vlm_sft.errors import UserError
@@ -29,13 +28,12 @@ from vlm_sft.utils.progress import track
 __all__ = ["command"]
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
+def command(config: InstructConfig) -> None:
     """Read `samples.jsonl`, write `kept.jsonl`, `set_aside.jsonl` and `cleaning.json`.
 
     Raises:
         UserError: A stage before has not run, or the samples are of other images.
     """
-    stage_parser("clean", __doc__).read(options)
     folder = RunFolder(Path(config.output_dir))
     known = read_images(folder)
     table = _read(folder, config, known)

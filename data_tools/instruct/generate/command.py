@@ -4,16 +4,13 @@ Ends with exit code 0 when every request has its answer, 3 when some failed (the
 them again), 4 when a cap of `limits` was reached, 130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
-import argparse
 import asyncio
-import re
 import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,15 +20,14 @@ from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.generate.answers import Answers, AnswerWriter, Claims, answers_folder
 from data_tools.instruct.generate.append_only import SharedLog
 from data_tools.instruct.generate.progress import Standing, shown
+from data_tools.instruct.generate.shard import ALL_REQUESTS, Shard
 from data_tools.instruct.generate.teachers import Teacher
 from data_tools.instruct.generate.teachers.making import make_teacher
 from data_tools.instruct.generate.teachers.spending import LimitReached, Spending
 from data_tools.instruct.generate.teachers.stopping import Stopped, Stopping
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Failure, Request
-from vlm_sft.commands.parser import CommandParser
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 
@@ -48,14 +44,17 @@ _LOOK_SECONDS: Final = 0.5
 """Between two looks whether another process has answered what it had claimed."""
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
+def command(config: InstructConfig, shard: Shard = ALL_REQUESTS) -> None:
     """Ask what has no answer yet.
+
+    Args:
+        config: The run's.
+        shard: The part of the requests to ask.
 
     Raises:
         UserError: The settings, the key or the files are wrong, or the server refuses everything.
         SystemExit: With the exit code, where it is not 0.
     """
-    shard = _parser().read(options).shard
     if config.limits.usd is not None and config.teacher.prices is None:
         raise UserError(
             "limits.usd is set and teacher.prices is not, so that no cost is known; give the "
@@ -64,27 +63,6 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     code = asyncio.run(_generate(config, shard))
     if code:
         raise SystemExit(code)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of `count` parts of the requests; which one a request is in, its id alone decides."""
-
-    number: int = 1
-    count: int = 1
-
-    def holds(self, request: Request) -> bool:
-        """Whether the request is of this part."""
-        return sum(request.id.encode()) % self.count == self.number - 1
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """`2/8` is the second of eight."""
-        number, _, count = text.partition("/")
-        digits = re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text)
-        if not (digits and 1 <= int(number) <= int(count)):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected i/n, with i from 1 to n")
-        return cls(int(number), int(count))
 
 
 async def _generate(config: InstructConfig, shard: Shard) -> int:
@@ -160,7 +138,7 @@ class Generation:
     def _count(self) -> None:
         self._answers.refresh()
         for request in read_requests(self._folder):
-            if self._shard.holds(request):
+            if self._shard.holds(request.id):
                 self.standing.total += 1
                 self.standing.before += request.id in self._answers
         if self._answers.duplicates:
@@ -180,7 +158,7 @@ class Generation:
 
     def _pending(self) -> Iterator[Request]:
         for request in read_requests(self._folder):
-            if not self._shard.holds(request) or request.id in self._answers:
+            if not self._shard.holds(request.id) or request.id in self._answers:
                 continue
             if not self._failures.is_from_this_start(request.id):
                 yield request
@@ -375,18 +353,6 @@ class _Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().remove_signal_handler(number)
-
-
-def _parser() -> CommandParser:
-    parser = stage_parser("generate", __doc__)
-    parser.add_argument(
-        "--shard",
-        type=Shard.parse,
-        default=Shard(),
-        metavar="i/n",
-        help="ask only the requests of part i of n (from 1), for several machines",
-    )
-    return parser
 
 
 def _say(line: str) -> None:

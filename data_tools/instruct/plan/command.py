@@ -13,14 +13,12 @@ from data_tools.instruct import contamination as guard
 from data_tools.instruct import index as indexing
 from data_tools.instruct.config import InstructConfig, TeacherConfig
 from data_tools.instruct.lines import read_lines, write_lines
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.plan.context import describe
 from data_tools.instruct.plan.prompts import TYPES, closing, digest, make_templates, messages
 from data_tools.instruct.plan.selection import choose, integer, types_of
 from data_tools.instruct.plan.tokens import estimate_tokens
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Request, SampleType
-from vlm_sft.commands.parser import whole_number
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
@@ -33,18 +31,14 @@ MESSAGE_TOKENS: Final = 4
 PAID: Final = ("openai", "batch")
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
-    """Write the requests and what they will take; nothing is sent."""
-    parser = stage_parser("plan", __doc__)
-    parser.add_argument(
-        "--show",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="print the first N requests in full",
-    )
-    arguments = parser.read(options)
-    indexing.command(config, ())
+def command(config: InstructConfig, show: int = 0) -> None:
+    """Write the requests and what they will take; nothing is sent.
+
+    Args:
+        config: The run's.
+        show: How many requests to print in full.
+    """
+    indexing.command(config)
     folder = RunFolder(Path(config.output_dir))
     images = list(indexing.read_images(folder).values())
     categories = indexing.read_categories(folder)
@@ -64,7 +58,7 @@ def command(config: InstructConfig, options: Sequence[str]) -> None:
     }
     write_owned_json(folder.plan, told)
     echo("\n".join([*guarded.lines(), *_table(told, config)]), file=sys.stdout)
-    for request in islice(read_requests(folder), arguments.show):
+    for request in islice(read_requests(folder), show):
         echo("\n".join(_in_full(request, templates)), file=sys.stdout)
 
 

@@ -1,14 +1,13 @@
 """`report`: one HTML page of what was made, and of what was not, with its plots."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.generate.answers import answers_folder
 from data_tools.instruct.index import read_images
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.report import page
 from data_tools.instruct.report.figures import Figures, gather
 from data_tools.instruct.report.journeys import journeys
@@ -26,13 +25,12 @@ _RECEIPTS: Final = ("index.json", "plan.json", "export/export.json")
 """What stages write about their results, below the run's folder."""
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
+def command(config: InstructConfig) -> None:
     """Write `report/report.html` and its plots; print where it lies and five figures.
 
     Raises:
         UserError: Nothing is indexed, or files of the run do not belong together.
     """
-    stage_parser("report", __doc__).read(options)
     folder = RunFolder(Path(config.output_dir))
     report = read(config, folder)
     path = folder.report / "report.html"

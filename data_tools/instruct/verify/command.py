@@ -6,7 +6,7 @@ files give the same bytes.
 
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,6 @@ from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.generate.answers import answers_folder, read_answers
 from data_tools.instruct.index import read_categories, read_images
-from data_tools.instruct.options import stage_parser
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Check, Cost, ImageSource, Request, Sample
@@ -35,28 +34,25 @@ EXAMPLES: Final = 5
 """So many samples of every reason are named in `verification.json`."""
 
 
-def command(config: InstructConfig, options: Sequence[str]) -> None:
-    """Write samples.jsonl, rejected.jsonl and verification.json, and tell what was found."""
-    parser = stage_parser("verify", __doc__)
-    parser.add_argument(
-        "--file",
-        metavar="LLAVA.json",
-        help="check this file of LLaVA's form (.json or .jsonl) against the annotations instead; "
-        "results go to OUTPUT_DIR/checked/NAME/",
-    )
-    arguments = parser.read(options)
+def command(config: InstructConfig, file: Path | None = None) -> None:
+    """Write samples.jsonl, rejected.jsonl and verification.json, and print a summary.
+
+    Args:
+        config: The run's.
+        file: LLaVA records to check in place of the run's answers; the results are then written
+            to `checked/NAME/` in the run's folder.
+    """
     folder = RunFolder(Path(config.output_dir))
     policy = Policy(config.verify, read_categories(folder))
     images = read_images(folder)
-    if arguments.file is not None:
+    if file is not None:
         from data_tools.instruct.verify.llava_records import imported_samples
 
-        path = Path(arguments.file)
-        folder = RunFolder(folder.root / "checked" / path.stem)
+        folder = RunFolder(folder.root / "checked" / file.stem)
         for output in (folder.samples, folder.rejected, folder.verification):
-            refuse_input(output, [path])
+            refuse_input(output, [file])
         tally = Tally()
-        samples = imported_samples(path, images, policy, tally.left_out)
+        samples = imported_samples(file, images, policy, tally.left_out)
     else:
         tally = Tally()
         samples = _samples(config, folder, images, policy, tally)
