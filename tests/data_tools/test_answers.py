@@ -129,7 +129,7 @@ def test_a_damaged_line_is_told_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"part-00001.jsonl: the line at byte {len(lines[0])}"):
         read_answers(tmp_path)
     path.write_bytes(lines[0] + lines[1].replace(b'"text":', b'"txt":'))
-    with pytest.raises(UserError, match="is no answer"):
+    with pytest.raises(UserError, match="is not an answer"):
         read_answers(tmp_path)[f"{2:064x}"]
 
 

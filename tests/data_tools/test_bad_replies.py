@@ -10,9 +10,9 @@ from data_tools.instruct.config import LimitsConfig
 from data_tools.instruct.generate import command as generating
 from data_tools.instruct.generate.answers import read_answers
 from data_tools.instruct.generate.teachers.batch_log import BatchLog
+from data_tools.instruct.generate.teachers.cancellation import Cancellation
 from data_tools.instruct.generate.teachers.faults import retry_after
 from data_tools.instruct.generate.teachers.spending import Spending, Usage
-from data_tools.instruct.generate.teachers.stopping import Stopping
 from data_tools.instruct.report import command as reporting
 from tests.data_tools.asked import planned
 from tests.data_tools.teacher_server import completion, say, send, served
@@ -111,7 +111,7 @@ def test_a_server_that_asks_for_an_endless_wait_is_not_waited_for(tmp_path: Path
 
 
 def spent(path: Path) -> Usage:
-    account = Spending(path, LimitsConfig(), Stopping())
+    account = Spending(path, LimitsConfig(), Cancellation())
     try:
         return account.total
     finally:
@@ -158,7 +158,7 @@ def test_corrections_of_what_was_reserved_are_believed(tmp_path: Path) -> None:
 def test_a_damaged_record_of_batches_is_refused_in_a_sentence(tmp_path: Path, line: str) -> None:
     path = tmp_path / "batches.jsonl"
     path.write_text(line + "\n", errors="surrogateescape")
-    with pytest.raises(UserError, match=r"batches.jsonl:1: is no line of this file"):
+    with pytest.raises(UserError, match=r"batches.jsonl:1: is not a line of this file"):
         BatchLog(path)
 
 

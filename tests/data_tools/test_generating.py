@@ -141,7 +141,7 @@ def test_what_every_request_would_meet_stops_the_run_at_once(tmp_path: Path, sta
         config, _ = planned(
             tmp_path, images=20, kind="openai", base_url=server.url, structured="none"
         )
-        with pytest.raises(UserError, match=f"the server says {status}.*no such model") as told:
+        with pytest.raises(UserError, match=f"the server returned {status}.*no such model") as told:
             generating.command(config)
     assert told.value.reason == "teacher_refused"
     assert len(server.received) <= config.teacher.concurrency

@@ -436,7 +436,7 @@ def test_a_foreign_file_among_the_answers_is_refused_before_it_is_cut(tmp_path: 
     shared.mkdir()
     (shared / "part-00001.jsonl").write_text('{"my": 1}\n{"own": "line without an end"}')
     instruct(["plan", line[1], f"teacher.answers_dir={shared}"])
-    with pytest.raises(UserError, match="is no file of recorded answers"):
+    with pytest.raises(UserError, match="is not a file of recorded answers"):
         instruct([*line, f"teacher.answers_dir={shared}"])
     assert (shared / "part-00001.jsonl").read_text().endswith('an end"}')
 

@@ -86,7 +86,7 @@ def test_the_key_is_found_in_nothing_that_is_written_or_said(tmp_path: Path, key
 def test_the_key_is_not_in_a_refusal_nor_behind_it(tmp_path: Path, key: str, status: int) -> None:
     with served(lambda r: fail(status, f"wrong key {key} \x1b[2J")) as server:
         config, _ = with_key(tmp_path, server.url)
-        with pytest.raises(UserError, match=f"the server says {status}") as told:
+        with pytest.raises(UserError, match=f"the server returned {status}") as told:
             generating.command(config)
     shown = "".join(traceback.format_exception(told.value))
     assert key not in shown and "\x1b" not in shown and "[key removed]" in shown
@@ -97,7 +97,7 @@ def test_the_key_follows_no_redirect(tmp_path: Path, key: str) -> None:
         away = send(307, {}, {"Location": f"{thief.url}/chat/completions"})
         with served(lambda r: away) as server:
             config, _ = with_key(tmp_path, server.url)
-            with pytest.raises(UserError, match="it points elsewhere"):
+            with pytest.raises(UserError, match="redirects are not followed"):
                 generating.command(config)
     assert not thief.received
 

@@ -17,11 +17,11 @@ from data_tools.instruct.config import LimitsConfig, TeacherConfig
 from data_tools.instruct.generate import command as generating
 from data_tools.instruct.generate.answers import read_answers
 from data_tools.instruct.generate.shard import Shard
+from data_tools.instruct.generate.teachers.cancellation import Cancellation
+from data_tools.instruct.generate.teachers.completions import printable, strict
 from data_tools.instruct.generate.teachers.faults import retry_after
-from data_tools.instruct.generate.teachers.pace import Pace, backoff
+from data_tools.instruct.generate.teachers.rate_limit import RateLimiter, backoff
 from data_tools.instruct.generate.teachers.spending import LimitReached, Spending, Usage
-from data_tools.instruct.generate.teachers.stopping import Stopping
-from data_tools.instruct.generate.teachers.wire import printable, strict
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.stages import parsers
 from tests.data_tools.asked import planned
@@ -58,14 +58,14 @@ def test_no_cap_is_ever_passed_over_all_starts(
 
 def test_a_sending_whose_end_is_unknown_counts_at_the_most_it_can_cost(tmp_path: Path) -> None:
     async def start() -> Usage:
-        spending = Spending(tmp_path / "spending.jsonl", LimitsConfig(tokens=100), Stopping())
+        spending = Spending(tmp_path / "spending.jsonl", LimitsConfig(tokens=100), Cancellation())
         await spending.reserve("a", Usage(1, 60, 0.5))  # and the process is killed
         return spending.total
 
     assert asyncio.run(start()) == Usage(1, 60, 0.5)
 
     async def again() -> Usage:
-        spending = Spending(tmp_path / "spending.jsonl", LimitsConfig(tokens=100), Stopping())
+        spending = Spending(tmp_path / "spending.jsonl", LimitsConfig(tokens=100), Cancellation())
         with pytest.raises(LimitReached):
             await spending.reserve("a", Usage(1, 60, 0.5))
         await spending.reserve("a", Usage(1, 40, 0.25))
@@ -138,10 +138,10 @@ def test_waits_double_and_are_the_same_for_the_same_seed() -> None:
 )
 def test_requests_and_tokens_keep_to_their_rates(rate: dict[str, int], tokens: int) -> None:
     async def turns() -> float:
-        pace = Pace(TeacherConfig(kind="openai", **rate), Stopping())  # type: ignore[arg-type]
+        pace = RateLimiter(TeacherConfig(kind="openai", **rate), Cancellation())  # type: ignore[arg-type]
         begun = time.monotonic()
         for _ in range(70):  # three seconds' worth, 60 of them, may be sent at once
-            await pace.turn(tokens)
+            await pace.acquire(tokens)
         return time.monotonic() - begun
 
     assert 0.4 < asyncio.run(turns()) < 3

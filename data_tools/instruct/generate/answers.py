@@ -1,11 +1,11 @@
-"""The answers: append-only files in a folder that several processes and runs may share.
+"""Store answers in append-only files, in a folder that several processes and runs may share.
 
     answers/part-00001.jsonl    one `schema.Answer` a line; appended to by one process at a time
-    answers/claims              empty; who asks what just now, as locks that end with their process
+    answers/claims              empty; requests in flight, as locks that end with their process
 
-A line is one write: it is there whole, or cut by what ended the process, and then it is the last of
-its file. The next process to append to that file takes the cut piece away and says so. A recorded
-answer outlives its process at once, and a power failure after `AnswerWriter.sync`.
+A line is one write: it is complete, or cut when the process was killed, and then it is the last of
+its file. The next process that appends to that file removes the cut part and says so. A recorded
+answer survives a kill at once, and a power failure after `AnswerWriter.sync`.
 """
 
 import fcntl
@@ -32,18 +32,18 @@ from vlm_sft.utils.filesystem import lock, sync, sync_folder
 
 _HEAD: Final = re.compile(rb'\{"request":"([^"\\]+)"')
 _BEGINNING: Final = b'{"request":"'
-"""Of every file of answers, even if a kill cut its first line."""
+"""First bytes of every file of answers."""
 _FILE_BITS: Final = 20
-"""A place is one integer: the byte of a file above, the number of the file below."""
+"""A position is one integer: the offset in the upper bits, the number of the file in these."""
 _RECENT: Final = 1 << 16
-"""Answers found since the last sorting; kept in a dictionary."""
+"""Answers that are kept in a dictionary until they are sorted into the arrays."""
 
 
 def read_answers(folder: Path) -> "Answers":
-    """All answers of a folder by request id; a folder that is not there holds none.
+    """Return all answers of a folder by request id; none if the folder does not exist.
 
     Raises:
-        UserError: A line is no answer.
+        UserError: A line is not an answer.
     """
     answers = Answers(folder)
     answers.refresh()
@@ -51,19 +51,19 @@ def read_answers(folder: Path) -> "Answers":
 
 
 def answers_folder(config: InstructConfig) -> Path:
-    """Where a run's answers lie: its own folder, or the one it shares (`teacher.answers_dir`)."""
+    """Return the folder of a run's answers: its own, or the shared `teacher.answers_dir`."""
     shared = config.teacher.answers_dir
     return Path(shared) if shared else RunFolder(Path(config.output_dir)).answers
 
 
 class Answers(Mapping[str, Answer]):
-    """Answers by request id; about 16 bytes of memory each, the texts stay in their files.
+    """Answers by request id, about 16 bytes of memory each; the texts stay in the files.
 
-    Where two processes have answered one request, the answer whose text has the smaller SHA-256
-    is the one, whatever files the two lie in.
+    If two processes have answered one request, the answer whose text has the smaller SHA-256 is
+    taken, so that the choice does not depend on the files.
 
     Attributes:
-        folder: Where the files lie.
+        folder: The folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,10 +76,10 @@ class Answers(Mapping[str, Answer]):
         self._handles: dict[int, BinaryIO] = {}
 
     def refresh(self) -> None:
-        """Take in what has been appended since the last time.
+        """Read what was appended since the last call.
 
         Raises:
-            UserError: A line is no answer.
+            UserError: A line is not an answer.
         """
         for path in sorted(self.folder.glob("part-*.jsonl")):
             if path not in self._read:
@@ -102,7 +102,7 @@ class Answers(Mapping[str, Answer]):
         )
 
     def __iter__(self) -> Iterator[str]:
-        """Request ids, each once, file by file."""
+        """Yield request ids, each once, file by file."""
         for number, path in enumerate(self._files):
             for offset, _, request in _heads(path, 0, self._read[path]):
                 place = offset << _FILE_BITS | number
@@ -188,7 +188,7 @@ class Answers(Mapping[str, Answer]):
         return self._handles[number]
 
     def close(self) -> None:
-        """Close the files; a later look opens them again."""
+        """Close the files; a later lookup opens them again."""
         for file in self._handles.values():
             file.close()
         self._handles.clear()
@@ -198,11 +198,11 @@ class Answers(Mapping[str, Answer]):
 
 
 class AnswerWriter:
-    """Appends answers to a file that no other process appends to meanwhile.
+    """Appends answers to a file that it has locked.
 
     Attributes:
         path: The file.
-        torn: Bytes of a cut last line that were taken away from it.
+        torn: Bytes of an incomplete last line that were removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -215,29 +215,29 @@ class AnswerWriter:
             raise
 
     def write(self, answer: Answer) -> None:
-        """Record one answer; it outlives this process from here on.
+        """Record an answer, which then survives a kill of this process.
 
         Raises:
-            OSError: The disk is full or fails; nothing of the answer stays.
+            OSError: The disk is full or fails; nothing of the answer remains.
         """
         append_line(self._descriptor, answer.model_dump_json().encode() + b"\n", self.path)
 
     def sync(self) -> None:
-        """Put what was written on the disk: it outlives the machine's power from here on."""
+        """Sync the file: the answers then survive a power failure."""
         sync(self._descriptor, self.path)
 
     def close(self) -> None:
-        """Sync, and leave the file to others."""
+        """Sync and close the file."""
         self.sync()
         os.close(self._descriptor)
 
 
 class Claims:
-    """Who asks what just now, over all processes that share a folder.
+    """The requests in flight, over all processes that share a folder.
 
-    A claim is a lock on one byte of the file `claims`, whose place is the request's key; the
-    system takes it back when its process ends, however that happens. Processes on machines whose
-    file system has no locks do not see each other's claims: give them shards.
+    A claim is a lock on one byte of the file `claims`, at an offset computed from the request; the
+    system releases it when the process ends, however that happens. On file systems without locks,
+    processes do not see each other's claims: give them shards.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -245,7 +245,7 @@ class Claims:
         self._descriptor = os.open(folder / "claims", os.O_RDWR | os.O_CREAT, 0o666)
 
     def take(self, request: str) -> bool:
-        """Whether the request is this process's to ask."""
+        """Claim a request; return False if another process has claimed it."""
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _key(request) >> 2)
         except (BlockingIOError, PermissionError):
@@ -255,17 +255,17 @@ class Claims:
         return True
 
     def release(self, request: str) -> None:
-        """Let others have it."""
+        """Release the claim on a request."""
         with suppress(OSError):  # a file system without locks
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _key(request) >> 2)
 
     def close(self) -> None:
-        """Give all back."""
+        """Release all claims."""
         os.close(self._descriptor)
 
 
 def _heads(path: Path, start: int, end: int | None = None) -> Iterator[tuple[int, int, str]]:
-    """Where every whole line from byte `start` on begins and ends, and its request's id."""
+    """Yield start, end and request id of every complete line from byte `start` on."""
     with path.open("rb") as file:
         file.seek(start)
         offset = start
@@ -274,21 +274,21 @@ def _heads(path: Path, start: int, end: int | None = None) -> Iterator[tuple[int
                 return
             match = _HEAD.match(line)
             if match is None or not line.endswith(b"}\n"):
-                raise _damaged(path, offset, "it is cut or of another form")
+                raise _damaged(path, offset, "it is incomplete or of another form")
             yield offset, offset + len(line), match[1].decode()
             offset += len(line)
 
 
 def _damaged(path: Path, offset: int, why: str) -> UserError:
     return UserError(
-        f"{path}: the line at byte {offset:,} is no answer: {why}; the file was damaged: delete "
-        "that line, and its request is asked again",
+        f"{path}: the line at byte {offset:,} is not an answer: {why}; the file was damaged. "
+        "Delete that line, and its request is asked again",
         code="answers_damaged",
     )
 
 
 def _own_file(folder: Path) -> tuple[int, Path]:
-    """The first file of the folder that no process appends to, else a new one."""
+    """Lock and return the first file that no process appends to, or a new one."""
     number, flags = 0, os.O_RDWR | os.O_APPEND | os.O_CREAT
     while True:
         number += 1
@@ -301,7 +301,7 @@ def _own_file(folder: Path) -> tuple[int, Path]:
         if found == "held_elsewhere":
             os.close(descriptor)
             continue
-        # Without locks only a new file certainly belongs to no other process.
+        # Without locks, only a new file is certainly not in use.
         if found == "unsupported" and not flags & os.O_EXCL:
             os.close(descriptor)
             flags |= os.O_EXCL
@@ -312,12 +312,12 @@ def _own_file(folder: Path) -> tuple[int, Path]:
 
 
 def _require_answers(descriptor: int, path: Path) -> None:
-    """Refuse a file of others before anything is appended to it or cut from its end."""
+    """Refuse a file of others before anything is appended to it or removed from its end."""
     head = os.pread(descriptor, len(_BEGINNING), 0)
     if not _BEGINNING.startswith(head):
         os.close(descriptor)
         raise UserError(
-            f"{path}: is no file of recorded answers; nothing was changed. Choose another "
+            f"{path}: is not a file of recorded answers; nothing was changed. Choose another "
             "output_dir or teacher.answers_dir",
             code="not_ours",
         )

@@ -1,4 +1,8 @@
-"""Files that only grow, a line at a time, whole lines or none."""
+"""Append whole lines to files that several processes share.
+
+JSON lines, not SQLite: a run directory may be on a network file system, where SQLite's locks and
+its write-ahead log are not reliable.
+"""
 
 import json
 import os
@@ -12,7 +16,7 @@ from vlm_sft.utils.filesystem import lock, sync, unlock
 
 
 class SharedLog:
-    """A file of lines that several processes append to, each after having read what is new.
+    """A file of lines that several processes append to, each after reading what is new.
 
     Args:
         path: The file.
@@ -49,15 +53,15 @@ class SharedLog:
             unlock(self._descriptor)
 
     def append(self, line: str) -> None:
-        """Add a line; it outlives this process from here on.
+        """Append a line, which then survives a crash of this process.
 
         Raises:
-            OSError: The disk is full or fails; nothing of the line stays.
+            OSError: The disk is full or fails; nothing of the line remains.
         """
         append_line(self._descriptor, line.encode() + b"\n", self._path)
 
     def news(self) -> list[str]:
-        """The whole lines that were not there at the last look, one's own among them."""
+        """Return the complete lines added since the last call, including those of this process."""
         size = os.fstat(self._descriptor).st_size
         new = os.pread(self._descriptor, size - self._seen, self._seen)
         whole = new[: new.rfind(b"\n") + 1]
@@ -65,13 +69,13 @@ class SharedLog:
         return whole.decode(errors="replace").split("\n")[:-1]
 
     def close(self) -> None:
-        """Put everything on the disk and let go of the file."""
+        """Sync and close the file."""
         sync(self._descriptor, self._path)
         os.close(self._descriptor)
 
 
 def append_line(descriptor: int, line: bytes, path: Path) -> None:
-    """Write the line whole, or leave the file as it was.
+    """Write the whole line, or leave the file as it was.
 
     Raises:
         OSError: The disk is full or fails.
@@ -87,7 +91,7 @@ def append_line(descriptor: int, line: bytes, path: Path) -> None:
 
 
 def end_last_line(descriptor: int, path: Path, beginning: bytes) -> int:
-    """End the last line of a file of JSON lines, or remove it if only a part was written.
+    """Complete the last line of a file of JSON lines, or remove it if it is only a part.
 
     Args:
         descriptor: The open file.
@@ -105,7 +109,7 @@ def end_last_line(descriptor: int, path: Path, beginning: bytes) -> int:
     last = os.pread(descriptor, size - end, end)
     if not last:
         return 0
-    # After a power failure a file may end in zeros where its last line was to be.
+    # After a power failure a file may end in zeros instead of its last line.
     lines = [os.pread(descriptor, len(beginning), 0), last[: len(beginning)]]
     foreign = [line for line in lines if not beginning.startswith(line.rstrip(b"\0"))]
     if foreign:
@@ -123,7 +127,7 @@ def end_last_line(descriptor: int, path: Path, beginning: bytes) -> int:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Return whether a line lacks its line end only, which editors may remove."""
+    """Return whether a line only lacks its line break, which editors may remove."""
     try:
         return isinstance(json.loads(line), (dict, list))
     except (ValueError, RecursionError):
@@ -131,7 +135,7 @@ def _is_whole(line: bytes) -> bool:
 
 
 def _end_of_lines(descriptor: int) -> int:
-    """Return the place after the last line end."""
+    """Return the position after the last line break."""
     size, step = os.fstat(descriptor).st_size, 1 << 16
     end = size
     while end:

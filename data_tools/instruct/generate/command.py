@@ -19,12 +19,12 @@ from pydantic import ValidationError
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.generate.answers import Answers, AnswerWriter, Claims, answers_folder
 from data_tools.instruct.generate.append_only import SharedLog
-from data_tools.instruct.generate.progress import Standing, shown
+from data_tools.instruct.generate.progress import GenerationProgress, shown
 from data_tools.instruct.generate.shard import ALL_REQUESTS, Shard
 from data_tools.instruct.generate.teachers import Teacher
+from data_tools.instruct.generate.teachers.cancellation import Cancellation, Cancelled
 from data_tools.instruct.generate.teachers.making import make_teacher
 from data_tools.instruct.generate.teachers.spending import LimitReached, Spending
-from data_tools.instruct.generate.teachers.stopping import Stopped, Stopping
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Failure, Request
@@ -67,13 +67,13 @@ def command(config: InstructConfig, shard: Shard = ALL_REQUESTS) -> None:
 
 async def _generate(config: InstructConfig, shard: Shard) -> int:
     folder = RunFolder(Path(config.output_dir))
-    stopping = Stopping()
-    spending = Spending(folder.spending, config.limits, stopping)
-    generation = Generation(config, folder, shard, spending, stopping)
-    teacher = make_teacher(config, folder, spending, stopping)
+    cancellation = Cancellation()
+    spending = Spending(folder.spending, config.limits, cancellation)
+    generation = Generation(config, folder, shard, spending, cancellation)
+    teacher = make_teacher(config, folder, spending, cancellation)
     try:
         with generation.signals():
-            async with shown(generation.standing):
+            async with shown(generation.progress):
                 await generation.run(teacher)
     finally:
         await teacher.close()
@@ -90,10 +90,10 @@ class Generation:
         folder: RunFolder,
         shard: Shard,
         spending: Spending,
-        stopping: Stopping,
+        cancellation: Cancellation,
     ) -> None:
         self._config, self._folder, self._shard = config, folder, shard
-        self._spending, self._stopping = spending, stopping
+        self._spending, self._cancellation = spending, cancellation
         place = answers_folder(config)
         self._answers = Answers(place)
         self._writer, self._claims = AnswerWriter(place), Claims(place)
@@ -107,7 +107,7 @@ class Generation:
         self._signal: signal.Signals | None = None
         self._limited = False
         self._dirty = False
-        self.standing = Standing(spending)
+        self.progress = GenerationProgress(spending)
         if self._writer.torn:
             _say(
                 f"{self._writer.path}: the last line was cut when a process was ended; its "
@@ -125,9 +125,9 @@ class Generation:
         syncing = asyncio.create_task(self._sync())
         try:
             await self._pass(teacher)
-            while self._elsewhere and not self._stopping.requested:
-                with suppress(Stopped):
-                    await self._stopping.sleep(_LOOK_SECONDS)
+            while self._elsewhere and not self._cancellation.requested:
+                with suppress(Cancelled):
+                    await self._cancellation.sleep(_LOOK_SECONDS)
                 self._elsewhere = 0
                 await self._pass(teacher)
         finally:
@@ -139,8 +139,8 @@ class Generation:
         self._answers.refresh()
         for request in read_requests(self._folder):
             if self._shard.holds(request.id):
-                self.standing.total += 1
-                self.standing.before += request.id in self._answers
+                self.progress.total += 1
+                self.progress.before += request.id in self._answers
         if self._answers.duplicates:
             _say(
                 f"{self._answers.folder}: {self._answers.duplicates:,} requests were answered more "
@@ -166,7 +166,7 @@ class Generation:
     async def _work(self, queue: Iterator[Request], teacher: Teacher) -> None:
         async def every() -> None:
             for request in queue:
-                self._stopping.check()
+                self._cancellation.check()
                 await self._handle(request, teacher)
                 await asyncio.sleep(0)  # the rules never wait; signals are to be heard all the same
 
@@ -178,12 +178,12 @@ class Generation:
             await work
         except LimitReached:
             self._limited = True
-            self._stopping.request()
-        except (Stopped, asyncio.CancelledError):
+            self._cancellation.request()
+        except (Cancelled, asyncio.CancelledError):
             pass
         except BaseException as error:
             self._error = self._error or error
-            self._stopping.request()
+            self._cancellation.request()
 
     async def _handle(self, request: Request, teacher: Teacher) -> None:
         if request.id in self._asking or not self._claims.take(request.id):
@@ -193,7 +193,7 @@ class Generation:
         try:
             self._answers.refresh()
             if request.id in self._answers:  # another process was quicker
-                self.standing.before += 1
+                self.progress.before += 1
                 return
             self._record(await teacher.ask(request), request)
         finally:
@@ -211,17 +211,17 @@ class Generation:
             self._writer.write(outcome)
             self._dirty = True
             self._streak = 0
-            self.standing.take(outcome, self._judge(request, outcome) if request else None)
+            self.progress.take(outcome, self._judge(request, outcome) if request else None)
             return
         self._failures.add(outcome)
         if outcome.reason == "nothing_to_say":
-            self.standing.silent += 1
+            self.progress.silent += 1
             return
-        self.standing.failed += 1
+        self.progress.failed += 1
         self._streak += 1
-        if self._streak >= self._most_streak and not self._stopping.requested:
+        if self._streak >= self._most_streak and not self._cancellation.requested:
             _say(f"{self._streak} requests in a row failed, the last one thus: {outcome.message}")
-            self._stopping.request()
+            self._cancellation.request()
 
     async def _sync(self) -> None:
         while True:
@@ -239,7 +239,7 @@ class Generation:
             self._cancel()
             return
         self._signal = number
-        self._stopping.request()
+        self._cancellation.request()
         _say(
             f"{number.name} received: nothing more is sent; waiting {GRACE_SECONDS:.0f} s at most "
             "for answers under way (once more to leave at once)"
@@ -252,7 +252,7 @@ class Generation:
 
     def tell(self) -> int:
         """Say how the run stands; returns the exit code."""
-        for line in [self.standing.summary(), *self._failures.lines()]:
+        for line in [self.progress.summary(), *self._failures.lines()]:
             echo(line, file=sys.stdout)
         if self._signal is not None:
             return 128 + int(self._signal)
@@ -263,7 +263,7 @@ class Generation:
                 file=sys.stdout,
             )
             return 4
-        failed, asked = self.standing.failed, self.standing.total - self.standing.silent
+        failed, asked = self.progress.failed, self.progress.total - self.progress.silent
         if failed > self._config.teacher.failures_allowed * max(1, asked):
             echo("generate: the same command asks again what failed", file=sys.stdout)
             return 3

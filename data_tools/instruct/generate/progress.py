@@ -1,4 +1,4 @@
-"""How far generation is: counted as answers come in, shown while they do, told at the end."""
+"""Count, show and summarize the progress of `generate`."""
 
 import asyncio
 import sys
@@ -17,19 +17,19 @@ _REDRAW_SECONDS: Final = 0.5
 
 
 @dataclass
-class Standing:
+class GenerationProgress:
     """Counts of one start of the command.
 
     Attributes:
-        spending: The run's account, over all starts.
-        total: Requests of this process's part.
-        before: Those that had their answer, or got it from another process meanwhile.
-        answered: Answers of this start.
-        failed: Requests whose attempts ended without one.
-        silent: Requests about which the rules have nothing to say.
-        tokens: In and out, of this start's answers.
-        judged: Answers of this start that were held against the annotations at once.
-        accepted: Those of them that `verify` will accept.
+        spending: What the run has spent over all starts.
+        total: Requests of this shard.
+        before: Requests answered earlier, or by another process in the meantime.
+        answered: Requests answered in this start.
+        failed: Requests that have no answer after all attempts.
+        silent: Requests for which the rules have nothing to say.
+        tokens: Input and output tokens of this start.
+        judged: Answers of this start that were verified at once.
+        accepted: Those of them that passed.
     """
 
     spending: Spending
@@ -44,7 +44,7 @@ class Standing:
     _start: float = field(default_factory=time.monotonic)
 
     def take(self, answer: Answer, accepted: bool | None) -> None:
-        """Count an answer; `accepted` is None where it was not judged."""
+        """Count an answer; `accepted` is None if it was not verified."""
         self.answered += 1
         self.judged += accepted is not None
         self.accepted += accepted is True
@@ -52,26 +52,26 @@ class Standing:
 
     @property
     def done(self) -> int:
-        """Requests that need nothing more in this start."""
+        """Requests that are finished in this start."""
         return self.before + self.answered + self.failed + self.silent
 
-    def figures(self) -> str:
-        """`120 answered (93% accepted), 2 failed, 14.0/s, 3,300 tokens, $0.42, 3 min left`."""
+    def status(self) -> str:
+        """Return a line such as `120 answered (93% accepted), 2 failed, 14.0/s, 3 min left`."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self.before) / elapsed
-        rate_told = f" ({self.accepted / self.judged:.0%} accepted)" if self.judged else ""
-        parts = [f"{self.answered:,} answered{rate_told}"]
+        acceptance = f" ({self.accepted / self.judged:.0%} accepted)" if self.judged else ""
+        parts = [f"{self.answered:,} answered{acceptance}"]
         parts += [f"{self.failed:,} failed"] if self.failed else []
         parts += [f"{rate:,.1f}/s"]
         parts += [f"{self.tokens:,} tokens"] if self.tokens else []
         usd = self.spending.total.usd
-        parts += [f"${usd:,.{2 if usd >= 1 else 4}f} in all starts"] if usd else []
+        parts += [f"${usd:,.{2 if usd >= 1 else 4}f} in total"] if usd else []
         if rate and self.total > self.done:
             parts.append(f"{format_seconds((self.total - self.done) / rate)} left")
         return ", ".join(parts)
 
     def summary(self) -> str:
-        """The line at the end."""
+        """Return the line that is printed at the end."""
         missing = self.total - self.before - self.answered - self.silent
         spent = self.spending.total
         parts = [f"{self.before:,} answered before", f"{self.answered:,} now"]
@@ -79,18 +79,18 @@ class Standing:
         parts += [f"{self.silent:,} with nothing to say"] if self.silent else []
         text = f"generate: {self.total:,} requests: {', '.join(parts)}"
         if self.judged:
-            text += f"; {self.accepted:,} of {self.judged:,} judged now are accepted"
+            text += f"; {self.accepted:,} of {self.judged:,} verified now are accepted"
         if spent.requests:
-            text += f"; all starts: {spent.requests:,} sendings, {spent.tokens:,} tokens"
+            text += f"; all starts: {spent.requests:,} attempts, {spent.tokens:,} tokens"
             text += f", ${spent.usd:,.4f}" if spent.usd else ""
         return text
 
 
 @asynccontextmanager
-async def shown(standing: Standing) -> AsyncIterator[None]:
-    """Within the block, a bar on a terminal, a plain line now and then elsewhere."""
+async def shown(progress: GenerationProgress) -> AsyncIterator[None]:
+    """Show the progress within the block: a bar on a terminal, a line now and then elsewhere."""
     show = _bar if sys.stderr.isatty() else _lines
-    task = asyncio.create_task(show(standing))
+    task = asyncio.create_task(show(progress))
     try:
         yield
     finally:
@@ -98,14 +98,14 @@ async def shown(standing: Standing) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _lines(standing: Standing) -> None:
+async def _lines(progress: GenerationProgress) -> None:
     while True:
         await asyncio.sleep(LINE_SECONDS)
-        share = f"{standing.done:,} of {standing.total:,}"
-        echo(f"generate: {share}: {standing.figures()}")
+        share = f"{progress.done:,} of {progress.total:,}"
+        echo(f"generate: {share}: {progress.status()}")
 
 
-async def _bar(standing: Standing) -> None:
+async def _bar(progress: GenerationProgress) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from vlm_sft.utils.console import Console
@@ -121,8 +121,8 @@ async def _bar(standing: Standing) -> None:
         task = bar.add_task("", total=None)
 
         def draw() -> None:
-            figures = standing.figures()
-            bar.update(task, completed=standing.done, total=standing.total, description=figures)
+            status = progress.status()
+            bar.update(task, completed=progress.done, total=progress.total, description=status)
 
         try:
             while True:

@@ -20,7 +20,7 @@ class Teacher(Protocol):
         Raises:
             UserError: No request would be answered: wrong key, model, address.
             LimitReached: The answer might cost more than the run may still spend.
-            Stopped: The run is ending, and nothing has been sent.
+            Cancelled: The run is ending, and nothing has been sent.
         """
 
     async def close(self) -> None:

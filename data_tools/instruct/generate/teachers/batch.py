@@ -1,7 +1,7 @@
-"""A server's batches: many requests handed in as one file, answered within a day, at a lower price.
+"""Ask through a server's batch API: one file of many requests, answered within a day, for less.
 
-A batch is written down before it is created and carries a key of ours, so that after a kill at any
-moment the next start finds it at the server rather than handing it in again.
+A batch is recorded before it is created and carries our own key, so that after a kill at any moment
+the next start finds it at the server instead of submitting it again.
 """
 
 import asyncio
@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from data_tools.instruct.config import TeacherConfig
 from data_tools.instruct.generate.teachers.batch_log import BatchLog, OpenBatch
+from data_tools.instruct.generate.teachers.cancellation import Cancellation
 from data_tools.instruct.generate.teachers.chat import ChatTeacher, refusal
 from data_tools.instruct.generate.teachers.client import Key, addresses, make_client
-from data_tools.instruct.generate.teachers.faults import (
-    LONGEST_WAIT,
-    Fault,
-    fault_of,
-    fault_of_status,
-)
-from data_tools.instruct.generate.teachers.pace import backoff
-from data_tools.instruct.generate.teachers.spending import LimitReached, Spending, Usage, most
-from data_tools.instruct.generate.teachers.stopping import Stopping
-from data_tools.instruct.generate.teachers.wire import (
+from data_tools.instruct.generate.teachers.completions import (
     NotAnAnswer,
     answer_of,
     body_of,
     printable,
     read_completion,
 )
+from data_tools.instruct.generate.teachers.faults import (
+    LONGEST_WAIT,
+    Fault,
+    fault_of,
+    fault_of_status,
+)
+from data_tools.instruct.generate.teachers.rate_limit import backoff
+from data_tools.instruct.generate.teachers.spending import LimitReached, Spending, Usage, most
 from data_tools.instruct.plan.prompts import messages
 from data_tools.instruct.schema import Answer, Failure, Request
 from vlm_sft.errors import UserError
@@ -45,78 +45,79 @@ Record = Callable[[Answer | Failure], None]
 Result = TypeVar("Result")
 
 _LINE_BYTES: Final = 1 << 16
-"""Of results, for each request of a batch, at most."""
+"""Largest size of the results, in bytes per request of a batch."""
 _MOST_BYTES: Final = 150 << 20
-"""Of requests in one batch; OpenAI takes 200 MB."""
+"""Largest size of the requests of a batch, in bytes; OpenAI accepts 200 MB."""
 _CALL_SECONDS: Final = 1800.0
-"""From the first to the last byte of a call; files of requests and results are large."""
+"""Timeout of a call; files of requests and results are large."""
 _ENDED: Final = ("completed", "failed", "expired", "cancelled")
 
 
 class BatchTeacher:
-    """Hands requests in as batches and takes their results in."""
+    """Submits requests as batches and fetches the results."""
 
     def __init__(
         self,
         config: TeacherConfig,
         templates: Mapping[str, Any],
         spending: Spending,
-        stopping: Stopping,
+        cancellation: Cancellation,
         *,
         seed: int,
         found: Path,
         batches: Path,
     ) -> None:
-        """Check address and key, read which batches are open."""
+        """Validate address and key, and read which batches are open."""
         self._config, self._templates, self._seed = config, templates, seed
-        self._spending, self._stopping = spending, stopping
+        self._spending, self._cancellation = spending, cancellation
         self._urls = addresses(config)
         if len(self._urls) > 1:
-            raise UserError("teacher.base_url: batches take one server, for it keeps them")
+            raise UserError("teacher.base_url: batches are kept by one server; give one address")
         self._key = Key(config, self._urls)
         most_bytes = config.max_answer_bytes + config.batch_size * _LINE_BYTES
         self._client = make_client(self._urls[0], self._key, config, most_bytes)
-        self._chat = ChatTeacher(config, templates, spending, stopping, seed=seed, found=found)
+        self._chat = ChatTeacher(config, templates, spending, cancellation, seed=seed, found=found)
         self._log = BatchLog(batches)
 
     async def fill(self, pending: Iterator[Request], record: Record) -> None:
-        """Take in open batches, hand in the rest, wait for all of them.
+        """Find open batches, submit the rest, and wait for all results.
 
         Raises:
             UserError: The server refuses batches or the key.
-            LimitReached: All results are in; a cap kept the rest from being handed in.
-            Stopped: The run is to end; batches go on at the server, and the next start takes in.
+            LimitReached: All results are in; a limit kept the rest from being submitted.
+            Cancelled: The run was asked to stop; batches continue at the server, and the next
+                start fetches their results.
         """
         for batch in list(self._log.open.values()):
             if batch.name is None:
                 await self._look_for(batch)
         waiting = {request for batch in self._log.open.values() for request in batch.samples}
         left = (request for request in pending if request.id not in waiting)
-        limited = not await self._hand_in(left)
+        limited = not await self._submit(left)
         while self._log.open:
             for batch in list(self._log.open.values()):
                 await self._look_at(batch, record)
             if self._log.open:
-                await self._stopping.sleep(self._config.poll_seconds)
+                await self._cancellation.sleep(self._config.poll_seconds)
         if limited:
             raise LimitReached
 
     async def close(self) -> None:
-        """Let go of connections and files."""
+        """Close connections and files."""
         await self._client.close()
         await self._chat.close()
         self._log.close()
 
-    async def _hand_in(self, left: Iterator[Request]) -> bool:
-        """Hand in all that fits below the caps; whether that is all."""
+    async def _submit(self, left: Iterator[Request]) -> bool:
+        """Submit what fits within the limits; return whether that is everything."""
         for first in left:
-            dialect = await self._chat.dialect(first)
+            request_format = await self._chat.request_format(first)
             lines: list[bytes] = []
             samples: dict[str, str] = {}
             upper, size = Usage(), 0
             for request in itertools.chain([first], left):
                 schema = self._templates[request.template]["answer_schema"]
-                body = body_of(request, messages(request, self._templates), schema, dialect)
+                body = body_of(request, messages(request, self._templates), schema, request_format)
                 if not self._spending.fits(upper + most(body, self._config.prices)):
                     await self._create(lines, samples, upper)
                     return False
@@ -130,7 +131,7 @@ class BatchTeacher:
         return True
 
     async def _create(self, lines: list[bytes], samples: dict[str, str], upper: Usage) -> None:
-        self._stopping.check()
+        self._cancellation.check()
         if not lines or not self._spending.reserve_now("batch", upper):
             return
         digest = hashlib.sha256(" ".join(samples).encode()).hexdigest()[:32]
@@ -152,7 +153,7 @@ class BatchTeacher:
         self._log.created(batch, _name_of(created))
 
     async def _look_for(self, batch: OpenBatch) -> None:
-        """A start ended while the batch was handed in: the server knows whether it exists."""
+        """Ask the server whether a batch exists whose submission was interrupted."""
         found = await self._call(batch.key, partial(self._find, batch.key))
         if found is not None:
             self._log.created(batch, _name_of(found))
@@ -176,7 +177,7 @@ class BatchTeacher:
             if file is not None:
                 for values in await self._call(batch.key, partial(self._results_in, file)):
                     sample = missing.pop(str(values.get("custom_id")), None)
-                    if sample is not None:  # else it was not asked, or stood there before
+                    if sample is not None:  # else it was not requested, or is a duplicate
                         outcome = self._outcome(values, sample)
                         spent += _spent(outcome)
                         record(outcome)
@@ -197,18 +198,20 @@ class BatchTeacher:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError):
-                continue  # its request stays among the missing ones, which are told
+                continue  # its request is reported as missing
             if isinstance(values, dict):
                 results.append(values)
         return results
 
     def _outcome(self, values: dict[str, Any], sample: str) -> Answer | Failure:
-        request = str(values["custom_id"])  # one of ours: it was found among the batch's samples
+        request = str(values["custom_id"])  # it was found among the batch's samples
         response, error = values.get("response"), values.get("error")
         if not isinstance(response, dict):
-            told = error if isinstance(error, dict) else {}
-            words = printable(self._key.removed_from(f"{told.get('code')}: {told.get('message')}"))
-            reason = "expired" if told.get("code") == "batch_expired" else "server_error"
+            details = error if isinstance(error, dict) else {}
+            words = printable(
+                self._key.removed_from(f"{details.get('code')}: {details.get('message')}")
+            )
+            reason = "expired" if details.get("code") == "batch_expired" else "server_error"
             return Failure.model_validate(
                 {"request": request, "sample_id": sample, "reason": reason, "message": words}
             )
@@ -231,7 +234,7 @@ class BatchTeacher:
         call: Callable[[], Awaitable[Result]],
         before_again: Callable[[], Awaitable[Result | None]] | None = None,
     ) -> Result:
-        """What a call returns, tried again where that can help."""
+        """Return the result of a call, retried where that can help."""
         for attempt in itertools.count(1):
             try:
                 if before_again is not None and attempt > 1:
@@ -246,33 +249,33 @@ class BatchTeacher:
                 raise refusal(fault, self._urls)
             pause = backoff(self._config.backoff_seconds, attempt, self._seed, key)
             wait = pause if fault.wait is None else min(fault.wait, LONGEST_WAIT)
-            await self._stopping.sleep(wait)
+            await self._cancellation.sleep(wait)
         raise AssertionError("the loop above has no end")
 
 
 def _status_of(value: Any) -> int:
-    """Return an HTTP status; 500 for what is none."""
+    """Return an HTTP status, or 500 if the value is not one."""
     is_status = isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 999
     return value if is_status else 500
 
 
 def _name_of(batch: "Batch") -> str:
-    """Return the server's id of a batch, which becomes part of addresses and of a file.
+    """Return the server's id of a batch, which becomes part of URLs and of a file.
 
     Raises:
-        UserError: It is no name.
+        UserError: It is not usable as a name.
     """
     name: Any = batch.id
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}", name):
         raise UserError(
-            "the server created a batch without a usable id; it does not offer OpenAI's batches",
+            "the server created a batch without a usable id, unlike OpenAI's batch API",
             code="teacher_refused",
         )
     return name
 
 
 def _errors_of(batch: "Batch") -> str:
-    """Return what a server says against a batch as a whole, in whatever form."""
+    """Return the errors that a server reports for a whole batch."""
     found: Any = getattr(batch.errors, "data", None)
     if not isinstance(found, list):
         return ""

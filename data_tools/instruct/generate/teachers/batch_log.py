@@ -1,4 +1,4 @@
-"""Batches handed in and what became of them, so that a restart finds them again."""
+"""Record submitted batches and their results, so that a restart finds them again."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -12,13 +12,13 @@ from vlm_sft.errors import UserError
 
 @dataclass
 class OpenBatch:
-    """A batch whose results have not been taken in.
+    """A batch whose results have not been fetched.
 
     Attributes:
-        key: What the server was told as `metadata.key`, so that it can be found there.
+        key: Sent to the server as `metadata.key`, so that the batch can be found there.
         samples: Sample ids by request id.
-        most: What was written down as its cost.
-        name: The server's id; None: it may or may not have been created.
+        most: The most it can cost, as recorded in `spending.jsonl`.
+        name: The server's id; None if it is unknown whether the batch was created.
     """
 
     key: str
@@ -43,7 +43,7 @@ class BatchLog:
                 self._take_in(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
-                    f"{path}:{number}: is no line of this file ({type(error).__name__}); it was "
+                    f"{path}:{number}: is not a line of this file ({type(error).__name__}); it was "
                     "damaged or edited. Restore it, or move it away after the batches of this run "
                     "have ended at the server",
                     code="json_syntax",
@@ -62,24 +62,24 @@ class BatchLog:
             del self.open[values["key"]]
 
     def planned(self, batch: OpenBatch) -> None:
-        """The batch is about to be handed in."""
+        """Record that the batch is about to be submitted."""
         self.number += 1
         self.open[batch.key] = batch
         most = asdict(batch.most)
         self._append(event="planned", key=batch.key, samples=batch.samples, most=most)
 
     def created(self, batch: OpenBatch, name: str) -> None:
-        """The server knows it by this id."""
+        """Record the server's id of the batch."""
         batch.name = name
         self._append(event="created", key=batch.key, batch=name)
 
     def finished(self, batch: OpenBatch, status: str) -> None:
-        """Its results have been taken in, or there are none to come."""
+        """Record that the results were fetched, or that there are none."""
         del self.open[batch.key]
         self._append(event="finished", key=batch.key, status=status)
 
     def close(self) -> None:
-        """Put the file on the disk."""
+        """Sync and close the file."""
         self._log.close()
 
     def _append(self, **values: object) -> None:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server, asked one request at a time through the `openai` client."""
+"""Ask an OpenAI-compatible server one request at a time, through the `openai` client."""
 
 import asyncio
 import time
@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from data_tools.instruct.config import TeacherConfig
+from data_tools.instruct.generate.teachers.cancellation import Cancellation
 from data_tools.instruct.generate.teachers.client import Key, addresses, make_client
-from data_tools.instruct.generate.teachers.dialect import settle_dialect
-from data_tools.instruct.generate.teachers.faults import LONGEST_WAIT, Fault, fault_of
-from data_tools.instruct.generate.teachers.pace import Pace, backoff
-from data_tools.instruct.generate.teachers.spending import Spending, Usage, most
-from data_tools.instruct.generate.teachers.stopping import Stopping
-from data_tools.instruct.generate.teachers.wire import (
-    Dialect,
+from data_tools.instruct.generate.teachers.completions import (
     NotAnAnswer,
     Reply,
+    RequestFormat,
     answer_of,
     body_of,
     cost,
@@ -24,6 +20,10 @@ from data_tools.instruct.generate.teachers.wire import (
     read_completion,
     read_json,
 )
+from data_tools.instruct.generate.teachers.faults import LONGEST_WAIT, Fault, fault_of
+from data_tools.instruct.generate.teachers.rate_limit import RateLimiter, backoff
+from data_tools.instruct.generate.teachers.request_format import find_request_format
+from data_tools.instruct.generate.teachers.spending import Spending, Usage, most
 from data_tools.instruct.plan.prompts import messages
 from data_tools.instruct.schema import Answer, Failure, Request
 from vlm_sft.errors import UserError
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 _SLACK_TOKENS: Final = 10_000
-"""What a server may add to a prompt."""
+"""Tokens that a server may add to a prompt."""
 _REASONABLE_BYTES: Final = 3
-"""Of English text for a token, for the rate of tokens alone; the caps count on the most."""
+"""Bytes of English text per token, for rate limiting only; spending limits assume one."""
 
 
 class ChatTeacher:
-    """Asks a server with retries, within rates and caps.
+    """Asks a server, with retries, rate limits and spending limits.
 
-    Every sending carries the request's id as `X-Client-Request-Id`.
+    Every attempt carries the request's id as `X-Client-Request-Id`.
     """
 
     def __init__(
@@ -48,35 +48,35 @@ class ChatTeacher:
         config: TeacherConfig,
         templates: Mapping[str, Any],
         spending: Spending,
-        stopping: Stopping,
+        cancellation: Cancellation,
         *,
         seed: int,
         found: Path,
     ) -> None:
-        """Check address and key; `found` remembers what is found out about the server."""
+        """Validate address and key; `found` is the file that records what the server accepts."""
         if not config.model:
-            raise UserError("teacher.model is not set; name the model that the server has")
+            raise UserError("teacher.model is not set; name a model of the server")
         self._config, self._templates, self._seed = config, templates, seed
         self._urls = addresses(config)
         self._key = Key(config, self._urls)
         self._clients = [make_client(url, self._key, config) for url in self._urls]
-        self._spending, self._stopping = spending, stopping
-        self._pace = Pace(config, stopping)
+        self._spending, self._cancellation = spending, cancellation
+        self._rate = RateLimiter(config, cancellation)
         self._found = found
-        self._dialect: Dialect | None = None
+        self._request_format: RequestFormat | None = None
         self._settling = asyncio.Lock()
         self._answered = False
 
     async def ask(self, request: Request) -> Answer | Failure:
-        dialect = await self.dialect(request)
+        request_format = await self.request_format(request)
         schema = self._templates[request.template]["answer_schema"]
-        body = body_of(request, messages(request, self._templates), schema, dialect)
+        body = body_of(request, messages(request, self._templates), schema, request_format)
         begun = time.monotonic()
         outcome, attempts = await self.attempts(request.id, body)
         if isinstance(outcome, Reply):
             self._answered = True
             answer = answer_of(request.id, outcome, "openai", self._config.prices)
-        elif outcome.policy:  # the server's last word on this content
+        elif outcome.policy:  # a retry would be refused as well
             answer = Answer(
                 request=request.id, teacher="openai", text="", finish="content_filter", usd=0.0
             )
@@ -91,28 +91,28 @@ class ChatTeacher:
         for client in self._clients:
             await client.close()
 
-    async def dialect(self, request: Request) -> Dialect:
-        """How the server wants to be asked; found out at the first call.
+    async def request_format(self, request: Request) -> RequestFormat:
+        """Return the parameters that the server accepts; the first call finds them out.
 
         Raises:
-            UserError, LimitReached, Stopped: As `attempts`.
+            UserError, LimitReached, Cancelled: As `attempts`.
         """
         async with self._settling:
-            if self._dialect is None:
-                self._dialect = await settle_dialect(
+            if self._request_format is None:
+                self._request_format = await find_request_format(
                     self._config, self._urls, request.parameters, self._found, self.attempts
                 )
-        return self._dialect
+        return self._request_format
 
     async def attempts(self, request: str, body: dict[str, Any]) -> tuple[Reply | Fault, int]:
-        """Send until there is a reply, a fault that repeating does not mend, or no attempt left.
+        """Retry until there is a reply, a fault that a retry cannot fix, or no attempt left.
 
         Raises:
             UserError: A fault that every request would meet.
-            LimitReached, Stopped: Nothing more is to be sent.
+            LimitReached, Cancelled: Nothing more may be sent.
         """
         for attempt in range(1, self._config.attempts + 1):
-            outcome = await self._sending(request, body, attempt)
+            outcome = await self._attempt(request, body, attempt)
             if isinstance(outcome, Reply):
                 return outcome, attempt
             if outcome.fatal:
@@ -121,19 +121,19 @@ class ChatTeacher:
             if not outcome.retry or too_long or attempt == self._config.attempts:
                 return outcome, attempt
             if outcome.wait is not None:
-                self._pace.pause(outcome.wait)
+                self._rate.pause(outcome.wait)
             else:
                 pause = backoff(self._config.backoff_seconds, attempt, self._seed, request)
-                await self._stopping.sleep(pause)
+                await self._cancellation.sleep(pause)
         raise AssertionError("at least one attempt is configured")
 
-    async def _sending(self, request: str, body: dict[str, Any], attempt: int) -> Reply | Fault:
+    async def _attempt(self, request: str, body: dict[str, Any], attempt: int) -> Reply | Fault:
         upper = most(body, self._config.prices)
         text = sum(len(message["content"]) for message in body["messages"])
-        await self._pace.turn(text // _REASONABLE_BYTES + length_of(body))
-        self._stopping.check()
+        await self._rate.acquire(text // _REASONABLE_BYTES + length_of(body))
+        self._cancellation.check()
         await self._spending.reserve(request, upper)
-        spent = upper  # what a sending costs of which nothing is known
+        spent = upper  # unless the actual cost becomes known
         try:
             outcome = await self._outcome(request, body, attempt)
             spent = self._spent(outcome, upper)
@@ -142,7 +142,7 @@ class ChatTeacher:
         return outcome
 
     async def _outcome(self, request: str, body: dict[str, Any], attempt: int) -> Reply | Fault:
-        """The reply, or what was wrong; without a trace of the key."""
+        """Return the reply or the fault, neither of which contains the key."""
         turn = sum(request.encode()) + attempt - 1
         client = self._clients[turn % len(self._clients)]
         try:
@@ -166,14 +166,14 @@ class ChatTeacher:
 
 
 def _require_possible(reply: Reply, most_tokens: int) -> None:
-    """Refuse counts of tokens far beyond what the request can take; they would use up the caps."""
-    told, limit = reply.tokens_in + reply.tokens_out, 2 * most_tokens + _SLACK_TOKENS
-    if told > limit:
-        raise NotAnAnswer(f"it says that it took {told:,} tokens, and {limit:,} are possible")
+    """Refuse token counts that are impossible for the request; they would use up the limits."""
+    count, limit = reply.tokens_in + reply.tokens_out, 2 * most_tokens + _SLACK_TOKENS
+    if count > limit:
+        raise NotAnAnswer(f"it reports {count:,} tokens, but at most {limit:,} are possible")
 
 
 async def _post(client: "AsyncOpenAI", request: str, body: dict[str, Any]) -> tuple[bytes, str]:
-    """One sending: the response's bytes and content type; errors are the client's own."""
+    """Send a request; return the response's bytes and content type. Errors are the client's own."""
     rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
     response = await client.chat.completions.with_raw_response.create(
         model=body["model"],
@@ -186,9 +186,9 @@ async def _post(client: "AsyncOpenAI", request: str, body: dict[str, Any]) -> tu
 
 
 def refusal(fault: Fault, urls: list[str]) -> UserError:
-    """The sentence that a fault ends the run with."""
+    """Return the error that ends the run."""
     return UserError(
-        f"{', '.join(urls)}: {fault.message}; repeating does not change that, so the run stops: "
-        "mend teacher.base_url, teacher.model, the key or the parameters",
+        f"{', '.join(urls)}: {fault.message}; every request would fail, so the run stops. Fix "
+        "teacher.base_url, teacher.model, the key or the parameters",
         code="teacher_refused",
     )

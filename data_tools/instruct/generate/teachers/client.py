@@ -1,7 +1,7 @@
-"""Connections to OpenAI-compatible servers: to the named host alone, with an end to every answer.
+"""Connect to OpenAI-compatible servers: only to the configured host, and with bounded responses.
 
-The client's own retries are off (`chat` has the run's budget), redirects are not followed (the key
-would go where they point), proxies and passwords of the environment are not looked at.
+The client's own retries are off (`chat.py` reserves the cost of each attempt), redirects are not
+followed (the key would be sent there), and proxies and passwords of the environment are ignored.
 """
 
 import codecs
@@ -30,15 +30,15 @@ _INSTALL: Final = "pip install -e '.[instruct]'"
 
 
 class TooLong(Exception):
-    """A response went on beyond the limit, or would have to be unpacked to be read."""
+    """A response is longer than the limit, or compressed."""
 
 
 class Key:
-    """The secret of a server, which nothing shows.
+    """The API key of a server, which is never printed.
 
     Raises:
-        UserError: The variable is not set though the server is not on this machine, or holds what
-            no header can carry.
+        UserError: The variable is not set although the server is not on this machine, or its value
+            cannot be sent in a header.
     """
 
     def __init__(self, config: TeacherConfig, urls: list[str]) -> None:
@@ -52,8 +52,8 @@ class Key:
             )
         if not all("!" <= letter <= "~" for letter in value):
             raise UserError(
-                f"the environment variable {config.api_key_env} holds spaces, line ends or letters "
-                "beyond ASCII, which no key has; set it again without them",
+                f"the environment variable {config.api_key_env} holds spaces, line breaks or "
+                "non-ASCII characters, which a key cannot have; set it again without them",
                 code="teacher_key",
             )
         self._value = value or "none"
@@ -63,19 +63,19 @@ class Key:
         return "Key(not shown)"
 
     def reveal(self) -> str:
-        """The key itself, for the client alone."""
+        """Return the key, for the client only."""
         return self._value
 
     def removed_from(self, text: str) -> str:
-        """Return the text without the key, should a server have repeated it in some form."""
+        """Return the text without the key, in case a server has echoed it in some form."""
         return self.remover.from_text(text)
 
 
 def addresses(config: TeacherConfig) -> list[str]:
-    """The servers' addresses, checked.
+    """Return the servers' addresses, validated.
 
     Raises:
-        UserError: One is no address of the form that is allowed.
+        UserError: An address is not of the allowed form.
     """
     given = config.base_url or OPENAI
     urls = [given] if isinstance(given, str) else given
@@ -89,7 +89,10 @@ def addresses(config: TeacherConfig) -> list[str]:
 def make_client(
     url: str, key: Key, config: TeacherConfig, most_bytes: int | None = None
 ) -> "openai.AsyncOpenAI":
-    """A client for one server; `most_bytes` of a response are read, by default the config's."""
+    """Return a client for one server that reads at most `most_bytes` of a response.
+
+    The default is `teacher.max_answer_bytes`.
+    """
     try:
         import httpx2
         import openai
@@ -104,7 +107,7 @@ def make_client(
         follow_redirects=False,
         trust_env=False,
     )
-    # The key once more as a header, for OPENAI_CUSTOM_HEADERS would take the other one's place.
+    # The key is also given as a header because OPENAI_CUSTOM_HEADERS would override the other one.
     headers = {"Authorization": f"Bearer {key.reveal()}", "Accept-Encoding": "identity"}
     return openai.AsyncOpenAI(
         api_key=key.reveal(), base_url=url, max_retries=0, timeout=timeout, http_client=http,
@@ -115,10 +118,10 @@ def make_client(
 def _bounded(
     limits: "httpx2.Limits", most_bytes: int, remover: Remover
 ) -> "httpx2.AsyncBaseTransport":
-    """Return a transport whose responses are bounded and free of the key.
+    """Return a transport whose responses are bounded and do not contain the key.
 
-    This is the one place that texts of a server come through: status line, headers and body are
-    cleaned before the client, its logs and its errors see them.
+    Everything a server sends passes here: status line, headers and body are cleaned before the
+    client, its logs and its errors see them.
     """
     import httpx2
 
@@ -137,7 +140,9 @@ def _bounded(
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 await response.aclose()
-                raise TooLong("the response is compressed though it was asked not to be")
+                raise TooLong(
+                    "the response is compressed although the request asked for an uncompressed one"
+                )
             try:
                 content = await body(response.stream)
             finally:
@@ -155,7 +160,7 @@ def _bounded(
 def _plain_headers(
     headers: Iterable[tuple[bytes, bytes]], remover: Remover
 ) -> list[tuple[bytes, bytes]]:
-    """Return a response's headers without the key, and without a charset that is not known."""
+    """Return a response's headers without the key, and without an unknown charset."""
     cleaned = [(remover.from_bytes(name), remover.from_bytes(value)) for name, value in headers]
     return [
         (_HEADER_NAME.sub(b"-", name), _known_charset(value))
@@ -184,9 +189,9 @@ def _plain_extensions(extensions: Mapping[str, Any], remover: Remover) -> dict[s
 
 
 def _plain(request: "httpx2.Request") -> "httpx2.Request":
-    """The request with the headers that a server needs and no others.
+    """Return the request with the headers that a server needs, and no others.
 
-    The client adds facts about this machine, and what it finds in the environment.
+    The client adds facts about this machine and headers from the environment.
     """
     import httpx2
 
@@ -204,16 +209,16 @@ def _check(url: str) -> None:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise _refused("is no address") from None
+        raise _refused("is not an address") from None
     if "@" in url:
-        raise _refused("holds a user name or password")  # which is not to be printed
-    shown = repr(f"{parts.scheme}://{host}") if host else "(not shown, for it may hold a key)"
+        raise _refused("holds a user name or password")  # and must not be printed
+    shown = repr(f"{parts.scheme}://{host}") if host else "(not shown because it may hold a key)"
     if parts.scheme not in ("http", "https") or not host:
-        raise _refused(f"{shown} is no http address")
+        raise _refused(f"{shown} is not an http address")
     if parts.query or parts.fragment:
         raise _refused(f"{shown} holds a query or fragment")
     if parts.scheme == "http" and not _is_loopback(host):
-        raise _refused(f"{shown} would send the key and the data in the open")
+        raise _refused(f"{shown} would send the key and the data unencrypted")
 
 
 def _refused(what: str) -> UserError:

@@ -1,4 +1,4 @@
-"""What can go wrong with a sending, and what follows from it."""
+"""Classify what can go wrong with an attempt, and whether a retry can help."""
 
 import email.utils
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from data_tools.instruct.generate.teachers.client import Key, TooLong
-from data_tools.instruct.generate.teachers.wire import NotAnAnswer, printable
+from data_tools.instruct.generate.teachers.completions import NotAnAnswer, printable
 from data_tools.instruct.schema import Failure
 
 Reason = Literal[
@@ -16,22 +16,22 @@ Reason = Literal[
 ]
 
 LONGEST_WAIT: Final = 600.0
-"""Seconds; a server that asks for a longer wait is asked again by the next start."""
+"""Longest `Retry-After` that is waited for, in seconds; with a longer one the request fails."""
 
 _POLICY_CODES: Final = ("content_filter", "content_policy_violation", "content_policy")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why one sending brought no answer.
+    """Why an attempt brought no answer.
 
     Attributes:
-        retry: Whether repeating it can help.
+        retry: Whether a retry can help.
         wait: Seconds that the server asks to wait.
-        free: Whether the server surely charged nothing.
-        fatal: No other request would fare better.
-        policy: The server holds the request's content to be against its rules.
-        parameter: The parameter that the server complains about.
+        free: Whether the server certainly charged nothing.
+        fatal: Whether every other request would fail too.
+        policy: Whether the server refused the content of the request.
+        parameter: The parameter that the server names in its error.
     """
 
     reason: Reason
@@ -45,7 +45,7 @@ class Fault:
     parameter: str | None = None
 
     def failure(self, request: str, sample_id: str, attempts: int) -> Failure:
-        """The failure of a request that ended with this."""
+        """Return the failure of a request whose last attempt ended like this."""
         return Failure(
             request=request, sample_id=sample_id, reason=self.reason, message=self.message,
             status=self.status, attempts=attempts,
@@ -53,10 +53,9 @@ class Fault:
 
 
 def fault_of(error: Exception, key: Key) -> Fault:
-    """Return the fault that an exception of a sending stands for.
+    """Return the fault for an exception that an attempt raised.
 
-    The client and the libraries below it raise whatever a strange response makes them stumble
-    over; one bad reply is one failed request.
+    A malformed response can make the client raise almost anything; it must fail one request only.
     """
     import httpx2
     import openai
@@ -66,7 +65,7 @@ def fault_of(error: Exception, key: Key) -> Fault:
     if isinstance(error, TooLong):
         return Fault("too_long", str(error))
     if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return Fault("timeout", "no whole answer within teacher.timeout_seconds")
+        return Fault("timeout", "no complete answer within teacher.timeout_seconds")
     if isinstance(error, openai.APIConnectionError):
         cause = error.__cause__
         if isinstance(cause, TooLong):
@@ -78,20 +77,20 @@ def fault_of(error: Exception, key: Key) -> Fault:
     if isinstance(error, openai.APIStatusError):
         return fault_of_status(error.status_code, error.response.headers, error.body, key)
     name = type(error).__name__
-    return Fault("not_an_answer", f"the response cannot be read as an answer ({name})")
+    return Fault("not_an_answer", f"the response cannot be parsed as an answer ({name})")
 
 
 def fault_of_status(status: int, headers: Mapping[str, str], body: Any, key: Key) -> Fault:
-    """The fault that a status other than success stands for; `body` is the error as it came."""
-    told = body if isinstance(body, dict) else {"message": body or ""}
+    """Return the fault for an HTTP error status; `body` is the error as received."""
+    error = body if isinstance(body, dict) else {"message": body or ""}
     status = status if 100 <= status <= 999 else 500
-    words = printable(key.removed_from(str(told.get("message") or "")))
-    message = f"the server says {status}" + (f": {words}" if words else "")
-    code, parameter = str(told.get("code") or ""), told.get("param")
+    words = printable(key.removed_from(str(error.get("message") or "")))
+    message = f"the server returned {status}" + (f": {words}" if words else "")
+    code, parameter = str(error.get("code") or ""), error.get("param")
     fault = Fault("refused", message, status=status, retry=False, free=True)
     wait = retry_after(headers)
     if 300 <= status < 400:
-        elsewhere = "; it points elsewhere, which is not followed, for the key would go there"
+        elsewhere = "; redirects are not followed, because the key would be sent there"
         return replace(fault, message=message + elsewhere, fatal=True)
     if status == 429:
         spent = code == "insufficient_quota"
@@ -106,7 +105,7 @@ def fault_of_status(status: int, headers: Mapping[str, str], body: Any, key: Key
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a response asks to wait: `Retry-After` as a number or a date."""
+    """Return the seconds of `Retry-After`, given as a number or a date, or None."""
     value = headers.get("retry-after", "")[:100].strip()
     try:
         seconds = float(value)

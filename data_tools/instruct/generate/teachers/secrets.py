@@ -1,4 +1,4 @@
-"""Remove a secret from texts of others, whatever form they repeat it in."""
+"""Remove a secret from untrusted text, in whatever form it is repeated there."""
 
 import base64
 import re
@@ -11,14 +11,14 @@ _BETWEEN: Final = (
     r"(?:[\s\x00\u00ad\u200b-\u200f\u2060\ufeff]|\\{1,8}(?:[nrtbf\"'/]|u(?:200[b-fB-F]|2060|00[aA][dD])"
     r"|\r?\n)|=\r?\n|\"\s{0,4}[+,]?\s{0,4}\"){0,3}"
 )
-"""What may stand between two letters: line ends, invisible letters, ends of JSON strings."""
+"""What may separate two characters: line breaks, invisible characters, ends of JSON strings."""
 
 
 class Remover:
     """Removes one secret: as it is, percent-encoded, escaped as in JSON or HTML, hex or base64.
 
     Args:
-        secret: ASCII without spaces. None or a short one is no secret, and removes nothing.
+        secret: ASCII without spaces. None or a short one removes nothing.
     """
 
     def __init__(self, secret: str | None) -> None:
@@ -44,11 +44,11 @@ class Remover:
 
 
 SHORTEST: Final = 8
-"""Shorter values are no secrets, and taking them out of texts would damage these."""
+"""Shorter values are not removed: this would damage unrelated text."""
 
 
 def _letter(letter: str) -> str:
-    """Return a pattern for all the ways in which a letter is written in foreign text."""
+    """Return a pattern for all ways to write a character in JSON, HTML, URLs and MIME."""
     code = ord(letter)
     hexadecimal, octal = f"{code:02x}", f"{code:03o}"
     escaped = (
@@ -62,11 +62,11 @@ def _letter(letter: str) -> str:
 
 
 def _base64_forms(secret: str) -> Iterator[str]:
-    """Yield the letters that base64 surely has for the secret, at each place it can begin at."""
+    """Yield the base64 characters that the secret certainly has, for each byte alignment."""
     data = secret.encode()
     for before in range(3):
         whole = base64.b64encode(b"\0" * before + data).decode().rstrip("=")
-        # The first letters hold bits of what stands before, the last one of what stands behind.
+        # The first characters hold bits of the preceding bytes, the last one of the following.
         certain = whole[(0, 2, 3)[before] : len(whole) - (1 if (before + len(data)) % 3 else 0)]
         yield certain
         if certain != (safe := certain.replace("+", "-").replace("/", "_")):

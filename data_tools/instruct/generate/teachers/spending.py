@@ -1,8 +1,9 @@
-"""What a run has sent and spent over all of its starts, and the caps on it.
+"""Record what a run has spent over all of its starts, and keep it within `limits`.
 
-Every sending is written down at the most it can cost before it is sent, and corrected when its cost
-is known. A process that is killed in between leaves the higher figure: a server may have charged
-for it. So no cap is passed, whatever happens, as long as the server keeps to `max_tokens`.
+The most that an attempt can cost is recorded before it is sent, and corrected once its cost is
+known. If the process is killed in between, the higher figure stays, because the server may have
+charged for it. The limits therefore hold whatever happens, as long as the server obeys
+`max_tokens`.
 """
 
 import asyncio
@@ -13,23 +14,23 @@ from typing import Any, Final, Self
 
 from data_tools.instruct.config import LimitsConfig, PricesConfig
 from data_tools.instruct.generate.append_only import SharedLog
-from data_tools.instruct.generate.teachers.stopping import Stopping
-from data_tools.instruct.generate.teachers.wire import cost, length_of
+from data_tools.instruct.generate.teachers.cancellation import Cancellation
+from data_tools.instruct.generate.teachers.completions import cost, length_of
 from vlm_sft.errors import UserError
 
 MOST_SPENT: Final = 10**15
-"""Above every number of requests, tokens or dollars of a run."""
+"""Larger numbers of requests, tokens or dollars are not believed."""
 _ROUNDING: Final = 1e-6
-"""US dollars by which sums of parts may differ."""
+"""Rounding error of sums, in US dollars."""
 
 
 class LimitReached(Exception):
-    """The next request might pass a cap."""
+    """The next request might exceed a limit."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Sendings, tokens in and out, US dollars (0 where prices are unknown)."""
+    """Attempts, input and output tokens, and US dollars (0 if prices are unknown)."""
 
     requests: int = 0
     tokens: int = 0
@@ -45,31 +46,31 @@ class Usage:
 
     @classmethod
     def of(cls, values: Any) -> Self:
-        """Return what a file's object says.
+        """Return the usage in a JSON object.
 
         Raises:
-            ValueError: A value is missing, of another type, or beyond what can be spent.
+            ValueError: A value is missing, of another type, or impossibly large.
         """
         if not isinstance(values, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         found: dict[str, Any] = {name: values.get(name) for name in ("requests", "tokens", "usd")}
         for name, value in found.items():
             is_number = isinstance(value, int | float if name == "usd" else int)
             if not is_number or isinstance(value, bool) or not -MOST_SPENT <= value <= MOST_SPENT:
-                raise ValueError(f"{name} is no amount")
+                raise ValueError(f"{name} is not an amount")
         return cls(found["requests"], found["tokens"], float(found["usd"]))
 
     def line(self, request: str) -> str:
-        """One line of the log."""
+        """Return a line of the log."""
         values: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "usd": self.usd}
         return json.dumps({"request": request[:16], **values})
 
 
 class Spending:
-    """The run's account; processes of one run share it."""
+    """What a run has spent; processes of one run share the file."""
 
-    def __init__(self, path: Path, limits: LimitsConfig, stopping: Stopping) -> None:
-        self._stopping = stopping
+    def __init__(self, path: Path, limits: LimitsConfig, cancellation: Cancellation) -> None:
+        self._cancellation = cancellation
         self._log = SharedLog(path, b'{"request": "')
         self._limits = limits
         self._path, self._lines = path, 0
@@ -81,42 +82,42 @@ class Spending:
 
     @property
     def total(self) -> Usage:
-        """What all starts have spent, what is in flight at the most it can cost."""
+        """What all starts have spent; attempts in flight count at the most they can cost."""
         return self._total
 
     async def reserve(self, request: str, most: Usage) -> None:
-        """Wait until the sending fits below the caps, and write it down.
+        """Wait until the attempt fits within the limits, and record it.
 
         Raises:
-            LimitReached: It does not, though nothing of this process is in flight any more.
-            Stopped: The run is to end.
+            LimitReached: It does not fit, although nothing of this process is in flight.
+            Cancelled: The run was asked to stop.
         """
         while not self.reserve_now(request, most):
             if not self._open:
                 raise LimitReached
             self._settled.clear()
-            await self._stopping.unless(self._settled.wait())
+            await self._cancellation.wait_for(self._settled.wait())
         self._open += 1
 
     def settle(self, request: str, reserved: Usage, spent: Usage) -> None:
-        """Correct what `reserve` wrote down by what it came to."""
+        """Replace what `reserve` recorded by the actual cost."""
         self.settle_now(request, reserved, spent)
         self._open -= 1
         self._settled.set()
 
     def settle_now(self, request: str, reserved: Usage, spent: Usage) -> None:
-        """Correct what `reserve_now` wrote down by what it came to."""
+        """Replace what `reserve_now` recorded by the actual cost."""
         if spent != reserved:
             with self._log.locked():
                 self._log.append((spent - reserved).line(request))
                 self._take_in()
 
     def close(self) -> None:
-        """Put the account on the disk."""
+        """Sync and close the file."""
         self._log.close()
 
     def reserve_now(self, request: str, most: Usage) -> bool:
-        """Write the sending down if it fits below the caps; whether it does."""
+        """Record the attempt if it fits within the limits, and return whether it does."""
         with self._log.locked():
             self._take_in()
             if not self.fits(most):
@@ -132,10 +133,10 @@ class Spending:
                 values = json.loads(line)
                 usage, request = Usage.of(values), str(values.get("request"))[:64]
             except (ValueError, RecursionError) as error:
-                raise self._edited(f"is no line of this file ({str(error)[:100]})") from None
+                raise self._edited(f"is not a line of this file ({str(error)[:100]})") from None
             known = self._of.get(request, Usage()) + usage
             if known.requests < 0 or known.tokens < 0 or known.usd < -_ROUNDING:
-                raise self._edited("takes back more than its request was counted with")
+                raise self._edited("subtracts more than was recorded for its request")
             self._of[request] = known
             self._total += usage
 
@@ -148,7 +149,7 @@ class Spending:
         )
 
     def fits(self, more: Usage) -> bool:
-        """Whether the caps have room for it, as far as this process knows."""
+        """Return whether it fits within the limits, as far as this process knows."""
         after, limits = self._total + more, self._limits
         return (
             (limits.requests is None or after.requests <= limits.requests)
@@ -158,9 +159,9 @@ class Spending:
 
 
 def most(body: dict[str, Any], prices: PricesConfig | None) -> Usage:
-    """The most that one sending of a request can take.
+    """Return the most that one attempt of a request can cost.
 
-    No tokenizer makes more tokens of a text than it has bytes; chat templates add a few a message.
+    A tokenizer makes at most one token per byte; chat templates add a few per message.
     """
     texts = sum(len(message["content"].encode()) + 16 for message in body["messages"])
     prompt = texts + len(json.dumps(body.get("response_format", ""))) + 64

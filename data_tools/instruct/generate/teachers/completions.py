@@ -1,4 +1,4 @@
-"""What goes over the wire: the body of a request, and a completion read with suspicion."""
+"""Build the body of a chat-completions request, and validate the response."""
 
 import copy
 import json
@@ -10,24 +10,24 @@ from data_tools.instruct.config import PricesConfig
 from data_tools.instruct.schema import Answer, Request
 
 MOST_TOKENS: Final = 10_000_000
-"""Of one prompt or answer; no model takes so many, and larger numbers are no counts."""
+"""Largest number of tokens of a prompt or answer that is believed."""
 _MOST_LETTERS: Final = 500
-"""Of a model's name or a finish reason."""
+"""Longest model name or finish reason that is accepted, in characters."""
 LENGTHS: Final = ("max_tokens", "max_completion_tokens")
-"""The two names that servers know the limit of an answer by."""
+"""The two names of the parameter that limits the length of an answer."""
 
 
 class NotAnAnswer(Exception):
-    """A response without error that is no completion; says what is wrong."""
+    """A successful response that is not a completion; the message says why."""
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """How a server wants to be asked.
+class RequestFormat:
+    """The parameters that a server accepts.
 
     Attributes:
-        structured: What holds it to JSON.
-        length: Its name for the limit of an answer.
+        structured: How JSON is requested: `json_schema`, `json_object` or `none`.
+        length: The name of the parameter that limits the length of an answer.
     """
 
     structured: str = "none"
@@ -39,9 +39,9 @@ class Reply:
     """A completion.
 
     Attributes:
-        text: Untouched; of a refusal by the server's own means, the refusal.
-        finish: The server's reason, or `refusal`.
-        tokens_known: Whether the server told its counts of tokens.
+        text: The message as received; if the server refused (`message.refusal`), the refusal.
+        finish: The finish reason, or `refusal`.
+        tokens_known: Whether the response has token counts.
     """
 
     text: str
@@ -55,27 +55,30 @@ class Reply:
 
 
 def body_of(
-    request: Request, messages: list[dict[str, str]], schema: dict[str, Any], dialect: Dialect
+    request: Request,
+    messages: list[dict[str, str]],
+    schema: dict[str, Any],
+    request_format: RequestFormat,
 ) -> dict[str, Any]:
-    """The body to send: the request's own parameters, all of them, and how JSON is asked for."""
+    """Return the body to send: all parameters of the request, and how JSON is requested."""
     body: dict[str, Any] = {"messages": messages, **request.parameters}
-    if dialect.length != LENGTHS[0] and LENGTHS[0] in body:
-        body[dialect.length] = body.pop(LENGTHS[0])
-    if dialect.structured == "json_schema":
+    if request_format.length != LENGTHS[0] and LENGTHS[0] in body:
+        body[request_format.length] = body.pop(LENGTHS[0])
+    if request_format.structured == "json_schema":
         form = {"name": "answer", "strict": True, "schema": strict(schema)}
         body["response_format"] = {"type": "json_schema", "json_schema": form}
-    elif dialect.structured == "json_object":
+    elif request_format.structured == "json_object":
         body["response_format"] = {"type": "json_object"}
     return body
 
 
 def length_of(body: dict[str, Any]) -> int:
-    """The most tokens that the body allows the answer."""
+    """Return the largest number of tokens that the answer may have."""
     return int(next((body[name] for name in LENGTHS if name in body), 0))
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema as strict servers want it: every key required, no other allowed, no defaults."""
+    """Return the schema in strict form: every key required, no others allowed, no defaults."""
 
     def tighten(node: Any) -> Any:
         if isinstance(node, list):
@@ -91,16 +94,16 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_completion(document: Any, clean: Callable[[str], str]) -> Reply:
-    """The completion in a response's JSON; every text in it goes through `clean`.
+    """Return the completion in a response's JSON; every text in it goes through `clean`.
 
     Raises:
-        NotAnAnswer: It is none.
+        NotAnAnswer: The response is not a completion.
     """
     if not isinstance(document, dict):
-        raise NotAnAnswer("the response is no JSON object")
+        raise NotAnAnswer("the response is not a JSON object")
     choices = document.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise NotAnAnswer("the response has not exactly one choice")
+        raise NotAnAnswer("the response does not have exactly one choice")
     message, finish = choices[0].get("message"), choices[0].get("finish_reason")
     if not isinstance(message, dict):
         raise NotAnAnswer("the choice has no message")
@@ -114,7 +117,7 @@ def read_completion(document: Any, clean: Callable[[str], str]) -> Reply:
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
     for name, value in (("finish_reason", finish), ("model", document.get("model"))):
         if isinstance(value, str) and len(value) > _MOST_LETTERS:
-            raise NotAnAnswer(f"{name} is longer than {_MOST_LETTERS} letters")
+            raise NotAnAnswer(f"{name} is longer than {_MOST_LETTERS} characters")
     return Reply(
         text=clean(_text(text, "content")),
         finish=None if finish is None else clean(_text(finish, "finish_reason")),
@@ -131,10 +134,10 @@ def read_completion(document: Any, clean: Callable[[str], str]) -> Reply:
 
 
 def read_json(content: bytes, content_type: str) -> Any:
-    """A response's JSON.
+    """Return a response's JSON.
 
     Raises:
-        NotAnAnswer: It says or shows that it is something else.
+        NotAnAnswer: The content type or the content is not JSON.
     """
     if "json" not in content_type.lower():
         kind = printable(content_type.split(";")[0], 80)
@@ -142,18 +145,18 @@ def read_json(content: bytes, content_type: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        raise NotAnAnswer("the response is broken JSON") from None
+        raise NotAnAnswer("the response is not valid JSON") from None
 
 
 def printable(text: str, most: int = 300) -> str:
-    """Foreign text on one line, safe for a terminal, not longer than `most` letters."""
+    """Return untrusted text on one line, safe for a terminal, at most `most` characters long."""
     text = text[: 20 * most]
     safe = "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
     return safe if len(safe) <= most else safe[:most] + "..."
 
 
 def answer_of(request: str, reply: Reply, teacher: Any, prices: PricesConfig | None) -> Answer:
-    """The reply as it is recorded."""
+    """Return the answer that is recorded for a reply."""
     usd = cost(reply.tokens_in, reply.tokens_cached, reply.tokens_out, prices)
     return Answer(
         request=request, teacher=teacher, text=reply.text, finish=reply.finish,
@@ -166,7 +169,7 @@ def answer_of(request: str, reply: Reply, teacher: Any, prices: PricesConfig | N
 def cost(
     tokens_in: int, tokens_cached: int, tokens_out: int, prices: PricesConfig | None
 ) -> float | None:
-    """US dollars; None without prices."""
+    """Return the cost in US dollars, or None without prices."""
     if prices is None:
         return None
     cached = prices.input if prices.cached is None else prices.cached
@@ -176,11 +179,11 @@ def cost(
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise NotAnAnswer(f"{what} is no text")
+        raise NotAnAnswer(f"{what} is not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise NotAnAnswer(f"{what} holds what is no text (half a surrogate pair)") from None
+        raise NotAnAnswer(f"{what} is not valid Unicode (a lone surrogate)") from None
     return value
 
 
@@ -190,5 +193,5 @@ def _count(usage: Any, name: str) -> int | None:
         return None
     is_count = isinstance(value, int) and not isinstance(value, bool)
     if not is_count or not 0 <= value <= MOST_TOKENS:
-        raise NotAnAnswer(f"{name} is no count of tokens from 0 to {MOST_TOKENS:,}")
+        raise NotAnAnswer(f"{name} is not a number of tokens from 0 to {MOST_TOKENS:,}")
     return value

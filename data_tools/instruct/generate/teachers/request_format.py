@@ -1,4 +1,4 @@
-"""How a server wants to be asked: found out once by a small request, and written down."""
+"""Find out once, by a small request, which parameters a server accepts, and record it."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from data_tools.instruct.config import TeacherConfig
+from data_tools.instruct.generate.teachers.completions import LENGTHS, Reply, RequestFormat, strict
 from data_tools.instruct.generate.teachers.faults import Fault
-from data_tools.instruct.generate.teachers.wire import LENGTHS, Dialect, Reply, strict
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.reading import read_json
@@ -15,46 +15,46 @@ from vlm_sft.utils.reading import read_json
 Attempts = Callable[[str, dict[str, Any]], Awaitable[tuple[Reply | Fault, int]]]
 
 MODES: Final = ("json_schema", "json_object", "none")
-"""What can hold a server to JSON, the strictest first."""
+"""Ways to ask for JSON, the strictest first."""
 _TOKENS: Final = 64
-"""Of a probe's answer."""
+"""Longest answer to a probe."""
 _QUESTION: Final = "Say hello to the reader in one short sentence. (If asked for JSON: as JSON.)"
 _SCHEMA: Final = {"type": "object", "properties": {"greeting": {"type": "string"}}}
 
 
-async def settle_dialect(
+async def find_request_format(
     config: TeacherConfig,
     urls: list[str],
     parameters: dict[str, Any],
     found: Path,
     attempts: Attempts,
-) -> Dialect:
-    """What `found` says of this server and model, else what probes show.
+) -> RequestFormat:
+    """Return what `found` has recorded for this server and model, or probe the server.
 
-    The probes carry the run's own sampling parameters. A server that takes a JSON schema and then
-    answers with anything else has none.
+    The probes carry the run's own sampling parameters. A server that accepts a JSON schema and then
+    ignores it counts as not supporting schemas.
 
     Raises:
-        UserError: The server takes no request at all.
+        UserError: The server accepts no request at all.
     """
     if config.structured != "auto":
-        return Dialect(config.structured)
+        return RequestFormat(config.structured)
     identity = {"base_url": urls, "model": parameters.get("model")}
     known = _known(found, identity)
     if known is not None:
         return known
-    dialect, tried = await _probe(parameters, attempts)
-    settled = {"structured": dialect.structured, "length": dialect.length}
+    request_format, tried = await _probe(parameters, attempts)
+    settled = {"structured": request_format.structured, "length": request_format.length}
     write_json(found, {**identity, **settled, "tried": tried})
-    return dialect
+    return request_format
 
 
-def _known(found: Path, identity: dict[str, Any]) -> Dialect | None:
+def _known(found: Path, identity: dict[str, Any]) -> RequestFormat | None:
     try:
         values = read_json(found)
         known = values["structured"] in MODES and values["length"] in LENGTHS
         if known and {name: values[name] for name in identity} == identity:
-            return Dialect(values["structured"], values["length"])
+            return RequestFormat(values["structured"], values["length"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return None
@@ -62,7 +62,7 @@ def _known(found: Path, identity: dict[str, Any]) -> Dialect | None:
 
 async def _probe(
     parameters: dict[str, Any], attempts: Attempts
-) -> tuple[Dialect, list[dict[str, str]]]:
+) -> tuple[RequestFormat, list[dict[str, str]]]:
     tried: list[dict[str, str]] = []
     length = LENGTHS[0]
     message = ""
@@ -81,10 +81,10 @@ async def _probe(
         kept = mode != "json_schema" or _keeps_to_the_schema(outcome)
         tried.append({"structured": mode, "outcome": "taken" if kept else "taken and ignored"})
         if kept:
-            return Dialect(mode, length), tried
+            return RequestFormat(mode, length), tried
     raise UserError(
-        f"teacher: a small request to find out how the server wants to be asked failed: {message}; "
-        "mend that, or set teacher.structured",
+        f"teacher: the small request that finds out which parameters the server accepts failed: "
+        f"{message}; fix that, or set teacher.structured",
         code="teacher_refused",
     )
 
@@ -105,7 +105,7 @@ async def _try(
 
 
 def _keeps_to_the_schema(reply: Reply) -> bool:
-    if reply.finish == "length":  # cut before its end, though of the right form
+    if reply.finish == "length":  # truncated, but in the requested form
         return reply.text.lstrip().startswith("{")
     try:
         value = json.loads(reply.text)

@@ -1,56 +1,60 @@
-"""How fast requests are sent: rates, pauses that the server asks for, waits between attempts."""
+"""Limit how fast requests are sent: rates, `Retry-After`, and waits between attempts.
+
+The retries are our own, not the client's or tenacity's, because the cost of each attempt is
+reserved before it is sent, and one `Retry-After` must hold back all requests.
+"""
 
 import asyncio
 import hashlib
 from typing import TYPE_CHECKING, Any, Final
 
 from data_tools.instruct.config import TeacherConfig
-from data_tools.instruct.generate.teachers.stopping import Stopping
+from data_tools.instruct.generate.teachers.cancellation import Cancellation
 from vlm_sft.errors import UserError
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
 
 LONGEST_BACKOFF: Final = 60.0
-"""Seconds between attempts, at most, where the server names no time."""
+"""Longest wait between attempts, in seconds, without a `Retry-After`."""
 _BURST_SECONDS: Final = 3.0
-"""What may be sent at once after a rest: the rate of so many seconds."""
+"""After an idle period, the requests of this many seconds may be sent at once."""
 
 
-class Pace:
-    """One server account's pace, shared by all that send to it."""
+class RateLimiter:
+    """The rate limits of one server account, shared by all workers."""
 
-    def __init__(self, config: TeacherConfig, stopping: Stopping) -> None:
-        self._stopping = stopping
+    def __init__(self, config: TeacherConfig, cancellation: Cancellation) -> None:
+        self._cancellation = cancellation
         self._requests = _limiter(config.requests_per_minute)
         self._tokens = _limiter(config.tokens_per_minute)
         self._paused_until = 0.0
 
-    async def turn(self, tokens: int) -> None:
-        """Wait until a request of so many tokens may be sent.
+    async def acquire(self, tokens: int) -> None:
+        """Wait until a request of `tokens` tokens may be sent.
 
         Raises:
-            Stopped: The run is to end.
+            Cancelled: The run was asked to stop.
         """
         while (left := self._paused_until - asyncio.get_running_loop().time()) > 0:
-            await self._stopping.sleep(left)
+            await self._cancellation.sleep(left)
         if self._requests is not None:
-            await self._stopping.unless(self._requests.acquire())
+            await self._cancellation.wait_for(self._requests.acquire())
         if self._tokens is not None:
             amount = min(float(tokens), self._tokens.max_rate)
-            await self._stopping.unless(self._tokens.acquire(amount))
+            await self._cancellation.wait_for(self._tokens.acquire(amount))
 
     def pause(self, seconds: float) -> None:
-        """Send nothing for so long."""
+        """Hold back all requests for `seconds`."""
         until = asyncio.get_running_loop().time() + seconds
         self._paused_until = max(self._paused_until, until)
 
 
 def backoff(first: float, attempt: int, seed: int, request: str) -> float:
-    """Seconds to wait after the attempt of this number (from 1): doubled each time, half random.
+    """Return the seconds to wait after an attempt (from 1): doubled each time, half of it random.
 
-    The random half is a function of its arguments, so that requests that failed together do not
-    come back together, and come back the same way each time.
+    The random half is a function of the arguments: requests that failed together are not retried
+    together, and a repeated run waits equally long.
     """
     digest = hashlib.sha256(f"{seed} {request} {attempt}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64

@@ -1,51 +1,51 @@
-"""The end of a run, seen by everything that waits."""
+"""Cancel a run: whatever waits stops waiting, and nothing more is sent."""
 
 import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
 
-class Stopped(Exception):
-    """The run is ending; what was about to be sent is not."""
+class Cancelled(Exception):
+    """The run was canceled; what was about to be sent was not sent."""
 
 
-class Stopping:
-    """Set once when a run is to end; waits that go through it end then too."""
+class Cancellation:
+    """A flag that is set once; waits that go through it end when it is set."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     @property
     def requested(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run was asked to stop."""
         return self._event.is_set()
 
     def request(self) -> None:
-        """Have the run end."""
+        """Ask the run to stop."""
         self._event.set()
 
     def check(self) -> None:
-        """Go no further if the run is to end.
+        """Raise if the run was asked to stop.
 
         Raises:
-            Stopped: It is.
+            Cancelled: It was.
         """
         if self.requested:
-            raise Stopped
+            raise Cancelled
 
     async def sleep(self, seconds: float) -> None:
         """Sleep.
 
         Raises:
-            Stopped: The run is to end.
+            Cancelled: The run was asked to stop.
         """
-        await self.unless(asyncio.sleep(seconds))
+        await self.wait_for(asyncio.sleep(seconds))
 
-    async def unless(self, waiting: Coroutine[Any, Any, Any]) -> None:
-        """Wait for something.
+    async def wait_for(self, waiting: Coroutine[Any, Any, Any]) -> None:
+        """Await `waiting`, or stop waiting when the run is asked to stop.
 
         Raises:
-            Stopped: The run is to end, now or before the wait was over.
+            Cancelled: The run was asked to stop before the wait was over.
         """
         tasks = [asyncio.ensure_future(waiting), asyncio.ensure_future(self._event.wait())]
         try:
