@@ -4,7 +4,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.commands.parser import CommandParser, add_base_option, heavy_imports, whole_number
+from vlm_sft.commands.parser import (
+    CHECKPOINT_HELP,
+    CommandParser,
+    add_base_option,
+    add_template_option,
+    heavy_imports,
+    whole_number,
+)
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import as_text
 from vlm_sft.inference.limits import TEMPERATURES, is_temperature
@@ -23,14 +30,13 @@ commands of the interactive chat:
 def main(argv: Sequence[str]) -> int:
     """Answer `--prompt`, or start a chat; returns the exit code."""
     arguments = parser().read(argv)
-    from vlm_sft.checkpoint.format import require_checkpoint
-    from vlm_sft.commands.inputs import require_images
+    from vlm_sft.commands.inputs import require_images, require_model_source
 
     arguments.image = [image_argument(name) for name in arguments.image]
     if arguments.prompt is not None:
         arguments.prompt = as_text(arguments.prompt, "--prompt")
     require_images(arguments.image)
-    require_checkpoint(arguments.checkpoint)
+    require_model_source(arguments.checkpoint)
     with heavy_imports():
         from vlm_sft.commands.chat import run
     return run(arguments)
@@ -51,8 +57,9 @@ def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("vlm-sft chat", __doc__, EXAMPLES)
     add_base_option(parser)
+    add_template_option(parser)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     add(
         "--image",
         action="append",

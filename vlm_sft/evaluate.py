@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_sft.commands.parser import (
+    CHECKPOINT_HELP,
     CommandParser,
     add_base_option,
+    add_template_option,
     heavy_imports,
     require_file,
     require_folder,
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate, print a table, write `--out`; return the exit code."""
     arguments = parser().read(argv)
     _require_fitting(arguments)
-    from vlm_sft.checkpoint.format import require_checkpoint
+    from vlm_sft.commands.inputs import require_model_source
     from vlm_sft.evaluation.question_files import read_rows
 
     for path in arguments.probes:
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.captions is not None:
         require_file("--captions", arguments.captions)
     require_folder("--images", arguments.images)
-    require_checkpoint(arguments.checkpoint)
+    require_model_source(arguments.checkpoint)
     captions = [arguments.captions] if arguments.captions else []
     arguments.out = require_output_file(
         arguments.out,
@@ -60,8 +62,9 @@ def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("vlm-sft evaluate", __doc__, EXAMPLE)
     add_base_option(parser)
+    add_template_option(parser)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     add(
         "--probes",
         type=Path,

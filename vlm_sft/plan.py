@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     from vlm_sft.commands.inputs import ALL_PARTS, read_config
 
     parts = ALL_PARTS - {"projector"}
-    config = read_config(arguments.config, arguments.overrides, parts)
+    config = read_config(arguments.config, arguments.overrides, parts, download=arguments.calibrate)
     with heavy_imports():
         from vlm_sft.commands.plan import run
         from vlm_sft.utils.logs import configure_logging

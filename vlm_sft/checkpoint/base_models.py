@@ -15,8 +15,20 @@ from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.utils.reading import read_json
 
 FILE: Final = "bases.json"
-KEYS: Final = ("model.language_model.name", "model.vision_tower.name", "model.vision_tower.weights")
+FINISHED: Final = "model.from_checkpoint"
+KEYS: Final = (
+    FINISHED,
+    "model.language_model.name",
+    "model.vision_tower.name",
+    "model.vision_tower.weights",
+)
 """Settings that may name a local file or folder that a checkpoint needs but does not contain."""
+
+LANGUAGE_MODEL: Final = "language_model"
+"""Folder of a checkpoint with the language model, if that was trained in full."""
+
+VISION_TOWER: Final = "vision_tower"
+"""Folder of a checkpoint that contains every part of its model and needs no base model."""
 
 _LOCAL_DIR: Final = "local-dir:"
 """Prefix of local folders in model names of timm and open_clip."""
@@ -47,12 +59,16 @@ def find_bases(config: RunConfig, checkpoint: Path, given: Mapping[str, str]) ->
     Raises:
         CheckpointError: A base model is not found.
     """
+    if (checkpoint / VISION_TOWER).is_dir():
+        return _with_own_parts(config, checkpoint)
     recorded, tree = _recorded(checkpoint), config.model_dump(mode="json")
     run = checkpoint.absolute().parent
     run = run.parent if run.name == "checkpoints" else run
     for key in KEYS:
         if key in given:
-            _set(tree, key, given[key])
+            _move(tree, key, given[key])
+        elif key != FINISHED and _get(tree, key) == tree["model"]["from_checkpoint"]:
+            continue  # moved together with the finished model
         elif key in recorded:
             place = recorded[key]
             candidates = [Path(place["path"]), run / place["from_run"]]
@@ -64,7 +80,22 @@ def find_bases(config: RunConfig, checkpoint: Path, given: Mapping[str, str]) ->
                     f"{os.path.normpath(candidates[1])}); put it back, or give its new path with "
                     f"--base {key}=PATH"
                 )
-            _set(tree, key, str(existing))
+            _move(tree, key, str(existing))
+    return parse_config(tree, str(checkpoint / "config.yaml"))
+
+
+def _with_own_parts(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """Return the configuration with the parts that a complete checkpoint contains as its bases."""
+    tree = config.model_dump(mode="json")
+    model = tree["model"]
+    model["from_checkpoint"] = None
+    model["vision_tower"]["name"] = str((checkpoint / VISION_TOWER).absolute())
+    place = (checkpoint / LANGUAGE_MODEL).absolute()
+    source: dict[str, Any] = {"name": str(place), "config": None}
+    if not list(place.glob("*.safetensors")):  # shards, which are loaded into a model
+        source = {"name": None, "config": read_json(place / "config.json")}
+    source["tokenizer"] = str((checkpoint / "tokenizer").absolute())
+    model["language_model"] |= source
     return parse_config(tree, str(checkpoint / "config.yaml"))
 
 
@@ -129,6 +160,16 @@ def _get(tree: Mapping[str, Any], key: str) -> str | None:
     for name in key.split("."):
         value = value[name]
     return value if isinstance(value, str) else None
+
+
+def _move(tree: dict[str, Any], key: str, place: str) -> None:
+    """Set the location of a base model; a finished model takes along the parts named after it."""
+    before = _get(tree, key)
+    _set(tree, key, place)
+    if key == FINISHED:
+        for part in KEYS[1:]:
+            if before is not None and _get(tree, part) == before:
+                _set(tree, part, place)
 
 
 def _set(tree: dict[str, Any], key: str, value: str) -> None:

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from vlm_sft.checkpoint.base_models import FILE as BASES
-from vlm_sft.checkpoint.base_models import absolute_if_local, describe_bases
+from vlm_sft.checkpoint.base_models import (
+    LANGUAGE_MODEL,
+    VISION_TOWER,
+    absolute_if_local,
+    describe_bases,
+)
 from vlm_sft.checkpoint.format import read_manifest, verify_file
 from vlm_sft.checkpoint.shards import (
     consolidate_shards,
@@ -47,7 +53,6 @@ from vlm_sft.utils.libraries import one_line
 PROJECTOR: Final = "projector.safetensors"
 ADAPTER: Final = "adapter"
 ADAPTER_TENSORS: Final = "adapter_model.safetensors"
-LANGUAGE_MODEL: Final = "language_model"
 SHARDS: Final = "model"
 """NAME of the shards in `language_model/`; see `vlm_sft.checkpoint.shards`."""
 
@@ -94,6 +99,10 @@ def checkpoint_components(
         )
     if "language_model" in trainable:
         components["language_model"] = language_model_component(model)
+        if config.model.from_checkpoint is not None:
+            # With it the checkpoint is complete: the folder that the run started from holds nothing
+            # else that could be needed.
+            components["vision_tower"] = plain_component(lambda f: _write_vision_tower(model, f))
     return components
 
 
@@ -279,6 +288,21 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _write_vision_tower(model: VisionLanguageModel, folder: Path) -> None:
+    """Write the frozen vision tower as transformers does, with the settings of its images."""
+    tower, spec = model.vision_tower, model.vision_tower.image_spec
+    place = folder / VISION_TOWER
+    with _without_progress_bars():
+        cast(PreTrainedModel, tower.encoder).save_pretrained(place)
+    preprocessing = {
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "resample": int(Image.Resampling[spec.interpolation.upper()]),
+        "crop_size": {"height": spec.size, "width": spec.size},
+    }
+    write_json(place / "preprocessor_config.json", preprocessing)
 
 
 def _write_adapter(

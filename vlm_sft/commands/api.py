@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from vlm_sft.config.finished import resolve
 from vlm_sft.config.method import Stage, require_stage1, require_stage2, trainable_parts
 from vlm_sft.config.resume import require_changeable
 from vlm_sft.config.schema import RunConfig, load_config, parse_config
@@ -142,7 +143,7 @@ def tokenize_record(
 
 def _as_config(config: ConfigInput, overrides: Sequence[str] = ()) -> RunConfig:
     if isinstance(config, (str, Path)):
-        return load_config(config, overrides)
+        return resolve(load_config(config, overrides))
     if overrides:
         raise UserError("overrides are for configuration files; change the configuration itself")
-    return config if isinstance(config, RunConfig) else parse_config(config, "config")
+    return resolve(config if isinstance(config, RunConfig) else parse_config(config, "config"))

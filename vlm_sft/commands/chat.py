@@ -69,7 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     for path in arguments.image:
         open_image(path)  # before the model is loaded, which takes long
     model = load_checkpoint(
-        arguments.checkpoint, device=arguments.device, bases=parse_bases(arguments.base)
+        arguments.checkpoint,
+        device=arguments.device,
+        bases=parse_bases(arguments.base),
+        template=arguments.template,
     )
     chat = Chat(model, arguments.max_new_tokens, arguments.temperature, arguments.seed)
     chat.images = list(arguments.image)

@@ -54,7 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         _read_captions(arguments.captions, arguments.images, links) if arguments.captions else []
     )
     loaded = load_checkpoint(
-        arguments.checkpoint, device=arguments.device, bases=parse_bases(arguments.base)
+        arguments.checkpoint,
+        device=arguments.device,
+        bases=parse_bases(arguments.base),
+        template=arguments.template,
     )
     if files:
         require_questions_in_prompt(loaded)

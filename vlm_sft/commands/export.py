@@ -19,7 +19,9 @@ from vlm_sft.utils.console import echo
 def run(args: argparse.Namespace) -> int:
     """Export, reload the export, and print how it differs; returns the exit code."""
     max_shard_size = require_shard_size(args.max_shard_size)
-    loaded = load_checkpoint(args.checkpoint, device="cpu", bases=parse_bases(args.base))
+    loaded = load_checkpoint(
+        args.checkpoint, device="cpu", bases=parse_bases(args.base), template=args.template
+    )
     image = args.image or _first_image(loaded)
     sample = None  # without any image, the export compares logits on noise
     if image is not None:
@@ -58,7 +60,7 @@ def print_report(report: ExportReport) -> None:
 
 def _first_image(loaded: LoadedModel) -> Path | None:
     """Return an image of the training data, or None if none of its files exists."""
-    for file in loaded.config.data.train:
+    for file in loaded.config.data.train if loaded.config is not None else ():
         if not Path(file.path).exists():
             continue
         for record in read_records(file):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from vlm_sft.checkpoint.format import require_checkpoint
+from vlm_sft.config.finished import is_hub_name, resolve
 from vlm_sft.config.resume import changes_between
 from vlm_sft.config.schema import (
     DataFile,
@@ -26,7 +27,13 @@ _LANGUAGE = "model.language_model"
 _TOWER = "model.vision_tower"
 
 
-def read_config(path: str, overrides: Sequence[str], parts: Set[Part] = ALL_PARTS) -> RunConfig:
+def read_config(
+    path: str,
+    overrides: Sequence[str],
+    parts: Set[Part] = ALL_PARTS,
+    *,
+    download: bool = True,
+) -> RunConfig:
     """Load a configuration and check that the files and directories that it names exist.
 
     A finished run does not need them any more: starting it again only reports that it is finished.
@@ -36,13 +43,14 @@ def read_config(path: str, overrides: Sequence[str], parts: Set[Part] = ALL_PART
         path: The YAML file.
         overrides: `key.path=value` arguments.
         parts: What the command will read.
+        download: Whether the description of a finished model may be fetched from the hub.
 
     Raises:
         UserError: Names the key or the file.
     """
     if "=" in path and not Path(path).exists():
         raise UserError(f"{path}: the first argument is CONFIG.yaml; settings follow it")
-    config = load_config(path, overrides)
+    config = resolve(load_config(path, overrides), download=download)
     if not _is_finished(config):
         _require_places(config, parts)
     return config
@@ -140,6 +148,16 @@ def require_template(where: str, name: str) -> None:
     raise TemplateError(
         f"{where}: no template {name!r}{hint}; expected a YAML file or one of {', '.join(known)}"
     )
+
+
+def require_model_source(path: Path) -> None:
+    """Refuse a path that is neither a directory nor the hub name of a finished model.
+
+    Raises:
+        CheckpointError: There is no such directory.
+    """
+    if not is_hub_name(str(path)):
+        require_checkpoint(path)
 
 
 def require_images(paths: Sequence[Path]) -> None:

@@ -310,6 +310,21 @@ class _DropMessages(logging.Filter):
         return not record.getMessage().startswith(self._beginning)
 
 
+CHECKPOINT_HELP: Final = (
+    "RUN/final or RUN/checkpoints/step-N; or the folder or hub name of a finished LLaVA model"
+)
+
+
+def add_template_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--template`, for commands that load finished models; see `load_checkpoint`."""
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="chat template of a finished model whose folder has none: a built-in name or a YAML "
+        "file",
+    )
+
+
 def add_base_option(parser: argparse.ArgumentParser) -> None:
     """Add `--base`, for commands that load a checkpoint; see `checkpoint.base_models`."""
     parser.add_argument(

@@ -56,9 +56,10 @@ def parsers() -> dict[str, CommandParser]:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from vlm_sft.config.finished import resolve
     from vlm_sft.config.schema import dump_config, load_config
 
-    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    print(dump_config(resolve(load_config(arguments.config, arguments.overrides))), end="")
     return 0
 
 

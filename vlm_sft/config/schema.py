@@ -148,8 +148,16 @@ _ANYRES_MAX = re.compile(r"anyres_max_([1-9]\d{0,2})")
 
 
 class ModelConfig(Section):
-    """The three parts of the model: vision tower, projector and language model."""
+    """The three parts of the model: vision tower, projector and language model.
 
+    With `from_checkpoint` a finished model provides all three.
+    """
+
+    from_checkpoint: Explicit[NonEmptyText | None] = None
+    """Finished vision-language model to start from: the folder or hub name of a
+    `LlavaForConditionalGeneration`, or a folder of the original LLaVA code. It determines every
+    other setting of `model` except `attn_implementation` and the quantization, and the defaults of
+    `data.template` and `data.image_aspect`. Null: build the model from its parts."""
     vision_tower: VisionTowerConfig
     projector_type: Forbidden[str] = "mlp2x_gelu"
     """Architecture of the projector: `linear`; `mlpNx_gelu`, N linear layers with GELU between them
@@ -160,6 +168,24 @@ class ModelConfig(Section):
     """Image tokens of the `resampler`: a square number, such as 64 or 144. Null: 256. Other
     projectors have no queries."""
     language_model: LanguageModelConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_of_checkpoint(cls, tree: Any) -> Any:
+        """Name the finished model as the source of the parts that are not given."""
+        if not isinstance(tree, Mapping) or tree.get("from_checkpoint") is None:
+            return tree
+        filled = dict(tree)
+        for part, defaults in (
+            ("vision_tower", {"library": "transformers"}),
+            ("language_model", {}),
+        ):
+            section = filled.get(part) or {}
+            if isinstance(section, Mapping):
+                named = section.get("name") is not None or section.get("config") is not None
+                source = {} if named else {"name": filled["from_checkpoint"]}
+                filled[part] = {**defaults, **section, **source}
+        return filled
 
     @field_validator("projector_type")
     @classmethod
@@ -493,6 +519,7 @@ class RunConfig(Section):
         files = [*self.data.train, *self.data.eval]
         names = (
             self.projector,
+            self.model.from_checkpoint,
             self.model.vision_tower.name,
             self.model.vision_tower.weights,
             self.model.language_model.name,

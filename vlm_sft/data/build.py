@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from vlm_sft.config.finished import read_finished
 from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.data.batch import Collator, LoadError, PackedCollator, PaddedCollator
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.finished_template import finished_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
@@ -57,10 +59,13 @@ def load_chat_tokenizer(config: RunConfig) -> ChatTokenizer:
     Raises:
         UserError: The tokenizer or the template cannot be loaded, or they do not work together.
     """
-    data = config.data
+    data, finished = config.data, config.model.from_checkpoint
+    tokenizer = load_tokenizer(config.model.language_model)
+    if finished is not None and data.template == "auto":
+        return finished_chat_tokenizer(read_finished(finished), tokenizer, data)
     return ChatTokenizer.from_name(
         data.template,
-        load_tokenizer(config.model.language_model),
+        tokenizer,
         default_system=data.system,
         llava_quirks=data.llava_quirks,
         image_separator=data.image_separator,

@@ -197,8 +197,9 @@ def require_questions_in_prompt(loaded: LoadedModel) -> None:
     """
     one, other = (loaded.prompt_ids(user_message(text, [b""])) for text in ("One?", "Other?"))
     if one == other:
+        name = loaded.chat_tokenizer.template.name
         raise UserError(
-            f"the checkpoint's template {loaded.config.data.template!r} leaves questions out, so "
+            f"the checkpoint's template {name!r} leaves questions out, so "
             "none can be asked; evaluate a stage 2 checkpoint, or use only --captions"
         )
 

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.commands.parser import CommandParser, add_base_option, heavy_imports
+from vlm_sft.commands.parser import (
+    CHECKPOINT_HELP,
+    CommandParser,
+    add_base_option,
+    add_template_option,
+    heavy_imports,
+)
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.constants import MAX_SHARD_SIZE
 from vlm_sft.utils.ownership import require_new_directory
@@ -24,10 +30,9 @@ examples:
 def main(argv: Sequence[str]) -> int:
     """Export a checkpoint, verify the reloaded folder, print the result; return the exit code."""
     arguments = parser().read(argv)
-    from vlm_sft.checkpoint.format import require_checkpoint
-    from vlm_sft.commands.inputs import require_images
+    from vlm_sft.commands.inputs import require_images, require_model_source
 
-    require_checkpoint(arguments.checkpoint)
+    require_model_source(arguments.checkpoint)
     images = [arguments.image] if arguments.image else []
     require_images(images)
     require_new_directory(arguments.out, inputs=[arguments.checkpoint, *images])
@@ -44,8 +49,9 @@ def parser() -> CommandParser:
         EXAMPLES,
     )
     add_base_option(parser)
+    add_template_option(parser)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/final or RUN/checkpoints/step-N")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     add("out", type=Path, metavar="OUT_DIR", help="output folder, which must be new or empty")
     add("--to", default="hf", choices=["hf"], help="output format (hf)")
     add(

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlm_sft.checkpoint.base_models import find_bases
+from vlm_sft.checkpoint.base_models import LANGUAGE_MODEL, VISION_TOWER, find_bases
 from vlm_sft.checkpoint.components import (
     ADAPTER,
-    LANGUAGE_MODEL,
     PROJECTOR,
     load_adapter,
     load_language_model,
@@ -22,8 +21,21 @@ from vlm_sft.checkpoint.digests import base_identity
 from vlm_sft.checkpoint.format import require_checkpoint, verify
 from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
-from vlm_sft.config.schema import LanguageModelConfig, RunConfig, load_stored_config
+from vlm_sft.config.finished import (
+    is_finished,
+    is_hub_name,
+    read_finished,
+    require_aspect,
+    resolve_model,
+)
+from vlm_sft.config.schema import (
+    LanguageModelConfig,
+    ModelConfig,
+    RunConfig,
+    load_stored_config,
+)
 from vlm_sft.data.conversation import Conversation, ImageSource
+from vlm_sft.data.finished_template import finished_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer, padding_id
 from vlm_sft.data.image_separator import DEFAULT_SEPARATOR, separated_parts
 from vlm_sft.data.images import ImageSpec, read_pixels
@@ -36,6 +48,7 @@ from vlm_sft.inference.prompts import ImageInput, Prompt, as_conversation
 from vlm_sft.inference.stream import stream_text
 from vlm_sft.model.build import build_model
 from vlm_sft.model.dtypes import DTYPES
+from vlm_sft.model.finished import stored_dtype
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -62,8 +75,9 @@ class LoadedModel:
         image_spec: Input size and normalization of the vision tower.
         image_aspect: How images become square.
         image_processing: How exactly images are decoded and resized.
-        config: The configuration of the training run.
-        manifest: The checkpoint's manifest: step, stage, versions of libraries, ...
+        config: The configuration of the training run; None for a finished model of another program.
+        manifest: The checkpoint's manifest: step, stage, versions of libraries, ...; empty for a
+            finished model of another program.
     """
 
     model: VisionLanguageModel
@@ -72,7 +86,7 @@ class LoadedModel:
     image_spec: ImageSpec
     image_aspect: ImageAspect
     image_processing: ImageProcessing
-    config: RunConfig
+    config: RunConfig | None
     manifest: dict[str, Any]
 
     @property
@@ -261,44 +275,83 @@ def load_checkpoint(
     *,
     device: str | torch.device | None = None,
     bases: Mapping[str, str] | None = None,
+    template: str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint for inference, after verifying the checksums of its files.
 
     Args:
-        path: `RUN/final`, `RUN/checkpoints/step-N`, or a run directory (its `final`).
+        path: `RUN/final`, `RUN/checkpoints/step-N`, or a run directory (its `final`); or the folder
+            or hub name of a finished model, as for `model.from_checkpoint`.
         device: E.g. `cuda:1`; None uses CUDA if it is available, else the CPU.
         bases: New locations of base models that were moved, by configuration key; see
             `checkpoint.base_models`.
+        template: Chat template of a finished model that has none: a built-in name or a YAML file.
 
     Raises:
         CheckpointError: The directory is not a complete checkpoint, or its base models cannot be
             loaded or are not those that it was trained with.
-        UserError: The device is not available.
+        UserError: The device is not available, or a finished model cannot be loaded.
     """
     target = _device(device)
     folder = Path(path)
+    if is_hub_name(str(path)) or (folder.is_dir() and is_finished(folder)):
+        return _load_finished(str(path), target, bases or {}, template)
     require_checkpoint(folder)
+    if template is not None:
+        raise UserError(
+            f"--template {template}: the checkpoint {folder} has a template of its own; remove it"
+        )
     if not (folder / "manifest.json").exists() and (folder / "final" / "manifest.json").exists():
         folder = folder / "final"
     manifest = verify(folder).manifest
     config = find_bases(load_stored_config(folder / "config.yaml"), folder, bases or {})
     files = (folder / "tokenizer").absolute()
     tokenizer = load_tokenizer(LanguageModelConfig(name=str(files)), str(folder / "tokenizer"))
-    template = _read_json(folder / "template.json")
-    if "image_separator" not in template:
-        template["image_separator"] = _trained_separator(config)
+    described = _read_json(folder / "template.json")
+    if "image_separator" not in described:
+        described["image_separator"] = _trained_separator(config)
     preprocessing = _read_json(folder / "processor.json")
     model = _load_model(config, manifest, folder)
     return LoadedModel(
         model=model.to(target),
         tokenizer=tokenizer,
-        chat_tokenizer=ChatTokenizer.from_description(template, tokenizer),
+        chat_tokenizer=ChatTokenizer.from_description(described, tokenizer),
         image_spec=model.vision_tower.image_spec,
         image_aspect=preprocessing["image_aspect"],
         # Checkpoints from before `data.image_processing` existed were trained with Pillow.
         image_processing=preprocessing.get("image_processing", "exact"),
         config=config,
         manifest=manifest,
+    )
+
+
+def _load_finished(
+    name: str, device: torch.device, bases: Mapping[str, str], template: str | None
+) -> LoadedModel:
+    """Load a finished model of another program; see `load_checkpoint`."""
+    found = read_finished(name)
+    tree: dict[str, Any] = {"from_checkpoint": name}
+    for key, place in bases.items():
+        _, section, field = key.split(".")
+        tree.setdefault(section, {})[field] = place
+    config = resolve_model(ModelConfig.model_validate(tree), found)
+    image_aspect = require_aspect(found)
+    tokenizer = load_tokenizer(config.language_model)
+    if template is None:
+        chat_tokenizer = finished_chat_tokenizer(found, tokenizer)
+    else:
+        chat_tokenizer = ChatTokenizer.from_name(template, tokenizer)
+    model = build_model(config, dtype=stored_dtype(found), seed=0)
+    model.requires_grad_(False).eval()
+    return LoadedModel(
+        model=model.to(device),
+        tokenizer=tokenizer,
+        chat_tokenizer=chat_tokenizer,
+        image_spec=model.vision_tower.image_spec,
+        image_aspect=image_aspect,
+        image_processing="exact",
+        config=None,
+        manifest={},
     )
 
 
@@ -369,7 +422,8 @@ def _load_model(config: RunConfig, manifest: dict[str, Any], folder: Path) -> Vi
         load_adapter(model, folder)
     elif config.lora is not None:
         raise CheckpointError(f"{folder}: its config.yaml has lora, but adapter/ is missing")
-    if (folder / LANGUAGE_MODEL).is_dir():
+    is_loaded = config.model.language_model.name == str((folder / LANGUAGE_MODEL).absolute())
+    if (folder / LANGUAGE_MODEL).is_dir() and not is_loaded:
         load_language_model(model, folder)
     model.requires_grad_(False).eval()
     return model
@@ -379,6 +433,8 @@ def _require_same_base(
     config: RunConfig, model: VisionLanguageModel, manifest: dict[str, Any], folder: Path
 ) -> None:
     recorded, found = manifest.get("base_model"), base_identity(config, model)
+    if (folder / VISION_TOWER).is_dir():
+        del found["language_model"]  # the checkpoint contains the trained one instead of its base
     for key, value in found.items():
         if recorded is not None and recorded.get(key) != value:
             raise CheckpointError(

@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from vlm_sft.config.finished import read_finished, resolve_model
 from vlm_sft.config.schema import (
     LanguageModelConfig,
     LoraConfig,
@@ -18,6 +19,13 @@ from vlm_sft.config.schema import (
 from vlm_sft.errors import UserError
 from vlm_sft.model.connectors.build import build_connector
 from vlm_sft.model.dtypes import cast_floating
+from vlm_sft.model.finished import (
+    FinishedWeights,
+    load_finished_language_model,
+    load_finished_projector,
+    load_finished_tower,
+    merge_adapter,
+)
 from vlm_sft.model.language_model import check_head
 from vlm_sft.model.positions import find_position_limit
 from vlm_sft.model.pretrained import load_pretrained
@@ -44,7 +52,14 @@ def build_model(
     Raises:
         UserError: If a part cannot be loaded or built.
     """
-    language_model = build_language_model(config.language_model, dtype=dtype, seed=seed)
+    weights = None
+    if config.from_checkpoint is not None:
+        found = read_finished(config.from_checkpoint)
+        config = resolve_model(config, found)
+        weights = FinishedWeights(found)
+    language_model = build_language_model(
+        config.language_model, dtype=dtype, seed=seed, weights=weights
+    )
     tower = build_vision_tower(config.vision_tower, dtype=dtype, seed=seed)
     hidden = language_model.get_input_embeddings().weight.shape[1]
     connector = build_connector(
@@ -55,6 +70,10 @@ def build_model(
         seed=seed,
         num_queries=config.num_queries,
     )
+    if weights is not None:
+        load_finished_projector(weights, connector)
+        if weights.found.layout == "original":
+            load_finished_tower(weights, tower.encoder)
     model = VisionLanguageModel(tower, connector, language_model)
     if lora is not None:
         from vlm_sft.model.lora import add_lora  # peft is needed by LoRA runs only
@@ -98,11 +117,22 @@ def build_vision_tower(
 
 
 def build_language_model(
-    config: LanguageModelConfig, *, dtype: torch.dtype, seed: int
+    config: LanguageModelConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    weights: FinishedWeights | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in `dtype`, or build one with random weights from a `config`.
 
     With `quantization` its linear layers are stored in 4 bits, the rest in `dtype`.
+
+    Args:
+        config: Names or describes the model.
+        dtype: Of the weights that are not quantized.
+        seed: Seed of random weights.
+        weights: The finished model that contains this language model or adapters for it; None if
+            it stands alone.
 
     Raises:
         UserError: If the folder or the hub name cannot be loaded, tensors are missing in it, or it
@@ -118,7 +148,13 @@ def build_language_model(
             cast_floating(model, dtype)
     else:
         assert config.name is not None
-        model = _pretrained(config.name, attention, "auto" if quantized else dtype)
+        loaded_dtype = "auto" if quantized else dtype
+        if weights is not None and weights.found.weights == "full":
+            model = load_finished_language_model(weights, dtype=loaded_dtype, attention=attention)
+        else:
+            model = _pretrained(config.name, attention, loaded_dtype)
+        if weights is not None and weights.found.weights == "lora":
+            model = merge_adapter(weights, model)
     where = f"{_WHERE}.config" if config.name is None else f"{_WHERE}.name"
     with library_call("transformers", where, f"run {type(model).__name__} on three tokens"):
         check_head(model)

@@ -58,7 +58,7 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, *, seed: int) -> No
     adding = library_call("peft", "lora", "add adapters to this model")
     with adding, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.language_model = _with_adapters(language_model, peft_config)
+        model.language_model = with_adapters(language_model, peft_config)
 
 
 def target_paths(language_model: PreTrainedModel, targets: Sequence[str] | str) -> list[str]:
@@ -113,7 +113,7 @@ def merged_language_model(model: VisionLanguageModel) -> PreTrainedModel:
     return cast(PreTrainedModel, merged)
 
 
-def _with_adapters(language_model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
+def with_adapters(language_model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     """Wrap a language model in peft with new adapters in float32."""
     with warnings.catch_warnings():
         # peft 0.19 reads this attribute under the name it had before transformers 5.2.
@@ -143,7 +143,7 @@ def _dequantized_base(language_model: peft.PeftModel) -> peft.PeftModel:
     """Return a copy with the same adapters on dequantized weights."""
     base = _dequantized(cast(Any, copy.deepcopy(language_model)).unload())
     with torch.random.fork_rng(devices=[]):
-        wrapped = _with_adapters(base, copy.copy(language_model.peft_config["default"]))
+        wrapped = with_adapters(base, copy.copy(language_model.peft_config["default"]))
     set_peft_model_state_dict(wrapped, get_peft_model_state_dict(language_model))
     return wrapped
 

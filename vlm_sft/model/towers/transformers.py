@@ -25,8 +25,10 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from vlm_sft.config.finished import image_processor, read_finished
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
+from vlm_sft.model.finished import load_encoder
 from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.towers.base import BlockStates, LoadedEncoder
 from vlm_sft.utils.libraries import library_call
@@ -36,6 +38,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 _VISION_PART: Final = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """The vision part of a checkpoint with two towers."""
+
+_FINISHED: Final = ("llava",)
+"""Vision-language models whose tower is taken."""
 
 _CLASSES: Final[dict[str, Any]] = {
     "clip_vision_model": CLIPVisionModel,
@@ -158,6 +163,10 @@ def _pretrained(name: str) -> PreTrainedModel:
     config = load_pretrained(AutoConfig.from_pretrained, name, where)
     refuse_remote_kernels(where, name, config)
     report_unused_code(where, name, config)
+    if config.model_type in _FINISHED:
+        vision: PretrainedConfig = config.vision_config
+        found = read_finished(name)
+        return load_encoder(found, vision, _CLASSES[vision.model_type])
     kind = _VISION_PART.get(config.model_type, config.model_type)
     if kind not in _CLASSES:
         raise UserError(
@@ -178,6 +187,8 @@ def _pretrained(name: str) -> PreTrainedModel:
 
 
 def _preprocessing(name: str) -> dict[str, Any]:
+    if Path(name).is_dir() and (found := image_processor(Path(name))):
+        return found
     try:
         return cast(dict[str, Any], BaseImageProcessor.get_image_processor_dict(name)[0])
     except OSError:

@@ -1,0 +1,280 @@
+"""Finished models of other programs: loaded completely, with the same logits, or refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from tests.export.test_hf_llava import DINO, QUICK, SIGLIP
+from tests.finished_models import (
+    SMALL_LLAMA,
+    OriginalParts,
+    change_json,
+    change_tensors,
+    released_folder,
+    rename_tensors,
+)
+from tests.model.tiny import CLIP, GRANITE, images, rows, tiny_model
+from vlm_sft.checkpoint.base_models import parse_bases
+from vlm_sft.errors import UserError
+from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
+from vlm_sft.model.vlm import VisionLanguageModel
+
+MIXTRAL = {
+    **SMALL_LLAMA,
+    "model_type": "mixtral",
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+}
+TIED_QWEN2 = {**SMALL_LLAMA, "model_type": "qwen2", "tie_word_embeddings": True}
+
+
+@torch.no_grad()
+def logits(model: VisionLanguageModel) -> Tensor:
+    ids, mask, _ = rows([5, 6, -1, 7, 8, 9], [3, -1, 4])
+    return model.logits(ids, pixel_values=images(2), attention_mask=mask)[..., :300]
+
+
+def load(folder: Path, **keys: Any) -> LoadedModel:
+    return load_checkpoint(folder, device="cpu", **keys)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("released") / "llava"
+    released_folder(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("parts", "rounding"),
+    [
+        ({}, 0.0),
+        ({"tower": QUICK}, 1e-6),  # another implementation of CLIP than open_clip's
+        ({"tower": SIGLIP, "language_model": TIED_QWEN2}, 0.0),
+        ({"tower": DINO, "language_model": MIXTRAL}, 0.0),
+        ({"tower": {**CLIP, "feature_layers": [-2, 1]}, "projector_type": "linear"}, 0.0),
+        ({"language_model": {**GRANITE, "num_key_value_heads": 2}}, 1e-6),  # a scaled head
+    ],
+)
+def test_a_folder_of_transformers_gives_the_same_logits(
+    parts: dict[str, Any], rounding: float, tmp_path: Path
+) -> None:
+    model = tiny_model(**{"language_model": SMALL_LLAMA, **parts})
+    released_folder(tmp_path / "llava", model)
+    loaded = load(tmp_path / "llava")
+    assert (logits(loaded.model) - logits(model)).abs().max() <= rounding
+    assert loaded.image_spec == model.vision_tower.image_spec
+    assert (loaded.image_aspect, loaded.config, loaded.manifest) == ("pad", None, {})
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    ids = torch.tensor([[5, 6, *[stock.config.image_token_id] * 4, 7]])
+    pixels = loaded.model.vision_tower.normalized(images(1))
+    theirs = stock(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+    ours, mask, _ = rows([5, 6, -1, 7])
+    found = loaded.model.logits(ours, pixel_values=images(1), attention_mask=mask)
+    assert torch.equal(found, theirs)
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        # as transformers has them in memory, from 4.52 to 5.5 and from 5.6 on
+        {
+            "language_model.model.": "model.language_model.",
+            "language_model.lm_head.": "lm_head.",
+            "vision_tower.": "model.vision_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector.",
+        },
+        {"vision_tower.vision_model.": "vision_tower."},
+    ],
+)
+def test_every_spelling_of_the_tensor_names_is_read(
+    renamed: dict[str, str], released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    rename_tensors(folder, renamed)
+    assert torch.equal(logits(load(folder).model), logits(load(released).model))
+
+
+def test_a_class_token_that_the_model_sees_is_kept(tmp_path: Path) -> None:
+    model = tiny_model(tower={**CLIP, "feature_select": "cls_patch"}, language_model=SMALL_LLAMA)
+    released_folder(tmp_path / "llava", model)
+    assert load(tmp_path / "llava").model.vision_tower.num_tokens == 5
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
+def test_an_original_folder_gives_the_same_logits(
+    projector: str, pickled: bool, tmp_path: Path
+) -> None:
+    parts = OriginalParts(tmp_path, projector)
+    loaded = load(parts.full(tmp_path / "llava", pickled=pickled), template="vicuna_v1")
+    assert torch.equal(logits(loaded.model), logits(parts.model))
+    assert loaded.image_aspect == "pad"
+
+
+def test_a_tuned_vision_tower_of_an_original_folder_replaces_the_one_that_it_names(
+    tmp_path: Path,
+) -> None:
+    parts = OriginalParts(tmp_path)
+    loaded = load(parts.full(tmp_path / "llava", tower=True), template="vicuna_v1")
+    for parameter in parts.model.vision_tower.encoder.parameters():
+        parameter.data += 0.01
+    assert torch.equal(logits(loaded.model), logits(parts.model))
+
+
+def test_an_original_projector_is_put_on_the_language_model_that_it_names(tmp_path: Path) -> None:
+    parts = OriginalParts(tmp_path)
+    folder = parts.projector_alone(tmp_path / "stage1")
+    assert torch.equal(logits(load(folder, template="plain").model), logits(parts.model))
+    change_json(folder / "config.json", _name_or_path=None)
+    with pytest.raises(UserError, match=r"set model\.language_model\.name to its folder"):
+        load(folder, template="plain")
+    bases = parse_bases([f"model.language_model.name={parts.base()}"])
+    given = load(folder, template="plain", bases=bases)
+    assert torch.equal(logits(given.model), logits(parts.model))
+
+
+def test_original_lora_adapters_are_merged_into_their_base(tmp_path: Path) -> None:
+    parts = OriginalParts(tmp_path)
+    before = logits(parts.model)
+    folder = parts.lora(tmp_path / "lora")
+    found = logits(load(folder, template="vicuna_v1").model)
+    assert torch.equal(found, logits(parts.model))
+    assert (found - before).abs().max() > 0.01
+
+
+# --- refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"language_model.model.norm.weight": None},
+            r"1 missing \(language_model\.model\.norm\.weight\); nothing was loaded",
+        ),
+        (
+            {"vision_tower.vision_model.pre_layrnorm.bias": None},
+            r"1 missing \(vision_tower\.pre_layrnorm\.bias\)",
+        ),
+        (
+            {"multi_modal_projector.linear_2.bias": None},
+            r"1 missing \(multi_modal_projector\.linear_2\.bias\)",
+        ),
+        ({"image_newline": torch.ones(48)}, r"1 unexpected \(image_newline\)"),
+        (
+            {f"language_model.model.layers.{i}.extra": torch.ones(1) for i in range(7)},
+            r"7 unexpected \(language_model\.model\.layers\.0\.extra, .*layers\.4\.extra, \.\.\.\)",
+        ),
+        (
+            {"language_model.model.norm.weight": torch.ones(47)},
+            r"of another shape \(language_model\.model\.norm\.weight is 47 instead of 48\)",
+        ),
+        (
+            {"multi_modal_projector.linear_1.weight": torch.ones(48, 31)},
+            r"linear_1\.weight is 48x31 instead of 48x32",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(
+    changes: dict[str, Tensor | None], message: str, released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    change_tensors(folder, changes)
+    with pytest.raises(UserError, match=message) as refused:
+        load(folder)
+    assert refused.value.reason == "tensors_differ"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MllamaForConditionalGeneration"]}, "is a MllamaForConditionalGenerat"),
+        ({"projector_hidden_act": "relu"}, "activation 'relu'"),
+        ({"vision_feature_select_strategy": "last"}, "expected 'default' or 'full'"),
+        ({"vision_config": {"model_type": "pixtral"}}, "vision tower 'pixtral', expected one of"),
+    ],
+)
+def test_models_that_cannot_be_held_are_refused_by_what_they_have(
+    changes: dict[str, Any], message: str, released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    change_json(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return print, ("code of a weight file was run",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = OriginalParts(tmp_path)
+    folder = parts.projector_alone(tmp_path / "stage1")
+    torch.save({**parts.projector(""), "x": Payload()}, folder / "mm_projector.bin")
+    with pytest.raises(UserError, match="can run code and is never loaded") as refused:
+        load(folder, template="plain")
+    assert refused.value.reason == "custom_code"
+    assert "was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end True, which is not supported"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
+        ({"model_type": "llava_mpt"}, "model_type 'llava_mpt', expected one of llava"),
+    ],
+)
+def test_features_of_the_original_code_that_do_not_exist_here_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = OriginalParts(tmp_path).full(tmp_path / "llava")
+    change_json(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        load(folder, template="vicuna_v1")
+
+
+def test_adapters_of_another_language_model_are_refused(tmp_path: Path) -> None:
+    parts = OriginalParts(tmp_path)
+    folder = parts.lora(tmp_path / "lora")
+    state = torch.load(folder / "adapter_model.bin", weights_only=True)
+    torch.save(dict(list(state.items())[1:]), folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"1 missing \(base_model\.model\.model\.layers\.0"):
+        load(folder, template="vicuna_v1")
+
+
+def test_a_folder_without_weights_or_preprocessing_is_incomplete(
+    released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors or pytorch_model\.bin"):
+        load(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
+        load(folder)
+
+
+def test_an_image_processor_of_another_size_is_refused(released: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    path = folder / "preprocessor_config.json"
+    change_json(path, crop_size={"height": 42, "width": 42})
+    with pytest.raises(UserError, match="makes images of 42 pixels, but its vision tower takes 28"):
+        load(folder)
+    assert json.loads(path.read_text())["do_pad"] is True
