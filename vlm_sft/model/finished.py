@@ -442,7 +442,7 @@ def merge_adapter(weights: FinishedWeights, language_model: PreTrainedModel) -> 
 
     folder, name = weights.folder, weights.found.name
     with library_call("peft", WHERE, f"read the adapter_config.json of {name!r}"):
-        config: Any = PeftConfig.from_pretrained(str(folder))
+        config: Any = PeftConfig.from_pretrained(str(folder), trust_remote_code=False)
     config.inference_mode, config.base_model_name_or_path = False, None
     with library_call("peft", WHERE, f"put the adapters of {name!r} on this language model"):
         model: Any = with_adapters(language_model, config)
