@@ -1,7 +1,7 @@
-"""The requests that have no answer yet are asked, within caps, so that no answer is lost.
+"""Ask all requests that have no answer yet, within `limits`; recorded answers are never lost.
 
-Ends with exit code 0 when every request has its answer, 3 when some failed (the same command asks
-them again), 4 when a cap of `limits` was reached, 130 or 143 when Ctrl-C or SIGTERM ended it.
+The exit code is 0 when every request has its answer, 3 when some failed (repeat the command to ask
+them again), 4 when one of `limits` was reached, 130 or 143 after Ctrl-C or SIGTERM.
 """
 
 import asyncio
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from data_tools.instruct.generate.teachers.batch import BatchTeacher
 
 GRACE_SECONDS: Final = 10.0
-"""After the first Ctrl-C, answers that are under way are waited for so long."""
+"""After the first Ctrl-C, requests in flight have this many seconds to finish."""
 _SYNC_SECONDS: Final = 1.0
-"""A power failure costs the answers of so long, at most."""
+"""Seconds between syncs: a power failure loses the answers of at most this time."""
 _STREAK: Final = 20
-"""So many failures in a row, or two for each request in flight, and the server is held for down."""
+"""Failures in a row after which the server counts as down; at least two per concurrent request."""
 _LOOK_SECONDS: Final = 0.5
-"""Between two looks whether another process has answered what it had claimed."""
+"""Seconds between checks whether other processes have answered the requests they claimed."""
 
 
 def command(config: InstructConfig, shard: Shard = ALL_REQUESTS) -> None:
-    """Ask what has no answer yet.
+    """Ask all requests that have no answer yet.
 
     Args:
         config: The run's.
@@ -57,8 +57,8 @@ def command(config: InstructConfig, shard: Shard = ALL_REQUESTS) -> None:
     """
     if config.limits.usd is not None and config.teacher.prices is None:
         raise UserError(
-            "limits.usd is set and teacher.prices is not, so that no cost is known; give the "
-            "prices of a million tokens"
+            "limits.usd needs teacher.prices, without which no cost is known; give the prices per "
+            "million tokens"
         )
     code = asyncio.run(_generate(config, shard))
     if code:
@@ -78,11 +78,11 @@ async def _generate(config: InstructConfig, shard: Shard) -> int:
     finally:
         await teacher.close()
         generation.close()
-    return generation.tell()
+    return generation.report()
 
 
 class Generation:
-    """One start of the command: what is still to ask, and where its answers go."""
+    """One start of the command: the pending requests, and where their answers are recorded."""
 
     def __init__(
         self,
@@ -110,15 +110,15 @@ class Generation:
         self.progress = GenerationProgress(spending)
         if self._writer.torn:
             _say(
-                f"{self._writer.path}: the last line was cut when a process was ended; its "
-                f"{self._writer.torn:,} bytes were taken away, and the request is asked again"
+                f"{self._writer.path}: the last line was cut when a process was killed; its "
+                f"{self._writer.torn:,} bytes were removed, and the request is asked again"
             )
 
     async def run(self, teacher: "Teacher | BatchTeacher") -> None:
-        """Ask until nothing is left to ask, or a reason to stop has come up.
+        """Ask until every request is finished or the run is stopped.
 
         Raises:
-            UserError: No request would be answered.
+            UserError: Every request would fail.
             OSError: An answer cannot be written.
         """
         self._count()
@@ -144,7 +144,7 @@ class Generation:
         if self._answers.duplicates:
             _say(
                 f"{self._answers.folder}: {self._answers.duplicates:,} requests were answered more "
-                "than once; of each, the answer with the smaller SHA-256 counts"
+                "than once; the answer with the smaller SHA-256 is used"
             )
 
     async def _pass(self, teacher: "Teacher | BatchTeacher") -> None:
@@ -168,12 +168,12 @@ class Generation:
             for request in queue:
                 self._cancellation.check()
                 await self._handle(request, teacher)
-                await asyncio.sleep(0)  # the rules never wait; signals are to be heard all the same
+                await asyncio.sleep(0)  # rules never wait, and signals must still be handled
 
         await self._guarded(every())
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run it; what ends it ends the whole run in order."""
+        """Run `work`; an error of one worker stops the whole run in an orderly way."""
         try:
             await work
         except LimitReached:
@@ -192,7 +192,7 @@ class Generation:
         self._asking.add(request.id)
         try:
             self._answers.refresh()
-            if request.id in self._answers:  # another process was quicker
+            if request.id in self._answers:  # another process was faster
                 self.progress.before += 1
                 return
             self._record(await teacher.ask(request), request)
@@ -201,7 +201,7 @@ class Generation:
             self._claims.release(request.id)
 
     def _record_new(self, outcome: Answer | Failure) -> None:
-        """Of a batch that was taken in before, in part, what is new."""
+        """Record an outcome of a batch unless an earlier start did."""
         self._answers.refresh()
         if outcome.request not in self._answers:
             self._record(outcome)
@@ -220,7 +220,9 @@ class Generation:
         self.progress.failed += 1
         self._streak += 1
         if self._streak >= self._most_streak and not self._cancellation.requested:
-            _say(f"{self._streak} requests in a row failed, the last one thus: {outcome.message}")
+            _say(
+                f"{self._streak} requests in a row failed; stopping. Last error: {outcome.message}"
+            )
             self._cancellation.request()
 
     async def _sync(self) -> None:
@@ -231,7 +233,7 @@ class Generation:
                 await asyncio.to_thread(self._writer.sync)
 
     def signals(self) -> "_Signals":
-        """Within the block, Ctrl-C and SIGTERM end the run in order; a second one at once."""
+        """Handle Ctrl-C and SIGTERM within the block: the first stops orderly, a second at once."""
         return _Signals(self._on_signal)
 
     def _on_signal(self, number: signal.Signals) -> None:
@@ -241,8 +243,8 @@ class Generation:
         self._signal = number
         self._cancellation.request()
         _say(
-            f"{number.name} received: nothing more is sent; waiting {GRACE_SECONDS:.0f} s at most "
-            "for answers under way (once more to leave at once)"
+            f"{number.name} received: nothing more is sent; waiting up to {GRACE_SECONDS:.0f} s "
+            "for requests in flight (repeat to stop at once)"
         )
         asyncio.get_running_loop().call_later(GRACE_SECONDS, self._cancel)
 
@@ -250,16 +252,16 @@ class Generation:
         for worker in self._workers:
             worker.cancel()
 
-    def tell(self) -> int:
-        """Say how the run stands; returns the exit code."""
+    def report(self) -> int:
+        """Print the summary and return the exit code."""
         for line in [self.progress.summary(), *self._failures.lines()]:
             echo(line, file=sys.stdout)
         if self._signal is not None:
             return 128 + int(self._signal)
         if self._limited:
             echo(
-                "generate: a cap of limits was reached, counted at the most that a further request "
-                "may take; raise it and give the same command again",
+                "generate: the next request might exceed one of limits; raise it and repeat the "
+                "command",
                 file=sys.stdout,
             )
             return 4
@@ -270,7 +272,7 @@ class Generation:
         return 0
 
     def close(self) -> None:
-        """Put everything on the disk."""
+        """Sync and close all files."""
         self._writer.close()
         self._claims.close()
         self._answers.close()
@@ -279,7 +281,7 @@ class Generation:
 
 
 def _judge(config: InstructConfig, folder: RunFolder) -> Callable[[Request, Answer], bool | None]:
-    """Whether `verify` will accept an answer, for the rate that is shown; it decides nothing."""
+    """Return a function that verifies an answer, for the acceptance rate shown meanwhile."""
     if not folder.index.exists():
         return lambda request, answer: None
     from data_tools.instruct.index import read_categories, read_images
@@ -299,7 +301,7 @@ def _judge(config: InstructConfig, folder: RunFolder) -> Callable[[Request, Answ
 
 
 class _FailureLog:
-    """The run's failures: of each request the last, written down where it is new."""
+    """The last failure of each request, appended to `failures.jsonl` if it is new."""
 
     def __init__(self, path: Path) -> None:
         self._log = SharedLog(path, b'{"request":"')
@@ -308,7 +310,10 @@ class _FailureLog:
             try:
                 self._written[Failure.model_validate_json(line).request] = line
             except ValidationError:
-                echo(f"generate: {path}:{number}: is no failure and is ignored; it was damaged")
+                echo(
+                    f"generate: {path}:{number}: is not a failure record and is "
+                    "ignored; it was damaged"
+                )
         self._now: set[str] = set()
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, Failure] = {}
@@ -326,7 +331,7 @@ class _FailureLog:
         return request in self._now
 
     def lines(self) -> list[str]:
-        """One line for every reason."""
+        """Return one line per reason."""
         return [
             f"  {count:,} x {reason}: {self._examples[reason].message} (for one, "
             f"{self._examples[reason].sample_id})"
@@ -338,7 +343,7 @@ class _FailureLog:
 
 
 class _Signals:
-    """Hands SIGINT and SIGTERM to a function within the block; only a main thread can."""
+    """Passes SIGINT and SIGTERM to a function within the block; main thread only."""
 
     def __init__(self, handle: Callable[[signal.Signals], None]) -> None:
         self._handle = handle

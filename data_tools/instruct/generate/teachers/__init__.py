@@ -12,16 +12,16 @@ from data_tools.instruct.schema import Answer, Failure, Request
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Answers one request, or says why it cannot."""
+    """Answers one request, or returns why it cannot."""
 
     async def ask(self, request: Request) -> Answer | Failure:
-        """The answer, or a failure that ended its attempts.
+        """Return the answer, or the failure of the last attempt.
 
         Raises:
-            UserError: No request would be answered: wrong key, model, address.
+            UserError: Every request would fail: wrong key, model or address.
             LimitReached: The answer might cost more than the run may still spend.
-            Cancelled: The run is ending, and nothing has been sent.
+            Cancelled: The run was asked to stop, and nothing was sent.
         """
 
     async def close(self) -> None:
-        """Let go of connections and files."""
+        """Close connections and files."""
