@@ -28,10 +28,14 @@ examples:
   vlm-sft plan my.yaml --gpu a100-80 --gpus 8 train.micro_batch_size=8
   vlm-sft plan my.yaml --gpu h200 --json > plan.json
 
+  # before the data is there: 665,298 records of 1,200 tokens, 200 of them supervised
+  vlm-sft plan configs/llava-1.5/stage2.yaml --gpu a100-80 --gpus 8 --assume 665298,1200,200
+
   # compare the prediction with a few real steps on this machine
   vlm-sft plan configs/tiny/stage2.yaml --calibrate
 
-The configuration and the tokenizer of a hub name (not its weights) must be in the local cache."""
+The configuration and the tokenizer of a hub name (not its weights) must be in the local cache. The
+shapes of models that configs/ names are known, and --assume needs no tokenizer."""
 
 SAMPLE: Final = 20_000
 """Default of `--sample`: records of each file that are tokenized."""
@@ -46,6 +50,10 @@ def main(argv: Sequence[str]) -> int:
     from vlm_sft.commands.inputs import ALL_PARTS, read_config
 
     parts = ALL_PARTS - {"projector"}
+    if arguments.assume is not None:  # neither data nor tokenizer is read
+        parts = frozenset({"model"})
+        if arguments.calibrate:
+            raise UserError("--calibrate: trains on the run's own records; remove --assume")
     config = read_config(arguments.config, arguments.overrides, parts, download=arguments.calibrate)
     with heavy_imports():
         from vlm_sft.commands.plan import run
@@ -74,6 +82,12 @@ def parser() -> CommandParser:
         default=SAMPLE,
         metavar="N",
         help=f"records of each file to tokenize, drawn at random; 0: all (default: {SAMPLE:,})",
+    )
+    add(
+        "--assume",
+        metavar="RECORDS,TOKENS,SUPERVISED[,CROPS]",
+        help="read neither data nor tokenizer: assume so many records per epoch, each with this "
+        "many tokens (image tokens included), supervised tokens, and image crops (1)",
     )
     add("--json", action="store_true", help="print the plan as one JSON object")
     add(

@@ -8,11 +8,12 @@ from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.model.dtypes import DTYPES
+from vlm_sft.planning.assumed import assumed_data_stats, parse_assumed
 from vlm_sft.planning.calibrate import Calibration, calibrate
 from vlm_sft.planning.data_stats import images_per_cpu_second, read_data_stats
 from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import Estimator
-from vlm_sft.planning.local_configs import require_local_tokenizer
+from vlm_sft.planning.local_configs import known_shapes, require_local_tokenizer
 from vlm_sft.planning.planner import Planner
 from vlm_sft.planning.report import PlanReport
 from vlm_sft.planning.step_stats import plan_steps
@@ -24,19 +25,23 @@ FILE_WIDTH: Final = 160
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Print the plan of a configuration; return 0, also if the run would not fit."""
-    require_local_tokenizer(config.model.language_model)
+    assumed = None if arguments.assume is None else parse_assumed(arguments.assume)
+    if assumed is None:
+        require_local_tokenizer(config.model.language_model)
     device = find_device(arguments.gpu, DTYPES[config.train.precision])
     estimator = Estimator(config, device, gpus=arguments.gpus, efficiency=arguments.efficiency)
     calibration = _calibrate(estimator) if arguments.calibrate else None
 
     tower = estimator.meta_model.tower
-    chat_tokenizer = load_chat_tokenizer(config)
-    data = read_data_stats(
-        config,
-        chat_tokenizer,
-        num_image_tokens=estimator.meta_model.num_image_tokens,
-        sample=arguments.sample,
-    )
+    if assumed is not None:
+        data = assumed_data_stats(assumed, config)
+    else:
+        data = read_data_stats(
+            config,
+            load_chat_tokenizer(config),
+            num_image_tokens=estimator.meta_model.num_image_tokens,
+            sample=arguments.sample,
+        )
     cost = estimator.image_cost(training_method(config)) if config.train.packing else 0.0
     steps = plan_steps(config, data, gpus=arguments.gpus, image_cost=cost)
     rate = None
@@ -54,7 +59,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
         images_per_cpu_second=rate,
         by_policy=planner.by_policy(),
         by_method=planner.by_method(),
-        unsupported=_unsupported_settings(config, estimator),
+        unsupported=[*known_shapes(config.model), *_unsupported_settings(config, estimator)],
         calibration=calibration,
     )
     if arguments.json:

@@ -86,10 +86,12 @@ class DataStats:
     Attributes:
         files: Statistics per file, in the configuration's order.
         image_sources: A few images, whose decoding is timed.
+        is_assumed: Whether the records are assumed (`--assume`), and not read.
     """
 
     files: tuple[FileStats, ...]
     image_sources: tuple[ImageSource, ...]
+    is_assumed: bool = False
 
     @property
     def is_complete(self) -> bool:

@@ -1,7 +1,8 @@
 """Read model configurations from files on this machine; nothing is downloaded.
 
 Planning needs the shapes of a model and not its weights, so the `name` of a run's configuration is
-replaced by the model configuration found in a folder or in the hub's local cache.
+replaced by the model configuration found in a folder or in the hub's local cache, or by the shapes
+in `known_models`.
 """
 
 import copy
@@ -12,14 +13,34 @@ from typing import Any, Final, cast
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
-from vlm_sft.config.schema import LanguageModelConfig, VisionTowerConfig, means_folder
+from vlm_sft.config.schema import (
+    LanguageModelConfig,
+    ModelConfig,
+    VisionTowerConfig,
+    means_folder,
+)
 from vlm_sft.errors import UserError
+from vlm_sft.planning.known_models import KNOWN_LANGUAGE_MODELS, KNOWN_TOWERS
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 from vlm_sft.utils.reading import read_json
 
 _TOWER: Final = "model.vision_tower"
 _LANGUAGE: Final = "model.language_model"
+
+
+def known_shapes(config: ModelConfig) -> list[str]:
+    """Return a sentence for each model whose shapes come from the table and not from a file."""
+    named = [(f"{_LANGUAGE}.name", config.language_model.name, KNOWN_LANGUAGE_MODELS)]
+    if config.vision_tower.library == "transformers":
+        named.append((f"{_TOWER}.name", config.vision_tower.name, KNOWN_TOWERS))
+    return [
+        f"{where}: the shapes of {name} are the published ones; its configuration is not on this "
+        "machine"
+        for where, name, table in named
+        if name is not None and name in table and _cached_config(name) is None
+    ]
+
 
 TowerConfig = tuple[dict[str, Any], int | None]
 """Configuration of a tower in its library's terms, and the image size if that does not state it."""
@@ -136,6 +157,9 @@ def _local_config(name: str, where: str) -> PretrainedConfig:
             return AutoConfig.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
+    known = {**KNOWN_TOWERS, **KNOWN_LANGUAGE_MODELS}.get(name)
+    if known is not None and _cached_config(name) is None:
+        return AutoConfig.for_model(**known)
     try:
         with custom_code_refused(where, name):
             return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
@@ -143,6 +167,12 @@ def _local_config(name: str, where: str) -> PretrainedConfig:
         raise
     except Exception as error:
         raise _not_local(name, where, "configuration", "'*.json'") from error
+
+
+def _cached_config(name: str) -> str | None:
+    """Return the path of a hub name's `config.json` in the local cache, or None."""
+    found = try_to_load_from_cache(name, "config.json")
+    return found if isinstance(found, str) else None
 
 
 def _local_json(name: str, file: str) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class PlanReport:
             "device": {**asdict(self.device), "gpus": self.gpus, "efficiency": self.efficiency},
             "data": {
                 "files": [_file_json(file) for file in data.files],
-                "every_record_tokenized": data.is_complete,
+                "every_record_tokenized": data.is_complete and not data.is_assumed,
+                "assumed": data.is_assumed,
                 "relative_error_of_mean_length": data.mean_length_error(),
                 "records_per_epoch": data.records_per_epoch,
                 "mean_tokens": data.mean("lengths"),
@@ -124,11 +125,12 @@ class PlanReport:
 
     def _data_line(self) -> str:
         data = self.data
-        basis = (
-            "every record tokenized"
-            if data.is_complete
-            else f"a sample; mean length within {data.mean_length_error():.1%} (95 %)"
-        )
+        if data.is_assumed:
+            basis = "assumed, all alike"
+        elif data.is_complete:
+            basis = "every record tokenized"
+        else:
+            basis = f"a sample; mean length within {data.mean_length_error():.1%} (95 %)"
         return (
             f"data: {data.records_per_epoch:,.0f} records per epoch ({basis}); mean "
             f"{data.mean('lengths'):,.0f} tokens, {data.mean('targets'):,.0f} supervised, "
@@ -236,9 +238,12 @@ class PlanReport:
             rate = f"{self.images_per_cpu_second:,.0f} images per second and core"
             notes.append(f"image loading: {rate}, measured on this machine with this data")
         else:
-            notes.append(
-                "image loading: not considered (features are cached, or no image could be read)"
+            reason = (
+                "no records"
+                if self.data.is_assumed
+                else "features are cached, or no image could be"
             )
+            notes.append(f"image loading: not considered ({reason} read)")
         packing = self.steps.packing
         if packing and packing.saved and not self.data.is_complete:
             notes.append(
