@@ -186,8 +186,12 @@ def _unchecked(record: Any, code: str) -> dict[str, Any]:
 
 def _claim(check: "Check") -> dict[str, Any]:
     """Return a finding as it is written: without what is not known of it."""
-    found = check.model_dump(mode="json", exclude_none=True)
-    return found if found["evidence"] else {k: v for k, v in found.items() if k != "evidence"}
+    found = {
+        "rule": check.rule, "verdict": check.verdict, "code": check.code, "turn": check.turn,
+        "part": check.part, "span": check.span, "claim": check.claim,
+        "evidence": check.evidence or None,
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The lines of a run's files: requests, answers, samples with what was found about each claim."""
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -137,8 +138,12 @@ class Turn(Line):
     evidence: tuple[str, ...] = ()
 
 
-class Check(Line):
+@dataclass(slots=True)
+class Check:
     """What was found about one claim, or about the form of a sample.
+
+    Every sample has about ten, made by code that is checked, so that they are not models of their
+    own; pydantic checks them where a sample is read.
 
     Attributes:
         rule: Which rule spoke, e.g. `object`, `count`, `side`, `leak`, `form`.
@@ -150,6 +155,8 @@ class Check(Line):
         claim: In plain words, e.g. `two dogs`, `cat left of cup`.
         evidence: Annotation ids of the captions and boxes that decided.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     rule: str
     verdict: Verdict

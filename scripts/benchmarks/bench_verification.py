@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """Write the run, verify it elsewhere, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--pictures", type=int, default=1_000)
+    parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.run:
@@ -43,11 +43,11 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_run(RunFolder(Path(folder)), arguments.samples, arguments.images)
         command = [sys.executable, __file__, "--run", folder]
-        told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    rate = arguments.samples / told["cpu_seconds"]
+        measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    rate = arguments.samples / measured["cpu_seconds"]
     print(
-        f"{arguments.samples:,} samples of {arguments.images:,} pictures: {rate:,.0f} a CPU "
-        f"second, {told['peak_mb']:.0f} MB at the most, {told['before_mb']:.0f} MB before"
+        f"{arguments.samples:,} samples of {arguments.images:,} images: {rate:,.0f} a CPU "
+        f"second, {measured['peak_mb']:.0f} MB at the most, {measured['before_mb']:.0f} MB before"
     )
     return 0
 
@@ -61,10 +61,10 @@ def verify(folder: Path) -> int:
     start = time.process_time()
     sys.stdout = sys.stderr
     verifying.command(config)
-    told = {
+    measured = {
         "cpu_seconds": time.process_time() - start, "peak_mb": _peak_mb(), "before_mb": before,
     }  # fmt: skip
-    print(json.dumps(told), file=sys.__stdout__)
+    print(json.dumps(measured), file=sys.__stdout__)
     return 0
 
 

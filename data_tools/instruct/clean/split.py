@@ -1,6 +1,7 @@
 """Samples as they are written: kept in full or in part, and set aside with the reason."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from data_tools.instruct.clean.codes import CODES
 from data_tools.instruct.clean.table import Table
@@ -35,7 +36,7 @@ def outcome(
     if not lost:
         return sample, []
     if len(lost) == len(found):
-        checks = [check.model_copy(update={"turn": place}) for place, check in lost.items()]
+        checks = [replace(check, turn=place) for place, check in lost.items()]
         return None, [_aside(sample, checks)]
     return _without(sample, lost), [_turn_aside(sample, *item) for item in lost.items()]
 
@@ -69,7 +70,7 @@ def _aside(sample: Sample, checks: list[Check]) -> Sample:
 
 def _turn_aside(sample: Sample, number: int, check: Check) -> Sample:
     """One turn as a line of its own; its answer's cost stays with the sample."""
-    own = [c.model_copy(update={"turn": 0}) for c in sample.checks if c.turn == number]
+    own = [replace(c, turn=0) for c in sample.checks if c.turn == number]
     turn = sample.model_copy(
         update={
             "id": f"{sample.id}-turn-{number}",
@@ -78,7 +79,7 @@ def _turn_aside(sample: Sample, number: int, check: Check) -> Sample:
             "cost": Cost(attempts=0),
         }
     )
-    return _aside(turn, [check.model_copy(update={"turn": 0})])
+    return _aside(turn, [replace(check, turn=0)])
 
 
 def _without(sample: Sample, lost: Mapping[int, Check]) -> Sample:
@@ -86,7 +87,7 @@ def _without(sample: Sample, lost: Mapping[int, Check]) -> Sample:
     kept = [number for number in range(len(sample.turns)) if number not in lost]
     places = {number: place for place, number in enumerate(kept)}
     checks = [
-        check if check.turn is None else check.model_copy(update={"turn": places[check.turn]})
+        check if check.turn is None else replace(check, turn=places[check.turn])
         for check in sample.checks
         if check.turn is None or check.turn in places
     ]

@@ -152,8 +152,10 @@ class Answers(Mapping[str, Answer]):
         self._keys, self._places = self._keys[order], self._places[order]
 
     def _places_of(self, key: int) -> list[int]:
-        first = int(np.searchsorted(self._keys, np.uint64(key), "left"))
-        last = int(np.searchsorted(self._keys, np.uint64(key), "right"))
+        sought = np.uint64(key)
+        first = last = int(self._keys.searchsorted(sought))
+        while last < len(self._keys) and self._keys[last] == sought:
+            last += 1
         return [*map(int, self._places[first:last]), *self._recent.get(key, ())]
 
     def _candidates(self, request: str) -> Iterator[tuple[int, Answer]]:

@@ -11,7 +11,7 @@ from data_tools.instruct.verify.describing import PRONOUN, Action, action_stems,
 from data_tools.instruct.verify.flags import ACTION
 from data_tools.instruct.verify.grammar import word_set
 from data_tools.instruct.verify.knowledge import ANIMALS
-from data_tools.instruct.verify.reading import Mention
+from data_tools.instruct.verify.lexicon import Mention
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -20,7 +20,7 @@ def check(case: Case) -> Iterator[Check]:
     if not reading.bits & ACTION:
         return
     stems = action_stems()
-    used = {stems[word] for word in reading.vocabulary if word in stems}
+    used = {stems[word] for word in reading.vocabulary & stems.keys()}
     if not used:
         return
     named: set[str] = set()

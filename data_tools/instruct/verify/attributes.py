@@ -205,12 +205,13 @@ def _check_words(case: Case, seen: set[str]) -> Iterator[Check]:
     """Yield whether any caption has the word; unknown words reject only if the settings say so."""
     reading, knowledge = case.answer_reading, case.knowledge
     listed = _listed()
-    known = {word for word in reading.vocabulary if word in listed} - seen
+    known = (reading.vocabulary & listed) - seen
     for sentence in reading.sentences if known else ():
-        for index, word in enumerate(sentence.words):
+        for index in sentence.hits(ATTRIBUTE):
+            word = sentence.words[index]
             if word not in known:
                 continue
-            known.remove(word)
+            known -= {word}
             span = sentence.span(index, index)
             captions = knowledge.words.get(word, ())
             if captions:

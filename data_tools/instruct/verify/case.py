@@ -9,12 +9,14 @@ from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
 from data_tools.instruct.verify.flagging import fill
 from data_tools.instruct.verify.knowledge import Knowledge
 from data_tools.instruct.verify.lexicon import Lexicon
-from data_tools.instruct.verify.questions import Question
+from data_tools.instruct.verify.questions import Asked, Question
 from data_tools.instruct.verify.reading import Reading
 
 Part = Literal["question", "answer"]
 REMEMBERED = 256
 """The knowledge of this many images is kept at a time."""
+REMEMBERED_QUESTIONS = 4096
+"""So many questions are kept as read."""
 
 
 class Policy:
@@ -31,6 +33,7 @@ class Policy:
         fill(self.lexicon.flags)
         self.under_labelled = frozenset(config.under_labelled)
         self._known: dict[int, Knowledge] = {}
+        self._questions: dict[str, Asked] = {}
 
     def knowledge(self, image: AnnotatedImage) -> Knowledge:
         """What the annotations state about an image; samples of one image share it."""
@@ -40,6 +43,15 @@ class Policy:
                 self._known.clear()
             known = self._known[image.id] = Knowledge(image, self.lexicon)
         return known
+
+    def asked(self, text: str) -> Asked:
+        """Return a question taken apart; many samples ask the same one."""
+        asked = self._questions.get(text)
+        if asked is None:
+            if len(self._questions) >= REMEMBERED_QUESTIONS:
+                self._questions.clear()
+            asked = self._questions[text] = Asked(Reading(text, self.lexicon))
+        return asked
 
 
 class Case:
@@ -66,9 +78,10 @@ class Case:
         self.knowledge = knowledge
         self.policy = policy
         self.config = policy.config
-        self.question_reading = Reading(turn.question, policy.lexicon)
+        asked = policy.asked(turn.question)
+        self.question_reading = asked.reading
         self.answer_reading = Reading(turn.answer, policy.lexicon)
-        self.question = Question(self.question_reading, self.answer_reading)
+        self.question = Question(asked, self.answer_reading)
 
     def check(
         self,
@@ -81,7 +94,4 @@ class Case:
         evidence: tuple[int, ...] = (),
     ) -> Check:
         """A finding about this turn."""
-        return Check(
-            rule=rule, verdict=verdict, code=code, turn=self.index, part=part, span=span,
-            claim=claim, evidence=evidence,
-        )  # fmt: skip
+        return Check(rule, verdict, code, self.index, part, span, claim, evidence)

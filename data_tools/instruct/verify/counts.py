@@ -18,9 +18,9 @@ from data_tools.instruct.verify.grammar import (
 )
 from data_tools.instruct.verify.knowledge import evidence, names_for_counts
 from data_tools.instruct.verify.lazy import lazy
-from data_tools.instruct.verify.lexicon import Entry
+from data_tools.instruct.verify.lexicon import Entry, Mention
 from data_tools.instruct.verify.numbers import Quantity, quantity
-from data_tools.instruct.verify.reading import Mention, Sentence
+from data_tools.instruct.verify.reading import Sentence
 
 
 def check(case: Case) -> Iterator[Check]:

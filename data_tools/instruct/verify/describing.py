@@ -23,7 +23,8 @@ from data_tools.instruct.verify.grammar import (
     singular,
     word_set,
 )
-from data_tools.instruct.verify.reading import Mention, Sentence
+from data_tools.instruct.verify.lexicon import Mention
+from data_tools.instruct.verify.reading import Sentence
 
 Family = Literal["color", "material", "state"]
 PRONOUN: Final = "it"

@@ -6,6 +6,7 @@ from data_tools.instruct.verify.flags import (
     ACTION,
     ATTRIBUTE,
     COUNTED,
+    INTRODUCES,
     KIND,
     NUMBER,
     PERSON,
@@ -14,6 +15,7 @@ from data_tools.instruct.verify.flags import (
     STANCE,
     FlagTable,
 )
+from data_tools.instruct.verify.grammar import INTRODUCING
 from data_tools.instruct.verify.numbers import AT_LEAST_TWO, NUMBERS
 from data_tools.instruct.verify.placing import CUES
 from data_tools.instruct.verify.stances import STANCE_CUES
@@ -36,3 +38,4 @@ def fill(table: FlagTable) -> None:
     table.add(NUMBER, NUMBERS)
     table.add(NUMBER, AT_LEAST_TWO)
     table.add(COUNTED, ("many", "number"))
+    table.add(INTRODUCES, INTRODUCING)

@@ -29,6 +29,8 @@ NUMBER: Final = 512
 """A number or `several`."""
 COUNTED: Final = 1024
 """Asks for a number (`how many`, `the number of`)."""
+INTRODUCES: Final = 2048
+"""An article or quantity, after which a noun comes."""
 
 
 class FlagTable:

@@ -55,20 +55,11 @@ def check_turn(case: Case) -> Iterator[Check]:
     if asked > config.max_question_words:
         limit = config.max_question_words
         yield _fault(case, "TOO_LONG", "question", f"{asked} words, at most {limit} expected")
-    if asked and case.sample_type != "detail" and not _asks(case):
+    if asked and case.sample_type != "detail" and not case.question.asked.is_request:
         yield _fault(case, "NOT_A_QUESTION", "question", turn.question[:60])
     given = _given_away(case)
     if given:
         yield _fault(case, "GIVEN_AWAY", "question", given)
-
-
-def _asks(case: Case) -> bool:
-    words = [word for word in case.question_reading.words if word not in _BEFORE_ORDERS]
-    return (
-        "?" in case.turn.question
-        or bool(words and words[0] in _INSTRUCTIONS)
-        or _REQUEST.search(case.turn.question) is not None
-    )
 
 
 def _given_away(case: Case) -> str | None:
@@ -133,12 +124,14 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
         if case.turn.kind != "cannot_tell" and _INVITES.isdisjoint(case.question_reading.vocabulary)
     ]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
+    if not guessing:
+        return
     most = cases[0].config.max_hedged * total
     opens = HEDGE.pattern.search(cases[0].turn.answer, 0, OPENING) is not None
     long = total > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
     if most > 0 and long and not (opens and sample_type == "detail"):
         most = max(most, 1)
-    if guessing and guessing > most:
+    if guessing > most:
         yield Check(
             rule="hedge", verdict="contradicted", code="HEDGED", turn=None, part=None, span=None,
             claim=f"{guessing} of {total} sentences guess", evidence=(),
@@ -170,18 +163,4 @@ _ROLE: Final = re.compile(
     r"\[/?INST\]|^#{2,}|\n===|```",
     re.IGNORECASE,
 )
-_INSTRUCTIONS: Final = word_set(
-    "describe tell list count name explain say give identify point find show write summarise "
-    "summarize mention state provide discuss outline compare imagine walk look what which who "
-    "where when why how is are does do can could analyze analyse suggest create help let help try "
-    "recommend propose think consider predict guess estimate infer determine choose pick select "
-    "compose draft elaborate characterize characterise interpret illustrate clarify share offer "
-    "highlight examine evaluate assess explore justify generate based in given focus tell talk"
-)
-_REQUEST: Final = re.compile(
-    r"\b(?:i(?:'d| would)? (?:like|love|want|need|wish)|"
-    r"i(?: am|'m) (?:curious|interested|wondering)|i wonder|let me know|help me|tell me|show me)\b",
-    re.IGNORECASE,
-)
-_BEFORE_ORDERS: Final = word_set("please now then and also first finally , briefly")
 _EMPTY_WORDS: Final = word_set("the a an is are it its this that there of in on at to and")

@@ -139,6 +139,8 @@ QUANTITIES: Final = word_set(
     "two three four five six seven eight nine ten eleven twelve several many multiple various "
     "numerous few couple pair dozen dozens single"
 )
+INTRODUCING: Final = (DEFINITE | INDEFINITE | QUANTITIES) - word_set("no all both each every that")
+"""Words after which a noun comes that is there."""
 MODALS: Final = word_set(
     "can could may might must shall should will would need needs ought cannot can't couldn't "
     "won't wouldn't shouldn't"

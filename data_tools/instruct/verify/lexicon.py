@@ -18,6 +18,7 @@ from data_tools.instruct.verify.grammar import (
     word_set,
 )
 from data_tools.instruct.verify.lazy import lazy
+from data_tools.instruct.verify.stances import Stance
 
 GrammaticalNumber = Literal["one", "many", "any"]
 
@@ -42,12 +43,19 @@ class Entry:
 
 
 @dataclass(slots=True, eq=False)
-class Match:
-    """An entry found at a place of a sentence; `last` is the index of its last word."""
+class Mention:
+    """A thing named in a text; `first` and `last` are words of its sentence."""
 
     entry: Entry
+    word: str
     first: int
     last: int
+    stance: Stance = "asserted"
+
+    @property
+    def number(self) -> GrammaticalNumber:
+        """Whether the word stands for one or for many."""
+        return self.entry.number
 
 
 class Lexicon:
@@ -97,7 +105,7 @@ class Lexicon:
         sentence: Sequence[str],
         hits: Iterable[int] | None = None,
         owners: frozenset[int] = frozenset(),
-    ) -> list[Match]:
+    ) -> list[Mention]:
         """Return the entries in a sentence of lower-case words, longest first at every place.
 
         Args:
@@ -105,23 +113,25 @@ class Lexicon:
             hits: Indices of the words that may begin a name; None: all are tried.
             owners: Indices of words that carried an `'s`: `the dog's bowl` has a dog.
         """
-        found: list[Match] = []
+        found: list[Mention] = []
         phrases = self._phrases
         end = 0
         for index in range(len(sentence)) if hits is None else hits:
             if index < end:
                 continue  # inside the name before
             for rest, entry in phrases.get(sentence[index], ()):
-                last = index + len(rest)
-                if rest and (
-                    tuple(sentence[index + 1 : last + 1]) != rest
-                    or (entry.number == "many" and self._ends_in_verb(sentence, index, last))
-                ):
-                    continue
+                last = index
+                if rest:
+                    last += len(rest)
+                    if tuple(sentence[index + 1 : last + 1]) != rest or (
+                        entry.number == "many" and self._ends_in_verb(sentence, index, last)
+                    ):
+                        continue
                 if entry.categories and (
                     last in owners or not self._is_other(sentence, index, last, entry)
                 ):
-                    found.append(Match(entry, index, last))
+                    word = " ".join(sentence[index : last + 1]) if rest else sentence[index]
+                    found.append(Mention(entry, word, index, last))
                 end = last + 1
                 break
         return found

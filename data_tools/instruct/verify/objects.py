@@ -16,8 +16,8 @@ from data_tools.instruct.verify.grammar import (
     word_set,
 )
 from data_tools.instruct.verify.knowledge import Knowledge, evidence
-from data_tools.instruct.verify.lexicon import Entry
-from data_tools.instruct.verify.reading import Mention, Sentence
+from data_tools.instruct.verify.lexicon import Entry, Mention
+from data_tools.instruct.verify.reading import Sentence
 
 
 def check(case: Case) -> Iterator[Check]:

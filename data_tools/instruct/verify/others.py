@@ -6,11 +6,9 @@ from typing import Final
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.describing import attribute_words, noun_name, parts
+from data_tools.instruct.verify.flags import INTRODUCES
 from data_tools.instruct.verify.grammar import (
-    DEFINITE,
     FUNCTION_WORDS,
-    INDEFINITE,
-    QUANTITIES,
     is_plural,
     last_of_phrase,
     word_set,
@@ -28,11 +26,13 @@ def check(case: Case) -> Iterator[Check]:
     known = case.knowledge.nouns
     unknown: dict[str, tuple[int, int]] = {}
     for sentence in case.answer_reading.sentences:
+        hits = sentence.hits(INTRODUCES)
+        if not hits:
+            continue
         words, end = sentence.words, len(sentence.words)
         inside = {i for m in sentence.mentions for i in range(m.first, m.last + 1)}
-        for index, word in enumerate(words):
-            if word not in _INTRODUCING:
-                continue
+        for index in hits:
+            word = words[index]
             last = last_of_phrase(words, index + 1, end)
             if word in ("a", "an") and is_plural(words[last]):
                 last -= 1  # `a candle burns`
@@ -51,7 +51,6 @@ def check(case: Case) -> Iterator[Check]:
         yield case.check("other_object", "unknown", None, "answer", span, claim)
 
 
-_INTRODUCING: Final = (DEFINITE | INDEFINITE | QUANTITIES) - word_set("no all both each every that")
 _NOT_THINGS: Final = word_set(
     "image picture photo photograph scene shot view background foreground middle center centre "
     "left right corner distance camera viewer moment time day night way lot variety number group "

@@ -50,9 +50,11 @@ def is_english(reading: Reading) -> bool:
     words = reading.spoken
     if len(words) < 5:
         return True
+    if _OTHER.isdisjoint(reading.vocabulary):
+        # a list has no function words
+        return len(words) < 10 or not _ENGLISH.isdisjoint(reading.vocabulary)
     english = len([word for word in words if word in _ENGLISH])
-    other = len([word for word in words if word in _OTHER])
-    return english > other or (not other and len(words) < 10)  # a list has no function words
+    return english > len([word for word in words if word in _OTHER])
 
 
 def planted_words(caption: str) -> list[str]:

@@ -18,8 +18,9 @@ from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verify.case import Case, Part
 from data_tools.instruct.verify.flags import PLACE
 from data_tools.instruct.verify.knowledge import evidence
+from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.placing import Beside, InFrame, placings
-from data_tools.instruct.verify.reading import Mention, Sentence
+from data_tools.instruct.verify.reading import Sentence
 
 PLAIN_MARGIN: Final = 0.1
 """`on the left`, without naming the image, is held against halves with at least this margin."""
@@ -140,12 +141,12 @@ def _check_yes_no(case: Case) -> Iterator[Check]:
 def _check_bare_answer(case: Case) -> Iterator[Check]:
     """`Is the cat in the left or the right half?` `Left.`"""
     answer = case.answer_reading
+    question = case.question
+    if answer.mentions or question.sentence is None or not question.mentions:
+        return
     words = [word for word in answer.words if word[0].isalpha()]
     sides = [word for word in words if word in _BARE]
-    question = case.question
-    if len(sides) != 1 or len(words) > 8 or question.sentence is None or not question.mentions:
-        return
-    if any(sentence.mentions for sentence in answer.sentences):
+    if len(sides) != 1 or len(words) > 8:
         return
     asked = _ASKS_PLACE.search(" ".join(question.sentence.words))
     if asked is None:
@@ -163,7 +164,7 @@ def _check_bare_answer(case: Case) -> Iterator[Check]:
         placing = Beside((subject,), direction, other, subject.first, subject.last)
     found = _judge(case, question.sentence, placing, "question")
     span = answer.sentences[0].span(0, 0) if index == 0 else None
-    yield found.model_copy(update={"part": "answer", "span": span or (0, len(answer.text))})
+    yield replace(found, part="answer", span=span or (0, len(answer.text)))
 
 
 def _asked_about(

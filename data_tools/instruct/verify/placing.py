@@ -7,7 +7,8 @@ from typing import Final, Literal
 from data_tools.geometry import Direction, Region
 from data_tools.instruct.verify.flags import PLACE
 from data_tools.instruct.verify.grammar import word_set
-from data_tools.instruct.verify.reading import Mention, Sentence
+from data_tools.instruct.verify.lexicon import Mention
+from data_tools.instruct.verify.reading import Sentence
 
 Touch = Literal["on", "under", "in", "next to"]
 """Relations that need the two to be near each other."""
@@ -118,6 +119,8 @@ def _touch(sentence: Sentence, index: int) -> Beside | None:
         if words[index + 1 : index + 2] != ["to"]:
             return None
         last = index + 1
+    if len(sentence.mentions) < 2:
+        return None
     begin = index
     while begin and (words[begin - 1] in _POSTURES or words[begin - 1] in _BE):
         begin -= 1

@@ -1,26 +1,26 @@
 """What a question asks, and whether its answer says yes, no, or a number."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
 
 from data_tools.instruct.verify.flags import COUNTED
 from data_tools.instruct.verify.grammar import PREPOSITIONS, determiner, word_set
 from data_tools.instruct.verify.lazy import lazy
+from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.numbers import number_of
-from data_tools.instruct.verify.reading import Mention, Reading, Sentence
+from data_tools.instruct.verify.reading import Reading, Sentence
 
 QuestionKind = Literal["existence", "how_many", "yes_no", "open"]
 """`existence`: whether a thing is in the image, without conditions; `yes_no`: any other question
 that is answered so."""
 
 
-@dataclass(eq=False)
-class Question:
-    """A question together with the answer it got."""
+class Asked:
+    """A question by itself; many samples ask the same one."""
 
-    reading: Reading
-    answer: Reading
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
 
     @lazy
     def sentence(self) -> Sentence | None:
@@ -38,25 +38,32 @@ class Question:
         if self.sentence is None:
             return "open"
         words = self.sentence.words
-        if self.reading.bits & COUNTED and self._how_many is not None:
+        if self.how_many is not None:
             return "how_many"
         start = 0
         while start < len(words) and words[start] in _POLITE:
             start += 1
         if start < len(words) and words[start] in _AUXILIARIES:
-            alternatives = " or " in f" {' '.join(words)} " and not self.is_answered_by_yes_or_no
-            if alternatives:
-                return "open"
             return "existence" if self._asks_existence(start) else "yes_no"
         return "open"
 
     @lazy
+    def is_request(self) -> bool:
+        """Whether it asks or instructs."""
+        words = [word for word in self.reading.words if word not in _BEFORE_ORDERS]
+        return (
+            "?" in self.reading.text
+            or bool(words and words[0] in _INSTRUCTIONS)
+            or _REQUEST.search(self.reading.text) is not None
+        )
+
+    @lazy
     def counted(self) -> Mention | None:
         """The thing whose number is asked for; None for the sum of several."""
-        if not self.reading.bits & COUNTED or self._how_many is None:
+        if self.how_many is None:
             return None
-        after = [m for m in self.mentions if m.first >= self._how_many]
-        if not after or after[0].first > self._how_many + 3 or self.sentence is None:
+        after = [m for m in self.mentions if m.first >= self.how_many]
+        if not after or after[0].first > self.how_many + 3 or self.sentence is None:
             return None
         several = len(after) > 1 and self.sentence.words[after[0].last + 1] == "and"
         return None if several else after[0]
@@ -74,6 +81,55 @@ class Question:
             for i in range(m.first, m.last + 1)
         }
         return all(i in inside or word in _OF_EXISTENCE for i, word in enumerate(words))
+
+    @lazy
+    def how_many(self) -> int | None:
+        """Index of the word after `how many` or `number of`."""
+        if self.sentence is None or not self.reading.bits & COUNTED:
+            return None
+        words = self.sentence.words
+        for i in range(len(words) - 1):
+            if words[i : i + 2] in (["how", "many"], ["number", "of"]):
+                return i + 2
+        return None
+
+    def _asks_existence(self, start: int) -> bool:
+        words = self.sentence.words if self.sentence else []
+        existential = (
+            words[start + 1 : start + 2] == ["there"]
+            or "see" in words[start : start + 4]
+            or bool(_SHOWING & set(words[start : start + 6]))
+        )
+        return existential and self.is_unrestricted and bool(self.mentions)
+
+
+class Question:
+    """A question together with the answer it got."""
+
+    def __init__(self, asked: Asked, answer: Reading) -> None:
+        self.asked = asked
+        self.answer = answer
+        self.reading = asked.reading
+        self.sentence = asked.sentence
+        self.mentions = asked.mentions
+
+    @lazy
+    def kind(self) -> QuestionKind:
+        """What an answer to it would say."""
+        kind = self.asked.kind
+        if kind in ("existence", "yes_no") and self.sentence and "or" in self.sentence.words:
+            return kind if self.is_answered_by_yes_or_no else "open"
+        return kind
+
+    @property
+    def counted(self) -> Mention | None:
+        """The thing whose number is asked for; None for the sum of several."""
+        return self.asked.counted
+
+    @property
+    def is_unrestricted(self) -> bool:
+        """Whether the thing is asked for in the whole image, and only named, nothing else."""
+        return self.asked.is_unrestricted
 
     @lazy
     def polarity(self) -> Literal["yes", "no"] | None:
@@ -121,28 +177,6 @@ class Question:
                 return 1
         return None
 
-    @lazy
-    def _how_many(self) -> int | None:
-        """Index of the word after `how many` or `number of`."""
-        if self.sentence is None:
-            return None
-        words = self.sentence.words
-        if "many" not in words and "number" not in words:
-            return None
-        for i in range(len(words) - 1):
-            if words[i : i + 2] in (["how", "many"], ["number", "of"]):
-                return i + 2
-        return None
-
-    def _asks_existence(self, start: int) -> bool:
-        words = self.sentence.words if self.sentence else []
-        existential = (
-            words[start + 1 : start + 2] == ["there"]
-            or "see" in words[start : start + 4]
-            or bool(_SHOWING & set(words[start : start + 6]))
-        )
-        return existential and self.is_unrestricted and bool(self.mentions)
-
 
 def _is_place(words: Sequence[str], first: int) -> bool:
     """Return whether the thing only tells where another one is asked for: `in the bowl`."""
@@ -171,3 +205,17 @@ _OF_EXISTENCE: Final = word_set(
     "many number of what s or at all shown pictured pair pairs piece pieces and , anywhere please "
     "total me tell its kitchen room bathroom bedroom street"
 )
+_INSTRUCTIONS: Final = word_set(
+    "describe tell list count name explain say give identify point find show write summarise "
+    "summarize mention state provide discuss outline compare imagine walk look what which who "
+    "where when why how is are does do can could analyze analyse suggest create help let help try "
+    "recommend propose think consider predict guess estimate infer determine choose pick select "
+    "compose draft elaborate characterize characterise interpret illustrate clarify share offer "
+    "highlight examine evaluate assess explore justify generate based in given focus tell talk"
+)
+_REQUEST: Final = re.compile(
+    r"\b(?:i(?:'d| would)? (?:like|love|want|need|wish)|"
+    r"i(?: am|'m) (?:curious|interested|wondering)|i wonder|let me know|help me|tell me|show me)\b",
+    re.IGNORECASE,
+)
+_BEFORE_ORDERS: Final = word_set("please now then and also first finally , briefly")

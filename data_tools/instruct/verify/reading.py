@@ -3,30 +3,16 @@
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import reduce
+from itertools import repeat
+from operator import or_
 from typing import Final
 
 from data_tools.instruct.verify.flags import DEPICTS, STANCE, THING
 from data_tools.instruct.verify.grammar import word_set
 from data_tools.instruct.verify.lazy import lazy
-from data_tools.instruct.verify.lexicon import Entry, GrammaticalNumber, Lexicon
-from data_tools.instruct.verify.stances import Stance, Stances
-
-
-@dataclass(slots=True, eq=False)
-class Mention:
-    """A thing named in a text; `first` and `last` are words of its sentence."""
-
-    entry: Entry
-    word: str
-    first: int
-    last: int
-    stance: Stance
-
-    @property
-    def number(self) -> GrammaticalNumber:
-        """Whether the word stands for one or for many."""
-        return self.entry.number
+from data_tools.instruct.verify.lexicon import Lexicon, Mention
+from data_tools.instruct.verify.stances import Stances
 
 
 class Sentence:
@@ -49,7 +35,7 @@ class Sentence:
         self.begin = begin
         self.text = text
         self.flags = flags
-        self.bits = _union(flags)
+        self.bits = reduce(or_, flags, 0)
 
     @property
     def lexicon(self) -> Lexicon:
@@ -58,6 +44,8 @@ class Sentence:
 
     def hits(self, bit: int) -> list[int]:
         """Return the indices of the words that have a flag."""
+        if not self.bits & bit:
+            return []
         return [index for index, flags in enumerate(self.flags) if flags & bit]
 
     def span(self, first: int, last: int) -> tuple[int, int]:
@@ -71,22 +59,12 @@ class Sentence:
         if not self.bits & THING:
             return ()
         found = self.lexicon.matches(self.words, self.hits(THING), self._owners)
-        if not found:
-            return ()
-        words = self.words
-        plain = not self.bits & (STANCE | DEPICTS)
-        inside = frozenset(i for m in found for i in range(m.first, m.last + 1))
-        stances = None if plain else Stances(self, inside)
-        return tuple(
-            Mention(
-                m.entry,
-                words[m.first] if m.first == m.last else " ".join(words[m.first : m.last + 1]),
-                m.first,
-                m.last,
-                stances.of(m.first, m.last) if stances else "asserted",
-            )
-            for m in found
-        )
+        if found and self.bits & (STANCE | DEPICTS):
+            inside = frozenset(i for m in found for i in range(m.first, m.last + 1))
+            stances = Stances(self, inside)
+            for mention in found:
+                mention.stance = stances.of(mention.first, mention.last)
+        return tuple(found)
 
     @lazy
     def stances(self) -> Stances:
@@ -143,18 +121,21 @@ class Reading:
         self.text = text
         self.lexicon = lexicon
         # Lower case can be longer than the text outside of ASCII, where the words would differ.
-        words = _TOKEN.findall(text.lower() if text.isascii() else text)
-        self.words: list[str] = words if text.isascii() else [word.lower() for word in words]
+        self._searched = text.lower() if text.isascii() else text
+        self._tokens: list[str] = _TOKEN.findall(self._searched)
+        tokens = self._tokens
+        self.words = tokens if text.isascii() else [token.lower() for token in tokens]
         self.owners: frozenset[int] = frozenset()
         if "'" in text or "’" in text:
             self._remove_owners()
         of = lexicon.flags.of
-        self.flags = [of(word, 0) for word in self.words]
-        self.bits = _union(self.flags)
+        self.flags = list(map(of, self.words, repeat(0)))
+        self.bits = reduce(or_, self.flags, 0)
 
     def _remove_owners(self) -> None:
         """Replace `dog's` by `dog`, and remember where: the owner is named, not the letter."""
         owners = []
+        self.words = self.words.copy()
         for index, word in enumerate(self.words):
             word = word.replace("’", "'")
             if word.endswith("'s") and len(word) > 2 and word not in _NOT_OWNERS:
@@ -165,12 +146,18 @@ class Reading:
     @lazy
     def spans(self) -> list[tuple[int, int]]:
         """Characters of the text that each word takes."""
-        return [match.span() for match in _TOKEN.finditer(self.text)]
+        found, end = [], 0
+        find = self._searched.find
+        for token in self._tokens:  # only spaces and underscores lie between tokens
+            begin = find(token, end)
+            end = begin + len(token)
+            found.append((begin, end))
+        return found
 
     @lazy
     def spoken(self) -> list[str]:
         """The words and numbers, without punctuation."""
-        return [word for word in self.words if word[0].isalnum()]
+        return [word for word in self.words if word not in _PUNCTUATION and word[0].isalnum()]
 
     @lazy
     def sentences(self) -> tuple[Sentence, ...]:
@@ -194,19 +181,15 @@ class Reading:
     @lazy
     def mentions(self) -> list[tuple[Sentence, Mention]]:
         """Every thing named, with its sentence."""
+        if not self.bits & THING:
+            return []
         return [(sentence, found) for sentence in self.sentences for found in sentence.mentions]
-
-
-def _union(flags: Sequence[int]) -> int:
-    bits = 0
-    for some in set(flags):
-        bits |= some
-    return bits
 
 
 _TOKEN: Final = re.compile(
     r"[^\W\d_][^\W_]*(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
 )
+_PUNCTUATION: Final = frozenset(".,;:!?'\"-()\n")
 _SENTENCE_ENDS: Final = frozenset(".!?\n")
 _OTHER_ENDS: Final = _SENTENCE_ENDS - {"."}
 _CLAUSE_WORDS: Final = word_set("; : ( ) but while although though whereas however because since")
