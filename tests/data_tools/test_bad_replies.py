@@ -69,7 +69,7 @@ def test_a_bad_reply_is_one_failed_request_and_the_next_start_asks_again(
         assert 0 < answered < 9
         server.script = lambda r: say(GOOD)
         generating.command(config)
-        reporting.read(config, run)
+        reporting.read_report(config, run)
     assert len(read_answers(run.answers)) == 9
 
 

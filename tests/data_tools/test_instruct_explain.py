@@ -7,8 +7,7 @@ from PIL import Image
 from rich.console import Console
 
 from data_tools.instruct import explain as explaining
-from data_tools.instruct.report.explanation import explain
-from data_tools.instruct.report.terminal import show
+from data_tools.instruct.explain import explain, show
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Failure
 from tests.data_tools.instruct_runs import FATES, Run, add, config_of
@@ -28,7 +27,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def shown(tmp_path: Path, sample_id: str, *, whole_prompt: bool = False) -> str:
-    """What a terminal without colours is told of the sample."""
+    """Return what a terminal without colors shows of the sample."""
     found = explain(config_of(tmp_path / "run", tmp_path / "images"), sample_id)
     file = io.StringIO()
     show(Console(file=file, width=200), found, whole_prompt=whole_prompt)
@@ -39,11 +38,11 @@ def shown(tmp_path: Path, sample_id: str, *, whole_prompt: bool = False) -> str:
     ("fate", "words"),
     [
         ("kept", ["✓ cleaned  kept", "· exported not exported yet", "✓1  supported", "b1 dog"]),
-        ("lost_turn", ["kept; 1 turns set aside (000000000002-conversation-0-turn-1: ANSWER"]),
-        ("duplicate", ["✗ cleaned  set aside: 000000000003-conversation-0: NEAR_DUPLICATE"]),
+        ("lost_turn", ["kept; 1 turns dropped (000000000002-conversation-0-turn-1: ANSWER"]),
+        ("duplicate", ["✗ cleaned  dropped: 000000000003-conversation-0: NEAR_DUPLICATE"]),
         ("count", ["✗ verified rejected: COUNT_WRONG", "✗1  contradicted", "[3 of dog]✗1"]),
         ("object", ["✗ verified rejected: OBJECT_NOT_FOUND", "A [giraffe]✗"]),
-        ("unread", ["rejected: could not be read: REFUSAL", "I am sorry, I cannot see"]),
+        ("unread", ["rejected: could not be parsed: REFUSAL", "I am sorry, I cannot see"]),
         ("unanswered", ["· answered not asked yet"]),
     ],
 )
@@ -79,7 +78,7 @@ def test_an_exported_sample_names_its_files(tmp_path: Path, run: Run) -> None:
     (folder.exports / "llava.json").write_text("[]")
     (folder.exports / "receipts.jsonl").write_text(json.dumps({"id": run.kept[0].id}) + "\n")
     assert "✓ exported in llava.json" in shown(tmp_path, run.kept[0].id)
-    assert "✗ exported not among the exported samples" in shown(tmp_path, run.kept[1].id)
+    assert "✗ exported not in the exported files" in shown(tmp_path, run.kept[1].id)
 
 
 def test_the_prompt_is_collapsed_unless_asked_for(tmp_path: Path, run: Run) -> None:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.clean import codes
-from data_tools.instruct.report import charts, drawing, page
 from data_tools.instruct.report import command as reporting
-from data_tools.instruct.report.counting import MOST_OPENINGS, Openings, Reservoir
-from data_tools.instruct.report.evidence import evidence, labels, pieces
-from data_tools.instruct.report.meanings import meanings
+from data_tools.instruct.report import draw, page
+from data_tools.instruct.report.charts import charts
+from data_tools.instruct.report.counts import MAX_OPENINGS, STEPS, Openings, Reservoir
+from data_tools.instruct.report.samples import annotation_labels, cited_labels, split_at_claims
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Check, Shown
 from tests.data_tools import asked
@@ -60,7 +60,9 @@ def run(tmp_path: Path) -> Run:
 def built(tmp_path: Path, run: Run, *stages: str) -> str:
     """The page of the run, not written."""
     folder = run.write(tmp_path / "run", *stages)
-    return page.build(reporting.read(config_of(folder.root, tmp_path / "images"), folder))
+    report = reporting.read_report(config_of(folder.root, tmp_path / "images"), folder)
+    svg = {name: draw.save_figure(figure, "svg") for name, figure in charts(report.counts)}
+    return page.render_report(report, svg)
 
 
 def written(tmp_path: Path, run: Run) -> dict[str, bytes]:
@@ -86,9 +88,9 @@ def test_the_figures_are_those_counted_from_the_files(tmp_path: Path, run: Run) 
     answers = lines(folder.answers / "part-00001.jsonl")
     read = len(samples) + sum(bool(sample["turns"]) for sample in rejected)
     assert (len(requests), len(answers), read, len(samples), len(kept)) == (42, 38, 34, 26, 22)
-    assert "22 of 42 requests became samples that are kept" in text
-    assert "76.5 % of 34 answers that could be read passed every check" in text
-    assert "answered 38 (90.5 %)" in text and "read as turns 34 (81.0 %)" in text
+    assert "22 of 42 requests became kept samples" in text
+    assert "76.5 % of 34 parsed answers passed all checks" in text
+    assert "answered 38 90.5 %" in text and "parsed into turns 34 81.0 %" in text
     codes = Counter(code for sample in rejected for code in sample["reasons"])
     assert codes == {"REFUSAL": 4, "OBJECT_NOT_FOUND": 5, "COUNT_WRONG": 3}
     for code, count in codes.items():
@@ -98,20 +100,20 @@ def test_the_figures_are_those_counted_from_the_files(tmp_path: Path, run: Run) 
     )
     for rule in ("object", "count"):
         numbers = [checks[rule, v] for v in ("supported", "contradicted", "unknown")]
-        assert "{} ✓ {} ✗ {} ? {}".format(rule, *numbers) in text
+        assert "{} {} {} {} {}".format(rule, sum(numbers), *numbers) in text
     spent = sum(answer["usd"] for answer in answers)
-    assert f"$0.00052 a sample that is kept; ${spent:.4f} in all" in text
+    assert f"$0.00052 per kept sample; ${spent:.4f} in total" in text
     assert f"{sum(a['tokens_in'] for a in answers):,}" in text
     dogs = {s["image"]["id"] for s in kept}
-    assert f"dog {len(dogs)} / 14" in text
+    assert f"dog 14 {len(dogs)} {100 * len(dogs) / 14:.1f} %" in text
 
 
 def test_losses_between_two_steps_add_up_to_their_difference(tmp_path: Path, run: Run) -> None:
     folder = run.write(tmp_path / "run")
-    figures = reporting.read(config_of(tmp_path / "run", tmp_path / "images"), folder).figures
-    counts = [figures.step(step) for step in page.STEPS]
-    for step, before, after in zip(list(page.STEPS)[1:], counts, counts[1:], strict=False):
-        lost = sum(n for (found, _), n in figures.lost.items() if found == step)
+    counts = reporting.read_report(config_of(tmp_path / "run", tmp_path / "images"), folder).counts
+    numbers = [counts.step(step) for step in STEPS]
+    for step, before, after in zip(list(STEPS)[1:], numbers, numbers[1:], strict=False):
+        lost = sum(n for (found, _), n in counts.lost.items() if found == step)
         assert lost == before - after, step
 
 
@@ -119,10 +121,10 @@ def test_the_same_run_gives_the_same_bytes(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = written(tmp_path, run)
-    told = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     assert set(first) >= {"report.html", "funnel.png", "reasons.png", "claims.png", "lengths.png"}
-    assert "report.html" in told[0] and len(told) == 6
-    assert " ".join(told[1].split()) == "22 of 42 requests became samples that are kept"
+    assert "report.html" in printed[0] and len(printed) == 6
+    assert " ".join(printed[1].split()) == "22 of 42 requests became kept samples"
     assert written(tmp_path, run) == first
 
 
@@ -146,7 +148,7 @@ def test_a_run_without_an_accepted_sample_has_a_page(tmp_path: Path) -> None:
     for image in run.images:
         add(run, image, "detail", "object")
     text = text_of(built(tmp_path, run))
-    assert "0 of 3 requests became samples that are kept" in text
+    assert "0 of 3 requests became kept samples" in text
     assert "OBJECT_NOT_FOUND 3 (100.0 %)" in text and "Gallery" in text
 
 
@@ -226,10 +228,13 @@ def test_foreign_text_stays_text(tmp_path: Path) -> None:
     assert [tag for tag, _ in tags.found].count("script") == 1
     assert not [name for _, attributes in tags.found for name in attributes if name[:2] == "on"]
     sources = [a["src"] for tag, a in tags.found if tag == "img"]
-    assert sources and all(str(source).startswith("data:image/jpeg;base64,") for source in sources)
+    assert sources and all(
+        str(source).startswith(("data:image/jpeg;base64,", "data:image/svg+xml;base64,"))
+        for source in sources
+    )
     assert "default-src 'none'" in html and "&lt;script&gt;alert(1)" in html
     assert len(html) < 1_000_000, "huge texts are cut, and said to be"
-    assert re.search(r"… [\d,]+ characters after …", html)
+    assert re.search(r"… [\d,]+ characters after<", html)
 
 
 def test_the_page_does_not_grow_with_the_samples(tmp_path: Path) -> None:
@@ -240,14 +245,14 @@ def test_the_page_does_not_grow_with_the_samples(tmp_path: Path) -> None:
     for number, sample in enumerate(run.rejected):
         run.rejected[number] = sample.model_copy(update={"reasons": (f"CODE_{number % 30:02d}",)})
     html = built(tmp_path, run)
-    assert html.count("<img") == 10 * 5 + 20 * 2 + 20 + 20
+    assert html.count("data:image/jpeg") == 10 * 5 + 20 * 2 + 20 + 20
 
 
-def test_an_image_that_cannot_be_opened_is_told_in_its_place(tmp_path: Path, run: Run) -> None:
+def test_an_image_that_cannot_be_opened_is_reported_in_its_place(tmp_path: Path, run: Run) -> None:
     for path in (tmp_path / "images").glob("*.jpg"):
         path.unlink()
     html = built(tmp_path, run)
-    assert "<img" not in html and 'class="gone"' in html and "<svg" in html
+    assert "data:image/jpeg" not in html and 'class="gone"' in html and "<svg" in html
 
 
 def test_a_random_choice_depends_on_the_keys_alone() -> None:
@@ -264,12 +269,12 @@ def test_a_random_choice_depends_on_the_keys_alone() -> None:
 
 def test_openings_are_counted_in_limited_memory() -> None:
     openings = Openings()
-    for number in range(3 * MOST_OPENINGS // 2):
+    for number in range(3 * MAX_OPENINGS // 2):
         openings.add(f"{number} is a number")
         if number % 10 == 0:
             openings.add("What is this?")
-    assert openings.most_common(1) == [("what is this?", 3 * MOST_OPENINGS // 20)]
-    assert openings.different <= MOST_OPENINGS and openings.least == 1
+    assert openings.most_common(1) == [("what is this?", 3 * MAX_OPENINGS // 20)]
+    assert openings.different <= MAX_OPENINGS and openings.least == 1
 
 
 @given(
@@ -279,10 +284,10 @@ def test_openings_are_counted_in_limited_memory() -> None:
 def test_pieces_are_the_text_and_every_claim_is_covered(
     text: str, spans: list[tuple[int, int]]
 ) -> None:
-    found = pieces(text, dict(enumerate(spans)))
+    found = split_at_claims(text, dict(enumerate(spans)))
     assert "".join(piece.text for piece in found) == text
     for index, (start, end) in enumerate(spans):
-        covered = "".join(piece.text for piece in found if index in piece.covering)
+        covered = "".join(piece.text for piece in found if index in piece.claims)
         assert covered == text[max(start, 0) : max(end, 0)]
         opened = sum(index in piece.opening for piece in found)
         assert opened == sum(index in piece.closing for piece in found) == bool(covered)
@@ -296,14 +301,11 @@ def test_boxes_tell_by_more_than_colour_what_they_are() -> None:
     )  # fmt: skip
     shown = Shown(boxes=(1, 2), summarised={"cup": (3,)})
     check = Check(rule="count", verdict="contradicted", code="COUNT_WRONG", evidence=(1, 3))
-    drawn = drawing.marks(image, shown, [check])
-    assert [mark.name for mark in drawn] == ["b2 person (crowd)", "✗ b1 dog", "✗ cup"]
-    over = drawing.svg(drawn, (100, 50), all_=True)
-    assert '<g class="plain crowd" data-b="b2">' in over
-    assert '<g class="contradicted" data-b="b1">' in over
-    assert '<g class="contradicted told" data-b="">' in over
-    names = labels(image, shown)
-    assert evidence(check, names) == "b1 dog, #3 cup (told as a number)"
+    drawn = draw.drawn_boxes(image, shown, [check])
+    assert [box.name for box in drawn] == ["b2 person (crowd)", "✗ b1 dog", "✗ cup"]
+    assert [box.css for box in drawn] == ["plain crowd", "contradicted", "contradicted counted"]
+    labels = annotation_labels(image, shown)
+    assert cited_labels(check, labels) == "b1 dog, #3 cup (counted)"
 
 
 @given(
@@ -315,31 +317,49 @@ def test_names_stay_inside_the_image(
     boxes: list[tuple[float, float, float, float, bool]],
 ) -> None:
     drawn = [
-        drawing.Mark(f"b{i}", "dog", x, y, w * (1 - x), h * (1 - y), crowd, None)
+        draw.DrawnBox(f"b{i}", "dog", x, y, w * (1 - x), h * (1 - y), crowd, None)
         for i, (x, y, w, h, crowd) in enumerate(boxes)
     ]
-    for tag in drawing.tags(drawn, (320, 240), 11, True):
-        assert tag.left >= 0 and tag.left + tag.width <= 320.1
-        assert tag.top >= 0 and tag.top + tag.height <= 240.1
+    for label in draw.place_labels(drawn, (320, 240), 11):
+        assert label.left >= 0 and label.left + label.width <= 320.1
+        assert label.top >= 0 and label.top + label.height <= 240.1
 
 
-def test_a_drawn_image_keeps_its_size_and_its_bytes() -> None:
-    mark = drawing.Mark("b1", "dog", 0.1, 0.1, 0.5, 0.5, True, "contradicted")
-    image = Image.new("RGB", (90, 70), "green")
-    data = drawing.png(image, [mark])
-    assert data == drawing.png(image, [mark])
-    assert Image.open(io.BytesIO(data)).size == (90, 70)
-    assert image.getpixel((9, 30)) == (0, 128, 0), "the picture itself is not drawn on"
+@pytest.mark.parametrize("size", [(90, 70), (641, 427), (57, 100)])
+def test_a_drawn_image_keeps_its_size_and_its_bytes(size: tuple[int, int]) -> None:
+    box = draw.DrawnBox("b1", "dog $x$ 犬", 0.2, 0.3, 0.3, 0.3, True, "contradicted")
+    image = Image.new("RGB", size, "green")
+    image.putpixel((0, size[1] - 1), (1, 2, 3))
+    data = draw.draw_png(image, [box])
+    assert data == draw.draw_png(image, [box])
+    drawn = Image.open(io.BytesIO(data)).convert("RGB")
+    assert drawn.size == size
+    assert drawn.getpixel((size[0] - 1, 0)) == (0, 128, 0), "the image is not changed elsewhere"
+    assert drawn.getpixel((0, size[1] - 1)) == (1, 2, 3)
+    edge = (round(0.2 * size[0]), round(0.45 * size[1]))
+    assert draw.draw_png(image, []) != data and drawn.getpixel(edge) != (0, 128, 0)
 
 
-def test_bins_hold_every_value() -> None:
-    shape = charts.binned({0: 1, 7: 2, 399: 3})
-    assert (shape.width, len(shape.counts), sum(shape.counts)) == (10, 40, 6)
-    assert charts.binned({}).counts == (0,)
+def test_images_without_a_sample_are_listed_with_the_reason(tmp_path: Path) -> None:
+    run = Run(images(tmp_path / "images", 5))
+    for image, fates in zip(
+        run.images,
+        (["object", "kept"], ["object", "unanswered"], ["unread"], ["object"], []),
+        strict=True,
+    ):
+        for fate in fates:
+            add(run, image, "detail", fate)
+    folder = run.write(tmp_path / "run")
+    folder.plan.write_text(json.dumps({"left_out": {"no_boxes": 1, "too_small": 0}}))
+    text = text_of(built(tmp_path, run))
+    assert "2 not accepted by all checks OBJECT_NOT_FOUND" in text
+    assert "1 not parsed into turns REFUSAL" in text
+    assert "1 no request no boxes" in text and "too small" not in text
+    assert "2 of 5 images have a sample" not in text and "1 of 5 images have a sample" in text
 
 
 def test_every_code_of_cleaning_has_a_meaning() -> None:
-    assert set(codes.CODES) - {""} <= set(meanings())
+    assert set(codes.CODES) - {""} <= page.MEANINGS.keys()
 
 
 def test_answers_that_could_not_be_read_count_as_no_claims(tmp_path: Path) -> None:
@@ -355,7 +375,7 @@ def test_answers_that_could_not_be_read_count_as_no_claims(tmp_path: Path) -> No
         run.rejected.append(sample)
     folder = run.write(tmp_path / "run")
     config = config_of(folder.root, tmp_path / "images")
-    figures = reporting.read(config, folder).figures
-    words = {words: figure for figure, words in page.headline(figures)}
-    assert words["of 0 checked claims are contradicted"] == "–"
-    assert figures.other_checks == {("reading", "contradicted"): 2} and not figures.claims
+    counts = reporting.read_report(config, folder).counts
+    values = {caption: value for value, caption in page.headline(counts)}
+    assert values["of 0 checked claims are contradicted"] == "–"
+    assert counts.other_checks == {("reading", "contradicted"): 2} and not counts.claims

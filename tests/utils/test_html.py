@@ -9,7 +9,7 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from vlm_sft.utils.html import data_uri, embedded_image, page, render_page, section
+from vlm_sft.utils.html import data_uri, render_page
 from vlm_sft.utils.output_files import has_mark
 
 HOSTILE = "</main><script>alert(1)</script>\x1b[2J\u202e"
@@ -59,22 +59,47 @@ def test_a_template_without_one_of_its_values_is_an_error() -> None:
         render_page("vlm_sft.inspection", "demo_report.html", title="", lead="", command="report")
 
 
-def test_only_the_script_of_the_page_may_run() -> None:
-    html = page("t", "l", [], script="alert(1 < 2);")
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Write a package with a template, a style sheet and a script."""
+    files = {
+        "__init__.py": "",
+        "templates/own.html": """{% extends "page.html" %}
+            {% from "macros.html" import figure, section %}
+            {% block body %}{% call section("a < b") %}<p>c</p>{% endcall %}
+            {{ figure(image, "curve", 'a "graph"') }}{% endblock %}""",
+        "templates/own.css": ".x{color:red}",
+        "templates/own.js": "alert(1 < 2);",
+    }
+    for name, text in files.items():
+        path = tmp_path / "package_with_a_page" / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "package_with_a_page"
+
+
+def test_only_the_script_of_the_page_may_run(package: str) -> None:
+    values = {"title": "t", "lead": "l", "command": "show", "image": data_uri(b"png")}
+    html = render_page(package, "own.html", script="own.js", **values)
     (script,) = re.findall("<script>(.*?)</script>", html, flags=re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert script == "alert(1 < 2);"
     policy = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     assert f"default-src 'none'; {policy}" in html
-    assert "script-src" not in page("t", "l", [])
+    assert "script-src" not in render_page(package, "own.html", **values)
 
 
-def test_a_page_of_finished_html_keeps_it_and_has_the_mark_of_its_command(tmp_path: Path) -> None:
-    body = [section("a < b", "<p>c</p>"), embedded_image(b"png", "curve", 'a "graph"')]
+def test_a_page_has_the_shared_parts_and_the_mark_of_its_command(
+    package: str, tmp_path: Path
+) -> None:
+    image = data_uri(b"png")
+    html = render_page(
+        package, "own.html", title="t", lead="l", command="show", styles=["own.css"], image=image
+    )
     path = tmp_path / "page.html"
-    path.write_text(page("t", "l", body, style=".x{color:red}", command="show"), encoding="utf-8")
-    html = path.read_text(encoding="utf-8")
+    path.write_text(html, encoding="utf-8")
     assert '<section><h2>a &lt; b</h2><div class="card"><p>c</p></div></section>' in html
-    assert f'<img class="curve" alt="a &#34;graph&#34;" src="{data_uri(b"png")}">' in html
+    assert f'<img class="curve" alt="a &#34;graph&#34;" src="{image}">' in html
     assert ".x{color:red}" in html
     assert has_mark(path, "show") and not has_mark(path, "report")

@@ -1,1 +1,1 @@
-"""What became of every request of a run, counted and shown."""
+"""Count what became of every request of a run, and write it as a page with charts."""

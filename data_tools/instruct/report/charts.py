@@ -1,142 +1,138 @@
-"""Charts as HTML: bars and histograms whose colours and letters follow the page."""
+"""Draw the report's charts with matplotlib; equal counts give equal files."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
-from data_tools.instruct.report.markup import escaped
+import numpy as np
 
-STYLE: Final = """
-.bars{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr max-content;gap:.3rem .8rem;
-font-size:.92rem}
-.bar{display:grid;grid-column:1/-1;grid-template-columns:subgrid;align-items:center}
-.bl{overflow-wrap:anywhere;max-width:22rem}
-.bt{display:flex;height:1.15rem;background:var(--chip);border-radius:4px;overflow:hidden;
-min-width:4rem}
-.bn{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.loss{grid-column:2/4;color:var(--soft);font-size:.84rem;margin-bottom:.35rem;
-overflow-wrap:anywhere}
-.bt i{display:block;height:100%;min-width:0}
-.bt .accent{background:var(--accent)}
-.bt .supported{background:var(--bar-supported)}
-.bt .contradicted{background:repeating-linear-gradient(135deg,var(--bar-contradicted) 0 5px,
-var(--bar-contradicted-2) 5px 8px)}
-.bt .unknown{background:repeating-linear-gradient(90deg,var(--bar-unknown) 0 2px,
-var(--bar-unknown-2) 2px 5px)}
-:root{--bar-supported:#0072b2;--bar-contradicted:#d55e00;--bar-contradicted-2:#f2b88f;
---bar-unknown:#8a6d00;--bar-unknown-2:#e9d794}
-@media(prefers-color-scheme:dark){:root{--bar-supported:#56a9e4;--bar-contradicted:#ff8a3d;
---bar-contradicted-2:#8a4414;--bar-unknown:#e6c65c;--bar-unknown-2:#6b591c}}
-.key{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .45rem}
-.key .bt{min-width:0;width:1.4rem;height:.8rem;border-radius:3px}.key .bt i{width:100%}
-.key .kw{margin-right:1rem}
-.hist{width:100%;height:auto;display:block}.hist rect{fill:var(--accent)}
-.hist text{fill:var(--soft);font:11px system-ui,sans-serif}
-.hist line{stroke:var(--line)}.hist .axis{stroke:var(--soft)}
-@media(max-width:40rem){.bars{grid-template-columns:1fr max-content;gap:.3rem .6rem}
-.bar .bt{grid-column:1/3;grid-row:2}.loss{grid-column:1/3}}
-"""
+from data_tools.instruct.report.counts import STEPS, TYPES, RunCounts, by_count, sum_by_first
+from data_tools.instruct.report.draw import COLORS, VERDICTS, drawable
+
+MAX_BARS: Final = 25
+_BLUE: Final = "#3b6fb6"
+_HATCHES: Final = {"supported": "", "contradicted": "////", "unknown": "...."}
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One row.
-
-    Attributes:
-        label: Plain text.
-        parts: Lengths by the class of their colour, in order.
-        number: What stands at the end, plain text.
-        below: Plain text under the bar.
-    """
-
-    label: str
-    parts: Mapping[str, float]
-    number: str
-    below: str = ""
-
-
-def bars(rows: Sequence[Bar], whole: float) -> str:
-    """Horizontal bars; `whole` is the length that fills the width."""
-    lines = []
-    for row in rows:
-        inner = "".join(
-            f'<i class="{css}" style="width:{_share(length, whole)}"></i>'
-            for css, length in row.parts.items()
-            if length
+def charts(counts: RunCounts) -> Iterator[tuple[str, Any]]:
+    """Yield the names of the charts that have something to show, with their matplotlib figures."""
+    good = counts.good
+    if counts.step("planned"):
+        steps = [(words, counts.step(step)) for step, words in STEPS.items()]
+        yield "funnel", _bars("Results of the requests", "requests", steps)
+    if counts.rejected:
+        codes = by_count(sum_by_first(counts.rejected))
+        yield "reasons", _bars("Why samples were rejected", "samples", codes)
+    if counts.claims:
+        rules = [rule for rule, _ in by_count(sum_by_first(counts.claims))]
+        yield (
+            "claims",
+            _stacked(
+                "Claims by rule and verdict",
+                "checks",
+                rules,
+                {
+                    verdict: (
+                        [counts.claims[rule, verdict] for rule in rules],
+                        COLORS[verdict],
+                        _HATCHES[verdict],
+                    )
+                    for verdict in reversed(VERDICTS)
+                },
+            ),
         )
-        below = f'<span class="loss">{escaped(row.below)}</span>' if row.below else ""
-        lines.append(
-            f'<div class="bar"><span class="bl">{escaped(row.label)}</span>'
-            f'<span class="bt">{inner}</span><span class="bn">{escaped(row.number)}</span>'
-            f"{below}</div>"
+    if good.samples:
+        names = [name for name, _ in by_count(counts.annotated)]
+        covered = [good.covered[name] for name in names]
+        rest = [counts.annotated[name] - good.covered[name] for name in names]
+        parts = {"with a sample": (covered, _BLUE, ""), "without": (rest, "#c9d2de", "....")}
+        yield "categories", _stacked("Images by category", "images", names, parts)
+        yield "lengths", _lengths(counts)
+    if good.yes_no:
+        names = [name for name, _ in by_count(sum_by_first(good.yes_no))]
+        yield (
+            "yes-no",
+            _stacked(
+                "Yes and no by the category in the question",
+                "answers",
+                names,
+                {
+                    "yes": ([good.yes_no[name, "yes"] for name in names], COLORS["supported"], ""),
+                    "no": ([good.yes_no[name, "no"] for name in names], "#d9a441", "////"),
+                },
+            ),
         )
-    return f'<div class="bars">{"".join(lines)}</div>'
 
 
-def _share(length: float, whole: float) -> str:
-    return f"{100 * length / whole:.2f}%" if whole else "0"
+def _bars(title: str, unit: str, values: Sequence[tuple[str, int]]) -> Any:
+    shown = values[:MAX_BARS]
+    figure, axes = _figure(title, unit, len(shown), len(values))
+    numbers = [number for _, number in shown]
+    bars = axes.barh(range(len(shown)), numbers, color=_BLUE)
+    _name_rows(axes, [name for name, _ in shown])
+    axes.bar_label(bars, [f"{number:,}" for number in numbers], padding=3, fontsize=8)
+    axes.margins(x=0.12)
+    return figure
 
 
-def key(names: Mapping[str, str]) -> str:
-    """What the colours of bars mean, by their classes."""
-    items = "".join(
-        f'<span class="bt"><i class="{css}"></i></span><span class="kw">{escaped(words)}</span> '
-        for css, words in names.items()
-    )
-    return f'<p class="note key">{items}</p>'
+def _stacked(
+    title: str,
+    unit: str,
+    rows: Sequence[str],
+    parts: Mapping[str, tuple[Sequence[int], str, str]],
+) -> Any:
+    """Return stacked bars; `parts` are the values of the rows, a color and a hatch by name."""
+    shown = rows[:MAX_BARS]
+    figure, axes = _figure(title, unit, len(shown), len(rows))
+    left = np.zeros(len(shown), dtype=np.int64)
+    for name, (values, color, hatch) in parts.items():
+        width = np.array(values[:MAX_BARS])
+        style = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        axes.barh(range(len(shown)), width, left=left, label=name, **style)
+        left += width
+    _name_rows(axes, shown)
+    axes.legend(loc="lower right", framealpha=0.9)
+    return figure
 
 
-@dataclass(frozen=True)
-class Bins:
-    """A histogram's counts; bin i holds values from `i * width` to under `(i + 1) * width`."""
+def _lengths(counts: RunCounts) -> Any:
+    """Return a histogram of the words per answer for each type."""
+    from matplotlib.figure import Figure
 
-    counts: tuple[int, ...]
-    width: int
-
-
-def binned(values: Mapping[int, int], most: int = 40) -> Bins:
-    """Counts of whole numbers from 0 on in at most `most` equal bins of a round width."""
-    highest = max(values, default=0)
-    width = next(w * 10**e for e in range(9) for w in (1, 2, 5) if highest < w * 10**e * most)
-    counts = [0] * (highest // width + 1)
-    for value, count in values.items():
-        counts[value // width] += count
-    return Bins(tuple(counts), width)
-
-
-def histogram(values: Mapping[int, int], unit: str, things: str) -> str:
-    """Counts of whole numbers as SVG with both axes named."""
-    shape = binned(values)
-    width, height, left, bottom = 380, 200, 46, 36
-    tallest = max(shape.counts, default=0) or 1
-    step = (width - left - 8) / len(shape.counts)
-    floor = height - bottom
-    parts = [_level(share, tallest, left, width, floor) for share in (0, 0.5, 1)]
-    for i, count in enumerate(shape.counts):
-        tall = (floor - 24) * count / tallest
-        title = f"{i * shape.width:,} to {(i + 1) * shape.width - 1:,} {unit}: {count:,} {things}"
-        parts.append(
-            f'<rect x="{left + i * step + 0.5:.1f}" y="{floor - tall:.1f}" '
-            f'width="{max(step - 1, 0.5):.1f}" height="{tall:.1f}"><title>{title}</title></rect>'
+    words = counts.good.words
+    shown = [name for name in TYPES if any(found == name for found, _, _ in words)]
+    figure = Figure(figsize=(4.0 * len(shown), 3.0), dpi=130, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        lengths = {
+            n: c for (found, part, n), c in words.items() if (found, part) == (name, "answer")
+        }
+        width = -(-(max(lengths) + 1) // 40)  # 40 bins of whole numbers at most
+        edges = np.arange(0, max(lengths) + width + 1, width)
+        axes.hist(
+            list(lengths), bins=edges, weights=list(lengths.values()), color=_BLUE, rwidth=0.9
         )
-    ticks = sorted({0, len(shape.counts) // 2, len(shape.counts)})
-    parts += [
-        f'<text x="{left + i * step:.1f}" y="{floor + 14}" text-anchor="middle">'
-        f"{i * shape.width:,}</text>"
-        for i in ticks
-    ]
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - 5}" text-anchor="middle">{unit}')
-    parts.append(f'</text><text x="4" y="11">{things}</text>')
-    return (
-        f'<svg class="hist" viewBox="0 0 {width + 12} {height}" role="img">{"".join(parts)}</svg>'
-    )
+        axes.set(title=name, xlabel="words of an answer", ylabel="answers")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        _tidy(axes)
+    return figure
 
 
-def _level(share: float, tallest: int, left: int, width: int, floor: int) -> str:
-    y = floor - (floor - 24) * share
-    css = ' class="axis"' if share == 0 else ""
-    label = f"{tallest * share:,.0f}" if float(tallest * share).is_integer() else ""
-    return (
-        f'<line{css} x1="{left}" y1="{y:.1f}" x2="{width - 8}" y2="{y:.1f}"/>'
-        f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-    )
+def _figure(title: str, unit: str, shown: int, total: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 1.3 + 0.3 * max(shown, 2)), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    left_out = f" ({shown} most frequent of {total})" if shown < total else ""
+    axes.set(title=title + left_out, xlabel=unit)
+    axes.invert_yaxis()
+    _tidy(axes)
+    return figure, axes
+
+
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [drawable(name) for name in names], parse_math=False)
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,19 +1,20 @@
-"""`report`: one HTML page of what was made, and of what was not, with its plots."""
+"""`report`: write one HTML page of what was made and what was not, with its charts."""
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from jinja2 import TemplateError
+
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.generate.answers import answers_folder
 from data_tools.instruct.index import read_images
-from data_tools.instruct.report import page
-from data_tools.instruct.report.figures import Figures, gather
-from data_tools.instruct.report.journeys import journeys
-from data_tools.instruct.report.meanings import meanings
-from data_tools.instruct.report.page import Report
-from data_tools.instruct.report.plots import plots
+from data_tools.instruct.report.charts import charts
+from data_tools.instruct.report.counts import count_results
+from data_tools.instruct.report.draw import save_figure
+from data_tools.instruct.report.page import Report, headline, render_report
+from data_tools.instruct.report.results import read_results
 from data_tools.instruct.run_folder import PLOTS, RunFolder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
@@ -21,41 +22,61 @@ from vlm_sft.utils.owned_files import OwnedFiles, remove_owned, write_owned
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 
-_RECEIPTS: Final = ("index.json", "plan.json", "export/export.json")
-"""What stages write about their results, below the run's folder."""
+_SUMMARIES: Final = ("index.json", "plan.json", "export/export.json")
+"""Files in which stages summarize their results."""
 
 
 def command(config: InstructConfig) -> None:
-    """Write `report/report.html` and its plots; print where it lies and five figures.
+    """Write `report/report.html` and its charts; print the path and five figures.
 
     Raises:
         UserError: Nothing is indexed, or files of the run do not belong together.
     """
     folder = RunFolder(Path(config.output_dir))
-    report = read(config, folder)
+    report = read_report(config, folder)
+    figures = dict(charts(report.counts))
     path = folder.report / "report.html"
-    write_owned(path, _built(report, folder).encode())
-    drawn = dict(plots(report.figures))
-    for name, data in drawn.items():
-        write_owned(folder.report / name, data)
-    for old in set(PLOTS) - set(drawn):  # of an earlier report
-        remove_owned(folder.report / old)
-    echo(f"{path}, and {len(drawn)} plots beside it", file=sys.stdout)
-    for figure, words in page.headline(report.figures):
-        echo(f"{figure:>16}  {words}", file=sys.stdout)
+    svg = {name: save_figure(figure, "svg") for name, figure in figures.items()}
+    write_owned(path, _render(report, svg, folder).encode())
+    for name, figure in figures.items():
+        write_owned(folder.report / f"{name}.png", save_figure(figure, "png"))
+    for name in set(PLOTS) - {f"{name}.png" for name in figures}:  # of an earlier report
+        remove_owned(folder.report / name)
+    echo(f"{path}, and {len(figures)} charts as PNG files", file=sys.stdout)
+    for value, caption in headline(report.counts):
+        echo(f"{value:>16}  {caption}", file=sys.stdout)
 
 
-def _built(report: Report, folder: RunFolder) -> str:
-    """Return the page, or name the file that was edited and has other values than a stage writes.
+def read_report(config: InstructConfig, folder: RunFolder) -> Report:
+    """Read a run in one pass over its files.
 
     Raises:
-        UserError: A receipt of a stage was changed, and the page cannot be made from it.
+        UserError: Nothing is indexed, or files of the run do not belong together.
+    """
+    images = read_images(folder)
+    planned = folder.requests.exists()
+    results = read_results(folder, answers_folder(config)) if planned else ()
+    counts = count_results(
+        track(results, description="reading samples"),
+        images,
+        seed=config.seed,
+        good_outcome="kept" if folder.kept.exists() else "accepted",
+    )
+    index, plan, export = (_read_object(folder.root / name) for name in _SUMMARIES)
+    return Report(counts, images, Path(config.coco.images), index, plan, export)
+
+
+def _render(report: Report, svg: Mapping[str, bytes], folder: RunFolder) -> str:
+    """Return the page.
+
+    Raises:
+        UserError: A summary was edited, and its values cannot be shown.
     """
     try:
-        return page.build(report)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        return render_report(report, svg)
+    except (TypeError, ValueError, LookupError, AttributeError, TemplateError) as error:
         files = OwnedFiles(folder.root)
-        changed = [name for name in _RECEIPTS if not files.is_ours(name)]
+        changed = [name for name in _SUMMARIES if not files.is_ours(name)]
         if not changed:
             raise
         raise UserError(
@@ -65,36 +86,14 @@ def _built(report: Report, folder: RunFolder) -> str:
         ) from error
 
 
-def read(config: InstructConfig, folder: RunFolder) -> Report:
-    """Everything a page is made of, in one pass over the run's files."""
-    images = read_images(folder)
-    found = journeys(folder, answers_folder(config)) if folder.requests.exists() else ()
-    figures: Figures = gather(
-        track(found, description="reading samples"),
-        images,
-        seed=config.seed,
-        good_outcome="kept" if folder.kept.exists() else "accepted",
-    )
-    return Report(
-        figures,
-        images,
-        Path(config.coco.images),
-        index=_json(folder.index),
-        plan=_json(folder.plan),
-        export=_json(folder.exports / "export.json"),
-        meanings=meanings(),
-    )
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """The file's object; empty where there is no such file."""
+def _read_object(path: Path) -> Mapping[str, Any]:
+    """Return the JSON object in a file; an empty one if there is no file."""
     if not path.exists():
         return {}
-    content: Mapping[str, Any] = read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(
-            f"{path}: expected an object, found something else; the file was damaged, run its "
-            "stage again",
+            f"{path}: expected a JSON object; the file was damaged, run its stage again",
             code="json_syntax",
         )
     return content
