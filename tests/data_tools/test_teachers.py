@@ -77,7 +77,7 @@ def test_a_sending_whose_end_is_unknown_counts_at_the_most_it_can_cost(tmp_path:
 
 def test_a_cap_on_money_needs_prices(tmp_path: Path) -> None:
     config, _ = planned(tmp_path, limits={"usd": 1.0})
-    with pytest.raises(UserError, match=r"limits\.usd is set and teacher\.prices is not"):
+    with pytest.raises(UserError, match=r"limits\.usd needs teacher\.prices"):
         generating.command(config)
 
 
