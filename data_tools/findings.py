@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from vlm_sft.errors import UserError
 
-Consequence = Literal["annotation set aside", "image set aside", "told"]
+Consequence = Literal["annotation dropped", "image dropped", "reported"]
 
 MAX_EXAMPLES: Final = 5
 MAX_FAULTY: Final = 0.01
@@ -20,31 +20,36 @@ class Finding:
     """A kind of thing that annotations may show.
 
     Attributes:
-        meaning: In the plural, behind a count.
-        consequence: What becomes of the annotation or the image.
+        meaning: In the plural, for use after a count.
+        consequence: What happens to the annotation or the image.
     """
 
     meaning: str
     consequence: Consequence
 
+    @property
+    def drops_images(self) -> bool:
+        """Whether images with this fault are left out."""
+        return self.consequence == "image dropped"
+
 
 KINDS: Final[Mapping[str, Finding]] = {
-    "box_without_area": Finding("boxes without area", "annotation set aside"),
-    "box_outside": Finding("boxes leaving their image by over a pixel", "annotation set aside"),
-    "box_repeated": Finding("boxes repeating one of their image", "annotation set aside"),
-    "box_rounded": Finding("boxes leaving their image by up to a pixel, kept", "told"),
-    "box_crowd": Finding("boxes of crowds, never counted", "told"),
-    "caption_empty": Finding("captions without a word", "annotation set aside"),
-    "caption_long": Finding("captions of over 5,000 characters", "annotation set aside"),
-    "caption_unreadable": Finding("captions that are no Unicode text", "annotation set aside"),
-    "caption_repeated": Finding("captions repeating one of their image, kept", "told"),
-    "image_without_captions": Finding("images without captions", "told"),
-    "image_without_boxes": Finding("images without boxes: absence unknown", "told"),
-    "image_missing": Finding("images without a file", "image set aside"),
-    "image_unreadable": Finding("images that cannot be opened", "image set aside"),
-    "image_size": Finding("images of another size than annotated", "image set aside"),
+    "box_without_area": Finding("boxes without area", "annotation dropped"),
+    "box_outside": Finding("boxes leaving their image by over a pixel", "annotation dropped"),
+    "box_repeated": Finding("boxes repeating one of their image", "annotation dropped"),
+    "box_rounded": Finding("boxes leaving their image by up to a pixel, kept", "reported"),
+    "box_crowd": Finding("boxes of crowds, never counted", "reported"),
+    "caption_empty": Finding("captions without a word", "annotation dropped"),
+    "caption_long": Finding("captions of over 5,000 characters", "annotation dropped"),
+    "caption_unreadable": Finding("captions that are no Unicode text", "annotation dropped"),
+    "caption_repeated": Finding("captions repeating one of their image, kept", "reported"),
+    "image_without_captions": Finding("images without captions", "reported"),
+    "image_without_boxes": Finding("images without boxes: absence unknown", "reported"),
+    "image_missing": Finding("images without a file", "image dropped"),
+    "image_unreadable": Finding("images that cannot be opened", "image dropped"),
+    "image_size": Finding("images of another size than annotated", "image dropped"),
     "image_turned": Finding(
-        "images turned by their EXIF data, unlike their boxes", "image set aside"
+        "images turned by their EXIF data, unlike their boxes", "image dropped"
     ),
 }
 
@@ -78,7 +83,7 @@ class Findings:
         """
         for kind, count in self.counts.items():
             total = totals.get(kind.partition("_")[0])
-            if total is None or KINDS[kind].consequence == "told" or count <= share * total:
+            if total is None or KINDS[kind].consequence == "reported" or count <= share * total:
                 continue
             raise UserError(
                 f"{self.examples[kind][0]} ({KINDS[kind].meaning}: {count:,} of {total:,}, and up "
@@ -102,7 +107,7 @@ class Findings:
     def lines(self) -> Iterator[str]:
         """The same for a terminal; an example only where something is set aside."""
         for kind, told in self.told().items():
-            lost = told["consequence"] != "told"
+            lost = told["consequence"] != "reported"
             yield (
                 f"{told['count']:>9,}  {told['meaning']}"
                 + (f": {told['consequence']}, e.g. {self.examples[kind][0]}" if lost else "")

@@ -83,6 +83,7 @@ def completion_parser() -> CommandParser:
 def _print_completion(argv: Sequence[str]) -> int:
     shell = completion_parser().read(argv).shell
     from vlm_sft.commands.completion import completion_script
+    from vlm_sft.config.reference import all_settings
 
     modules = {name: import_module(module_of(name)) for name in SUBCOMMANDS}
     parsers = {
@@ -91,7 +92,8 @@ def _print_completion(argv: Sequence[str]) -> int:
     }
     parsers[DATA] = import_module("data_tools.instruct.stages").parsers(f"{SCRIPT} {DATA}")
     parsers[COMPLETION] = completion_parser()
-    print(completion_script(shell, parsers, COMMANDS))
+    instruct = import_module("data_tools.instruct.config").InstructConfig
+    print(completion_script(shell, parsers, COMMANDS, all_settings({DATA: instruct})))
     return 0
 
 

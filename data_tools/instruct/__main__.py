@@ -42,7 +42,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     for stage in names:
         import_module(f"data_tools.instruct.{STAGES[stage].module}").command(config, **options)
     if name == "run":
-        _repeat_refused(Path(config.output_dir))
+        _print_outcomes(Path(config.output_dir))
     return 0
 
 
@@ -63,13 +63,15 @@ def _refuse_options_of_stages(words: Sequence[str], prog: str) -> None:
                 )
 
 
-def _repeat_refused(output_dir: Path) -> None:
-    """Print again at the end how many images the guard refused; the plan's lines are far above."""
-    from data_tools.instruct.plan.command import refused_line
+def _print_outcomes(output_dir: Path) -> None:
+    """Print what became of all images and requests."""
+    from data_tools.instruct.outcomes import outcomes
     from data_tools.instruct.run_folder import RunFolder
     from vlm_sft.utils.console import echo
 
-    if (line := refused_line(RunFolder(output_dir))) is not None:
+    found = outcomes(RunFolder(output_dir))
+    echo("", file=sys.stdout)
+    for line in found.lines():
         echo(line, file=sys.stdout)
 
 

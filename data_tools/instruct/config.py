@@ -1,9 +1,9 @@
-"""What one run of `data_tools.instruct` is told: its YAML file."""
+"""The configuration of a run of `data_tools.instruct`: the schema of its YAML file."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_tools import geometry
 from data_tools.instruct.schema import SampleType
@@ -14,100 +14,119 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class CocoConfig(Section):
-    """COCO's annotation files, 2014 or 2017, and the folder of the images."""
+    """COCO annotation files (2014 or 2017) and the directory of the images."""
 
     instances: NonEmptyText | None = None
+    """File with the boxes, `instances_*.json`. Without it, only captions are known."""
     captions: NonEmptyText | None = None
+    """File with the captions, `captions_*.json`. Without it, only boxes are known."""
     images: NonEmptyText
+    """Directory that the file names of the images start from."""
     follow_symlinks: bool = False
-    """Whether images may be symbolic links to a place outside of `images`."""
+    """Whether images may be symbolic links to files outside of `images`."""
     max_faulty: Share = 0.01
-    """Share of the boxes, captions or images that one kind of fault may set aside; beyond, the
-    files are taken for wrong ones. 1 where only part of the annotated images is on the disk."""
+    """Largest share of the boxes, captions or images that may be dropped for one kind of fault. If
+    there are more, the run stops, since the files are probably the wrong ones. Set it to 1 if you
+    have only a part of the annotated images."""
 
 
 class GuardConfig(Section):
-    """Images that evaluations use are not trained on."""
+    """Keeps images that evaluations use out of the training data."""
 
     lists: dict[str, NonEmptyText | list[NonEmptyText]] = Field(default={})
-    """Files with the image ids of evaluations, by name: the known ones (`pope`,
-    `llava_bench_coco`, `karpathy_test`, `val2014`, `val2017`), and the user's own by any name."""
+    """Files with the image ids of evaluations, by name: `pope`, `llava_bench_coco`,
+    `karpathy_test`, `val2014`, `val2017`, or any other name for lists of your own."""
     allow_evaluation_images: bool = False
-    """Train on them all the same; what is measured on them afterwards is void."""
+    """Train on images that evaluations use. Results of these evaluations are then meaningless."""
 
 
 class ImagesConfig(Section):
-    """Which images are asked about."""
+    """The choice of images."""
 
     count: PositiveInt | None = None
-    """None: all."""
+    """Number of images to ask about. Null: all."""
     choose: Literal["random", "balanced"] = "balanced"
-    """`balanced`: every category gets its images in turn, the rarest first, in the spirit of
-    LLaVA's balancing of noun phrases (arXiv 2304.08485, appendix E)."""
+    """`balanced`: the categories take turns in choosing an image, the rarest one first, similar to
+    LLaVA's balancing of noun phrases (arXiv 2304.08485, appendix E). `random`: all images are
+    equally likely."""
 
 
 class RequestsConfig(Section):
-    """What is asked, and what of an image is shown."""
+    """The requests: their types, and what they show of an image."""
 
     shares: dict[SampleType, Annotated[float, Field(ge=0)]] = Field(
         default={"conversation": 0.70, "detail": 0.29, "reasoning": 0.94}
     )
-    """Requests an image of each type; a fraction asks for that share of the images. LLaVA's own:
+    """Requests per image, by type; 0.7 asks about 70 % of the images. The defaults are LLaVA's:
     56,681, 23,240 and 76,643 samples of 81,479 images."""
     prompts: NonEmptyText | None = None
-    """Folder with own prompts and seed examples; None: those of `data_tools/instruct/prompts`."""
+    """Directory with your own prompts and examples. Null: `data_tools/instruct/prompts`."""
     decimals: Annotated[int, Field(ge=1, le=4)] = 2
+    """Decimals of the box coordinates, which are shares of the image's width and height."""
     max_boxes: PositiveInt = 30
-    """Beyond, the smallest are told as a number."""
+    """Boxes shown per image. If there are more, the smallest ones are only counted."""
     min_area: Share = 0.002
-    """Boxes below this share of the image are told as a number."""
+    """Boxes with a smaller share of the image's area are only counted."""
 
 
 class PricesConfig(Section):
-    """US dollars for a million tokens."""
+    """Prices in US dollars per million tokens."""
 
     input: Annotated[float, Field(ge=0)]
+    """Price of prompt tokens."""
     output: Annotated[float, Field(ge=0)]
+    """Price of generated tokens."""
     cached: Annotated[float, Field(ge=0)] | None = None
-    """None: as `input`."""
+    """Price of prompt tokens that the server has cached. Null: as `input`."""
 
 
 class TeacherConfig(Section):
-    """Who writes the answers."""
+    """The model that writes the answers."""
 
     kind: Literal["openai", "batch", "rules"]
+    """`openai`: a server with the OpenAI API. `batch`: the batch API of such a server. `rules`:
+    sentences made from the annotations by a program, without a server."""
     model: str = ""
+    """Name of the model on the server."""
     base_url: str | list[str] | None = None
-    """Of an OpenAI-compatible server, ending in `/v1`; plain http on this machine only. Of several
-    servers with the same model each request has one, and the next one after a failure."""
+    """URL of the server, ending in `/v1`; plain http is allowed to this machine only. With a list
+    of servers that serve the same model, a request is sent to one of them, and to the next one
+    after a failure. Null: OpenAI."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; the key itself is never written anywhere."""
+    """Name of the environment variable with the API key. The key itself is never written."""
     answers_dir: NonEmptyText | None = None
-    """A folder of answers that runs share; None: `answers` in the run's own."""
+    """Directory of answers that several runs share. Null: `answers` in `output_dir`."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
     max_tokens: PositiveInt = 1024
+    """Most tokens of an answer."""
     structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
-    """How the server is held to JSON; `auto` asks it once."""
+    """How the server is made to answer in JSON. `auto` tries out once what the server supports."""
     concurrency: PositiveInt = 16
+    """Requests that are sent at the same time."""
     requests_per_minute: PositiveInt | None = None
+    """Rate limit of your account. Null: none."""
     tokens_per_minute: PositiveInt | None = None
+    """Rate limit of your account, for prompt and answer together. Null: none."""
     attempts: PositiveInt = 5
-    """Sendings of one request in one start of the command."""
+    """How often a request is tried before it counts as failed."""
     backoff_seconds: PositiveFloat = 1.0
-    """Wait before the second attempt, doubled before each further one, where the server names no
-    time of its own."""
+    """Wait before the second attempt if the server names no time; doubled for each further one."""
     timeout_seconds: PositiveFloat = 120.0
-    """From sending a request to the last byte of its answer."""
+    """Time limit from sending a request to the last byte of the answer."""
     max_answer_bytes: PositiveInt = 1 << 22
-    """Longer responses are cut off and count as failures."""
-    failures_allowed: Share = 0.0
-    """More requests without an answer than this share end the command with exit code 3."""
+    """Longer responses are not read to the end and count as failures."""
+    failures_allowed: Share = 0.05
+    """Share of the requests that may fail. If more do, `generate` ends with exit code 3 and `run`
+    stops there; otherwise they continue with a warning. The next start repeats failed requests."""
     batch_size: Annotated[int, Field(ge=1, le=50_000)] = 10_000
-    """`batch`: requests of one batch."""
+    """Requests in one batch, with `kind: batch`."""
     poll_seconds: PositiveFloat = 30.0
-    """`batch`: between two looks at the batches."""
+    """How often the state of the batches is queried, with `kind: batch`."""
     prices: PricesConfig | None = None
+    """Prices for the estimate of `plan` and for `limits.usd`."""
 
     @model_validator(mode="after")
     def _no_key(self) -> Self:
@@ -116,156 +135,182 @@ class TeacherConfig(Section):
         looks_random = len(name) >= 20 and re.search("[a-z]", name) and re.search("[0-9]", name)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name) or looks_random:
             raise ValueError(
-                "api_key_env is no name of an environment variable (not shown here, for it may be "
-                "the key itself); put the key into a variable and give its name"
+                "api_key_env is not the name of an environment variable (not shown here, since it "
+                "may be the key itself); put the key into a variable and give its name"
             )
         return self
 
 
 class LimitsConfig(Section):
-    """What a run may spend, over all of its starts; None: no limit."""
+    """Limits of a run, over all of its starts."""
 
     requests: PositiveInt | None = None
+    """Most requests that are sent, repeated attempts included. Null: no limit."""
     tokens: PositiveInt | None = None
+    """Most tokens, of prompts and answers. Null: no limit."""
     usd: PositiveFloat | None = None
+    """Most US dollars; needs `teacher.prices`. Null: no limit."""
 
 
 class TurnsConfig(Section):
-    """How many turns a sample has, and how long its texts are, in words."""
+    """The form of a type of samples."""
 
     turns: tuple[PositiveInt, PositiveInt]
+    """Least and most number of turns."""
     answer_words: tuple[PositiveInt, PositiveInt]
+    """Least and most number of words of an answer."""
+
+
+FORMS: Final[dict[SampleType, TurnsConfig]] = {
+    "conversation": TurnsConfig(turns=(1, 20), answer_words=(1, 150)),
+    "detail": TurnsConfig(turns=(1, 1), answer_words=(5, 400)),
+    "reasoning": TurnsConfig(turns=(1, 1), answer_words=(5, 500)),
+}
 
 
 class VerifyConfig(Section):
-    """How strict the checks are; docs/instruction-data/verification.md tells what each one sees."""
+    """Strictness of the checks, which docs/instruction-data/verification.md describes."""
 
-    forms: dict[SampleType, TurnsConfig] = Field(
-        default={
-            "conversation": TurnsConfig(turns=(1, 20), answer_words=(1, 150)),
-            "detail": TurnsConfig(turns=(1, 1), answer_words=(5, 400)),
-            "reasoning": TurnsConfig(turns=(1, 1), answer_words=(5, 500)),
-        }
-    )
+    forms: dict[SampleType, TurnsConfig] = Field(default=FORMS)
+    """Accepted numbers of turns and words, by type. Types that are not given keep the default."""
     max_question_words: PositiveInt = 80
-    """Of any question."""
+    """Longer questions reject a sample."""
     max_hedged: Share = 0.25
-    """Of a description's or conversation's sentences; reasoning may guess."""
+    """Largest share of hedged sentences ("probably", "it seems") in a description or conversation.
+    Reasoning may hedge."""
     all_yes_from: PositiveInt = 3
-    """So many yes/no questions, all answered yes, reject a conversation."""
+    """A conversation is rejected if it has at least this many yes/no questions and all answers are
+    yes."""
     unseen_objects: Literal["reject", "keep"] = "reject"
-    """Things in neither boxes nor captions, in descriptions and conversations; in reasoning they
-    are refused where they are said to be visible."""
+    """What to do about objects in neither boxes nor captions. In reasoning this concerns only
+    objects that are said to be visible."""
     under_labelled: list[str] = Field(
         default=["person", "car", "chair", "dining table", "cup", "book"]
     )
-    """Categories that COCO often leaves without a box: an unseen one counts as unknown, not as
-    contradicted (RePOPE, arXiv 2504.15707); `unseen_objects` decides about it all the same."""
+    """Categories that COCO often leaves without a box. Such an object counts as unknown instead of
+    contradicted (RePOPE, arXiv 2504.15707); `unseen_objects` still applies."""
     uncertain_counts: Literal["reject", "keep"] = "reject"
-    """`How many` of what the annotations cannot count."""
+    """What to do about numbers that the annotations can neither confirm nor contradict."""
     unknown_attributes: Literal["reject", "keep"] = "keep"
-    """Colours, materials and actions that no caption has."""
+    """What to do about colors, materials and actions that no caption mentions."""
     countable: PositiveInt = 8
-    """More boxes of one category than this are not counted: annotators stop there."""
+    """Categories with more boxes than this are not counted, since annotators stop there."""
     tiny: Share = 0.002
-    """Boxes below this share of the image may or may not be counted."""
+    """Boxes with a smaller share of the image's area may be counted or not."""
     gap: Share = geometry.GAP
-    """Share of the side that must lie between two boxes, or a box and the middle, for a side to be
-    certain."""
+    """A side is certain if there is at least this share of the image's side between two boxes, or
+    between a box and the middle."""
     centres: Share = geometry.CENTERS
-    """Where boxes overlap in one direction: share of the side that their centres must differ by."""
+    """If two boxes overlap in a direction, their order is certain if their centers differ by this
+    share of the image's side."""
     far: Share = geometry.FAR
-    """A gap of this share of the side between two boxes refutes that one is on, in or next to the
-    other."""
+    """A gap of this share of the image's side between two boxes contradicts that one is on, in or
+    next to the other."""
+
+    @field_validator("forms")
+    @classmethod
+    def _complete(cls, forms: dict[SampleType, TurnsConfig]) -> dict[SampleType, TurnsConfig]:
+        return {**FORMS, **forms}
 
 
 class NearDuplicatesConfig(Section):
-    """Texts that say the same in nearly the same words."""
+    """Removal of texts that are nearly the same."""
 
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
-    """Jaccard similarity of the word shingles from which the later of two texts is set aside."""
+    """Jaccard similarity of word shingles from which the later of two texts is dropped."""
     shingle_words: Annotated[int, Field(ge=1, le=16)] = 3
+    """Words per shingle."""
     across_origins: list[Literal["llm", "rules", "imported"]] = Field(default=["llm", "imported"])
-    """Whose texts are compared across images. A program's sentences repeat by nature, and what
-    differs is the image: they are compared with samples on the same image only."""
+    """Origins of the texts that are compared across images. Sentences made by rules repeat by
+    design and differ in their image, so they are compared within one image only."""
     across_words: PositiveInt = 20
-    """Texts with fewer words are compared with samples on the same image only."""
+    """Texts with fewer words are compared within one image only."""
 
 
 class SameImageConfig(Section):
-    """Images that look the same."""
+    """Removal of images that look the same."""
 
     action: Literal["set_aside", "keep"] = "set_aside"
-    """`set_aside`: samples on the later image; `keep` opens no image."""
+    """`set_aside`: drop the samples on the later of two images. `keep`: open no images."""
     max_distance: Annotated[int, Field(ge=0, le=16)] = 6
-    """Bits of 64 by which the perceptual hashes of candidates may differ."""
+    """Largest number of bits, of 64, in which the perceptual hashes of two candidates differ."""
     max_difference: Annotated[float, Field(ge=0, le=255)] = 10.0
-    """Mean difference of 16 x 16 colour thumbnails, of 255 and apart from their brightness, up to
-    which candidates are the same; a perceptual hash alone sees no colour."""
+    """Largest mean difference, of 255, between color thumbnails of 16 x 16 pixels with the same
+    brightness, since a perceptual hash does not see colors."""
     workers: PositiveInt = 1
-    """Processes that open images; the result is the same for any number."""
+    """Processes that open images; has no influence on the result."""
 
 
 class AnswerBalanceConfig(Section):
-    """Equal numbers of the answers that a guesser could choose among."""
+    """Balance between the answers to questions that can be guessed."""
 
     families: list[Literal["yes_no", "side", "height", "option"]] = Field(
         default=["yes_no", "side", "height", "option"]
     )
+    """Kinds of questions to balance. An empty list disables this step."""
     ratio: Annotated[float, Field(ge=1)] = 1.0
-    """The commoner answer may be so many times the rarer, for each category that questions name,
-    for each kind of question and over all."""
+    """Largest ratio between the more frequent and the less frequent answer, for each category in
+    the questions, for each kind of question, and in total."""
     slack: Annotated[int, Field(ge=0)] = 1
-    """Turns above that which are let be; 0 leaves no category with one answer alone."""
+    """Additional turns that are allowed above that ratio. With 0, a category whose questions all
+    have the same answer loses all of them."""
 
 
 class OpeningsConfig(Section):
-    """Answers that all begin alike."""
+    """Limit on answers that begin with the same words."""
 
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Of a type's answers, the share that may begin with the same three words."""
+    """Largest share of a type's answers that may begin with the same three words."""
     min_words: Annotated[int, Field(ge=3)] = 8
-    """Shorter answers are not counted: their form is given by the question."""
+    """Shorter answers are not counted, since the question determines how they begin."""
     least: PositiveInt = 20
-    """So many of one opening are always let be."""
+    """Number of answers with the same beginning that is always kept."""
     max_loss: Share = 0.2
-    """Where the share would cost more than this part of a type's answers, none is taken and that is
-    said: the cure for such monotony is another prompt."""
+    """If more than this share of a type's answers would be dropped, none is dropped and a warning
+    recommends another prompt."""
 
 
 class CleanConfig(Section):
-    """What is taken out of the accepted samples; None or an empty list leaves a step out."""
+    """What `clean` drops from the accepted samples."""
 
     near_duplicates: NearDuplicatesConfig | None = NearDuplicatesConfig()
+    """Texts that are nearly the same. Null: keep them."""
     same_questions: bool = True
-    """Whether a question that was asked of the same image before is set aside."""
+    """Whether to drop questions that were already asked about the same image."""
     same_images: SameImageConfig = SameImageConfig()
+    """Images that look the same."""
     answers: AnswerBalanceConfig = AnswerBalanceConfig()
+    """Balance of the answers."""
     openings: OpeningsConfig | None = OpeningsConfig()
+    """Answers that begin alike. Null: keep them."""
     max_per_image: PositiveInt | None = None
+    """Most samples of one image. Null: no limit."""
     max_per_category: PositiveInt | None = None
-    """Samples a category brings in, the rarest category first, as LLaVA chose captions by noun
-    phrases (arXiv 2304.08485, appendix)."""
+    """Most samples that a category contributes; the rarest category comes first, as in LLaVA's
+    choice of captions by noun phrases (arXiv 2304.08485, appendix). Null: no limit."""
     type_shares: dict[SampleType, Annotated[float, Field(ge=0)]] | None = None
-    """Proportions of the kept samples by type, reached by setting aside; None: as they come."""
+    """Proportions of the types in the result, reached by dropping samples. Null: no change."""
 
 
 class ExportConfig(Section):
-    """Which files are written."""
+    """The training files."""
 
     formats: Annotated[list[Literal["llava", "messages", "parquet"]], Field(min_length=1)] = Field(
         default=["llava", "messages", "parquet"]
     )
+    """Formats to write; every file has the same records."""
     image_prefix: str = ""
-    """Put before every image's name, e.g. `coco/train2017/`; the trainer's `image_root` is then
-    the folder above."""
+    """Text before the file name of each image, e.g. `coco/train2017/`. The trainer's `image_root`
+    is then the directory that contains it."""
 
 
 class InstructConfig(Section):
-    """The whole file."""
+    """The configuration of a run."""
 
     output_dir: NonEmptyText
+    """Directory of the run, with the files of all stages."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of every random choice."""
     coco: CocoConfig
     guard: GuardConfig = GuardConfig()
     images: ImagesConfig = ImagesConfig()

@@ -21,7 +21,7 @@ from vlm_sft.utils.owned_files import owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import open_regular, read_json
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Raised when this module would write other files from the same annotations."""
 
 _IMAGE_FIELDS: Final = tuple(field.name for field in fields(AnnotatedImage))
@@ -177,7 +177,7 @@ def _table(told: dict[str, Any]) -> Iterator[str]:
         f"{len(told['categories']):,} categories occur)"
     )
     for found in told["findings"].values():
-        lost = found["consequence"] != "told"
+        lost = found["consequence"] != "reported"
         example = f": {found['consequence']}, e.g. {found['examples'][0]}" if lost else ""
         yield f"{found['count']:>9,}  {found['meaning']}{example}"
     for number, entry in told["licenses"].items():

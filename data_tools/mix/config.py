@@ -1,4 +1,4 @@
-"""What a mixture is told: its YAML file."""
+"""The configuration of `data_tools.mix`: the schema of its YAML file."""
 
 import re
 from typing import Annotated, Final, Literal
@@ -17,36 +17,39 @@ CANNOT_TELL: Final = (
     r"|\bnot (?:enough information|visible in|shown in)\b"
     r"|\b(?:i am|i['’]m) (?:sorry|not able|unable)\b"
 )
-"""What an answer says that refuses, or that the image does not tell, where no receipt does."""
+"""Matches answers that refuse or say that the image does not show it."""
 
 MOST_RECORDS: Final = 2**32 - 1
-"""How often a record is taken is counted in 32 bits, and so is a mixture."""
+"""Records and repetitions are counted in 32 bits."""
 
 RecordCount = Annotated[int, Field(ge=1, le=MOST_RECORDS)]
 
 
 class SourceConfig(Section):
-    """One file or folder of records, read as the trainer reads it."""
+    """A file or directory of records in a format that the trainer reads."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    """Stands before every id: `name/id`."""
+    """Name of the source; the ids of its records become `name/id`."""
     path: NonEmptyText
+    """The file or directory."""
     format: Literal["auto", "llava", "messages", "alpaca"] = "auto"
+    """Format of the records. `auto` recognizes it by the first record."""
     image_root: NonEmptyText | None = None
-    """Folder that image names start from; None: the file's own folder."""
+    """Directory that the image names start from. Null: the directory of the file."""
     weight: Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)] | None = None
-    """Share relative to the other sources; None for all: as many as there are."""
+    """Share relative to the other sources. Null for all sources: all their records."""
     count: RecordCount | None = None
-    """Records to take; in place of `weight`."""
+    """Number of records to take, instead of `weight`."""
     cap: RecordCount | None = None
-    """At most so many are available."""
+    """Most records to take."""
     replay: bool = False
-    """Text alone, against forgetting; their share is `replay_share`."""
+    """Whether these are text-only records against forgetting, to which `replay_share` applies."""
     receipts: NonEmptyText | None = None
-    """`receipts.jsonl` of an export; None: the one beside the file, if there is one."""
+    """`receipts.jsonl` of an export. Null: the one next to the file, if there is one."""
     license: str = "not named"
+    """License of the source, for the card."""
     terms: str = "none named"
-    """Of whoever made it, e.g. a teacher's provider; for the card."""
+    """Terms of use, e.g. those of the provider of the teacher, for the card."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "SourceConfig":
@@ -56,32 +59,42 @@ class SourceConfig(Section):
 
 
 class MixConfig(Section):
-    """The whole file."""
+    """The configuration of a mixture."""
 
     output_dir: NonEmptyText
+    """Directory of the mixture and its card."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the choice and order of the records."""
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    """The sources."""
     total: RecordCount | None = None
-    """Records of the mixture; None: as many as the weights allow without repeating one."""
+    """Records of the mixture. Null: as many as the weights allow without repeating a record."""
     image_root: NonEmptyText | None = None
-    """Folder that the mixture's image names start from; None: the sources' nearest common one."""
+    """Directory that the image names of the mixture start from. Null: the nearest directory that
+    contains those of all sources."""
     replay_share: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of the mixture, from sources with `replay`; LLaVA-1.5: 40,688 of 665,298, or 0.061."""
+    """Share of records from sources with `replay`; in LLaVA-1.5 40,688 of 665,298, or 0.061. Null:
+    no fixed share."""
     cannot_tell_share: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of the mixture: records with an answer that refuses, or that the image does not tell; None:
-    as they come."""
-    cannot_tell_pattern: Annotated[str, Field(max_length=10_000)] = CANNOT_TELL
-    """Regular expression that tells such an answer where there is no receipt; any case."""
+    """Share of records with an answer that refuses or says that the image does not show it. Null:
+    no fixed share."""
+    cannot_tell_pattern: Annotated[str, Field(max_length=10_000)] | None = None
+    """Regular expression (case is ignored) for such answers in records without a receipt. Null: a
+    built-in one for English."""
     when_short: Literal["error", "upsample"] = "error"
-    """When more is wanted than there is: stop, or repeat records and say so."""
+    """What to do if a source has too few records: stop, or repeat records and report it."""
     missing_images: Literal["error", "leave_out"] = "error"
+    """What to do about records whose image does not exist."""
     bad_records: Literal["error", "leave_out"] = "error"
+    """What to do about records that cannot be read."""
     guard: GuardConfig = GuardConfig()
-    """Images that evaluations use are left out, by COCO's numeric id."""
+    """Images that evaluations use, which are left out."""
 
     @field_validator("cannot_tell_pattern")
     @classmethod
-    def _compiles(cls, value: str) -> str:
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         try:
             re.compile(value, re.IGNORECASE)
         except RecursionError:

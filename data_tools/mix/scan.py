@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.instruct.clean.texts import digest
-from data_tools.mix.config import MixConfig, SourceConfig
+from data_tools.mix.config import CANNOT_TELL, MixConfig, SourceConfig
 from data_tools.mix.guard import coco_id, guarded_ids
 from data_tools.mix.quotas import Available, Quota
 from data_tools.mix.receipts import Receipts
@@ -119,7 +119,7 @@ class _Scan:
     def __init__(self, config: MixConfig, source: SourceConfig, guarded: frozenset[int]) -> None:
         self._config, self._guarded = config, guarded
         self._found = Source(source)
-        self._pattern = re.compile(config.cannot_tell_pattern, re.IGNORECASE)
+        self._pattern = re.compile(config.cannot_tell_pattern or CANNOT_TELL, re.IGNORECASE)
         self._receipts = _receipts(source)
 
     def run(self) -> Source:

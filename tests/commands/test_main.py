@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.instruct.config import InstructConfig
+from data_tools.mix.config import MixConfig
 from vlm_sft.__main__ import COMMANDS, main, module_of
 from vlm_sft.commands.registry import SUBCOMMANDS
 from vlm_sft.config.reference import REQUIRED, all_settings, select_settings
@@ -140,13 +142,36 @@ def test_settings_are_selected_by_key_section_or_last_name() -> None:
         select_settings(["qqqq"])
 
 
-def test_the_reference_page_is_what_the_command_prints() -> None:
-    words = ["config", "reference", "--format", "markdown"]
+@pytest.mark.parametrize(
+    ("options", "page"),
+    [([], "docs/configuration.md"), (["--data"], "docs/instruction-data/configuration.md")],
+)
+def test_the_reference_page_is_what_the_command_prints(options: list[str], page: str) -> None:
+    words = ["config", "reference", *options, "--format", "markdown"]
     done = subprocess.run(
         [sys.executable, "-m", "vlm_sft", *words], capture_output=True, cwd=ROOT, check=True
     )
-    page = (ROOT / "docs" / "configuration.md").read_bytes()
-    assert done.stdout == page, f"run: vlm-sft {' '.join(words)} > docs/configuration.md"
+    assert done.stdout == (ROOT / page).read_bytes(), f"run: vlm-sft {' '.join(words)} > {page}"
+
+
+def test_the_reference_of_the_data_commands_has_every_setting_with_a_meaning() -> None:
+    schemas = {"data_tools.instruct": InstructConfig, "data_tools.mix": MixConfig}
+    settings = all_settings(schemas)
+    assert [s.key for s in settings if not s.meaning.rstrip().endswith(".")] == []
+    known = {setting.key for setting in settings if setting.command == "data_tools.instruct"}
+    config = {"output_dir": "x", "coco": {"images": "x"}, "teacher": {"kind": "rules"}}
+    names = flat(InstructConfig.model_validate(config))
+    inside = ("requests.shares.", "verify.forms.", "guard.lists.")  # keys of mappings
+    assert {key for key in names if not key.startswith(inside)} <= known
+    assert {"verify.forms.NAME.turns", "teacher.prices.input"} <= known
+    found = select_settings(["teacher.failures_allowed", "sources.0.path"], schemas)
+    assert [(s.command, s.key) for s in found] == [
+        ("data_tools.instruct", "teacher.failures_allowed"),
+        ("data_tools.mix", "sources.N.path"),
+    ]
+    assert {s.command for s in select_settings(["seed"], schemas)} == set(schemas)
+    with pytest.raises(ConfigError, match="`vlm-sft config reference --data` lists all"):
+        select_settings(["qqqq"], schemas)
 
 
 def test_the_json_schema_is_that_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +209,7 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vlm-sft config reference lora.al", ["lora.alpha"]),
         ("vlm-sft data expl", ["explain"]),
         ("vlm-sft data generate --sh", ["--shard"]),
+        ("vlm-sft data run x.yaml teacher.mod", ["teacher.model="]),
         ("vlm-sft completion z", ["zsh"]),
     ],
 )

@@ -371,7 +371,7 @@ def test_a_faulty_box_of_a_small_set_can_be_set_aside(
     with pytest.raises(UserError, match=r"has no area.*; --max-faulty 1 sets aside"):
         build_coco.main(arguments(files))
     assert build_coco.main(arguments(files, "--max-faulty", "0.5")) == 0
-    assert "1  boxes without area: annotation set aside" in capsys.readouterr().out
+    assert "1  boxes without area: annotation dropped" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--max-faulty: found 2.0, expected 0 to 1"):
         build_coco.main(arguments(files, "--max-faulty", "2"))
 

@@ -165,6 +165,29 @@ def test_a_refused_request_is_not_sent_again_and_others_go_on(tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize(("allowed", "code"), [(0.12, 0), (0.1, 3)])
+def test_a_share_of_failed_requests_is_a_warning_and_a_larger_one_ends_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], allowed: float, code: int
+) -> None:
+    config, run = planned(tmp_path, images=3, kind="openai", base_url="http://127.0.0.1:1/v1")
+    bad = [request.id for request in read_requests(run)][-1]
+    with served(lambda r: fail(400, "too long") if r.id == bad else say(GOOD)) as server:
+        config, run = planned(
+            tmp_path, 3, kind="openai", base_url=server.url, structured="none", concurrency=1,
+            failures_allowed=allowed,
+        )  # fmt: skip
+        if code:
+            with pytest.raises(SystemExit) as ended:
+                generating.command(config)
+            assert ended.value.code == code
+        else:
+            generating.command(config)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "1 of 9 requests failed (11.1%)" in last
+    assert f"teacher.failures_allowed={allowed}" in last
+    assert ("continuing without them" in last) == (code == 0)
+
+
 def test_content_against_the_servers_rules_has_an_empty_answer(tmp_path: Path) -> None:
     act = fail(400, "our policy", code="content_filter")
     with served(lambda received: act) as server:
@@ -180,10 +203,11 @@ def test_a_server_that_is_down_ends_the_run_before_every_request_has_failed(
 ) -> None:
     config, _ = planned(
         tmp_path, images=40, kind="openai", base_url="http://127.0.0.1:1/v1", structured="none",
-        attempts=1,
+        attempts=1, failures_allowed=1.0,
     )  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         generating.command(config)
     assert ended.value.code == 3
     told = capsys.readouterr()
+    assert "the others were not asked, since the server is down" in told.out
     assert "20 requests in a row failed" in told.err and "cannot be reached" in told.out

@@ -83,10 +83,62 @@ def test_a_run_ends_with_the_images_it_refused_and_the_switch_that_keeps_them(
     ids.write_text(f"{annotations['images'][0]['id']}\n", encoding="utf-8")
     config = config_file(tmp_path, scenes, guard={"lists": {"mine": str(ids)}})
     assert main(["run", str(config)]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "images of evaluations: 1 refused; guard.allow_evaluation_images=true keeps them"
+    table = outcome_table(capsys.readouterr().out)
+    assert table["evaluation images, refused"] == (
+        1, 0, "mine 1; guard.allow_evaluation_images=true keeps them"
+    )  # fmt: skip
     assert main(["run", str(config), "guard.allow_evaluation_images=true"]) == 0
-    assert "refused" not in capsys.readouterr().out.splitlines()[-1]
+    assert "evaluation images, refused" not in outcome_table(capsys.readouterr().out)
+
+
+def outcome_table(printed: str) -> dict[str, tuple[int, int, str]]:
+    """Images, requests and reasons by outcome, from the table at the end of `run`."""
+    lines = printed.splitlines()
+    found = {}
+    for line in lines[lines.index("  images  requests  what became of them") + 1 :]:
+        images, requests, rest = line.split(maxsplit=2)
+        outcome, _, reasons = rest.partition(": ")
+        found[outcome] = int(images), int(requests.replace("-", "0")), reasons
+    return found
+
+
+def test_a_run_ends_with_why_images_and_requests_have_no_sample(
+    tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = sorted((scenes / "images").iterdir())
+    own = tmp_path / "images"
+    own.mkdir()
+    for image in images[1:]:
+        (own / image.name).symlink_to(image)
+    (own / images[1].name).unlink()
+    (own / images[1].name).write_bytes(b"no image")
+    coco = {
+        "instances": str(scenes / "annotations/instances_twemoji.json"),
+        "captions": str(scenes / "annotations/captions_twemoji.json"),
+        "images": str(own),
+        "follow_symlinks": True,
+        "max_faulty": 1,
+    }
+    config = config_file(tmp_path, scenes, coco=coco, images={"count": 9})
+    strict = ["verify.forms.detail={turns: [1, 1], answer_words: [300, 400]}"]
+    assert main(["run", str(config), "clean.max_per_category=1", *strict]) == 0
+    table = outcome_table(capsys.readouterr().out)
+    run = RunFolder(tmp_path / "run")
+    num_requests = len(list(read_requests(run)))
+    assert sum(images for images, _, _ in table.values()) == 12
+    assert sum(requests for _, requests, _ in table.values()) == num_requests
+    assert table["images without a file"][:2] == table["images that cannot be opened"][:2] == (1, 0)
+    assert table["not chosen"] == (1, 0, "images.count is smaller")
+    assert "nothing certain to say" in table["no answer"][2]
+    num_rejected = len(run.rejected.read_bytes().splitlines())
+    assert num_rejected > 0
+    assert table["all answers rejected by verify"][1:] == (
+        num_rejected, f"TOO_SHORT {num_rejected} (rejected.jsonl)"
+    )  # fmt: skip
+    assert "CATEGORY" in table["all samples dropped by clean"][2]
+    kept = run.kept.read_text().splitlines()
+    ids = {json.loads(line)["image"]["id"] for line in kept}
+    assert table["in the training files"] == (len(ids), len(kept), "")
 
 
 def test_the_order_of_answers_and_the_number_of_workers_change_no_byte(

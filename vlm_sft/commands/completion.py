@@ -2,13 +2,13 @@
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, TypeAlias
 
 import shtab
 
 from vlm_sft.commands.registry import SCRIPT
-from vlm_sft.config.reference import all_settings
+from vlm_sft.config.reference import Setting, all_settings
 
 Parsers: TypeAlias = "Mapping[str, argparse.ArgumentParser | Parsers]"
 """Parsers by command name; a command with subcommands has a mapping instead."""
@@ -17,21 +17,30 @@ _DIRECTORIES: Final = ("DIR", "RUN", "CHECKPOINT", "OUT_DIR")
 """Metavars of arguments that name a directory."""
 
 
-def completion_script(shell: str, parsers: Parsers, about: Mapping[str, str]) -> str:
+def completion_script(
+    shell: str, parsers: Parsers, about: Mapping[str, str], data_settings: Sequence[Setting] = ()
+) -> str:
     """Return a script that completes the commands of `vlm-sft`.
 
     Args:
         shell: `bash` or `zsh`.
         parsers: The parser of every command.
         about: What every command does, in one line.
+        data_settings: Settings of `vlm-sft data`.
     """
     root = argparse.ArgumentParser(SCRIPT)
     root.add_argument("--version", action="version", version="")
-    _add(root, parsers, about)
+    _add(root, parsers, about, all_settings(), data_settings)
     return shtab.complete(root, shell=shell)
 
 
-def _add(root: argparse.ArgumentParser, parsers: Parsers, about: Mapping[str, str]) -> None:
+def _add(
+    root: argparse.ArgumentParser,
+    parsers: Parsers,
+    about: Mapping[str, str],
+    settings: Sequence[Setting],
+    data_settings: Sequence[Setting],
+) -> None:
     commands = root.add_subparsers(metavar="COMMAND")
     for name, parser in parsers.items():
         if isinstance(parser, argparse.ArgumentParser):
@@ -40,18 +49,19 @@ def _add(root: argparse.ArgumentParser, parsers: Parsers, about: Mapping[str, st
                 name, help=text, description=text, parents=[parser], add_help=False
             )
             for action in added._actions:  # argparse has no public list of them
-                _complete_values(action)
+                _complete_values(action, settings)
         else:
             text = about[name]
-            _add(commands.add_parser(name, help=text, description=text), parser, {})
+            inner = data_settings if name == "data" else settings
+            _add(commands.add_parser(name, help=text, description=text), parser, {}, inner, ())
 
 
-def _complete_values(action: argparse.Action) -> None:
+def _complete_values(action: argparse.Action, settings: Sequence[Setting]) -> None:
     """Tell shtab what the values of an argument are: files, directories or settings."""
     metavar = str(action.metavar or "")
     if action.dest in ("overrides", "allow_change", "keys"):
         end = "=" if action.dest == "overrides" else ""
-        keys = [setting.key + end for setting in all_settings() if ".N." not in setting.key]
+        keys = [setting.key + end for setting in settings if ".N." not in setting.key]
         action.complete = shtab.cmd(f"echo {shlex.join(keys)}")  # type: ignore[attr-defined]
     elif metavar.startswith(("FILE", "CONFIG")):
         action.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -3,9 +3,14 @@
 import argparse
 import json
 from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from vlm_sft.commands.parser import CommandParser, config_parser, group_parser
 from vlm_sft.commands.run_command import run_command
+
+if TYPE_CHECKING:
+    from vlm_sft.config.reference import Schemas
 
 COMMANDS = {
     "show": "print the resolved configuration: the file, overrides and all defaults",
@@ -18,6 +23,7 @@ examples:
   vlm-sft config show configs/tiny/stage1.yaml train.max_steps=10
   vlm-sft config reference                         # every setting
   vlm-sft config reference train.packing max_length
+  vlm-sft config reference --data teacher          # of the data commands
   vlm-sft config reference --format markdown > docs/configuration.md
   vlm-sft config schema > vlm-sft.schema.json"""
 
@@ -49,6 +55,11 @@ def parsers() -> dict[str, CommandParser]:
         help="a setting or a section, e.g. train.packing (default: all settings)",
     )
     reference.add_argument(
+        "--data",
+        action="store_true",
+        help="settings of `vlm-sft data` and data_tools.mix instead of those of training",
+    )
+    reference.add_argument(
         "--format", choices=["text", "markdown"], default="text", help="default: text"
     )
     schema = CommandParser("vlm-sft config schema", about["schema"], EXAMPLES)
@@ -64,11 +75,23 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _reference(arguments: argparse.Namespace) -> int:
-    from vlm_sft.config.reference import as_markdown, as_text, select_settings
+    from vlm_sft.config import reference
 
-    settings = select_settings(arguments.keys)
-    print(as_markdown(settings) if arguments.format == "markdown" else as_text(settings))
+    schemas = _data_schemas() if arguments.data else reference.TRAINING
+    settings = reference.select_settings(arguments.keys, schemas)
+    if arguments.format == "markdown":
+        print(reference.as_markdown(settings, schemas))
+    else:
+        print(reference.as_text(settings))
     return 0
+
+
+def _data_schemas() -> "Schemas":
+    """Return the schemas of the data commands, which this package otherwise does not know."""
+    return {
+        "data_tools.instruct": import_module("data_tools.instruct.config").InstructConfig,
+        "data_tools.mix": import_module("data_tools.mix.config").MixConfig,
+    }
 
 
 def _schema(_arguments: argparse.Namespace) -> int:

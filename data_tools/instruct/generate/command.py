@@ -1,7 +1,8 @@
 """Ask all requests that have no answer yet, within `limits`; recorded answers are never lost.
 
-The exit code is 0 when every request has its answer, 3 when some failed (repeat the command to ask
-them again), 4 when one of `limits` was reached, 130 or 143 after Ctrl-C or SIGTERM.
+The exit code is 0 when no more requests failed than `teacher.failures_allowed`, 3 when more did or
+the server is down (repeat the command to ask them again), 4 when one of `limits` was reached, 130
+or 143 after Ctrl-C or SIGTERM.
 """
 
 import asyncio
@@ -106,6 +107,7 @@ class Generation:
         self._error: BaseException | None = None
         self._signal: signal.Signals | None = None
         self._limited = False
+        self._is_down = False
         self._dirty = False
         self.progress = GenerationProgress(spending)
         if self._writer.torn:
@@ -220,6 +222,7 @@ class Generation:
         self.progress.failed += 1
         self._streak += 1
         if self._streak >= self._most_streak and not self._cancellation.requested:
+            self._is_down = True
             _say(
                 f"{self._streak} requests in a row failed; stopping. Last error: {outcome.message}"
             )
@@ -266,9 +269,30 @@ class Generation:
             )
             return 4
         failed, asked = self.progress.failed, self.progress.total - self.progress.silent
-        if failed > self._config.teacher.failures_allowed * max(1, asked):
-            echo("generate: the same command asks again what failed", file=sys.stdout)
+        if not failed:
+            return 0
+        allowed = self._config.teacher.failures_allowed
+        share = f"{failed:,} of {asked:,} requests failed ({failed / max(1, asked):.1%})"
+        if self._is_down:
+            echo(
+                f"generate: {share} and the others were not asked, since the server is down; run "
+                "the same command again when it is up",
+                file=sys.stdout,
+            )
             return 3
+        if failed > allowed * asked:
+            echo(
+                f"generate: {share}, more than teacher.failures_allowed={allowed:g}; run the same "
+                "command again to ask them again, or raise teacher.failures_allowed to continue "
+                "without them",
+                file=sys.stdout,
+            )
+            return 3
+        echo(
+            f"generate: warning: {share}, no more than teacher.failures_allowed={allowed:g}: "
+            "continuing without them; the same command asks them again",
+            file=sys.stdout,
+        )
         return 0
 
     def close(self) -> None:

@@ -106,15 +106,6 @@ def _choose(
     }
 
 
-def refused_line(folder: RunFolder) -> str | None:
-    """Return the line about images that the plan refused because evaluations use them, if any."""
-    plan = read_json(folder.plan)
-    left_out = plan.get("left_out") if isinstance(plan, dict) else None
-    count = left_out.get("of_evaluations") if isinstance(left_out, dict) else None
-    known = isinstance(count, int) and count > 0
-    return f"images of evaluations: {count:,} {guard.REFUSED}" if known else None
-
-
 def _not_none(requests: Iterable[Request], left_out: Mapping[str, int]) -> Iterator[Request]:
     """The requests unchanged; an error where there are none, before the old file is replaced."""
     some = False
