@@ -252,6 +252,7 @@ class JinjaTemplate:
             )
         self._tokenizer = tokenizer
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
+        self._takes_parts = self._find_content_form()
         self.eot_token = self._find_eot_token()
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
@@ -315,8 +316,26 @@ class JinjaTemplate:
             + ", ".join(builtin_templates())
         )
 
+    def _find_content_form(self) -> bool:
+        """Return whether contents must be lists of parts, as processors of images expect."""
+        for takes_parts in (False, True):
+            self._takes_parts = takes_parts
+            try:
+                text = self._render(("user",), generate=False)
+            except TemplateError:
+                continue
+            if _marker(0) in text:
+                return takes_parts
+        return False  # the first use reports what is wrong
+
     def _render(self, roles: Sequence[Role], *, generate: bool) -> str:
-        messages = [{"role": role, "content": _marker(i)} for i, role in enumerate(roles)]
+        contents: list[Any] = [_marker(i) for i, _ in enumerate(roles)]
+        if self._takes_parts:
+            contents = [[{"type": "text", "text": content}] for content in contents]
+        messages = [
+            {"role": role, "content": content}
+            for role, content in zip(roles, contents, strict=True)
+        ]
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -333,7 +352,8 @@ class JinjaTemplate:
         return {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
 
     def jinja_body(self) -> str:
-        return hide_contents_from(str(self._tokenizer.chat_template))
+        source = str(self._tokenizer.chat_template)
+        return hide_contents_from(source, as_parts=self._takes_parts)
 
 
 def _marker(turn: int) -> str:

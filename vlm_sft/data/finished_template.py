@@ -74,8 +74,18 @@ def finished_chat_tokenizer(
     separator, question, _ = rest.partition(_QUESTION)
     if not question or _QUESTION in before:
         raise _unusable(found, f"it writes {prompt[:200]!r} for an image and a question")
-    recognized = _recognize(theirs, tokenizer, separator) or _own(theirs, tokenizer)
-    system = recognized.system
+    recognized = _recognize(theirs, tokenizer, separator)
+    if recognized is None:
+        recognized = _own(theirs, tokenizer)
+        for roles in (_PROMPT, _DIALOG):
+            expected, written = (
+                theirs.write(roles),
+                _ours(recognized.template, roles, "", separator),
+            )
+            if written != expected:
+                raise _unusable(found, f"it writes {expected!r}, and without images {written!r}")
+    is_default = recognized.system == (recognized.template.default_system or "")
+    system = None if is_default else recognized.system
     if data is not None and data.system is not None:
         system = data.system
     given_separator = data.image_separator if data is not None else None
@@ -86,7 +96,8 @@ def finished_chat_tokenizer(
         llava_quirks=LlavaQuirks.from_name("none" if data is None else data.llava_quirks),
         image_separator=separator if given_separator is None else given_separator,
     )
-    if recognized.system == system and separator == chat_tokenizer.image_separator:
+    is_own = data is None or (data.system is None and data.image_separator is None)
+    if is_own and chat_tokenizer.keeps_layout:
         _require_same_ids(found, theirs, chat_tokenizer)
     _report(found, recognized)
     return chat_tokenizer
@@ -192,6 +203,9 @@ def _recognize(
 ) -> _Recognized | None:
     """Return the built-in template that writes the same, or None."""
     prompt, dialog = theirs.write(_PROMPT), theirs.write(_DIALOG)
+    bos = str(tokenizer.bos_token)
+    if prompt.startswith(f"{bos} "):  # written because its tokenizer adds no space after BOS
+        prompt, dialog = (bos + text[len(bos) + 1 :] for text in (prompt, dialog))
     matches = []
     # From the end of the alphabet: vicuna_v1 before llava_v1, which has other default words only.
     for name in reversed(builtin_templates()):
@@ -220,7 +234,8 @@ def _possible_systems(template: ChatTemplate, prompt: str, separator: str) -> It
     except UserError:
         return  # it has no place for a system text
     before, _, after = text.partition(_SYSTEM)
-    if prompt.startswith(before) and prompt.endswith(after) and len(prompt) > len(text):
+    is_longer = len(prompt) > len(before) + len(after)
+    if prompt.startswith(before) and prompt.endswith(after) and is_longer:
         yield prompt[len(before) : len(prompt) - len(after)]
 
 

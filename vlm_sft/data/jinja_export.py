@@ -61,21 +61,26 @@ def jinja_prelude(system: str | None, *, image_separator: str, image_first: bool
     return prelude
 
 
-def hide_contents_from(body: str) -> str:
+def hide_contents_from(body: str, *, as_parts: bool = False) -> str:
     """Return a body that sees a marker in place of each message's content, as in training.
 
     Otherwise a model's own template would change contents (trimming, conditions on their text) in
     the export and not in training. `{% generation %}` blocks, whose offsets would be wrong, are
     replaced by blocks without effect.
+
+    Args:
+        body: The model's own template.
+        as_parts: Whether it expects contents as lists of parts.
     """
     body = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", body)
     body = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", body)
     marker = "'vlmsftTurn' ~ loop.index0 ~ 'Content'"
+    content = f"[{{'type': 'text', 'text': {marker}}}]" if as_parts else marker
     # The empty expressions keep the tags around the body from trimming its white space.
     return (
         "{%- set hidden = namespace(messages=[]) -%}{%- for m in messages -%}"
         "{%- set hidden.messages = hidden.messages + "
-        f"[{{'role': m['role'], 'content': {marker}}}] -%}}{{%- endfor -%}}"
+        f"[{{'role': m['role'], 'content': {content}}}] -%}}{{%- endfor -%}}"
         "{%- set contents = messages -%}{%- set messages = hidden.messages -%}"
         f"{{%- set written %}}{{{{ '' }}}}{_without_last_newline(body)}{{{{ '' }}}}{{% endset -%}}"
         "{%- set filled = namespace(text='', rest=written) -%}{%- for m in contents -%}"
