@@ -1,0 +1,1 @@
+"""Score answers that are in files, whichever model wrote them; nothing here needs torch."""

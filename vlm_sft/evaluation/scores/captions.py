@@ -1,0 +1,215 @@
+"""Compare captions with reference captions: CIDEr-D, BLEU-1 to BLEU-4, ROUGE-L.
+
+The results equal those of the COCO caption evaluation code (package pycocoevalcap 1.2) for equal
+tokens. Its tokenizer is a Java program; `tokenize` follows its rules in Python and can differ on
+rare text (URLs, fractions, emoticons).
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+MAX_N: Final = 4
+"""Longest n-grams of CIDEr and BLEU."""
+
+CIDER_SIGMA: Final = 6.0
+"""Standard deviation of CIDEr-D's penalty for a different length (arXiv 1411.5726, section 4)."""
+
+ROUGE_BETA: Final = 1.2
+"""Weight of recall against precision in ROUGE-L, as in the COCO evaluation code."""
+
+_BLEU_SMALL: Final = 1e-9
+_BLEU_TINY: Final = 1e-15
+
+Tokens = tuple[str, ...]
+Ngrams = Counter[Tokens]
+
+_TOKEN: Final = re.compile(
+    r"(?:[^\W\d_]\.){2,}"  # u.s.
+    r"|\w+://\S+"
+    r"|\d+(?:-[^\W_]+)+"  # 18-wheeler
+    r"|\.?\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?(?![^\W_])"  # 1,000  8:25  1st
+    r"|[^\W_]+(?:(?:[-_&/]|(?=')'(?!(?:s|m|d|ll|re|ve|t)\b))[^\W_]+)*"  # words, x-ray, o'clock
+    r"|'(?:s|m|d|ll|re|ve|t)\b"
+    r"|\S"
+)
+_NEGATION: Final = re.compile(r"\b(\w+)(n't)\b")
+_PUNCTUATION: Final = frozenset(
+    ("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"', "“", "”", "‘", "’",
+     "–", "—", "…")
+)  # fmt: skip
+_BRACKETS: Final = {
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+}  # fmt: skip
+"""Brackets as the COCO code has them: it means to drop `-LRB-`, but its tokens are lower-case."""
+_SPLIT_WORDS: Final = {
+    "cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"), "lemme": ("lem", "me"), "gimme": ("gim", "me"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of a set of captions.
+
+    Attributes:
+        bleu: BLEU-1 to BLEU-4 of the whole set.
+        rouge_l: Mean ROUGE-L.
+        cider: Mean CIDEr-D.
+        cider_by_caption: CIDEr-D of each caption.
+        rouge_l_by_caption: ROUGE-L of each caption.
+    """
+
+    bleu: tuple[float, ...]
+    rouge_l: float
+    cider: float
+    cider_by_caption: tuple[float, ...]
+    rouge_l_by_caption: tuple[float, ...]
+
+
+def score_captions(
+    captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> CaptionScores:
+    """Return the scores of tokenized captions.
+
+    The document frequencies of CIDEr are those of `references`, so scores of different sets cannot
+    be compared, and a set of one image scores 0.
+
+    Args:
+        captions: Tokens of each caption.
+        references: Tokens of each reference of each caption; at least one each.
+
+    Raises:
+        ValueError: The lengths differ, or a caption has no reference.
+    """
+    if len(captions) != len(references) or not captions or not all(references):
+        raise ValueError("every caption needs at least one reference")
+    cider = cider_d(captions, references)
+    rouge = [rouge_l(*pair) for pair in zip(captions, references, strict=True)]
+    return CaptionScores(
+        bleu=bleu(captions, references),
+        rouge_l=sum(rouge) / len(rouge),
+        cider=sum(cider) / len(cider),
+        cider_by_caption=tuple(cider),
+        rouge_l_by_caption=tuple(rouge),
+    )
+
+
+def tokenize(caption: str) -> list[str]:
+    """Return the lower-case tokens of a caption without punctuation, in the Penn Treebank's manner.
+
+    `don't` becomes `do n't`, `dog's` becomes `dog 's`; words with hyphens and numbers are kept.
+    """
+    text = _NEGATION.sub(r"\1 \2", " ".join(caption.lower().split()).replace("’", "'"))
+    tokens: list[str] = []
+    for word in text.split(" "):
+        if word == "n't":
+            tokens.append(word)
+            continue
+        for token in _TOKEN.findall(word):
+            tokens += _SPLIT_WORDS.get(token, (_BRACKETS.get(token, token),))
+    return [token for token in tokens if token not in _PUNCTUATION]
+
+
+def cider_d(
+    captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> list[float]:
+    """Return CIDEr-D of each caption, from 0 to 10 (arXiv 1411.5726)."""
+    caption_counts = [_ngrams(caption) for caption in captions]
+    reference_counts = [[_ngrams(reference) for reference in group] for group in references]
+    frequency: Counter[Tokens] = Counter()
+    for group in reference_counts:
+        frequency.update({ngram for counts in group for ngram in counts})
+    log_images = math.log(len(references))
+
+    def weigh(counts: Ngrams) -> tuple[list[dict[Tokens, float]], list[float], int]:
+        """Return TF-IDF weights and norms by n, and the length that the penalty compares."""
+        weights: list[dict[Tokens, float]] = [{} for _ in range(MAX_N)]
+        for ngram, count in counts.items():
+            inverse = log_images - math.log(max(1, frequency[ngram]))
+            weights[len(ngram) - 1][ngram] = count * inverse
+        norms = [math.sqrt(sum(value * value for value in part.values())) for part in weights]
+        return weights, norms, sum(n for ngram, n in counts.items() if len(ngram) == 2)
+
+    scores = []
+    for counts, group in zip(caption_counts, reference_counts, strict=True):
+        weights, norms, length = weigh(counts)
+        total = 0.0
+        for reference in group:
+            other_weights, other_norms, other_length = weigh(reference)
+            penalty = math.exp(-((length - other_length) ** 2) / (2 * CIDER_SIGMA**2))
+            for n in range(MAX_N):
+                product = sum(
+                    min(value, other_weights[n].get(ngram, 0.0)) * other_weights[n].get(ngram, 0.0)
+                    for ngram, value in weights[n].items()
+                )
+                if norms[n] and other_norms[n]:
+                    product /= norms[n] * other_norms[n]
+                total += product * penalty
+        scores.append(10.0 * total / MAX_N / len(group))
+    return scores
+
+
+def bleu(
+    captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> tuple[float, ...]:
+    """Return BLEU-1 to BLEU-4 of the set; the reference length is the closest one."""
+    matched, possible = [0] * MAX_N, [0] * MAX_N
+    length = reference_length = 0
+    for caption, group in zip(captions, references, strict=True):
+        length += len(caption)
+        reference_length += min(
+            (abs(len(reference) - len(caption)), len(reference)) for reference in group
+        )[1]
+        limits: Ngrams = Counter()
+        for reference in group:
+            limits |= _ngrams(reference)
+        for n in range(MAX_N):
+            possible[n] += max(0, len(caption) - n)
+        for ngram, count in _ngrams(caption).items():
+            matched[len(ngram) - 1] += min(count, limits[ngram])
+    scores, product = [], 1.0
+    for n in range(MAX_N):
+        product *= (matched[n] + _BLEU_TINY) / (possible[n] + _BLEU_SMALL)
+        scores.append(product ** (1 / (n + 1)))
+    ratio = (length + _BLEU_TINY) / (reference_length + _BLEU_SMALL)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    return tuple(score * brevity for score in scores)
+
+
+def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return ROUGE-L: precision and recall of the longest common subsequence, each the best one."""
+    # The COCO code splits text at spaces, so that an empty caption has one empty token.
+    caption = caption or [""]
+    common = [_common_length(reference or [""], caption) for reference in references]
+    precision = max(common) / len(caption)
+    recall = max(
+        n / len(reference or [""]) for n, reference in zip(common, references, strict=True)
+    )
+    if not precision or not recall:
+        return 0.0
+    weight = ROUGE_BETA**2
+    return (1 + weight) * precision * recall / (recall + weight * precision)
+
+
+def _ngrams(tokens: Sequence[str]) -> Ngrams:
+    return Counter(
+        tuple(tokens[start : start + n])
+        for n in range(1, MAX_N + 1)
+        for start in range(len(tokens) - n + 1)
+    )
+
+
+def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence."""
+    row = [0] * (len(second) + 1)
+    for token in first:
+        diagonal = 0
+        for column, other in enumerate(second, 1):
+            above = row[column]
+            row[column] = diagonal + 1 if token == other else max(above, row[column - 1])
+            diagonal = above
+    return row[-1]

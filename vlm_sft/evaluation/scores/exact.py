@@ -1,0 +1,273 @@
+"""Score answers that are right or wrong: short text (GQA), multiple choice, counts, boxes."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from vlm_sft.evaluation.intervals import interval_of_shares
+from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
+
+_NUMBER_WORDS: Final = dict(
+    zero=0, one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10,
+    eleven=11, twelve=12, thirteen=13, fourteen=14, fifteen=15, sixteen=16, seventeen=17,
+    eighteen=18, nineteen=19, twenty=20, no=0, none=0,
+)  # fmt: skip
+
+_LETTER: Final = re.compile(
+    r"^\s*(?:the\s+)?(?:(?:correct|best|right)\s+)?(?:answer|option|choice)?\s*(?:is|:)?\s*"
+    r"[(\[]?([A-Z])[)\].:,]?(?=\s|$)",
+    re.IGNORECASE,
+)
+_BOX: Final = re.compile(
+    r"[\[(]\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*[\])]"
+)
+_INTEGER: Final = re.compile(r"(?<![\d.])\d+(?![\d.]*\d)")
+
+Box = tuple[float, float, float, float]
+
+
+def score_gqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
+    """Return the share of answers that equal the true one, without case and final period (GQA)."""
+    questions = unique_ids(truth, "question_id", "id")
+    return _report(
+        "gqa",
+        answers,
+        questions,
+        lambda answer, row: _plain(answer) == _plain(row.text("answer", "label")),
+        seed=seed,
+    )
+
+
+def score_multiple_choice(
+    answers: Answers, truth: Sequence[Row], *, seed: int = 0
+) -> dict[str, Any]:
+    """Return accuracy of letters or option texts, and how often each position was chosen.
+
+    Truth rows have `answer` (a letter, an option's text, or its number from 0) and `choices`. If a
+    model's answers shift toward a position while the true ones do not, it has a position bias.
+
+    Raises:
+        UserError: A row has no choices, or its answer is not one of them.
+    """
+    questions = unique_ids(truth, "question_id", "id")
+    choices = {name: _choices(row) for name, row in questions.items()}
+    right = {name: _true_choice(row, choices[name]) for name, row in questions.items()}
+    chosen = {
+        name: read_choice(answers.by_id[name], choices[name])
+        for name in questions
+        if name in answers.by_id
+    }
+    report = _report(
+        "multiple_choice",
+        answers,
+        questions,
+        lambda answer, row: read_choice(answer, _choices(row)) == _true_choice(row, _choices(row)),
+        seed=seed,
+    )
+    longest = max(map(len, choices.values()))
+    letters = [chr(ord("A") + number) for number in range(longest)]
+    said, true = Counter(chosen.values()), Counter(right.values())
+    return {
+        **report,
+        "unclear": said[None],
+        "chosen": {letter: said[number] for number, letter in enumerate(letters)},
+        "true": {letter: true[number] for number, letter in enumerate(letters)},
+    }
+
+
+def read_choice(answer: str, choices: Sequence[str]) -> int | None:
+    """Return the number of the option that an answer chooses, or None if it is unclear.
+
+    A letter at the start decides (`B`, `(b)`, `The answer is B.`), then the option whose text is
+    the answer, then the only option whose text occurs in it.
+    """
+    plain = _plain(answer)
+    for number, choice in enumerate(choices):
+        if plain == _plain(choice):
+            return number
+    if (found := _LETTER.match(answer)) is not None:
+        number = ord(found[1].upper()) - ord("A")
+        # "A dog" begins with an article, not with a letter.
+        is_article = found[1] in "Aa" and answer.strip()[1:2] == " "
+        if number < len(choices) and not is_article:
+            return number
+    inside = [
+        number
+        for number, choice in enumerate(choices)
+        if re.search(rf"\b{re.escape(_plain(choice))}\b", plain)
+    ]
+    return inside[0] if len(inside) == 1 else None
+
+
+def score_counting(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
+    """Return the share of exact counts, and the mean absolute error of the answers with a number.
+
+    Raises:
+        UserError: A true answer is not a number.
+    """
+    questions = unique_ids(truth, "question_id", "id")
+    counts: dict[str, int] = {}
+    for name, row in questions.items():
+        if (count := read_count(row.text("answer", "label", "count"))) is None:
+            raise row.error("the true answer is not a count")
+        counts[name] = count
+    report = _report(
+        "counting",
+        answers,
+        questions,
+        lambda answer, row: read_count(answer) == read_count(row.text("answer", "label", "count")),
+        seed=seed,
+    )
+    said = {name: read_count(answers.by_id[name]) for name in questions if name in answers.by_id}
+    errors = [abs(count - counts[name]) for name, count in said.items() if count is not None]
+    signed = [count - counts[name] for name, count in said.items() if count is not None]
+    return {
+        **report,
+        "without_number": sum(count is None for count in said.values()),
+        "mean_absolute_error": sum(errors) / len(errors) if errors else None,
+        "mean_error": sum(signed) / len(signed) if signed else None,
+        "within_one": sum(error <= 1 for error in errors) / len(questions),
+    }
+
+
+def read_count(answer: str) -> int | None:
+    """Return the first number of an answer, in digits or as a word up to twenty, or None."""
+    plain = answer.lower().replace(",", "")
+    for word in re.findall(r"[a-z]+|[\d.]+", plain):
+        if word in _NUMBER_WORDS:
+            return _NUMBER_WORDS[word]
+        if _INTEGER.fullmatch(word.rstrip(".")):
+            return int(word.rstrip("."))
+    return None
+
+
+def score_grounding(
+    answers: Answers, truth: Sequence[Row], *, seed: int = 0, threshold: float = 0.5
+) -> dict[str, Any]:
+    """Return the share of boxes with an IoU of at least `threshold`, and the mean IoU.
+
+    Boxes are `[left, top, right, bottom]` in the units of the truth; `bbox` in a truth row is
+    COCO's `[left, top, width, height]`. The first box in an answer counts.
+
+    Raises:
+        UserError: A truth row has no box.
+    """
+    questions = unique_ids(truth, "question_id", "id")
+    boxes = {name: _true_box(row) for name, row in questions.items()}
+    said = {name: read_box(answers.by_id[name]) for name in questions if name in answers.by_id}
+    overlaps = {name: _iou(said.get(name), box) for name, box in boxes.items()}
+    report = _report(
+        "grounding",
+        answers,
+        questions,
+        lambda answer, row: _iou(read_box(answer), _true_box(row)) >= threshold,
+        seed=seed,
+    )
+    return {
+        **report,
+        "threshold": threshold,
+        "mean_iou": sum(overlaps.values()) / len(overlaps),
+        "without_box": sum(box is None for box in said.values()),
+    }
+
+
+def read_box(answer: str) -> Box | None:
+    """Return the first `[left, top, right, bottom]` in a text, or None."""
+    for found in _BOX.finditer(answer):
+        try:
+            left, top, right, bottom = (float(number) for number in found.groups())
+        except ValueError:
+            continue
+        return left, top, right, bottom
+    return None
+
+
+def _report(
+    kind: str,
+    answers: Answers,
+    questions: dict[str, Row],
+    is_right: Callable[[str, Row], bool],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    coverage = match(answers, list(questions))
+    correct = [
+        name in answers.by_id and is_right(answers.by_id[name], row)
+        for name, row in questions.items()
+    ]
+    images = [str(row.get("image", "image_id") or name) for name, row in questions.items()]
+    accuracy = interval_of_shares(correct, images, seed=seed)
+    result: dict[str, Any] = {
+        "kind": kind,
+        **coverage.as_dict(),
+        "accuracy": accuracy.estimate,
+        "accuracy_interval": [accuracy.low, accuracy.high],
+    }
+    groups: dict[str, list[bool]] = {}
+    for row, right in zip(questions.values(), correct, strict=True):
+        if (group := row.get("category", "type")) is not None:
+            groups.setdefault(str(group), []).append(right)
+    if groups:
+        result["by_category"] = {
+            group: {"questions": len(values), "accuracy": sum(values) / len(values)}
+            for group, values in sorted(groups.items())
+        }
+    return result
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .")
+
+
+def _choices(row: Row) -> list[str]:
+    found = row.require("choices", "options")
+    if isinstance(found, dict):
+        found = [found[key] for key in sorted(found)]
+    if not isinstance(found, list) or not found or len(found) > 26:
+        raise row.error("'choices' is not a list of 1 to 26 options")
+    return [str(choice) for choice in found]
+
+
+def _true_choice(row: Row, choices: Sequence[str]) -> int:
+    answer = row.text("answer", "label")
+    for number, choice in enumerate(choices):
+        if _plain(answer) == _plain(choice):
+            return number
+    if len(answer.strip()) == 1 and answer.strip().isalpha():
+        number = ord(answer.strip().upper()) - ord("A")
+    else:
+        number = int(answer) if answer.strip().isdigit() else -1
+    if not 0 <= number < len(choices):
+        raise row.error(f"the answer {answer!r} is not one of the {len(choices)} choices")
+    return number
+
+
+def _true_box(row: Row) -> Box:
+    values: Any = row.require("bbox", "box", "answer")
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)
+        except ValueError:
+            raise row.error("the true answer is not a box [left, top, right, bottom]") from None
+    numbers = values if isinstance(values, list) else []
+    if len(numbers) != 4 or not all(isinstance(n, int | float) for n in numbers):
+        raise row.error("the box does not have four numbers")
+    left, top, right, bottom = map(float, numbers)
+    return (
+        (left, top, left + right, top + bottom)
+        if "bbox" in row.values
+        else (left, top, right, bottom)
+    )
+
+
+def _iou(first: Box | None, second: Box) -> float:
+    if first is None:
+        return 0.0
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(0.0, width) * max(0.0, height)
+    areas = [max(0.0, b[2] - b[0]) * max(0.0, b[3] - b[1]) for b in (first, second)]
+    union = sum(areas) - shared
+    return shared / union if union > 0 else 0.0
