@@ -19,7 +19,7 @@ import numpy as np
 from data_tools.backends import Backend, make_backend
 from data_tools.coco import AnnotatedImage, CocoIndex, read_coco
 from data_tools.digests import file_digest
-from data_tools.findings import MAX_FAULTY
+from data_tools.findings import MAX_FAULTY, finding_lines
 from data_tools.image_check import require_few_missing, usable_images
 from data_tools.records import CONVERSATION_FAMILIES, AnswerStyle, Exchange, conversation, probe
 from vlm_sft.commands.parser import CommandParser
@@ -115,7 +115,9 @@ def main(argv: Sequence[str]) -> int:
         )
     else:
         _write_folder(arguments, inputs, outputs, receipt)
-    echo("\n".join([*index.findings.lines(), *_table(receipt)]), file=sys.stdout)
+    echo(
+        "\n".join([*finding_lines(receipt["findings"].values()), *_table(receipt)]), file=sys.stdout
+    )
     return 0
 
 
@@ -128,7 +130,7 @@ def _require_out_file(arguments: argparse.Namespace, inputs: dict[str, Path]) ->
 def _read(arguments: argparse.Namespace, inputs: dict[str, Path]) -> tuple[CocoIndex, int]:
     """Read the annotations; return those of usable images, and the number of annotated ones."""
     share, images = arguments.max_faulty, Path(arguments.images)
-    remedy = "; --max-faulty 1 sets aside whatever is faulty"
+    remedy = "; --max-faulty 1 drops everything that is faulty"
     index = read_coco(inputs.get("instances"), inputs.get("captions"), share, remedy)
     require_few_missing(index.images, images, share)
     annotated = usable_images(index, images, follow_symlinks=arguments.follow_symlinks)
@@ -391,7 +393,7 @@ def _receipt(
             "without_boxes": sum(not image.boxes for image in used),
         },
         "max_faulty": arguments.max_faulty,
-        "findings": index.findings.told(),
+        "findings": index.findings.as_dict(),
         "files": {f"{name}.json": output.summary() for name, output in outputs.items()},
     }
 

@@ -1,36 +1,23 @@
-"""What was found in annotations: counted by kind, with the first examples, and never silent."""
+"""Faults and remarks about annotations, counted by kind with the first examples."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from vlm_sft.errors import UserError
 
-Consequence = Literal["annotation dropped", "image dropped", "reported"]
-
 MAX_EXAMPLES: Final = 5
 MAX_FAULTY: Final = 0.01
-"""Share of all annotations or images that may have one fault and be set aside; a larger one
-speaks of a wrong file (or of corners in place of sizes), not of a slip of its makers."""
+"""Share of the annotations or images that may be dropped for one kind of fault. If there are more,
+the file is probably the wrong one, or boxes are stored as corners instead of width and height."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A kind of thing that annotations may show.
-
-    Attributes:
-        meaning: In the plural, for use after a count.
-        consequence: What happens to the annotation or the image.
-    """
+class Finding(NamedTuple):
+    """A kind of finding: its meaning, in the plural, and what happens to annotation or image."""
 
     meaning: str
-    consequence: Consequence
-
-    @property
-    def drops_images(self) -> bool:
-        """Whether images with this fault are left out."""
-        return self.consequence == "image dropped"
+    consequence: Literal["annotation dropped", "image dropped", "reported"]
 
 
 KINDS: Final[Mapping[str, Finding]] = {
@@ -41,7 +28,7 @@ KINDS: Final[Mapping[str, Finding]] = {
     "box_crowd": Finding("boxes of crowds, never counted", "reported"),
     "caption_empty": Finding("captions without a word", "annotation dropped"),
     "caption_long": Finding("captions of over 5,000 characters", "annotation dropped"),
-    "caption_unreadable": Finding("captions that are no Unicode text", "annotation dropped"),
+    "caption_unreadable": Finding("captions that are not Unicode text", "annotation dropped"),
     "caption_repeated": Finding("captions repeating one of their image, kept", "reported"),
     "image_without_captions": Finding("images without captions", "reported"),
     "image_without_boxes": Finding("images without boxes: absence unknown", "reported"),
@@ -62,7 +49,7 @@ class Findings:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, example: str) -> None:
-        """Count one finding; its sentence is kept while few are."""
+        """Count one finding, and keep its sentence if it is among the first."""
         assert kind in KINDS, kind
         self.counts[kind] += 1
         kept = self.examples.setdefault(kind, [])
@@ -70,45 +57,39 @@ class Findings:
             kept.append(example)
 
     def require_few(self, totals: Mapping[str, int], share: float, remedy: str = "") -> None:
-        """Refuse faults that set too large a part aside.
+        """Refuse annotations of which too many would be dropped.
 
         Args:
-            totals: How many there are of what kinds begin with (`box`, `caption`, `image`);
-                kinds of others are not looked at.
-            share: The largest part that may be set aside for one fault.
-            remedy: What else can be done, told at the sentence's end.
+            totals: How many boxes, captions or images there are, by the first word of the kinds
+                (`box`, `caption`, `image`) to be checked.
+            share: The largest share that may be dropped for one kind of fault.
+            remedy: What else the user can do, for the end of the sentence.
 
         Raises:
-            UserError: One kind of fault has more; the first example is told.
+            UserError: There are more of one kind; the sentence has the first example.
         """
         for kind, count in self.counts.items():
             total = totals.get(kind.partition("_")[0])
             if total is None or KINDS[kind].consequence == "reported" or count <= share * total:
                 continue
             raise UserError(
-                f"{self.examples[kind][0]} ({KINDS[kind].meaning}: {count:,} of {total:,}, and up "
-                f"to {share:.3g} of them would be set aside){remedy}",
+                f"{self.examples[kind][0]} ({KINDS[kind].meaning}: {count:,} of {total:,}, and at "
+                f"most {share:.3g} of them may be dropped){remedy}",
                 code="image_missing" if kind == "image_missing" else None,
             )
 
-    def told(self) -> dict[str, dict[str, Any]]:
-        """All kinds found, in the order of `KINDS`."""
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the kinds that were found, in the order of `KINDS`."""
         return {
-            kind: {
-                "count": self.counts[kind],
-                "meaning": finding.meaning,
-                "consequence": finding.consequence,
-                "examples": self.examples[kind],
-            }
+            kind: {"count": self.counts[kind], **finding._asdict(), "examples": self.examples[kind]}
             for kind, finding in KINDS.items()
             if self.counts[kind]
         }
 
-    def lines(self) -> Iterator[str]:
-        """The same for a terminal; an example only where something is set aside."""
-        for kind, told in self.told().items():
-            lost = told["consequence"] != "reported"
-            yield (
-                f"{told['count']:>9,}  {told['meaning']}"
-                + (f": {told['consequence']}, e.g. {self.examples[kind][0]}" if lost else "")
-            )
+
+def finding_lines(findings: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line for each kind of `Findings.as_dict`, with an example if something is dropped."""
+    for found in findings:
+        dropped = found["consequence"] != "reported"
+        example = f": {found['consequence']}, e.g. {found['examples'][0]}" if dropped else ""
+        yield f"{found['count']:>9,}  {found['meaning']}{example}"

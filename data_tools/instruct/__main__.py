@@ -27,10 +27,11 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     given, overrides, overwrite = (options.pop(key) for key in ("config", "overrides", "overwrite"))
 
     from data_tools.instruct.config import InstructConfig
-    from data_tools.instruct.run_folder import own_for
+    from data_tools.instruct.run_folder import own_for, refuse_older
     from vlm_sft.config import loading as settings
 
     config = settings.load(InstructConfig, given, overrides)
+    refuse_older(Path(config.output_dir))
     if name == "explain":
         from data_tools.instruct import explain
 

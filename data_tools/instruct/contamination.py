@@ -196,8 +196,8 @@ def _entries(path: Path) -> Iterator[tuple[Any, str]]:
         entries = _parse(read_text(path, MAX_LIST_BYTES), str(path))
         yield from ((entry, f"{path}[{position}]") for position, entry in enumerate(entries))
     elif head.startswith("{") and not _is_json_line(head):
-        for element in read_lists(path, ("images",)):
-            yield element.value, f"{path}: images[{element.position}]"
+        for _, position, value in read_lists(path, {"images": Any}):
+            yield value, f"{path}: images[{position}]"
     else:
         yield from _lines(path)
 

@@ -159,7 +159,7 @@ def outcomes(folder: RunFolder) -> Outcomes:
     met = {name: of["overlap"] for name, of in _get(folder.plan, "guard", "lists").items()}
     found.details[LEFT_OUT["of_evaluations"][0]] = +Counter(met)
     for kind, finding in _get(folder.index, "findings").items():
-        if kind in KINDS and KINDS[kind].drops_images:
+        if kind in KINDS and KINDS[kind].consequence == "image dropped":
             found.images[KINDS[kind].meaning] += finding["count"]
     return found
 

@@ -145,6 +145,22 @@ class RunFolder:
         return self.root / "report"
 
 
+def refuse_older(root: Path) -> None:
+    """Refuse the folder of a run that an older version made, under other names and request ids.
+
+    Raises:
+        UserError: It has `pictures.jsonl`, or lines about a `picture`.
+    """
+    lines = ("requests.jsonl", "samples.jsonl", "kept.jsonl")
+    old = (root / "pictures.jsonl").exists()
+    if old or any(_begins_with(root / name, {"picture"}) for name in lines):
+        raise UserError(
+            f"{root}: was made by an older version, whose answers this version would ask and pay "
+            "for again; choose a new output_dir (files in export/ can be trained on as they are)",
+            code="not_ours",
+        )
+
+
 def own_for(
     config: InstructConfig, given: Path, commands: Sequence[str], *, overwrite: bool
 ) -> None:

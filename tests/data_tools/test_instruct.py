@@ -240,6 +240,19 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("command", ["plan", "run", "generate", "export"])
+@pytest.mark.parametrize("name", ["pictures.jsonl", "requests.jsonl", "samples.jsonl"])
+def test_a_folder_of_an_older_version_is_refused_in_one_sentence(
+    command: str, name: str, tmp_path: Path, scenes: Path
+) -> None:
+    config = config_file(tmp_path, scenes)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text('{"id": "a", "picture": {"id": 7}}\n')
+    with pytest.raises(UserError, match=r"was made by an older version.*choose a new output_dir"):
+        main([command, str(config)])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
 def test_a_misspelt_setting_is_one_sentence_and_code_2(tmp_path: Path, scenes: Path) -> None:
     config = config_file(tmp_path, scenes, teachr={})
     done = subprocess.run(

@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from data_tools.coco import AnnotatedImage
@@ -144,7 +144,9 @@ def test_a_server_on_this_machine_needs_no_key(
 
 def hostile(caption: str) -> AnnotatedImage:
     """The usual image with one caption of an attacker's, as the index would keep it."""
-    return replace(image(1), captions=(" ".join(caption.split()), "A cat and a cup."))
+    return msgspec.structs.replace(
+        image(1), captions=(" ".join(caption.split()), "A cat and a cup.")
+    )
 
 
 @pytest.mark.parametrize("caption", INJECTIONS)
