@@ -60,6 +60,13 @@ DESK = image(
         ("tv", 200, 100, 150, 120), ("tv", 380, 100, 150, 120), ("laptop", 10, 200, 150, 120),
     ),
 )  # fmt: skip
+PATIO = image(
+    "Two buckets and closed umbrellas next to a mirror.",
+    "A couple of buckets and a couple of benches by a mirror.",
+    "A very messy counter space with a mirror and closed umbrellas.",
+    "A counter with cups.",
+    "A mirror, a dog bowl and buckets.",
+)  # fmt: skip
 ROOM = image(
     "A kitchen with white cabinets and a closed refrigerator.",
     "A cat is sleeping on the table in a kitchen.",
@@ -103,6 +110,18 @@ def codes(
         ("There are no animals.", "There are no vehicles.", BEAR, "OBJECT_DENIED"),
         ("No vehicles are visible.", "No animals are visible.", MAN, "OBJECT_DENIED"),
         ("There is no car in sight.", "There is no other car in sight.", MAN, "OBJECT_DENIED"),
+        # what has no category
+        ("Three buckets stand there.", "Two buckets stand there.", PATIO, "COUNT_TOO_HIGH"),
+        ("There is no mirror in the room.", "There is no rug in the room.", PATIO,
+         "OBJECT_DENIED"),
+        ("Nobody is visible.", "Nobody is wearing a hat.", MAN, "OBJECT_DENIED"),
+        # captions alone, where nothing is boxed
+        ("A cat lies next to it.", "A spoon lies next to it.", PATIO, "OBJECT_NOT_FOUND"),
+        ("A young couple sits there.", "A couple of chairs are there.", PATIO, "OBJECT_NOT_FOUND"),
+        # states and patterns
+        ("All of the umbrellas are open.", "All of the umbrellas are closed.", PATIO,
+         "ATTRIBUTE_WRONG"),
+        ("The counter is tidy and spotless.", "The counter is dirty.", PATIO, "ATTRIBUTE_WRONG"),
         # attributes
         ("He wears a red shirt.", "He wears a dark green shirt.", MAN, "ATTRIBUTE_WRONG"),
         ("The bear is brown.", "The bear is black.", BEAR, "ATTRIBUTE_WRONG"),
@@ -281,3 +300,27 @@ def test_the_case_files_are_judged_as_published(name: str, recall: float, refuse
             verdicts[case["truth"] == "ok"].append(bool(reasons(found)))
     assert sum(verdicts[False]) >= recall * len(verdicts[False])
     assert sum(verdicts[True]) <= refused * len(verdicts[True])
+
+
+def test_a_pronoun_of_a_question_stands_for_what_the_turn_before_is_about() -> None:
+    parked = image("A blue motorcycle is parked in a corner.", "A parked blue motorcycle.")
+    first = Turn(question="Where is the motorcycle?", answer="It is in a corner.", kind="place")
+    for answer, expected in (("It is bright red.", ("ATTRIBUTE_WRONG",)), ("It is blue.", ())):
+        second = Turn(question="What color is it?", answer=answer, kind="attribute")
+        checks = check_sample((first, second), "conversation", parked, Shown(), POLICY)
+        assert reasons(checks) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "wrong", "true"),
+    [
+        ("What is the man eating?", "He is eating a salad.", "He is eating a burger."),
+        ("Is there a mirror in the room?", "No, there is not.", "Yes, there is a mirror."),
+    ],
+)
+def test_answers_about_what_has_no_category_are_compared_with_captions(
+    question: str, wrong: str, true: str
+) -> None:
+    lunch = image("A man eating a burger at a mirror.", "A person eats a burger next to a mirror.")
+    assert codes(wrong, lunch, question)
+    assert codes(true, lunch, question) == ()

@@ -72,7 +72,10 @@ def check_sample(
         policy: How strict; the annotated categories.
     """
     knowledge = policy.knowledge(image)
-    cases = [Case(turn, index, sample_type, knowledge, policy) for index, turn in enumerate(turns)]
+    cases: list[Case] = []
+    for index, turn in enumerate(turns):
+        before = cases[-1] if cases else None
+        cases.append(Case(turn, index, sample_type, knowledge, policy, before))
     found: list[Check] = list(form.check_sample(cases, sample_type))
     for case in cases:
         found += check_citations(case.turn, case.index, shown)
@@ -105,6 +108,7 @@ def _check_turn(case: Case) -> Iterator[Check]:
         yield from attributes.check_yes_no(case)
     if question & ACTION:
         yield from actions.check_yes_no(case)
+        yield from actions.check_object(case)
     if both & (KIND | PERSON):
         yield from kinds.check(case)
     if answer & RELATION:

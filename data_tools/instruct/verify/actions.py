@@ -7,11 +7,13 @@ from functools import cache
 from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
-from data_tools.instruct.verify.describing import PRONOUN, Action, action_stems, actions
+from data_tools.instruct.verify.describing import PRONOUN, Action, actions, noun_name
 from data_tools.instruct.verify.flags import ACTION
-from data_tools.instruct.verify.grammar import word_set
+from data_tools.instruct.verify.grammar import INTRODUCING, last_of_phrase, singular, word_set
 from data_tools.instruct.verify.knowledge import ANIMALS
 from data_tools.instruct.verify.lexicon import Mention
+from data_tools.instruct.verify.numbers import quantity
+from data_tools.instruct.verify.reading import Sentence
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -19,10 +21,7 @@ def check(case: Case) -> Iterator[Check]:
     reading, knowledge = case.answer_reading, case.knowledge
     if not reading.bits & ACTION:
         return
-    stems = action_stems()
-    used = {stems[word] for word in reading.vocabulary & stems.keys()}
-    if not used:
-        return
+    judged: set[str] = set()
     named: set[str] = set()
     for number, sentence in enumerate(reading.sentences):
         for action in actions(sentence):
@@ -32,7 +31,7 @@ def check(case: Case) -> Iterator[Check]:
                 if people is not None:
                     action = replace(action, subject="person", mention=people)
             first = action.mention is None or _is_first(named, action)
-            if action.stem not in used:
+            if action.stem in judged:
                 continue
             captions = knowledge.actions.get(action.stem, ())
             span = sentence.span(action.index, action.index)
@@ -40,30 +39,76 @@ def check(case: Case) -> Iterator[Check]:
             if action.stem == "ride" and action.target is not None and not swapped:
                 swapped = _rides_another(case, action)
             if swapped and sentence.asserts(action.index, action.index):
-                used.discard(action.stem)
+                judged.add(action.stem)
                 yield case.check(
                     "action", "contradicted", "ACTION_WRONG", "answer", span,
                     f"{action.mention.word if action.mention else ''} {action.stem}", swapped,
                 )  # fmt: skip
                 continue
+            others = () if not captions else _done_by_others(case, action, sentence, first=first)
+            if others and sentence.asserts(action.index, action.index):
+                judged.add(action.stem)
+                yield case.check(
+                    "action", "contradicted", "ACTION_WRONG", "answer", span, action.stem, others
+                )
+                continue
             if captions:
-                used.discard(action.stem)
+                judged.add(action.stem)
                 ids = tuple(n for n in captions if n)
                 yield case.check("action", "supported", None, "answer", span, action.stem, ids)
                 continue
             if sentence.asserts(action.index, action.index):
-                ids = excluding(case, action, opening=number == 0, first=first)
+                ids = excluding(case, action, sentence, opening=number == 0, first=first)
                 if ids:
-                    used.discard(action.stem)
+                    judged.add(action.stem)
                     yield case.check(
                         "action", "contradicted", "ACTION_WRONG", "answer", span, action.stem, ids
                     )
                     continue
-            used.discard(action.stem)
+            judged.add(action.stem)
             refused = case.config.unknown_attributes == "reject"
             code = "ATTRIBUTE_UNKNOWN" if refused and case.sample_type != "reasoning" else None
             yield case.check("action", "unknown", code, "answer", span, action.stem)
         named.update(name for m in sentence.mentions for name in m.entry.categories)
+
+
+def check_object(case: Case) -> Iterator[Check]:
+    """Judge `What is he eating?` `An apple pie.` where captions agree on something else.
+
+    Things of the categories are left to `objects`.
+    """
+    asked, answer = case.question.sentence, case.answer_reading
+    if asked is None or asked.words[0] not in ("what", "which") or not answer.sentences:
+        return
+    stem = next((a.stem for a in actions(asked) if a.stem in _WITH_OBJECT), None)
+    if stem is None:
+        return
+    sentence = answer.sentences[0]
+    verb = next((a.index for a in actions(sentence) if a.stem == stem), -1)
+    last = _object_of(sentence, verb)
+    if last is None or (verb < 0 and len(sentence.words) > 5) or sentence.mentions:
+        return
+    noun, known = noun_name(sentence.words[last]), case.knowledge
+    ids = {
+        caption.id
+        for caption in known.captions
+        for said in caption.reading.sentences
+        for action in actions(said)
+        if action.stem == stem and _object_of(said, action.index) is not None
+    }
+    if len(ids) > 1 and noun not in known.nouns and sentence.asserts(last, last):
+        span, claim = sentence.span(max(verb, 0), last), f"{stem} {noun}"
+        evidence = tuple(sorted(n for n in ids if n))
+        yield case.check("action", "contradicted", "ACTION_WRONG", "answer", span, claim, evidence)
+
+
+def _object_of(sentence: Sentence, verb: int) -> int | None:
+    """Return the last word of the phrase that follows a verb; None where none does."""
+    words, start = sentence.words, verb + 1
+    while start < len(words) and words[start] in INTRODUCING:
+        start += 1
+    last = last_of_phrase(words, start, len(words))
+    return last if last >= start else None
 
 
 def check_yes_no(case: Case) -> Iterator[Check]:
@@ -74,7 +119,7 @@ def check_yes_no(case: Case) -> Iterator[Check]:
     for action in actions(sentence):
         if action.mention is None or case.knowledge.actions.get(action.stem):
             continue
-        ids = excluding(case, action, opening=True, first=True)
+        ids = excluding(case, action, sentence, opening=True, first=True)
         if ids:
             span = sentence.span(action.index, action.index)
             yield case.check(
@@ -82,12 +127,15 @@ def check_yes_no(case: Case) -> Iterator[Check]:
             )
 
 
-def excluding(case: Case, action: Action, *, opening: bool, first: bool) -> tuple[int, ...]:
+def excluding(
+    case: Case, action: Action, sentence: Sentence, *, opening: bool, first: bool
+) -> tuple[int, ...]:
     """Return the captions whose action excludes this one; none where they do not decide.
 
     Args:
         case: The turn.
         action: What the answer claims; no caption has it.
+        sentence: Where it does.
         opening: Whether its sentence is the answer's first.
         first: Whether its subject is the first of its category that the answer names.
     """
@@ -104,8 +152,8 @@ def excluding(case: Case, action: Action, *, opening: bool, first: bool) -> tupl
     asked = opening and _asks_for_action(case)
     if asked and number == "many" and subject in case.knowledge.single:
         return ()  # captions do not speak of these
-    if not asked and (not first or not _is_alone(case, subject, number)):
-        return ()
+    if not asked and not (first and _is_alone(case, subject, number)):
+        known = _of_same_word(case, action, sentence) if first else {}
     excluded = _excluded(subject == "person")
     tasks, compatible = _tasks()
     ids: set[int] = set()
@@ -191,7 +239,7 @@ def _subject(case: Case, action: Action, *, opening: bool) -> tuple[str | None, 
     if action.mention is not None:
         return action.subject, action.mention.number
     if action.subject == PRONOUN or (action.subject is None and action.index <= 1):
-        for mention in case.question.mentions if opening else ():
+        for mention in case.asked if opening else ():
             names = mention.entry.categories
             if mention.word in _BACKGROUND:
                 return None, "any"
@@ -207,6 +255,33 @@ def _is_alone(case: Case, subject: str, number: str) -> bool:
     if number == "many":
         return most > 1 and (knowledge.prominent(subject) <= most or not knowledge.has_boxes)
     return most == 1 and knowledge.prominent(subject) <= 1
+
+
+def _of_same_word(case: Case, action: Action, sentence: Sentence) -> dict[str, tuple[int, ...]]:
+    """Return what captions let the same people do, by their word or number: `two women`."""
+    mention, knowledge = action.mention, case.knowledge
+    if mention is None:
+        return {}
+    word = f"word {singular(mention.word)}"
+    if mention.number == "one":
+        same = mention.entry.narrow and word in knowledge.single
+    else:
+        number = quantity(sentence, mention)
+        counts = knowledge.word_counts.get(noun_name(mention.word), {})
+        same = number is not None and number.least > 1 and number.least in counts
+    return knowledge.actions_of.get(word, {}) if same else {}
+
+
+def _done_by_others(
+    case: Case, action: Action, sentence: Sentence, *, first: bool
+) -> tuple[int, ...]:
+    """Return the captions whose action of the same people excludes this one, which others do."""
+    known = _of_same_word(case, action, sentence) if first else {}
+    if not known or action.stem in known:
+        return ()
+    excluded = _excluded(True).get(action.stem, frozenset())
+    ids = {n for stem in excluded & known.keys() for n in known[stem]}
+    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
 
 
 def _is_first(named: set[str], action: Action) -> bool:
@@ -244,6 +319,7 @@ def _tasks() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
     return frozenset(listed["tasks"]), frozenset(pairs + [(b, a) for a, b in pairs])
 
 
+_WITH_OBJECT = frozenset({"hold", "eat", "drink", "carry", "read", "cook", "cut", "fly", "throw"})
 _ANIMATE = frozenset({"person", *ANIMALS})
 _RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
 _OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})

@@ -26,6 +26,7 @@ from data_tools.instruct.verify.grammar import (
     word_set,
 )
 from data_tools.instruct.verify.knowledge import ANIMALS
+from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.reading import Sentence
 
 
@@ -106,13 +107,13 @@ def contradicting(
         stated = {word for attribute, _ in found for word in attribute.words}
         if not stated & opposite or stated & set(claim.words) or _shared_side(claim.words, stated):
             return None
-    elif any(
-        alike(claim.family, one, other)
-        for one in claim.words
-        for attribute, _ in found
-        for other in attribute.words
-    ):
-        return None
+    else:
+        stated = {word for attribute, _ in found for word in attribute.words}
+        same = [any(alike(claim.family, one, other) for other in stated) for one in claim.words]
+        # `brown and pink` is wrong of what captions call `brown and black`
+        listed = 1 < len(claim.words) <= max(len(attribute.words) for attribute, _ in found)
+        if all(same) or (any(same) and not listed):
+            return None
     known_ones = [attribute for attribute, _ in found]
     if not _is_one_thing(case, claim, noun, known_ones, worn_by_first):
         return None
@@ -171,12 +172,19 @@ def asked_noun(case: Case) -> str:
     while start < len(words) and words[start] in (DEFINITE | INDEFINITE | QUANTITIES):
         start += 1
     last = last_of_phrase(words, start, len(words))
-    if last < start:
-        return PRONOUN
+    owned = last >= start and words[start - 1] == "its" and words[last] in parts()
+    if last < start or owned:
+        return _name_of(case.asked) if case.before is not None else PRONOUN
     if words[last] in parts() and words[last + 1 : last + 2] == ["of"]:
         inner = last_of_phrase(words, last + 3, len(words))
         last = inner if inner > last + 2 else last
     return noun_at(sentence, last)
+
+
+def _name_of(mentions: Sequence[Mention]) -> str:
+    """Return the category of the first of these, where it has one."""
+    names = mentions[0].entry.categories if mentions else ()
+    return names[0] if len(names) == 1 else PRONOUN
 
 
 def _check_bare(case: Case) -> Iterator[Check]:
@@ -225,9 +233,7 @@ def _check_words(case: Case, seen: set[str]) -> Iterator[Check]:
 
 def _previous(sentences: Sequence[Sentence], number: int) -> str:
     """Return what a pronoun stands for: the first thing that the sentence before names."""
-    before = sentences[number - 1].mentions
-    names = before[0].entry.categories if before else ()
-    return names[0] if len(names) == 1 else PRONOUN
+    return _name_of(sentences[number - 1].mentions)
 
 
 def _whole(case: Case, noun: str) -> str:
@@ -265,7 +271,9 @@ def _groups(family: Family) -> dict[str, frozenset[int]]:
 def _opposites() -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for one, other in wording.load("facts")["states"]:
-        found |= dict.fromkeys(one, frozenset(other)) | dict.fromkeys(other, frozenset(one))
+        for side, opposite in ((one, other), (other, one)):
+            for word in side:
+                found[word] = found.get(word, frozenset()) | frozenset(opposite)
     return found
 
 

@@ -8,11 +8,12 @@ from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
 from data_tools.instruct.verify.flagging import fill
 from data_tools.instruct.verify.knowledge import Knowledge
-from data_tools.instruct.verify.lexicon import Lexicon
+from data_tools.instruct.verify.lexicon import Lexicon, Mention
 from data_tools.instruct.verify.questions import Asked, Question
 from data_tools.instruct.verify.reading import Reading
 
 Part = Literal["question", "answer"]
+PRONOUNS = frozenset({"it", "its", "they", "their", "them", "he", "she", "his", "her", "him"})
 REMEMBERED = 256
 """The knowledge of this many images is kept at a time."""
 REMEMBERED_QUESTIONS = 4096
@@ -62,6 +63,7 @@ class Case:
         answer_reading: The answer taken apart.
         question: The question, and what its answer says to it.
         config: The run's `verify` section.
+        before: The turn before.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Case:
         sample_type: SampleType,
         knowledge: Knowledge,
         policy: Policy,
+        before: "Case | None" = None,
     ) -> None:
         self.turn = turn
+        self.before = before
         self.index = index
         self.sample_type = sample_type
         self.knowledge = knowledge
@@ -82,6 +86,18 @@ class Case:
         self.question_reading = asked.reading
         self.answer_reading = Reading(turn.answer, policy.lexicon)
         self.question = Question(asked, self.answer_reading)
+
+    @property
+    def asked(self) -> tuple[Mention, ...]:
+        """What the question names; where it only has a pronoun, what the turn before is about."""
+        named = self.question.mentions
+        if named or self.before is None or PRONOUNS.isdisjoint(self.question_reading.vocabulary):
+            return named
+        earlier = self.before.asked
+        if not earlier or not earlier[0].entry.firm:
+            firm = [m for _, m in self.before.answer_reading.mentions if m.entry.firm]
+            return tuple(firm[:1]) or earlier
+        return earlier
 
     def check(
         self,

@@ -9,6 +9,7 @@ from data_tools import wording
 from data_tools.coco import Box
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verify.case import Case, Part
+from data_tools.instruct.verify.describing import noun_name
 from data_tools.instruct.verify.flags import NUMBER
 from data_tools.instruct.verify.grammar import (
     FUNCTION_WORDS,
@@ -19,7 +20,7 @@ from data_tools.instruct.verify.grammar import (
 from data_tools.instruct.verify.knowledge import evidence, names_for_counts
 from data_tools.instruct.verify.lazy import lazy
 from data_tools.instruct.verify.lexicon import Entry, Mention
-from data_tools.instruct.verify.numbers import Quantity, quantity
+from data_tools.instruct.verify.numbers import Quantity, numbered_nouns, quantity
 from data_tools.instruct.verify.reading import Sentence
 
 
@@ -37,10 +38,15 @@ def check(case: Case) -> Iterator[Check]:
     answer = case.answer_reading
     for sentence, mention in answer.mentions if answer.bits & NUMBER else ():
         is_asked = asked is not None and asked.entry.categories == mention.entry.categories
-        if mention.stance == "asserted" and not is_asked:
-            number = quantity(sentence, mention)
-            if number is not None:
-                yield from _judge(case, sentence, mention, number, "answer")
+        number = quantity(sentence, mention)
+        if number is None or is_asked:
+            continue
+        if mention.stance == "asserted":
+            yield from _judge(case, sentence, mention, number, "answer")
+        elif mention.stance == "depicted":
+            yield from _judge_depicted(case, sentence, mention, number)
+    if answer.bits & NUMBER:
+        yield from _check_others(case)
     if case.question_reading.bits & NUMBER:
         yield from _check_yes_no(case)
 
@@ -99,7 +105,7 @@ def _check_how_many_others(case: Case) -> Iterator[Check]:
     words = sentence.words
     start = next((i + 1 for i, w in enumerate(words) if w in ("many", "of")), 0)
     last = last_of_phrase(words, start, len(words))
-    known = case.knowledge.word_counts.get(singular(words[last])) if last >= start else None
+    known = case.knowledge.word_counts.get(noun_name(words[last])) if last >= start else None
     if not known:
         return
     span, claim = sentence.span(start, last), f"how many {words[last]}: {value}"
@@ -109,6 +115,21 @@ def _check_how_many_others(case: Case) -> Iterator[Check]:
     elif case.question.is_unrestricted or _shares_words(case):
         ids = tuple(sorted({n for numbers in known.values() for n in numbers if n}))
         yield case.check("count", "contradicted", "COUNT_WRONG", "question", span, claim, ids)
+
+
+def _check_others(case: Case) -> Iterator[Check]:
+    """Judge the numbers of what has no category (`three buckets`) by captions."""
+    for sentence in case.answer_reading.sentences:
+        for noun, value, first, last in numbered_nouns(sentence):
+            known = case.knowledge.word_counts.get(noun_name(noun))
+            if not known or any(m.first <= last <= m.last for m in sentence.mentions):
+                continue
+            span, claim = sentence.span(first, last), f"{value} {sentence.words[last]}"
+            ids = tuple(sorted({n for numbers in known.values() for n in numbers if n}))
+            if value > max(known) > 1 and sentence.asserts(first, last):
+                yield case.check(
+                    "count", "contradicted", "COUNT_TOO_HIGH", "answer", span, claim, ids
+                )
 
 
 def _check_yes_no(case: Case) -> Iterator[Check]:
@@ -164,6 +185,18 @@ def _judge(
     yield case.check("count", verdict, code, part, span, claim, tally.evidence(value))
 
 
+def _judge_depicted(
+    case: Case, sentence: Sentence, mention: Mention, number: Quantity
+) -> Iterator[Check]:
+    """Judge `a statue of three women`, which no box counts, by captions."""
+    counted = Tally(case, mention.entry, mention.word).in_captions
+    votes = sum(len(ids) for ids in counted.values())
+    if votes > 1 and number.least > max(counted):
+        span, claim = sentence.span(number.first, mention.last), f"{number.least} {mention.word}"
+        ids = tuple(sorted({n for ids in counted.values() for n in ids if n}))
+        yield case.check("count", "contradicted", "COUNT_TOO_HIGH", "answer", span, claim, ids)
+
+
 def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quantity) -> bool:
     """Return whether a number at the beginning of a sentence, or after `the`, is of all of them.
 
@@ -176,7 +209,7 @@ def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quanti
         first -= 3
     if first and words[first - 1] in ("the", "these", "all"):
         first -= 1
-    elif first > 0:
+    elif first > 0 and not _is_agreed(case, mention):
         return False
     if words[number.first + 1] == "of" and words[number.first] not in ("couple", "pair"):
         return False  # `two of the dogs`
@@ -199,6 +232,14 @@ def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quanti
         for where, other in others
     )
     return not more and not _MORE_ALONE & case.answer_reading.vocabulary
+
+
+def _is_agreed(case: Case, mention: Mention) -> bool:
+    """Return whether two captions count as many as are boxed, and none another number."""
+    tally = Tally(case, mention.entry, mention.word)
+    numbers = tally.in_captions
+    boxed = len(tally.boxes)
+    return tally.is_countable and set(numbers) <= {boxed} and len(numbers.get(boxed, ())) > 1
 
 
 def _is_where_captions_count(case: Case, mention: Mention, after: Sequence[str]) -> bool:
@@ -261,7 +302,7 @@ class Tally:
     def in_captions(self) -> dict[int, tuple[int, ...]]:
         """The numbers that captions give for this word, and for its category if it is for all."""
         known = self.case.knowledge
-        found = dict(known.word_counts.get(singular(self.word.rpartition(" ")[2]), {}))
+        found = dict(known.word_counts.get(noun_name(self.word.rpartition(" ")[2]), {}))
         if not self.entry.narrow:
             for name in names_for_counts(self.entry, self.word):
                 for number, ids in known.counts.get(name, {}).items():
@@ -291,7 +332,8 @@ class Tally:
         """Return what is known of there being this many, and perhaps more."""
         if self._is_in_captions(value) or value <= len(self.boxes):
             return "supported", None
-        if not self.is_countable or not self.entry.firm or value <= self._single_parts:
+        people = self.entry.categories == ("person",)  # `friends`
+        if not self.is_countable or not (self.entry.firm or people) or value <= self._single_parts:
             return "unknown", None
         return "contradicted", "COUNT_TOO_HIGH"
 

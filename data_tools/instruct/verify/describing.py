@@ -15,6 +15,7 @@ from data_tools.instruct.verify.grammar import (
     BE,
     CONJUNCTIONS,
     DEFINITE,
+    FUNCTION_WORDS,
     INDEFINITE,
     PREPOSITIONS,
     QUANTITIES,
@@ -119,6 +120,8 @@ def _attribute(
     if head > last:
         return Attribute(family, found, noun_at(sentence, head), _is_many(words, head), first, head)
     before = first - 1
+    if before > 1 and words[before] == "and" and words[before - 2] in _LINKING | _DEGREES:
+        before -= 2  # `are clear and spotless`
     while before >= 0 and words[before] in _DEGREES:
         before -= 1
     if before < 0:
@@ -149,6 +152,8 @@ def subject_before(sentence: Sentence, verb: int) -> tuple[str, int] | None:
         return None
     if words[begin] in _PRONOUNS and all(word in ADVERBS for word in words[begin + 1 : verb]):
         return PRONOUN, begin
+    if words[begin] in _QUANTIFIERS and words[begin + 1 : begin + 2] == ["of"]:
+        begin += 2  # `all of the umbrellas`
     index = begin
     while index < verb and not (index > begin and words[index] in _ENDS_SUBJECT):
         index += 1
@@ -170,7 +175,10 @@ def noun_at(sentence: Sentence, index: int) -> str:
             if len(mention.entry.categories) == 1:
                 return mention.entry.categories[0]
             break
-    return noun_name(sentence.words[index])
+    words = sentence.words
+    if words[index] in _SURFACES and index and words[index - 1] not in FUNCTION_WORDS:
+        index -= words[index - 1] not in attribute_words()  # `counter space`
+    return noun_name(words[index])
 
 
 @cache
@@ -196,6 +204,8 @@ def actions(sentence: Sentence) -> Iterator[Action]:
             continue  # `a ride`, `the look`
         if word.endswith("ing") and index and words[index - 1] in _BEFORE_GERUND:
             continue  # `a parking meter`, `for skating`
+        if stem == "talk" and is_on_phone(words, index):
+            stem = "call"
         if stem == "fly" and not {"kite", "kites"}.isdisjoint(words[index + 1 : index + 6]):
             stem = "play"
         if _takes_object(words, index, stem):
@@ -209,6 +219,11 @@ def actions(sentence: Sentence) -> Iterator[Action]:
             yield Action(stem, name, subject, index, target)
         else:
             yield Action(stem, subject, None, index, target)
+
+
+def is_on_phone(words: Sequence[str], verb: int) -> bool:
+    """Return whether a phone follows `talking` closely."""
+    return not PHONES.isdisjoint(words[verb + 1 : verb + 8])
 
 
 def _target(sentence: Sentence, verb: int) -> str | None:
@@ -322,9 +337,10 @@ def _is_many(words: Sequence[str], index: int) -> bool:
 
 
 def _is_noun_place(before: str) -> bool:
-    return before in DEFINITE or before in INDEFINITE or before in QUANTITIES
+    return before in _BEFORE_NOUNS and before != "couple"  # `a couple sits`
 
 
+PHONES: Final = word_set("phone cellphone telephone smartphone")
 _TAKES: Final = word_set("take takes taking took")
 _PHOTOS: Final = word_set("photo photos picture pictures photograph photographs selfie image")
 _DEGREES: Final = word_set(
@@ -335,6 +351,9 @@ _MADE: Final = word_set("made carved built constructed out cut")
 _LINKING: Final = BE | word_set("looks appears seems painted colored glows shines looked")
 _PRONOUNS: Final = word_set("it they he she both these those this that")
 _ENDS_SUBJECT: Final = PREPOSITIONS | word_set("that which who , and is are was were worn")
+_BEFORE_NOUNS: Final = DEFINITE | INDEFINITE | QUANTITIES
+_SURFACES: Final = word_set("space area top surface")
+_QUANTIFIERS: Final = word_set("all both most each many some")
 _BEFORE_VERB: Final = (
     BE | ADVERBS | word_set("who that which and , has have been peacefully happily")
 )

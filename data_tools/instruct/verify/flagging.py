@@ -32,7 +32,7 @@ def fill(table: FlagTable) -> None:
     kinds = [text for groups in facts["kinds"].values() for group in groups for text in group]
     table.add(KIND, (text.split()[0] for text in kinds))
     people = facts["people"]
-    for name in ("male", "female", "infant", "adult", "he", "she"):
+    for name in ("male", "female", "infant", "adult", "grown", "small", "he", "she"):
         table.add(PERSON, people[name])
     table.add(PLACE, CUES)
     table.add(NUMBER, NUMBERS)

@@ -8,8 +8,15 @@ from typing import Final
 from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case, Part
+from data_tools.instruct.verify.describing import noun_name
 from data_tools.instruct.verify.flags import KIND, PERSON
-from data_tools.instruct.verify.grammar import FUNCTION_WORDS, determiner, singular
+from data_tools.instruct.verify.grammar import (
+    FUNCTION_WORDS,
+    determiner,
+    is_finite,
+    singular,
+    word_set,
+)
 from data_tools.instruct.verify.knowledge import Knowledge
 from data_tools.instruct.verify.numbers import number_of
 from data_tools.instruct.verify.reading import Reading, Sentence
@@ -120,23 +127,15 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         start = begin - 1 if introduced != "none" else first - 1
         lead = words[start] if start >= 0 else ""
         ends = not after or after in FUNCTION_WORDS or not after[0].isalpha()
-        located = (
-            lead
-            in (
-                "this",
-                "it",
-                "in",
-                "on",
-                "at",
-                "along",
-                "across",
-                "shows",
-                "is",
-                "inside",
-                "through",
-            )
-            or start < 0
-        )
+        if lead == "of" and words[start - 1] in _AREAS:
+            start -= 2  # `in the middle of a forest`
+            while start > 0 and words[start] in ("the", "a"):
+                start -= 1
+            lead = words[start] if start >= 0 else ""
+        elif lead == "of" and words[start - 1] == "inside":
+            lead = "inside"
+        ends = ends or after.endswith(("ed", "ing")) or is_finite(after)
+        located = lead in _LOCATING or start < 0
         located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
         return (ends or after in _FEATURES) and located
     if kind.family == "time of day":
@@ -160,6 +159,11 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         return not named and not _VEHICLES_ASKED.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "animal":
         return not _ANIMALS_ASKED.isdisjoint(case.question_reading.vocabulary)
+    if kind.family == "court":
+        played = "played" in words[max(0, first - 2) : first]
+        return case.knowledge.says("court") and (played or after == "court")
+    if kind.family == "fruit asked":
+        return not {"fruit", "fruits"}.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "drink":
         return after not in ("glass", "glasses", "bottle", "table", "cup", "mug", "maker")
     return True
@@ -248,7 +252,8 @@ def _wrong_person(
     main = _main_person(case, sentence) if opening else None
     for index in sentence.hits(PERSON):
         word = sentence.words[index]
-        if index != main and not alone and not _same_number(case, sentence, index):
+        certain = index == main or alone or word == "grown"
+        if not certain and not _same_number(case, sentence, index):
             continue
         wrong = (
             ((word in people["male"] or word in people["he"]) and census.female and not census.male)
@@ -265,6 +270,10 @@ def _wrong_person(
                 and not census.adult
             )
             or (word in people["infant"] and census.adult and not (census.infant or census.child))
+            or (word in people["grown"] and census.child and not census.adult)
+            or (
+                direct and opening and word in people["small"] and census.adult and not census.child
+            )
         )
         if not wrong or not sentence.asserts(index, index):
             continue
@@ -312,7 +321,7 @@ def _same_number(case: Case, sentence: Sentence, index: int) -> bool:
         numbers.add(2)  # `a boy and a girl`
     counts = case.knowledge.word_counts
     other = people["female" if sex == "male" else "male"]
-    return any(numbers & counts.get(singular(w), {}).keys() for w in other)
+    return any(numbers & counts.get(noun_name(w), {}).keys() for w in other)
 
 
 @cache
@@ -355,7 +364,11 @@ def _people() -> dict[str, frozenset[str]]:
 
 _ANIMALS_ASKED: Final = frozenset({"animal", "animals", "creature", "creatures", "pet", "pets"})
 _VEHICLES_ASKED: Final = frozenset({"vehicle", "vehicles", "transport", "transportation"})
-_FEATURES: Final = frozenset({"features", "has", "with", "contains", "is", "scene"})
+_AREAS: Final = frozenset({"middle", "center", "lobby", "platform", "corner", "edge", "side"})
+_LOCATING: Final = word_set(
+    "this it in on at along across shows is inside through depicts down over cross crossing"
+)
+_FEATURES: Final = frozenset({"view", "features", "has", "with", "contains", "is", "scene"})
 _GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
 _OF_CONVERSATIONS: Final = frozenset({"aircraft"})
 """Families of which a description may name another one that captions leave out."""

@@ -9,6 +9,7 @@ from data_tools import wording
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.verify.clock import CLOCK, times
 from data_tools.instruct.verify.describing import (
+    PHONES,
     Attribute,
     Family,
     Relation,
@@ -18,6 +19,7 @@ from data_tools.instruct.verify.describing import (
     noun_name,
     relations,
 )
+from data_tools.instruct.verify.flags import STANCE
 from data_tools.instruct.verify.grammar import singular
 from data_tools.instruct.verify.lazy import lazy
 from data_tools.instruct.verify.lexicon import Entry, Lexicon
@@ -32,6 +34,24 @@ SMALL: Final = 0.1
 ANIMALS: Final = (
     "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
 )  # fmt: skip
+
+
+SALIENT: Final = (
+    ANIMALS,
+    ("bus", "train", "airplane", "motorcycle", "bicycle"),
+    ("pizza", "cake", "donut", "sandwich", "hot dog"),
+    ("skateboard", "surfboard", "snowboard", "skis", "bicycle"),
+    ("bed", "couch"),
+)
+"""Of things that fill an image, captions name the one that is there."""
+STRIKING: Final = frozenset(
+    {
+        "cat", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "bus", "train",
+        "airplane", "pizza", "cake", "hot dog", "surfboard", "snowboard", "kite", "teddy bear",
+        "toilet", "bed",
+    }
+)  # fmt: skip
+"""Things that one of four captions names where they are there."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +127,12 @@ class Knowledge:
 
     @lazy
     def word_counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
-        """Numbers that captions give for a word, by its singular: `two girls` is 2 for `girl`."""
+        """Numbers that captions give for a noun, by its name: `two girls` is 2 for `girl`."""
         found: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for caption in self.captions:
             for sentence in caption.reading.sentences:
-                for noun, number in numbered_nouns(sentence):
-                    found[noun][number].append(caption.id)
+                for noun, number, _, _ in numbered_nouns(sentence):
+                    found[noun_name(noun)][number].append(caption.id)
         return {
             noun: {number: tuple(ids) for number, ids in numbers.items()}
             for noun, numbers in found.items()
@@ -124,19 +144,28 @@ class Knowledge:
         stems = action_stems()
         found: dict[str, list[int]] = defaultdict(list)
         for caption in self.captions:
-            for stem in sorted({stems[w] for w in caption.reading.vocabulary if w in stems}):
+            vocabulary = caption.reading.vocabulary
+            for stem in sorted({stems[w] for w in vocabulary if w in stems}):
                 found[stem].append(caption.id)
+            if not PHONES.isdisjoint(vocabulary) and "on" in vocabulary:
+                found["call"].append(caption.id)
+        for stems_of in self.actions_of.values():
+            for stem, ids in stems_of.items():
+                found[stem] = sorted({*found[stem], *ids})
         return {stem: tuple(ids) for stem, ids in found.items()}
 
     @lazy
     def actions_of(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Verbs by the category of their subject, with the captions."""
+        """Verbs by the category, and by the word (`word woman`), of their subject."""
         found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for caption in self.captions:
             for sentence in caption.reading.sentences:
                 for action in actions(sentence):
                     if action.subject is not None:
                         found[action.subject][action.stem].append(caption.id)
+                    if action.mention is not None:
+                        word = f"word {singular(action.mention.word)}"
+                        found[word][action.stem].append(caption.id)
         return {
             subject: {stem: tuple(ids) for stem, ids in stems.items()}
             for subject, stems in found.items()
@@ -193,6 +222,16 @@ class Knowledge:
         """The captions' words, as the names that nouns of answers get."""
         return frozenset(noun_name(word) for word in self.words)
 
+    def names(self, word: str) -> tuple[int, ...]:
+        """Return the captions that name a noun, in singular or plural, and do not deny it."""
+        name = noun_name(word)
+        return tuple(
+            caption.id
+            for caption in self.captions
+            if any(noun_name(w) == name for w in caption.reading.vocabulary)
+            and not caption.reading.bits & STANCE
+        )
+
     @lazy
     def text(self) -> str:
         """The captions' words, each caption between bars."""
@@ -201,6 +240,29 @@ class Knowledge:
     def says(self, phrase: str) -> bool:
         """Return whether a caption has these words next to each other."""
         return f" {phrase} " in self.text
+
+    def excludes(self, categories: tuple[str, ...], *, acts: bool) -> bool:
+        """Return whether captions alone tell that a thing is not there.
+
+        They do where at least two name another animal, vehicle or dish, where many name nobody,
+        and for things that are hardly overlooked; small things and those in the background go
+        unmentioned.
+
+        Args:
+            categories: Of the thing, which no caption names.
+            acts: Whether it is a person said to do something.
+        """
+        if len(categories) != 1 or len(self.captions) < 3:
+            return False
+        if acts:
+            return len(self.captions) > 3 and "person" not in self.perhaps_named
+        if categories[0] in STRIKING and len(self.captions) > 3:
+            return True
+        for group in SALIENT:
+            if categories[0] in group:
+                ids = {n for name in group for n in self.named.get(name, ())}
+                return len(ids) > 1
+        return False
 
     @lazy
     def single(self) -> frozenset[str]:
@@ -239,7 +301,8 @@ class Knowledge:
             if name in self.perhaps_named:
                 named = True
                 captions.update(self.perhaps_named[name])
-        if word in self.words or (" " in word and self.says(word)):
+        same = word in self.words and not self.says(f"{word} of")  # `a couple of benches`
+        if same or (" " in word and self.says(word)):
             named = True
             captions.update(self.words.get(word.rpartition(" ")[2], ()))
         if not boxes and not named:

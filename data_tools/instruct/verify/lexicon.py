@@ -149,6 +149,8 @@ class Lexicon:
                 kind, begin = determiner(words, first)
                 if kind == "none" and begin > 0:
                     return True  # `grilled with chicken`, `made by Apple`, `bear a smile`
+        if word == "couple" and after == "of":
+            return True  # a number
         if entry.number == "many" or not after:
             return False
         if after == "of" and not self._wholes.get(word, _NONE).isdisjoint(

@@ -9,7 +9,6 @@ from data_tools.instruct.verify.flags import NUMBER
 from data_tools.instruct.verify.grammar import (
     is_plural,
     last_of_phrase,
-    singular,
     word_set,
 )
 from data_tools.instruct.verify.lexicon import Mention
@@ -85,8 +84,11 @@ def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
     return None
 
 
-def numbered_nouns(sentence: Sentence) -> Iterator[tuple[str, int]]:
-    """Yield every noun with a number before it, as its singular: `two large buckets`."""
+def numbered_nouns(sentence: Sentence) -> Iterator[tuple[str, int, int, int]]:
+    """Yield every noun with a number before it: `two large buckets`.
+
+    As written, with the number, and the indices of the number and of the noun.
+    """
     words = sentence.words
     for index in sentence.hits(NUMBER):
         word = words[index]
@@ -98,7 +100,7 @@ def numbered_nouns(sentence: Sentence) -> Iterator[tuple[str, int]]:
             start += 2 if words[start + 1 : start + 2] == ["the"] else 1
         last = last_of_phrase(words, start, len(words))
         if last >= start and (number == 1 or is_plural(words[last])):
-            yield singular(words[last]), number
+            yield words[last], number, index, last
 
 
 def number_of(word: str) -> int | None:

@@ -67,7 +67,9 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
         return case.check("object", "supported", None, part, span, mention.word, support)
     # A statue or painting of a thing need not be boxed, but nobody could know of it either.
     is_claim = mention.stance in ("asserted", "depicted") and not _is_anyone(sentence, mention)
-    certain = is_claim and entry.firm and knowledge.has_boxes
+    acts = entry.categories == ("person",) and _acts(sentence, mention)
+    known = knowledge.has_boxes or knowledge.excludes(entry.categories, acts=acts)
+    certain = is_claim and known and (entry.firm or acts)
     tolerated = case.sample_type == "reasoning" and not _is_premise(sentence, mention)
     if not certain or tolerated or _is_confusable(knowledge, entry):
         return case.check("object", "unknown", None, part, span, mention.word)

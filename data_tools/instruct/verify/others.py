@@ -6,13 +6,16 @@ from typing import Final
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.describing import attribute_words, noun_name, parts
-from data_tools.instruct.verify.flags import INTRODUCES
+from data_tools.instruct.verify.flags import INTRODUCES, STANCE
 from data_tools.instruct.verify.grammar import (
     FUNCTION_WORDS,
     is_plural,
     last_of_phrase,
     word_set,
 )
+from data_tools.instruct.verify.knowledge import evidence
+from data_tools.instruct.verify.reading import Sentence
+from data_tools.instruct.verify.stances import FRAME_WORDS
 
 SHOWN: Final = 5
 """At most this many things are named in the finding."""
@@ -45,12 +48,68 @@ def check(case: Case) -> Iterator[Check]:
                 continue
             if sentence.asserts(index, last):
                 unknown[noun] = sentence.span(index, last)
+    yield from _denied(case)
+    yield from _denied_when_asked(case)
     if unknown:
         claim = f"outside the categories and captions: {', '.join(list(unknown)[:SHOWN])}"
         span = next(iter(unknown.values()))
         yield case.check("other_object", "unknown", None, "answer", span, claim)
 
 
+def _denied(case: Case) -> Iterator[Check]:
+    """Yield what the answer denies (`no mirror`) although two captions name it."""
+    for sentence in case.answer_reading.sentences if case.answer_reading.bits & STANCE else ():
+        words = sentence.words
+        for index in sentence.hits(STANCE):
+            if words[index] not in _DENYING:
+                continue
+            if words[index : index + 2] == ["no", "one"] or words[index] == "nobody":
+                yield from _nobody(case, sentence, index)
+                continue
+            start = index + 1
+            while start < len(words) and words[start] in _BETWEEN:
+                start += 1
+            last = last_of_phrase(words, start, len(words))
+            if last < start or any(m.first <= last <= m.last for m in sentence.mentions):
+                continue
+            ids = case.knowledge.names(words[last])
+            if len(ids) > 1 and sentence.stances.of(start, last) == "denied":
+                span, claim = sentence.span(start, last), f"no {words[last]}"
+                yield case.check(
+                    "absence", "contradicted", "OBJECT_DENIED", "answer", span, claim, ids
+                )
+
+
+def _nobody(case: Case, sentence: Sentence, index: int) -> Iterator[Check]:
+    """Judge `There is nobody in the image.` and `No one can be seen.`"""
+    last = index + (sentence.words[index] == "no")
+    _, end = sentence.clause(index)
+    known = case.knowledge
+    people = known.boxes_of(("person",))
+    named = known.named.get("person", ())
+    if (people or named) and all(word in FRAME_WORDS for word in sentence.words[last + 1 : end]):
+        span, ids = sentence.span(index, last), evidence(people, named)
+        yield case.check("absence", "contradicted", "OBJECT_DENIED", "answer", span, "nobody", ids)
+
+
+def _denied_when_asked(case: Case) -> Iterator[Check]:
+    """Judge `Is there a mirror in the room?` `No.`"""
+    question, sentence = case.question, case.question.sentence
+    if sentence is None or question.polarity != "no" or question.mentions:
+        return
+    words = sentence.words
+    if words[1:2] != ["there"] and "see" not in words[:4]:
+        return
+    start = next((i + 1 for i, word in enumerate(words) if word in ("a", "an", "any")), 0)
+    last = last_of_phrase(words, start, len(words))
+    ids = case.knowledge.names(words[last]) if 0 < start <= last else ()
+    if len(ids) > 1 and all(word in FRAME_WORDS for word in words[last + 1 :]):
+        span, claim = sentence.span(start, last), f"no {words[last]}"
+        yield case.check("absence", "contradicted", "OBJECT_DENIED", "question", span, claim, ids)
+
+
+_DENYING: Final = word_set("nobody no not isn't aren't don't can't cannot doesn't without")
+_BETWEEN: Final = word_set("any a an see show contain have be seen visible the")
 _NOT_THINGS: Final = word_set(
     "image picture photo photograph scene shot view background foreground middle center centre "
     "left right corner distance camera viewer moment time day night way lot variety number group "

@@ -51,10 +51,10 @@ def _antecedent(case: Case, number: int) -> Mention | None:
     """
     if number:
         before = case.answer_reading.sentences[number - 1].mentions[:1]
-    elif case.question.mentions and case.question.reading.words[0] == "where":
-        before = case.question.mentions[:1]
+    elif case.asked and case.question.reading.words[0] == "where":
+        before = case.asked[:1]
     else:
-        before = case.question.mentions if len(case.question.mentions) == 1 else ()
+        before = case.asked if len(case.asked) == 1 else ()
     asserted = [m for m in before if m.stance == "asserted"]
     return asserted[0] if asserted else None
 

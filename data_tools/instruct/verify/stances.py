@@ -117,9 +117,11 @@ class Stances:
         words = self._words
         after = words[last + 1 : last + 2]
         if after and after[0] in MODALS and not self._sentence.is_seen_after(last):
-            kind, _ = determiner(words, first)
+            kind, begin = determiner(words, first)
             if kind == "indefinite" or (kind == "none" and is_plural(words[last])):
                 return True  # `A dog might chase the ball.`
+            if kind == "definite" and words[begin] in _POSSESSIVES:
+                return False  # `His bicycle might fall.` says that he has one
         limit = self._scope_begins(first, last)
         if after == ["that"] or after == ["which"]:
             kind, _ = determiner(words, first)
@@ -149,6 +151,8 @@ class Stances:
             if word == "for":
                 return first - cue <= 3 and words[cue + 1] not in _DEFINITE
             return words[cue + 1] in ("if", "though")  # `as if`
+        if word == "waiting" and words[cue + 1] not in ("for", "to"):
+            return False  # `waiting on the platform`
         if word in _WEAK:
             return first - cue <= 12
         return True
@@ -258,6 +262,7 @@ _STOPS: Final = word_set(
     "of in on at to with by from near behind is are was were be been has have had the a an and or "
     "that which who it its his her their , wearing holding"
 )
+_POSSESSIVES: Final = word_set("his her its")
 _LIKE: Final = word_set("like as for")
 _WEAK: Final = word_set(
     "help helps allow allows allowing able designed intended want wants need needs hope hoping "
@@ -280,7 +285,7 @@ _LIKENED: Final = word_set(
 _DEFINITE: Final = word_set("the this these that those")
 _GENERIC: Final = word_set(
     "often usually typically generally commonly sometimes normally traditionally always generally "
-    "tend tends everyday rarely"
+    "tend tends everyday rarely everybody everyone whoever nowadays"
 )
 _COMPARISONS: Final = word_set("unlike than versus as compared")
 STANCE_CUES: Final = _NEGATIONS | _HYPOTHETICAL | _GENERIC | _COMPARISONS
