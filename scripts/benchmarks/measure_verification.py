@@ -14,11 +14,11 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mutate_samples
+from msgspec.structs import replace
 from mutate_samples import AnswerMutant, Mutant
 
 from data_tools.coco import AnnotatedImage
