@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.data.conversation import ImageSource
+from vlm_sft.data.image_layout import ImageLayout, LayoutRule
 from vlm_sft.errors import ImageError
 from vlm_sft.utils.image_paths import nearest_existing
 from vlm_sft.utils.reading import NotARegularFile, open_regular
@@ -123,15 +124,42 @@ def read_pixels(
     Raises:
         ImageError: As `open_image`.
     """
-    if processing == "exact":
-        return to_pixels(open_image(source), spec, aspect)
-    with _opened(source) as (file, name):
-        image = _read_header(file, name)
-        plain = _decode_plain_jpeg(file, image)
-        decoded = np.array(_decode(image, name)) if plain is None else plain
-    if _resizes_fast(decoded, spec, aspect):
-        return (_pad_fast if aspect == "pad" else _crop_fast)(decoded, spec)
-    return to_pixels(Image.fromarray(decoded), spec, aspect)
+    return _square(_load(source, processing), spec, aspect, processing)
+
+
+def read_crops(
+    source: ImageSource,
+    rule: LayoutRule,
+    spec: ImageSpec,
+    aspect: ImageAspect,
+    processing: ImageProcessing = "fast",
+    *,
+    num_images: int = 1,
+) -> tuple[Tensor, ImageLayout]:
+    """Load an image as the crops of its layout, uint8 [crops, 3, size, size], and the layout.
+
+    Args:
+        source: A file or its bytes.
+        rule: Gives the layout.
+        spec: See `read_pixels`.
+        aspect: How an image that is not divided becomes square.
+        processing: See `read_pixels`; `exact` gives the pixels of transformers' image processors
+            for LLaVA-NeXT, LLaVA-OneVision and InternVL.
+        num_images: Number of images in the record.
+
+    Raises:
+        ImageError: As `open_image`.
+    """
+    image = _load(source, processing)
+    layout = rule.layout(image.shape[1], image.shape[0], num_images=num_images)
+    if layout.tiles is None:
+        return _square(image, spec, aspect, processing)[None], layout
+    tiles = _tiles(image, layout, spec, processing)
+    if layout.overview == "none":
+        return tiles, layout
+    overview = _resized(image, (spec.size, spec.size), spec, processing)[None]
+    order = [overview, tiles] if layout.overview == "first" else [tiles, overview]
+    return torch.cat(order), layout
 
 
 def read_bytes(source: ImageSource) -> bytes:
@@ -362,6 +390,61 @@ def _pad(image: Image.Image, spec: ImageSpec, resample: Image.Resampling) -> Ima
     canvas = Image.new("RGB", canvas_size, (red, green, blue))
     canvas.paste(image, offset)
     return canvas.resize((size, size), resample)
+
+
+def _load(source: ImageSource, processing: ImageProcessing) -> np.ndarray:
+    """Return an image as `open_image` does, uint8 [H, W, 3]; `fast` decodes ordinary JPEGs itself.
+
+    Raises:
+        ImageError: As `open_image`.
+    """
+    with _opened(source) as (file, name):
+        image = _read_header(file, name)
+        plain = _decode_plain_jpeg(file, image) if processing == "fast" else None
+        return np.array(_decode(image, name)) if plain is None else plain
+
+
+def _square(
+    image: np.ndarray, spec: ImageSpec, aspect: ImageAspect, processing: ImageProcessing
+) -> Tensor:
+    """Return uint8 [3, size, size] of uint8 [H, W, 3]; see `to_pixels`."""
+    if processing == "fast" and _resizes_fast(image, spec, aspect):
+        return (_pad_fast if aspect == "pad" else _crop_fast)(image, spec)
+    return to_pixels(Image.fromarray(image), spec, aspect)
+
+
+# --- crops of an image
+
+
+def _tiles(
+    image: np.ndarray, layout: ImageLayout, spec: ImageSpec, processing: ImageProcessing
+) -> Tensor:
+    """Return the tiles of an image row by row, uint8 [tiles, 3, size, size]."""
+    assert layout.tiles is not None
+    (rows, columns), size = layout.tiles, spec.size
+    resized = _resized(image, layout.resized, spec, processing)
+    (height, width), (top, left) = layout.resized, layout.offset
+    canvas = torch.zeros(3, rows * size, columns * size, dtype=torch.uint8)
+    canvas[:, top : top + height, left : left + width] = resized
+    tiles = canvas.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4)
+    return tiles.reshape(rows * columns, 3, size, size)
+
+
+def _resized(
+    image: np.ndarray, size: tuple[int, int], spec: ImageSpec, processing: ImageProcessing
+) -> Tensor:
+    """Resize uint8 [H, W, 3] to uint8 [3, height, width], without keeping the aspect ratio."""
+    height, width = image.shape[:2]
+    # Otherwise Pillow can resize vertically first, and torch never does: with the bytes clipped
+    # between the two passes, they would differ by up to 20 levels.
+    horizontal_first = height <= 2 * width and (
+        size[0] >= height or size[0] * width >= size[1] * height
+    )
+    if processing == "fast" and spec.interpolation in _FAST_INTERPOLATIONS and horizontal_first:
+        return _resize_fast(image, size, spec)
+    resample = Image.Resampling[spec.interpolation.upper()]
+    resized = Image.fromarray(image).resize((size[1], size[0]), resample)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 # --- fast processing
