@@ -159,6 +159,7 @@ class ModelConfig(Section):
     other setting of `model` except `attn_implementation` and the quantization, and the defaults of
     `data.template` and `data.image_aspect`. Null: build the model from its parts."""
     vision_tower: VisionTowerConfig
+    image_tiling: ImageTilingConfig = ImageTilingConfig()
     projector_type: Forbidden[str] = "mlp2x_gelu"
     """Architecture of the projector: `linear`; `mlpNx_gelu`, N linear layers with GELU between them
     (LLaVA-1.5: `mlp2x_gelu`); `pixel_shuffle_mlp`, which joins 2 x 2 tokens into one (InternVL); or
@@ -279,6 +280,10 @@ class DataConfig(Section):
     checkpoint's manifest lists them. `none` repeats none of them."""
     max_length: Forbidden[Annotated[int, Field(gt=0, le=sys.maxsize)]] = 2048
     """Maximum length of a record in tokens, image tokens included."""
+    max_crops: Forbidden[Count | None] = None
+    """Maximum number of image crops of a record, which the vision tower encodes; without
+    `model.image_tiling`, an image is one crop. More are handled as a record that is too long. Null:
+    no limit."""
     length_policy: Forbidden[Literal["error", "drop_turns", "skip"]] = "error"
     """What to do with longer records: `error` treats them as bad records (see `on_error`),
     `drop_turns` removes question-answer pairs from the end until the record fits, `skip` skips

@@ -1,5 +1,6 @@
 """Examples to batches: one `Batch` type, filled by a padded and by a packed collator."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_sft.data.dataset import Example
+from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.data.packing import RecordLengths, pack_items, pack_records
 from vlm_sft.errors import RecordError
 from vlm_sft.utils.constants import IGNORE_INDEX, Segment
@@ -53,10 +55,11 @@ class Batch:
         target_records: `[num_targets]` int64, index in `record_ids` of each target's record.
         unique_target_positions: `target_positions` without duplicates, sorted. Only packed rows
             have duplicates: the last token of a shared prefix predicts one token in each branch.
-        pixel_values: `[N, 3, H, W]` uint8, all images in the order of their placeholders; None if
-            there are none.
-        image_features: `[N, image tokens, width]`, cached vision features, used instead of
+        pixel_values: `[N, 3, H, W]` uint8, the crops of all images in the order of their
+            placeholders; None if there are none.
+        image_features: `[N, tower tokens, width]`, cached features of the crops, used instead of
             `pixel_values`.
+        layouts: The layout of each image; None: every image is one crop.
         load_errors: Records that should be in this batch but could not be loaded.
     """
 
@@ -70,6 +73,7 @@ class Batch:
     unique_target_positions: Tensor
     pixel_values: Tensor | None = None
     image_features: Tensor | None = None
+    layouts: tuple[ImageLayout, ...] | None = None
     load_errors: tuple[LoadError, ...] = ()
 
     @property
@@ -78,10 +82,15 @@ class Batch:
         return len(self.target_ids)
 
     @property
+    def num_crops(self) -> int:
+        """Number of crops of all images, given as pixels or as cached features."""
+        crops = self.pixel_values if self.image_features is None else self.image_features
+        return 0 if crops is None else len(crops)
+
+    @property
     def num_images(self) -> int:
-        """Number of images, given as pixels or as cached features."""
-        images = self.pixel_values if self.image_features is None else self.image_features
-        return 0 if images is None else len(images)
+        """Number of images."""
+        return self.num_crops if self.layouts is None else len(self.layouts)
 
     def labels(self) -> Tensor:
         """Return `[B, T]` unshifted labels of padded rows, as models of transformers take them.
@@ -196,6 +205,7 @@ def pad_examples(examples: Sequence[Example], pad_token_id: int) -> Batch:
         unique_target_positions=positions,
         pixel_values=_concatenated_pixels(examples),
         image_features=_concatenated_features(examples),
+        layouts=_concatenated_layouts(examples),
     )
 
 
@@ -223,7 +233,7 @@ class PackedCollator:
         max_tokens: Capacity of a row in tokens.
         share_image_prefix: Records of one image share the tokens up to and including the image.
         round_to: Rows are padded to a multiple of this many tokens.
-        image_cost: Cost of encoding an image, in tokens through the language model.
+        image_cost: Cost of encoding a crop of an image, in tokens through the language model.
         pad_token_id: Id of the padding.
     """
 
@@ -326,6 +336,7 @@ def pack_examples(examples: Sequence[Example], pad_token_id: int, round_to: int 
         unique_target_positions=torch.unique(torch.cat(positions)),
         pixel_values=_concatenated_pixels(examples),
         image_features=_concatenated_features(examples),
+        layouts=_concatenated_layouts(examples),
     )
 
 
@@ -373,3 +384,12 @@ def _concatenated_pixels(examples: Sequence[Example]) -> Tensor | None:
 def _concatenated_features(examples: Sequence[Example]) -> Tensor | None:
     features = [e.image_features for e in examples if e.image_features is not None]
     return torch.cat(features) if features else None
+
+
+def _concatenated_layouts(examples: Sequence[Example]) -> tuple[ImageLayout, ...] | None:
+    """Return the layouts of all images; None if the examples give none."""
+    found = [e.layouts for e in examples]
+    if all(layouts is None for layouts in found):
+        return None
+    assert None not in found, "either all examples have layouts, or none"
+    return tuple(itertools.chain.from_iterable(layouts for layouts in found if layouts))

@@ -1,16 +1,21 @@
 """Filter records: keep them, drop turns beyond the length limit, skip or quarantine them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_sft.config.schema import DataConfig
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource
+from vlm_sft.data.image_layout import ImageLayout, LayoutRule, num_crops
 from vlm_sft.data.ledger import LedgerEntry
 from vlm_sft.data.tokenize import CHUNK, ChatTokenizer, TokenizedRecord, batched
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
-from vlm_sft.errors import RecordError
+from vlm_sft.errors import ImageError, RecordError
 from vlm_sft.utils.constants import IGNORE_INDEX
+
+
+Size = tuple[int, int]
+"""Width and height of an upright image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,11 @@ class FilterResult:
         record: The record to train on, perhaps with fewer turns than `source`; None if it is not
             used.
         tokenized: Ids and labels of `record`; the first label is always `IGNORE_INDEX`.
+        layouts: Layout of each image of `record`.
+        sizes: Width and height of each image of `record`; empty where tokens do not depend on them.
         length: Tokens of `record` with every image expanded; 0 if it is not used.
         untruncated: Ids and labels of `source`; None if it could not be tokenized.
+        untruncated_layouts: Layout of each image of `source`; empty if it could not be tokenized.
         untruncated_length: Tokens of `source` with every image expanded.
         error: Why the record is quarantined; None for all others.
     """
@@ -33,32 +41,39 @@ class FilterResult:
     entry: LedgerEntry
     record: Conversation | None = None
     tokenized: TokenizedRecord | None = None
+    layouts: tuple[ImageLayout, ...] = ()
+    sizes: tuple[Size, ...] = ()
     length: int = 0
     untruncated: TokenizedRecord | None = None
+    untruncated_layouts: tuple[ImageLayout, ...] = ()
     untruncated_length: int = 0
     error: RecordError | None = None
 
 
 class RecordFilter:
-    """Tokenizes records and applies a configuration's length limit and length policy.
+    """Tokenizes records and applies a configuration's limits and length policy.
 
     Args:
         chat_tokenizer: Makes ids and labels. Records that it refuses are quarantined.
-        num_image_tokens: Tokens that an image takes in the language model's input.
-        config: `max_length` and `length_policy` are used.
+        layout_rule: Gives crops and tokens of every image.
+        config: `max_length`, `max_crops` and `length_policy` are used.
         look_for_images: Quarantine records that name an image file that does not exist.
+        size_of: Returns the size of an image if tokens depend on it; the default reads the header.
+            An ImageError quarantines the record.
     """
 
     def __init__(
         self,
         chat_tokenizer: ChatTokenizer | CachedChatTokenizer,
         *,
-        num_image_tokens: int,
+        layout_rule: LayoutRule,
         config: DataConfig,
         look_for_images: bool = True,
+        size_of: Callable[[ImageSource], Size] | None = None,
     ) -> None:
         self._chat_tokenizer, self._config = chat_tokenizer, config
-        self._num_image_tokens, self._look_for_images = num_image_tokens, look_for_images
+        self._layout_rule, self._look_for_images = layout_rule, look_for_images
+        self._size_of = size_of or _size_of
 
     def filter(self, record: Conversation | RecordError) -> FilterResult:
         """Return the decision about one record; never raise RecordError."""
@@ -94,17 +109,23 @@ class RecordFilter:
     ) -> FilterResult:
         if isinstance(tokenized, RecordError):
             return _quarantined(source, tokenized)
+        try:
+            sizes = self._sizes(source)
+        except RecordError as error:
+            return _quarantined(source, error)
         untruncated = self._mask_first_label(source, tokenized)
+        layouts = self._layouts(source, sizes)
         result = FilterResult(
             source,
             LedgerEntry(source.id, source.where, "trained"),
             untruncated=untruncated,
-            untruncated_length=self._length(untruncated),
+            untruncated_layouts=layouts,
+            untruncated_length=_length(untruncated, layouts),
         )
         try:
-            record, kept = self._shorten(source, untruncated)
+            record, kept = self._shorten(source, untruncated, sizes)
         except _TooLong as long:
-            entry = LedgerEntry(source.id, source.where, "skipped", "too_long", str(long))
+            entry = LedgerEntry(source.id, source.where, "skipped", long.reason, str(long))
             return replace(result, entry=entry)
         except RecordError as error:
             return replace(result, entry=_quarantine_entry(error), error=error)
@@ -112,16 +133,48 @@ class RecordFilter:
             message = "no supervised token is left to train on"
             entry = LedgerEntry(source.id, source.where, "skipped", "no_targets", message)
             return replace(result, entry=entry)
-        result = replace(result, record=record, tokenized=kept, length=self._length(kept))
+        kept_layouts = self._layouts(record, sizes)
+        result = replace(
+            result,
+            record=record,
+            tokenized=kept,
+            layouts=kept_layouts,
+            sizes=sizes[: len(record.images)],
+            length=_length(kept, kept_layouts),
+        )
         num_dropped = len(source.turns) - len(record.turns)
         if num_dropped:
+            reason, _ = self._excess(untruncated, layouts) or ("too_long", "")
             message = f"{num_dropped} of {len(source.turns)} turns dropped"
-            entry = LedgerEntry(source.id, source.where, "turns_dropped", "too_long", message)
+            entry = LedgerEntry(source.id, source.where, "turns_dropped", reason, message)
             result = replace(result, entry=entry)
         return result
 
+    def _sizes(self, record: Conversation) -> tuple[Size, ...]:
+        """Return the sizes of a record's images, if its tokens depend on them.
+
+        Raises:
+            RecordError: The header of an image cannot be read.
+        """
+        if not self._layout_rule.needs_sizes:
+            return ()
+        try:
+            return tuple(self._size_of(image) for image in record.images)
+        except ImageError as error:
+            raise RecordError(
+                error.reason, str(error), record_id=record.id, where=record.where
+            ) from None
+
+    def _layouts(self, record: Conversation, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
+        """Return the layouts of a record's images; `sizes` may have those of dropped ones too."""
+        count = len(record.images)
+        sizes = sizes[:count] or [(0, 0)] * count
+        return tuple(
+            self._layout_rule.layout(width, height, num_images=count) for width, height in sizes
+        )
+
     def _shorten(
-        self, record: Conversation, tokenized: TokenizedRecord
+        self, record: Conversation, tokenized: TokenizedRecord, sizes: Sequence[Size]
     ) -> tuple[Conversation, TokenizedRecord]:
         """Return the longest allowed beginning of a record, whole exchanges of it.
 
@@ -129,23 +182,34 @@ class RecordFilter:
             _TooLong: The length policy skips the record.
             RecordError: The length policy is `error`, or a shortened record is refused.
         """
-        limit, policy = self._config.max_length, self._config.length_policy
+        policy = self._config.length_policy
         shortest = 3 if record.turns[0].role == "system" else 2  # turns
-        while policy == "drop_turns" and self._length(tokenized) > limit:
-            if len(record.turns) <= shortest:
+        while excess := self._excess(tokenized, self._layouts(record, sizes)):
+            if policy != "drop_turns" or len(record.turns) <= shortest:
                 break
             record = _without_last_exchange(record)
             # Tokenized and proven again: a cut in the ids could fall into an answer or an image.
             tokenized = self._mask_first_label(record, self._chat_tokenizer.tokenize(record))
-        length = self._length(tokenized)
-        if length <= limit:
+        if excess is None:
             return record, tokenized
+        reason, message = excess
         subject = "its first question and answer take" if policy == "drop_turns" else "takes"
-        message = f"{subject} {length:,} tokens, `max_length` is {limit:,}"
+        message = f"{subject} {message}"
         if policy != "error":
-            raise _TooLong(message)
+            raise _TooLong(reason, message)
         message += "; raise it, or choose `length_policy: drop_turns` or `skip`"
-        raise RecordError("too_long", message, record_id=record.id, where=record.where)
+        raise RecordError(reason, message, record_id=record.id, where=record.where)
+
+    def _excess(
+        self, tokenized: TokenizedRecord, layouts: Sequence[ImageLayout]
+    ) -> tuple[str, str] | None:
+        """Return the reason and the figures of a record that exceeds a limit; None if none does."""
+        config, length, crops = self._config, _length(tokenized, layouts), num_crops(layouts)
+        if length > config.max_length:
+            return "too_long", f"{length:,} tokens, `max_length` is {config.max_length:,}"
+        if config.max_crops is not None and crops > config.max_crops:
+            return "too_many_crops", f"{crops:,} image crops, `max_crops` is {config.max_crops:,}"
+        return None
 
     def _mask_first_label(
         self, record: Conversation, tokenized: TokenizedRecord
@@ -157,12 +221,28 @@ class RecordFilter:
             labels[0] = IGNORE_INDEX  # no token comes before it whose logits could predict it
         return replace(tokenized, labels=labels)
 
-    def _length(self, tokenized: TokenizedRecord) -> int:
-        return tokenized.expanded_length(self._num_image_tokens)
-
 
 class _TooLong(Exception):
-    """The length policy skips the record."""
+    """The length policy skips the record.
+
+    Attributes:
+        reason: `too_long` or `too_many_crops`.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _length(tokenized: TokenizedRecord, layouts: Sequence[ImageLayout]) -> int:
+    return tokenized.expanded_length([layout.num_tokens for layout in layouts])
+
+
+def _size_of(image: ImageSource) -> Size:
+    from vlm_sft.data.images import upright_size  # needs torch
+
+    size = upright_size(image)
+    return size.width, size.height
 
 
 def missing_images(images: Sequence[ImageSource]) -> list[Path]:

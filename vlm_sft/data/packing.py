@@ -21,6 +21,16 @@ class RecordLengths(Protocol):
         ...
 
     @property
+    def num_crops(self) -> Sequence[int]:
+        """Crops of the images of each record."""
+        ...
+
+    @property
+    def prefix_crops(self) -> Sequence[int]:
+        """Crops of the first image; 0 where the prefix id is -1."""
+        ...
+
+    @property
     def prefix_ids(self) -> Sequence[int]:
         """Equal for records that agree up to and including their first image; -1: none."""
         ...
@@ -38,12 +48,14 @@ class PackItem:
     Attributes:
         indices: The records.
         tokens: Tokens that they take in a row; a shared prefix is counted once.
-        images: Images that the vision tower encodes; a shared one is counted once.
+        images: Images; a shared one is counted once.
+        crops: Their crops, which the vision tower encodes.
     """
 
     indices: tuple[int, ...]
     tokens: int
     images: int
+    crops: int
 
 
 def pack_records(
@@ -66,7 +78,7 @@ def pack_records(
         max_tokens: Capacity of a row in tokens.
         share_image_prefix: Records of one image share the tokens up to and including the image.
         world_size: Number of ranks; row `j` is for rank `j % world_size`.
-        image_cost: Cost of encoding an image, in tokens through the language model.
+        image_cost: Cost of encoding a crop of an image, in tokens through the language model.
 
     Returns:
         Record indices of each row. Every index of `indices` appears exactly once. The number of
@@ -124,7 +136,10 @@ def _item(members: Sequence[int], records: RecordLengths) -> PackItem:
     repeats = len(members) - 1
     tokens = sum(records.lengths[index] for index in members) - repeats * shared
     images = sum(records.num_images[index] for index in members) - (repeats if shared else 0)
-    return PackItem(tuple(members), tokens, images)
+    crops = sum(records.num_crops[index] for index in members)
+    if shared:
+        crops -= repeats * records.prefix_crops[members[0]]
+    return PackItem(tuple(members), tokens, images, crops)
 
 
 def _fill_rows(
@@ -135,7 +150,7 @@ def _fill_rows(
     Longest-processing-time-first scheduling (Graham 1969): take the items by falling cost and give
     each to the row of the least cost so far that has room for it.
     """
-    costs = [item.tokens + image_cost * item.images for item in items]
+    costs = [item.tokens + image_cost * item.crops for item in items]
     by_cost = sorted(range(len(items)), key=lambda number: -costs[number])
     # A heap of (cost, row, tokens). Cost decides the order and tokens the capacity; they differ
     # where images are encoded. Ties go to the lower row number, so the result is deterministic.

@@ -75,9 +75,10 @@ class TokenizedRecord:
         """Number of supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
-    def expanded_length(self, num_image_tokens: int) -> int:
-        """Return the number of tokens when every image takes `num_image_tokens` of them."""
-        return len(self.input_ids) + self.num_images * (num_image_tokens - 1)
+    def expanded_length(self, image_tokens: Sequence[int]) -> int:
+        """Return the number of tokens when every image takes its number in `image_tokens`."""
+        assert len(image_tokens) == self.num_images
+        return len(self.input_ids) - len(image_tokens) + sum(image_tokens)
 
 
 class ChatTokenizer:
@@ -461,13 +462,23 @@ class ChatTokenizer:
             )
 
 
-def expand(ids: Sequence[int], num_tokens: int, values: Sequence[int] | None = None) -> list[int]:
-    """Return the ids, or `values` of the same length, with each image repeated `num_tokens` times.
+def expand(
+    ids: Sequence[int], image_tokens: Sequence[int], values: Sequence[int] | None = None
+) -> list[int]:
+    """Return the ids, or `values` of the same length, with each image repeated for its tokens.
 
     The value at an image's position is repeated too.
+
+    Args:
+        ids: Ids with one `IMAGE_TOKEN_ID` per image.
+        image_tokens: Tokens of each image.
+        values: One value per id.
     """
-    pairs = zip(ids, ids if values is None else values, strict=True)
-    return [v for i, v in pairs for _ in range(num_tokens if i == IMAGE_TOKEN_ID else 1)]
+    times, expanded = iter(image_tokens), list[int]()
+    for token_id, value in zip(ids, ids if values is None else values, strict=True):
+        expanded += [value] * (next(times) if token_id == IMAGE_TOKEN_ID else 1)
+    assert next(times, None) is None, "more images than placeholders"
+    return expanded
 
 
 @contextlib.contextmanager
