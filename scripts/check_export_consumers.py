@@ -182,7 +182,7 @@ def sample(model: VisionLanguageModel) -> tuple[Tensor, Tensor]:
     shape = (1, 3, tower.image_spec.size, tower.image_spec.size)
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    ids = [5, 6, 7, *[IMAGE_TOKEN_ID] * model.num_image_tokens, 8, 9]
+    ids = [5, 6, 7, *[IMAGE_TOKEN_ID] * model.layout_rule.crop_tokens, 8, 9]
     return torch.tensor([ids]), pixels
 
 

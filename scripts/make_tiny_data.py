@@ -1,7 +1,9 @@
 """Draw the images of configs/tiny/data and write the records about them.
 
     python scripts/make_tiny_data.py [OUT_DIR]
+    python scripts/make_tiny_data.py configs/tiny-anyres/data --aspect-ratios
 
+With --aspect-ratios the images are square, wide, tall and small, and some records have two of them.
 The files are committed; this makes the same ones again.
 """
 
@@ -9,6 +11,7 @@ import argparse
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -20,34 +23,44 @@ COLOURS = {
     "yellow": (235, 200, 50),
 }
 SHAPES = ("circle", "square", "triangle")
-SIDE = 48
-LOOKS = 3
-"""Images of each color and shape; the last one is held out."""
+SQUARES = ((48, 48), (48, 48), (48, 48))
+"""Width and height of the images of each color and shape; the last one is held out."""
+ASPECT_RATIOS = ((48, 48), (132, 44), (40, 100), (28, 36), (96, 60))
+"""The same, for configurations that divide images into crops."""
 
 
-def main(out_dir: Path) -> None:
+def main(out_dir: Path, sizes: Sequence[tuple[int, int]] = SQUARES) -> None:
     """Write `images/*.png`, `captions.json`, `instructions.json` and their held-out twins."""
     records: dict[str, list[dict[str, object]]] = {
         name: [] for name in ("captions", "captions_eval", "instructions", "instructions_eval")
     }
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
-    for (color, shape), look in itertools.product(itertools.product(COLOURS, SHAPES), range(LOOKS)):
+    kinds = list(itertools.product(COLOURS, SHAPES))
+    for (color, shape), (look, size) in itertools.product(kinds, enumerate(sizes)):
         name = f"{color}-{shape}-{look}"
-        draw_shape(color, shape, random.Random(name)).save(out_dir / "images" / f"{name}.png")
-        suffix = "_eval" if look == LOOKS - 1 else ""
+        image = draw_shape(color, shape, random.Random(name), size)
+        image.save(out_dir / "images" / f"{name}.png")
+        suffix = "_eval" if look == len(sizes) - 1 else ""
         records["captions" + suffix].append(caption(name, color, shape))
         records["instructions" + suffix].append(instruction(name, color, shape))
+    if sizes != SQUARES:
+        for number, ((one, shape), (other, _)) in enumerate(itertools.pairwise(kinds)):
+            names = [f"{one}-{shape}-{number % 4}", f"{other}-circle-{(number + 1) % 4}"]
+            records["instructions"].append(two_images(names, one, other))
     for file, rows in records.items():
         text = json.dumps(rows, indent=1) + "\n"
         (out_dir / f"{file}.json").write_text(text, encoding="utf-8")
 
 
-def draw_shape(color: str, shape: str, rng: random.Random) -> Image.Image:
-    """A shape of about half the side, at a place of its own, on a light ground."""
+def draw_shape(
+    color: str, shape: str, rng: random.Random, sides: tuple[int, int]
+) -> Image.Image:
+    """A shape of about half the shorter side, at a place of its own, on a light ground."""
     ground = tuple(rng.randint(215, 245) for _ in range(3))
-    image = Image.new("RGB", (SIDE, SIDE), ground)
-    size = rng.randint(20, 28)
-    left, top = rng.randint(2, SIDE - size - 2), rng.randint(2, SIDE - size - 2)
+    image = Image.new("RGB", sides, ground)
+    shorter = min(sides)
+    size = rng.randint(20 * shorter // 48, 28 * shorter // 48)
+    left, top = (rng.randint(2, side - size - 2) for side in sides)
     box = (left, top, left + size, top + size)
     draw = ImageDraw.Draw(image)
     if shape == "circle":
@@ -73,6 +86,13 @@ def instruction(name: str, color: str, shape: str) -> dict[str, object]:
     )
 
 
+def two_images(names: Sequence[str], one: str, other: str) -> dict[str, object]:
+    """A stage-2 record about two images."""
+    question = "<image>\n<image>\nWhich colors?"
+    made = record("+".join(names), [(question, f"{one} and {other}")])
+    return {**made, "image": [f"images/{name}.png" for name in names]}
+
+
 def record(name: str, exchanges: list[tuple[str, str]]) -> dict[str, object]:
     """A record of the LLaVA form."""
     turns = []
@@ -85,4 +105,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent.parent / "configs" / "tiny" / "data"
     parser.add_argument("folder", type=Path, nargs="?", default=default, help="output directory")
-    main(parser.parse_args().folder)
+    parser.add_argument("--aspect-ratios", action="store_true", help="images of several shapes")
+    arguments = parser.parse_args()
+    main(arguments.folder, ASPECT_RATIOS if arguments.aspect_ratios else SQUARES)

@@ -22,6 +22,7 @@ from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.filtering import RecordFilter
 from vlm_sft.data.hf_tokenizer import byte_tokenizer
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.records import read_records
@@ -247,7 +248,7 @@ def test_statistics_equal_the_ledger_of_a_run(
         config.train,
         ChatTokenizer.from_name("chatml", byte_tokenizer()),
         ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        num_image_tokens=statistics["image_tokens_per_image"],
+        layout_rule=LayoutRule(statistics["image_tokens_per_image"]),
         config=config,
         ledger=ledger,
     )
@@ -541,12 +542,12 @@ def test_tokens_together_spell_exactly_what_was_encoded(tokenizer: str, template
         pytest.skip(reason)
     chat_tokenizer = ChatTokenizer.from_name(template, load(tokenizer))
     record_filter = RecordFilter(
-        chat_tokenizer, num_image_tokens=1, config=DataConfig(train=[DATA_FILE])
+        chat_tokenizer, layout_rule=LayoutRule(1), config=DataConfig(train=[DATA_FILE])
     )
     for text in [*NASTY, " two  spaces ", "\n\nlines\n", "한국어 " * 9, "👩‍🚀", "a\ufffdb\ufffd"]:
         asked, answer = Turn("user", (TextPart("Q" + text),)), Turn("assistant", (TextPart(text),))
         result = record_filter.filter(Conversation("x", (asked, answer)))
-        view = view_tokens(Inspected(0, result), chat_tokenizer, 1)
+        view = view_tokens(Inspected(0, result), chat_tokenizer, LayoutRule(1))
         assert view is not None
         (trained,) = (span for span in view.spans if span.kind == "trained")
         text_of_span = "".join(token.text for token in trained.tokens if not token.is_special)

@@ -22,6 +22,7 @@ from vlm_sft.data.chat_template import builtin_templates
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.hf_tokenizer import byte_tokenizer
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.model.build import build_model
@@ -144,7 +145,7 @@ def test_all_eight_answers_are_right_and_end_by_themselves(template: str, tmp_pa
         [file],
         chat_tokenizer,
         tower.image_spec,
-        num_image_tokens=tower.num_tokens,
+        layout_rule=LayoutRule(tower.num_tokens),
         config=DataConfig(train=[file]),
         ledger=Ledger(),
     )
@@ -154,7 +155,8 @@ def test_all_eight_answers_are_right_and_end_by_themselves(template: str, tmp_pa
         conversation = data.conversation(index)
         *asked, answer = conversation.turns
         prompt = chat_tokenizer.prompt(Conversation("", tuple(asked), conversation.images))
-        ids = torch.tensor([expand(prompt, tower.num_tokens)])
+        tokens = [tower.num_tokens] * prompt.count(IMAGE_TOKEN_ID)
+        ids = torch.tensor([expand(prompt, tokens)])
         pixels = data[index].pixel_values
         assert (IMAGE_TOKEN_ID in prompt) == bool(len(pixels))
         (said,) = model.generate(

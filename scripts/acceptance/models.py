@@ -135,6 +135,8 @@ class Records:
     record_ids: list[str] = field(init=False)
     lengths: list[int] = field(init=False)
     num_images: list[int] = field(init=False)
+    num_crops: list[int] = field(init=False)
+    prefix_crops: list[int] = field(init=False)
     prefix_lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +144,8 @@ class Records:
         self.record_ids = [example.record_id for example in self.examples]
         self.lengths = [len(example.input_ids) for example in self.examples]
         self.num_images = [len(example.pixel_values) for example in self.examples]
+        self.num_crops = self.num_images
+        self.prefix_crops = [int(key >= 0) for key in self.prefix_ids]
         self.prefix_lengths = [
             PREFIX + NUM_IMAGE_TOKENS if key >= 0 else 0 for key in self.prefix_ids
         ]

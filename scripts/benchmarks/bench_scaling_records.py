@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.packing import pack_records
@@ -60,7 +61,7 @@ def main(model: Path, rows: Path, result: Path) -> None:
         config.train,
         chat_tokenizer,
         CLIP,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        layout_rule=LayoutRule(NUM_IMAGE_TOKENS),
         config=config,
         ledger=ledger,
     )

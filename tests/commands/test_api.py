@@ -104,9 +104,9 @@ def test_a_batch_needs_images_for_every_prompt(model: LoadedModel) -> None:
 
 
 def test_a_path_bytes_and_a_pil_image_are_the_same_image(model: LoadedModel) -> None:
-    expected = model.load_image(RED)
+    expected = model.load_image(RED).pixels
     for image in (str(RED), RED, RED.read_bytes(), Image.open(RED)):
-        assert (model.load_image(image_source(image)) == expected).all()
+        assert (model.load_image(image_source(image)).pixels == expected).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "YCbCr"])
@@ -116,7 +116,7 @@ def test_pil_images_of_every_mode_are_accepted(model: LoadedModel, mode: str) ->
     else:
         image = Image.new("RGB", (20, 10), (200, 30, 60)).convert("L" if mode == "F" else mode)
         image = image.convert(mode)
-    assert model.load_image(image_source(image)).shape[0] == 3
+    assert model.load_image(image_source(image)).pixels.shape[1] == 3
 
 
 def test_a_rotated_jpeg_is_upright_as_a_pil_image_too(model: LoadedModel) -> None:
@@ -125,8 +125,8 @@ def test_a_rotated_jpeg_is_upright_as_a_pil_image_too(model: LoadedModel) -> Non
     buffer = BytesIO()
     Image.open(RED).convert("RGB").resize((64, 32)).save(buffer, "JPEG", exif=exif)
     opened = Image.open(BytesIO(buffer.getvalue()))
-    upright = model.load_image(buffer.getvalue())
-    assert (model.load_image(image_source(opened)) == upright).all()
+    upright = model.load_image(buffer.getvalue()).pixels
+    assert (model.load_image(image_source(opened)).pixels == upright).all()
 
 
 def test_something_else_is_not_an_image() -> None:

@@ -59,7 +59,7 @@ def test_a_lora_run_is_exported_to_a_folder_that_stock_classes_load(
     with torch.no_grad():
         theirs = stock(**inputs).logits[0, -1, :261]
         row = torch.tensor([ids])
-        ours = run.model.logits(row, pixel_values=run.load_image(RED)[None])[0, -1]
+        ours = run.model.logits(row, pixel_values=run.load_image(RED).pixels)[0, -1]
     # The two see the same image but for the rounding of its pixels.
     assert torch.allclose(ours, theirs, atol=1e-2)
     assert ours.argmax() == theirs.argmax()

@@ -31,4 +31,4 @@ def pinpoints(rule: LayoutRule) -> list[list[int]]:
 
 def rule(layout: str, *, grid: int = 2, crop: int = CROP, **options: object) -> LayoutRule:
     tiling = ImageTilingConfig.model_validate({"layout": layout, **options})
-    return layout_rule(tiling, crop_size=crop, crop_tokens=grid**2, crop_grid=(grid, grid))
+    return layout_rule(tiling, (grid, grid), crop)

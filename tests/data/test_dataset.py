@@ -19,6 +19,7 @@ from vlm_sft.data import record_store
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.hf_tokenizer import load_tokenizer
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.images import ImageSpec, read_pixels
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.record_store import RecordStore
@@ -61,7 +62,7 @@ def build(
     config = DataConfig(train=files, **more)
     ledger = Ledger()
     dataset = SupervisedDataset(
-        files, CHAT_TOKENIZER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
+        files, CHAT_TOKENIZER, SPEC, layout_rule=LayoutRule(TOKENS), config=config, ledger=ledger
     )
     return dataset, ledger
 
@@ -115,7 +116,7 @@ def test_the_first_position_never_has_a_label(folder):
         files,
         FromTheStart(),
         SPEC,
-        num_image_tokens=TOKENS,
+        layout_rule=LayoutRule(TOKENS),
         config=DataConfig(train=files),
         ledger=Ledger(),
     )
@@ -315,7 +316,7 @@ def test_embedded_images_are_kept_on_disk_and_give_the_same_pixels(folder):
         files,
         CHAT_TOKENIZER,
         SPEC,
-        num_image_tokens=TOKENS,
+        layout_rule=LayoutRule(TOKENS),
         config=DataConfig(train=files),
         ledger=Ledger(),
     )
@@ -454,7 +455,7 @@ def test_embedded_images_are_distinguished_by_their_bytes(folder: Path) -> None:
     file = DataFile(path=str(folder / "rows.parquet"))
     config = DataConfig(train=[file])
     dataset = SupervisedDataset(
-        [file], CHAT_TOKENIZER, SPEC, num_image_tokens=TOKENS, config=config, ledger=ledger
+        [file], CHAT_TOKENIZER, SPEC, layout_rule=LayoutRule(TOKENS), config=config, ledger=ledger
     )
     first, second, third = dataset.prefix_ids
     assert first == second != third

@@ -89,6 +89,6 @@ def test_without_tiling_every_image_is_one_crop() -> None:
 def test_anyres_needs_a_grid_of_tokens(layout: str) -> None:
     tiling = ImageTilingConfig(layout=layout)
     with pytest.raises(UserError, match="have no rows and columns"):
-        layout_rule(tiling, crop_size=28, crop_tokens=16, crop_grid=None)
+        layout_rule(tiling, 16, 28)
     dynamic = ImageTilingConfig(layout="dynamic")
-    assert layout_rule(dynamic, crop_size=28, crop_tokens=16, crop_grid=None).crop_tokens == 16
+    assert layout_rule(dynamic, 16, 28).crop_tokens == 16

@@ -170,8 +170,12 @@ def example(pair: Pair, conversation: Conversation, number: int) -> Example:
     labels = tokenized.labels
     return Example(
         record_id=str(number),
-        input_ids=torch.tensor(expand(tokenized.input_ids, 3), dtype=torch.long),
-        labels=torch.tensor(expand(tokenized.input_ids, 3, labels), dtype=torch.long),
+        input_ids=torch.tensor(
+            expand(tokenized.input_ids, [3] * tokenized.num_images), dtype=torch.long
+        ),
+        labels=torch.tensor(
+            expand(tokenized.input_ids, [3] * tokenized.num_images, labels), dtype=torch.long
+        ),
         pixel_values=torch.full((len(conversation.images), 3, 2, 2), number, dtype=torch.uint8),
     )
 

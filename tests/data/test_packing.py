@@ -22,11 +22,15 @@ class Lengths:
     num_images: Sequence[int] = field(default_factory=list)
     prefix_ids: Sequence[int] = field(default_factory=list)
     prefix_lengths: Sequence[int] = field(default_factory=list)
+    num_crops: Sequence[int] = field(default_factory=list)
+    prefix_crops: Sequence[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_images = self.num_images or [0] * len(self.lengths)
+        self.num_crops = self.num_crops or self.num_images
         self.prefix_ids = self.prefix_ids or [-1] * len(self.lengths)
         self.prefix_lengths = self.prefix_lengths or [0] * len(self.lengths)
+        self.prefix_crops = self.prefix_crops or [int(n > 0) for n in self.prefix_lengths]
 
 
 def test_a_record_that_is_longer_than_a_row_is_refused() -> None:

@@ -46,9 +46,9 @@ def test_one_image_has_no_other() -> None:
 
 def plain_loss(run: LoadedModel, record: Conversation, image: str) -> float:
     tokenized, tokens = run.chat_tokenizer.tokenize(record), run.model.vision_tower.num_tokens
-    ids = torch.tensor([expand(tokenized.input_ids, tokens)])
-    labels = torch.tensor([expand(tokenized.input_ids, tokens, tokenized.labels)])
-    pixels = run.load_image(Path(image))[None]
+    ids = torch.tensor([expand(tokenized.input_ids, [tokens])])
+    labels = torch.tensor([expand(tokenized.input_ids, [tokens], tokenized.labels)])
+    pixels = run.load_image(Path(image)).pixels
     with torch.inference_mode():
         output = run.model(batch_of(ids, torch.ones_like(ids), labels, pixels))
     return float(output.loss_sum)

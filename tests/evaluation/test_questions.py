@@ -11,13 +11,15 @@ from PIL import Image
 
 from tests.model.tiny import batch_of
 from tests.rounding import rounding, terms_of
+from vlm_sft.data.image_layout import ImageLayout
+from vlm_sft.data.images import ImageCrops
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.questions import (
     Prediction,
     Question,
     answer_text,
-    blank_pixels,
+    blank_image,
     derangement,
     generate_predictions,
     last_choice,
@@ -38,9 +40,13 @@ def ask_yes_no(text: str, image: str = "a.png", answer: str = "yes") -> Question
     return Question(text, image, text, answer, "random", ("yes", "no"))
 
 
-def noise(seed: int) -> torch.Tensor:
+def noise(seed: int) -> ImageCrops:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, 28, 28), generator=generator, dtype=torch.uint8)
+    return square(torch.randint(0, 256, (3, 28, 28), generator=generator, dtype=torch.uint8))
+
+
+def square(pixels: torch.Tensor) -> ImageCrops:
+    return ImageCrops(pixels[None], ImageLayout(crop_tokens=4))
 
 
 def bound_of(run: LoadedModel) -> float:
@@ -48,13 +54,13 @@ def bound_of(run: LoadedModel) -> float:
     return rounding(terms_of(run.model, length=80))
 
 
-def plain_score(run: LoadedModel, asked: Question, choice: str, pixels: torch.Tensor) -> float:
+def plain_score(run: LoadedModel, asked: Question, choice: str, image: ImageCrops) -> float:
     prompt = run.prompt_ids(user_message(asked.question, [b""]))
     answer = run.chat_tokenizer.answer_ids(answer_text(choice))
     ids = torch.tensor([prompt + answer])
     labels = torch.tensor([[-100] * len(prompt) + answer])
     with torch.inference_mode():
-        output = run.model(batch_of(ids, torch.ones_like(ids), labels, pixels[None]))
+        output = run.model(batch_of(ids, torch.ones_like(ids), labels, image.pixels))
     return -float(output.loss_sum)
 
 
@@ -71,7 +77,7 @@ def test_cached_scores_equal_those_of_whole_sequences(run: LoadedModel) -> None:
 
 
 def test_one_question_is_scored_as_well_as_many(run: LoadedModel) -> None:
-    pixels = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    pixels = square(torch.zeros(3, 28, 28, dtype=torch.uint8))
     alone = score_image(run, [ask_yes_no("Is there a dog?")], pixels)[0]
     together = score_image(run, [ask_yes_no("Is there a dog?"), ask_yes_no("Or a cow?")], pixels)[0]
     assert alone.log_probabilities == pytest.approx(together.log_probabilities, rel=bound_of(run))
@@ -213,12 +219,12 @@ def test_free_answers_together_are_those_given_one_by_one(run: LoadedModel, tmp_
     found = list(generate_predictions(run, items, tmp_path, batch_size=4))
     assert sorted(map(repr, (item for item, _ in found))) == sorted(map(repr, items))
     for item, prediction in found:
-        shown = blank_pixels(run) if item.shown is None else run.load_image(tmp_path / item.shown)
+        shown = blank_image(run) if item.shown is None else run.load_image(tmp_path / item.shown)
         [alone] = generate_greedy(
             run.model,
             run.chat_tokenizer,
             [run.prompt_ids(user_message(item.question.question, [b""]))],
-            image_embeds=torch.stack(run.encode_images([shown])),
+            image_embeds=run.encode_images([shown]),
             max_new_tokens=64,
         )
         assert prediction.question is item.question

@@ -75,7 +75,7 @@ def test_a_loaded_run_trains_nothing_and_knows_its_images(lora: LoadedModel) -> 
     assert not lora.model.training
     assert not any(p.requires_grad for p in lora.model.parameters())
     assert (lora.image_aspect, lora.image_spec.size, lora.manifest["step"]) == ("pad", 48, 4)
-    assert lora.load_image(RED).shape == (3, 48, 48)
+    assert lora.load_image(RED).pixels.shape == (1, 3, 48, 48)
 
 
 def test_a_runs_folder_stands_for_its_last_checkpoint(lora_run: Path, lora: LoadedModel) -> None:
@@ -205,7 +205,7 @@ def test_an_answer_ends_at_the_templates_stop_token(full: LoadedModel) -> None:
     (said,) = full.model.generate(
         ids,
         torch.ones_like(ids),
-        full.load_image(RED)[None],
+        full.load_image(RED).pixels,
         max_new_tokens=50,
         do_sample=False,
         eos_token_id=list(stops),
@@ -223,7 +223,7 @@ def test_a_streamed_answer_is_the_answer_in_pieces(lora: LoadedModel) -> None:
     (whole,) = lora.model.generate(
         ids,
         torch.ones_like(ids),
-        lora.load_image(BLUE)[None],
+        lora.load_image(BLUE).pixels,
         max_new_tokens=30,
         do_sample=False,
         eos_token_id=list(lora.chat_tokenizer.eot_token_ids),
@@ -292,7 +292,7 @@ def test_every_image_of_a_conversation_is_seen_in_its_place(lora: LoadedModel) -
     assert lora.prompt_ids(later).count(IMAGE_TOKEN_ID) == 3 * lora.model.vision_tower.num_tokens
     inputs = torch.tensor([ids])
     one, other = (
-        lora.model.logits(inputs, pixel_values=torch.stack([lora.load_image(p) for p in ps]))
+        lora.model.logits(inputs, pixel_values=torch.cat([lora.load_image(p).pixels for p in ps]))
         for ps in ([RED, BLUE], [BLUE, RED])
     )
     assert not torch.equal(one[0, -1], other[0, -1])

@@ -22,6 +22,7 @@ from vlm_sft.data.build import (
 )
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.hf_tokenizer import padding_id
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.loader import load_steps, micro_batches_of_rank
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.errors import UserError
@@ -65,7 +66,7 @@ def estimator(config: RunConfig, gpu: str = "4090", gpus: int = 1) -> Estimator:
 
 def step_stats(config: RunConfig, *, image_cost: float = 0.0) -> StepStats:
     chat_tokenizer = load_chat_tokenizer(config)
-    data = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=0)
+    data = read_data_stats(config, chat_tokenizer, layout_rule=LayoutRule(9), sample=0)
     return plan_steps(config, data, gpus=1, image_cost=image_cost)
 
 
@@ -102,7 +103,7 @@ def data_of(
     config: RunConfig, model: VisionLanguageModel
 ) -> tuple[StepSampler, Collator, SupervisedDataset]:
     chat_tokenizer, tower = load_chat_tokenizer(config), model.vision_tower
-    data = load_data(config, chat_tokenizer, tower.image_spec, tower.num_tokens)
+    data = load_data(config, chat_tokenizer, tower.image_spec, LayoutRule(tower.num_tokens))
     collator = make_collator(config, padding_id(chat_tokenizer.tokenizer), image_cost(model))
     return make_sampler(config, data.train), collator, data.train
 
@@ -181,8 +182,8 @@ def test_a_sample_represents_all_records_within_its_reported_error(tmp_path: Pat
         update={"data": config.data.model_copy(update={"length_policy": "skip"})}
     )
     chat_tokenizer = load_chat_tokenizer(config)
-    whole = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=0)
-    part = read_data_stats(config, chat_tokenizer, num_image_tokens=9, sample=100)
+    whole = read_data_stats(config, chat_tokenizer, layout_rule=LayoutRule(9), sample=0)
+    part = read_data_stats(config, chat_tokenizer, layout_rule=LayoutRule(9), sample=100)
     assert whole.is_complete and whole.mean_length_error() == 0
     assert whole.files[0].skipped["too_long"] == 200 - len(whole.files[0].lengths) > 0
     assert whole.records_per_epoch == 2 * len(whole.files[0].lengths)
@@ -216,7 +217,7 @@ def test_calibration_finds_the_predicted_memory(
 
 
 def test_full_fine_tuning_is_sharded_over_the_ranks() -> None:
-    config, batch = config_of(), MicroBatch.padded([90] * 4, targets=40, images=4)
+    config, batch = config_of(), MicroBatch.padded([90] * 4, targets=40, images=4, crops=4)
     one = estimator(config).static_memory("full")
     four = estimator(config, gpus=4).static_memory("full")
     assert four.optimizer == one.optimizer / 4 and four.gradients == one.gradients / 4
@@ -281,7 +282,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     planner = estimator(config_of(STAGE2, "train.precision=bf16"))
 
     def of(rows: int) -> MicroBatch:
-        return MicroBatch.padded([2000] * rows, targets=2 * rows, images=rows)
+        return MicroBatch.padded([2000] * rows, targets=2 * rows, images=rows, crops=rows)
 
     found = planner.largest("full", "none", of, limit=4_000)
     assert found > 100

@@ -83,8 +83,8 @@ def simulated() -> Simulation:
 
 def test_the_flops_of_llava_7b_are_those_of_the_published_arithmetic(llava_7b: MetaModel) -> None:
     tower = TowerSimulation(llava_7b.tower)
-    stage1 = {"tokens": 600, "attention_pairs": 600**2, "targets": 24, "images": 1.0}
-    stage2 = {"tokens": 822, "attention_pairs": 822**2, "targets": 117, "images": 0.94}
+    stage1 = {"tokens": 600, "attention_pairs": 600**2, "targets": 24, "crops": 1.0}
+    stage2 = {"tokens": 822, "attention_pairs": 822**2, "targets": 117, "crops": 0.94}
     published = {"stage1": (stage1, 16.26), "lora": (stage2, 22.32), "full": (stage2, 33.00)}
     for method, (shape, teraflop) in published.items():
         # r = 1: the published figure leaves the adapters' own products out
@@ -156,7 +156,7 @@ def real_step(
         live.restart()
         loss.backward()
     targets = int((labels[:, 1:] != -100).sum())
-    shape = MicroBatch.padded([ids.shape[1]] * 3, targets=targets, images=2)
+    shape = MicroBatch.padded([ids.shape[1]] * 3, targets=targets, images=2, crops=2)
     return Footprint(0, alive, 0, forward_peak, live.peak), shape
 
 
@@ -217,14 +217,14 @@ def test_the_flops_of_a_resampler_are_its_projections_and_its_attention() -> Non
 
 def test_a_single_row_needs_no_mask_however_long(simulated: Simulation) -> None:
     short, long = (
-        simulated.footprint(MicroBatch(1, length, 8, 1, 1, length**2), "none").peak
+        simulated.footprint(MicroBatch(1, length, 8, 1, 1, 1, length**2), "none").peak
         for length in (2048, 65536)
     )
     assert long < 32 * short
 
 
 def test_recomputed_activations_are_not_saved(simulated: Simulation) -> None:
-    batch = MicroBatch.padded([64] * 4, targets=20, images=4)
+    batch = MicroBatch.padded([64] * 4, targets=20, images=4, crops=4)
     none, selective, full = (
         simulated.footprint(batch, policy).activations for policy in ("none", "selective", "full")
     )
@@ -234,7 +234,9 @@ def test_recomputed_activations_are_not_saved(simulated: Simulation) -> None:
 
 def test_memory_grows_with_the_rows_by_the_same_for_each(simulated: Simulation) -> None:
     two, three, eight = (
-        simulated.footprint(MicroBatch.padded([64] * n, targets=10 * n, images=n), "none").peak
+        simulated.footprint(
+            MicroBatch.padded([64] * n, targets=10 * n, images=n, crops=n), "none"
+        ).peak
         for n in (2, 3, 8)
     )
     assert eight - three == pytest.approx(5 * (three - two), rel=1e-3)
@@ -286,7 +288,7 @@ def test_the_tower_of_the_tiny_models_gives_its_tokens() -> None:
 
 def test_a_loss_of_many_chunks_takes_no_more_logits_than_one_of_two(simulated: Simulation) -> None:
     two, sixteen = (
-        simulated.footprint(MicroBatch(8, 2048, targets, 1, 8, 8 * 2048**2), "none").loss
+        simulated.footprint(MicroBatch(8, 2048, targets, 1, 1, 8, 8 * 2048**2), "none").loss
         for targets in (1024, 8192)
     )
     width, ids = 48, 8

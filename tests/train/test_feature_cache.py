@@ -32,7 +32,7 @@ def store(folder: Path, **recipe: Any) -> FeatureStore:
 
 
 def features(seed: int = 0) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def losses(out: Path) -> list[float]:
@@ -50,7 +50,7 @@ def test_features_come_back_bit_by_bit_and_under_their_own_recipe_only(tmp_path:
     first.write(DIGEST, features())
     assert first.holds(DIGEST) and not first.holds(OTHER)
     assert torch.equal(first.read(DIGEST), features())
-    assert first.path(DIGEST).stat().st_size == first.entry_bytes
+    assert first.path(DIGEST).stat().st_size == first.entry_bytes()
     assert store(tmp_path, tower="a").holds(DIGEST)
     assert not store(tmp_path, tower="b").holds(DIGEST)
     wide = FeatureStore(tmp_path, {"tower": "a"}, shape=(9, 33), dtype=torch.bfloat16)
@@ -83,7 +83,7 @@ def test_a_damaged_file_is_named_and_removed_and_never_read(tmp_path: Path, dama
 
 def test_every_byte_of_a_file_counts(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    for place in range(0, kept.entry_bytes, 7):
+    for place in range(0, kept.entry_bytes(), 7):
         kept.write(DIGEST, features())
         data = bytearray(kept.path(DIGEST).read_bytes())
         data[place] ^= 0x55
@@ -135,10 +135,10 @@ def test_a_killed_process_leaves_whole_files_and_its_remains_are_cleared(tmp_pat
     os.utime(old, (0, 0))
     rest = sum(path.stat().st_size for path in kept.folder.rglob("*.tmp") if path != old)
     recipe = (kept.folder / "recipe.json").stat().st_size
-    assert disk_use(tmp_path) == len(whole) * kept.entry_bytes + rest + recipe
+    assert disk_use(tmp_path) == len(whole) * kept.entry_bytes() + rest + recipe
     assert old.exists(), "measuring deletes nothing"
     remove_stale(tmp_path)
-    assert disk_use(tmp_path) == len(whole) * kept.entry_bytes + rest + recipe
+    assert disk_use(tmp_path) == len(whole) * kept.entry_bytes() + rest + recipe
     assert young.exists() and not old.exists()
 
 
@@ -182,8 +182,9 @@ ESTIMATE = CacheEstimate(
     tower_flops=2.0,
     record_flops=8.0,
     records=100.0,
-    images=100.0,
+    crops=100.0,
     missing=100,
+    missing_crops=100,
     epochs=3.0,
     num_bytes=2_500_000_000,
 )
@@ -198,7 +199,7 @@ def test_worth_counts_the_tower_and_the_pass_that_fills_the_cache() -> None:
     once = replace(ESTIMATE, epochs=0.5)
     assert once.saved == pytest.approx(-100 / 500)
     assert "costs about 20.0% more" in str(once)
-    shared = replace(ESTIMATE, missing=25, epochs=1.0)
+    shared = replace(ESTIMATE, missing_crops=25, epochs=1.0)
     assert (shared.break_even_epochs, shared.saved) == (0.25, pytest.approx(150 / 1000))
 
 
@@ -237,7 +238,7 @@ def test_kept_features_are_those_of_the_tower(folder: Path) -> None:
     pixels = read_pixels(image, vlm.image_spec, vlm.image_aspect)
     found = kept.read(hashlib.sha256(image.read_bytes()).digest())
     tower = vlm.model.vision_tower
-    assert_near(found, tower(pixels[None])[0], terms_of(tower.encoder, length=tower.num_tokens))
+    assert_near(found, tower(pixels[None]), terms_of(tower.encoder, length=tower.num_tokens))
 
 
 def own_data(tmp_path: Path, images: int = 8) -> tuple[str, Path]:

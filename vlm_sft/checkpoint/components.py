@@ -78,7 +78,7 @@ def checkpoint_components(
     components = {
         "config": plain_component(lambda f: write_text(f / "config.yaml", dump_config(config))),
         "projector": tensor_component(
-            model.multi_modal_projector.state_dict,
+            model.projector_state,
             lambda f, tensors: save_tensors(f / PROJECTOR, tensors),
             lambda f: _load_projector_file(model, f),
         ),
@@ -120,12 +120,16 @@ def language_model_component(model: VisionLanguageModel) -> Component:
 
 
 def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[str, Any]:
-    """Return `processor.json`: how images become pixels, and the number of tokens of each."""
+    """Return `processor.json`: how images become pixels and tokens.
+
+    `num_image_tokens` is the number of tokens of a crop, `image_tiling` the `LayoutRule`.
+    """
     return {
         "image_spec": dataclasses.asdict(model.vision_tower.image_spec),
         "image_aspect": config.data.image_aspect,
         "image_processing": config.data.image_processing,
-        "num_image_tokens": model.num_image_tokens,
+        "num_image_tokens": model.layout_rule.crop_tokens,
+        "image_tiling": dataclasses.asdict(model.layout_rule),
     }
 
 
@@ -240,7 +244,7 @@ def load_language_model(model: VisionLanguageModel, folder: Path) -> None:
 
 def _load_projector_file(model: VisionLanguageModel, folder: Path) -> None:
     path = folder / PROJECTOR
-    copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
+    copy_tensors(load_tensors(path), model.projector_state(), path)
 
 
 def _snapshot_language_model(model: VisionLanguageModel) -> Writer:

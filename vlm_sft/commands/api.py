@@ -138,7 +138,8 @@ def tokenize_record(
     if not isinstance(record, Conversation):
         record = parse_record(RawRecord(record, "record", "record"), None, Path(image_root))
     tokenized = chat_tokenizer.tokenize(record)
-    return view_tokenized(tokenized, tokenized.labels, chat_tokenizer, num_image_tokens)
+    image_tokens = [num_image_tokens] * tokenized.num_images
+    return view_tokenized(tokenized, tokenized.labels, chat_tokenizer, image_tokens)
 
 
 def _as_config(config: ConfigInput, overrides: Sequence[str] = ()) -> RunConfig:

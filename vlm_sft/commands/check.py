@@ -230,7 +230,7 @@ def check_model(
     rates = {part: base_lr(part, config.optim.learning_rate) for part in parts}
     print_table(parts_table(parts_rows(parts, rates)))
     tower = model.vision_tower
-    tokens = f"{model.num_image_tokens} tokens per image"
+    tokens = model.layout_rule.describe()
     results.add(
         "model", "good", f"{tokens}, from {tower.num_tokens} features of width {tower.width}"
     )
@@ -270,7 +270,7 @@ def _check_data(
     with results.check("lengths"):
         # All records that do not fit are listed, not only the first.
         quarantining, tower = config.model_copy(update={"data": listing}), model.vision_tower
-        data = load_data(quarantining, chat_tokenizer, tower.image_spec, model.num_image_tokens)
+        data = load_data(quarantining, chat_tokenizer, tower.image_spec, model.layout_rule)
         errors = [entry for entry in _entries(data) if entry.bucket == "quarantined"]
         for entry in errors[:MAX_PRINTED]:
             echo(f"bad record: {CODES[entry.reason]}: {entry.message}")

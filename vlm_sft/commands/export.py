@@ -25,8 +25,9 @@ def run(args: argparse.Namespace) -> int:
     image = args.image or _first_image(loaded)
     sample = None  # without any image, the export compares logits on noise
     if image is not None:
-        ids = loaded.prompt_ids(user_message(args.prompt, [image]))
-        sample = loaded.load_image(image)[None], torch.tensor([ids])
+        shown = loaded.load_image(image)
+        ids = loaded.prompt_ids(user_message(args.prompt, [image]), [shown.layout])
+        sample = shown.pixels, torch.tensor([ids])
     report = export_hf_llava(
         loaded.model,
         loaded.tokenizer,

@@ -39,14 +39,16 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
         data = read_data_stats(
             config,
             load_chat_tokenizer(config),
-            num_image_tokens=estimator.meta_model.num_image_tokens,
+            layout_rule=estimator.meta_model.layout_rule,
             sample=arguments.sample,
         )
     cost = estimator.image_cost(training_method(config)) if config.train.packing else 0.0
     steps = plan_steps(config, data, gpus=arguments.gpus, image_cost=cost)
     rate = None
     if config.data.feature_cache is None:
-        rate = images_per_cpu_second(data.image_sources, tower.image_spec, config)
+        rate = images_per_cpu_second(
+            data.image_sources, estimator.meta_model.layout_rule, tower.image_spec, config
+        )
 
     planner = Planner(estimator, data, steps, rate)
     report = PlanReport(

@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from vlm_sft.config.connectors import count_tokens
 from vlm_sft.config.schema import DataConfig, DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer
+from vlm_sft.data.image_layout import LayoutRule, layout_rule
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError, error_line
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
@@ -67,7 +67,7 @@ def _print(args: argparse.Namespace, inspection: Inspection, selection: Selectio
             if shown == limit:
                 more = True
                 break
-            view = view_tokens(found, inspection.chat_tokenizer, inspection.num_image_tokens)
+            view = view_tokens(found, inspection.chat_tokenizer, inspection.layout_rule)
             # Text is wrapped at words on a terminal, and not wrapped in a file.
             console.print(as_text(found, view), soft_wrap=not console.is_terminal)
             shown += 1
@@ -128,7 +128,7 @@ def _inspection(args: argparse.Namespace, config: RunConfig | None) -> Inspectio
         files,
         inspection.chat_tokenizer,
         inspection.config,
-        inspection.num_image_tokens,
+        inspection.layout_rule,
         inspection.look_for_images,
     )
 
@@ -137,9 +137,10 @@ def _from_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
     files = config.data.eval if args.eval else config.data.train
     chat_tokenizer = load_chat_tokenizer(config)
     if args.image_tokens is not None:
-        return Inspection(files, chat_tokenizer, config.data, args.image_tokens)
+        rule = LayoutRule(args.image_tokens)
+        return Inspection(files, chat_tokenizer, config.data, rule)
     try:
-        return Inspection(files, chat_tokenizer, config.data, _image_tokens(config))
+        return Inspection(files, chat_tokenizer, config.data, _layout_rule(config))
     except UserError as error:
         if args.html or args.statistics:
             raise UserError(f"{error}; or give --image-tokens N") from None
@@ -148,18 +149,20 @@ def _from_config(args: argparse.Namespace, config: RunConfig) -> Inspection:
             "limit is applied; give the true number with --image-tokens N"
         )
         unlimited = config.data.model_copy(update={"max_length": NO_LIMIT})
-        return Inspection(files, chat_tokenizer, unlimited, LLAVA_IMAGE_TOKENS)
+        return Inspection(files, chat_tokenizer, unlimited, LayoutRule(LLAVA_IMAGE_TOKENS))
 
 
-def _image_tokens(config: RunConfig) -> int:
-    """Return the image tokens per image, by building the vision tower."""
+def _layout_rule(config: RunConfig) -> LayoutRule:
+    """Return how images become tokens, by building the vision tower."""
     tower = config.model.vision_tower
     if tower.name is not None:
         echo(
             f"building the vision tower {tower.name} to count its image tokens; "
             "--image-tokens N skips this"
         )
-    return count_tokens(config.model.token_grid(build_vision_tower(tower).grid))
+    built = build_vision_tower(tower)
+    grid = config.model.token_grid(built.grid)
+    return layout_rule(config.model.image_tiling, grid, built.image_spec.size)
 
 
 def _from_records(args: argparse.Namespace) -> Inspection:
@@ -181,5 +184,5 @@ def _from_records(args: argparse.Namespace) -> Inspection:
         max_length=args.max_length or NO_LIMIT,
         length_policy=args.length_policy or "error",
     )
-    image_tokens = args.image_tokens or LLAVA_IMAGE_TOKENS
-    return Inspection([file], chat_tokenizer, config, image_tokens, look_for_images=False)
+    rule = LayoutRule(args.image_tokens or LLAVA_IMAGE_TOKENS)
+    return Inspection([file], chat_tokenizer, config, rule, look_for_images=False)

@@ -114,7 +114,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResul
         shard(model, accelerator, config.train.precision, reshard_after_forward=zero3)
 
     image_spec = model.vision_tower.image_spec
-    data = load_data(config, chat_tokenizer, image_spec, model.num_image_tokens)
+    data = load_data(config, chat_tokenizer, image_spec, model.layout_rule)
     for warning in require_compatible(chat_tokenizer, data, model):
         logger.warning(warning)
     for note in environment_notes(config):

@@ -12,6 +12,7 @@ from vlm_sft.data.batch import Collator, LoadError, PackedCollator, PaddedCollat
 from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.finished_template import finished_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.packing import RecordLengths, packing_stats
@@ -73,7 +74,7 @@ def load_chat_tokenizer(config: RunConfig) -> ChatTokenizer:
 
 
 def load_data(
-    config: RunConfig, chat_tokenizer: ChatTokenizer, image_spec: ImageSpec, num_image_tokens: int
+    config: RunConfig, chat_tokenizer: ChatTokenizer, image_spec: ImageSpec, layout_rule: LayoutRule
 ) -> Data:
     """Read and tokenize all records, or find them in `data.cache_dir`; see `SupervisedDataset`.
 
@@ -81,7 +82,7 @@ def load_data(
         config: The run's configuration.
         chat_tokenizer: Tokenizes conversations.
         image_spec: How the vision tower takes images.
-        num_image_tokens: Tokens that an image takes in the language model.
+        layout_rule: Gives crops and tokens of every image.
 
     Raises:
         UserError: A file cannot be read, or no record can be used.
@@ -95,7 +96,7 @@ def load_data(
             files,
             cached,
             image_spec,
-            num_image_tokens=num_image_tokens,
+            layout_rule=layout_rule,
             config=config.data,
             ledger=ledger,
         )
@@ -145,7 +146,7 @@ def make_collator(config: RunConfig, pad_token_id: int, image_cost: float) -> Co
     Args:
         config: The run.
         pad_token_id: Fills up.
-        image_cost: What encoding an image costs, in tokens; see `image_cost`.
+        image_cost: What encoding a crop of an image costs, in tokens; see `image_cost`.
     """
     packing = config.train.packing
     if packing is None:

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.feature_store import FeatureStore
-from vlm_sft.data.filtering import RecordFilter
-from vlm_sft.data.images import ImageSpec, read_pixels
+from vlm_sft.data.filtering import FilterResult, RecordFilter
+from vlm_sft.data.image_layout import ImageLayout, LayoutRule, num_crops
+from vlm_sft.data.images import ImageCrops, ImageSpec, read_crops
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.record_store import RecordStore
 from vlm_sft.data.records import open_records
@@ -40,8 +41,10 @@ class Example:
         record_id: The record's id.
         input_ids: [T] int64; `IMAGE_TOKEN_ID` once per image token.
         labels: [T] int64, not shifted; `IGNORE_INDEX` where there is no loss, always on images.
-        pixel_values: [n, 3, H, W] uint8, the images in reading order; n can be 0.
+        pixel_values: [n, 3, H, W] uint8, the crops of the images in reading order; n can be 0.
         image_features: [n, tokens, width], cached vision features; `pixel_values` is then empty.
+        layouts: Layout of each image of `pixel_values` or `image_features`; None: every image is
+            one crop.
         shared_prefix_length: Leading tokens, the first image's included, that repeat those of the
             example before this one in its batch. If it is not 0, the first image is not loaded
             again.
@@ -52,6 +55,7 @@ class Example:
     labels: Tensor
     pixel_values: Tensor
     image_features: Tensor | None = None
+    layouts: tuple[ImageLayout, ...] | None = None
     shared_prefix_length: int = 0
 
 
@@ -66,8 +70,8 @@ class SupervisedDataset(Dataset[Example]):
         files: The files to read, in order.
         chat_tokenizer: Makes ids and labels.
         image_spec: The input of the vision tower.
-        num_image_tokens: Tokens that an image takes in the language model's input.
-        config: Length limit and policy, handling of bad records, image processing.
+        layout_rule: Gives crops and tokens of every image.
+        config: Limits and length policy, handling of bad records, image processing.
         ledger: Receives one entry per record of the files.
 
     Attributes:
@@ -77,9 +81,11 @@ class SupervisedDataset(Dataset[Example]):
         weights: How often each record is seen in an epoch.
         has_image: Whether each record has an image.
         num_images: Images of each record.
+        num_crops: Their crops.
         prefix_ids: Equal numbers for records with the same tokens and image up to and including
             their first image, none of them supervised; -1 for records without such a prefix.
         prefix_lengths: Tokens of that prefix.
+        prefix_crops: Crops of its image.
         contents: What each file contributed, in order.
 
     Raises:
@@ -93,12 +99,12 @@ class SupervisedDataset(Dataset[Example]):
         chat_tokenizer: ChatTokenizer | CachedChatTokenizer,
         image_spec: ImageSpec,
         *,
-        num_image_tokens: int,
+        layout_rule: LayoutRule,
         config: DataConfig,
         ledger: Ledger,
     ) -> None:
         self._chat_tokenizer, self._image_spec = chat_tokenizer, image_spec
-        self._num_image_tokens, self._config, self._ledger = num_image_tokens, config, ledger
+        self._layout_rule, self._config, self._ledger = layout_rule, config, ledger
         self.num_input_records = 0
         # One entry per record; arrays, because there can be tens of millions of records.
         self.record_ids: list[str] = []
@@ -106,12 +112,16 @@ class SupervisedDataset(Dataset[Example]):
         self.weights: list[float] = []
         self.has_image: list[bool] = []
         self.num_images = array("i")
+        self.num_crops = array("i")
         self.prefix_ids = array("q")
         self.prefix_lengths = array("i")
+        self.prefix_crops = array("i")
         self._ledger_indices = array("q")
         self._first_images = array("q")  # number of the record's first image in `_image_sizes`
         # One entry per image of all records.
         self._image_sizes = array("q")  # bytes
+        # Width and height in pixels, two entries per image; empty if the layouts need no sizes.
+        self._image_shapes = array("i")
         self._store = RecordStore()
         self._features: FeatureStore | None = None
         self.contents: list[FileContent] = []
@@ -132,20 +142,21 @@ class SupervisedDataset(Dataset[Example]):
         pixels = torch.empty(0, 3, size, size, dtype=torch.uint8)
         if features is None and first_image < num_images:
             numbers = range(first_image, num_images)
-            pixels = torch.stack([self.pixels(index, number) for number in numbers])
+            pixels = torch.cat([self.pixels(index, number) for number in numbers])
         return Example(
             record_id=self.record_ids[index],
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
             pixel_values=pixels,
             image_features=features,
+            layouts=self.layouts(index)[first_image:],
         )
 
     # --- reading the files
 
     def _read(self, files: Sequence[DataFile]) -> None:
         record_filter = RecordFilter(
-            self._chat_tokenizer, num_image_tokens=self._num_image_tokens, config=self._config
+            self._chat_tokenizer, layout_rule=self._layout_rule, config=self._config
         )
         num_entries_before = len(self._ledger.entries)
         prefixes: dict[bytes, int] = {}
@@ -160,8 +171,7 @@ class SupervisedDataset(Dataset[Example]):
                     raise result.error
                 self._ledger.entries.append(result.entry)
                 if result.record is not None and result.tokenized is not None:
-                    self._append(result.record, result.tokenized, prefixes)
-                    self.lengths.append(result.length)
+                    self._append(result, result.record, result.tokenized, prefixes)
                     self.weights.append(file.weight)
                     digest.update(_content_of(result.record, result.tokenized, image_root))
             self.contents.append(FileContent(len(self) - num_before, digest.hexdigest()))
@@ -174,19 +184,27 @@ class SupervisedDataset(Dataset[Example]):
             )
 
     def _append(
-        self, record: Conversation, tokenized: TokenizedRecord, prefixes: dict[bytes, int]
+        self,
+        result: FilterResult,
+        record: Conversation,
+        tokenized: TokenizedRecord,
+        prefixes: dict[bytes, int],
     ) -> None:
         self._store.append(record, tokenized)
         self.record_ids.append(record.id)
+        self.lengths.append(result.length)
         self.has_image.append(bool(record.images))
         self.num_images.append(len(record.images))
         self._ledger_indices.append(len(self._ledger.entries) - 1)
         self._first_images.append(len(self._image_sizes))
         self._image_sizes.extend(map(_num_bytes, record.images))
-        prefix = shared_prefix(record, tokenized, num_image_tokens=self._num_image_tokens)
+        self._image_shapes.extend(side for size in result.sizes for side in size)
+        self.num_crops.append(num_crops(result.layouts))
+        prefix = shared_prefix(record, tokenized, result.layouts)
         digest, length = prefix or (b"", 0)
         self.prefix_ids.append(prefixes.setdefault(digest, len(prefixes)) if digest else -1)
         self.prefix_lengths.append(length)
+        self.prefix_crops.append(result.layouts[0].num_crops if digest else 0)
 
     # --- one record
 
@@ -196,29 +214,60 @@ class SupervisedDataset(Dataset[Example]):
         ids = ids.astype(np.int64)
         is_image = ids == IMAGE_TOKEN_ID
         labels = np.where(supervised & ~is_image, ids, IGNORE_INDEX)
-        times = np.where(is_image, self._num_image_tokens, 1)
+        times = np.ones_like(ids)
+        times[is_image] = [layout.num_tokens for layout in self.layouts(index)]
         return np.repeat(ids, times), np.repeat(labels, times)
 
     def token_ids(self, index: int) -> list[int]:
         """Return a record's ids, with `IMAGE_TOKEN_ID` at the positions of images."""
         return [int(token) for token in self._expanded(index)[0]]
 
+    def layouts(self, index: int) -> tuple[ImageLayout, ...]:
+        """Return the layout of each image of a record."""
+        first, count = self._first_images[index], self.num_images[index]
+        shapes: Sequence[int] = self._image_shapes[2 * first : 2 * (first + count)]
+        if not self._layout_rule.needs_sizes:
+            shapes = [0] * (2 * count)
+        return self._layout_rule.layouts(list(zip(shapes[::2], shapes[1::2], strict=True)))
+
     def conversation(self, index: int) -> Conversation:
         """Return a record as it is trained on, that is, after turns were dropped."""
         return self._store.conversation(index)
 
     def pixels(self, index: int, number: int) -> Tensor:
-        """Return a record's image, uint8 [3, H, W]; `number` counts from 0.
+        """Return the crops of a record's image, uint8 [crops, 3, H, W]; `number` counts from 0.
 
         Raises:
             RecordError: The image is missing, broken or changed.
         """
-        config = self._config
+        image = self.image_crops(index, number, num_images=self.num_images[index])
+        if image.layout != self.layouts(index)[number]:
+            with self._errors_of_record(index):
+                raise ImageError(
+                    "image_changed",
+                    f"{_shown(self._store.image(index, number))}: has another width and height "
+                    "than when the run read its records; put the old file back, or start a new run",
+                )
+        return image.pixels
+
+    def image_crops(self, index: int, number: int, *, num_images: int) -> ImageCrops:
+        """Return a record's image as that of a record with `num_images` images.
+
+        Raises:
+            RecordError: The image is missing, broken or changed.
+        """
         with self._errors_of_record(index):
-            source = self._unchanged_image(index, number)
-            return read_pixels(
-                source, self._image_spec, config.image_aspect, config.image_processing
-            )
+            return self._read_crops(self._unchanged_image(index, number), num_images)
+
+    def _read_crops(self, source: ImageSource, num_images: int) -> ImageCrops:
+        return read_crops(
+            source,
+            self._layout_rule,
+            self._image_spec,
+            self._config.image_aspect,
+            self._config.image_processing,
+            num_images=num_images,
+        )
 
     def quarantine(self, index: int, reason: str, message: str) -> bool:
         """Move a record that cannot be loaded to the quarantined ones in the ledger.
@@ -258,12 +307,30 @@ class SupervisedDataset(Dataset[Example]):
         index = bisect_right(self._first_images, number) - 1
         return self._store.image(index, number - self._first_images[index])
 
+    def all_layouts(self) -> Iterator[ImageLayout]:
+        """Yield the layout of every image, in the order of `images()`."""
+        for index in range(len(self)):
+            yield from self.layouts(index)
+
+    def crops(self, number: int, data: bytes) -> ImageCrops:
+        """Return the crops and the layout of the image with this number in `images()`.
+
+        Args:
+            number: Of the image.
+            data: Its bytes.
+
+        Raises:
+            ImageError: The image is broken.
+        """
+        index = bisect_right(self._first_images, number) - 1
+        return self._read_crops(data, self.num_images[index])
+
     def use_features(self, store: FeatureStore, digests: Sequence[bytes | None]) -> None:
         """Load cached features from now on, instead of opening images.
 
         Args:
             store: The cached features.
-            digests: sha256 of each image's bytes, in the order of `images()`; None for an image
+            digests: Key in the store of each image, in the order of `images()`; None for an image
                 without features, whose record then raises as if there were no store.
         """
         self._features = store
@@ -277,7 +344,7 @@ class SupervisedDataset(Dataset[Example]):
         if store is None or first_image >= num_images:
             return None
         numbers = range(first_image, num_images)
-        return torch.stack([self._feature(store, index, number) for number in numbers])
+        return torch.cat([self._feature(store, index, number) for number in numbers])
 
     def _feature(self, store: FeatureStore, index: int, number: int) -> Tensor:
         position = self._first_images[index] + number
@@ -290,7 +357,8 @@ class SupervisedDataset(Dataset[Example]):
                     f"{source!s}: could not be opened when features were computed, but can be "
                     "now; repeat the command",
                 )
-        return store.read(self._digests[position].tobytes())
+        crops = self.layouts(index)[number].num_crops
+        return store.read(self._digests[position].tobytes(), crops)
 
     def _unchanged_image(self, index: int, number: int) -> ImageSource:
         """Return an image whose size in bytes is still that of the start of the run."""
@@ -318,6 +386,10 @@ class SupervisedDataset(Dataset[Example]):
         return {k: v for k, v in self.__dict__.items() if k not in ("_chat_tokenizer", "_ledger")}
 
 
+def _shown(source: ImageSource) -> str:
+    return f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
 def _num_bytes(source: ImageSource) -> int:
     """Return an image's size; -1 for a file without one, for which opening raises the error."""
     try:
@@ -330,7 +402,7 @@ def _num_bytes(source: ImageSource) -> int:
 
 
 def shared_prefix(
-    record: Conversation, tokenized: TokenizedRecord, *, num_image_tokens: int
+    record: Conversation, tokenized: TokenizedRecord, layouts: Sequence[ImageLayout]
 ) -> tuple[bytes, int] | None:
     """Return the prefix up to and including the first image, which other records can share.
 
@@ -344,13 +416,15 @@ def shared_prefix(
     unsupervised = all(label == IGNORE_INDEX for label in tokenized.labels[:end])
     if not unsupervised or end >= len(tokenized.input_ids):
         return None
-    digest = _prefix_digest(tokenized.input_ids[:end], record.images[0])
-    return digest, end - 1 + num_image_tokens
+    digest = _prefix_digest(tokenized.input_ids[:end], record.images[0], layouts[0])
+    return digest, end - 1 + layouts[0].num_tokens
 
 
-def _prefix_digest(ids: Sequence[int], image: ImageSource) -> bytes:
+def _prefix_digest(ids: Sequence[int], image: ImageSource, layout: ImageLayout) -> bytes:
+    # An image can be divided in one record, and not in another that has several images.
     name = b"bytes" + image if isinstance(image, bytes) else b"file" + os.fsencode(image)
-    return hashlib.sha256(array("q", ids).tobytes() + name).digest()[:16]
+    tokens = f"{layout.num_crops} {layout.num_tokens} ".encode()
+    return hashlib.sha256(array("q", ids).tobytes() + tokens + name).digest()[:16]
 
 
 # --- the content of files, to be compared when a run resumes

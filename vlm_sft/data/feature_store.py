@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_bytes, write_json
 from vlm_sft.utils.filesystem import require_writable
@@ -32,7 +33,9 @@ _UNFINISHED_NAME: Final = re.compile(
 
 
 class FeatureStore:
-    """Features `[tokens, width]` by sha256 of the image's bytes, for one tower and its settings.
+    """Features `[crops, tokens, width]` of images by a key, for one tower and its settings.
+
+    The key is a sha256 of the image's bytes and of how it is divided; see `feature_key`.
 
     A file is complete or absent, so any number of runs may fill a directory at once and be killed
     at any point. Every file has a sha256 of its features, which is compared on reading.
@@ -40,12 +43,11 @@ class FeatureStore:
     Args:
         folder: Directory of all stores; each combination of settings has a directory in it.
         settings: Everything besides the image's bytes that the features depend on, as plain JSON.
-        shape: `(tokens, width)`.
+        shape: `(tokens, width)` of a crop.
         dtype: Dtype of the features.
 
     Attributes:
         folder: Directory of this store.
-        entry_bytes: Bytes of one image on disk.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class FeatureStore:
         self._cache = Path(folder)
         self.folder = self._cache / digest[:16]
         self._settings, self._shape, self._dtype = described, shape, dtype
-        self.entry_bytes = len(_packed(torch.zeros(shape, dtype=dtype)))
+        self._entry_bytes: dict[int, int] = {}
 
     def require_place(self) -> None:
         """Check that `describe` and `write` can use the directory, without changing anything.
@@ -97,10 +99,17 @@ class FeatureStore:
         name = digest.hex()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def holds(self, digest: bytes) -> bool:
+    def entry_bytes(self, crops: int = 1) -> int:
+        """Return the bytes on disk of an image with this number of crops."""
+        if crops not in self._entry_bytes:
+            features = torch.zeros(crops, *self._shape, dtype=self._dtype)
+            self._entry_bytes[crops] = len(_packed(features))
+        return self._entry_bytes[crops]
+
+    def holds(self, digest: bytes, crops: int = 1) -> bool:
         """Return whether an image's file exists with the right size; its content is not read."""
         try:
-            return self.path(digest).stat().st_size == self.entry_bytes
+            return self.path(digest).stat().st_size == self.entry_bytes(crops)
         except OSError:
             return False
 
@@ -115,8 +124,8 @@ class FeatureStore:
         except OSError as error:
             raise _unusable(self.folder, error) from None
 
-    def read(self, digest: bytes) -> Tensor:
-        """Read an image's features.
+    def read(self, digest: bytes, crops: int = 1) -> Tensor:
+        """Read an image's features `[crops, tokens, width]`.
 
         Raises:
             UserError: If they are missing or damaged; a damaged file is renamed, so that the next
@@ -124,11 +133,11 @@ class FeatureStore:
         """
         path = self.path(digest)
         try:
-            features = _unpacked(read_bytes(path, limit=self.entry_bytes))
+            features = _unpacked(read_bytes(path, limit=self.entry_bytes(crops)))
         except (OSError, UserError, ValueError, KeyError, SafetensorError) as error:
             fault = " ".join(str(error).split())
         else:
-            if (tuple(features.shape), features.dtype) == (self._shape, self._dtype):
+            if (tuple(features.shape), features.dtype) == ((crops, *self._shape), self._dtype):
                 return features
             fault = f"{tuple(features.shape)} of {features.dtype}"
         where = ""
@@ -139,6 +148,18 @@ class FeatureStore:
             "command, which computes them again and resumes from the newest checkpoint",
             code="features_damaged",
         )
+
+
+def feature_key(digest: bytes, layout: ImageLayout) -> bytes:
+    """Return the key of an image's features.
+
+    Args:
+        digest: sha256 of the image's bytes.
+        layout: Its crops; the same image can be divided in one record, and not in another.
+    """
+    if layout.tiles is None:
+        return digest
+    return hashlib.sha256(digest + repr((layout.tiles, layout.overview)).encode()).digest()
 
 
 def disk_use(folder: str | Path) -> int:

@@ -6,16 +6,12 @@ from pathlib import Path
 
 from vlm_sft.config.schema import DataConfig
 from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource
-from vlm_sft.data.image_layout import ImageLayout, LayoutRule, num_crops
+from vlm_sft.data.image_layout import ImageLayout, LayoutRule, Size, num_crops
 from vlm_sft.data.ledger import LedgerEntry
 from vlm_sft.data.tokenize import CHUNK, ChatTokenizer, TokenizedRecord, batched
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.errors import ImageError, RecordError
 from vlm_sft.utils.constants import IGNORE_INDEX
-
-
-Size = tuple[int, int]
-"""Width and height of an upright image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +164,7 @@ class RecordFilter:
     def _layouts(self, record: Conversation, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
         """Return the layouts of a record's images; `sizes` may have those of dropped ones too."""
         count = len(record.images)
-        sizes = sizes[:count] or [(0, 0)] * count
-        return tuple(
-            self._layout_rule.layout(width, height, num_images=count) for width, height in sizes
-        )
+        return self._layout_rule.layouts(sizes[:count] or [(0, 0)] * count)
 
     def _shorten(
         self, record: Conversation, tokenized: TokenizedRecord, sizes: Sequence[Size]

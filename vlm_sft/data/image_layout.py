@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from vlm_sft.config.connectors import TokenGrid, count_tokens
 from vlm_sft.config.schema import ImageTilingConfig
 from vlm_sft.errors import UserError
+
+Size = tuple[int, int]
+"""Width and height of an upright image in pixels."""
 
 Tiling = Literal["none", "anyres", "dynamic"]
 
@@ -136,10 +140,14 @@ class LayoutRule:
         divided = num_images == 1 or self.max_crops is None
         return _layout(self, width, height, divided)
 
+    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
+        """Return the layouts of the images of a record, given the size of each."""
+        return tuple(self.layout(*size, num_images=len(sizes)) for size in sizes)
+
     def describe(self) -> str:
         """Return the tokens of an image in words."""
         if not self.needs_sizes:
-            return f"{self.crop_tokens} tokens per image"
+            return f"{self.crop_tokens:,} image tokens per image"
         if self.tiling == "dynamic":
             crops = f"{self.min_tiles} to {self.max_tiles} tiles and an overview"
         else:
@@ -147,27 +155,22 @@ class LayoutRule:
             crops = f"an overview and {min(tiles)} to {max(tiles)} tiles"
             if self.max_crops is not None:
                 crops += f" scaled to at most about {self.max_crops} crops' tokens"
-        return f"{self.crop_tokens} tokens per crop, an image being {crops}"
+        return f"{self.crop_tokens:,} image tokens per crop; an image is {crops}"
 
 
-def layout_rule(
-    tiling: ImageTilingConfig,
-    *,
-    crop_size: int,
-    crop_tokens: int,
-    crop_grid: tuple[int, int] | None,
-) -> LayoutRule:
+def layout_rule(tiling: ImageTilingConfig, token_grid: TokenGrid, crop_size: int) -> LayoutRule:
     """Return the rule of a configuration.
 
     Args:
         tiling: `model.image_tiling`.
+        token_grid: Tokens of a crop after the connector.
         crop_size: Side of the tower's input in pixels.
-        crop_tokens: Tokens of a crop after the connector.
-        crop_grid: Their rows and columns; None if they have no spatial order.
 
     Raises:
         UserError: The tokens of a crop have no spatial order, which `anyres` needs.
     """
+    crop_tokens = count_tokens(token_grid)
+    crop_grid = None if isinstance(token_grid, int) else token_grid
     if tiling.layout == "none":
         return LayoutRule(crop_tokens, crop_grid, crop_size)
     if tiling.layout == "dynamic":

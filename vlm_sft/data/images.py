@@ -127,6 +127,18 @@ def read_pixels(
     return _square(_load(source, processing), spec, aspect, processing)
 
 
+class ImageCrops(NamedTuple):
+    """An image as the vision tower takes it.
+
+    Attributes:
+        pixels: uint8 [crops, 3, size, size], in the order of the layout.
+        layout: How they become tokens.
+    """
+
+    pixels: Tensor
+    layout: ImageLayout
+
+
 def read_crops(
     source: ImageSource,
     rule: LayoutRule,
@@ -135,8 +147,8 @@ def read_crops(
     processing: ImageProcessing = "fast",
     *,
     num_images: int = 1,
-) -> tuple[Tensor, ImageLayout]:
-    """Load an image as the crops of its layout, uint8 [crops, 3, size, size], and the layout.
+) -> ImageCrops:
+    """Load an image as the crops of its layout.
 
     Args:
         source: A file or its bytes.
@@ -151,15 +163,33 @@ def read_crops(
         ImageError: As `open_image`.
     """
     image = _load(source, processing)
+    return _crops(image, rule, spec, aspect, processing, num_images)
+
+
+def to_crops(
+    image: Image.Image, rule: LayoutRule, spec: ImageSpec, aspect: ImageAspect
+) -> ImageCrops:
+    """Return the crops of an image from `open_image`, made by Pillow; see `read_crops`."""
+    return _crops(np.array(image), rule, spec, aspect, "exact", 1)
+
+
+def _crops(
+    image: np.ndarray,
+    rule: LayoutRule,
+    spec: ImageSpec,
+    aspect: ImageAspect,
+    processing: ImageProcessing,
+    num_images: int,
+) -> ImageCrops:
     layout = rule.layout(image.shape[1], image.shape[0], num_images=num_images)
     if layout.tiles is None:
-        return _square(image, spec, aspect, processing)[None], layout
+        return ImageCrops(_square(image, spec, aspect, processing)[None], layout)
     tiles = _tiles(image, layout, spec, processing)
     if layout.overview == "none":
-        return tiles, layout
+        return ImageCrops(tiles, layout)
     overview = _resized(image, (spec.size, spec.size), spec, processing)[None]
     order = [overview, tiles] if layout.overview == "first" else [tiles, overview]
-    return torch.cat(order), layout
+    return ImageCrops(torch.cat(order), layout)
 
 
 def read_bytes(source: ImageSource) -> bytes:

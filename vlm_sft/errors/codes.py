@@ -423,6 +423,13 @@ ALL: Final = (
         "End it with a user turn.",
     ),
     ErrorCode(
+        328,
+        "too_many_crops",
+        "The images of a record are divided into more crops than `data.max_crops`.",
+        "Raise the limit, lower `model.image_tiling.max_tiles` or the grids, or choose "
+        "`length_policy: drop_turns` or `skip`.",
+    ),
+    ErrorCode(
         330,
         "no_records",
         "No record is left to train on.",

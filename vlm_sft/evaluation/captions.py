@@ -4,14 +4,14 @@ A model that uses the image has a lower loss with the right one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_sft.data.batch import pad_examples
-from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.tokenize import expand
 from vlm_sft.evaluation.intervals import cluster_bootstrap_ratio
@@ -68,11 +68,8 @@ def caption_losses(
 def _losses_of(
     loaded: LoadedModel, records: Sequence[Conversation], others: Mapping[str, str]
 ) -> list[CaptionLoss]:
-    own = [_example(loaded, record) for record in records]
-    shuffled = [
-        replace(example, pixel_values=loaded.load_image(Path(others[str(record.images[0])]))[None])
-        for example, record in zip(own, records, strict=True)
-    ]
+    own = [_example(loaded, record, record.images[0]) for record in records]
+    shuffled = [_example(loaded, record, Path(others[str(record.images[0])])) for record in records]
     batch = pad_examples([*own, *shuffled], loaded.pad_token_id)
     losses = loaded.model(batch.to(loaded.device)).per_record_loss.tolist()
     return [
@@ -83,14 +80,17 @@ def _losses_of(
     ]
 
 
-def _example(loaded: LoadedModel, record: Conversation) -> Example:
+def _example(loaded: LoadedModel, record: Conversation, source: ImageSource) -> Example:
+    """Return a record with another image, or its own."""
     tokenized = loaded.chat_tokenizer.tokenize(record)
-    tokens = loaded.model.num_image_tokens
+    image = loaded.load_image(source)
+    tokens = [image.layout.num_tokens]
     return Example(
         record.id,
         torch.tensor(expand(tokenized.input_ids, tokens)),
         torch.tensor(expand(tokenized.input_ids, tokens, tokenized.labels)),
-        loaded.load_image(Path(str(record.images[0])))[None],
+        image.pixels,
+        layouts=(image.layout,),
     )
 
 

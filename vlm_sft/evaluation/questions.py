@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm_sft.data.images import to_pixels
+from vlm_sft.data.image_layout import ImageLayout
+from vlm_sft.data.images import ImageCrops, to_crops
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.evaluation.conditions import IMAGE_CONDITIONS, ImageCondition
 from vlm_sft.evaluation.intervals import balanced_accuracy_interval, interval_of_shares
@@ -156,12 +156,12 @@ def derangement(names: Iterable[str], *, seed: int) -> dict[str, str]:
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def blank_pixels(loaded: LoadedModel) -> Tensor:
-    """Return an image of the tower's mean color, uint8 `[3, size, size]`."""
+def blank_image(loaded: LoadedModel) -> ImageCrops:
+    """Return a square image of the tower's mean color."""
     size = loaded.image_spec.size
     red, green, blue = (int(255 * value) for value in loaded.image_spec.mean)
     image = Image.new("RGB", (size, size), (red, green, blue))
-    return to_pixels(image, loaded.image_spec, loaded.image_aspect)
+    return to_crops(image, loaded.model.layout_rule, loaded.image_spec, loaded.image_aspect)
 
 
 def make_items(
@@ -195,7 +195,8 @@ def require_questions_in_prompt(loaded: LoadedModel) -> None:
     Raises:
         UserError: It does not, as `plain` of LLaVA's stage 1.
     """
-    one, other = (loaded.prompt_ids(user_message(text, [b""])) for text in ("One?", "Other?"))
+    prompt = loaded.chat_tokenizer.prompt
+    one, other = (prompt(user_message(text, [b""])) for text in ("One?", "Other?"))
     if one == other:
         name = loaded.chat_tokenizer.template.name
         raise UserError(
@@ -220,19 +221,24 @@ def generate_predictions(
         same.setdefault((item.question.question, item.shown), []).append(item)
     # Questions of similar length share a batch, so little of it is padding.
     pairs = sorted(same, key=lambda pair: len(pair[0]))
-    embeds: dict[str | None, Tensor] = {}  # every image goes through the tower once
+    # Every image goes through the tower once.
+    layouts: dict[str | None, ImageLayout] = {}
+    embeds: dict[str | None, Tensor] = {}
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         new = list(dict.fromkeys(shown for _, shown in batch if shown not in embeds))
         if new:
-            pixels = [_pixels(loaded, shown, images_dir) for shown in new]
-            embeds |= zip(new, loaded.encode_images(pixels), strict=True)
-        prompts = [loaded.prompt_ids(user_message(text, [b""])) for text, _ in batch]
+            images = [_load(loaded, shown, images_dir) for shown in new]
+            layouts |= zip(new, [image.layout for image in images], strict=True)
+            embeds |= zip(new, loaded.encode_images(images), strict=True)
+        prompts = [
+            loaded.prompt_ids(user_message(text, [b""]), [layouts[shown]]) for text, shown in batch
+        ]
         answers = generate_greedy(
             loaded.model,
             loaded.chat_tokenizer,
             prompts,
-            image_embeds=torch.stack([embeds[shown] for _, shown in batch]),
+            image_embeds=[embeds[shown] for _, shown in batch],
             max_new_tokens=MAX_ANSWER_TOKENS,
         )
         for pair, answer in zip(batch, answers, strict=True):
@@ -255,38 +261,38 @@ def score_predictions(
     for item in items:
         by_image.setdefault(item.shown, []).append(item)
     for shown, group in by_image.items():
-        pixels = _pixels(loaded, shown, images_dir)
-        predictions = score_image(loaded, [item.question for item in group], pixels)
+        image = _load(loaded, shown, images_dir)
+        predictions = score_image(loaded, [item.question for item in group], image)
         yield from zip(group, predictions, strict=True)
 
 
-def _pixels(loaded: LoadedModel, shown: str | None, images_dir: Path) -> Tensor:
+def _load(loaded: LoadedModel, shown: str | None, images_dir: Path) -> ImageCrops:
     if shown is None:
-        return blank_pixels(loaded)
+        return blank_image(loaded)
     # Whether links may leave the directory was decided by `require_images_inside`.
     return loaded.load_image(image_path(images_dir, shown, follow_symlinks=True))
 
 
 def score_image(
-    loaded: LoadedModel, questions: Sequence[Question], pixels: Tensor
+    loaded: LoadedModel, questions: Sequence[Question], image: ImageCrops
 ) -> list[Prediction]:
     """Return the predictions of questions about one image, in their order.
 
     Args:
         loaded: The model.
         questions: Questions to score.
-        pixels: The image, uint8 `[3, size, size]`.
+        image: The image.
     """
     choices = {choice for asked in questions for choice in asked.choices}
     ids = {choice: loaded.chat_tokenizer.answer_ids(answer_text(choice)) for choice in choices}
     candidates = [
         Candidates(
-            loaded.prompt_ids(user_message(asked.question, [b""])),
+            loaded.prompt_ids(user_message(asked.question, [b""]), [image.layout]),
             [ids[choice] for choice in asked.choices],
         )
         for asked in questions
     ]
-    scores = score_answers(loaded, candidates, pixels)
+    scores = score_answers(loaded, candidates, image)
     return [Prediction(asked, found) for asked, found in zip(questions, scores, strict=True)]
 
 

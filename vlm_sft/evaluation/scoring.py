@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vlm_sft.data.images import ImageCrops
 from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.model.language_model import decoder_of, head_logits
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
@@ -36,19 +37,19 @@ class Candidates:
 
 
 def score_answers(
-    loaded: LoadedModel, questions: Sequence[Candidates], pixels: Tensor
+    loaded: LoadedModel, questions: Sequence[Candidates], image: ImageCrops
 ) -> list[tuple[float, ...]]:
     """Return the summed log-probability of every answer after its prompt, in nats.
 
     Args:
         loaded: The model.
         questions: Prompts about one image, with text after the image, and their answers.
-        pixels: The image, uint8 `[3, size, size]`.
+        image: The image.
     """
     if not questions:
         return []
     scorer = _Scorer(loaded, _shared_length([question.prompt for question in questions]))
-    prefix_cache = scorer.run_prefix(questions[0].prompt, pixels)
+    prefix_cache = scorer.run_prefix(questions[0].prompt, image)
     scores: dict[int, tuple[float, ...]] = {}
     # Prompts of similar length share a batch, so little of it is padding.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
@@ -93,11 +94,11 @@ class _Scorer:
         self._decoder = cast(Any, decoder_of(loaded.model.language_model))
 
     @torch.inference_mode()
-    def run_prefix(self, prompt: Sequence[int], pixels: Tensor) -> Any:
+    def run_prefix(self, prompt: Sequence[int], image: ImageCrops) -> Any:
         """Return the KV cache of the ids that all prompts share."""
         ids = torch.tensor([list(prompt[: self._shared_length])], device=self._loaded.device)
-        model = self._loaded.model
-        embeds = model.embed(ids, model.encode_images(pixels[None].to(self._loaded.device)))
+        (image_embeds,) = self._loaded.encode_images([image])
+        embeds = self._loaded.model.embed(ids, image_embeds)
         return self._decoder(inputs_embeds=embeds, use_cache=True).past_key_values
 
     @torch.inference_mode()

@@ -163,7 +163,9 @@ def _default_sample(model: VisionLanguageModel) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (1, 3, size, size), generator=generator, dtype=torch.uint8)
     text = torch.arange(16) % causal_lm(model.language_model).get_input_embeddings().weight.shape[0]
-    ids = torch.cat([text[:4], torch.full((model.num_image_tokens,), IMAGE_TOKEN_ID), text[4:]])
+    ids = torch.cat(
+        [text[:4], torch.full((model.layout_rule.crop_tokens,), IMAGE_TOKEN_ID), text[4:]]
+    )
     return pixels, ids.unsqueeze(0)
 
 

@@ -27,6 +27,7 @@ def export_obstacles(model: VisionLanguageModel) -> list[str]:
         model: As training builds it, with or without adapters and 4-bit weights.
     """
     checks: list[Callable[[], object]] = [
+        lambda: _require_one_crop(model),
         lambda: stock_tower(model.vision_tower),
         lambda: stock_projector(model.multi_modal_projector),
         lambda: require_language_model(causal_lm(model.language_model)),
@@ -39,6 +40,14 @@ def export_obstacles(model: VisionLanguageModel) -> list[str]:
             except UserError as error:
                 found.append(str(error))
     return found
+
+
+def _require_one_crop(model: VisionLanguageModel) -> None:
+    if model.layout_rule.needs_sizes:
+        raise UserError(
+            "transformers' LLaVA takes an image as one square, and this model divides it into "
+            "crops (model.image_tiling)"
+        )
 
 
 def summarize_obstacles(obstacles: Sequence[str]) -> str:

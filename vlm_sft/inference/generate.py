@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_sft.data.hf_tokenizer import padding_id
+from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.model.vlm import VisionLanguageModel
 
@@ -18,7 +19,8 @@ def generate_greedy(
     prompts: Sequence[Sequence[int]],
     *,
     pixel_values: Tensor | None = None,
-    image_embeds: Tensor | None = None,
+    layouts: Sequence[ImageLayout] | None = None,
+    image_embeds: Sequence[Tensor] | None = None,
     max_new_tokens: int,
 ) -> list[str]:
     """Return one response per prompt, without special tokens and surrounding white space.
@@ -27,9 +29,10 @@ def generate_greedy(
         model: In evaluation mode.
         chat_tokenizer: Its tokenizer decodes; its template says which tokens end a response.
         prompts: Token ids of each prompt, with `IMAGE_TOKEN_ID` once per image token.
-        pixel_values: The images of all prompts in order, uint8 `[N, 3, H, W]`; or None.
-        image_embeds: Instead of `pixel_values`, what the language model sees of the images,
-            `[N, tokens, D]`.
+        pixel_values: The crops of all images in order, uint8 `[N, 3, H, W]`; or None.
+        layouts: The layout of each image; None: every image is one crop.
+        image_embeds: Instead of `pixel_values`, what the language model sees of each image,
+            `[tokens, D]`.
         max_new_tokens: Longer responses are cut.
     """
     tokenizer: Any = chat_tokenizer.tokenizer
@@ -51,9 +54,8 @@ def generate_greedy(
     if image_embeds is None:
         # The one entry point that FSDP gathers sharded weights for (see `train.fsdp.shard`).
         pixels = None if pixel_values is None else pixel_values.to(device)
-        generated = model.generate(input_ids, attention_mask, pixels, **settings)
+        generated = model.generate(input_ids, attention_mask, pixels, layouts, **settings)
     else:
-        model.require_matching_images(input_ids, len(image_embeds))
-        embeds = model.embed(input_ids, image_embeds)
+        embeds = model.embed(input_ids, torch.cat(list(image_embeds)))
         generated = model.generate_from_embeds(embeds, attention_mask, **settings)
     return [cast(str, tokenizer.decode(row, skip_special_tokens=True)).strip() for row in generated]

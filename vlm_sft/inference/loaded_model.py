@@ -37,8 +37,9 @@ from vlm_sft.config.schema import (
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.finished_template import finished_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer, padding_id
+from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.data.image_separator import DEFAULT_SEPARATOR, separated_parts
-from vlm_sft.data.images import ImageSpec, read_pixels
+from vlm_sft.data.images import ImageCrops, ImageSpec, read_crops, upright_size
 from vlm_sft.data.records import read_records
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.errors import CheckpointError, UserError
@@ -143,8 +144,9 @@ class LoadedModel:
         """
         _require_limits(max_new_tokens, temperature)
         conversation = as_conversation(prompt, images)
-        prompt_ids = self.prompt_ids(conversation)
-        pixels = [self.load_image(source) for source in conversation.images]
+        loaded = self.load_images(conversation)
+        layouts = [image.layout for image in loaded]
+        prompt_ids = self.prompt_ids(conversation, layouts)
         if seed is not None:
             torch.manual_seed(seed)
         sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_p": None, "top_k": None}
@@ -152,7 +154,8 @@ class LoadedModel:
             self.model,
             self.tokenizer,
             torch.tensor([prompt_ids], device=self.device),
-            torch.stack(pixels).to(self.device) if pixels else None,
+            _pixels(loaded, self.device),
+            layouts,
             max_new_tokens=min(max_new_tokens, self._free_positions(len(prompt_ids))),
             eos_token_id=list(self.chat_tokenizer.eot_token_ids),
             pad_token_id=self.pad_token_id,
@@ -200,9 +203,12 @@ class LoadedModel:
                 f"{len(images)}"
             )
         conversations = [as_conversation(*pair) for pair in zip(prompts, images, strict=True)]
-        prompt_ids = [self.prompt_ids(conversation) for conversation in conversations]
+        loaded = [self.load_images(conversation) for conversation in conversations]
+        prompt_ids = [
+            self.prompt_ids(conversation, [image.layout for image in found])
+            for conversation, found in zip(conversations, loaded, strict=True)
+        ]
         lengths = [min(max_new_tokens, self._free_positions(len(ids))) for ids in prompt_ids]
-        pixels = [[self.load_image(s) for s in c.images] for c in conversations]
         # Prompts of similar length share a batch, so that little is padded; and only prompts whose
         # responses may be equally long, so that none is cut or continued because of another one.
         order = sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompt_ids[i])))
@@ -211,38 +217,80 @@ class LoadedModel:
             remaining = list(group)
             while remaining:
                 batch, remaining = remaining[:batch_size], remaining[batch_size:]
-                shown = [image for index in batch for image in pixels[index]]
+                shown = [image for index in batch for image in loaded[index]]
                 texts = generate_greedy(
                     self.model,
                     self.chat_tokenizer,
                     [prompt_ids[index] for index in batch],
-                    pixel_values=torch.stack(shown) if shown else None,
+                    pixel_values=_pixels(shown, self.device),
+                    layouts=[image.layout for image in shown],
                     max_new_tokens=length,
                 )
                 for index, text in zip(batch, texts, strict=True):
                     responses[index] = text
         return responses
 
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Return the token ids to generate from, with `IMAGE_TOKEN_ID` once per image token."""
-        return expand(self.chat_tokenizer.prompt(conversation), self.model.num_image_tokens)
+    def prompt_ids(
+        self, conversation: Conversation, layouts: Sequence[ImageLayout] | None = None
+    ) -> list[int]:
+        """Return the token ids to generate from, with `IMAGE_TOKEN_ID` once per image token.
 
-    def load_image(self, source: ImageSource) -> Tensor:
-        """Return an image as the vision tower takes it, uint8 `[3, size, size]`.
+        Args:
+            conversation: The prompt.
+            layouts: The layout of each of its images; None: from the headers of the images.
+
+        Raises:
+            ImageError: A header cannot be read, without `layouts`.
+        """
+        if layouts is None:
+            layouts = self.model.layout_rule.layouts(
+                [upright_size(source)[:2] for source in conversation.images]
+                if self.model.layout_rule.needs_sizes
+                else [(0, 0)] * len(conversation.images)
+            )
+        tokens = [layout.num_tokens for layout in layouts]
+        return expand(self.chat_tokenizer.prompt(conversation), tokens)
+
+    def load_images(self, conversation: Conversation) -> list[ImageCrops]:
+        """Return the images of a prompt as the model takes them.
+
+        Raises:
+            ImageError: An image is missing or cannot be decoded.
+        """
+        count = len(conversation.images)
+        return [self.load_image(source, num_images=count) for source in conversation.images]
+
+    def load_image(self, source: ImageSource, *, num_images: int = 1) -> ImageCrops:
+        """Return an image as the model takes it.
+
+        Args:
+            source: A file or its bytes.
+            num_images: Number of images in the prompt, on which the crops can depend.
 
         Raises:
             ImageError: The image is missing or cannot be decoded.
         """
-        return read_pixels(source, self.image_spec, self.image_aspect, self.image_processing)
+        return read_crops(
+            source,
+            self.model.layout_rule,
+            self.image_spec,
+            self.image_aspect,
+            self.image_processing,
+            num_images=num_images,
+        )
 
     @torch.no_grad()
-    def encode_images(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+    def encode_images(self, images: Sequence[ImageCrops]) -> list[Tensor]:
         """Return the embeddings of images as the language model takes them, `[tokens, D]` each.
 
         Args:
-            pixels: At least one image from `load_image`.
+            images: At least one image from `load_image`.
         """
-        return list(self.model.encode_images(torch.stack(list(pixels)).to(self.device)))
+        layouts = [image.layout for image in images]
+        pixels = torch.cat([image.pixels for image in images]).to(self.device)
+        crops = self.model.encode_images(pixels)
+        tokens = self.model.arrange(crops, layouts).reshape(-1, crops.shape[-1])
+        return list(tokens.split([layout.num_tokens for layout in layouts]))
 
     def _free_positions(self, num_tokens: int) -> int:
         """Return how many tokens can follow a prompt of `num_tokens`."""
@@ -256,6 +304,11 @@ class LoadedModel:
                 code="too_long",
             )
         return limit.tokens - num_tokens
+
+
+def _pixels(images: Sequence[ImageCrops], device: torch.device) -> Tensor | None:
+    """Return the crops of all images `[N, 3, H, W]` on a device; None if there are none."""
+    return torch.cat([image.pixels for image in images]).to(device) if images else None
 
 
 def _require_limits(max_new_tokens: int, temperature: float = 0.0) -> None:
@@ -415,7 +468,7 @@ def _load_model(config: RunConfig, manifest: dict[str, Any], folder: Path) -> Vi
         ) from None
     _require_same_base(config, model, manifest, folder)
     path = folder / PROJECTOR
-    copy_tensors(load_tensors(path), model.multi_modal_projector.state_dict(), path)
+    copy_tensors(load_tensors(path), model.projector_state(), path)
     if (folder / ADAPTER).is_dir():
         if config.lora is None:
             raise CheckpointError(f"{folder}: has an adapter, but its config.yaml has no lora")

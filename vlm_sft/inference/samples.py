@@ -71,12 +71,17 @@ class SampleGenerator:
         num_images = len(list(Conversation("", turns).image_parts()))
         question = Conversation(conversation.id, turns, conversation.images[:num_images])
         prompt = self._chat_tokenizer.prompt(question)
-        pixels = [self._dataset.pixels(index, number) for number in range(num_images)]
+        images = [
+            self._dataset.image_crops(index, number, num_images=num_images)
+            for number in range(num_images)
+        ]
+        layouts = [image.layout for image in images]
         (answer,) = generate_greedy(
             self._model,
             self._chat_tokenizer,
-            [expand(prompt, self._model.num_image_tokens)],
-            pixel_values=torch.stack(pixels) if pixels else None,
+            [expand(prompt, [layout.num_tokens for layout in layouts])],
+            pixel_values=torch.cat([image.pixels for image in images]) if images else None,
+            layouts=layouts,
             max_new_tokens=self._max_new_tokens,
         )
         return {

@@ -1,13 +1,14 @@
 """Stream the text of a response while it is generated."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
+from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.model.vlm import VisionLanguageModel
 
 
@@ -16,6 +17,7 @@ def stream_text(
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     pixel_values: Tensor | None,
+    layouts: Sequence[ImageLayout] | None,
     **generation_kwargs: Any,
 ) -> Iterator[str]:
     """Yield the decoded text of one response in pieces, without special tokens.
@@ -27,7 +29,8 @@ def stream_text(
         model: In evaluation mode.
         tokenizer: Decodes the response.
         input_ids: The prompt, `[1, T]`.
-        pixel_values: Its images, uint8 `[N, 3, H, W]`; or None.
+        pixel_values: The crops of its images, uint8 `[N, 3, H, W]`; or None.
+        layouts: The layout of each image; None: every image is one crop.
         **generation_kwargs: For transformers' `generate`.
     """
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_special_tokens=True)
@@ -40,6 +43,7 @@ def stream_text(
                 input_ids,
                 torch.ones_like(input_ids),
                 pixel_values,
+                layouts,
                 streamer=_ResponseOnly(streamer),
                 stopping_criteria=[stop],
                 **generation_kwargs,

@@ -11,6 +11,7 @@ from typing import Final
 from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.filtering import FilterResult, RecordFilter
+from vlm_sft.data.image_layout import ImageLayout, LayoutRule
 from vlm_sft.data.ledger import Bucket, LedgerEntry
 from vlm_sft.data.records import open_records
 from vlm_sft.data.tokenize import ChatTokenizer
@@ -56,6 +57,12 @@ class Inspected:
         return self.record if isinstance(self.record, Conversation) else None
 
     @property
+    def layouts(self) -> tuple[ImageLayout, ...]:
+        """The layout of each image of `conversation`; empty if it could not be tokenized."""
+        result = self.result
+        return result.untruncated_layouts if result.record is None else result.layouts
+
+    @property
     def length(self) -> int | None:
         """Tokens, image tokens included, before turns are dropped; None if not tokenized."""
         return None if self.result.untruncated is None else self.result.untruncated_length
@@ -69,14 +76,14 @@ class Inspection:
         files: Files of records.
         chat_tokenizer: Tokenizes the records.
         config: Length limit and policy; with `max_length` `NO_LIMIT`, no record is too long.
-        num_image_tokens: Image tokens per image.
+        layout_rule: Gives crops and tokens of every image.
         look_for_images: Whether a missing image file makes its record faulty.
     """
 
     files: Sequence[DataFile]
     chat_tokenizer: ChatTokenizer
     config: DataConfig
-    num_image_tokens: int
+    layout_rule: LayoutRule
     look_for_images: bool = True
 
     def names(self) -> list[str]:
@@ -93,7 +100,7 @@ class Inspection:
         """
         record_filter = RecordFilter(
             self.chat_tokenizer,
-            num_image_tokens=self.num_image_tokens,
+            layout_rule=self.layout_rule,
             config=self.config,
             look_for_images=self.look_for_images,
         )

@@ -102,7 +102,7 @@ class RecordsPage:
         if self.num_shown >= self.limit:
             return
         inspection = self.inspection
-        view = view_tokens(found, inspection.chat_tokenizer, inspection.num_image_tokens)
+        view = view_tokens(found, inspection.chat_tokenizer, inspection.layout_rule)
         file_path = inspection.files[found.source].path
         self._records.append(record_view(found, view, file_path))
 
@@ -134,7 +134,6 @@ class RecordsPage:
             selection=self.selection,
             filters=self._filters(),
             records=self._records,
-            num_image_tokens=self.inspection.num_image_tokens,
             buckets=BUCKETS,
         )
         write_text(path, html)
@@ -143,7 +142,7 @@ class RecordsPage:
         inspection = self.inspection
         config = inspection.config
         parts = [f"Template {inspection.chat_tokenizer.template.name}"]
-        parts.append(f"{inspection.num_image_tokens:,} image tokens per image")
+        parts.append(inspection.layout_rule.describe())
         if config.max_length == NO_LIMIT:
             parts.append("no length limit")
         else:

@@ -179,9 +179,10 @@ class Statistics:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, for other programs."""
-        limit = self.inspection.config.max_length
+        limit, rule = self.inspection.config.max_length, self.inspection.layout_rule
         return {
-            "image_tokens_per_image": self.inspection.num_image_tokens,
+            "image_tokens_per_image": None if rule.needs_sizes else rule.crop_tokens,
+            "image_tokens": rule.describe(),
             "max_length": None if limit == NO_LIMIT else limit,
             "length_policy": self.inspection.config.length_policy,
             "total": self.total.as_json(),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.tokenize import ChatTokenizer, TokenizedRecord
 from vlm_sft.errors import RecordError
 from vlm_sft.inspection.records import Inspected
@@ -27,11 +28,13 @@ class Token:
         text: The decoded text, or the name of a special token.
         is_special: The text is a special token's, or stands for an image.
         image: Number of the image in its record, from 1; 0 for all other tokens.
+        image_tokens: Tokens of that image.
     """
 
     text: str
     is_special: bool = False
     image: int = 0
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def marked(text: str, special_texts: Sequence[str]) -> str:
 
 
 def view_tokens(
-    found: Inspected, chat_tokenizer: ChatTokenizer, num_image_tokens: int
+    found: Inspected, chat_tokenizer: ChatTokenizer, layout_rule: LayoutRule
 ) -> TokenView | None:
     """Return a record's tokens in spans; None if the record cannot be tokenized.
 
@@ -122,18 +125,30 @@ def view_tokens(
         return None
     kept = found.result.tokenized
     labels = [IGNORE_INDEX] * len(tokenized.labels) if kept is None else kept.labels
-    return view_tokenized(tokenized, labels, chat_tokenizer, num_image_tokens)
+    image_tokens = [layout.num_tokens for layout in found.layouts]
+    if len(image_tokens) < tokenized.num_images:  # an image is missing or broken
+        if layout_rule.needs_sizes:
+            return None
+        image_tokens = [layout_rule.crop_tokens] * tokenized.num_images
+    return view_tokenized(tokenized, labels, chat_tokenizer, image_tokens)
 
 
 def view_tokenized(
     tokenized: TokenizedRecord,
     labels: list[int],
     chat_tokenizer: ChatTokenizer,
-    num_image_tokens: int,
+    image_tokens: Sequence[int],
 ) -> TokenView:
-    """Return the tokens of a tokenized record in spans; `labels` says which count as trained."""
+    """Return the tokens of a tokenized record in spans.
+
+    Args:
+        tokenized: The record.
+        labels: Which tokens count as trained.
+        chat_tokenizer: Decodes the ids.
+        image_tokens: Tokens of each image.
+    """
     ids = tokenized.input_ids
-    images = itertools.count(1)
+    images = enumerate(image_tokens, 1)
     spans: list[TokenSpan] = []
     end = 0
     for answer in tokenized.answer_spans:
@@ -142,7 +157,7 @@ def view_tokenized(
         end = answer.end
     spans += _spans(ids, labels, end, len(ids), "context", chat_tokenizer, images)
     num_images = tokenized.num_images
-    length = tokenized.expanded_length(num_image_tokens)
+    length = tokenized.expanded_length(image_tokens)
     special_texts = (IMAGE_PLACEHOLDER, *chat_tokenizer.encoder.special_tokens)
     return TokenView(tuple(spans), ids, labels, length, num_images, special_texts)
 
@@ -179,7 +194,7 @@ def _spans(
     end: int,
     kind_without_label: SpanKind,
     chat_tokenizer: ChatTokenizer,
-    images: Iterator[int],
+    images: Iterator[tuple[int, int]],
 ) -> Iterator[TokenSpan]:
     """Yield the spans of `ids[start:end]`, split where labels begin and end."""
     pairs = zip(ids[start:end], labels[start:end], strict=True)
@@ -189,7 +204,7 @@ def _spans(
 
 
 def _tokens(
-    ids: Sequence[int], chat_tokenizer: ChatTokenizer, images: Iterator[int]
+    ids: Sequence[int], chat_tokenizer: ChatTokenizer, images: Iterator[tuple[int, int]]
 ) -> Iterator[Token]:
     special = set(chat_tokenizer.encoder.special_tokens.values()) | {IMAGE_TOKEN_ID}
     for is_special, group in itertools.groupby(ids, key=special.__contains__):
@@ -197,8 +212,8 @@ def _tokens(
             yield from map(Token, _texts(list(group), chat_tokenizer))
             continue
         for token_id in group:
-            image = next(images) if token_id == IMAGE_TOKEN_ID else 0
-            yield Token(_name_of_token(token_id, chat_tokenizer), True, image)
+            image = next(images) if token_id == IMAGE_TOKEN_ID else (0, 0)
+            yield Token(_name_of_token(token_id, chat_tokenizer), True, *image)
 
 
 def _texts(ids: list[int], chat_tokenizer: ChatTokenizer) -> list[str]:

@@ -16,6 +16,7 @@ from vlm_sft.config.schema import (
     ModelConfig,
     VisionTowerConfig,
 )
+from vlm_sft.data.image_layout import layout_rule
 from vlm_sft.errors import UserError
 from vlm_sft.model.connectors.build import build_connector
 from vlm_sft.model.dtypes import cast_floating
@@ -26,6 +27,7 @@ from vlm_sft.model.finished import (
     load_finished_tower,
     merge_adapter,
 )
+from vlm_sft.model.image_tokens import new_image_newline
 from vlm_sft.model.language_model import check_head
 from vlm_sft.model.positions import find_position_limit
 from vlm_sft.model.pretrained import load_pretrained
@@ -74,7 +76,9 @@ def build_model(
         load_finished_projector(weights, connector)
         if weights.found.layout == "original":
             load_finished_tower(weights, tower.encoder)
-    model = VisionLanguageModel(tower, connector, language_model)
+    rule = layout_rule(config.image_tiling, connector.grid, tower.image_spec.size)
+    newline = new_image_newline(hidden, seed=seed) if rule.has_newline else None
+    model = VisionLanguageModel(tower, connector, language_model, rule, newline)
     if lora is not None:
         from vlm_sft.model.lora import add_lora  # peft is needed by LoRA runs only
 

@@ -50,3 +50,9 @@ def _scaled(tokens: Tensor, size: tuple[int, int]) -> Tensor:
         return tokens.new_empty(*size, tokens.shape[-1])
     channels_first = tokens.permute(2, 0, 1)[None]
     return nn.functional.interpolate(channels_first, size, mode="bilinear")[0].permute(1, 2, 0)
+
+
+def new_image_newline(hidden: int, *, seed: int) -> nn.Parameter:
+    """Return a random `image_newline` `[hidden]` in float32, as LLaVA initializes it."""
+    generator = torch.Generator().manual_seed(seed)
+    return nn.Parameter(torch.randn(hidden, generator=generator) * hidden**-0.5)

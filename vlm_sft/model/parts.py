@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.model.vlm import IMAGE_NEWLINE, VisionLanguageModel
 
 PARTS: Final = ("vision_tower", "projector", "language_model", "adapter")
 
@@ -27,7 +27,7 @@ def part_of(name: str) -> str:
     """Return the part of a parameter of `VisionLanguageModel`, by its full name."""
     if name.startswith("vision_tower."):
         return "vision_tower"
-    if name.startswith("multi_modal_projector."):
+    if name == IMAGE_NEWLINE or name.startswith("multi_modal_projector."):
         return "projector"
     return "adapter" if ".lora_" in name else "language_model"
 

@@ -1,15 +1,19 @@
 """The vision-language model: vision tower, projector and language model, with its training loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import accumulate
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm_sft.data.batch import Batch
+from vlm_sft.data.image_layout import ImageLayout, LayoutRule
 from vlm_sft.errors import UserError
 from vlm_sft.model.connectors.base import Connector
+from vlm_sft.model.image_tokens import image_tokens
 from vlm_sft.model.language_model import causal_lm, decoder_of, head_logits
 from vlm_sft.model.loss import chunked_cross_entropy
 from vlm_sft.model.neftune import add_noise, text_lengths
@@ -18,6 +22,9 @@ from vlm_sft.model.positions import position_limit
 from vlm_sft.model.router import router_loss, router_loss_coefficient
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
+
+IMAGE_NEWLINE: Final = "image_newline"
+"""Name of the newline in the model, in checkpoints and in transformers."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class VisionLanguageModel(nn.Module):
 
     The training forward pass of a `Batch` has four steps, each a method:
 
-    1. `encode_images`: images `[N, 3, H, W]` through tower and projector to image embeddings
-       `[N, image tokens, D]`.
+    1. `encode_images`: crops of images `[N, 3, H, W]` through tower and connector to embeddings
+       `[N, tokens of a crop, D]`; `arrange` joins those of each image to its tokens.
     2. `embed`: text embeddings `[B, T, D]`, with the image embeddings at their placeholders.
     3. `decode`: embeddings through the language model's layers to hidden states `[B, T, D]`.
     4. `loss`: hidden states at the target positions through the head to the summed cross-entropy.
@@ -56,6 +63,8 @@ class VisionLanguageModel(nn.Module):
         vision_tower: Frozen; images to features `[N, tower tokens, width]`.
         multi_modal_projector: The connector: features to embeddings of the language model.
         language_model: A causal language model of transformers, possibly wrapped by peft.
+        layout_rule: Gives crops and tokens of every image; None: an image is one crop.
+        image_newline: `[D]`, the token after each row of an image, for a rule that has newlines.
 
     Attributes:
         neftune_alpha: Strength of the noise on text embeddings in training mode; None for none.
@@ -67,11 +76,16 @@ class VisionLanguageModel(nn.Module):
         vision_tower: VisionTower,
         multi_modal_projector: Connector,
         language_model: PreTrainedModel | nn.Module,
+        layout_rule: LayoutRule | None = None,
+        image_newline: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.vision_tower = vision_tower
         self.multi_modal_projector = multi_modal_projector
         self.language_model = language_model
+        self.layout_rule = layout_rule or LayoutRule(multi_modal_projector.num_tokens)
+        assert (image_newline is not None) == self.layout_rule.has_newline
+        self.image_newline = image_newline
         self.neftune_alpha: float | None = None
         self.attention_backend: Backend = "sdpa"
 
@@ -84,13 +98,12 @@ class VisionLanguageModel(nn.Module):
         Raises:
             UserError: If image placeholders and images do not match; it names both counts.
         """
-        self.require_matching_images(batch.input_ids, batch.num_images)
+        self.require_matching_images(batch.input_ids, batch.num_crops, batch.layouts)
+        image_embeds = None
         if batch.image_features is not None:
-            image_embeds = self.project(batch.image_features)
-        elif batch.pixel_values is not None and batch.num_images:
-            image_embeds = self.encode_images(batch.pixel_values)
-        else:
-            image_embeds = None
+            image_embeds = self.arrange(self.project(batch.image_features), batch.layouts)
+        elif batch.pixel_values is not None and batch.num_crops:
+            image_embeds = self.arrange(self.encode_images(batch.pixel_values), batch.layouts)
         embeds = self.embed(batch.input_ids, image_embeds)
         layout = None
         if batch.segments is not None:
@@ -111,27 +124,36 @@ class VisionLanguageModel(nn.Module):
         hidden, router = self.decode(embeds, batch.attention_mask, layout, with_router_loss=True)
         return self.loss(hidden, batch, router)
 
-    @property
-    def num_image_tokens(self) -> int:
-        """Tokens that an image takes in the language model."""
-        return self.multi_modal_projector.num_tokens
-
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Return image embeddings `[N, image tokens, D]` of `[N, 3, H, W]` uint8 images."""
+        """Return embeddings `[N, tokens of a crop, D]` of crops `[N, 3, H, W]`, uint8."""
         return self.project(self.vision_tower(pixel_values))
 
     def project(self, features: Tensor) -> Tensor:
-        """Return image embeddings `[N, image tokens, D]` of features `[N, tower tokens, width]`."""
+        """Return embeddings `[N, tokens of a crop, D]` of features `[N, tower tokens, width]`."""
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return cast(Tensor, self.multi_modal_projector(features.to(dtype)))
+
+    def arrange(self, crops: Tensor, layouts: Sequence[ImageLayout] | None) -> Tensor:
+        """Return the tokens of images in their order, from the embeddings of their crops.
+
+        Args:
+            crops: `[N, tokens of a crop, D]`.
+            layouts: The layout of each image; None: every image is one crop.
+
+        Returns:
+            `[tokens, D]`; with one crop per image `crops` itself.
+        """
+        if layouts is None or not self.layout_rule.needs_sizes:
+            return crops
+        return image_tokens(crops, layouts, self.image_newline)
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
         """Return embeddings `[B, T, D]` of the language model, image embeddings in their places.
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each token of each image.
-            image_embeds: `[N, image tokens, D]` in the order of their placeholders, exactly as many
-                as there are placeholders; None if there are none.
+            image_embeds: `[..., D]` in the order of their placeholders, exactly as many as there
+                are placeholders; None if there are none.
         """
         is_image = input_ids == IMAGE_TOKEN_ID
         table = causal_lm(self.language_model).get_input_embeddings()
@@ -208,6 +230,7 @@ class VisionLanguageModel(nn.Module):
         input_ids: Tensor,
         *,
         pixel_values: Tensor | None = None,
+        layouts: Sequence[ImageLayout] | None = None,
         attention_mask: Tensor | None = None,
         layout: PackedLayout | None = None,
     ) -> Tensor:
@@ -215,14 +238,15 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids: `[B, T]`; `IMAGE_TOKEN_ID` once for each token of each image.
-            pixel_values: `[N, 3, H, W]` uint8; None or N = 0 for text.
+            pixel_values: Crops of all images, `[N, 3, H, W]` uint8; None or N = 0 for text.
+            layouts: The layout of each image; None: every image is one crop.
             attention_mask: `[B, T]` bool, false on padding; None: there is no padding.
             layout: Segments of a packed row.
 
         Raises:
             UserError: If image placeholders and images do not match.
         """
-        embeds = self._embed_pixels(input_ids, pixel_values)
+        embeds = self._embed_pixels(input_ids, pixel_values, layouts)
         hidden, _ = self.decode(embeds, attention_mask, layout)
         return head_logits(self.language_model, hidden)
 
@@ -232,6 +256,7 @@ class VisionLanguageModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         pixel_values: Tensor | None = None,
+        layouts: Sequence[ImageLayout] | None = None,
         **generation_kwargs: Any,
     ) -> Tensor:
         """Return the ids of the answers only, `[B, new tokens]`.
@@ -240,13 +265,15 @@ class VisionLanguageModel(nn.Module):
             input_ids: `[B, T]` prompts, padded on the left; `IMAGE_TOKEN_ID` once for each token
                 of each image.
             attention_mask: `[B, T]`, false (0) on padding.
-            pixel_values: `[N, 3, H, W]` uint8, all images in order; None or N = 0 for text.
+            pixel_values: `[N, 3, H, W]` uint8, the crops of all images in order; None or N = 0 for
+                text.
+            layouts: The layout of each image; None: every image is one crop.
             generation_kwargs: Passed to the `generate` of transformers.
 
         Raises:
             UserError: See `generate_from_embeds`; or image placeholders and images do not match.
         """
-        embeds = self._embed_pixels(input_ids, pixel_values)
+        embeds = self._embed_pixels(input_ids, pixel_values, layouts)
         return self.generate_from_embeds(embeds, attention_mask, **generation_kwargs)
 
     @torch.no_grad()
@@ -279,12 +306,17 @@ class VisionLanguageModel(nn.Module):
             ),
         )
 
-    def _embed_pixels(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _embed_pixels(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        layouts: Sequence[ImageLayout] | None,
+    ) -> Tensor:
         if pixel_values is None or len(pixel_values) == 0:
             self.require_matching_images(input_ids, 0)
             return self.embed(input_ids, None)
-        self.require_matching_images(input_ids, len(pixel_values))
-        return self.embed(input_ids, self.encode_images(pixel_values))
+        self.require_matching_images(input_ids, len(pixel_values), layouts)
+        return self.embed(input_ids, self.arrange(self.encode_images(pixel_values), layouts))
 
     def _dummy_image(self, embeds: Tensor) -> Tensor:
         """Return exactly zero, computed from a constant image by tower and projector.
@@ -295,27 +327,66 @@ class VisionLanguageModel(nn.Module):
         """
         size = self.vision_tower.image_spec.size
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)
-        return (self.encode_images(blank).sum() * 0.0).to(embeds.dtype)
+        total = self.encode_images(blank).sum()
+        if self.image_newline is not None:
+            total = total + self.image_newline.sum()
+        return (total * 0.0).to(embeds.dtype)
 
-    def require_matching_images(self, input_ids: Tensor, num_images: int) -> None:
+    def projector_state(self) -> dict[str, Tensor]:
+        """Return the weights of `projector.safetensors` by their names in transformers."""
+        state = self.multi_modal_projector.state_dict()
+        return state if self.image_newline is None else {**state, IMAGE_NEWLINE: self.image_newline}
+
+    def require_matching_images(
+        self, input_ids: Tensor, num_crops: int, layouts: Sequence[ImageLayout] | None = None
+    ) -> None:
         """Check that every image has its placeholders in one row of `input_ids` `[B, T]`.
+
+        Args:
+            input_ids: `IMAGE_TOKEN_ID` once for each token of each image.
+            num_crops: Crops of all images.
+            layouts: The layout of each image; None: every image is one crop.
 
         Raises:
             UserError: If the counts do not match; it names both.
         """
-        tokens = self.num_image_tokens
         rows = (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist()
-        if sum(rows) != num_images * tokens:
-            raise UserError(
-                f"found {sum(rows)} image placeholders for {num_images} images of {tokens} "
-                f"tokens each, expected {num_images * tokens}; give one image for every "
-                f"{tokens} placeholders",
-                code="image_count",
-            )
-        for row, count in enumerate(rows):
-            if count % tokens:
+        per_image = [self.multi_modal_projector.num_tokens] * num_crops
+        if layouts is not None:
+            per_image = [layout.num_tokens for layout in layouts]
+            expected = sum(layout.num_crops for layout in layouts)
+            if num_crops != expected:
                 raise UserError(
-                    f"row {row} of the batch has {count} image placeholders, expected a multiple "
-                    f"of {tokens}, the tokens of one image",
+                    f"found {num_crops} crops for {len(layouts)} images, expected {expected}; give "
+                    "all crops of an image",
                     code="image_count",
                 )
+        elif num_crops and self.layout_rule.needs_sizes:
+            raise UserError(
+                f"found {num_crops} crops without layouts, but this model divides images into "
+                "crops; give the layout of each image",
+                code="image_count",
+            )
+        if sum(rows) != sum(per_image):
+            raise UserError(
+                f"found {sum(rows)} image placeholders for {len(per_image)} images of "
+                f"{_in_words(per_image)}, expected {sum(per_image)}; give one placeholder for each "
+                "token of each image",
+                code="image_count",
+            )
+        ends, position = {0, *accumulate(per_image)}, 0
+        for row, count in enumerate(rows):
+            position += count
+            if position not in ends:
+                raise UserError(
+                    f"row {row} of the batch has {count} image placeholders and ends inside an "
+                    f"image, of which each has {_in_words(per_image)}; keep the placeholders of an "
+                    "image in one row",
+                    code="image_count",
+                )
+
+
+def _in_words(tokens: Sequence[int]) -> str:
+    """Return the tokens of each image in words."""
+    low, high = min(tokens, default=0), max(tokens, default=0)
+    return f"{low} tokens each" if low == high else f"{low} to {high} tokens each"

@@ -139,7 +139,7 @@ class _TrainingSteps:
         chat_tokenizer = load_chat_tokenizer(config)
         model, _ = load_model(config, TRAINABLE[method])
         image_spec = model.vision_tower.image_spec
-        data = load_data(config, chat_tokenizer, image_spec, model.num_image_tokens)
+        data = load_data(config, chat_tokenizer, image_spec, model.layout_rule)
         use_feature_cache(config, model, self._accelerator, data)
         self._records, self._sampler = data.train, make_sampler(config, data.train)
         pad_token_id = padding_id(chat_tokenizer.tokenizer)
@@ -216,9 +216,11 @@ def _image_input(batch: Batch) -> Tensor | None:
 
 def micro_batch_of(batch: Batch) -> MicroBatch:
     """Return the shape of a batch, on which its memory and FLOPs depend."""
-    images, (rows, length) = batch.num_images, batch.input_ids.shape
+    images, crops, (rows, length) = batch.num_images, batch.num_crops, batch.input_ids.shape
     if batch.segments is None:
-        return MicroBatch.padded([length] * rows, targets=batch.num_targets, images=images)
+        return MicroBatch.padded(
+            [length] * rows, targets=batch.num_targets, images=images, crops=crops
+        )
     # The queries of a segment attend to the keys of its ancestors and its own. Before the causal
     # mask, these are the pairs of a sequence of all those keys without the pairs of its ancestors,
     # which count with the ancestors themselves.
@@ -228,4 +230,4 @@ def micro_batch_of(batch: Batch) -> MicroBatch:
         for keys, length_of_segment in zip(layout.num_keys, layout.lengths, strict=True)
     )
     records = len(batch.record_ids)
-    return MicroBatch(1, length, batch.num_targets, images, records, pairs)
+    return MicroBatch(1, length, batch.num_targets, images, crops, records, pairs)

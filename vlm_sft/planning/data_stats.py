@@ -20,10 +20,11 @@ from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import shared_prefix
 from vlm_sft.data.filtering import FilterResult, RecordFilter
-from vlm_sft.data.images import ImageSpec, read_pixels
+from vlm_sft.data.image_layout import LayoutRule, num_crops
+from vlm_sft.data.images import ImageSpec, read_crops, upright_size
 from vlm_sft.data.records import open_records
 from vlm_sft.data.tokenize import ChatTokenizer
-from vlm_sft.errors import RecordError, UserError
+from vlm_sft.errors import ImageError, RecordError, UserError
 from vlm_sft.utils.progress import track
 
 TIMED_IMAGES: Final = 12
@@ -43,9 +44,11 @@ class FileStats:
         lengths: Tokens, including image tokens.
         targets: Supervised tokens.
         images: Images.
+        crops: Their crops.
         prefixes: Digest of the tokens and the image that packing can share with other records;
             empty if there are none.
         prefix_lengths: Tokens of that prefix.
+        prefix_crops: Crops of its image.
     """
 
     path: str
@@ -56,10 +59,12 @@ class FileStats:
     lengths: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
+    crops: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)
     prefix_lengths: list[int] = field(default_factory=list)
+    prefix_crops: list[int] = field(default_factory=list)
 
-    def add(self, result: FilterResult, *, num_image_tokens: int) -> None:
+    def add(self, result: FilterResult) -> None:
         """Add one tokenized record."""
         self.num_tokenized += 1
         if result.tokenized is None or result.record is None:
@@ -68,10 +73,12 @@ class FileStats:
         self.lengths.append(result.length)
         self.targets.append(result.tokenized.num_targets)
         self.images.append(result.tokenized.num_images)
-        found = shared_prefix(result.record, result.tokenized, num_image_tokens=num_image_tokens)
+        self.crops.append(num_crops(result.layouts))
+        found = shared_prefix(result.record, result.tokenized, result.layouts)
         prefix, length = found or (b"", 0)
         self.prefixes.append(prefix)
         self.prefix_lengths.append(length)
+        self.prefix_crops.append(result.layouts[0].num_crops if found else 0)
 
     @property
     def records_per_tokenized(self) -> float:
@@ -138,25 +145,26 @@ class DataStats:
 
 
 def read_data_stats(
-    config: RunConfig, chat_tokenizer: ChatTokenizer, *, num_image_tokens: int, sample: int
+    config: RunConfig, chat_tokenizer: ChatTokenizer, *, layout_rule: LayoutRule, sample: int
 ) -> DataStats:
     """Read and tokenize the training files of a run.
 
     Args:
         config: The run.
         chat_tokenizer: Tokenizes conversations.
-        num_image_tokens: Tokens of an image in the language model.
+        layout_rule: Gives crops and tokens of every image.
         sample: Records of each file to tokenize, drawn at random; 0 for all.
 
     Raises:
         UserError: If a file cannot be read, or training would skip every record.
     """
+    embedded = _EmbeddedImages(needs_sizes=layout_rule.needs_sizes)
     record_filter = RecordFilter(
-        chat_tokenizer, num_image_tokens=num_image_tokens, config=config.data
+        chat_tokenizer, layout_rule=layout_rule, config=config.data, size_of=embedded.size_of
     )
     image_sources: list[ImageSource] = []
     files = [
-        _read_file(file, record_filter, image_sources, sample, num_image_tokens)
+        _read_file(file, record_filter, image_sources, embedded, sample)
         for file in config.data.train
     ]
     stats = DataStats(tuple(files), tuple(image_sources))
@@ -175,8 +183,8 @@ def _read_file(
     file: DataFile,
     record_filter: RecordFilter,
     image_sources: list[ImageSource],
+    embedded: "_EmbeddedImages",
     sample: int,
-    num_image_tokens: int,
 ) -> FileStats:
     stats = FileStats(file.path, file.weight)
     opened = open_records(file)
@@ -184,9 +192,10 @@ def _read_file(
         track(opened.conversations, opened.total, f"reading {Path(file.path).name}"),
         stats,
         image_sources,
+        embedded,
     )
     for result in record_filter.filter_all(_random_sample(records, sample) if sample else records):
-        stats.add(result, num_image_tokens=num_image_tokens)
+        stats.add(result)
     return stats
 
 
@@ -194,6 +203,7 @@ def _without_image_bytes(
     records: Iterator[Conversation | RecordError],
     stats: FileStats,
     image_sources: list[ImageSource],
+    embedded: "_EmbeddedImages",
 ) -> Iterator[Conversation | RecordError]:
     """Count the records, collect a few images, and replace embedded images by their digests.
 
@@ -205,11 +215,46 @@ def _without_image_bytes(
         if isinstance(record, Conversation):
             image_sources.extend(record.images[: TIMED_IMAGES - len(image_sources)])
             images = tuple(
-                hashlib.sha256(image).digest() if isinstance(image, bytes) else image
+                embedded.digest(image) if isinstance(image, bytes) else image
                 for image in record.images
             )
             record = dataclasses.replace(record, images=images)
         yield record
+
+
+class _EmbeddedImages:
+    """The sizes of embedded images by the digests that replace them.
+
+    Args:
+        needs_sizes: Whether tokens depend on them.
+    """
+
+    def __init__(self, *, needs_sizes: bool) -> None:
+        self._needs_sizes = needs_sizes
+        self._sizes: dict[bytes, tuple[int, int] | ImageError] = {}
+
+    def digest(self, image: bytes) -> bytes:
+        """Return the digest of an image, and remember its size or what is wrong with its header."""
+        digest = hashlib.sha256(image).digest()
+        if self._needs_sizes and digest not in self._sizes:
+            try:
+                self._sizes[digest] = upright_size(image)[:2]
+            except ImageError as error:
+                self._sizes[digest] = error
+        return digest
+
+    def size_of(self, source: ImageSource) -> tuple[int, int]:
+        """Return the width and height of an image file, or of an image by its digest.
+
+        Raises:
+            ImageError: Its header cannot be read.
+        """
+        if not isinstance(source, bytes):
+            return upright_size(source)[:2]
+        size = self._sizes[source]
+        if isinstance(size, ImageError):
+            raise size
+        return size
 
 
 def _random_sample(records: Iterator[Any], size: int) -> list[Any]:
@@ -231,12 +276,13 @@ def _random_sample(records: Iterator[Any], size: int) -> list[Any]:
 
 
 def images_per_cpu_second(
-    sources: Sequence[ImageSource], spec: ImageSpec, config: RunConfig
+    sources: Sequence[ImageSource], layout_rule: LayoutRule, spec: ImageSpec, config: RunConfig
 ) -> float | None:
     """Measure how many images per second one core decodes and resizes for the vision tower.
 
     Args:
         sources: A few images of the run.
+        layout_rule: Gives their crops.
         spec: The tower's input.
         config: The run.
 
@@ -247,7 +293,8 @@ def images_per_cpu_second(
     for source in sources:
         start = time.process_time()
         try:
-            read_pixels(source, spec, config.data.image_aspect, config.data.image_processing)
+            aspect, processing = config.data.image_aspect, config.data.image_processing
+            read_crops(source, layout_rule, spec, aspect, processing)
         except UserError:
             continue  # training and `check` report unreadable images; here only the time matters
         seconds.append(time.process_time() - start)

@@ -146,12 +146,16 @@ class Estimator:
         return method == "qlora" or (method == "stage1" and configured)
 
     def image_cost(self, method: Method) -> float:
-        """Return the cost of an image in tokens, with which training balances packed rows."""
+        """Return the cost of an image's crop in tokens, by which training balances packed rows."""
         if self.config.data.feature_cache is not None:
             return 0.0
         model = self.model(method)
         with_tower = VisionLanguageModel(
-            self.meta_model.tower, model.multi_modal_projector, model.language_model
+            self.meta_model.tower,
+            model.multi_modal_projector,
+            model.language_model,
+            model.layout_rule,
+            model.image_newline,
         )
         return image_cost(with_tower)
 
@@ -260,8 +264,8 @@ class Estimator:
         """Return the bytes of a micro-batch's images (uint8) or of their cached features."""
         tower = self.meta_model.tower
         if self.config.data.feature_cache is not None:
-            return batch.images * tower.num_tokens * tower.width * tower.dtype.itemsize
-        return 3 * batch.images * tower.image_spec.size**2
+            return batch.crops * tower.num_tokens * tower.width * tower.dtype.itemsize
+        return 3 * batch.crops * tower.image_spec.size**2
 
     def _cast_weight_bytes(self, method: Method) -> float:
         """Return the bytes of autocast's copies of the decoder's trainable weights.

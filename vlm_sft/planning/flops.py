@@ -34,12 +34,12 @@ class Flops:
     Attributes:
         decoder: A token in the decoder.
         target: A supervised token in the head, forward and backward.
-        image: An image in the tower (forward) and the projector (forward and backward).
+        crop: A crop of an image in the tower (forward) and the projector (forward and backward).
     """
 
     decoder: DecoderFlops
     target: float
-    image: float
+    crop: float
 
     def of(
         self,
@@ -47,7 +47,7 @@ class Flops:
         tokens: float,
         attention_pairs: float,
         targets: float,
-        images: float,
+        crops: float,
         policy: CheckpointPolicy = "none",
     ) -> float:
         """Return the FLOPs of a forward and a backward pass.
@@ -60,7 +60,7 @@ class Flops:
         per_token = forwards * self.decoder.forward + self.decoder.backward
         per_pair = self.decoder.attention / 2 * (forwards + 2)
         decoder = tokens * per_token + attention_pairs * per_pair
-        return decoder + targets * self.target + images * self.image
+        return decoder + targets * self.target + crops * self.crop
 
     def of_batch(self, batch: MicroBatch, policy: CheckpointPolicy = "none") -> float:
         """Return the FLOPs of a micro-batch; one without images runs a dummy image."""
@@ -68,7 +68,7 @@ class Flops:
             tokens=batch.tokens,
             attention_pairs=batch.attention_pairs,
             targets=batch.targets,
-            images=max(1, batch.images),
+            crops=max(1, batch.crops),
             policy=policy,
         )
 

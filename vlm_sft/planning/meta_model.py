@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vlm_sft.config.connectors import count_tokens
 from vlm_sft.config.schema import LoraConfig, ModelConfig
+from vlm_sft.data.image_layout import layout_rule
 from vlm_sft.model.build import build_vision_tower
 from vlm_sft.model.connectors.build import build_connector
 from vlm_sft.model.dtypes import cast_floating
+from vlm_sft.model.image_tokens import new_image_newline
 from vlm_sft.model.language_model import decoder_layers
 from vlm_sft.model.lora import add_lora
 from vlm_sft.model.parts import set_trainable
@@ -35,7 +36,7 @@ class MetaModel:
         tower: The vision tower on the meta device.
         language_config: Configuration of the language model.
         num_layers: Decoder layers of the language model.
-        num_image_tokens: Tokens that an image takes in the language model.
+        layout_rule: Gives crops and tokens of every image.
         has_identical_layers: Whether all decoder layers have the same modules, shapes and kind of
             attention, so that the cost of one is the cost of every other.
 
@@ -54,7 +55,10 @@ class MetaModel:
             self.tower = build_vision_tower(tower_without_weights(config.vision_tower), dtype=dtype)
             layers = decoder_layers(self._language_model(None))
         self.num_layers = len(layers)
-        self.num_image_tokens = count_tokens(config.token_grid(self.tower.grid))
+        size = self.tower.image_spec.size
+        self.layout_rule = layout_rule(
+            config.image_tiling, config.token_grid(self.tower.grid), size
+        )
         # Gemma 2 and others alternate between full and sliding-window attention in layers of the
         # same shapes; `layer_types` lists the kind of each.
         kinds = set(getattr(self.language_config, "layer_types", None) or [None])
@@ -82,7 +86,8 @@ class MetaModel:
                 num_queries=self._config.num_queries,
             )
             stub = cast(VisionTower, FeatureStub(self.tower))
-            model = VisionLanguageModel(stub, connector, language_model)
+            newline = new_image_newline(hidden, seed=0) if self.layout_rule.has_newline else None
+            model = VisionLanguageModel(stub, connector, language_model, self.layout_rule, newline)
             if lora is not None:
                 add_lora(model, lora, seed=0)
         model.requires_grad_(False)

@@ -12,6 +12,7 @@ class MicroBatch:
         length: Tokens per row, including image tokens and padding.
         targets: Supervised tokens of all rows.
         images: Images of all rows.
+        crops: Their crops, which the vision tower encodes.
         records: Records of all rows.
         attention_pairs: Query-key pairs before the causal mask, which halves them: the sum of the
             squared lengths of the sequences that attend within themselves. A padded row counts
@@ -22,6 +23,7 @@ class MicroBatch:
     length: int
     targets: int
     images: int
+    crops: int
     records: int
     attention_pairs: int
 
@@ -31,7 +33,7 @@ class MicroBatch:
         return self.rows * self.length
 
     @staticmethod
-    def padded(lengths: list[int], *, targets: int, images: int) -> "MicroBatch":
+    def padded(lengths: list[int], *, targets: int, images: int, crops: int) -> "MicroBatch":
         """Return the shape of records of these lengths, each padded to the longest."""
         rows, longest = len(lengths), max(lengths)
-        return MicroBatch(rows, longest, targets, images, rows, rows * longest**2)
+        return MicroBatch(rows, longest, targets, images, crops, rows, rows * longest**2)

@@ -144,17 +144,18 @@ class Planner:
     def _longest_records(self, rows: int) -> MicroBatch:
         """Return `rows` records of the longest length.
 
-        Targets and images per record are those of the run's largest micro-batch.
+        Targets, images and crops per record are those of the run's largest micro-batch.
         """
         largest, longest = self.steps.largest, self.data.longest()
         targets = max(1, rows * largest.targets // largest.rows)
         images = -(-rows * largest.images // largest.rows)  # rounded up
-        return MicroBatch(rows, longest, targets, images, rows, rows * longest**2)
+        crops = -(-rows * largest.crops // largest.rows)
+        return MicroBatch(rows, longest, targets, images, crops, rows, rows * longest**2)
 
     def _packed_row(self, units: int) -> MicroBatch:
         """Return a row of `units * ROW_UNIT` tokens.
 
-        Records, targets, images and attention pairs per token are the means of the run.
+        Records, targets, images, crops and attention pairs per token are the means of the run.
         """
         tokens = units * ROW_UNIT
         share = tokens / self.steps.total("length")
@@ -167,6 +168,7 @@ class Planner:
             length=tokens,
             targets=scaled("targets"),
             images=scaled("images"),
+            crops=scaled("crops"),
             records=scaled("records"),
             attention_pairs=scaled("attention_pairs"),
         )

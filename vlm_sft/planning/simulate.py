@@ -83,13 +83,13 @@ class TowerSimulation:
         self._tower, self._mode = copy.deepcopy(tower), FakeTensorMode()
         make_fake(self._tower, self._mode)
 
-    def peak(self, num_images: int) -> float:
-        """Return the most bytes alive while the tower encodes images, pixels and features included.
+    def peak(self, num_crops: int) -> float:
+        """Return the most bytes alive while the tower encodes crops, pixels and features included.
 
-        Nothing is saved for a backward pass, so every image adds the same.
+        Nothing is saved for a backward pass, so every crop adds the same.
         """
         one, two = self._peaks
-        return one + (num_images - 1) * (two - one)
+        return one + (num_crops - 1) * (two - one)
 
     @functools.cached_property
     def _peaks(self) -> tuple[int, int]:
@@ -152,7 +152,7 @@ class Simulation:
             found = self._at_full_depth(lambda depth: self._run(depth, batch, policy))
             # The model holds a stub in place of its tower, whose own peak is during the forward
             # pass, before the decoder. Without images the tower encodes a dummy image.
-            encoded = 0 if self._cached_features and batch.images else max(1, batch.images)
+            encoded = 0 if self._cached_features and batch.images else max(1, batch.crops)
             tower = self._tower.peak(encoded) if encoded else 0.0
             found = dataclasses.replace(found, forward_peak=max(found.forward_peak, tower))
             self._footprints[batch, policy] = found
@@ -260,7 +260,7 @@ class Simulation:
         layout = (
             PackedLayout([(shape.length, -1)], target_positions=targets) if self._packed else None
         )
-        images = self._images(model, max(1, shape.images))
+        images = self._images(model, max(1, shape.crops))
         with self._autocast():
             # A variable, as in `forward`: the embeddings of the images live until the loss is done.
             image_embeds = self._image_embeds(model, images)
@@ -282,7 +282,14 @@ class Simulation:
         return torch.empty(count, 3, size, size, dtype=torch.uint8)
 
     def _image_embeds(self, model: VisionLanguageModel, images: Tensor) -> Tensor:
-        return (model.project if self._cached_features else model.encode_images)(images)
+        crops = (model.project if self._cached_features else model.encode_images)(images)
+        if not model.layout_rule.needs_sizes:
+            return crops
+        # The tokens of the images are a copy. A row of an image has a newline more than its crops,
+        # and none of their padding: about as many tokens.
+        tokens = crops.flatten(0, 1)
+        ends = [] if model.image_newline is None else [model.image_newline.to(tokens.dtype)[None]]
+        return torch.cat([tokens, *ends])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == "fp32":

@@ -101,7 +101,7 @@ def _teraflop_per_sample(estimator: Estimator, method: Method, stats: StepStats)
         tokens=stats.mean_length,
         attention_pairs=stats.mean_attention_pairs,
         targets=stats.total("targets") / stats.total("records"),
-        images=stats.total("images") / stats.total("records"),
+        crops=stats.total("crops") / stats.total("records"),
     )
     return flops / 1e12
 

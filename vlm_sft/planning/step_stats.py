@@ -126,6 +126,8 @@ class _Records:
     lengths: list[int]
     targets: list[int]
     num_images: list[int]
+    num_crops: list[int]
+    prefix_crops: list[int]
     prefix_ids: list[int]
     prefix_lengths: list[int]
     weights: list[float]
@@ -155,6 +157,8 @@ class _Records:
             column("lengths"),
             column("targets"),
             column("images"),
+            column("crops"),
+            column("prefix_crops"),
             prefix_ids,
             column("prefix_lengths"),
             weights,
@@ -171,6 +175,7 @@ class _Records:
             [self.lengths[i] for i in indices],
             targets=sum(self.targets[i] for i in indices),
             images=sum(self.num_images[i] for i in indices),
+            crops=sum(self.num_crops[i] for i in indices),
         )
 
     def packed(
@@ -191,6 +196,7 @@ class _Records:
             length=tokens + -tokens % packing.round_to,
             targets=sum(self.targets[i] for i in indices),
             images=sum(item.images for item in items),
+            crops=sum(item.crops for item in items),
             records=len(indices),
             attention_pairs=pairs,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from vlm_sft.config.schema import DataConfig, RunConfig
 from vlm_sft.data.build import Data
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.data.dataset import SupervisedDataset
-from vlm_sft.data.feature_store import FeatureStore, disk_use, remove_stale
-from vlm_sft.data.images import ImageSpec, read_bytes, read_pixels
+from vlm_sft.data.feature_store import FeatureStore, disk_use, feature_key, remove_stale
+from vlm_sft.data.image_layout import ImageLayout
+from vlm_sft.data.images import read_bytes
 from vlm_sft.data.loader import lost_worker_errors
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.model.language_model import causal_lm
@@ -39,6 +40,7 @@ FILL_BATCH: Final = 16
 
 CODE: Final = (
     "data/images.py",
+    "data/image_layout.py",
     "model/vision_tower.py",
     "model/towers/base.py",
     "model/towers/{library}.py",
@@ -51,11 +53,12 @@ class CacheEstimate:
     """Estimate of the FLOPs that cached features save in a run, and of their size on disk.
 
     Attributes:
-        tower_flops: FLOPs of one image through the tower.
+        tower_flops: FLOPs of one crop of an image through the tower.
         record_flops: FLOPs of one record through the rest of the model, forward and backward.
         records: Records of an epoch.
-        images: Images of an epoch, repetitions counted.
+        crops: Crops of the images of an epoch, repetitions counted.
         missing: Number of different images without features.
+        missing_crops: Their crops.
         epochs: Epochs of this run.
         num_bytes: Bytes on disk of the missing features.
     """
@@ -63,27 +66,28 @@ class CacheEstimate:
     tower_flops: float
     record_flops: float
     records: float
-    images: float
+    crops: float
     missing: int
+    missing_crops: int
     epochs: float
     num_bytes: int
 
     @property
     def tower_share(self) -> float:
         """Share of the tower in the FLOPs of a step without the cache, 0 to 1."""
-        tower = self.tower_flops * self.images
+        tower = self.tower_flops * self.crops
         return tower / max(1.0, tower + self.record_flops * self.records)
 
     @property
     def break_even_epochs(self) -> float:
         """Epochs after which the cache has saved as many FLOPs as filling it costs."""
-        return self.missing / max(1.0, self.images)
+        return self.missing_crops / max(1.0, self.crops)
 
     @property
     def saved(self) -> float:
         """Share of the run's FLOPs that the cache saves; negative if filling it costs more."""
-        without = self.epochs * (self.tower_flops * self.images + self.record_flops * self.records)
-        shown = self.epochs * self.images - self.missing
+        without = self.epochs * (self.tower_flops * self.crops + self.record_flops * self.records)
+        shown = self.epochs * self.crops - self.missing_crops
         return self.tower_flops * shown / max(1.0, without)
 
     def __str__(self) -> str:
@@ -116,7 +120,7 @@ def use_feature_cache(
     found = _look_up(config, model, accelerator, data)
     store, missing = found.store, found.missing
     if missing:
-        estimate = _estimate(config, model, data, len(missing), store.entry_bytes)
+        estimate = _estimate(config, model, data, found)
         rank0_only(accelerator, lambda: _prepare_filling(estimate, config.data, store))
         _run_on_all_ranks(
             accelerator,
@@ -124,7 +128,11 @@ def use_feature_cache(
         )
     for dataset, digests in zip(found.datasets, found.digests, strict=True):
         readable = {digest for digest in digests if digest is not None}
-        cached = {digest for digest in readable if digest not in missing or store.holds(digest)}
+        cached = {
+            digest
+            for digest in readable
+            if digest not in missing or store.holds(digest, missing[digest].layout.num_crops)
+        }
         dataset.use_features(store, [d if d in cached else None for d in digests])
     logger.info("feature cache: %s images from %s", f"{found.num_images:,}", store.folder)
 
@@ -140,9 +148,17 @@ def feature_cache_outlook(
     found = _look_up(config, model, accelerator, data)
     if not found.missing:
         return f"all {found.num_images:,} images are in {found.store.folder}"
-    estimate = _estimate(config, model, data, len(found.missing), found.store.entry_bytes)
+    estimate = _estimate(config, model, data, found)
     _require_space(estimate, config.data, found.store)
     return str(estimate).removeprefix("feature cache: ")
+
+
+class _Missing(NamedTuple):
+    """An image without features."""
+
+    dataset: SupervisedDataset
+    number: int
+    layout: ImageLayout
 
 
 @dataclass(frozen=True)
@@ -152,14 +168,15 @@ class _Lookup:
     Attributes:
         store: The features of the run's tower.
         datasets: The training records, then the validation records if there are any.
-        digests: sha256 of each dataset's images, in order; None where a file cannot be read.
-        missing: Images without features, by digest: a dataset and the image's number in it.
+        digests: Key of each dataset's images, in order; None where a file cannot be read.
+        missing: Images without features, by key: a dataset, the image's number in it, and its
+            layout.
     """
 
     store: FeatureStore
     datasets: Sequence[SupervisedDataset]
     digests: Sequence[Sequence[bytes | None]]
-    missing: Mapping[bytes, tuple[SupervisedDataset, int]]
+    missing: Mapping[bytes, _Missing]
 
     @property
     def num_images(self) -> int:
@@ -220,16 +237,18 @@ def _code_digest(library: str) -> str:
 
 
 def _digests(dataset: SupervisedDataset) -> list[bytes | None]:
-    """Return the sha256 of every image's bytes, in order; None where they cannot be read."""
+    """Return the key of every image's features, in order; None where it cannot be read."""
     by_file: dict[ImageSource, bytes | None] = {}
     digests: list[bytes | None] = []
-    for source in track(dataset.images(), sum(dataset.num_images), "hashing images"):
+    images = track(dataset.images(), sum(dataset.num_images), "hashing images")
+    for source, layout in zip(images, dataset.all_layouts(), strict=True):
         if isinstance(source, bytes):
-            digests.append(_digest(source))
-            continue
-        if source not in by_file:
-            by_file[source] = _digest(source)
-        digests.append(by_file[source])
+            digest = _digest(source)
+        else:
+            if source not in by_file:
+                by_file[source] = _digest(source)
+            digest = by_file[source]
+        digests.append(None if digest is None else feature_key(digest, layout))
     return digests
 
 
@@ -244,21 +263,25 @@ def _missing(
     store: FeatureStore,
     datasets: Sequence[SupervisedDataset],
     digests: Sequence[Sequence[bytes | None]],
-) -> dict[bytes, tuple[SupervisedDataset, int]]:
-    """Return dataset and number of the first image of each digest without features."""
-    places: dict[bytes, tuple[SupervisedDataset, int]] = {}
+) -> dict[bytes, _Missing]:
+    """Return the first image of each key without features."""
+    images: dict[bytes, _Missing] = {}
     for dataset, found in zip(datasets, digests, strict=True):
-        for place, digest in enumerate(found):
-            if digest is not None:
-                places.setdefault(digest, (dataset, place))
-    return {digest: place for digest, place in places.items() if not store.holds(digest)}
+        for number, (digest, layout) in enumerate(zip(found, dataset.all_layouts(), strict=True)):
+            if digest is not None and digest not in images:
+                images[digest] = _Missing(dataset, number, layout)
+    return {
+        digest: image
+        for digest, image in images.items()
+        if not store.holds(digest, image.layout.num_crops)
+    }
 
 
 def _estimate(
-    config: RunConfig, model: VisionLanguageModel, data: Data, missing: int, entry_bytes: int
+    config: RunConfig, model: VisionLanguageModel, data: Data, found: _Lookup
 ) -> CacheEstimate:
     weights, train = np.array(data.train.weights), data.train
-    images = np.array(train.num_images)
+    missing_crops = [image.layout.num_crops for image in found.missing.values()]
     epochs, records = config.train.epochs, float(weights.sum())
     if config.train.max_steps is not None:
         steps = config.train.max_steps * config.train.global_batch_size
@@ -268,15 +291,16 @@ def _estimate(
         tower_flops=tower_flops(model.vision_tower),
         record_flops=tokens * token_flops(model, config.train.activation_checkpointing == "full"),
         records=records,
-        images=float((weights * images).sum()),
-        missing=missing,
+        crops=float((weights * np.array(train.num_crops)).sum()),
+        missing=len(missing_crops),
+        missing_crops=sum(missing_crops),
         epochs=epochs,
-        num_bytes=missing * entry_bytes,
+        num_bytes=sum(map(found.store.entry_bytes, missing_crops)),
     )
 
 
 def tower_flops(tower: VisionTower) -> float:
-    """Return the FLOPs of one image through the tower, counted in a forward pass."""
+    """Return the FLOPs of one crop through the tower, counted in a forward pass."""
     size = tower.image_spec.size
     with FlopCounterMode(display=False) as counter:
         tower(torch.zeros(1, 3, size, size, dtype=torch.uint8))
@@ -346,13 +370,13 @@ def _fill(
     tower: VisionTower,
     accelerator: Accelerator,
     config: DataConfig,
-    missing: Mapping[bytes, tuple[SupervisedDataset, int]],
+    missing: Mapping[bytes, _Missing],
 ) -> None:
     """Compute this rank's share of the missing features."""
     mine = list(missing.items())[accelerator.process_index :: accelerator.num_processes]
     # Runs that fill one directory at once start at different images and skip what they find.
     start = os.getpid() % max(1, len(mine))
-    missing_images = _MissingImages(mine[start:] + mine[:start], store, tower.image_spec, config)
+    missing_images = _MissingImages(mine[start:] + mine[:start], store)
     loader = DataLoader(
         missing_images,
         batch_size=FILL_BATCH,
@@ -365,38 +389,35 @@ def _fill(
             images = [item for item in batch if item is not None]
             if not images:
                 continue
+            crops = [pixels for _, pixels in images]
             with accelerator.autocast():
-                features = tower(torch.stack([pixels for _, pixels in images]))
-            for (digest, _), image_features in zip(images, features, strict=True):
+                # Not all crops at once: an image can have dozens.
+                features = torch.cat([tower(some) for some in torch.cat(crops).split(FILL_BATCH)])
+            found = features.split([len(pixels) for pixels in crops])
+            for (digest, _), image_features in zip(images, found, strict=True):
                 store.write(digest, image_features)
 
 
 class _MissingImages(Dataset["tuple[bytes, Tensor] | None"]):
-    """Pixels by digest; None for an image that is broken, has changed, or has features by now."""
+    """Crops by key; None for an image that is broken, has changed, or has features by now."""
 
-    def __init__(
-        self,
-        missing: Sequence[tuple[bytes, tuple[SupervisedDataset, int]]],
-        store: FeatureStore,
-        spec: ImageSpec,
-        config: DataConfig,
-    ) -> None:
-        self._missing, self._store, self._spec, self._config = missing, store, spec, config
+    def __init__(self, missing: Sequence[tuple[bytes, _Missing]], store: FeatureStore) -> None:
+        self._missing, self._store = missing, store
 
     def __len__(self) -> int:
         return len(self._missing)
 
     def __getitem__(self, index: int) -> tuple[bytes, Tensor] | None:
-        digest, (dataset, place) = self._missing[index]
-        if self._store.holds(digest):
+        digest, (dataset, number, layout) = self._missing[index]
+        if self._store.holds(digest, layout.num_crops):
             return None
-        aspect, processing = self._config.image_aspect, self._config.image_processing
         try:
-            data = read_bytes(dataset.image(place))
-            pixels = read_pixels(data, self._spec, aspect, processing)
+            data = read_bytes(dataset.image(number))
+            found = dataset.crops(number, data)
         except ImageError:  # training opens it again and reports the error
             return None
-        return (digest, pixels) if hashlib.sha256(data).digest() == digest else None
+        key = feature_key(hashlib.sha256(data).digest(), found.layout)
+        return (digest, found.pixels) if key == digest else None
 
 
 def _run_on_all_ranks(accelerator: Accelerator, work: Callable[[], None]) -> None:

@@ -131,7 +131,7 @@ def train_with_trainer(kind: str, arguments: Sequence[str]) -> None:
     learned = "language_model" if config.lora is None else "adapter"
     model, _ = load_model(config, {"projector"} if kind == "stage1" else {"projector", learned})
     tower = model.vision_tower
-    records = load_data(config, chat_tokenizer, tower.image_spec, tower.num_tokens).train
+    records = load_data(config, chat_tokenizer, tower.image_spec, model.layout_rule).train
     wrapped = ForTrainer(model)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)

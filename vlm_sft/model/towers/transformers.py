@@ -47,6 +47,7 @@ _CLASSES: Final[dict[str, Any]] = {
     "siglip_vision_model": SiglipVisionModel,
     "dinov2": AutoModel,
     "dinov2_with_registers": AutoModel,
+    "internvl_vision": AutoModel,
 }
 _PREFIX_TOKENS: Final = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
 _NORMALIZATION: Final = {
@@ -54,6 +55,7 @@ _NORMALIZATION: Final = {
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
     "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
 _RESAMPLING: Final[dict[int, Interpolation]] = {
     0: "nearest",
@@ -205,6 +207,8 @@ def _image_spec(
 ) -> ImageSpec:
     mean, std = _NORMALIZATION[kind]
     size = config.image_size
+    if kind == "internvl_vision":  # a pair of equal numbers
+        size = size[0]
     if kind.startswith("dinov2"):  # trained at 518, used at what its preprocessing crops to
         size = _side(preprocessing.get("crop_size") or preprocessing.get("size")) or size
     resample = preprocessing.get("resample", 3)
