@@ -52,9 +52,7 @@ def main(out_dir: Path, sizes: Sequence[tuple[int, int]] = SQUARES) -> None:
         (out_dir / f"{file}.json").write_text(text, encoding="utf-8")
 
 
-def draw_shape(
-    color: str, shape: str, rng: random.Random, sides: tuple[int, int]
-) -> Image.Image:
+def draw_shape(color: str, shape: str, rng: random.Random, sides: tuple[int, int]) -> Image.Image:
     """A shape of about half the shorter side, at a place of its own, on a light ground."""
     ground = tuple(rng.randint(215, 245) for _ in range(3))
     image = Image.new("RGB", sides, ground)

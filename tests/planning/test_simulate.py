@@ -126,7 +126,7 @@ def real_step(
     set_trainable(model, TRAINABLE_PARTS[method])
     model.train()
     set_activation_checkpointing(model, policy)
-    ids, mask, labels = rows(*RECORDS, tokens=model.num_image_tokens)
+    ids, mask, labels = rows(*RECORDS, tokens=model.layout_rule.crop_tokens)
     pixels = images(2)
     batch = batch_of(ids, mask, labels, pixels)
     given = [t for t in vars(batch).values() if isinstance(t, torch.Tensor) and t is not pixels]
@@ -212,7 +212,7 @@ def test_the_flops_of_a_resampler_are_its_projections_and_its_attention() -> Non
     attention = 2 * 2 * queries * features * hidden * 3.5
     found = simulated.flops.image - tower.flops
     assert found == pytest.approx(inputs + outputs + attention, rel=0.01)
-    assert meta_model.num_image_tokens == queries
+    assert meta_model.layout_rule.crop_tokens == queries
 
 
 def test_a_single_row_needs_no_mask_however_long(simulated: Simulation) -> None:
