@@ -120,8 +120,9 @@ class RecordFilter:
         )
         try:
             record, kept = self._shorten(source, untruncated, sizes)
-        except _TooLong as long:
-            entry = LedgerEntry(source.id, source.where, "skipped", long.reason, str(long))
+        except _TooLong as skipped:
+            reason, message = skipped.error.reason, skipped.error.message
+            entry = LedgerEntry(source.id, source.where, "skipped", reason, message)
             return replace(result, entry=entry)
         except RecordError as error:
             return replace(result, entry=_quarantine_entry(error), error=error)
@@ -140,7 +141,8 @@ class RecordFilter:
         )
         num_dropped = len(source.turns) - len(record.turns)
         if num_dropped:
-            reason, _ = self._excess(untruncated, layouts) or ("too_long", "")
+            excess = self._excess(source, untruncated, layouts)
+            reason = "too_long" if excess is None else excess.reason
             message = f"{num_dropped} of {len(source.turns)} turns dropped"
             entry = LedgerEntry(source.id, source.where, "turns_dropped", reason, message)
             result = replace(result, entry=entry)
@@ -177,7 +179,7 @@ class RecordFilter:
         """
         policy = self._config.length_policy
         shortest = 3 if record.turns[0].role == "system" else 2  # turns
-        while excess := self._excess(tokenized, self._layouts(record, sizes)):
+        while excess := self._excess(record, tokenized, self._layouts(record, sizes)):
             if policy != "drop_turns" or len(record.turns) <= shortest:
                 break
             record = _without_last_exchange(record)
@@ -185,23 +187,25 @@ class RecordFilter:
             tokenized = self._mask_first_label(record, self._chat_tokenizer.tokenize(record))
         if excess is None:
             return record, tokenized
-        reason, message = excess
-        subject = "its first question and answer take" if policy == "drop_turns" else "takes"
-        message = f"{subject} {message}"
-        if policy != "error":
-            raise _TooLong(reason, message)
-        message += "; raise it, or choose `length_policy: drop_turns` or `skip`"
-        raise RecordError(reason, message, record_id=record.id, where=record.where)
+        if policy == "error":
+            raise excess
+        raise _TooLong(excess)
 
     def _excess(
-        self, tokenized: TokenizedRecord, layouts: Sequence[ImageLayout]
-    ) -> tuple[str, str] | None:
-        """Return the reason and the figures of a record that exceeds a limit; None if none does."""
+        self, record: Conversation, tokenized: TokenizedRecord, layouts: Sequence[ImageLayout]
+    ) -> RecordError | None:
+        """Return the error of a record that exceeds a limit; None if it exceeds none."""
         config, length, crops = self._config, _length(tokenized, layouts), num_crops(layouts)
+        drops, advice = config.length_policy == "drop_turns", ""
+        takes = "its first question and answer take" if drops else "takes"
+        if config.length_policy == "error":
+            advice = "; raise it, or choose `length_policy: drop_turns` or `skip`"
         if length > config.max_length:
-            return "too_long", f"{length:,} tokens, `max_length` is {config.max_length:,}"
+            text = f"{takes} {length:,} tokens, `max_length` is {config.max_length:,}{advice}"
+            return RecordError("too_long", text, record_id=record.id, where=record.where)
         if config.max_crops is not None and crops > config.max_crops:
-            return "too_many_crops", f"{crops:,} image crops, `max_crops` is {config.max_crops:,}"
+            text = f"{takes} {crops:,} image crops, `max_crops` is {config.max_crops:,}{advice}"
+            return RecordError("too_many_crops", text, record_id=record.id, where=record.where)
         return None
 
     def _mask_first_label(
@@ -219,12 +223,12 @@ class _TooLong(Exception):
     """The length policy skips the record.
 
     Attributes:
-        reason: `too_long` or `too_many_crops`.
+        error: What the record exceeds.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    def __init__(self, error: RecordError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def _length(tokenized: TokenizedRecord, layouts: Sequence[ImageLayout]) -> int:
