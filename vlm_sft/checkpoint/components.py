@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,10 +46,12 @@ from vlm_sft.config.schema import RunConfig, dump_config
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import CheckpointError
 from vlm_sft.model.language_model import causal_lm
-from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.model.vlm import IMAGE_NEWLINE, VisionLanguageModel
 from vlm_sft.utils.atomic_files import write_json, write_text
 from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.libraries import one_line
+
+logger = logging.getLogger(__name__)
 
 PROJECTOR: Final = "projector.safetensors"
 ADAPTER: Final = "adapter"
@@ -147,7 +150,12 @@ def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str,
     """
     manifest = read_manifest(folder)
     verify_file(folder, manifest, PROJECTOR)
-    _load_projector_file(model, folder)
+    tensors, live = load_tensors(folder / PROJECTOR), model.projector_state()
+    if IMAGE_NEWLINE in live and IMAGE_NEWLINE not in tensors:
+        # Stage 1 without tiles, stage 2 with them: LLaVA-NeXT and LLaVA-OneVision do so.
+        logger.info("projector %s: has no image_newline, which therefore begins random", folder)
+        del live[IMAGE_NEWLINE]
+    copy_tensors(tensors, live, folder / PROJECTOR)
     found = manifest.get("base_model", {})
     for key, what in (
         ("vision_tower", "vision tower"),
