@@ -65,7 +65,7 @@ class Recipe:
             METHOD_NAMES[training_method(config)].removeprefix("stage 2, "),
             f"{given.gpus} x {given.gpu}",
             f"{assumed.count:,}: {assumed.tokens:,}, {assumed.targets:,}{crops}",
-            f"{estimator.meta_model.num_image_tokens:,}",
+            f"{estimator.meta_model.layout_rule.crop_tokens:,}",
             f"{largest.rows} x {largest.length:,}",
             option.policy,
             f"{option.memory.total / GIB:.1f} of {device.memory / GIB:.0f} GiB{fits}",

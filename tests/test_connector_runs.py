@@ -78,7 +78,7 @@ def test_a_checkpoint_answers_is_measured_and_is_not_exported(
     folder = str(runs / "stage2" / "final")
     loaded = load_checkpoint(runs / "stage2", device="cpu")
     processor = json.loads((runs / "stage2/final/processor.json").read_text())
-    assert processor["num_image_tokens"] == loaded.model.num_image_tokens == 9
+    assert processor["num_image_tokens"] == loaded.model.layout_rule.crop_tokens == 9
     assert loaded.model.vision_tower.num_tokens == 36
     asked = ["--image", str(RED), "--prompt", "Which color?", "--device", "cpu"]
     assert chat.main([folder, *asked]) == 0

@@ -66,7 +66,9 @@ def assumed_data_stats(assumed: AssumedRecords, config: RunConfig) -> DataStats:
         lengths=[assumed.tokens] * sample,
         targets=[assumed.targets] * sample,
         images=[assumed.crops] * sample,
+        crops=[assumed.crops] * sample,
         prefixes=[b""] * sample,
         prefix_lengths=[0] * sample,
+        prefix_crops=[0] * sample,
     )
     return DataStats((records,), image_sources=(), is_assumed=True)

@@ -146,10 +146,13 @@ class PlanReport:
                 f"packed rows are {steps.packing.filled:.0%} full, shared image prefixes save "
                 f"{steps.packing.saved:.1%} of all tokens"
             )
+        images = f"{largest.images} image(s)"
+        if largest.crops != largest.images:
+            images += f" in {largest.crops} crops"
         return (
             f"run: {steps.num_steps:,} steps, {steps.micro_batches_per_step} micro-batch(es) per "
             f"step and rank; largest {largest.rows} x {largest.length:,} tokens with "
-            f"{largest.images} image(s); {filling}; on {self.gpus} x {self.device.name}"
+            f"{images}; {filling}; on {self.gpus} x {self.device.name}"
         )
 
     def _skipped_lines(self) -> list[str]:

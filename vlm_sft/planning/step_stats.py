@@ -39,9 +39,7 @@ class StepStats:
     @property
     def largest(self) -> MicroBatch:
         """The micro-batch with the most tokens, which has the highest memory peak."""
-        return max(
-            self.micro_batches, key=lambda batch: (batch.tokens, batch.targets, batch.images)
-        )
+        return max(self.micro_batches, key=lambda batch: (batch.tokens, batch.targets, batch.crops))
 
     def total(self, attribute: str) -> int:
         """Return the sum of an attribute of `MicroBatch` over all micro-batches."""
