@@ -210,7 +210,7 @@ def test_the_flops_of_a_resampler_are_its_projections_and_its_attention() -> Non
     inputs = features * (2 * width * hidden * 2 + 2 * 2 * hidden**2 * 3)
     outputs = queries * 2 * 3 * hidden**2 * 3
     attention = 2 * 2 * queries * features * hidden * 3.5
-    found = simulated.flops.image - tower.flops
+    found = simulated.flops.crop - tower.flops
     assert found == pytest.approx(inputs + outputs + attention, rel=0.01)
     assert meta_model.layout_rule.crop_tokens == queries
 
