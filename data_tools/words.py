@@ -1,8 +1,13 @@
-"""Plurals, articles, numbers and lists in English, for category names."""
+"""Plurals, articles, numbers and lists in English, for the names of categories.
+
+The tables are our own: `inflect` 7.6 takes 3 s to import, knows neither pairs (`a pair of skis`)
+nor mass nouns (`some broccoli`), and makes `skiss`, `knivess` and the singulars `bu` and `cactu`.
+"""
 
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from data_tools import wording
 
@@ -14,48 +19,43 @@ _VOWEL_SOUND = re.compile(
 
 
 def plural(name: str) -> str:
-    """Return `buses` for `bus`, `people` for `person`, `pairs of skis` for `skis`.
+    """Return `buses` for `bus`, `butter knives` for `butter knife`, `pairs of skis` for `skis`.
 
-    Exceptions live in `wording/words.json`. A name that is a plural already stays.
+    Exceptions are in `wording/words.json`. A name that is a plural already stays.
     """
-    known: str | None = wording.load("words")["plurals"].get(name)
-    if known is not None:
-        return known
+    head, of, rest = name.partition(" of ")
+    if of:
+        return plural(head) + of + rest
     if _is_pair(name):
         return f"pairs of {name}"
+    if is_mass(name):
+        return f"pieces of {name}"
     if is_plural(name):
         return name
-    if name.endswith(_ES_ENDINGS):
-        return name + "es"
-    if len(name) > 1 and name.endswith("y") and name[-2] not in "aeiou":
-        return name[:-1] + "ies"
-    return name + "s"
+    before, space, last = name.rpartition(" ")
+    return before + space + _plural_word(last)
 
 
 def single(name: str) -> str:
-    """Return the name behind `one`: `dog`, `pair of scissors`, `piece of broccoli`, `shoe`."""
+    """Return the name after `one`: `dog`, `pair of scissors`, `piece of broccoli`, `shoe`."""
     if _is_pair(name):
         return f"pair of {name}"
-    if is_plural(name):
-        return _singular(name)
-    group, of, rest = plural(name).partition(" of ")
-    return f"{group.removesuffix('s')} of {rest}" if of and rest == name else name
+    if is_mass(name):
+        return f"piece of {name}"
+    return _singular(name) if is_plural(name) else name
 
 
 def article(name: str) -> str:
-    """Return `a`, `an`, `some` or `a pair of`, as the name wants."""
-    known: str | None = wording.load("words")["articles"].get(name)
-    if known is not None:
-        return known
+    """Return `a`, `an`, `some` or `a pair of`, as the name requires."""
     if _is_pair(name):
         return "a pair of"
-    if is_plural(name):
+    if is_mass(name) or is_plural(name):
         return "some"
     return "an" if _VOWEL_SOUND.match(name) else "a"
 
 
 def be(name: str) -> str:
-    """Return the verb behind `the NAME`: `the dog is`, `the skis are`."""
+    """Return the verb after `the NAME`: `the dog is`, `the skis are`."""
     return "are" if is_plural(name) else "is"
 
 
@@ -64,71 +64,104 @@ def be_one(name: str) -> str:
     return "are" if is_plural(name) and not _is_pair(name) else "is"
 
 
+def is_mass(name: str) -> bool:
+    """Return whether a name has neither plural nor `a`: `broccoli`."""
+    return _last(name) in _table("mass")
+
+
 def is_plural(name: str) -> bool:
     """Return whether a category's name is a plural, such as `skis`, `people` or `shoes`."""
-    known = wording.load("words")
-    last = name.lower().rpartition(" ")[2]
-    if last in known["singular_names"] or last in known["plurals"]:
+    last = _last(name)
+    if last in _table("singular_names") or last in _table("irregular"):
         return False
-    if last in known["pairs"] or last in known["plural_names"]:
+    if last in _table("pairs") or last in _irregular_plurals():
         return True
     return len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is"))
 
 
-def _is_pair(name: str) -> bool:
-    """Return whether one of it is a pair: `skis`, `ski goggles`, `glasses`, not `wine glasses`."""
-    pairs, last = wording.load("words")["pairs"], name.lower().rpartition(" ")[2]
-    return name.lower() in pairs or (last in pairs and last != "glasses")
-
-
-def _singular(name: str) -> str:
-    """Return a plural name's singular: `shoe` for `shoes`, `wine glass` for `wine glasses`."""
-    before, space, last = name.rpartition(" ")
-    known: str | None = wording.load("words")["plural_names"].get(last.lower())
-    if known is not None:
-        return before + space + known
-    if last.endswith("ies"):
-        return before + space + last[:-3] + "y"
-    for ending in ("ses", "xes", "zes", "ches", "shes"):
-        if last.endswith(ending):
-            return before + space + last[:-2]
-    return before + space + last[:-1]
-
-
 def number(count: int) -> str:
-    """`two` for 2, digits above twelve."""
-    words: list[str] = wording.load("words")["numbers"]
-    return words[count] if 0 <= count < len(words) else str(count)
+    """Return `two` for 2, digits above twelve."""
+    numbers = _table("numbers")
+    return str(numbers[count]) if 0 <= count < len(numbers) else str(count)
 
 
 def counted(name: str, count: int) -> str:
-    """`a dog`, `two dogs`."""
-    return f"{article(name)} {name}" if count == 1 else f"{number(count)} {plural(name)}"
+    """Return `a dog`, `two dogs`."""
+    return f"{article(name)} {name}" if count == 1 else several(name, count)
 
 
-def listed(items: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+def several(name: str, count: int) -> str:
+    """Return `one dog`, `two dogs`."""
+    return f"{number(count)} {single(name) if count == 1 else plural(name)}"
+
+
+def listed(items: Sequence[str], conjunction: str = "and") -> str:
+    """Return `a`, `a and b`, `a, b and c`."""
     if len(items) < 2:
         return "".join(items)
-    return ", ".join(items[:-1]) + " and " + items[-1]
+    return f"{', '.join(items[:-1])} {conjunction} {items[-1]}"
 
 
 def capital(text: str) -> str:
-    """The text with its first letter large."""
+    """Return the text with its first letter as a capital."""
     return text[:1].upper() + text[1:]
 
 
 def mentions(text: str, name: str) -> bool:
-    """Whether a caption may speak of the category: its name, plural, a synonym, a wider word."""
+    """Return whether a caption may name the category, by any of its words or a wider one."""
     return _spellings(name).search(text) is not None
 
 
 @cache
 def _spellings(name: str) -> re.Pattern[str]:
-    known = wording.load("words")
-    wider = [word for word, names in known["broad"].items() if name in names]
+    wider = [word for word, names in _table("broad").items() if name in names]
     spellings = {name + "s", name.replace(" ", "")}
-    for word in (name, *known["synonyms"].get(name, ()), *wider):
+    for word in (name, *_table("synonyms").get(name, ()), *wider):
         spellings |= {word, plural(word)}
     pattern = "|".join(re.escape(word) for word in sorted(spellings, key=lambda w: (-len(w), w)))
     return re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
+
+
+def _plural_word(word: str) -> str:
+    irregular: str | None = _table("irregular").get(word)
+    if irregular is not None:
+        return irregular
+    if word.endswith("man") and word not in _table("regular_in_man"):
+        return word.removesuffix("man") + "men"
+    if word.endswith(_ES_ENDINGS):
+        return word + "es"
+    if len(word) > 1 and word.endswith("y") and word[-2] not in "aeiou":
+        return word[:-1] + "ies"
+    return word + "s"
+
+
+def _singular(name: str) -> str:
+    """Return a plural name's singular: `shoe` for `shoes`, `wine glass` for `wine glasses`."""
+    before, space, last = name.rpartition(" ")
+    irregular = _irregular_plurals().get(last.lower())
+    if irregular is not None:
+        return before + space + irregular
+    if last.endswith("ies"):
+        return before + space + last[:-3] + "y"
+    ending = "es" if last.endswith(("ses", "xes", "zes", "ches", "shes")) else "s"
+    return before + space + last.removesuffix(ending)
+
+
+def _is_pair(name: str) -> bool:
+    """Return whether one of it is a pair: `skis`, `ski goggles`, `glasses`, not `wine glasses`."""
+    last = _last(name)
+    return name.lower() in _table("pairs") or (last in _table("pairs") and last != "glasses")
+
+
+def _last(name: str) -> str:
+    return name.lower().rpartition(" ")[2]
+
+
+@cache
+def _irregular_plurals() -> dict[str, str]:
+    found = {many: one for one, many in _table("irregular").items() if many != one}
+    return found | {"cattle": "cow"}
+
+
+def _table(name: str) -> Any:
+    return wording.load("words")[name]

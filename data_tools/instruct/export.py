@@ -1,7 +1,6 @@
 """Training files from kept samples, each read by the trainer as it is; receipts beside them."""
 
 import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from data_tools.instruct.config import ExportConfig, InstructConfig
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Sample
-from data_tools.records import IMAGE_LINE, IMAGE_MARK
+from data_tools.records import IMAGE_MARK, JsonList, json_line, llava_record
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import owned_open, remove_owned, write_owned_json
@@ -61,7 +60,7 @@ def command(config: InstructConfig) -> None:
         for sample, turns in _exportable(samples, counts):
             for writer in writers:
                 writer.write(sample.id, config.export.image_prefix + sample.image.file_name, turns)
-            receipts.write(_json(receipt(sample)))
+            receipts.write(json_line(receipt(sample)))
     for old in FILES.keys() - set(config.export.formats):  # of an earlier export
         path = folder.exports / FILES[old]
         if not remove_owned(path) and path.is_file() and file_digest(path) == before.get(path.name):
@@ -182,18 +181,16 @@ class _Writer(Protocol):
 
 
 class _Llava:
-    """One JSON list of LLaVA's records, a record a line."""
+    """One JSON list of LLaVA's records."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._separator = file, b"[\n"
+        self._list = JsonList(file)
 
     def write(self, record_id: str, image: str, turns: Turns) -> None:
-        record = {"id": record_id, "image": image, "conversations": _conversation(turns)}
-        self._file.write(self._separator + _json(record).rstrip())
-        self._separator = b",\n"
+        self._list.add(llava_record(record_id, image, turns))
 
     def finish(self) -> None:
-        self._file.write(b"[]\n" if self._separator == b"[\n" else b"\n]\n")
+        self._list.finish()
 
 
 class _Messages:
@@ -217,7 +214,7 @@ class _Messages:
                 ]
             messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        self._file.write(_json({"id": record_id, "messages": messages}))
+        self._file.write(json_line({"id": record_id, "messages": messages}))
 
     def finish(self) -> None:
         """Nothing."""
@@ -238,7 +235,7 @@ class _Parquet:
         self._rows: list[dict[str, Any]] = []
 
     def write(self, record_id: str, image: str, turns: Turns) -> None:
-        self._rows.append({"id": record_id, "image": image, "conversations": _conversation(turns)})
+        self._rows.append(llava_record(record_id, image, turns))
         if len(self._rows) == _ROWS_AT_ONCE:
             self._flush()
 
@@ -258,19 +255,6 @@ _WRITERS: Final[dict[str, type[_Writer]]] = {
     "messages": _Messages,
     "parquet": _Parquet,
 }
-
-
-def _conversation(turns: Turns) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = []
-    for number, (question, answer) in enumerate(turns):
-        opening = "" if number else IMAGE_LINE
-        found.append({"from": "human", "value": opening + question})
-        found.append({"from": "gpt", "value": answer})
-    return found
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 def _license_names(folder: RunFolder) -> dict[str, str]:

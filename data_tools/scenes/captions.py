@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools import wording, words
+from data_tools.coco import AnnotatedImage, Box
+from data_tools.geometry import order, region
 from data_tools.scenes.compose import Instance, Scene
 
 CAPTIONS_PER_SCENE = 5
-SIDE_MARGIN = 0.05
-"""Two objects are left and right of each other if this share of the width lies between them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Kind:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five captions. Every one names true things only; most name everything there is."""
+    """Return five captions, each true; most name everything in the scene."""
     texts = wording.load("scene_captions")
     kinds = _kinds(scene.instances)
     if not kinds:
@@ -60,25 +60,29 @@ def _fill(pattern: str, kinds: Sequence[_Kind], place: str, rng: np.random.Gener
 
 
 def _beside(scene: Scene, rng: np.random.Generator) -> str | None:
-    """A sentence about two single objects far enough apart, where there are such."""
+    """Return a sentence about two single objects side by side, where there are such."""
     single = {kind.name for kind in _kinds(scene.instances) if not kind.several}
-    placed = [
-        (instance.category.name, instance.box())
+    boxes = tuple(
+        Box(instance.category.name, *instance.box(), crowd=False)
         for instance in scene.instances
         if instance.category.name in single
-    ]
+    )
+    image = AnnotatedImage(scene.index, "", scene.width, scene.height, (), boxes)
     pairs = [
-        (left[0], right[0])
-        for left in placed
-        for right in placed
-        if left[1][0] + left[1][2] + SIDE_MARGIN * scene.width <= right[1][0]
+        (left, right)
+        for left in boxes
+        for right in boxes
+        if left is not right and order(left, right, "left", image) == "supported"
     ]
     if not pairs:
         return None
     first, second = pairs[int(rng.integers(len(pairs)))]
-    pattern = str(rng.choice(wording.load("scene_captions")["beside"]))
-    pattern = pattern.replace("{A} is", f"{{A}} {words.be_one(first)}")
-    return pattern.format(A=words.capital(words.counted(first, 1)), b=words.counted(second, 1))
+    texts = wording.load("scene_captions")
+    halves = region(first, "left", image), region(second, "right", image)
+    patterns = texts["beside"] + (texts["sides"] if set(halves) == {"supported"} else [])
+    one, other = words.counted(first.category, 1), words.counted(second.category, 1)
+    values = {"A": words.capital(one), "b": other, "be": words.be_one(first.category)}
+    return str(rng.choice(patterns)).format(**values)
 
 
 def _kinds(instances: Sequence[Instance]) -> list[_Kind]:

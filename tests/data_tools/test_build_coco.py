@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools import build_coco, words
-from data_tools.backends.rules import RulesBackend
-from data_tools.backends.rules.phrases import MOST_NAMED, things
-from data_tools.coco import AnnotatedImage, Box, CocoIndex
+from data_tools.coco import AnnotatedImage, Box
+from data_tools.rules.facts import Facts
+from data_tools.rules.families import MOST_NAMED, things
 from tests.data_tools.coco_files import CATEGORIES, arguments, write_coco
 from vlm_sft.errors import UserError
 
@@ -93,58 +93,12 @@ def test_what_a_caption_speaks_of_is_never_denied(tmp_path: Path) -> None:
 
 
 def test_whole_sentences_are_answers_on_wish(tmp_path: Path) -> None:
-    files = write_coco(tmp_path, {1: [("apple", [10, 10, 40, 30], 0)]})
+    files = write_coco(tmp_path, {1: [("cup", [10, 10, 40, 30], 0)]})
     build_coco.main(arguments(files, "--answers", "sentence", "--turns", "20"))
     text = json.dumps(_read(files, "stage2"))
-    assert "There is one apple in the picture." in text
-    assert "The apple is in the left half of the picture." in text
+    assert "There is one cup in the image." in text
+    assert "The cup is in the left half of the image." in text
     assert "Yes." not in text
-
-
-boxes = st.builds(
-    Box,
-    category=st.sampled_from(CATEGORIES),
-    left=st.integers(0, 150).map(float),
-    top=st.integers(0, 60).map(float),
-    width=st.integers(1, 50).map(float),
-    height=st.integers(1, 40).map(float),
-    crowd=st.booleans(),
-)
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.lists(st.lists(boxes, max_size=6), min_size=1, max_size=6),
-    st.integers(0, 1000),
-    st.integers(1, 12),
-)
-def test_every_answer_follows_from_the_boxes(
-    scenes: list[list[Box]], seed: int, turns: int
-) -> None:
-    images = tuple(
-        AnnotatedImage(i, f"{i}.jpg", 200, 100, (), tuple(scene)) for i, scene in enumerate(scenes)
-    )
-    backend = RulesBackend(CocoIndex(images, CATEGORIES), seed, "short")
-    for image in images:
-        exchanges = backend.conversation(image, turns)
-        assert len({(e.question, e.category) for e in exchanges}) == len(exchanges)
-        existence = [e.answer for e in exchanges if e.family == "existence"]
-        assert existence.count("yes") == existence.count("no")
-        assert exchanges == [] or image.boxes
-        for e in exchanges:
-            found = image.of(e.category)
-            if e.family == "existence":
-                assert (e.answer == "yes") == bool(found)
-                continue
-            assert not any(box.crowd for box in found)
-            if e.family == "counting":
-                assert e.answer == words.number(len(found))
-                continue
-            [box] = found
-            if e.kind == "horizontal_half":
-                assert box.right < 100 if e.answer == "left" else box.left > 100
-            elif e.kind == "vertical_half":
-                assert box.bottom < 50 if e.answer == "top" else box.top > 50
 
 
 def _many_scenes(count: int) -> dict[int, list[tuple[str, list[float], int]]]:
@@ -315,12 +269,12 @@ def test_evidence_names_what_is_there_and_then_gives_the_verdict(tmp_path: Path)
 )
 def test_things_names_the_largest_and_always_what_is_asked(sizes: list[int], asked: int) -> None:
     boxes = tuple(
-        Box(name, 0.0, 0.0, size, size, crowd=False)
-        for name, size in zip(CATEGORIES, sizes, strict=False)
+        Box(name, 0.0, 0.0, size, size, crowd=False, id=number)
+        for number, (name, size) in enumerate(zip(CATEGORIES, sizes, strict=False), 1)
     )
     image = AnnotatedImage(1, "a.jpg", 100, 100, (), boxes)
     name = image.categories[asked % len(boxes)]
-    text = things(image, asked=name)
+    text = things(Facts(image), asked=name)
     named = [box for box in boxes if words.mentions(text, box.category)]
     assert words.mentions(text, name)
     assert len(named) == min(len(boxes), MOST_NAMED)
@@ -402,3 +356,18 @@ def test_names_with_an_unusual_plural_give_correct_questions(tmp_path: Path) -> 
     text = (files["out"] / "stage2.json").read_text()
     assert "the skis" in text and "skis are" in text
     assert "Is the skis" not in text and "skis is" not in text
+
+
+@pytest.mark.parametrize("answers", ["short", "sentence", "evidence"])
+def test_what_the_verifier_rejects_is_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: str
+) -> None:
+    leaks = "The bounding box [0.12, 0.30, 0.50, 0.61] has a dog."
+    files = write_coco(
+        tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]}, {1: [leaks, "A dog in a yard."]}
+    )
+    assert build_coco.main(arguments(files, "--answers", answers)) == 0
+    said = [record["conversations"][1]["value"] for record in _read(files, "stage1")]
+    assert said == ["A dog in a yard."]
+    assert _read(files, "build")["files"]["stage1.json"]["rejected"] == {"LEAK": 1}
+    assert "left out, for the verifier rejects them: LEAK 1" in capsys.readouterr().out

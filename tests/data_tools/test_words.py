@@ -1,10 +1,6 @@
-import re
-
-import numpy as np
 import pytest
 
-from data_tools import wording, words
-from data_tools.backends.rules.phrases import Speaker
+from data_tools import words
 
 
 @pytest.mark.parametrize(
@@ -20,6 +16,11 @@ from data_tools.backends.rules.phrases import Speaker
         ("wine glass", "a wine glass", "two wine glasses"),
         ("couch", "a couch", "two couches"),
         ("scissors", "a pair of scissors", "two pairs of scissors"),
+        ("butter knife", "a butter knife", "two butter knives"),
+        ("cup of coffee", "a cup of coffee", "two cups of coffee"),
+        ("fireman", "a fireman", "two firemen"),
+        ("human", "a human", "two humans"),
+        ("luggage", "some luggage", "two pieces of luggage"),
     ],
 )
 def test_names_are_counted_in_english(name: str, one: str, two: str) -> None:
@@ -90,23 +91,3 @@ def test_plural_names_are_counted_without_a_second_plural() -> None:
     assert [words.counted(name, 2) for name in ("shoes", "skis", "people", "sunglasses")] == [
         "two shoes", "two pairs of skis", "two people", "two pairs of sunglasses",
     ]  # fmt: skip
-
-
-def test_every_pattern_agrees_with_singular_plural_and_paired_names() -> None:
-    rng = np.random.default_rng(0)
-    speaker = Speaker(rng, "sentence")
-    said = [
-        speaker.say([pattern], name, answer="left", other="dog")
-        for name in ("skis", "shoes", "scissors")
-        for family in ("horizontal_half", "vertical_half", "relation", "existence")
-        for patterns in wording.load("questions")[family].values()
-        for pattern in patterns
-        if "{things}" not in pattern
-    ]
-    assert any("Are the skis in the" in text for text in said)
-    for text in said:
-        assert not re.search(r"\b[Ii]s (the|no) (skis|shoes|scissors)\b", text), text
-        assert not re.search(r"\b(skis|shoes|scissors) is\b|\ba shoes\b|[Ii]s there some", text), (
-            text
-        )
-        assert not re.search(r"\b[Aa]re there a pair|\bare a pair", text), text
