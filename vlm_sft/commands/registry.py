@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "data_tools.instruct.verify.codes": "print the table of its codes",
     "data_tools.make_scenes": "compose scenes with known content",
     "data_tools.mix": "mix record files",
+    "data_tools.pope": "write POPE questions about the existence of objects",
     "data_tools.verify": "check records of others against COCO annotations",
 }
 """What each command does, by the name that `python -m` takes."""
