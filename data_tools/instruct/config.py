@@ -1,7 +1,7 @@
 """The configuration of a run of `data_tools.instruct`: the schema of its YAML file."""
 
 import re
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -83,6 +83,9 @@ class PricesConfig(Section):
 class TeacherConfig(Section):
     """The model that writes the answers."""
 
+    section: ClassVar[str] = "teacher"
+    """Where these settings are, for messages."""
+
     kind: Literal["openai", "batch", "rules"]
     """`openai`: a server with the OpenAI API. `batch`: the batch API of such a server. `rules`:
     sentences made from the annotations by a program, without a server."""
@@ -139,6 +142,33 @@ class TeacherConfig(Section):
                 "may be the key itself); put the key into a variable and give its name"
             )
         return self
+
+
+class JudgeConfig(TeacherConfig):
+    """A text model that reads every sample next to the captions and boxes of its image.
+
+    It has the settings of a teacher; what it costs counts towards `limits`.
+    """
+
+    section: ClassVar[str] = "verify.judge"
+
+    kind: Literal["openai", "batch"] = "openai"
+    """`openai`: a server with the OpenAI API. `batch`: the batch API of such a server."""
+    answers_dir: None = None
+    """Always null: the answers are recorded in `judge/answers` in `output_dir`."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Sampling temperature."""
+    failures_allowed: Share = 0.05
+    """Share of the requests that may fail. If more do and `decides` is true, `verify` ends with
+    exit code 3 after writing its files; otherwise it continues with a warning. The next start
+    repeats failed requests."""
+    prices: PricesConfig | None = None
+    """Prices for `limits.usd`, which applies to teacher and judge together."""
+    decides: bool = False
+    """Whether a statement that the judge lists, or a missing verdict, rejects a sample. If false,
+    verdicts are only stored and counted next to those of the rules."""
+    prompt: NonEmptyText | None = None
+    """File with your own system text. Null: `data_tools/instruct/prompts/judge.txt`."""
 
 
 class LimitsConfig(Section):
@@ -206,6 +236,8 @@ class VerifyConfig(Section):
     far: Share = geometry.FAR
     """A gap of this share of the image's side between two boxes contradicts that one is on, in or
     next to the other."""
+    judge: JudgeConfig | None = None
+    """A text model as a second opinion. Null: no model is used and nothing is sent."""
 
     @field_validator("forms")
     @classmethod

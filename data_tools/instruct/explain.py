@@ -35,7 +35,8 @@ from data_tools.instruct.report.samples import (
     view_sample,
 )
 from data_tools.instruct.run_folder import RunFolder, run_inputs
-from data_tools.instruct.schema import Answer, Check, Failure, Request, Sample, Verdict
+from data_tools.instruct.schema import Answer, Check, Failure, Judgment, Request, Sample, Verdict
+from data_tools.instruct.verify.agreement import WITHOUT_VERDICT
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import Console as SafeConsole
 from vlm_sft.utils.console import echo
@@ -236,6 +237,8 @@ def _stages(
     if sample is None:
         yield Stage("verified", None, "not verified yet")
         return
+    if sample.judgment is not None:
+        yield _judged(sample.judgment)
     if sample.status == "rejected":
         read = "" if sample.turns else "could not be parsed: "
         yield Stage("verified", False, f"rejected: {read}{', '.join(sample.reasons)}")
@@ -254,6 +257,17 @@ def _stages(
         done = folder.kept.exists()
         words = "in neither output file of `clean`: run it again" if done else "not cleaned yet"
         yield Stage("cleaned", None, words)
+
+
+def _judged(judgment: Judgment) -> Stage:
+    listed = "; ".join(
+        f"{found.verdict}: {found.statement!r} ({found.reason})" for found in judgment.objections
+    )
+    if judgment.verdict in WITHOUT_VERDICT:
+        return Stage("judged", None, f"{judgment.verdict}: {judgment.note}")
+    supported = judgment.verdict == "supported"
+    words = "nothing objected" if supported else listed
+    return Stage("judged", supported, f"{words}, by {judgment.model}")
 
 
 def _unanswered(folder: RunFolder, request: Request) -> Stage:

@@ -98,6 +98,7 @@ def receipt(sample: Sample) -> dict[str, Any]:
         "parameters": sample.parameters,
         "cost": sample.cost.model_dump(mode="json"),
         "checks": dict(sorted(Counter(check.verdict for check in sample.checks).items())),
+        "judge": sample.judgment.verdict if sample.judgment else None,
         "evidence": sorted({number for check in sample.checks for number in check.evidence}),
         "tool": sample.tool,
     }

@@ -24,7 +24,13 @@ WRITTEN: Final[dict[str, tuple[str, ...]]] = {
     "index": ("images.jsonl", "index.json"),
     "plan": ("requests.jsonl", "templates.json", "config.yaml", "plan.json"),
     "generate": (),
-    "verify": ("samples.jsonl", "rejected.jsonl", "verification.json"),
+    "verify": (
+        "samples.jsonl",
+        "rejected.jsonl",
+        "verification.json",
+        "judge/requests.jsonl",
+        "judge/templates.json",
+    ),
     "clean": ("kept.jsonl", "set_aside.jsonl", "cleaning.json"),
     "export": tuple(f"export/{name}" for name in EXPORTS),
     "report": ("report/report.html", *(f"report/{name}" for name in PLOTS)),
@@ -33,7 +39,7 @@ WRITTEN: Final[dict[str, tuple[str, ...]]] = {
 
 _APPENDED: Final = (
     "answers", "failures.jsonl", "spending.jsonl", "teacher.json", "batches.jsonl", "cache",
-    "checked", "export", "report",
+    "checked", "export", "judge", "report",
 )  # fmt: skip
 """Other names in a run's folder: files that only grow, and folders."""
 
@@ -113,6 +119,11 @@ class RunFolder:
     def verification(self) -> Path:
         """`verify`: counts of requests, answers, verdicts and reasons."""
         return self.root / "verification.json"
+
+    @property
+    def judge(self) -> Path:
+        """`verify`: requests to the judge and its answers, as a run's folder of its own."""
+        return self.root / "judge"
 
     @property
     def kept(self) -> Path:
@@ -207,14 +218,16 @@ def _require_own_answers_dir(config: InstructConfig, root: Path, inputs: list[st
 
 def _require_plain_addresses(config: InstructConfig) -> None:
     """Refuse servers' addresses that may hold a key, before the configuration is written down."""
-    given = config.teacher.base_url or []
-    if any(sign in url for url in ([given] if isinstance(given, str) else given) for sign in "@?#"):
-        raise UserError(
-            "teacher.base_url holds a user name, a password, a query or a fragment (not shown, for "
-            "it may be a key); give https://host/v1, and put the key into the variable "
-            "teacher.api_key_env",
-            code="teacher_address",
-        )
+    for section, server in (("teacher", config.teacher), ("verify.judge", config.verify.judge)):
+        given = server.base_url or [] if server else []
+        urls = [given] if isinstance(given, str) else given
+        if any(sign in url for url in urls for sign in "@?#"):
+            raise UserError(
+                f"{section}.base_url holds a user name, a password, a query or a fragment (not "
+                "shown, for it may be a key); give https://host/v1, and put the key into the "
+                f"variable {section}.api_key_env",
+                code="teacher_address",
+            )
 
 
 def own_run(
@@ -298,6 +311,7 @@ def run_inputs(config: InstructConfig) -> Iterator[str]:
     """Yield every file and folder that a run's configuration names to be read."""
     named = [config.coco.instances, config.coco.captions, config.coco.images]
     named.append(config.requests.prompts)
+    named.append(config.verify.judge.prompt if config.verify.judge else None)
     for files in config.guard.lists.values():
         named += [files] if isinstance(files, str) else files
     yield from (name for name in named if name)

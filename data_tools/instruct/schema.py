@@ -1,5 +1,6 @@
 """The lines of a run's files: requests, answers, samples with what was found about each claim."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -188,6 +189,66 @@ class Cost(Line):
     attempts: Count = 1
 
 
+class Objection(Line):
+    """A statement that the judge lists.
+
+    Attributes:
+        turn: Index of the turn whose answer makes it.
+        statement: In the words of the answer, as the judge repeats them.
+        verdict: `contradicted` by captions or boxes, or `unsupported`: they do not show it.
+        reason: The judge's own.
+    """
+
+    turn: int
+    statement: str
+    verdict: Literal["unsupported", "contradicted"]
+    reason: str = ""
+
+
+class Judgment(Line):
+    """What the judge (`verify.judge`) says about a sample.
+
+    Attributes:
+        request: Id of the request to the judge.
+        verdict: The worst of the objections, `supported` without any. There is no verdict if the
+            answer is `unreadable`, the judge or its server `refused`, or the request is
+            `unanswered`.
+        note: Why there is no verdict.
+        model: As the server names itself.
+        cost: What the judge's answer took; None if there is none.
+    """
+
+    request: str
+    verdict: Literal[
+        "supported", "unsupported", "contradicted", "unreadable", "refused", "unanswered"
+    ]
+    objections: tuple[Objection, ...] = ()
+    note: str = ""
+    model: str = ""
+    cost: Cost | None = None
+
+    def of_turns(self, numbers: Sequence[int]) -> "Judgment":
+        """Return what is said about some of the turns, which get the numbers 0, 1, ..."""
+        places = {number: place for place, number in enumerate(numbers)}
+        objections = tuple(
+            objection.model_copy(update={"turn": places[objection.turn]})
+            for objection in self.objections
+            if objection.turn in places
+        )
+        verdict = self.verdict if not self.objections else worst(objections)
+        return self.model_copy(update={"objections": objections, "verdict": verdict})
+
+
+def worst(
+    objections: Sequence[Objection],
+) -> Literal["supported", "unsupported", "contradicted"]:
+    """Return the worst verdict among objections, `supported` if there are none."""
+    verdicts = [objection.verdict for objection in objections]
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "unsupported" if verdicts else "supported"
+
+
 class Sample(Line):
     """A finished sample with its receipt; a line of `samples.jsonl` or `rejected.jsonl`.
 
@@ -198,6 +259,7 @@ class Sample(Line):
         shown, request, template, template_sha256, parameters, model, fingerprint: As in `Request`
             and `Answer`.
         tool: Name and version of what made and checked it.
+        judgment: What the judge says; None without a judge, and where `turns` is empty.
         status: `accepted`, or `rejected` for the `reasons`, codes in the order found, each once.
     """
 
@@ -218,6 +280,7 @@ class Sample(Line):
     cost: Cost
     tool: str
     checks: tuple[Check, ...] = ()
+    judgment: Judgment | None = None
     status: Literal["accepted", "rejected"]
     reasons: tuple[str, ...] = ()
 

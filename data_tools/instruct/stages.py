@@ -99,8 +99,8 @@ STAGES: Final = {
     ),
     "verify": Stage(
         "check the claims of all answers against the annotations",
-        "Costs nothing and may be repeated, e.g. with other settings of `verify`. Writes "
-        "samples.jsonl,\nrejected.jsonl and verification.json.",
+        "Costs nothing (except for requests to verify.judge, once) and may be repeated, e.g. with "
+        "other\nsettings of `verify`. Writes samples.jsonl, rejected.jsonl and verification.json.",
         (_YAML, "my.yaml verify.unseen_objects=keep", "my.yaml --file llava_instruct_150k.json"),
         "verify.command",
         _verify_options,

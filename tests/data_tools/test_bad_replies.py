@@ -169,4 +169,4 @@ def test_a_damaged_line_of_failures_is_ignored_with_a_warning(
         config, run = planned(tmp_path, 1, kind="openai", base_url=server.url, structured="none")
         run.failures.write_text("damaged\n")
         generating.command(config)
-    assert "failures.jsonl:1: is no failure and is ignored" in capsys.readouterr().err
+    assert "failures.jsonl:1: is not a failure record and is ignored" in capsys.readouterr().err

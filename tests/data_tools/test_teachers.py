@@ -359,7 +359,7 @@ def test_a_key_given_where_its_variable_belongs_is_not_printed(tmp_path: Path) -
     )
     from data_tools.instruct.config import InstructConfig
 
-    with pytest.raises(UserError, match="no name of an environment variable") as told:
+    with pytest.raises(UserError, match="not the name of an environment variable") as told:
         settings.load(InstructConfig, path)
     assert "secret-word" not in str(told.value)
 

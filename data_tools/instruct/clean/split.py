@@ -1,11 +1,11 @@
 """Samples as they are written: kept in full or in part, and set aside with the reason."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from data_tools.instruct.clean.codes import CODES
 from data_tools.instruct.clean.table import Table
-from data_tools.instruct.schema import Check, Cost, Sample
+from data_tools.instruct.schema import Check, Cost, Judgment, Sample
 
 RULE = "clean"
 
@@ -76,6 +76,7 @@ def _turn_aside(sample: Sample, number: int, check: Check) -> Sample:
             "id": f"{sample.id}-turn-{number}",
             "turns": (sample.turns[number],),
             "checks": tuple(own),
+            "judgment": _judgment_of(sample, [number]),
             "cost": Cost(attempts=0),
         }
     )
@@ -96,5 +97,13 @@ def _without(sample: Sample, lost: Mapping[int, Check]) -> Sample:
         for number, check in lost.items()
     ]
     return sample.model_copy(
-        update={"turns": tuple(sample.turns[k] for k in kept), "checks": (*checks, *notes)}
+        update={
+            "turns": tuple(sample.turns[k] for k in kept),
+            "checks": (*checks, *notes),
+            "judgment": _judgment_of(sample, kept),
+        }
     )
+
+
+def _judgment_of(sample: Sample, turns: Sequence[int]) -> Judgment | None:
+    return sample.judgment.of_turns(turns) if sample.judgment else None

@@ -56,21 +56,41 @@ def command(config: InstructConfig, shard: Shard = ALL_REQUESTS) -> None:
         UserError: The settings, the key or the files are wrong, or the server refuses everything.
         SystemExit: With the exit code, where it is not 0.
     """
-    if config.limits.usd is not None and config.teacher.prices is None:
-        raise UserError(
-            "limits.usd needs teacher.prices, without which no cost is known; give the prices per "
-            "million tokens"
-        )
-    code = asyncio.run(_generate(config, shard))
-    if code:
+    if code := ask_all(config, shard):
         raise SystemExit(code)
 
 
-async def _generate(config: InstructConfig, shard: Shard) -> int:
+def ask_all(
+    config: InstructConfig,
+    shard: Shard = ALL_REQUESTS,
+    *,
+    name: str = "generate",
+    spending: Path | None = None,
+) -> int:
+    """Ask the requests in a run's folder that have no answer yet; return the exit code.
+
+    Args:
+        config: The run's.
+        shard: The part of the requests to ask.
+        name: The beginning of every line that is printed.
+        spending: The file in which spending is counted; None for the run's own.
+
+    Raises:
+        UserError: The settings, the key or the files are wrong, or the server refuses everything.
+    """
+    if config.limits.usd is not None and config.teacher.prices is None:
+        raise UserError(
+            f"limits.usd needs {config.teacher.section}.prices, without which no cost is known; "
+            "give the prices per million tokens"
+        )
+    return asyncio.run(_ask_all(config, shard, name, spending))
+
+
+async def _ask_all(config: InstructConfig, shard: Shard, name: str, account: Path | None) -> int:
     folder = RunFolder(Path(config.output_dir))
     cancellation = Cancellation()
-    spending = Spending(folder.spending, config.limits, cancellation)
-    generation = Generation(config, folder, shard, spending, cancellation)
+    spending = Spending(account or folder.spending, config.limits, cancellation)
+    generation = Generation(config, folder, shard, spending, cancellation, name)
     teacher = make_teacher(config, folder, spending, cancellation)
     try:
         with generation.signals():
@@ -92,6 +112,7 @@ class Generation:
         shard: Shard,
         spending: Spending,
         cancellation: Cancellation,
+        name: str = "generate",
     ) -> None:
         self._config, self._folder, self._shard = config, folder, shard
         self._spending, self._cancellation = spending, cancellation
@@ -109,9 +130,9 @@ class Generation:
         self._limited = False
         self._is_down = False
         self._dirty = False
-        self.progress = GenerationProgress(spending)
+        self.progress = GenerationProgress(spending, name)
         if self._writer.torn:
-            _say(
+            self._say(
                 f"{self._writer.path}: the last line was cut when a process was killed; its "
                 f"{self._writer.torn:,} bytes were removed, and the request is asked again"
             )
@@ -144,7 +165,7 @@ class Generation:
                 self.progress.total += 1
                 self.progress.before += request.id in self._answers
         if self._answers.duplicates:
-            _say(
+            self._say(
                 f"{self._answers.folder}: {self._answers.duplicates:,} requests were answered more "
                 "than once; the answer with the smaller SHA-256 is used"
             )
@@ -223,7 +244,7 @@ class Generation:
         self._streak += 1
         if self._streak >= self._most_streak and not self._cancellation.requested:
             self._is_down = True
-            _say(
+            self._say(
                 f"{self._streak} requests in a row failed; stopping. Last error: {outcome.message}"
             )
             self._cancellation.request()
@@ -245,7 +266,7 @@ class Generation:
             return
         self._signal = number
         self._cancellation.request()
-        _say(
+        self._say(
             f"{number.name} received: nothing more is sent; waiting up to {GRACE_SECONDS:.0f} s "
             "for requests in flight (repeat to stop at once)"
         )
@@ -262,38 +283,39 @@ class Generation:
         if self._signal is not None:
             return 128 + int(self._signal)
         if self._limited:
-            echo(
-                "generate: the next request might exceed one of limits; raise it and repeat the "
-                "command",
-                file=sys.stdout,
+            self._print(
+                "the next request might exceed one of limits; raise it and repeat the command"
             )
             return 4
         failed, asked = self.progress.failed, self.progress.total - self.progress.silent
         if not failed:
             return 0
-        allowed = self._config.teacher.failures_allowed
+        teacher = self._config.teacher
+        setting = f"{teacher.section}.failures_allowed"
         share = f"{failed:,} of {asked:,} requests failed ({failed / max(1, asked):.1%})"
         if self._is_down:
-            echo(
-                f"generate: {share} and the others were not asked, since the server is down; run "
-                "the same command again when it is up",
-                file=sys.stdout,
+            self._print(
+                f"{share} and the others were not asked, since the server is down; run the same "
+                "command again when it is up"
             )
             return 3
-        if failed > allowed * asked:
-            echo(
-                f"generate: {share}, more than teacher.failures_allowed={allowed:g}; run the same "
-                "command again to ask them again, or raise teacher.failures_allowed to continue "
-                "without them",
-                file=sys.stdout,
+        if failed > teacher.failures_allowed * asked:
+            self._print(
+                f"{share}, more than {setting}={teacher.failures_allowed:g}; run the same command "
+                f"again to ask them again, or raise {setting} to continue without them"
             )
             return 3
-        echo(
-            f"generate: warning: {share}, no more than teacher.failures_allowed={allowed:g}: "
-            "continuing without them; the same command asks them again",
-            file=sys.stdout,
+        self._print(
+            f"warning: {share}, no more than {setting}={teacher.failures_allowed:g}: continuing "
+            "without them; the same command asks them again"
         )
         return 0
+
+    def _print(self, line: str) -> None:
+        echo(f"{self.progress.name}: {line}", file=sys.stdout)
+
+    def _say(self, line: str) -> None:
+        echo(f"{self.progress.name}: {line}")
 
     def close(self) -> None:
         """Sync and close all files."""
@@ -382,7 +404,3 @@ class _Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().remove_signal_handler(number)
-
-
-def _say(line: str) -> None:
-    echo(f"generate: {line}")

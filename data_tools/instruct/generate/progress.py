@@ -22,6 +22,7 @@ class GenerationProgress:
 
     Attributes:
         spending: What the run has spent over all starts.
+        name: The beginning of every line.
         total: Requests of this shard.
         before: Requests answered earlier, or by another process in the meantime.
         answered: Requests answered in this start.
@@ -33,6 +34,7 @@ class GenerationProgress:
     """
 
     spending: Spending
+    name: str = "generate"
     total: int = 0
     before: int = 0
     answered: int = 0
@@ -77,7 +79,7 @@ class GenerationProgress:
         parts = [f"{self.before:,} answered before", f"{self.answered:,} now"]
         parts += [f"{missing:,} without an answer ({self.failed:,} failed)"] if missing else []
         parts += [f"{self.silent:,} with nothing to say"] if self.silent else []
-        text = f"generate: {self.total:,} requests: {', '.join(parts)}"
+        text = f"{self.name}: {self.total:,} requests: {', '.join(parts)}"
         if self.judged:
             text += f"; {self.accepted:,} of {self.judged:,} verified now are accepted"
         if spent.requests:
@@ -102,7 +104,7 @@ async def _lines(progress: GenerationProgress) -> None:
     while True:
         await asyncio.sleep(LINE_SECONDS)
         share = f"{progress.done:,} of {progress.total:,}"
-        echo(f"generate: {share}: {progress.status()}")
+        echo(f"{progress.name}: {share}: {progress.status()}")
 
 
 async def _bar(progress: GenerationProgress) -> None:

@@ -279,6 +279,8 @@ def _table(told: Mapping[str, Any], config: InstructConfig) -> Iterator[str]:
 
 
 def _money(told: Mapping[str, Any], config: InstructConfig) -> Iterator[str]:
+    if config.verify.judge is not None:
+        yield "the judge (verify.judge) is not in the estimate: `verify` asks it about every sample"
     if config.teacher.kind not in PAID:
         yield f"teacher {config.teacher.kind}: nothing is sent and nothing paid"
         return

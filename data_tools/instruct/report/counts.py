@@ -12,6 +12,7 @@ from data_tools.coco import AnnotatedImage
 from data_tools.instruct.clean.choices import VALUES, Categories, Family, choice_of
 from data_tools.instruct.report.results import Outcome, Result
 from data_tools.instruct.schema import Answer, Cost, Sample, SampleType, Verdict
+from data_tools.instruct.verify.agreement import Agreement
 from data_tools.instruct.verify.codes import NOT_CLAIMS
 
 TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
@@ -213,6 +214,7 @@ class RunCounts:
         claims: Checks of claims about the image, by rule and verdict, over all verified samples.
         claims_by_type: The same checks by type of sample and verdict.
         other_checks: Checks of form, style and citations, by rule and verdict.
+        agreement: Samples by the verdicts of the rules and of the judge, if there is one.
         usage: Cost of all answers by type, including those of rejected samples.
         examples: Samples by the code for which they were rejected or dropped.
         gallery: Samples by outcome.
@@ -233,6 +235,7 @@ class RunCounts:
     claims: Counter[tuple[str, Verdict]] = field(default_factory=Counter)
     claims_by_type: Counter[tuple[str, Verdict]] = field(default_factory=Counter)
     other_checks: Counter[tuple[str, Verdict]] = field(default_factory=Counter)
+    agreement: Agreement = field(default_factory=Agreement)
     usage: defaultdict[SampleType, Usage] = field(default_factory=lambda: defaultdict(Usage))
     makers: Counter[Maker] = field(default_factory=Counter)
     examples: dict[str, Reservoir[Result]] = field(default_factory=dict)
@@ -271,6 +274,7 @@ class RunCounts:
         self.usage[sample.type].add(sample.cost)
         self._add_maker(sample)
         self._add_reasons(result)
+        self.agreement.add(sample)
         for check in sample.checks:
             if check.rule in NOT_CLAIMS:
                 self.other_checks[check.rule, check.verdict] += 1

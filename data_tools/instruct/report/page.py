@@ -24,6 +24,12 @@ from data_tools.instruct.report.results import OUTCOMES, Outcome, Result
 from data_tools.instruct.report.samples import SampleView, view_sample
 from data_tools.instruct.schema import Verdict
 from data_tools.instruct.verify import codes as verification_codes
+from data_tools.instruct.verify.agreement import (
+    RULES,
+    WITH_VERDICT,
+    WITHOUT_VERDICT,
+    Agreement,
+)
 from vlm_sft.utils.html import data_uri, render_page
 
 Row = Mapping[str, str | int]
@@ -95,6 +101,7 @@ def render_report(report: Report, charts: Mapping[str, bytes]) -> str:
         claims=_verdicts(counts.claims),
         claims_by_type=_verdicts(counts.claims_by_type),
         other_checks=_verdicts(counts.other_checks),
+        judge=_judge(counts.agreement),
         categories=_categories(counts),
         missing_categories=[
             name for name, _ in by_count(counts.annotated) if not good.covered[name]
@@ -292,6 +299,33 @@ def _view(report: Report, result: Result) -> SampleView:
         badges.append(("rules", ""))
     image = report.images.get(sample.image.id)
     return view_sample(sample, image, report.image_dir, badges=badges, brief=True)
+
+
+def _judge(agreement: Agreement) -> Mapping[str, Any] | None:
+    """Return how the verdicts of judge and rules compare; None if nothing was judged."""
+    if not agreement.asked:
+        return None
+    money_spent = f", {money(agreement.usd)}" if agreement.usd else ""
+    return {
+        "summary": agreement.summary_line(),
+        "usage": f"{sum(agreement.tokens.values()):,} tokens{money_spent}",
+        "rows": [
+            {
+                "judge": judge,
+                **{f"{rules} by the rules": agreement.count(rules, judge) for rules in RULES},
+            }
+            for judge in (*WITH_VERDICT, *WITHOUT_VERDICT)
+        ],
+        "codes": [
+            {"code": code, **{judge: n[judge] for judge in (*WITH_VERDICT, *WITHOUT_VERDICT)}}
+            for code, n in sorted(agreement.by_code.items())
+        ][:MAX_ROWS],
+        "examples": [
+            {"": kind, **example}
+            for kind, examples in sorted(agreement.examples.items())
+            for example in examples
+        ],
+    }
 
 
 def _verdicts(found: Mapping[tuple[str, Verdict], int]) -> list[Row]:

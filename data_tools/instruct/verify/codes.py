@@ -17,8 +17,9 @@ class Code:
     example: str
 
 
-FAMILIES: Final = ("reading", "form", "manner", "content")
-"""Whether the answer can be read; how the sample is built; how it speaks; what it says."""
+FAMILIES: Final = ("reading", "form", "manner", "content", "judge")
+"""Whether the answer can be read; how the sample is built; how it speaks; what it says; what the
+judge says, where it decides."""
 
 ALL: Final = (
     Code("ANSWER_CUT", "reading", "The server stopped the answer (`finish` is not `stop`).",
@@ -92,12 +93,17 @@ ALL: Final = (
     Code("ATTRIBUTE_UNKNOWN", "content",
          "A color, material or action that no caption has, where the settings refuse those.",
          "`a red dog`"),
+    Code("JUDGE_CONTRADICTED", "judge", "The judge lists a statement as contradicted.", ""),
+    Code("JUDGE_UNSUPPORTED", "judge", "The judge lists a statement as not supported.", ""),
+    Code("JUDGE_NO_VERDICT", "judge",
+         "The judge refused, its answer cannot be read, or there is none yet.", ""),
 )  # fmt: skip
 """In the order of the documentation."""
 
 NOT_CLAIMS: Final = frozenset(
-    {"reading", "form", "citation", "hedge", "leak", "language", "injection", "refusal", "clean"}
-)
+    {"reading", "form", "citation", "hedge", "leak", "language", "injection", "refusal", "clean",
+     "judge"}
+)  # fmt: skip
 """Rules whose checks are about the answer's form, manner or citations, not about the image."""
 
 CODES: Final = {code.name: code for code in ALL}

@@ -22,6 +22,7 @@ from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Check, Cost, ImageSource, Request, Sample
 from data_tools.instruct.verify import Policy, check_sample, reasons
+from data_tools.instruct.verify.agreement import Agreement
 from data_tools.instruct.verify.parse_answer import read_turns
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import Console
@@ -43,7 +44,8 @@ def command(config: InstructConfig, file: Path | None = None) -> None:
             to `checked/NAME/` in the run's folder.
     """
     folder = RunFolder(Path(config.output_dir))
-    policy = Policy(config.verify, read_categories(folder))
+    categories = read_categories(folder)
+    policy = Policy(config.verify, categories)
     images = read_images(folder)
     if file is not None:
         from data_tools.instruct.verify.llava_records import imported_samples
@@ -51,15 +53,29 @@ def command(config: InstructConfig, file: Path | None = None) -> None:
         folder = RunFolder(folder.root / "checked" / file.stem)
         for output in (folder.samples, folder.rejected, folder.verification):
             refuse_input(output, [file])
-        tally = Tally()
-        samples = imported_samples(file, images, policy, tally.left_out)
-    else:
-        tally = Tally()
-        samples = _samples(config, folder, images, policy, tally)
+
+    def checked(tally: Tally) -> Iterator[Sample]:
+        if file is not None:
+            return imported_samples(file, images, policy, tally.left_out)
+        return _samples(config, folder, images, policy, tally)
+
     # What is loaded stays until the end; full collections need not visit it again and again.
     gc.freeze()
+    tally = Tally()
+    samples, code = checked(tally), 0
+    if (settings := config.verify.judge) is not None:
+        from data_tools.instruct.verify.judge import Judge
+
+        judge = Judge(config, images, categories)
+        code = judge.ask(checked(Tally()))
+        if code > 128:  # ended by a signal
+            raise SystemExit(code)
+        tally.judge_decides = settings.decides
+        samples = judge.judged(samples)
     write_samples(folder, samples, tally)
     print_summary(tally, folder)
+    if code and tally.judge_decides:
+        raise SystemExit(code)
 
 
 def make_sample(request: Request, answer: Answer, image: AnnotatedImage, policy: Policy) -> Sample:
@@ -114,12 +130,16 @@ class Tally:
         self.deviations: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, str]]] = {}
+        self.judge_decides: bool | None = None
+        """None: there is no judge."""
+        self.agreement = Agreement()
 
     def add(self, sample: Sample) -> None:
         """Count a finished sample."""
         self.funnel["answered"] += 1
         self.funnel["read"] += bool(sample.turns)
         self.funnel[sample.status] += 1
+        self.agreement.add(sample)
         self.by_type.setdefault(sample.type, Counter())[sample.status] += 1
         for check in sample.checks:
             self.verdicts[check.rule][check.verdict] += 1
@@ -146,7 +166,13 @@ class Tally:
             "codes_by_type": _sorted(self.codes_by_type),
             "deviations": dict(sorted(self.deviations.items())),
             "examples": dict(sorted(self.examples.items())),
+            **self._judge(),
         }
+
+    def _judge(self) -> dict[str, Any]:
+        if self.judge_decides is None:
+            return {}
+        return {"judge": self.agreement.summary(self.judge_decides)}
 
 
 def write_samples(folder: RunFolder, samples: Iterator[Sample], tally: Tally) -> None:
@@ -177,6 +203,13 @@ def print_summary(tally: Tally, folder: RunFolder) -> None:
         console.print(f"left out: {count:,} {reason}", soft_wrap=True)
     for note, count in sorted(tally.deviations.items()):
         console.print(f"read although: {count:,} had {note}", soft_wrap=True)
+    _print_codes(console, tally)
+    if tally.judge_decides is not None:
+        for line in tally.agreement.lines():
+            console.print(line, soft_wrap=isinstance(line, str))
+
+
+def _print_codes(console: Console, tally: Tally) -> None:
     if not tally.codes:
         return
     table = Table("reason", "samples", "example", box=None)

@@ -38,12 +38,12 @@ class Parsed:
 
 def read_turns(request: Request, answer: Answer) -> Parsed:
     """The answer's turns, with a note for every deviation from plain JSON."""
-    text, thought = _after_thinking(answer.text.strip())
+    text, thought = after_thinking(answer.text.strip())
     if answer.finish not in FINISHED:
         return _refused("ANSWER_CUT", f"finish: {answer.finish}")
     if not text:
         return _refused("ANSWER_EMPTY", "no text")
-    found = _read_object(text)
+    found = read_object(text)
     if isinstance(found, str):
         return _refused(_why(text, request) or found, text[:80])
     content, notes = found
@@ -59,7 +59,7 @@ def read_turns(request: Request, answer: Answer) -> Parsed:
     return Parsed(turns, tuple(_note(note) for note in notes))
 
 
-def _after_thinking(text: str) -> tuple[str, list[str]]:
+def after_thinking(text: str) -> tuple[str, list[str]]:
     """Return the text behind a model's thinking, and a note if there was any.
 
     Chat templates that open the thinking themselves leave only its end in the text.
@@ -71,7 +71,7 @@ def _after_thinking(text: str) -> tuple[str, list[str]]:
     return text[match.end() :].strip(), ["thinking before the answer"]
 
 
-def _read_object(text: str) -> tuple[str, list[str]] | str:
+def read_object(text: str) -> tuple[str, list[str]] | str:
     """The text of the one JSON object and what stood around it; or why there is none."""
     if _parses(text):
         return text, []

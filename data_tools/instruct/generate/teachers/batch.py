@@ -72,7 +72,9 @@ class BatchTeacher:
         self._spending, self._cancellation = spending, cancellation
         self._urls = addresses(config)
         if len(self._urls) > 1:
-            raise UserError("teacher.base_url: batches are kept by one server; give one address")
+            raise UserError(
+                f"{config.section}.base_url: batches are kept by one server; give one address"
+            )
         self._key = Key(config, self._urls)
         most_bytes = config.max_answer_bytes + config.batch_size * _LINE_BYTES
         self._client = make_client(self._urls[0], self._key, config, most_bytes)
@@ -246,7 +248,7 @@ class BatchTeacher:
             except Exception as error:
                 fault = fault_of(error, self._key)
             if not fault.retry or attempt == self._config.attempts:
-                raise refusal(fault, self._urls)
+                raise refusal(fault, self._urls, self._config.section)
             pause = backoff(self._config.backoff_seconds, attempt, self._seed, key)
             wait = pause if fault.wait is None else min(fault.wait, LONGEST_WAIT)
             await self._cancellation.sleep(wait)

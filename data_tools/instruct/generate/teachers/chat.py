@@ -55,7 +55,7 @@ class ChatTeacher:
     ) -> None:
         """Validate address and key; `found` is the file that records what the server accepts."""
         if not config.model:
-            raise UserError("teacher.model is not set; name a model of the server")
+            raise UserError(f"{config.section}.model is not set; name a model of the server")
         self._config, self._templates, self._seed = config, templates, seed
         self._urls = addresses(config)
         self._key = Key(config, self._urls)
@@ -82,7 +82,7 @@ class ChatTeacher:
             )
         else:
             if outcome.reason == "refused" and not self._answered:
-                raise refusal(outcome, self._urls)
+                raise refusal(outcome, self._urls, self._config.section)
             return outcome.failure(request.id, request.sample_id, attempts)
         seconds = round(time.monotonic() - begun, 3)
         return answer.model_copy(update={"attempts": attempts, "seconds": seconds})
@@ -116,7 +116,7 @@ class ChatTeacher:
             if isinstance(outcome, Reply):
                 return outcome, attempt
             if outcome.fatal:
-                raise refusal(outcome, self._urls)
+                raise refusal(outcome, self._urls, self._config.section)
             too_long = (outcome.wait or 0) > LONGEST_WAIT
             if not outcome.retry or too_long or attempt == self._config.attempts:
                 return outcome, attempt
@@ -185,10 +185,10 @@ async def _post(client: "AsyncOpenAI", request: str, body: dict[str, Any]) -> tu
     return raw.content, raw.headers.get("content-type", "")
 
 
-def refusal(fault: Fault, urls: list[str]) -> UserError:
+def refusal(fault: Fault, urls: list[str], section: str) -> UserError:
     """Return the error that ends the run."""
     return UserError(
         f"{', '.join(urls)}: {fault.message}; every request would fail, so the run stops. Fix "
-        "teacher.base_url, teacher.model, the key or the parameters",
+        f"{section}.base_url, {section}.model, the key or the parameters",
         code="teacher_refused",
     )

@@ -47,7 +47,8 @@ class Key:
         if not value and not here:
             raise UserError(
                 f"the environment variable {config.api_key_env} is not set; put the key of "
-                f"{', '.join(urls)} into it, or name another one as teacher.api_key_env",
+                f"{', '.join(urls)} into it, or name another one as "
+                f"{config.section}.api_key_env",
                 code="teacher_key",
             )
         if not all("!" <= letter <= "~" for letter in value):
@@ -80,9 +81,9 @@ def addresses(config: TeacherConfig) -> list[str]:
     given = config.base_url or OPENAI
     urls = [given] if isinstance(given, str) else given
     if not urls:
-        raise UserError("teacher.base_url: the list is empty; name a server")
+        raise UserError(f"{config.section}.base_url: the list is empty; name a server")
     for url in urls:
-        _check(url)
+        _check(url, config.section)
     return urls
 
 
@@ -202,28 +203,28 @@ def _plain(request: "httpx2.Request") -> "httpx2.Request":
     )  # fmt: skip
 
 
-def _check(url: str) -> None:
+def _check(url: str, section: str) -> None:
     from urllib.parse import urlsplit
 
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise _refused("is not an address") from None
+        raise _refused(section, "is not an address") from None
     if "@" in url:
-        raise _refused("holds a user name or password")  # and must not be printed
+        raise _refused(section, "holds a user name or password")  # and must not be printed
     shown = repr(f"{parts.scheme}://{host}") if host else "(not shown because it may hold a key)"
     if parts.scheme not in ("http", "https") or not host:
-        raise _refused(f"{shown} is not an http address")
+        raise _refused(section, f"{shown} is not an http address")
     if parts.query or parts.fragment:
-        raise _refused(f"{shown} holds a query or fragment")
+        raise _refused(section, f"{shown} holds a query or fragment")
     if parts.scheme == "http" and not _is_loopback(host):
-        raise _refused(f"{shown} would send the key and the data unencrypted")
+        raise _refused(section, f"{shown} would send the key and the data unencrypted")
 
 
-def _refused(what: str) -> UserError:
+def _refused(section: str, what: str) -> UserError:
     return UserError(
-        f"teacher.base_url {what}; give https://host/v1, or http:// for a server on this machine",
+        f"{section}.base_url {what}; give https://host/v1, or http:// for a server on this machine",
         code="teacher_address",
     )
 

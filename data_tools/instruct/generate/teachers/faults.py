@@ -65,7 +65,7 @@ def fault_of(error: Exception, key: Key) -> Fault:
     if isinstance(error, TooLong):
         return Fault("too_long", str(error))
     if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return Fault("timeout", "no complete answer within teacher.timeout_seconds")
+        return Fault("timeout", "no complete answer within timeout_seconds")
     if isinstance(error, openai.APIConnectionError):
         cause = error.__cause__
         if isinstance(cause, TooLong):

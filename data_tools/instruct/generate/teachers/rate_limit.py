@@ -26,8 +26,8 @@ class RateLimiter:
 
     def __init__(self, config: TeacherConfig, cancellation: Cancellation) -> None:
         self._cancellation = cancellation
-        self._requests = _limiter(config.requests_per_minute)
-        self._tokens = _limiter(config.tokens_per_minute)
+        self._requests = _limiter(config.requests_per_minute, config.section)
+        self._tokens = _limiter(config.tokens_per_minute, config.section)
         self._paused_until = 0.0
 
     async def acquire(self, tokens: int) -> None:
@@ -61,14 +61,14 @@ def backoff(first: float, attempt: int, seed: int, request: str) -> float:
     return float(min(LONGEST_BACKOFF, first * 2 ** (attempt - 1)) * (0.5 + share / 2))
 
 
-def _limiter(per_minute: int | None) -> "AsyncLimiter | None":
+def _limiter(per_minute: int | None, section: str) -> "AsyncLimiter | None":
     if per_minute is None:
         return None
     try:
         from aiolimiter import AsyncLimiter
     except ImportError:
         raise UserError(
-            "teacher.requests_per_minute and tokens_per_minute need the package aiolimiter: "
+            f"{section}.requests_per_minute and tokens_per_minute need the package aiolimiter: "
             "pip install -e '.[instruct]'"
         ) from None
     burst = max(1.0, per_minute * _BURST_SECONDS / 60)

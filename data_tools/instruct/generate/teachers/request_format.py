@@ -43,7 +43,7 @@ async def find_request_format(
     known = _known(found, identity)
     if known is not None:
         return known
-    request_format, tried = await _probe(parameters, attempts)
+    request_format, tried = await _probe(config.section, parameters, attempts)
     settled = {"structured": request_format.structured, "length": request_format.length}
     write_json(found, {**identity, **settled, "tried": tried})
     return request_format
@@ -61,7 +61,7 @@ def _known(found: Path, identity: dict[str, Any]) -> RequestFormat | None:
 
 
 async def _probe(
-    parameters: dict[str, Any], attempts: Attempts
+    section: str, parameters: dict[str, Any], attempts: Attempts
 ) -> tuple[RequestFormat, list[dict[str, str]]]:
     tried: list[dict[str, str]] = []
     length = LENGTHS[0]
@@ -83,8 +83,8 @@ async def _probe(
         if kept:
             return RequestFormat(mode, length), tried
     raise UserError(
-        f"teacher: the small request that finds out which parameters the server accepts failed: "
-        f"{message}; fix that, or set teacher.structured",
+        f"{section}: the small request that finds out which parameters the server accepts failed: "
+        f"{message}; fix that, or set {section}.structured",
         code="teacher_refused",
     )
 
