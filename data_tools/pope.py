@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().read(argv)
     _require_inputs(arguments)
     from data_tools.coco import read_coco
+    from data_tools.findings import finding_lines
     from data_tools.image_check import usable_images
     from vlm_sft.utils.owned_files import own_output, owned_open, write_owned_json
 
@@ -113,7 +114,10 @@ def main(argv: Sequence[str]) -> int:
         "image_ids": [image.id for image in chosen],
     }  # fmt: skip
     write_owned_json(out / SUMMARY, summary)
-    echo("\n".join([*index.findings.lines(), *_table(summary, out)]), file=sys.stdout)
+    echo(
+        "\n".join([*finding_lines(index.findings.as_dict().values()), *_table(summary, out)]),
+        file=sys.stdout,
+    )
     return 0
 
 
