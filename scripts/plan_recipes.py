@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.config.finished import resolve
 from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import UserError
@@ -50,7 +51,8 @@ class Recipe:
 
     def row(self) -> str:
         """Plan the recipe; return its row of the table."""
-        given, config = self.arguments, load_config(ROOT / self.path, self.arguments.overrides)
+        given = self.arguments
+        config = resolve(load_config(ROOT / self.path, given.overrides), download=False)
         device = find_device(given.gpu, DTYPES[config.train.precision])
         estimator = Estimator(config, device, gpus=given.gpus, efficiency=given.efficiency)
         assumed = parse_assumed(given.assume)

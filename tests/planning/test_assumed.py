@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.finished_models import released_folder
+from vlm_sft.config.finished import resolve
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import UserError
 from vlm_sft.plan import main
 from vlm_sft.planning import local_configs
 from vlm_sft.planning.assumed import AssumedRecords, assumed_data_stats, parse_assumed
 from vlm_sft.planning.local_configs import known_shapes, language_model_config
+from vlm_sft.planning.meta_model import MetaModel
 from vlm_sft.planning.step_stats import plan_steps
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -74,3 +78,24 @@ def test_published_shapes_are_used_where_no_file_has_them_and_are_reported(
     cached.write_text('{"model_type": "llama", "num_hidden_layers": 3}')
     monkeypatch.setattr(local_configs, "_cached_config", lambda _: str(cached))
     assert known_shapes(config) == []
+
+
+def test_a_finished_model_is_planned_from_its_folder_and_from_its_published_shapes(
+    tmp_path: Path,
+) -> None:
+    released_folder(tmp_path / "llava")
+    config = load_config(
+        "configs/llava-1.5/finetune_lora.yaml", [f"model.from_checkpoint={tmp_path / 'llava'}"]
+    )
+    model = MetaModel(resolve(config, download=False).model, dtype=torch.float32)
+    assert (model.num_layers, model.num_image_tokens) == (2, 4)
+    published = resolve(load_config("configs/llava-1.5/finetune_lora.yaml"), download=False)
+    assert len(known_shapes(published.model)) == 2
+    large = MetaModel(published.model, dtype=torch.bfloat16)
+    assert (large.num_layers, large.num_image_tokens) == (32, 576)
+    assert large.language_config.vocab_size == 32064
+    unknown = load_config(
+        "configs/llava-1.5/finetune_lora.yaml", ["model.from_checkpoint=nobody/nothing"]
+    )
+    with pytest.raises(UserError, match="hf download nobody/nothing --include"):
+        resolve(unknown, download=False)

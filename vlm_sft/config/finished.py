@@ -34,6 +34,56 @@ ORIGINAL_LANGUAGE_MODELS: Final[Mapping[str, str]] = {
 _TOWERS: Final = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
 """Vision towers of transformers that can be loaded, and their number of class tokens."""
 
+_CLIP_336: Final = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_VICUNA: Final = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
+_CROP_336: Final = {
+    "size": {"shortest_edge": 336},
+    "crop_size": {"height": 336, "width": 336},
+    "do_center_crop": True,
+}
+PUBLISHED: Final[Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]] = {
+    "llava-hf/llava-1.5-7b-hf": (
+        {
+            "model_type": "llava",
+            "vision_config": _CLIP_336,
+            "text_config": {
+                **_VICUNA,
+                "hidden_size": 4096,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+            },
+        },
+        _CROP_336,
+    ),
+    "llava-hf/llava-1.5-13b-hf": (
+        {
+            "model_type": "llava",
+            "vision_config": _CLIP_336,
+            "text_config": {
+                **_VICUNA,
+                "hidden_size": 5120,
+                "intermediate_size": 13824,
+                "num_hidden_layers": 40,
+                "num_attention_heads": 40,
+                "num_key_value_heads": 40,
+            },
+        },
+        _CROP_336,
+    ),
+}
+"""Configuration and image processor of hub repositories, to plan without a download."""
+
 _SMALL_FILES: Final = ["*.json", "*.jinja", "*.model", "*.txt"]
 """Files of a hub repository that say what it contains; weights are fetched when they are loaded."""
 
@@ -191,7 +241,12 @@ def read_finished(name: str, *, download: bool = True) -> FinishedModel:
     Raises:
         UserError: They are missing, or describe a model that cannot be loaded.
     """
-    folder = small_files(name, download=download)
+    try:
+        folder = small_files(name, download=download)
+    except UserError:
+        if download or name not in PUBLISHED:
+            raise
+        return _transformers(name, Path(name), *PUBLISHED[name])
     tree = _read(folder / "config.json", name)
     if "mm_vision_tower" in tree or tree.get("model_type") in set(ORIGINAL_LANGUAGE_MODELS) - {
         "llava"
@@ -203,7 +258,7 @@ def read_finished(name: str, *, download: bool = True) -> FinishedModel:
             f"{WHERE}: {name} is a {classes[0]}, expected {', '.join(TRANSFORMERS_CLASSES)}, or a "
             "folder of the original LLaVA code"
         )
-    return _transformers(name, folder, tree)
+    return _transformers(name, folder, tree, image_processor(folder))
 
 
 def _class_of(tree: Mapping[str, Any]) -> str:
@@ -251,7 +306,9 @@ def small_files(name: str, *, download: bool = True, patterns: list[str] | None 
 # --- transformers
 
 
-def _transformers(name: str, folder: Path, tree: Mapping[str, Any]) -> FinishedModel:
+def _transformers(
+    name: str, folder: Path, tree: Mapping[str, Any], processor: Mapping[str, Any]
+) -> FinishedModel:
     vision = dict(tree.get("vision_config") or {})
     kind = vision.get("model_type", "clip_vision_model")
     if kind not in _TOWERS:
@@ -259,7 +316,6 @@ def _transformers(name: str, folder: Path, tree: Mapping[str, Any]) -> FinishedM
             f"{WHERE}: {name} has the vision tower {kind!r}, expected one of {', '.join(_TOWERS)}"
         )
     layers = tree.get("vision_feature_layer", -2)
-    processor = image_processor(folder)
     _require_same_size(name, vision, processor)
     settings = {
         "vision_tower.name": name,

@@ -325,14 +325,22 @@ def load_finished_language_model(
     return model
 
 
-def language_config(found: FinishedModel) -> Any:
+def language_config(found: FinishedModel, tree: Mapping[str, Any] | None = None) -> Any:
     """Return the configuration of a finished model's language model, with a plain output head.
+
+    Args:
+        found: The description of the finished model.
+        tree: Its configuration; None: that in its folder.
 
     Raises:
         UserError: transformers cannot read it.
     """
     if found.layout == "transformers":
-        whole: Any = load_pretrained(AutoConfig.from_pretrained, str(found.folder), WHERE)
+        whole: Any
+        if tree is None:
+            whole = load_pretrained(AutoConfig.from_pretrained, str(found.folder), WHERE)
+        else:
+            whole = AutoConfig.for_model(**tree)
         config: Any = copy.deepcopy(whole.get_text_config())
         # The head of LLaVA's class is a plain matrix, tied if the outer configuration says so.
         config.tie_word_embeddings = bool(whole.tie_word_embeddings)
@@ -340,7 +348,7 @@ def language_config(found: FinishedModel) -> Any:
             if getattr(config, name, None) is not None:
                 setattr(config, name, neutral)
         return config
-    tree: dict[str, Any] = read_json(found.folder / "config.json")
+    tree = tree or cast(dict[str, Any], read_json(found.folder / "config.json"))
     kind = ORIGINAL_LANGUAGE_MODELS[tree["model_type"]]
     own = {key: value for key, value in tree.items() if not key.startswith(_ORIGINAL_KEYS)}
     with library_call("transformers", WHERE, f"read the config.json of {found.name!r}"):

@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
+from vlm_sft.config.finished import PUBLISHED, FinishedModel, is_finished, read_finished
 from vlm_sft.config.schema import (
     LanguageModelConfig,
     ModelConfig,
@@ -20,6 +21,7 @@ from vlm_sft.config.schema import (
     means_folder,
 )
 from vlm_sft.errors import UserError
+from vlm_sft.model.finished import language_config as finished_language_config
 from vlm_sft.planning.known_models import KNOWN_LANGUAGE_MODELS, KNOWN_TOWERS
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
@@ -38,7 +40,9 @@ def known_shapes(config: ModelConfig) -> list[str]:
         f"{where}: the shapes of {name} are the published ones; its configuration is not on this "
         "machine"
         for where, name, table in named
-        if name is not None and name in table and _cached_config(name) is None
+        if name is not None
+        and (name in table or name in PUBLISHED)
+        and _cached_config(name) is None
     ]
 
 
@@ -53,6 +57,9 @@ def language_model_config(config: LanguageModelConfig) -> PretrainedConfig:
         UserError: If it is not on this machine, or of an unknown `model_type`.
     """
     if config.name is not None:
+        found = _finished(config.name)
+        if found is not None:
+            return cast(PretrainedConfig, finished_language_config(*found))
         return _local_config(config.name, f"{_LANGUAGE}.name")
     tree = dict(cast(dict[str, Any], config.config))
     model_type = tree.pop("model_type", None)
@@ -93,9 +100,31 @@ def tower_without_weights(config: VisionTowerConfig) -> VisionTowerConfig:
     return config.model_copy(update=changes)
 
 
+def _finished(name: str) -> tuple[FinishedModel, Mapping[str, Any] | None] | None:
+    """Return a finished model whose parts are planned, or None.
+
+    Returns:
+        Its description, and its configuration if that is the published one, of which no file is on
+        this machine.
+    """
+    folder = Path(name).expanduser()
+    cached = None if folder.is_dir() or means_folder(name) else _cached_config(name)
+    place = folder if cached is None else Path(cached).parent
+    if is_finished(place):
+        return read_finished(name, download=False), None
+    if cached is None and name in PUBLISHED:
+        return read_finished(name, download=False), PUBLISHED[name][0]
+    return None
+
+
 def _transformers_tower(name: str) -> TowerConfig:
+    if (finished := _finished(name)) is not None:
+        found, published = finished
+        tree = published or read_json(found.folder / "config.json")
+        vision = AutoConfig.for_model(**{"model_type": "llava", **tree}).vision_config
+        return vision.to_dict(), None
     config = _local_config(name, f"{_TOWER}.name")
-    tree: dict[str, Any] = config.to_dict()
+    tree = config.to_dict()
     if "vision_config" in tree:  # a two-tower model (CLIP, SigLIP): take its vision tower
         tree = {**config.vision_config.to_dict(), "model_type": config.model_type}
     if not str(tree["model_type"]).startswith("dinov2"):
