@@ -145,13 +145,17 @@ def verdicts(
     """
     from data_tools.instruct.schema import SampleType, Shown
     from data_tools.instruct.verify import check_sample, reasons
-    from data_tools.instruct.verify.llava_records import image_of, read_records, turns_of, type_of
+    from data_tools.instruct.verify.llava_records import image_of, turns_of, type_of
+    from vlm_sft.data.records import open_raw_records
+    from vlm_sft.errors import RecordError
     from vlm_sft.utils.progress import track
 
     types: dict[str, SampleType] = {
         "conversation": "conversation", "detail": "detail", "reasoning": "reasoning",
     }  # fmt: skip
-    for record in track(read_records(records), description=f"checking {records.name}"):
+    raw_records = open_raw_records(records)
+    for raw in track(raw_records.records, raw_records.total, f"checking {records.name}"):
+        record: Any = None if isinstance(raw, RecordError) else raw.value
         turns = turns_of(record)
         name = record.get("image") if isinstance(record, dict) else None
         image = image_of(name, annotated) if isinstance(name, str) else None

@@ -121,8 +121,8 @@ def test_lines_are_read_too_and_an_edited_result_is_kept(
         ("--records", "nowhere.json", "nowhere.json: no such file"),
         ("--instances", "nowhere.json", "nowhere.json: no such file"),
         ("--images", "nowhere", "--images nowhere: no such folder"),
-        ("--records", "broken.json", "broken.json: is not valid JSON"),
-        ("--records", "object.json", "object.json: expected a JSON list of records"),
+        ("--records", "broken.json", "broken.json:1:10: not valid JSON"),
+        ("--records", "object.json", "object.json: holds one JSON object over several lines"),
     ],
 )
 def test_wrong_inputs_end_with_one_sentence(
@@ -130,7 +130,7 @@ def test_wrong_inputs_end_with_one_sentence(
 ) -> None:
     (tmp_path / "records.json").write_text("[]")
     (tmp_path / "broken.json").write_text('[{"id": 1')
-    (tmp_path / "object.json").write_text('{"id": 1}')
+    (tmp_path / "object.json").write_text('{\n"id": 1\n}')
     words = line(files, tmp_path / "records.json", tmp_path / "out")
     words[words.index(option) + 1] = value
     done = subprocess.run(
@@ -146,3 +146,14 @@ def test_the_output_folder_is_not_an_input(files: dict[str, Path], tmp_path: Pat
     (tmp_path / "records.json").write_text("[]")
     with pytest.raises(UserError):
         verify.main(line(files, tmp_path / "records.json", files["images"]))
+
+
+def test_a_line_that_is_not_json_is_rejected_and_the_others_are_checked(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    path, out = tmp_path / "records.jsonl", tmp_path / "out"
+    good = json.dumps(record(1, name_of(files), "Is there a cat?", "Yes."))
+    path.write_text(f'{{"id": 0\n{good}\n')
+    assert verify.main(line(files, path, out)) == 0
+    found = [json.loads(row) for row in (out / "verdicts.jsonl").read_text().splitlines()]
+    assert [row["codes"] for row in found] == [["RECORD_FORM"], []]

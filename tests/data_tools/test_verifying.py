@@ -106,8 +106,6 @@ def test_an_unreadable_answer_is_kept_as_it_came(config: InstructConfig) -> None
 def test_files_of_llava_form_are_checked_against_the_annotations(
     config: InstructConfig, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if suffix == "json":
-        pytest.importorskip("ijson")
     records: list[dict[str, Any]] = [
         record("a", "coco/train2017/000000000001.jpg", "How many dogs are there?", "Two."),
         record("a", "COCO_train2014_000000000001.jpg", "How many dogs are there?", "Four."),

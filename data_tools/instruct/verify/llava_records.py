@@ -1,9 +1,8 @@
 """Conversations of LLaVA's form, as others made them, checked like our own."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,9 +10,9 @@ from data_tools.coco import AnnotatedImage
 from data_tools.instruct.schema import Cost, Kind, Sample, SampleType, Shown, Turn
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.records import IMAGE_MARK
-from vlm_sft.errors import UserError
+from vlm_sft.data.records import open_raw_records
+from vlm_sft.errors import RecordError
 from vlm_sft.utils.progress import track
-from vlm_sft.utils.reading import open_regular
 
 LONG_ANSWER: Final = 60
 """A single answer of this many words, not to a request for a description, counts as reasoning."""
@@ -27,20 +26,23 @@ def imported_samples(
     """The file's records as checked samples, in the file's order, one at a time.
 
     Args:
-        path: A JSON list, or one JSON object a line (`.jsonl`).
+        path: A file of records, as training reads them.
         images: By id; a record's image is found by the number in its file's name.
         policy: How strict.
         left_out: Counts what cannot be checked: text only, images without annotations, records
             that are not of the form.
 
     Raises:
-        UserError: The file is missing or no JSON, or `ijson` is not installed.
+        UserError: The file as a whole cannot be read.
     """
     from data_tools.instruct.verify.command import TOOL, image_source
 
-    for position, record in enumerate(
-        track(read_records(path), description=f"checking {path.name}")
-    ):
+    records = open_raw_records(path)
+    for position, raw in enumerate(track(records.records, records.total, f"checking {path.name}")):
+        if isinstance(raw, RecordError):
+            left_out["records that cannot be read"] += 1
+            continue
+        record = raw.value
         turns = turns_of(record)
         if turns is None:
             left_out["records that are not of LLaVA's form"] += 1
@@ -106,52 +108,6 @@ def image_of(name: str, images: Mapping[int, AnnotatedImage]) -> AnnotatedImage 
     """Return the image whose id is in a file name, as in `COCO_train2014_000000000009.jpg`."""
     digits = Path(name).stem.rpartition("_")[2]
     return images.get(int(digits)) if re.fullmatch(r"[0-9]{1,19}", digits) else None
-
-
-def read_records(path: Path) -> Iterator[Any]:
-    """Yield the records of a JSON list or of a file with one JSON object a line, one at a time.
-
-    Raises:
-        UserError: The file is missing or not JSON, or `ijson` is not installed.
-    """
-    try:
-        if path.suffix == ".jsonl":
-            with open_regular(path) as lines:
-                yield from _lines(path, lines)
-            return
-        try:
-            import ijson
-        except ImportError:
-            raise UserError(
-                f"{path}: reading a JSON list piece by piece needs ijson; "
-                "pip install -e '.[instruct]'"
-            ) from None
-        with open_regular(path) as file:
-            if file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b""):
-                raise UserError(
-                    f"{path}: expected a JSON list of records; a file with one record a line has "
-                    "to end in .jsonl",
-                    code="json_syntax",
-                )
-            try:
-                yield from ijson.items(file, "item", use_float=True)
-            except ijson.JSONError as error:
-                raise UserError(
-                    f"{path}: is not valid JSON ({str(error).partition(chr(10))[0].strip()})",
-                    code="json_syntax",
-                ) from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
-
-
-def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}:{number}: is not valid JSON ({error})", code="json_syntax"
-            ) from None
 
 
 _KINDS: Final[dict[Kind, tuple[str, ...]]] = {
