@@ -92,8 +92,9 @@ def _is_unlisted_verb(words: Sequence[str], index: int) -> bool:
 
 
 @cache
-def _color_words() -> frozenset[str]:
-    return frozenset(wording.load("claims")["colours"])
+def _phrase_ends() -> frozenset[str]:
+    """Return the words that end a noun phrase which they do not begin."""
+    return finite_verbs() | frozenset(wording.load("claims")["colours"]) | _PARTICIPLES
 
 
 @cache
@@ -108,17 +109,15 @@ def last_of_phrase(words: Sequence[str], first: int, end: int) -> int:
     The phrase ends before function words, verbs and punctuation: in `red jacket skis down` the
     phrase after `red` is `jacket`.
     """
-    verbs = finite_verbs()
+    ends = _phrase_ends()
     index = first
     while index < end:
         word = words[index]
         if word in FUNCTION_WORDS or not word[0].isalpha():
             break
         if index > first and (
-            word in verbs
-            or word in _color_words()
+            word in ends
             or (word.endswith(("ing", "ed")) and singular(word) not in _NOUNS_IN_ING)
-            or word in _PARTICIPLES
             or (word in verb_stems() and is_plural(words[index - 1]))
             or _is_unlisted_verb(words, index)
         ):

@@ -46,7 +46,11 @@ class Sentence:
         """Return the indices of the words that have a flag."""
         if not self.bits & bit:
             return []
-        return [index for index, flags in enumerate(self.flags) if flags & bit]
+        return [index for index, flags in self._flagged if flags & bit]
+
+    @lazy
+    def _flagged(self) -> list[tuple[int, int]]:
+        return [(index, flags) for index, flags in enumerate(self.flags) if flags]
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Characters of the text from word `first` to word `last`."""
