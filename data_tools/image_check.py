@@ -1,4 +1,4 @@
-"""Set aside annotated images whose file is not what the annotations describe."""
+"""Find the annotated images whose file agrees with the annotations."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +17,8 @@ def usable_images(
     """Return the images whose file exists and has, by its header, the annotated size.
 
     Images are compared as training shows them, EXIF orientation applied: boxes of an image that
-    EXIF turns although it was annotated as stored would name wrong sides. The others are added to
-    the index's findings.
+    EXIF turns although it was annotated as stored would name wrong sides. All other images are
+    added to the index's findings.
     """
     from vlm_sft.data.images import upright_size
 

@@ -1,14 +1,13 @@
-"""The split guard: images that evaluations use are found by their numeric id and not trained on.
+"""The split guard: find images that evaluations use by their numeric id, and refuse them.
 
 train2017 is train2014 and 35,504 of the 40,504 images of val2014, so an image of POPE,
-LLaVA-Bench (COCO) or Karpathy's test split, all from val2014, most likely lies in train2017.
+LLaVA-Bench (COCO) or Karpathy's test split, all from val2014, most likely is in train2017.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from io import TextIOWrapper
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -25,17 +24,13 @@ KNOWN: Final[Mapping[str, str | None]] = {
     "val2014": None,
     "val2017": None,
 }
-"""Evaluations on COCO's images, and the part of COCO that holds all of their images."""
+"""Evaluations on COCO's images, and the part of COCO that has all of their images."""
 
 CANNOT_MEET: Final[Mapping[str, frozenset[str]]] = {
     "train2014": frozenset(KNOWN),
     "train2017": frozenset({"val2017"}),
 }
-"""By part of COCO, the evaluations without an image of it: COCO's splits say so, and val2017 is
-from val2014."""
-
-REFUSED: Final = "refused; guard.allow_evaluation_images=true keeps them"
-"""What messages say of images that evaluations use, with the setting that allows them."""
+"""By part of COCO, the evaluations without an image of it, by the definition of COCO's splits."""
 
 Status = Literal["checked", "by split", "covered", "split only", "not checked"]
 
@@ -43,24 +38,22 @@ _HEAD: Final = 1 << 16
 MAX_LIST_BYTES: Final = 1 << 30
 """Largest JSON list of ids that is read as a whole."""
 _ID_KEYS: Final = ("image_id", "cocoid", "image", "id", "file_name", "filename")
-"""Where an entry of a list names its image, the first that it has."""
+"""Keys of an entry that may name its image; the first one that exists counts."""
 _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+20\d\d_)?0*(\d{1,12})(?:\.[A-Za-z]{3,4})?")
 
 
 @dataclass(frozen=True)
 class ListFigures:
-    """What was found about one evaluation.
+    """How one evaluation was checked.
 
     Attributes:
-        name: As in `guard.lists`, or a known one without a file.
-        status: `checked` by a file; `by split`: known of every image by COCO's own splits;
-            `covered` by another list that holds all of its images; `split only`: no file, but
-            some images say themselves that they are of it; `not checked`.
+        status: `checked` with a file; `by split`: decided for every image by COCO's own splits;
+            `covered` by another list, which has all of its images; `split only`: no file, but
+            some images name it as their split; `not checked`.
         listed: Ids in its files.
         overlap: Images of ours among them.
     """
 
-    name: str
     status: Status
     listed: int
     overlap: int
@@ -68,83 +61,73 @@ class ListFigures:
 
 @dataclass(frozen=True)
 class Guard:
-    """Which images evaluations use, and the figures behind that."""
+    """The evaluations of each image that evaluations use, and how each evaluation was checked."""
 
     evaluations: Mapping[int, tuple[str, ...]]
-    figures: tuple[ListFigures, ...]
+    figures: Mapping[str, ListFigures]
     allowed: bool
 
     def refuses(self, image_id: int) -> bool:
-        """Whether the image may not be trained on."""
+        """Return whether the image may not be trained on."""
         return not self.allowed and image_id in self.evaluations
 
-    def told(self) -> dict[str, Any]:
-        """For `plan.json`."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the part of `plan.json` about this."""
         return {
             "allow_evaluation_images": self.allowed,
             "evaluation_images": len(self.evaluations),
-            "lists": {
-                f.name: {"status": f.status, "listed": f.listed, "overlap": f.overlap}
-                for f in self.figures
-            },
+            "lists": {name: asdict(figures) for name, figures in self.figures.items()},
         }
 
     def lines(self) -> Iterator[str]:
-        """For a terminal: what is refused, and plainly what nobody looked at."""
-        verdict = ", kept (guard.allow_evaluation_images)" if self.allowed else f", {REFUSED}"
+        """Yield lines for a terminal: images that are refused, and evaluations not checked."""
+        if self.allowed:
+            verdict = ", kept (guard.allow_evaluation_images)"
+        else:
+            verdict = ", refused; guard.allow_evaluation_images=true keeps them"
         found = len(self.evaluations)
         yield f"{found:>9,}  images of evaluations found{verdict if found else ''}"
-        for f in self.figures:
-            match f.status:
-                case "checked":
-                    said = f"{f.listed:,} ids in its files, {f.overlap:,} of our images among them"
-                case "split only":
-                    said = (
-                        f"{f.overlap:,} of our images say that they are of it; what else of "
-                        f"it is here is NOT CHECKED: give its ids as guard.lists.{f.name}"
-                    )
-                case "covered":
-                    said = f"its images are all among {KNOWN[f.name]}'s, which were checked"
-                case "by split":
-                    said = f"{f.overlap:,} of our images, by COCO's own splits"
-                case _:
-                    within = KNOWN[f.name]
-                    said = f"NOT CHECKED: give its ids as guard.lists.{f.name}" + (
-                        f", or {within}'s, which hold them" if within else ""
-                    )
-            yield f"           {f.name}: {said}"
+        for name, f in self.figures.items():
+            within, setting = KNOWN.get(name), f"guard.lists.{name}"
+            texts: dict[Status, str] = {
+                "checked": f"{f.listed:,} ids in its files, {f.overlap:,} of them ours",
+                "by split": f"{f.overlap:,} of our images, by COCO's own splits",
+                "covered": f"all of its images are in {within}, which was checked",
+                "split only": f"{f.overlap:,} of our images name it as their split; for the "
+                f"others it is NOT CHECKED: give its ids as {setting}",
+                "not checked": f"NOT CHECKED: give its ids as {setting}"
+                + (f", or those of {within}, which include them" if within else ""),
+            }
+            yield f"           {name}: {texts[f.status]}"
 
 
 def check(images: Iterable[AnnotatedImage], config: GuardConfig) -> Guard:
-    """Hold the images against the evaluations' ids.
+    """Compare the images with the ids of evaluations.
 
     Raises:
         UserError: A list cannot be read, names no image, or one that has no numeric id.
     """
     images = list(images)
-    listed = {
-        name: frozenset().union(*(read_ids(Path(path), name) for path in _paths(files)))
-        for name, files in config.lists.items()
-    }
     evaluations: dict[int, list[str]] = {}
     figures: dict[str, ListFigures] = {}
-    for name in dict.fromkeys([*listed, *sorted(KNOWN, key=lambda name: KNOWN[name] or "")]):
-        met = [p for p in images if p.id in listed.get(name, ()) or p.split == name]
+    parts_last = sorted(KNOWN, key=lambda name: KNOWN[name] or "")
+    for name in dict.fromkeys([*config.lists, *parts_last]):
+        files = config.lists.get(name, [])
+        files = [files] if isinstance(files, str) else files
+        ids = frozenset().union(*(read_ids(Path(path), name) for path in files))
+        met = [image for image in images if image.id in ids or image.split == name]
         for image in met:
             evaluations.setdefault(image.id, []).append(name)
-        status = "checked" if name in listed else _status(name, figures, images, bool(met))
-        figures[name] = ListFigures(name, status, len(listed.get(name, ())), len(met))
-    return Guard(
-        {image_id: tuple(names) for image_id, names in sorted(evaluations.items())},
-        tuple(figures.values()),
-        config.allow_evaluation_images,
-    )
+        status = "checked" if files else _status(name, figures, images, bool(met))
+        figures[name] = ListFigures(status, len(ids), len(met))
+    used = {image_id: tuple(names) for image_id, names in sorted(evaluations.items())}
+    return Guard(used, figures, config.allow_evaluation_images)
 
 
 def _status(
     name: str, figures: Mapping[str, ListFigures], images: Iterable[AnnotatedImage], met: bool
 ) -> Status:
-    """What is known of an evaluation without a file; the part that holds it has been looked at."""
+    """Return the status of an evaluation without a file; val2014 has been looked at before."""
     if all(p.split == name or name in CANNOT_MEET.get(p.split or "", ()) for p in images):
         return "by split"
     within = KNOWN[name]
@@ -153,77 +136,54 @@ def _status(
     return "split only" if met else "not checked"
 
 
-def _paths(files: str | list[str]) -> list[str]:
-    return [files] if isinstance(files, str) else files
-
-
 def read_ids(path: Path, name: str = "") -> frozenset[int]:
-    """The ids of the images that a file lists.
+    """Return the ids of the images that a file lists.
 
-    A COCO annotation file or Karpathy's `dataset_coco.json` (an object with `images`; for a `name`
-    like `karpathy_test` only entries whose `split` is `test`); a JSON list or JSON lines of ids,
-    file names, or objects with `image_id`, `cocoid`, `image`, `file_name` or `id`; plain text with
-    one id or file name a line.
+    The file is a COCO annotation file or Karpathy's `dataset_coco.json` (an object with `images`;
+    for a `name` like `karpathy_test` only entries whose `split` is `test`); a JSON list or JSON
+    lines of ids, file names, or objects with `image_id`, `cocoid`, `image`, `file_name` or `id`; or
+    plain text with one id or file name a line.
 
     Raises:
-        UserError: The file is not there, is none of these, is empty, or an entry has no COCO id.
+        UserError: The file does not exist, has another form, is empty, or an entry has no COCO id.
     """
-    ids = frozenset(_id_of(entry, where) for entry, where in _entries(path) if _wanted(entry, name))
+    split = name.removeprefix("karpathy_") if name.startswith("karpathy_") else None
+    ids = set()
+    for entry, where in _entries(path):
+        if split is None or not isinstance(entry, dict) or entry.get("split", split) == split:
+            ids.add(_id_of(entry, where))
     if not ids:
         raise UserError(
-            f"{path}: lists no image; guard.lists is to name files with ids of images",
+            f"{path}: lists no image; guard.lists takes files with ids of images",
             code="no_records",
         )
-    return ids
-
-
-def _wanted(entry: Any, name: str) -> bool:
-    if not (isinstance(entry, dict) and "split" in entry and name.startswith("karpathy_")):
-        return True
-    return bool(entry["split"] == name.removeprefix("karpathy_"))
+    return frozenset(ids)
 
 
 def _entries(path: Path) -> Iterator[tuple[Any, str]]:
-    """What the file lists, with the place for messages."""
+    """Yield the entries of a list with their places, for messages."""
     try:
-        with _opened(path) as file:
-            head = file.read(_HEAD).lstrip()
+        with open_regular(path) as file:
+            head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason})", code="json_syntax") from None
-    if head.startswith("["):
-        entries = _parse(read_text(path, MAX_LIST_BYTES), str(path))
-        yield from ((entry, f"{path}[{position}]") for position, entry in enumerate(entries))
-    elif head.startswith("{") and not _is_json_line(head):
+    if head.startswith(b"{") and not _is_json_line(head):
         for _, position, value in read_lists(path, {"images": Any}):
             yield value, f"{path}: images[{position}]"
+    elif head.startswith(b"["):
+        entries = _parse(read_text(path, MAX_LIST_BYTES), str(path))
+        yield from ((entry, f"{path}[{position}]") for position, entry in enumerate(entries))
     else:
-        yield from _lines(path)
+        for number, line in enumerate(read_text(path, MAX_LIST_BYTES).split("\n"), 1):
+            if text := line.strip():
+                where = f"{path}:{number}"
+                yield _parse(text, where) if text.startswith("{") else text, where
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
-    number = 0
+def _is_json_line(head: bytes) -> bool:
+    """Return whether a text begins with a line that is an object, but not one with `images`."""
     try:
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield _parse(line, where) if line.lstrip()[0] == "{" else line.strip(), where
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number + 1}: not UTF-8 ({error.reason}) here or behind", code="json_syntax"
-        ) from None
-
-
-def _opened(path: Path) -> TextIOWrapper:
-    return TextIOWrapper(open_regular(path), encoding="utf-8-sig")
-
-
-def _is_json_line(head: str) -> bool:
-    """Whether a text begins with a line that is an object of its own, not one with `images`."""
-    try:
-        first = json.loads(head.split("\n", 1)[0])
+        first = json.loads(head.split(b"\n", 1)[0])
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and "images" not in first
@@ -249,4 +209,4 @@ def _id_of(entry: Any, where: str) -> int:
             f"name with it (COCO_val2014_000000033471.jpg), or an object with one of "
             f"{', '.join(_ID_KEYS)}"
         )
-    return int(match.group(1))
+    return int(match[1])

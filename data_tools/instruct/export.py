@@ -1,6 +1,5 @@
 """Training files from kept samples, each read by the trainer as it is; receipts beside them."""
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
-from data_tools.digests import file_digest
+from data_tools.digests import file_digest, hashed
 from data_tools.instruct.config import ExportConfig, InstructConfig
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
@@ -112,7 +111,7 @@ def _exportable(samples: Iterator[Sample], counts: "_Counts") -> Iterator[tuple[
     """Yield the samples that can be written, with their texts."""
     seen: set[int] = set()
     for sample in samples:
-        digest = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "little")
+        digest = hashed(sample.id)
         if digest in seen:
             raise UserError(f"export: the id {sample.id!r} stands twice; run `clean` again")
         seen.add(digest)

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, read and written as a stream."""
+"""Files with one JSON object per line, read and written as a stream."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,10 +14,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def read_lines(path: Path, model: type[ModelT]) -> Iterator[ModelT]:
-    """The file's objects, one at a time.
+    """Yield the file's objects.
 
     Raises:
-        UserError: There is no such file, or a line is not of this form; named by its number.
+        UserError: There is no such file, or a line has another form; the message has its number.
     """
     try:
         file = open_regular(path)
@@ -41,7 +41,7 @@ def read_lines(path: Path, model: type[ModelT]) -> Iterator[ModelT]:
 
 
 def write_lines(path: Path, values: Iterable[BaseModel]) -> int:
-    """Replace the file by the objects, in order, when all are on the disk; return how many."""
+    """Replace the file when all objects are on the disk, in order; return their number."""
     count = 0
     with owned_open(path) as file:
         for value in values:

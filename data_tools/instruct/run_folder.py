@@ -1,4 +1,4 @@
-"""Where the files of one run lie, and which of them may be replaced."""
+"""The files of a run, and which of them may be replaced."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from vlm_sft.utils.owned_files import own_output
 from vlm_sft.utils.ownership import foreign_entries, read_marker, refuse_in_checkpoint, refuse_input
 
 KIND: Final = "instruction-data run"
-"""What the marker of a run's folder says that it holds."""
+"""The kind in the marker of a run's folder."""
 
 PLOTS: Final = (
     "funnel.png", "reasons.png", "claims.png", "categories.png", "lengths.png", "yes-no.png",
@@ -35,7 +35,7 @@ WRITTEN: Final[dict[str, tuple[str, ...]]] = {
     "export": tuple(f"export/{name}" for name in EXPORTS),
     "report": ("report/report.html", *(f"report/{name}" for name in PLOTS)),
 }
-"""What each stage replaces, below the run's folder."""
+"""Files that each stage replaces, below the run's folder."""
 
 _APPENDED: Final = (
     "answers", "failures.jsonl", "spending.jsonl", "teacher.json", "batches.jsonl", "cache",
@@ -46,7 +46,7 @@ _APPENDED: Final = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder; every path below is written by the stage named beside it."""
+    """A run's folder; the docstring of each path begins with the stage that writes it."""
 
     root: Path
 
@@ -62,7 +62,7 @@ class RunFolder:
 
     @property
     def index(self) -> Path:
-        """`index`: what was found in the annotations, counts and digests."""
+        """`index`: findings in the annotations, counts and digests."""
         return self.root / "index.json"
 
     @property
@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
-        """`plan`: what was chosen, refused and left out, with the estimates."""
+        """`plan`: numbers of images chosen, refused and left out, with the estimates."""
         return self.root / "plan.json"
 
     @property
@@ -87,22 +87,22 @@ class RunFolder:
 
     @property
     def failures(self) -> Path:
-        """`generate`: one `schema.Failure` a line, appended; the last of a request is the truth."""
+        """`generate`: one `schema.Failure` a line, appended; the last one of a request counts."""
         return self.root / "failures.jsonl"
 
     @property
     def spending(self) -> Path:
-        """`generate`: what was sent and what it took, appended; the sum is what the run spent."""
+        """`generate`: attempts and their costs, appended; the sum is what the run has spent."""
         return self.root / "spending.jsonl"
 
     @property
     def teacher(self) -> Path:
-        """`generate`: what was found out about the server."""
+        """`generate`: properties of the server."""
         return self.root / "teacher.json"
 
     @property
     def batches(self) -> Path:
-        """`generate`: batches handed in and what became of them, appended."""
+        """`generate`: batches and their states, appended."""
         return self.root / "batches.jsonl"
 
     @property
@@ -142,7 +142,7 @@ class RunFolder:
 
     @property
     def image_hashes(self) -> Path:
-        """`clean`: a cache of what images look like; no result, and free to be deleted."""
+        """`clean`: a cache of perceptual hashes, which may be deleted."""
         return self.root / "cache" / "image_hashes.jsonl"
 
     @property
@@ -175,13 +175,13 @@ def refuse_older(root: Path) -> None:
 def own_for(
     config: InstructConfig, given: Path, commands: Sequence[str], *, overwrite: bool
 ) -> None:
-    """Check, before any work, that commands replace nothing in the run's folder but their own.
+    """Check, before any work, that commands replace only their own files in the run's folder.
 
     Args:
         config: The run's.
         given: The configuration file that the user gave.
-        commands: Stages to be run; `plan` indexes as well.
-        overwrite: Whether the user allowed to replace files of any origin except inputs.
+        commands: Stages to run; `plan` indexes as well.
+        overwrite: Whether the user allows replacing files of any origin except inputs.
     """
     _require_plain_addresses(config)
     root = Path(config.output_dir)
@@ -197,7 +197,7 @@ def own_for(
 
 
 def _require_own_answers_dir(config: InstructConfig, root: Path, inputs: list[str | Path]) -> None:
-    """Refuse recorded answers in a directory that holds something else, before any is written."""
+    """Refuse an answers directory that has other contents, before any answer is written."""
     given = config.teacher.answers_dir
     if not given:
         return
@@ -210,14 +210,14 @@ def _require_own_answers_dir(config: InstructConfig, root: Path, inputs: list[st
     )
     if taken or read_marker(place) is not None:
         raise UserError(
-            f"teacher.answers_dir {given}: holds other files of vlm_sft; choose a directory for "
+            f"teacher.answers_dir {given}: has other files of vlm_sft; choose a directory for "
             "the answers alone, or omit it for output_dir/answers",
             code="not_ours",
         )
 
 
 def _require_plain_addresses(config: InstructConfig) -> None:
-    """Refuse servers' addresses that may hold a key, before the configuration is written down."""
+    """Refuse addresses of servers that may contain a key, before the configuration is written."""
     for section, server in (("teacher", config.teacher), ("verify.judge", config.verify.judge)):
         given = server.base_url or [] if server else []
         urls = [given] if isinstance(given, str) else given
@@ -240,10 +240,10 @@ def own_run(
 ) -> None:
     """Create or accept a run's folder, and check that the stages may replace their files.
 
-    A folder that an older version made is accepted if it holds nothing but the files of a run.
+    A folder without a marker is accepted if it has only files of a run.
 
     Raises:
-        UserError: The folder holds files of others, is one of the inputs, or a file that would be
+        UserError: The folder has other files, is one of the inputs, or a file that would be
             replaced was changed since it was written.
     """
     inputs = list(inputs)
@@ -269,19 +269,19 @@ def own_config(path: Path, text: str, given: Path) -> None:
 
     Args:
         path: The run's own `config.yaml`.
-        text: What would be written there.
+        text: Its new content.
         given: The file that the command was started with.
     """
     if path.is_file() and path.samefile(given) and path.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"{given}: is the configuration that was given and would be rewritten with other "
-            "values or without its comments; give a copy of it outside of output_dir",
+            f"{given}: is the given configuration and would be rewritten with other values or "
+            "without its comments; give a copy of it outside of output_dir",
             code="not_ours",
         )
 
 
 def _is_unmarked_run(root: Path) -> bool:
-    """Return whether a folder has a run's index or requests, and nothing besides a run's files."""
+    """Return whether a folder has a run's index or requests, and only files of a run."""
     known = {name.split("/")[0] for names in WRITTEN.values() for name in names} | {*_APPENDED}
     if foreign_entries(root, known):
         return False
@@ -308,7 +308,7 @@ def _begins_with(path: Path, keys: set[str]) -> bool:
 
 
 def run_inputs(config: InstructConfig) -> Iterator[str]:
-    """Yield every file and folder that a run's configuration names to be read."""
+    """Yield every input file and folder in a run's configuration."""
     named = [config.coco.instances, config.coco.captions, config.coco.images]
     named.append(config.requests.prompts)
     named.append(config.verify.judge.prompt if config.verify.judge else None)

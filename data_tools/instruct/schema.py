@@ -1,4 +1,4 @@
-"""The lines of a run's files: requests, answers, samples with what was found about each claim."""
+"""The lines of a run's files: requests, answers, and samples with a check of each claim."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ class Line(BaseModel):
 
 
 class Shown(Line):
-    """What a teacher was told of an image.
+    """The annotations of an image that a request shows.
 
-    Captions carry the labels `c1`, `c2`, ... and boxes `b1`, `b2`, ... in the order given here;
-    answers cite those.
+    Captions have the labels `c1`, `c2`, ... and boxes `b1`, `b2`, ... in this order; answers cite
+    them.
 
     Attributes:
         captions: Annotation ids of the captions.
         boxes: Annotation ids of the boxes that were shown one by one.
-        summarised: Annotation ids of boxes that were told as a number only (small ones, or more
-            than the limit), by category.
+        summarised: Annotation ids of boxes that are only counted (small ones, or more than the
+            limit), by category.
         decimals: Digits of the boxes' corners, which are shares of the image's width and height.
     """
 
@@ -49,19 +49,19 @@ class Shown(Line):
 
 
 class Request(Line):
-    """One question to a teacher; `id` is the SHA-256 of all that determines the answer.
+    """One question to a teacher; `id` is the SHA-256 of everything that determines the answer.
 
     Attributes:
         id: Hex digest over everything below except `sample_id`.
         sample_id: Unique in a run, `000000033471-detail-0`.
         image: COCO's image id.
         number: Which of several samples of one image and type, from 0.
-        template: The prompt's name; its text (system, seed examples) lies in `templates.json`.
+        template: The prompt's name; its text (system, examples) is in `templates.json`.
         template_sha256: Digest of that text.
-        question: The question, where we ask it (`detail`); None: the teacher writes it.
-        context: The last user message: captions and boxes as text, and what is asked for.
-        parameters: Sampling parameters as sent, `model` among them, all explicit.
-        shown: The annotations behind `context`.
+        question: The question, if it is ours (`detail`); None: the teacher writes it.
+        context: The last user message: captions and boxes as text, and the task.
+        parameters: Sampling parameters as sent, with `model`, all explicit.
+        shown: The annotations in `context`.
     """
 
     id: str
@@ -78,19 +78,19 @@ class Request(Line):
 
 
 class Answer(Line):
-    """What a teacher said to one request, as it came.
+    """A teacher's answer to one request, unchanged.
 
     Attributes:
         request: The request's id.
         teacher: Who answered.
-        text: Untouched.
+        text: Unchanged.
         finish: The server's finish reason (`stop`, `length`, `content_filter`, ...).
-        model: As the server names itself.
+        model: The server's name for it.
         fingerprint: The server's `system_fingerprint`.
         tokens_in: Of the prompt; `tokens_cached` of them at the cached price.
-        usd: By the price table of the configuration; None where it has none.
-        attempts: Sendings it took, the last included.
-        seconds: From sending to the last byte; left out of everything that must repeat.
+        usd: By the prices of the configuration; None without prices.
+        attempts: Number of attempts, including the last one.
+        seconds: From sending to the last byte; not used in reproducible results.
     """
 
     request: str
@@ -108,15 +108,15 @@ class Answer(Line):
 
 
 class Failure(Line):
-    """Why a request has no answer yet; it is asked again when the command is given again.
+    """Why a request has no answer yet; the next start of the command asks it again.
 
     Attributes:
         request: The request's id.
         reason: `nothing_to_say` is no fault: the rules find nothing certain to say about the
             image.
-        message: In one sentence; foreign text in it is made safe to print.
-        status: The server's HTTP status, where it gave one.
-        attempts: Sendings.
+        message: One sentence, safe to print.
+        status: The server's HTTP status, if there was one.
+        attempts: Number of attempts.
     """
 
     request: str
@@ -131,7 +131,7 @@ class Failure(Line):
 
 
 class Turn(Line):
-    """A question with its answer, and the labels (`c2`, `b1`) that the answer rests on."""
+    """A question with its answer, and the labels (`c2`, `b1`) that support the answer."""
 
     question: str
     answer: str
@@ -180,7 +180,7 @@ class ImageSource(Line):
 
 
 class Cost(Line):
-    """What a sample's answer took."""
+    """The cost of a sample's answer."""
 
     tokens_in: Count = 0
     tokens_cached: Count = 0
@@ -253,14 +253,14 @@ class Sample(Line):
     """A finished sample with its receipt; a line of `samples.jsonl` or `rejected.jsonl`.
 
     Attributes:
-        origin: `llm`, `rules` (made by program, always said) or `imported`.
+        origin: `llm`, `rules` (made by a program) or `imported`.
         turns: Empty where the answer could not be read.
-        raw: The answer's text where `turns` is empty.
+        raw: The answer's text if `turns` is empty.
         shown, request, template, template_sha256, parameters, model, fingerprint: As in `Request`
             and `Answer`.
-        tool: Name and version of what made and checked it.
-        judgment: What the judge says; None without a judge, and where `turns` is empty.
-        status: `accepted`, or `rejected` for the `reasons`, codes in the order found, each once.
+        tool: Name and version of the program that made and checked it.
+        judgment: The opinion of the judge; None without a judge, and if `turns` is empty.
+        status: `accepted`, or `rejected` for the `reasons`: codes in the order found, each once.
     """
 
     schema_: Annotated[Literal["vlm_sft.sample/1"], Field(alias="schema")] = "vlm_sft.sample/1"
@@ -291,18 +291,18 @@ class Sample(Line):
 
 
 class ConversationForm(Line):
-    """What a teacher is to answer with for `conversation` and `reasoning`: JSON of this form."""
+    """Form of the JSON that a teacher answers with for `conversation` and `reasoning`."""
 
     turns: tuple[Turn, ...]
 
 
 class DetailForm(Line):
-    """What a teacher is to answer with for `detail`, whose question is ours."""
+    """Form of the JSON that a teacher answers with for `detail`, whose question is ours."""
 
     answer: str
     evidence: tuple[str, ...]
 
 
 def answer_form(sample_type: SampleType) -> type[ConversationForm] | type[DetailForm]:
-    """The form of a type's answers; `.model_json_schema()` is what servers are given."""
+    """Return the form of a type's answers; servers get its `.model_json_schema()`."""
     return DetailForm if sample_type == "detail" else ConversationForm

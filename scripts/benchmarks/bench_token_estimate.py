@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_tools.instruct.plan import command as planning
-from data_tools.instruct.plan.tokens import estimate_tokens
+from data_tools.instruct.plan.estimate import estimate_tokens
 from data_tools.instruct.run_folder import RunFolder
 
 Count = Callable[[str], int]

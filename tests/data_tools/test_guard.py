@@ -15,7 +15,7 @@ def images(*ids: int, split: str | None = None) -> list[AnnotatedImage]:
 
 
 def statuses(found: guard.Guard) -> dict[str, str]:
-    return {figures.name: figures.status for figures in found.figures}
+    return {name: figures.status for name, figures in found.figures.items()}
 
 
 FORMS: dict[str, str] = {
@@ -105,7 +105,7 @@ def test_images_of_evaluations_are_refused_and_counted_by_list(tmp_path: Path) -
     found = checked(tmp_path, ours, pope=[2, 9], mine=[2, 3])
     assert found.evaluations == {2: ("pope", "mine"), 3: ("mine",)}
     assert [p.id for p in ours if not found.refuses(p.id)] == [1, 4]
-    told = found.told()["lists"]
+    told = found.as_dict()["lists"]
     assert told["pope"] == {"status": "checked", "listed": 2, "overlap": 1}
     assert told["mine"] == {"status": "checked", "listed": 2, "overlap": 2}
 
@@ -149,7 +149,7 @@ def test_said_otherwise_they_are_kept_and_still_counted() -> None:
     config = GuardConfig(allow_evaluation_images=True)
     found = guard.check(images(2, split="val2017"), config)
     assert not found.refuses(2)
-    assert found.told()["evaluation_images"] == 1
+    assert found.as_dict()["evaluation_images"] == 1
     assert "1  images of evaluations found, kept (guard.allow_evaluation_images)" in "\n".join(
         found.lines()
     )

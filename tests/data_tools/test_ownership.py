@@ -470,7 +470,7 @@ def test_answers_are_not_recorded_among_other_files(tmp_path: Path, name: str) -
     line = instruct_line(tmp_path)
     assert instruct([*line, f"output_dir={tmp_path / 'other'}"]) == 0
     assert instruct(line) == 0
-    message = "answers_dir .*: holds other files of vlm_sft|is read by this command"
+    message = "answers_dir .*: has other files of vlm_sft|is read by this command"
     line = ["generate", line[1], f"teacher.answers_dir={tmp_path / name}"]
     assert_refused(tmp_path, instruct, line, message)
     shared = f"teacher.answers_dir={tmp_path / 'other' / 'answers'}"

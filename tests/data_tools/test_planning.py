@@ -7,8 +7,8 @@ import pytest
 
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.plan import command as planning
+from data_tools.instruct.plan.estimate import estimate_tokens
 from data_tools.instruct.plan.prompts import make_templates, messages
-from data_tools.instruct.plan.tokens import estimate_tokens
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Request
 from tests.data_tools.coco_files import write_coco
@@ -162,8 +162,8 @@ def test_the_table_says_what_it_takes_and_what_was_left_out(
     )
     said = capsys.readouterr().out
     assert "2 of 4 images are asked about; left out: 1 of evaluations" in said
-    assert "limits.usd 0.0001 is below that" in said
-    assert "val2017: 1 of our images say that they are of it" in said
+    assert "limits.usd 0.0001 is lower than that" in said
+    assert "val2017: 1 of our images name it as their split" in said
     assert said.count("----- system") == 1 and "----- assistant" in said
 
 
@@ -171,7 +171,7 @@ def test_nothing_left_to_ask_is_an_error(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG]})
     (tmp_path / "mine.txt").write_text("1")
     config = config_of(files, guard={"lists": {"mine": str(tmp_path / "mine.txt")}})
-    with pytest.raises(UserError, match=r"no request is left to make .*1 of evaluations"):
+    with pytest.raises(UserError, match=r"no requests can be made; left out: 1 of evaluations"):
         plan(config)
     assert not (files["out"] / "requests.jsonl").exists()
 

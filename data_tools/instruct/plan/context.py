@@ -1,4 +1,4 @@
-"""What a teacher is told of an image: captions and boxes as text that cannot be more than that."""
+"""The description of an image for a teacher: its captions and boxes as text, safely quoted."""
 
 import json
 import unicodedata
@@ -13,12 +13,12 @@ MIN_AREA = 0.002
 MAX_BOXES = 30
 
 _MARKUP = frozenset("<>[]{}|`")
-"""What chat templates make their control words of (`<|im_end|>`, `[INST]`), and code fences."""
+"""Characters of control words of chat templates (`<|im_end|>`, `[INST]`) and of code fences."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """The text, and exactly which annotations are in it."""
+    """The text, and the annotations that are in it."""
 
     text: str
     shown: Shown
@@ -30,16 +30,16 @@ def describe(
     max_boxes: int = MAX_BOXES,
     min_area: float = MIN_AREA,
 ) -> Context:
-    """An image in words.
+    """Return an image in words.
 
     Captions are labelled `c1`, `c2`, ... in the file's order. Boxes are labelled `b1`, `b2`, ...,
     by category, the category with the biggest box first and the biggest first within it.
 
     Args:
-        image: With the annotations of one image.
-        decimals: Digits of the corners, which are shares of the image's width and height.
-        max_boxes: Of more boxes the smallest are told as a number.
-        min_area: Boxes below this share of the image's area are told as a number.
+        image: With its annotations.
+        decimals: Decimals of the coordinates, which are shares of the image's width and height.
+        max_boxes: If there are more boxes, the smallest ones are only counted.
+        min_area: Boxes with a smaller share of the image's area are only counted.
     """
     boxes = sorted(image.boxes, key=lambda box: (-_area(box), box.id))
     smallest = min_area * image.width * image.height
@@ -65,9 +65,9 @@ def describe(
 
 
 def quoted(text: str) -> str:
-    r"""The text as one line between quotation marks, whatever it holds.
+    r"""Return any text as one line between quotation marks.
 
-    JSON's own escapes, and `\uXXXX` for what has no glyph of its own or could be taken for markup:
+    JSON's own escapes, and `\uXXXX` for characters without a glyph or with a meaning as markup:
     line separators, marks that turn the reading direction, chat templates' control words.
     """
     line = json.dumps(text, ensure_ascii=False)[1:-1]
@@ -118,12 +118,12 @@ def _objects(
             yield f"  b{number}: {_corners(box, image, decimals)}{crowd}"
     small = {name: boxes for name, boxes in summarised.items() if name not in groups}
     if small:
-        told = ", ".join(f"{name}: {_count(boxes, 0)}" for name, boxes in small.items())
-        yield f"By number only, without a box here: {told}"
+        counted = ", ".join(f"{name}: {_count(boxes, 0)}" for name, boxes in small.items())
+        yield f"By number only, without a box here: {counted}"
 
 
 def _count(boxes: Sequence[Box], listed: int) -> str:
-    """How many there are, as we count them; a crowd is `many`, whatever stands beside it."""
+    """Return how many boxes there are; with a crowd, also next to single ones, it is `many`."""
     singles, small = sum(not box.crowd for box in boxes), len(boxes) - listed
     total = str(singles) if singles == len(boxes) else "many (a crowd, not to be counted)"
     return total + (f", {small} of them without a box here" if listed and small else "")

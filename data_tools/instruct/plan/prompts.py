@@ -1,4 +1,4 @@
-"""The prompts: what every request of a type begins with, and the messages of one request."""
+"""The prompts: the fixed beginning of every request of a type, and the messages of a request."""
 
 import hashlib
 import json
@@ -28,12 +28,12 @@ from vlm_sft.utils.reading import read_text
 TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
 
 _ASK: Final = "\n---\n"
-"""In a type's file, between the system text and what the last message ends with."""
+"""In a type's file, between the system text and the end of the last message."""
 
 
 @dataclass(frozen=True)
 class Seed:
-    """A made-up image, and an answer that is right for it."""
+    """A made-up image with a correct answer about it, used as an example."""
 
     image: AnnotatedImage
     context: str
@@ -42,10 +42,10 @@ class Seed:
 
 
 def messages(request: Request, templates: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What is sent: system text, seed examples as earlier turns, then the image's own context.
+    """Return the messages to send: system text, examples as earlier turns, then the context.
 
     All but the last message are the same for every request of a template, so that servers can
-    keep their computed prefix.
+    cache them.
     """
     fixed: list[dict[str, str]] = templates[request.template]["messages"]
     return [*fixed, {"role": "user", "content": request.context}]
@@ -54,18 +54,18 @@ def messages(request: Request, templates: Mapping[str, Any]) -> list[dict[str, s
 def make_templates(
     categories: Sequence[str], decimals: int = 2, folder: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The templates by name (a sample type), as `templates.json` holds them.
+    """Return the templates by name (a sample type), the content of `templates.json`.
 
-    Each has `messages` (the fixed beginning), `ask` (what the last message ends with), `questions`
+    Each has `messages` (the fixed beginning), `ask` (the end of the last message), `questions`
     (ours, for `detail`), `answer_schema`, and `sha256`, the digest of all of that.
 
     Args:
-        categories: What annotators looked for; told, so that absence can be.
-        decimals: Digits of the corners in the seed examples.
-        folder: Own files in place of ours, under the same names.
+        categories: Categories of the annotations, so that answers can say what is absent.
+        decimals: Decimals of box coordinates in the examples.
+        folder: The user's files, with the same names as ours.
 
     Raises:
-        UserError: A file is missing or not of its form, or a seed cites a label that is not shown.
+        UserError: A file is missing or has another form, or an example cites an unknown label.
     """
     own = _Folder(folder)
     common = own.text("common.txt").replace("{categories}", ", ".join(categories) or "nothing")
@@ -90,17 +90,17 @@ def make_templates(
 
 
 def closing(context: str, ask: str, question: str) -> str:
-    """An image's context and what is asked about it: the last message of a request."""
+    """Return the last message of a request: the context of the image and the task."""
     return f"{context}\n\n{ask.replace('{question}', question)}"
 
 
 def seeds(sample_type: SampleType, folder: str | None = None) -> tuple[Seed, ...]:
-    """The seed examples of a type with what they are about, for checking that they are true."""
+    """Return the examples of a type with their images, for tests that they are true."""
     return _Folder(folder).seeds(sample_type, decimals=2)
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the value as canonical JSON: sorted keys, no spaces, UTF-8."""
+    """Return the SHA-256 of the value as canonical JSON: sorted keys, no spaces, UTF-8."""
     return hashlib.sha256(_json(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -109,7 +109,7 @@ def _json(value: Any, **options: Any) -> str:
 
 
 class _SeedBox(Line):
-    """Corners as COCO has them: left, top, width, height in pixels."""
+    """A box as in COCO: left, top, width, height in pixels."""
 
     category: str
     box: tuple[float, float, float, float]
@@ -143,7 +143,7 @@ class _Folder:
         self.place: Traversable = ours if folder is None else Path(folder)
 
     def text(self, name: str) -> str:
-        """A file's text without white space around it."""
+        """Return a file's text without surrounding white space."""
         try:
             file = self.place.joinpath(name)
             if isinstance(file, Path):
@@ -159,7 +159,7 @@ class _Folder:
             raise UserError(f"requests.prompts: {error}", code=error.reason) from None
 
     def task(self, name: SampleType) -> tuple[str, str]:
-        """A type's part of the system text, and what its last message ends with."""
+        """Return a type's part of the system text, and the end of its last message."""
         system, line, ask = self.text(f"{name}.txt").partition(_ASK)
         wants = name == "detail"
         if not line or ("{question}" in ask) != wants:
@@ -171,7 +171,7 @@ class _Folder:
         return system.strip(), ask.strip()
 
     def questions(self) -> list[str]:
-        """The questions that ask for a description, one a line, each once."""
+        """Return the questions that ask for a description, one a line, each once."""
         lines = [line.strip() for line in self.text("questions.txt").splitlines() if line.strip()]
         if not lines or len(set(lines)) < len(lines):
             raise UserError(
@@ -181,7 +181,7 @@ class _Folder:
         return lines
 
     def seeds(self, name: SampleType, decimals: int) -> tuple[Seed, ...]:
-        """The type's seed examples, with contexts of the run's own form."""
+        """Return the type's examples, with contexts in the form of the run."""
         where = f"requests.prompts: {self.place}/seeds.json"
         known = _parsed(_Seeds, self.text("seeds.json"), where)
         return tuple(

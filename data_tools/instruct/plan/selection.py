@@ -1,11 +1,11 @@
-"""Which images are asked about, and for what: pure functions of the seed and images' ids."""
+"""Which images are asked about, and for which types: functions of the seed and the images' ids."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from data_tools.coco import AnnotatedImage
+from data_tools.digests import hashed
 from data_tools.instruct.plan.prompts import TYPES
 from data_tools.instruct.schema import SampleType
 
@@ -16,62 +16,46 @@ def choose(
     how: Literal["random", "balanced"],
     seed: int,
 ) -> list[AnnotatedImage]:
-    """The images to ask about, in the order of ids; a larger count keeps a smaller one's.
+    """Return the images to ask about, in the order of ids.
+
+    A larger count keeps the images of a smaller one.
 
     Args:
         images: With annotations, and not refused.
         count: None, or more than there are: all of them.
-        how: `random`: every image alike. `balanced`: categories take turns, the rarest first,
-            each with an image of its own until all images are taken; an image counts for all
-            of its categories, and images without boxes are a category of their own.
+        how: `random`: all images are equally likely. `balanced`: the categories take turns, the
+            rarest first, each with an image of its own until all images are taken; an image counts
+            for all of its categories, and images without boxes are a category of their own.
         seed: The run's.
     """
-    if count is None or count >= len(images):
-        chosen = list(images)
-    elif how == "random":
-        chosen = _shuffled(images, seed)[:count]
-    else:
-        turns = _in_turns(_shuffled(images, seed))
-        chosen = [next(turns) for _ in range(count)]
-    return sorted(chosen, key=lambda image: image.id)
+    shuffled = sorted(images, key=lambda image: (hashed(seed, "image", image.id), image.id))
+    if how == "balanced" and count is not None and count < len(images):
+        shuffled = list(_by_turns(shuffled))
+    return sorted(shuffled[:count], key=lambda image: image.id)
 
 
 def types_of(
     image_id: int, shares: Mapping[SampleType, float], seed: int
 ) -> Iterator[tuple[SampleType, int]]:
-    """The samples asked for an image: types with their numbers from 0.
+    """Yield the types of samples to ask for an image, each with its number from 0.
 
-    A share of 1.4 asks once, and twice where the image's own draw is below 0.4: no image's
-    samples depend on other images, and a larger share keeps a smaller one's.
+    With a share of 1.4 there is one sample, and a second one if the image's own random number is
+    below 0.4. So an image's samples do not depend on other images, and a larger share keeps the
+    samples of a smaller one.
     """
     for sample_type in TYPES:
         share = shares.get(sample_type, 0.0)
         whole = int(share)
-        extra = draw(seed, "type", image_id, sample_type) < share - whole
+        extra = hashed(seed, "type", image_id, sample_type) / 2**64 < share - whole
         for number in range(whole + extra):
             yield sample_type, number
 
 
-def draw(seed: int, *what: object) -> float:
-    """A number in 0 <= x < 1 that depends on the arguments alone."""
-    return integer(seed, *what) / 2**64
-
-
-def integer(seed: int, *what: object) -> int:
-    """A whole number below 2^64 that depends on the arguments alone."""
-    text = "/".join(map(str, (seed, *what)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _shuffled(images: Sequence[AnnotatedImage], seed: int) -> list[AnnotatedImage]:
-    return sorted(images, key=lambda image: (integer(seed, "image", image.id), image.id))
-
-
-def _in_turns(images: Sequence[AnnotatedImage]) -> Iterator[AnnotatedImage]:
-    """All images; whenever one more round begins, the rarest category chooses first."""
+def _by_turns(images: Sequence[AnnotatedImage]) -> Iterator[AnnotatedImage]:
+    """Yield all images; in every round the rarest category chooses first."""
     waiting: dict[str, list[AnnotatedImage]] = {}
     for image in reversed(images):
-        for name in _categories(image):
+        for name in image.categories or ("",):
             waiting.setdefault(name, []).append(image)
     order = sorted(waiting, key=lambda name: (len(waiting[name]), name))
     taken: set[int] = set()
@@ -84,11 +68,7 @@ def _in_turns(images: Sequence[AnnotatedImage]) -> Iterator[AnnotatedImage]:
                 image = waiting[name].pop()
                 if image.id not in taken:
                     taken.add(image.id)
-                    having.update(_categories(image))
+                    having.update(image.categories or ("",))
                     yield image
             if not waiting.get(name):
                 waiting.pop(name, None)
-
-
-def _categories(image: AnnotatedImage) -> tuple[str, ...]:
-    return image.categories or ("",)

@@ -1,6 +1,5 @@
 """Count the results of a run in one pass, in memory that does not grow with its samples."""
 
-import hashlib
 import heapq
 import json
 from collections import Counter, defaultdict
@@ -9,6 +8,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, Final, Generic, Literal, TypeVar, get_args
 
 from data_tools.coco import AnnotatedImage
+from data_tools.digests import hashed
 from data_tools.instruct.clean.choices import VALUES, Categories, Family, choice_of
 from data_tools.instruct.report.results import Outcome, Result
 from data_tools.instruct.schema import Answer, Cost, Sample, SampleType, Verdict
@@ -52,8 +52,7 @@ class Reservoir(Generic[Item]):
 
     def add(self, key: str, item: Item) -> None:
         """Offer an item; keys are unique."""
-        digest = hashlib.sha256(f"{self._seed}:{key}".encode()).digest()
-        rank = -int.from_bytes(digest[:8], "big")
+        rank = -hashed(self._seed, key)
         if len(self._heap) < self._size:
             heapq.heappush(self._heap, (rank, key, item))
         elif rank > self._heap[0][0]:

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from data_tools.coco import AnnotatedImage
+from data_tools.digests import hashed
 from data_tools.instruct.config import InstructConfig, JudgeConfig
 from data_tools.instruct.generate.answers import read_answers
 from data_tools.instruct.generate.command import ask_all
@@ -23,7 +24,6 @@ from data_tools.instruct.lines import write_lines
 from data_tools.instruct.plan.command import parameters, request_of
 from data_tools.instruct.plan.context import Context, describe, quoted
 from data_tools.instruct.plan.prompts import TYPES, digest
-from data_tools.instruct.plan.selection import integer
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import (
     Answer,
@@ -130,7 +130,7 @@ class Judge:
             context = describe(image, shown.decimals, shown.max_boxes, shown.min_area)
             self._context = image.id, context
         context = self._context[1]
-        seed = integer(self._config.seed, "judge", image.id, sample.type)
+        seed = hashed(self._config.seed, "judge", image.id, sample.type)
         content: dict[str, Any] = {
             "image": image.id,
             "type": sample.type,

@@ -5,9 +5,9 @@ reserved before it is sent, and one `Retry-After` must hold back all requests.
 """
 
 import asyncio
-import hashlib
 from typing import TYPE_CHECKING, Any, Final
 
+from data_tools.digests import hashed
 from data_tools.instruct.config import TeacherConfig
 from data_tools.instruct.generate.teachers.cancellation import Cancellation
 from vlm_sft.errors import UserError
@@ -56,8 +56,7 @@ def backoff(first: float, attempt: int, seed: int, request: str) -> float:
     The random half is a function of the arguments: requests that failed together are not retried
     together, and a repeated run waits equally long.
     """
-    digest = hashlib.sha256(f"{seed} {request} {attempt}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
+    share = hashed(seed, request, attempt) / 2**64
     return float(min(LONGEST_BACKOFF, first * 2 ** (attempt - 1)) * (0.5 + share / 2))
 
 

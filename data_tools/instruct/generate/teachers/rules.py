@@ -1,6 +1,5 @@
 """Answers by rules, in the form that servers answer in; no model, no network."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from data_tools.coco import AnnotatedImage
+from data_tools.digests import hashed
 from data_tools.instruct.schema import Answer, Failure, Request
 from data_tools.rules.conversation import conversation
 from data_tools.rules.existence import by_frequency
@@ -57,7 +57,7 @@ class RulesTeacher:
     def _form(self, request: Request) -> dict[str, Any] | None:
         """Return the answer; None where nothing certain can be said."""
         facts = Facts(self._images[request.image], request.shown)
-        seed = int.from_bytes(hashlib.sha256(request.id.encode()).digest()[:8], "big")
+        seed = hashed(request.id)
         speaker = Speaker(np.random.default_rng(seed))
         if request.type == "detail":
             described = detail(facts, speaker)
