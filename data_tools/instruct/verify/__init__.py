@@ -39,7 +39,6 @@ from data_tools.instruct.verify import (
     times,
 )
 from data_tools.instruct.verify.case import Case, Policy
-from data_tools.instruct.verify.citations import check_citations
 from data_tools.instruct.verify.flags import (
     ACTION,
     ATTRIBUTE,
@@ -78,7 +77,7 @@ def check_sample(
         cases.append(Case(turn, index, sample_type, knowledge, policy, before))
     found: list[Check] = list(form.check_sample(cases, sample_type))
     for case in cases:
-        found += check_citations(case.turn, case.index, shown)
+        found += form.check_citations(case.turn, case.index, shown)
         found += _check_turn(case)
     return tuple(found)
 

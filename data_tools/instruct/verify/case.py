@@ -3,14 +3,32 @@
 from collections.abc import Iterable
 from typing import Literal
 
+from data_tools import wording
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
-from data_tools.instruct.verify.flagging import fill
+from data_tools.instruct.verify.describing import RELATIONS, action_stems, attribute_words
+from data_tools.instruct.verify.flags import (
+    ACTION,
+    ATTRIBUTE,
+    COUNTED,
+    INTRODUCES,
+    KIND,
+    NUMBER,
+    PERSON,
+    PLACE,
+    RELATION,
+    STANCE,
+    FlagTable,
+)
+from data_tools.instruct.verify.grammar import INTRODUCING
 from data_tools.instruct.verify.knowledge import Knowledge
 from data_tools.instruct.verify.lexicon import Lexicon, Mention
+from data_tools.instruct.verify.numbers import AT_LEAST_TWO, NUMBERS
+from data_tools.instruct.verify.places import CUES
 from data_tools.instruct.verify.questions import Asked, Question
 from data_tools.instruct.verify.reading import Reading
+from data_tools.instruct.verify.stances import STANCE_CUES
 
 Part = Literal["question", "answer"]
 PRONOUNS = frozenset({"it", "its", "they", "their", "them", "he", "she", "his", "her", "him"})
@@ -31,7 +49,7 @@ class Policy:
     def __init__(self, config: VerifyConfig, categories: Iterable[str]) -> None:
         self.config = config
         self.lexicon = Lexicon(categories)
-        fill(self.lexicon.flags)
+        _fill(self.lexicon.flags)
         self.under_labelled = frozenset(config.under_labelled)
         self._known: dict[int, Knowledge] = {}
         self._questions: dict[str, Asked] = {}
@@ -111,3 +129,23 @@ class Case:
     ) -> Check:
         """A finding about this turn."""
         return Check(rule, verdict, code, self.index, part, span, claim, evidence)
+
+
+def _fill(table: FlagTable) -> None:
+    """Enter the words of all rules."""
+    facts = wording.load("facts")
+    table.add(STANCE, STANCE_CUES)
+    table.add(ATTRIBUTE, attribute_words())
+    table.add(ACTION, action_stems())
+    table.add(ACTION, ("take", "takes", "taking", "took"))
+    table.add(RELATION, RELATIONS)
+    kinds = [text for groups in facts["kinds"].values() for group in groups for text in group]
+    table.add(KIND, (text.split()[0] for text in kinds))
+    people = facts["people"]
+    for name in ("male", "female", "infant", "adult", "grown", "small", "he", "she"):
+        table.add(PERSON, people[name])
+    table.add(PLACE, CUES)
+    table.add(NUMBER, NUMBERS)
+    table.add(NUMBER, AT_LEAST_TWO)
+    table.add(COUNTED, ("many", "number"))
+    table.add(INTRODUCES, INTRODUCING)

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from data_tools import wording
-from data_tools.instruct.schema import Check, SampleType
+from data_tools.instruct.schema import Check, SampleType, Shown, Turn, Verdict
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.grammar import word_set
-from data_tools.instruct.verify.manner import hedged_sentences
+from data_tools.instruct.verify.manner import HEDGE, hedged_sentences
 from data_tools.instruct.verify.numbers import number_of
-from data_tools.instruct.verify.phrases import HEDGE
 
 TOLERANT: Final = 12
 """One sentence that guesses is accepted next to others, or where it has this many words, which
@@ -148,6 +147,49 @@ def _whole(code: str, claim: str) -> Check:
     return Check(
         rule="form", verdict="contradicted", code=code, turn=None, part=None, span=None,
         claim=claim, evidence=(),
+    )  # fmt: skip
+
+
+def check_citations(turn: Turn, index: int, shown: Shown) -> Iterator[Check]:
+    """One finding for the labels of a turn: all known, some unknown, or none given.
+
+    Rules and people cite nothing, which is noted and rejects nothing.
+    """
+    if not turn.evidence:
+        yield _citation("unknown", None, index, "cites nothing", ())
+        return
+    resolved = {label: resolve(label, shown) for label in turn.evidence}
+    unknown = [label for label, number in resolved.items() if number is None]
+    if unknown:
+        known = f"c1 to c{len(shown.captions)}, b1 to b{len(shown.boxes)}"
+        claim = f"cites {', '.join(unknown[:3])}; shown were {known}"
+        yield _citation("contradicted", "LABEL_UNKNOWN", index, claim, ())
+        return
+    ids = tuple(number for number in resolved.values() if number)
+    yield _citation("supported", None, index, ", ".join(turn.evidence), ids)
+
+
+def resolve(label: str, shown: Shown) -> int | None:
+    """The annotation id of `c2` or `b1`; None for a label that was not given."""
+    of = {"c": shown.captions, "b": shown.boxes}.get(label[:1])
+    digits = label[1:]
+    if (
+        of is None
+        or not digits.isascii()
+        or not digits.isdigit()
+        or digits.startswith("0")
+        or len(digits) > 9
+    ):
+        return None
+    return of[int(digits) - 1] if int(digits) <= len(of) else None
+
+
+def _citation(
+    verdict: Verdict, code: str | None, index: int, claim: str, ids: tuple[int, ...]
+) -> Check:
+    return Check(
+        rule="citation", verdict=verdict, code=code, turn=index, part="answer", span=None,
+        claim=claim, evidence=ids,
     )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ from data_tools.instruct.schema import (
     Sample,
     worst,
 )
+from data_tools.instruct.verify.manner import is_refusal
 from data_tools.instruct.verify.parse_answer import FINISHED, after_thinking, read_object
-from data_tools.instruct.verify.phrases import is_refusal
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import write_owned_json

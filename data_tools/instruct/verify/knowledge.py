@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from data_tools import wording
 from data_tools.coco import AnnotatedImage, Box
-from data_tools.instruct.verify.clock import CLOCK, times
 from data_tools.instruct.verify.describing import (
     PHONES,
     Attribute,
@@ -23,9 +22,10 @@ from data_tools.instruct.verify.flags import STANCE
 from data_tools.instruct.verify.grammar import singular
 from data_tools.instruct.verify.lazy import lazy
 from data_tools.instruct.verify.lexicon import Entry, Lexicon
+from data_tools.instruct.verify.manner import ORDER, planted_words
 from data_tools.instruct.verify.numbers import numbered_nouns, quantity
-from data_tools.instruct.verify.phrases import ORDER, planted_words
 from data_tools.instruct.verify.reading import Reading
+from data_tools.instruct.verify.times import CLOCK, times
 
 SMALL: Final = 0.1
 """Boxes below this share of the largest one's area are in the background."""

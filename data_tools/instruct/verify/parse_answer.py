@@ -20,7 +20,7 @@ from data_tools.instruct.schema import (
     Turn,
     answer_form,
 )
-from data_tools.instruct.verify.phrases import is_refusal
+from data_tools.instruct.verify.manner import is_refusal
 
 FINISHED: Final = frozenset({"stop", "end_turn", "eos", None})
 """Finish reasons of an answer that is whole; None: the teacher gives none."""
