@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from vlm_sft.checkpoint.base_models import parse_bases
+from vlm_sft.data.images import upright_size
 from vlm_sft.data.records import read_records
 from vlm_sft.errors import RecordError
-from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
+from vlm_sft.export.hf_llava import ExportReport, Sample, export_hf_llava
 from vlm_sft.export.weights import require_shard_size
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
@@ -27,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     if image is not None:
         shown = loaded.load_image(image)
         ids = loaded.prompt_ids(user_message(args.prompt, [image]), [shown.layout])
-        sample = shown.pixels, torch.tensor([ids])
+        sample = Sample(shown.pixels, torch.tensor([ids]))
+        if loaded.model.layout_rule.needs_sizes:
+            sample = sample._replace(layout=shown.layout, size=upright_size(image)[:2])
     report = export_hf_llava(
         loaded.model,
         loaded.tokenizer,

@@ -12,17 +12,29 @@ from typing import Any, cast
 from PIL import Image
 from transformers import (
     GenerationConfig,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+from transformers.processing_utils import ProcessorMixin
 
 from vlm_sft.config.fields import ImageAspect
+from vlm_sft.data.image_layout import LayoutRule
+from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
-from vlm_sft.export.stock import StockTower
+from vlm_sft.export.stock import StockTower, grid_pinpoints
 from vlm_sft.export.weights import released_state, write_weights
-from vlm_sft.model.vision_tower import VisionTower
+from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 from vlm_sft.utils.filesystem import (
@@ -69,22 +81,26 @@ def generation_config(
 
 
 def build_processor(
-    tower: VisionTower,
+    model: VisionLanguageModel,
     stock: StockTower,
     tokenizer: PreTrainedTokenizerBase,
     aspect: ImageAspect,
     chat_template: str | None,
-) -> LlavaProcessor:
+) -> ProcessorMixin:
     """Return a processor that prepares images as training does.
 
     Args:
-        tower: The vision tower, for size and normalization.
+        model: Its tower gives size and normalization, its layout rule the crops.
         stock: The tower as a class of transformers, for the number of image tokens.
         tokenizer: The exported tokenizer.
         aspect: How images were made square in training.
         chat_template: Jinja text of the chat template.
     """
-    spec = tower.image_spec
+    spec = model.vision_tower.image_spec
+    if model.layout_rule.needs_sizes:
+        processor = _tiled_processor(model.layout_rule, spec, stock, tokenizer)
+        cast(Any, processor).chat_template = chat_template
+        return processor
     image_processor = LlavaImageProcessorPil(
         do_pad=aspect == "pad",
         do_resize=True,
@@ -108,10 +124,44 @@ def build_processor(
     return processor
 
 
+def _tiled_processor(
+    rule: LayoutRule, spec: ImageSpec, stock: StockTower, tokenizer: PreTrainedTokenizerBase
+) -> ProcessorMixin:
+    """Return the processor of LLaVA-NeXT or LLaVA-OneVision."""
+    square = {"height": spec.size, "width": spec.size}
+    options: dict[str, Any] = {
+        "image_grid_pinpoints": grid_pinpoints(rule),
+        "resample": Image.Resampling[spec.interpolation.upper()],
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
+    if rule.max_crops is None:
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(
+                size={"shortest_edge": spec.size}, crop_size=square, **options
+            ),
+            tokenizer,
+            patch_size=stock.patch_size,
+            vision_feature_select_strategy=stock.select_strategy,
+            num_additional_image_tokens=stock.num_additional_image_tokens,
+            image_token=IMAGE_PLACEHOLDER,
+        )
+    return LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(size=square, **options),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=square),
+        # The class token, which its strategy `default` takes off again.
+        num_image_tokens=rule.crop_tokens + stock.num_additional_image_tokens,
+        vision_feature_select_strategy=stock.select_strategy,
+        image_token=IMAGE_PLACEHOLDER,
+        vision_aspect_ratio=f"anyres_max_{rule.max_crops}",
+    )
+
+
 def write_model(
     folder: Path,
     stock: PreTrainedModel,
-    processor: LlavaProcessor,
+    processor: ProcessorMixin,
     vision_level: str,
     max_shard_size: str,
 ) -> None:

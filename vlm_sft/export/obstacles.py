@@ -11,7 +11,7 @@ from vlm_sft.export.stock import (
     stock_config,
     stock_projector,
     stock_text_config,
-    stock_tower,
+    stock_vision,
 )
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -27,8 +27,7 @@ def export_obstacles(model: VisionLanguageModel) -> list[str]:
         model: As training builds it, with or without adapters and 4-bit weights.
     """
     checks: list[Callable[[], object]] = [
-        lambda: _require_one_crop(model),
-        lambda: stock_tower(model.vision_tower),
+        lambda: stock_vision(model),
         lambda: stock_projector(model.multi_modal_projector),
         lambda: require_language_model(causal_lm(model.language_model)),
     ]
@@ -40,14 +39,6 @@ def export_obstacles(model: VisionLanguageModel) -> list[str]:
             except UserError as error:
                 found.append(str(error))
     return found
-
-
-def _require_one_crop(model: VisionLanguageModel) -> None:
-    if model.layout_rule.needs_sizes:
-        raise UserError(
-            "transformers' LLaVA takes an image as one square, and this model divides it into "
-            "crops (model.image_tiling)"
-        )
 
 
 def summarize_obstacles(obstacles: Sequence[str]) -> str:
@@ -65,6 +56,6 @@ def export_consumers(model: VisionLanguageModel) -> list[Consumer]:
     language_model = causal_lm(model.language_model)
     rows = language_model.get_input_embeddings().weight.shape[0]
     with torch.random.fork_rng(devices=[]):
-        tower = stock_tower(model.vision_tower)
+        tower = stock_vision(model)
     text_config = stock_text_config(language_model, rows)
     return consumers(stock_config(model, tower, text_config, image_token_id=rows))

@@ -40,17 +40,27 @@ def reload(
     )
     model: Any = loaded.eval()
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    sizes = {key: inputs[key] for key in ("image_sizes", "batch_num_images") if key in inputs}
+    if sizes:
+        pixels = pixels[None]  # the crops of one image
     logits = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         pixel_values=pixels.to(model.dtype) if len(pixels) else None,
+        **sizes,
     ).logits
     processor: Any = AutoProcessor.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
     image = Image.fromarray(inputs["image"].numpy())
     prepared = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    counts = []
+    for width, height in inputs.get("token_sizes", torch.empty(0, 2)).tolist():
+        blank = Image.new("RGB", (width, height))
+        found = processor(images=blank, text=processor.image_token, return_tensors="pt")
+        counts.append(int((found["input_ids"] == processor.image_token_id).sum()))
     metadata = {
+        "token_counts": json.dumps(counts),
         "class": type(model).__name__,
         "transformers": transformers.__version__,
         "missing": json.dumps(sorted(map(str, info["missing_keys"]))),

@@ -7,7 +7,7 @@ Every function raises a `UserError` if the classes of transformers cannot hold a
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 import torch
@@ -21,6 +21,10 @@ from transformers import (
     FastVlmForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
@@ -28,6 +32,7 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.errors import UserError
 from vlm_sft.model.connectors.base import Connector
 from vlm_sft.model.connectors.linear import LinearConnector
@@ -66,6 +71,53 @@ class StockTower:
     num_additional_image_tokens: int
     patch_size: int
     released_level: str = ""
+
+
+def stock_vision(model: VisionLanguageModel) -> StockTower:
+    """Return the tower of a model, with the class that divides images as the model does.
+
+    Raises:
+        UserError: No class has the same features, or divides images in the same way.
+    """
+    rule = model.layout_rule
+    if rule.tiling == "dynamic":
+        _refuse_dynamic(model)
+    tower = stock_tower(model.vision_tower)
+    if not rule.needs_sizes:
+        return tower
+    if tower.model_class is not LlavaForConditionalGeneration:
+        raise UserError(
+            "transformers' LLaVA-NeXT and LLaVA-OneVision hold CLIP, SigLIP and DINOv2 towers, and "
+            f"{tower.model_class.__name__} does not divide images (model.image_tiling); train with "
+            "such a tower to export"
+        )
+    onevision = rule.max_crops is not None
+    return replace(
+        tower,
+        model_class=LlavaOnevisionForConditionalGeneration
+        if onevision
+        else LlavaNextForConditionalGeneration,
+    )
+
+
+def _refuse_dynamic(model: VisionLanguageModel) -> None:
+    """Raise what keeps a model with InternVL's tiles out of transformers' InternVL.
+
+    Raises:
+        UserError: Always.
+    """
+    tower = getattr(model.vision_tower.encoder.config, "model_type", model.vision_tower.library)
+    holds = "transformers holds images in anyres and anyres_max_N (LLaVA-NeXT, LLaVA-OneVision)"
+    if tower != "internvl_vision":
+        raise UserError(
+            "of the classes of transformers, only InternVLForConditionalGeneration divides images "
+            "by model.image_tiling.layout: dynamic, and it holds only internvl_vision towers: a "
+            f"{tower} tower would be replaced by a random one on reload; {holds}"
+        )
+    raise UserError(
+        "InternVLProcessor writes <img> and </img> around every image, with which this model was "
+        f"not trained (model.image_tiling.layout: dynamic); {holds}"
+    )
 
 
 def stock_tower(tower: VisionTower) -> StockTower:
@@ -296,6 +348,8 @@ def stock_config(
     image_token_id: int,
 ) -> PretrainedConfig:
     """Return the configuration of the vision-language class that holds the model."""
+    if model.layout_rule.needs_sizes:
+        return _tiled_config(model, tower, text_config, image_token_id)
     fast = tower.model_class is FastVlmForConditionalGeneration
     config_class: Any = FastVlmConfig if fast else LlavaConfig
     return cast(
@@ -312,6 +366,36 @@ def stock_config(
             tie_word_embeddings=False,
         ),
     )
+
+
+def _tiled_config(
+    model: VisionLanguageModel,
+    tower: StockTower,
+    text_config: PretrainedConfig,
+    image_token_id: int,
+) -> PretrainedConfig:
+    rule = model.layout_rule
+    options: dict[str, Any] = {
+        "vision_config": copy.deepcopy(tower.encoder.config),
+        "text_config": text_config,
+        "image_token_index": image_token_id,
+        "image_grid_pinpoints": grid_pinpoints(rule),
+        "projector_hidden_act": "linear" if is_linear(model.multi_modal_projector) else "gelu",
+        "vision_feature_select_strategy": tower.select_strategy,
+        "vision_feature_layer": tower.feature_layer,
+        "tie_word_embeddings": False,
+    }
+    if rule.max_crops is None:
+        return LlavaNextConfig(image_seq_length=rule.crop_tokens, **options)
+    # An id that no text has: there are no videos.
+    video = int(cast(Any, text_config).vocab_size)
+    name = f"anyres_max_{rule.max_crops}"
+    return LlavaOnevisionConfig(video_token_index=video, vision_aspect_ratio=name, **options)
+
+
+def grid_pinpoints(rule: LayoutRule) -> list[list[int]]:
+    """Return the grids of a rule as transformers takes them: height and width in pixels."""
+    return [[rows * rule.crop_size, columns * rule.crop_size] for rows, columns in rule.grids]
 
 
 def empty_stock_model(

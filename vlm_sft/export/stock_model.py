@@ -58,6 +58,8 @@ def build_stock_model(
     state = {f"model.vision_tower.{k}": v for k, v in tower.encoder.state_dict().items()}
     for key, value in stock_projector(model.multi_modal_projector).items():
         state[f"model.multi_modal_projector.{key}"] = value
+    if model.image_newline is not None:
+        state["model.image_newline"] = model.image_newline
     grown = _add_rows(table.detach(), rows)
     for key, value in body_of(language_model, stock).state_dict().items():
         # Families name their embedding table differently; its memory identifies it.

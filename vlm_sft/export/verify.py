@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +31,7 @@ class Reloaded:
         pixels: The test image as the exported image processor prepares it, `[3, H, W]`.
         missing_keys: Tensors of the class that are not in the folder.
         unexpected_keys: Tensors of the folder that are not in the class.
+        token_counts: Image tokens that the exported processor gives each of `token_sizes`.
     """
 
     model_class: str
@@ -38,6 +39,7 @@ class Reloaded:
     pixels: Tensor
     missing_keys: list[str]
     unexpected_keys: list[str]
+    token_counts: list[int] = field(default_factory=list)
 
 
 Reload = Callable[[Path, dict[str, Tensor]], Reloaded]
@@ -97,6 +99,7 @@ def _reloaded(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Reloaded:
         pixels=tensors["pixels"],
         missing_keys=json.loads(metadata["missing"]),
         unexpected_keys=json.loads(metadata["unexpected"]),
+        token_counts=json.loads(metadata.get("token_counts", "[]")),
     )
 
 
