@@ -88,11 +88,11 @@ def test_a_finished_model_is_planned_from_its_folder_and_from_its_published_shap
         "configs/llava-1.5/finetune_lora.yaml", [f"model.from_checkpoint={tmp_path / 'llava'}"]
     )
     model = MetaModel(resolve(config, download=False).model, dtype=torch.float32)
-    assert (model.num_layers, model.num_image_tokens) == (2, 4)
+    assert (model.num_layers, model.layout_rule.crop_tokens) == (2, 4)
     published = resolve(load_config("configs/llava-1.5/finetune_lora.yaml"), download=False)
     assert len(known_shapes(published.model)) == 2
     large = MetaModel(published.model, dtype=torch.bfloat16)
-    assert (large.num_layers, large.num_image_tokens) == (32, 576)
+    assert (large.num_layers, large.layout_rule.crop_tokens) == (32, 576)
     assert large.language_config.vocab_size == 32064
     unknown = load_config(
         "configs/llava-1.5/finetune_lora.yaml", ["model.from_checkpoint=nobody/nothing"]
