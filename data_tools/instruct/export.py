@@ -1,4 +1,4 @@
-"""Training files from kept samples, each read by the trainer as it is; receipts beside them."""
+"""Training files of kept samples, which the trainer reads as they are, and their receipts."""
 
 import sys
 from collections import Counter
@@ -43,7 +43,7 @@ def command(config: InstructConfig) -> None:
     Every file holds the same conversations under the same ids, in the same order.
 
     Raises:
-        UserError: `clean` has not run, or an id stands twice.
+        UserError: `clean` has not run, or an id appears twice.
     """
     folder = RunFolder(Path(config.output_dir))
     counts = _Counts()
@@ -65,9 +65,9 @@ def command(config: InstructConfig) -> None:
         if not remove_owned(path) and path.is_file() and file_digest(path) == before.get(path.name):
             path.unlink()
     names = [*(FILES[name] for name in config.export.formats), RECEIPTS]
-    told = counts.as_dict(config.export, _license_names(folder))
-    told["files"] = _digests(folder.exports, names)
-    write_owned_json(folder.exports / "export.json", told)
+    summary = counts.as_dict(config.export, _license_names(folder))
+    summary["files"] = _digests(folder.exports, names)
+    write_owned_json(folder.exports / "export.json", summary)
     echo(counts.summary(folder.exports, names), file=sys.stdout)
 
 
@@ -113,7 +113,7 @@ def _exportable(samples: Iterator[Sample], counts: "_Counts") -> Iterator[tuple[
     for sample in samples:
         digest = hashed(sample.id)
         if digest in seen:
-            raise UserError(f"export: the id {sample.id!r} stands twice; run `clean` again")
+            raise UserError(f"export: the id {sample.id!r} appears twice; run `clean` again")
         seen.add(digest)
         turns = [(turn.question, turn.answer) for turn in sample.turns]
         if any(IMAGE_MARK in question for question, _ in turns):
@@ -151,7 +151,7 @@ class _Counts:
             "origins": dict(sorted(self._origins.items())),
             "models": dict(sorted(self._models.items())),
             "image_licenses": {
-                names.get(str(number)) or LICENSES.get(number, "not told"): count
+                names.get(str(number)) or LICENSES.get(number, "unknown"): count
                 for number, count in sorted(licenses.items())
             },
             "left_out": {"IMAGE_MARK_IN_QUESTION": self.left_out},
@@ -177,7 +177,7 @@ class _Writer(Protocol):
         """One record."""
 
     def finish(self) -> None:
-        """What stands behind the last record."""
+        """Write the end of the file, after the last record."""
 
 
 class _Llava:
@@ -196,7 +196,7 @@ class _Llava:
 class _Messages:
     """One object of messages a line, their content in parts.
 
-    The first text begins with the line end that LLaVA puts behind `<image>`, so that training sees
+    The first text begins with the line end that LLaVA puts after `<image>`, so that training sees
     the same tokens whichever file it reads.
     """
 

@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
         for record in writing.records(sources, times, root):
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     found = card.rows(sources, wanted, available, times)
-    told = card.card(config, sources, times, found, root, output)
-    write_owned_json(output.with_name("card.json"), told)
-    write_owned(output.with_name("card.md"), card.markdown(told).encode())
+    content = card.card(config, sources, times, found, root, output)
+    write_owned_json(output.with_name("card.json"), content)
+    write_owned(output.with_name("card.md"), card.markdown(content).encode())
     echo(card.table(found), file=sys.stdout)
     echo(
         f"\n{output} and card.md; ids are `source/id`, images start from image_root {root}",
@@ -72,14 +72,14 @@ def parser() -> CommandParser:
 
 
 def _own(config: MixConfig, given: str, *, overwrite: bool) -> Path:
-    """Check that the output files may be written and are no inputs; return the training file."""
+    """Check that the output files may be written and are not inputs; return the training file."""
     folder = Path(config.output_dir)
     inputs = [given, *_inputs(config)]
     card_file = folder / "card.json"
     if not overwrite and read_marker(folder) is None and _is_card(card_file):
         raise UserError(
             f"{folder}: was written by an older version, which did not record what it wrote, so "
-            "that files edited since cannot be told apart; choose a new output_dir, or replace its "
+            "that edited files cannot be recognized; choose a new output_dir, or replace its "
             "files with --overwrite",
             code="not_ours",
         )

@@ -1,4 +1,4 @@
-"""What a mixture is made of: a table for the terminal, JSON and Markdown for who trains on it."""
+"""The contents of a mixture: a table for the terminal, and a card as JSON and Markdown."""
 
 import hashlib
 from collections import Counter
@@ -36,7 +36,7 @@ def rows(
     available: Mapping[str, Available],
     times: Sequence[NDArray[np.uint32]],
 ) -> list[Row]:
-    """The table of a mixture."""
+    """Return the table of a mixture."""
     wanted = {name: quota.plain + quota.cannot_tell for name, quota in quotas.items()}
     all_wanted, all_taken = sum(wanted.values()), sum(int(t.sum()) for t in times)
     return [
@@ -55,7 +55,7 @@ def rows(
 
 
 def table(found: Sequence[Row]) -> str:
-    """The rows as text."""
+    """Return the rows as text."""
     names = ("source", "records", "available", "taken", "repeated", "wanted", "reached")
     lines = [list(names)]
     for row in found:
@@ -88,7 +88,7 @@ def card(
     root: Path,
     output: Path,
 ) -> dict[str, Any]:
-    """Everything about the mixture, for `card.json`."""
+    """Return the content of `card.json`."""
     total = sum(row.taken for row in found)
     unsure = sum(row.cannot_tell for row in found)
     replayed = sum(
@@ -138,30 +138,31 @@ def _of_source(source: Source, row: Row, taken: NDArray[np.uint32]) -> dict[str,
     }
 
 
-def markdown(told: Mapping[str, Any]) -> str:
-    """The card as Markdown, from the same values."""
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return the card as Markdown, from the same values."""
     lines = [
         "# Mixture card",
         "",
-        f"{told['records']:,} records in `{told['file']['name']}` "
-        f"(sha256 `{told['file']['sha256']}`), seed {told['seed']}. Record ids are `source/id`.",
+        f"{content['records']:,} records in `{content['file']['name']}` "
+        f"(sha256 `{content['file']['sha256']}`), seed {content['seed']}. Record ids are "
+        "`source/id`.",
         "",
-        "| source | records | available | taken | repeated | share wanted | reached | licence |"
+        "| source | records | available | taken | repeated | share wanted | reached | license |"
         " terms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for source in told["sources"]:
+    for source in content["sources"]:
         lines.append(
             f"| {source['name']} | {source['records']:,} | {source['available']:,} "
             f"| {source['taken']:,} | {source['repeated']:,} | {source['wanted_share']:.1%} "
             f"| {source['reached_share']:.1%} | {source['license']} | {source['terms']} |"
         )
     lines += ["", "## Shares", ""]
-    for name, share in told["shares"].items():
-        wanted = "as they came" if share["wanted"] is None else f"{share['wanted']:.1%} wanted"
+    for name, share in content["shares"].items():
+        wanted = "not set" if share["wanted"] is None else f"{share['wanted']:.1%} wanted"
         lines.append(f"- {name.replace('_', ' ')}: {share['reached']:.1%} ({wanted})")
     lines += ["", "## Left out", ""]
-    for source in told["sources"]:
+    for source in content["sources"]:
         for what, number in source["left_out"].items():
             first = source["first_left_out"].get(what)
             lines.append(
@@ -170,17 +171,18 @@ def markdown(told: Mapping[str, Any]) -> str:
     if lines[-1] == "":
         lines.append("Nothing.")
     lines += ["", "## Teachers", ""]
-    for model, number in told["teacher_models"].items():
-        lines.append(f"- {model or 'no receipt says who'}: {number:,} records")
+    for model, number in content["teacher_models"].items():
+        lines.append(f"- {model or 'unknown (no receipt)'}: {number:,} records")
     lines += ["", "## Digests", ""]
     lines += [
-        f"- {source['name']}: `{source['path']}` {source['sha256']}" for source in told["sources"]
+        f"- {source['name']}: `{source['path']}` {source['sha256']}"
+        for source in content["sources"]
     ]
     return "\n".join(lines) + "\n"
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file, or of a folder's files with their names."""
+    """Return the SHA-256 of a file, or of a folder's files with their names."""
     if not path.is_dir():
         return file_digest(path)
     whole = hashlib.sha256()

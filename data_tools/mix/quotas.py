@@ -13,7 +13,7 @@ class Available:
 
     Attributes:
         plain: Records that are not of the second kind.
-        cannot_tell: Records with an answer that refuses or cannot tell; 0 where no share of them
+        cannot_tell: Records with an answer of kind `cannot_tell`; 0 where no share of them
             is wanted, since all count as plain then.
     """
 
@@ -33,8 +33,9 @@ def quotas(config: MixConfig, available: Mapping[str, Available]) -> dict[str, Q
     """What to take of each source.
 
     Records come from three pools: replay sources (`replay_share` of the mixture), records that
-    cannot tell (`cannot_tell_share`, from every other source in proportion to what it has), and the
-    rest, by the sources' counts and weights. A share that is None has no pool of its own.
+    say that the image does not show it (`cannot_tell_share`, from every other source in proportion
+    to its number of them), and the rest, by the sources' counts and weights. A share that is None
+    has no pool of its own.
 
     Raises:
         UserError: More is wanted than there is and `when_short` is `error`, the counts exceed the
@@ -143,12 +144,12 @@ def _require_enough(
         has, wanted = available[source.name], found[source.name]
         plain = min(has.plain, source.cap or has.plain)
         if plain and wanted.plain > plain and config.when_short == "upsample":
-            continue  # told in the table
+            continue  # reported in the table
         if wanted.plain > plain:
             short.append(f"{wanted.plain:,} of {source.name}, which has {plain:,}")
         if wanted.cannot_tell > has.cannot_tell and config.when_short == "error":
             short.append(
-                f"{wanted.cannot_tell:,} answers of {source.name} that cannot tell, which has "
+                f"{wanted.cannot_tell:,} answers of {source.name} of kind `cannot_tell`, which has "
                 f"{has.cannot_tell:,}"
             )
     if short:

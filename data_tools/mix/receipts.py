@@ -1,4 +1,4 @@
-"""What an export's receipts say of its records: who wrote them, and which cannot tell."""
+"""The receipts of an export: which model wrote a record, and whether it is a refusal."""
 
 import json
 from array import array
@@ -29,7 +29,7 @@ class Receipts:
         self._unsure = np.array(unsure, np.bool_)[order]
 
     def find(self, record_id: str) -> tuple[str, bool] | None:
-        """The model that wrote the record, and whether it cannot tell; None: no such receipt."""
+        """Return the model that wrote the record, and whether it is a refusal; None: no receipt."""
         wanted = digest(record_id)
         place = int(np.searchsorted(self._ids, np.uint64(wanted)))
         if place == len(self._ids) or int(self._ids[place]) != wanted:

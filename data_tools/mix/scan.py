@@ -37,7 +37,7 @@ class Source:
     Attributes:
         config: As given.
         states: 0 for a usable record, else `LEFT_OUT`, in the order of the file.
-        unsure: Whether an answer cannot tell.
+        unsure: Whether an answer refuses or says that the image does not show it.
         orders: Random numbers by seed, source and content.
         ids: Digests of the records' own ids.
         contents: Digests of texts and image names.
@@ -60,7 +60,7 @@ class Source:
     examples: dict[str, str] = field(default_factory=dict)
 
     def available(self, split: bool) -> Available:
-        """What can be taken; `split` counts records that cannot tell apart."""
+        """Return the numbers of usable records; `split` counts unsure ones separately."""
         usable = self.states == 0
         unsure = int((usable & self.unsure).sum()) if split else 0
         return Available(int(usable.sum()) - unsure, unsure)
@@ -78,7 +78,7 @@ class Source:
 
 
 def data_file(source: SourceConfig) -> DataFile:
-    """The source as the trainer would be told of it."""
+    """Return the source as an entry of the trainer's `data.train`."""
     return DataFile(path=source.path, format=source.format, image_root=source.image_root)
 
 
@@ -146,7 +146,7 @@ class _Scan:
     def _refuse_bad(self, error: RecordError) -> None:
         if self._config.bad_records == "error":
             raise UserError(
-                f"{error}; mend it, or set `bad_records: leave_out` to mix without such records",
+                f"{error}; fix it, or set `bad_records: leave_out` to mix without such records",
                 code=error.reason,
             )
         self._found.bad[error.reason] += 1
@@ -174,7 +174,7 @@ class _Scan:
     def _refuse_missing(self, record: Conversation, image: Path) -> None:
         if self._config.missing_images == "error":
             raise UserError(
-                f"{record.where}: record {record.id!r}: there is no image {image}; mend "
+                f"{record.where}: record {record.id!r}: there is no image {image}; fix "
                 f"`image_root` of source {self._found.config.name}, or set `missing_images: "
                 "leave_out` to mix without such records",
                 code="image_missing",
@@ -182,7 +182,7 @@ class _Scan:
         self._found.examples.setdefault(LEFT_OUT[_MISSING - 1], f"{record.where}: {image}")
 
     def _written(self, record: Conversation) -> tuple[int, bool]:
-        """By which model, and whether an answer cannot tell: by the receipt, else by its words."""
+        """Return the model's number, and whether an answer is unsure, by receipt or by words."""
         receipt = self._receipts.find(record.id) if self._receipts else None
         if receipt is not None:
             names = self._found.model_names
@@ -211,8 +211,8 @@ def _receipts(source: SourceConfig) -> Receipts | None:
         if not path.is_file():
             raise UserError(f"source {source.name}: no receipts {path}", code="data_file_missing")
         return Receipts(path)
-    beside = Path(source.path).parent / "receipts.jsonl"
-    return Receipts(beside) if beside.is_file() else None
+    default = Path(source.path).parent / "receipts.jsonl"
+    return Receipts(default) if default.is_file() else None
 
 
 def content_digest(record: Conversation) -> int:

@@ -1,4 +1,4 @@
-"""The words of captions, questions and answers, as JSON beside this file."""
+"""The words of captions, questions and answers, from JSON files in this folder."""
 
 import json
 from functools import cache

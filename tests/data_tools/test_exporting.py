@@ -133,7 +133,7 @@ def test_two_samples_of_one_id_are_refused_and_the_old_export_stays(tmp_path: Pa
     one = sample("a", 1, [("What?", "A dog.")])
     folder = exported(tmp_path, [one])
     before = (folder / "llava.json").read_bytes()
-    with pytest.raises(UserError, match="the id 'a' stands twice"):
+    with pytest.raises(UserError, match="the id 'a' appears twice"):
         exported(tmp_path, [one, one])
     assert (folder / "llava.json").read_bytes() == before
     assert not list(folder.glob(".*"))

@@ -154,7 +154,7 @@ def test_answers_that_cannot_tell_have_the_share_that_is_wanted(root: Path) -> N
     assert len(found) == 100
     assert sum("cannot" in one.turns[1].text for one in found) == 10
     assert card(root)["shares"]["cannot_tell"] == {"wanted": 0.1, "reached": 0.1}
-    with pytest.raises(UserError, match="80 answers of a that cannot tell, which has 40"):
+    with pytest.raises(UserError, match="80 answers of a of kind `cannot_tell`, which has 40"):
         mixed(root, sources, total=100, cannot_tell_share=0.8)
     again = mixed(root, sources, total=100, cannot_tell_share=0.8, when_short="upsample")
     assert len({one.id for one in again}) == 100

@@ -67,14 +67,13 @@ def make_templates(
     Raises:
         UserError: A file is missing or has another form, or an example cites an unknown label.
     """
-    own = _Folder(folder)
-    common = own.text("common.txt").replace("{categories}", ", ".join(categories) or "nothing")
+    common = _text(folder, "common.txt").replace("{categories}", ", ".join(categories) or "nothing")
     templates: dict[str, dict[str, Any]] = {}
     for name in TYPES:
-        system, ask = own.task(name)
+        system, ask = _task(folder, name)
         fixed = [{"role": "system", "content": f"{common}\n\n{system}"}]
-        questions = own.questions() if name == "detail" else []
-        for number, seed in enumerate(own.seeds(name, decimals)):
+        questions = _questions(folder) if name == "detail" else []
+        for number, seed in enumerate(seeds(name, folder, decimals)):
             question = questions[number % len(questions)] if questions else ""
             content = closing(seed.context, ask, question)
             fixed.append({"role": "user", "content": content})
@@ -94,11 +93,6 @@ def closing(context: str, ask: str, question: str) -> str:
     return f"{context}\n\n{ask.replace('{question}', question)}"
 
 
-def seeds(sample_type: SampleType, folder: str | None = None) -> tuple[Seed, ...]:
-    """Return the examples of a type with their images, for tests that they are true."""
-    return _Folder(folder).seeds(sample_type, decimals=2)
-
-
 def digest(value: Any) -> str:
     """Return the SHA-256 of the value as canonical JSON: sorted keys, no spaces, UTF-8."""
     return hashlib.sha256(_json(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -106,6 +100,50 @@ def digest(value: Any) -> str:
 
 def _json(value: Any, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
+
+
+def _place(folder: str | None) -> Traversable:
+    return files("data_tools.instruct").joinpath("prompts") if folder is None else Path(folder)
+
+
+def _text(folder: str | None, name: str) -> str:
+    """Return the text of a prompt file without surrounding white space."""
+    file = _place(folder).joinpath(name)
+    try:
+        text = read_text(file) if isinstance(file, Path) else file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"requests.prompts: {file}: there is no such file; a folder of prompts has common.txt, "
+            "a file for each type, questions.txt and seeds.json",
+            code="data_file_missing",
+        ) from None
+    except UserError as error:
+        raise UserError(f"requests.prompts: {error}", code=error.reason) from None
+    return text.strip()
+
+
+def _task(folder: str | None, name: SampleType) -> tuple[str, str]:
+    """Return a type's part of the system text, and the end of its last message."""
+    system, line, ask = _text(folder, f"{name}.txt").partition(_ASK)
+    wants = name == "detail"
+    if not line or ("{question}" in ask) != wants:
+        raise UserError(
+            f"requests.prompts: {_place(folder)}/{name}.txt: expected the system text, a line "
+            f"'---' and the end of a request, {'with' if wants else 'without'} {{question}} in it"
+        )
+    return system.strip(), ask.strip()
+
+
+def _questions(folder: str | None) -> list[str]:
+    """Return the questions that ask for a description."""
+    text = _text(folder, "questions.txt")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or len(set(lines)) < len(lines):
+        raise UserError(
+            f"requests.prompts: {_place(folder)}/questions.txt: expected one question a line, "
+            f"each once, found {len(lines)} lines, {len(set(lines))} of them different"
+        )
+    return lines
 
 
 class _SeedBox(Line):
@@ -122,6 +160,14 @@ class _Scene(Line):
     captions: tuple[str, ...]
     boxes: tuple[_SeedBox, ...]
 
+    def image(self) -> AnnotatedImage:
+        boxes = tuple(
+            Box(one.category, *one.box, one.crowd, number)
+            for number, one in enumerate(self.boxes, 1)
+        )
+        ids = tuple(range(1, len(self.captions) + 1))
+        return AnnotatedImage(0, "seed", self.width, self.height, self.captions, boxes, ids)
+
 
 class _SeedAnswer(Line):
     scene: str
@@ -135,89 +181,32 @@ class _Seeds(Line):
     reasoning: tuple[_SeedAnswer, ...] = Field(min_length=1)
 
 
-class _Folder:
-    """The files of a set of prompts: ours, or the user's."""
+def seeds(
+    sample_type: SampleType, folder: str | None = None, decimals: int = 2
+) -> tuple[Seed, ...]:
+    """Return the examples of a type.
 
-    def __init__(self, folder: str | None) -> None:
-        ours = files("data_tools.instruct").joinpath("prompts")
-        self.place: Traversable = ours if folder is None else Path(folder)
-
-    def text(self, name: str) -> str:
-        """Return a file's text without surrounding white space."""
-        try:
-            file = self.place.joinpath(name)
-            if isinstance(file, Path):
-                return read_text(file).strip()
-            return file.read_text(encoding="utf-8").strip()
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"requests.prompts: {self.place}/{name}: there is no such file; a folder of "
-                "prompts has common.txt, a file for each type, questions.txt and seeds.json",
-                code="data_file_missing",
-            ) from None
-        except UserError as error:
-            raise UserError(f"requests.prompts: {error}", code=error.reason) from None
-
-    def task(self, name: SampleType) -> tuple[str, str]:
-        """Return a type's part of the system text, and the end of its last message."""
-        system, line, ask = self.text(f"{name}.txt").partition(_ASK)
-        wants = name == "detail"
-        if not line or ("{question}" in ask) != wants:
-            raise UserError(
-                f"requests.prompts: {self.place}/{name}.txt: expected the system text, a line "
-                f"'---' and what a request ends with, {'with' if wants else 'without'} "
-                "{question} in it"
-            )
-        return system.strip(), ask.strip()
-
-    def questions(self) -> list[str]:
-        """Return the questions that ask for a description, one a line, each once."""
-        lines = [line.strip() for line in self.text("questions.txt").splitlines() if line.strip()]
-        if not lines or len(set(lines)) < len(lines):
-            raise UserError(
-                f"requests.prompts: {self.place}/questions.txt: expected one question a line, "
-                f"each once, found {len(lines)} lines, {len(set(lines))} of them different"
-            )
-        return lines
-
-    def seeds(self, name: SampleType, decimals: int) -> tuple[Seed, ...]:
-        """Return the type's examples, with contexts in the form of the run."""
-        where = f"requests.prompts: {self.place}/seeds.json"
-        known = _parsed(_Seeds, self.text("seeds.json"), where)
-        return tuple(
-            _seed(entry, known.scenes, name, decimals, f"{where}: {name}[{number}]")
-            for number, entry in enumerate(getattr(known, name))
-        )
-
-
-def _seed(
-    entry: _SeedAnswer, scenes: Mapping[str, _Scene], name: SampleType, decimals: int, where: str
-) -> Seed:
-    if entry.scene not in scenes:
-        raise UserError(f"{where}: scene {entry.scene!r} is not among the file's scenes")
-    image = _image(scenes[entry.scene])
-    context = describe(image, decimals)
-    answer = _parsed(answer_form(name), json.dumps(entry.answer), where)
-    labels = {f"c{i}" for i in range(1, len(context.shown.captions) + 1)}
-    labels |= {f"b{i}" for i in range(1, len(context.shown.boxes) + 1)}
-    for label in _cited(answer):
-        if label not in labels:
-            raise UserError(f"{where}: cites {label!r}, which its scene does not show")
-    return Seed(image, context.text, context.shown, answer)
-
-
-def _image(scene: _Scene) -> AnnotatedImage:
-    boxes = tuple(
-        Box(box.category, *box.box, box.crowd, number) for number, box in enumerate(scene.boxes, 1)
-    )
-    numbers = tuple(range(1, len(scene.captions) + 1))
-    return AnnotatedImage(0, "seed", scene.width, scene.height, scene.captions, boxes, numbers)
-
-
-def _cited(answer: ConversationForm | DetailForm) -> tuple[str, ...]:
-    if isinstance(answer, DetailForm):
-        return answer.evidence
-    return tuple(label for turn in answer.turns for label in turn.evidence)
+    Raises:
+        UserError: The file has another form, or an answer cites a label that is not shown.
+    """
+    path = f"requests.prompts: {_place(folder)}/seeds.json"
+    known = _parsed(_Seeds, _text(folder, "seeds.json"), path)
+    found = []
+    for number, entry in enumerate(getattr(known, sample_type)):
+        where = f"{path}: {sample_type}[{number}]"
+        if entry.scene not in known.scenes:
+            raise UserError(f"{where}: scene {entry.scene!r} is not among the file's scenes")
+        image = known.scenes[entry.scene].image()
+        context = describe(image, decimals)
+        answer = _parsed(answer_form(sample_type), json.dumps(entry.answer), where)
+        turns = (answer,) if isinstance(answer, DetailForm) else answer.turns
+        labels = {f"c{i + 1}" for i in range(len(context.shown.captions))}
+        labels |= {f"b{i + 1}" for i in range(len(context.shown.boxes))}
+        for label in (label for turn in turns for label in turn.evidence):
+            if label not in labels:
+                raise UserError(f"{where}: cites {label!r}, which its scene does not show")
+        found.append(Seed(image, context.text, context.shown, answer))
+    return tuple(found)
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -65,7 +65,8 @@ def check_sample(
 
     Args:
         turns: Questions with answers, without image placeholders.
-        sample_type: Descriptions and conversations are held to what is there; reasoning may infer.
+        sample_type: Descriptions and conversations may only state what the image shows;
+            reasoning may infer.
         image: With all of its annotations. Without any box nothing counts as absent.
         shown: What the labels that turns cite stand for.
         policy: How strict; the annotated categories.

@@ -35,7 +35,7 @@ PRONOUNS = frozenset({"it", "its", "they", "their", "them", "he", "she", "his", 
 REMEMBERED = 256
 """The knowledge of this many images is kept at a time."""
 REMEMBERED_QUESTIONS = 4096
-"""So many questions are kept as read."""
+"""Number of questions that are cached as read."""
 
 
 class Policy:

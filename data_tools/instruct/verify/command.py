@@ -32,7 +32,7 @@ from vlm_sft.utils.progress import track
 
 TOOL: Final = f"vlm_sft/{vlm_sft.__version__}"
 EXAMPLES: Final = 5
-"""So many samples of every reason are named in `verification.json`."""
+"""Number of samples of each reason in `verification.json`."""
 
 
 def command(config: InstructConfig, file: Path | None = None) -> None:
@@ -152,8 +152,8 @@ class Tally:
             if len(known) < EXAMPLES:
                 known.append({"sample": sample.id, "claim": _claim(sample, code)})
 
-    def told(self) -> dict[str, Any]:
-        """The content of `verification.json`; keys sorted, so that order tells nothing."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of `verification.json`, with sorted keys."""
         return {
             "funnel": {
                 name: self.funnel[name]
@@ -184,25 +184,26 @@ def write_samples(folder: RunFolder, samples: Iterator[Sample], tally: Tally) ->
             tally.add(sample)
             file = accepted if sample.status == "accepted" else rejected
             file.write(sample.model_dump_json().encode() + b"\n")
-    write_owned_json(folder.verification, tally.told())
+    write_owned_json(folder.verification, tally.as_dict())
 
 
 def print_summary(tally: Tally, folder: RunFolder) -> None:
     """The funnel, and the commonest reasons with an example each."""
-    told = tally.told()["funnel"]
+    funnel = tally.as_dict()["funnel"]
     console = Console(highlight=False, markup=False, emoji=False)
-    asked = f"requests {told['requests']:,}: unanswered {told['unanswered']:,}"
-    if not told["requests"]:  # a file of others' was checked
+    asked = f"requests {funnel['requests']:,}: unanswered {funnel['unanswered']:,}"
+    if not funnel["requests"]:  # a file of others' was checked
         left_out = tally.left_out.total()
-        asked = f"records {told['answered'] + left_out:,}: left out {left_out:,}"
+        asked = f"records {funnel['answered'] + left_out:,}: left out {left_out:,}"
     console.print(
-        f"{asked}, accepted {told['accepted']:,}, rejected {told['rejected']:,} -> {folder.root}",
+        f"{asked}, accepted {funnel['accepted']:,}, rejected {funnel['rejected']:,} -> "
+        f"{folder.root}",
         soft_wrap=True,
     )
     for reason, count in sorted(tally.left_out.items()):
         console.print(f"left out: {count:,} {reason}", soft_wrap=True)
     for note, count in sorted(tally.deviations.items()):
-        console.print(f"read although: {count:,} had {note}", soft_wrap=True)
+        console.print(f"repaired: {count:,} had {note}", soft_wrap=True)
     _print_codes(console, tally)
     if tally.judge_decides is not None:
         for line in tally.agreement.lines():
@@ -239,7 +240,7 @@ def _samples(
         if image is None:
             raise UserError(
                 f"{folder.requests}: request {request.sample_id} is about image "
-                f"{request.image}, which {folder.images} has not; run `index` and `plan` again"
+                f"{request.image}, which is not in {folder.images}; run `index` and `plan` again"
             )
         yield make_sample(request, answer, image, policy)
 

@@ -1,4 +1,4 @@
-"""Bits that tell which rules a word concerns, so that a text's words are looked up only once.
+"""Bits for the rules that a word concerns, so that a text's words are looked up only once.
 
 Every rule first tests the bits of a whole text or sentence, and then visits only the words that
 have its bit. Most texts concern few rules.

@@ -76,9 +76,9 @@ def _given_away(case: Case) -> str | None:
             return None
         return next((word for word in words if number_of(word) == value), None)
     content = case.answer_reading.spoken
-    telling = [word for word in content if word not in _EMPTY_WORDS]
-    if telling and len(content) <= 4 and all(word in words for word in telling):
-        return " ".join(telling)
+    informative = [word for word in content if word not in _EMPTY_WORDS]
+    if informative and len(content) <= 4 and all(word in words for word in informative):
+        return " ".join(informative)
     if "colour" in words or "color" in words:
         colours = case.answer_reading.vocabulary & _colours() & case.question_reading.vocabulary
         return min(colours) if colours else None

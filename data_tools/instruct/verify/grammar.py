@@ -1,6 +1,6 @@
 """Classes of English words, and the small questions about word order that several rules share.
 
-There is no part-of-speech tagger here: closed classes (articles, prepositions, auxiliaries) are
+This is not a part-of-speech tagger: closed classes (articles, prepositions, auxiliaries) are
 listed, and everything else is judged by its neighbors.
 """
 

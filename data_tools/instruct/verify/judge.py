@@ -170,7 +170,7 @@ def make_template(config: JudgeConfig, categories: Iterable[str]) -> dict[str, A
 
 
 def read_judgment(request: str, answer: Answer | None, turns: int) -> Judgment:
-    """Return the verdict in a judge's answer about a sample with so many turns."""
+    """Return the verdict in a judge's answer about a sample with this number of turns."""
     if answer is None:
         return Judgment(request=request, verdict="unanswered", note="no answer has been recorded")
     found = _objections(answer, turns)

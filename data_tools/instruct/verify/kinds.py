@@ -197,7 +197,7 @@ def _check_people(case: Case) -> Iterator[Check]:
 
 @dataclass(frozen=True)
 class Census:
-    """What captions say of the people: which sexes and ages, how many at the most."""
+    """Return what captions say about the people: sexes and ages, and how many at most."""
 
     male: bool
     female: bool

@@ -1,4 +1,4 @@
-"""What the annotations state about one image, put so that claims can be held against it."""
+"""What the annotations state about one image, in a form for checking claims."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -242,7 +242,7 @@ class Knowledge:
         return f" {phrase} " in self.text
 
     def excludes(self, categories: tuple[str, ...], *, acts: bool) -> bool:
-        """Return whether captions alone tell that a thing is not there.
+        """Return whether captions alone show that a thing is absent.
 
         They do where at least two name another animal, vehicle or dish, where many name nobody,
         and for things that are hardly overlooked; small things and those in the background go

@@ -62,7 +62,7 @@ class Lexicon:
     """Finds the annotated categories in a sentence's words.
 
     Args:
-        categories: Names of all annotated categories. Words for others are no claims that the
+        categories: Names of all annotated categories. Words for others are not claims that the
             annotations could settle, and are not found.
 
     Attributes:
@@ -137,7 +137,7 @@ class Lexicon:
         return found
 
     def _is_other(self, words: Sequence[str], first: int, last: int, entry: Entry) -> bool:
-        """Return whether the word is no noun here, or only describes the noun after it."""
+        """Return whether the word is not a noun here, or only describes the noun after it."""
         word = words[first]
         after = words[last + 1] if last + 1 < len(words) else ""
         if first == last:
@@ -160,7 +160,7 @@ class Lexicon:
         if after in verb_stems() and determiner(words, first)[0] == "number":
             return False  # `several sheep stand there`
         return after in self._heads or (
-            # `dog bowl`, `train car`: the last of two nouns is what is there
+            # `dog bowl`, `train car`: the last of two nouns names the thing
             after in self._phrases
             and entry.number == "one"
             and any(not rest and other.categories for rest, other in self._phrases[after])

@@ -66,7 +66,7 @@ def imported_samples(
 
 
 def type_of(turns: tuple[Turn, ...]) -> SampleType:
-    """Which type a conversation is, as far as its form tells."""
+    """Return the type of a conversation, guessed from its form."""
     if len(turns) > 1:
         return "conversation"
     if turns[0].kind == "description":

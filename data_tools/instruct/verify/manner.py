@@ -94,7 +94,8 @@ def is_refusal(text: str) -> bool:
 def is_english(reading: Reading) -> bool:
     """By its letters, and by the English function words among its words.
 
-    Texts of a few words pass unless their letters are foreign: too little is there to tell.
+    Texts of a few words, too short to recognize a language, pass unless their letters are
+    foreign.
     """
     text = reading.text
     if not text.isascii():

@@ -57,7 +57,7 @@ class Quantity:
 def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
     """The number before a thing, `two large brown dogs`; None where there is none.
 
-    Measures are no numbers of the thing (`two bunches of bananas`), and word and number must agree
+    Measures are not numbers of the thing (`two bunches of bananas`), and word and number must agree
     (`two traffic sign` says nothing of traffic).
     """
     if not sentence.bits & NUMBER:

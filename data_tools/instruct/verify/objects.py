@@ -132,7 +132,7 @@ def _is_premise(sentence: Sentence, mention: Mention) -> bool:
             bool(after) and after[0] in _PLACED
         )
     if mention.entry.categories == ("person",) and introduced != "number":
-        # `the owner`, `a driver` are inferred from what is there; `a man stands next to it` is not
+        # `the owner`, `a driver` are inferred from other things; `a man stands next to it` is not
         return introduced == "indefinite" and _acts(sentence, mention)
     if introduced == "none":
         return False

@@ -25,7 +25,7 @@ from data_tools.instruct.verify.manner import is_refusal
 FINISHED: Final = frozenset({"stop", "end_turn", "eos", None})
 """Finish reasons of an answer that is whole; None: the teacher gives none."""
 ECHO: Final = 80
-"""So many characters of the prompt in a row are an echo."""
+"""This many characters of the prompt in a row are an echo."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_turns(request: Request, answer: Answer) -> Parsed:
 
 
 def after_thinking(text: str) -> tuple[str, list[str]]:
-    """Return the text behind a model's thinking, and a note if there was any.
+    """Return the text after a model's thinking, and a note if there was any.
 
     Chat templates that open the thinking themselves leave only its end in the text.
     """
@@ -109,7 +109,7 @@ def _objects(text: str) -> list[tuple[int, int]]:
 
 
 def _end_of_object(text: str, begin: int) -> int | None:
-    """Return where the object that begins here ends; quotes outside of it are no strings."""
+    """Return where the object that begins here ends; quotes outside of it are not strings."""
     depth = 0
     for match in _BRACES.finditer(text, begin):
         if match[0] in "{}":
@@ -129,7 +129,7 @@ def _parses(text: str) -> bool:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return found
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from data_tools.instruct.verify.case import Case, Part
 
 PLAIN_MARGIN: Final = 0.1
-"""`on the left`, without naming the image, is held against halves with at least this margin."""
+"""`on the left`, without naming the image, is compared with halves with at least this margin."""
 
 
 def check(case: "Case") -> Iterator[Check]:
@@ -124,7 +124,7 @@ def _beside_verdict(case: "Case", placing: "Beside") -> tuple[Verdict, tuple[Box
 
 
 def _boxes(case: "Case", mentions: tuple[Mention, ...]) -> tuple[Box, ...]:
-    """The boxes that may be meant; none where a thing is not boxed, or is too many to tell."""
+    """Return the boxes that may be meant; none if the thing is not boxed or there are too many."""
     found: list[Box] = []
     for mention in mentions:
         boxes = case.knowledge.boxes_of(mention.entry.categories)

@@ -179,7 +179,7 @@ class Question:
 
 
 def _is_place(words: Sequence[str], first: int) -> bool:
-    """Return whether the thing only tells where another one is asked for: `in the bowl`."""
+    """Return whether the thing only says where another one is asked for: `in the bowl`."""
     _, begin = determiner(words, first)
     return begin > 0 and words[begin - 1] in PREPOSITIONS and words[begin - 1] != "of"
 

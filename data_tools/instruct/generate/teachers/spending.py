@@ -82,7 +82,7 @@ class Spending:
 
     @property
     def total(self) -> Usage:
-        """What all starts have spent; attempts in flight count at the most they can cost."""
+        """What all starts have spent; attempts in flight count with their largest possible cost."""
         return self._total
 
     async def reserve(self, request: str, most: Usage) -> None:
