@@ -112,8 +112,8 @@ class Failure(Line):
 
     Attributes:
         request: The request's id.
-        reason: `nothing_to_say` is no fault: the rules find nothing certain to say about the
-            image.
+        reason: `nothing_to_say` does not count as a fault: the rules find nothing certain to say
+            about the image.
         message: One sentence, safe to print.
         status: The server's HTTP status, if there was one.
         attempts: Number of attempts.

@@ -101,8 +101,8 @@ def _objects(
 ) -> Iterator[str]:
     if not image.boxes:
         yield (
-            "OBJECTS: not annotated for this picture. Whatever the captions do not tell is "
-            "unknown, neither there nor absent."
+            "OBJECTS: not annotated for this picture. Whatever the captions do not mention is "
+            "unknown, neither present nor absent."
         )
         return
     yield (
