@@ -7,11 +7,9 @@ against boxes and captions, as in `data_tools.instruct`, and left out where it i
 """
 
 import argparse
-import io
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -21,24 +19,16 @@ from data_tools.coco import AnnotatedImage, CocoIndex, read_coco
 from data_tools.digests import file_digest
 from data_tools.findings import MAX_FAULTY, finding_lines
 from data_tools.image_check import require_few_missing, usable_images
-from data_tools.instruct.clean.balance import over_cap
-from data_tools.instruct.config import TurnsConfig, VerifyConfig
-from data_tools.instruct.verify import Policy, check_sample, reasons
-from data_tools.records import JsonList, llava_record
 from data_tools.rules import families
-from data_tools.rules.conversation import conversation
-from data_tools.rules.existence import Balanced
-from data_tools.rules.facts import Facts
-from data_tools.rules.phrases import AnswerStyle, Exchange, Speaker
+from data_tools.rules.datasets import Output, Writer
+from data_tools.rules.phrases import AnswerStyle
 from vlm_sft.commands.parser import CommandParser
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.output_files import refuse_image, write_result
 from vlm_sft.utils.owned_files import own_output, write_owned, write_owned_json
-from vlm_sft.utils.ownership import read_marker, refuse_input
-from vlm_sft.utils.progress import track
-from vlm_sft.utils.reading import read_json
+from vlm_sft.utils.ownership import refuse_input
 
 EXAMPLES = """examples:
   python -m data_tools.build_coco --instances annotations/instances_train2017.json \\
@@ -52,55 +42,8 @@ EXAMPLES = """examples:
 PROBE_FAMILIES: Final = ("existence", "counting", "halves")
 FILES: Final = ("stage1", "stage2", *PROBE_FAMILIES)
 DEFAULT_PROBES: Final = 6
-CAPTIONS, TURNS, PROBES = 1, 2, 3
-"""Purposes: what an image is asked for one of them draws no random number of another."""
-VERIFY: Final = VerifyConfig(
-    forms={"conversation": TurnsConfig(turns=(1, 100), answer_words=(1, 1000))}
-)
-LEAST_SHARE: Final = 0.02
-"""Answers rarer than this share of a kind are left out: balance would leave hardly any other."""
 KIND: Final = "COCO build"
 """What the marker of an output folder says that it holds."""
-
-
-@dataclass
-class Output:
-    """What one file will hold, and what the summary says about it.
-
-    Attributes:
-        rejected: Codes of the answers that were left out (docs/instruction-data/verification.md).
-    """
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    exchanges: list[Exchange] = field(default_factory=list)
-    rejected: Counter[str] = field(default_factory=Counter)
-
-    def data(self) -> bytes:
-        """Return the file's content."""
-        file = io.BytesIO()
-        listed = JsonList(file)
-        for record in self.records:
-            listed.add(record)
-        listed.finish()
-        return file.getvalue()
-
-    def summary(self) -> dict[str, Any]:
-        """Return counts by family, kind and answer; for existence also what names alone tell."""
-        answers: dict[str, Counter[str]] = defaultdict(Counter)
-        for exchange in self.exchanges:
-            if exchange.answer:
-                answers[exchange.kind][exchange.answer] += 1
-        found: dict[str, Any] = {
-            "records": len(self.records),
-            "questions": len(self.exchanges),
-            "families": dict(sorted(Counter(e.family for e in self.exchanges).items())),
-            "answers": {kind: dict(sorted(count.items())) for kind, count in answers.items()},
-            "rejected": dict(sorted(self.rejected.items())),
-        }
-        existence = [e for e in self.exchanges if e.family == "existence"]
-        if existence:
-            found["existence_by_category_alone"] = round(_best_by_category(existence), 4)
-        return found
 
 
 def main(argv: Sequence[str]) -> int:
@@ -175,8 +118,6 @@ def _write_folder(
     """Write all files into the output folder, replacing only what this command wrote there."""
     folder = Path(arguments.out)
     sources = [*inputs.values(), Path(arguments.images)]
-    if not arguments.overwrite:
-        _refuse_unmarked(folder)
     names = [*(f"{name}.json" for name in outputs), "build.json"]
     own_output(
         folder,
@@ -189,26 +130,6 @@ def _write_folder(
     for name, output in outputs.items():
         write_owned(folder / f"{name}.json", output.data())
     write_owned_json(folder / "build.json", receipt)
-
-
-def _refuse_unmarked(folder: Path) -> None:
-    """Refuse the output of an older version, which recorded no digests of its files."""
-    if read_marker(folder) is None and has_receipt(folder / "build.json", "data_tools.build_coco"):
-        raise UserError(
-            f"{folder}: was written by an older version, which did not record what it wrote, so "
-            "that files edited since cannot be told apart; choose a new folder, or replace its "
-            "files with --overwrite",
-            code="not_ours",
-        )
-
-
-def has_receipt(path: Path, command: str) -> bool:
-    """Return whether a JSON file says that `command` wrote it, as versions without marks did."""
-    try:
-        found = read_json(path)
-    except (OSError, UserError):
-        return False
-    return isinstance(found, dict) and found.get("command") == command
 
 
 def parser() -> CommandParser:
@@ -320,15 +241,21 @@ def _outputs(
     held_out: Sequence[AnnotatedImage],
 ) -> dict[str, Output]:
     """Return the files by their names without ending; images set aside are not in the first two."""
-    writer = Writer(arguments, index)
+    writer = Writer(index, arguments.seed, arguments.answers)
     wanted = [arguments.only] if arguments.only else list(FILES)
     outputs: dict[str, Output] = {}
     for prefix, annotated in (("", train), ("eval_", held_out)):
         if annotated and not (prefix and arguments.out_file):
             if "stage1" in wanted:
-                outputs[f"{prefix}stage1"] = writer.stage1(annotated)
+                outputs[f"{prefix}stage1"] = writer.stage1(
+                    annotated,
+                    from_boxes=arguments.captions_from == "boxes",
+                    limit=arguments.captions_per_image,
+                )
             if "stage2" in wanted:
-                outputs[f"{prefix}stage2"] = writer.stage2(annotated)
+                outputs[f"{prefix}stage2"] = writer.stage2(
+                    annotated, arguments.turns, arguments.families
+                )
     per_image = arguments.probes
     if per_image is None and (held_out or arguments.only in PROBE_FAMILIES):
         per_image = DEFAULT_PROBES
@@ -337,148 +264,6 @@ def _outputs(
             if family in wanted:
                 outputs[family] = writer.probes(family, held_out or train, per_image)
     return outputs
-
-
-class Writer:
-    """Makes the questions and answers of each file, and leaves out what the verifier rejects.
-
-    Images are given in one fixed order: which absent category is asked for depends on what was
-    asked before, so that no category's name tells the answer.
-    """
-
-    def __init__(self, arguments: argparse.Namespace, index: CocoIndex) -> None:
-        self._arguments = arguments
-        self._index = index
-        self._policy = Policy(VERIFY, index.categories)
-        self._existence = Balanced(index)
-
-    def stage1(self, images: Sequence[AnnotatedImage]) -> Output:
-        """Return caption pairs, a record each."""
-        output = Output()
-        for image in track(images, description="building stage1"):
-            facts, speaker = Facts(image), self._speaker(image, CAPTIONS)
-            if self._arguments.captions_from == "boxes":
-                pairs = families.caption_of_boxes(facts, speaker)
-            else:
-                pairs = families.captions(facts, speaker, self._arguments.captions_per_image)
-            kept = [e for pair in pairs for e in self._accepted(facts, [pair], output)]
-            _add(output, image, "caption", [[exchange] for exchange in kept])
-        return output
-
-    def stage2(self, images: Sequence[AnnotatedImage]) -> Output:
-        """Return a conversation for each image that something is known of."""
-        output, wanted = Output(), self._arguments.families
-        for image in track(images, description="building stage2"):
-            facts, speaker = Facts(image), self._speaker(image, TURNS)
-            turns = self._arguments.turns
-            exchanges = conversation(facts, speaker, self._existence.ask, turns, wanted)
-            # A second question after evidence would be answered by reading, not by looking.
-            apart = self._arguments.answers == "evidence"
-            parts = [[e] for e in exchanges] if apart else [exchanges]
-            kept = [self._accepted(facts, part, output) for part in parts]
-            _add(output, image, "conversation", [part for part in kept if part])
-        return output
-
-    def probes(self, family: str, images: Sequence[AnnotatedImage], per_image: int) -> Output:
-        """Return single questions of one family, balanced, at most `per_image` of an image."""
-        output, existence = Output(), Balanced(self._index)
-        ask: dict[str, Callable[[Facts, Speaker], list[Exchange]]] = {
-            "existence": lambda facts, speaker: existence.ask(
-                facts, speaker, max(1, per_image // 2)
-            ),
-            "counting": families.counting,
-            "halves": families.halves,
-        }
-        found = {}
-        for image in track(images, description=f"building {family}"):
-            facts = Facts(image)
-            asked = ask[family](facts, self._speaker(image, PROBES))
-            found[image.id] = [e for one in asked for e in self._accepted(facts, [one], output)]
-        if family != "existence":  # which has as many yes as no
-            found = _levelled(found, per_image, np.random.default_rng([self._seed, PROBES]))
-        for image in images:
-            for number, exchange in enumerate(found[image.id]):
-                output.records.append(
-                    {
-                        "id": f"{image.id:012d}-{family}-{number}",
-                        "image": image.file_name,
-                        "question": exchange.question,
-                        "answer": exchange.answer,
-                        "category": exchange.category,
-                        "kind": exchange.kind,
-                    }
-                )
-                output.exchanges.append(exchange)
-        return output
-
-    @property
-    def _seed(self) -> int:
-        return int(self._arguments.seed)
-
-    def _speaker(self, image: AnnotatedImage, purpose: int) -> Speaker:
-        rng = np.random.default_rng([self._seed, image.id, purpose])
-        return Speaker(rng, self._arguments.answers)
-
-    def _accepted(
-        self, facts: Facts, exchanges: Sequence[Exchange], output: Output
-    ) -> list[Exchange]:
-        """Return the exchanges of one record that the verifier accepts; count why others go."""
-        turns = [exchange.turn for exchange in exchanges]
-        if not turns:
-            return []
-        checks = check_sample(turns, "conversation", facts.image, facts.shown, self._policy)
-        output.rejected.update(reasons(checks))
-        rejected = {check.turn for check in checks if check.code is not None}
-        if None in rejected:  # the record as a whole
-            return []
-        return [exchange for i, exchange in enumerate(exchanges) if i not in rejected]
-
-
-def _add(
-    output: Output, image: AnnotatedImage, label: str, records: Sequence[Sequence[Exchange]]
-) -> None:
-    for number, exchanges in enumerate(records):
-        turns = [(exchange.question, exchange.reply) for exchange in exchanges]
-        record_id = f"{image.id:012d}-{label}-{number}"
-        output.records.append(llava_record(record_id, image.file_name, turns))
-        output.exchanges.extend(exchanges)
-
-
-def _levelled(
-    found: dict[int, list[Exchange]], per_image: int, rng: np.random.Generator
-) -> dict[int, list[Exchange]]:
-    """Return at most `per_image` of each image, equally many of every answer of a kind."""
-    drawn = [
-        (image_id, exchanges[i])
-        for image_id, exchanges in found.items()
-        for i in rng.permutation(len(exchanges))[:per_image]
-    ]
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for _, exchange in drawn:
-        kinds[exchange.kind][exchange.answer] += 1
-    limits: dict[tuple[str, str], int] = {}
-    for kind, answers in kinds.items():
-        common = {a: n for a, n in answers.items() if n >= LEAST_SHARE * answers.total()}
-        # A kind with one answer alone measures nothing.
-        quota = min(common.values()) if len(common) > 1 else 0
-        limits |= {(kind, answer): quota if answer in common else 0 for answer in answers}
-    numbers = {key: number for number, key in enumerate(limits)}
-    keys = np.array([numbers[e.kind, e.answer] for _, e in drawn], np.int64)
-    order = rng.integers(2**63, size=len(drawn), dtype=np.uint64)
-    beyond = over_cap(keys, np.array(list(limits.values()), np.int64), order=order)
-    kept: dict[int, list[Exchange]] = {image_id: [] for image_id in found}
-    for (image_id, exchange), goes in zip(drawn, beyond, strict=True):
-        if not goes:
-            kept[image_id].append(exchange)
-    return kept
-
-
-def _best_by_category(exchanges: Sequence[Exchange]) -> float:
-    """Return the accuracy of guessing each category's commoner answer without the image."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for exchange in exchanges:
-        counts[exchange.category][exchange.answer] += 1
-    return sum(max(count.values()) for count in counts.values()) / len(exchanges)
 
 
 def _receipt(

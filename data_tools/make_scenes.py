@@ -40,7 +40,7 @@ KIND = "scene set"
 """What the marker of an output folder says that it holds."""
 
 MAX_OBJECTS = 4
-"""Most categories in an image, where not told."""
+"""Most categories in an image, by default."""
 
 _TEMPORARY: Final = re.compile(r"\.(?P<image>[0-9]{12}\.jpg)\.(?P<process>[0-9]{1,20})\.part")
 
@@ -69,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
     art.check_drawings(artist, settings.categories)
     _own(out, artist.name, arguments)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    told = {"sha256": _hash(receipt), "complete": False, **receipt}
-    write_owned_json(out / "settings.json", told)
+    recorded = {"sha256": _hash(receipt), "complete": False, **receipt}
+    write_owned_json(out / "settings.json", recorded)
     instances, captions, digest = _write_images(
         out, settings, arguments.count, arguments.workers, overwrite=arguments.overwrite
     )
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     write_owned_json(annotations / f"instances_{artist.name}.json", head | instances, indent=None)
     write_owned_json(annotations / f"captions_{artist.name}.json", head | captions, indent=None)
     write_owned(out / "ATTRIBUTION.md", art.attribution(artist).encode())
-    write_owned_json(out / "settings.json", told | {"complete": True, "images_sha256": digest})
+    write_owned_json(out / "settings.json", recorded | {"complete": True, "images_sha256": digest})
     crowds = sum(entry["iscrowd"] for entry in instances["annotations"])
     echo(
         f"{out}: {arguments.count} images, {len(instances['annotations'])} objects "

@@ -233,7 +233,7 @@ def _python(*arguments: str) -> None:
 
 
 def _call(command: Sequence[str]) -> None:
-    """Run a command where the user sees it; its failure, already told, ends the quickstart."""
+    """Run a command where the user sees it; its failure, already reported, ends the quickstart."""
     shown = ["python", *command[1:]]
     print(f"$ {shlex.join(shown)}", file=sys.stderr)
     environment = {"GLIBC_TUNABLES": MEMORY, **os.environ}
@@ -241,7 +241,7 @@ def _call(command: Sequence[str]) -> None:
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
-        raise UserError(f"{shown[1]} {shown[2]} ended with code {code}; what it said stands above")
+        raise UserError(f"{shown[1]} {shown[2]} ended with code {code}; see its message above")
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@
     existence.py     which present and absent categories are asked about
     conversation.py  several of them in one conversation
     reasoning.py     questions in two steps, and descriptions in detail
+    datasets.py      the contents of `build_coco`'s files, checked by the verifier
 
 `data_tools.build_coco` and the teacher `rules` of `data_tools.instruct` write these sentences.
 """

@@ -8,7 +8,7 @@ from data_tools.rules.facts import Facts
 from data_tools.rules.phrases import Exchange, Speaker
 
 Asked = Callable[[Facts, Speaker, int], list[Exchange]]
-"""Chooses the categories of at most so many pairs of existence questions, yes and no."""
+"""Returns at most this many pairs of existence questions, one answered yes and one no."""
 
 LIKELIHOOD: Final = 3.0
 """How much likelier a number above one, which is rarer, is to be asked for."""

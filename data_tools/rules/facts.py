@@ -14,6 +14,8 @@ from data_tools.instruct.schema import Shown
 LIMITS: Final = VerifyConfig()
 """The verifier's defaults; what is written keeps to the same margins and numbers."""
 
+_MIRROR: Final = re.compile(r"\b(?:mirror|reflect)", re.IGNORECASE)
+
 
 class Facts:
     """One image, with the labels `c1`, `b1`, ... of what is shown of it.
@@ -64,22 +66,31 @@ class Facts:
     def counts(self) -> dict[str, int]:
         """Numbers of objects, where each has its own box and is shown, and they are not too many.
 
-        What COCO boxes in bunches is counted only where a caption gives the same number.
+        What COCO boxes in bunches is counted only where a caption gives the same number. What has
+        another number in a caption, or may be a reflection, is not counted.
         """
         bunches = wording.load("claims")["bunches"]
         found = {}
         for name in self.present:
             boxes = self.image.of(name)
+            count = len(boxes)
             single = all(box.id in self._labels and not box.crowd for box in boxes)
-            if not single or len(boxes) > LIMITS.countable:
+            if not single or count > LIMITS.countable or (count > 1 and self._has_mirror):
                 continue
-            if name not in bunches or self._is_counted_by_captions(name, len(boxes)):
-                found[name] = len(boxes)
+            same = words.counted(name, count), words.several(name, count)
+            if name in bunches and not self._captions_have(*same):
+                continue
+            others = (words.several(name, n) for n in range(2, 13) if n != count)
+            if not self._captions_have(*others):
+                found[name] = count
         return found
 
-    def _is_counted_by_captions(self, name: str, count: int) -> bool:
-        phrases = {words.counted(name, count), words.several(name, count)}
-        pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(phrases)))})\b", re.IGNORECASE)
+    @cached_property
+    def _has_mirror(self) -> bool:
+        return any(_MIRROR.search(caption) for caption in self.image.captions)
+
+    def _captions_have(self, *phrases: str) -> bool:
+        pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
         return any(pattern.search(caption) for caption in self.image.captions)
 
     @cached_property

@@ -74,7 +74,7 @@ def load_categories(source: str | None = None) -> tuple[SceneCategory, ...]:
         source: None for all, `dog,cat,...` for some, or the path of a `.json` file.
 
     Raises:
-        UserError: The file is not of that form, an id or name stands twice, or a name is unknown.
+        UserError: The file is not of that form, an id or name appears twice, or a name is unknown.
     """
     built_in = json.loads(
         files("data_tools.scenes").joinpath("categories.json").read_text(encoding="utf-8")
@@ -169,7 +169,7 @@ def glyph(artist_name: str, code_point: str, side: int) -> Image.Image:
 
 
 def attribution(artist: Artist) -> str:
-    """The text of `ATTRIBUTION.md` beside images made of this artist's drawings."""
+    """Return the text of `ATTRIBUTION.md` for images made of this artist's drawings."""
     return (
         "# Attribution\n\n"
         f"The objects in these images are drawings from {artist.name} "

@@ -225,7 +225,7 @@ def _recolour(image: Image.Image, augment: float, rng: np.random.Generator) -> I
     if augment == 0:
         return image
     grey = np.full((3, 3), 1 / 3)
-    # Rotation about the grey axis (Rodrigues' formula), saturation as the share beside that axis.
+    # Rotation about the grey axis (Rodrigues' formula), saturation as the share off that axis.
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     turn = np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross
     matrix = contrast * (grey + saturation * turn)

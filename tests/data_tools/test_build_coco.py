@@ -118,8 +118,7 @@ def test_answers_are_balanced_and_the_same_seed_gives_the_same_bytes(tmp_path: P
     first = {name: (files["out"] / f"{name}.json").read_bytes() for name in names}
     build_coco.main(arguments(files, "--eval-share", "0.3"))
     assert first == {name: (files["out"] / f"{name}.json").read_bytes() for name in names}
-    told = _read(files, "build")["files"]["existence.json"]
-    kinds = told["answers"]
+    kinds = _read(files, "build")["files"]["existence.json"]["answers"]
     assert kinds["positive"]["yes"] == sum(
         kinds[kind]["no"] for kind in ("random", "popular", "adversarial")
     )
@@ -286,7 +285,7 @@ def test_captions_from_boxes_need_no_captions(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 20, 20], 0)], 2: []})
     assert build_coco.main(arguments(files, "--captions-from", "boxes")) == 0
     pairs = [record["conversations"][1]["value"] for record in _read(files, "stage1")]
-    assert pairs == ["A dog."], "a picture without boxes is of unknown content"
+    assert pairs == ["A dog."], "an image without boxes has unknown content"
 
 
 def _turned(files: dict[str, Path], name: str, size: tuple[int, int]) -> None:

@@ -51,7 +51,7 @@ def test_masks_of_different_objects_share_no_pixel_and_lie_in_the_image() -> Non
             assert instance.mask.any()
             total += instance.mask
         assert total.max(initial=0) <= 1
-        assert scene.instances, "a picture shows something"
+        assert scene.instances, "an image shows something"
 
 
 def test_what_is_drawn_is_what_the_masks_say() -> None:

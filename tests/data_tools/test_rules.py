@@ -155,6 +155,22 @@ def test_what_is_boxed_in_bunches_is_counted_only_where_a_caption_counts_it() ->
     assert Facts(bunch).counts == {} == dict.fromkeys(Facts(bunch).halves)
 
 
+@pytest.mark.parametrize(
+    ("caption", "counts"),
+    [
+        ("A cat next to a sink.", {"sink": 1, "cat": 2}),
+        ("A kitchen with two sinks.", {"cat": 2}),
+        ("A cat in front of a mirror.", {"sink": 1}),
+    ],
+)
+def test_what_captions_count_otherwise_or_a_mirror_may_show_twice_is_not_counted(
+    caption: str, counts: dict[str, int]
+) -> None:
+    boxes = [("sink", 10, 10, 30, 30), ("cat", 60, 10, 30, 30), ("cat", 100, 10, 30, 30)]
+    listed = tuple(Box(*box, crowd=False, id=n) for n, box in enumerate(boxes, 1))
+    assert Facts(AnnotatedImage(1, "1.jpg", 200, 100, (caption,), listed, (7,))).counts == counts
+
+
 boxes = st.builds(
     Box,
     category=st.sampled_from(CATEGORIES),
