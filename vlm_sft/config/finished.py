@@ -1,8 +1,8 @@
 """Read what a finished vision-language model consists of, from the JSON files of its folder.
 
-A finished model is a folder of transformers' `LlavaForConditionalGeneration`, or of the original
-LLaVA code (full weights, a projector alone, or LoRA adapters). `model.from_checkpoint` names one;
-`resolve` derives the other settings of the model from it.
+A finished model is a folder of transformers' LLaVA, LLaVA-NeXT or LLaVA-OneVision, or of the
+original LLaVA code (full weights, a projector alone, or LoRA adapters). `model.from_checkpoint`
+names one; `resolve` derives the other settings of the model from it.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,12 @@ from vlm_sft.utils.reading import read_json
 
 WHERE: Final = "model.from_checkpoint"
 
-TRANSFORMERS_CLASSES: Final = ("LlavaForConditionalGeneration",)
-"""Classes of transformers that can be loaded."""
+TRANSFORMERS_CLASSES: Final[Mapping[str, str]] = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+"""Classes of transformers that can be loaded, by `model_type`."""
 
 ORIGINAL_LANGUAGE_MODELS: Final[Mapping[str, str]] = {
     "llava": "llama",
@@ -253,10 +257,11 @@ def read_finished(name: str, *, download: bool = True) -> FinishedModel:
     }:
         return _original(name, folder, tree)
     classes = tree.get("architectures") or [_class_of(tree)]
-    if classes[0] not in TRANSFORMERS_CLASSES:
+    if classes[0] not in TRANSFORMERS_CLASSES.values():
+        known = ", ".join(TRANSFORMERS_CLASSES.values())
         raise UserError(
-            f"{WHERE}: {name} is a {classes[0]}, expected {', '.join(TRANSFORMERS_CLASSES)}, or a "
-            "folder of the original LLaVA code"
+            f"{WHERE}: {name} is a {classes[0]}, expected one of {known}, or a folder of the "
+            "original LLaVA code"
         )
     return _transformers(name, folder, tree, image_processor(folder))
 
@@ -264,7 +269,7 @@ def read_finished(name: str, *, download: bool = True) -> FinishedModel:
 def _class_of(tree: Mapping[str, Any]) -> str:
     """Return the class for a configuration that does not name its own."""
     model_type = tree.get("model_type")
-    return TRANSFORMERS_CLASSES[0] if model_type == "llava" else f"{model_type!r} model"
+    return TRANSFORMERS_CLASSES.get(str(model_type), f"{model_type!r} model")
 
 
 def small_files(name: str, *, download: bool = True, patterns: list[str] | None = None) -> Path:
@@ -315,7 +320,9 @@ def _transformers(
         raise UserError(
             f"{WHERE}: {name} has the vision tower {kind!r}, expected one of {', '.join(_TOWERS)}"
         )
-    layers = tree.get("vision_feature_layer", -2)
+    onevision = tree.get("model_type") == "llava_onevision"
+    layers = tree.get("vision_feature_layer", -1 if onevision else -2)
+    tiling = _tiling(name, vision, tree)
     _require_same_size(name, vision, processor)
     settings = {
         "vision_tower.name": name,
@@ -324,6 +331,7 @@ def _transformers(
         "projector_type": _projector_type(name, tree),
         "language_model.name": name,
         "language_model.tokenizer": None,
+        **tiling,
     }
     return FinishedModel(
         name,
@@ -332,8 +340,36 @@ def _transformers(
         weights="full",
         settings=settings,
         elsewhere=frozenset(),
-        image_aspect=_aspect(processor),
+        # A tiled model has only undivided images to make square; LLaVA-OneVision's are padded.
+        image_aspect=_aspect(processor) if tiling == _ONE_CROP else "pad",
     )
+
+
+_ONE_CROP: Final = {"image_tiling.layout": "none"}
+
+
+def _tiling(name: str, vision: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of `model.image_tiling`."""
+    kind = tree.get("model_type", "llava")
+    if kind == "llava":
+        return _ONE_CROP
+    layout = "anyres"
+    if kind == "llava_onevision":
+        layout = str(tree.get("vision_aspect_ratio", "anyres_max_9"))
+    if not layout.startswith("anyres"):
+        raise UserError(
+            f"{WHERE}: {name} has vision_aspect_ratio {layout!r}, expected anyres_max_9"
+        )
+    pinpoints, size = tree.get("image_grid_pinpoints"), vision.get("image_size")
+    settings: dict[str, Any] = {"image_tiling.layout": layout}
+    if pinpoints and size:
+        if any(side % size for pair in pinpoints for side in pair):
+            raise UserError(
+                f"{WHERE}: {name} has image_grid_pinpoints that are not multiples of {size}, the "
+                "size of its vision tower's images"
+            )
+        settings["image_tiling.grids"] = [[h // size, w // size] for h, w in pinpoints]
+    return settings
 
 
 def _require_same_size(name: str, vision: Mapping[str, Any], processor: Mapping[str, Any]) -> None:
@@ -357,7 +393,8 @@ def _require_same_size(name: str, vision: Mapping[str, Any], processor: Mapping[
 
 
 def _feature_select(name: str, kind: str, tree: Mapping[str, Any]) -> str:
-    strategy = tree.get("vision_feature_select_strategy", "default")
+    onevision = tree.get("model_type") == "llava_onevision"
+    strategy = tree.get("vision_feature_select_strategy", "full" if onevision else "default")
     if strategy not in ("default", "full"):
         raise UserError(
             f"{WHERE}: {name} has vision_feature_select_strategy {strategy!r}, expected 'default' "
@@ -416,6 +453,7 @@ def _original(name: str, folder: Path, tree: Mapping[str, Any]) -> FinishedModel
     weights = _original_weights(folder, tree)
     _refuse_unknown_features(name, tree)
     settings = {
+        **_ONE_CROP,
         "vision_tower.name": tree.get("mm_vision_tower") or tree.get("vision_tower"),
         "vision_tower.feature_layers": [int(tree.get("mm_vision_select_layer", -2))],
         "vision_tower.feature_select": tree.get("mm_vision_select_feature") or "patch",

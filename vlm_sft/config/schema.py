@@ -154,10 +154,11 @@ class ModelConfig(Section):
     """
 
     from_checkpoint: Explicit[NonEmptyText | None] = None
-    """Finished vision-language model to start from: the folder or hub name of a
-    `LlavaForConditionalGeneration`, or a folder of the original LLaVA code. It determines every
-    other setting of `model` except `attn_implementation` and the quantization, and the defaults of
-    `data.template` and `data.image_aspect`. Null: build the model from its parts."""
+    """Finished vision-language model to start from: the folder or hub name of a LLaVA, LLaVA-NeXT
+    or LLaVA-OneVision of transformers, or a folder of the original LLaVA code
+    (`docs/from-checkpoint.md`). It determines every other setting of `model` except
+    `attn_implementation` and the quantization, and the defaults of `data.template` and
+    `data.image_aspect`. Null: build the model from its parts."""
     vision_tower: VisionTowerConfig
     image_tiling: ImageTilingConfig = ImageTilingConfig()
     projector_type: Forbidden[str] = "mlp2x_gelu"

@@ -72,13 +72,13 @@ def build_model(
         seed=seed,
         num_queries=config.num_queries,
     )
-    if weights is not None:
-        load_finished_projector(weights, connector)
-        if weights.found.layout == "original":
-            load_finished_tower(weights, tower.encoder)
     rule = layout_rule(config.image_tiling, connector.grid, tower.image_spec.size)
     newline = new_image_newline(hidden, seed=seed) if rule.has_newline else None
     model = VisionLanguageModel(tower, connector, language_model, rule, newline)
+    if weights is not None:
+        load_finished_projector(weights, model.projector_state())
+        if weights.found.layout == "original":
+            load_finished_tower(weights, tower.encoder)
     if lora is not None:
         from vlm_sft.model.lora import add_lora  # peft is needed by LoRA runs only
 

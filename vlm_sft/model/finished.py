@@ -33,6 +33,7 @@ from vlm_sft.config.finished import (
 )
 from vlm_sft.errors import UserError
 from vlm_sft.model.pretrained import load_pretrained
+from vlm_sft.model.vlm import IMAGE_NEWLINE
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.reading import read_json, require_regular
 
@@ -227,6 +228,8 @@ def _place_released(name: str) -> tuple[Part, str] | None:
     """Place names as released folders have them, and as transformers has them in memory."""
     if name == "lm_head.weight":
         return "language_model", name
+    if name in (IMAGE_NEWLINE, f"model.{IMAGE_NEWLINE}"):
+        return "multi_modal_projector", IMAGE_NEWLINE
     if name.startswith("model."):
         inner = name.removeprefix("model.")
         if inner.startswith("language_model."):  # the model without its head
@@ -257,7 +260,9 @@ def _place_original(name: str) -> tuple[Part, str] | None:
     if name.startswith("model.vision_tower."):
         own = name.removeprefix("model.vision_tower.").removeprefix("vision_tower.")
         return "vision_tower", own.removeprefix("vision_model.")
-    return None if name == "model.image_newline" else ("language_model", name)
+    if name == f"model.{IMAGE_NEWLINE}":
+        return "multi_modal_projector", IMAGE_NEWLINE
+    return "language_model", name
 
 
 # --- the parts
@@ -375,15 +380,18 @@ _DTYPES: Final = {
 }
 
 
-def load_finished_projector(weights: FinishedWeights, projector: nn.Module) -> None:
-    """Copy the projector of a finished model into a live one.
+def load_finished_projector(weights: FinishedWeights, live: Mapping[str, Tensor]) -> None:
+    """Copy the projector of a finished model, and its `image_newline`, into live tensors.
+
+    Args:
+        weights: The weights of the finished model.
+        live: As `VisionLanguageModel.projector_state` returns them.
 
     Raises:
         UserError: Tensors are missing, unexpected or of another shape, or the second layer of a
             linear projector is more than an identity.
     """
     found, state = weights.found, weights.read("multi_modal_projector")
-    live = projector.state_dict()
     if "weight" in live and "linear_1.weight" in state:  # one linear layer, then an identity
         state = _without_identity(found, state)
     missing = sorted(live.keys() - state.keys())
@@ -534,12 +542,12 @@ def _require_same(
     """
     prefix = f"{part}." if part else ""
     wrong_shapes = [
-        f"{prefix}{key} is {_shape(found)} instead of {_shape(wanted)}"
+        f"{_full(prefix, key)} is {_shape(found)} instead of {_shape(wanted)}"
         for key, found, wanted in shapes
     ]
     kinds: Mapping[str, list[str]] = {
-        "missing": [prefix + key for key in missing],
-        "unexpected": [prefix + key for key in unexpected],
+        "missing": [_full(prefix, key) for key in missing],
+        "unexpected": [_full(prefix, key) for key in unexpected],
         "of another shape": wrong_shapes,
     }
     wrong = [
@@ -553,6 +561,10 @@ def _require_same(
             f"{'; '.join(wrong)}; nothing was loaded",
             code="tensors_differ",
         )
+
+
+def _full(prefix: str, name: str) -> str:
+    return name if name == IMAGE_NEWLINE else prefix + name
 
 
 def _shape(shape: Any) -> str:

@@ -25,7 +25,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from vlm_sft.config.finished import image_processor, read_finished
+from vlm_sft.config.finished import TRANSFORMERS_CLASSES, image_processor, read_finished
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.model.finished import load_encoder
@@ -39,8 +39,6 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _VISION_PART: Final = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """The vision part of a checkpoint with two towers."""
 
-_FINISHED: Final = ("llava",)
-"""Vision-language models whose tower is taken."""
 
 _CLASSES: Final[dict[str, Any]] = {
     "clip_vision_model": CLIPVisionModel,
@@ -165,7 +163,7 @@ def _pretrained(name: str) -> PreTrainedModel:
     config = load_pretrained(AutoConfig.from_pretrained, name, where)
     refuse_remote_kernels(where, name, config)
     report_unused_code(where, name, config)
-    if config.model_type in _FINISHED:
+    if config.model_type in TRANSFORMERS_CLASSES:
         vision: PretrainedConfig = config.vision_config
         found = read_finished(name)
         return load_encoder(found, vision, _CLASSES[vision.model_type])
