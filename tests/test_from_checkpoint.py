@@ -242,7 +242,7 @@ def test_a_folder_that_is_none_or_another_model_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"has no config\.json that can be read"):
         resolve(load_config(path))
     (tmp_path / "gone" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="is a 'llama' model, expected LlavaForConditional"):
+    with pytest.raises(UserError, match="is a 'llama' model, expected one of LlavaForCond"):
         resolve(load_config(path))
 
 

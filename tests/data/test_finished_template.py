@@ -130,10 +130,18 @@ def test_another_template_is_used_as_it_is(
     assert written(again) == written(by)
 
 
-def test_a_template_that_puts_text_around_images_alone_cannot_be_reproduced(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    "around",
+    [
+        OWN.replace("'<image>\n'", "'before ' + '<image>\n'"),
+        OWN.replace("'<image>\n'", "'<image>'").replace(
+            "content['text']", "'\n' + content['text']"
+        ),
+    ],
+)
+def test_a_template_whose_text_depends_on_images_cannot_be_reproduced(
+    around: str, tmp_path: Path
 ) -> None:
-    around = OWN.replace("'<image>\n'", "'before ' + '<image>\n'")
     with pytest.raises(TemplateError, match="training cannot reproduce the chat template of"):
         finished_chat_tokenizer(finished(tmp_path, around), with_image_token("bytes"))
 
