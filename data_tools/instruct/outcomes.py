@@ -20,8 +20,8 @@ UNANSWERED: Final = "no answer"
 
 LEFT_OUT: Final = {
     "of_evaluations": (
-        "evaluation images, refused",
-        "guard.allow_evaluation_images=true keeps them",
+        "evaluation images",
+        "refused, guard.allow_evaluation_images=true keeps them",
     ),
     "without_annotations": ("without boxes and captions", "there is nothing to ask about"),
     "not_chosen": ("not chosen", "images.count is smaller"),

@@ -177,10 +177,10 @@ def _parser_of(name: str, stage: Stage, prog: str) -> CommandParser:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the YAML file of the run")
     stage.add_options(parser)
     add_overrides(parser, "images.count=100")
-    replaced = "FILE" if name == "explain" else "files in output_dir"
+    replaced = "FILE if it was" if name == "explain" else "files in output_dir that were"
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help=f"replace {replaced} that were edited or that this command did not write",
+        help=f"replace {replaced} edited or not written by this command",
     )
     return parser

@@ -13,7 +13,7 @@ from data_tools.instruct.config import InstructConfig
 from data_tools.mix.config import MixConfig
 from vlm_sft.__main__ import COMMANDS, main, module_of
 from vlm_sft.commands.registry import SUBCOMMANDS
-from vlm_sft.config.reference import REQUIRED, all_settings, select_settings
+from vlm_sft.config.reference import REQUIRED, all_settings, as_text, select_settings
 from vlm_sft.config.resume import flat
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import ConfigError, UserError
@@ -170,6 +170,12 @@ def test_the_reference_of_the_data_commands_has_every_setting_with_a_meaning() -
         ("data_tools.mix", "sources.N.path"),
     ]
     assert {s.command for s in select_settings(["seed"], schemas)} == set(schemas)
+    lines = as_text(found[:1]).splitlines()
+    assert lines[:2] == [
+        "teacher.failures_allowed",
+        "  file of: python -m data_tools.instruct",
+    ]
+    assert len(lines) == 5 and as_text(found[:1]).count(found[0].meaning.split(".")[0]) == 1
     with pytest.raises(ConfigError, match="`vlm-sft config reference --data` lists all"):
         select_settings(["qqqq"], schemas)
 

@@ -161,7 +161,7 @@ def test_the_table_says_what_it_takes_and_what_was_left_out(
         usd["nothing_cached"] - 0.9 * total["repeated_prefix"] / 1e6, abs=1e-4
     )
     said = capsys.readouterr().out
-    assert "2 of 4 images are asked about; left out: 1 of evaluations" in said
+    assert "2 of 4 images are asked about; left out: 1 evaluation images" in said
     assert "limits.usd 0.0001 is lower than that" in said
     assert "val2017: 1 of our images name it as their split" in said
     assert said.count("----- system") == 1 and "----- assistant" in said
@@ -171,7 +171,7 @@ def test_nothing_left_to_ask_is_an_error(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [DOG]})
     (tmp_path / "mine.txt").write_text("1")
     config = config_of(files, guard={"lists": {"mine": str(tmp_path / "mine.txt")}})
-    with pytest.raises(UserError, match=r"no requests can be made; left out: 1 of evaluations"):
+    with pytest.raises(UserError, match=r"no requests can be made; left out: 1 evaluation images"):
         plan(config)
     assert not (files["out"] / "requests.jsonl").exists()
 

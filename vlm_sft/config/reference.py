@@ -123,7 +123,6 @@ def as_text(settings: Sequence[Setting]) -> str:
         f"  default: {s.default}\n"
         + (f"  on resume: {s.on_resume}\n" if s.on_resume else "")
         + f"  {' '.join(s.meaning.split())}"
-        f"  {' '.join(s.meaning.split())}"
         for s in settings
     )
 

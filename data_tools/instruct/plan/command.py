@@ -12,6 +12,7 @@ from data_tools.instruct import contamination
 from data_tools.instruct import index as indexing
 from data_tools.instruct.config import InstructConfig, TeacherConfig
 from data_tools.instruct.lines import read_lines, write_lines
+from data_tools.instruct.outcomes import LEFT_OUT
 from data_tools.instruct.plan.context import describe
 from data_tools.instruct.plan.estimate import Tally, estimate_lines
 from data_tools.instruct.plan.prompts import TYPES, closing, digest, make_templates, messages
@@ -182,5 +183,5 @@ def _at_least_one(requests: Iterable[Request], left_out: Mapping[str, int]) -> I
 
 
 def _in_words(left_out: Mapping[str, int]) -> str:
-    words = [f"{count:,} {name.replace('_', ' ')}" for name, count in left_out.items() if count]
+    words = [f"{count:,} {LEFT_OUT[name][0]}" for name, count in left_out.items() if count]
     return f"; left out: {', '.join(words)}" if words else ""
