@@ -81,6 +81,11 @@ def test_a_full_run_is_resumed_and_its_checkpoint_needs_no_other_folder(
     longer = ["--allow-change", "train.max_steps"]
     assert train(config_of(folder, cut), *longer) == 0
     shutil.rmtree(folder)
+    assert train(config_of(folder, whole)) == 0  # already finished
+    with pytest.raises(UserError, match="no such folder"):
+        train(config_of(folder, whole), "train.max_steps=6", "--allow-change", "train.max_steps")
+    with pytest.raises(UserError, match="from_checkpoint: no such folder"):
+        train(config_of(folder, tmp_path / "new"))
     models = [load_checkpoint(run / "final", device="cpu") for run in (whole, cut)]
     assert torch.equal(logits(models[0].model), logits(models[1].model))
     before = load_checkpoint(released, device="cpu")

@@ -32,6 +32,7 @@ from tests.test_from_checkpoint import FAST, config_of, train
 from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
+from vlm_sft.export.__main__ import main as export
 from vlm_sft.inference.loaded_model import load_checkpoint
 from vlm_sft.inference.prompts import user_message
 
@@ -158,6 +159,27 @@ def test_a_run_from_a_tiled_model_trains_and_is_complete(kind: str, tmp_path: Pa
     newlines = [model.model.image_newline for model in (loaded, before)]
     assert newlines[0] is not None and newlines[1] is not None
     assert not torch.equal(newlines[0], newlines[1])
+
+
+@pytest.mark.parametrize("kind", ["next", "onevision"])
+@torch.no_grad()
+def test_a_tiled_model_is_exported_and_loaded_again_with_the_same_logits(
+    kind: str, tmp_path: Path
+) -> None:
+    FOLDERS[kind](tmp_path / kind)
+    assert export([str(tmp_path / kind), str(tmp_path / "out"), "--to", "hf"]) == 0
+    path = tmp_path / "image.png"
+    Image.effect_noise((161, 184), 90).convert("RGB").save(path)
+    prompt = user_message("What is it?", [path])
+    found = []
+    for folder in (tmp_path / kind, tmp_path / "out"):
+        model = load_checkpoint(folder, device="cpu")
+        loaded = model.load_images(prompt)
+        layouts = [image.layout for image in loaded]
+        ids = torch.tensor([model.prompt_ids(prompt, layouts)])
+        pixels = torch.cat([image.pixels for image in loaded])
+        found.append(model.model.logits(ids, pixel_values=pixels, layouts=layouts))
+    assert torch.equal(*found)
 
 
 def test_a_tiled_model_without_its_newline_is_refused(tmp_path: Path) -> None:

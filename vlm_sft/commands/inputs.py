@@ -50,10 +50,36 @@ def read_config(
     """
     if "=" in path and not Path(path).exists():
         raise UserError(f"{path}: the first argument is CONFIG.yaml; settings follow it")
-    config = resolve(load_config(path, overrides), download=download)
+    config = _resolved(load_config(path, overrides), download=download)
     if not _is_finished(config):
         _require_places(config, parts)
     return config
+
+
+def _resolved(config: RunConfig, *, download: bool) -> RunConfig:
+    """Return the configuration with what the finished model determines.
+
+    A finished run of the same model does not need its folder: its own configuration states it.
+    """
+    try:
+        return resolve(config, download=download)
+    except ConfigError:
+        raise  # a setting contradicts the folder, which is there
+    except UserError:
+        output_dir = Path(config.output_dir)
+        if not (output_dir / "final" / "manifest.json").exists():
+            raise
+        stored = load_stored_config(output_dir / "config.yaml")
+        if stored.model.from_checkpoint != config.model.from_checkpoint:
+            raise
+        aspect = {"image_aspect": stored.data.image_aspect, **_given_aspect(config)}
+        data = config.data.model_copy(update=aspect)
+        return config.model_copy(update={"model": stored.model, "data": data})
+
+
+def _given_aspect(config: RunConfig) -> dict[str, str]:
+    given = "image_aspect" in config.data.model_fields_set
+    return {"image_aspect": config.data.image_aspect} if given else {}
 
 
 def _is_finished(config: RunConfig) -> bool:
