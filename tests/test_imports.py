@@ -23,6 +23,7 @@ LAYERS = {
     "planning": 5,
     "checks": 5,
     "export": 5,
+    "serving": 5,
     "commands": 6,
 }
 """Layer of each package; a module imports from its own layer and from lower ones."""

@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "vlm_sft.show": "show records with their trained tokens",
     "vlm_sft.chat": "ask a checkpoint about images",
     "vlm_sft.evaluate": "measure a checkpoint on questions with known answers",
+    "vlm_sft.serve": "serve a checkpoint through an OpenAI-compatible API",
     "vlm_sft.score": "score answers that are in a file",
     "vlm_sft.export": "write a checkpoint for transformers",
     "vlm_sft.export.reload": "compare an export with its origin; started by the export",

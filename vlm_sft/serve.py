@@ -1,0 +1,126 @@
+"""Serve a checkpoint through an OpenAI-compatible HTTP API."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from vlm_sft.commands.parser import (
+    CHECKPOINT_HELP,
+    CommandParser,
+    add_base_option,
+    add_template_option,
+    heavy_imports,
+    require_folder,
+    whole_number,
+)
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
+
+EXAMPLES: Final = """examples:
+  vlm-sft serve runs/stage2/final
+  vlm-sft serve runs/stage2/final --host 0.0.0.0 --port 8080 --api-key-env SERVER_KEY
+
+With the openai package:
+  client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+  client.chat.completions.create(model="final", messages=[{"role": "user", "content": [
+      {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
+      {"type": "text", "text": "What is this?"}]}])
+
+For many users on a GPU, export the checkpoint and serve it with vLLM or SGLang (docs/serving.md).
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until a signal; return the exit code."""
+    arguments = parser().read(argv)
+    from vlm_sft.commands.inputs import require_model_source
+
+    require_model_source(arguments.checkpoint)
+    if arguments.image_dir is not None:
+        require_folder("--image-dir", arguments.image_dir)
+        arguments.image_dir = arguments.image_dir.resolve()
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"serve needs the package {error.name}: pip install -e '.[serve]'"
+        ) from None
+    with heavy_imports():
+        from vlm_sft.commands.serve import run
+    return run(arguments)
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("vlm-sft serve", __doc__, EXAMPLES)
+    add_base_option(parser)
+    add_template_option(parser)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only)",
+    )
+    add("--port", type=whole_number(1, 65535), default=8000, metavar="N", help="default: 8000")
+    add(
+        "--api-key-env",
+        metavar="NAME",
+        help="environment variable with the key that requests must carry (default: no key)",
+    )
+    add("--served-name", metavar="NAME", help="the model's name (default: the checkpoint's folder)")
+    add(
+        "--max-batch",
+        type=whole_number(1),
+        default=16,
+        metavar="N",
+        help="responses that are generated together (default: 16)",
+    )
+    add(
+        "--max-queue",
+        type=whole_number(1),
+        default=128,
+        metavar="N",
+        help="waiting requests; one more gets status 429 (default: 128)",
+    )
+    add(
+        "--max-tokens",
+        type=whole_number(1),
+        default=1024,
+        metavar="N",
+        help="longest response in tokens (default: 1024)",
+    )
+    add(
+        "--max-images",
+        type=whole_number(0),
+        default=8,
+        metavar="N",
+        help="images of a request (default: 8)",
+    )
+    add(
+        "--max-pixels",
+        type=whole_number(1),
+        default=50_000_000,
+        metavar="N",
+        help="pixels of an image (default: 50,000,000)",
+    )
+    add(
+        "--max-body-mb",
+        type=whole_number(1),
+        default=32,
+        metavar="N",
+        help="size of a request in MB (default: 32)",
+    )
+    add(
+        "--image-dir",
+        type=Path,
+        metavar="DIR",
+        help="allow requests to name images below this folder as file://NAME (default: none)",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
