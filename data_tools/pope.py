@@ -205,7 +205,7 @@ def trained_images(
     Raises:
         UserError: A file cannot be read.
     """
-    from data_tools.mix.guard import coco_id
+    from data_tools.instruct.contamination import coco_id
     from vlm_sft.config.schema import DataFile
     from vlm_sft.data.records import open_records
     from vlm_sft.errors import RecordError

@@ -262,8 +262,8 @@ class NearDuplicatesConfig(Section):
 class SameImageConfig(Section):
     """Removal of images that look the same."""
 
-    action: Literal["set_aside", "keep"] = "set_aside"
-    """`set_aside`: drop the samples on the later of two images. `keep`: open no images."""
+    action: Literal["drop", "keep"] = "drop"
+    """`drop`: drop the samples on the later of two images. `keep`: open no images."""
     max_distance: Annotated[int, Field(ge=0, le=16)] = 6
     """Largest number of bits, of 64, in which the perceptual hashes of two candidates differ."""
     max_difference: Annotated[float, Field(ge=0, le=255)] = 10.0

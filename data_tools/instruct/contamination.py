@@ -39,6 +39,7 @@ MAX_LIST_BYTES: Final = 1 << 30
 """Largest JSON list of ids that is read as a whole."""
 _ID_KEYS: Final = ("image_id", "cocoid", "image", "id", "file_name", "filename")
 """Keys of an entry that may name its image; the first one that exists counts."""
+_COCO_FILE: Final = re.compile(r"(?:COCO_[a-z]+20\d\d_)?(\d{12})")
 _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+20\d\d_)?0*(\d{1,12})(?:\.[A-Za-z]{3,4})?")
 
 
@@ -134,6 +135,12 @@ def _status(
     if within is not None and figures[within].status in ("checked", "by split"):
         return "covered"
     return "split only" if met else "not checked"
+
+
+def coco_id(path: Path) -> int | None:
+    """Return the image id in a file name of COCO's form, of twelve digits; None for other names."""
+    match = _COCO_FILE.fullmatch(path.stem)
+    return int(match[1]) if match else None
 
 
 def read_ids(path: Path, name: str = "") -> frozenset[int]:

@@ -245,7 +245,7 @@ def _stages(
         return
     yield Stage("verified", True, f"accepted, {len(sample.checks):,} checks")
     kept = next(iter(_samples_of(folder.kept, request.id)), None)
-    dropped = _samples_of(folder.set_aside, request.id)
+    dropped = _samples_of(folder.dropped, request.id)
     reasons = ", ".join(f"{part.id}: {', '.join(part.reasons)}" for part in dropped)
     if kept is not None:
         turns = f"; {len(dropped)} turns dropped ({reasons})" if dropped else ""

@@ -1,14 +1,14 @@
-"""Training files of kept samples, which the trainer reads as they are, and their receipts."""
+"""`export`: write kept samples as training files that the trainer reads, with receipts."""
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Final, Protocol
+from typing import IO, Any, Final
 
 from data_tools.digests import file_digest, hashed
-from data_tools.instruct.config import ExportConfig, InstructConfig
+from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Sample
@@ -32,56 +32,86 @@ LICENSES: Final = {
     7: "no known copyright restrictions",
     8: "United States Government work",
 }
-"""COCO's numbers, for annotations that do not name them."""
+"""Names of COCO's license numbers, for annotations without names."""
 
 _ROWS_AT_ONCE: Final = 1000
+
+Turns = list[tuple[str, str]]
+"""Questions with their answers."""
+
+Write = Callable[[str, str, Turns], None]
+"""Writes a record with this id, image name and turns."""
 
 
 def command(config: InstructConfig) -> None:
     """Read `kept.jsonl`, write the folder `export`: training files, receipts, `export.json`.
 
-    Every file holds the same conversations under the same ids, in the same order.
+    Every file has the same conversations under the same ids, in the same order.
 
     Raises:
         UserError: `clean` has not run, or an id appears twice.
     """
     folder = RunFolder(Path(config.output_dir))
-    counts = _Counts()
-    before = _recorded(folder.exports / "export.json")
+    before = _digests_before(folder.exports / "export.json")
+    formats = config.export.formats
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("types", "origins", "models")}
+    license_of: dict[int, int] = {}
+    num_samples = num_turns = 0
+    left_out = []
+    seen: set[int] = set()
     with ExitStack() as files:
-        writers: list[_Writer] = []
-        for name in config.export.formats:
+        writers: list[Write] = []
+        for name in formats:
             file = files.enter_context(owned_open(folder.exports / FILES[name]))
-            writers.append(_WRITERS[name](file))
-            files.callback(writers[-1].finish)  # before the file takes its place
+            writers.append(files.enter_context(_WRITERS[name](file)))
         receipts = files.enter_context(owned_open(folder.exports / RECEIPTS))
-        samples = track(read_lines(folder.kept, Sample), description="exporting samples")
-        for sample, turns in _exportable(samples, counts):
-            for writer in writers:
-                writer.write(sample.id, config.export.image_prefix + sample.image.file_name, turns)
+        for sample in track(read_lines(folder.kept, Sample), description="exporting samples"):
+            if (digest := hashed(sample.id)) in seen:
+                raise UserError(f"export: the id {sample.id!r} appears twice; run `clean` again")
+            seen.add(digest)
+            if any(IMAGE_MARK in turn.question for turn in sample.turns):
+                left_out.append(sample.id)
+                continue
+            num_samples += 1
+            num_turns += len(sample.turns)
+            counts["types"][sample.type] += 1
+            counts["origins"][sample.origin] += 1
+            counts["models"][sample.model] += 1
+            license_of[sample.image.id] = sample.image.license or 0
+            turns = [(turn.question, turn.answer) for turn in sample.turns]
+            for write in writers:
+                write(sample.id, config.export.image_prefix + sample.image.file_name, turns)
             receipts.write(json_line(receipt(sample)))
-    for old in FILES.keys() - set(config.export.formats):  # of an earlier export
+    for old in FILES.keys() - set(formats):  # of an earlier export
         path = folder.exports / FILES[old]
         if not remove_owned(path) and path.is_file() and file_digest(path) == before.get(path.name):
             path.unlink()
-    names = [*(FILES[name] for name in config.export.formats), RECEIPTS]
-    summary = counts.as_dict(config.export, _license_names(folder))
-    summary["files"] = _digests(folder.exports, names)
+    names = [*(FILES[name] for name in formats), RECEIPTS]
+    known = _license_names(folder)
+    summary = {
+        "samples": num_samples,
+        "turns": num_turns,
+        "images": len(license_of),
+        **{key: dict(sorted(found.items())) for key, found in counts.items()},
+        "image_licenses": {
+            known.get(str(number)) or LICENSES.get(number, "unknown"): count
+            for number, count in sorted(Counter(license_of.values()).items())
+        },
+        "left_out": {"IMAGE_MARK_IN_QUESTION": left_out},
+        "image_prefix": config.export.image_prefix,
+        "files": {name: file_digest(folder.exports / name) for name in names},
+    }
     write_owned_json(folder.exports / "export.json", summary)
-    echo(counts.summary(folder.exports, names), file=sys.stdout)
-
-
-def _recorded(path: Path) -> dict[str, str]:
-    """Return the digests by file name that an earlier export wrote down."""
-    try:
-        files = read_json(path)["files"]
-    except (OSError, UserError, KeyError, TypeError):
-        return {}
-    return files if isinstance(files, dict) else {}
+    text = f"{folder.exports}: {num_samples:,} samples with {num_turns:,} turns about "
+    text += f"{len(license_of):,} images in {', '.join(names)}"
+    if left_out:
+        text += f"\nleft out: {len(left_out):,} samples whose question contains {IMAGE_MARK!r}, "
+        text += "which readers take for an image (listed in export.json)"
+    echo(text, file=sys.stdout)
 
 
 def receipt(sample: Sample) -> dict[str, Any]:
-    """What a sample came from and cost, without its text: a line of `receipts.jsonl`."""
+    """Return what a sample was made from and what it cost, without its text."""
     return {
         "id": sample.id,
         "type": sample.type,
@@ -103,110 +133,29 @@ def receipt(sample: Sample) -> dict[str, Any]:
     }
 
 
-Turns = list[tuple[str, str]]
-"""Questions with their answers."""
+# --- formats
 
 
-def _exportable(samples: Iterator[Sample], counts: "_Counts") -> Iterator[tuple[Sample, Turns]]:
-    """Yield the samples that can be written, with their texts."""
-    seen: set[int] = set()
-    for sample in samples:
-        digest = hashed(sample.id)
-        if digest in seen:
-            raise UserError(f"export: the id {sample.id!r} appears twice; run `clean` again")
-        seen.add(digest)
-        turns = [(turn.question, turn.answer) for turn in sample.turns]
-        if any(IMAGE_MARK in question for question, _ in turns):
-            counts.left_out.append(sample.id)
-            continue
-        counts.add(sample)
-        yield sample, turns
+@contextmanager
+def _write_llava(file: IO[bytes]) -> Iterator[Write]:
+    """Write a JSON list of LLaVA records, one per line."""
+    records = JsonList(file)
+    yield lambda record_id, image, turns: records.add(llava_record(record_id, image, turns))
+    records.finish()
 
 
-class _Counts:
-    def __init__(self) -> None:
-        self.samples = self.turns = 0
-        self.left_out: list[str] = []
-        self._types: Counter[str] = Counter()
-        self._origins: Counter[str] = Counter()
-        self._models: Counter[str] = Counter()
-        self._licenses: Counter[int] = Counter()
-        self._license_of: dict[int, int] = {}
+@contextmanager
+def _write_messages(file: IO[bytes]) -> Iterator[Write]:
+    """Write one object of messages per line, with content in parts.
 
-    def add(self, sample: Sample) -> None:
-        self.samples += 1
-        self.turns += len(sample.turns)
-        self._types[sample.type] += 1
-        self._origins[sample.origin] += 1
-        self._models[sample.model] += 1
-        self._license_of[sample.image.id] = sample.image.license or 0
-
-    def as_dict(self, config: ExportConfig, names: Mapping[str, str]) -> dict[str, Any]:
-        licenses = Counter(self._license_of.values())
-        return {
-            "samples": self.samples,
-            "turns": self.turns,
-            "images": len(self._license_of),
-            "types": dict(sorted(self._types.items())),
-            "origins": dict(sorted(self._origins.items())),
-            "models": dict(sorted(self._models.items())),
-            "image_licenses": {
-                names.get(str(number)) or LICENSES.get(number, "unknown"): count
-                for number, count in sorted(licenses.items())
-            },
-            "left_out": {"IMAGE_MARK_IN_QUESTION": self.left_out},
-            "image_prefix": config.image_prefix,
-        }
-
-    def summary(self, folder: Path, names: Sequence[str]) -> str:
-        text = f"{folder}: {self.samples:,} samples with {self.turns:,} turns on "
-        text += f"{len(self._license_of):,} images in {', '.join(names)}"
-        if self.left_out:
-            text += f"\nleft out: {len(self.left_out):,} samples whose question contains "
-            text += f"{IMAGE_MARK!r}, which readers take for an image (listed in export.json)"
-        return text
-
-
-# --- the forms
-
-
-class _Writer(Protocol):
-    def __init__(self, file: IO[bytes]) -> None: ...
-
-    def write(self, record_id: str, image: str, turns: Turns) -> None:
-        """One record."""
-
-    def finish(self) -> None:
-        """Write the end of the file, after the last record."""
-
-
-class _Llava:
-    """One JSON list of LLaVA's records."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._list = JsonList(file)
-
-    def write(self, record_id: str, image: str, turns: Turns) -> None:
-        self._list.add(llava_record(record_id, image, turns))
-
-    def finish(self) -> None:
-        self._list.finish()
-
-
-class _Messages:
-    """One object of messages a line, their content in parts.
-
-    The first text begins with the line end that LLaVA puts after `<image>`, so that training sees
-    the same tokens whichever file it reads.
+    The first text begins with the newline that LLaVA puts after `<image>`, so that training sees
+    the same tokens from every file.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def write(self, record_id: str, image: str, turns: Turns) -> None:
+    def write(record_id: str, image: str, turns: Turns) -> None:
         messages: list[dict[str, Any]] = []
         for number, (question, answer) in enumerate(turns):
-            parts: list[dict[str, str]] = [{"type": "text", "text": question}]
+            parts = [{"type": "text", "text": question}]
             if number == 0:
                 parts = [
                     {"type": "image", "image": image},
@@ -214,62 +163,52 @@ class _Messages:
                 ]
             messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        self._file.write(json_line({"id": record_id, "messages": messages}))
+        file.write(json_line({"id": record_id, "messages": messages}))
 
-    def finish(self) -> None:
-        """Nothing."""
-
-
-class _Parquet:
-    """LLaVA's records as columns: id, image (a name), conversations."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        turn = pa.struct([("from", pa.string()), ("value", pa.string())])
-        self._schema = pa.schema(
-            [("id", pa.string()), ("image", pa.string()), ("conversations", pa.list_(turn))]
-        )
-        self._table = parquet.ParquetWriter(file, self._schema)
-        self._rows: list[dict[str, Any]] = []
-
-    def write(self, record_id: str, image: str, turns: Turns) -> None:
-        self._rows.append(llava_record(record_id, image, turns))
-        if len(self._rows) == _ROWS_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        self._table.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._rows = []
-
-    def finish(self) -> None:
-        self._flush()
-        self._table.close()
+    yield write
 
 
-_WRITERS: Final[dict[str, type[_Writer]]] = {
-    "llava": _Llava,
-    "messages": _Messages,
-    "parquet": _Parquet,
-}
+@contextmanager
+def _write_parquet(file: IO[bytes]) -> Iterator[Write]:
+    """Write LLaVA records as columns: id, image (a name), conversations."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    schema = pa.schema(
+        [("id", pa.string()), ("image", pa.string()), ("conversations", pa.list_(turn))]
+    )
+    rows: list[dict[str, Any]] = []
+    with parquet.ParquetWriter(file, schema) as table:
+
+        def write(record_id: str, image: str, turns: Turns) -> None:
+            rows.append(llava_record(record_id, image, turns))
+            if len(rows) == _ROWS_AT_ONCE:
+                table.write_table(pa.Table.from_pylist(rows, schema))
+                rows.clear()
+
+        yield write
+        table.write_table(pa.Table.from_pylist(rows, schema))
+
+
+_WRITERS: Final = {"llava": _write_llava, "messages": _write_messages, "parquet": _write_parquet}
+
+
+def _digests_before(path: Path) -> Mapping[str, str]:
+    """Return the digests by file name in the `export.json` of an earlier export."""
+    try:
+        files = read_json(path)["files"]
+    except (OSError, UserError, KeyError, TypeError):
+        return {}
+    return files if isinstance(files, dict) else {}
 
 
 def _license_names(folder: RunFolder) -> dict[str, str]:
-    """The licences' names by number, as the annotations give them; none without an index."""
-    if not folder.index.exists():
-        return {}
-    index = read_json(folder.index)
+    """Return the names of the licenses by number from the annotations; none without an index."""
+    index = read_json(folder.index) if folder.index.exists() else {}
     licenses = index.get("licenses") if isinstance(index, dict) else None
-    names = {
-        number: license.get("name")
+    return {
+        number: license["name"]
         for number, license in (licenses if isinstance(licenses, dict) else {}).items()
-        if isinstance(license, dict)
+        if isinstance(license, dict) and isinstance(license.get("name"), str)
     }
-    return {number: name for number, name in names.items() if isinstance(name, str)}
-
-
-def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    return {name: file_digest(folder / name) for name in names}

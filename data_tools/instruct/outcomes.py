@@ -33,7 +33,7 @@ LEFT_OUT: Final = {
 """Reasons of `plan` for asking nothing about images, by name in plan.json, and explanations."""
 
 FILES: Final = {
-    DROPPED: "set_aside.jsonl",
+    DROPPED: "dropped.jsonl",
     REJECTED: "rejected.jsonl",
     UNANSWERED: "failures.jsonl",
 }
@@ -47,7 +47,7 @@ class _Image(msgspec.Struct):
 
 
 class _Sample(msgspec.Struct):
-    """What is needed of a line of samples.jsonl, rejected.jsonl, kept.jsonl or set_aside.jsonl."""
+    """What is needed of a line of samples.jsonl, rejected.jsonl, kept.jsonl or dropped.jsonl."""
 
     id: str
     image: _Image
@@ -136,7 +136,7 @@ def outcomes(folder: RunFolder) -> Outcomes:
 
     for sample in _lines(folder.kept, _Sample):
         count(KEPT, sample)
-    for sample in _lines(folder.set_aside, _Sample):
+    for sample in _lines(folder.dropped, _Sample):
         if "-turn-" not in sample.id:  # a dropped turn of a sample that is kept
             count(DROPPED, sample)
     for sample in _lines(folder.rejected, _Sample):

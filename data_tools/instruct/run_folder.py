@@ -31,7 +31,7 @@ WRITTEN: Final[dict[str, tuple[str, ...]]] = {
         "judge/requests.jsonl",
         "judge/templates.json",
     ),
-    "clean": ("kept.jsonl", "set_aside.jsonl", "cleaning.json"),
+    "clean": ("kept.jsonl", "dropped.jsonl", "cleaning.json"),
     "export": tuple(f"export/{name}" for name in EXPORTS),
     "report": ("report/report.html", *(f"report/{name}" for name in PLOTS)),
 }
@@ -131,9 +131,9 @@ class RunFolder:
         return self.root / "kept.jsonl"
 
     @property
-    def set_aside(self) -> Path:
+    def dropped(self) -> Path:
         """`clean`: samples left out, with their reasons."""
-        return self.root / "set_aside.jsonl"
+        return self.root / "dropped.jsonl"
 
     @property
     def cleaning(self) -> Path:

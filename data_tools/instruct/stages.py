@@ -107,7 +107,7 @@ STAGES: Final = {
     ),
     "clean": Stage(
         "drop duplicates, balance answers and types",
-        "Writes kept.jsonl, set_aside.jsonl and cleaning.json.",
+        "Writes kept.jsonl, dropped.jsonl and cleaning.json.",
         (_YAML, "my.yaml clean.max_per_image=4"),
         "clean.command",
     ),

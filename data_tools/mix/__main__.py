@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from data_tools.mix import card, scan, writing
 from data_tools.mix.config import MixConfig
-from data_tools.mix.quotas import quotas
-from vlm_sft.commands.parser import CommandParser, add_overrides
+from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
@@ -23,7 +21,7 @@ from vlm_sft.utils.ownership import read_marker
 from vlm_sft.utils.reading import read_json
 
 KIND: Final = "mixture"
-"""What the marker of an output folder says that it holds."""
+"""Kind of output in the marker of the directory."""
 OUTPUTS: Final = ("train.jsonl", "card.json", "card.md")
 
 EXAMPLES = """examples:
@@ -33,26 +31,31 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Mix as `argv` says; returns the exit code."""
+    """Write the mixture and return the exit code."""
     arguments = parser().read(argv)
     config = settings.load(MixConfig, arguments.config, arguments.overrides)
     output = _own(config, arguments.config, overwrite=arguments.overwrite)
+    with heavy_imports():
+        from data_tools.mix.card import markdown, mixture_card, table
+        from data_tools.mix.quotas import quotas
+        from data_tools.mix.read import read_sources
+        from data_tools.mix.write import choose, common_root, mixed_records
+
     split = config.cannot_tell_share is not None
-    sources = scan.scan(config)
-    available = {source.config.name: source.available(split) for source in sources}
+    sources = read_sources(config)
+    available = {source.config.name: source.available(split=split) for source in sources}
     wanted = quotas(config, available)
-    times = [scan.selected(source, wanted[source.config.name], split) for source in sources]
-    root = writing.common_root(config, sources)
+    times = [choose(source, wanted[source.config.name], split=split) for source in sources]
+    root = common_root(config, sources)
     with owned_open(output) as file:
-        for record in writing.records(sources, times, root):
+        for record in mixed_records(sources, times, root):
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-    found = card.rows(sources, wanted, available, times)
-    content = card.card(config, sources, times, found, root, output)
-    write_owned_json(output.with_name("card.json"), content)
-    write_owned(output.with_name("card.md"), card.markdown(content).encode())
-    echo(card.table(found), file=sys.stdout)
+    card = mixture_card(config, sources, wanted, times, root, output)
+    write_owned_json(output.with_name("card.json"), card)
+    write_owned(output.with_name("card.md"), markdown(card).encode())
+    echo(table(card), file=sys.stdout)
     echo(
-        f"\n{output} and card.md; ids are `source/id`, images start from image_root {root}",
+        f"\n{output} and card.md; ids are `source/id`, images are relative to image_root {root}",
         file=sys.stdout,
     )
     return 0

@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 
 from data_tools.coco import AnnotatedImage, CocoIndex
-from data_tools.instruct.clean.balance import over_cap
 from data_tools.instruct.config import TurnsConfig, VerifyConfig
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.records import JsonList, llava_record
@@ -176,6 +175,10 @@ def _levelled(
     found: dict[int, list[Exchange]], per_image: int, rng: np.random.Generator
 ) -> dict[int, list[Exchange]]:
     """Return at most `per_image` of each image, equally many of every answer of a kind."""
+    import pandas as pd  # takes half a second
+
+    from data_tools.instruct.clean.balance import above_limit
+
     drawn = [
         (image_id, exchanges[i])
         for image_id, exchanges in found.items()
@@ -193,10 +196,11 @@ def _levelled(
     numbers = {key: number for number, key in enumerate(limits)}
     keys = np.array([numbers[e.kind, e.answer] for _, e in drawn], np.int64)
     order = rng.integers(2**63, size=len(drawn), dtype=np.uint64)
-    beyond = over_cap(keys, np.array(list(limits.values()), np.int64), order=order)
+    rows = pd.DataFrame({"key": keys, "order": order})
+    beyond = set(above_limit(rows, "key", pd.Series(list(limits.values()))))
     kept: dict[int, list[Exchange]] = {image_id: [] for image_id in found}
-    for (image_id, exchange), goes in zip(drawn, beyond, strict=True):
-        if not goes:
+    for row, (image_id, exchange) in enumerate(drawn):
+        if row not in beyond:
             kept[image_id].append(exchange)
     return kept
 

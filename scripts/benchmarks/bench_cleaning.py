@@ -84,8 +84,8 @@ def measure(stage: str, run: Path) -> dict[str, Any]:
     told: Any = ""
     if stage == "clean":
         figures = json.loads((run / "cleaning.json").read_text())
-        told = figures["set_aside"]["samples_by_reason"]
-        told["columns, bytes a sample"] = figures["bytes_a_sample"]
+        told = figures["dropped"]["samples_by_reason"]
+        told["columns, bytes a sample"] = figures["bytes_per_sample"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"cpu_seconds": seconds, "peak_bytes": peak, "told": told}
 

@@ -52,7 +52,7 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
     rejected: list[Sample] = field(default_factory=list)
     kept: list[Sample] = field(default_factory=list)
-    set_aside: list[Sample] = field(default_factory=list)
+    dropped: list[Sample] = field(default_factory=list)
     numbers: Counter[tuple[int, str]] = field(default_factory=Counter)
     """Requests so far by image and type."""
 
@@ -64,7 +64,7 @@ class Run:
             "plan": [(folder.requests, self.requests)],
             "generate": [(folder.answers / "part-00001.jsonl", self.answers)],
             "verify": [(folder.samples, self.samples), (folder.rejected, self.rejected)],
-            "clean": [(folder.kept, self.kept), (folder.set_aside, self.set_aside)],
+            "clean": [(folder.kept, self.kept), (folder.dropped, self.dropped)],
         }
         for stage in stages or files:
             for path, lines in files.get(stage, ()):
@@ -131,11 +131,11 @@ def _clean(run: Run, sample: Sample, fate: str) -> None:
         lost = Check(
             rule="clean", verdict="contradicted", code="NEAR_DUPLICATE", claim="duplicate of x"
         )
-        run.set_aside.append(_aside(sample, lost, sample.id))
+        run.dropped.append(_aside(sample, lost, sample.id))
     elif fate == "lost_turn" and len(sample.turns) > 1:
         lost = Check(rule="clean", verdict="contradicted", code="ANSWER_BALANCE", turn=0)
         one = sample.model_copy(update={"turns": sample.turns[-1:], "checks": ()})
-        run.set_aside.append(_aside(one, lost, f"{sample.id}-turn-{len(sample.turns) - 1}"))
+        run.dropped.append(_aside(one, lost, f"{sample.id}-turn-{len(sample.turns) - 1}"))
         checks = tuple(c for c in sample.checks if c.turn != len(sample.turns) - 1)
         run.kept.append(sample.model_copy(update={"turns": sample.turns[:-1], "checks": checks}))
     else:

@@ -110,5 +110,5 @@ def kept(config: InstructConfig) -> list[Sample]:
     return list(read_lines(RunFolder(Path(config.output_dir)).kept, Sample))
 
 
-def set_aside(config: InstructConfig) -> list[Sample]:
-    return list(read_lines(RunFolder(Path(config.output_dir)).set_aside, Sample))
+def dropped(config: InstructConfig) -> list[Sample]:
+    return list(read_lines(RunFolder(Path(config.output_dir)).dropped, Sample))

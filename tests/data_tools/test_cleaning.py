@@ -1,4 +1,4 @@
-"""Repeats are set aside, what outweighs the rest is levelled, and no turn is lost on the way."""
+"""Duplicates are dropped, frequent answers are leveled, and no turn is lost on the way."""
 
 import json
 from collections import Counter
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,11 +15,11 @@ from PIL import Image
 from data_tools.instruct.clean import balance, texts
 from data_tools.instruct.clean import command as cleaning
 from data_tools.instruct.clean.choices import Categories, choice_of, group_of
-from data_tools.instruct.clean.images import hash_of, look, near_pairs
-from data_tools.instruct.clean.near import MISSED, banding
+from data_tools.instruct.clean.near_duplicates import MAX_MISSED, choose_bands
+from data_tools.instruct.clean.same_images import find_same_images, hash_image, near_pairs
 from data_tools.instruct.config import InstructConfig, SameImageConfig
 from data_tools.instruct.schema import Sample
-from tests.data_tools.instruct_samples import draw, kept, run_folder, sample, set_aside, turn
+from tests.data_tools.instruct_samples import draw, dropped, kept, run_folder, sample, turn
 from vlm_sft.errors import UserError
 
 KEEP: dict[str, Any] = {
@@ -28,7 +29,7 @@ KEEP: dict[str, Any] = {
     "answers": {"families": []},
     "openings": None,
 }
-"""Nothing is set aside."""
+"""Nothing is dropped."""
 
 LONG = (
     "A brown dog lies on a green sofa beside a small wooden table with a cup of coffee and two old "
@@ -64,7 +65,7 @@ def test_the_first_of_equal_and_nearly_equal_texts_stays(tmp_path: Path) -> None
     ]
     config = clean(tmp_path, samples, near_duplicates={})
     assert [one.id for one in kept(config)] == ["a", "d"]
-    exact, near = set_aside(config)
+    exact, near = dropped(config)
     assert (exact.reasons, claims(exact)) == (("EXACT_DUPLICATE",), ["duplicate of a"])
     assert near.reasons == ("NEAR_DUPLICATE",)
     assert claims(near) == ["duplicate of a (Jaccard 0.968)"]  # 30 of 31 shingles
@@ -82,7 +83,7 @@ def test_short_texts_and_a_programs_texts_repeat_on_one_image_only(tmp_path: Pat
     ]
     config = clean(tmp_path, samples, near_duplicates={})
     assert [one.id for one in kept(config)] == ["a", "b", "d", "e"]
-    assert [claims(one) for one in set_aside(config)] == [["duplicate of a"], ["duplicate of e"]]
+    assert [claims(one) for one in dropped(config)] == [["duplicate of a"], ["duplicate of e"]]
 
 
 WORDS = st.sampled_from(["dog", "cat", "sofa", "table", "lamp", "red", "lies", "near", "under"])
@@ -129,10 +130,10 @@ def test_no_two_kept_texts_are_alike_and_the_first_of_alike_ones_is_kept(
 def test_bands_are_chosen_so_that_pairs_at_the_threshold_are_hardly_ever_missed(
     threshold: float,
 ) -> None:
-    bands, rows = banding(threshold)
-    assert (1 - threshold**rows) ** bands <= MISSED
+    bands, rows = choose_bands(threshold)
+    assert (1 - threshold**rows) ** bands <= MAX_MISSED
     assert bands * rows <= 128
-    assert banding(0.8) == (25, 5)
+    assert choose_bands(0.8) == (25, 5)
 
 
 def test_a_question_asked_before_of_the_image_goes_with_what_leans_on_it(tmp_path: Path) -> None:
@@ -157,10 +158,10 @@ def test_a_question_asked_before_of_the_image_goes_with_what_leans_on_it(tmp_pat
     assert [c.claim for c in rest.checks if c.turn is not None] == ["claim 0", "claim 3"]
     assert [c.turn for c in rest.checks if c.turn is not None] == [0, 1]
     assert claims(rest) == [
-        "turn 1 was set aside: SAME_QUESTION",
-        "turn 2 was set aside: SAME_QUESTION",
+        "turn 1 was dropped: SAME_QUESTION",
+        "turn 2 was dropped: SAME_QUESTION",
     ]
-    lost = set_aside(config)
+    lost = dropped(config)
     assert [one.id for one in lost] == ["b-turn-1", "b-turn-2"]
     assert [one.turns for one in lost] == [(samples[1].turns[1],), (samples[1].turns[2],)]
     assert claims(lost[0]) == ["asked before in a"]
@@ -182,14 +183,14 @@ def test_an_image_saved_again_smaller_is_the_same_and_another_colour_is_not(
     (tmp_path / "5.png").write_bytes(b"no picture")
     names = ["1.png", "2.png", "3.jpg", "4.png", "5.png", "6.png"]
     paths = {number: tmp_path / name for number, name in enumerate(names, 1)}
-    looks = look(paths, tmp_path / "cache.jsonl", SameImageConfig())
-    assert looks.repeats == {3: 1}
-    assert sorted(looks.unreadable) == [5, 6]
-    again = look(paths, tmp_path / "cache.jsonl", SameImageConfig())
-    assert again.repeats == {3: 1} and again.opened == 2  # the unreadable ones
+    same = find_same_images(paths, tmp_path / "cache.jsonl", SameImageConfig())
+    assert same.repeats == {3: 1}
+    assert sorted(same.unreadable) == [5, 6]
+    again = find_same_images(paths, tmp_path / "cache.jsonl", SameImageConfig())
+    assert again.repeats == {3: 1} and again.num_opened == 2  # the unreadable ones
 
 
-def test_samples_on_a_repeated_or_unreadable_image_are_set_aside(tmp_path: Path) -> None:
+def test_samples_on_a_repeated_or_unreadable_image_are_dropped(tmp_path: Path) -> None:
     samples = [sample(f"s{i}", i, [("What?", f"Thing {i}.")]) for i in (1, 2, 3)]
     images = tmp_path / "images"
     images.mkdir()
@@ -198,7 +199,7 @@ def test_samples_on_a_repeated_or_unreadable_image_are_set_aside(tmp_path: Path)
     (images / f"{3:012d}.png").write_bytes(b"")
     config = clean(tmp_path, samples, same_images={})
     assert [one.id for one in kept(config)] == ["s1"]
-    twin, broken = set_aside(config)
+    twin, broken = dropped(config)
     assert (twin.reasons, claims(twin)) == (("IMAGE_DUPLICATE",), ["duplicate of s1"])
     assert broken.reasons == ("IMAGE_UNREADABLE",)
     assert figures(config)["images"]["first_alike"] == [[2, 1]]
@@ -224,7 +225,7 @@ def test_the_hash_is_that_of_imagehash(tmp_path: Path) -> None:
 
     draw(tmp_path / "1.png", 1)
     expected = str(imagehash.phash(Image.open(tmp_path / "1.png").convert("RGB")))
-    assert hash_of(tmp_path / "1.png") == int(expected, 16)
+    assert hash_image(tmp_path / "1.png") == int(expected, 16)
 
 
 # --- answers
@@ -318,26 +319,24 @@ def test_a_turn_that_the_next_one_refers_to_stays_and_that_is_told(tmp_path: Pat
     config = clean(tmp_path, samples, answers={})
     assert kept(config) == samples
     assert figures(config)["not_reached"] == [
-        "yes_no: 1 of 1 groups (kind and categories) are tilted, since turns after the surplus ones"
-        " refer back to them",
-        "yes_no: over all 4 yes, 0 no",
+        "yes_no: 1 of 1 groups (kind and categories) are unbalanced, because turns after the "
+        "surplus ones refer back to them",
+        "yes_no: 4 yes, 0 no in total",
     ]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1), st.integers(0, 2))
-def test_levelling_leaves_no_answer_above_the_rarest_and_takes_no_more_than_it_must(
+def test_leveling_leaves_no_answer_above_the_rarest_and_drops_no_more_than_it_must(
     members: list[tuple[int, int]], slack: int
 ) -> None:
-    groups = np.array([group for group, _ in members])
-    values = np.array([value for _, value in members])
-    order = np.arange(len(members), dtype=np.uint64)[::-1].copy()
-    free = np.ones(len(members), np.bool_)
-    goes = balance.level(groups, groups, values, 3, order=order, free=free, ratio=1.0, slack=slack)
-    for group in set(groups.tolist()):
-        before = np.bincount(values[groups == group], minlength=3)
-        after = np.bincount(values[(groups == group) & ~goes], minlength=3)
-        assert after.tolist() == np.minimum(before, before.min() + slack).tolist()
+    turns = pd.DataFrame(members, columns=["group", "value"]).assign(free=True)
+    turns["order"] = np.arange(len(members), dtype=np.uint64)[::-1]
+    dropped = balance.level(turns, "group", 3, ratio=1.0, slack=slack)
+    for group, of_group in turns.groupby("group"):
+        before = np.bincount(of_group["value"], minlength=3)
+        after = np.bincount(of_group.drop(dropped, errors="ignore")["value"], minlength=3)
+        assert after.tolist() == np.minimum(before, before.min() + slack).tolist(), group
 
 
 # --- openings, caps, shares
@@ -373,7 +372,7 @@ def test_answers_that_begin_alike_are_capped(tmp_path: Path) -> None:
     config = clean(tmp_path, samples, openings={"max_share": 0.5, "least": 1})
     count = Counter(" ".join(one.turns[0].answer.split()[:3]) for one in kept(config))
     assert count == {"The image shows": 40, "There is also": 20, "On the left": 20}
-    assert {one.reasons for one in set_aside(config)} == {("OPENING_CAP",)}
+    assert {one.reasons for one in dropped(config)} == {("OPENING_CAP",)}
     for tight in ({"max_share": 0.3}, {"max_share": 0.5, "max_loss": 0.15}):
         told = clean(tmp_path / str(len(tight)), samples, openings={"least": 1, **tight})
         assert len(kept(told)) == 100
@@ -399,7 +398,7 @@ def test_types_images_and_categories_are_held_to_their_shares_and_caps(tmp_path:
     capped = clean(tmp_path / "categories", samples, max_per_category=7, categories=names)
     bears = sum(one.image.id >= 12 for one in kept(capped))
     assert bears == 6 and 7 <= len(kept(capped)) <= 13  # all that are rare, 7 of the others
-    assert figures(capped)["set_aside"]["samples_by_reason"] == {
+    assert figures(capped)["dropped"]["samples_by_reason"] == {
         "CATEGORY_CAP": 28 - len(kept(capped))
     }
 
@@ -427,7 +426,7 @@ ANSWERS = st.sampled_from(["Yes.", "No.", "On the left.", "On the right.", "The 
         max_size=12,
     )
 )
-def test_every_turn_is_kept_or_set_aside_once_and_again_gives_the_same_bytes(
+def test_every_turn_is_kept_or_dropped_once_and_again_gives_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, talks: list[tuple[int, list[Any]]]
 ) -> None:
     samples = [
@@ -440,7 +439,7 @@ def test_every_turn_is_kept_or_set_aside_once_and_again_gives_the_same_bytes(
     before = Counter((s.id, t.question, t.answer) for s in samples for t in s.turns)
     after = Counter(
         (s.id.split("-")[0], t.question, t.answer)
-        for s in [*kept(config), *set_aside(config)]
+        for s in [*kept(config), *dropped(config)]
         for t in s.turns
     )
     assert before == after
@@ -450,8 +449,8 @@ def test_every_turn_is_kept_or_set_aside_once_and_again_gives_the_same_bytes(
         )
     told = figures(config)
     assert told["kept"]["turns"] == sum(len(one.turns) for one in kept(config))
-    assert told["set_aside"]["lines"] == len(set_aside(config))
-    names = ("kept.jsonl", "set_aside.jsonl", "cleaning.json")
+    assert told["dropped"]["lines"] == len(dropped(config))
+    names = ("kept.jsonl", "dropped.jsonl", "cleaning.json")
     first = [(Path(config.output_dir) / name).read_bytes() for name in names]
     cleaning.command(config)
     assert first == [(Path(config.output_dir) / name).read_bytes() for name in names]

@@ -94,7 +94,7 @@ def test_a_request_is_found_by_its_hash_and_a_turn_by_its_sample(tmp_path: Path,
     run.write(tmp_path / "run")
     config = config_of(tmp_path / "run", tmp_path / "images")
     assert explain(config, run.requests[3].id).request == run.requests[3]
-    assert explain(config, run.set_aside[0].id).request == run.requests[1]
+    assert explain(config, run.dropped[0].id).request == run.requests[1]
 
 
 def test_an_unknown_id_is_answered_with_the_nearest(tmp_path: Path, run: Run) -> None:

@@ -25,7 +25,7 @@ from data_tools.instruct.run_folder import RunFolder, own_for
 from data_tools.instruct.schema import Answer, Judgment, Objection, Request, Sample, Shown
 from data_tools.instruct.verify import command as verifying
 from tests.data_tools.coco_files import write_coco
-from tests.data_tools.instruct_samples import kept, run_folder, sample, set_aside
+from tests.data_tools.instruct_samples import dropped, kept, run_folder, sample
 from tests.data_tools.teacher_server import (
     Act,
     Received,
@@ -467,7 +467,7 @@ def test_objections_follow_their_turns_through_cleaning_and_into_receipts(tmp_pa
     whole = kept(config)[1].judgment
     assert whole is not None and whole.verdict == "unsupported"
     assert [(found.turn, found.statement) for found in whole.objections] == [(1, "wet")]
-    [lost] = set_aside(config)
+    [lost] = dropped(config)
     assert lost.judgment is not None and lost.judgment.verdict == "contradicted"
     assert [(found.turn, found.statement) for found in lost.judgment.objections] == [(0, "red")]
     assert [receipt(one)["judge"] for one in kept(config)] == [None, "unsupported"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from data_tools.mix import __main__ as mix
 from data_tools.mix.config import CANNOT_TELL, MixConfig
-from data_tools.mix.quotas import Available, quotas
-from data_tools.mix.scan import content_digest
+from data_tools.mix.quotas import RecordCounts, quotas
+from data_tools.mix.read import content_digest
 from tests.data_tools.instruct_samples import draw
 from vlm_sft.config.loading import parse
 from vlm_sft.config.schema import DataFile
@@ -305,11 +305,11 @@ def test_quotas_are_within_one_of_what_was_asked_or_say_what_is_short(
     }
     config = parse(MixConfig, values, "test")
     available = {
-        f"s{i}": Available(
+        f"s{i}": RecordCounts(
             plain + (0 if unsure is not None else odd), odd if unsure is not None else 0
         )
         for i, (plain, odd) in enumerate(has)
-    } | {"text": Available(texts)}
+    } | {"text": RecordCounts(texts)}
     try:
         found = quotas(config, available)
     except UserError as error:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import Any, Final
 
 from vlm_sft.errors import UserError
 
@@ -52,3 +53,18 @@ def installed_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def import_extra(name: str, extra: str) -> Any:
+    """Import a package that only an extra of this project installs.
+
+    Raises:
+        UserError: It cannot be imported; the message has the command that installs it.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"the package {name!r} cannot be imported ({error}); install it with "
+            f"`pip install -e '.[{extra}]'`"
+        ) from None

@@ -1,126 +1,177 @@
-"""Which turns and samples go so that no answer, opening, type or category outweighs the others."""
+"""Drop repeated questions, and what makes an answer, opening, type or category too frequent."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]
-Ints = NDArray[np.int64]
+from data_tools.instruct.clean.table import NO_GROUP, Table, family_values
+from data_tools.instruct.config import AnswerBalanceConfig, CleanConfig, OpeningsConfig
+from data_tools.instruct.schema import SampleType
+
+MAX_ROUNDS: Final = 20
+"""Balancing one thing can unbalance another, so all is repeated until nothing changes."""
+
+
+def drop_repeated_questions(table: Table) -> None:
+    """Drop questions that an earlier turn asks about the same image.
+
+    Later turns of the conversation that refer back to such a question are dropped as well.
+    """
+    turns = table.turns
+    live = turns[table.live]
+    repeated = live.duplicated("question")
+    causes = live.groupby("question")["sample"].transform("first")[repeated]
+    sample, refers_back = turns["sample"].to_numpy(), turns["refers_back"].to_numpy()
+    dropped = {int(turn): int(cause) for turn, cause in causes.items()}
+    for turn in list(dropped):
+        follower = turn + 1
+        while follower < len(turns) and sample[follower] == sample[turn] and refers_back[follower]:
+            dropped.setdefault(follower, dropped[turn])
+            follower += 1
+    turns.loc[list(dropped), "code"] = "SAME_QUESTION"
+    turns.loc[list(dropped), "cause"] = np.array(list(dropped.values()), np.int32)
+
+
+def balance(table: Table, config: CleanConfig, categories: Mapping[int, Sequence[str]]) -> None:
+    """Drop what exceeds the caps, shares and balances of the configuration.
+
+    Args:
+        table: Changed in place.
+        config: The limits.
+        categories: Annotated categories of each image.
+    """
+    for _ in range(MAX_ROUNDS):
+        before = int(table.live.sum())
+        _cap_images(table, config.max_per_image)
+        _cap_categories(table, config.max_per_category, categories)
+        _cap_types(table, config.type_shares)
+        if config.openings is not None:
+            _cap_openings(table, config.openings)
+        _level_answers(table, config.answers)
+        if int(table.live.sum()) == before:
+            return
+
+
+def _cap_images(table: Table, limit: int | None) -> None:
+    if limit is not None:
+        samples = table.samples[table.live_samples]
+        table.samples.loc[above_limit(samples, "image", limit), "code"] = "IMAGE_CAP"
+
+
+def _cap_categories(table: Table, cap: int | None, categories: Mapping[int, Sequence[str]]) -> None:
+    """Keep the first `cap` samples of each category, and samples without a category.
+
+    A rare category keeps all its samples, a frequent one at most `cap` more than the others keep of
+    it (LLaVA's selection of captions by noun phrases).
+    """
+    samples = table.samples[table.live_samples]
+    if cap is None or samples.empty:
+        return
+    pairs = samples.assign(category=samples["image"].map(categories)).explode("category")
+    rank = pairs.groupby("category", dropna=False)["order"].rank(method="first")
+    kept = pairs.index[(rank <= cap) | pairs["category"].isna()]
+    table.samples.loc[samples.index.difference(kept), "code"] = "CATEGORY_CAP"
+
+
+def _cap_types(table: Table, shares: Mapping[SampleType, float] | None) -> None:
+    samples = table.samples[table.live_samples]
+    counts = samples["type"].value_counts()
+    # The summary says that the share of a type without samples was not reached.
+    wanted = pd.Series({n: float(s) for n, s in (shares or {}).items() if s > 0 and counts[n]})
+    if wanted.empty:
+        return
+    total = (counts[wanted.index] * wanted.sum() / wanted).min()
+    limits = np.floor(wanted / wanted.sum() * total + 1e-9).reindex(counts.index, fill_value=0)
+    limits = limits.clip(upper=counts)
+    table.samples.loc[above_limit(samples, "type", limits), "code"] = "TYPE_SHARE"
+
+
+def _cap_openings(table: Table, config: OpeningsConfig) -> None:
+    turns = table.live_turns()
+    for _, of_type in turns[turns["opening"] != 0].groupby("type", observed=True):
+        counts = of_type["opening"].value_counts().to_numpy()
+        limit = share_limit(counts, config.max_share, least=config.least, max_loss=config.max_loss)
+        table.turns.loc[above_limit(of_type, "opening", limit), "code"] = "OPENING_CAP"
+
+
+def _level_answers(table: Table, config: AnswerBalanceConfig) -> None:
+    """Level each group of categories within a kind, then each kind, then the whole family."""
+    for family in sorted(table.groups["family"].unique()):
+        for coarse in ("group", "group_kind", "family"):
+            turns = table.live_turns()
+            turns = turns[turns["group"] != NO_GROUP]
+            groups = table.groups.loc[turns["group"]]
+            turns["family"], turns["group_kind"] = groups["family"].array, groups["kind"].array
+            dropped = level(
+                turns[turns["family"] == family],
+                coarse,
+                len(family_values(family)),
+                ratio=config.ratio,
+                slack=config.slack,
+            )
+            table.turns.loc[dropped, "code"] = "ANSWER_BALANCE"
 
 
 def level(
-    coarse: Ints,
-    fine: Ints,
-    values: Ints,
-    num_values: int,
-    *,
-    order: NDArray[np.uint64],
-    free: Mask,
-    ratio: float,
-    slack: int,
-) -> Mask:
-    """Turns to set aside so that no answer of a coarse group outweighs its rarest.
+    turns: pd.DataFrame, coarse: str, num_values: int, *, ratio: float, slack: int
+) -> pd.Index:
+    """Return the turns to drop so that no answer is too frequent in a coarse group.
 
-    An answer is allowed `ratio` times the rarest one's count plus `slack`. What goes is taken, in
-    the order of `order`, where the answer is in excess in its fine group too, so that levelling the
-    whole does not tilt its parts.
+    An answer may have `ratio` times as many turns as the rarest one, plus `slack`. Turns are
+    dropped in random order, and only where the answer is too frequent in its `group` as well, so
+    that levelling the whole does not unbalance its parts.
 
     Args:
-        coarse: The group to be levelled that each turn belongs to, numbers from 0.
-        fine: A group within it.
-        values: The turn's answer, below `num_values`.
-        num_values: How many answers there are.
-        order: Random numbers; the smallest go first.
-        free: Turns that may go.
+        turns: Columns `group`, `value`, `order`, `free` and the one that is named by `coarse`.
+        coarse: Column of the groups to level.
+        num_values: Number of possible answers.
         ratio: At least 1.
-        slack: Turns.
+        slack: Number of turns.
     """
-    surplus = _surplus(coarse, values, num_values, ratio, slack)
-    excess = _surplus(fine, values, num_values, 1.0, 0)
-    rank = _rank(fine * num_values + values, order, free)
-    candidates = free & (rank < excess[fine, values])
-    rank = _rank(coarse * num_values + values, order, candidates)
-    return candidates & (rank < surplus[coarse, values])
+    candidates = turns[turns["free"].astype(bool)]
+    for by, allowed, more in (("group", 1.0, 0), (coarse, ratio, slack)):
+        counts = turns.groupby([by, "value"]).size().unstack(fill_value=0)
+        counts = counts.reindex(columns=range(num_values), fill_value=0)
+        limits = np.floor(counts.min(axis=1) * allowed) + more
+        surplus = counts.sub(limits, axis=0).stack().rename("surplus")
+        rank = candidates.groupby([by, "value"])["order"].rank(method="first")
+        candidates = candidates[rank <= candidates.join(surplus, on=[by, "value"])["surplus"]]
+    return candidates.index
 
 
-def over_cap(
-    keys: Ints, limits: Ints, *, order: NDArray[np.uint64], free: Mask | None = None
-) -> Mask:
-    """Of every key's members, those beyond its limit, in the order of `order`."""
-    free = np.ones(len(keys), np.bool_) if free is None else free
-    counts = np.bincount(keys, minlength=len(limits))
-    return free & (_rank(keys, order, free) < (counts - limits)[keys])
+def above_limit(rows: pd.DataFrame, by: str, limit: "int | pd.Series") -> pd.Index:
+    """Return the rows to drop so that no group has more than its limit, in random order.
 
-
-def share_limit(counts: Ints, share: float, *, least: int, max_loss: float) -> int:
-    """The count that no member may exceed so that none has more than `share` of what is left.
-
-    At least `least`. Where even equal counts have a larger share (fewer than 1 / share members), or
-    more than `max_loss` of all would go, it is the largest count: nothing is cut.
+    Only rows that are `free` are dropped, if there is such a column.
     """
-    limit = max(_highest(counts, share), least)
-    lost = int(np.maximum(counts - limit, 0).sum())
-    return limit if lost <= max_loss * int(counts.sum()) else int(counts.max())
+    excess = rows.groupby(by, observed=True).size() - limit
+    free = rows[rows["free"]] if "free" in rows else rows
+    rank = free.groupby(by, observed=True)["order"].rank(method="first")
+    return free.index[rank <= free[by].map(excess).astype(float)]
 
 
-def _highest(counts: Ints, share: float) -> int:
-    """With every count cut to L, the total is sum(min(count, L)), and L may be `share` of that."""
+def share_limit(counts: NDArray[np.int64], share: float, *, least: int, max_loss: float) -> int:
+    """Return the largest limit with which no count is more than `share` of what is left.
+
+    It is at least `least`. If the share cannot be reached (fewer than 1 / share members), or if
+    more than `max_loss` of all would be dropped, it is the largest count: nothing is dropped.
+    """
     ascending = np.sort(counts)
-    below = np.concatenate([[0], np.cumsum(ascending)])
     if len(counts) * share < 1:
         return int(ascending[-1])
+    # With every count cut to L, the total is sum(min(count, L)), and L may be `share` of that.
+    below = np.concatenate([[0], np.cumsum(ascending)])
+    highest = 0
     for place in range(len(counts) - 1, -1, -1):
-        cut = len(counts) - place
-        rest = 1 - share * cut
+        rest = 1 - share * (len(counts) - place)
         limit = math.inf if rest <= 0 else share * float(below[place]) / rest
-        limit = min(limit, float(ascending[place]))
-        if place == 0 or limit >= ascending[place - 1]:
-            return int(limit + 1e-9)
-    raise AssertionError("cutting all counts to 0 always keeps the share")
-
-
-def in_proportion(counts: Ints, shares: NDArray[np.float64]) -> Ints:
-    """The most of each that has these proportions, none above its count."""
-    wanted = shares / shares.sum()
-    total = min(
-        (count / part for count, part in zip(counts, wanted, strict=True) if part > 0), default=0
-    )
-    return np.minimum(counts, np.floor(wanted * total + 1e-9).astype(np.int64))
-
-
-def by_rarest_category(categories: list[tuple[int, ...]], order: Ints, cap: int) -> Mask:
-    """Samples that some category brings in: each its first `cap` in the order of `order`.
-
-    A rare category brings in all it has, a frequent one no more than the cap beside what others
-    bring (LLaVA's choice of captions by noun phrases). Samples without a category all stay.
-    """
-    members: dict[int, list[int]] = {}
-    taken = np.array([not found for found in categories], np.bool_)
-    for place in order:
-        for category in categories[place]:
-            members.setdefault(category, []).append(int(place))
-    for places in members.values():
-        taken[places[:cap]] = True
-    return taken
-
-
-def _surplus(groups: Ints, values: Ints, num_values: int, ratio: float, slack: int) -> Ints:
-    """How many of each answer are too many `[groups, values]`."""
-    num_groups = int(groups.max()) + 1 if len(groups) else 0
-    counts = np.bincount(groups * num_values + values, minlength=num_groups * num_values)
-    counts = counts.reshape(num_groups, num_values)
-    allowed = np.floor(counts.min(axis=1, keepdims=True) * ratio).astype(np.int64) + slack
-    return np.maximum(counts - allowed, 0)
-
-
-def _rank(keys: Ints, order: NDArray[np.uint64], among: Mask) -> Ints:
-    """Each member's place by `order` among those of its key; beyond all counts for the others."""
-    places = np.flatnonzero(among)
-    rank = np.full(len(keys), np.iinfo(np.int64).max)
-    sorting = np.lexsort((order[places], keys[places]))
-    ordered = keys[places][sorting]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    lengths = np.diff(np.append(starts, len(ordered)))
-    rank[places[sorting]] = np.arange(len(ordered)) - np.repeat(starts, lengths)
-    return rank
+        highest = int(min(limit, float(ascending[place])) + 1e-9)
+        if place == 0 or min(limit, ascending[place]) >= ascending[place - 1]:
+            break
+    highest = max(highest, least)
+    lost = int(np.maximum(counts - highest, 0).sum())
+    return highest if lost <= max_loss * int(counts.sum()) else int(ascending[-1])

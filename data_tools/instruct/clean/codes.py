@@ -1,4 +1,4 @@
-"""Why something is set aside."""
+"""Why `clean` drops something."""
 
 from typing import Final
 
@@ -6,17 +6,15 @@ MEANINGS: Final = {
     "IMAGE_UNREADABLE": "The image cannot be opened.",
     "IMAGE_DUPLICATE": "The image looks the same as an earlier one.",
     "EXACT_DUPLICATE": "An earlier sample has the same text.",
-    "NEAR_DUPLICATE": "An earlier sample says it in nearly the same words.",
-    "SAME_QUESTION": "The question was asked of the same image before.",
-    "IMAGE_CAP": "The image has as many samples as it may have.",
-    "CATEGORY_CAP": "All categories of the image have as many samples as they may have.",
+    "NEAR_DUPLICATE": "An earlier sample has nearly the same text.",
+    "SAME_QUESTION": "The question was asked before about the same image.",
+    "IMAGE_CAP": "The image has the maximum number of samples.",
+    "CATEGORY_CAP": "All categories of the image have the maximum number of samples.",
     "TYPE_SHARE": "The type would have more than its share.",
     "OPENING_CAP": "Too many answers begin with the same words.",
-    "ANSWER_BALANCE": "The answer is commoner than its alternatives, so that guessing would pay.",
+    "ANSWER_BALANCE": "The answer is more frequent than its alternatives, so guessing pays.",
 }
-"""Every code, and what it means in a sentence."""
+"""Meaning of every code."""
 
-CODES: Final = ("", *MEANINGS)
-"""A number in a column is a place in this list, 0 is kept."""
-
-CODE: Final = {name: number for number, name in enumerate(CODES)}
+KEPT: Final = ""
+"""In place of a code: not dropped."""

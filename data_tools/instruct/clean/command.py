@@ -1,21 +1,23 @@
-"""Accepted samples without repeats, and with no answer, opening or type outweighing the others.
+"""`clean`: drop duplicates, and balance answers, openings and types of the accepted samples.
 
-Two passes over `samples.jsonl`: the first keeps a few numbers of each sample, from which all is
-decided; the second writes `kept.jsonl` and `set_aside.jsonl`.
+Two passes over `samples.jsonl`: the first reads a few numbers of each sample, by which everything
+is decided; the second writes `kept.jsonl` and `dropped.jsonl`.
 """
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 from data_tools.coco import AnnotatedImage
-from data_tools.instruct.clean import images, near, steps
-from data_tools.instruct.clean import split as receipts
+from data_tools.instruct.clean.balance import balance, drop_repeated_questions
 from data_tools.instruct.clean.choices import Categories
-from data_tools.instruct.clean.figures import Figures
-from data_tools.instruct.clean.table import Reader, Table, TableBuilder, line_offsets
-from data_tools.instruct.config import CleanConfig, InstructConfig
+from data_tools.instruct.clean.near_duplicates import drop_near_duplicates
+from data_tools.instruct.clean.same_images import SameImages, drop_same_images, find_same_images
+from data_tools.instruct.clean.split import split_samples
+from data_tools.instruct.clean.summary import summarize, summary_lines
+from data_tools.instruct.clean.table import SampleFile, Table, line_offsets, read_table
+from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.index import read_categories, read_images
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
@@ -25,28 +27,33 @@ from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 
-__all__ = ["command"]
-
 
 def command(config: InstructConfig) -> None:
-    """Read `samples.jsonl`, write `kept.jsonl`, `set_aside.jsonl` and `cleaning.json`.
+    """Read `samples.jsonl`, write `kept.jsonl`, `dropped.jsonl` and `cleaning.json`.
 
     Raises:
-        UserError: A stage before has not run, or the samples are of other images.
+        UserError: An earlier stage has not run, or the samples are about other images.
     """
     folder = RunFolder(Path(config.output_dir))
     known = read_images(folder)
-    table = _read(folder, config, known)
-    with closing(Reader(folder.samples, table.offsets)) as reader:
-        looks = _decide(table, reader, folder, config, known)
-        figures = Figures(config.clean, table, known, looks)
-        _write(folder, table, reader, figures)
-    write_owned_json(folder.cleaning, figures.as_dict(folder))
-    echo(figures.summary(), file=sys.stdout)
+    categories = Categories(read_categories(folder))
+    table = read_table(_samples(folder, known), config.clean, categories, config.seed)
+    with closing(SampleFile(folder.samples, table.samples["offset"].to_numpy())) as file:
+        same = _decide(table, file, folder, config, known)
+        samples = track(read_lines(folder.samples, Sample), len(table.samples), "writing samples")
+        with owned_open(folder.kept) as kept_file, owned_open(folder.dropped) as dropped_file:
+            for kept, dropped in split_samples(samples, table, lambda n: file.read(n).id):
+                if kept is not None:
+                    kept_file.write(kept.model_dump_json().encode() + b"\n")
+                for sample in dropped:
+                    dropped_file.write(sample.model_dump_json().encode() + b"\n")
+        summary = summarize(config.clean, table, known, same, folder, file)
+    write_owned_json(folder.cleaning, summary)
+    echo(summary_lines(summary), file=sys.stdout)
 
 
-def _read(folder: RunFolder, config: InstructConfig, known: dict[int, AnnotatedImage]) -> Table:
-    builder = TableBuilder(config.clean, Categories(read_categories(folder)), config.seed)
+def _samples(folder: RunFolder, known: dict[int, AnnotatedImage]) -> Iterator[tuple[Sample, int]]:
+    """Yield the accepted samples with their byte offsets."""
     samples = track(read_lines(folder.samples, Sample), description="reading samples")
     for sample, offset in zip(samples, line_offsets(folder.samples), strict=True):
         if sample.image.id not in known:
@@ -54,59 +61,26 @@ def _read(folder: RunFolder, config: InstructConfig, known: dict[int, AnnotatedI
                 f"{folder.samples}: sample {sample.id!r} is about image {sample.image.id}, "
                 f"which {folder.images.name} does not have; run `index` and the stages after it"
             )
-        builder.add(sample, offset)
-    return builder.finished()
+        yield sample, offset
 
 
 def _decide(
     table: Table,
-    reader: Reader,
+    file: SampleFile,
     folder: RunFolder,
     config: InstructConfig,
     known: dict[int, AnnotatedImage],
-) -> images.Looks:
-    looks = images.Looks({}, {}, 0)
-    if config.clean.same_images.action == "set_aside":
-        used = dict.fromkeys(table.images.tolist())
-        paths = {number: Path(config.coco.images, known[number].file_name) for number in used}
-        looks = images.look(paths, folder.image_hashes, config.clean.same_images)
-        steps.mark_images(table, looks.repeats, looks.unreadable)
-    if config.clean.near_duplicates is not None:
-        near.mark_duplicates(table, reader, config.clean.near_duplicates)
-    if config.clean.same_questions:
-        steps.mark_questions(table)
-    steps.mark_balance(table, config.clean, _category_numbers(config.clean, known))
-    return looks
-
-
-def _category_numbers(
-    config: CleanConfig, known: dict[int, AnnotatedImage]
-) -> dict[int, tuple[int, ...]]:
-    if config.max_per_category is None:
-        return {}
-    numbers: dict[str, int] = {}
-    return {
-        image.id: tuple(numbers.setdefault(name, len(numbers)) for name in image.categories)
-        for image in known.values()
-    }
-
-
-def _write(folder: RunFolder, table: Table, reader: Reader, figures: Figures) -> None:
-    samples = track(read_lines(folder.samples, Sample), len(table), "writing samples")
-    with ExitStack() as files:
-        kept = files.enter_context(owned_open(folder.kept))
-        aside = files.enter_context(owned_open(folder.set_aside))
-        for before, after, lost in _outcomes(samples, table, reader):
-            figures.count(before, after, lost)
-            if after is not None:
-                kept.write(after.model_dump_json().encode() + b"\n")
-            for sample in lost:
-                aside.write(sample.model_dump_json().encode() + b"\n")
-
-
-def _outcomes(
-    samples: Iterator[Sample], table: Table, reader: Reader
-) -> Iterator[tuple[Sample, Sample | None, list[Sample]]]:
-    for number, sample in enumerate(samples):
-        after, lost = receipts.outcome(sample, number, table, lambda n: reader.sample(n).id)
-        yield sample, after, lost
+) -> SameImages:
+    """Decide what is dropped; return the images that look the same."""
+    settings, same = config.clean, SameImages()
+    if settings.same_images.action == "drop":
+        images = table.samples["image"].unique().tolist()
+        paths = {image: Path(config.coco.images, known[image].file_name) for image in images}
+        same = find_same_images(paths, folder.image_hashes, settings.same_images)
+        drop_same_images(table, same)
+    if settings.near_duplicates is not None:
+        drop_near_duplicates(table, file, settings.near_duplicates)
+    if settings.same_questions:
+        drop_repeated_questions(table)
+    balance(table, settings, {image.id: image.categories for image in known.values()})
+    return same

@@ -1,64 +1,58 @@
-"""Samples as they are written: kept in full or in part, and set aside with the reason."""
+"""Split samples into what is kept and what is dropped, with the reason as a check."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from data_tools.instruct.clean.codes import CODES
+from data_tools.instruct.clean.codes import KEPT
 from data_tools.instruct.clean.table import Table
 from data_tools.instruct.schema import Check, Cost, Judgment, Sample
 
 RULE = "clean"
 
 
-def outcome(
-    sample: Sample, number: int, table: Table, name_of: Callable[[int], str]
-) -> tuple[Sample | None, list[Sample]]:
-    """The sample as it is kept (None: not at all), and what of it is set aside.
+def split_samples(
+    samples: Iterable[Sample], table: Table, id_of: Callable[[int], str]
+) -> Iterator[tuple[Sample | None, list[Sample]]]:
+    """Yield each sample as it is kept (None: not at all), and what of it is dropped.
 
-    A sample that loses some turns is kept with the others; each lost turn is a line of its own,
-    `<id>-turn-<number>`, so that no turn is in both files and none is in neither.
+    A sample that loses some turns is kept with the others; each lost turn is a sample of its own,
+    `<id>-turn-<number>`, so that every turn is in exactly one of the two files.
 
     Args:
-        sample: As it was accepted.
-        number: Its row of the table.
-        table: With all decisions made.
-        name_of: The id of the sample of a row.
+        samples: The accepted samples.
+        table: Their rows, after all decisions.
+        id_of: Return the id of the sample with this number.
     """
-    code = int(table.sample_codes[number])
-    if code:
-        return None, [_aside(sample, [_sample_check(table, number, code, name_of)])]
-    start, end = int(table.first_turns[number]), int(table.first_turns[number + 1])
-    found = [
-        _turn_check(int(table.turn_codes[turn]), int(table.turn_causes[turn]), name_of)
-        for turn in range(start, end)
-    ]
-    lost = {place: check for place, check in enumerate(found) if check is not None}
-    if not lost:
-        return sample, []
-    if len(lost) == len(found):
-        checks = [replace(check, turn=place) for place, check in lost.items()]
-        return None, [_aside(sample, checks)]
-    return _without(sample, lost), [_turn_aside(sample, *item) for item in lost.items()]
+    columns = [table.samples[name].tolist() for name in ("code", "cause", "similarity")]
+    turns = zip(*(table.turns[name].tolist() for name in ("code", "cause")), strict=True)
+    for sample, code, cause, similarity in zip(samples, *columns, strict=True):
+        decisions = [next(turns) for _ in sample.turns]
+        if code != KEPT:
+            claim = f"duplicate of {id_of(cause)}" if code.endswith("_DUPLICATE") else ""
+            if code == "NEAR_DUPLICATE":
+                claim += f" (Jaccard {similarity:.3f})"
+            yield None, [_dropped(sample, [_check(code, claim)])]
+            continue
+        lost = {
+            turn: _check(code, f"asked before in {id_of(cause)}" if cause >= 0 else "", turn)
+            for turn, (code, cause) in enumerate(decisions)
+            if code != KEPT
+        }
+        if not lost:
+            yield sample, []
+        elif len(lost) == len(decisions):
+            yield None, [_dropped(sample, lost.values())]
+        else:
+            yield _without(sample, lost), [_turn(sample, *item) for item in lost.items()]
 
 
-def _sample_check(table: Table, number: int, code: int, name_of: Callable[[int], str]) -> Check:
-    claim, cause = "", int(table.causes[number])
-    if CODES[code].endswith("_DUPLICATE"):
-        claim = f"duplicate of {name_of(cause)}"
-        if CODES[code] == "NEAR_DUPLICATE":
-            claim += f" (Jaccard {table.likeness[number]:.3f})"
-    return Check(rule=RULE, verdict="contradicted", code=CODES[code], claim=claim)
+def _check(code: str, claim: str, turn: int | None = None) -> Check:
+    return Check(rule=RULE, verdict="contradicted", code=code, claim=claim, turn=turn)
 
 
-def _turn_check(code: int, cause: int, name_of: Callable[[int], str]) -> Check | None:
-    if not code:
-        return None
-    claim = f"asked before in {name_of(cause)}" if cause >= 0 else ""
-    return Check(rule=RULE, verdict="contradicted", code=CODES[code], claim=claim)
-
-
-def _aside(sample: Sample, checks: list[Check]) -> Sample:
-    reasons = tuple(dict.fromkeys(check.code for check in checks if check.code))
+def _dropped(sample: Sample, checks: Iterable[Check]) -> Sample:
+    checks = tuple(checks)
+    reasons = dict.fromkeys(check.code for check in checks if check.code)
     return sample.model_copy(
         update={
             "checks": (*sample.checks, *checks),
@@ -68,23 +62,22 @@ def _aside(sample: Sample, checks: list[Check]) -> Sample:
     )
 
 
-def _turn_aside(sample: Sample, number: int, check: Check) -> Sample:
-    """One turn as a line of its own; its answer's cost stays with the sample."""
-    own = [replace(c, turn=0) for c in sample.checks if c.turn == number]
+def _turn(sample: Sample, number: int, check: Check) -> Sample:
+    """Return one turn as a dropped sample; the cost of the answer stays with the kept sample."""
     turn = sample.model_copy(
         update={
             "id": f"{sample.id}-turn-{number}",
             "turns": (sample.turns[number],),
-            "checks": tuple(own),
-            "judgment": _judgment_of(sample, [number]),
+            "checks": tuple(replace(c, turn=0) for c in sample.checks if c.turn == number),
+            "judgment": _judgment(sample, [number]),
             "cost": Cost(attempts=0),
         }
     )
-    return _aside(turn, [replace(check, turn=0)])
+    return _dropped(turn, [replace(check, turn=0)])
 
 
 def _without(sample: Sample, lost: Mapping[int, Check]) -> Sample:
-    """The sample without the lost turns; its checks follow the turns, and say which went."""
+    """Return the sample without the lost turns; its checks are renumbered, and name the turns."""
     kept = [number for number in range(len(sample.turns)) if number not in lost]
     places = {number: place for place, number in enumerate(kept)}
     checks = [
@@ -93,17 +86,18 @@ def _without(sample: Sample, lost: Mapping[int, Check]) -> Sample:
         if check.turn is None or check.turn in places
     ]
     notes = [
-        Check(rule=RULE, verdict="unknown", claim=f"turn {number} was set aside: {check.code}")
+        Check(rule=RULE, verdict="unknown", claim=f"turn {number} was dropped: {check.code}")
         for number, check in lost.items()
     ]
     return sample.model_copy(
         update={
             "turns": tuple(sample.turns[k] for k in kept),
             "checks": (*checks, *notes),
-            "judgment": _judgment_of(sample, kept),
+            "judgment": _judgment(sample, kept),
         }
     )
 
 
-def _judgment_of(sample: Sample, turns: Sequence[int]) -> Judgment | None:
+def _judgment(sample: Sample, turns: Sequence[int]) -> Judgment | None:
+    """Return the judge's verdicts of these turns."""
     return sample.judgment.of_turns(turns) if sample.judgment else None

@@ -1,216 +1,189 @@
-"""What is kept of every sample while all of them are looked at: a few numbers, never its text."""
+"""Read what decisions are made by: a few numbers per sample and per turn, never their texts."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
+from data_tools.digests import hashed
 from data_tools.instruct.clean import texts
 from data_tools.instruct.clean.choices import VALUES, Categories, choice_of, group_of
-from data_tools.instruct.clean.near import Signatures
+from data_tools.instruct.clean.codes import KEPT, MEANINGS
+from data_tools.instruct.clean.near_duplicates import Signatures
 from data_tools.instruct.config import CleanConfig
-from data_tools.instruct.schema import Sample, SampleType, Turn
-
-TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
+from data_tools.instruct.schema import Kind, Sample, SampleType
 
 NO_GROUP: Final = -1
 
-
-class Reader:
-    """Reads samples again by their number in the file."""
-
-    def __init__(self, path: Path, offsets: NDArray[np.int64]) -> None:
-        self._file = path.open("rb")
-        self._offsets = offsets
-
-    def sample(self, number: int) -> Sample:
-        """The sample; it was valid when the file was read."""
-        self._file.seek(self._offsets[number])
-        return Sample.model_validate_json(self._file.readline())
-
-    def close(self) -> None:
-        """Give the file back."""
-        self._file.close()
+_TYPES: Final = get_args(SampleType)
+_ORIGINS: Final = get_args(Sample.model_fields["origin"].annotation)
+_KINDS: Final = get_args(Kind)
+_SAMPLE_COLUMNS: Final = {
+    "offset": "q", "image": "q", "type": "b", "origin": "b", "size": "I", "order": "Q",
+}  # fmt: skip
+_TURN_COLUMNS: Final = {
+    "sample": "i", "kind": "b", "question": "Q", "opening": "Q", "group": "i", "value": "b",
+    "refers_back": "b", "order": "Q",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns over samples `[n]` and over turns `[m]`, in the order of the file.
+    """Columns over samples and turns, in the order of the file; decisions change them in place.
 
     Attributes:
-        offsets: Byte at which each sample begins in the file.
-        images: Image id.
-        types: Place in `TYPES`.
-        sizes: Number of shingles of the compared text.
-        orders: A random number of each sample that depends on the seed and its id alone.
-        first_turns: Place of each sample's first turn `[n + 1]`.
-        signatures: Of those samples that are compared across images.
-        questions: Digest of image and question.
-        openings: Digest of the answer's opening; 0 for short answers.
-        groups: Place in `group_names`, `NO_GROUP` for open questions.
-        values: The answer's place among its family's.
-        leans: Whether the question refers back.
-        turn_orders: As `orders`.
-        group_names: Family, kind and categories of each group.
-        sample_codes, turn_codes: Places in `codes.CODES`; changed as decisions fall.
-        causes: The sample that one repeats, -1 for none.
-        likeness: How much, from 0 to 1.
+        samples: `offset` in the file, `image` id, `type`, `origin`, `size` (shingles of the
+            compared text), `order` (random, by seed and id), `code` (`KEPT` or why it is dropped),
+            `cause` (number of the sample that it repeats, or -1), `similarity` to that.
+        turns: Number of the `sample`, `kind`, `question` (digest of image and question), `opening`
+            (digest of the answer's first words; 0 for short answers), `group` (row of `groups`, or
+            `NO_GROUP`), `value` (place of the answer in its family), `refers_back`, and `order`,
+            `code` and `cause` as above.
+        groups: `family`, `kind` and `categories` of multiple-choice questions.
+        signatures: Signatures of the samples that are compared across images.
     """
 
-    offsets: NDArray[np.int64]
-    images: NDArray[np.int64]
-    types: NDArray[np.uint8]
-    sizes: NDArray[np.uint32]
-    orders: NDArray[np.uint64]
-    first_turns: NDArray[np.int64]
+    samples: pd.DataFrame
+    turns: pd.DataFrame
+    groups: pd.DataFrame
     signatures: Signatures | None
-    questions: NDArray[np.uint64]
-    openings: NDArray[np.uint64]
-    groups: NDArray[np.int32]
-    values: NDArray[np.uint8]
-    leans: NDArray[np.bool_]
-    turn_orders: NDArray[np.uint64]
-    group_names: tuple[tuple[str, str, str], ...]
-    sample_codes: NDArray[np.uint8]
-    turn_codes: NDArray[np.uint8]
-    causes: NDArray[np.int32]
-    turn_causes: NDArray[np.int32]
-    likeness: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.offsets)
 
     @property
-    def owners(self) -> NDArray[np.int32]:
-        """The sample that each turn belongs to."""
-        counts = np.diff(self.first_turns)
-        return np.repeat(np.arange(len(self), dtype=np.int32), counts)
+    def live(self) -> pd.Series:
+        """Whether each turn is still kept."""
+        dropped = (self.samples["code"] != KEPT).to_numpy()
+        return (self.turns["code"] == KEPT) & ~dropped[self.turns["sample"].to_numpy()]
 
-    def live_turns(self) -> NDArray[np.bool_]:
-        """Turns that nothing has set aside yet."""
-        return (self.turn_codes == 0) & (self.sample_codes[self.owners] == 0)
-
+    @property
     def live_samples(self) -> NDArray[np.bool_]:
-        """Samples with at least one such turn."""
-        live = np.zeros(len(self), dtype=np.bool_)
-        live[self.owners[self.live_turns()]] = True
-        return live
+        """Whether each sample has a turn that is still kept."""
+        return self.samples.index.isin(self.turns["sample"][self.live])
 
-    def bytes(self) -> int:
-        """Memory of all columns."""
-        columns = [value for value in vars(self).values() if isinstance(value, np.ndarray)]
-        more = self.signatures.bytes() if self.signatures else 0
-        return sum(column.nbytes for column in columns) + more
+    def live_turns(self) -> pd.DataFrame:
+        """Return the kept turns with their type, and whether they are `free` to be dropped.
+
+        A turn to which the next kept turn refers back is not free.
+        """
+        turns = self.turns[self.live].copy()
+        after = turns[["sample", "refers_back"]].shift(-1)
+        turns["free"] = ~((after["sample"] == turns["sample"]) & (after["refers_back"] == 1))
+        turns["type"] = self.samples["type"].array[turns["sample"].to_numpy()]
+        return turns
+
+    def num_bytes(self) -> int:
+        """Return the memory of all columns."""
+        frames = (self.samples, self.turns)
+        more = self.signatures.num_bytes() if self.signatures else 0
+        return more + sum(int(frame.memory_usage(index=False).sum()) for frame in frames)
 
 
-class TableBuilder:
-    """Takes the samples one by one; `finished` gives the table."""
-
-    def __init__(self, config: CleanConfig, categories: Categories, seed: int) -> None:
-        self._config, self._categories, self._seed = config, categories, seed
-        self._groups: dict[tuple[str, str, str], int] = {}
-        self._families = {str(family) for family in config.answers.families}
-        near = config.near_duplicates
-        self._signatures = Signatures(near.threshold) if near else None
-        self._samples = {name: array(code) for name, code in _SAMPLE_COLUMNS.items()}
-        self._turns = {name: array(code) for name, code in _TURN_COLUMNS.items()}
-        self._first_turns = array("q", [0])
-
-    def add(self, sample: Sample, offset: int) -> None:
-        """The file's next sample, which begins at this byte."""
-        columns = self._samples
-        columns["offsets"].append(offset)
-        columns["images"].append(sample.image.id)
-        columns["types"].append(TYPES.index(sample.type))
-        columns["orders"].append(texts.digest(self._seed, "sample", sample.id))
-        columns["sizes"].append(self._sign(sample))
-        for number, turn in enumerate(sample.turns):
-            self._add_turn(sample, number, turn)
-        self._first_turns.append(len(self._turns["questions"]))
-
-    def _sign(self, sample: Sample) -> int:
-        near = self._config.near_duplicates
-        if near is None or self._signatures is None:
-            return 0
-        words = texts.words(texts.compared(sample.turns, sample.type))
-        if sample.origin in near.across_origins and len(words) >= near.across_words:
-            number = len(self._samples["offsets"]) - 1
-            self._signatures.add(number, words, near.shingle_words)
-        return len(texts.shingles(words, near.shingle_words))
-
-    def _add_turn(self, sample: Sample, number: int, turn: Turn) -> None:
-        columns, openings = self._turns, self._config.openings
-        question = " ".join(texts.words(turn.question))
-        opening = texts.opening(turn.answer, openings.min_words) if openings else None
-        group, value = self._choice(turn)
-        columns["questions"].append(texts.digest(sample.image.id, question))
-        columns["openings"].append(texts.digest(opening) | 1 if opening else 0)
-        columns["groups"].append(group)
-        columns["values"].append(value)
-        columns["leans"].append(number > 0 and texts.refers_back(turn.question))
-        columns["turn_orders"].append(texts.digest(self._seed, "turn", sample.id, number))
-
-    def _choice(self, turn: Turn) -> tuple[int, int]:
-        choice = choice_of(turn)
-        if choice is None or choice.family not in self._families:
-            return NO_GROUP, 0
-        name = group_of(turn, choice, self._categories)
-        return self._groups.setdefault(name, len(self._groups)), choice.value
-
-    def finished(self) -> Table:
-        """The table, with nothing set aside yet."""
-        num_samples, num_turns = len(self._samples["offsets"]), len(self._turns["questions"])
-        samples = {name: _array(column) for name, column in self._samples.items()}
-        turns = {name: _array(column) for name, column in self._turns.items()}
-        turns["leans"] = turns["leans"].astype(np.bool_)
-        return Table(
-            **samples,
-            **turns,
-            first_turns=_array(self._first_turns),
-            signatures=self._signatures,
-            group_names=tuple(self._groups),
-            sample_codes=np.zeros(num_samples, np.uint8),
-            turn_codes=np.zeros(num_turns, np.uint8),
-            causes=np.full(num_samples, -1, np.int32),
-            turn_causes=np.full(num_turns, -1, np.int32),
-            likeness=np.zeros(num_samples, np.float32),
+def read_table(
+    samples: Iterable[tuple[Sample, int]], config: CleanConfig, categories: Categories, seed: int
+) -> Table:
+    """Read samples, given with their byte offsets in the file."""
+    near = config.near_duplicates
+    signatures = Signatures(near.threshold) if near else None
+    rows = {name: array(code) for name, code in _SAMPLE_COLUMNS.items()}
+    turns = {name: array(code) for name, code in _TURN_COLUMNS.items()}
+    groups: dict[tuple[str, str, str], int] = {}
+    for number, (sample, offset) in enumerate(samples):
+        size = 0
+        if near is not None and signatures is not None:
+            words = texts.words(texts.compared(sample.turns, sample.type))
+            size = len(texts.shingles(words, near.shingle_words))
+            if sample.origin in near.across_origins and len(words) >= near.across_words:
+                signatures.add(number, words, near.shingle_words)
+        order = hashed(seed, "sample", sample.id)
+        _append(
+            rows,
+            (
+                offset,
+                sample.image.id,
+                _TYPES.index(sample.type),
+                _ORIGINS.index(sample.origin),
+                size,
+                order,
+            ),
         )
+        for place, turn in enumerate(sample.turns):
+            question = " ".join(texts.words(turn.question))
+            opening = config.openings and texts.opening(turn.answer, config.openings.min_words)
+            group, value = NO_GROUP, 0
+            choice = choice_of(turn)
+            if choice is not None and choice.family in config.answers.families:
+                value = choice.value
+                group = groups.setdefault(group_of(turn, choice, categories), len(groups))
+            _append(
+                turns,
+                (
+                    number,
+                    _KINDS.index(turn.kind),
+                    hashed(sample.image.id, question),
+                    opening_digest(opening) if opening else 0,
+                    group,
+                    value,
+                    place > 0 and texts.refers_back(turn.question),
+                    hashed(seed, "turn", sample.id, place),
+                ),
+            )
+    frames = [_frame(columns) for columns in (rows, turns)]
+    frames[0]["type"] = pd.Categorical.from_codes(frames[0]["type"], _TYPES)
+    frames[0]["origin"] = pd.Categorical.from_codes(frames[0]["origin"], _ORIGINS)
+    frames[0]["similarity"] = np.float32(0)
+    frames[1]["kind"] = pd.Categorical.from_codes(frames[1]["kind"], _KINDS)
+    names = pd.DataFrame(list(groups), columns=["family", "kind", "categories"])
+    return Table(frames[0], frames[1], names, signatures)
 
 
-_SAMPLE_COLUMNS: Final = {
-    "offsets": "q",
-    "images": "q",
-    "types": "B",
-    "sizes": "I",
-    "orders": "Q",
-}
-_TURN_COLUMNS: Final = {
-    "questions": "Q",
-    "openings": "Q",
-    "groups": "i",
-    "values": "B",
-    "leans": "B",
-    "turn_orders": "Q",
-}
+def _append(columns: "dict[str, array[int]]", row: Iterable[int]) -> None:
+    for column, value in zip(columns.values(), row, strict=True):
+        column.append(value)
 
 
-def _array(column: "array[int]") -> Any:
-    return np.array(column)
+def _frame(columns: "dict[str, array[int]]") -> pd.DataFrame:
+    frame = pd.DataFrame({name: np.array(column) for name, column in columns.items()})
+    codes = np.zeros(len(frame), np.int8)
+    frame["code"] = pd.Categorical.from_codes(codes, [KEPT, *MEANINGS])
+    frame["cause"] = np.int32(-1)
+    return frame
+
+
+def opening_digest(opening: str) -> int:
+    """Return the digest of an opening, which is never 0."""
+    return hashed(opening) | 1
 
 
 def family_values(family: str) -> tuple[str, ...]:
-    """The answers of a group's family, `option_of_3` included."""
+    """Return the answers of a group's family, such as `option_of_3`."""
     if family.startswith("option_of_"):
         return VALUES["option"][: int(family.removeprefix("option_of_"))]
     return VALUES[family]  # type: ignore[index]
 
 
+class SampleFile:
+    """Reads single samples of a file again, by their byte offsets."""
+
+    def __init__(self, path: Path, offsets: Any) -> None:
+        self._file = path.open("rb")
+        self._offsets = offsets
+
+    def read(self, number: int) -> Sample:
+        """Return a sample; it was valid when the table was read."""
+        self._file.seek(self._offsets[number])
+        return Sample.model_validate_json(self._file.readline())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 def line_offsets(path: Path) -> Iterator[int]:
-    """The byte at which each line begins."""
+    """Yield the byte offset of each line."""
     offset = 0
     with path.open("rb") as file:
         for line in file:

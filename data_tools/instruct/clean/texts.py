@@ -1,6 +1,5 @@
-"""What a text is compared by: its words, its shingles, its opening, and what it refers back to."""
+"""Split texts into what they are compared by: words, shingles, openings, references back."""
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Final
 from data_tools.instruct.schema import SampleType, Turn
 
 Shingles = frozenset[tuple[str, ...]]
-"""Runs of words."""
+"""Sequences of consecutive words."""
 
 _WORD: Final = re.compile(r"\w+(?:['’]\w+)*")
 _REFERS_BACK: Final = re.compile(
@@ -25,15 +24,15 @@ _OF_THE_IMAGE: Final = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """The text's words in lower case, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return _WORD.findall(_folded(text))
 
 
 def compared(turns: Sequence[Turn], sample_type: SampleType) -> str:
-    """What stands for a sample: its answers; in conversations with their questions.
+    """Return the text by which a sample is compared: answers; in conversations, questions too.
 
-    The question of a description comes from a short list and would only water its answer down; a
-    short answer says nothing without its question.
+    The question of a description comes from a short list and would only dilute its answer; a short
+    answer means nothing without its question.
     """
     if sample_type == "conversation":
         return "\n".join(f"{turn.question}\n{turn.answer}" for turn in turns)
@@ -41,20 +40,20 @@ def compared(turns: Sequence[Turn], sample_type: SampleType) -> str:
 
 
 def shingles(found: Sequence[str], size: int) -> Shingles:
-    """All runs of `size` words; the whole text where it is shorter."""
+    """Return all sequences of `size` words; the whole text if it is shorter."""
     if len(found) <= size:
         return frozenset([tuple(found)])
     return frozenset(zip(*(found[start:] for start in range(size)), strict=False))
 
 
 def jaccard(first: Shingles, second: Shingles) -> float:
-    """Common shingles by all shingles, from 0 to 1."""
+    """Return the share of common shingles among all, from 0 to 1."""
     common = len(first & second)
     return common / (len(first) + len(second) - common)
 
 
 def opening(answer: str, min_words: int) -> str | None:
-    """The first three words; None for answers of fewer than `min_words`."""
+    """Return the first three words; None for answers of fewer than `min_words`."""
     found = [match[0] for match in islice(_WORD.finditer(_folded(answer)), min_words)]
     return " ".join(found[:3]) if len(found) == min_words else None
 
@@ -64,12 +63,6 @@ def _folded(text: str) -> str:
 
 
 def refers_back(question: str) -> bool:
-    """Whether a question may need the turn before it to be understood."""
+    """Return whether a question may need the turn before it to be understood."""
     text = _OF_THE_IMAGE.sub("", " ".join(words(question)))
     return _REFERS_BACK.search(text) is not None
-
-
-def digest(*parts: object) -> int:
-    """64 bits that depend on the parts alone, the same on every machine."""
-    text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")

@@ -65,7 +65,7 @@ def read_results(folder: RunFolder, answers_folder: Path) -> Iterator[Result]:
     if folder.failures.exists():
         failures = {line.request: line.reason for line in read_lines(folder.failures, Failure)}
     accepted, rejected = _Samples(folder.samples, "verify"), _Samples(folder.rejected, "verify")
-    kept, dropped = _Samples(folder.kept, "clean"), _Samples(folder.set_aside, "clean")
+    kept, dropped = _Samples(folder.kept, "clean"), _Samples(folder.dropped, "clean")
     for request in read_requests(folder):
         if (sample := accepted.take(request)) is not None:
             yield _cleaned(request, sample, kept, dropped)
