@@ -61,7 +61,7 @@ def check_sample(
     shown: Shown,
     policy: Policy,
 ) -> tuple[Check, ...]:
-    """Everything found about a sample, turn by turn; a check with a code rejects it.
+    """Return everything found about a sample, turn by turn; a check with a code rejects it.
 
     Args:
         turns: Questions with answers, without image placeholders.
@@ -84,7 +84,7 @@ def check_sample(
 
 
 def reasons(checks: Sequence[Check]) -> tuple[str, ...]:
-    """The codes that reject, in the order found, each once."""
+    """Return the codes that reject, in the order found, each once."""
     return tuple(dict.fromkeys(check.code for check in checks if check.code is not None))
 
 

@@ -33,42 +33,31 @@ def check(case: Case) -> Iterator[Check]:
             first = action.mention is None or _is_first(named, action)
             if action.stem in judged:
                 continue
-            captions = knowledge.actions.get(action.stem, ())
-            span = sentence.span(action.index, action.index)
-            swapped = _swapped(case, action) if captions else ()
-            if action.stem == "ride" and action.target is not None and not swapped:
-                swapped = _rides_another(case, action)
-            if swapped and sentence.asserts(action.index, action.index):
-                judged.add(action.stem)
-                yield case.check(
-                    "action", "contradicted", "ACTION_WRONG", "answer", span,
-                    f"{action.mention.word if action.mention else ''} {action.stem}", swapped,
-                )  # fmt: skip
-                continue
-            others = () if not captions else _done_by_others(case, action, sentence, first=first)
-            if others and sentence.asserts(action.index, action.index):
-                judged.add(action.stem)
-                yield case.check(
-                    "action", "contradicted", "ACTION_WRONG", "answer", span, action.stem, others
-                )
-                continue
-            if captions:
-                judged.add(action.stem)
-                ids = tuple(n for n in captions if n)
-                yield case.check("action", "supported", None, "answer", span, action.stem, ids)
-                continue
-            if sentence.asserts(action.index, action.index):
-                ids = excluding(case, action, sentence, opening=number == 0, first=first)
-                if ids:
-                    judged.add(action.stem)
-                    yield case.check(
-                        "action", "contradicted", "ACTION_WRONG", "answer", span, action.stem, ids
-                    )
-                    continue
             judged.add(action.stem)
-            refused = case.config.unknown_attributes == "reject"
-            code = "ATTRIBUTE_UNKNOWN" if refused and case.sample_type != "reasoning" else None
-            yield case.check("action", "unknown", code, "answer", span, action.stem)
+            captions = knowledge.actions.get(action.stem, ())
+            span, claim = sentence.span(action.index, action.index), action.stem
+            wrong: tuple[int, ...] = ()
+            if sentence.asserts(action.index, action.index):
+                wrong = _swapped(case, action) if captions else ()
+                if not wrong and action.stem == "ride" and action.target is not None:
+                    wrong = _rides_another(case, action)
+                if wrong:
+                    claim = f"{action.mention.word if action.mention else ''} {claim}"
+                elif captions:
+                    wrong = _done_by_others(case, action, sentence, first=first)
+                else:
+                    wrong = excluding(case, action, sentence, opening=number == 0, first=first)
+            if wrong:
+                yield case.check(
+                    "action", "contradicted", "ACTION_WRONG", "answer", span, claim, wrong
+                )
+            elif captions:
+                ids = tuple(n for n in captions if n)
+                yield case.check("action", "supported", None, "answer", span, claim, ids)
+            else:
+                refused = case.config.unknown_attributes == "reject"
+                code = "ATTRIBUTE_UNKNOWN" if refused and case.sample_type != "reasoning" else None
+                yield case.check("action", "unknown", code, "answer", span, claim)
         named.update(name for m in sentence.mentions for name in m.entry.categories)
 
 

@@ -66,17 +66,17 @@ class Agreement:
 
     @property
     def asked(self) -> int:
-        """Samples that the judge was asked about."""
+        """Return samples that the judge was asked about."""
         return self.cells.total()
 
     @property
     def with_verdict(self) -> int:
-        """Samples that it has a verdict on."""
+        """Return samples that it has a verdict on."""
         return sum(self.count(rules, judge) for rules in RULES for judge in WITH_VERDICT)
 
     @property
     def agreeing(self) -> int:
-        """Samples that both accept or both object to; a missing verdict never agrees."""
+        """Return samples that both accept or both object to; never those without a verdict."""
         objected = sum(self.count("rejected", judge) for judge in WITH_VERDICT[1:])
         return self.count("accepted", "supported") + objected
 

@@ -55,7 +55,7 @@ class Policy:
         self._questions: dict[str, Asked] = {}
 
     def knowledge(self, image: AnnotatedImage) -> Knowledge:
-        """What the annotations state about an image; samples of one image share it."""
+        """Return what the annotations state about an image; samples of one image share it."""
         known = self._known.get(image.id)
         if known is None or known.image is not image:
             if len(self._known) >= REMEMBERED:
@@ -107,7 +107,7 @@ class Case:
 
     @property
     def asked(self) -> tuple[Mention, ...]:
-        """What the question names; where it only has a pronoun, what the turn before is about."""
+        """Return what the question names; with only a pronoun, what the turn before is about."""
         named = self.question.mentions
         if named or self.before is None or PRONOUNS.isdisjoint(self.question_reading.vocabulary):
             return named
@@ -127,7 +127,7 @@ class Case:
         claim: str,
         evidence: tuple[int, ...] = (),
     ) -> Check:
-        """A finding about this turn."""
+        """Return a finding about this turn."""
         return Check(rule, verdict, code, self.index, part, span, claim, evidence)
 
 

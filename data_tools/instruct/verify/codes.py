@@ -111,7 +111,7 @@ CODES: Final = {code.name: code for code in ALL}
 
 
 def table() -> str:
-    """The codes as Markdown."""
+    """Return the codes as Markdown."""
     lines = []
     for family in FAMILIES:
         lines += [f"### {family.capitalize()}", "", "| code | meaning | example |", "|---|---|---|"]

@@ -79,7 +79,7 @@ def command(config: InstructConfig, file: Path | None = None) -> None:
 
 
 def make_sample(request: Request, answer: Answer, image: AnnotatedImage, policy: Policy) -> Sample:
-    """One answer with everything found about it."""
+    """Return one answer with everything found about it."""
     parsed = read_turns(request, answer)
     checks = parsed.checks
     if parsed.turns:
@@ -108,7 +108,7 @@ def make_sample(request: Request, answer: Answer, image: AnnotatedImage, policy:
 
 
 def image_source(image: AnnotatedImage) -> ImageSource:
-    """What a sample keeps of its image."""
+    """Return what a sample keeps of its image."""
     return ImageSource(
         id=image.id,
         file_name=image.file_name,
@@ -188,18 +188,15 @@ def write_samples(folder: RunFolder, samples: Iterator[Sample], tally: Tally) ->
 
 
 def print_summary(tally: Tally, folder: RunFolder) -> None:
-    """The funnel, and the commonest reasons with an example each."""
+    """Print the funnel, and the most frequent reasons with an example each."""
     funnel = tally.as_dict()["funnel"]
     console = Console(highlight=False, markup=False, emoji=False)
     asked = f"requests {funnel['requests']:,}: unanswered {funnel['unanswered']:,}"
     if not funnel["requests"]:  # a file of others' was checked
         left_out = tally.left_out.total()
         asked = f"records {funnel['answered'] + left_out:,}: left out {left_out:,}"
-    console.print(
-        f"{asked}, accepted {funnel['accepted']:,}, rejected {funnel['rejected']:,} -> "
-        f"{folder.root}",
-        soft_wrap=True,
-    )
+    judged = f"accepted {funnel['accepted']:,}, rejected {funnel['rejected']:,}"
+    console.print(f"{asked}, {judged} -> {folder.root}", soft_wrap=True)
     for reason, count in sorted(tally.left_out.items()):
         console.print(f"left out: {count:,} {reason}", soft_wrap=True)
     for note, count in sorted(tally.deviations.items()):

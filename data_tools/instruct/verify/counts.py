@@ -284,12 +284,12 @@ class Tally:
 
     @lazy
     def boxes(self) -> tuple[Box, ...]:
-        """Every box that may be meant."""
+        """Return every box that may be meant."""
         return self.case.knowledge.boxes_of(self.entry.categories)
 
     @property
     def is_countable(self) -> bool:
-        """Whether there are boxes, not too many, none of them of a crowd or a bunch."""
+        """Return whether there are boxes, not too many, none of them of a crowd or a bunch."""
         boxes = self.boxes
         few = 0 < len(boxes) <= self.case.config.countable
         single = self.case.knowledge.single  # a bunch is hardly called `a banana`
@@ -300,7 +300,7 @@ class Tally:
 
     @lazy
     def in_captions(self) -> dict[int, tuple[int, ...]]:
-        """The numbers that captions give for this word, and for its category if it is for all."""
+        """Return the numbers that captions give for this word, or its category if it is for all."""
         known = self.case.knowledge
         found = dict(known.word_counts.get(noun_name(self.word.rpartition(" ")[2]), {}))
         if not self.entry.narrow:
@@ -381,17 +381,17 @@ class Tally:
 
     @property
     def _single_parts(self) -> int:
-        """The number of single skis, where a box holds a pair."""
+        """Return the number of single skis, where a box holds a pair."""
         return 2 * len(self.boxes) if self.entry.categories == ("skis",) else 0
 
     @property
     def _most(self) -> int:
-        """The number of boxes, where a kind might be all of its category."""
+        """Return the number of boxes, where a kind might be all of its category."""
         return 0 if self.entry.narrow or not self.entry.firm else len(self.boxes)
 
     @property
     def is_mirrored(self) -> bool:
-        """Whether a mirror may have been boxed as a second one."""
+        """Return whether a mirror may have been boxed as a second one."""
         words = self.case.knowledge.words
         return any(w in words or w in self.case.answer_reading.vocabulary for w in _MIRRORS)
 

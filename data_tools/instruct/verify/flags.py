@@ -22,7 +22,7 @@ RELATION: Final = 32
 KIND: Final = 64
 """Begins a kind that excludes others (`tennis`, `kitchen`)."""
 PERSON: Final = 128
-"""Tells the sex or age of a person, pronouns included."""
+"""Gives the sex or age of a person, pronouns included."""
 PLACE: Final = 256
 """A side, corner, or a relation that boxes can refute."""
 NUMBER: Final = 512

@@ -22,7 +22,7 @@ LONG_ANSWER: Final = 5
 
 
 def check_sample(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
-    """Findings about the sample as a whole; `cases` are its turns."""
+    """Yield findings about the sample as a whole; `cases` are its turns."""
     config = cases[0].config if cases else None
     if config is not None:
         least, most = config.forms[sample_type].turns
@@ -34,7 +34,7 @@ def check_sample(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Che
 
 
 def check_turn(case: Case) -> Iterator[Check]:
-    """Findings about the form of one turn."""
+    """Yield findings about the form of one turn."""
     config, turn = case.config, case.turn
     for part, reading in (("question", case.question_reading), ("answer", case.answer_reading)):
         if not reading.spoken:
@@ -62,7 +62,7 @@ def check_turn(case: Case) -> Iterator[Check]:
 
 
 def _given_away(case: Case) -> str | None:
-    """The answer where the question has it: all words of a short one, or the number or color."""
+    """Return the answer where the question has it: a short one's words, the number or color."""
     question = case.question
     if question.kind != "open" and question.kind != "how_many":
         return None
@@ -151,7 +151,7 @@ def _whole(code: str, claim: str) -> Check:
 
 
 def check_citations(turn: Turn, index: int, shown: Shown) -> Iterator[Check]:
-    """One finding for the labels of a turn: all known, some unknown, or none given.
+    """Yield a finding for the labels of a turn: all known, some unknown, or none given.
 
     Rules and people cite nothing, which is noted and rejects nothing.
     """
@@ -170,7 +170,7 @@ def check_citations(turn: Turn, index: int, shown: Shown) -> Iterator[Check]:
 
 
 def resolve(label: str, shown: Shown) -> int | None:
-    """The annotation id of `c2` or `b1`; None for a label that was not given."""
+    """Return the annotation id of `c2` or `b1`; None for a label that was not given."""
     of = {"c": shown.captions, "b": shown.boxes}.get(label[:1])
     digits = label[1:]
     if (

@@ -259,25 +259,18 @@ def _wrong_person(
         certain = index == main or alone or word == "grown"
         if not certain and not _same_number(case, sentence, index):
             continue
+        male, female = (
+            word in people["male"] or word in people["he"],
+            word in people["female"] or word in people["she"],
+        )
+        opens = direct and opening
         wrong = (
-            ((word in people["male"] or word in people["he"]) and census.female and not census.male)
-            or (
-                (word in people["female"] or word in people["she"])
-                and census.male
-                and not census.female
-            )
-            or (
-                direct
-                and opening
-                and word in people["adult"]
-                and census.infant
-                and not census.adult
-            )
+            (male and census.female and not census.male)
+            or (female and census.male and not census.female)
+            or (opens and word in people["adult"] and census.infant and not census.adult)
             or (word in people["infant"] and census.adult and not (census.infant or census.child))
             or (word in people["grown"] and census.child and not census.adult)
-            or (
-                direct and opening and word in people["small"] and census.adult and not census.child
-            )
+            or (opens and word in people["small"] and census.adult and not census.child)
         )
         if not wrong or not sentence.asserts(index, index):
             continue

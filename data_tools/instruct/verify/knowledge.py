@@ -83,22 +83,22 @@ class Knowledge:
 
     @property
     def has_boxes(self) -> bool:
-        """Whether anything is boxed; if not, nothing is known to be absent."""
+        """Return whether anything is boxed; if not, nothing is known to be absent."""
         return bool(self.boxes)
 
     @lazy
     def named(self) -> dict[str, tuple[int, ...]]:
-        """Captions (annotation ids) that name a category, by its firm words."""
+        """Return captions (annotation ids) that name a category, by its firm words."""
         return self._by_category(firm_only=True)
 
     @lazy
     def perhaps_named(self) -> dict[str, tuple[int, ...]]:
-        """The same by wider words too, `bike` for a bicycle."""
+        """Return the same by wider words too, `bike` for a bicycle."""
         return self._by_category(firm_only=False)
 
     @lazy
     def words(self) -> dict[str, tuple[int, ...]]:
-        """Captions that have a word."""
+        """Return captions that have a word."""
         found: dict[str, list[int]] = defaultdict(list)
         for caption in self.captions:
             for word in sorted(caption.reading.vocabulary):
@@ -107,7 +107,7 @@ class Knowledge:
 
     @lazy
     def planted(self) -> tuple[tuple[str, int], ...]:
-        """Words that captions order to be said, with the captions; harmless captions have none."""
+        """Return words that captions order to be said, with the captions."""
         return tuple(
             (word, caption.id)
             for caption in self.captions
@@ -117,17 +117,17 @@ class Knowledge:
 
     @lazy
     def counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
-        """Numbers that captions give for a category, with the captions; `two cats` is 2."""
+        """Return numbers that captions give for a category, with the captions; `two cats` is 2."""
         return self._counts(whole=False)
 
     @lazy
     def whole_counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
-        """The same by words for all of a category: `two women` are not all of the people."""
+        """Return `counts` of words for all of a category: `two women` are not all people."""
         return self._counts(whole=True)
 
     @lazy
     def word_counts(self) -> dict[str, dict[int, tuple[int, ...]]]:
-        """Numbers that captions give for a noun, by its name: `two girls` is 2 for `girl`."""
+        """Return the numbers that captions give for a noun, by its name: `two girls` is 2."""
         found: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for caption in self.captions:
             for sentence in caption.reading.sentences:
@@ -140,7 +140,7 @@ class Knowledge:
 
     @lazy
     def actions(self) -> dict[str, tuple[int, ...]]:
-        """Captions that have a verb of the list, in whatever form."""
+        """Return captions that have a verb of the list, in whatever form."""
         stems = action_stems()
         found: dict[str, list[int]] = defaultdict(list)
         for caption in self.captions:
@@ -156,7 +156,7 @@ class Knowledge:
 
     @lazy
     def actions_of(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Verbs by the category, and by the word (`word woman`), of their subject."""
+        """Return verbs by the category, and by the word (`word woman`), of their subject."""
         found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for caption in self.captions:
             for sentence in caption.reading.sentences:
@@ -173,7 +173,7 @@ class Knowledge:
 
     @lazy
     def attributes(self) -> dict[tuple[Family, str], list[tuple[Attribute, int]]]:
-        """Colors, materials and states that captions give, by noun, with the captions."""
+        """Return colors, materials and states that captions give, by noun, with the captions."""
         found: dict[tuple[Family, str], list[tuple[Attribute, int]]] = defaultdict(list)
         for caption in self.captions:
             for sentence in caption.reading.sentences:
@@ -186,7 +186,7 @@ class Knowledge:
 
     @lazy
     def relations(self) -> list[tuple[Relation, int]]:
-        """What captions put in front of, behind, on or under something, with the captions."""
+        """Return what captions put in front of, behind, on or under something."""
         return [
             (relation, caption.id)
             for caption in self.captions
@@ -196,7 +196,7 @@ class Knowledge:
 
     @lazy
     def times(self) -> list[tuple[int, int]]:
-        """Times on clocks that captions read, as minutes after twelve, with the captions."""
+        """Return times on clocks that captions read, as minutes after twelve."""
         return [
             (minutes, caption.id)
             for caption in self.captions
@@ -206,12 +206,12 @@ class Knowledge:
 
     @lazy
     def animals(self) -> tuple[str, ...]:
-        """The categories of animals that boxes or captions have."""
+        """Return the categories of animals that boxes or captions have."""
         return tuple(n for n in ANIMALS if n in self.boxes or n in self.named)
 
     @lazy
     def is_monochrome(self) -> bool:
-        """Whether a caption calls it black and white as a whole."""
+        """Return whether a caption calls it black and white as a whole."""
         return any(
             f"black and white {word}" in self.text
             for word in ("photo", "photograph", "picture", "image", "shot")
@@ -219,7 +219,7 @@ class Knowledge:
 
     @lazy
     def nouns(self) -> frozenset[str]:
-        """The captions' words, as the names that nouns of answers get."""
+        """Return the captions' words, as the names that nouns of answers get."""
         return frozenset(noun_name(word) for word in self.words)
 
     def names(self, word: str) -> tuple[int, ...]:
@@ -234,7 +234,7 @@ class Knowledge:
 
     @lazy
     def text(self) -> str:
-        """The captions' words, each caption between bars."""
+        """Return the captions' words, each caption between bars."""
         return " | ".join(["", *(" ".join(c.reading.words) for c in self.captions), ""])
 
     def says(self, phrase: str) -> bool:
@@ -242,7 +242,7 @@ class Knowledge:
         return f" {phrase} " in self.text
 
     def excludes(self, categories: tuple[str, ...], *, acts: bool) -> bool:
-        """Return whether captions alone show that a thing is absent.
+        """Return whether captions alone show that a thing is not there.
 
         They do where at least two name another animal, vehicle or dish, where many name nobody,
         and for things that are hardly overlooked; small things and those in the background go
@@ -266,8 +266,9 @@ class Knowledge:
 
     @lazy
     def single(self) -> frozenset[str]:
-        """Categories, and words (`word cupcake`), that at least two captions name, and only ever
-        in the singular.
+        """Return what two captions or more name, always in the singular.
+
+        Categories, and words as `word cupcake`.
         """
         numbers: dict[str, list[bool]] = defaultdict(list)
         for caption in self.captions:
@@ -283,11 +284,11 @@ class Knowledge:
         return sum(area >= max(areas) * SMALL for area in areas)
 
     def boxes_of(self, categories: Iterable[str]) -> tuple[Box, ...]:
-        """The boxes of any of the categories."""
+        """Return the boxes of any of the categories."""
         return tuple(box for name in categories for box in self.boxes.get(name, ()))
 
     def support(self, entry: Entry, word: str) -> tuple[int, ...] | None:
-        """Ids of the boxes and captions that have the thing; None where nothing has."""
+        """Return ids of the boxes and captions that have the thing; None where nothing has."""
         key = word, entry
         if key not in self._supports:
             self._supports[key] = self._support(entry, word)
@@ -345,11 +346,11 @@ class Knowledge:
 
 
 def names_for_counts(entry: Entry, word: str) -> tuple[str, ...]:
-    """Under which names numbers are kept: `two bikes` counts neither bicycles nor motorcycles."""
+    """Return the names that numbers are kept under: `two bikes` counts no category."""
     return entry.categories if entry.firm else (f"word {word}",)
 
 
 def evidence(boxes: Sequence[Box], captions: Iterable[int] = ()) -> tuple[int, ...]:
-    """Annotation ids, boxes first; those that were never in a file are left out."""
+    """Return annotation ids, boxes first; those that were never in a file are left out."""
     ids = [box.id for box in boxes] + sorted(captions)
     return tuple(number for number in ids if number)

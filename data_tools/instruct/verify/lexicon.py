@@ -54,7 +54,7 @@ class Mention:
 
     @property
     def number(self) -> GrammaticalNumber:
-        """Whether the word stands for one or for many."""
+        """Return whether the word stands for one or for many."""
         return self.entry.number
 
 
@@ -62,8 +62,8 @@ class Lexicon:
     """Finds the annotated categories in a sentence's words.
 
     Args:
-        categories: Names of all annotated categories. Words for others are not claims that the
-            annotations could settle, and are not found.
+        categories: Names of all annotated categories. The annotations cannot settle
+            claims about others; those are not found.
 
     Attributes:
         categories: The same.
@@ -94,7 +94,7 @@ class Lexicon:
 
     @lazy
     def flags(self) -> FlagTable:
-        """Which rules each word concerns."""
+        """Return which rules each word concerns."""
         table = FlagTable()
         table.add(THING, self._phrases)
         table.add(DEPICTS, self.depictions)
@@ -265,7 +265,7 @@ def _describes(words: Sequence[str], index: int, colors: frozenset[str]) -> bool
 def _forms(
     word: str, categories: tuple[str, ...], *, firm: bool, narrow: bool = False
 ) -> dict[str, Entry]:
-    """The word in singular and plural."""
+    """Return the word in singular and plural."""
     one = Entry(categories, firm, "one", narrow)
     many = Entry(categories, firm, "many", narrow)
     either = Entry(categories, firm, "any", narrow)

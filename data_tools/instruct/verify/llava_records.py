@@ -23,7 +23,7 @@ SHORT_REASONING: Final = 20
 def imported_samples(
     path: Path, images: Mapping[int, AnnotatedImage], policy: Policy, left_out: Counter[str]
 ) -> Iterator[Sample]:
-    """The file's records as checked samples, in the file's order, one at a time.
+    """Yield the file's records as checked samples, in the file's order.
 
     Args:
         path: A file of records, as training reads them.
@@ -66,7 +66,7 @@ def imported_samples(
 
 
 def type_of(turns: tuple[Turn, ...]) -> SampleType:
-    """Return the type of a conversation, guessed from its form."""
+    """Return which type a conversation is, as far as its form shows."""
     if len(turns) > 1:
         return "conversation"
     if turns[0].kind == "description":
@@ -76,7 +76,7 @@ def type_of(turns: tuple[Turn, ...]) -> SampleType:
 
 
 def kind_of(question: str) -> Kind:
-    """What a question is about, by its first words."""
+    """Return what a question is about, by its first words."""
     words = question.lower().split()
     text = " ".join(words[:12])
     for kind, cues in _KINDS.items():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check(case: "Case") -> Iterator[Check]:
-    """Findings about one turn; none where it speaks as it should."""
+    """Yield findings about one turn; none where it speaks as it should."""
     for part, reading in (("question", case.question_reading), ("answer", case.answer_reading)):
         yield from _find(case, part, reading, LEAK)  # type: ignore[arg-type]
         yield from _find(case, part, reading, ORDER)  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def check(case: "Case") -> Iterator[Check]:
 
 
 def hedged_sentences(case: "Case") -> tuple[int, int]:
-    """How many sentences of an answer guess, and how many there are.
+    """Return how many sentences of an answer guess, and how many there are.
 
     Words of a caption are the annotator's, who saw the image.
     """
@@ -79,7 +79,7 @@ class Phrases:
     sign: str | None = None
 
     def find(self, reading: Reading) -> re.Match[str] | None:
-        """The first such phrase of a text."""
+        """Return the first such phrase of a text."""
         signed = self.sign is not None and self.sign in reading.text
         if self.cues.isdisjoint(reading.vocabulary) and not signed:
             return None
@@ -87,15 +87,14 @@ class Phrases:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the text declines to answer, or speaks of itself as a machine."""
+    """Return whether the text declines to answer, or speaks of itself as a machine."""
     return REFUSAL.pattern.search(text) is not None
 
 
 def is_english(reading: Reading) -> bool:
-    """By its letters, and by the English function words among its words.
+    """Judge by its letters, and by the English function words among its words.
 
-    Texts of a few words, too short to recognize a language, pass unless their letters are
-    foreign.
+    Texts of a few words pass unless their letters are foreign: too little is there to judge.
     """
     text = reading.text
     if not text.isascii():
@@ -115,7 +114,7 @@ def is_english(reading: Reading) -> bool:
 
 
 def planted_words(caption: str) -> list[str]:
-    """Striking words of a caption that reads like an order to a machine: quoted, capitals."""
+    """Return striking words of a caption that gives orders: quoted ones, capitals."""
     if not ORDER.pattern.search(caption):
         return []
     return [match[1] or match[0] for match in _STRIKING.finditer(caption)]
@@ -253,4 +252,4 @@ _OTHER: Final = (
     - _ENGLISH
     - word_set("is am man die do son me as no in was van date come per")
 )
-"""Common words of other languages in Latin letters that are no English words."""
+"""Common words of other languages in Latin letters that are not English words."""

@@ -14,34 +14,13 @@ from data_tools.instruct.verify.grammar import (
 from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.reading import Sentence
 
-NUMBERS: Final = {
-    word: value
-    for value, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
-    )
-} | {"dozen": 12, "single": 1, "both": 2, "couple": 2, "pair": 2, "trio": 3, "duo": 2}
+_WORDS: Final = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+)
+NUMBERS: Final = {word: value for value, word in enumerate(_WORDS.split())} | {
+    "dozen": 12, "single": 1, "both": 2, "couple": 2, "pair": 2, "trio": 3, "duo": 2,
+}  # fmt: skip
 """Words for numbers."""
 
 
@@ -55,9 +34,9 @@ class Quantity:
 
 
 def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
-    """The number before a thing, `two large brown dogs`; None where there is none.
+    """Return the number before a thing, `two large brown dogs`; None where there is none.
 
-    Measures are not numbers of the thing (`two bunches of bananas`), and word and number must agree
+    Measures do not count the thing (`two bunches of bananas`), and word and number must agree
     (`two traffic sign` says nothing of traffic).
     """
     if not sentence.bits & NUMBER:
@@ -104,7 +83,7 @@ def numbered_nouns(sentence: Sentence) -> Iterator[tuple[str, int, int, int]]:
 
 
 def number_of(word: str) -> int | None:
-    """`2` and `two` are 2."""
+    """Return the number that `2` or `two` stands for; None for other words."""
     known = _COUNTING.get(word)
     if known is not None or not word[:1].isdigit():
         return known
@@ -129,7 +108,7 @@ def _agreed(sentence: Sentence, mention: Mention, index: int, value: int) -> Qua
 
 
 def _is_total(sentence: Sentence, index: int, last: int) -> bool:
-    """`There are two dogs (in the image).`, `The image shows two dogs.`"""
+    """Return whether it counts all: `There are two dogs (in the image).`"""
     words = sentence.words
     before = words[max(0, index - 4) : index]
     if not (_THERE & set(before) and not _NOT_TOTAL & set(words[:index])):
@@ -141,7 +120,7 @@ def _is_total(sentence: Sentence, index: int, last: int) -> bool:
 
 
 def _has_same(sentence: Sentence, after: int) -> bool:
-    """Whether another number follows: `there are two dogs and one more on the left`."""
+    """Return whether another number follows: `two dogs and one more on the left`."""
     return any(number_of(word) is not None or word in _MORE for word in sentence.words[after:])
 
 
@@ -152,14 +131,14 @@ def _several(word: str, mention: Mention, index: int) -> Quantity | None:
 
 
 def _is_partitive(words: Sequence[str]) -> bool:
-    """`two of the dogs`."""
+    """Return whether it counts some of them: `two of the dogs`."""
     return (
         len(words) == 3 and list(words[1:]) == ["of", "the"] and number_of(words[0]) is not None
     ) or (len(words) >= 2 and words[-1] == "of" and number_of(words[-2]) is not None)
 
 
 def _is_adjective(word: str, before: str) -> bool:
-    """Whether the word may stand between a number and its noun."""
+    """Return whether the word may stand between a number and its noun."""
     if word in _NOT_ADJECTIVES or not word[0].isalpha():
         return False
     if word.endswith("ing"):

@@ -21,7 +21,7 @@ from data_tools.instruct.verify.reading import Sentence
 
 
 def check(case: Case) -> Iterator[Check]:
-    """One finding for every thing named in question and answer."""
+    """Yield a finding for every thing named in question and answer."""
     for sentence, mention in case.answer_reading.mentions:
         if mention.stance == "denied":
             yield _judge_denied(case, sentence, mention, "answer")
@@ -31,7 +31,7 @@ def check(case: Case) -> Iterator[Check]:
 
 
 def _check_question(case: Case) -> Iterator[Check]:
-    """What the question takes for granted, and what its yes or no says."""
+    """Yield what the question takes for granted, and what its yes or no says."""
     question = case.question
     if question.sentence is None:
         return

@@ -37,7 +37,7 @@ class Parsed:
 
 
 def read_turns(request: Request, answer: Answer) -> Parsed:
-    """The answer's turns, with a note for every deviation from plain JSON."""
+    """Return the answer's turns, with a note for every deviation from plain JSON."""
     text, thought = after_thinking(answer.text.strip())
     if answer.finish not in FINISHED:
         return _refused("ANSWER_CUT", f"finish: {answer.finish}")
@@ -72,7 +72,7 @@ def after_thinking(text: str) -> tuple[str, list[str]]:
 
 
 def read_object(text: str) -> tuple[str, list[str]] | str:
-    """The text of the one JSON object and what stood around it; or why there is none."""
+    """Return the text of the one JSON object and what stood around it; or why there is none."""
     if _parses(text):
         return text, []
     objects = _objects(text)
@@ -96,7 +96,7 @@ def read_object(text: str) -> tuple[str, list[str]] | str:
 
 
 def _objects(text: str) -> list[tuple[int, int]]:
-    """Places of the outermost `{...}`, braces inside strings apart; an unclosed one is none."""
+    """Return the places of the outermost `{...}`; an unclosed one is not an object."""
     found: list[tuple[int, int]] = []
     begin = text.find("{")
     while begin >= 0:
@@ -109,7 +109,7 @@ def _objects(text: str) -> list[tuple[int, int]]:
 
 
 def _end_of_object(text: str, begin: int) -> int | None:
-    """Return where the object that begins here ends; quotes outside of it are not strings."""
+    """Return where the object that begins here ends; quotes outside of it do not begin strings."""
     depth = 0
     for match in _BRACES.finditer(text, begin):
         if match[0] in "{}":
@@ -138,7 +138,7 @@ def _reject(constant: str) -> Any:
 
 
 def _turns(content: str, request: Request) -> tuple[Turn, ...] | str:
-    """The turns of an object; or what is wrong with its form."""
+    """Return the turns of an object; or what is wrong with its form."""
     try:
         form = answer_form(request.type).model_validate_json(content)
     except ValidationError as error:
@@ -154,14 +154,14 @@ def _turns(content: str, request: Request) -> tuple[Turn, ...] | str:
 
 
 def _why(text: str, request: Request) -> str | None:
-    """A better reason for a text without an object."""
+    """Return a better reason for a text without an object."""
     if is_refusal(text):
         return "REFUSAL"
     return "PROMPT_ECHO" if _echoes(text, request) else None
 
 
 def _echoes(text: str, request: Request) -> bool:
-    """Whether the text holds a long piece of what was sent, or the schema itself."""
+    """Return whether the text holds a long piece of what was sent, or the schema itself."""
     if '"$defs"' in text or '"properties"' in text:
         return True
     lines = [line.strip() for line in request.context.splitlines()]
@@ -172,7 +172,7 @@ def _echoes(text: str, request: Request) -> bool:
 
 
 def _rest(text: str) -> str:
-    """What stands around the objects."""
+    """Return what stands around the objects."""
     for begin, end in reversed(_objects(text)):
         text = text[:begin] + text[end:]
     return text

@@ -29,7 +29,7 @@ PLAIN_MARGIN: Final = 0.1
 
 
 def check(case: "Case") -> Iterator[Check]:
-    """A finding for every place given, in sentences, in yes/no questions and in bare answers."""
+    """Yield a finding for every place given, in sentences, yes/no questions and bare answers."""
     answer = case.answer_reading
     sentences = answer.sentences if answer.bits & PLACE else ()
     for number, sentence in enumerate(sentences):
@@ -124,7 +124,7 @@ def _beside_verdict(case: "Case", placing: "Beside") -> tuple[Verdict, tuple[Box
 
 
 def _boxes(case: "Case", mentions: tuple[Mention, ...]) -> tuple[Box, ...]:
-    """Return the boxes that may be meant; none if the thing is not boxed or there are too many."""
+    """Return the boxes that may be meant; none where a thing is not boxed, or too often."""
     found: list[Box] = []
     for mention in mentions:
         boxes = case.knowledge.boxes_of(mention.entry.categories)
@@ -136,7 +136,7 @@ def _boxes(case: "Case", mentions: tuple[Mention, ...]) -> tuple[Box, ...]:
 
 
 def _check_yes_no(case: "Case") -> Iterator[Check]:
-    """`Is the cat left of the cup?` `No.`"""
+    """Judge `Is the cat left of the cup?` `No.`"""
     question = case.question
     if question.kind != "yes_no" or question.polarity is None or question.sentence is None:
         return
@@ -146,7 +146,7 @@ def _check_yes_no(case: "Case") -> Iterator[Check]:
 
 
 def _check_bare_answer(case: "Case") -> Iterator[Check]:
-    """`Is the cat in the left or the right half?` `Left.`"""
+    """Judge `Is the cat in the left or the right half?` `Left.`"""
     answer = case.answer_reading
     question = case.question
     if answer.mentions or question.sentence is None or not question.mentions:
@@ -177,7 +177,7 @@ def _check_bare_answer(case: "Case") -> Iterator[Check]:
 def _asked_about(
     sentence: Sentence, mentions: tuple[Mention, ...]
 ) -> tuple[Mention | None, Mention | None]:
-    """The thing whose place is asked for, and the one it is seen from."""
+    """Return the thing whose place is asked for, and the one it is seen from."""
     others = [m for m in mentions if _is_reference(sentence, m)]
     subjects = [m for m in mentions if m not in others]
     if len(subjects) != 1 or len(others) > 1:
@@ -239,7 +239,7 @@ class Beside:
 
 
 def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
-    """Every place that a sentence gives to a thing it names."""
+    """Yield every place that a sentence gives to a thing it names."""
     if not sentence.bits & PLACE:
         return
     words = sentence.words
@@ -260,7 +260,7 @@ def placings(sentence: Sentence) -> Iterator[InFrame | Beside]:
 
 
 def _side(sentence: Sentence, index: int) -> InFrame | Beside | None:
-    """From the word `left` or `right`."""
+    """Return the place that the word `left` or `right` gives."""
     words = sentence.words
     side = words[index].removesuffix("-hand").removesuffix("most")
     before = words[index - 1] if index else ""
@@ -284,7 +284,7 @@ def _side(sentence: Sentence, index: int) -> InFrame | Beside | None:
 
 
 def _vertical(sentence: Sentence, index: int) -> InFrame | None:
-    """From `top`, `bottom`, `upper`, `lower` where no side follows."""
+    """Return the place that `top`, `bottom`, `upper`, `lower` give where no side follows."""
     words = sentence.words
     if index + 1 < len(words) and words[index + 1] in _SIDES:
         return None  # `_side` takes the corner
@@ -308,7 +308,7 @@ def _centre(sentence: Sentence, index: int) -> InFrame | None:
 
 
 def _touch(sentence: Sentence, index: int) -> Beside | None:
-    """On, under, in, next to: only straight after the thing or its verb, and before the other."""
+    """Return on, under, in or next to: only straight after the thing or its verb."""
     words = sentence.words
     how, last = _TOUCHES[words[index]], index
     if words[index] == "next":
@@ -344,7 +344,7 @@ def _in_frame(
 
 
 def _beside(sentence: Sentence, first: int, last: int, how: Direction | Touch) -> Beside | None:
-    """`last` is the last word of the phrase, `left of`; the other thing follows it."""
+    """Return what is placed by a phrase (`left of`) whose last word is `last`."""
     other = _following(sentence, last, 4)
     if other is None or other.stance not in ("asserted", "depicted"):
         return None
@@ -353,7 +353,7 @@ def _beside(sentence: Sentence, first: int, last: int, how: Direction | Touch) -
 
 
 def _subjects(sentence: Sentence, first: int, last: int) -> tuple[Mention, ...]:
-    """What may be placed: named before in the clause, or right after where nothing is before."""
+    """Return what may be placed: named before in the clause, or right after if nothing is."""
     begin, _ = sentence.clause(max(0, first - 1))
     before = [m for m in sentence.mentions if begin <= m.first and m.last < first]
     if before:
@@ -369,7 +369,7 @@ def _subjects(sentence: Sentence, first: int, last: int) -> tuple[Mention, ...]:
 
 
 def _following(sentence: Sentence, index: int, reach: int) -> Mention | None:
-    """The thing named straight after, adjectives and articles between."""
+    """Return the thing named straight after, adjectives and articles between."""
     for mention in sentence.mentions:
         if mention.first > index:
             between = sentence.words[index + 1 : mention.first]
@@ -379,7 +379,7 @@ def _following(sentence: Sentence, index: int, reach: int) -> Mention | None:
 
 
 def _skip_part(words: Sequence[str], index: int) -> tuple[int, bool]:
-    """Past `hand`, `side`, `half` after a side; whether such a part of the whole is named."""
+    """Return the last of `hand`, `side`, `half` after a side, and whether a part is named."""
     last, named = index, False
     while last + 1 < len(words) and words[last + 1] in _PARTS:
         last += 1
@@ -392,7 +392,7 @@ def _frame_follows(words: Sequence[str], index: int) -> bool:
 
 
 def _may_end(word: str) -> bool:
-    """Whether `on the left` may be complete before this word."""
+    """Return whether `on the left` may be complete before this word."""
     return not word or not word[0].isalpha() or word in _AFTER_PLAIN
 
 

@@ -24,17 +24,17 @@ class Asked:
 
     @lazy
     def sentence(self) -> Sentence | None:
-        """The last sentence: what stands before it only prepares it."""
+        """Return the last sentence; those before it only prepare it."""
         return self.reading.sentences[-1] if self.reading.sentences else None
 
     @lazy
     def mentions(self) -> tuple[Mention, ...]:
-        """What the question names."""
+        """Return what the question names."""
         return self.sentence.mentions if self.sentence else ()
 
     @lazy
     def kind(self) -> QuestionKind:
-        """What an answer to it would say."""
+        """Return what an answer to it would say."""
         if self.sentence is None:
             return "open"
         words = self.sentence.words
@@ -49,7 +49,7 @@ class Asked:
 
     @lazy
     def is_request(self) -> bool:
-        """Whether it asks or instructs."""
+        """Return whether it asks or instructs."""
         words = [word for word in self.reading.words if word not in _BEFORE_ORDERS]
         return (
             "?" in self.reading.text
@@ -59,7 +59,7 @@ class Asked:
 
     @lazy
     def counted(self) -> Mention | None:
-        """The thing whose number is asked for; None for the sum of several."""
+        """Return the thing whose number is asked for; None for the sum of several."""
         if self.how_many is None:
             return None
         after = [m for m in self.mentions if m.first >= self.how_many]
@@ -70,7 +70,7 @@ class Asked:
 
     @lazy
     def is_unrestricted(self) -> bool:
-        """Whether the thing is asked for in the whole image, and only named, nothing else."""
+        """Return whether the thing is asked for in the whole image, and only named."""
         if self.sentence is None:
             return False
         words = self.sentence.words
@@ -84,7 +84,7 @@ class Asked:
 
     @lazy
     def how_many(self) -> int | None:
-        """Index of the word after `how many` or `number of`."""
+        """Return index of the word after `how many` or `number of`."""
         if self.sentence is None or not self.reading.bits & COUNTED:
             return None
         words = self.sentence.words
@@ -115,7 +115,7 @@ class Question:
 
     @lazy
     def kind(self) -> QuestionKind:
-        """What an answer to it would say."""
+        """Return what an answer to it would say."""
         kind = self.asked.kind
         if kind in ("existence", "yes_no") and self.sentence and "or" in self.sentence.words:
             return kind if self.is_answered_by_yes_or_no else "open"
@@ -123,17 +123,17 @@ class Question:
 
     @property
     def counted(self) -> Mention | None:
-        """The thing whose number is asked for; None for the sum of several."""
+        """Return the thing whose number is asked for; None for the sum of several."""
         return self.asked.counted
 
     @property
     def is_unrestricted(self) -> bool:
-        """Whether the thing is asked for in the whole image, and only named, nothing else."""
+        """Return whether the thing is asked for in the whole image, and only named."""
         return self.asked.is_unrestricted
 
     @lazy
     def polarity(self) -> Literal["yes", "no"] | None:
-        """What the answer begins with."""
+        """Return what the answer begins with."""
         words = self.answer.words
         if not words:
             return None
@@ -156,12 +156,12 @@ class Question:
 
     @property
     def is_answered_by_yes_or_no(self) -> bool:
-        """Whether the answer begins, or ends, with one of the two."""
+        """Return whether the answer begins, or ends, with one of the two."""
         return self.polarity is not None
 
     @lazy
     def number(self) -> int | None:
-        """The number that the answer to `how many` gives; 0 for none."""
+        """Return the number that the answer to `how many` gives; 0 for none."""
         for word in self.answer.words[:12]:
             if word in ("no", "none", "zero"):
                 return 0

@@ -39,7 +39,7 @@ class Sentence:
 
     @property
     def lexicon(self) -> Lexicon:
-        """Which words name what."""
+        """Return which words name what."""
         return self.text.lexicon
 
     def hits(self, bit: int) -> list[int]:
@@ -53,13 +53,13 @@ class Sentence:
         return [(index, flags) for index, flags in enumerate(self.flags) if flags]
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        """Characters of the text from word `first` to word `last`."""
+        """Return characters of the text from word `first` to word `last`."""
         spans = self.text.spans
         return spans[self.begin + first][0], spans[self.begin + last][1]
 
     @lazy
     def mentions(self) -> tuple[Mention, ...]:
-        """The things named, in order."""
+        """Return every thing named."""
         if not self.bits & THING:
             return ()
         found = self.lexicon.matches(self.words, self.hits(THING), self._owners)
@@ -72,7 +72,7 @@ class Sentence:
 
     @lazy
     def stances(self) -> Stances:
-        """How it speaks of what it names."""
+        """Return how it speaks of what it names."""
         inside = {i for m in self.mentions for i in range(m.first, m.last + 1)}
         return Stances(self, frozenset(inside))
 
@@ -95,11 +95,11 @@ class Sentence:
 
     @lazy
     def vocabulary(self) -> frozenset[str]:
-        """The words, each once."""
+        """Return the words, each once."""
         return frozenset(self.words)
 
     def clause(self, index: int) -> tuple[int, int]:
-        """First and one-past-last word of the clause around a word."""
+        """Return first and one-past-last word of the clause around a word."""
         bounds = self._bounds
         place = bisect_right(bounds, index)
         return bounds[place - 1], bounds[place] if place < len(bounds) else len(self.words)
@@ -149,7 +149,7 @@ class Reading:
 
     @lazy
     def spans(self) -> list[tuple[int, int]]:
-        """Characters of the text that each word takes."""
+        """Return characters of the text that each word takes."""
         found, end = [], 0
         find = self._searched.find
         for token in self._tokens:  # only spaces and underscores lie between tokens
@@ -160,12 +160,12 @@ class Reading:
 
     @lazy
     def spoken(self) -> list[str]:
-        """The words and numbers, without punctuation."""
+        """Return the words and numbers, without punctuation."""
         return [word for word in self.words if word not in _PUNCTUATION and word[0].isalnum()]
 
     @lazy
     def sentences(self) -> tuple[Sentence, ...]:
-        """Its sentences; the final mark belongs to none."""
+        """Return its sentences; the final mark belongs to none."""
         words, flags = self.words, self.flags
         if words.count(".") == 1 and words[-1] == "." and not _OTHER_ENDS.intersection(words):
             return (Sentence(words[:-1], 0, self, flags[:-1]),) if len(words) > 1 else ()
@@ -179,12 +179,12 @@ class Reading:
 
     @lazy
     def vocabulary(self) -> frozenset[str]:
-        """The words, each once."""
+        """Return the words, each once."""
         return frozenset(self.words)
 
     @lazy
     def mentions(self) -> list[tuple[Sentence, Mention]]:
-        """Every thing named, with its sentence."""
+        """Return every thing named."""
         if not self.bits & THING:
             return []
         return [(sentence, found) for sentence in self.sentences for found in sentence.mentions]

@@ -1,6 +1,5 @@
 """How a sentence speaks of a thing: as there, as absent, as possible, or of its kind in general."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 from data_tools.instruct.verify.grammar import (
@@ -219,11 +218,6 @@ class Stances:
     def _is_depicted(self, first: int) -> bool:
         before = self._words[max(0, first - 4) : first]
         return any(word in self._depicts for word in before)
-
-
-def negates(words: Sequence[str], begin: int, end: int) -> bool:
-    """Return whether one of these words is a negation."""
-    return any(words[i] in _NEGATIONS for i in range(begin, end))
 
 
 _SUBJECT_PRONOUNS: Final = word_set("he she it they someone somebody everyone")
