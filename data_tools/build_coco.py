@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.eval_share and not (train and held_out):
         raise UserError(
             f"--eval-share {arguments.eval_share}: of {len(index.images)} images "
-            f"{len(held_out)} would be set aside; give more images or another share or seed"
+            f"{len(held_out)} would be held out; give more images or another share or seed"
         )
     outputs = _outputs(arguments, index, train, held_out)
     receipt = _receipt(arguments, index, inputs, (len(train), len(held_out)), annotated, outputs)
@@ -169,21 +169,24 @@ def parser() -> CommandParser:
         "--captions-per-image", type=int, help="stage-1 pairs an image (all captions)"
     )
     parser.add_argument(
-        "--eval-share", type=float, default=0.0, help="share of images set aside, 0..0.9 (0)"
+        "--eval-share",
+        type=float,
+        default=0.0,
+        help="share of images held out for evaluation, 0..0.9 (0)",
     )
     parser.add_argument(
         "--probes",
         type=int,
-        help=f"single questions an image and family, on the images set aside, or on all with "
-        f"--eval-share 0 (default: {DEFAULT_PROBES} where images are set aside, else none)",
+        help=f"single questions an image and family, on the held-out images, or on all with "
+        f"--eval-share 0 (default: {DEFAULT_PROBES} where images are held out, else none)",
     )
     parser.add_argument(
         "--max-faulty",
         type=float,
         default=MAX_FAULTY,
         metavar="SHARE",
-        help="share of the boxes, captions or images that one kind of fault may set aside, 0..1 "
-        f"({MAX_FAULTY}); more is an error",
+        help="share of the boxes, captions or images that may be dropped for one kind of fault, "
+        f"0..1 ({MAX_FAULTY}); more is an error",
     )
     parser.add_argument(
         "--overwrite",
@@ -222,7 +225,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _split(
     index: CocoIndex, seed: int, eval_share: float
 ) -> tuple[tuple[AnnotatedImage, ...], tuple[AnnotatedImage, ...]]:
-    """Images to train on and images set aside; an image's side depends on its id and seed."""
+    """Return images to train on and held-out ones, which depends on an image's id and the seed."""
     aside = {
         image.id
         for image in index.images
@@ -240,7 +243,7 @@ def _outputs(
     train: Sequence[AnnotatedImage],
     held_out: Sequence[AnnotatedImage],
 ) -> dict[str, Output]:
-    """Return the files by their names without ending; images set aside are not in the first two."""
+    """Return the files by their names without ending; held-out images are not in the first two."""
     writer = Writer(index, arguments.seed, arguments.answers)
     wanted = [arguments.only] if arguments.only else list(FILES)
     outputs: dict[str, Output] = {}
@@ -304,7 +307,7 @@ def _table(receipt: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{counts['all']} of {counts['annotated']} annotated images: "
         f"{counts['train']} to train on, "
-        f"{counts['set_aside']} set aside"
+        f"{counts['set_aside']} held out"
     )
     if counts["without_boxes"]:
         yield (

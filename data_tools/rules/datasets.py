@@ -50,7 +50,7 @@ class Output:
         return file.getvalue()
 
     def summary(self) -> dict[str, Any]:
-        """Return counts by family, kind and answer; for existence also what names alone tell."""
+        """Return counts by family, kind and answer, and how well existence is guessed by name."""
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         for exchange in self.exchanges:
             if exchange.answer:
@@ -72,7 +72,7 @@ class Writer:
     """Makes the questions and answers of each file, and leaves out what the verifier rejects.
 
     Images are given in one fixed order: which absent category is asked for depends on what was
-    asked before, so that no category's name tells the answer.
+    asked before, so that no category's name gives the answer away.
     """
 
     def __init__(self, index: CocoIndex, seed: int, style: AnswerStyle) -> None:

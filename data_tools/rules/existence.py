@@ -37,7 +37,8 @@ class Balanced:
     """The same with a memory: the images before decide which category is asked for.
 
     Within each of POPE's ways of drawing negatives, the category is taken that has been asked for
-    with the answer yes most often in excess of no, so that a name alone does not tell the answer.
+    with the answer yes most often in excess of no, so that a name alone does not give the answer
+    away.
     """
 
     def __init__(self, index: CocoIndex) -> None:

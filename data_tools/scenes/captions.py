@@ -38,9 +38,9 @@ def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
         place = texts["places"][scene.background]
         return [f"There is nothing {place}."] * CAPTIONS_PER_SCENE
     captions: list[str] = []
-    beside = _beside(scene, rng)
-    if beside:
-        captions.append(beside)
+    neighbors = _neighbors(scene, rng)
+    if neighbors:
+        captions.append(neighbors)
     patterns = [str(text) for text in rng.permutation(texts["plain"])[:2]]
     patterns += [str(text) for text in rng.permutation(texts["background"])]
     for pattern in patterns[: CAPTIONS_PER_SCENE - len(captions)]:
@@ -59,7 +59,7 @@ def _fill(pattern: str, kinds: Sequence[_Kind], place: str, rng: np.random.Gener
     )
 
 
-def _beside(scene: Scene, rng: np.random.Generator) -> str | None:
+def _neighbors(scene: Scene, rng: np.random.Generator) -> str | None:
     """Return a sentence about two single objects side by side, where there are such."""
     single = {kind.name for kind in _kinds(scene.instances) if not kind.several}
     boxes = tuple(

@@ -194,7 +194,7 @@ def test_wrong_annotations_are_told_in_one_sentence(
 
 def test_setting_aside_none_of_the_images_is_refused(tmp_path: Path) -> None:
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
-    with pytest.raises(UserError, match="of 1 images 0 would be set aside"):
+    with pytest.raises(UserError, match="of 1 images 0 would be held out"):
         build_coco.main(arguments(files, "--eval-share", "0.01"))
 
 

@@ -61,7 +61,7 @@ class Choice:
 
 
 def choice_of(turn: Turn) -> Choice | None:
-    """The choice that the turn is; None if it is none, or its answer cannot be told."""
+    """Return the choice that the turn is; None if it is not one or its answer is unclear."""
     return _option(turn) or _yes_no(turn) or _place(turn)
 
 
