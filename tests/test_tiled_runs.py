@@ -115,7 +115,7 @@ def test_check_show_and_plan_know_the_tokens_of_every_image(
     config = str(ROOT / "configs" / twin / "stage1.yaml")
     reset_accelerate()
     assert check.main([config, f"output_dir={tmp_path / 'run'}"]) == 0
-    assert "per crop" in " ".join(capsys.readouterr().err.split())
+    assert "tokens per crop" in " ".join(capsys.readouterr().out.split())
     assert show.main([config, "--statistics", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["image_tokens_per_image"] is None
