@@ -2,20 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
+from tests.export.test_tiled import processor_of
 from tests.tiny_runs import FAST, ROOT, rows
 from tests.train.tiny import reset_accelerate
 from vlm_sft import chat, check, evaluate, plan, show, stage1, stage2
 from vlm_sft.checkpoint.format import verify
 from vlm_sft.config.schema import load_config
+from vlm_sft.data.images import open_image
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.export.__main__ import main as export
-from vlm_sft.inference.loaded_model import load_checkpoint
+from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 
 TWINS = ("tiny-anyres", "tiny-onevision", "tiny-internvl")
 DATA = ROOT / "configs" / "tiny-anyres" / "data"
@@ -91,6 +95,25 @@ def test_a_tiled_checkpoint_answers_is_measured_and_is_exported(
             export(hf)
     else:
         assert export(hf) == 0
+        require_same_answers(loaded, tmp_path / "hf")
+
+
+def require_same_answers(loaded: LoadedModel, folder: Path) -> None:
+    """Ask the stock class and the checkpoint about images of five aspect ratios, greedily."""
+    stock = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = processor_of(folder)
+    exact = replace(loaded, image_processing="exact")
+    parts = [{"type": "image"}, {"type": "text", "text": "Which color?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    for path in sorted((DATA / "images").glob("blue-square-*.png")):
+        image = open_image(path)
+        inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
+        found = stock.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answer = found[0, inputs["input_ids"].shape[1] :]
+        said = processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        assert said == exact.generate("Which color?", images=[path], max_new_tokens=8)
 
 
 @pytest.mark.usefixtures("in_the_repository")
