@@ -90,7 +90,7 @@ class Answer(Line):
         tokens_in: Of the prompt; `tokens_cached` of them at the cached price.
         usd: By the prices of the configuration; None without prices.
         attempts: Number of attempts, including the last one.
-        seconds: From sending to the last byte; left out of reproducible results.
+        seconds: From the start of the request to the last byte; left out of reproducible results.
     """
 
     request: str
