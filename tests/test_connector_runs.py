@@ -98,3 +98,18 @@ def test_the_connector_of_another_kind_is_refused(runs: Path, tmp_path: Path) ->
     other = ["model.projector_type=mlp2x_gelu", "model.num_queries=null"]
     with pytest.raises(CheckpointError, match="it was made for another model"):
         run("stage2", tmp_path / "out", f"projector={runs}/stage1/final", *other)
+
+
+@pytest.mark.usefixtures("in_the_repository")
+def test_a_resampler_reads_tiles_packed_as_padded(tmp_path: Path) -> None:
+    tiles = ["model.image_tiling={layout: dynamic, max_tiles: 4}", "projector=null"]
+    tiles += ["data.train.0.path=configs/tiny-anyres/data/instructions.json", "data.eval=[]"]
+    tiles += ["data.max_length=256", "train.max_steps=2"]
+    packed = ["train.micro_batch_size=null", "train.packing.max_tokens=512"]
+    losses = []
+    for name, changes in (("padded", []), ("packed", packed)):
+        run("stage2", tmp_path / name, *tiles, *changes)
+        losses.append([row["loss"] for row in rows(tmp_path / name / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
+    processor = json.loads((tmp_path / "packed/final/processor.json").read_text())
+    assert processor["num_image_tokens"] == 9
