@@ -150,9 +150,15 @@ def _read(config: MixConfig, settings: SourceConfig, guarded: frozenset[int]) ->
         for column, value in zip(columns, row, strict=True):
             column.append(value)
     names = ("state", "cannot_tell", "order", "id", "content")
-    records = pd.DataFrame({n: np.array(c) for n, c in zip(names, columns, strict=True)})
-    records["state"] = pd.Categorical.from_codes(records["state"].astype(np.int8), _STATES)
-    records["cannot_tell"] = records["cannot_tell"].astype(bool)
+    # pandas cannot join NumPy's type for array("Q"), which is another one than uint64.
+    dtypes = (np.int8, np.bool_, np.uint64, np.uint64, np.uint64)
+    records = pd.DataFrame(
+        {
+            name: np.array(column, dtype)
+            for name, column, dtype in zip(names, columns, dtypes, strict=True)
+        }
+    )
+    records["state"] = pd.Categorical.from_codes(records["state"], _STATES)
     records["model"] = ""
     if (path := _receipts_path(settings)) is not None:
         # What a receipt says counts more than what the answer looks like.
@@ -229,7 +235,9 @@ def _read_receipts(path: Path) -> pd.DataFrame:
             ids.append(hashed(receipt["id"]))
             models.append(known.setdefault(model, len(known)))
             cannot_tell.append("cannot_tell" in receipt["kinds"])
-    receipts = pd.DataFrame({"id": np.array(ids), "cannot_tell": np.array(cannot_tell)})
+    receipts = pd.DataFrame(
+        {"id": np.array(ids, np.uint64), "cannot_tell": np.array(cannot_tell, np.bool_)}
+    )
     receipts["model"] = np.array([*known, ""], object)[np.array(models, int)]
     return receipts.drop_duplicates("id")
 

@@ -161,19 +161,25 @@ def test_answers_that_cannot_tell_have_the_share_that_is_wanted(root: Path) -> N
     assert card(root)["sources"][0]["repeated"] == 40
 
 
-def test_receipts_say_who_wrote_a_record_and_what_cannot_tell(root: Path) -> None:
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_receipts_say_who_wrote_a_record_and_what_cannot_tell(
+    root: Path, is_repeated: bool
+) -> None:
     receipts = [
         {"id": "0", "model": "big-one", "kinds": ["object", "cannot_tell"]},
         {"id": "1", "model": "big-one", "kinds": ["object"]},
+        *({"id": f"not mixed {n}", "model": "small-one", "kinds": []} for n in range(5)),
     ]
     lines = "".join(json.dumps(receipt) + "\n" for receipt in receipts)
     (root / "who.jsonl").write_text(lines)
     records = [record(n, answer="I cannot see that." * (n == 1)) for n in range(3)]
+    records += [record(0, name="x")] * is_repeated  # two records of one id
     sources = [source(root, "a", records, receipts=str(root / "who.jsonl"))]
     mixed(root, sources)
-    assert card(root)["teacher_models"] == {"": 1, "big-one": 2}
-    assert card(root)["shares"]["cannot_tell"]["reached"] == pytest.approx(1 / 3, abs=1e-6)
-    assert "- big-one: 2 records" in (root / "mix" / "card.md").read_text()
+    assert card(root)["teacher_models"] == {"": 1, "big-one": 2 + is_repeated}
+    reached = (1 + is_repeated) / (3 + is_repeated)
+    assert card(root)["shares"]["cannot_tell"]["reached"] == pytest.approx(reached, abs=1e-6)
+    assert f"- big-one: {2 + is_repeated} records" in (root / "mix" / "card.md").read_text()
 
 
 @pytest.mark.parametrize(

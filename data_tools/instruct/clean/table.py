@@ -146,7 +146,9 @@ def _append(columns: "dict[str, array[int]]", row: Iterable[int]) -> None:
 
 
 def _frame(columns: "dict[str, array[int]]") -> pd.DataFrame:
-    frame = pd.DataFrame({name: np.array(column) for name, column in columns.items()})
+    # The type by its size: NumPy's type for array("Q") is another one than uint64.
+    arrays = {name: np.array(column) for name, column in columns.items()}
+    frame = pd.DataFrame({name: a.astype(a.dtype.str) for name, a in arrays.items()})
     codes = np.zeros(len(frame), np.int8)
     frame["code"] = pd.Categorical.from_codes(codes, [KEPT, *MEANINGS])
     frame["cause"] = np.int32(-1)
