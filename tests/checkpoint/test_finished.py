@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from tests.finished_models import (
     rename_tensors,
 )
 from tests.model.tiny import CLIP, GRANITE, images, rows, tiny_model
+from tests.tokenizers_for_tests import sentencepiece_tokenizer
 from vlm_sft.checkpoint.base_models import parse_bases
+from vlm_sft.config.schema import LanguageModelConfig
+from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -117,6 +121,23 @@ def test_an_original_folder_gives_the_same_logits(
     loaded = load(parts.full(tmp_path / "llava", pickled=pickled), template="vicuna_v1")
     assert torch.equal(logits(loaded.model), logits(parts.model))
     assert loaded.image_aspect == "pad"
+
+
+@pytest.mark.parametrize("model_type", ["llava_llama", "llava"])
+def test_the_sentencepiece_file_of_an_original_folder_is_read_as_llamas(
+    model_type: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    model = resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+    shutil.copy(str(model), folder / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tree = {"model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    (folder / "config.json").write_text(json.dumps(tree))
+    text = "USER: What is it?\n ASSISTANT:"
+    found = load_tokenizer(LanguageModelConfig(name=str(folder)))
+    assert found(text)["input_ids"] == sentencepiece_tokenizer()(text)["input_ids"]
 
 
 def test_a_tuned_vision_tower_of_an_original_folder_replaces_the_one_that_it_names(

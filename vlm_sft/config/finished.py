@@ -235,6 +235,20 @@ def is_finished(folder: Path) -> bool:
     )
 
 
+def original_language_model(folder: Path) -> str | None:
+    """Return the `model_type` in transformers of the language model of an original LLaVA folder.
+
+    Returns:
+        None for any other folder.
+    """
+    try:
+        tree = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return None
+    is_original = isinstance(tree, dict) and "mm_vision_tower" in tree
+    return ORIGINAL_LANGUAGE_MODELS.get(str(tree.get("model_type"))) if is_original else None
+
+
 def read_finished(name: str, *, download: bool = True) -> FinishedModel:
     """Read the JSON files of a finished vision-language model.
 

@@ -4,9 +4,11 @@ import copy
 from pathlib import Path
 from typing import Any, Final, cast
 
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vlm_sft.config.finished import original_language_model
 from vlm_sft.config.schema import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
@@ -49,10 +51,15 @@ def load_tokenizer(
         use_cache_if_hub_unreachable()
         action = f"get the tokenizer of {name!r} from the hub, and there is no folder of that name"
     with library_call("transformers", key, action), custom_code_refused(key, name):
+        options: dict[str, Any] = {}
         if folder.is_dir():
             require_plain_folder(folder)
+        # transformers knows neither the model type of an original LLaVA folder nor, from that, its
+        # tokenizer: it would read tokenizer.model by other rules.
+        if (kind := original_language_model(_description(folder, name))) is not None:
+            options["config"] = AutoConfig.for_model(kind)
         tokenizer = AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else name, trust_remote_code=False
+            folder if folder.is_dir() else name, trust_remote_code=False, **options
         )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -60,6 +67,14 @@ def load_tokenizer(
             "has no `tokenizers` backend; convert it to a tokenizer.json"
         )
     return tokenizer
+
+
+def _description(folder: Path, name: str) -> Path:
+    """Return the folder with a model's `config.json`, which for a hub name is in the cache."""
+    if folder.is_dir():
+        return folder
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else folder
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
