@@ -122,7 +122,7 @@ def test_files_of_llava_form_are_checked_against_the_annotations(
     assert (bad.id, bad.reasons) == ("a-1", ("COUNT_WRONG",))
     left_out = json.loads(folder.verification.read_text())["left_out"]
     assert sum(left_out.values()) == 2
-    assert "left out: 1 records whose picture is not indexed" in capsys.readouterr().out
+    assert "left out: 1 records whose image is not indexed" in capsys.readouterr().out
 
 
 def record(number: str, image: str, question: str, answer: str) -> dict[str, Any]:

@@ -48,11 +48,11 @@ def imported_samples(
             left_out["records that are not of LLaVA's form"] += 1
             continue
         if not record.get("image"):
-            left_out["records without a picture"] += 1
+            left_out["records without an image"] += 1
             continue
         image = image_of(str(record["image"]), images)
         if image is None:
-            left_out["records whose picture is not indexed"] += 1
+            left_out["records whose image is not indexed"] += 1
             continue
         sample_type = type_of(turns)
         checks = check_sample(turns, sample_type, image, Shown(), policy)
