@@ -7,6 +7,7 @@ import pytest
 import study_connectors
 from study_connectors import ARMS, CONFIGS, Study
 
+from vlm_sft import evaluate
 from vlm_sft.config.schema import load_config
 
 
@@ -31,6 +32,14 @@ def test_compared_arms_differ_in_the_image_tokens_alone(
     }[pair[0]]
     assert first["train"]["max_steps"] == (3 if stage == "stage1" else 5)
     assert ARMS[pair[0]].scenes == ARMS[pair[1]].scenes
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_is_asked_with_its_own_and_with_blank_images(name: str, tmp_path: Path) -> None:
+    study = Study(tmp_path, seed=1, counts={"test": 10}, steps=(3, 5))
+    arguments = evaluate.parser().read(study.evaluation(name))
+    assert arguments.conditions == ["right", "blank"]
+    assert ARMS[name].scenes in str(arguments.images)
 
 
 def test_an_interval_is_shown_with_its_ends() -> None:

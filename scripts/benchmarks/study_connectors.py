@@ -132,7 +132,7 @@ class Study:
         for stage, config in CONFIGS.items():
             if not (run / stage / "final").is_dir():
                 _module(f"vlm_sft.{stage}", config, *self.overrides(name, stage))
-        answers = self._answers(arm, run)
+        answers = self._answers(name, run)
         found = answers["probes"]["existence"]
         processor = json.loads((run / "stage2/final/processor.json").read_text(encoding="utf-8"))
         return {
@@ -190,17 +190,21 @@ class Study:
             *arm.overrides,
         ]
 
-    def _answers(self, arm: Arm, run: Path) -> dict[str, Any]:
-        results, test = run / "results.json", self._data(arm.scenes, "test")
+    def evaluation(self, name: str) -> list[str]:
+        """Return the arguments of `evaluate` that ask an arm's model."""
+        run, test = self._folder / name, self._data(ARMS[name].scenes, "test")
+        return [
+            str(run / "stage2/final"),
+            *("--images", f"{test}/scenes/images"),
+            *("--probes", f"{test}/questions/existence.json"),
+            *("--conditions", "right,blank"),
+            *("--answers", "free_form", "--out", str(run / "results.json")),
+        ]
+
+    def _answers(self, name: str, run: Path) -> dict[str, Any]:
+        results = run / "results.json"
         if not results.exists():
-            _module(
-                "vlm_sft.evaluate",
-                str(run / "stage2/final"),
-                *("--images", f"{test}/scenes/images"),
-                *("--probes", f"{test}/questions/existence.json"),
-                *("--conditions", "right", "blank"),
-                *("--answers", "free_form", "--out", str(results)),
-            )
+            _module("vlm_sft.evaluate", *self.evaluation(name))
         found: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
         return found
 
