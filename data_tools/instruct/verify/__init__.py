@@ -100,7 +100,7 @@ def _check_turn(case: Case) -> Iterator[Check]:
         yield from counts.check(case)
     if both & PLACE:
         yield from places.check(case)
-    if answer & ATTRIBUTE:
+    if answer & ATTRIBUTE or case.knowledge.switched:
         yield from attributes.check(case)
     if answer & ACTION:
         yield from actions.check(case)
@@ -113,5 +113,9 @@ def _check_turn(case: Case) -> Iterator[Check]:
         yield from kinds.check(case)
     if answer & RELATION:
         yield from relations.check(case)
+    if question & RELATION:
+        yield from relations.check_yes_no(case)
+    if case.question_reading.words[:1] == ["where"]:
+        yield from relations.check_where(case)
     yield from times.check(case)
     yield from others.check(case)

@@ -29,7 +29,8 @@ def check(case: Case) -> Iterator[Check]:
                 # `They` of a description are whom it named first
                 people = _first_mention(case)
                 if people is not None:
-                    action = replace(action, subject="person", mention=people)
+                    name = people.entry.categories[0]
+                    action = replace(action, subject=name, mention=people)
             first = action.mention is None or _is_first(named, action)
             if action.stem in judged:
                 continue
@@ -45,6 +46,8 @@ def check(case: Case) -> Iterator[Check]:
                     claim = f"{action.mention.word if action.mention else ''} {claim}"
                 elif captions:
                     wrong = _done_by_others(case, action, sentence, first=first)
+                    if not wrong and action.stem in _POSTURES and _is_of_another(case, action):
+                        wrong = excluding(case, action, sentence, opening=number == 0, first=first)
                 else:
                     wrong = excluding(case, action, sentence, opening=number == 0, first=first)
             if wrong:
@@ -193,7 +196,11 @@ def _first_mention(case: Case) -> Mention | None:
         m for _, m in case.answer_reading.mentions
         if "person" in m.entry.categories or not _ANIMATE.isdisjoint(m.entry.categories)
     ]  # fmt: skip
-    return alive[0] if len(alive) == 1 and alive[0].entry.categories == ("person",) else None
+    if not alive:
+        asked = case.asked
+        one = len({m.entry.categories for m in asked}) == 1
+        return asked[0] if one and asked[0].entry.categories[0] in ANIMALS else None
+    return alive[0] if len(alive) == 1 and len(alive[0].entry.categories) == 1 else None
 
 
 def _swapped(case: Case, action: Action) -> tuple[int, ...]:
@@ -273,6 +280,22 @@ def _done_by_others(
     return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
 
 
+def _is_of_another(case: Case, action: Action) -> bool:
+    """Return whether every caption with a posture of an animal gives it to another category."""
+    if action.subject not in ANIMALS:
+        return False
+    doing = case.knowledge.actions_of
+    others = {
+        n
+        for name, stems in doing.items()
+        if not name.startswith("word ") and name != action.subject
+        for n in stems.get(action.stem, ())
+    }
+    captions = case.knowledge.actions.get(action.stem, ())
+    own = doing.get(action.subject or "", {})
+    return action.stem not in own and set(captions) <= others
+
+
 def _is_first(named: set[str], action: Action) -> bool:
     """Return whether the subject is the first of its category that the answer names."""
     mention = action.mention
@@ -309,6 +332,7 @@ def _tasks() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
 
 
 _WITH_OBJECT = frozenset({"hold", "eat", "drink", "carry", "read", "cook", "cut", "fly", "throw"})
+_POSTURES = frozenset({"sit", "stand", "lie", "walk", "run"})
 _ANIMATE = frozenset({"person", *ANIMALS})
 _RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
 _OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})

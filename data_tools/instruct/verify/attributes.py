@@ -15,6 +15,7 @@ from data_tools.instruct.verify.describing import (
     noun_at,
     noun_name,
     parts,
+    switched,
 )
 from data_tools.instruct.verify.flags import ATTRIBUTE
 from data_tools.instruct.verify.grammar import (
@@ -32,6 +33,7 @@ from data_tools.instruct.verify.reading import Sentence
 
 def check(case: Case) -> Iterator[Check]:
     """Yield a finding for each color, material and state of the answer."""
+    yield from _check_switched(case)
     reading = case.answer_reading
     if not reading.bits & ATTRIBUTE:
         return
@@ -65,7 +67,13 @@ def check_yes_no(case: Case) -> Iterator[Check]:
     while last > 0 and families.get(words[last]) is None and words[last] in ("color", "colour"):
         last -= 1
     family = families.get(words[last])
-    if family is None or words[0] not in BE or words[max(0, last - 1)] in ("a", "an", "or", "and"):
+    if family is None and question.polarity == "no":
+        yield from _check_denied(case, sentence, last)
+    if (
+        family is None
+        or words[0] not in (BE | {"has", "have"})
+        or words[max(0, last - 1)] in ("a", "an", "or", "and")
+    ):
         return
     noun = asked_noun(case)
     claim = Attribute(family, (words[last],), noun, noun_name(noun) != noun, last, last, True)
@@ -79,6 +87,29 @@ def check_yes_no(case: Case) -> Iterator[Check]:
         span = sentence.span(last, last)
         yield case.check(
             "attribute", "contradicted", "ATTRIBUTE_WRONG", "question", span, text, ids
+        )
+
+
+def _check_denied(case: Case, sentence: Sentence, last: int) -> Iterator[Check]:
+    """Judge `Has the wall been painted?` `No.` where captions have `a painted wall`."""
+    word, noun = sentence.words[last], asked_noun(case)
+    if not word.endswith(("ed", "en")) or noun == PRONOUN:
+        return
+    ids = tuple(
+        caption.id
+        for caption in case.knowledge.captions
+        if word in caption.reading.vocabulary
+        and any(
+            said.words[at] == word and noun_name(said.words[at + 1]) == noun
+            for said in caption.reading.sentences
+            for at in range(len(said.words) - 1)
+        )
+    )
+    if ids:
+        span, text = sentence.span(last, last), f"not {word} {noun}"
+        found = tuple(number for number in ids if number)
+        yield case.check(
+            "attribute", "contradicted", "ATTRIBUTE_WRONG", "question", span, text, found
         )
 
 
@@ -99,6 +130,8 @@ def contradicting(
     """
     known = case.knowledge
     noun = _whole(case, noun)
+    if noun == "light" and "traffic light" in known.boxes:
+        noun = "traffic light"
     found = known.attributes.get((claim.family, noun), ())
     if not found or (claim.family == "color" and (noun in _uncolored() or known.is_monochrome)):
         return None
@@ -169,9 +202,13 @@ def asked_noun(case: Case) -> str:
         return PRONOUN
     words = sentence.words
     start = next((i + 1 for i, word in enumerate(words) if word in BE or word == "does"), 0)
+    if words[0] in ("has", "have"):
+        start = 1  # `has the banana been peeled`
     while start < len(words) and words[start] in (DEFINITE | INDEFINITE | QUANTITIES):
         start += 1
     last = last_of_phrase(words, start, len(words))
+    while last > start and words[last] in attribute_words():
+        last -= 1  # `is the book open or closed`
     owned = last >= start and words[start - 1] == "its" and words[last] in parts()
     if last < start or owned:
         return _name_of(case.asked) if case.before is not None else PRONOUN
@@ -207,6 +244,30 @@ def _check_bare(case: Case) -> Iterator[Check]:
         claim = f"{' and '.join(given)} {noun}"
         span = (0, len(case.answer_reading.text))
         yield case.check("attribute", "contradicted", "ATTRIBUTE_WRONG", "answer", span, claim, ids)
+
+
+def _check_switched(case: Case) -> Iterator[Check]:
+    """Judge whether a lamp or screen is on or off, where captions say the other and not this."""
+    told = case.knowledge.switched
+    if not told:
+        return
+    question, asked = case.question, " ".join(case.question_reading.words)
+    claims = [
+        (name, is_on, "answer") for name, is_on in switched(" ".join(case.answer_reading.words))
+    ]
+    if question.kind == "yes_no" and question.polarity is not None:
+        yes = question.polarity == "yes"
+        claims += [(name, is_on == yes, "question") for name, is_on in switched(asked)]
+    for name, is_on, part in claims:
+        if (name, not is_on) in told and (name, is_on) not in told:
+            reading = case.answer_reading if part == "answer" else case.question_reading
+            text, where = f"{name} {'on' if is_on else 'off'}", (0, len(reading.text))
+            ids = tuple(number for number in told[name, not is_on] if number)
+            yield case.check(
+                "attribute", "contradicted", "ATTRIBUTE_WRONG",
+                "answer" if part == "answer" else "question", where, text, ids,
+            )  # fmt: skip
+            return
 
 
 def _check_words(case: Case, seen: set[str]) -> Iterator[Check]:

@@ -74,7 +74,11 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
         return  # `objects` says whether any is there
     unrestricted = case.question.is_unrestricted
     narrow = asked.entry.narrow
-    if not narrow and unrestricted and tally.boxes:
+    verdict: Verdict
+    code: str | None
+    if unrestricted and tally.is_far_more_than(value):
+        verdict, code = "contradicted", "COUNT_WRONG"
+    elif not narrow and unrestricted and tally.boxes:
         verdict, code = tally.exactly(value)
     elif tally.exceeds_captions(value) or (
         (unrestricted or _shares_words(case))
@@ -252,7 +256,7 @@ def _is_where_captions_count(case: Case, mention: Mention, after: Sequence[str])
         for number in ids
     }
     places = [word for word in after if word not in FUNCTION_WORDS]
-    return any(counting & set(known.words.get(word, ())) for word in places[-1:])
+    return any(counting & set(known.words.get(word, ())) for word in places)
 
 
 def _shares_words(case: Case) -> bool:
@@ -327,6 +331,11 @@ class Tally:
         if doubtful or self._is_in_captions(value, whole=True):
             return "unknown", None
         return "contradicted", "COUNT_WRONG"
+
+    def is_far_more_than(self, value: int) -> bool:
+        """Return whether twice as many are boxed, too many to count, and no caption counts so."""
+        many = len(self.boxes) > self.case.config.countable and value * 2 <= self._large
+        return many and not (value in self.in_captions or self._is_in_captions(value))
 
     def at_least(self, value: int) -> tuple[Verdict, str | None]:
         """Return what is known of there being this many, and perhaps more."""

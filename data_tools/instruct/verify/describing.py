@@ -3,6 +3,7 @@
 The same reading serves answers and captions, so that the two can be compared noun by noun.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -126,6 +127,10 @@ def _attribute(
         before -= 1
     if before < 0:
         return None
+    if family == "material" and before > 1 and words[before] not in FUNCTION_WORDS and (
+        words[before - 1] == "of" and words[before - 2] in _MADE
+    ):  # fmt: skip
+        before -= 1  # `made of polished metal`
     if words[before] in ("of", "from", "in") and before and words[before - 1] in _MADE:
         before -= 1 if words[before - 1] != "out" else 2
         while before >= 0 and words[before] in _MADE:
@@ -139,6 +144,13 @@ def _attribute(
         return None
     noun, at = subject
     return Attribute(family, found, noun, _is_many(words, at), first, last, predicate=True)
+
+
+def switched(text: str) -> list[tuple[str, bool]]:
+    """Return the lamps, screens and other devices that a text says are on or off."""
+    if " on" not in text and " off" not in text:
+        return []
+    return [(noun_name(m[1]), m[2] == "on") for m in _SWITCHED.finditer(text)]
 
 
 def subject_before(sentence: Sentence, verb: int) -> tuple[str, int] | None:
@@ -358,6 +370,12 @@ _BEFORE_VERB: Final = (
     BE | ADVERBS | word_set("who that which and , has have been peacefully happily")
 )
 _BEFORE_GERUND: Final = word_set("for of a an the")
+_SWITCHED: Final = re.compile(
+    r"\b(lamps?|lights?|tvs?|televisions?|monitors?|screens?|laptops?|computers?|fans?|ovens?|"
+    r"stoves?|headlights?)(?: (?:that|is|are|was|were|left|currently|still))*"
+    r" (?:(?<= is )|(?<= are )|(?<= left )|turned |switched )(on|off)"
+    r"(?= (?:by|and|in|while|with|but|at|next|near|behind|because|so)\b| [^\w\s]|$)"
+)
 RELATIONS: Final = {
     "front": "front", "behind": "behind", "under": "under", "underneath": "under",
     "beneath": "under", "below": "under", "on": "on", "atop": "on", "top": "on",

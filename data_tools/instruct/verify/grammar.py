@@ -171,7 +171,7 @@ _PARTICIPLES: Final = word_set("made worn held shown seen built hung drawn writt
 _NOUNS_IN_ING: Final = word_set(
     "building clothing ceiling painting railing awning wedding pudding evening morning string ring "
     "wing thing covering lighting frosting icing crossing landing netting topping seating bed shed "
-    "drawing feed seed red"
+    "drawing feed seed red swimming dining parking fishing cutting"
 )
 _IRREGULAR: Final = {
     "men": "man", "women": "woman", "children": "child", "people": "person", "persons": "person",

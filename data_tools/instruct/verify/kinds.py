@@ -23,7 +23,7 @@ from data_tools.instruct.verify.reading import Reading, Sentence
 
 TIMES: Final = frozenset({"time of day", "weather", "season"})
 """Families whose contradictions are `TIME_WRONG`."""
-LOCATIONS: Final = frozenset({"room", "place", "indoors"})
+LOCATIONS: Final = frozenset({"room", "place", "indoors", "land"})
 """Families of which a word counts only where it is the place of the whole scene."""
 
 
@@ -128,6 +128,8 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         introduced, begin = determiner(words, first)
         if kind.family != "indoors" and introduced == "none":
             return False
+        if words[last] in _WATERSIDE and not _WATERS.isdisjoint(case.knowledge.words):
+            return False  # `the shore` of the lake that captions name
         start = begin - 1 if introduced != "none" else first - 1
         lead = words[start] if start >= 0 else ""
         ends = not after or after in FUNCTION_WORDS or not after[0].isalpha()
@@ -139,7 +141,8 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         elif lead == "of" and words[start - 1] == "inside":
             lead = "inside"
         ends = ends or after.endswith(("ed", "ing")) or is_finite(after)
-        located = lead in _LOCATING or start < 0
+        # `The sea lies on the left.` names a thing, `A beach.` the place
+        located = lead in _LOCATING or (start < 0 and not is_finite(after))
         located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
         return (ends or after in _FEATURES) and located
     if kind.family == "time of day":
@@ -148,6 +151,7 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
             "the",
             "during",
             "a",
+            "of" if words[first] != "day" else "the",
             "sunny",
             "bright",
             "this",
@@ -156,11 +160,23 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         ) and (after not in ("light", "lights", "stand", "table", "before", "of", "time", "club"))
     if kind.family in ("bird", "bear", "truck", "boat", "airplane"):
         return case.knowledge.boxes_of((kind.family,)) != () or not case.knowledge.has_boxes
-    if kind.family in _OF_CONVERSATIONS:
-        return case.sample_type == "conversation"
+    if kind.family == "aircraft" and case.sample_type != "conversation":
+        # a description may name another one that captions leave out; not where most name them
+        named = known_kinds(case.knowledge)[kind.family].values()
+        return len({number for ids in named for number in ids}) > 3
+    if kind.family == "produce":
+        # captions that list what is there name two kinds, and three of them one of these
+        if words[first] == "orange" or not _SUPPOSING.isdisjoint(words):
+            return False
+        groups = known_kinds(case.knowledge)[kind.family]
+        return len(groups) > 1 and len({n for ids in groups.values() for n in ids}) > 2
+    if kind.family == "aloft":
+        return "airplane" in case.knowledge.perhaps_named and (kind.group == 0 or "on" in (
+            words[max(0, first - 3) : first]
+        ))  # fmt: skip
     if kind.family == "vehicle asked":
-        named = case.knowledge.boxes_of((sentence.words[last], singular(sentence.words[last])))
-        return not named and not _VEHICLES_ASKED.isdisjoint(case.question_reading.vocabulary)
+        boxed = case.knowledge.boxes_of((sentence.words[last], singular(sentence.words[last])))
+        return not boxed and not _VEHICLES_ASKED.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "animal":
         return not _ANIMALS_ASKED.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "court":
@@ -367,5 +383,6 @@ _LOCATING: Final = word_set(
 )
 _FEATURES: Final = frozenset({"view", "features", "has", "with", "contains", "is", "scene"})
 _GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
-_OF_CONVERSATIONS: Final = frozenset({"aircraft"})
-"""Families of which a description may name another one that captions leave out."""
+_SUPPOSING: Final = word_set("would could may might can")
+_WATERSIDE: Final = word_set("shore dock docks pier harbor harbour marina wharf")
+_WATERS: Final = word_set("lake lakes pond river water bay boat boats ship ships")

@@ -17,6 +17,7 @@ from data_tools.instruct.verify.describing import (
     attributes,
     noun_name,
     relations,
+    switched,
 )
 from data_tools.instruct.verify.flags import STANCE
 from data_tools.instruct.verify.grammar import singular
@@ -52,6 +53,11 @@ STRIKING: Final = frozenset(
     }
 )  # fmt: skip
 """Things that one of four captions names where they are there."""
+
+
+_TOYS: Final = frozenset(
+    {"toy", "toys", "lego", "legos", "diorama", "miniature", "figurine", "figurines", "dolls"}
+)
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,15 @@ class Knowledge:
         ]
 
     @lazy
+    def switched(self) -> dict[tuple[str, bool], list[int]]:
+        """Return the captions that say of a device that it is on (True) or off."""
+        found: dict[tuple[str, bool], list[int]] = defaultdict(list)
+        for caption in self.captions:
+            for device in switched(" ".join(caption.reading.words)):
+                found[device].append(caption.id)
+        return dict(found)
+
+    @lazy
     def times(self) -> list[tuple[int, int]]:
         """Return times on clocks that captions read, as minutes after twelve."""
         return [
@@ -218,17 +233,26 @@ class Knowledge:
         )
 
     @lazy
+    def shows_toys(self) -> bool:
+        """Return whether two captions say that what the image shows is made of toys."""
+        return sum(not _TOYS.isdisjoint(c.reading.vocabulary) for c in self.captions) > 1
+
+    @lazy
     def nouns(self) -> frozenset[str]:
         """Return the captions' words, as the names that nouns of answers get."""
         return frozenset(noun_name(word) for word in self.words)
 
     def names(self, word: str) -> tuple[int, ...]:
-        """Return the captions that name a noun, in singular or plural, and do not deny it."""
+        """Return the captions that name a noun, or a word made of it, and do not deny it.
+
+        `clouds` is named by `cloudy`, `a beard` by `bearded`.
+        """
         name = noun_name(word)
+        derived = {f"{name}{end}" for end in ("y", "ed", "ny", "-covered", "-filled")}
         return tuple(
             caption.id
             for caption in self.captions
-            if any(noun_name(w) == name for w in caption.reading.vocabulary)
+            if any(w in derived or noun_name(w) == name for w in caption.reading.vocabulary)
             and not caption.reading.bits & STANCE
         )
 

@@ -252,6 +252,8 @@ def _describes(words: Sequence[str], index: int, colors: frozenset[str]) -> bool
     if index >= len(words):
         return False
     after = words[index]
+    if after in ("one", "ones"):
+        return True  # `an orange one`
     if after in ("and", ",") and index + 1 < len(words):
         return words[index + 1] in colors  # `an orange and silver bus`
     return (

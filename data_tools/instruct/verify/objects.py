@@ -71,7 +71,7 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
     known = knowledge.has_boxes or knowledge.excludes(entry.categories, acts=acts)
     certain = is_claim and known and (entry.firm or acts)
     tolerated = case.sample_type == "reasoning" and not _is_premise(sentence, mention)
-    if not certain or tolerated or _is_confusable(knowledge, entry):
+    if not certain or tolerated or knowledge.shows_toys or _is_confusable(knowledge, entry):
         return case.check("object", "unknown", None, part, span, mention.word)
     under_labelled = case.policy.under_labelled.issuperset(entry.categories)
     doubtful = under_labelled or mention.stance == "depicted"

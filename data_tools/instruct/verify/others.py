@@ -1,13 +1,19 @@
 """Things outside the annotated categories: supported by captions, or unknown."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
-from data_tools.instruct.verify.describing import attribute_words, noun_name, parts
+from data_tools.instruct.verify.describing import (
+    attribute_words,
+    noun_name,
+    parts,
+    subject_before,
+)
 from data_tools.instruct.verify.flags import INTRODUCES, STANCE
 from data_tools.instruct.verify.grammar import (
+    BE,
     FUNCTION_WORDS,
     is_plural,
     last_of_phrase,
@@ -49,6 +55,7 @@ def check(case: Case) -> Iterator[Check]:
             if sentence.asserts(index, last):
                 unknown[noun] = sentence.span(index, last)
     yield from _denied(case)
+    yield from _deserted(case)
     yield from _denied_when_asked(case)
     if unknown:
         claim = f"outside the categories and captions: {', '.join(list(unknown)[:SHOWN])}"
@@ -70,14 +77,32 @@ def _denied(case: Case) -> Iterator[Check]:
             while start < len(words) and words[start] in _BETWEEN:
                 start += 1
             last = last_of_phrase(words, start, len(words))
-            if last < start or any(m.first <= last <= m.last for m in sentence.mentions):
+            if last < start or (
+                noun_name(words[last]) != "crowd"
+                and any(m.first <= last <= m.last for m in sentence.mentions)
+            ):
                 continue
             ids = case.knowledge.names(words[last])
-            if len(ids) > 1 and sentence.stances.of(start, last) == "denied":
+            if len(ids) > 1 and (
+                sentence.stances.of(start, last) == "denied"
+                or _is_of_everything(words, index, start, last)
+            ):
                 span, claim = sentence.span(start, last), f"no {words[last]}"
                 yield case.check(
                     "absence", "contradicted", "OBJECT_DENIED", "answer", span, claim, ids
                 )
+
+
+def _is_of_everything(words: Sequence[str], cue: int, start: int, last: int) -> bool:
+    """Return whether nothing of the kind is said to be there: `without any snow`.
+
+    `There is not a single cloud in the sky` is as well.
+    """
+    between = words[cue + 1 : start]
+    if words[cue] == "without":
+        return "any" in between or "single" in between
+    after = words[last + 1 : last + 4]
+    return (words[cue] == "no" or "single" in between) and after == ["in", "the", "sky"]
 
 
 def _nobody(case: Case, sentence: Sentence, index: int) -> Iterator[Check]:
@@ -92,24 +117,72 @@ def _nobody(case: Case, sentence: Sentence, index: int) -> Iterator[Check]:
         yield case.check("absence", "contradicted", "OBJECT_DENIED", "answer", span, "nobody", ids)
 
 
+def _deserted(case: Case) -> Iterator[Check]:
+    """Judge `The stadium is empty.` where captions have a crowd, or many people are boxed."""
+    reading, known = case.answer_reading, case.knowledge
+    if _DESERTED.isdisjoint(reading.vocabulary):
+        return
+    crowd = known.names("crowd")
+    people = known.boxes_of(("person",))
+    for sentence in reading.sentences:
+        words = sentence.words
+        for index, word in enumerate(words):
+            if word not in _DESERTED or not sentence.asserts(index, index):
+                continue
+            last = last_of_phrase(words, index + 1, len(words))
+            subject = subject_before(sentence, _linking_before(words, index))
+            place = noun_name(words[last]) if last > index else subject[0] if subject else ""
+            watched = place in _WATCHED and crowd
+            if watched or (place in _PUBLIC and (len(people) > MANY or (crowd and people))):
+                span, ids = sentence.span(index, index), evidence(people, crowd)
+                yield case.check(
+                    "absence",
+                    "contradicted",
+                    "OBJECT_DENIED",
+                    "answer",
+                    span,
+                    f"{word} {place}",
+                    ids,
+                )
+                return
+
+
+def _linking_before(words: Sequence[str], index: int) -> int:
+    """Return the index of the `is` that a word at `index` follows, adverbs between."""
+    before = index - 1
+    while before > 0 and words[before] not in BE and index - before < 3:
+        before -= 1
+    return max(before, 0)
+
+
 def _denied_when_asked(case: Case) -> Iterator[Check]:
     """Judge `Is there a mirror in the room?` `No.`"""
     question, sentence = case.question, case.question.sentence
-    if sentence is None or question.polarity != "no" or question.mentions:
+    if sentence is None or question.polarity != "no":
         return
     words = sentence.words
-    if words[1:2] != ["there"] and "see" not in words[:4]:
+    has = not _HAVING.isdisjoint(words[2:])
+    if words[1:2] != ["there"] and "see" not in words[:4] and not has:
         return
-    start = next((i + 1 for i, word in enumerate(words) if word in ("a", "an", "any")), 0)
+    begin = next((i for i, word in enumerate(words) if word in _HAVING), 0) if has else 0
+    start = next((i + 1 for i in range(begin, len(words)) if words[i] in ("a", "an", "any")), 0)
     last = last_of_phrase(words, start, len(words))
+    if any(m.first <= last <= m.last for m in sentence.mentions):
+        return  # `objects` says whether it is there
     ids = case.knowledge.names(words[last]) if 0 < start <= last else ()
-    if len(ids) > 1 and all(word in FRAME_WORDS for word in words[last + 1 :]):
+    if ids and all(word in FRAME_WORDS for word in words[last + 1 :]):
         span, claim = sentence.span(start, last), f"no {words[last]}"
         yield case.check("absence", "contradicted", "OBJECT_DENIED", "question", span, claim, ids)
 
 
+MANY: Final = 4
+"""With more people than this, no street is deserted."""
+_DESERTED: Final = word_set("empty deserted abandoned")
+_WATCHED: Final = word_set("stadium stand arena bleachers grandstand")
+_PUBLIC: Final = word_set("street beach road sidewalk square plaza park station market restaurant")
 _DENYING: Final = word_set("nobody no not isn't aren't don't can't cannot doesn't without")
-_BETWEEN: Final = word_set("any a an see show contain have be seen visible the")
+_HAVING: Final = word_set("have has wear wearing")
+_BETWEEN: Final = word_set("any a an see show contain have be seen visible the single")
 _NOT_THINGS: Final = word_set(
     "image picture photo photograph scene shot view background foreground middle center centre "
     "left right corner distance camera viewer moment time day night way lot variety number group "

@@ -129,7 +129,8 @@ def _boxes(case: "Case", mentions: tuple[Mention, ...]) -> tuple[Box, ...]:
     for mention in mentions:
         boxes = case.knowledge.boxes_of(mention.entry.categories)
         many = len(boxes) > case.config.countable or any(box.crowd for box in boxes)
-        if not boxes or many or not mention.entry.firm:
+        sole = len(mention.entry.categories) == len(boxes) == 1
+        if not boxes or many or not (mention.entry.firm or sole):
             return ()
         found += boxes
     return tuple(found)

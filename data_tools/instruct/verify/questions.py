@@ -203,7 +203,7 @@ _OF_EXISTENCE: Final = word_set(
     "is are there a an any some the can could you we i one see do does did picture image photo "
     "photograph scene show contain include have feature in this here visible present be seen how "
     "many number of what s or at all shown pictured pair pairs piece pieces and , anywhere please "
-    "total me tell its kitchen room bathroom bedroom street"
+    "total roughly about approximately me tell its kitchen room bathroom bedroom street"
 )
 _INSTRUCTIONS: Final = word_set(
     "describe tell list count name explain say give identify point find show write summarise "

@@ -1,13 +1,16 @@
 """In front of, behind, on, under: contradicted where captions have it the other way round."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Final
 
+from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.attributes import asked_noun
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.describing import PRONOUN, Relation, relations
 from data_tools.instruct.verify.flags import RELATION
+from data_tools.instruct.verify.grammar import singular, word_set
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -30,6 +33,72 @@ def check(case: Case) -> Iterator[Check]:
                 )
 
 
+def check_yes_no(case: Case) -> Iterator[Check]:
+    """Judge `Is the truck in front of the sign?` by the relations of captions."""
+    question, sentence = case.question, case.question.sentence
+    if question.kind != "yes_no" or question.polarity is None or sentence is None:
+        return
+    for relation in relations(sentence):
+        one = asked_noun(case) if relation.one == PRONOUN else relation.one
+        ids: tuple[int, ...] = ()
+        if question.polarity == "yes":
+            ids = opposing(case, one, relation)
+        elif relation.last == len(sentence.words) - 1 and not opposing(case, one, relation):
+            known = case.knowledge.relations
+            same = {(one, relation.how, relation.other)}
+            if relation.how in ("front", "behind"):
+                same.add((relation.other, _OPPOSITE[relation.how], one))
+            ids = tuple(sorted({n for r, n in known if n and (r.one, r.how, r.other) in same}))
+        if ids:
+            span = sentence.span(relation.first, relation.last)
+            claim = f"{one} {relation.how} {relation.other}: {question.polarity}"
+            yield case.check(
+                "relation", "contradicted", "RELATION_REFUTED", "question", span, claim, ids
+            )
+
+
+def check_where(case: Case) -> Iterator[Check]:
+    """Judge `Where is the cat?` `In the bathtub.` where captions have it on something else.
+
+    Two captions must name the thing with another thing to be on or in, and none this one.
+    """
+    asked, known = case.question.sentence, case.knowledge
+    if asked is None or asked.words[0] != "where" or not case.asked:
+        return
+    names, surfaces = case.asked[0].entry.categories, _surfaces()
+    if len(names) != 1 or not case.answer_reading.sentences:
+        return
+    sentence = case.answer_reading.sentences[0]
+    words = sentence.words
+    for index, word in enumerate(words):
+        group = surfaces.get(singular(word))
+        if group is None or not _PLACING.intersection(words[max(0, index - 4) : index]):
+            continue
+        there = {n for n in (*known.named.get(names[0], ()),) if n}
+        on = {n: set[int]() for n in there}
+        for caption in known.captions:
+            if caption.id in on:
+                vocabulary = caption.reading.vocabulary
+                on[caption.id] = {surfaces[s] for s in map(singular, vocabulary) if s in surfaces}
+        named = {surfaces.get(singular(w)) for w in known.words}
+        boxed = {surfaces.get(name.split()[-1]) for name in known.boxes}
+        ids = tuple(sorted(n for n, groups in on.items() if groups))
+        if len(ids) > 1 and group not in named | boxed and sentence.asserts(index, index):
+            claim = f"{names[0]} on {word}"
+            span = sentence.span(index, index)
+            yield case.check(
+                "relation", "contradicted", "RELATION_REFUTED", "answer", span, claim, ids
+            )
+        return
+
+
+@cache
+def _surfaces() -> dict[str, int]:
+    """Return the nouns of what things are on or in, each with the number of its group."""
+    groups = wording.load("facts")["surfaces"]
+    return {word: number for number, group in enumerate(groups) for word in group}
+
+
 def opposing(case: Case, one: str, claim: Relation) -> tuple[int, ...]:
     """Return the captions with the opposite relation; none where any caption has this one."""
     same, opposite = {(one, claim.how, claim.other)}, {(one, _OPPOSITE[claim.how], claim.other)}
@@ -48,4 +117,5 @@ def opposing(case: Case, one: str, claim: Relation) -> tuple[int, ...]:
     return tuple(sorted(n for n in found if n))
 
 
+_PLACING: Final = word_set("on in at inside onto into atop")
 _OPPOSITE: Final = {"front": "behind", "behind": "front", "on": "under", "under": "on"}
