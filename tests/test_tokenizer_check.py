@@ -182,6 +182,28 @@ def test_another_format_than_the_models_own_is_a_warning_that_shows_where() -> N
     assert "<s>A chat between" in finding.found and "<|im_start|>system" in finding.found
 
 
+LLAVA_15 = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""As in llava-1.5-7b-hf: it skips contents that are plain text, and writes no EOS after answers."""
+
+
+def test_a_template_that_reads_parts_only_is_compared_with_its_texts() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = LLAVA_15
+    chosen = ChatTokenizer.from_name("vicuna_v1", tokenizer, default_system="")
+    found = findings(tokenizer, "auto", chat_tokenizer=chosen)
+    shown = [f.found for name, f in found.items() if name.startswith("own_template")]
+    assert shown and not any(f.level == "warning" for f in found.values() if "own_" in f.found)
+    assert "own_template_differs" not in found
+    assert not any("'USER: ASSISTANT: '" in text for text in shown)
+
+
 def test_a_template_of_stage_1_need_not_write_a_chat() -> None:
     found = findings(byte_tokenizer(), "plain")
     assert found["own_template_unused"].level == "note"

@@ -9,7 +9,7 @@ from vlm_sft.checks.tokenizer.under_test import (
     chat_text,
     conversation_of,
     first_difference,
-    messages_of,
+    template_messages,
 )
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.utils.constants import IGNORE_INDEX
@@ -107,8 +107,8 @@ def check_own_template(tested: TokenizerUnderTest) -> Iterator[Finding]:
     differing: list[tuple[str, str, str]] = []
     for sample, tokenized in tested.text_samples:
         try:
-            own_text = _own_text(tested, sample.conversation)
             ours = chat_text(tested.exported, sample.conversation)
+            own_text = _with_bos(tested, _own_text(tested, sample.conversation), ours)
         except Exception:  # the model's own template does not accept these turns (system, often)
             continue
         compared += 1
@@ -155,6 +155,14 @@ def _other_format(tested: TokenizerUnderTest, differing: list[tuple[str, str, st
     if tested.chat_tokenizer.template.images_only_users:
         text = "not used: the chosen template writes only images and captions, for stage 1"
         return Finding("own_template_unused", "note", what, text)
+    if tested.template_name == "auto":  # recognized by what the model's own template writes
+        return Finding(
+            "own_template_is_shorter",
+            "note",
+            what,
+            f"the chosen template was recognized by it; in {name}, the chosen one writes "
+            f"{_excerpt(ours, at)}, the model's own {_excerpt(own_text, at)}",
+        )
     return Finding(
         "own_template_differs",
         "warning",
@@ -180,6 +188,15 @@ def _own_text(tested: TokenizerUnderTest, conversation: Conversation) -> str:
     return chat_text(tested.tokenizer, conversation)
 
 
+def _with_bos(tested: TokenizerUnderTest, own_text: str, ours: str) -> str:
+    """Return the model's own text with the BOS that its tokenizer adds when it encodes text."""
+    bos = tested.tokenizer.bos_token
+    if not bos or own_text.startswith(bos) or not ours.startswith(bos):
+        return own_text
+    adds_bos = tested.tokenizer("a")["input_ids"][:1] == [tested.tokenizer.bos_token_id]
+    return bos + own_text if adds_bos else own_text
+
+
 def check_generation_markers(tested: TokenizerUnderTest) -> Iterator[Finding]:
     """Compare the assistant mask of transformers with the labels."""
     what, own = "generation markers", tested.tokenizer.chat_template
@@ -198,7 +215,7 @@ def check_generation_markers(tested: TokenizerUnderTest) -> Iterator[Finding]:
     for sample, tokenized in tested.text_samples:
         try:
             found = tested.tokenizer.apply_chat_template(
-                messages_of(sample.conversation),
+                template_messages(tested.tokenizer, sample.conversation),
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -199,7 +200,33 @@ def _content(turn: Turn) -> str | list[dict[str, str]]:
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
     """Return the text that the tokenizer's chat template writes for a conversation."""
-    return str(tokenizer.apply_chat_template(messages_of(conversation), tokenize=False))
+    messages = template_messages(tokenizer, conversation)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def template_messages(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+) -> list[dict[str, Any]]:
+    """Return messages in the form that the tokenizer's chat template reads: text, or parts.
+
+    Templates of vision-language models, such as LLaVA-1.5's, can skip contents that are plain text.
+    """
+    messages: list[dict[str, Any]] = list(messages_of(conversation))
+    users = (m["content"] for m in messages if m["role"] == "user")
+    asked = next((text for text in users if isinstance(text, str) and text), "")
+    with suppress(Exception):  # a template can raise anything
+        if str(asked).strip() in str(tokenizer.apply_chat_template(messages, tokenize=False)):
+            return messages
+    parts = [
+        m | {"content": [{"type": "text", "text": m["content"]}]}
+        if isinstance(m["content"], str)
+        else m
+        for m in messages
+    ]
+    with suppress(Exception):
+        if str(asked).strip() in str(tokenizer.apply_chat_template(parts, tokenize=False)):
+            return parts
+    return messages
 
 
 def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
