@@ -82,6 +82,7 @@ def test_answers_by_id_and_single_objects_are_read(tmp_path: Path) -> None:
         ('[{"question_id": 1}]', "has none of the keys answer, text"),
         ('[{"id": 1, "text": "a"}, {"id": 1, "text": "b"}]', "a second answer to 1 .*0"),
         ('[{"id": 1, "text": ["a"]}]', "is not text"),
+        ('[{"id": 1, "text": "a", "answer": "b"}]', "'answer' and 'text' have different values"),
         ('{"id": 1, "text": "a"}\n{broken\n', ":2: "),
     ],
 )

@@ -197,6 +197,9 @@ def test_logprobs_are_those_of_the_model(loaded: LoadedModel, served: Served) ->
         ("hi", {"max_tokens": 41}, 400, "more than this server allows"),
         ("hi", {"temperature": 3}, 400, "temperature"),
         ("hi", {"n": 0}, 400, "n: "),
+        ("hi", {"seed": 2**70}, 400, "seed"),
+        ("hi", {"logit_bias": {"1": 5}}, 400, "logit_bias: is not supported"),
+        ("hi", {"extra_body": {"min_p": 0.1}}, 400, "min_p: is not supported"),
         ("hi", {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "not supported"),
         ("hi", {"model": "other"}, 404, "there is no 'other'"),
         ("word " * 2000, {}, 400, "positions"),
@@ -221,6 +224,54 @@ def test_a_body_that_is_not_json_and_a_wrong_key_are_refused(served: Served) -> 
     for body in (b"{", b"[]", b'{"messages": []}', b'{"messages": [{"role": "robot"}]}'):
         found = httpx.post(url, content=body, headers=headers)
         assert found.status_code == 400 and found.json()["error"]["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize("temperature", [1.5e-38, 1e-40, 1e-320])
+def test_the_smallest_temperatures_take_the_most_likely_token(
+    served: Served, temperature: float
+) -> None:
+    greedy = ask(served.client(), "Hello").choices[0].message.content
+    options = {"temperature": temperature, "top_p": 1e-300}
+    assert ask(served.client(), "Hello", **options).choices[0].message.content == greedy
+
+
+def test_an_error_of_one_request_ends_no_other(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_sft.serving import engine
+
+    choose = engine._choose
+    count = 0
+
+    def failing(logits: Any, sampling: Any, generator: Any) -> int:
+        nonlocal count
+        if sampling.top_p == 0.5:
+            count += 1
+            if count > 3:
+                raise RuntimeError("no token")
+        return choose(logits, sampling, generator)
+
+    monkeypatch.setattr(engine, "_choose", failing)
+    server = Served(loaded, Limits(max_tokens=60))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            good = pool.submit(ask, server.client(), "hi", max_tokens=60, temperature=2, n=4)
+            bad = pool.submit(ask, server.client(), "hi", temperature=2, top_p=0.5, n=2)
+            assert isinstance(bad.exception(), openai.InternalServerError)
+            assert len(good.result().choices) == 4
+    finally:
+        server.close()
+
+
+def test_a_stopped_engine_is_503_at_once(loaded: LoadedModel) -> None:
+    server = Served(loaded, Limits())
+    try:
+        server.engine.close()
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            ask(server.client(), "hi")
+    finally:
+        server.close()
 
 
 def test_models_and_health(served: Served) -> None:

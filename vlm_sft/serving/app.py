@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response as HttpResponse
 
 from vlm_sft.data.images import ImageCrops
@@ -18,7 +19,7 @@ from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.inference.prompts import as_conversation
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
-from vlm_sft.serving.engine import Engine, Job, Piece, QueueFull, Sampling
+from vlm_sft.serving.engine import Engine, Job, Piece, QueueFull, Sampling, Stopped
 from vlm_sft.serving.protocol import ChatRequest, Limits, RequestError, Response
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def make_app(
             raise RequestError(
                 429, "queue_full", f"{engine.max_queue} requests are waiting; try again"
             ) from None
+        except Stopped:
+            raise RequestError(503, "stopped", "the server is shutting down") from None
         response = Response(name, len(prompt_ids), sampling)
         pieces = _pieces(job, events)
         if body.stream:
@@ -147,10 +150,13 @@ async def _read_body(request: Request, most: int) -> bytes:
     if int(request.headers.get("content-length") or 0) > most:
         raise too_large
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise too_large
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise too_large
+    except ClientDisconnect:
+        raise RequestError(400, "disconnected", "the client has disconnected") from None
     return bytes(body)
 
 

@@ -104,6 +104,10 @@ class QueueFull(Exception):
     """There are as many waiting requests as allowed."""
 
 
+class Stopped(Exception):
+    """The engine does not run any more."""
+
+
 class Engine:
     """Runs jobs on a model in its own thread.
 
@@ -139,8 +143,11 @@ class Engine:
 
         Raises:
             QueueFull: `max_queue` jobs are waiting.
+            Stopped: The engine was closed, or its thread has ended.
         """
         with self._wake:
+            if self._stopping or not self.alive:
+                raise Stopped
             if len(self._queue) >= self.max_queue:
                 raise QueueFull
             self._queue.append(job)
@@ -284,8 +291,19 @@ class _Batch:
             use_cache=True,
         )
         logits = self._logits(output.last_hidden_state[:, -1])
-        taken = [self._take(row, logits[index]) for index, row in enumerate(self._rows)]
-        self._keep([index for index, goes_on in enumerate(taken) if goes_on])
+        self._keep([i for i, row in enumerate(self._rows) if self._take_or_fail(row, logits[i])])
+
+    def _take_or_fail(self, row: _Row, logits: Tensor) -> bool:
+        """Take the next token of a row; an error ends its own request only."""
+        if row.job.cancelled.is_set():
+            return False
+        try:
+            return self._take(row, logits)
+        except Exception as error:
+            logger.exception("a token could not be chosen")
+            row.job.cancelled.set()
+            row.job.emit(error)
+            return False
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return head_logits(self._model.language_model, hidden).float()
@@ -391,7 +409,8 @@ def _pad(tensor: Tensor, length: int, dim: int) -> Tensor:
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
     if generator is None:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    # The largest logit becomes 0, so that dividing by a small temperature cannot overflow to inf.
+    probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(0) - ordered  # probability of more likely tokens

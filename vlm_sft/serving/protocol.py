@@ -19,6 +19,14 @@ from vlm_sft.utils.image_paths import image_path
 
 MAX_CHOICES: Final = 16
 MAX_STOP_TEXTS: Final = 4
+UNSUPPORTED: Final = (
+    "tools", "tool_choice", "functions", "function_call", "logit_bias", "best_of", "min_p", "top_k",
+    "repetition_penalty", "guided_json", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+"""Parameters that would change the response and are not implemented; they are refused."""
+MIN_TEMPERATURE: Final = 1e-4
+"""Smaller temperatures take the most likely token, as 0 does."""
+MIN_TOP_P: Final = 1e-6
 
 
 class RequestError(Exception):
@@ -90,19 +98,28 @@ class ChatRequest(_Model):
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    tools: list[Any] | None = None
     response_format: dict[str, Any] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    logit_bias: Any = None
+    best_of: Any = None
+    min_p: Any = None
+    top_k: Any = None
+    repetition_penalty: Any = None
+    guided_json: Any = None
 
     @classmethod
     def parse(cls, body: bytes) -> "ChatRequest":
@@ -120,13 +137,10 @@ class ChatRequest(_Model):
             raise RequestError(
                 400, "invalid_request", f"{place or 'body'}: {first['msg']}"
             ) from None
-        unsupported = {
-            "tools": bool(request.tools),
-            "presence_penalty": bool(request.presence_penalty),
-            "frequency_penalty": bool(request.frequency_penalty),
-            "response_format": (request.response_format or {}).get("type", "text") != "text",
-        }
-        if name := next((name for name, is_used in unsupported.items() if is_used), None):
+        names = [name for name in UNSUPPORTED if getattr(request, name)]
+        if (request.response_format or {}).get("type", "text") != "text":
+            names.append("response_format")
+        if name := next(iter(names), None):
             raise RequestError(400, "unsupported_parameter", f"{name}: is not supported")
         return request
 
@@ -142,6 +156,7 @@ class ChatRequest(_Model):
                 400, "too_many_tokens",
                 f"max_tokens: {wanted:,} is more than this server allows ({limits.max_tokens:,})",
             )  # fmt: skip
+        temperature = self.temperature or 0.0
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOP_TEXTS or not all(stop):
             raise RequestError(
@@ -149,8 +164,8 @@ class ChatRequest(_Model):
             )
         return Sampling(
             max_tokens=wanted or limits.max_tokens,
-            temperature=self.temperature or 0.0,
-            top_p=self.top_p or 1.0,
+            temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+            top_p=max(self.top_p or 1.0, MIN_TOP_P),
             stop=tuple(stop),
             seed=self.seed,
             num_choices=self.n or 1,

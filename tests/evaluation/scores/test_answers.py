@@ -144,8 +144,11 @@ def test_vqa_file_with_groups() -> None:
         "other": {"questions": 1, "accuracy": 1.0},
         "yes/no": {"questions": 1, "accuracy": pytest.approx(0.3)},
     }
-    with pytest.raises(UserError, match="not a list of human answers"):
-        score_vqa(answers(_1="x"), rows({"question_id": 1, "answers": "red"}))
+    for wrong, message in (
+        ("red", "not a list of human answers"), (["red"], "use the kind gqa"), ([True] * 10, "not text"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            score_vqa(answers(_1="x"), rows({"question_id": 1, "answers": wrong}))
 
 
 def test_equality_without_case_and_final_period() -> None:
@@ -173,7 +176,7 @@ def test_multiple_choice_shows_the_share_of_each_position() -> None:
     truth = rows(
         {"id": "1", "choices": choices, "answer": "A"},
         {"id": "2", "choices": choices, "answer": "a cat"},
-        {"id": "3", "choices": choices, "answer": 1},
+        {"id": "3", "choices": ["1", "2"], "answer": 1},
     )
     found = score_multiple_choice(answers(_1="A", _2="A", _3="perhaps"), truth)
     assert found["accuracy"] == pytest.approx(1 / 3)
@@ -190,7 +193,8 @@ def test_multiple_choice_shows_the_share_of_each_position() -> None:
     ("answer", "count"),
     [
         ("3", 3), ("There are three dogs.", 3), ("I count 12.", 12), ("none", 0),
-        ("1,024 birds", 1024), ("many", None), ("", None), ("about 3.5", None), ("No dogs", 0),
+        ("1,024 birds", 1024), ("many", None), ("", None), ("about 3.5", None),
+        ("No dogs", 0), ("twenty-one", 21), ("one hundred and five", None), ("9" * 5000, None),
     ],
 )  # fmt: skip
 def test_the_count_in_an_answer(answer: str, count: int | None) -> None:
@@ -218,3 +222,6 @@ def test_grounding_by_overlap() -> None:
     assert found["mean_iou"] == pytest.approx((0.5 + 1.0 + 0.0) / 3)
     assert found["without_box"] == 1
     assert read_box("no box") is None
+    for box in ([10, 0, 0, 10], [0, 0, 0, 10]):
+        with pytest.raises(UserError, match="has no area"):
+            score_grounding(answers(_1="[0, 0, 1, 1]"), rows({"id": "1", "box": box}))

@@ -23,7 +23,15 @@ _LETTER: Final = re.compile(
 _BOX: Final = re.compile(
     r"[\[(]\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*[\])]"
 )
-_INTEGER: Final = re.compile(r"(?<![\d.])\d+(?![\d.]*\d)")
+_INTEGER: Final = re.compile(r"\d{1,9}")
+
+_TENS: Final = {
+    name: 10 * number
+    for number, name in enumerate(
+        ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2
+    )
+}
+_MULTIPLES: Final = ("hundred", "hundreds", "thousand", "thousands", "million", "millions", "dozen")
 
 Box = tuple[float, float, float, float]
 
@@ -133,13 +141,23 @@ def score_counting(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> 
 
 
 def read_count(answer: str) -> int | None:
-    """Return the first number of an answer, in digits or as a word up to twenty, or None."""
-    plain = answer.lower().replace(",", "")
-    for word in re.findall(r"[a-z]+|[\d.]+", plain):
-        if word in _NUMBER_WORDS:
-            return _NUMBER_WORDS[word]
-        if _INTEGER.fullmatch(word.rstrip(".")):
-            return int(word.rstrip("."))
+    """Return the first number of an answer, in digits or as a word below one hundred, or None.
+
+    Numbers that are not counts (`3.5`, more than nine digits) and longer number words (`one
+    hundred`) are not read.
+    """
+    words = re.findall(r"[a-z]+|[\d.]+", answer.lower().replace(",", ""))
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        count = _TENS.get(word, _NUMBER_WORDS.get(word))
+        if count is None and _INTEGER.fullmatch(word.rstrip(".")):
+            count = int(word.rstrip("."))
+        if count is None:
+            continue
+        if following in _MULTIPLES:
+            return None
+        if word in _TENS and 0 < _NUMBER_WORDS.get(following, 0) < 10:
+            return count + _NUMBER_WORDS[following]
+        return count
     return None
 
 
@@ -232,6 +250,13 @@ def _choices(row: Row) -> list[str]:
 
 def _true_choice(row: Row, choices: Sequence[str]) -> int:
     answer = row.text("answer", "label")
+    if isinstance(row.require("answer", "label"), int):
+        number = int(answer)
+        if not 0 <= number < len(choices):
+            raise row.error(
+                f"the answer {number} is not the number of one of {len(choices)} choices"
+            )
+        return number
     for number, choice in enumerate(choices):
         if _plain(answer) == _plain(choice):
             return number
@@ -245,7 +270,7 @@ def _true_choice(row: Row, choices: Sequence[str]) -> int:
 
 
 def _true_box(row: Row) -> Box:
-    values: Any = row.require("bbox", "box", "answer")
+    values: Any = row.require("box", "bbox", "answer")
     if isinstance(values, str):
         try:
             values = json.loads(values)
@@ -255,11 +280,11 @@ def _true_box(row: Row) -> Box:
     if len(numbers) != 4 or not all(isinstance(n, int | float) for n in numbers):
         raise row.error("the box does not have four numbers")
     left, top, right, bottom = map(float, numbers)
-    return (
-        (left, top, left + right, top + bottom)
-        if "bbox" in row.values
-        else (left, top, right, bottom)
-    )
+    if "box" not in row.values and "bbox" in row.values:
+        right, bottom = left + right, top + bottom
+    if not (left < right and top < bottom):
+        raise row.error(f"the box {numbers} has no area; expected left < right and top < bottom")
+    return left, top, right, bottom
 
 
 def _iou(first: Box | None, second: Box) -> float:

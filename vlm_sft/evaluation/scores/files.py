@@ -44,6 +44,16 @@ class Row:
             raise self.error(f"{names[0]!r} is not text: {shortened(repr(value), 60)}")
         return str(value)
 
+    def require_one_value(self, names: Sequence[str]) -> None:
+        """Refuse a row with different values under keys that mean the same.
+
+        Raises:
+            UserError: Two of the keys have different values.
+        """
+        found = {name: str(self.values[name]) for name in names if name in self.values}
+        if len(set(found.values())) > 1:
+            raise self.error(f"{' and '.join(map(repr, found))} have different values; keep one")
+
     def error(self, what: str) -> UserError:
         """Return the error that names this row."""
         return UserError(f"{self.place}: {what}", code="data_file_unreadable")
@@ -118,6 +128,8 @@ def read_answers(path: Path) -> Answers:
     by_id: dict[str, str] = {}
     places: dict[str, str] = {}
     for number, row in enumerate(read_rows(path)):
+        row.require_one_value(ID_KEYS[:2])
+        row.require_one_value(ANSWER_KEYS)
         name = row.get(*ID_KEYS)
         name = str(number if name is None else name)
         if name in by_id:

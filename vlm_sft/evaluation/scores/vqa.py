@@ -134,7 +134,9 @@ def _humans(row: Row) -> list[str]:
     values = row.require("answers")
     if not isinstance(values, list) or not values:
         raise row.error("'answers' is not a list of human answers")
+    if len(values) < 2:
+        raise row.error("one human answer is too few for VQA accuracy; use the kind gqa")
     return [
-        Row(row.place, value).text("answer") if isinstance(value, dict) else str(value)
+        Row(row.place, value if isinstance(value, dict) else {"answer": value}).text("answer")
         for value in values
     ]
