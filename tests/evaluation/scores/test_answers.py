@@ -145,7 +145,9 @@ def test_vqa_file_with_groups() -> None:
         "yes/no": {"questions": 1, "accuracy": pytest.approx(0.3)},
     }
     for wrong, message in (
-        ("red", "not a list of human answers"), (["red"], "use the kind gqa"), ([True] * 10, "not text"),
+        ("red", "not a list of human answers"),
+        (["red"], "use the kind gqa"),
+        ([True] * 10, "not text"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             score_vqa(answers(_1="x"), rows({"question_id": 1, "answers": wrong}))

@@ -147,7 +147,7 @@ def read_count(answer: str) -> int | None:
     hundred`) are not read.
     """
     words = re.findall(r"[a-z]+|[\d.]+", answer.lower().replace(",", ""))
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         count = _TENS.get(word, _NUMBER_WORDS.get(word))
         if count is None and _INTEGER.fullmatch(word.rstrip(".")):
             count = int(word.rstrip("."))
@@ -253,9 +253,7 @@ def _true_choice(row: Row, choices: Sequence[str]) -> int:
     if isinstance(row.require("answer", "label"), int):
         number = int(answer)
         if not 0 <= number < len(choices):
-            raise row.error(
-                f"the answer {number} is not the number of one of {len(choices)} choices"
-            )
+            raise row.error(f"the answer {number} is not one of the {len(choices)} choices")
         return number
     for number, choice in enumerate(choices):
         if _plain(answer) == _plain(choice):
