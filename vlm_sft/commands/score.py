@@ -104,13 +104,15 @@ def print_scores(found: Mapping[str, Any], stream: IO[str]) -> None:
     console.print(f"{found['kind']}: {questions:,} questions", soft_wrap=True)
     if unanswered:
         names = ", ".join(found["unanswered_ids"])
+        more = ", ..." if unanswered > 5 else ""
         console.print(
-            f"{unanswered:,} without an answer, which count as wrong ({names}, ...)", soft_wrap=True
+            f"without an answer, counted as wrong: {unanswered:,} ({names}{more})", soft_wrap=True
         )
     if extra:
         names = ", ".join(found["extra_ids"])
+        more = ", ..." if extra > 5 else ""
         console.print(
-            f"{extra:,} answers to other questions were not used ({names}, ...)", soft_wrap=True
+            f"answers to other questions, not used: {extra:,} ({names}{more})", soft_wrap=True
         )
     readings = found.get("readings", {"": found})
     columns = list(readings)

@@ -92,7 +92,7 @@ def binary_scores(
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
         "yes_share": said_yes / len(pairs),
-        "yes_share_of_labels": are_yes / len(pairs),
+        "label_yes_share": are_yes / len(pairs),
         "unclear": verdicts.count("unclear"),
     }
 
