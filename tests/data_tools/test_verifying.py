@@ -15,6 +15,7 @@ from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Request, Sample, Shown
 from data_tools.instruct.verify import command as verifying
 from tests.data_tools.coco_files import write_coco
+from vlm_sft.errors import UserError
 
 OBJECTS: dict[int, list[tuple[str, list[float], int]]] = {
     1: [("dog", [10, 10, 40, 40], 0), ("dog", [60, 10, 40, 40], 0), ("cup", [150, 60, 20, 20], 0)],
@@ -78,6 +79,30 @@ def test_samples_and_rejected_come_in_the_order_of_the_requests_with_counts(
     printed = capsys.readouterr().out
     assert "unanswered 1, accepted 2, rejected 2" in printed
     assert "sample-1: 3 dogs" in printed
+
+
+def test_answers_to_no_request_are_counted_and_never_empty_the_samples(
+    config: InstructConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(Path(config.output_dir))
+    write_run(config, [(1, "There are two dogs."), (2, "A cat."), (2, None)])
+    verifying.command(config)
+    assert "to no request" not in capsys.readouterr().out
+    assert json.loads(folder.verification.read_text())["left_out"] == {}
+    first, *_ = lines = folder.requests.read_bytes().splitlines(keepends=True)
+    folder.requests.write_bytes(first)
+    verifying.command(config)
+    assert "left out: 1 answers to no request in requests.jsonl" in capsys.readouterr().out
+    [left_out] = json.loads(folder.verification.read_text())["left_out"].items()
+    assert left_out[0].startswith("answers to no request") and left_out[1] == 1
+    before = folder.samples.read_bytes()
+    folder.requests.write_bytes(b"")
+    with pytest.raises(UserError, match=r"requests\.jsonl: is empty, although there are 2 answers"):
+        verifying.command(config)
+    assert folder.samples.read_bytes() == before
+    folder.requests.write_bytes(b"".join(lines))
+    verifying.command(config)
+    assert len(folder.samples.read_bytes().splitlines()) == 2
 
 
 def test_the_same_answers_give_the_same_bytes(config: InstructConfig) -> None:

@@ -227,6 +227,12 @@ def _samples(
     answers = read_answers(answers_folder(config))
     with folder.requests.open("rb") as file:
         total = sum(1 for _ in file)
+    if not total and answers:
+        raise UserError(
+            f"{folder.requests}: is empty, although there are {len(answers):,} answers in "
+            f"{answers.folder}; run `plan` with the settings that they were asked with",
+            code="no_records",
+        )
     for request in track(read_requests(folder), total, "verifying"):
         tally.funnel["requests"] += 1
         answer = answers.get(request.id)
@@ -240,6 +246,10 @@ def _samples(
                 f"{request.image}, which is not in {folder.images}; run `index` and `plan` again"
             )
         yield make_sample(request, answer, image, policy)
+    answered = tally.funnel["requests"] - tally.funnel["unanswered"]
+    if foreign := len(answers) - answered:
+        reason = f"answers to no request in {folder.requests.name} (of another plan or run)"
+        tally.left_out[reason] = foreign
 
 
 def _cost(answer: Answer) -> Cost:
