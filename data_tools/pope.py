@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         "images": {
             "annotated": len(index.images), "usable": len(usable),
             "with_enough_objects": len(candidates), "in_training": len(seen.images),
-            "asked_about": len(chosen),
+            "wanted": arguments.count, "asked_about": len(chosen),
         },
         "training": seen.summary(),
         "files": counts,
@@ -169,12 +169,14 @@ class TrainedImages:
     Attributes:
         images: Why each image counts as trained on, by COCO id.
         records: Training records that were read.
+        faulty: Training records that cannot be read.
         files: Their images that were compared by content.
         missing: Their images that are not in --training-images.
     """
 
     images: dict[int, str]
     records: int = 0
+    faulty: int = 0
     files: int = 0
     missing: int = 0
 
@@ -182,6 +184,7 @@ class TrainedImages:
         """Return the counts for JSON."""
         return {
             "records": self.records,
+            "faulty_records": self.faulty,
             "images_compared_by_content": self.files,
             "images_not_found": self.missing,
             "found": dict(sorted(Counter(self.images.values()).items())),
@@ -203,7 +206,7 @@ def trained_images(
         training_root: Folder of the training images; None: the folder of each file.
 
     Raises:
-        UserError: A file cannot be read.
+        UserError: A file cannot be read, or none of its entries is a record.
     """
     from data_tools.instruct.contamination import coco_id
     from vlm_sft.config.schema import DataFile
@@ -213,11 +216,13 @@ def trained_images(
 
     names: dict[Path, None] = {}
     embedded: list[bytes] = []
-    num_records = 0
+    num_records = num_faulty = 0
     for path in training:
+        before = num_records
         records = open_records(DataFile(path=path, image_root=training_root))
         for record in track(records.conversations, records.total, f"reading {Path(path).name}"):
             if isinstance(record, RecordError):
+                num_faulty += 1
                 continue
             num_records += 1
             for image in record.images:
@@ -225,6 +230,12 @@ def trained_images(
                     embedded.append(image)
                 else:
                     names[image] = None
+        if num_records == before:
+            raise UserError(
+                f"--training {path}: not one of its entries is a training record, or it has no "
+                "records; give the records that the model was trained on, as `data.train` has them",
+                code="no_records",
+            )
     ids = {number for path in names if (number := coco_id(path)) is not None}
     found = {image.id: "same COCO id" for image in images if image.id in ids}
     existing = [path for path in names if path.is_file()]
@@ -239,7 +250,7 @@ def trained_images(
     found |= {n: "same file" for n, path in same_size.items() if _digest(path) in contents}
     theirs: list[Path | bytes] = [*existing, *embedded]
     found |= _similar({n: p for n, p in ours.items() if n not in found}, theirs)
-    return TrainedImages(found, num_records, len(theirs), len(names) - len(existing))
+    return TrainedImages(found, num_records, num_faulty, len(theirs), len(names) - len(existing))
 
 
 def parser() -> CommandParser:
@@ -360,8 +371,19 @@ def _table(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
         f"{images['with_enough_objects']:,} with enough objects, {images['in_training']:,} left "
         f"out because the model was trained on them, {images['asked_about']:,} asked about"
     )
+    if images["asked_about"] < images["wanted"]:
+        yield (
+            f"only {images['asked_about']:,} of the {images['wanted']:,} images of --count: there "
+            "are no more"
+        )
     for reason, count in training["found"].items():
         yield f"  {count:,} {reason} in --training"
+    if training["faulty_records"]:
+        total = training["records"] + training["faulty_records"]
+        yield (
+            f"{training['faulty_records']:,} of the {total:,} records in --training cannot be "
+            "read: their images were NOT COMPARED"
+        )
     if not training["records"]:
         yield "no --training: whether the model was trained on these images was NOT CHECKED"
     elif training["images_not_found"]:

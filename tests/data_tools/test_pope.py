@@ -128,7 +128,7 @@ def test_images_of_the_training_data_are_left_out_by_name_content_and_look(
     summary = json.loads((files["out"] / "pope.json").read_text())
     assert summary["image_ids"] == [4, 5]
     assert summary["training"] == {
-        "records": 3, "images_compared_by_content": 2, "images_not_found": 1,
+        "records": 3, "faulty_records": 0, "images_compared_by_content": 2, "images_not_found": 1,
         "found": {"same COCO id": 1, "same file": 1, "similar image": 1},
     }  # fmt: skip
     shown = capsys.readouterr().out
@@ -145,6 +145,33 @@ def test_nothing_left_and_wrong_inputs_are_one_sentence(files: dict[str, Path]) 
         build(files, "--captions", "nowhere.json")
     with pytest.raises(UserError, match="--training-images nowhere: no such folder"):
         build(files, "--training-images", "nowhere")
+
+
+def test_training_files_without_a_record_are_refused_and_faulty_records_are_counted(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions, empty = str(files["captions"]), tmp_path / "empty.json"
+    empty.write_text("[]")
+    for path in (captions, str(empty)):
+        with pytest.raises(UserError, match=r"--training .*json: .*no record"):
+            build(files, "--training", path)
+    assert not (files["out"] / "pope.json").exists()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    good = {"id": "a", "image": "000000000001.jpg", "conversations": turns}
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps([good, {"id": "b", "image": "000000000002.jpg"}]))
+    assert build(files, "--training", str(train)) == 0
+    assert "1 of the 2 records in --training cannot be read" in capsys.readouterr().out
+    assert json.loads((files["out"] / "pope.json").read_text())["training"]["faulty_records"] == 1
+
+
+def test_fewer_images_than_wanted_are_reported(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(files, "--count", "9") == 0
+    assert "only 5 of the 9 images of --count" in capsys.readouterr().out
+    assert build(files, "--count", "5") == 0
+    assert "of --count" not in capsys.readouterr().out
 
 
 def test_an_edited_file_is_kept(files: dict[str, Path]) -> None:
