@@ -13,6 +13,7 @@ from data_tools.instruct.config import InstructConfig
 from data_tools.mix.config import MixConfig
 from vlm_sft.__main__ import COMMANDS, main, module_of
 from vlm_sft.commands.registry import SUBCOMMANDS
+from vlm_sft.config import __main__ as config_command
 from vlm_sft.config.reference import REQUIRED, all_settings, as_text, select_settings
 from vlm_sft.config.resume import flat
 from vlm_sft.config.schema import load_config
@@ -140,6 +141,18 @@ def test_settings_are_selected_by_key_section_or_last_name() -> None:
         select_settings(["max_lenght"])
     with pytest.raises(ConfigError, match="`vlm-sft config reference` lists all"):
         select_settings(["qqqq"])
+
+
+def test_a_setting_of_the_data_commands_is_refused_with_the_option_that_shows_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for key in ("images.count", "coco", "sources.0.path"):
+        with pytest.raises(ConfigError, match=rf"{key}: a setting of the data commands; .*--data"):
+            config_command.main(["reference", key])
+    with pytest.raises(ConfigError, match="did you mean data"):
+        config_command.main(["reference", "max_lenght"])
+    assert config_command.main(["reference", "--data", "images.count"]) == 0
+    assert "images.count" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlm_sft.commands.parser import CommandParser, config_parser, group_parser
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlm_sft.config.reference import Schemas
@@ -78,12 +79,38 @@ def _reference(arguments: argparse.Namespace) -> int:
     from vlm_sft.config import reference
 
     schemas = _data_schemas() if arguments.data else reference.TRAINING
-    settings = reference.select_settings(arguments.keys, schemas)
+    try:
+        settings = reference.select_settings(arguments.keys, schemas)
+    except ConfigError:
+        if not arguments.data:
+            _refuse_data_settings(arguments.keys)
+        raise
     if arguments.format == "markdown":
         print(reference.as_markdown(settings, schemas))
     else:
         print(reference.as_text(settings))
     return 0
+
+
+def _refuse_data_settings(keys: Sequence[str]) -> None:
+    """Refuse a key that only the data commands have, with the option that shows it."""
+    from vlm_sft.config import reference
+
+    for key in keys:
+        if not _knows(key, reference.TRAINING) and _knows(key, _data_schemas()):
+            raise ConfigError(
+                f"{key}: a setting of the data commands; run `vlm-sft config reference --data "
+                f"{key}`"
+            )
+
+
+def _knows(key: str, schemas: "Schemas") -> bool:
+    from vlm_sft.config import reference
+
+    try:
+        return bool(reference.select_settings([key], schemas))
+    except ConfigError:
+        return False
 
 
 def _data_schemas() -> "Schemas":
