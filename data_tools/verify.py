@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     with owned_open(out / OUTPUT) as file:
         for line in verdicts(files["records"], images, annotated, policy, summary):
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        if not summary.records:
+            raise UserError(f"{files['records']}: has no records", code="no_records")
     echo(summary.table(), file=sys.stdout)
     echo(f"\n{out / OUTPUT}", file=sys.stdout)
     return 0
@@ -184,7 +186,11 @@ def verdicts(
 
 
 def _unchecked(record: Any, code: str) -> dict[str, Any]:
+    from data_tools.instruct.verify.llava_records import is_unicode
+
     known = record.get("id") if isinstance(record, dict) else None
+    if not is_unicode(known):
+        known = str(known).encode("utf-8", "backslashreplace").decode()
     return {"id": known, "verdict": "rejected", "codes": [code], "claims": []}
 
 

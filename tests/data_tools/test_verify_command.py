@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from data_tools import verify
+from data_tools import verify, wording
+from data_tools.instruct.plan.prompts import description_requests
+from data_tools.instruct.verify.lexicon import Lexicon
+from data_tools.instruct.verify.llava_records import turns_of, type_of
+from data_tools.instruct.verify.questions import Asked
+from data_tools.instruct.verify.reading import Reading
 from tests.data_tools.coco_files import write_coco
 from vlm_sft.errors import UserError
 
@@ -86,6 +91,46 @@ def test_a_record_that_cannot_be_checked_is_rejected_with_the_reason(
     next(files["images"].iterdir()).unlink()
     [missing] = checked(files, tmp_path, [record(4, image, "Is there a dog?", "Yes.")])
     assert missing["codes"] == ["IMAGE_MISSING"]
+
+
+def test_a_record_with_half_a_surrogate_pair_is_rejected_and_the_file_stays_unicode(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    image = name_of(files)
+    found = checked(files, tmp_path, [
+        record("\ud800", image, "Is there a dog?", "Yes, there is a dog."),
+        record("b", image, "Is there a dog?", "Yes, there is a dog \udfff."),
+        record(["\ud800"], image, "Is there a dog?", "Yes, there is a dog."),
+        record("d", f"\ud800{image}", "Is there a dog?", "Yes, there is a dog."),
+        record("\U0001f436", image, "Is there a dog?", "Yes, there is a dog."),
+    ])  # fmt: skip
+    assert [row["codes"] for row in found] == [["RECORD_FORM"]] * 4 + [[]]
+    assert found[0]["id"] == "\\ud800", "the escape, as text"
+    assert (found[1]["id"], found[4]["id"]) == ("b", "\U0001f436")
+    text = (tmp_path / "out" / "verdicts.jsonl").read_bytes().decode()
+    for row in text.splitlines():
+        json.dumps(json.loads(row), ensure_ascii=False).encode()
+
+
+def test_a_file_without_a_record_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "records.json"
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"records\.json: has no records"):
+        verify.main(line(files, path, tmp_path / "out"))
+    assert not (tmp_path / "out" / "verdicts.jsonl").exists()
+
+
+@pytest.mark.parametrize("question", description_requests(None))
+def test_the_requests_for_descriptions_of_this_toolkit_are_known_as_such(question: str) -> None:
+    [turn] = turns_of(record(1, None, f"<image>\n{question}", "A dog and a cat.")) or ()
+    assert (turn.kind, type_of((turn,))) == ("description", "detail")
+
+
+def test_what_this_toolkit_asks_counts_as_a_question() -> None:
+    of_rules = wording.load("questions")
+    asked = [*description_requests(None), *of_rules["caption"], *of_rules["description"]]
+    lexicon = Lexicon(["dog", "cat"])
+    assert [q for q in asked if not Asked(Reading(q, lexicon)).is_request] == []
 
 
 def test_a_type_that_is_given_decides_what_an_answer_may_guess(

@@ -72,7 +72,7 @@ def make_templates(
     for name in TYPES:
         system, ask = _task(folder, name)
         fixed = [{"role": "system", "content": f"{common}\n\n{system}"}]
-        questions = _questions(folder) if name == "detail" else []
+        questions = description_requests(folder) if name == "detail" else []
         for number, seed in enumerate(seeds(name, folder, decimals)):
             question = questions[number % len(questions)] if questions else ""
             content = closing(seed.context, ask, question)
@@ -134,7 +134,7 @@ def _task(folder: str | None, name: SampleType) -> tuple[str, str]:
     return system.strip(), ask.strip()
 
 
-def _questions(folder: str | None) -> list[str]:
+def description_requests(folder: str | None) -> list[str]:
     """Return the questions that ask for a description."""
     text = _text(folder, "questions.txt")
     lines = [line.strip() for line in text.splitlines() if line.strip()]

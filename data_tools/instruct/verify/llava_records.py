@@ -1,12 +1,15 @@
 """Conversations of LLaVA's form, as others made them, checked like our own."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from data_tools.coco import AnnotatedImage
+from data_tools.instruct.plan.prompts import description_requests
 from data_tools.instruct.schema import Cost, Kind, Sample, SampleType, Shown, Turn
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.records import IMAGE_MARK
@@ -76,7 +79,9 @@ def type_of(turns: tuple[Turn, ...]) -> SampleType:
 
 
 def kind_of(question: str) -> Kind:
-    """Return what a question is about, by its first words."""
+    """Return what a question is about: by its first words, or as one that `plan` asks."""
+    if question in _own_requests():
+        return "description"
     words = question.lower().split()
     text = " ".join(words[:12])
     for kind, cues in _KINDS.items():
@@ -85,8 +90,19 @@ def kind_of(question: str) -> Kind:
     return "object"
 
 
+def is_unicode(value: Any) -> bool:
+    """Return whether all texts of a JSON value can be written: none has half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def turns_of(record: Any) -> tuple[Turn, ...] | None:
-    """Return a record's questions and answers; None where it is not of LLaVA's form."""
+    """Return a record's questions and answers; None where it is not of LLaVA's form or Unicode."""
+    if not is_unicode(record):
+        return None
     try:
         said = [(part["from"], str(part["value"])) for part in record["conversations"]]
     except (KeyError, TypeError):
@@ -102,6 +118,11 @@ def turns_of(record: Any) -> tuple[Turn, ...] | None:
         question = question.strip()
         turns.append(Turn(question=question, answer=answer.strip(), kind=kind_of(question)))
     return tuple(turns)
+
+
+@cache
+def _own_requests() -> frozenset[str]:
+    return frozenset(description_requests(None))
 
 
 def image_of(name: str, images: Mapping[int, AnnotatedImage]) -> AnnotatedImage | None:

@@ -211,7 +211,8 @@ _INSTRUCTIONS: Final = word_set(
     "where when why how is are does do can could analyze analyse suggest create help let help try "
     "recommend propose think consider predict guess estimate infer determine choose pick select "
     "compose draft elaborate characterize characterise interpret illustrate clarify share offer "
-    "highlight examine evaluate assess explore justify generate based in given focus tell talk"
+    "highlight examine evaluate assess explore justify generate based in given focus tell talk "
+    "paint put depict portray"
 )
 _REQUEST: Final = re.compile(
     r"\b(?:i(?:'d| would)? (?:like|love|want|need|wish)|"
