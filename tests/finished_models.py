@@ -70,6 +70,14 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
 
 
+def change_image_processor(folder: Path, **changes: Any) -> None:
+    """Change settings of the image processor in both files that have them."""
+    change_json(folder / "preprocessor_config.json", **changes)
+    path = folder / "processor_config.json"
+    nested = json.loads(path.read_text())["image_processor"]
+    change_json(path, image_processor={**nested, **changes})
+
+
 class OriginalParts:
     """A model whose parts are written as the original LLaVA code does.
 

@@ -12,7 +12,12 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.checkpoint.test_finished import logits
-from tests.finished_models import SMALL_LLAMA, OriginalParts, change_json, released_folder
+from tests.finished_models import (
+    SMALL_LLAMA,
+    OriginalParts,
+    change_image_processor,
+    released_folder,
+)
 from tests.model.tiny import CLIP, tiny_model
 from tests.train.tiny import reset_accelerate
 from vlm_sft import chat, evaluate, stage1, stage2
@@ -257,8 +262,7 @@ def test_an_image_processor_that_training_cannot_reproduce_asks_for_a_choice(
     folder = tmp_path / "llava"
     shutil.copytree(released, folder)
     size = {"height": 28, "width": 28}
-    path = folder / "preprocessor_config.json"
-    change_json(path, size=size, do_pad=None, do_center_crop=None)
+    change_image_processor(folder, size=size, do_pad=False, do_center_crop=False)
     config = config_of(folder, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"say what to do instead with data\.image_aspect"):
         resolve(load_config(config))

@@ -1,6 +1,8 @@
 """Finished models of other programs: loaded completely, with the same logits, or refused."""
 
 import json
+import math
+import re
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -8,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from tests.export.test_hf_llava import DINO, QUICK, SIGLIP
 from tests.finished_models import (
     SMALL_LLAMA,
     OriginalParts,
+    change_image_processor,
     change_json,
     change_tensors,
     released_folder,
@@ -23,6 +27,7 @@ from tests.finished_models import (
 from tests.model.tiny import CLIP, GRANITE, images, rows, tiny_model
 from tests.tokenizers_for_tests import sentencepiece_tokenizer
 from vlm_sft.checkpoint.base_models import parse_bases
+from vlm_sft.config.finished import read_finished
 from vlm_sft.config.schema import LanguageModelConfig
 from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.errors import UserError
@@ -291,11 +296,209 @@ def test_a_folder_without_weights_or_preprocessing_is_incomplete(
         load(folder)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_of_two_sets_of_weights_that_of_transformers_is_taken(
+    suffix: str, released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    other = {name: value + 1 for name, value in load_file(folder / "model.safetensors").items()}
+    if suffix == "bin":
+        index, shard = "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"
+        torch.save(other, folder / shard)
+    else:
+        index, shard = "model.safetensors.index.json", "model-00001-of-00001.safetensors"
+        save_file(other, folder / shard)
+    (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(other, shard)}))
+    assert torch.equal(logits(load(folder).model), logits(load(released).model))
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [
+        ("language_model.model.norm.weight", "model.language_model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),
+        ("vision_tower.vision_model.pre_layrnorm.bias", "vision_tower.pre_layrnorm.bias"),
+    ],
+)
+def test_one_tensor_under_two_names_is_refused_with_both(
+    name: str, again: str, released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    change_tensors(folder, {again: load_file(folder / "model.safetensors")[name] + 1})
+    with pytest.raises(UserError, match="one tensor under two names, ") as refused:
+        load(folder)
+    assert {name, again} <= set(re.split(r"[,; ]+", str(refused.value)))
+
+
+def test_one_tensor_in_two_shards_is_refused_with_both(released: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = next(iter(tensors))
+    save_file(tensors, folder / "a.safetensors")
+    save_file({name: tensors[name] + 1, "image_newline": torch.ones(48)}, folder / "b.safetensors")
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {"image_newline": "b.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=rf"b\.safetensors: contains {name}, as a\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {1: torch.zeros(2)}, "does not contain tensors by name"),
+        (
+            lambda state: {k: v.to_sparse() for k, v in state.items()},
+            r"0\.weight is sparse, expected a dense tensor",
+        ),
+        (
+            lambda state: {k: v.to("meta") for k, v in state.items()},
+            r"0\.weight has no values \(device meta\)",
+        ),
+        (
+            lambda state: {k: v.to(torch.complex64) for k, v in state.items()},
+            "is complex64, expected one of float32, bfloat16, float16; ",
+        ),
+        (
+            lambda state: {**state, **{f"base_model.{k}": v + 1 for k, v in state.items()}},
+            r"two names, model\.mm_projector\.0\.weight and base_model\.model\.mm_projector\.0\.w",
+        ),
+    ],
+)
+def test_odd_tensors_of_a_pickled_projector_are_refused(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    parts = OriginalParts(tmp_path)
+    folder = parts.projector_alone(tmp_path / "stage1")
+    torch.save(change(parts.projector("")), folder / "mm_projector.bin")
+    with pytest.raises(UserError, match=message):
+        load(folder, template="plain")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_tensors_are_refused(dtype: torch.dtype, released: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    value = load_file(folder / "model.safetensors")[name].to(dtype)
+    change_tensors(folder, {name: value})
+    with pytest.raises(UserError, match=r"up_proj\.weight is \w+8.*, expected one of float32, .*"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vision_feature_layer", value, r"has vision_feature_layer .*, expected a whole number or")
+        for value in ("x", [], None, [[1]], 1.5, True)
+    ]
+    + [
+        ("vision_config", "x", "has vision_config 'x', expected an object"),
+        ("vision_config", [], r"has vision_config \[\], expected an object"),
+        ("vision_config", {"model_type": ["x"]}, r"vision_config\.model_type .* expected a string"),
+        ("text_config", None, r"config\.json has no text_config; copy it again"),
+        ("text_config", [], r"has text_config \[\], expected an object"),
+        ("architectures", {"a": 1}, "has architectures {'a': 1}, expected a list of strings"),
+        ("model_type", ["llava"], r"has model_type \['llava'\], expected a string"),
+        ("image_token_index", "x", "has image_token_index 'x', expected a whole number"),
+        ("quantization_config", {"quant_method": "gptq"}, r"is quantized .*: gptq\); take the"),
+    ],
+)
+def test_malformed_configurations_are_refused_by_their_key(
+    key: str, value: Any, message: str, released: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    tree = json.loads((released / "config.json").read_text())
+    shutil.copy(released / "preprocessor_config.json", tmp_path)
+    path.write_text(json.dumps({**tree, key: value}))
+    with pytest.raises(UserError, match=message):
+        read_finished(str(tmp_path))
+
+
+def test_a_configuration_of_a_larger_model_is_refused_before_memory_is_allocated(
+    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    change_json(folder / "config.json", text_config={"model_type": "llama", "num_hidden_layers": 2})
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    with pytest.raises(UserError, match=r"of another shape \(language_model\..* instead of .*4096"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mm_vision_select_layer", "x"), ("mm_projector_type", 3), ("mm_projector_type", "qformer")],
+)
+def test_malformed_original_configurations_are_refused_by_their_key(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    folder = OriginalParts(tmp_path).full(tmp_path / "llava")
+    change_json(folder / "config.json", **{key: value})
+    with pytest.raises(UserError, match=rf"{key.removeprefix('mm_')} (would be )?'?{value}'?"):
+        load(folder, template="vicuna_v1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("do_resize", False),
+        ("do_rescale", False),
+        ("do_normalize", False),
+        ("rescale_factor", 0.5),
+        ("image_mean", [math.nan] * 3),
+        ("image_mean", None),
+        ("image_std", [0, 0, 0]),
+        ("image_std", "x"),
+        ("resample", 99),
+    ],
+)
+def test_an_image_processor_that_cannot_be_reproduced_is_refused(
+    key: str, value: Any, released: Path, tmp_path: Path
+) -> None:
+    shutil.copy(released / "config.json", tmp_path)
+    tree = json.loads((released / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**tree, key: value}))
+    expected = r"NaN is not" if value == [math.nan] * 3 else f"has {key} .*, expected "
+    with pytest.raises(UserError, match=expected):
+        read_finished(str(tmp_path))
+
+
+@pytest.mark.parametrize("stretches", [True, False])
+def test_a_processor_that_neither_pads_nor_only_crops_is_refused_with_what_to_do(
+    stretches: bool, released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    size = {"height": 28, "width": 28} if stretches else {"shortest_edge": 32}
+    change_image_processor(folder, do_pad=False, do_center_crop=not stretches, size=size)
+    with pytest.raises(UserError, match=r'neither pads .* set "do_pad": true for the image proc'):
+        load(folder)
+    change_image_processor(folder, do_pad=True, do_center_crop=False)
+    assert load(folder).image_aspect == "pad"
+
+
+def test_the_image_processor_is_read_where_transformers_reads_it(
+    released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    change_json(folder / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    stock = AutoImageProcessor.from_pretrained(folder)
+    assert list(load(folder).image_spec.mean) == list(stock.image_mean)
+    (folder / "processor_config.json").unlink()
+    assert load(folder).image_spec.mean == (0.1, 0.2, 0.3)
+
+
 def test_an_image_processor_of_another_size_is_refused(released: Path, tmp_path: Path) -> None:
     folder = tmp_path / "llava"
     shutil.copytree(released, folder)
-    path = folder / "preprocessor_config.json"
-    change_json(path, crop_size={"height": 42, "width": 42})
+    change_image_processor(folder, crop_size={"height": 42, "width": 42})
     with pytest.raises(UserError, match="makes images of 42 pixels, but its vision tower takes 28"):
         load(folder)
-    assert json.loads(path.read_text())["do_pad"] is True

@@ -5,10 +5,13 @@ original LLaVA code (full weights, a projector alone, or LoRA adapters). `model.
 names one; `resolve` derives the other settings of the model from it.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, NoReturn, cast
+
+from pydantic import ValidationError
 
 from vlm_sft.config.fields import ImageAspect
 from vlm_sft.config.schema import ModelConfig, RunConfig, means_folder
@@ -145,7 +148,8 @@ def resolve(config: RunConfig, *, download: bool = True) -> RunConfig:
     model = resolve_model(config.model, found)
     data = config.data
     if "image_aspect" not in data.model_fields_set:
-        data = data.model_copy(update={"image_aspect": require_aspect(found)})
+        remedy = "say what to do instead with data.image_aspect (pad or crop)"
+        data = data.model_copy(update={"image_aspect": require_aspect(found, remedy)})
     elif found.image_aspect is not None and data.image_aspect != found.image_aspect:
         echo(
             f"note: data.image_aspect is {data.image_aspect}, but the image processor of "
@@ -154,8 +158,12 @@ def resolve(config: RunConfig, *, download: bool = True) -> RunConfig:
     return config.model_copy(update={"model": model, "data": data})
 
 
-def require_aspect(found: FinishedModel) -> ImageAspect:
+def require_aspect(found: FinishedModel, remedy: str) -> ImageAspect:
     """Return how a finished model's image processor makes images square.
+
+    Args:
+        found: The description of the model.
+        remedy: What to do if it does so in another way, for the error message.
 
     Raises:
         ConfigError: In a way that training cannot.
@@ -163,7 +171,7 @@ def require_aspect(found: FinishedModel) -> ImageAspect:
     if found.image_aspect is None:
         raise ConfigError(
             f"{WHERE}: the image processor of {found.name} neither pads images to a square nor "
-            "crops them; say what to do instead with data.image_aspect (pad or crop)"
+            f"resizes their shorter side to its size and crops them; {remedy}"
         )
     return found.image_aspect
 
@@ -194,7 +202,15 @@ def resolve_model(config: ModelConfig, found: FinishedModel) -> ModelConfig:
                 f"{WHERE}: {found.name} does not contain the {_PART[section]} and does not say "
                 f"where it is; set model.{key} to its folder or hub name"
             )
-    return ModelConfig.model_validate(tree)
+    try:
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(step) for step in first["loc"])
+        raise ConfigError(
+            f"{WHERE}: {found.name} has a value that is not supported: model.{key} would be "
+            f"{first['input']!r} ({first['msg']})"
+        ) from None
 
 
 _EMPTY: Final[Mapping[str, Any]] = {
@@ -266,10 +282,18 @@ def read_finished(name: str, *, download: bool = True) -> FinishedModel:
             raise
         return _transformers(name, Path(name), *PUBLISHED[name])
     tree = _read(folder / "config.json", name)
+    _require_types(name, tree)
     if "mm_vision_tower" in tree or tree.get("model_type") in set(ORIGINAL_LANGUAGE_MODELS) - {
         "llava"
     }:
         return _original(name, folder, tree)
+    for key in ("vision_config", "text_config"):
+        if tree.get("model_type") in TRANSFORMERS_CLASSES and not tree.get(key):
+            raise UserError(
+                f"{WHERE}: {folder / 'config.json'} has no {key}; copy it again from where the "
+                "model is from"
+            )
+    _refuse_quantized(name, tree)
     classes = tree.get("architectures") or [_class_of(tree)]
     if classes[0] not in TRANSFORMERS_CLASSES.values():
         known = ", ".join(TRANSFORMERS_CLASSES.values())
@@ -278,6 +302,86 @@ def read_finished(name: str, *, download: bool = True) -> FinishedModel:
             "original LLaVA code"
         )
     return _transformers(name, folder, tree, image_processor(folder))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of(accepts: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and all(accepts(item) for item in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_A_TEXT: Final = (_is_text, "a string")
+_A_NUMBER: Final = (_is_int, "a whole number")
+_AN_OBJECT: Final = (lambda value: isinstance(value, dict), "an object")
+_TYPES: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "model_type": _A_TEXT,
+    "architectures": (lambda value: _is_list_of(_is_text, value), "a list of strings"),
+    "vision_config": _AN_OBJECT,
+    "vision_config.model_type": _A_TEXT,
+    "vision_config.image_size": _A_NUMBER,
+    "text_config": _AN_OBJECT,
+    "text_config.model_type": _A_TEXT,
+    "vision_feature_layer": (
+        lambda value: _is_int(value) or (bool(value) and _is_list_of(_is_int, value)),
+        "a whole number or a list of whole numbers",
+    ),
+    "vision_feature_select_strategy": _A_TEXT,
+    "vision_aspect_ratio": _A_TEXT,
+    "image_grid_pinpoints": (
+        lambda value: _is_list_of(
+            lambda pair: _is_list_of(_is_int, pair) and len(pair) == 2, value
+        ),
+        "a list of pairs of whole numbers",
+    ),
+    "image_token_id": _A_NUMBER,
+    "image_token_index": _A_NUMBER,
+    "quantization_config": _AN_OBJECT,
+    "mm_vision_tower": _A_TEXT,
+    "mm_vision_select_layer": _A_NUMBER,
+    "mm_projector_type": _A_TEXT,
+    "_name_or_path": _A_TEXT,
+}
+"""What values of `config.json` have to be, by their key."""
+
+_NEVER_NULL: Final = ("vision_feature_layer", "vision_config.image_size")
+"""Keys of `_TYPES` that have no meaning with null; others are then as if absent."""
+
+
+def _require_types(name: str, tree: Mapping[str, Any]) -> None:
+    """Refuse a configuration with a value of another type.
+
+    Raises:
+        UserError: Names the key.
+    """
+    for key, (accepts, expected) in _TYPES.items():
+        section, _, field = key.rpartition(".")
+        owner = (tree.get(section) or {}) if section else tree
+        value = owner.get(field)
+        if field not in owner or (value is None and key not in _NEVER_NULL):
+            continue
+        # The configurations of original folders have other keys of these names.
+        if not accepts(value) and not ("mm_vision_tower" in tree and key.startswith("image_")):
+            raise UserError(
+                f"{WHERE}: the config.json of {name} has {key} {value!r}, expected {expected}; "
+                "copy it again from where the model is from"
+            )
+
+
+def _refuse_quantized(name: str, tree: Mapping[str, Any]) -> None:
+    for section in (tree, tree.get("text_config") or {}):
+        quantization = section.get("quantization_config")
+        if quantization:
+            raise UserError(
+                f"{WHERE}: {name} is quantized (quantization_config in its config.json: "
+                f"{quantization.get('quant_method', 'unknown method')!s}); take the model without "
+                "quantization, model.language_model.quantization can quantize it again"
+            )
 
 
 def _class_of(tree: Mapping[str, Any]) -> str:
@@ -338,6 +442,7 @@ def _transformers(
     layers = tree.get("vision_feature_layer", -1 if onevision else -2)
     tiling = _tiling(name, vision, tree)
     _require_same_size(name, vision, processor)
+    _require_reproducible(name, processor)
     settings = {
         "vision_tower.name": name,
         "vision_tower.feature_layers": [layers] if isinstance(layers, int) else list(layers),
@@ -406,6 +511,41 @@ def _require_same_size(name: str, vision: Mapping[str, Any], processor: Mapping[
         )
 
 
+def _require_reproducible(name: str, processor: Mapping[str, Any]) -> None:
+    """Refuse an image processor with settings that give other pixel values than training's.
+
+    Raises:
+        UserError: Names the setting.
+    """
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if processor.get(key, True) not in (True, None):
+            _refuse_setting(name, processor, key, "true")
+    factor = processor.get("rescale_factor")
+    if factor is not None and not (
+        _is_finite(factor) and math.isclose(factor * 255, 1, rel_tol=1e-4)
+    ):
+        _refuse_setting(name, processor, "rescale_factor", "1/255")
+    for key in ("image_mean", "image_std"):
+        values = processor.get(key, [0.5, 0.5, 0.5])
+        if not (_is_list_of(_is_finite, values) and len(values) == 3):
+            _refuse_setting(name, processor, key, "three finite numbers")
+        if key == "image_std" and min(values) <= 0:
+            _refuse_setting(name, processor, key, "three numbers above 0")
+    if "resample" in processor and processor["resample"] not in range(4):
+        _refuse_setting(name, processor, "resample", "a number from 0 to 3")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_setting(name: str, processor: Mapping[str, Any], key: str, expected: str) -> NoReturn:
+    raise UserError(
+        f"{WHERE}: the image processor of {name} has {key} {processor[key]!r}, expected "
+        f"{expected}; other values cannot be reproduced in training"
+    )
+
+
 def _feature_select(name: str, kind: str, tree: Mapping[str, Any]) -> str:
     onevision = tree.get("model_type") == "llava_onevision"
     strategy = tree.get("vision_feature_select_strategy", "full" if onevision else "default")
@@ -437,15 +577,23 @@ def _projector_type(name: str, tree: Mapping[str, Any]) -> str:
 
 
 def image_processor(folder: Path) -> dict[str, Any]:
-    """Return the settings of a folder's image processor; empty if it has none."""
-    for file, key in (
-        ("preprocessor_config.json", None),
+    """Return the settings of a folder's image processor; empty if it has none.
+
+    Raises:
+        UserError: A file with them cannot be read.
+    """
+    for file, key in (  # in this order in transformers
         ("processor_config.json", "image_processor"),
+        ("preprocessor_config.json", None),
     ):
         try:
             tree = read_json(folder / file)
-        except (OSError, ValueError):
+        except FileNotFoundError:
             continue
+        except OSError as error:
+            raise UserError(f"{folder / file}: cannot be read ({error})") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{folder / file}: is not a JSON object; copy it again")
         found = tree if key is None else tree.get(key)
         if isinstance(found, dict) and ("image_mean" in found or "size" in found):
             return cast(dict[str, Any], found)
@@ -453,11 +601,19 @@ def image_processor(folder: Path) -> dict[str, Any]:
 
 
 def _aspect(processor: Mapping[str, Any]) -> ImageAspect | None:
+    size, crop = (_shorter(processor.get(key)) for key in ("size", "crop_size"))
+    if processor.get("do_center_crop") and None not in (size, crop) and size != crop:
+        return None  # cuts off a margin
     if processor.get("do_pad"):
         return "pad"
-    size = processor.get("size")
-    keeps_aspect = isinstance(size, int) or (isinstance(size, dict) and "shortest_edge" in size)
+    keeps_aspect = isinstance(processor.get("size"), int) or "shortest_edge" in (
+        processor["size"] if isinstance(processor.get("size"), dict) else {}
+    )
     return "crop" if keeps_aspect and processor.get("do_center_crop") else None
+
+
+def _shorter(size: Any) -> Any:
+    return size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
 
 
 # --- the original LLaVA code
@@ -465,6 +621,8 @@ def _aspect(processor: Mapping[str, Any]) -> ImageAspect | None:
 
 def _original(name: str, folder: Path, tree: Mapping[str, Any]) -> FinishedModel:
     weights = _original_weights(folder, tree)
+    if weights == "full":  # others name a language model that is not quantized
+        _refuse_quantized(name, tree)
     _refuse_unknown_features(name, tree)
     settings = {
         **_ONE_CROP,

@@ -388,7 +388,12 @@ def _load_finished(
         _, section, field = key.split(".")
         tree.setdefault(section, {})[field] = place
     config = resolve_model(ModelConfig.model_validate(tree), found)
-    image_aspect = require_aspect(found)
+    remedy = (
+        'in a copy of the folder, set "do_pad": true for the image processor (in its '
+        "processor_config.json, or else preprocessor_config.json) to pad images instead, which may "
+        "change the answers"
+    )
+    image_aspect = require_aspect(found, remedy)
     tokenizer = load_tokenizer(config.language_model)
     if template is None:
         chat_tokenizer = finished_chat_tokenizer(found, tokenizer)

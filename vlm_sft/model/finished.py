@@ -81,7 +81,14 @@ class WeightFiles:
             else:
                 self._pickled[path] = _read_pickled(path)
                 names = list(self._pickled[path])
-            self._path_of.update(dict.fromkeys(names, path))
+            for name in names:
+                if name in self._path_of:
+                    raise UserError(
+                        f"{path}: contains {name}, as {self._path_of[name].name} does; which of "
+                        "the two belongs to the model is unknown, copy the folder again",
+                        code="tensors_differ",
+                    )
+                self._path_of[name] = path
 
     @property
     def names(self) -> list[str]:
@@ -89,7 +96,11 @@ class WeightFiles:
         return list(self._path_of)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors by name; those of safetensors files share memory with the file."""
+        """Return tensors by name; those of safetensors files share memory with the file.
+
+        Raises:
+            UserError: A file cannot be read, or a tensor is quantized or complex.
+        """
         by_path: dict[Path, list[str]] = {}
         for name in names:
             by_path.setdefault(self._path_of[name], []).append(name)
@@ -100,6 +111,14 @@ class WeightFiles:
                 continue
             with _readable(path), safe_open(path, "pt") as file:
                 found |= {name: file.get_tensor(name) for name in wanted}
+        for name, tensor in found.items():
+            if tensor.dtype not in _FLOATS and not name.endswith("position_ids"):
+                raise UserError(
+                    f"{self._path_of[name]}: {name} is {str(tensor.dtype).removeprefix('torch.')}, "
+                    f"expected one of {', '.join(_DTYPES)}; quantized weights cannot be loaded, "
+                    "take the model without quantization",
+                    code="tensors_differ",
+                )
         return found
 
 
@@ -122,14 +141,24 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:
         raise UserError(
-            f"{path}: cannot be read as weights: {type(error).__name__}: {error}",
+            f"{path}: cannot be read as weights ({type(error).__name__}: {error}); copy it again "
+            "from where the model is from",
             code="checkpoint_damaged",
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise UserError(
             f"{path}: does not contain tensors by name; save a state dict",
             code="checkpoint_damaged",
         )
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "has no values (device meta)" if tensor.is_meta else "is sparse"
+            raise UserError(
+                f"{path}: {name} {kind}, expected a dense tensor; save the state dict again",
+                code="checkpoint_damaged",
+            )
     return dict(state)
 
 
@@ -158,7 +187,7 @@ class FinishedWeights:
             if place is None:
                 unexpected.append(name)
             elif place[0] is not None:
-                self._names[place[0]][place[1]] = name
+                _add(self._names[place[0]], place[1], name, found)
         if found.weights != "full":
             unexpected += self._names["language_model"].values()
         _require_same(found.name, [], unexpected, [])
@@ -167,21 +196,42 @@ class FinishedWeights:
         """Return the names of a part's tensors as they are in the part itself."""
         return list(self._names[part])
 
-    def read(self, part: Part) -> dict[str, Tensor]:
-        """Return the tensors of a part under its own names."""
-        names = self._names[part]
+    def read(self, part: Part, *, body: str = "model") -> dict[str, Tensor]:
+        """Return the tensors of a part under its own names.
+
+        Args:
+            part: The part.
+            body: The name of the language model without its head, in its class.
+
+        Raises:
+            UserError: A tensor is there under two names, or cannot be read.
+        """
+        names: dict[str, str] = {}
+        for own, name in self._names[part].items():
+            _add(names, own.replace(_BODY, f"{body}.", 1), name, self.found)
         tensors = self._files.read(names.values())
         return {own: tensors[name] for own, name in names.items()}
+
+
+def _add(names: dict[str, str], own: str, name: str, found: FinishedModel) -> None:
+    """Add the name in the files of the tensor `own` of a part.
+
+    Raises:
+        UserError: The files have it under another name, too.
+    """
+    if own in names:
+        raise UserError(
+            f"{WHERE}: {found.name} has one tensor under two names, {names[own]} and {name}; which "
+            "of the two belongs to the model is unknown, copy the folder again",
+            code="tensors_differ",
+        )
+    names[own] = name
 
 
 def _with_weights(found: FinishedModel) -> Path:
     """Return the folder with the weights, which are fetched if the name is one of the hub."""
     if found.folder == Path(found.name).expanduser():
         return found.folder
-    indices = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
-    for suffix, index in indices.items():
-        if (found.folder / index).exists():
-            return small_files(found.name, patterns=[f"*.{suffix}"])
     folder = small_files(found.name, patterns=["*.safetensors"])
     if not list(folder.glob("*.safetensors")) or found.weights != "full":
         small_files(found.name, patterns=["*.bin"])
@@ -189,16 +239,20 @@ def _with_weights(found: FinishedModel) -> Path:
 
 
 def _weight_paths(folder: Path, found: FinishedModel) -> list[Path]:
+    """Return the weight files, of several sets the one that transformers takes."""
     if found.weights == "projector":
         names = [["mm_projector.bin"]]
     elif found.weights == "lora":
         names = [["non_lora_trainables.safetensors", "non_lora_trainables.bin"]]
     else:
         names = [["model.safetensors", "pytorch_model.bin"]]
-        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            if (folder / index).exists():
-                with library_call("json", str(folder / index), "read this index"):
-                    files = sorted(set(read_json(folder / index)["weight_map"].values()))
+        for file in names[0]:
+            index = folder / f"{file}.index.json"
+            if (folder / file).is_file():
+                break
+            if index.exists():
+                with library_call("json", str(index), "read this index"):
+                    files = sorted(set(read_json(index)["weight_map"].values()))
                 names = [[str(file)] for file in files]
                 break
     paths = []
@@ -308,10 +362,7 @@ def load_finished_language_model(
             f"{found.name} ({config.model_type})"
         )
     model_class = classes[type(config)]
-    state = {
-        name.replace(_BODY, f"{model_class.base_model_prefix}.", 1): tensor
-        for name, tensor in weights.read("language_model").items()
-    }
+    state = weights.read("language_model", body=model_class.base_model_prefix)
     model = _from_state(
         model_class,
         config,
@@ -378,6 +429,7 @@ _DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_FLOATS: Final = (*_DTYPES.values(), torch.float64)
 
 
 def load_finished_projector(weights: FinishedWeights, live: Mapping[str, Tensor]) -> None:
@@ -497,6 +549,16 @@ def _from_state(
     **settings: Any,
 ) -> PreTrainedModel:
     action = f"load the {part} of {found.name!r}"
+    with library_call("transformers", WHERE, action), torch.device("meta"):
+        live: dict[str, Tensor] = model_class(copy.deepcopy(config)).state_dict()
+    shapes = [
+        (key, state[key].shape, live[key].shape)
+        for key in sorted(live.keys() & state.keys())
+        if state[key].shape != live[key].shape
+    ]
+    if len(shapes) == len(live.keys() & state.keys()):  # a configuration of another model
+        # Before memory is allocated for what may be a much larger model.
+        _require_same(found.name, [], [], shapes, part)
     with library_call("transformers", WHERE, action), _without_load_report():
         model, info = model_class.from_pretrained(
             None,
