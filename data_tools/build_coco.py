@@ -8,6 +8,7 @@ against boxes and captions, as in `data_tools.instruct`, and left out where it i
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -295,11 +296,18 @@ def _receipt(
             "set_aside": split[1],
             "without_captions": sum(not image.captions for image in used),
             "without_boxes": sum(not image.boxes for image in used),
+            "evaluation_splits": dict(
+                sorted(Counter(p.split for p in used if _is_of_evaluation(p)).items())
+            ),
         },
         "max_faulty": arguments.max_faulty,
         "findings": index.findings.as_dict(),
         "files": {f"{name}.json": output.summary() for name, output in outputs.items()},
     }
+
+
+def _is_of_evaluation(image: AnnotatedImage) -> bool:
+    return image.split is not None and not image.split.startswith("train")
 
 
 def _table(receipt: dict[str, Any]) -> Iterator[str]:
@@ -316,6 +324,13 @@ def _table(receipt: dict[str, Any]) -> Iterator[str]:
         )
     if counts["without_captions"]:
         yield f"{counts['without_captions']} images have no captions: no descriptions of them"
+    if splits := counts["evaluation_splits"]:
+        named = ", ".join(f"{split} {count}" for split, count in splits.items())
+        yield (
+            f"{sum(splits.values())} images are of COCO's evaluation splits ({named}) and are "
+            "kept: do not train on them if you evaluate on these images; the guard of "
+            "`data_tools.instruct` leaves them out"
+        )
     yield f"{'file':<20} {'records':>8} {'questions':>10}  families"
     for name, made in receipt["files"].items():
         counts = ", ".join(f"{family} {count}" for family, count in made["families"].items())

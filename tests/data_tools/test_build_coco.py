@@ -217,6 +217,30 @@ def test_missing_images_and_broken_json_are_named(tmp_path: Path) -> None:
         build_coco.main(arguments(files))
 
 
+def test_images_of_evaluation_splits_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(tmp_path, {n: [("dog", [10, 10, 40, 30], 0)] for n in (1, 2, 3)})
+    for name in ("instances", "captions"):
+        document = json.loads(files[name].read_text())
+        for image, split in zip(
+            document["images"], ("val2017", "val2014", "train2017"), strict=True
+        ):
+            image["coco_url"] = f"http://x/{split}/{image['file_name']}"
+        files[name].write_text(json.dumps(document))
+    assert build_coco.main(arguments(files)) == 0
+    said = capsys.readouterr().out
+    assert "2 images are of COCO's evaluation splits (val2014 1, val2017 1)" in said
+    assert "guard" in said
+    assert _read(files, "build")["images"]["evaluation_splits"] == {"val2014": 1, "val2017": 1}
+    (tmp_path / "b").mkdir()
+    assert (
+        build_coco.main(arguments(write_coco(tmp_path / "b", {1: [("dog", [1, 1, 40, 30], 0)]})))
+        == 0
+    )
+    assert "evaluation splits" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif("VLM_SFT_COCO_DIR" not in os.environ, reason="VLM_SFT_COCO_DIR is not set")
 def test_real_coco_files_are_built(tmp_path: Path) -> None:
     root = Path(os.environ["VLM_SFT_COCO_DIR"])
