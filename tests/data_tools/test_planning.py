@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.generate import command as generating
 from data_tools.instruct.plan import command as planning
 from data_tools.instruct.plan.estimate import estimate_tokens
 from data_tools.instruct.plan.prompts import make_templates, messages
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Request
+from data_tools.instruct.verify import command as verifying
 from tests.data_tools.coco_files import write_coco
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
@@ -165,6 +167,35 @@ def test_the_table_says_what_it_takes_and_what_was_left_out(
     assert "limits.usd 0.0001 is lower than that" in said
     assert "val2017: 1 of our images name it as their split" in said
     assert said.count("----- system") == 1 and "----- assistant" in said
+
+
+def test_a_plan_without_the_requests_of_finished_samples_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(tmp_path, {1: [DOG], 2: [DOG], 3: [DOG]}, {n: ["A dog."] for n in (1, 2, 3)})
+    rules = {"teacher": {"kind": "rules", "model": "", "prices": None}}
+    every = config_of(files, **rules)
+    plan(every)
+    generating.command(every)
+    verifying.command(every)
+    folder = RunFolder(files["out"])
+    samples = [
+        json.loads(row)
+        for path in (folder.samples, folder.rejected)
+        for row in path.read_text().splitlines()
+    ]
+    assert samples
+    capsys.readouterr()
+    plan(every)
+    assert "warning" not in capsys.readouterr().out
+    few = config_of(files, images={"count": 1}, **rules)
+    [image] = {request.image for request in plan(few)}
+    lost = sum(sample["image"]["id"] != image for sample in samples)
+    said = capsys.readouterr().out
+    assert lost > 0 and f"warning: {lost} verified samples are about requests" in said
+    assert "samples.jsonl" in said and "`plan` with the former settings" in said
+    plan(every)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_nothing_left_to_ask_is_an_error(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """Choose images, write the requests about them, and estimate their cost; nothing is sent."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from data_tools.coco import AnnotatedImage
 from data_tools.digests import hashed
@@ -25,6 +29,15 @@ from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import write_owned, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
+
+
+class _Sample(msgspec.Struct):
+    """What is needed of a line of samples.jsonl and rejected.jsonl."""
+
+    request: str
+
+
+_SAMPLE: Final = msgspec.json.Decoder(_Sample)
 
 
 def command(config: InstructConfig, show: int = 0) -> None:
@@ -50,6 +63,8 @@ def command(config: InstructConfig, show: int = 0) -> None:
     }
     tally = Tally(templates)
     requests = make_requests(track(chosen, description="planning"), templates, config)
+    stale = _verified(folder)
+    requests = _without(stale, requests)
     write_lines(folder.requests, _at_least_one(tally.through(requests), left_out))
     left_out["chosen_without_a_type"] = len(chosen) - tally.images
     write_owned_json(folder.templates, templates)
@@ -63,10 +78,42 @@ def command(config: InstructConfig, show: int = 0) -> None:
     write_owned_json(folder.plan, plan)
     asked = f"{tally.images:,} of {len(images):,} images are asked about{_in_words(left_out)}"
     echo("\n".join([*guard.lines(), asked, *estimate_lines(plan, config)]), file=sys.stdout)
+    if stale:
+        echo(
+            f"warning: {stale.total():,} verified samples are about requests that are not in this "
+            f"plan, so {_existing_results(folder)} are those of another plan and `report` and "
+            "`explain` may refuse them; repeat the later stages for this plan, or `plan` with the "
+            "former settings for those samples (their answers are kept)",
+            file=sys.stdout,
+        )
     for request in islice(read_requests(folder), show):
         echo(f"\n===== {request.sample_id}, request {request.id}", file=sys.stdout)
         for message in messages(request, templates):
             echo(f"----- {message['role']}\n{message['content']}", file=sys.stdout)
+
+
+def _verified(folder: RunFolder) -> Counter[str]:
+    """Return the number of samples, accepted and rejected ones, by their requests' ids."""
+    found: Counter[str] = Counter()
+    for path in (folder.samples, folder.rejected):
+        if path.is_file():
+            with path.open("rb") as file, suppress(msgspec.DecodeError):
+                found.update(sample.request for sample in map(_SAMPLE.decode, file))
+    return found
+
+
+def _without(known: Counter[str], requests: Iterable[Request]) -> Iterator[Request]:
+    """Yield the requests, and remove each from `known`."""
+    for request in requests:
+        known.pop(request.id, None)
+        yield request
+
+
+def _existing_results(folder: RunFolder) -> str:
+    results = (
+        folder.samples, folder.rejected, folder.kept, folder.dropped, folder.exports, folder.report,
+    )  # fmt: skip
+    return ", ".join(path.name for path in results if path.exists())
 
 
 def read_requests(folder: RunFolder) -> Iterator[Request]:
