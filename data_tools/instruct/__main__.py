@@ -29,6 +29,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     from data_tools.instruct.config import InstructConfig
     from data_tools.instruct.run_folder import own_for, refuse_older
     from vlm_sft.config import loading as settings
+    from vlm_sft.utils.console import echo
 
     config = settings.load(InstructConfig, given, overrides)
     refuse_older(Path(config.output_dir))
@@ -41,7 +42,11 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     names = list(STAGES)[1:] if name == "run" else [name]
     own_for(config, Path(given), names, overwrite=overwrite)
     for stage in names:
-        import_module(f"data_tools.instruct.{STAGES[stage].module}").command(config, **options)
+        try:
+            import_module(f"data_tools.instruct.{STAGES[stage].module}").command(config, **options)
+        except KeyboardInterrupt:
+            echo(f"stopped in `{stage}`; repeat the command to continue")
+            raise
     if name == "run":
         _print_outcomes(Path(config.output_dir))
     return 0

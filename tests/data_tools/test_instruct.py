@@ -253,6 +253,21 @@ def test_a_folder_of_an_older_version_is_refused_in_one_sentence(
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
+def test_ctrl_c_in_a_stage_says_that_repeating_the_command_continues(
+    tmp_path: Path,
+    scenes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_tools.instruct.plan.command.command", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["run", str(config_file(tmp_path, scenes))])
+    assert "stopped in `plan`; repeat the command to continue" in capsys.readouterr().err
+
+
 def test_a_misspelt_setting_is_one_sentence_and_code_2(tmp_path: Path, scenes: Path) -> None:
     config = config_file(tmp_path, scenes, teachr={})
     done = subprocess.run(

@@ -251,6 +251,7 @@ def test_a_signal_lets_answers_under_way_come_in_and_sends_nothing_more(tmp_path
     assert f"{number.name} received" in err and "Traceback" not in err
     assert len(read_answers(tmp_path / "answers")) == sent < 90
     assert f"{sent} now" in out
+    assert "generate: stopped by SIGTERM; repeat the command to continue" in out
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

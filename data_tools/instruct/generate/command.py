@@ -281,6 +281,7 @@ class Generation:
         for line in [self.progress.summary(), *self._failures.lines()]:
             echo(line, file=sys.stdout)
         if self._signal is not None:
+            self._print(f"stopped by {self._signal.name}; repeat the command to continue")
             return 128 + int(self._signal)
         if self._limited:
             self._print(
