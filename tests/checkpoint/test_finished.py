@@ -381,6 +381,26 @@ def test_odd_tensors_of_a_pickled_projector_are_refused(
         load(folder, template="plain")
 
 
+def test_weights_that_are_not_numbers_are_refused(released: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    change_tensors(folder, {"language_model.model.norm.weight": torch.full((48,), math.nan)})
+    with pytest.raises(UserError, match=r"logits that are not finite .* weights are damaged"):
+        load(folder)
+
+
+def test_a_language_model_that_transformers_cannot_describe_is_not_blamed_on_the_tokenizer(
+    released: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(released, folder)
+    change_json(folder / "config.json", text_config={"model_type": "zzz"})
+    with pytest.raises(
+        UserError, match=r"^model\.from_checkpoint: transformers cannot load the fol"
+    ):
+        load(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantized_tensors_are_refused(dtype: torch.dtype, released: Path, tmp_path: Path) -> None:
     folder = tmp_path / "llava"

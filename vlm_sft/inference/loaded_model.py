@@ -49,7 +49,7 @@ from vlm_sft.inference.prompts import ImageInput, Prompt, as_conversation
 from vlm_sft.inference.stream import stream_text
 from vlm_sft.model.build import build_model
 from vlm_sft.model.dtypes import DTYPES
-from vlm_sft.model.finished import stored_dtype
+from vlm_sft.model.finished import language_config, stored_dtype
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -394,6 +394,8 @@ def _load_finished(
         "change the answers"
     )
     image_aspect = require_aspect(found, remedy)
+    if found.weights == "full":
+        language_config(found)  # the tokenizer's library would report an error in it as its own
     tokenizer = load_tokenizer(config.language_model)
     if template is None:
         chat_tokenizer = finished_chat_tokenizer(found, tokenizer)

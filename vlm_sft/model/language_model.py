@@ -86,6 +86,12 @@ def check_head(language_model: PreTrainedModel) -> None:
     if language_model.config._attn_implementation != attention:
         language_model.set_attn_implementation(attention)
     name = type(language_model).__name__
+    if not expected.logits.isfinite().all():
+        raise UserError(
+            f"model.language_model: {name} computes logits that are not finite from three tokens, "
+            "so its weights are damaged or overflow in this dtype; copy them again from where the "
+            "model is from, or use another dtype"
+        )
     if not torch.allclose(logits.float(), expected.logits.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"model.language_model: {name} computes its logits in a way that is not supported "
