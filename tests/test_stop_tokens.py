@@ -47,7 +47,7 @@ CONFIG = ModelConfig(
     language_model=LanguageModelConfig(
         config={
             "model_type": "llama",
-            "vocab_size": 272,
+            "vocab_size": 274,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
@@ -125,6 +125,7 @@ CONTROL = [
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),  # llama_3
     *("<start_of_turn>", "<end_of_turn>"),  # gemma
     *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),  # phi_3
+    *("<img>", "</img>"),  # internvl2_5
 ]
 
 

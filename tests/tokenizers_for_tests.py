@@ -45,7 +45,11 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from tests import chat_templates_for_tests as published
-from vlm_sft.data.hf_tokenizer import BYTE_TOKENIZER_CHAT_TEMPLATE, byte_tokenizer
+from vlm_sft.data.hf_tokenizer import (
+    BYTE_TOKENIZER_CHAT_TEMPLATE,
+    BYTE_TOKENIZERS,
+    byte_tokenizer,
+)
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2_FOLDER = ROOT / "demo" / "pieces" / "smollm2-135m-instruct"
@@ -257,6 +261,7 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 
 LOADERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "bytes": functools.cache(byte_tokenizer),
+    "bytes-img": functools.cache(lambda: byte_tokenizer(BYTE_TOKENIZERS["bytes-img"])),
     "bpe": bpe_tokenizer,
     "sentencepiece": sentencepiece_tokenizer,
     "llama_2_file": llama_2_file_tokenizer,

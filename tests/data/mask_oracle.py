@@ -56,6 +56,7 @@ class Pair:
 MAIN_PAIRS = (
     Pair("chatml", "qwen", "chatml"),
     Pair("gemma", "gemma", "gemma"),
+    Pair("internvl2_5", "bytes-img", "internvl"),
     Pair("llama_3", "llama_3", "llama_3"),
     Pair("llava_llama_2", "llama_2_file", "llava_llama_2"),
     Pair("llava_plain", "llama_2_file", "llava_plain", takes_system=False, max_exchanges=1),
@@ -283,6 +284,14 @@ def _phi_3(ends_text: bool, writer: _Writer, turns: Sequence[Turn]) -> None:
         writer.control("<|endoftext|>")
 
 
+def _internvl(writer: _Writer, turns: Sequence[Turn]) -> None:
+    _chatml(None, writer, turns)
+    for index in reversed(range(len(writer.items))):
+        if writer.items[index].kind == "image":
+            writer.items.insert(index + 1, Item("control", "</img>"))
+            writer.items.insert(index, Item("control", "<img>"))
+
+
 FORMATS = {
     "vicuna_v1": functools.partial(_vicuna, "user"),
     "llava_v1": functools.partial(_vicuna, "human"),
@@ -296,6 +305,7 @@ FORMATS = {
     "qwen": functools.partial(_chatml, QWEN_SYSTEM),
     "smollm2": functools.partial(_chatml, SMOLLM2_SYSTEM),
     "gemma": _gemma,
+    "internvl": _internvl,
     "phi_3": functools.partial(_phi_3, False),
     "phi_3_own": functools.partial(_phi_3, True),
 }

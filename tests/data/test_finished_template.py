@@ -85,12 +85,22 @@ def test_the_template_of_llava_1_5_is_vicunas_without_a_system_text(
     assert "it writes no stop token after an answer, but the model is trained to end" in said
 
 
-@pytest.mark.parametrize("template", ["chatml", "llava_v1", "vicuna_v1", "smollm2", "llama_3"])
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("chatml", "bytes"),
+        ("chatml", "bytes-img"),
+        ("internvl2_5", "bytes-img"),
+        ("llava_v1", "sentencepiece"),
+        ("vicuna_v1", "sentencepiece"),
+        ("smollm2", "bytes"),
+        ("llama_3", "llama_3"),
+    ],
+)
 def test_every_template_that_this_project_exports_is_recognized(
-    template: str, tmp_path: Path
+    template: str, name: str, tmp_path: Path
 ) -> None:
-    names = {"llama_3": "llama_3", "smollm2": "bytes", "chatml": "bytes"}
-    tokenizer = with_image_token(names.get(template, "sentencepiece"))
+    tokenizer = with_image_token(name)
     ours = ChatTokenizer.from_name(template, tokenizer)
     found = finished(tmp_path, ours.to_jinja(), "chat_template.jinja")
     by = finished_chat_tokenizer(found, tokenizer)

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from tests.data.mask_oracle import IMAGE_ID, MAIN_PAIRS, OTHER_PAIRS, Pair
 from tests.tokenizers_for_tests import load, missing
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vlm_sft.data.hf_tokenizer import exported_tokenizer
+from vlm_sft.data.hf_tokenizer import byte_tokenizer, exported_tokenizer
 from vlm_sft.data.image_separator import ImageLayoutCheck, separated_parts
 from vlm_sft.data.record_formats import Form, RawRecord, parse_record
 from vlm_sft.data.tokenize import ChatTokenizer
@@ -313,6 +314,44 @@ def test_a_template_file_names_its_separator_and_the_setting_goes_before_it(tmp_
     assert again.image_separator == " " and again.describe() == by.describe()
     other = ChatTokenizer.from_name(str(path), tokenizer, image_separator="\n")
     assert ChatTokenizer.from_description(other.describe(), tokenizer).image_separator == "\n"
+
+
+AROUND = "name: mine\ndescription: d\nuser: {prefix: 'Q: '}\nimage_start: <img>\n"
+
+
+def test_a_template_file_names_tokens_around_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(AROUND, encoding="utf-8")
+    tokenizer = load("bytes-img")
+    by = ChatTokenizer.from_name(str(path), tokenizer)
+    assert by.image_tokens == ("<img>", "")
+    ids = by.prompt(user_message("<img>", [b""]))
+    start = tokenizer.convert_tokens_to_ids("<img>")
+    assert ids.count(start) == 1  # the text of a user stays text
+    assert ids[ids.index(start) + 1] == IMAGE_ID
+    assert ChatTokenizer.from_description(by.describe(), tokenizer).describe() == by.describe()
+    plain = ChatTokenizer.from_name("chatml", tokenizer).describe()["template"]["file"]
+    assert not {"image_start", "image_end"} & set(plain)  # as in checkpoints before the setting
+    bare = by.to_jinja(image_tokens=False)
+    messages = [{"role": "user", "content": "<image>Hi"}]
+    written = [
+        tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False)
+        for jinja in (by.to_jinja(), bare)
+    ]
+    assert written == ["Q: <img><image>Hi", "Q: <image>Hi"]
+
+
+def test_tokens_around_an_image_must_be_plain_special_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(AROUND, encoding="utf-8")
+    with pytest.raises(TemplateError, match="needs the special tokens <img>"):
+        ChatTokenizer.from_name(str(path), load("bytes"))
+    with pytest.raises(TemplateError, match="needs the special tokens <img>, </img>"):
+        ChatTokenizer.from_name("internvl2_5", load("bytes"))
+    greedy = byte_tokenizer()
+    greedy.add_tokens([AddedToken("<img>", special=True, lstrip=True)])
+    with pytest.raises(TemplateError, match="removes the white space around it"):
+        ChatTokenizer.from_name(str(path), greedy)
 
 
 @pytest.mark.parametrize("separator", ["<image>", "a<|im_end|>"])

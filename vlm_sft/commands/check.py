@@ -238,7 +238,7 @@ def check_model(
         results.add("projector", "note", unused)
     for note in model_notes(model):
         results.add("model", "note", note)
-    _check_export(model, results)
+    _check_export(model, chat_tokenizer, results)
     total_steps = 0
     loaded = _check_data(config, chat_tokenizer, model, results) if records_are_good else None
     if loaded is not None:
@@ -251,9 +251,11 @@ def check_model(
     results.add("memory", "good", memory_estimate(model))
 
 
-def _check_export(model: VisionLanguageModel, results: CheckResults) -> None:
+def _check_export(
+    model: VisionLanguageModel, chat_tokenizer: ChatTokenizer, results: CheckResults
+) -> None:
     """Report whether the model can be exported; a run may start anyway."""
-    obstacles = export_obstacles(model)
+    obstacles = export_obstacles(model, chat_tokenizer.image_tokens)
     results.add("export --to hf", "note" if obstacles else "good", summarize_obstacles(obstacles))
     if not obstacles:
         results.add("consumers", "note", describe_consumers(export_consumers(model)))

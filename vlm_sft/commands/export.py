@@ -11,6 +11,7 @@ from vlm_sft.data.images import upright_size
 from vlm_sft.data.records import read_records
 from vlm_sft.errors import RecordError
 from vlm_sft.export.hf_llava import ExportReport, Sample, export_hf_llava
+from vlm_sft.export.stock import is_internvl
 from vlm_sft.export.weights import require_shard_size
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
@@ -37,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         image_aspect=loaded.image_aspect,
         image_processing=loaded.image_processing,
-        chat_template=loaded.chat_tokenizer.to_jinja(),
+        chat_template=loaded.chat_tokenizer.to_jinja(image_tokens=not is_internvl(loaded.model)),
         eot_token_ids=loaded.chat_tokenizer.eot_token_ids,
+        image_tokens=loaded.chat_tokenizer.image_tokens,
         sample=sample,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         max_shard_size=max_shard_size,

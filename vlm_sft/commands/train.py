@@ -108,7 +108,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResul
 
     model, identity = load_model(config, trainable)
     if accelerator.is_main_process:
-        note_export_obstacles(model, output_dir)
+        note_export_obstacles(model, output_dir, chat_tokenizer.image_tokens)
     if sharding != "none":
         zero3 = sharding == "zero3"
         shard(model, accelerator, config.train.precision, reshard_after_forward=zero3)
@@ -201,10 +201,12 @@ def close_trackers_and_report(accelerator: Accelerator, output_dir: Path) -> Non
             logger.info("report: %s", write_run_report(output_dir))
 
 
-def note_export_obstacles(model: VisionLanguageModel, output_dir: Path) -> None:
+def note_export_obstacles(
+    model: VisionLanguageModel, output_dir: Path, image_tokens: tuple[str, str] = ("", "")
+) -> None:
     """Log what an export would refuse, and store it for the report."""
     with errors_as_warnings("looking for what an export would refuse"):
-        obstacles = export_obstacles(model)
+        obstacles = export_obstacles(model, image_tokens)
         for obstacle in obstacles:
             logger.info("note: this model cannot be exported with --to hf: %s", obstacle)
         write_json(output_dir / EXPORT_OUTLOOK, {"hf": summarize_obstacles(obstacles)})

@@ -70,8 +70,8 @@ class LanguageModelConfig(Section):
     """Configuration (with `model_type`) to build the model from with random weights, for tests and
     tiny runs. It needs `tokenizer`."""
     tokenizer: Explicit[NonEmptyText | None] = None
-    """Local directory or hub name of the tokenizer, or `bytes` for a built-in byte tokenizer. Null:
-    the tokenizer of `name`."""
+    """Local directory or hub name of the tokenizer, or `bytes` for a built-in byte tokenizer
+    (`bytes-img`: with `<img>` and `</img>`). Null: the tokenizer of `name`."""
     attn_implementation: Explicit[NonEmptyText] = "auto"
     """Attention kernel, by transformers' name. `auto`: FlashAttention if it is installed and
     supported, else PyTorch's SDPA. With `train.packing`, see `train.packing.attention`."""

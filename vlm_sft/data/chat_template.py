@@ -53,6 +53,10 @@ class ChatTemplate(Protocol):
     """System text for conversations without one."""
     image_separator: str
     """Text between an image and its neighbors where content is given as a list of parts."""
+    image_start: str
+    """The special token before each image; "" for none."""
+    image_end: str
+    """The special token after each image; "" for none."""
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
         """Return the pieces for these turns, with the generation prompt after a user turn."""
@@ -109,6 +113,10 @@ class TemplateFile(BaseModel):
     begins_text: bool = False
     default_system: str | None = None
     image_separator: str = DEFAULT_SEPARATOR
+    image_start: str = ""
+    """The special token before each image (InternVL's `<img>`), never supervised."""
+    image_end: str = ""
+    """The special token after each image, never supervised."""
     system: _SystemAffixes | None = None
     user: _UserAffixes = _UserAffixes()
     assistant: _AssistantAffixes = _AssistantAffixes()
@@ -132,6 +140,7 @@ class FileTemplate:
         self.begins_text = file.begins_text
         self.default_system = file.default_system
         self.image_separator = file.image_separator
+        self.image_start, self.image_end = file.image_start, file.image_end
         self.eot_token = self._fill(file.assistant.stop)
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
 
@@ -190,6 +199,9 @@ class FileTemplate:
         file = self._file.model_dump(mode="json")
         if self.image_separator == DEFAULT_SEPARATOR:
             del file["image_separator"]  # keeps the digest of templates of older runs
+        for name in ("image_start", "image_end"):
+            if not file[name]:
+                del file[name]  # likewise
         return {
             "kind": "file",
             "file": file,
@@ -242,6 +254,7 @@ class JinjaTemplate:
     begins_text = False
     default_system: str | None = None
     image_separator = DEFAULT_SEPARATOR
+    image_start = image_end = ""
     name = "auto"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -404,12 +417,20 @@ def _for_tokenizer(file: TemplateFile, tokenizer: PreTrainedTokenizerBase) -> Fi
             f"template {file.name!r} ends answers with the special token {template.eot_token!r}, "
             "which this tokenizer does not have; choose another template or add the token"
         )
-    missing = [token for token in file.control if token not in known]
+    around_images = [token for token in (file.image_start, file.image_end) if token]
+    missing = [token for token in (*file.control, *around_images) if token not in known]
     if missing:
         raise TemplateError(
             f"template {file.name!r} needs the special tokens {', '.join(missing)}, which this "
             "tokenizer would encode as ordinary text; choose another template or add the tokens"
         )
+    for token in tokenizer.added_tokens_decoder.values():
+        if str(token) in around_images and (token.lstrip or token.rstrip):
+            raise TemplateError(
+                f"template {file.name!r} writes {token} next to an image, and this tokenizer's "
+                f"{token} removes the white space around it (lstrip or rstrip); choose another "
+                "template or a tokenizer that keeps the white space"
+            )
     return template
 
 

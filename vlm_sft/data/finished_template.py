@@ -84,6 +84,7 @@ def finished_chat_tokenizer(
             )
             if written != expected:
                 raise _unusable(found, f"it writes {expected!r}, and without images {written!r}")
+    separator = separator.removeprefix(recognized.template.image_end)
     is_default = recognized.system == (recognized.template.default_system or "")
     system = None if is_default else recognized.system
     if data is not None and data.system is not None:
@@ -246,9 +247,14 @@ def _ours(
     separator: str,
     stop: str | None = None,
 ) -> str:
-    """Return what a template writes; `stop` replaces the stop token after an answer."""
+    """Return what a template writes; `stop` replaces the stop token after an answer.
+
+    `separator` is what the model writes between the image and the question, including a token that
+    the template itself puts after an image.
+    """
     contents = [_ANSWER if role == "assistant" else _SECOND for role in roles]
-    contents[0] = f"{IMAGE_PLACEHOLDER}{separator}{_QUESTION}"
+    image = f"{template.image_start}{IMAGE_PLACEHOLDER}{template.image_end}"
+    contents[0] = f"{image}{separator.removeprefix(template.image_end)}{_QUESTION}"
     if system:
         roles, contents = ("system", *roles), [system, *contents]
     text = "".join(

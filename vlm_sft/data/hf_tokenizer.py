@@ -1,6 +1,7 @@
 """Load the language model's Hugging Face tokenizer, and copy it for exports."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -15,6 +16,9 @@ from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
+
+BYTE_TOKENIZERS: Final = {"bytes": (), "bytes-img": ("<img>", "</img>")}
+"""Names of the built-in byte tokenizers, and the tokens that each adds to those of `bytes`."""
 
 BYTE_TOKENIZER_CHAT_TEMPLATE: Final = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -37,8 +41,8 @@ def load_tokenizer(
     """
     name = config.tokenizer or config.name
     assert name is not None  # the config guarantees it
-    if name == "bytes":
-        return byte_tokenizer()
+    if name in BYTE_TOKENIZERS:
+        return byte_tokenizer(BYTE_TOKENIZERS[name])
     key = where or f"model.language_model.{'tokenizer' if config.tokenizer else 'name'}"
     folder = Path(name).expanduser()
     if means_folder(name) and not folder.is_dir():
@@ -111,10 +115,11 @@ def exported_tokenizer(
     return cast(PreTrainedTokenizerBase, made)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Return a tokenizer of single bytes with the special tokens of ChatML and Llama.
 
-    256 byte tokens, then `<s>`, `</s>`, `<pad>`, `<|im_start|>`, `<|im_end|>`: 261 ids.
+    256 byte tokens, then `<s>`, `</s>`, `<pad>`, `<|im_start|>`, `<|im_end|>`: 261 ids;
+    then `more`.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -125,7 +130,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", *more],
     )
     tokenizer.chat_template = BYTE_TOKENIZER_CHAT_TEMPLATE
     return tokenizer

@@ -113,6 +113,15 @@ def jinja_with_first_space(body: str, bos: str) -> str:
     )
 
 
+def jinja_with_image_tokens(body: str, start: str, end: str) -> str:
+    """Return a body that writes a token before and one after each `<image>`."""
+    image = _quote(f"{start}<image>{end}")
+    return (
+        f"{{%- set text_with_images -%}}{body}{{%- endset -%}}"
+        f"{{{{- text_with_images | replace('<image>', {image}) -}}}}"
+    )
+
+
 def affixes_to_jinja(
     texts: Mapping[str, str],
     *,

@@ -18,7 +18,11 @@ from vlm_sft.data.chat_template import (
 )
 from vlm_sft.data.conversation import Conversation, TextPart, Turn
 from vlm_sft.data.image_separator import separated
-from vlm_sft.data.jinja_export import jinja_prelude, jinja_with_first_space
+from vlm_sft.data.jinja_export import (
+    jinja_prelude,
+    jinja_with_first_space,
+    jinja_with_image_tokens,
+)
 from vlm_sft.data.llava_quirks import NO_QUIRKS, LlavaQuirks
 from vlm_sft.data.template_runs import FilledRun, Layout, TemplateRun, find_runs
 from vlm_sft.data.text_encoder import Context, TextEncoder, UnencodableText
@@ -119,6 +123,8 @@ class ChatTokenizer:
             template.image_separator if image_separator is None else image_separator
         )
         self._require_ordinary_text(self.image_separator)
+        self._image = [*self._token_ids(template.image_start), IMAGE_TOKEN_ID]
+        self._image += self._token_ids(template.image_end)
         self._system = template.default_system if default_system is None else default_system
         self._runs = functools.lru_cache(maxsize=1024)(
             functools.partial(find_runs, template, self.encoder)
@@ -248,6 +254,7 @@ class ChatTokenizer:
             run, context = self._fill(template_run, turns, context)
             runs.append(run)
         num_special = sum(run.num_special for run in template_runs)
+        num_special += (len(self._image) - 1) * sum(1 for _ in conversation.image_parts())
         return Layout(conversation, runs, len(turns) - len(conversation.turns), num_special)
 
     def _fill(
@@ -277,9 +284,9 @@ class ChatTokenizer:
         return FilledRun(parts, template_run.turn, prefix, template_run.suffix), context
 
     def _turn_parts(self, turn: Turn) -> list[str | int]:
-        parts: list[str | int] = [
-            part.text if isinstance(part, TextPart) else IMAGE_TOKEN_ID for part in turn.parts
-        ]
+        parts: list[str | int] = []
+        for part in turn.parts:
+            parts += [part.text] if isinstance(part, TextPart) else self._image
         if turn.role == "user" and self.template.images_only_users:
             return [part for part in parts if isinstance(part, int)]
         return parts
@@ -422,11 +429,15 @@ class ChatTokenizer:
             "image_separator": self.image_separator,
         }
 
-    def to_jinja(self) -> str:
+    def to_jinja(self, *, image_tokens: bool = True) -> str:
         """Return a `chat_template` for transformers that writes the text of `tokenize`.
 
         It accepts contents as text, and as lists of text and image parts. It cannot reproduce
         LLaVA's space after an image, which is a matter of tokenization.
+
+        Args:
+            image_tokens: Whether it writes the template's tokens around an image. InternVL's
+                processor adds them when it replaces `<image>`.
         """
         prelude = jinja_prelude(
             self._system,
@@ -437,6 +448,9 @@ class ChatTokenizer:
         bos = self.tokenizer.bos_token
         if bos and self.template.begins_text and self.encoder.spaces_first_text_only:
             body = jinja_with_first_space(body, str(bos))
+        if image_tokens and len(self._image) > 1:
+            start, end = self.template.image_start, self.template.image_end
+            body = jinja_with_image_tokens(body, start, end)
         return prelude + body
 
     @property
@@ -445,10 +459,24 @@ class ChatTokenizer:
         return not ("image_first" in self.llava_quirks or self.template.images_only_users)
 
     @property
+    def image_tokens(self) -> tuple[str, str]:
+        """The special tokens before and after each image; "" for none."""
+        return self.template.image_start, self.template.image_end
+
+    @property
     def eot_token_ids(self) -> tuple[int, ...]:
         """The tokens at which generation stops: the template's EOT and the tokenizer's EOS."""
         found = dict.fromkeys((self.eot_token_id, self.tokenizer.eos_token_id))
         return tuple(int(token) for token in found if token is not None)
+
+    def _token_ids(self, token: str) -> list[int]:
+        """Return the id of a special token next to an image in a list; empty for no token."""
+        if token and token not in self.encoder.special_tokens:
+            raise TemplateError(
+                f"template {self.template.name!r} writes {token!r} next to images, which is not a "
+                "special token of this tokenizer"
+            )
+        return [self.encoder.special_tokens[token]] if token else []
 
     def _require_ordinary_text(self, separator: str) -> None:
         """Refuse a separator that an exported chat template could not write as ordinary text."""

@@ -7,11 +7,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import (
     GenerationConfig,
+    GotOcr2ImageProcessorPil,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
@@ -45,6 +49,9 @@ from vlm_sft.utils.filesystem import (
 )
 from vlm_sft.utils.ownership import is_system_file, set_aside
 
+VIDEO_PLACEHOLDER: Final = "<video>"
+"""Special token without a use in these models, which `InternVLProcessor` requires."""
+
 
 def set_stop_token(tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[int]) -> None:
     """Make the template's stop token the EOS token of the tokenizer.
@@ -58,6 +65,21 @@ def set_stop_token(tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[i
         named.pad_token = named.eos_token
     if eot_token_ids:
         named.eos_token = named.convert_ids_to_tokens(eot_token_ids[0])
+
+
+def name_internvl_tokens(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, str]) -> None:
+    """Name the tokens that `InternVLProcessor` takes from its tokenizer; `<video>` is added."""
+    named: Any = tokenizer
+    named.add_tokens([AddedToken(VIDEO_PLACEHOLDER, special=True, normalized=False)])
+    start, end = image_tokens
+    named._set_model_specific_special_tokens(
+        {
+            "start_image_token": start,
+            "end_image_token": end,
+            "context_image_token": IMAGE_PLACEHOLDER,
+            "video_token": VIDEO_PLACEHOLDER,
+        }
+    )
 
 
 def generation_config(
@@ -127,14 +149,27 @@ def build_processor(
 def _tiled_processor(
     rule: LayoutRule, spec: ImageSpec, stock: StockTower, tokenizer: PreTrainedTokenizerBase
 ) -> ProcessorMixin:
-    """Return the processor of LLaVA-NeXT or LLaVA-OneVision."""
+    """Return the processor of LLaVA-NeXT, LLaVA-OneVision or InternVL."""
     square = {"height": spec.size, "width": spec.size}
     options: dict[str, Any] = {
-        "image_grid_pinpoints": grid_pinpoints(rule),
         "resample": Image.Resampling[spec.interpolation.upper()],
         "image_mean": list(spec.mean),
         "image_std": list(spec.std),
     }
+    if rule.tiling == "dynamic":
+        return InternVLProcessor(
+            GotOcr2ImageProcessorPil(
+                size=square,
+                crop_to_patches=True,
+                min_patches=rule.min_tiles,
+                max_patches=rule.max_tiles,
+                **options,
+            ),
+            tokenizer,
+            InternVLVideoProcessor(size=square, **options),
+            image_seq_length=rule.crop_tokens,
+        )
+    options["image_grid_pinpoints"] = grid_pinpoints(rule)
     if rule.max_crops is None:
         return LlavaNextProcessor(
             LlavaNextImageProcessorPil(

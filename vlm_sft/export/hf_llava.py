@@ -21,11 +21,12 @@ from vlm_sft.export.folder import (
     atomic_folder,
     build_processor,
     generation_config,
+    name_internvl_tokens,
     set_stop_token,
     write_model,
 )
 from vlm_sft.export.obstacles import export_obstacles
-from vlm_sft.export.stock import stock_vision
+from vlm_sft.export.stock import is_internvl, stock_vision
 from vlm_sft.export.stock_model import build_stock_model
 from vlm_sft.export.verify import Reload, Reloaded, noise_image, reload_in_new_process
 from vlm_sft.model.language_model import causal_lm
@@ -106,6 +107,7 @@ def export_hf_llava(
     image_processing: ImageProcessing = "fast",
     chat_template: str | None,
     eot_token_ids: Sequence[int] = (),
+    image_tokens: tuple[str, str] = ("", ""),
     sample: Sample | tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
@@ -113,8 +115,8 @@ def export_hf_llava(
 ) -> ExportReport:
     """Write a folder for a LLaVA class of transformers and `AutoProcessor`, and verify it.
 
-    The class is `LlavaForConditionalGeneration`, for images in crops `LlavaNext...` or
-    `LlavaOnevision...`, for convolutional towers `FastVlm...`.
+    The class is `LlavaForConditionalGeneration`, for images in crops `LlavaNext...`,
+    `LlavaOnevision...` or `InternVL...`, for convolutional towers `FastVlm...`.
 
     Adapters are merged, and all weights are written in one dtype. The folder appears only if its
     reload has no missing and no unexpected keys and gives the same logits.
@@ -128,6 +130,8 @@ def export_hf_llava(
         chat_template: Jinja text of the run's chat template for the processor, or None.
         eot_token_ids: Ids that end an answer, for the generation config; empty for those of the
             language model.
+        image_tokens: Special tokens before and after each image in training. InternVL's processor
+            writes them, and the `chat_template` for it must not.
         sample: Pixels and ids on which the logits are compared; None for a noise image and the
             first ids of the vocabulary.
         dtype: Dtype of the exported weights; None for that of the language model.
@@ -139,7 +143,7 @@ def export_hf_llava(
             reloaded model differs.
     """
     place = require_new_directory(out_dir)
-    if obstacles := export_obstacles(model):
+    if obstacles := export_obstacles(model, image_tokens):
         raise UserError("export: " + "; ".join(obstacles))
     tower = stock_vision(model)
     compared = _default_sample(model) if sample is None else Sample(*sample)
@@ -149,7 +153,13 @@ def export_hf_llava(
     dtype = dtype or language_model.get_input_embeddings().weight.dtype
     tokenizer = exported_tokenizer(tokenizer, chat_template)
     image_token_id = int(cast(Any, tokenizer).convert_tokens_to_ids(IMAGE_PLACEHOLDER))
-    llava = build_stock_model(model, tower, language_model, image_token_id, dtype)
+    num_tokens = 0
+    if is_internvl(model):
+        name_internvl_tokens(tokenizer, image_tokens)
+        num_tokens = len(tokenizer)
+    llava = build_stock_model(
+        model, tower, language_model, image_token_id, dtype, num_tokens=num_tokens
+    )
     set_stop_token(tokenizer, eot_token_ids)
     llava.generation_config = generation_config(language_model, tokenizer, eot_token_ids)
     processor = build_processor(model, tower, tokenizer, image_aspect, chat_template)
@@ -225,8 +235,10 @@ def _reload_inputs(
     }
     if sample.size is not None:
         width, height = sample.size
-        inputs["image_sizes"] = torch.tensor([[height, width]])
         inputs["token_sizes"] = torch.tensor(TOKEN_SIZES)
+        if is_internvl(model):
+            return inputs
+        inputs["image_sizes"] = torch.tensor([[height, width]])
         if model.layout_rule.max_crops is not None:
             inputs["batch_num_images"] = torch.tensor([1])
     return inputs

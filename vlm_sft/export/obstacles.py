@@ -7,6 +7,7 @@ import torch
 from vlm_sft.errors import UserError
 from vlm_sft.export.consumers import Consumer, consumers
 from vlm_sft.export.stock import (
+    require_image_tokens,
     require_language_model,
     stock_config,
     stock_projector,
@@ -17,7 +18,9 @@ from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.vlm import VisionLanguageModel
 
 
-def export_obstacles(model: VisionLanguageModel) -> list[str]:
+def export_obstacles(
+    model: VisionLanguageModel, image_tokens: tuple[str, str] = ("", "")
+) -> list[str]:
     """Return one sentence for each part that `export --to hf` would refuse; empty if none.
 
     Compares names, shapes and settings, and the features of one image. No weight of the language
@@ -25,10 +28,12 @@ def export_obstacles(model: VisionLanguageModel) -> list[str]:
 
     Args:
         model: As training builds it, with or without adapters and 4-bit weights.
+        image_tokens: `image_tokens` of the run's chat tokenizer.
     """
     checks: list[Callable[[], object]] = [
         lambda: stock_vision(model),
-        lambda: stock_projector(model.multi_modal_projector),
+        lambda: stock_projector(model),
+        lambda: require_image_tokens(model, image_tokens),
         lambda: require_language_model(causal_lm(model.language_model)),
     ]
     found = []

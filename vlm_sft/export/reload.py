@@ -53,7 +53,10 @@ def reload(
         folder, local_files_only=True, trust_remote_code=False
     )
     image = Image.fromarray(inputs["image"].numpy())
-    prepared = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    found = processor.image_processor(image, return_tensors="pt")
+    prepared = found["pixel_values"]
+    if "num_patches" not in found:  # InternVL's: the crops of all images
+        prepared = prepared[0]
     counts = []
     for width, height in inputs.get("token_sizes", torch.empty(0, 2)).tolist():
         blank = Image.new("RGB", (width, height))

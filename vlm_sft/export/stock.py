@@ -19,6 +19,9 @@ from transformers import (
     Dinov2Model,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -81,7 +84,7 @@ def stock_vision(model: VisionLanguageModel) -> StockTower:
     """
     rule = model.layout_rule
     if rule.tiling == "dynamic":
-        _refuse_dynamic(model)
+        return _internvl_tower(model.vision_tower)
     tower = stock_tower(model.vision_tower)
     if not rule.needs_sizes:
         return tower
@@ -100,24 +103,65 @@ def stock_vision(model: VisionLanguageModel) -> StockTower:
     )
 
 
-def _refuse_dynamic(model: VisionLanguageModel) -> None:
-    """Raise what keeps a model with InternVL's tiles out of transformers' InternVL.
+def _internvl_tower(tower: VisionTower) -> StockTower:
+    """Return the tower for the one class that divides images by `dynamic`.
 
     Raises:
-        UserError: Always.
+        UserError: It is another tower, or InternVL reads other features of it.
     """
-    tower = getattr(model.vision_tower.encoder.config, "model_type", model.vision_tower.library)
-    holds = "transformers holds images in anyres and anyres_max_N (LLaVA-NeXT, LLaVA-OneVision)"
-    if tower != "internvl_vision":
+    encoder: Any = tower.encoder
+    if tower.library != "transformers" or not isinstance(encoder, InternVLVisionModel):
+        name = getattr(getattr(encoder, "config", None), "model_type", tower.library)
         raise UserError(
             "of the classes of transformers, only InternVLForConditionalGeneration divides images "
             "by model.image_tiling.layout: dynamic, and it holds only internvl_vision towers: a "
-            f"{tower} tower would be replaced by a random one on reload; {holds}"
+            f"{name} tower would be replaced by a random one on reload; transformers holds images "
+            "in anyres and anyres_max_N (LLaVA-NeXT, LLaVA-OneVision)"
         )
-    raise UserError(
-        "InternVLProcessor writes <img> and </img> around every image, with which this model was "
-        f"not trained (model.image_tiling.layout: dynamic); {holds}"
+    _refuse_pooling(tower)
+    layers = list(tower.feature_layers)
+    if len(layers) != 1:
+        raise UserError(
+            "transformers' InternVL reads one layer of the vision tower (model.vision_tower."
+            f"feature_layers is {layers}); train with feature_layers: [-1] to export"
+        )
+    if not encoder.config.use_mean_pooling:
+        raise UserError(
+            "transformers' InternVL puts a norm after the last layer of this vision tower "
+            "(use_mean_pooling: false), which training does not; take a tower with "
+            "use_mean_pooling: true to export"
+        )
+    return StockTower(
+        encoder=encoder,
+        model_class=InternVLForConditionalGeneration,
+        feature_layer=layers[0],
+        select_strategy="default",  # without the class token, as pixel shuffle needs it
+        num_additional_image_tokens=1,
+        patch_size=encoder.config.patch_size[0],
     )
+
+
+def is_internvl(model: VisionLanguageModel) -> bool:
+    """Return whether the model's class in transformers can only be InternVL's."""
+    return model.layout_rule.tiling == "dynamic"
+
+
+def require_image_tokens(model: VisionLanguageModel, image_tokens: tuple[str, str]) -> None:
+    """Check that a model for InternVL's processor was trained with what it writes around images.
+
+    Args:
+        model: Any model.
+        image_tokens: The chat template's `image_start` and `image_end`.
+
+    Raises:
+        UserError: One of the tokens is missing.
+    """
+    if is_internvl(model) and not all(image_tokens):
+        raise UserError(
+            "InternVLProcessor writes a start and an end token around every image (<img>, </img>), "
+            "with which this model was not trained: its chat template does not name both "
+            "image_start and image_end; train with data.template: internvl2_5 to export"
+        )
 
 
 def stock_tower(tower: VisionTower) -> StockTower:
@@ -256,15 +300,23 @@ def _patch_size(side: int, num_tokens: int) -> int:
     return patch
 
 
-def stock_projector(projector: Connector) -> dict[str, Tensor]:
-    """Return the weights of the two linear layers of the stock projector, by name.
+def stock_projector(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """Return the weights of the stock projector, by name.
 
     A linear projector becomes its one layer and an identity.
 
     Raises:
-        UserError: It has more than two layers, or is not an MLP.
+        UserError: It has more than two layers, is not an MLP, or is not InternVL's for InternVL.
     """
+    projector = model.multi_modal_projector
     state = projector.state_dict()
+    if is_internvl(model):
+        if not isinstance(projector, PixelShuffleMlpConnector):
+            raise UserError(
+                "transformers' InternVL (model.image_tiling.layout: dynamic) has one projector; "
+                "train with model.projector_type: pixel_shuffle_mlp to export"
+            )
+        return dict(state)
     if is_linear(projector):
         names = ("weight", "bias") if "weight" in state else ("linear_1.weight", "linear_1.bias")
         weight, bias = (state[name] for name in names)
@@ -278,8 +330,9 @@ def stock_projector(projector: Connector) -> dict[str, Tensor]:
     if isinstance(projector, PixelShuffleMlpConnector):
         raise UserError(
             "transformers has pixel shuffle (model.projector_type: pixel_shuffle_mlp) only in "
-            "InternVLForConditionalGeneration, whose vision tower is an InternViT; train with "
-            "mlp2x_gelu or linear to export"
+            "InternVLForConditionalGeneration, whose vision tower is an InternViT and whose images "
+            "are in tiles (model.image_tiling.layout: dynamic); train with mlp2x_gelu or linear to "
+            "export"
         )
     if not isinstance(projector, MlpConnector):
         name = type(projector).__name__.removesuffix("Connector").lower()
@@ -378,12 +431,17 @@ def _tiled_config(
     options: dict[str, Any] = {
         "vision_config": copy.deepcopy(tower.encoder.config),
         "text_config": text_config,
-        "image_token_index": image_token_id,
-        "image_grid_pinpoints": grid_pinpoints(rule),
         "projector_hidden_act": "linear" if is_linear(model.multi_modal_projector) else "gelu",
         "vision_feature_select_strategy": tower.select_strategy,
         "vision_feature_layer": tower.feature_layer,
         "tie_word_embeddings": False,
+    }
+    if is_internvl(model):
+        tokens = rule.crop_tokens
+        return InternVLConfig(image_token_id=image_token_id, image_seq_length=tokens, **options)
+    options |= {
+        "image_token_index": image_token_id,
+        "image_grid_pinpoints": grid_pinpoints(rule),
     }
     if rule.max_crops is None:
         return LlavaNextConfig(image_seq_length=rule.crop_tokens, **options)

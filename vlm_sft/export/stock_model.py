@@ -28,6 +28,8 @@ def build_stock_model(
     language_model: PreTrainedModel,
     image_token_id: int,
     dtype: torch.dtype,
+    *,
+    num_tokens: int = 0,
 ) -> PreTrainedModel:
     """Return an instance of the stock class with the model's weights.
 
@@ -39,11 +41,14 @@ def build_stock_model(
         language_model: Its language model, with adapters merged.
         image_token_id: Id of `<image>` in the exported tokenizer.
         dtype: Of all weights.
+        num_tokens: Number of tokens of the exported tokenizer that need a row, if more than up to
+            `<image>`.
     """
     table = language_model.get_input_embeddings().weight
     rows = table.shape[0]
-    if rows <= image_token_id:  # `<image>` was added after the last row
-        rows = -(-(image_token_id + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+    wanted = max(image_token_id + 1, num_tokens)
+    if rows < wanted:  # `<image>` was added after the last row
+        rows = -(-wanted // ROW_MULTIPLE) * ROW_MULTIPLE
     head: Any = language_model.get_output_embeddings()
     # The stock head is a plain matrix, so a scale of the logits goes into its weights. A scaled
     # head differs from the embeddings and can no longer be tied to them.
@@ -56,7 +61,7 @@ def build_stock_model(
         stock = empty_stock_model(tower.model_class, config)
 
     state = {f"model.vision_tower.{k}": v for k, v in tower.encoder.state_dict().items()}
-    for key, value in stock_projector(model.multi_modal_projector).items():
+    for key, value in stock_projector(model).items():
         state[f"model.multi_modal_projector.{key}"] = value
     if model.image_newline is not None:
         state["model.image_newline"] = model.image_newline

@@ -20,6 +20,7 @@ from vlm_sft.config.schema import (
     VisionTowerConfig,
     means_folder,
 )
+from vlm_sft.data.hf_tokenizer import BYTE_TOKENIZERS
 from vlm_sft.errors import UserError
 from vlm_sft.model.finished import language_config as finished_language_config
 from vlm_sft.planning.known_models import KNOWN_LANGUAGE_MODELS, KNOWN_TOWERS
@@ -77,7 +78,7 @@ def require_local_tokenizer(config: LanguageModelConfig) -> None:
     """
     name = config.tokenizer or config.name
     assert name is not None
-    if name == "bytes" or means_folder(name) or Path(name).expanduser().is_dir():
+    if name in BYTE_TOKENIZERS or means_folder(name) or Path(name).expanduser().is_dir():
         return  # loading it reports a folder that does not exist
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
