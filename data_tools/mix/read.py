@@ -121,6 +121,13 @@ def _guarded_ids(config: MixConfig) -> frozenset[int]:
     return frozenset() if config.guard.allow_evaluation_images else found
 
 
+def _refused(error: RecordError) -> UserError:
+    return UserError(
+        f"{error}; fix it, or set `bad_records: leave_out` to mix without such records",
+        code=error.reason,
+    )
+
+
 def _read(config: MixConfig, settings: SourceConfig, guarded: frozenset[int]) -> Source:
     pattern = re.compile(config.cannot_tell_pattern or CANNOT_TELL, re.IGNORECASE)
     source = Source(settings, pd.DataFrame())
@@ -129,11 +136,7 @@ def _read(config: MixConfig, settings: SourceConfig, guarded: frozenset[int]) ->
     for record in track(file.conversations, file.total, f"reading {settings.name}"):
         if isinstance(record, RecordError):
             if config.bad_records == "error":
-                raise UserError(
-                    f"{record}; fix it, or set `bad_records: leave_out` to mix without such "
-                    "records",
-                    code=record.reason,
-                )
+                raise _refused(record)
             source.bad[record.reason] += 1
             source.examples.setdefault(BAD, str(record))
             row = [_STATES.index(BAD), False, 0, 0, 0]

@@ -70,6 +70,14 @@ class Conversations(list[Example]):
         return [len(e.pixel_values) for e in self]
 
     @property
+    def num_crops(self) -> list[int]:
+        return self.num_images
+
+    @property
+    def prefix_crops(self) -> list[int]:
+        return [int(length > 0) for length in self.prefix_lengths]
+
+    @property
     def prefix_ids(self) -> list[int]:
         return [int(e.pixel_values[0].sum()) if len(e.pixel_values) else -1 for e in self]
 

@@ -119,7 +119,7 @@ def score_counting(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> 
     counts: dict[str, int] = {}
     for name, row in questions.items():
         if (count := read_count(row.text("answer", "label", "count"))) is None:
-            raise row.error("the true answer is not a count")
+            raise row.refusal("the true answer is not a count")
         counts[name] = count
     report = _report(
         "counting",
@@ -244,7 +244,7 @@ def _choices(row: Row) -> list[str]:
     if isinstance(found, dict):
         found = [found[key] for key in sorted(found)]
     if not isinstance(found, list) or not found or len(found) > 26:
-        raise row.error("'choices' is not a list of 1 to 26 options")
+        raise row.refusal("'choices' is not a list of 1 to 26 options")
     return [str(choice) for choice in found]
 
 
@@ -253,7 +253,7 @@ def _true_choice(row: Row, choices: Sequence[str]) -> int:
     if isinstance(row.require("answer", "label"), int):
         number = int(answer)
         if not 0 <= number < len(choices):
-            raise row.error(f"the answer {number} is not one of the {len(choices)} choices")
+            raise row.refusal(f"the answer {number} is not one of the {len(choices)} choices")
         return number
     for number, choice in enumerate(choices):
         if _plain(answer) == _plain(choice):
@@ -263,7 +263,7 @@ def _true_choice(row: Row, choices: Sequence[str]) -> int:
     else:
         number = int(answer) if answer.strip().isdigit() else -1
     if not 0 <= number < len(choices):
-        raise row.error(f"the answer {answer!r} is not one of the {len(choices)} choices")
+        raise row.refusal(f"the answer {answer!r} is not one of the {len(choices)} choices")
     return number
 
 
@@ -273,15 +273,15 @@ def _true_box(row: Row) -> Box:
         try:
             values = json.loads(values)
         except ValueError:
-            raise row.error("the true answer is not a box [left, top, right, bottom]") from None
+            raise row.refusal("the true answer is not a box [left, top, right, bottom]") from None
     numbers = values if isinstance(values, list) else []
     if len(numbers) != 4 or not all(isinstance(n, int | float) for n in numbers):
-        raise row.error("the box does not have four numbers")
+        raise row.refusal("the box does not have four numbers")
     left, top, right, bottom = map(float, numbers)
     if "box" not in row.values and "bbox" in row.values:
         right, bottom = left + right, top + bottom
     if not (left < right and top < bottom):
-        raise row.error(f"the box {numbers} has no area; expected left < right and top < bottom")
+        raise row.refusal(f"the box {numbers} has no area; expected left < right and top < bottom")
     return left, top, right, bottom
 
 

@@ -34,14 +34,14 @@ class Row:
             UserError: It has none of them.
         """
         if (value := self.get(*names)) is None:
-            raise self.error(f"has none of the keys {', '.join(names)}")
+            raise self.refusal(f"has none of the keys {', '.join(names)}")
         return value
 
     def text(self, *names: str) -> str:
         """Return a text or number as text; raises as `require`."""
         value = self.require(*names)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise self.error(f"{names[0]!r} is not text: {shortened(repr(value), 60)}")
+            raise self.refusal(f"{names[0]!r} is not text: {shortened(repr(value), 60)}")
         return str(value)
 
     def require_one_value(self, names: Sequence[str]) -> None:
@@ -52,9 +52,9 @@ class Row:
         """
         found = {name: str(self.values[name]) for name in names if name in self.values}
         if len(set(found.values())) > 1:
-            raise self.error(f"{' and '.join(map(repr, found))} have different values; keep one")
+            raise self.refusal(f"{' and '.join(map(repr, found))} have different values; keep one")
 
-    def error(self, what: str) -> UserError:
+    def refusal(self, what: str) -> UserError:
         """Return the error that names this row."""
         return UserError(f"{self.place}: {what}", code="data_file_unreadable")
 
@@ -133,7 +133,7 @@ def read_answers(path: Path) -> Answers:
         name = row.get(*ID_KEYS)
         name = str(number if name is None else name)
         if name in by_id:
-            raise row.error(f"a second answer to {name} (the first is at {places[name]})")
+            raise row.refusal(f"a second answer to {name} (the first is at {places[name]})")
         by_id[name], places[name] = row.text(*ANSWER_KEYS), row.place
     return Answers(path, by_id, places)
 
@@ -175,7 +175,7 @@ def unique_ids(rows: Sequence[Row], *names: str) -> dict[str, Row]:
         value = row.get(*names)
         name = str(number if value is None else value)
         if name in by_id:
-            raise row.error(f"the id {name} appears twice (first at {by_id[name].place})")
+            raise row.refusal(f"the id {name} appears twice (first at {by_id[name].place})")
         by_id[name] = row
     return by_id
 

@@ -133,9 +133,9 @@ def score_vqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[
 def _humans(row: Row) -> list[str]:
     values = row.require("answers")
     if not isinstance(values, list) or not values:
-        raise row.error("'answers' is not a list of human answers")
+        raise row.refusal("'answers' is not a list of human answers")
     if len(values) < 2:
-        raise row.error("one human answer is too few for VQA accuracy; use the kind gqa")
+        raise row.refusal("one human answer is too few for VQA accuracy; use the kind gqa")
     return [
         Row(row.place, value if isinstance(value, dict) else {"answer": value}).text("answer")
         for value in values
