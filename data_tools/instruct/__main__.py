@@ -70,7 +70,7 @@ def _refuse_options_of_stages(words: Sequence[str], prog: str) -> None:
 
 
 def _print_outcomes(output_dir: Path) -> None:
-    """Print what became of all images and requests."""
+    """Print the outcomes of all images and requests."""
     from data_tools.instruct.outcomes import outcomes
     from data_tools.instruct.run_folder import RunFolder
     from vlm_sft.utils.console import echo

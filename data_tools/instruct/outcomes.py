@@ -1,4 +1,4 @@
-"""What became of the images and requests of a run: in the training files, or why not."""
+"""Outcomes of the images and requests of a run: in the training files, or why not."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -116,7 +116,7 @@ class Outcomes:
 
 
 def outcomes(folder: RunFolder) -> Outcomes:
-    """Count what became of every annotated image and every request, after `clean`.
+    """Count the outcomes of all annotated images and all requests, after `clean`.
 
     Raises:
         UserError: A stage has not run, or its file was changed.

@@ -1,1 +1,1 @@
-"""Count what became of every request of a run, and write it as a page with charts."""
+"""Count the outcomes of the requests of a run, and write a page with charts."""

@@ -27,7 +27,7 @@ OUTCOMES: Final[dict[Outcome, str]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """A request and what became of it.
+    """A request and its outcome.
 
     Attributes:
         answer: Only if the outcome is `unverified`; a sample has the cost of its answer.
