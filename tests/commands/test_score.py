@@ -7,7 +7,8 @@ import pytest
 
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.scores.files import read_answers, read_rows
-from vlm_sft.score import KINDS, main
+from vlm_sft.evaluation.scores.registry import KINDS
+from vlm_sft.score import main
 
 
 def write(path: Path, *rows: object) -> str:
@@ -38,7 +39,11 @@ def test_json_and_a_file_hold_the_same_scores(
     assert found["readings"]["first_word"]["precision"] == 0.5
     written = json.loads(out.read_text())
     assert written.pop("made_by").startswith("vlm_sft score")
+    rows = written.pop("rows")
     assert written == found
+    assert [(row["id"], row["image"], row["score"]) for row in rows] == [
+        ("1", "a.jpg", 1.0), ("2", "b.jpg", 0.0),
+    ]  # fmt: skip
 
 
 def test_the_table_shows_each_reading(pope: list[str], capsys: pytest.CaptureFixture[str]) -> None:
