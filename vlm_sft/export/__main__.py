@@ -11,6 +11,7 @@ from vlm_sft.commands.parser import (
     heavy_imports,
 )
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.export.formats import FORMATS
 from vlm_sft.utils.constants import MAX_SHARD_SIZE
 from vlm_sft.utils.ownership import require_new_directory
 
@@ -53,7 +54,8 @@ def parser() -> CommandParser:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     add("out", type=Path, metavar="OUT_DIR", help="output folder, which must be new or empty")
-    add("--to", default="hf", choices=["hf"], help="output format (hf)")
+    formats = "; ".join(f"{name}: {form.about}" for name, form in FORMATS.items())
+    add("--to", default="hf", choices=list(FORMATS), help=f"output format ({formats})")
     add(
         "--image",
         type=Path,

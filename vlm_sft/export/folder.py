@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -47,7 +47,8 @@ from vlm_sft.utils.filesystem import (
     rename_folder,
     temporary_sibling,
 )
-from vlm_sft.utils.ownership import is_system_file, set_aside
+from vlm_sft.utils.libraries import installed_version
+from vlm_sft.utils.ownership import MADE_BY, is_system_file, made_by, set_aside
 
 VIDEO_PLACEHOLDER: Final = "<video>"
 """Special token without a use in these models, which `InternVLProcessor` requires."""
@@ -227,6 +228,13 @@ def _add_older_keys(path: Path) -> None:
         if rope.get("rope_type", "default") != "default":
             text["rope_scaling"] = rope
         write_json(path, tree)
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write `export.json`: the results of the comparison, and versions of libraries."""
+    versions = {name: installed_version(name) for name in ("torch", "transformers", "vlm-sft")}
+    made = {MADE_BY: made_by("export"), **facts, "versions": versions}
+    write_json(folder / "export.json", made)
 
 
 @contextmanager
