@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.scores.files import read_answers, read_rows
-from vlm_sft.evaluation.scores.registry import KINDS
+from vlm_sft.evaluation.scores.files import Answers, Row, read_answers, read_rows
+from vlm_sft.evaluation.scores.registry import KINDS, score
 from vlm_sft.score import main
+
+TRUTH = {"label": "yes", "image_id": 1, "caption": "a dog", "answers": ["a", "b"], "answer": "0",
+         "choices": ["a", "b"], "box": [0, 0, 1, 1], "objects": ["dog"]}  # fmt: skip
+"""A question of every kind at once."""
 
 
 def write(path: Path, *rows: object) -> str:
@@ -113,4 +117,9 @@ def test_an_input_is_never_the_output(pope: list[str], tmp_path: Path) -> None:
 def test_an_unknown_kind_is_refused_with_the_known_ones(pope: list[str]) -> None:
     with pytest.raises(UserError, match="expected one of pope, caption"):
         main(["zzz", *pope])
-    assert len(KINDS) == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_scorer(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no answer belongs to a question"):
+        score(kind, Answers(tmp_path / "nothing.json", {}), [Row("t", TRUTH | {"id": "1"})])

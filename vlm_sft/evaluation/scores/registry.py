@@ -36,6 +36,10 @@ KINDS: Final[Mapping[str, Kind]] = {
         "captions: CIDEr-D, BLEU-1 to BLEU-4, ROUGE-L against COCO's reference captions",
         '"image_id" and "caption", several rows per image (COCO\'s captions_*.json)',
     ),
+    "chair": Kind(
+        "objects in descriptions that are not in the image: CHAIRi, CHAIRs, recall",
+        'COCO\'s instances_*.json and captions_*.json, or rows with "objects" or "captions"',
+    ),
     "vqa": Kind(
         "VQAv2's accuracy against ten human answers",
         '"answers": the human answers (VQAv2\'s annotations)',
@@ -60,6 +64,10 @@ def read_truth(kind: str, paths: Sequence[Path]) -> list[Row]:
     Raises:
         UserError: A file is missing or malformed.
     """
+    if kind == "chair":
+        from vlm_sft.evaluation.scores.chair import read_chair_truth
+
+        return read_chair_truth(paths)
     return [row for path in paths for row in read_rows(path, LIST_KEYS)]
 
 
@@ -81,11 +89,12 @@ def score(
 
 
 def _scorer(kind: str) -> Score:
-    from vlm_sft.evaluation.scores import captions, exact, pope, vqa
+    from vlm_sft.evaluation.scores import captions, chair, exact, pope, vqa
 
     scorers: dict[str, Score] = {
         "pope": pope.score_pope,
         "caption": captions.score_caption,
+        "chair": chair.score_chair,
         "vqa": vqa.score_vqa,
         "gqa": exact.score_gqa,
         "multiple_choice": exact.score_multiple_choice,
