@@ -11,7 +11,8 @@ from vlm_sft.evaluation.scores.registry import KINDS, score
 from vlm_sft.score import main
 
 TRUTH = {"label": "yes", "image_id": 1, "caption": "a dog", "answers": ["a", "b"], "answer": "0",
-         "choices": ["a", "b"], "box": [0, 0, 1, 1], "objects": ["dog"]}  # fmt: skip
+         "choices": ["a", "b"], "box": [0, 0, 1, 1], "objects": ["dog"], "answerable": True,
+         "instruction_id_list": ["punctuation:no_comma"]}  # fmt: skip
 """A question of every kind at once."""
 
 

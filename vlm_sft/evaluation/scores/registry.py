@@ -54,6 +54,14 @@ KINDS: Final[Mapping[str, Kind]] = {
         "boxes by intersection over union (IoU)",
         '"box": [left, top, right, bottom], or COCO\'s "bbox"',
     ),
+    "constraints": Kind(
+        "instructions that a program can check (IFEval), strict and loose",
+        '"instruction_id_list" and "kwargs" (IFEval\'s files)',
+    ),
+    "refusal": Kind(
+        "refusals of answerable, confident answers to unanswerable questions, by image condition",
+        '"answerable": true or false; optionally "image" and "condition"',
+    ),
 }
 """Every kind of score, by the name that `score` and suites know it by."""
 
@@ -89,7 +97,7 @@ def score(
 
 
 def _scorer(kind: str) -> Score:
-    from vlm_sft.evaluation.scores import captions, chair, exact, pope, vqa
+    from vlm_sft.evaluation.scores import captions, chair, constraints, exact, pope, refusal, vqa
 
     scorers: dict[str, Score] = {
         "pope": pope.score_pope,
@@ -100,5 +108,7 @@ def _scorer(kind: str) -> Score:
         "multiple_choice": exact.score_multiple_choice,
         "counting": exact.score_counting,
         "grounding": exact.score_grounding,
+        "constraints": constraints.score_constraints,
+        "refusal": refusal.score_refusal,
     }
     return scorers[kind]
