@@ -7,7 +7,7 @@ import torch
 
 from vlm_sft.checkpoint.base_models import parse_bases
 from vlm_sft.errors import UserError
-from vlm_sft.export.consumers import Consumer
+from vlm_sft.export.consumers import Consumer, consumer_rows
 from vlm_sft.export.folder import atomic_folder, write_facts
 from vlm_sft.export.formats import ExportOptions, format_module
 from vlm_sft.export.notes import write_notes
@@ -46,11 +46,12 @@ def _options(args: argparse.Namespace, loaded: LoadedModel, max_shard_size: str)
         prompt=args.prompt,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         max_shard_size=max_shard_size,
+        merge=args.merge,
+        tower_name=args.tower,
     )
 
 
 def print_consumers(consumers: list[Consumer]) -> None:
     """Print which programs load the exported folder."""
-    for consumer in consumers:
-        row = f"  {consumer.name:<24} {consumer.loads:<9} {consumer.reason}"
-        echo(row, file=sys.stdout)
+    for name, loads, evidence, reason in consumer_rows(consumers):
+        echo(f"  {name:<20} {loads:<9} {evidence:<14} {reason}", file=sys.stdout)

@@ -23,7 +23,10 @@ examples:
   # in bfloat16, in files of at most 2 GB
   vlm-sft export runs/stage2_lora/final exported --dtype bfloat16 --max-shard-size 2GB
 
-  # the same, with logits compared on another image
+  # for the original LLaVA code, adapters as adapters
+  vlm-sft export runs/stage2_lora/final llava-mine-lora --to llava
+
+  # the first one, with logits compared on another image
   vlm-sft export runs/stage2_lora/final exported --to hf --image dog.jpg
 """
 
@@ -79,6 +82,16 @@ def parser() -> CommandParser:
         default=MAX_SHARD_SIZE,
         metavar="SIZE",
         help=f"split larger weights into several files (default: {MAX_SHARD_SIZE})",
+    )
+    add(
+        "--merge",
+        action="store_true",
+        help="llava: write all weights, also of a run that trained adapters or the projector only",
+    )
+    add(
+        "--tower",
+        metavar="NAME",
+        help="llava: folder or hub name of the vision tower for config.json (default: the model's)",
     )
     return parser
 

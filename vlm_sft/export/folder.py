@@ -68,6 +68,27 @@ def set_stop_token(tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[i
         named.eos_token = named.convert_ids_to_tokens(eot_token_ids[0])
 
 
+def save_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[int], base: str
+) -> PreTrainedTokenizerBase:
+    """Save a copy of a run's tokenizer that stops where the template does; return the copy.
+
+    Args:
+        folder: Gets the files, with the SentencePiece model of `base` if there is one: the
+            original LLaVA code reads no other file of a Llama tokenizer.
+        tokenizer: The run's tokenizer, which is not changed.
+        eot_token_ids: Ids that end an answer.
+        base: Folder of the language model, or another name.
+    """
+    made = copy.deepcopy(tokenizer)
+    set_stop_token(made, eot_token_ids)
+    made.save_pretrained(folder)
+    model = Path(base) / "tokenizer.model"
+    if base and model.is_file() and not (folder / model.name).exists():
+        shutil.copyfile(model, folder / model.name)
+    return made
+
+
 def name_internvl_tokens(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, str]) -> None:
     """Name the tokens that `InternVLProcessor` takes from its tokenizer; `<video>` is added."""
     named: Any = tokenizer
@@ -205,7 +226,7 @@ def write_model(
     config: Any = stock.config
     config.architectures = [type(stock).__name__]
     config.save_pretrained(folder)
-    _add_older_keys(folder / "config.json")
+    add_older_keys(folder / "config.json")
     cast(GenerationConfig, stock.generation_config).save_pretrained(folder)
     processor.save_pretrained(folder)
     # Older programs do not know processor_config.json and look for the image processor here.
@@ -215,13 +236,13 @@ def write_model(
     write_weights(folder, released_state(stock, vision_level), max_shard_size)
 
 
-def _add_older_keys(path: Path) -> None:
+def add_older_keys(path: Path) -> None:
     """Add `rope_theta` and `rope_scaling`, which programs before transformers 5 read.
 
     Without them such a program uses its default and computes other positions.
     """
     tree = json.loads(path.read_text(encoding="utf-8"))
-    text = tree["text_config"]
+    text = tree.get("text_config", tree)
     rope = dict(text.get("rope_parameters") or {})
     if "rope_theta" in rope and "rope_theta" not in text:
         text["rope_theta"] = rope.pop("rope_theta")

@@ -31,6 +31,10 @@ class Format:
 
 FORMATS: Final[Mapping[str, Format]] = {
     "hf": Format("a folder of transformers, adapters merged", "vlm_sft.export.hf"),
+    "llava": Format(
+        "a folder of the original LLaVA code: all weights, or what was trained",
+        "vlm_sft.export.llava",
+    ),
 }
 """All formats, by name."""
 
@@ -45,6 +49,8 @@ class ExportOptions:
         prompt: Text of the prompt in `sample`.
         dtype: Dtype of the weights; None for that of the language model.
         max_shard_size: Larger weights are split into several files.
+        merge: `llava`: whether all weights are written where a run trained only a part of them.
+        tower_name: `llava`: folder or hub name of the vision tower; None for the model's own.
     """
 
     sample: "Sample | None" = None
@@ -52,6 +58,8 @@ class ExportOptions:
     prompt: str = ""
     dtype: "torch.dtype | None" = None
     max_shard_size: str = MAX_SHARD_SIZE
+    merge: bool = False
+    tower_name: str | None = None
 
 
 @dataclass(frozen=True)

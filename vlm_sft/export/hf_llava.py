@@ -16,7 +16,7 @@ from vlm_sft.data.hf_tokenizer import exported_tokenizer
 from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.images import read_crops
 from vlm_sft.errors import UserError
-from vlm_sft.export.consumers import Consumer, consumers
+from vlm_sft.export.consumers import Consumer, hf_consumers
 from vlm_sft.export.folder import (
     atomic_folder,
     build_processor,
@@ -30,20 +30,18 @@ from vlm_sft.export.obstacles import export_obstacles
 from vlm_sft.export.sample import Sample, noise_sample, sample_logits
 from vlm_sft.export.stock import is_internvl, stock_vision
 from vlm_sft.export.stock_model import build_stock_model
-from vlm_sft.export.verify import Reload, Reloaded, noise_image, reload_in_new_process
+from vlm_sft.export.verify import (
+    Reload,
+    Reloaded,
+    logit_limit,
+    noise_image,
+    reload_in_new_process,
+)
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
 from vlm_sft.utils.filesystem import naming
 from vlm_sft.utils.ownership import require_new_directory
-
-_RELATIVE_LIMIT: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest allowed difference of logits, relative to the largest logit, by exported dtype.
-
-Merging adapters and casting round; norms of small activations amplify that, on some CPU kernels to
-2e-4 with tiny fp32 models. A tensor that is missing, renamed or swapped makes a difference as large
-as the logits themselves.
-"""
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ def write_hf_llava(
         ),
         image_token_id=image_token_id,
         dtype=str(dtype).removeprefix("torch."),
-        consumers=consumers(llava.config),
+        consumers=hf_consumers(llava.config),
     )
     _require_same_logits(report, dtype)
     return report
@@ -284,7 +282,7 @@ def _pixel_difference(
 
 
 def _require_same_logits(report: ExportReport, dtype: torch.dtype) -> None:
-    limit = _RELATIVE_LIMIT.get(dtype, 1e-4) * max(1.0, report.max_abs_logit)
+    limit = logit_limit(dtype, report.max_abs_logit)
     if not report.max_abs_logit_difference <= limit:  # also refuses NaN
         raise UserError(
             "export: the reloaded model's logits differ by "
