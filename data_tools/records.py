@@ -11,14 +11,21 @@ IMAGE_LINE = f"{IMAGE_MARK}\n"
 """Opens the first human turn of a record with an image (LLaVA's data form)."""
 
 
-def llava_record(record_id: str, image: str, turns: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Return questions with their answers as a record; the image is in the first human turn."""
+def llava_record(
+    record_id: str, image: str, turns: Iterable[tuple[str, str]], sample_type: str | None = None
+) -> dict[str, Any]:
+    """Return questions with their answers as a record; the image is in the first human turn.
+
+    `sample_type` (`conversation`, `detail`, `reasoning`) is a key that training ignores and
+    `data_tools.verify` reads.
+    """
     said: list[dict[str, str]] = []
     for question, answer in turns:
         opening = "" if said else IMAGE_LINE
         said.append({"from": "human", "value": opening + question})
         said.append({"from": "gpt", "value": answer})
-    return {"id": record_id, "image": image, "conversations": said}
+    record: dict[str, Any] = {"id": record_id, "image": image, "conversations": said}
+    return record if sample_type is None else record | {"type": sample_type}
 
 
 def json_line(value: Any) -> bytes:

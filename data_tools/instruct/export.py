@@ -39,8 +39,8 @@ _ROWS_AT_ONCE: Final = 1000
 Turns = list[tuple[str, str]]
 """Questions with their answers."""
 
-Write = Callable[[str, str, Turns], None]
-"""Writes a record with this id, image name and turns."""
+Write = Callable[[str, str, Turns, str], None]
+"""Writes a record with this id, image name, turns and type."""
 
 
 def command(config: InstructConfig) -> None:
@@ -80,7 +80,8 @@ def command(config: InstructConfig) -> None:
             license_of[sample.image.id] = sample.image.license or 0
             turns = [(turn.question, turn.answer) for turn in sample.turns]
             for write in writers:
-                write(sample.id, config.export.image_prefix + sample.image.file_name, turns)
+                image = config.export.image_prefix + sample.image.file_name
+                write(sample.id, image, turns, sample.type)
             receipts.write(json_line(receipt(sample)))
     for old in FILES.keys() - set(formats):  # of an earlier export
         path = folder.exports / FILES[old]
@@ -140,7 +141,7 @@ def receipt(sample: Sample) -> dict[str, Any]:
 def _write_llava(file: IO[bytes]) -> Iterator[Write]:
     """Write a JSON list of LLaVA records, one per line."""
     records = JsonList(file)
-    yield lambda record_id, image, turns: records.add(llava_record(record_id, image, turns))
+    yield lambda *record: records.add(llava_record(*record))
     records.finish()
 
 
@@ -152,7 +153,7 @@ def _write_messages(file: IO[bytes]) -> Iterator[Write]:
     the same tokens from every file.
     """
 
-    def write(record_id: str, image: str, turns: Turns) -> None:
+    def write(record_id: str, image: str, turns: Turns, sample_type: str) -> None:
         messages: list[dict[str, Any]] = []
         for number, (question, answer) in enumerate(turns):
             parts = [{"type": "text", "text": question}]
@@ -163,26 +164,31 @@ def _write_messages(file: IO[bytes]) -> Iterator[Write]:
                 ]
             messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        file.write(json_line({"id": record_id, "messages": messages}))
+        file.write(json_line({"id": record_id, "messages": messages, "type": sample_type}))
 
     yield write
 
 
 @contextmanager
 def _write_parquet(file: IO[bytes]) -> Iterator[Write]:
-    """Write LLaVA records as columns: id, image (a name), conversations."""
+    """Write LLaVA records as columns: id, image (a name), conversations, type."""
     import pyarrow as pa
     from pyarrow import parquet
 
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
     schema = pa.schema(
-        [("id", pa.string()), ("image", pa.string()), ("conversations", pa.list_(turn))]
+        [
+            ("id", pa.string()),
+            ("image", pa.string()),
+            ("conversations", pa.list_(turn)),
+            ("type", pa.string()),
+        ]
     )
     rows: list[dict[str, Any]] = []
     with parquet.ParquetWriter(file, schema) as table:
 
-        def write(record_id: str, image: str, turns: Turns) -> None:
-            rows.append(llava_record(record_id, image, turns))
+        def write(record_id: str, image: str, turns: Turns, sample_type: str) -> None:
+            rows.append(llava_record(record_id, image, turns, sample_type))
             if len(rows) == _ROWS_AT_ONCE:
                 table.write_table(pa.Table.from_pylist(rows, schema))
                 rows.clear()

@@ -74,6 +74,22 @@ ROOM = image(
 )
 
 
+PLANE = image(
+    "A statue of a woman next to a parked airplane.",
+    "A white airplane is parked by a statue of a woman.",
+    "A man looks at an airplane and a statue of a woman.",
+    "An airplane stands on the tarmac near a woman's statue.",
+    "A man in a hat looks at a statue of a woman near a plane.",
+    boxes=(("airplane", 20, 100, 150, 100), ("person", 420, 150, 150, 300)),
+)
+CATS = image(
+    "Two cats are sleeping on a pink blanket.",
+    "A couple of cats asleep on a couch.",
+    "A red rug in a vintage room with two sleeping cats.",
+    "Two cats sleep in an old-fashioned room.",
+)
+
+
 def codes(
     answer: str,
     image: AnnotatedImage,
@@ -150,6 +166,30 @@ def codes(
          "The laptop is on the left-hand side of the image.", DESK, "PLACE_WRONG"),
         ("There is a laptop. It is in the top-right corner of the image.",
          "There is a laptop. It is in the left half of the image.", DESK, "PLACE_WRONG"),
+        ("On the left, close to the airplane, stands a man.",
+         "On the right, close to the airplane, stands a man.", PLANE, "PLACE_WRONG"),
+        ("An airplane and a man are on the right.", "A man is on the right.", PLANE,
+         "PLACE_WRONG"),
+        ("The laptop is at the right end of the desk.",
+         "The laptop is at the left end of the desk.", DESK, "PLACE_WRONG"),
+        ("The airplane stands to the right of the tree.",
+         "The airplane stands to the left of the tree.", PLANE, "PLACE_WRONG"),
+        ("The man is behind the car.", "The man is in front of the car.", MAN,
+         "RELATION_REFUTED"),
+        # one and another
+        ("A second man looks at it.", "A man looks at it.", PLANE, "COUNT_TOO_HIGH"),
+        # verbs after `and`, and of the person who acts
+        ("The bear has turned around and is running.", "The bear has turned and is sitting.", BEAR,
+         "ACTION_WRONG"),
+        ("The bear strolls across the grass.", "The bear rests on the grass.", BEAR,
+         "ACTION_WRONG"),
+        # what captions hardly leave out
+        ("A helicopter stands there.", "A fence stands there.", PLANE, "OBJECT_NOT_FOUND"),
+        ("A cat is wide awake.", "A cat is fast asleep.", CATS, "ATTRIBUTE_WRONG"),
+        ("It is a sleek modern room.", "It is a retro room.", CATS, "KIND_WRONG"),
+        ("A woman smiles at the man.", "A statue of a woman is there.", PLANE, "KIND_WRONG"),
+        ("The man waits while she rides.", "The man waits while he rides.", MAN,
+         "KIND_WRONG"),
     ],
 )  # fmt: skip
 def test_a_wrong_claim_is_rejected_and_a_true_one_like_it_is_not(

@@ -64,6 +64,7 @@ def test_the_trainer_reads_all_three_files_to_the_same_conversations(tmp_path: P
             {"from": "human", "value": "<image>\nWhat?"},
             {"from": "gpt", "value": "A dog."},
         ],
+        "type": "detail",
     }
 
 
@@ -72,7 +73,7 @@ def test_datasets_reads_the_parquet_file(tmp_path: Path) -> None:
 
     folder = exported(tmp_path, [sample("a", 1, [("What?", "A dog.")])])
     table = parquet.read_table(folder / "train.parquet")
-    assert table.column_names == ["id", "image", "conversations"]
+    assert table.column_names == ["id", "image", "conversations", "type"]
     assert table.to_pylist() == json.loads((folder / "llava.json").read_text())
 
 

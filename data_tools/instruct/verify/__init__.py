@@ -13,6 +13,7 @@ Rules then compare:
     attributes   colors, materials, states
     actions      verbs, by their subject
     kinds        people, animals, sports, rooms, times of day that exclude each other
+    sights       striking things outside the categories, statues, sleepers
     times        clocks
     manner       leaks, guesses, refusals, language, planted orders
     form         turns, lengths, repetitions, questions that answer themselves
@@ -36,6 +37,7 @@ from data_tools.instruct.verify import (
     others,
     places,
     relations,
+    sights,
     times,
 )
 from data_tools.instruct.verify.case import Case, Policy
@@ -48,6 +50,7 @@ from data_tools.instruct.verify.flags import (
     PERSON,
     PLACE,
     RELATION,
+    SIGHT,
     THING,
 )
 
@@ -117,5 +120,8 @@ def _check_turn(case: Case) -> Iterator[Check]:
         yield from relations.check_yes_no(case)
     if case.question_reading.words[:1] == ["where"]:
         yield from relations.check_where(case)
+    yield from sights.check(case)
+    if question & SIGHT:
+        yield from sights.check_yes_no(case)
     yield from times.check(case)
     yield from others.check(case)

@@ -7,10 +7,15 @@ from functools import cache
 from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
-from data_tools.instruct.verify.describing import PRONOUN, Action, actions, noun_name
+from data_tools.instruct.verify.describing import ANIMALS, PRONOUN, Action, actions, noun_name
 from data_tools.instruct.verify.flags import ACTION
-from data_tools.instruct.verify.grammar import INTRODUCING, last_of_phrase, singular, word_set
-from data_tools.instruct.verify.knowledge import ANIMALS
+from data_tools.instruct.verify.grammar import (
+    INTRODUCING,
+    determiner,
+    last_of_phrase,
+    singular,
+    word_set,
+)
 from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.numbers import quantity
 from data_tools.instruct.verify.reading import Sentence
@@ -31,7 +36,7 @@ def check(case: Case) -> Iterator[Check]:
                 if people is not None:
                     name = people.entry.categories[0]
                     action = replace(action, subject=name, mention=people)
-            first = action.mention is None or _is_first(named, action)
+            first = action.mention is None or _is_first(case, sentence, named, action)
             if action.stem in judged:
                 continue
             judged.add(action.stem)
@@ -50,6 +55,8 @@ def check(case: Case) -> Iterator[Check]:
                         wrong = excluding(case, action, sentence, opening=number == 0, first=first)
                 else:
                     wrong = excluding(case, action, sentence, opening=number == 0, first=first)
+                    if not wrong and first:
+                        wrong = _unseen(case, action, opening=number == 0)
             if wrong:
                 yield case.check(
                     "action", "contradicted", "ACTION_WRONG", "answer", span, claim, wrong
@@ -78,9 +85,12 @@ def check_object(case: Case) -> Iterator[Check]:
     sentence = answer.sentences[0]
     verb = next((a.index for a in actions(sentence) if a.stem == stem), -1)
     last = _object_of(sentence, verb)
-    if last is None or (verb < 0 and len(sentence.words) > 5) or sentence.mentions:
+    known = case.knowledge
+    if last is None or (verb < 0 and len(sentence.words) > 5):
         return
-    noun, known = noun_name(sentence.words[last]), case.knowledge
+    if any(m.first <= last <= m.last and known.support(m.entry, m.word) for m in sentence.mentions):
+        return
+    noun = noun_name(sentence.words[last])
     ids = {
         caption.id
         for caption in known.captions
@@ -161,6 +171,26 @@ def excluding(
         elif stem in tasks and (action.stem, stem) in compatible:
             return ()
     return tuple(sorted(n for n in ids if n))
+
+
+def _unseen(case: Case, action: Action, *, opening: bool) -> tuple[int, ...]:
+    """Return the captions of one whose striking action none of them has; none if few say anything.
+
+    Of the one that all captions describe, one of them would say that it sleeps or eats, or name
+    what that takes (a meal, a camera). Where the question asks what it does, two captions suffice.
+    """
+    known = case.knowledge
+    needs = _striking().get(action.stem)
+    if needs is None or not needs.isdisjoint(known.words) or any(n in known.boxes for n in needs):
+        return ()
+    subject, number = _subject(case, action, opening=opening)
+    if subject is None or subject not in _ANIMATE:
+        return ()
+    asked = opening and _asks_for_action(case)
+    if not _is_alone(case, subject, number) and not (asked and number == "one"):
+        return ()
+    ids = {n for stem, ids in known.actions_of.get(subject, {}).items() for n in ids}
+    return tuple(sorted(ids)) if len(ids) >= (2 if asked else 4) else ()
 
 
 def _ridden(case: Case, target: str) -> tuple[int, ...]:
@@ -296,13 +326,19 @@ def _is_of_another(case: Case, action: Action) -> bool:
     return action.stem not in own and set(captions) <= others
 
 
-def _is_first(named: set[str], action: Action) -> bool:
-    """Return whether the subject is the first of its category that the answer names."""
+def _is_first(case: Case, sentence: Sentence, named: set[str], action: Action) -> bool:
+    """Return whether the subject is the first of its category that the answer names.
+
+    `The cat` of a later sentence is that one where captions only have one cat.
+    """
     mention = action.mention
     assert mention is not None
     if mention.word in _BACKGROUND:
         return False
-    return named.isdisjoint(mention.entry.categories) or mention.number == "many"
+    if named.isdisjoint(mention.entry.categories) or mention.number == "many":
+        return True
+    same = determiner(sentence.words, mention.first)[0] == "definite"
+    return same and not case.knowledge.single.isdisjoint(mention.entry.categories)
 
 
 def _asks_for_action(case: Case) -> bool:
@@ -321,6 +357,16 @@ def _excluded(person: bool) -> dict[str, frozenset[str]]:
                 found.setdefault(stem, set()).add(other)
                 found.setdefault(other, set()).add(stem)
     return {stem: frozenset(others) for stem, others in found.items()}
+
+
+@cache
+def _striking() -> dict[str, frozenset[str]]:
+    """Return the actions that captions hardly leave out, with words of which one may stand for it.
+
+    Names of categories among these words stand for boxes.
+    """
+    listed = wording.load("facts")["activities"]["striking"]
+    return {stem: frozenset(words) for stem, words in listed.items()}
 
 
 @cache

@@ -7,6 +7,7 @@ from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.describing import (
+    ANIMALS,
     PRONOUN,
     Attribute,
     Family,
@@ -26,7 +27,6 @@ from data_tools.instruct.verify.grammar import (
     last_of_phrase,
     word_set,
 )
-from data_tools.instruct.verify.knowledge import ANIMALS
 from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.reading import Sentence
 

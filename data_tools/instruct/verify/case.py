@@ -18,17 +18,19 @@ from data_tools.instruct.verify.flags import (
     PERSON,
     PLACE,
     RELATION,
+    SIGHT,
     STANCE,
     FlagTable,
 )
 from data_tools.instruct.verify.grammar import INTRODUCING
 from data_tools.instruct.verify.knowledge import Knowledge
 from data_tools.instruct.verify.lexicon import Lexicon, Mention
-from data_tools.instruct.verify.numbers import AT_LEAST_TWO, NUMBERS
-from data_tools.instruct.verify.places import CUES
+from data_tools.instruct.verify.numbers import AT_LEAST_TWO, NUMBERS, ORDINALS
+from data_tools.instruct.verify.placings import CUES
 from data_tools.instruct.verify.questions import Asked, Question
 from data_tools.instruct.verify.reading import Reading
 from data_tools.instruct.verify.stances import STANCE_CUES
+from data_tools.words import plural
 
 Part = Literal["question", "answer"]
 PRONOUNS = frozenset({"it", "its", "they", "their", "them", "he", "she", "his", "her", "him"})
@@ -147,5 +149,8 @@ def _fill(table: FlagTable) -> None:
     table.add(PLACE, CUES)
     table.add(NUMBER, NUMBERS)
     table.add(NUMBER, AT_LEAST_TWO)
+    table.add(NUMBER, ORDINALS)
+    striking = [word for group in facts["striking"].values() for word in group]
+    table.add(SIGHT, (form for word in striking for form in {word, plural(word)}))
     table.add(COUNTED, ("many", "number"))
     table.add(INTRODUCES, INTRODUCING)

@@ -23,6 +23,9 @@ from data_tools.instruct.verify.lexicon import Entry, Mention
 from data_tools.instruct.verify.numbers import Quantity, numbered_nouns, quantity
 from data_tools.instruct.verify.reading import Sentence
 
+FAR_MORE: Final = 1.5
+"""Where this many times a number are boxed, the number is wrong though they are hard to count."""
+
 
 def check(case: Case) -> Iterator[Check]:
     """Yield a finding for every number of a thing.
@@ -163,7 +166,7 @@ def _judge(
     case: Case, sentence: Sentence, mention: Mention, number: Quantity, part: Part
 ) -> Iterator[Check]:
     tally = Tally(case, mention.entry, mention.word)
-    value = number.least
+    value, words = number.least, sentence.words
     if value < 2 and not number.exact and sentence.words[number.first] != "one":
         return
     if not tally.boxes and (case.knowledge.has_boxes or not tally.in_captions):
@@ -178,6 +181,12 @@ def _judge(
     code: str | None
     if not vague and all_of_them and tally.refuted_by_captions(value):
         exact, verdict, code = True, "contradicted", "COUNT_WRONG"
+    elif (
+        (number.exact and words[number.first] != "both" and tally.is_far_more_than(value))
+        or tally.counts_reflections(value)
+        or (mention.word in _PERFORMERS and tally.refuted_by_other_words(value))
+    ):
+        verdict, code = "contradicted", "COUNT_WRONG"
     elif not vague and tally.exceeds_captions(value):
         verdict, code = "contradicted", "COUNT_TOO_HIGH"
     else:
@@ -239,11 +248,11 @@ def _counts_all(case: Case, sentence: Sentence, mention: Mention, number: Quanti
 
 
 def _is_agreed(case: Case, mention: Mention) -> bool:
-    """Return whether two captions count as many as are boxed, and none another number."""
+    """Return whether captions count as many as are boxed, and none another number."""
     tally = Tally(case, mention.entry, mention.word)
     numbers = tally.in_captions
     boxed = len(tally.boxes)
-    return tally.is_countable and set(numbers) <= {boxed} and len(numbers.get(boxed, ())) > 1
+    return tally.is_countable and set(numbers) == {boxed} and boxed > 1
 
 
 def _is_where_captions_count(case: Case, mention: Mention, after: Sequence[str]) -> bool:
@@ -334,7 +343,7 @@ class Tally:
 
     def is_far_more_than(self, value: int) -> bool:
         """Return whether twice as many are boxed, too many to count, and no caption counts so."""
-        many = len(self.boxes) > self.case.config.countable and value * 2 <= self._large
+        many = len(self.boxes) > self.case.config.countable and value * FAR_MORE <= self._large
         return many and not (value in self.in_captions or self._is_in_captions(value))
 
     def at_least(self, value: int) -> tuple[Verdict, str | None]:
@@ -372,6 +381,16 @@ class Tally:
         votes = sum(len(ids) for ids in several.values())
         return len(several) == 1 and votes > 1 and value not in known and value > 1
 
+    def counts_reflections(self, value: int) -> bool:
+        """Return whether a mirror's reflection is counted, where all captions name one thing."""
+        known, answer = self.case.knowledge, self.case.answer_reading.vocabulary
+        return (
+            value == len(self.boxes) == 2
+            and self.entry.categories[0] in known.single
+            and any(word in known.words for word in _MIRRORS)
+            and answer.isdisjoint(_MIRRORS)
+        )
+
     def exceeds_captions(self, value: int) -> bool:
         """Return whether captions agree on a smaller number of a kind, or of what has no box."""
         numbers = self.in_captions
@@ -380,6 +399,8 @@ class Tally:
             return False
         votes = sum(len(ids) for ids in numbers.values())
         # a word for several categories is counted by captions only where most of them do
+        if self.entry.narrow and max(numbers) > 1 and value != len(self.boxes):
+            return votes > 0
         return votes > (1 if self.entry.firm else 2) and value > self._most
 
     def evidence(self, value: int) -> tuple[int, ...]:
@@ -434,6 +455,7 @@ _PARTIAL: Final = word_set(
     "background foreground behind left right front others other near beside next closest nearest "
     "them top bottom upper lower side distance edge more on in at under inside outside"
 )
+_PERFORMERS: Final = word_set("players skiers surfers skaters skateboarders snowboarders")
 _PLACES: Final = word_set("on in at under inside outside")
 _MORE: Final = word_set("another other more additional second third fourth fifth remaining")
 _MORE_ALONE: Final = word_set("others other another second fourth third fifth remaining rest")

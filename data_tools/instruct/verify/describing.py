@@ -222,7 +222,7 @@ def actions(sentence: Sentence) -> Iterator[Action]:
             stem = "play"
         if _takes_object(words, index, stem):
             continue  # `resting its head`
-        subject = _subject(sentence, index)
+        subject = _subject(sentence, index, stem)
         target = _target(sentence, index)
         if isinstance(subject, Mention):
             names = subject.entry.categories
@@ -252,10 +252,28 @@ def _takes_object(words: Sequence[str], index: int, stem: str) -> bool:
     )  # fmt: skip
 
 
-def _subject(sentence: Sentence, verb: int) -> Mention | str | None:
+def _subject(sentence: Sentence, verb: int, stem: str) -> Mention | str | None:
+    """Return whose action a verb is: a thing that is named, `it` for a pronoun, or None.
+
+    Only people and animals do what is not listed as done by things as well: `a boy with a spoon
+    looking at a cake` has the boy look.
+    """
     words = sentence.words
     begin, _ = sentence.clause(verb)
     before = [m for m in sentence.mentions if begin <= m.first and m.last < verb]
+    alive = stem not in _OF_THINGS
+    if before and alive and not _is_alive(before[-1]):
+        before = [m for m in before if _is_alive(m)]
+        if not before and words[begin] not in _PRONOUNS and _continues(words, begin, verb):
+            before = [m for m in sentence.mentions if m.last < begin and _is_alive(m)][:1]
+            return before[0] if before else _pronoun(words, 0, verb)
+        if before:
+            return before[0] if len(before) == 1 else None
+    joint = max((i for i in range(begin, verb) if words[i] in ("and", ",")), default=-1)
+    if joint > begin and verb - joint > 1 and _continues(words, joint, verb) and (
+        words[begin] in _PRONOUNS
+    ):  # fmt: skip
+        return PRONOUN  # `he has dropped his bat and is running`
     if before:
         near = before[-1]
         between = words[near.last + 1 : verb]
@@ -271,8 +289,23 @@ def _subject(sentence: Sentence, verb: int) -> Mention | str | None:
         return PRONOUN
     if begin and verb - begin <= 2 and words[begin] in ("and", ",", "while"):
         earlier = [m for m in sentence.mentions if m.last < begin]
-        return earlier[0] if earlier else None
+        if earlier and alive:
+            earlier = [m for m in earlier if _is_alive(m)] or earlier
+        return earlier[0] if earlier else _pronoun(words, 0, verb)
     return None
+
+
+def _pronoun(words: Sequence[str], begin: int, verb: int) -> str | None:
+    return PRONOUN if any(word in _PRONOUNS for word in words[begin:verb]) else None
+
+
+def _continues(words: Sequence[str], begin: int, verb: int) -> bool:
+    """Return whether only `and`, adverbs and auxiliaries stand before the verb in its clause."""
+    return all(w in ADVERBS or w in BE or w in ("and", ",", "then") for w in words[begin:verb])
+
+
+def _is_alive(mention: Mention) -> bool:
+    return not _ALIVE.isdisjoint(mention.entry.categories)
 
 
 def relations(sentence: Sentence) -> Iterator[Relation]:
@@ -352,12 +385,21 @@ def _is_noun_place(before: str) -> bool:
     return before in _BEFORE_NOUNS and before != "couple"  # `a couple sits`
 
 
+ANIMALS: Final = (
+    "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
+)  # fmt: skip
+_ALIVE: Final = frozenset({"person", *ANIMALS})
+_OF_THINGS: Final = word_set(
+    "stand lie sit hang lean park fly drive ride run hold carry cover balance pull push work wait "
+    "race cross cut hit"
+)
 PHONES: Final = word_set("phone cellphone telephone smartphone")
 _TAKES: Final = word_set("take takes taking took")
 _PHOTOS: Final = word_set("photo photos picture pictures photograph photographs selfie image")
 _DEGREES: Final = word_set(
     "very mostly all both completely entirely bright dark light deep pale painted colored coloured "
-    "a an quite also rather predominantly vivid solid"
+    "a an quite also rather predominantly vivid solid cheerful shiny soft warm rich vibrant glossy "
+    "lovely dull plain slightly fairly beautiful striking"
 )
 _MADE: Final = word_set("made carved built constructed out cut")
 _LINKING: Final = BE | word_set("looks appears seems painted colored glows shines looked")

@@ -31,6 +31,8 @@ COUNTED: Final = 1024
 """Asks for a number (`how many`, `the number of`)."""
 INTRODUCES: Final = 2048
 """An article or quantity, after which a noun comes."""
+SIGHT: Final = 4096
+"""A striking thing outside the categories (`rabbit`)."""
 
 
 class FlagTable:

@@ -127,7 +127,7 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
         return
     most = cases[0].config.max_hedged * total
     opens = HEDGE.pattern.search(cases[0].turn.answer, 0, OPENING) is not None
-    long = total > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
+    long = total > 1 or len(cases) > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
     if most > 0 and long and not (opens and sample_type == "detail"):
         most = max(most, 1)
     if guessing > most:

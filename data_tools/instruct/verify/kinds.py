@@ -23,7 +23,7 @@ from data_tools.instruct.verify.reading import Reading, Sentence
 
 TIMES: Final = frozenset({"time of day", "weather", "season"})
 """Families whose contradictions are `TIME_WRONG`."""
-LOCATIONS: Final = frozenset({"room", "place", "indoors", "land"})
+LOCATIONS: Final = frozenset({"room", "place", "venue", "indoors", "land"})
 """Families of which a word counts only where it is the place of the whole scene."""
 
 
@@ -115,6 +115,11 @@ def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
             for family, others in _evidence().items():
                 if any(known.says(other) for other in others):
                     found.setdefault(family, {}).setdefault(-1, (caption.id,))
+            for family, implied in _implied().items():
+                for group, names in enumerate(implied):
+                    if any(known.says(name) for name in names):
+                        groups = found.setdefault(family, {})
+                        groups[group] = (*groups.get(group, ()), caption.id)
         known.kinds = found
     return found
 
@@ -164,12 +169,19 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         # a description may name another one that captions leave out; not where most name them
         named = known_kinds(case.knowledge)[kind.family].values()
         return len({number for ids in named for number in ids}) > 3
+    if kind.family in ("stroke", "style"):
+        named = known_kinds(case.knowledge)[kind.family].values()
+        return len({number for ids in named for number in ids}) > 1
     if kind.family == "produce":
         # captions that list what is there name two kinds, and three of them one of these
         if words[first] == "orange" or not _SUPPOSING.isdisjoint(words):
             return False
         groups = known_kinds(case.knowledge)[kind.family]
-        return len(groups) > 1 and len({n for ids in groups.values() for n in ids}) > 2
+        said = {n for ids in groups.values() for n in ids}
+        if len(groups) == 1 and len(said) > 3:
+            # all name these, the answer does not, and something else of which they are silent
+            return _names_none(case.answer_reading, kind.family, next(iter(groups)))
+        return len(groups) > 1 and len(said) > 2
     if kind.family == "aloft":
         return "airplane" in case.knowledge.perhaps_named and (kind.group == 0 or "on" in (
             words[max(0, first - 3) : first]
@@ -187,6 +199,13 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
     if kind.family == "drink":
         return after not in ("glass", "glasses", "bottle", "table", "cup", "mug", "maker")
     return True
+
+
+def _names_none(reading: Reading, family: str, group: int) -> bool:
+    """Return whether a text has no word of a group."""
+    return not any(
+        Kind(family, group) in _by_text().get(word, ()) for word in sorted(reading.vocabulary)
+    )
 
 
 def _check_people(case: Case) -> Iterator[Check]:
@@ -270,9 +289,11 @@ def _wrong_person(
         not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
     )
     main = _main_person(case, sentence) if opening else None
+    sole = _is_sole(case, sentence, census)
     for index in sentence.hits(PERSON):
         word = sentence.words[index]
-        certain = index == main or alone or word == "grown"
+        pronoun = word in people["he"] or word in people["she"]
+        certain = index == main or alone or word == "grown" or (sole and pronoun)
         if not certain and not _same_number(case, sentence, index):
             continue
         male, female = (
@@ -290,7 +311,7 @@ def _wrong_person(
         )
         if not wrong or not sentence.asserts(index, index):
             continue
-        if word in people["he"] or word in people["she"]:
+        if (word in people["he"] or word in people["she"]) and not sole:
             if index > 0 and word not in ("he", "she"):
                 continue
             if not (opening or index == 0):
@@ -302,6 +323,27 @@ def _wrong_person(
             continue  # `one of the women`
         return index
     return None
+
+
+def _is_sole(case: Case, sentence: Sentence, census: Census) -> bool:
+    """Return whether a pronoun must stand for the one person whom the turn names.
+
+    That is a single one, of a sex or as a player, whom captions name with the same word.
+    """
+    if census.male == census.female or census.mixed:
+        return False
+    named = [
+        m.word
+        for reading in (case.question_reading, case.answer_reading)
+        for _, m in reading.mentions
+        if m.entry.categories == ("person",) and m.number == "one"
+    ]
+    people = _people()
+    if not named or len(set(named)) > 1 or case.knowledge.names(named[0]) == ():
+        return False
+    if named[0] in people["male"] or named[0] in people["female"]:
+        return (named[0] in people["male"]) == census.male
+    return census.most == 1
 
 
 def _main_person(case: Case, sentence: Sentence) -> int | None:
@@ -354,6 +396,13 @@ def _by_text() -> dict[str, tuple[Kind, ...]]:
         for number, group in enumerate(groups):
             for text in group:
                 found[text] = (*found.get(text, ()), Kind(family, number))
+    return found
+
+
+@cache
+def _implied() -> dict[str, list[list[str]]]:
+    """Return words that imply the kinds of a family, by group: a stove is indoors."""
+    found: dict[str, list[list[str]]] = wording.load("facts")["kind_implied"]
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 from data_tools import wording
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.verify.describing import (
+    ANIMALS,
     PHONES,
     Attribute,
     Family,
@@ -30,11 +31,6 @@ from data_tools.instruct.verify.times import CLOCK, times
 
 SMALL: Final = 0.1
 """Boxes below this share of the largest one's area are in the background."""
-
-
-ANIMALS: Final = (
-    "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
-)  # fmt: skip
 
 
 SALIENT: Final = (

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
+from data_tools import wording
 from data_tools.instruct.verify.flags import NUMBER
 from data_tools.instruct.verify.grammar import (
     is_plural,
@@ -42,6 +44,10 @@ def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
     if not sentence.bits & NUMBER:
         return None
     words = sentence.words
+    if mention.number == "one" and mention.first:
+        nth = _ordinal(words, mention.first)
+        if nth is not None:
+            return nth
     steps = 0
     index = mention.first - 1
     while index >= 0 and steps < 4:
@@ -54,12 +60,32 @@ def quantity(sentence: Sentence, mention: Mention) -> Quantity | None:
         if word in ("of", "the") and _is_partitive(words[max(0, index - 2) : index + 1]):
             index -= 1
             continue
+        if (
+            word == "and"
+            and index > 1
+            and words[index - 1] in _colors()
+            and words[index + 1] in _colors()
+        ):
+            index -= 1
+            continue  # `two black and white cats`
         if not _is_adjective(word, words[index - 1] if index else ""):
             return _several(word, mention, index)
         if any(other.first <= index <= other.last for other in sentence.mentions):
             return None
         index -= 1
         steps += 1
+    return None
+
+
+def _ordinal(words: Sequence[str], first: int) -> Quantity | None:
+    """Return the least number of things where one of them is called the second or another one."""
+    for index in range(first - 1, max(first - 4, -1), -1):
+        least = _ORDINALS.get(words[index])
+        if least is not None:
+            free = words[max(0, index - 1) : index] in (["a"], ["the"], []) or least == 2
+            return Quantity(least, False, index) if free else None
+        if not _is_adjective(words[index], ""):
+            return None
     return None
 
 
@@ -146,10 +172,17 @@ def _is_adjective(word: str, before: str) -> bool:
     return not (word.endswith("s") and not word.endswith("ss"))
 
 
+@cache
+def _colors() -> frozenset[str]:
+    return frozenset(wording.load("claims")["colours"])
+
+
 _COUNTING: Final = {
     word: value for word, value in NUMBERS.items() if word not in ("couple", "pair", "trio", "duo")
 }
 _DIGITS: Final = re.compile(r"\d{1,3}")
+_ORDINALS: Final = {"second": 2, "third": 3, "fourth": 4}
+ORDINALS: Final = frozenset(_ORDINALS)
 AT_LEAST_TWO: Final = frozenset({"several", "many", "multiple", "various", "numerous", "few"})
 _NOT_ADJECTIVES: Final = word_set(
     "a an the of in on at to with by from near is are was were be been has have had and or that "

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from vlm_sft.evaluation.intervals import interval_of_shares
 from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
-from vlm_sft.evaluation.scores.results import Options, Results, image_of, mean, question_row
 
 _NUMBER_WORDS: Final = dict(
     zero=0, one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10,
@@ -37,7 +36,7 @@ _MULTIPLES: Final = ("hundred", "hundreds", "thousand", "thousands", "million", 
 Box = tuple[float, float, float, float]
 
 
-def score_gqa(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
+def score_gqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
     """Return the share of answers that equal the true one, without case and final period (GQA)."""
     questions = unique_ids(truth, "question_id", "id")
     return _report(
@@ -45,11 +44,13 @@ def score_gqa(answers: Answers, truth: Sequence[Row], options: Options) -> Resul
         answers,
         questions,
         lambda answer, row: _plain(answer) == _plain(row.text("answer", "label")),
-        options,
+        seed=seed,
     )
 
 
-def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
+def score_multiple_choice(
+    answers: Answers, truth: Sequence[Row], *, seed: int = 0
+) -> dict[str, Any]:
     """Return accuracy of letters or option texts, and how often each position was chosen.
 
     Truth rows have `answer` (a letter, an option's text, or its number from 0) and `choices`. If a
@@ -66,25 +67,22 @@ def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Optio
         for name in questions
         if name in answers.by_id
     }
-    found = _report(
+    report = _report(
         "multiple_choice",
         answers,
         questions,
         lambda answer, row: read_choice(answer, _choices(row)) == _true_choice(row, _choices(row)),
-        options,
+        seed=seed,
     )
-    for result in found.rows:
-        result["chosen"] = _letter(chosen.get(result["id"]))
-        result["true"] = _letter(right[result["id"]])
     longest = max(map(len, choices.values()))
-    letters = [str(_letter(number)) for number in range(longest)]
+    letters = [chr(ord("A") + number) for number in range(longest)]
     said, true = Counter(chosen.values()), Counter(right.values())
-    positions = {
+    return {
+        **report,
         "unclear": said[None],
         "chosen": {letter: said[number] for number, letter in enumerate(letters)},
         "true": {letter: true[number] for number, letter in enumerate(letters)},
     }
-    return Results(found.scores | positions, found.rows)
 
 
 def read_choice(answer: str, choices: Sequence[str]) -> int | None:
@@ -111,7 +109,7 @@ def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def score_counting(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
+def score_counting(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
     """Return the share of exact counts, and the mean absolute error of the answers with a number.
 
     Raises:
@@ -123,25 +121,23 @@ def score_counting(answers: Answers, truth: Sequence[Row], options: Options) -> 
         if (count := read_count(row.text("answer", "label", "count"))) is None:
             raise row.refusal("the true answer is not a count")
         counts[name] = count
-    found = _report(
+    report = _report(
         "counting",
         answers,
         questions,
         lambda answer, row: read_count(answer) == read_count(row.text("answer", "label", "count")),
-        options,
+        seed=seed,
     )
     said = {name: read_count(answers.by_id[name]) for name in questions if name in answers.by_id}
-    for result in found.rows:
-        result["count"], result["true"] = said.get(result["id"]), counts[result["id"]]
     errors = [abs(count - counts[name]) for name, count in said.items() if count is not None]
     signed = [count - counts[name] for name, count in said.items() if count is not None]
-    more = {
+    return {
+        **report,
         "without_number": sum(count is None for count in said.values()),
-        "mean_absolute_error": mean(errors),
-        "mean_error": mean(signed),
+        "mean_absolute_error": sum(errors) / len(errors) if errors else None,
+        "mean_error": sum(signed) / len(signed) if signed else None,
         "within_one": sum(error <= 1 for error in errors) / len(questions),
     }
-    return Results(found.scores | more, found.rows)
 
 
 def read_count(answer: str) -> int | None:
@@ -165,8 +161,10 @@ def read_count(answer: str) -> int | None:
     return None
 
 
-def score_grounding(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
-    """Return the share of boxes with an IoU of at least `options.iou`, and the mean IoU.
+def score_grounding(
+    answers: Answers, truth: Sequence[Row], *, seed: int = 0, threshold: float = 0.5
+) -> dict[str, Any]:
+    """Return the share of boxes with an IoU of at least `threshold`, and the mean IoU.
 
     Boxes are `[left, top, right, bottom]` in the units of the truth; `bbox` in a truth row is
     COCO's `[left, top, width, height]`. The first box in an answer counts.
@@ -178,21 +176,19 @@ def score_grounding(answers: Answers, truth: Sequence[Row], options: Options) ->
     boxes = {name: _true_box(row) for name, row in questions.items()}
     said = {name: read_box(answers.by_id[name]) for name in questions if name in answers.by_id}
     overlaps = {name: _iou(said.get(name), box) for name, box in boxes.items()}
-    found = _report(
+    report = _report(
         "grounding",
         answers,
         questions,
-        lambda answer, row: _iou(read_box(answer), _true_box(row)) >= options.iou,
-        options,
+        lambda answer, row: _iou(read_box(answer), _true_box(row)) >= threshold,
+        seed=seed,
     )
-    for result in found.rows:
-        result["iou"], result["true"] = overlaps[result["id"]], boxes[result["id"]]
-    more = {
-        "threshold": options.iou,
+    return {
+        **report,
+        "threshold": threshold,
         "mean_iou": sum(overlaps.values()) / len(overlaps),
         "without_box": sum(box is None for box in said.values()),
     }
-    return Results(found.scores | more, found.rows)
 
 
 def read_box(answer: str) -> Box | None:
@@ -211,15 +207,16 @@ def _report(
     answers: Answers,
     questions: dict[str, Row],
     is_right: Callable[[str, Row], bool],
-    options: Options,
-) -> Results:
+    *,
+    seed: int,
+) -> dict[str, Any]:
     coverage = match(answers, list(questions))
     correct = [
         name in answers.by_id and is_right(answers.by_id[name], row)
         for name, row in questions.items()
     ]
-    images = [image_of(name, row) for name, row in questions.items()]
-    accuracy = interval_of_shares(correct, images, seed=options.seed)
+    images = [str(row.get("image", "image_id") or name) for name, row in questions.items()]
+    accuracy = interval_of_shares(correct, images, seed=seed)
     result: dict[str, Any] = {
         "kind": kind,
         **coverage.as_dict(),
@@ -235,15 +232,7 @@ def _report(
             group: {"questions": len(values), "accuracy": sum(values) / len(values)}
             for group, values in sorted(groups.items())
         }
-    rows = [
-        question_row(name, row, answers, right)
-        for (name, row), right in zip(questions.items(), correct, strict=True)
-    ]
-    return Results(result, rows)
-
-
-def _letter(number: int | None) -> str | None:
-    return None if number is None else chr(ord("A") + number)
+    return result
 
 
 def _plain(text: str) -> str:

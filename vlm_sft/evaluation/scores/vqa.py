@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from vlm_sft.evaluation.intervals import cluster_bootstrap_interval
 from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
-from vlm_sft.evaluation.scores.results import Options, Results, image_of, question_row
 
 _PUNCTUATION: Final = (
     ";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",",
@@ -90,14 +89,14 @@ def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
     return sum(min(1.0, (sum(equal) - own) / 3) for own in equal) / len(truths)
 
 
-def score_vqa(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
+def score_vqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
     """Return VQA accuracy over all questions, and by type of answer and question.
 
     Args:
         answers: Answers by question id.
         truth: Rows of VQAv2's annotation files: `question_id`, `answers` (texts, or objects with
             `answer`), and optionally `image_id`, `answer_type` and `question_type`.
-        options: Seed of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         UserError: A row has no human answers, or no answer belongs to a question.
@@ -110,8 +109,8 @@ def score_vqa(answers: Answers, truth: Sequence[Row], options: Options) -> Resul
         else 0.0
         for name, row in questions.items()
     }
-    images = [image_of(name, row) for name, row in questions.items()]
-    interval = cluster_bootstrap_interval(list(scores.values()), images, seed=options.seed)
+    images = [str(row.get("image_id", "image") or name) for name, row in questions.items()]
+    interval = cluster_bootstrap_interval(list(scores.values()), images, seed=seed)
     result: dict[str, Any] = {
         "kind": "vqa",
         **coverage.as_dict(),
@@ -128,8 +127,7 @@ def score_vqa(answers: Answers, truth: Sequence[Row], options: Options) -> Resul
                 group: {"questions": len(values), "accuracy": sum(values) / len(values)}
                 for group, values in sorted(groups.items())
             }
-    rows = [question_row(name, row, answers, scores[name]) for name, row in questions.items()]
-    return Results(result, rows)
+    return result
 
 
 def _humans(row: Row) -> list[str]:

@@ -1,6 +1,6 @@
 import pytest
 
-from vlm_sft.utils import words
+from data_tools import words
 
 
 @pytest.mark.parametrize(
