@@ -135,7 +135,7 @@ def questions(
         pairs: Questions of each kind per image.
         seed: Decides which objects are asked about, together with the image's id.
     """
-    from data_tools import words
+    from vlm_sft.utils import words
 
     frequencies, together = index.frequencies(), index.together()
     for image in images:
@@ -313,7 +313,7 @@ def _even(text: str) -> int:
 
 
 def _is_absent(image: "AnnotatedImage", name: str) -> bool:
-    from data_tools import words
+    from vlm_sft.utils import words
 
     return name not in image.categories and not any(
         words.mentions(caption, name) for caption in image.captions

@@ -4,12 +4,13 @@ import re
 from functools import cached_property
 from typing import Final
 
-from data_tools import wording, words
+from data_tools import wording
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.geometry import Region, order, region
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.plan.context import describe
 from data_tools.instruct.schema import Shown
+from vlm_sft.utils import words
 
 LIMITS: Final = VerifyConfig()
 """The verifier's defaults; what is written keeps to the same margins and numbers."""

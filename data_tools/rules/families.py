@@ -2,9 +2,10 @@
 
 from typing import Any, Final
 
-from data_tools import wording, words
+from data_tools import wording
 from data_tools.rules.facts import Facts
 from data_tools.rules.phrases import Exchange, Family, Speaker, spelled
+from vlm_sft.utils import words
 
 FAMILIES: Final[tuple[Family, ...]] = (
     "description", "existence", "counting", "halves", "relation",

@@ -6,8 +6,8 @@ from typing import Final, Literal, TypeVar
 
 import numpy as np
 
-from data_tools import wording, words
 from data_tools.instruct.schema import Kind, Turn
+from vlm_sft.utils import words
 
 AnswerStyle = Literal["short", "sentence", "evidence"]
 """`Yes.`; a sentence; or, for existence, what is seen and then the verdict (others stay short)."""
@@ -100,7 +100,7 @@ class Speaker:
 
 def spelled(text: str) -> str:
     """Return a category's name, or its plural, with the capitals that it has: `TVs`."""
-    known: dict[str, str] = wording.load("words")["capitals"]
+    known: dict[str, str] = words.table("capitals")
     return " ".join(known.get(word, word) for word in text.split(" "))
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
-from data_tools import wording, words
+from data_tools import wording
 from data_tools.coco import Box
 from data_tools.rules.facts import Facts
 from data_tools.rules.families import sentence
 from data_tools.rules.phrases import Exchange, Speaker, several, spelled
+from vlm_sft.utils import words
 
 MOST_PLACES: Final = 4
 """Sentences about places in a description, at most; more would be a list of coordinates."""

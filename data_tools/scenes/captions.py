@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools import wording, words
+from data_tools import wording
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.geometry import order, region
 from data_tools.scenes.compose import Instance, Scene
+from vlm_sft.utils import words
 
 CAPTIONS_PER_SCENE = 5
 

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools import words
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.config import CocoConfig, InstructConfig, TeacherConfig
 from data_tools.instruct.index import write_images
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Answer, Request, SampleType, Shown
 from data_tools.instruct.verify import command as verifying
+from vlm_sft.utils import words
 
 NAMES = ("dog", "cat", "cup", "chair", "person", "car", "bus", "bird", "bottle", "umbrella")
 ABSENT = ("zebra", "train", "pizza", "kite", "toilet")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import TypeVar
 
-from data_tools import wording, words
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.schema import Answer, Request, Sample, SampleType, Shown, Turn
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.instruct.verify.parse_answer import read_turns
+from vlm_sft.utils import words
 
 Item = TypeVar("Item")
 Texts = tuple[tuple[str, str, str], ...]
@@ -285,7 +285,7 @@ def _is_absent(image: AnnotatedImage, name: str) -> bool:
 def _forms(name: str) -> dict[str, bool]:
     """Spellings of a category in our texts and captions, and whether they are plural."""
     forms = {name: False, words.plural(name): True}
-    for word in wording.load("words")["synonyms"].get(name, [])[:12]:
+    for word in words.table("synonyms").get(name, [])[:12]:
         forms |= {word: False, words.plural(word): True}
     if words.plural(name) != name + "s":
         forms.pop(name + "s", None)
@@ -354,7 +354,7 @@ def _value(word: str) -> int:
 
 def _asked(turn: Turn, categories: Iterable[str] | None = None) -> list[str]:
     """Categories that a question names, the longest names first."""
-    names = categories if categories is not None else wording.load("words")["synonyms"]
+    names = categories if categories is not None else words.table("synonyms")
     found = [
         name
         for name in names

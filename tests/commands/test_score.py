@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.scores.files import read_answers, read_rows
-from vlm_sft.score import KINDS, main
+from vlm_sft.evaluation.scores.files import Answers, Row, read_answers, read_rows
+from vlm_sft.evaluation.scores.registry import KINDS, score
+from vlm_sft.score import main
+
+TRUTH = {"label": "yes", "image_id": 1, "caption": "a dog", "answers": ["a", "b"], "answer": "0",
+         "choices": ["a", "b"], "box": [0, 0, 1, 1], "objects": ["dog"], "answerable": True,
+         "instruction_id_list": ["punctuation:no_comma"]}  # fmt: skip
+"""A question of every kind at once."""
 
 
 def write(path: Path, *rows: object) -> str:
@@ -38,7 +44,11 @@ def test_json_and_a_file_hold_the_same_scores(
     assert found["readings"]["first_word"]["precision"] == 0.5
     written = json.loads(out.read_text())
     assert written.pop("made_by").startswith("vlm_sft score")
+    rows = written.pop("rows")
     assert written == found
+    assert [(row["id"], row["image"], row["score"]) for row in rows] == [
+        ("1", "a.jpg", 1.0), ("2", "b.jpg", 0.0),
+    ]  # fmt: skip
 
 
 def test_the_table_shows_each_reading(pope: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,4 +118,9 @@ def test_an_input_is_never_the_output(pope: list[str], tmp_path: Path) -> None:
 def test_an_unknown_kind_is_refused_with_the_known_ones(pope: list[str]) -> None:
     with pytest.raises(UserError, match="expected one of pope, caption"):
         main(["zzz", *pope])
-    assert len(KINDS) == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_scorer(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no answer belongs to a question"):
+        score(kind, Answers(tmp_path / "nothing.json", {}), [Row("t", TRUTH | {"id": "1"})])

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools import build_coco, words
+from data_tools import build_coco
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.rules.facts import Facts
 from data_tools.rules.families import MOST_NAMED, things
 from tests.data_tools.coco_files import CATEGORIES, arguments, write_coco
 from vlm_sft.errors import UserError
+from vlm_sft.utils import words
 
 
 def _read(files: dict[str, Path], name: str) -> Any:

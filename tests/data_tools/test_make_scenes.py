@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import make_scenes, words
+from data_tools import make_scenes
 from data_tools.scenes import art, backgrounds
 from data_tools.scenes import captions as scene_captions
 from data_tools.scenes.compose import Scene, SceneSettings, compose, scene_rng
 from vlm_sft.errors import UserError
+from vlm_sft.utils import words
 
 pytest.importorskip("resvg_py", reason="needs the extra 'demo'")
 

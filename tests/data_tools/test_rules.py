@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools import words
 from data_tools.coco import AnnotatedImage, Box, CocoIndex, read_coco
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.generate.teachers.rules import RulesTeacher
@@ -27,6 +26,7 @@ from data_tools.rules.facts import Facts
 from data_tools.rules.phrases import AnswerStyle, Exchange, Item, Speaker
 from data_tools.rules.reasoning import detail, reasoning
 from tests.data_tools.coco_files import CATEGORIES
+from vlm_sft.utils import words
 
 CASES = Path(__file__).parent / "verify_cases"
 COCO = read_coco(CASES / "instances.json", None).categories

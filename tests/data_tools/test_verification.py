@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import words
 from data_tools.coco import AnnotatedImage, Box
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Kind, SampleType, Shown, Turn
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.instruct.verify.codes import ALL, CODES, table
+from vlm_sft.utils import words
 
 ROOT = Path(__file__).parents[2]
 CATEGORIES = (

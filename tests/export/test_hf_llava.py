@@ -162,7 +162,6 @@ def test_the_folder_tells_what_was_proven(
     assert written["missing_keys"] == []
     assert set(written["versions"]) == {"torch", "transformers", "vlm-sft"}
     assert capsys.readouterr().out == ""
-    assert "`pad`" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_bfloat16_model_is_exported_in_bfloat16(
@@ -263,22 +262,3 @@ def test_the_comparison_is_made_in_a_new_process(
     report = export(tiny_model(), tokenizer, tmp_path / "out", reload=reload_in_new_process)
     assert report.model_class == "LlavaForConditionalGeneration"
     assert report.max_abs_logit_difference <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("keys", "loads"),
-    [
-        ({}, {"vLLM 0.32": "expected", "SGLang 0.5": "expected"}),
-        ({"tower": SIGLIP}, {"vLLM 0.32": "expected", "SGLang 0.5": "no"}),
-        ({"tower": DINO}, {"vLLM 0.32": "no", "SGLang 0.5": "no"}),
-        ({"tower": {**CLIP, "feature_layers": [-2, -1]}}, {"vLLM 0.32": "no"}),
-        ({"projector_type": "linear"}, {"vLLM 0.32": "no"}),
-    ],
-)
-def test_the_report_names_the_programs_that_cannot_load_the_folder(
-    keys: dict[str, Any], loads: dict[str, str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    report = export(tiny_model(**keys), tokenizer, tmp_path / "out")
-    found = {consumer.name: consumer.loads for consumer in report.consumers}
-    assert found["transformers"] == "yes"
-    assert loads.items() <= found.items()

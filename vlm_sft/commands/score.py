@@ -7,31 +7,20 @@ from typing import IO, Any
 from rich import box
 from rich.table import Table
 
-from vlm_sft.evaluation.intervals import cluster_bootstrap_interval
-from vlm_sft.evaluation.scores.captions import score_captions, tokenize
-from vlm_sft.evaluation.scores.exact import (
-    score_counting,
-    score_gqa,
-    score_grounding,
-    score_multiple_choice,
-)
-from vlm_sft.evaluation.scores.files import Answers, Row, match, read_answers, read_rows
-from vlm_sft.evaluation.scores.pope import score_pope
-from vlm_sft.evaluation.scores.vqa import score_vqa
+from vlm_sft.evaluation.scores.files import read_answers
+from vlm_sft.evaluation.scores.registry import read_truth, score
+from vlm_sft.evaluation.scores.results import Options
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.console import Console, echo, echo_json
 from vlm_sft.utils.ownership import MADE_BY, made_by
-
-LIST_KEYS = ("annotations", "questions", "data")
-"""Keys of an object that hold the rows, e.g. in COCO's and VQAv2's files."""
 
 
 def run(
     kind: str,
     answers_path: Path,
-    truth_path: Path,
+    truth_paths: Sequence[Path],
+    options: Options,
     *,
-    seed: int,
     as_json: bool,
     out: Path | None,
     stream: IO[str],
@@ -41,58 +30,16 @@ def run(
     Raises:
         UserError: A file is malformed, or no answer belongs to a question.
     """
-    found = score(kind, read_answers(answers_path), read_rows(truth_path, LIST_KEYS), seed=seed)
+    results = score(kind, read_answers(answers_path), read_truth(kind, truth_paths), options)
     if out is not None:
-        write_json(out, {MADE_BY: made_by("score"), **found})
+        write_json(out, {MADE_BY: made_by("score"), **results.scores, "rows": results.rows})
     if as_json:
-        echo_json(found)
+        echo_json(results.scores)
     else:
-        print_scores(found, stream)
+        print_scores(results.scores, stream)
         if out is not None:
             echo(out, file=stream)
     return 0
-
-
-def score(kind: str, answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
-    """Return the scores of one kind, as values for JSON.
-
-    Raises:
-        UserError: A row is malformed, or no answer belongs to a question.
-    """
-    if kind == "caption":
-        return score_caption_files(answers, truth, seed=seed)
-    scores = {
-        "pope": score_pope, "vqa": score_vqa, "gqa": score_gqa, "counting": score_counting,
-        "multiple_choice": score_multiple_choice, "grounding": score_grounding,
-    }  # fmt: skip
-    return scores[kind](answers, truth, seed=seed)
-
-
-def score_caption_files(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
-    """Return CIDEr-D, BLEU and ROUGE-L of captions by image id.
-
-    An image without a caption counts as one with an empty caption.
-    """
-    references: dict[str, list[list[str]]] = {}
-    for row in truth:
-        caption = tokenize(row.text("caption", "text", "answer"))
-        references.setdefault(row.text("image_id", "image", "id"), []).append(caption)
-    coverage = match(answers, list(references))
-    captions = [tokenize(answers.by_id.get(name, "")) for name in references]
-    found = score_captions(captions, list(references.values()))
-    interval = cluster_bootstrap_interval(found.cider_by_caption, list(references), seed=seed)
-    return {
-        "kind": "caption",
-        **coverage.as_dict(),
-        "references": sum(map(len, references.values())),
-        "cider_d": found.cider,
-        "cider_d_interval": [interval.low, interval.high],
-        **{f"bleu_{n}": value for n, value in enumerate(found.bleu, 1)},
-        "rouge_l": found.rouge_l,
-        "mean_words": sum(map(len, captions)) / len(captions),
-        "meteor": "not computed: needs Java (package pycocoevalcap)",
-        "spice": "not computed: needs Java (package pycocoevalcap)",
-    }
 
 
 def print_scores(found: Mapping[str, Any], stream: IO[str]) -> None:

@@ -11,6 +11,7 @@ from vlm_sft.commands.parser import (
     heavy_imports,
 )
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.export.formats import FORMATS
 from vlm_sft.utils.constants import MAX_SHARD_SIZE
 from vlm_sft.utils.ownership import require_new_directory
 
@@ -22,7 +23,10 @@ examples:
   # in bfloat16, in files of at most 2 GB
   vlm-sft export runs/stage2_lora/final exported --dtype bfloat16 --max-shard-size 2GB
 
-  # the same, with logits compared on another image
+  # for the original LLaVA code, adapters as adapters
+  vlm-sft export runs/stage2_lora/final llava-mine-lora --to llava
+
+  # the first one, with logits compared on another image
   vlm-sft export runs/stage2_lora/final exported --to hf --image dog.jpg
 """
 
@@ -53,7 +57,8 @@ def parser() -> CommandParser:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     add("out", type=Path, metavar="OUT_DIR", help="output folder, which must be new or empty")
-    add("--to", default="hf", choices=["hf"], help="output format (hf)")
+    formats = "; ".join(f"{name}: {form.about}" for name, form in FORMATS.items())
+    add("--to", default="hf", choices=list(FORMATS), help=f"output format ({formats})")
     add(
         "--image",
         type=Path,
@@ -77,6 +82,16 @@ def parser() -> CommandParser:
         default=MAX_SHARD_SIZE,
         metavar="SIZE",
         help=f"split larger weights into several files (default: {MAX_SHARD_SIZE})",
+    )
+    add(
+        "--merge",
+        action="store_true",
+        help="llava: write all weights, also of a run that trained adapters or the projector only",
+    )
+    add(
+        "--tower",
+        metavar="NAME",
+        help="llava: folder or hub name of the vision tower for config.json (default: the model's)",
     )
     return parser
 

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -47,7 +47,8 @@ from vlm_sft.utils.filesystem import (
     rename_folder,
     temporary_sibling,
 )
-from vlm_sft.utils.ownership import is_system_file, set_aside
+from vlm_sft.utils.libraries import installed_version
+from vlm_sft.utils.ownership import MADE_BY, is_system_file, made_by, set_aside
 
 VIDEO_PLACEHOLDER: Final = "<video>"
 """Special token without a use in these models, which `InternVLProcessor` requires."""
@@ -65,6 +66,27 @@ def set_stop_token(tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[i
         named.pad_token = named.eos_token
     if eot_token_ids:
         named.eos_token = named.convert_ids_to_tokens(eot_token_ids[0])
+
+
+def save_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, eot_token_ids: Sequence[int], base: str
+) -> PreTrainedTokenizerBase:
+    """Save a copy of a run's tokenizer that stops where the template does; return the copy.
+
+    Args:
+        folder: Gets the files, with the SentencePiece model of `base` if there is one: the
+            original LLaVA code reads no other file of a Llama tokenizer.
+        tokenizer: The run's tokenizer, which is not changed.
+        eot_token_ids: Ids that end an answer.
+        base: Folder of the language model, or another name.
+    """
+    made = copy.deepcopy(tokenizer)
+    set_stop_token(made, eot_token_ids)
+    made.save_pretrained(folder)
+    model = Path(base) / "tokenizer.model"
+    if base and model.is_file() and not (folder / model.name).exists():
+        shutil.copyfile(model, folder / model.name)
+    return made
 
 
 def name_internvl_tokens(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, str]) -> None:
@@ -204,7 +226,7 @@ def write_model(
     config: Any = stock.config
     config.architectures = [type(stock).__name__]
     config.save_pretrained(folder)
-    _add_older_keys(folder / "config.json")
+    add_older_keys(folder / "config.json")
     cast(GenerationConfig, stock.generation_config).save_pretrained(folder)
     processor.save_pretrained(folder)
     # Older programs do not know processor_config.json and look for the image processor here.
@@ -214,19 +236,26 @@ def write_model(
     write_weights(folder, released_state(stock, vision_level), max_shard_size)
 
 
-def _add_older_keys(path: Path) -> None:
+def add_older_keys(path: Path) -> None:
     """Add `rope_theta` and `rope_scaling`, which programs before transformers 5 read.
 
     Without them such a program uses its default and computes other positions.
     """
     tree = json.loads(path.read_text(encoding="utf-8"))
-    text = tree["text_config"]
+    text = tree.get("text_config", tree)
     rope = dict(text.get("rope_parameters") or {})
     if "rope_theta" in rope and "rope_theta" not in text:
         text["rope_theta"] = rope.pop("rope_theta")
         if rope.get("rope_type", "default") != "default":
             text["rope_scaling"] = rope
         write_json(path, tree)
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write `export.json`: the results of the comparison, and versions of libraries."""
+    versions = {name: installed_version(name) for name in ("torch", "transformers", "vlm-sft")}
+    made = {MADE_BY: made_by("export"), **facts, "versions": versions}
+    write_json(folder / "export.json", made)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, Required, TypedDict, Unpack, cast
 
 import torch
 from PIL import Image
@@ -13,38 +13,35 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.data.hf_tokenizer import exported_tokenizer
-from vlm_sft.data.image_layout import ImageLayout, LayoutRule, Size
-from vlm_sft.data.images import read_crops, to_crops
+from vlm_sft.data.image_layout import LayoutRule
+from vlm_sft.data.images import read_crops
 from vlm_sft.errors import UserError
-from vlm_sft.export.consumers import Consumer, consumers
+from vlm_sft.export.consumers import Consumer, hf_consumers
 from vlm_sft.export.folder import (
     atomic_folder,
     build_processor,
     generation_config,
     name_internvl_tokens,
     set_stop_token,
+    write_facts,
     write_model,
 )
 from vlm_sft.export.obstacles import export_obstacles
+from vlm_sft.export.sample import Sample, noise_sample, sample_logits
 from vlm_sft.export.stock import is_internvl, stock_vision
 from vlm_sft.export.stock_model import build_stock_model
-from vlm_sft.export.verify import Reload, Reloaded, noise_image, reload_in_new_process
-from vlm_sft.model.language_model import causal_lm
+from vlm_sft.export.verify import (
+    Reload,
+    Reloaded,
+    logit_limit,
+    noise_image,
+    reload_in_new_process,
+)
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.vlm import VisionLanguageModel
-from vlm_sft.utils.atomic_files import write_json, write_text
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
 from vlm_sft.utils.filesystem import naming
-from vlm_sft.utils.libraries import installed_version
-from vlm_sft.utils.ownership import MADE_BY, made_by, require_new_directory
-
-_RELATIVE_LIMIT: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest allowed difference of logits, relative to the largest logit, by exported dtype.
-
-Merging adapters and casting round; norms of small activations amplify that, on some CPU kernels to
-2e-4 with tiny fp32 models. A tensor that is missing, renamed or swapped makes a difference as large
-as the logits themselves.
-"""
+from vlm_sft.utils.ownership import require_new_directory
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,6 @@ class ExportReport:
     """Results of the verification of an export.
 
     Attributes:
-        folder: Path of the exported folder.
         model_class: Class of transformers that loads it.
         max_abs_logit_difference: Between the model and the reloaded stock class, on one image and
             prompt, over all positions and the whole vocabulary.
@@ -66,7 +62,6 @@ class ExportReport:
         consumers: Programs, and whether they load the folder.
     """
 
-    folder: str
     model_class: str
     max_abs_logit_difference: float
     max_abs_logit: float
@@ -78,30 +73,57 @@ class ExportReport:
     consumers: list[Consumer]
 
 
-class Sample(NamedTuple):
-    """An image and ids, on which the logits of the model and of the export are compared.
-
-    Attributes:
-        pixels: Crops of the image, `[N, 3, H, W]` uint8; N = 0 for none.
-        ids: `[1, T]`, with `IMAGE_TOKEN_ID` once for each token of the image.
-        layout: The layout of the image, if the model divides images.
-        size: Width and height of the image, likewise.
-    """
-
-    pixels: Tensor
-    ids: Tensor
-    layout: ImageLayout | None = None
-    size: Size | None = None
-
-
 TOKEN_SIZES: Final = ((336, 336), (640, 480), (480, 640), (161, 184), (700, 840), (1000, 90))
 """Width and height of images whose tokens are counted by the exported processor."""
+
+
+class HfOptions(TypedDict, total=False):
+    """Keyword arguments of `write_hf_llava`."""
+
+    image_aspect: Required[ImageAspect]
+    image_processing: ImageProcessing
+    chat_template: Required[str | None]
+    eot_token_ids: Sequence[int]
+    sample: Sample | tuple[Tensor, Tensor] | None
+    dtype: torch.dtype | None
+    max_shard_size: str
+    reload: Reload
 
 
 def export_hf_llava(
     model: VisionLanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     out_dir: str | Path,
+    *,
+    image_tokens: tuple[str, str] = ("", ""),
+    **options: Unpack[HfOptions],
+) -> ExportReport:
+    """Write and verify a folder as `write_hf_llava` does, which appears complete or not at all.
+
+    Args:
+        model: The trained model; it is not changed.
+        tokenizer: Tokenizer of the run.
+        out_dir: Output directory, which must be new or empty.
+        image_tokens: As for `write_hf_llava`.
+        **options: As for `write_hf_llava`.
+
+    Raises:
+        UserError: The directory is not empty, the stock classes cannot hold the model, or the
+            reloaded model differs.
+    """
+    place = require_new_directory(out_dir)
+    if obstacles := export_obstacles(model, image_tokens):
+        raise UserError("export: " + "; ".join(obstacles))
+    with atomic_folder(place) as folder:
+        report = write_hf_llava(model, tokenizer, folder, image_tokens=image_tokens, **options)
+        write_facts(folder, asdict(report))
+    return report
+
+
+def write_hf_llava(
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
     *,
     image_aspect: ImageAspect,
     image_processing: ImageProcessing = "fast",
@@ -118,13 +140,13 @@ def export_hf_llava(
     The class is `LlavaForConditionalGeneration`, for images in crops `LlavaNext...`,
     `LlavaOnevision...` or `InternVL...`, for convolutional towers `FastVlm...`.
 
-    Adapters are merged, and all weights are written in one dtype. The folder appears only if its
-    reload has no missing and no unexpected keys and gives the same logits.
+    Adapters are merged, and all weights are written in one dtype. The reload must have no missing
+    and no unexpected keys and give the same logits.
 
     Args:
-        model: The trained model; it is not changed.
+        model: A trained model without `export_obstacles`; it is not changed.
         tokenizer: Tokenizer of the run; a copy is exported (`exported_tokenizer`).
-        out_dir: Output directory, which must be new or empty.
+        folder: An existing empty folder.
         image_aspect: How images were made square in training.
         image_processing: How images were resized in training.
         chat_template: Jinja text of the run's chat template for the processor, or None.
@@ -139,15 +161,11 @@ def export_hf_llava(
         reload: Loads the folder for the comparison.
 
     Raises:
-        UserError: The directory is not empty, the stock classes cannot hold the model, or the
-            reloaded model differs.
+        UserError: The stock classes cannot hold the model, or the reloaded model differs.
     """
-    place = require_new_directory(out_dir)
-    if obstacles := export_obstacles(model, image_tokens):
-        raise UserError("export: " + "; ".join(obstacles))
     tower = stock_vision(model)
-    compared = _default_sample(model) if sample is None else Sample(*sample)
-    expected = _reference_logits(model, compared)
+    compared = noise_sample(model) if sample is None else Sample(*sample)
+    expected = sample_logits(model, compared)
 
     language_model = merged_language_model(model)
     dtype = dtype or language_model.get_input_embeddings().weight.dtype
@@ -163,65 +181,28 @@ def export_hf_llava(
     set_stop_token(tokenizer, eot_token_ids)
     llava.generation_config = generation_config(language_model, tokenizer, eot_token_ids)
     processor = build_processor(model, tower, tokenizer, image_aspect, chat_template)
+    with naming(folder):
+        write_model(folder, llava, processor, tower.released_level, max_shard_size)
 
-    with atomic_folder(place) as folder:
-        with naming(folder):
-            write_model(folder, llava, processor, tower.released_level, max_shard_size)
-        inputs = _reload_inputs(model, compared, image_token_id)
-        found = reload(folder, inputs)
-        _require_same_keys(found)
-        _require_same_tokens(model.layout_rule, found)
-        report = ExportReport(
-            folder=str(out_dir),
-            model_class=found.model_class,
-            max_abs_logit_difference=_largest_difference(found.logits, expected),
-            max_abs_logit=expected.abs().max().item(),
-            missing_keys=found.missing_keys,
-            unexpected_keys=found.unexpected_keys,
-            max_pixel_difference=_pixel_difference(
-                found.pixels, inputs["image"], model, image_aspect, image_processing
-            ),
-            image_token_id=image_token_id,
-            dtype=str(dtype).removeprefix("torch."),
-            consumers=consumers(llava.config),
-        )
-        _require_same_logits(report, dtype)
-        _write_notes(folder, report, image_aspect, model.layout_rule)
-    return report
-
-
-def _default_sample(model: VisionLanguageModel) -> Sample:
-    """Return a noise image, and ids with the image between text tokens."""
-    spec, rule = model.vision_tower.image_spec, model.layout_rule
-    text = torch.arange(16) % causal_lm(model.language_model).get_input_embeddings().weight.shape[0]
-    if rule.needs_sizes:
-        noise = Image.fromarray(noise_image(spec.size).numpy())
-        crops = to_crops(noise, rule, spec, "pad")
-        image = torch.full((crops.layout.num_tokens,), IMAGE_TOKEN_ID)
-        ids = torch.cat([text[:4], image, text[4:]])
-        return Sample(crops.pixels, ids.unsqueeze(0), crops.layout, noise.size)
-    size = spec.size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (1, 3, size, size), generator=generator, dtype=torch.uint8)
-    image = torch.full((rule.crop_tokens,), IMAGE_TOKEN_ID)
-    return Sample(pixels, torch.cat([text[:4], image, text[4:]]).unsqueeze(0))
-
-
-@torch.no_grad()
-def _reference_logits(model: VisionLanguageModel, sample: Sample) -> Tensor:
-    """Return the model's logits `[1, T, V]` in float32 on the CPU."""
-    training = model.training
-    model.eval()
-    device = next(model.language_model.parameters()).device
-    mask = torch.ones_like(sample.ids, dtype=torch.bool, device=device)
-    logits = model.logits(
-        sample.ids.to(device),
-        pixel_values=sample.pixels,
-        layouts=None if sample.layout is None else [sample.layout],
-        attention_mask=mask,
+    inputs = _reload_inputs(model, compared, image_token_id)
+    found = reload(folder, inputs)
+    _require_same_keys(found)
+    _require_same_tokens(model.layout_rule, found)
+    report = ExportReport(
+        model_class=found.model_class,
+        max_abs_logit_difference=_largest_difference(found.logits, expected),
+        max_abs_logit=expected.abs().max().item(),
+        missing_keys=found.missing_keys,
+        unexpected_keys=found.unexpected_keys,
+        max_pixel_difference=_pixel_difference(
+            found.pixels, inputs["image"], model, image_aspect, image_processing
+        ),
+        image_token_id=image_token_id,
+        dtype=str(dtype).removeprefix("torch."),
+        consumers=hf_consumers(llava.config),
     )
-    model.train(training)
-    return logits.float().cpu()
+    _require_same_logits(report, dtype)
+    return report
 
 
 def _reload_inputs(
@@ -301,34 +282,10 @@ def _pixel_difference(
 
 
 def _require_same_logits(report: ExportReport, dtype: torch.dtype) -> None:
-    limit = _RELATIVE_LIMIT.get(dtype, 1e-4) * max(1.0, report.max_abs_logit)
+    limit = logit_limit(dtype, report.max_abs_logit)
     if not report.max_abs_logit_difference <= limit:  # also refuses NaN
         raise UserError(
             "export: the reloaded model's logits differ by "
             f"{report.max_abs_logit_difference:.3g}, expected at most {limit:.3g} in "
             f"{report.dtype}; nothing was written"
         )
-
-
-def _write_notes(folder: Path, report: ExportReport, aspect: ImageAspect, rule: LayoutRule) -> None:
-    """Write `export.json` and `README.md`."""
-    shape = f"images were made square by `{aspect}`"
-    if rule.needs_sizes:
-        shape = f"images were divided into crops by `{rule.tiling}`"
-    libraries = {name: installed_version(name) for name in ("torch", "transformers", "vlm-sft")}
-    made = {MADE_BY: made_by("export"), **asdict(report), "versions": libraries}
-    write_json(folder / "export.json", made)
-    write_text(
-        folder / "README.md",
-        "# A LLaVA model, exported by vlm_sft\n\n"
-        "```python\n"
-        f"from transformers import AutoProcessor, {report.model_class}\n\n"
-        f"model = {report.model_class}.from_pretrained(folder)\n"
-        "processor = AutoProcessor.from_pretrained(folder)\n"
-        "```\n\n"
-        f"In training, {shape}; the processor does the same, with a "
-        f"difference of at most {report.max_pixel_difference:.0f} of 255 levels on a test image. "
-        "The reloaded model was compared with the trained one on one image and prompt: the largest "
-        f"difference of logits was {report.max_abs_logit_difference:.3g} (logits up to "
-        f"{report.max_abs_logit:.3g}, {report.dtype}).\n",
-    )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vlm_sft.errors import UserError
-from vlm_sft.export.consumers import Consumer, consumers
+from vlm_sft.export.consumers import Consumer, hf_consumers
 from vlm_sft.export.stock import (
     require_image_tokens,
     require_language_model,
@@ -63,4 +63,4 @@ def export_consumers(model: VisionLanguageModel) -> list[Consumer]:
     with torch.random.fork_rng(devices=[]):
         tower = stock_vision(model)
     text_config = stock_text_config(language_model, rows)
-    return consumers(stock_config(model, tower, text_config, image_token_id=rows))
+    return hf_consumers(stock_config(model, tower, text_config, image_token_id=rows))

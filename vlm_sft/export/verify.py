@@ -21,6 +21,20 @@ from vlm_sft.utils.libraries import library_call
 _PROGRAM: Final = Path(__file__).with_name("reload.py")
 
 
+_RELATIVE_LIMIT: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest allowed difference of logits, relative to the largest logit, by exported dtype.
+
+Merging adapters and casting round; norms of small activations amplify that, on some CPU kernels to
+2e-4 with tiny fp32 models. A tensor that is missing, renamed or swapped makes a difference as large
+as the logits themselves.
+"""
+
+
+def logit_limit(dtype: torch.dtype, largest: float) -> float:
+    """Return how much logits may differ after merging and casting, given the largest of them."""
+    return _RELATIVE_LIMIT.get(dtype, 1e-4) * max(1.0, largest)
+
+
 @dataclass(frozen=True)
 class Reloaded:
     """Results of stock transformers for an exported folder.

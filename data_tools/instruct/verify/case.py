@@ -30,7 +30,7 @@ from data_tools.instruct.verify.placings import CUES
 from data_tools.instruct.verify.questions import Asked, Question
 from data_tools.instruct.verify.reading import Reading
 from data_tools.instruct.verify.stances import STANCE_CUES
-from data_tools.words import plural
+from vlm_sft.utils.words import plural
 
 Part = Literal["question", "answer"]
 PRONOUNS = frozenset({"it", "its", "they", "their", "them", "he", "she", "his", "her", "him"})

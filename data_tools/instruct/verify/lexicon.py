@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from data_tools import wording, words
+from data_tools import wording
 from data_tools.instruct.verify.flags import DEPICTS, THING, FlagTable
 from data_tools.instruct.verify.grammar import (
     ADVERBS,
@@ -19,6 +19,7 @@ from data_tools.instruct.verify.grammar import (
 )
 from data_tools.instruct.verify.lazy import lazy
 from data_tools.instruct.verify.stances import Stance
+from vlm_sft.utils import words
 
 GrammaticalNumber = Literal["one", "many", "any"]
 
@@ -75,7 +76,7 @@ class Lexicon:
         self._phrases: dict[str, list[tuple[tuple[str, ...], Entry]]] = {}
         claims = wording.load("claims")
         self.depictions = frozenset(claims["depictions"])
-        self._heads = frozenset(claims["heads"])
+        self._heads = frozenset(words.table("heads"))
         self._also_verbs = frozenset(claims["also_verbs"])
         self._mostly_verbs = frozenset(words.plural(verb) for verb in claims["mostly_verbs"])
         self._verb_forms = self._also_verbs | {words.plural(verb) for verb in self._also_verbs}
@@ -209,7 +210,7 @@ class Lexicon:
         )
 
     def _names(self) -> dict[str, Entry]:
-        synonyms = wording.load("words")["synonyms"]
+        synonyms = words.table("synonyms")
         with_kinds = wording.load("claims")["with_kinds"]
         entries: dict[str, Entry] = {}
         for category in sorted(self.categories):
@@ -221,14 +222,14 @@ class Lexicon:
 
     def _wider(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
-        for word, names in wording.load("words")["broad"].items():
+        for word, names in words.table("broad").items():
             if self.categories.intersection(names) and word not in self.categories:
                 entries |= _forms(word, tuple(names), firm=False)
         return entries
 
     def _compounds(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
-        for phrase, name in wording.load("claims")["compounds"].items():
+        for phrase, name in words.table("compounds").items():
             known = (name,) if name in self.categories else ()
             entries |= _forms(phrase, known, firm=True, narrow=True)
         return entries

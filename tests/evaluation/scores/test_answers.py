@@ -17,6 +17,7 @@ from vlm_sft.evaluation.scores.exact import (
 )
 from vlm_sft.evaluation.scores.files import Answers, Row
 from vlm_sft.evaluation.scores.pope import READINGS, binary_scores, score_pope
+from vlm_sft.evaluation.scores.results import Options
 from vlm_sft.evaluation.scores.vqa import (
     remove_punctuation,
     score_vqa,
@@ -80,7 +81,7 @@ def test_a_missing_answer_is_wrong_and_counted() -> None:
         {"question_id": 1, "image": "a.jpg", "label": "yes"},
         {"question_id": 2, "image": "a.jpg", "label": "no"},
     )
-    found = score_pope(answers(_1="yes", _9="no"), truth)
+    found = score_pope(answers(_1="yes", _9="no"), truth, Options()).scores
     assert (found["unanswered"], found["unanswered_ids"]) == (1, ["2"])
     assert (found["extra_answers"], found["extra_ids"]) == (1, ["9"])
     assert found["readings"]["strict"]["accuracy"] == 0.5
@@ -89,9 +90,9 @@ def test_a_missing_answer_is_wrong_and_counted() -> None:
 
 def test_answers_to_other_questions_only_are_refused_with_both_ids() -> None:
     with pytest.raises(UserError, match=r"ids are 9 here and 1 in --truth"):
-        score_pope(answers(_9="no"), rows({"question_id": 1, "label": "yes"}))
+        score_pope(answers(_9="no"), rows({"question_id": 1, "label": "yes"}), Options())
     with pytest.raises(UserError, match="expected 'yes' or 'no'"):
-        score_pope(answers(_1="no"), rows({"question_id": 1, "label": "maybe"}))
+        score_pope(answers(_1="no"), rows({"question_id": 1, "label": "maybe"}), Options())
 
 
 @pytest.mark.parametrize("matches", range(11))
@@ -138,7 +139,7 @@ def test_vqa_file_with_groups() -> None:
          "answer_type": "other"},
         {"question_id": 2, "image_id": 6, "answers": ["yes"] * 9 + ["no"], "answer_type": "yes/no"},
     )  # fmt: skip
-    found = score_vqa(answers(_1="red", _2="no"), truth)
+    found = score_vqa(answers(_1="red", _2="no"), truth, Options()).scores
     assert found["accuracy"] == pytest.approx((1.0 + 0.3) / 2)
     assert found["by_answer_type"] == {
         "other": {"questions": 1, "accuracy": 1.0},
@@ -150,12 +151,12 @@ def test_vqa_file_with_groups() -> None:
         ([True] * 10, "not text"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            score_vqa(answers(_1="x"), rows({"question_id": 1, "answers": wrong}))
+            score_vqa(answers(_1="x"), rows({"question_id": 1, "answers": wrong}), Options())
 
 
 def test_equality_without_case_and_final_period() -> None:
     truth = rows({"id": "1", "answer": "Red car"}, {"id": "2", "answer": "left", "type": "place"})
-    found = score_gqa(answers(_1="red  car.", _2="right"), truth)
+    found = score_gqa(answers(_1="red  car.", _2="right"), truth, Options()).scores
     assert found["accuracy"] == 0.5
     assert found["by_category"] == {"place": {"questions": 1, "accuracy": 0.0}}
 
@@ -180,7 +181,7 @@ def test_multiple_choice_shows_the_share_of_each_position() -> None:
         {"id": "2", "choices": choices, "answer": "a cat"},
         {"id": "3", "choices": ["1", "2"], "answer": 1},
     )
-    found = score_multiple_choice(answers(_1="A", _2="A", _3="perhaps"), truth)
+    found = score_multiple_choice(answers(_1="A", _2="A", _3="perhaps"), truth, Options()).scores
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert (found["chosen"], found["true"], found["unclear"]) == (
         {"A": 2, "B": 0},
@@ -188,7 +189,9 @@ def test_multiple_choice_shows_the_share_of_each_position() -> None:
         1,
     )
     with pytest.raises(UserError, match="is not one of the 2 choices"):
-        score_multiple_choice(answers(_1="A"), rows({"id": 1, "choices": choices, "answer": "C"}))
+        score_multiple_choice(
+            answers(_1="A"), rows({"id": 1, "choices": choices, "answer": "C"}), Options()
+        )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_the_count_in_an_answer(answer: str, count: int | None) -> None:
 
 def test_counting_errors() -> None:
     truth = rows(*({"id": i, "answer": n} for i, n in enumerate([2, 3, 4])))
-    found = score_counting(answers(_0="two", _1="five", _2="many"), truth)
+    found = score_counting(answers(_0="two", _1="five", _2="many"), truth, Options()).scores
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert (found["mean_absolute_error"], found["mean_error"]) == (1.0, 1.0)
     assert (found["without_number"], found["within_one"]) == (1, pytest.approx(1 / 3))
@@ -218,12 +221,14 @@ def test_grounding_by_overlap() -> None:
         {"id": "3", "box": [0, 0, 1, 1]},
     )
     found = score_grounding(
-        answers(_1="It is at [0, 0, 10, 5].", _2="(10, 10, 20, 20)", _3="on the left"), truth
-    )
+        answers(_1="It is at [0, 0, 10, 5].", _2="(10, 10, 20, 20)", _3="on the left"),
+        truth,
+        Options(),
+    ).scores
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["mean_iou"] == pytest.approx((0.5 + 1.0 + 0.0) / 3)
     assert found["without_box"] == 1
     assert read_box("no box") is None
     for box in ([10, 0, 0, 10], [0, 0, 0, 10]):
         with pytest.raises(UserError, match="has no area"):
-            score_grounding(answers(_1="[0, 0, 1, 1]"), rows({"id": "1", "box": box}))
+            score_grounding(answers(_1="[0, 0, 1, 1]"), rows({"id": "1", "box": box}), Options())

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from vlm_sft.evaluation.intervals import cluster_bootstrap_interval
+from vlm_sft.evaluation.scores.files import Answers, Row, match
+from vlm_sft.evaluation.scores.results import Options, Results
+
 MAX_N: Final = 4
 """Longest n-grams of CIDEr and BLEU."""
 
@@ -96,6 +100,42 @@ def score_captions(
         cider_by_caption=tuple(cider),
         rouge_l_by_caption=tuple(rouge),
     )
+
+
+def score_caption(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
+    """Return CIDEr-D, BLEU and ROUGE-L of captions by image id.
+
+    An image without a caption counts as one with an empty caption.
+    """
+    references: dict[str, list[list[str]]] = {}
+    for row in truth:
+        caption = tokenize(row.text("caption", "text", "answer"))
+        references.setdefault(row.text("image_id", "image", "id"), []).append(caption)
+    coverage = match(answers, list(references))
+    captions = [tokenize(answers.by_id.get(name, "")) for name in references]
+    found = score_captions(captions, list(references.values()))
+    interval = cluster_bootstrap_interval(
+        found.cider_by_caption, list(references), seed=options.seed
+    )
+    scores = {
+        "kind": "caption",
+        **coverage.as_dict(),
+        "references": sum(map(len, references.values())),
+        "cider_d": found.cider,
+        "cider_d_interval": [interval.low, interval.high],
+        **{f"bleu_{n}": value for n, value in enumerate(found.bleu, 1)},
+        "rouge_l": found.rouge_l,
+        "mean_words": sum(map(len, captions)) / len(captions),
+        "meteor": "not computed: needs Java (package pycocoevalcap)",
+        "spice": "not computed: needs Java (package pycocoevalcap)",
+    }
+    rows = [
+        {"id": name, "image": name, "answer": answers.by_id.get(name), "score": cider, "rouge_l": r}
+        for name, cider, r in zip(
+            references, found.cider_by_caption, found.rouge_l_by_caption, strict=True
+        )
+    ]
+    return Results(scores, rows)
 
 
 def tokenize(caption: str) -> list[str]:

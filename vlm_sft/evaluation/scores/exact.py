@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from vlm_sft.evaluation.intervals import interval_of_shares
 from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
+from vlm_sft.evaluation.scores.results import Options, Results, image_of, mean, question_row
 
 _NUMBER_WORDS: Final = dict(
     zero=0, one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10,
@@ -36,7 +37,7 @@ _MULTIPLES: Final = ("hundred", "hundreds", "thousand", "thousands", "million", 
 Box = tuple[float, float, float, float]
 
 
-def score_gqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
+def score_gqa(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
     """Return the share of answers that equal the true one, without case and final period (GQA)."""
     questions = unique_ids(truth, "question_id", "id")
     return _report(
@@ -44,13 +45,11 @@ def score_gqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[
         answers,
         questions,
         lambda answer, row: _plain(answer) == _plain(row.text("answer", "label")),
-        seed=seed,
+        options,
     )
 
 
-def score_multiple_choice(
-    answers: Answers, truth: Sequence[Row], *, seed: int = 0
-) -> dict[str, Any]:
+def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
     """Return accuracy of letters or option texts, and how often each position was chosen.
 
     Truth rows have `answer` (a letter, an option's text, or its number from 0) and `choices`. If a
@@ -67,22 +66,25 @@ def score_multiple_choice(
         for name in questions
         if name in answers.by_id
     }
-    report = _report(
+    found = _report(
         "multiple_choice",
         answers,
         questions,
         lambda answer, row: read_choice(answer, _choices(row)) == _true_choice(row, _choices(row)),
-        seed=seed,
+        options,
     )
+    for result in found.rows:
+        result["chosen"] = _letter(chosen.get(result["id"]))
+        result["true"] = _letter(right[result["id"]])
     longest = max(map(len, choices.values()))
-    letters = [chr(ord("A") + number) for number in range(longest)]
+    letters = [str(_letter(number)) for number in range(longest)]
     said, true = Counter(chosen.values()), Counter(right.values())
-    return {
-        **report,
+    positions = {
         "unclear": said[None],
         "chosen": {letter: said[number] for number, letter in enumerate(letters)},
         "true": {letter: true[number] for number, letter in enumerate(letters)},
     }
+    return Results(found.scores | positions, found.rows)
 
 
 def read_choice(answer: str, choices: Sequence[str]) -> int | None:
@@ -109,7 +111,7 @@ def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def score_counting(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
+def score_counting(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
     """Return the share of exact counts, and the mean absolute error of the answers with a number.
 
     Raises:
@@ -121,23 +123,25 @@ def score_counting(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> 
         if (count := read_count(row.text("answer", "label", "count"))) is None:
             raise row.refusal("the true answer is not a count")
         counts[name] = count
-    report = _report(
+    found = _report(
         "counting",
         answers,
         questions,
         lambda answer, row: read_count(answer) == read_count(row.text("answer", "label", "count")),
-        seed=seed,
+        options,
     )
     said = {name: read_count(answers.by_id[name]) for name in questions if name in answers.by_id}
+    for result in found.rows:
+        result["count"], result["true"] = said.get(result["id"]), counts[result["id"]]
     errors = [abs(count - counts[name]) for name, count in said.items() if count is not None]
     signed = [count - counts[name] for name, count in said.items() if count is not None]
-    return {
-        **report,
+    more = {
         "without_number": sum(count is None for count in said.values()),
-        "mean_absolute_error": sum(errors) / len(errors) if errors else None,
-        "mean_error": sum(signed) / len(signed) if signed else None,
+        "mean_absolute_error": mean(errors),
+        "mean_error": mean(signed),
         "within_one": sum(error <= 1 for error in errors) / len(questions),
     }
+    return Results(found.scores | more, found.rows)
 
 
 def read_count(answer: str) -> int | None:
@@ -161,10 +165,8 @@ def read_count(answer: str) -> int | None:
     return None
 
 
-def score_grounding(
-    answers: Answers, truth: Sequence[Row], *, seed: int = 0, threshold: float = 0.5
-) -> dict[str, Any]:
-    """Return the share of boxes with an IoU of at least `threshold`, and the mean IoU.
+def score_grounding(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
+    """Return the share of boxes with an IoU of at least `options.iou`, and the mean IoU.
 
     Boxes are `[left, top, right, bottom]` in the units of the truth; `bbox` in a truth row is
     COCO's `[left, top, width, height]`. The first box in an answer counts.
@@ -176,19 +178,21 @@ def score_grounding(
     boxes = {name: _true_box(row) for name, row in questions.items()}
     said = {name: read_box(answers.by_id[name]) for name in questions if name in answers.by_id}
     overlaps = {name: _iou(said.get(name), box) for name, box in boxes.items()}
-    report = _report(
+    found = _report(
         "grounding",
         answers,
         questions,
-        lambda answer, row: _iou(read_box(answer), _true_box(row)) >= threshold,
-        seed=seed,
+        lambda answer, row: _iou(read_box(answer), _true_box(row)) >= options.iou,
+        options,
     )
-    return {
-        **report,
-        "threshold": threshold,
+    for result in found.rows:
+        result["iou"], result["true"] = overlaps[result["id"]], boxes[result["id"]]
+    more = {
+        "threshold": options.iou,
         "mean_iou": sum(overlaps.values()) / len(overlaps),
         "without_box": sum(box is None for box in said.values()),
     }
+    return Results(found.scores | more, found.rows)
 
 
 def read_box(answer: str) -> Box | None:
@@ -207,16 +211,15 @@ def _report(
     answers: Answers,
     questions: dict[str, Row],
     is_right: Callable[[str, Row], bool],
-    *,
-    seed: int,
-) -> dict[str, Any]:
+    options: Options,
+) -> Results:
     coverage = match(answers, list(questions))
     correct = [
         name in answers.by_id and is_right(answers.by_id[name], row)
         for name, row in questions.items()
     ]
-    images = [str(row.get("image", "image_id") or name) for name, row in questions.items()]
-    accuracy = interval_of_shares(correct, images, seed=seed)
+    images = [image_of(name, row) for name, row in questions.items()]
+    accuracy = interval_of_shares(correct, images, seed=options.seed)
     result: dict[str, Any] = {
         "kind": kind,
         **coverage.as_dict(),
@@ -232,7 +235,15 @@ def _report(
             group: {"questions": len(values), "accuracy": sum(values) / len(values)}
             for group, values in sorted(groups.items())
         }
-    return result
+    rows = [
+        question_row(name, row, answers, right)
+        for (name, row), right in zip(questions.items(), correct, strict=True)
+    ]
+    return Results(result, rows)
+
+
+def _letter(number: int | None) -> str | None:
+    return None if number is None else chr(ord("A") + number)
 
 
 def _plain(text: str) -> str:

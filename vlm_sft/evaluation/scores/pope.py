@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.intervals import interval_of_shares
 from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
+from vlm_sft.evaluation.scores.results import Options, Results, image_of, question_row
 
 Verdict = Literal["yes", "no", "unclear"]
 
@@ -47,7 +48,7 @@ READINGS: Final[Mapping[str, Callable[[str], Verdict]]] = {
 """Ways to read a verdict; results differ, so all of them are reported."""
 
 
-def score_pope(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
+def score_pope(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
     """Return accuracy, precision, recall, F1 and the share of yes under each reading.
 
     `yes` is the positive class. An unclear or missing answer is wrong and not a yes; with
@@ -56,7 +57,7 @@ def score_pope(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict
     Args:
         answers: Texts by question id.
         truth: Rows with `label` (or `answer`), and optionally `image` and `category`.
-        seed: Seed of the bootstrap.
+        options: Seed of the bootstrap, and the reading that decides the rows.
 
     Raises:
         UserError: A label is neither yes nor no, or no answer belongs to a question.
@@ -64,14 +65,24 @@ def score_pope(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict
     questions = unique_ids(truth, "question_id", "id")
     labels = {name: _label(row) for name, row in questions.items()}
     coverage = match(answers, list(questions))
-    images = [str(row.get("image") or name) for name, row in questions.items()]
-    readings = {}
-    for reading, read in READINGS.items():
-        verdicts: list[Verdict] = [
+    images = [image_of(name, row) for name, row in questions.items()]
+    verdicts: dict[str, list[Verdict]] = {
+        reading: [
             read(answers.by_id[name]) if name in answers.by_id else "unclear" for name in questions
         ]
-        readings[reading] = binary_scores(verdicts, list(labels.values()), images, seed=seed)
-    return {"kind": "pope", **coverage.as_dict(), "readings": readings}
+        for reading, read in READINGS.items()
+    }
+    readings = {
+        reading: binary_scores(said, list(labels.values()), images, seed=options.seed)
+        for reading, said in verdicts.items()
+    }
+    rows = [
+        question_row(
+            name, row, answers, verdict == labels[name], verdict=verdict, label=labels[name]
+        )
+        for (name, row), verdict in zip(questions.items(), verdicts[options.reading], strict=True)
+    ]
+    return Results({"kind": "pope", **coverage.as_dict(), "readings": readings}, rows)
 
 
 def binary_scores(

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from vlm_sft.evaluation.intervals import cluster_bootstrap_interval
 from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
+from vlm_sft.evaluation.scores.results import Options, Results, image_of, question_row
 
 _PUNCTUATION: Final = (
     ";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",",
@@ -89,14 +90,14 @@ def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
     return sum(min(1.0, (sum(equal) - own) / 3) for own in equal) / len(truths)
 
 
-def score_vqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
+def score_vqa(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
     """Return VQA accuracy over all questions, and by type of answer and question.
 
     Args:
         answers: Answers by question id.
         truth: Rows of VQAv2's annotation files: `question_id`, `answers` (texts, or objects with
             `answer`), and optionally `image_id`, `answer_type` and `question_type`.
-        seed: Seed of the bootstrap.
+        options: Seed of the bootstrap.
 
     Raises:
         UserError: A row has no human answers, or no answer belongs to a question.
@@ -109,8 +110,8 @@ def score_vqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[
         else 0.0
         for name, row in questions.items()
     }
-    images = [str(row.get("image_id", "image") or name) for name, row in questions.items()]
-    interval = cluster_bootstrap_interval(list(scores.values()), images, seed=seed)
+    images = [image_of(name, row) for name, row in questions.items()]
+    interval = cluster_bootstrap_interval(list(scores.values()), images, seed=options.seed)
     result: dict[str, Any] = {
         "kind": "vqa",
         **coverage.as_dict(),
@@ -127,7 +128,8 @@ def score_vqa(answers: Answers, truth: Sequence[Row], *, seed: int = 0) -> dict[
                 group: {"questions": len(values), "accuracy": sum(values) / len(values)}
                 for group, values in sorted(groups.items())
             }
-    return result
+    rows = [question_row(name, row, answers, scores[name]) for name, row in questions.items()]
+    return Results(result, rows)
 
 
 def _humans(row: Row) -> list[str]:

@@ -1,15 +1,15 @@
-"""Plurals, articles, numbers and lists in English, for the names of categories.
+"""Plurals, articles, numbers and lists in English, and the words for COCO's categories.
 
 The tables are our own: `inflect` 7.6 takes 3 s to import, knows neither pairs (`a pair of skis`)
 nor mass nouns (`some broccoli`), and makes `skiss`, `knivess` and the singulars `bu` and `cactu`.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.resources import files
 from typing import Any
-
-from data_tools import wording
 
 _ES_ENDINGS = ("s", "x", "z", "ch", "sh")
 _VOWEL_SOUND = re.compile(
@@ -18,10 +18,25 @@ _VOWEL_SOUND = re.compile(
 """Beginning of names that take `an`: a sound, not a letter (`a unicorn`, `an hourglass`)."""
 
 
+@cache
+def _tables() -> dict[str, Any]:
+    return json.loads(files(__package__).joinpath("words.json").read_text(encoding="utf-8"))
+
+
+def table(name: str) -> Any:
+    """Return a table of `words.json`, which is not to be changed.
+
+    `synonyms`: words for each of COCO's categories and nothing else; `broad`: wider words, with the
+    categories they may name; `compounds`: phrases that contain a synonym, with the category they
+    name, or `""`; `heads`: nouns that a synonym before them only describes (`dog food`).
+    """
+    return _tables()[name]
+
+
 def plural(name: str) -> str:
     """Return `buses` for `bus`, `butter knives` for `butter knife`, `pairs of skis` for `skis`.
 
-    Exceptions are in `wording/words.json`. A name that is a plural already stays.
+    Exceptions are in `words.json`. A name that is a plural already stays.
     """
     head, of, rest = name.partition(" of ")
     if of:
@@ -66,22 +81,22 @@ def be_one(name: str) -> str:
 
 def is_mass(name: str) -> bool:
     """Return whether a name has neither plural nor `a`: `broccoli`."""
-    return _last(name) in _table("mass")
+    return _last(name) in table("mass")
 
 
 def is_plural(name: str) -> bool:
     """Return whether a category's name is a plural, such as `skis`, `people` or `shoes`."""
     last = _last(name)
-    if last in _table("singular_names") or last in _table("irregular"):
+    if last in table("singular_names") or last in table("irregular"):
         return False
-    if last in _table("pairs") or last in _irregular_plurals():
+    if last in table("pairs") or last in _irregular_plurals():
         return True
     return len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is"))
 
 
 def number(count: int) -> str:
     """Return `two` for 2, digits above twelve."""
-    numbers = _table("numbers")
+    numbers = table("numbers")
     return str(numbers[count]) if 0 <= count < len(numbers) else str(count)
 
 
@@ -114,19 +129,19 @@ def mentions(text: str, name: str) -> bool:
 
 @cache
 def _spellings(name: str) -> re.Pattern[str]:
-    wider = [word for word, names in _table("broad").items() if name in names]
+    wider = [word for word, names in table("broad").items() if name in names]
     spellings = {name + "s", name.replace(" ", "")}
-    for word in (name, *_table("synonyms").get(name, ()), *wider):
+    for word in (name, *table("synonyms").get(name, ()), *wider):
         spellings |= {word, plural(word)}
     pattern = "|".join(re.escape(word) for word in sorted(spellings, key=lambda w: (-len(w), w)))
     return re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
 
 
 def _plural_word(word: str) -> str:
-    irregular: str | None = _table("irregular").get(word)
+    irregular: str | None = table("irregular").get(word)
     if irregular is not None:
         return irregular
-    if word.endswith("man") and word not in _table("regular_in_man"):
+    if word.endswith("man") and word not in table("regular_in_man"):
         return word.removesuffix("man") + "men"
     if word.endswith(_ES_ENDINGS):
         return word + "es"
@@ -150,7 +165,7 @@ def _singular(name: str) -> str:
 def _is_pair(name: str) -> bool:
     """Return whether one of it is a pair: `skis`, `ski goggles`, `glasses`, not `wine glasses`."""
     last = _last(name)
-    return name.lower() in _table("pairs") or (last in _table("pairs") and last != "glasses")
+    return name.lower() in table("pairs") or (last in table("pairs") and last != "glasses")
 
 
 def _last(name: str) -> str:
@@ -159,9 +174,5 @@ def _last(name: str) -> str:
 
 @cache
 def _irregular_plurals() -> dict[str, str]:
-    found = {many: one for one, many in _table("irregular").items() if many != one}
+    found = {many: one for one, many in table("irregular").items() if many != one}
     return found | {"cattle": "cow"}
-
-
-def _table(name: str) -> Any:
-    return wording.load("words")[name]

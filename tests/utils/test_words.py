@@ -1,6 +1,6 @@
 import pytest
 
-from data_tools import words
+from vlm_sft.utils import words
 
 
 @pytest.mark.parametrize(

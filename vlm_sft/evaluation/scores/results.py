@@ -1,0 +1,68 @@
+"""What a kind of score is computed with, and what it returns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from vlm_sft.evaluation.scores.files import Answers, Row
+
+Reading = Literal["strict", "first_word", "verdict_last", "pope_official"]
+
+DEFAULT_READING: Final[Reading] = "first_word"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a kind of score.
+
+    Attributes:
+        seed: Seed of the bootstrap intervals, which resample images.
+        reading: `pope`: the reading of a verdict that decides the rows; the scores have all.
+        iou: `grounding`: the smallest IoU of a box that counts as right.
+    """
+
+    seed: int = 0
+    reading: Reading = DEFAULT_READING
+    iou: float = 0.5
+
+
+@dataclass(frozen=True)
+class Results:
+    """The scores of a set of answers.
+
+    Attributes:
+        scores: Values for JSON: `kind`, `questions`, `unanswered`, the scores, and for a score
+            `NAME` its interval `NAME_interval: [low, high]`.
+        rows: One object per question, in the order of the truth: `id`, `image`, `answer` (None if
+            there is none), `score` (from 0, wrong, to 1, right; CIDEr-D goes up to 10), and what
+            the kind knows about it.
+    """
+
+    scores: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def question_row(
+    name: str, row: Row, answers: Answers, score: float, **more: Any
+) -> dict[str, Any]:
+    """Return the result of one question, with its category if the truth has one."""
+    category = row.get("category", "type")
+    return {
+        "id": name,
+        "image": image_of(name, row),
+        "answer": answers.by_id.get(name),
+        "score": float(score),
+        **({} if category is None else {"category": str(category)}),
+        **more,
+    }
+
+
+def image_of(name: str, row: Row) -> str:
+    """Return the image of a question, by which intervals are clustered; its id if it has none."""
+    found = row.get("image", "image_id")
+    return name if found is None else str(found)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean, or None if there are no values."""
+    return sum(values) / len(values) if values else None
