@@ -1,14 +1,55 @@
 """Find the annotated images whose file agrees with the annotations."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_tools.coco import AnnotatedImage, CocoIndex
+from data_tools.coco import AnnotatedImage, CocoIndex, read_coco
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.utils.escape import escape_control_line
 from vlm_sft.utils.image_paths import image_path, nearest_existing
 from vlm_sft.utils.progress import track
+
+
+def read_annotated(
+    instances: Path | None,
+    captions: Path | None,
+    folder: Path,
+    *,
+    max_faulty: float,
+    names: tuple[str, str],
+    follow_symlinks: bool = False,
+) -> tuple[CocoIndex, tuple[AnnotatedImage, ...]]:
+    """Read the annotations, and find their images that can be used.
+
+    Args:
+        instances: As `read_coco`.
+        captions: As `read_coco`.
+        folder: The folder of the images.
+        max_faulty: Share of the boxes, captions or images that may be dropped for one kind of
+            fault.
+        names: What the user calls `folder` and `max_faulty`, e.g. `--images` and `--max-faulty `.
+        follow_symlinks: Whether images may be symbolic links that lead out of `folder`.
+
+    Raises:
+        UserError: As `read_coco`, too many images are faulty, or none can be used.
+    """
+    of_folder, of_share = names
+    remedy = f"; {of_share}1 drops everything that is faulty"
+    index = read_coco(instances, captions, max_faulty, remedy)
+    usable = usable_images(index, folder, follow_symlinks=follow_symlinks)
+    remedy = (
+        f"; give the folder of these images as {of_folder}, or use only the existing ones with "
+        f"{of_share}1"
+    )
+    index.findings.require_few({"image": len(index.images)}, max_faulty, remedy)
+    if not usable:
+        raise UserError(
+            f"{of_folder} {folder}: not one of the {len(index.images):,} annotated images can be "
+            "used; give annotations that list images, and the folder of these images",
+            code="no_records",
+        )
+    return index, usable
 
 
 def usable_images(
@@ -33,31 +74,6 @@ def usable_images(
     return tuple(usable)
 
 
-def require_few_missing(images: Iterable[AnnotatedImage], folder: Path, max_faulty: float) -> None:
-    """Refuse a folder in which too many of the annotated images are missing.
-
-    Raises:
-        UserError: The folder does not exist, or lacks more than the share `max_faulty` of them.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"--images {folder}: not a folder{nearest_existing(folder)}; give the folder with the "
-            "images",
-            code="image_missing",
-        )
-    images = list(images)
-    missing = [p.file_name for p in images if not (folder / p.file_name).exists()]
-    if len(missing) > max_faulty * len(images):
-        shown = ", ".join(escape_control_line(name, 200) for name in missing[:3])
-        more = ", ..." if len(missing) > 3 else ""
-        raise UserError(
-            f"--images {folder}: {len(missing)} annotated images are not there ({shown}{more})"
-            f"{nearest_existing(folder / missing[0])}; give the folder that holds them, "
-            "annotations of these images only, or --max-faulty 1 to build from the others",
-            code="image_missing",
-        )
-
-
 def _problem(
     image: AnnotatedImage, folder: Path, upright_size: Callable[[Path], Any], follow_symlinks: bool
 ) -> tuple[str, str] | None:
@@ -67,7 +83,8 @@ def _problem(
         size = upright_size(path)
     except ImageError as error:
         if error.reason == "image_missing":
-            return "image_missing", f"{error}{nearest_existing(folder / image.file_name)}"
+            near = nearest_existing(folder / image.file_name)
+            return "image_missing", f"no such file in {folder}{near}"
         return "image_unreadable", str(error)
     annotated = f"{image.width} x {image.height}"
     fits = (size.width, size.height) == (image.width, image.height)

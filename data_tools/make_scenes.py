@@ -1,54 +1,17 @@
 """Compose images from emoji art and write them with COCO's own annotations."""
 
-import argparse
-import hashlib
-import json
-import multiprocessing
 import os
-import re
-import signal
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
-from data_tools.scenes import art
-from data_tools.scenes import captions as scene_captions
-from data_tools.scenes.backgrounds import KINDS
-from data_tools.scenes.compose import (
-    COCO_MAX_SIDE,
-    Scene,
-    SceneSettings,
-    compose,
-    scene_rng,
-)
-from vlm_sft.commands.parser import CommandParser
+from vlm_sft.commands.parser import CommandParser, heavy_imports, number, whole_number
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import echo
-from vlm_sft.utils.filesystem import naming
-from vlm_sft.utils.owned_files import OwnedFiles, own_output, write_owned, write_owned_json
-from vlm_sft.utils.ownership import read_marker
-from vlm_sft.utils.progress import track
-from vlm_sft.utils.reading import read_json
 
-FORMAT = 1
-"""Raised when the same settings would give other images."""
-
-KIND = "scene set"
-"""What the marker of an output folder says that it holds."""
-
-MAX_OBJECTS = 4
-"""Most categories in an image, by default."""
-
-_TEMPORARY: Final = re.compile(r"\.(?P<image>[0-9]{12}\.jpg)\.(?P<process>[0-9]{1,20})\.part")
-
-EXAMPLES = """examples:
-  python -m data_tools.make_scenes --out scenes/train --artist openmoji --count 2000 --seed 1
-  python -m data_tools.make_scenes --out scenes/unseen --artist twemoji --count 300 --seed 2 \\
-      --max-side 320
-  python -m data_tools.make_scenes --out scenes/pets --artist twemoji --count 50 --seed 3 \\
+EXAMPLES: Final = """examples:
+  vlm-sft data make_scenes --out scenes/train --artist openmoji --count 2000 --seed 1
+  vlm-sft data make_scenes --out scenes/unseen --artist twemoji --count 300 --seed 2 --max-side 320
+  vlm-sft data make_scenes --out scenes/pets --artist twemoji --count 50 --seed 3 \\
       --categories dog,cat,bird --min-objects 1 --max-objects 3
 """
 
@@ -56,366 +19,80 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str]) -> int:
     """Make the scenes `argv` asks for; returns the exit code."""
     arguments = parser().read(argv)
-    settings = _settings(arguments)
-    out = Path(arguments.out)
-    receipt = {"format": FORMAT, "count": arguments.count, **asdict(settings)}
-    receipt = json.loads(json.dumps(receipt))
     if not arguments.out:
         raise UserError("--out: the name is empty; give a folder to write")
-    if _is_done(out, receipt):
-        echo(f"{out}: done already, {arguments.count} images with these settings", file=sys.stdout)
-        return 0
-    artist = art.ARTISTS[settings.artist]
-    art.check_drawings(artist, settings.categories)
-    _own(out, artist.name, arguments)
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    recorded = {"sha256": _hash(receipt), "complete": False, **receipt}
-    write_owned_json(out / "settings.json", recorded)
-    instances, captions, digest = _write_images(
-        out, settings, arguments.count, arguments.workers, overwrite=arguments.overwrite
-    )
-    head = _head(settings)
-    annotations = out / "annotations"
-    write_owned_json(annotations / f"instances_{artist.name}.json", head | instances, indent=None)
-    write_owned_json(annotations / f"captions_{artist.name}.json", head | captions, indent=None)
-    write_owned(out / "ATTRIBUTION.md", art.attribution(artist).encode())
-    write_owned_json(out / "settings.json", recorded | {"complete": True, "images_sha256": digest})
-    crowds = sum(entry["iscrowd"] for entry in instances["annotations"])
-    echo(
-        f"{out}: {arguments.count} images, {len(instances['annotations'])} objects "
-        f"({crowds} of them crowds), {len(settings.categories)} categories by {artist.name}, "
-        f"{len(captions['annotations'])} captions",
-        file=sys.stdout,
-    )
+    with heavy_imports():
+        from data_tools.scenes.files import make_scenes
+    make_scenes(arguments)
     return 0
 
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m data_tools.make_scenes", __doc__, EXAMPLES)
-    parser.add_argument("--out", required=True, help="folder to write: images/, annotations/")
-    parser.add_argument(
-        "--artist", required=True, choices=sorted(art.ARTISTS), help="whose drawings"
+    parser = CommandParser("vlm-sft data make_scenes", __doc__, EXAMPLES)
+    add, share = parser.add_argument, number(0, 1)
+    add("--out", required=True, metavar="DIR", help="folder to write: images/, annotations/")
+    add("--artist", required=True, choices=["openmoji", "twemoji"], help="whose drawings")
+    add("--count", required=True, type=whole_number(1), metavar="N", help="number of images")
+    add("--seed", required=True, type=whole_number(0), metavar="N", help="0 or more")
+    add("--categories", metavar="NAMES", help="dog,cat,... or a JSON file (default: all)")
+    add(
+        "--min-objects",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="fewest categories of an image (default: 1)",
     )
-    parser.add_argument("--count", required=True, type=int, help="number of images")
-    parser.add_argument("--seed", required=True, type=int, help="0 or more")
-    parser.add_argument("--categories", help="names (dog,cat,...) or a JSON file; default: all")
-    parser.add_argument("--min-objects", type=int, default=1, help="fewest categories (1)")
-    parser.add_argument("--max-objects", type=int, help="most categories (4, or all if fewer)")
-    parser.add_argument("--max-instances", type=int, default=3, help="most of a category (3)")
-    parser.add_argument(
+    add(
+        "--max-objects",
+        type=whole_number(1),
+        metavar="N",
+        help="most categories of an image (default: 4, or all if fewer)",
+    )
+    add(
+        "--max-instances",
+        type=whole_number(1, 20),
+        default=3,
+        metavar="N",
+        help="most objects of a category (default: 3)",
+    )
+    add(
         "--scale",
-        type=float,
+        type=number(0.05, 0.9),
         nargs=2,
         default=(0.2, 0.55),
         metavar=("MIN", "MAX"),
-        help="objects' longer side as a share of the image's shorter side (0.2 0.55)",
+        help="objects' longer side as a share of the image's shorter side (default: 0.2 0.55)",
     )
-    parser.add_argument(
+    add(
         "--max-side",
-        type=int,
-        default=COCO_MAX_SIDE,
-        help="longer side in pixels (640, as COCO)",
+        type=whole_number(96, 4096),
+        default=640,
+        metavar="N",
+        help="longer side in pixels (default: 640, as COCO)",
     )
-    parser.add_argument(
-        "--augment", type=float, default=0.5, help="0..1: how much drawings are varied (0.5)"
-    )
-    parser.add_argument(
-        "--crowd-share", type=float, default=0.05, help="0..1: images with a crowd (0.05)"
-    )
-    parser.add_argument(
+    add("--augment", type=share, default=0.5, help="how much drawings vary, 0 to 1 (default: 0.5)")
+    add("--crowd-share", type=share, default=0.05, help="images with a crowd (default: 0.05)")
+    add(
         "--visible-share",
-        type=float,
+        type=number(0.1, 1),
         default=0.6,
-        help="0.1..1: least part of an object that others leave visible (0.6)",
+        help="least part of an object that others leave visible, 0.1 to 1 (default: 0.6)",
     )
-    parser.add_argument("--backgrounds", help=f"of {','.join(sorted(KINDS))}; default: all")
-    parser.add_argument(
+    add("--backgrounds", metavar="NAMES", help="meadow,water,... (default: all)")
+    add(
         "--overwrite",
         action="store_true",
         help="replace files in the folder that were edited or that this command did not write",
     )
-    parser.add_argument(
+    add(
         "--workers",
-        type=int,
+        type=whole_number(1, 1024),
         default=os.cpu_count() or 1,
-        help="processes; no effect on results",
+        metavar="N",
+        help="processes; they change no byte of the results (default: all cores)",
     )
     return parser
-
-
-def _own(out: Path, artist: str, arguments: argparse.Namespace) -> None:
-    """Check that the folder's files may be written; images are compared when they are made."""
-    is_old = read_marker(out) is None and (out / "settings.json").exists()
-    inputs = [name for name in [arguments.categories] if name and name.endswith(".json")]
-    names = [f"annotations/{kind}_{artist}.json" for kind in ("instances", "captions")]
-    names += ["ATTRIBUTION.md", "settings.json"]
-    # If there is no marker, `_is_done` has read the settings: an older version made the folder.
-    own_output(out, KIND, names, inputs=inputs, adopt=is_old, overwrite=arguments.overwrite)
-
-
-def _settings(arguments: argparse.Namespace) -> SceneSettings:
-    categories = art.load_categories(arguments.categories)
-    max_objects = arguments.max_objects
-    if max_objects is None:
-        max_objects = min(max(MAX_OBJECTS, arguments.min_objects), len(categories))
-    limits = (
-        ("--count", arguments.count, 1, 999_999_999_999),
-        ("--seed", arguments.seed, 0, 2**63),
-        ("--min-objects", arguments.min_objects, 1, len(categories)),
-        ("--max-objects", max_objects, arguments.min_objects, len(categories)),
-        ("--max-instances", arguments.max_instances, 1, 20),
-        ("--scale MIN", arguments.scale[0], 0.05, 0.9),
-        ("--scale MAX", arguments.scale[1], arguments.scale[0], 0.9),
-        ("--max-side", arguments.max_side, 96, 4096),
-        ("--augment", arguments.augment, 0, 1),
-        ("--crowd-share", arguments.crowd_share, 0, 1),
-        ("--visible-share", arguments.visible_share, 0.1, 1),
-        ("--workers", arguments.workers, 1, 1024),
-    )
-    for name, value, low, high in limits:
-        if not low <= value <= high:
-            raise UserError(f"{name}: found {value}, expected {low} to {high}")
-    return SceneSettings(
-        artist=arguments.artist,
-        seed=arguments.seed,
-        categories=categories,
-        min_objects=arguments.min_objects,
-        max_objects=max_objects,
-        max_instances=arguments.max_instances,
-        min_scale=arguments.scale[0],
-        max_scale=arguments.scale[1],
-        max_side=arguments.max_side,
-        augment=arguments.augment,
-        crowd_share=arguments.crowd_share,
-        visible_share=arguments.visible_share,
-        backgrounds=_backgrounds(arguments.backgrounds),
-    )
-
-
-def _backgrounds(text: str | None) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
-    for name in names:
-        if name not in KINDS:
-            raise UserError(f"--backgrounds: found {name!r}, expected some of {sorted(KINDS)}")
-    return names
-
-
-def _is_done(out: Path, receipt: dict[str, Any]) -> bool:
-    """Return whether `out` holds exactly these scenes, unchanged since they were written.
-
-    Raises:
-        UserError: It holds scenes of other settings, or a `settings.json` of others.
-    """
-    path = out / "settings.json"
-    if not path.exists():
-        return False
-    try:
-        found = read_json(path)
-        same = found["sha256"] == _hash(receipt)
-        complete = found["complete"] is True
-    except (UserError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: is damaged or was not written by this command, so the folder's settings are "
-            "unknown; nothing was changed. Give --out a new folder",
-            code="not_ours",
-        ) from error
-    if not same:
-        changed = [key for key in receipt if found.get(key) != receipt[key]]
-        raise UserError(
-            f"{out}: holds scenes of other settings ({', '.join(changed) or 'unknown'} differ); "
-            "nothing was changed. Give --out a new folder"
-        )
-    return complete and _is_unchanged(out, receipt, found.get("images_sha256"))
-
-
-def _is_unchanged(out: Path, receipt: dict[str, Any], images_sha256: Any) -> bool:
-    """Return whether annotations and images have the content that was recorded of them."""
-    names = [f"annotations/{kind}_{receipt['artist']}.json" for kind in ("instances", "captions")]
-    files = OwnedFiles(out)
-    if not all(_has_content(out / name) and files.is_ours(name) for name in names):
-        return False
-    digest = hashlib.sha256()
-    for index in range(1, receipt["count"] + 1):
-        path = out / "images" / _file_name(index)
-        if not _has_content(path):
-            return False
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest() == images_sha256
-
-
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _hash(receipt: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(receipt, sort_keys=True).encode()).hexdigest()
-
-
-def _write_images(
-    out: Path, settings: SceneSettings, count: int, workers: int, *, overwrite: bool
-) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Write every image.
-
-    Returns:
-        The content of `instances` and `captions` next to the common head, and one digest of the
-        images' digests.
-    """
-    images: list[dict[str, Any]] = []
-    instances: list[dict[str, Any]] = []
-    captions: list[dict[str, Any]] = []
-    digest = hashlib.sha256()
-    leftovers = _leftovers(out / "images")
-    tasks = (
-        (str(out / "images"), settings, index, overwrite, leftovers.get(_file_name(index), ()))
-        for index in range(1, count + 1)
-    )
-    description = f"composing {settings.artist} scenes"
-    for image, objects, sentences, sha256 in track(_in_order(tasks, workers), count, description):
-        digest.update(sha256)
-        images.append(image)
-        for entry in objects:
-            instances.append({"id": len(instances) + 1, **entry})
-        for sentence in sentences:
-            entry = {"id": len(captions) + 1, "image_id": image["id"], "caption": sentence}
-            captions.append(entry)
-    categories = [
-        {"supercategory": category.supercategory, "id": category.id, "name": category.name}
-        for category in settings.categories
-    ]
-    return (
-        {"images": images, "annotations": instances, "categories": categories},
-        {"images": images, "annotations": captions},
-        digest.hexdigest(),
-    )
-
-
-def _leftovers(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Return, by image, the temporary files of processes that have ended."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name in sorted(os.listdir(folder)):
-        match = _TEMPORARY.fullmatch(name)
-        if match and not _is_running(int(match["process"])):
-            found[match["image"]] = (*found.get(match["image"], ()), name)
-    return found
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
-
-
-_Task = tuple[str, SceneSettings, int, bool, tuple[str, ...]]
-_Entry = tuple[dict[str, Any], list[dict[str, Any]], list[str], bytes]
-
-
-def _in_order(tasks: Iterable[_Task], workers: int) -> Iterator[_Entry]:
-    if workers == 1:
-        yield from map(_make_one, tasks)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, _leave_ctrl_c_to_parent) as pool:
-        yield from pool.imap(_make_one, tasks, chunksize=8)
-
-
-def _leave_ctrl_c_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _make_one(task: _Task) -> _Entry:
-    """Compose one scene, write its image, and return its annotations and the image's SHA-256."""
-    folder, settings, index, overwrite, leftovers = task
-    scene = compose(settings, index)
-    path = Path(folder) / _file_name(index)
-    for name in leftovers:
-        _remove_leftover(path.with_name(name), scene.jpeg)
-    _write_image(path, scene.jpeg, overwrite=overwrite)
-    image = {
-        "license": art.ARTISTS[settings.artist].license_id,
-        "file_name": path.name,
-        "height": scene.height,
-        "width": scene.width,
-        "id": index,
-    }
-    sentences = scene_captions.describe(scene, scene_rng(settings.seed, index, purpose=1))
-    return image, _objects(scene), sentences, hashlib.sha256(scene.jpeg).digest()
-
-
-def _remove_leftover(path: Path, jpeg: bytes) -> None:
-    """Delete a temporary file if its content is a beginning of the image, and thus ours."""
-    small = path.is_file() and not path.is_symlink() and path.stat().st_size <= len(jpeg)
-    if small and jpeg.startswith(path.read_bytes()):
-        path.unlink(missing_ok=True)
-
-
-def _write_image(path: Path, jpeg: bytes, *, overwrite: bool) -> None:
-    """Write an image unless it is there; a scene has the same bytes in every run.
-
-    Raises:
-        UserError: Another file, a directory or a link has its name.
-        OSError: The disk is full or fails; no temporary file is left.
-    """
-    if path.is_dir() and not path.is_symlink():
-        raise UserError(
-            f"{path}: is a directory, but this command writes an image there; move it away",
-            code="not_ours",
-        )
-    if path.is_file() and path.stat().st_size == len(jpeg) and path.read_bytes() == jpeg:
-        return
-    if not overwrite and os.path.lexists(path) and not _is_empty(path):
-        raise UserError(
-            f"{path}: exists and is not the image that these settings give; it was changed or "
-            "made by another version. Move it away, or replace it with --overwrite",
-            code="not_ours",
-        )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with naming(path):
-            temporary.write_bytes(jpeg)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
-
-
-def _objects(scene: Scene) -> list[dict[str, Any]]:
-    return [
-        {
-            "image_id": scene.index,
-            "category_id": instance.category.id,
-            "bbox": list(instance.box()),
-            "area": float(instance.mask.sum()),
-            "iscrowd": int(instance.crowd),
-        }
-        for instance in scene.instances
-    ]
-
-
-def _file_name(index: int) -> str:
-    return f"{index:012d}.jpg"
-
-
-def _head(settings: SceneSettings) -> dict[str, Any]:
-    artist = art.ARTISTS[settings.artist]
-    return {
-        "info": {
-            "description": f"Scenes composed of {artist.name} drawings, with exact truth",
-            "version": str(FORMAT),
-            "year": 2026,
-            "contributor": artist.credit,
-            "url": artist.license_url,
-        },
-        "licenses": [
-            {"id": artist.license_id, "name": artist.license_name, "url": artist.license_url}
-        ],
-    }
 
 
 if __name__ == "__main__":

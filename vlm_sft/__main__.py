@@ -28,7 +28,7 @@ examples:
 
 Each command is also a module, e.g. for several GPUs:
   torchrun --nproc-per-node 8 -m vlm_sft.stage1 configs/llava-1.5/stage1.yaml
-`vlm-sft data` is the module data_tools.instruct."""
+`vlm-sft data` is the module data_tools."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,8 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if name in SUBCOMMANDS:
         return int(import_module(module_of(name)).main(arguments))
     if name == DATA:
-        instruct = import_module("data_tools.instruct.__main__")
-        return int(instruct.main(arguments, prog=f"{SCRIPT} {DATA}"))
+        return int(import_module("data_tools.__main__").main(arguments))
     if name == COMPLETION:
         return _print_completion(arguments)
     parser().read(argv[:1])  # handles --help and --version, and refuses everything else
@@ -90,10 +89,13 @@ def _print_completion(argv: Sequence[str]) -> int:
         name: module.parsers() if hasattr(module, "parsers") else module.parser()
         for name, module in modules.items()
     }
-    parsers[DATA] = import_module("data_tools.instruct.stages").parsers(f"{SCRIPT} {DATA}")
+    parsers[DATA] = import_module("data_tools.__main__").all_parsers()
     parsers[COMPLETION] = completion_parser()
-    instruct = import_module("data_tools.instruct.config").InstructConfig
-    print(completion_script(shell, parsers, COMMANDS, all_settings({DATA: instruct})))
+    settings = {
+        DATA: all_settings({DATA: import_module("data_tools.instruct.config").InstructConfig}),
+        "mix": all_settings({"mix": import_module("data_tools.mix.config").MixConfig}),
+    }
+    print(completion_script(shell, parsers, COMMANDS, settings))
     return 0
 
 

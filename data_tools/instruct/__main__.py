@@ -1,29 +1,23 @@
-"""Build instruction data: `python -m data_tools.instruct COMMAND CONFIG.yaml [KEY=VALUE ...]`."""
+"""Build instruction data: `vlm-sft data COMMAND CONFIG.yaml [KEY=VALUE ...]`."""
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from data_tools.instruct.stages import COMMANDS, PROG, STAGES, parser, parsers
+from data_tools.instruct.stages import COMMANDS, STAGES, parser, parsers
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 
 
-def main(argv: Sequence[str], prog: str = PROG) -> int:
-    """Run the command that `argv` begins with and return the exit code.
-
-    Args:
-        argv: Name, configuration file, overrides and options.
-        prog: The words before the name, as the user typed them.
-    """
+def main(argv: Sequence[str]) -> int:
+    """Run the command that `argv` begins with and return the exit code."""
     if not argv or argv[0] not in COMMANDS:
-        parser(prog).read(argv[:1])  # handles --help and --version, and refuses everything else
+        parser().read(argv[:1])  # handles --help and --version, and refuses everything else
         return 2
     name, *words = argv
     if name == "run":
-        _refuse_options_of_stages(words, prog)
-    options = vars(parsers(prog)[name].read(words))
+        _refuse_options_of_stages(words)
+    options = vars(parsers()[name].read(words))
     given, overrides, overwrite = (options.pop(key) for key in ("config", "overrides", "overwrite"))
 
     from data_tools.instruct.config import InstructConfig
@@ -47,18 +41,16 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         except KeyboardInterrupt:
             echo(f"stopped in `{stage}`; repeat the command to continue")
             raise
-    if name == "run":
-        _print_outcomes(Path(config.output_dir))
     return 0
 
 
-def _refuse_options_of_stages(words: Sequence[str], prog: str) -> None:
+def _refuse_options_of_stages(words: Sequence[str]) -> None:
     """Refuse options of single stages, which `run` does not have.
 
     Raises:
         UserError: The message names the option and the stage.
     """
-    known = parsers(prog)
+    known = parsers()
     for word in words:
         option = word.partition("=")[0]
         for stage in STAGES:
@@ -67,18 +59,6 @@ def _refuse_options_of_stages(words: Sequence[str], prog: str) -> None:
                     f"{option}: an option of `{stage}`, not of `run`; run the stages one by one to "
                     "use it"
                 )
-
-
-def _print_outcomes(output_dir: Path) -> None:
-    """Print the outcomes of all images and requests."""
-    from data_tools.instruct.outcomes import outcomes
-    from data_tools.instruct.run_folder import RunFolder
-    from vlm_sft.utils.console import echo
-
-    found = outcomes(RunFolder(output_dir))
-    echo("", file=sys.stdout)
-    for line in found.lines():
-        echo(line, file=sys.stdout)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import msgspec
 
-from data_tools.coco import AnnotatedImage, CocoIndex, read_coco
+from data_tools.coco import AnnotatedImage, CocoIndex
 from data_tools.digests import file_digest
 from data_tools.findings import finding_lines
-from data_tools.image_check import usable_images
+from data_tools.image_check import read_annotated
 from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.run_folder import RunFolder
 from vlm_sft.errors import UserError
@@ -107,20 +107,14 @@ def _not_indexed(path: Path) -> UserError:
 
 def _index(folder: RunFolder, inputs: dict[str, Any], config: CocoConfig) -> dict[str, Any]:
     """Write images.jsonl and index.json; return the content of index.json."""
-    index = read_coco(
+    index, images = read_annotated(
         _path(config.instances),
         _path(config.captions),
-        config.max_faulty,
-        "; coco.max_faulty=1 drops everything that is faulty",
+        Path(config.images),
+        max_faulty=config.max_faulty,
+        names=("coco.images", "coco.max_faulty="),
+        follow_symlinks=config.follow_symlinks,
     )
-    images = usable_images(index, Path(config.images), follow_symlinks=config.follow_symlinks)
-    remedy = (
-        "; give the folder of these images as coco.images, or use only the existing ones with "
-        "coco.max_faulty=1"
-    )
-    index.findings.require_few({"image": len(index.images)}, config.max_faulty, remedy)
-    if not images:
-        raise UserError(f"{config.images}: none of the annotated images exists", code="no_records")
     digest = write_images(folder, track(images, description="writing images"))
     report = _report(index, images, inputs, digest)
     write_owned_json(folder.index, report)

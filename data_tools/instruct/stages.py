@@ -1,14 +1,15 @@
 """The stages of a run and the command line of each; imports nothing heavy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from data_tools.instruct.generate.shard import ALL_REQUESTS, Shard
 from vlm_sft.commands.parser import CommandParser, add_overrides, group_parser, whole_number
 
-PROG: Final = "python -m data_tools.instruct"
+PROG: Final = "vlm-sft data"
 
 _YAML: Final = "configs/instruct/rules.yaml"
 
@@ -100,7 +101,10 @@ STAGES: Final = {
     "verify": Stage(
         "check the claims of all answers against the annotations",
         "Costs nothing (except for requests to verify.judge, once) and may be repeated, e.g. with "
-        "other\nsettings of `verify`. Writes samples.jsonl, rejected.jsonl and verification.json.",
+        "other\nsettings of `verify`. Writes samples.jsonl, rejected.jsonl and verification.json."
+        "\n\nRecords of others are checked without a configuration by\n"
+        "`vlm-sft data verify --records LLAVA.json --instances I --captions C --images DIR "
+        "--out DIR`.",
         (_YAML, "my.yaml verify.unseen_objects=keep", "my.yaml --file llava_instruct_150k.json"),
         "verify.command",
         _verify_options,
@@ -146,34 +150,36 @@ COMMANDS: Final = {
 _ABOUT: Final = """\
 Build instruction data from COCO annotations, stage by stage.
 
-Every command takes the YAML file of a run (see configs/instruct/) and can be repeated: existing
+Every command that takes the YAML file of a run (see configs/instruct/) can be repeated: existing
 results are neither made nor paid for twice."""
 
 
-def parser(prog: str = PROG) -> CommandParser:
-    """Return the parser of the name of a command."""
+def parser(others: Mapping[str, str] = MappingProxyType({})) -> CommandParser:
+    """Return the parser of the name of a command; `others` are commands besides these."""
     about = {name: stage.summary for name, stage in COMMANDS.items()}
+    for name, summary in others.items():
+        about[name] = f"{about[name]},\n{'':15}or {summary}" if name in about else summary
     examples = "\n".join(
-        f"  {prog} {name} {COMMANDS[name].examples[0]}" for name in ("plan", "run", "explain")
+        f"  {PROG} {name} {COMMANDS[name].examples[0]}" for name in ("plan", "run", "explain")
     )
-    parser = group_parser(prog, _ABOUT, about, f"examples:\n{examples}")
+    parser = group_parser(PROG, _ABOUT, about, f"examples:\n{examples}")
     assert parser.description is not None
     parser.description += (
-        f"\n\n`{prog} COMMAND --help` describes a command; `vlm-sft config reference --data` "
+        f"\n\n`{PROG} COMMAND --help` describes a command; `vlm-sft config reference --data` "
         "lists all settings."
     )
     return parser
 
 
-def parsers(prog: str = PROG) -> dict[str, CommandParser]:
+def parsers() -> dict[str, CommandParser]:
     """Return the parser of each command's own arguments."""
-    return {name: _parser_of(name, stage, prog) for name, stage in COMMANDS.items()}
+    return {name: _parser_of(name, stage) for name, stage in COMMANDS.items()}
 
 
-def _parser_of(name: str, stage: Stage, prog: str) -> CommandParser:
+def _parser_of(name: str, stage: Stage) -> CommandParser:
     about = f"{stage.summary[0].upper()}{stage.summary[1:]}.\n\n{stage.about}"
-    examples = "\n".join(f"  {prog} {name} {arguments}" for arguments in stage.examples)
-    parser = CommandParser(f"{prog} {name}", about, f"examples:\n{examples}", takes_settings=True)
+    examples = "\n".join(f"  {PROG} {name} {arguments}" for arguments in stage.examples)
+    parser = CommandParser(f"{PROG} {name}", about, f"examples:\n{examples}", takes_settings=True)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the YAML file of the run")
     stage.add_options(parser)
     add_overrides(parser, "images.count=100")

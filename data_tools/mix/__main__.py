@@ -1,38 +1,41 @@
 """Mix sources of records into one training file, in wanted shares, under unique ids.
 
-`python -m data_tools.mix MIX.yaml [KEY=VALUE ...]` reads LLaVA JSON, messages, Alpaca and Parquet
-as the trainer does and writes `train.jsonl` (messages), `card.json` and `card.md`.
+Reads LLaVA JSON, messages, Alpaca and Parquet as the trainer does, and writes `train.jsonl`
+(messages), `card.json` and `card.md`.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from data_tools.mix.config import MixConfig
 from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import echo
-from vlm_sft.utils.owned_files import own_output, owned_open, write_owned, write_owned_json
-from vlm_sft.utils.ownership import read_marker
-from vlm_sft.utils.reading import read_json
+
+if TYPE_CHECKING:
+    from data_tools.mix.config import MixConfig
 
 KIND: Final = "mixture"
 """Kind of output in the marker of the directory."""
 OUTPUTS: Final = ("train.jsonl", "card.json", "card.md")
 
 EXAMPLES = """examples:
-  python -m data_tools.mix configs/instruct/mix.yaml
-  python -m data_tools.mix my-mix.yaml total=100000 replay_share=0.06 when_short=upsample
+  vlm-sft data mix configs/instruct/mix.yaml
+  vlm-sft data mix my-mix.yaml total=100000 replay_share=0.06 when_short=upsample
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the mixture and return the exit code."""
     arguments = parser().read(argv)
+
+    from data_tools.mix.config import MixConfig
+    from vlm_sft.config import loading as settings
+    from vlm_sft.utils.console import echo
+    from vlm_sft.utils.owned_files import owned_open, write_owned, write_owned_json
+
     config = settings.load(MixConfig, arguments.config, arguments.overrides)
     output = _own(config, arguments.config, overwrite=arguments.overwrite)
     with heavy_imports():
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m data_tools.mix", __doc__, EXAMPLES, takes_settings=True)
+    parser = CommandParser("vlm-sft data mix", __doc__, EXAMPLES, takes_settings=True)
     parser.add_argument("config", metavar="MIX.yaml", help="the sources and their shares")
     add_overrides(parser, "total=1000")
     parser.add_argument(
@@ -74,8 +77,11 @@ def parser() -> CommandParser:
     return parser
 
 
-def _own(config: MixConfig, given: str, *, overwrite: bool) -> Path:
+def _own(config: "MixConfig", given: str, *, overwrite: bool) -> Path:
     """Check that the output files may be written and are not inputs; return the training file."""
+    from vlm_sft.utils.owned_files import own_output
+    from vlm_sft.utils.ownership import read_marker
+
     folder = Path(config.output_dir)
     inputs = [given, *_inputs(config)]
     card_file = folder / "card.json"
@@ -99,7 +105,7 @@ def _own(config: MixConfig, given: str, *, overwrite: bool) -> Path:
     return folder / "train.jsonl"
 
 
-def _inputs(config: MixConfig) -> Iterator[str]:
+def _inputs(config: "MixConfig") -> Iterator[str]:
     """Yield every file and folder that the mixture is read from."""
     for source in config.sources:
         yield from (name for name in (source.path, source.receipts, source.image_root) if name)
@@ -108,6 +114,8 @@ def _inputs(config: MixConfig) -> Iterator[str]:
 
 
 def _is_card(path: Path) -> bool:
+    from vlm_sft.utils.reading import read_json
+
     try:
         found = read_json(path)
     except (OSError, UserError):

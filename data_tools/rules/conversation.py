@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from data_tools.rules import families
+from data_tools.rules import FAMILIES, families
 from data_tools.rules.facts import Facts
 from data_tools.rules.phrases import Exchange, Speaker
 
@@ -19,7 +19,7 @@ def conversation(
     speaker: Speaker,
     existence: Asked,
     turns: int,
-    wanted: Collection[str] = families.FAMILIES,
+    wanted: Collection[str] = FAMILIES,
 ) -> list[Exchange]:
     """Return about `turns` questions of the wanted families; none where nothing is certain.
 

@@ -12,11 +12,11 @@ from data_tools.coco import AnnotatedImage, CocoIndex
 from data_tools.instruct.config import TurnsConfig, VerifyConfig
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.records import JsonList, llava_record
-from data_tools.rules import families
+from data_tools.rules import Family, families
 from data_tools.rules.conversation import conversation
 from data_tools.rules.existence import Balanced
 from data_tools.rules.facts import Facts
-from data_tools.rules.phrases import AnswerStyle, Exchange, Family, Speaker
+from data_tools.rules.phrases import AnswerStyle, Exchange, Speaker
 from vlm_sft.utils.progress import track
 
 CAPTIONS, TURNS, PROBES = 1, 2, 3

@@ -2,15 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from data_tools.coco import CocoIndex
+from data_tools.rules import POPE_SAMPLINGS
 from data_tools.rules.facts import Facts
 from data_tools.rules.families import existence
 from data_tools.rules.phrases import Exchange, Speaker
-
-NEGATIVE_KINDS: Final = ("random", "popular", "adversarial")
-"""POPE (Li et al. 2023, section 4): any absent category, a frequent one, or a usual companion."""
 
 
 def by_frequency(
@@ -54,7 +51,7 @@ class Balanced:
         absent = [name for name in self._categories if facts.is_absent(name)]
         found = []
         for name in present[: min(pairs, len(absent))]:
-            kind = NEGATIVE_KINDS[self._num_asked % len(NEGATIVE_KINDS)]
+            kind = POPE_SAMPLINGS[self._num_asked % len(POPE_SAMPLINGS)]
             self._num_asked += 1
             self._excess[name] += 1
             other = self._ordered(self._pool(kind, absent, facts), speaker, sign=-1)[0]

@@ -3,14 +3,10 @@
 from typing import Any, Final
 
 from data_tools import wording
+from data_tools.rules import Family
 from data_tools.rules.facts import Facts
-from data_tools.rules.phrases import Exchange, Family, Speaker, spelled
+from data_tools.rules.phrases import Exchange, Speaker, spelled
 from vlm_sft.utils import words
-
-FAMILIES: Final[tuple[Family, ...]] = (
-    "description", "existence", "counting", "halves", "relation",
-)  # fmt: skip
-"""What a conversation can ask about."""
 
 MOST_NAMED: Final = 6
 """Categories named in a list of things, at most; more would be a catalog."""

@@ -7,14 +7,11 @@ from typing import Final, Literal, TypeVar
 import numpy as np
 
 from data_tools.instruct.schema import Kind, Turn
+from data_tools.rules import Family
 from vlm_sft.utils import words
 
 AnswerStyle = Literal["short", "sentence", "evidence"]
 """`Yes.`; a sentence; or, for existence, what is seen and then the verdict (others stay short)."""
-
-Family = Literal[
-    "caption", "description", "existence", "counting", "halves", "relation", "reasoning"
-]
 
 _KINDS: Final[Mapping[Family, Kind]] = {
     "caption": "description",

@@ -77,6 +77,31 @@ def test_the_data_commands_name_themselves_as_they_were_called(
         main(["data"])
 
 
+@pytest.mark.parametrize("name", ["build_coco", "make_scenes", "mix", "pope"])
+def test_the_other_data_commands_are_there_too(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", name, "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: vlm-sft data {name} ")
+    assert f"\n  vlm-sft data {name} " in printed
+
+
+def test_verify_with_records_checks_those_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"^missing: --instances, --captions, --images, --out;"):
+        main(["data", "verify", "--records", "a.json"])
+    with pytest.raises(UserError, match=r"^missing: CONFIG\.yaml; `vlm-sft data verify --help`"):
+        main(["data", "verify"])
+    with pytest.raises(SystemExit):
+        main(["data", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "verify check the claims of all answers against the annotations, or check records of others (--records)"
+        in shown
+    )
+
+
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_command_names_itself_in_its_help(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -227,6 +252,8 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vlm-sft config sh", ["show"]),
         ("vlm-sft config reference lora.al", ["lora.alpha"]),
         ("vlm-sft data expl", ["explain"]),
+        ("vlm-sft data build_coco --eval", ["--eval-share"]),
+        ("vlm-sft data mix x.yaml cannot_tell_s", ["cannot_tell_share="]),
         ("vlm-sft data generate --sh", ["--shard"]),
         ("vlm-sft data run x.yaml teacher.mod", ["teacher.model="]),
         ("vlm-sft completion z", ["zsh"]),

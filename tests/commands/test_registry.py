@@ -99,7 +99,7 @@ runpy.run_module({command!r}, run_name="__main__", alter_sys=False)
         ("vlm_sft.stage1", "argparse"),
         ("vlm_sft.stage1", "vlm_sft.errors"),
         ("vlm_sft.chat", "vlm_sft.commands.parser"),
-        ("data_tools.make_scenes", "numpy"),
+        ("data_tools.make_scenes", "vlm_sft.commands.parser"),
         ("data_tools.instruct", "vlm_sft.errors"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Answers are kept once, found again in flat memory, and survive whatever ends a process."""
+"""Answers are kept once, found again by their request, and survive whatever ends a process."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.instruct.generate.answers import Answers, AnswerWriter, Claims, read_answers
+from data_tools.instruct.generate.answers import AnswerWriter, Claims, read_answers
 from data_tools.instruct.schema import Answer
 from vlm_sft.errors import UserError
 
@@ -45,19 +45,6 @@ def test_what_is_appended_meanwhile_is_taken_in(tmp_path: Path) -> None:
     assert f"{1:064x}" not in answers
     answers.refresh()
     assert f"{1:064x}" in answers and len(answers) == 1
-
-
-def test_many_answers_are_sorted_into_flat_arrays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data_tools.instruct.generate.answers._RECENT", 10)
-    write(tmp_path, *(answer(i, f"text {i}") for i in range(25)))
-    answers = read_answers(tmp_path)
-    write(tmp_path, *(answer(i, f"text {i}") for i in range(25, 60)))
-    answers.refresh()
-    assert {request: one.text for request, one in answers.items()} == {
-        f"{i:064x}": f"text {i}" for i in range(60)
-    }
 
 
 def test_two_processes_never_append_to_one_file(tmp_path: Path) -> None:
@@ -174,8 +161,3 @@ def test_a_claim_holds_against_other_processes_until_its_own_is_killed(tmp_path:
         other.wait()
         assert mine.take("a")
         mine.release("a")
-
-
-def test_a_million_ids_take_sixteen_bytes_each() -> None:
-    answers = Answers(Path("none"))
-    assert answers._keys.itemsize + answers._places.itemsize == 16

@@ -417,7 +417,7 @@ QUESTIONS = st.sampled_from(
 ANSWERS = st.sampled_from(["Yes.", "No.", "On the left.", "On the right.", "The dog sleeps here."])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.tuples(

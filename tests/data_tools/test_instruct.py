@@ -48,6 +48,14 @@ def config_file(folder: Path, scenes: Path, **sections: Any) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    """The configuration of a finished run in the folder `run` next to it."""
+    config = config_file(tmp_path_factory.mktemp("finished"), scenes)
+    assert main(["run", str(config)]) == 0
+    return config
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     names = ("samples.jsonl", "rejected.jsonl", "kept.jsonl", "export/llava.json")
     names += ("export/messages.jsonl", "export/train.parquet", "report/report.html")
@@ -55,23 +63,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_run_makes_training_files_and_a_second_run_changes_no_byte(
-    tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, scenes: Path
 ) -> None:
-    config = config_file(tmp_path, scenes)
-    assert main(["run", str(config)]) == 0
-    before = files_of(tmp_path / "run")
-    assert main(["run", str(config)]) == 0
-    assert files_of(tmp_path / "run") == before
-    samples = (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    run = finished.with_name("run")
+    before = files_of(run)
+    assert main(["run", str(finished)]) == 0
+    assert files_of(run) == before
+    samples = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(samples) > 12 and before["rejected.jsonl"] == b""
     found = list(
         read_records(
-            DataFile(
-                path=str(tmp_path / "run/export/llava.json"), image_root=str(scenes / "images")
-            )
+            DataFile(path=str(run / "export/llava.json"), image_root=str(scenes / "images"))
         )
     )
-    kept = (tmp_path / "run/kept.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = (run / "kept.jsonl").read_text(encoding="utf-8").splitlines()
     assert [getattr(record, "id", None) for record in found] == [json.loads(k)["id"] for k in kept]
 
 
@@ -87,8 +92,8 @@ def test_a_run_ends_with_the_images_it_refused_and_the_switch_that_keeps_them(
     assert table["evaluation images"] == (
         1, 0, "mine 1; refused, guard.allow_evaluation_images=true keeps them"
     )  # fmt: skip
-    assert main(["run", str(config), "guard.allow_evaluation_images=true"]) == 0
-    assert "evaluation images" not in outcome_table(capsys.readouterr().out)
+    assert main(["plan", str(config), "guard.allow_evaluation_images=true"]) == 0
+    assert "1  images of evaluations found, kept" in capsys.readouterr().out
 
 
 def outcome_table(printed: str) -> dict[str, tuple[int, int, str]]:
@@ -129,7 +134,7 @@ def test_a_run_ends_with_why_images_and_requests_have_no_sample(
     assert sum(requests for _, requests, _ in table.values()) == num_requests
     assert table["images without a file"][:2] == table["images that cannot be opened"][:2] == (1, 0)
     assert table["not chosen"] == (1, 0, "images.count is smaller")
-    assert "nothing certain to say" in table["no answer"][2]
+    assert "nothing certain to say" in table["not answered"][2]
     num_rejected = len(run.rejected.read_bytes().splitlines())
     assert num_rejected > 0
     assert table["all answers rejected by verify"][1:] == (
@@ -141,35 +146,23 @@ def test_a_run_ends_with_why_images_and_requests_have_no_sample(
     assert table["in the training files"] == (len(ids), len(kept), "")
 
 
-def test_the_order_of_answers_and_the_number_of_workers_change_no_byte(
-    tmp_path: Path, scenes: Path
-) -> None:
-    results = []
-    for name, overrides in (("one", ["teacher.concurrency=1"]), ("many", [])):
-        folder = tmp_path / name
-        folder.mkdir()
-        config = config_file(folder, scenes, output_dir=str(tmp_path / "run"))
-        for command in ("index", "plan"):
-            main([command, str(config), *overrides])
-        if name == "one":
-            main(["generate", str(config), *overrides])
-        else:  # in three shards, the last first
-            for shard in (3, 1, 2):
-                main(["generate", str(config), "--shard", f"{shard}/3"])
-        for command in ("verify", "clean", "export", "report"):
-            main([command, str(config), *overrides])
-        results.append(files_of(tmp_path / "run"))
-        (tmp_path / "run").rename(tmp_path / f"run-{name}")
-    assert results[0] == results[1]
+def test_the_order_of_answers_and_the_number_of_workers_change_no_byte(finished: Path) -> None:
+    run = finished.with_name("run")
+    before = files_of(run)
+    run.rename(run.with_name("first"))
+    main(["plan", str(finished)])
+    for shard in (3, 1, 2):
+        main(["generate", str(finished), "--shard", f"{shard}/3", "teacher.concurrency=1"])
+    for command in ("verify", "clean", "export", "report"):
+        main([command, str(finished)])
+    assert files_of(run) == before
 
 
-def test_stage_2_trains_on_the_exported_file(tmp_path: Path, scenes: Path) -> None:
-    config = config_file(tmp_path, scenes)
-    main(["run", str(config)])
+def test_stage_2_trains_on_the_exported_file(tmp_path: Path, scenes: Path, finished: Path) -> None:
     run_stage(
         "stage2",
         tmp_path / "trained",
-        f"data.train=[{{path: {tmp_path / 'run/export/llava.json'}, "
+        f"data.train=[{{path: {finished.with_name('run') / 'export/llava.json'}, "
         f"image_root: {scenes / 'images'}}}]",
         "data.eval=[]",
         "data.max_length=1024",
@@ -188,7 +181,7 @@ def test_every_command_has_its_own_help_with_examples(
         main([command, *words])
     assert end.value.code == 0
     help_text = capsys.readouterr().out
-    prog = f"python -m data_tools.instruct {command}"
+    prog = f"vlm-sft data {command}"
     assert help_text.startswith(f"usage: {prog} [-h]")
     for word in ("--overwrite", "CONFIG.yaml", "key.path=value", f"\n  {prog} "):
         assert word in help_text

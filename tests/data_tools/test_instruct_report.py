@@ -123,8 +123,9 @@ def test_the_same_run_gives_the_same_bytes(
     first = written(tmp_path, run)
     printed = capsys.readouterr().out.splitlines()
     assert set(first) >= {"report.html", "funnel.png", "reasons.png", "claims.png", "lengths.png"}
-    assert "report.html" in printed[0] and len(printed) == 6
+    assert "report.html" in printed[0]
     assert " ".join(printed[1].split()) == "22 of 42 requests became kept samples"
+    assert printed[7] == "  images  requests  what became of them" and len(printed) == 12
     assert written(tmp_path, run) == first
 
 
@@ -132,8 +133,8 @@ def test_the_same_run_gives_the_same_bytes(
     ("stages", "words"),
     [
         (("index",), "Nothing is planned yet."),
-        (("plan",), "Not finished. Of 42 requests 42 are not answered yet."),
-        (("plan", "generate"), "4 are not answered yet, 38 are answered, not verified yet."),
+        (("plan",), "Not finished. Of 42 requests 42 are not answered."),
+        (("plan", "generate"), "4 are not answered, 38 are answered, not verified yet."),
         (("plan", "generate", "verify"), "26 are accepted, not cleaned yet."),
     ],
 )
@@ -340,7 +341,7 @@ def test_a_drawn_image_keeps_its_size_and_its_bytes(size: tuple[int, int]) -> No
     assert draw.draw_png(image, []) != data and drawn.getpixel(edge) != (0, 128, 0)
 
 
-def test_images_without_a_sample_are_listed_with_the_reason(tmp_path: Path) -> None:
+def test_what_became_of_the_images_is_listed_with_the_reasons(tmp_path: Path) -> None:
     run = Run(images(tmp_path / "images", 5))
     for image, fates in zip(
         run.images,
@@ -350,11 +351,14 @@ def test_images_without_a_sample_are_listed_with_the_reason(tmp_path: Path) -> N
         for fate in fates:
             add(run, image, "detail", fate)
     folder = run.write(tmp_path / "run")
-    folder.plan.write_text(json.dumps({"left_out": {"no_boxes": 1, "too_small": 0}}))
+    folder.plan.write_text(json.dumps({"left_out": {"not_chosen": 1, "of_evaluations": 0}}))
     text = text_of(built(tmp_path, run))
-    assert "2 not accepted by all checks OBJECT_NOT_FOUND" in text
-    assert "1 not parsed into turns REFUSAL" in text
-    assert "1 no request no boxes" in text and "too small" not in text
+    assert "in the training files 1 1" in text
+    assert (
+        "all answers rejected by verify 3 4 OBJECT_NOT_FOUND 3, REFUSAL 1 (rejected.jsonl)" in text
+    )
+    assert "not answered 0 1 not asked yet 1" in text
+    assert "not chosen 1 – images.count is smaller" in text and "evaluation images 0" not in text
     assert "2 of 5 images have a sample" not in text and "1 of 5 images have a sample" in text
 
 

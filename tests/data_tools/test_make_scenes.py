@@ -161,8 +161,8 @@ def test_objects_that_would_hide_too_much_of_others_are_left_out() -> None:
         (("--categories", ""), "--categories: found '', which names none"),
         (("--categories", " , "), "--categories: found ' , ', which names none"),
         (("--out", ""), "--out: the name is empty"),
-        (("--augment", "2"), "--augment: found 2.0, expected 0 to 1"),
-        (("--min-objects", "5", "--max-objects", "4"), "--max-objects: found 4, expected 5 to 24"),
+        (("--augment", "2"), "--augment 2: expected 0 or more and at most 1"),
+        (("--min-objects", "5", "--max-objects", "4"), "--max-objects 4: expected 5 to 24"),
     ],
 )
 def test_wrong_settings_are_told(tmp_path: Path, extra: tuple[str, ...], message: str) -> None:
@@ -183,5 +183,5 @@ def test_only_the_chosen_backgrounds_are_painted() -> None:
 
 
 def test_an_unknown_background_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--backgrounds: found 'moon', expected some of"):
+    with pytest.raises(UserError, match="--backgrounds moon: expected some of"):
         make_scenes.main(_line(tmp_path / "out", "--backgrounds", "water,moon"))

@@ -13,6 +13,7 @@ import yaml
 from data_tools import build_coco, make_scenes
 from data_tools.instruct.__main__ import main as instruct
 from data_tools.mix import __main__ as mix
+from data_tools.scenes import files
 from tests.data_tools.coco_files import arguments, write_coco
 from vlm_sft.errors import UserError
 
@@ -220,6 +221,14 @@ def instruct_line(folder: Path, command: str = "run", **changes: Any) -> list[st
     return [command, str(folder / "given.yaml")]
 
 
+def made(folder: Path, *stages: str, **changes: Any) -> str:
+    """Run some stages, and return the configuration file."""
+    config = instruct_line(folder, **changes)[1]
+    for stage in stages:
+        assert instruct([stage, config]) == 0
+    return config
+
+
 @pytest.mark.parametrize(
     "name", ["config.yaml", "report/mine.png", "export/llava.json", "answers/part-00001.jsonl"]
 )
@@ -238,32 +247,30 @@ def test_instruct_keeps_what_others_put_into_its_folder_and_refuses_edited_files
     mine = {"run/report/mine.png": b"1", "run/export/notes.txt": b"2", "run/plan.txt": b"3"}
     for name, content in mine.items():
         (tmp_path / name).write_bytes(content)
-    made = everything(tmp_path)
-    assert instruct(line) == 0
-    assert everything(tmp_path).keys() == made.keys()
+    before = everything(tmp_path)
+    assert instruct(["export", line[1]]) == instruct(["report", line[1]]) == 0
+    assert everything(tmp_path).keys() == before.keys()
     assert mine.items() <= everything(tmp_path).items()
     (tmp_path / "run" / "export" / "llava.json").write_text("[]")
     assert_refused(tmp_path, instruct, line, "export/llava.json: the file was changed")
     assert_refused(
         tmp_path, instruct, ["export", line[1]], "export/llava.json: the file was changed"
     )
-    assert instruct([*line, "--overwrite"]) == 0
+    assert instruct(["export", line[1], "--overwrite"]) == 0
     assert json.loads((tmp_path / "run" / "export" / "llava.json").read_text())
 
 
 def test_instruct_accepts_a_run_that_an_older_version_made(tmp_path: Path) -> None:
-    line = instruct_line(tmp_path)
-    instruct(line)
+    config = made(tmp_path, "plan", "generate", "verify")
     (tmp_path / "run" / ".vlm_sft.json").unlink()
-    assert instruct(["verify", line[1]]) == 0
+    assert instruct(["verify", config]) == 0
     (tmp_path / "run" / "samples.jsonl").write_text("")
     (tmp_path / "run" / "rejected.jsonl").write_text("{}\n")
-    assert_refused(tmp_path, instruct, ["verify", line[1]], "rejected.jsonl: the file was changed")
+    assert_refused(tmp_path, instruct, ["verify", config], "rejected.jsonl: the file was changed")
 
 
 def test_instruct_leaves_the_configuration_that_was_given(tmp_path: Path) -> None:
-    line = instruct_line(tmp_path)
-    instruct(line)
+    made(tmp_path, "plan")
     own = str(tmp_path / "run" / "config.yaml")
     assert instruct(["plan", own]) == 0
     (tmp_path / "link.yaml").symlink_to(own)
@@ -273,20 +280,18 @@ def test_instruct_leaves_the_configuration_that_was_given(tmp_path: Path) -> Non
 
 
 def test_instruct_refuses_an_output_that_is_an_input(tmp_path: Path) -> None:
-    line = instruct_line(tmp_path)
-    instruct(line)
+    config = made(tmp_path, "plan")
     checked = tmp_path / "run" / "checked" / "samples" / "samples.jsonl"
     checked.parent.mkdir(parents=True)
     checked.write_text("")
     assert_refused(
-        tmp_path, instruct, ["verify", line[1], "--file", str(checked)], "is read by this"
+        tmp_path, instruct, ["verify", config, "--file", str(checked)], "is read by this"
     )
 
 
 def test_explain_replaces_no_file_of_others(tmp_path: Path) -> None:
-    line = instruct_line(tmp_path)
-    instruct(line)
-    explain = ["explain", line[1], "000000000001-reasoning-0"]
+    config = made(tmp_path, "plan", "generate", "verify")
+    explain = ["explain", config, "000000000001-reasoning-0"]
     (tmp_path / "mine.html").write_text("mine")
     assert_refused(
         tmp_path, instruct, [*explain, "--html", str(tmp_path / "mine.html")], "--overwrite"
@@ -409,7 +414,7 @@ def test_make_scenes_leaves_no_part_of_an_image_when_the_disk_is_full(tmp_path: 
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
         with pytest.raises(OSError, match="File too large"):
-            make_scenes._write_image(tmp_path / "1.jpg", b"x" * 4096, overwrite=False)
+            files._write_image(tmp_path / "1.jpg", b"x" * 4096, overwrite=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -441,40 +446,39 @@ def test_a_foreign_file_among_the_answers_is_refused_before_it_is_cut(tmp_path: 
     assert (shared / "part-00001.jsonl").read_text().endswith('an end"}')
 
 
-@pytest.mark.parametrize("name", ["failures.jsonl", "spending.jsonl", "cache/image_hashes.jsonl"])
-def test_the_last_line_of_a_file_of_others_is_not_cut(tmp_path: Path, name: str) -> None:
-    line = instruct_line(tmp_path, clean={"same_images": {"action": "drop"}})
-    assert instruct(line) == 0
-    path, stage = tmp_path / "run" / name, "clean" if name.startswith("cache") else "generate"
-    path.write_text("line 1\nmy last line without an end")
-    with pytest.raises(UserError, match=f"{name}: a line begins with b'"):
-        instruct([stage, line[1]])
-    assert path.read_text() == "line 1\nmy last line without an end"
+def test_the_last_line_of_a_file_of_others_is_not_cut(tmp_path: Path) -> None:
+    stages = ("plan", "generate", "verify", "clean")
+    config = made(tmp_path, *stages, clean={"same_images": {"action": "drop"}})
+    for name in ("failures.jsonl", "spending.jsonl", "cache/image_hashes.jsonl"):
+        path, stage = tmp_path / "run" / name, "clean" if name.startswith("cache") else "generate"
+        before = path.read_bytes()
+        path.write_text("line 1\nmy last line without an end")
+        with pytest.raises(UserError, match=f"{name}: a line begins with b'"):
+            instruct([stage, config])
+        assert path.read_text() == "line 1\nmy last line without an end"
+        path.write_bytes(before)
 
 
 def test_the_cut_last_line_of_a_log_is_removed_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = instruct_line(tmp_path)
-    assert instruct(line) == 0
+    config = made(tmp_path, "plan", "generate")
     path = tmp_path / "run" / "failures.jsonl"
     path.write_text('{"request":"ab')
-    assert instruct(["generate", line[1]]) == 0
+    assert instruct(["generate", config]) == 0
     assert "failures.jsonl: the last line was cut when a process was" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["images", "run", "run/report", "run/export/x", "other", "given.yaml"]
-)
-def test_answers_are_not_recorded_among_other_files(tmp_path: Path, name: str) -> None:
-    line = instruct_line(tmp_path)
-    assert instruct([*line, f"output_dir={tmp_path / 'other'}"]) == 0
-    assert instruct(line) == 0
+def test_answers_are_not_recorded_among_other_files(tmp_path: Path) -> None:
+    other = made(tmp_path, "plan", "generate", output_dir=str(tmp_path / "other"))
+    config = made(tmp_path, "plan")
+    assert config == other
     message = "answers_dir .*: has other files of vlm_sft|is read by this command"
-    line = ["generate", line[1], f"teacher.answers_dir={tmp_path / name}"]
-    assert_refused(tmp_path, instruct, line, message)
+    for name in ("images", "run", "run/report", "run/export/x", "other", "given.yaml"):
+        line = ["generate", config, f"teacher.answers_dir={tmp_path / name}"]
+        assert_refused(tmp_path, instruct, line, message)
     shared = f"teacher.answers_dir={tmp_path / 'other' / 'answers'}"
-    assert instruct(["generate", line[1], shared]) == 0, "the answers of another run may be shared"
+    assert instruct(["generate", config, shared]) == 0, "the answers of another run may be shared"
 
 
 def test_mix_names_the_source_whose_file_is_missing(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools.pope import SAMPLINGS, main
+from data_tools.pope import main
+from data_tools.rules import POPE_SAMPLINGS
 from tests.data_tools.coco_files import write_coco
 from vlm_sft.errors import UserError
 
@@ -57,7 +58,7 @@ def boxed(files: dict[str, Path]) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", POPE_SAMPLINGS)
 def test_labels_are_true_and_balanced_and_no_object_is_asked_twice(
     files: dict[str, Path], sampling: str
 ) -> None:
@@ -90,7 +91,7 @@ def test_popular_and_adversarial_objects_are_those_of_their_definition(
 
 def test_what_a_caption_names_is_not_absent(files: dict[str, Path]) -> None:
     assert build(files, "--captions", str(files["captions"])) == 0
-    for sampling in SAMPLINGS:
+    for sampling in POPE_SAMPLINGS:
         asked = {r["category"] for r in rows(files, sampling) if r["image"] == "000000000005.jpg"}
         assert "apple" not in asked
 

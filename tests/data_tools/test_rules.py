@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +183,7 @@ boxes = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.lists(boxes, max_size=6), min_size=1, max_size=6),
     st.integers(0, 1000),
@@ -263,7 +264,7 @@ def _assert_accepted(index: CocoIndex, numbers: int) -> None:
 
 def test_the_verifier_accepts_every_answer_on_real_images() -> None:
     index = read_coco(CASES / "instances.json", CASES / "captions.json", 1)
-    _assert_accepted(index, numbers=2)
+    _assert_accepted(index, numbers=1)
 
 
 @pytest.mark.skipif("VLM_SFT_COCO_DIR" not in os.environ, reason="VLM_SFT_COCO_DIR is not set")
@@ -277,7 +278,7 @@ def test_the_verifier_accepts_every_answer_on_drawn_scenes(tmp_path: Path) -> No
     pytest.importorskip("resvg_py", reason="needs the extra 'demo'")
     from data_tools import make_scenes
 
-    size = ["--count", "20", "--max-side", "128", "--workers", "1"]
+    size = ["--count", "12", "--max-side", "96", "--workers", "1"]
     make_scenes.main(["--out", str(tmp_path), "--artist", "openmoji", "--seed", "4", *size])
     annotations = tmp_path / "annotations"
     index = read_coco(
@@ -288,7 +289,8 @@ def test_the_verifier_accepts_every_answer_on_drawn_scenes(tmp_path: Path) -> No
 
 def test_an_answer_depends_on_its_request_alone() -> None:
     index = read_coco(CASES / "instances.json", CASES / "captions.json", 1)
-    found = [(request, answer) for request, answer, _ in _answers(index, 1)]
-    teacher = RulesTeacher({image.id: image for image in index.images})
+    few = replace(index, images=index.images[::4])
+    found = [(request, answer) for request, answer, _ in _answers(few, 1)]
+    teacher = RulesTeacher({image.id: image for image in few.images})
     for request, answer in reversed(found):
         assert teacher.answer(request) == answer

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import shtab
@@ -18,7 +19,10 @@ _DIRECTORIES: Final = ("DIR", "RUN", "CHECKPOINT", "OUT_DIR")
 
 
 def completion_script(
-    shell: str, parsers: Parsers, about: Mapping[str, str], data_settings: Sequence[Setting] = ()
+    shell: str,
+    parsers: Parsers,
+    about: Mapping[str, str],
+    own_settings: Mapping[str, Sequence[Setting]] = MappingProxyType({}),
 ) -> str:
     """Return a script that completes the commands of `vlm-sft`.
 
@@ -26,11 +30,11 @@ def completion_script(
         shell: `bash` or `zsh`.
         parsers: The parser of every command.
         about: What every command does, in one line.
-        data_settings: Settings of `vlm-sft data`.
+        own_settings: Settings of commands that have others than those of training, by name.
     """
     root = argparse.ArgumentParser(SCRIPT)
     root.add_argument("--version", action="version", version="")
-    _add(root, parsers, about, all_settings(), data_settings)
+    _add(root, parsers, about, all_settings(), own_settings)
     return shtab.complete(root, shell=shell)
 
 
@@ -39,21 +43,22 @@ def _add(
     parsers: Parsers,
     about: Mapping[str, str],
     settings: Sequence[Setting],
-    data_settings: Sequence[Setting],
+    own_settings: Mapping[str, Sequence[Setting]],
 ) -> None:
     commands = root.add_subparsers(metavar="COMMAND")
     for name, parser in parsers.items():
+        known = own_settings.get(name, settings)
         if isinstance(parser, argparse.ArgumentParser):
             text = about.get(name) or str(parser.description)
             added = commands.add_parser(
                 name, help=text, description=text, parents=[parser], add_help=False
             )
             for action in added._actions:  # argparse has no public list of them
-                _complete_values(action, settings)
+                _complete_values(action, known)
         else:
             text = about[name]
-            inner = data_settings if name == "data" else settings
-            _add(commands.add_parser(name, help=text, description=text), parser, {}, inner, ())
+            inner = commands.add_parser(name, help=text, description=text)
+            _add(inner, parser, {}, known, own_settings)
 
 
 def _complete_values(action: argparse.Action, settings: Sequence[Setting]) -> None:

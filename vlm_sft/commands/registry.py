@@ -23,13 +23,14 @@ COMMANDS: Final = {
     "vlm_sft.report": "write the report of a run as an HTML page",
     "vlm_sft.config": "print a resolved configuration, or the reference of all settings",
     "vlm_sft.errors": "print the table of error codes",
+    "data_tools": "run a command of vlm-sft data",
     "data_tools.build_coco": "build records from COCO annotations",
-    "data_tools.instruct": "have a language model write records",
+    "data_tools.instruct": "build instruction data, stage by stage",
     "data_tools.instruct.verify.codes": "print the table of its codes",
     "data_tools.make_scenes": "compose scenes with known content",
     "data_tools.mix": "mix record files",
     "data_tools.pope": "write POPE questions about the existence of objects",
-    "data_tools.verify": "check records of others against COCO annotations",
+    "data_tools.verify": "check records of others (--records)",
 }
 """What each command does, by the name that `python -m` takes."""
 

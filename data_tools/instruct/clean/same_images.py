@@ -160,13 +160,13 @@ def _hash_all(paths: Sequence[Path], workers: int) -> Iterator[int | ImageError]
         yield from pool.map(hash_image, paths, chunksize=64)
 
 
-def hash_image(path: Path) -> int | ImageError:
+def hash_image(source: Path | bytes) -> int | ImageError:
     """Return the perceptual hash (ImageHash's `phash`, 64 bits), or why there is none."""
     from vlm_sft.data.images import open_image
 
     imagehash = import_extra("imagehash", "instruct")
     try:
-        image = open_image(path)
+        image = open_image(source)
     except ImageError as error:
         return error
     return int(str(imagehash.phash(image)), 16)

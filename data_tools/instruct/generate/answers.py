@@ -13,14 +13,11 @@ import hashlib
 import json
 import os
 import re
-from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import ValidationError
 
 from data_tools.instruct.config import InstructConfig
@@ -33,10 +30,6 @@ from vlm_sft.utils.filesystem import lock, sync, sync_folder
 _HEAD: Final = re.compile(rb'\{"request":"([^"\\]+)"')
 _BEGINNING: Final = b'{"request":"'
 """First bytes of every file of answers."""
-_FILE_BITS: Final = 20
-"""A position is one integer: the offset in the upper bits, the number of the file in these."""
-_RECENT: Final = 1 << 16
-"""Answers that are kept in a dictionary until they are sorted into the arrays."""
 
 
 def read_answers(folder: Path) -> "Answers":
@@ -57,23 +50,22 @@ def answers_folder(config: InstructConfig) -> Path:
 
 
 class Answers(Mapping[str, Answer]):
-    """Answers by request id, about 16 bytes of memory each; the texts stay in the files.
+    """Answers by request id, in the order of the files; the texts stay in the files.
 
     If two processes have answered one request, the answer whose text has the smaller SHA-256 is
     taken, so that the choice does not depend on the files.
 
     Attributes:
         folder: The folder of the files.
+        lines: Records in all files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: list[Path] = []
+        self.lines = 0
         self._read: dict[Path, int] = {}
-        self._keys: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
-        self._places: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
-        self._recent: dict[int, list[int]] = {}
-        self._handles: dict[int, BinaryIO] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._handles: dict[Path, BinaryIO] = {}
 
     def refresh(self) -> None:
         """Read what was appended since the last call.
@@ -82,112 +74,44 @@ class Answers(Mapping[str, Answer]):
             UserError: A line is not an answer.
         """
         for path in sorted(self.folder.glob("part-*.jsonl")):
-            if path not in self._read:
-                self._read[path] = 0
-                self._files.append(path)
-            if path.stat().st_size > self._read[path]:
-                self._scan(path)
-        if len(self._recent) > _RECENT:
-            self._sort()
+            start = self._read.get(path, 0)
+            if path.stat().st_size == start:
+                continue
+            for offset, end, request in _heads(path, start):
+                self.lines += 1
+                self._read[path] = end
+                place = (path, offset)
+                known = self._places.setdefault(request, place)
+                if known != place:
+                    ranked = min(known, place, key=lambda where: _rank(self._answer_at(*where)))
+                    self._places[request] = ranked
 
     def __getitem__(self, request: str) -> Answer:
-        found = [answer for _, answer in self._candidates(request)]
-        if not found:
-            raise KeyError(request)
-        return found[0] if len(found) == 1 else min(found, key=_rank)
+        return self._answer_at(*self._places[request])
 
     def __contains__(self, request: object) -> bool:
-        return isinstance(request, str) and any(
-            head == request.encode() for head in map(self._id_at, self._places_of(_key(request)))
-        )
+        return request in self._places
 
     def __iter__(self) -> Iterator[str]:
-        """Yield request ids, each once, file by file."""
-        for number, path in enumerate(self._files):
-            for offset, _, request in _heads(path, 0, self._read[path]):
-                place = offset << _FILE_BITS | number
-                if len(self._places_of(_key(request))) == 1 or place == self._chosen(request):
-                    yield request
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return self.lines - self.duplicates
-
-    @property
-    def lines(self) -> int:
-        """Records in all files."""
-        return len(self._keys) + sum(map(len, self._recent.values()))
+        return len(self._places)
 
     @property
     def duplicates(self) -> int:
         """Records beyond the first of their request."""
-        self._sort()
-        again = int(np.count_nonzero(self._keys[1:] == self._keys[:-1]))
-        return again and self.lines - len({self._id_at(int(place)) for place in self._places})
+        return self.lines - len(self)
 
-    def _scan(self, path: Path) -> None:
-        number = self._files.index(path)
-        keys, places = array("Q"), array("Q")
-        for offset, end, request in _heads(path, self._read[path]):
-            keys.append(_key(request))
-            places.append(offset << _FILE_BITS | number)
-            self._read[path] = end
-        if len(keys) > _RECENT:
-            self._keys = np.concatenate([self._keys, np.frombuffer(keys, np.uint64)])
-            self._places = np.concatenate([self._places, np.frombuffer(places, np.uint64)])
-            self._sort()
-            return
-        for key, place in zip(keys, places, strict=True):
-            self._recent.setdefault(key, []).append(place)
-
-    def _sort(self) -> None:
-        if self._recent:
-            keys = np.fromiter(
-                (key for key, places in self._recent.items() for _ in places), np.uint64
-            )
-            places = np.fromiter((p for group in self._recent.values() for p in group), np.uint64)
-            self._keys = np.concatenate([self._keys, keys])
-            self._places = np.concatenate([self._places, places])
-            self._recent = {}
-        order = np.argsort(self._keys, kind="stable")
-        self._keys, self._places = self._keys[order], self._places[order]
-
-    def _places_of(self, key: int) -> list[int]:
-        sought = np.uint64(key)
-        first = last = int(self._keys.searchsorted(sought))
-        while last < len(self._keys) and self._keys[last] == sought:
-            last += 1
-        return [*map(int, self._places[first:last]), *self._recent.get(key, ())]
-
-    def _candidates(self, request: str) -> Iterator[tuple[int, Answer]]:
-        for place in self._places_of(_key(request)):
-            answer = self._answer_at(place)
-            if answer.request == request:
-                yield place, answer
-
-    def _chosen(self, request: str) -> int:
-        return min(self._candidates(request), key=lambda found: _rank(found[1]))[0]
-
-    def _answer_at(self, place: int) -> Answer:
-        line = self._line_at(place)
+    def _answer_at(self, path: Path, offset: int) -> Answer:
+        if path not in self._handles:
+            self._handles[path] = path.open("rb")
+        file = self._handles[path]
+        file.seek(offset)
         try:
-            return Answer.model_validate_json(line)
+            return Answer.model_validate_json(file.readline())
         except ValidationError as error:
-            path = self._files[place & (1 << _FILE_BITS) - 1]
-            raise _damaged(path, place >> _FILE_BITS, error.errors()[0]["msg"]) from None
-
-    def _id_at(self, place: int) -> bytes:
-        match = _HEAD.match(self._line_at(place))
-        return match[1] if match else b""
-
-    def _line_at(self, place: int) -> bytes:
-        file = self._opened(place & (1 << _FILE_BITS) - 1)
-        file.seek(place >> _FILE_BITS)
-        return file.readline()
-
-    def _opened(self, number: int) -> BinaryIO:
-        if number not in self._handles:
-            self._handles[number] = self._files[number].open("rb")
-        return self._handles[number]
+            raise _damaged(path, offset, error.errors()[0]["msg"]) from None
 
     def close(self) -> None:
         """Close the files; a later lookup opens them again."""
@@ -266,13 +190,13 @@ class Claims:
         os.close(self._descriptor)
 
 
-def _heads(path: Path, start: int, end: int | None = None) -> Iterator[tuple[int, int, str]]:
+def _heads(path: Path, start: int) -> Iterator[tuple[int, int, str]]:
     """Yield start, end and request id of every complete line from byte `start` on."""
     with path.open("rb") as file:
         file.seek(start)
         offset = start
         for line in file:
-            if not line.endswith(b"\n") or offset == end:
+            if not line.endswith(b"\n"):
                 return
             match = _HEAD.match(line)
             if match is None or not line.endswith(b"}\n"):

@@ -16,7 +16,6 @@ from data_tools.instruct import contamination
 from data_tools.instruct import index as indexing
 from data_tools.instruct.config import InstructConfig, TeacherConfig
 from data_tools.instruct.lines import read_lines, write_lines
-from data_tools.instruct.outcomes import LEFT_OUT
 from data_tools.instruct.plan.context import describe
 from data_tools.instruct.plan.estimate import Tally, estimate_lines
 from data_tools.instruct.plan.prompts import TYPES, closing, digest, make_templates, messages
@@ -29,6 +28,20 @@ from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import write_owned, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
+
+LEFT_OUT: Final = {
+    "of_evaluations": (
+        "evaluation images",
+        "refused, guard.allow_evaluation_images=true keeps them",
+    ),
+    "without_annotations": ("without boxes and captions", "there is nothing to ask about"),
+    "not_chosen": ("not chosen", "images.count is smaller"),
+    "chosen_without_a_type": (
+        "without a request",
+        "no type was drawn for them, see requests.shares",
+    ),
+}
+"""Reasons for asking nothing about images, by name in plan.json, and explanations."""
 
 
 class _Sample(msgspec.Struct):

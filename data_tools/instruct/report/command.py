@@ -13,7 +13,8 @@ from data_tools.instruct.index import read_images
 from data_tools.instruct.report.charts import charts
 from data_tools.instruct.report.counts import count_results
 from data_tools.instruct.report.draw import save_figure
-from data_tools.instruct.report.page import Report, headline, render_report
+from data_tools.instruct.report.outcomes import outcome_lines
+from data_tools.instruct.report.page import Report, headline, outcomes, render_report
 from data_tools.instruct.report.results import read_results
 from data_tools.instruct.run_folder import PLOTS, RunFolder
 from vlm_sft.errors import UserError
@@ -27,7 +28,7 @@ _SUMMARIES: Final = ("index.json", "plan.json", "export/export.json")
 
 
 def command(config: InstructConfig) -> None:
-    """Write `report/report.html` and its charts; print the path and five figures.
+    """Write `report/report.html` and its charts; print five figures and all outcomes.
 
     Raises:
         UserError: Nothing is indexed, or files of the run do not belong together.
@@ -45,6 +46,9 @@ def command(config: InstructConfig) -> None:
     echo(f"{path}, and {len(figures)} charts as PNG files", file=sys.stdout)
     for value, caption in headline(report.counts):
         echo(f"{value:>16}  {caption}", file=sys.stdout)
+    echo("", file=sys.stdout)
+    for line in outcome_lines(outcomes(report)):
+        echo(line, file=sys.stdout)
 
 
 def read_report(config: InstructConfig, folder: RunFolder) -> Report:

@@ -10,6 +10,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, get_args
 from data_tools.coco import AnnotatedImage
 from data_tools.digests import hashed
 from data_tools.instruct.clean.choices import VALUES, Categories, Family, choice_of
+from data_tools.instruct.report.outcomes import Outcomes
 from data_tools.instruct.report.results import Outcome, Result
 from data_tools.instruct.schema import Answer, Cost, Sample, SampleType, Verdict
 from data_tools.instruct.verify.agreement import Agreement
@@ -203,8 +204,7 @@ class RunCounts:
         good: Counts over these samples.
         images: Images in the index.
         annotated: Images by annotated category.
-        furthest: For each image with a request and without a good sample: the last step that one of
-            its requests reached (index into `STEPS`), and why that request went no further.
+        ends: What became of the images and requests.
         steps: Requests by type and step reached.
         outcomes: Requests by outcome.
         lost: Requests by the step they did not reach and the first reason.
@@ -224,7 +224,7 @@ class RunCounts:
     good: SampleCounts
     images: int = 0
     annotated: Counter[str] = field(default_factory=Counter)
-    furthest: dict[int, tuple[int, str]] = field(default_factory=dict)
+    ends: Outcomes = field(default_factory=Outcomes)
     steps: Counter[tuple[SampleType, Step]] = field(default_factory=Counter)
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     lost: Counter[tuple[Step, str]] = field(default_factory=Counter)
@@ -247,7 +247,7 @@ class RunCounts:
     @property
     def asked(self) -> int:
         """Number of images with a request."""
-        return len(self.furthest.keys() | self.good.seen)
+        return self.ends.num_images
 
     @property
     def total_usage(self) -> Usage:
@@ -259,13 +259,10 @@ class RunCounts:
         request, sample, outcome = result.request, result.sample, result.outcome
         reached = _steps(result)
         self.outcomes[outcome] += 1
+        self.ends.add(result)
         self.steps.update((request.type, step) for step in reached)
         if outcome != "kept":
-            reason = _reason(result)
-            self.lost[list(STEPS)[len(reached)], reason] += 1
-            if outcome != self.good_outcome and request.image not in self.good.seen:
-                before = self.furthest.get(request.image, (0, ""))
-                self.furthest[request.image] = max(before, (len(reached), reason))
+            self.lost[list(STEPS)[len(reached)], _reason(result)] += 1
         if result.answer is not None:
             self.usage[request.type].add(result.answer)
         if sample is None:
@@ -283,7 +280,6 @@ class RunCounts:
         self.gallery.setdefault(outcome, Reservoir(GALLERY, self.seed)).add(sample.id, result)
         if outcome == self.good_outcome:
             self.good.add(result.kept or sample, image)
-            self.furthest.pop(request.image, None)
 
     def _add_maker(self, sample: Sample) -> None:
         parameters = {name: value for name, value in sample.parameters.items() if name != "seed"}

@@ -9,6 +9,7 @@ from typing import Any, Final, get_args
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.clean import codes as cleaning_codes
 from data_tools.instruct.export import LICENSES
+from data_tools.instruct.report import outcomes as outcome_table
 from data_tools.instruct.report.counts import (
     LONGEST,
     STEPS,
@@ -95,7 +96,15 @@ def render_report(report: Report, charts: Mapping[str, bytes]) -> str:
         notices=list(_notices(counts)),
         charts={name: data_uri(data, "svg+xml") for name, data in charts.items()},
         funnel=list(_funnel(report)),
-        without=_images_without(report),
+        outcomes=[
+            {
+                "": row.outcome,
+                "images": row.images,
+                "requests": row.requests or "–",
+                "why": row.details,
+            }
+            for row in outcomes(report)
+        ],
         reasons=list(_reasons(report)),
         dropped_turns=_summed(counts.dropped_turns),
         claims=_verdicts(counts.claims),
@@ -225,24 +234,9 @@ def _funnel(report: Report) -> Iterator[Row]:
         yield {"": "exported", "number": exported, "share": share, **types, "lost before": ""}
 
 
-def _images_without(report: Report) -> list[Row]:
-    """Return why images have no sample: not asked about, or how far their requests came."""
-    counts = report.counts
-    rows = [
-        ("no request", reason, n) for reason, n in by_count(report.plan.get("left_out", {})) if n
-    ]
-    steps = list(STEPS.values())
-    ends = Counter((f"not {steps[step]}", reason) for step, reason in counts.furthest.values())
-    rows += [(end, reason, n) for (end, reason), n in by_count(ends)]
-    return [
-        {
-            "images": n,
-            "ended at": end,
-            "reason": _plain(reason),
-            "meaning": MEANINGS.get(reason, ""),
-        }
-        for end, reason, n in rows
-    ]
+def outcomes(report: Report) -> list[outcome_table.Row]:
+    """Return what became of the images and requests."""
+    return report.counts.ends.rows(report.index, report.plan)
 
 
 def _summed(lost: Mapping[str, int], most: int = 6) -> str:

@@ -15,14 +15,14 @@ from vlm_sft.errors import UserError
 Outcome = Literal["unanswered", "unverified", "rejected", "accepted", "dropped", "kept"]
 
 OUTCOMES: Final[dict[Outcome, str]] = {
-    "unanswered": "not answered yet",
+    "unanswered": "not answered",
     "unverified": "answered, not verified yet",
-    "rejected": "rejected",
+    "rejected": "all answers rejected by verify",
+    "dropped": "all samples dropped by clean",
     "accepted": "accepted, not cleaned yet",
-    "dropped": "accepted, then dropped by cleaning",
-    "kept": "kept",
+    "kept": "in the training files",
 }
-"""Outcomes in words."""
+"""Outcomes in words, the furthest last."""
 
 
 @dataclass(frozen=True)
