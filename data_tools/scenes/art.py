@@ -1,6 +1,5 @@
 """Two artists' drawings of the same things, from their packages, as trimmed RGBA images."""
 
-import importlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Final
 from PIL import Image
 
 from vlm_sft.errors import UserError
+from vlm_sft.utils.libraries import import_extra
 from vlm_sft.utils.reading import read_json
 
 
@@ -190,19 +190,8 @@ def _svg_path(folder: Path, artist: Artist, code_point: str) -> Path | None:
 
 @cache
 def _folder(artist: Artist) -> Path:
-    module = _import(artist.module, artist.requirement)
-    return Path(module.__file__).parent / artist.svg_folder
+    return Path(import_extra(artist.module, "demo").__file__).parent / artist.svg_folder
 
 
 def _renderer() -> Any:
-    return _import("resvg_py", "resvg-py>=0.5")
-
-
-def _import(module: str, requirement: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"drawing scenes needs the package {module}, which is not installed; "
-            f"run: pip install '{requirement}' (or: pip install -e '.[demo]')"
-        ) from error
+    return import_extra("resvg_py", "demo")

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from vlm_sft.errors import UserError
+from vlm_sft.evaluation.json_rows import read_values
 from vlm_sft.utils.escape import shortened
-from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
-from vlm_sft.utils.reading import StrictJsonError, parse_json, read_text
 
 FORMAT: Final = (
     '{"id": "1", "image": "a.jpg", "question": "Is there a dog?", "answer": "yes", "kind": '
@@ -48,42 +47,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield every value with its position: `[index]` in a list, `:line` in JSON Lines."""
-    try:
-        text = read_text(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file of questions{current_directory_hint(path)}"
-            f"{nearest_existing(path)}; data_tools.build_coco writes such files",
-            code="data_file_missing",
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read: {error.strerror}", code="data_file_unreadable"
-        ) from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    # A JSON Lines file has a complete object on its first line; a single line can be either.
-    if len(lines) == 1 or text.lstrip()[:1] != "{" or lines[0][1].strip() == "{":
-        yield from _list_of(path, text)
-        return
-    for number, line in lines:
-        try:
-            yield f":{number}", parse_json(line)
-        except StrictJsonError as error:
-            raise UserError(f"{path}:{number}: {error}", code=error.reason) from None
-
-
-def _list_of(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    if not text.strip():
-        return
-    try:
-        value = parse_json(text)
-    except StrictJsonError as error:
-        raise UserError(f"{path}: {error}; a question is {FORMAT}", code=error.reason) from None
-    if isinstance(value, dict) and isinstance(value.get("questions"), list):
-        value = value["questions"]
-    values = value if isinstance(value, list) else [value]
-    yield from ((f"[{index}]", row) for index, row in enumerate(values))
+    """Yield every question with its position; some files have them in a list `questions`."""
+    missing = "; data_tools.build_coco writes files of questions"
+    for where, value in read_values(path, missing=missing, expected=f"; a question is {FORMAT}"):
+        if where == "" and isinstance(value, dict) and isinstance(value.get("questions"), list):
+            yield from ((f"[{index}]", row) for index, row in enumerate(value["questions"]))
+        else:
+            yield where, value
 
 
 def _row(path: Path, where: str, value: Any) -> dict[str, str]:

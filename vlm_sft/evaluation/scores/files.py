@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from vlm_sft.errors import UserError
+from vlm_sft.evaluation.json_rows import read_values
 from vlm_sft.utils.escape import shortened
-from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
-from vlm_sft.utils.reading import StrictJsonError, parse_json, read_text
 
 ID_KEYS: Final = ("question_id", "id", "image_id")
 ANSWER_KEYS: Final = ("answer", "text", "caption", "prediction", "response", "output")
 QUESTION_KEYS: Final = ("question", "prompt")
-MAX_FILE_BYTES: Final = 2**30
 
 
 @dataclass(frozen=True)
@@ -181,29 +179,11 @@ def unique_ids(rows: Sequence[Row], *names: str) -> dict[str, Row]:
 
 
 def _objects(path: Path, list_keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = read_text(path, MAX_FILE_BYTES)
-    except FileNotFoundError:
-        hint = f"{current_directory_hint(path)}{nearest_existing(path)}"
-        raise UserError(f"{path}: no such file{hint}", code="data_file_missing") from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read: {error.strerror}", code="data_file_unreadable"
-        ) from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    # JSON Lines have a complete object on the first line; a single line can be either.
-    if len(lines) > 1 and lines[0][1].lstrip().startswith("{") and lines[0][1].strip() != "{":
-        for number, line in lines:
-            yield f":{number}", _object(path, f":{number}", _parsed(path, f":{number}", line))
-        return
-    if not lines:
-        return
-    value = _parsed(path, "", text)
-    if isinstance(value, dict):
-        yield from _objects_of_dict(path, value, list_keys)
-        return
-    for index, item in enumerate(value if isinstance(value, list) else [value]):
-        yield f"[{index}]", _object(path, f"[{index}]", item)
+    for place, value in read_values(path):
+        if place == "" and isinstance(value, dict):
+            yield from _objects_of_dict(path, value, list_keys)
+        else:
+            yield place, _object(path, place, value)
 
 
 def _objects_of_dict(
@@ -219,13 +199,6 @@ def _objects_of_dict(
         for name, item in value.items():
             row = item if isinstance(item, dict) else {"answer": item}
             yield f": {shortened(name, 40)!r}", {"question_id": name, **row}
-
-
-def _parsed(path: Path, place: str, text: str) -> Any:
-    try:
-        return parse_json(text)
-    except StrictJsonError as error:
-        raise UserError(f"{path}{place}: {error}", code=error.reason) from None
 
 
 def _object(path: Path, place: str, value: Any) -> dict[str, Any]:

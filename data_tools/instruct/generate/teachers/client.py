@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from data_tools.instruct.config import TeacherConfig
 from data_tools.instruct.generate.teachers.secrets import Remover
 from vlm_sft.errors import UserError
+from vlm_sft.utils.libraries import import_extra
 
 if TYPE_CHECKING:
     import httpx2
@@ -26,7 +27,6 @@ _HEADERS: Final = frozenset(
 )  # fmt: skip
 _HEADER_NAME: Final = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
 _CHARSET: Final = re.compile(rb";\s*charset\s*=\s*\"?([^\s;\"]*)\"?", re.IGNORECASE)
-_INSTALL: Final = "pip install -e '.[instruct]'"
 
 
 class TooLong(Exception):
@@ -94,11 +94,9 @@ def make_client(
 
     The default is `teacher.max_answer_bytes`.
     """
-    try:
-        import httpx2
-        import openai
-    except ImportError:
-        raise UserError(f"the teacher needs the package openai: {_INSTALL}") from None
+    library = import_extra("openai", "instruct")
+    import httpx2  # comes with openai
+
     seconds = config.timeout_seconds
     timeout = httpx2.Timeout(seconds, connect=min(seconds, 10.0), pool=None)
     limits = httpx2.Limits(max_connections=config.concurrency + 4)
@@ -110,10 +108,11 @@ def make_client(
     )
     # The key is also given as a header because OPENAI_CUSTOM_HEADERS would override the other one.
     headers = {"Authorization": f"Bearer {key.reveal()}", "Accept-Encoding": "identity"}
-    return openai.AsyncOpenAI(
+    client: openai.AsyncOpenAI = library.AsyncOpenAI(
         api_key=key.reveal(), base_url=url, max_retries=0, timeout=timeout, http_client=http,
         default_headers=headers,
     )  # fmt: skip
+    return client
 
 
 def _bounded(

@@ -5,12 +5,12 @@ reserved before it is sent, and one `Retry-After` must hold back all requests.
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from data_tools.digests import hashed
 from data_tools.instruct.config import TeacherConfig
 from data_tools.instruct.generate.teachers.cancellation import Cancellation
-from vlm_sft.errors import UserError
+from vlm_sft.utils.libraries import import_extra
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
@@ -26,8 +26,8 @@ class RateLimiter:
 
     def __init__(self, config: TeacherConfig, cancellation: Cancellation) -> None:
         self._cancellation = cancellation
-        self._requests = _limiter(config.requests_per_minute, config.section)
-        self._tokens = _limiter(config.tokens_per_minute, config.section)
+        self._requests = _limiter(config.requests_per_minute)
+        self._tokens = _limiter(config.tokens_per_minute)
         self._paused_until = 0.0
 
     async def acquire(self, tokens: int) -> None:
@@ -60,16 +60,10 @@ def backoff(first: float, attempt: int, seed: int, request: str) -> float:
     return float(min(LONGEST_BACKOFF, first * 2 ** (attempt - 1)) * (0.5 + share / 2))
 
 
-def _limiter(per_minute: int | None, section: str) -> "AsyncLimiter | None":
+def _limiter(per_minute: int | None) -> "AsyncLimiter | None":
     if per_minute is None:
         return None
-    try:
-        from aiolimiter import AsyncLimiter
-    except ImportError:
-        raise UserError(
-            f"{section}.requests_per_minute and tokens_per_minute need the package aiolimiter: "
-            "pip install -e '.[instruct]'"
-        ) from None
     burst = max(1.0, per_minute * _BURST_SECONDS / 60)
-    values: dict[str, Any] = {"max_rate": burst, "time_period": burst * 60 / per_minute}
-    return AsyncLimiter(**values)
+    library = import_extra("aiolimiter", "instruct")
+    limiter: AsyncLimiter = library.AsyncLimiter(burst, burst * 60 / per_minute)
+    return limiter
