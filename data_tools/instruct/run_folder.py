@@ -44,116 +44,64 @@ _APPENDED: Final = (
 """Other names in a run's folder: files that only grow, and folders."""
 
 
+class _Name:
+    """The path of a name below a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "RunFolder", owner: object = None) -> Path:
+        return folder.root / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run's folder; the docstring of each path begins with the stage that writes it."""
 
     root: Path
 
-    @property
-    def config(self) -> Path:
-        """`plan`: the resolved configuration."""
-        return self.root / "config.yaml"
-
-    @property
-    def images(self) -> Path:
-        """`index`: one `coco.AnnotatedImage` a line, in the order of ids."""
-        return self.root / "images.jsonl"
-
-    @property
-    def index(self) -> Path:
-        """`index`: findings in the annotations, counts and digests."""
-        return self.root / "index.json"
-
-    @property
-    def templates(self) -> Path:
-        """`plan`: the prompts by name."""
-        return self.root / "templates.json"
-
-    @property
-    def plan(self) -> Path:
-        """`plan`: numbers of images chosen, refused and left out, with the estimates."""
-        return self.root / "plan.json"
-
-    @property
-    def requests(self) -> Path:
-        """`plan`: one `schema.Request` a line."""
-        return self.root / "requests.jsonl"
-
-    @property
-    def answers(self) -> Path:
-        """`generate`: a folder of append-only files of `schema.Answer`; runs may share it."""
-        return self.root / "answers"
-
-    @property
-    def failures(self) -> Path:
-        """`generate`: one `schema.Failure` a line, appended; the last one of a request counts."""
-        return self.root / "failures.jsonl"
-
-    @property
-    def spending(self) -> Path:
-        """`generate`: attempts and their costs, appended; the sum is what the run has spent."""
-        return self.root / "spending.jsonl"
-
-    @property
-    def teacher(self) -> Path:
-        """`generate`: properties of the server."""
-        return self.root / "teacher.json"
-
-    @property
-    def batches(self) -> Path:
-        """`generate`: batches and their states, appended."""
-        return self.root / "batches.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """`verify`: accepted `schema.Sample`s, in the order of the requests."""
-        return self.root / "samples.jsonl"
-
-    @property
-    def rejected(self) -> Path:
-        """`verify`: rejected ones, in the order of the requests."""
-        return self.root / "rejected.jsonl"
-
-    @property
-    def verification(self) -> Path:
-        """`verify`: counts of requests, answers, verdicts and reasons."""
-        return self.root / "verification.json"
-
-    @property
-    def judge(self) -> Path:
-        """`verify`: requests to the judge and its answers, as a run's folder of its own."""
-        return self.root / "judge"
-
-    @property
-    def kept(self) -> Path:
-        """`clean`: samples to train on."""
-        return self.root / "kept.jsonl"
-
-    @property
-    def dropped(self) -> Path:
-        """`clean`: samples left out, with their reasons."""
-        return self.root / "dropped.jsonl"
-
-    @property
-    def cleaning(self) -> Path:
-        """`clean`: counts, balances, duplicates."""
-        return self.root / "cleaning.json"
-
-    @property
-    def image_hashes(self) -> Path:
-        """`clean`: a cache of perceptual hashes, which may be deleted."""
-        return self.root / "cache" / "image_hashes.jsonl"
-
-    @property
-    def exports(self) -> Path:
-        """`export`: training files and `export.json`, which counts them."""
-        return self.root / "export"
-
-    @property
-    def report(self) -> Path:
-        """`report`: `report.html` and the plots."""
-        return self.root / "report"
+    config = _Name("config.yaml")
+    """`plan`: the resolved configuration."""
+    images = _Name("images.jsonl")
+    """`index`: one `coco.AnnotatedImage` a line, in the order of ids."""
+    index = _Name("index.json")
+    """`index`: findings in the annotations, counts and digests."""
+    templates = _Name("templates.json")
+    """`plan`: the prompts by name."""
+    plan = _Name("plan.json")
+    """`plan`: numbers of images chosen, refused and left out, with the estimates."""
+    requests = _Name("requests.jsonl")
+    """`plan`: one `schema.Request` a line."""
+    answers = _Name("answers")
+    """`generate`: a folder of append-only files of `schema.Answer`; runs may share it."""
+    failures = _Name("failures.jsonl")
+    """`generate`: one `schema.Failure` a line, appended; the last one of a request counts."""
+    spending = _Name("spending.jsonl")
+    """`generate`: attempts and their costs, appended; the sum is what the run has spent."""
+    teacher = _Name("teacher.json")
+    """`generate`: properties of the server."""
+    batches = _Name("batches.jsonl")
+    """`generate`: batches and their states, appended."""
+    samples = _Name("samples.jsonl")
+    """`verify`: accepted `schema.Sample`s, in the order of the requests."""
+    rejected = _Name("rejected.jsonl")
+    """`verify`: rejected ones, in the order of the requests."""
+    verification = _Name("verification.json")
+    """`verify`: counts of requests, answers, verdicts and reasons."""
+    judge = _Name("judge")
+    """`verify`: requests to the judge and its answers, as a run's folder of its own."""
+    kept = _Name("kept.jsonl")
+    """`clean`: samples to train on."""
+    dropped = _Name("dropped.jsonl")
+    """`clean`: samples left out, with their reasons."""
+    cleaning = _Name("cleaning.json")
+    """`clean`: counts, balances, duplicates."""
+    image_hashes = _Name("cache/image_hashes.jsonl")
+    """`clean`: a cache of perceptual hashes, which may be deleted."""
+    exports = _Name("export")
+    """`export`: training files and `export.json`, which counts them."""
+    report = _Name("report")
+    """`report`: `report.html` and the plots."""
 
 
 def refuse_older(root: Path) -> None:

@@ -175,7 +175,7 @@ def attribution(artist: Artist) -> str:
         f"The objects in these images are drawings from {artist.name} "
         f"({artist.requirement}): {artist.credit}.\n"
         f"License: {artist.license_name}, {artist.license_url}\n\n"
-        "The drawings were scaled, rotated, mirrored, recoloured and placed on generated "
+        "The drawings were scaled, rotated, mirrored, recolored and placed on generated "
         "backgrounds. The images are under the same license.\n"
     )
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 Plane = NDArray[np.float32]
 """One value a pixel, [height, width]."""
-Colours = NDArray[np.float32]
+Colors = NDArray[np.float32]
 """RGB in 0..255, [height, width, 3] (or [3])."""
 
 
@@ -64,15 +64,15 @@ def noise(
     return (total - low) / max(high - low, 1e-6)
 
 
-def _colour(rng: np.random.Generator, low: int = 40, high: int = 225) -> Colours:
+def _color(rng: np.random.Generator, low: int = 40, high: int = 225) -> Colors:
     return rng.uniform(low, high, 3).astype(np.float32)
 
 
-def _near(colour: tuple[int, int, int], rng: np.random.Generator, spread: int = 25) -> Colours:
-    return (np.array(colour) + rng.uniform(-spread, spread, 3)).astype(np.float32)
+def _near(color: tuple[int, int, int], rng: np.random.Generator, spread: int = 25) -> Colors:
+    return (np.array(color) + rng.uniform(-spread, spread, 3)).astype(np.float32)
 
 
-def _blend(first: Colours, second: Colours, share: Plane) -> Colours:
+def _blend(first: Colors, second: Colors, share: Plane) -> Colors:
     weight = share[..., None]
     return first * (1 - weight) + second * weight
 
@@ -83,30 +83,30 @@ def _ramp(width: int, height: int, angle: float) -> Plane:
     return ((along - along.min()) / max(float(np.ptp(along)), 1e-6)).astype(np.float32)
 
 
-def _gradient(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _gradient(width: int, height: int, rng: np.random.Generator) -> Colors:
     share = _ramp(width, height, float(rng.uniform(0, 2 * np.pi)))
-    return _blend(_colour(rng), _colour(rng), share)
+    return _blend(_color(rng), _color(rng), share)
 
 
-def _clouds(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _clouds(width: int, height: int, rng: np.random.Generator) -> Colors:
     share = noise(width, height, rng, octaves=6)
-    return _blend(_colour(rng), _colour(rng), share) + 30 * (
+    return _blend(_color(rng), _color(rng), share) + 30 * (
         noise(width, height, rng, cells=(5, 5))[..., None] - 0.5
     )
 
 
-def _blobs(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _blobs(width: int, height: int, rng: np.random.Generator) -> Colors:
     canvas = _gradient(width, height, rng)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     for _ in range(int(rng.integers(3, 8))):
-        centre_x, centre_y = rng.uniform(0, width), rng.uniform(0, height)
+        center_x, center_y = rng.uniform(0, width), rng.uniform(0, height)
         radius = rng.uniform(0.15, 0.45) * max(width, height)
-        near = np.exp(-((x - centre_x) ** 2 + (y - centre_y) ** 2) / radius**2)
-        canvas = _blend(canvas, _colour(rng), near.astype(np.float32) * 0.8)
+        near = np.exp(-((x - center_x) ** 2 + (y - center_y) ** 2) / radius**2)
+        canvas = _blend(canvas, _color(rng), near.astype(np.float32) * 0.8)
     return canvas
 
 
-def _over_horizon(above: Colours, below: Colours, rng: np.random.Generator, soft: int) -> Colours:
+def _over_horizon(above: Colors, below: Colors, rng: np.random.Generator, soft: int) -> Colors:
     height, width = above.shape[:2]
     level = float(rng.uniform(0.3, 0.65)) * height
     line = level + (noise(width, 2, rng, cells=(4, 2), octaves=4)[0] - 0.5) * soft
@@ -114,7 +114,7 @@ def _over_horizon(above: Colours, below: Colours, rng: np.random.Generator, soft
     return _blend(above, below, np.clip(rows - line[None, :], 0, 1).astype(np.float32))
 
 
-def _sky(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _sky(width: int, height: int, rng: np.random.Generator) -> Colors:
     sky = _blend(
         _near((90, 150, 215), rng), _near((190, 215, 235), rng), _ramp(width, height, 1.57)
     )
@@ -122,24 +122,24 @@ def _sky(width: int, height: int, rng: np.random.Generator) -> Colours:
     return _blend(sky, _near((240, 240, 240), rng, 10), clouds * float(rng.uniform(0.2, 0.9)))
 
 
-def _meadow(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _meadow(width: int, height: int, rng: np.random.Generator) -> Colors:
     blades = noise(width, height, rng, cells=(30, 8), octaves=4)
     grass = _blend(_near((50, 95, 35), rng), _near((130, 170, 75), rng), blades)
     return _over_horizon(_sky(width, height, rng), grass, rng, soft=height // 4)
 
 
-def _desert(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _desert(width: int, height: int, rng: np.random.Generator) -> Colors:
     dunes = noise(width, height, rng, cells=(2, 8), octaves=6)
     sand = _blend(_near((170, 130, 85), rng), _near((225, 195, 145), rng), dunes)
     return _over_horizon(_sky(width, height, rng), sand, rng, soft=height // 5)
 
 
-def _water(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _water(width: int, height: int, rng: np.random.Generator) -> Colors:
     ripples = noise(width, height, rng, cells=(3, 18), octaves=4)
     return _blend(_near((25, 75, 110), rng), _near((125, 180, 200), rng), ripples)
 
 
-def _wood(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _wood(width: int, height: int, rng: np.random.Generator) -> Colors:
     y, _ = np.mgrid[0:height, 0:width].astype(np.float32)
     warp = noise(width, height, rng, cells=(2, 4), octaves=3)
     rings = 0.5 + 0.5 * np.sin(warp * float(rng.uniform(15, 40)) + y / height * 20)
@@ -153,7 +153,7 @@ def _wood(width: int, height: int, rng: np.random.Generator) -> Colours:
     return boards.astype(np.float32)
 
 
-def _brick(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _brick(width: int, height: int, rng: np.random.Generator) -> Colors:
     brick_height = int(rng.integers(8, 20))
     brick_width = int(brick_height * rng.uniform(2.0, 2.8))
     y, x = np.mgrid[0:height, 0:width]
@@ -168,58 +168,58 @@ def _brick(width: int, height: int, rng: np.random.Generator) -> Colours:
     return wall.astype(np.float32)
 
 
-def _stripes(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _stripes(width: int, height: int, rng: np.random.Generator) -> Colors:
     ramp = _ramp(width, height, float(rng.uniform(0, np.pi)))
     stripes = (np.sin(ramp * float(rng.uniform(15, 70))) > 0).astype(np.float32)
     return _pattern(stripes, rng)
 
 
-def _checker(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _checker(width: int, height: int, rng: np.random.Generator) -> Colors:
     y, x = np.mgrid[0:height, 0:width]
     cell = int(rng.integers(8, 32))
     return _pattern(((x // cell + y // cell) % 2).astype(np.float32), rng)
 
 
-def _pattern(share: Plane, rng: np.random.Generator) -> Colours:
-    base = _colour(rng, 60, 210)
+def _pattern(share: Plane, rng: np.random.Generator) -> Colors:
+    base = _color(rng, 60, 210)
     other = base + rng.uniform(15, 50) * rng.choice([-1.0, 1.0], 3)
     height, width = share.shape
     cloth = noise(width, height, rng, cells=(4, 4), octaves=6)[..., None] - 0.5
     return _blend(base, other.astype(np.float32), share) + 40 * cloth
 
 
-def _gravel(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _gravel(width: int, height: int, rng: np.random.Generator) -> Colors:
     stones = noise(width, height, rng, cells=(width / 6, height / 6), octaves=2)
     base = _near((140, 130, 120), rng, 35)
     return base * (0.55 + 0.8 * stones[..., None])
 
 
-def _bokeh(width: int, height: int, rng: np.random.Generator) -> Colours:
-    dark, less_dark = _colour(rng, 10, 70), _colour(rng, 20, 110)
+def _bokeh(width: int, height: int, rng: np.random.Generator) -> Colors:
+    dark, less_dark = _color(rng, 10, 70), _color(rng, 20, 110)
     canvas = _to_image(_blend(dark, less_dark, noise(width, height, rng)))
     draw = ImageDraw.Draw(canvas, "RGBA")
     for _ in range(int(rng.integers(12, 40))):
         radius = float(rng.uniform(0.01, 0.07)) * max(width, height)
         x, y = float(rng.uniform(0, width)), float(rng.uniform(0, height))
-        red, green, blue = (int(value) for value in _colour(rng, 120, 255))
+        red, green, blue = (int(value) for value in _color(rng, 120, 255))
         fill = (red, green, blue, int(rng.integers(50, 150)))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(1, 3))))
     return np.asarray(canvas, dtype=np.float32)
 
 
-def _room(width: int, height: int, rng: np.random.Generator) -> Colours:
+def _room(width: int, height: int, rng: np.random.Generator) -> Colors:
     wall = _near((205, 195, 180), rng, 40) + 25 * (noise(width, height, rng)[..., None] - 0.5)
     floor = _wood(width, height, rng)
     light = _ramp(width, height, float(rng.uniform(0, 2 * np.pi)))[..., None]
     return _over_horizon(wall, floor, rng, soft=0) * (0.75 + 0.3 * light)
 
 
-def _to_image(colours: NDArray[np.float32]) -> Image.Image:
-    return Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))
+def _to_image(colors: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray(np.clip(colors, 0, 255).astype(np.uint8))
 
 
-KINDS: Final[dict[str, Callable[[int, int, np.random.Generator], Colours]]] = {
+KINDS: Final[dict[str, Callable[[int, int, np.random.Generator], Colors]]] = {
     "meadow": _meadow,
     "desert": _desert,
     "water": _water,

@@ -36,9 +36,9 @@ class SceneSettings:
         max_objects: Most different categories in an image.
         max_instances: Most objects of one category, crowds aside.
         min_scale: Smallest objects' longer side, as a share of the image's shorter side.
-        max_scale: Largest objects' likewise; sizes are spread evenly on a logarithmic scale.
+        max_scale: The same of the largest objects; sizes are spread evenly on a logarithmic scale.
         max_side: Longer side of the largest image, pixels; the others shrink by the same share.
-        augment: 0 draws objects as the artist did; 1 varies colour, tilt and sharpness strongly.
+        augment: 0 draws objects as the artist did; 1 varies color, tilt and sharpness strongly.
         crowd_share: Share of images with one clump of many objects of a kind.
         visible_share: At least this share of an object's pixels stays visible; what would cover
             more of it is left out.
@@ -148,12 +148,12 @@ def _add_crowd(
     group: int,
     rng: np.random.Generator,
 ) -> None:
-    """Clump small objects around one point; a member may touch and cover its neighbours."""
+    """Clump small objects around one point; a member may touch and cover its neighbors."""
     width, height = canvas.size
-    centre = (float(rng.uniform(0.3, 0.7)) * width, float(rng.uniform(0.3, 0.7)) * height)
+    center = (float(rng.uniform(0.3, 0.7)) * width, float(rng.uniform(0.3, 0.7)) * height)
     scale = float(rng.uniform(0.12, 0.2))
     for _ in range(int(rng.integers(CROWD_SIZES[0], CROWD_SIZES[1] + 1))):
-        _add(canvas, layers, settings, category, group, scale, rng, near=centre)
+        _add(canvas, layers, settings, category, group, scale, rng, near=center)
 
 
 def _add(
@@ -210,13 +210,13 @@ def _drawing(
     if abs(angle) > 1:
         image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
         image = image.crop(image.getchannel("A").getbbox())
-    image = _recolour(image, settings.augment, rng)
+    image = _recolor(image, settings.augment, rng)
     if rng.random() < 0.3 * settings.augment:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.9))))
     return image
 
 
-def _recolour(image: Image.Image, augment: float, rng: np.random.Generator) -> Image.Image:
+def _recolor(image: Image.Image, augment: float, rng: np.random.Generator) -> Image.Image:
     """Turn the hue, stretch saturation, brightness and contrast, all within `augment`."""
     angle = float(rng.normal(0, 0.35)) * augment
     saturation = float(np.exp(rng.normal(0, 0.4) * augment))
@@ -224,11 +224,11 @@ def _recolour(image: Image.Image, augment: float, rng: np.random.Generator) -> I
     contrast = float(np.exp(rng.normal(0, 0.25) * augment))
     if augment == 0:
         return image
-    grey = np.full((3, 3), 1 / 3)
-    # Rotation about the grey axis (Rodrigues' formula), saturation as the share off that axis.
+    gray = np.full((3, 3), 1 / 3)
+    # Rotation about the gray axis (Rodrigues' formula), saturation as the share off that axis.
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    turn = np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross
-    matrix = contrast * (grey + saturation * turn)
+    turn = np.cos(angle) * (np.eye(3) - gray) + np.sin(angle) * cross
+    matrix = contrast * (gray + saturation * turn)
     shift = 128 * (1 - contrast) + brightness
     rows = np.concatenate((matrix, np.full((3, 1), shift)), axis=1)
     changed = image.convert("RGB").convert("RGB", tuple(rows.ravel().tolist()))

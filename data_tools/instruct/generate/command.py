@@ -22,9 +22,8 @@ from data_tools.instruct.generate.answers import Answers, AnswerWriter, Claims, 
 from data_tools.instruct.generate.append_only import SharedLog
 from data_tools.instruct.generate.progress import GenerationProgress, shown
 from data_tools.instruct.generate.shard import ALL_REQUESTS, Shard
-from data_tools.instruct.generate.teachers import Teacher
+from data_tools.instruct.generate.teachers import Teacher, make_teacher
 from data_tools.instruct.generate.teachers.cancellation import Cancellation, Cancelled
-from data_tools.instruct.generate.teachers.making import make_teacher
 from data_tools.instruct.generate.teachers.spending import LimitReached, Spending
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder

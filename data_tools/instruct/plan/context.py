@@ -32,7 +32,7 @@ def describe(
 ) -> Context:
     """Return an image in words.
 
-    Captions are labelled `c1`, `c2`, ... in the file's order. Boxes are labelled `b1`, `b2`, ...,
+    Captions are labeled `c1`, `c2`, ... in the file's order. Boxes are labeled `b1`, `b2`, ...,
     by category, the category with the biggest box first and the biggest first within it.
 
     Args:
