@@ -89,17 +89,22 @@ class Guard:
         found = len(self.evaluations)
         yield f"{found:>9,}  images of evaluations found{verdict if found else ''}"
         for name, f in self.figures.items():
-            within, setting = KNOWN.get(name), f"guard.lists.{name}"
             texts: dict[Status, str] = {
                 "checked": f"{f.listed:,} ids in its files, {f.overlap:,} of them ours",
                 "by split": f"{f.overlap:,} of our images, by COCO's own splits",
-                "covered": f"all of its images are in {within}, which was checked",
+                "covered": f"all of its images are in {KNOWN.get(name)}, which was checked",
                 "split only": f"{f.overlap:,} of our images name it as their split; for the "
-                f"others it is NOT CHECKED: give its ids as {setting}",
-                "not checked": f"NOT CHECKED: give its ids as {setting}"
-                + (f", or those of {within}, which include them" if within else ""),
+                f"others it is NOT CHECKED: give its ids as guard.lists.{name}",
             }
-            yield f"           {name}: {texts[f.status]}"
+            if f.status in texts:
+                yield f"           {name}: {texts[f.status]}"
+        if unknown := [name for name, f in self.figures.items() if f.status == "not checked"]:
+            includes = " (val2014 includes the others)" if {"val2014", "pope"} <= {*unknown} else ""
+            yield f"           {', '.join(unknown)}: NOT CHECKED: their images may be among these."
+            yield (
+                "           Photos of your own need no check; for COCO's give the ids as "
+                f"guard.lists.NAME{includes}"
+            )
 
 
 def check(images: Iterable[AnnotatedImage], config: GuardConfig) -> Guard:

@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from data_tools.coco import AnnotatedImage
+from data_tools.instruct import contamination
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.export import RECEIPTS
 from data_tools.instruct.generate.answers import answers_folder, read_answers
 from data_tools.instruct.index import read_images
 from data_tools.instruct.lines import read_lines
-from data_tools.instruct.plan.command import read_requests, read_templates
+from data_tools.instruct.plan.command import LEFT_OUT, read_requests, read_templates
 from data_tools.instruct.plan.prompts import messages
 from data_tools.instruct.report.draw import SYMBOLS, draw_png, drawn_boxes, worst_verdict
 from data_tools.instruct.report.samples import (
@@ -168,7 +169,7 @@ def explain(config: InstructConfig, wanted: str) -> Explanation:
         UserError: Nothing is planned, or there is no such id; the nearest are named.
     """
     folder = RunFolder(Path(config.output_dir))
-    request = _find(folder, wanted)
+    request = _find(config, folder, wanted)
     verified = [
         sample
         for path in (folder.samples, folder.rejected)
@@ -187,7 +188,7 @@ def explain(config: InstructConfig, wanted: str) -> Explanation:
     )
 
 
-def _find(folder: RunFolder, wanted: str) -> Request:
+def _find(config: InstructConfig, folder: RunFolder, wanted: str) -> Request:
     bare = wanted.split("-turn-")[0]
     for request in read_requests(folder):
         if bare == request.sample_id or wanted == request.id:
@@ -198,12 +199,29 @@ def _find(folder: RunFolder, wanted: str) -> Request:
         ratio = SequenceMatcher(None, sample_id, bare, autojunk=False).ratio()
         return same_image, ratio, sample_id
 
+    for image in read_images(folder).values():
+        if wanted in (image.file_name, str(image.id), f"{image.id:012d}"):
+            raise UserError(f"{image.file_name}: {_about_image(config, folder, image)}")
     ids = (request.sample_id for request in read_requests(folder))
     nearest = ", ".join(nlargest(NEAREST, ids, key=similarity))
     raise UserError(
         f"{folder.requests}: no request has the id {wanted!r}; "
         + (f"the nearest are {nearest}" if nearest else "the plan is empty")
     )
+
+
+def _about_image(config: InstructConfig, folder: RunFolder, image: AnnotatedImage) -> str:
+    """Return the ids to explain that are about an image, or why there are none."""
+    ids = [one.sample_id for one in read_requests(folder) if one.image == image.id]
+    if ids:
+        return f"is an image; give the id of one of its samples: {', '.join(ids)}"
+    guard = contamination.check([image], config.guard)
+    if guard.refuses(image.id):
+        lists = ", ".join(guard.evaluations[image.id])
+        return f"is an image of {lists}, so no request is about it; {LEFT_OUT['of_evaluations'][1]}"
+    if not image.captions and not image.boxes:
+        return "has no boxes and no captions, so no request is about it"
+    return "was not chosen, or no type was drawn for it; see images.count and requests.shares"
 
 
 def _samples_of(path: Path, request: str) -> list[Sample]:

@@ -15,9 +15,7 @@ from vlm_sft.utils.ownership import foreign_entries, read_marker, refuse_in_chec
 KIND: Final = "instruction-data run"
 """The kind in the marker of a run's folder."""
 
-PLOTS: Final = (
-    "funnel.png", "reasons.png", "claims.png", "categories.png", "lengths.png", "yes-no.png",
-)  # fmt: skip
+PLOTS: Final = ("funnel.png", "reasons.png", "claims.png", "categories.png")
 EXPORTS: Final = ("llava.json", "messages.jsonl", "train.parquet", "receipts.jsonl", "export.json")
 
 WRITTEN: Final[dict[str, tuple[str, ...]]] = {

@@ -120,7 +120,7 @@ def test_what_nobody_looked_at_is_said_plainly(tmp_path: Path) -> None:
         "karpathy_test": "not checked",
     }
     said = "\n".join(found.lines())
-    assert "karpathy_test: NOT CHECKED: give its ids as guard.lists.karpathy_test" in said
+    assert "llava_bench_coco, karpathy_test: NOT CHECKED" in said and "guard.lists.NAME" in said
 
 
 def test_val2014s_own_list_covers_the_evaluations_made_of_it(tmp_path: Path) -> None:

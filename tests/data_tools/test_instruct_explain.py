@@ -97,6 +97,20 @@ def test_a_request_is_found_by_its_hash_and_a_turn_by_its_sample(tmp_path: Path,
     assert explain(config, run.dropped[0].id).request == run.requests[1]
 
 
+def test_an_image_is_answered_with_its_samples_or_why_it_has_none(tmp_path: Path, run: Run) -> None:
+    folder = run.write(tmp_path / "run")
+    with pytest.raises(UserError, match=r"samples: 000000000002-conversation-0$"):
+        shown(tmp_path, "000000000002.jpg")
+    folder.requests.write_text("")
+    with pytest.raises(UserError, match=r"000000000002\.jpg: was not chosen, or no type was drawn"):
+        shown(tmp_path, "2")
+    ids = tmp_path / "ids.txt"
+    ids.write_text("2")
+    config = config_of(folder.root, tmp_path / "images", guard={"lists": {"mine": str(ids)}})
+    with pytest.raises(UserError, match=r"of mine, so .*guard\.allow_evaluation_images=true keeps"):
+        explain(config, "2")
+
+
 def test_an_unknown_id_is_answered_with_the_nearest(tmp_path: Path, run: Run) -> None:
     run.write(tmp_path / "run")
     config = config_of(tmp_path / "run", tmp_path / "images")

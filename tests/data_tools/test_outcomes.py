@@ -42,8 +42,8 @@ def test_an_image_counts_where_its_request_that_got_furthest_ended() -> None:
             "not answered",
             1,
             4,
-            "failed: timeout 2, not asked yet 1, rules find nothing certain to say 1 "
-            "(failures.jsonl)",
+            "failed: timeout 2, not asked yet 1, rules find nothing certain to say "
+            "(a model as teacher may) 1 (failures.jsonl)",
         ),
         Row(
             "evaluation images",

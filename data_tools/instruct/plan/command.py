@@ -38,7 +38,7 @@ LEFT_OUT: Final = {
     "not_chosen": ("not chosen", "images.count is smaller"),
     "chosen_without_a_type": (
         "without a request",
-        "no type was drawn for them, see requests.shares",
+        "no type was drawn for them; larger requests.shares ask about more images",
     ),
 }
 """Reasons for asking nothing about images, by name in plan.json, and explanations."""

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from data_tools.instruct.report.counts import STEPS, TYPES, RunCounts, by_count, sum_by_first
+from data_tools.instruct.report.counts import STEPS, RunCounts, by_count, sum_by_first
 from data_tools.instruct.report.draw import COLORS, VERDICTS, drawable
 
 MAX_BARS: Final = 25
@@ -46,21 +46,6 @@ def charts(counts: RunCounts) -> Iterator[tuple[str, Any]]:
         rest = [counts.annotated[name] - good.covered[name] for name in names]
         parts = {"with a sample": (covered, _BLUE, ""), "without": (rest, "#c9d2de", "....")}
         yield "categories", _stacked("Images by category", "images", names, parts)
-        yield "lengths", _lengths(counts)
-    if good.yes_no:
-        names = [name for name, _ in by_count(sum_by_first(good.yes_no))]
-        yield (
-            "yes-no",
-            _stacked(
-                "Yes and no by the category in the question",
-                "answers",
-                names,
-                {
-                    "yes": ([good.yes_no[name, "yes"] for name in names], COLORS["supported"], ""),
-                    "no": ([good.yes_no[name, "no"] for name in names], "#d9a441", "////"),
-                },
-            ),
-        )
 
 
 def _bars(title: str, unit: str, values: Sequence[tuple[str, int]]) -> Any:
@@ -91,28 +76,6 @@ def _stacked(
         left += width
     _name_rows(axes, shown)
     axes.legend(loc="lower right", framealpha=0.9)
-    return figure
-
-
-def _lengths(counts: RunCounts) -> Any:
-    """Return a histogram of the words per answer for each type."""
-    from matplotlib.figure import Figure
-
-    words = counts.good.words
-    shown = [name for name in TYPES if any(found == name for found, _, _ in words)]
-    figure = Figure(figsize=(4.0 * len(shown), 3.0), dpi=130, layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        lengths = {
-            n: c for (found, part, n), c in words.items() if (found, part) == (name, "answer")
-        }
-        width = -(-(max(lengths) + 1) // 40)  # 40 bins of whole numbers at most
-        edges = np.arange(0, max(lengths) + width + 1, width)
-        axes.hist(
-            list(lengths), bins=edges, weights=list(lengths.values()), color=_BLUE, rwidth=0.9
-        )
-        axes.set(title=name, xlabel="words of an answer", ylabel="answers")
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        _tidy(axes)
     return figure
 
 

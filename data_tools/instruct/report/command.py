@@ -23,7 +23,7 @@ from vlm_sft.utils.owned_files import OwnedFiles, remove_owned, write_owned
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 
-_SUMMARIES: Final = ("index.json", "plan.json", "export/export.json")
+_SUMMARIES: Final = ("index.json", "plan.json", "cleaning.json", "export/export.json")
 """Files in which stages summarize their results."""
 
 
@@ -35,15 +35,14 @@ def command(config: InstructConfig) -> None:
     """
     folder = RunFolder(Path(config.output_dir))
     report = read_report(config, folder)
-    figures = dict(charts(report.counts))
+    images = {name: save_figure(figure) for name, figure in charts(report.counts)}
     path = folder.report / "report.html"
-    svg = {name: save_figure(figure, "svg") for name, figure in figures.items()}
-    write_owned(path, _render(report, svg, folder).encode())
-    for name, figure in figures.items():
-        write_owned(folder.report / f"{name}.png", save_figure(figure, "png"))
-    for name in set(PLOTS) - {f"{name}.png" for name in figures}:  # of an earlier report
+    write_owned(path, _render(report, images, folder).encode())
+    for name, image in images.items():
+        write_owned(folder.report / f"{name}.png", image)
+    for name in set(PLOTS) - {f"{name}.png" for name in images}:  # of an earlier report
         remove_owned(folder.report / name)
-    echo(f"{path}, and {len(figures)} charts as PNG files", file=sys.stdout)
+    echo(f"{path}, and {len(images)} charts as PNG files", file=sys.stdout)
     for value, caption in headline(report.counts):
         echo(f"{value:>16}  {caption}", file=sys.stdout)
     echo("", file=sys.stdout)
@@ -66,18 +65,18 @@ def read_report(config: InstructConfig, folder: RunFolder) -> Report:
         seed=config.seed,
         good_outcome="kept" if folder.kept.exists() else "accepted",
     )
-    index, plan, export = (_read_object(folder.root / name) for name in _SUMMARIES)
-    return Report(counts, images, Path(config.coco.images), index, plan, export)
+    summaries = (_read_object(folder.root / name) for name in _SUMMARIES)
+    return Report(counts, images, Path(config.coco.images), *summaries)
 
 
-def _render(report: Report, svg: Mapping[str, bytes], folder: RunFolder) -> str:
+def _render(report: Report, images: Mapping[str, bytes], folder: RunFolder) -> str:
     """Return the page.
 
     Raises:
         UserError: A summary was edited, and its values cannot be shown.
     """
     try:
-        return render_report(report, svg)
+        return render_report(report, images)
     except (TypeError, ValueError, LookupError, AttributeError, TemplateError) as error:
         files = OwnedFiles(folder.root)
         changed = [name for name in _SUMMARIES if not files.is_ours(name)]

@@ -9,7 +9,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, get_args
 
 from data_tools.coco import AnnotatedImage
 from data_tools.digests import hashed
-from data_tools.instruct.clean.choices import VALUES, Categories, Family, choice_of
+from data_tools.instruct.clean.choices import VALUES, Categories, choice_of
 from data_tools.instruct.report.outcomes import Outcomes
 from data_tools.instruct.report.results import Outcome, Result
 from data_tools.instruct.schema import Answer, Cost, Sample, SampleType, Verdict
@@ -36,9 +36,6 @@ GALLERY: Final = 20
 LONGEST: Final = 400
 """Words; longer texts are counted as this long."""
 MAX_MAKERS: Final = 1000
-OPENING_WORDS: Final = 3
-MAX_OPENINGS: Final = 50_000
-"""Different openings that are counted at a time."""
 
 Item = TypeVar("Item")
 
@@ -62,44 +59,6 @@ class Reservoir(Generic[Item]):
     def items(self) -> list[Item]:
         """Return the selected items in a random but fixed order."""
         return [item for _, _, item in sorted(self._heap, key=lambda entry: -entry[0])]
-
-
-class Openings:
-    """How often texts begin with the same words, in bounded memory.
-
-    Attributes:
-        total: Texts counted.
-        least: Openings with up to this many occurrences may be missing; 0 if none is.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.least = 0
-        self._counts: Counter[str] = Counter()
-
-    def add(self, text: str) -> None:
-        """Count one text."""
-        words = text[:200].lower().split()[:OPENING_WORDS]
-        self._counts[" ".join(words)[:60]] += 1
-        self.total += 1
-        if len(self._counts) > MAX_OPENINGS:
-            self._discard_rarest()
-
-    def _discard_rarest(self) -> None:
-        rare = 0
-        while len(self._counts) > MAX_OPENINGS // 2:
-            rare += 1
-            self._counts = Counter({words: n for words, n in self._counts.items() if n > rare})
-        self.least += rare
-
-    def most_common(self, count: int) -> list[tuple[str, int]]:
-        """Return the most frequent openings, equally frequent ones in alphabetical order."""
-        return by_count(self._counts)[:count]
-
-    @property
-    def different(self) -> int:
-        """Number of different openings; a lower bound if `least` > 0."""
-        return len(self._counts)
 
 
 @dataclass
@@ -153,7 +112,6 @@ class SampleCounts:
         cited: Samples with a claim that was checked against a box of the category.
         words: Texts by type, part and number of words.
         kinds: Turns by kind of question.
-        choices: Answers to multiple-choice questions, by family and answer.
         yes_no: Answers yes or no, by the categories that the question names.
     """
 
@@ -165,10 +123,7 @@ class SampleCounts:
     cited: Counter[str] = field(default_factory=Counter)
     words: Counter[tuple[SampleType, str, int]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
-    choices: Counter[tuple[Family, str]] = field(default_factory=Counter)
     yes_no: Counter[tuple[str, str]] = field(default_factory=Counter)
-    questions: Openings = field(default_factory=Openings)
-    answers: Openings = field(default_factory=Openings)
     seen: set[int] = field(default_factory=set)
 
     def add(self, sample: Sample, image: AnnotatedImage | None) -> None:
@@ -183,16 +138,13 @@ class SampleCounts:
         self.cited.update({box.category for box in image.boxes if box.id in cited} if image else ())
         for turn in sample.turns:
             self.kinds[turn.kind] += 1
-            self.questions.add(turn.question)
-            self.answers.add(turn.answer)
             for part, text in (("question", turn.question), ("answer", turn.answer)):
                 self.words[sample.type, part, min(len(text.split()), LONGEST)] += 1
-            if (choice := choice_of(turn)) is not None:
-                value = VALUES[choice.family][choice.value]
-                self.choices[choice.family, value] += 1
-                if choice.family == "yes_no":
-                    named = self.categories.named(turn.question)
-                    self.yes_no.update((name, value) for name in named)
+            choice = choice_of(turn)
+            if choice is not None and choice.family == "yes_no":
+                value = VALUES["yes_no"][choice.value]
+                named = self.categories.named(turn.question)
+                self.yes_no.update((name, value) for name in named)
 
 
 @dataclass

@@ -211,7 +211,7 @@ def draw_png(opened: "Image.Image", boxes: Sequence[DrawnBox]) -> bytes:
             verticalalignment="center",
             parse_math=False,
         )
-    return save_figure(figure, "png")
+    return save_figure(figure)
 
 
 def drawable(text: str, limit: int = 40) -> str:
@@ -221,15 +221,8 @@ def drawable(text: str, limit: int = 40) -> str:
     return "".join(c if 31 < ord(c) < 0x250 or c in known else "?" for c in cut)
 
 
-def save_figure(figure: Any, file_format: str) -> bytes:
-    """Return a matplotlib figure as `png` or `svg`; equal figures give equal bytes."""
-    import matplotlib
-
+def save_figure(figure: Any) -> bytes:
+    """Return a matplotlib figure as PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    metadata = {
-        "png": {"Software": PNG_SOFTWARE},
-        "svg": {"Creator": None, "Date": None},
-    }[file_format]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vlm_sft"}):
-        figure.savefig(buffer, format=file_format, metadata=metadata)
+    figure.savefig(buffer, format="png", metadata={"Software": PNG_SOFTWARE})
     return buffer.getvalue()

@@ -95,5 +95,5 @@ def _listed(reasons: Counter[str]) -> str:
 def _in_words(failure: str) -> str:
     """Return why a request has no answer."""
     if failure == "nothing_to_say":
-        return "rules find nothing certain to say"
+        return "rules find nothing certain to say (a model as teacher may)"
     return f"failed: {failure}" if failure else "not asked yet"

@@ -14,7 +14,6 @@ from data_tools.instruct.report.counts import (
     LONGEST,
     STEPS,
     TYPES,
-    Openings,
     RunCounts,
     Usage,
     by_count,
@@ -62,8 +61,8 @@ class Report:
     Attributes:
         images: The index.
         image_dir: Directory of the images.
-        index, plan, export: Contents of `index.json`, `plan.json` and `export.json`; empty if the
-            file does not exist.
+        index, plan, cleaning, export: Contents of `index.json`, `plan.json`, `cleaning.json` and
+            `export.json`; empty if the file does not exist.
     """
 
     counts: RunCounts
@@ -71,6 +70,7 @@ class Report:
     image_dir: Path
     index: Mapping[str, Any]
     plan: Mapping[str, Any]
+    cleaning: Mapping[str, Any]
     export: Mapping[str, Any]
 
 
@@ -79,7 +79,7 @@ def render_report(report: Report, charts: Mapping[str, bytes]) -> str:
 
     Args:
         report: The contents.
-        charts: SVG images by name.
+        charts: PNG images by name.
     """
     counts = report.counts
     good = counts.good
@@ -94,7 +94,7 @@ def render_report(report: Report, charts: Mapping[str, bytes]) -> str:
         script="sample.js",
         headline=headline(counts),
         notices=list(_notices(counts)),
-        charts={name: data_uri(data, "svg+xml") for name, data in charts.items()},
+        charts={name: data_uri(data, "png") for name, data in charts.items()},
         funnel=list(_funnel(report)),
         outcomes=[
             {
@@ -115,13 +115,9 @@ def render_report(report: Report, charts: Mapping[str, bytes]) -> str:
         missing_categories=[
             name for name, _ in by_count(counts.annotated) if not good.covered[name]
         ],
-        openings=[
-            (title, _openings(openings), openings)
-            for title, openings in (("Questions", good.questions), ("Answers", good.answers))
-            if openings.total
-        ],
+        openings=list(_openings(report)),
         kinds=_shares(good.kinds, "kind of question", "turns"),
-        choices=list(_choices(counts)),
+        choices=list(_choices(report)),
         yes_no=_yes_no(counts)[:MAX_ROWS],
         num_yes_no=len(_yes_no(counts)),
         lengths=list(_lengths(counts)),
@@ -355,18 +351,28 @@ def _shares(found: Mapping[str, int], name: str, unit: str) -> list[Row]:
     return [{name: key, unit: n, "share": percent(n, total)} for key, n in by_count(found)]
 
 
-def _openings(openings: Openings) -> list[Row]:
-    return [
-        {"begin with": f"{words} …", "texts": n, "share": percent(n, openings.total)}
-        for words, n in openings.most_common(12)
-    ]
+def _openings(report: Report) -> Iterator[tuple[str, list[Row]]]:
+    """Yield how the longer answers of each type begin, as `clean` counted them."""
+    for name, found in report.cleaning.get("openings", {}).items():
+        rows: list[Row] = [
+            {
+                "begin with": f"{opening['opening']} …",
+                "answers": opening["kept"],
+                "share": percent(opening["kept"], found["answers"]["kept"]),
+                "before cleaning": opening["before"],
+            }
+            for opening in found["most_frequent"][:12]
+        ]
+        if rows:
+            yield name, rows
 
 
-def _choices(counts: RunCounts) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the answers to multiple-choice questions by family."""
-    for family in sorted({family for family, _ in counts.good.choices}):
-        found = {value: n for (name, value), n in counts.good.choices.items() if name == family}
-        yield family.replace("_", " / "), _shares(found, "answer", "turns")
+def _choices(report: Report) -> Iterator[tuple[str, list[Row]]]:
+    """Yield the answers to multiple-choice questions by family, as `clean` counted them."""
+    for family, found in report.cleaning.get("answers", {}).items():
+        counts = {name: n for name, n in found["kept"].items() if isinstance(n, int)}
+        if sum(counts.values()):
+            yield family.replace("_", " / "), _shares(counts, "answer", "turns")
 
 
 def _yes_no(counts: RunCounts) -> list[Row]:
