@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vlm_sft.commands.parser import CommandParser, require_file, whole_number
+from vlm_sft.commands.parser import CommandParser, number, require_file, whole_number
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.evaluation.scores.registry import KINDS
 from vlm_sft.utils.output_files import require_output_file
@@ -14,10 +14,14 @@ _EXAMPLES: Final = """examples:
   vlm-sft score pope --answers answers.jsonl --truth coco_pope_random.json
   vlm-sft score caption --answers captions.json --truth captions_val2014.json --json
   vlm-sft score vqa --answers results.json --truth v2_mscoco_val2014_annotations.json --out vqa.json
+  vlm-sft score chair --answers said.json --truth instances_val2014.json captions_val2014.json
+  vlm-sft score alpaca --answers mine.json --others base=base.json --truth questions.jsonl \\
+      --judge-url http://127.0.0.1:8000/v1 --judge-model NAME --judge-log replies.jsonl
 
 Files are a JSON list, JSON Lines, or an object of answers by id. An answer has an id (question_id,
 id or image_id) and a text (answer, text, caption, prediction, response or output):
   {"question_id": 1, "text": "Yes, there is."}
+or, for mt-bench, "turns": [text, ...].
 Rows of --truth have the same ids and
 @TRUTH@
 A question without an answer counts as wrong."""
@@ -29,27 +33,32 @@ def main(argv: Sequence[str]) -> int:
     require_file("--answers", arguments.answers)
     for path in arguments.truth:
         require_file("--truth", path)
+    for path in _other_files(arguments.others):
+        require_file("--others", path)
     out = arguments.out
     if out is not None:
         out = require_output_file(
             out,
-            inputs=[arguments.answers, *arguments.truth],
+            inputs=[arguments.answers, *arguments.truth, *_other_files(arguments.others)],
             image_roots=[],
             command="score",
             overwrite=arguments.overwrite,
         )
-    from vlm_sft.commands.score import run
-    from vlm_sft.evaluation.scores.results import Options
+    from vlm_sft.commands.score import options_of, run
 
     return run(
         arguments.kind,
         arguments.answers,
         arguments.truth,
-        Options(seed=arguments.seed),
+        options_of(arguments),
         as_json=arguments.json,
         out=out,
         stream=sys.stdout,
     )
+
+
+def _other_files(others: Sequence[str]) -> list[Path]:
+    return [Path(other.partition("=")[2]) for other in others]
 
 
 def parser() -> CommandParser:
@@ -85,7 +94,58 @@ def parser() -> CommandParser:
         metavar="N",
         help="seed of the bootstrap intervals, which resample images (default: 0)",
     )
+    _add_judge_options(parser)
     return parser
+
+
+def _add_judge_options(parser: CommandParser) -> None:
+    add = parser.add_argument_group(
+        "judge", f"for {', '.join(name for name, kind in KINDS.items() if kind.judged)}"
+    ).add_argument
+    add("--judge-url", metavar="URL", help="an OpenAI-compatible server: http://127.0.0.1:8000/v1")
+    add("--judge-model", metavar="NAME", help="the judge's name at that server")
+    add(
+        "--judge-log",
+        type=Path,
+        metavar="FILE",
+        help="file of the judge's replies; a repeated command asks only for those it lacks",
+    )
+    add(
+        "--judge-prompts",
+        type=Path,
+        metavar="DIR",
+        help="folder with own single.txt, single_reference.txt or pair.txt",
+    )
+    add(
+        "--judge-key-variable",
+        metavar="NAME",
+        help="environment variable with the API key (default: no key is sent)",
+    )
+    add(
+        "--usd-per-million",
+        type=number(0),
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="prices of a million tokens of prompts and replies",
+    )
+    add("--max-usd", type=number(0, above=True), metavar="USD", help="most that the log may cost")
+    add("--max-tokens", type=whole_number(1), default=1024, metavar="N", help="longest reply")
+    add(
+        "--judge-seed",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="sent with each request; another one asks for new replies (default: 0)",
+    )
+    add("--concurrency", type=whole_number(1), default=4, metavar="N", help="requests at a time")
+    add("--name", default="model", help="name of the model that gave --answers, for arena")
+    add(
+        "--others",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="alpaca: answers of the baseline; arena: answers of other models",
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Score a file of answers, and print or write the scores."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -7,12 +8,52 @@ from typing import IO, Any
 from rich import box
 from rich.table import Table
 
+from vlm_sft.errors import UserError
+from vlm_sft.evaluation.judges.asking import JudgeOptions
 from vlm_sft.evaluation.scores.files import read_answers
 from vlm_sft.evaluation.scores.registry import read_truth, score
 from vlm_sft.evaluation.scores.results import Options
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.console import Console, echo, echo_json
 from vlm_sft.utils.ownership import MADE_BY, made_by
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Return the options of a command line.
+
+    Raises:
+        UserError: Some of the judge's options are missing, or a file of --others is malformed.
+    """
+    names = ("judge_url", "judge_model", "judge_log")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    missing = [f"--{name.replace('_', '-')}" for name in names if name not in given]
+    if given and missing:
+        raise UserError(f"a judge also needs {' and '.join(missing)}")
+    others = {}
+    for text in arguments.others:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path) or name in others:
+            raise UserError(f"--others {text}: expected NAME=FILE, each name once")
+        others[name] = read_answers(Path(path))
+    prices = arguments.usd_per_million
+    judge = JudgeOptions(
+        base_url=arguments.judge_url,
+        model=arguments.judge_model,
+        log=arguments.judge_log,
+        prompts=arguments.judge_prompts,
+        key_variable=arguments.judge_key_variable,
+        usd_per_million=None if prices is None else (prices[0], prices[1]),
+        max_usd=arguments.max_usd,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.judge_seed,
+        concurrency=arguments.concurrency,
+    )
+    return Options(
+        seed=arguments.seed,
+        judge=judge if given else None,
+        name=arguments.name,
+        others=others,
+    )
 
 
 def run(
@@ -76,7 +117,7 @@ def print_scores(found: Mapping[str, Any], stream: IO[str]) -> None:
             table.add_row("  95 %", *(_interval(readings[column], name) for column in columns))
     console.print(table)
     for name, groups in found.items():
-        if isinstance(groups, dict) and name != "readings":
+        if isinstance(groups, dict) and groups and name != "readings":
             _print_groups(console, name, groups)
 
 

@@ -542,6 +542,18 @@ ALL: Final = (
         "The file with the costs of a run is damaged or edited, so its limits cannot be enforced.",
         "Restore `spending.jsonl`, or move it away to count from zero.",
     ),
+    ErrorCode(
+        505,
+        "judge_refused",
+        "The server of a judge model refuses every request, and a retry would not help.",
+        "Fix what the message names: `--judge-url`, `--judge-model` or the key.",
+    ),
+    ErrorCode(
+        506,
+        "verdicts_damaged",
+        "A line of the recorded replies of a judge is not valid.",
+        "Delete the line that the message names; its request is sent again.",
+    ),
 )
 """All codes, sorted by number."""
 

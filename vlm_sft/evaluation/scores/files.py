@@ -117,8 +117,9 @@ def read_rows(path: Path, list_keys: Sequence[str] = ()) -> list[Row]:
 def read_answers(path: Path) -> Answers:
     """Read answers: an id (`question_id`, `id`, `image_id`) and a text (`answer`, `text`, ...).
 
-    Also reads an object of answers by id, `{"1": "a dog"}`. A row without an id has its position
-    as its id.
+    Also reads an object of answers by id, `{"1": "a dog"}`, and conversations (`turns`, or
+    FastChat's `choices`), whose answers get the ids `1-1`, `1-2`, ... A row without an id has its
+    position as its id.
 
     Raises:
         UserError: An id appears twice, or a row has no answer.
@@ -130,10 +131,25 @@ def read_answers(path: Path) -> Answers:
         row.require_one_value(ANSWER_KEYS)
         name = row.get(*ID_KEYS)
         name = str(number if name is None else name)
-        if name in by_id:
-            raise row.refusal(f"a second answer to {name} (the first is at {places[name]})")
-        by_id[name], places[name] = row.text(*ANSWER_KEYS), row.place
+        for answer_id, text in _answers_of(row, name):
+            if answer_id in by_id:
+                raise row.refusal(
+                    f"a second answer to {answer_id} (the first is at {places[answer_id]})"
+                )
+            by_id[answer_id], places[answer_id] = text, row.place
     return Answers(path, by_id, places)
+
+
+def _answers_of(row: Row, name: str) -> list[tuple[str, str]]:
+    """Return the answers of a row by id: one, or one for each turn of a conversation."""
+    turns, choices = row.get("turns"), row.get("choices")
+    if turns is None and isinstance(choices, list) and len(choices) == 1:
+        turns = choices[0].get("turns") if isinstance(choices[0], dict) else None
+    if turns is None:
+        return [(name, row.text(*ANSWER_KEYS))]
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise row.refusal("'turns' is not a list of texts")
+    return [(f"{name}-{number}", text) for number, text in enumerate(turns, 1)]
 
 
 def match(answers: Answers, questions: Sequence[str]) -> Coverage:

@@ -21,10 +21,12 @@ class Kind:
     Attributes:
         summary: What it compares, for `--help`.
         truth: The keys of a truth row, for `--help`.
+        judged: It needs a judge model.
     """
 
     summary: str
     truth: str
+    judged: bool = False
 
 
 KINDS: Final[Mapping[str, Kind]] = {
@@ -62,6 +64,21 @@ KINDS: Final[Mapping[str, Kind]] = {
         "refusals of answerable, confident answers to unanswerable questions, by image condition",
         '"answerable": true or false; optionally "image" and "condition"',
     ),
+    "mt-bench": Kind(
+        "conversations graded from 1 to 10 by a judge model (MT-Bench)",
+        '"turns": [questions]; optionally "category" and "reference": [right answers]',
+        judged=True,
+    ),
+    "alpaca": Kind(
+        "win rate against a baseline, plain and length-controlled (AlpacaEval)",
+        '"instruction" (or "question", "prompt")',
+        judged=True,
+    ),
+    "arena": Kind(
+        "Bradley-Terry and Elo ratings of several models, by a judge model",
+        '"instruction" (or "question", "prompt")',
+        judged=True,
+    ),
 }
 """Every kind of score, by the name that `score` and suites know it by."""
 
@@ -97,6 +114,14 @@ def score(
 
 
 def _scorer(kind: str) -> Score:
+    if KINDS[kind].judged:
+        from vlm_sft.evaluation.scores import judged
+
+        return {
+            "mt-bench": judged.score_mt_bench,
+            "alpaca": judged.score_alpaca,
+            "arena": judged.score_arena,
+        }[kind]
     from vlm_sft.evaluation.scores import captions, chair, constraints, exact, pope, refusal, vqa
 
     scorers: dict[str, Score] = {

@@ -1,10 +1,13 @@
 """What a kind of score is computed with, and what it returns."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vlm_sft.evaluation.scores.files import Answers, Row
+
+if TYPE_CHECKING:
+    from vlm_sft.evaluation.judges.asking import JudgeOptions
 
 Reading = Literal["strict", "first_word", "verdict_last", "pope_official"]
 
@@ -19,11 +22,17 @@ class Options:
         seed: Seed of the bootstrap intervals, which resample images.
         reading: `pope`: the reading of a verdict that decides the rows; the scores have all.
         iou: `grounding`: the smallest IoU of a box that counts as right.
+        judge: `mt-bench`, `alpaca`, `arena`: who judges.
+        name: The name of the model whose answers are scored.
+        others: `alpaca`: the answers of the baseline; `arena`: of the other models, by name.
     """
 
     seed: int = 0
     reading: Reading = DEFAULT_READING
     iou: float = 0.5
+    judge: "JudgeOptions | None" = None
+    name: str = "model"
+    others: Mapping[str, Answers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Compare answers by the verdicts of a judge model behind an OpenAI-compatible endpoint."""
