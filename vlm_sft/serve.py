@@ -1,5 +1,7 @@
 """Serve a checkpoint through an OpenAI-compatible HTTP API."""
 
+import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -18,6 +20,8 @@ from vlm_sft.errors import UserError
 
 EXAMPLES: Final = """examples:
   vlm-sft serve runs/stage2/final
+  vlm-sft serve runs/stage2/final --ui
+  vlm-sft serve runs/stage2/final --ui --compare runs/stage2_lora/final
   vlm-sft serve runs/stage2/final --host 0.0.0.0 --port 8080 --api-key-env SERVER_KEY
 
 With the openai package:
@@ -36,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     from vlm_sft.commands.inputs import require_model_source
 
     require_model_source(arguments.checkpoint)
+    if arguments.compare is not None:
+        require_model_source(arguments.compare)
     if arguments.image_dir is not None:
         require_folder("--image-dir", arguments.image_dir)
         arguments.image_dir = arguments.image_dir.resolve()
@@ -48,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
         ) from None
     with heavy_imports():
         from vlm_sft.commands.serve import run
+        from vlm_sft.utils.logs import configure_logging
+    configure_logging()
     return run(arguments)
 
 
@@ -68,6 +76,13 @@ def parser() -> CommandParser:
         "--api-key-env",
         metavar="NAME",
         help="environment variable with the key that requests must carry (default: no key)",
+    )
+    add("--ui", action="store_true", help="serve a chat page at /")
+    add(
+        "--compare",
+        type=Path,
+        metavar="CHECKPOINT2",
+        help="serve a second model too; the page shows both answers side by side",
     )
     add("--served-name", metavar="NAME", help="the model's name (default: the checkpoint's folder)")
     add(
@@ -113,13 +128,40 @@ def parser() -> CommandParser:
         help="size of a request in MB (default: 32)",
     )
     add(
+        "--max-memory-mb",
+        type=whole_number(1),
+        default=1024,
+        metavar="N",
+        help="size of all requests and their images together in MB; more get status 429 "
+        "(default: 1024)",
+    )
+    add(
         "--image-dir",
         type=Path,
         metavar="DIR",
         help="allow requests to name images below this folder as file://NAME (default: none)",
     )
+    add(
+        "--allow-remote-images",
+        type=_hosts,
+        default=(),
+        metavar="HOSTS",
+        help="hosts from which images may be fetched, separated by commas: example.org,"
+        "*.example.com; private addresses are refused (default: none)",
+    )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")
     return parser
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    """Parse a list of hosts: names, names with a port, or `*.` and a domain."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if not re.fullmatch(r"(\*|(\*\.)?[A-Za-z0-9.-]+)(:\d+)?", name):
+            raise argparse.ArgumentTypeError(
+                "expected hosts like example.org or *.example.com, separated by commas"
+            )
+    return names
 
 
 if __name__ == "__main__":

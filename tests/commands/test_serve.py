@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.errors import UserError
-from vlm_sft.serve import main
+from vlm_sft.serve import main, parser
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+
+from vlm_sft.commands.serve import is_loopback, served_names
 
 
 def free_port() -> int:
@@ -43,15 +45,39 @@ def test_a_port_that_is_in_use_is_refused(full_run: Path) -> None:
             main([str(full_run / "final"), "--port", port, "--device", "cpu"])
 
 
+@pytest.mark.parametrize("hosts", ["http://example.org", "a b", "*.*.org", "example.org/x"])
+def test_a_list_of_hosts_with_anything_else_is_refused(hosts: str) -> None:
+    with pytest.raises(UserError, match="expected hosts like example"):
+        parser().read(["final", "--allow-remote-images", hosts])
+
+
+def test_models_are_named_by_their_folders_with_parents_that_differ(tmp_path: Path) -> None:
+    assert served_names([tmp_path / "a" / "final"]) == ["final"]
+    two = [tmp_path / "a" / "final", tmp_path / "b" / "final"]
+    assert served_names(two) == ["a/final", "b/final"]
+    with pytest.raises(UserError, match="this is the same checkpoint"):
+        served_names([two[0], tmp_path / "b" / ".." / "a" / "final"])
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("example.org", False)],
+)  # fmt: skip
+def test_only_loopback_addresses_are_local(host: str, expected: bool) -> None:
+    assert is_loopback(host) == expected
+
+
 def test_after_sigterm_the_answer_in_flight_is_finished(full_run: Path) -> None:
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "vlm_sft.serve", str(full_run / "final"), "--port", str(port),
-         "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+         "--device", "cpu", "--ui"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
                 break
@@ -72,6 +98,10 @@ def test_after_sigterm_the_answer_in_flight_is_finished(full_run: Path) -> None:
         assert first.startswith(b"data: ")
         assert rest.rstrip().endswith(b"data: [DONE]")
         assert server.wait(30) == 0
+        assert server.stderr is not None
+        lines = server.stderr.read()
+        assert f"as 'final' at http://127.0.0.1:{port}/v1" in lines
+        assert f"chat page: http://127.0.0.1:{port}/" in lines
     finally:
         server.kill()
-        server.wait()
+        server.communicate()

@@ -1,10 +1,6 @@
 """The server, asked by the real `openai` client over HTTP."""
 
-import base64
-import io
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 
@@ -22,45 +17,9 @@ httpx = pytest.importorskip("httpx2")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from vlm_sft.serving.app import make_app  # noqa: E402
-from vlm_sft.serving.engine import Engine  # noqa: E402
+from tests.serving.served import KEY, Served, ask, png, text, uri  # noqa: E402
+from vlm_sft.serving.images import ImageLimits  # noqa: E402
 from vlm_sft.serving.protocol import Limits  # noqa: E402
-
-KEY = "a-secret-key"
-
-
-class Served:
-    """A server in this process.
-
-    Attributes:
-        url: Its address.
-        engine: Its engine.
-    """
-
-    def __init__(self, loaded: LoadedModel, limits: Limits, **engine: int) -> None:
-        self.engine = Engine(loaded, **engine)
-        self.clients: list[Any] = []
-        app = make_app(loaded, self.engine, "tiny", limits, KEY)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        config = uvicorn.Config(app, port=port, log_level="error")
-        self.server = uvicorn.Server(config)
-        self.url = f"http://127.0.0.1:{port}"
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def client(self, key: str = KEY) -> Any:
-        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
-        return self.clients[-1]
-
-    def close(self) -> None:
-        for client in self.clients:
-            client.close()
-        self.server.should_exit = True
-        self.thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +29,11 @@ def loaded(full_run: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def served(loaded: LoadedModel) -> Iterator[Served]:
-    server = Served(loaded, Limits(max_tokens=40, max_body=200_000, max_pixels=100_000))
+    server = Served(
+        loaded, Limits(max_tokens=40, max_body=200_000, images=ImageLimits(max_pixels=100_000))
+    )
     yield server
     server.close()
-
-
-def png(color: str, size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def uri(data: bytes) -> dict[str, Any]:
-    url = "data:image/png;base64," + base64.b64encode(data).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def text(words: str) -> dict[str, Any]:
-    return {"type": "text", "text": words}
-
-
-def ask(client: Any, *content: Any, **options: Any) -> Any:
-    parts = content[0] if len(content) == 1 and isinstance(content[0], str) else list(content)
-    options = {"model": "tiny", "max_tokens": 24, **options}
-    return client.chat.completions.create(messages=[{"role": "user", "content": parts}], **options)
 
 
 def test_answers_are_those_of_chat(loaded: LoadedModel, served: Served) -> None:
@@ -184,7 +124,7 @@ def test_logprobs_are_those_of_the_model(loaded: LoadedModel, served: Served) ->
 @pytest.mark.parametrize(
     ("content", "options", "status", "message"),
     [
-        ([uri(b"no image"), text("x")], {}, 400, "is not an image"),
+        ([uri(b"no image"), text("x")], {}, 400, "is not an image file of"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}], {}, 400,
          "not valid base64"),
         ([{"type": "image_url", "image_url": {"url": "http://169.254.169.254/x"}}], {}, 400,
@@ -219,7 +159,7 @@ def test_what_cannot_be_answered_is_a_clear_error(
 def test_a_body_that_is_not_json_and_a_wrong_key_are_refused(served: Served) -> None:
     with pytest.raises(openai.AuthenticationError):
         ask(served.client("wrong"), "hi")
-    headers = {"Authorization": f"Bearer {KEY}"}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     url = f"{served.url}/v1/chat/completions"
     for body in (b"{", b"[]", b'{"messages": []}', b'{"messages": [{"role": "robot"}]}'):
         found = httpx.post(url, content=body, headers=headers)
@@ -334,7 +274,7 @@ def test_images_of_one_folder_can_be_allowed(loaded: LoadedModel, tmp_path: Path
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png("red"))
     (tmp_path / "secret.png").write_bytes(png("blue"))
-    server = Served(loaded, Limits(image_dir=(tmp_path / "images").resolve()))
+    server = Served(loaded, Limits(images=ImageLimits(image_dir=(tmp_path / "images").resolve())))
     try:
 
         def named(name: str) -> Any:

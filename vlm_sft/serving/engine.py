@@ -91,6 +91,7 @@ class Job:
         emit: Called in the engine's thread with each `Piece`, and with an exception if the request
             failed.
         cancelled: Set by the caller to leave the batch.
+        num_started: Number of choices that have been added to the batch.
     """
 
     prompt_ids: list[int]
@@ -98,6 +99,7 @@ class Job:
     sampling: Sampling
     emit: Callable[[Piece | Exception], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
+    num_started: int = 0
 
 
 class QueueFull(Exception):
@@ -119,7 +121,8 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, *, max_batch: int = 16, max_queue: int = 128) -> None:
         self._loaded = loaded
-        self.max_batch = max_batch if can_join(loaded) else 1
+        self._joins = can_join(loaded)
+        self.max_batch = max_batch if self._joins else 1
         self.max_queue = max_queue
         self._queue: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -136,7 +139,12 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Number of jobs that wait."""
-        return len(self._queue)
+        return sum(not job.cancelled.is_set() for job in tuple(self._queue))
+
+    @property
+    def running(self) -> int:
+        """Number of responses in the batch."""
+        return len(self._batch)
 
     def submit(self, job: Job) -> None:
         """Queue a job.
@@ -149,7 +157,10 @@ class Engine:
             if self._stopping or not self.alive:
                 raise Stopped
             if len(self._queue) >= self.max_queue:
-                raise QueueFull
+                waiting = [job for job in self._queue if not job.cancelled.is_set()]
+                if len(waiting) >= self.max_queue:
+                    raise QueueFull
+                self._queue = deque(waiting)
             self._queue.append(job)
             self._wake.notify()
 
@@ -185,16 +196,20 @@ class Engine:
                 if not self._queue:
                     return
                 job = self._queue[0]
-                wanted = job.sampling.num_choices
+                wanted = job.sampling.num_choices if self._joins else 1
                 if len(self._batch) and len(self._batch) + wanted > self.max_batch:
                     return
-                self._queue.popleft()
+                choices = range(job.num_started, job.num_started + wanted)
+                job.num_started += wanted
+                if job.num_started >= job.sampling.num_choices:
+                    self._queue.popleft()
             if job.cancelled.is_set():
                 continue
             try:
-                self._batch.add(job)
+                self._batch.add(job, choices)
             except Exception as error:
                 logger.exception("a prompt could not be processed")
+                job.cancelled.set()
                 job.emit(error)
 
 
@@ -229,6 +244,7 @@ class _Batch:
         self._model = loaded.model
         self._decoder = cast(Any, decoder_of(loaded.model.language_model))
         self._stop_ids = frozenset(loaded.chat_tokenizer.eot_token_ids)
+        self._anchor = loaded.tokenizer.encode("a", add_special_tokens=False)
         self._rows: list[_Row] = []
         self._cache: Any = None
         self._mask = torch.zeros(0, 0)
@@ -239,25 +255,27 @@ class _Batch:
     def fail(self, error: Exception) -> None:
         """Report an error to every job, and empty the batch."""
         for job in {id(row.job): row.job for row in self._rows}.values():
+            job.cancelled.set()
             job.emit(error)
         self._rows, self._cache = [], None
 
     @torch.inference_mode()
-    def add(self, job: Job) -> None:
-        """Run a prompt, take its first tokens, and append its rows."""
+    def add(self, job: Job, choices: range) -> None:
+        """Run a prompt, take the first tokens of some of its choices, and append their rows."""
         device = self._loaded.device
         ids = torch.tensor([job.prompt_ids], device=device)
         embeds = None
         if job.images:
             embeds = torch.cat(self._loaded.encode_images(list(job.images)))
+            if job.num_started >= job.sampling.num_choices:
+                job.images = ()  # not needed any more
         cache = DynamicCache(config=causal_lm(self._model.language_model).config)
         output = self._decoder(
             inputs_embeds=self._model.embed(ids, embeds), past_key_values=cache, use_cache=True
         )
         logits = self._logits(output.last_hidden_state[:, -1])
-        count = job.sampling.num_choices
         rows = []
-        for choice in range(count):
+        for choice in choices:
             generator = None
             if job.sampling.temperature > 0:
                 generator = torch.Generator(device=device)
@@ -354,16 +372,17 @@ class _Batch:
     def _logprob(self, logits: Tensor, token: int, count: int) -> TokenLogprob:
         values = torch.log_softmax(logits, dim=-1)
         top = torch.topk(values, min(max(count, 1), len(values)))
-        tokenizer: Any = self._loaded.tokenizer
-
-        def text(index: int) -> str:
-            return cast(str, tokenizer.decode([index]))
-
         found = [
-            (text(int(index)), float(value))
+            (self._token_text(int(index)), float(value))
             for value, index in zip(top.values, top.indices, strict=True)
         ]
-        return TokenLogprob(text(token), float(values[token]), tuple(found[:count]))
+        return TokenLogprob(self._token_text(token), float(values[token]), tuple(found[:count]))
+
+    def _token_text(self, token: int) -> str:
+        """Return the text of a token within a text: some decoders drop a space at the beginning."""
+        tokenizer: Any = self._loaded.tokenizer
+        before = tokenizer.decode(self._anchor)
+        return cast(str, tokenizer.decode([*self._anchor, token]))[len(before) :]
 
     def _append(self, cache: Any, mask: Tensor) -> None:
         """Append rows to the cache, padded on the left to equal length."""

@@ -1,52 +1,34 @@
 """Parse OpenAI chat-completions requests, and build the responses."""
 
-import base64
-import binascii
-import io
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlm_sft.errors import ImageError
 from vlm_sft.serving.engine import MAX_LOGPROBS, Piece, Sampling, TokenLogprob
-from vlm_sft.utils.image_paths import image_path
+from vlm_sft.serving.errors import RequestError
+from vlm_sft.serving.images import ImageLimits, ImageReader
 
 MAX_CHOICES: Final = 16
 MAX_STOP_TEXTS: Final = 4
-UNSUPPORTED: Final = (
-    "tools", "tool_choice", "functions", "function_call", "logit_bias", "best_of", "min_p", "top_k",
-    "repetition_penalty", "guided_json", "presence_penalty", "frequency_penalty",
+IGNORED: Final = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+     "prompt_cache_retention", "parallel_tool_calls")
 )  # fmt: skip
-"""Parameters that would change the response and are not implemented; they are refused."""
+"""Parameters that are accepted without an effect: none of them would change the response."""
+NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
+    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
+    "top_k": (-1, 0), "min_p": (0,), "best_of": (1,), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none",), "function_call": ("none",), "logit_bias": ({},),
+    "response_format": ({"type": "text"},), "modalities": (["text"],),
+}  # fmt: skip
+"""Values of parameters that are not implemented which leave the response as it is."""
 MIN_TEMPERATURE: Final = 1e-4
 """Smaller temperatures take the most likely token, as 0 does."""
 MIN_TOP_P: Final = 1e-6
-
-
-class RequestError(Exception):
-    """A request that is refused, with its HTTP status.
-
-    Attributes:
-        status: HTTP status.
-        code: Machine-readable name of the error.
-    """
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-    def body(self) -> dict[str, Any]:
-        """Return the body of the response, in OpenAI's form."""
-        kind = "authentication_error" if self.status == 401 else "invalid_request_error"
-        if self.status >= 429:
-            kind = "rate_limit_error" if self.status == 429 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -55,17 +37,15 @@ class Limits:
 
     Attributes:
         max_body: Bytes of a request.
-        max_images: Images of a request.
-        max_pixels: Pixels of an image, by its header.
         max_tokens: Tokens of a response; also the default.
-        image_dir: Folder below which `file://` images may be read; None: no files are read.
+        max_memory: Bytes of the bodies and images of all requests together.
+        images: Which images it may have.
     """
 
     max_body: int = 32 * 2**20
-    max_images: int = 8
-    max_pixels: int = 50_000_000
     max_tokens: int = 1024
-    image_dir: Path | None = None
+    max_memory: int = 2**30
+    images: ImageLimits = field(default_factory=ImageLimits)
 
 
 class _Model(BaseModel):
@@ -81,6 +61,12 @@ class _Part(_Model):
     text: str | None = None
     image_url: _ImageUrl | str | None = None
 
+    @property
+    def url(self) -> str:
+        """The address of an image part; empty if it has none."""
+        found = self.image_url
+        return (found.url if isinstance(found, _ImageUrl) else found) or ""
+
 
 class _Message(_Model):
     role: Literal["system", "developer", "user", "assistant"]
@@ -91,8 +77,10 @@ class _StreamOptions(_Model):
     include_usage: bool = False
 
 
-class ChatRequest(_Model):
+class ChatRequest(BaseModel):
     """The body of a chat-completions request; see OpenAI's API reference for the fields."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = None
     messages: Annotated[list[_Message], Field(min_length=1)]
@@ -107,27 +95,14 @@ class ChatRequest(_Model):
     stream_options: _StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    response_format: dict[str, Any] | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    logit_bias: Any = None
-    best_of: Any = None
-    min_p: Any = None
-    top_k: Any = None
-    repetition_penalty: Any = None
-    guided_json: Any = None
 
     @classmethod
     def parse(cls, body: bytes) -> "ChatRequest":
         """Parse the JSON of a request.
 
         Raises:
-            RequestError: It is not JSON, a field has a wrong value, or asks for something that is
-                not supported.
+            RequestError: It is not JSON, a field has a wrong value, or a parameter that would
+                change the response is not supported.
         """
         try:
             request = cls.model_validate_json(body)
@@ -137,12 +112,22 @@ class ChatRequest(_Model):
             raise RequestError(
                 400, "invalid_request", f"{place or 'body'}: {first['msg']}"
             ) from None
-        names = [name for name in UNSUPPORTED if getattr(request, name)]
-        if (request.response_format or {}).get("type", "text") != "text":
-            names.append("response_format")
-        if name := next(iter(names), None):
+        for name, value in (request.model_extra or {}).items():
+            if value is None or name in IGNORED or value in NEUTRAL.get(name, ()):
+                continue
             raise RequestError(400, "unsupported_parameter", f"{name}: is not supported")
+        if request.top_logprobs and not request.logprobs:
+            raise RequestError(400, "invalid_request", "top_logprobs: needs logprobs: true")
         return request
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of the text of all messages."""
+        contents = [message.content for message in self.messages]
+        return sum(
+            len(content) if isinstance(content, str) else sum(len(p.text or "") for p in content)
+            for content in contents
+        )
 
     def sampling(self, limits: Limits) -> Sampling:
         """Return how to generate.
@@ -172,14 +157,14 @@ class ChatRequest(_Model):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
-    def prompt(self, limits: Limits) -> list[dict[str, Any]]:
+    def prompt(self, limits: ImageLimits) -> list[dict[str, Any]]:
         """Return the messages in vlm_sft's form, with the bytes of the images in their places.
 
         Raises:
             RequestError: An image is malformed, too large, too many, or not allowed.
         """
         messages: list[dict[str, Any]] = []
-        num_images = 0
+        reader = ImageReader(limits)
         for number, message in enumerate(self.messages):
             role = "system" if message.role == "developer" else message.role
             if isinstance(message.content, str):
@@ -190,69 +175,12 @@ class ChatRequest(_Model):
                 if part.type == "text":
                     parts.append({"type": "text", "text": part.text or ""})
                     continue
-                num_images += 1
-                if num_images > limits.max_images:
-                    raise RequestError(
-                        400, "too_many_images",
-                        f"messages: more than {limits.max_images} images, the maximum here",
-                    )  # fmt: skip
-                url = (
-                    part.image_url.url if isinstance(part.image_url, _ImageUrl) else part.image_url
-                )
-                parts.append({"type": "image", "image": read_image(url or "", number, limits)})
+                image = reader.read(part.url, f"messages[{number}]: image_url")
+                parts.append({"type": "image", "image": image})
             messages.append({"role": role, "content": _plain(parts)})
         if messages[-1]["role"] != "user":
             raise RequestError(400, "invalid_request", "messages: the last one must be the user's")
         return messages
-
-
-def read_image(url: str, message: int, limits: Limits) -> bytes:
-    """Return the bytes of an image that is given as a `data:` URI, or as a file if allowed.
-
-    Remote addresses are never fetched: a request could reach hosts inside the server's network.
-
-    Raises:
-        RequestError: The image is malformed, too large, or elsewhere.
-    """
-    where = f"messages[{message}]: image_url"
-    scheme = url[:20].partition(":")[0].lower()
-    if scheme == "file" and limits.image_dir is not None:
-        data = _read_file(url.partition("://")[2], where, limits.image_dir)
-    elif scheme == "data":
-        head, comma, payload = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise RequestError(400, "invalid_image", f"{where}: expected data:image/...;base64,...")
-        try:
-            data = base64.b64decode(payload, validate=True)
-        except (binascii.Error, ValueError):
-            raise RequestError(400, "invalid_image", f"{where}: is not valid base64") from None
-    else:
-        allowed = "a data: URI" + (" or file://" if limits.image_dir else "")
-        raise RequestError(
-            400, "image_not_allowed",
-            f"{where}: expected {allowed}; this server does not fetch other addresses",
-        )  # fmt: skip
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = image.width * image.height
-    except Exception:
-        raise RequestError(400, "invalid_image", f"{where}: is not an image") from None
-    if pixels > limits.max_pixels:
-        raise RequestError(
-            413, "image_too_large",
-            f"{where}: {pixels:,} pixels, and the maximum here is {limits.max_pixels:,}",
-        )  # fmt: skip
-    return data
-
-
-def _read_file(name: str, where: str, folder: Path) -> bytes:
-    relative = name.removeprefix(f"{folder}/") if name.startswith("/") else name
-    try:
-        return image_path(folder, relative).read_bytes()
-    except (ImageError, OSError, ValueError):
-        raise RequestError(
-            400, "image_not_allowed", f"{where}: no such image in the folder of this server"
-        ) from None
 
 
 def _plain(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -290,9 +218,10 @@ class Response:
             "usage": self.usage(pieces),
         }  # fmt: skip
 
-    def first(self, choice: int) -> dict[str, Any]:
-        """Return the event that begins a choice."""
-        return self._chunk(choice, {"role": "assistant", "content": ""}, None, ())
+    def first(self) -> list[dict[str, Any]]:
+        """Return the events that begin the choices."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(i, delta, None, ()) for i in range(self._sampling.num_choices)]
 
     def part(self, piece: Piece) -> dict[str, Any]:
         """Return the event of a piece."""
@@ -336,7 +265,9 @@ class Response:
 
 def _logprob(item: TokenLogprob) -> dict[str, Any]:
     def entry(token: str, value: float) -> dict[str, Any]:
-        return {"token": token, "logprob": value, "bytes": list(token.encode())}
+        # A part of a character has no text of its own, and its bytes are not known here.
+        whole = "\ufffd" not in token
+        return {"token": token, "logprob": value, "bytes": list(token.encode()) if whole else None}
 
     return {
         **entry(item.token, item.logprob),
