@@ -9,7 +9,7 @@ What it does, each step an ordinary command that it prints:
   1. makes a real ImageNet encoder and a real 135M chat model from packages
   2. composes scenes by two artists, with exact truth, and builds instruction data from them
   3. trains stage 1 (projector), then stage 2 (projector and LoRA)
-  4. measures on held-out scenes by the training artist and by an artist never seen
+  4. measures on held-out scenes by the training artist and by an artist never seen, with a suite
   5. asks about three of them and writes demo/report.html and demo/report.png
 
 Run again, it resumes where it stopped, or says that it is done.
@@ -25,14 +25,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
 from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
-from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.atomic_files import write_json, write_text
 from vlm_sft.utils.progress import format_seconds
+from vlm_sft.utils.reading import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"
@@ -176,27 +180,52 @@ class Quickstart:
 
     def _evaluate(self) -> None:
         for split in ("same", "unseen"):
-            if self._results(split).exists():  # made by a call that was interrupted later
-                continue
-            data = self.folder / "data" / split
-            _module(
-                "vlm_sft.evaluate",
-                str(self._final),
-                *("--images", f"{self._scene_dir(split)}/images"),
-                *("--probes", f"{data}/existence.json", "--captions", f"{data}/stage1.json"),
-                *("--right-only", f"{data}/counting.json", f"{data}/halves.json"),
-                *("--answers", "free_form", "--out", str(self._results(split))),
-            )
+            suite = self.folder / f"suite-{split}.yaml"
+            write_text(suite, yaml.safe_dump({"tasks": self._tasks(split)}, sort_keys=False))
+            out = str(self._evaluation(split))
+            _module("vlm_sft.evaluate", str(self._final), str(suite), "--out", out)
+            if not self._losses(split).exists():  # made by a call that was interrupted later
+                captions = f"{self.folder}/data/{split}/stage1.json"
+                images = f"{self._scene_dir(split)}/images"
+                options = ("--captions", captions, "--images", images)
+                losses = str(self._losses(split))
+                _module("vlm_sft.evaluate", str(self._final), *options, "--out", losses)
 
-    def _results(self, split: str) -> Path:
-        return self.folder / f"results-{split}.json"
+    def _tasks(self, split: str) -> list[dict[str, Any]]:
+        """Return the tasks of a suite about held-out scenes."""
+        artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
+        data, annotations = f"{self.folder}/data/{split}", f"{self._scene_dir(split)}/annotations"
+        captions = f"{annotations}/captions_{artist}.json"
+        instances = f"{annotations}/instances_{artist}.json"
+        # The answers name what is seen before the verdict.
+        existence = {
+            "files": [f"{data}/existence.json"],
+            "scoring": {"reading": "verdict_last"},
+            "conditions": ["right", "blank", "shuffled"],
+        }
+        halves = {"files": [f"{data}/halves.json"], "choices": "hidden"}
+        describe = {"files": [captions], "prompt": "What do you see?"}
+        tasks: list[dict[str, Any]] = [
+            {"name": "existence", "kind": "pope", **existence},
+            {"name": "counting", "kind": "counting", "files": [f"{data}/counting.json"]},
+            {"name": "halves", "kind": "multiple_choice", **halves},
+            {"name": "captions", "kind": "caption", **describe},
+            {"name": "objects", "kind": "chair", **describe, "truth": [instances, captions]},
+        ]
+        return [{**task, "images": f"{self._scene_dir(split)}/images"} for task in tasks]
+
+    def _evaluation(self, split: str) -> Path:
+        return self.folder / f"evaluation-{split}"
+
+    def _losses(self, split: str) -> Path:
+        return self.folder / f"caption-loss-{split}.json"
 
     def _report(self) -> None:
         run = load_checkpoint(self._final)
-        results = {
-            title: json.loads(self._results(split).read_text(encoding="utf-8"))
-            for split, title in RESULT_TITLES.items()
-        }
+        results = {}
+        for split, title in RESULT_TITLES.items():
+            results[title] = read_json(self._evaluation(split) / "results.json")
+            results[title]["captions"] = read_json(self._losses(split))["captions"]
         report = DemoReport(
             title="From an encoder and a language model to a model that sees",
             lead=LEAD,

@@ -21,7 +21,7 @@ def make_run(folder: Path) -> Path:
     rows = [
         {"step": 1, "loss": 3.0, "samples_per_second": 2.0, "memory_bytes": 2**30},
         {"step": 2, "loss": 2.5, "samples_per_second": 4.0, "memory_bytes": 2**30},
-        {"step": 2, "eval_loss": 2.75},
+        {"step": 2, "eval_loss": 2.75, "eval_suite": {"pope.accuracy": 0.5, "pope.looks": None}},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "ledger.jsonl").write_text('{"id": "1", "bucket": "trained"}\n' * 3)
@@ -38,7 +38,7 @@ def test_a_run_report_holds_loss_ledger_answers_and_settings_escaped(tmp_path: P
     assert path.name == "report.html"
     assert "2.5000" in page and "2.7500" in page and "3.0" in page
     assert "&lt;script&gt;" in page and "<script" not in page and "<i>" not in page
-    assert "data:image/png;base64," in page and "seed: 42" in page
+    assert page.count("data:image/png;base64,") == 2 and "seed: 42" in page
     assert "://" not in page
     assert "export --to hf" not in page, "an older version did not note it"
 
@@ -49,27 +49,23 @@ def test_a_run_without_a_step_has_a_report(tmp_path: Path) -> None:
 
 def test_the_demo_report_is_one_page_with_its_images_inside(tmp_path: Path) -> None:
     Image.new("RGB", (900, 600), (200, 30, 30)).save(tmp_path / "a.png")
-    found = {
-        "questions": 300,
-        "accuracy": INTERVAL,
-        "balanced_accuracy": INTERVAL,
-        "chance": 0.5,
-    }
+    exists = {"questions": 300, "accuracy": 0.91, "accuracy_interval": [0.88, 0.94], "f1": 0.9}
+    tasks = {"existence": {"conditions": {"right": exists}}}
+    tasks["objects"] = {"conditions": {"right": {"questions": 80, "chair_i": 0.125}}}
     report = DemoReport(
         title="A model that sees",
         lead="from nothing",
         images=[ShownImage(tmp_path / "a.png", [("Is it <red>?", "No & yes.")], ["yes"])],
         runs={"Stage 1": make_run(tmp_path / "s1"), "Stage 2": make_run(tmp_path / "s2")},
-        results={
-            "unseen artist": {"answers": "free_form", "probes": {"existence": {"right": found}}}
-        },
+        results={"unseen artist": {"tasks": tasks, "captions": {"records": 9, "right": INTERVAL}}},
         seconds={"stage 1": 61.0, "stage 2": 59.0},
     )
     page = write_demo_report(report, tmp_path / "out" / "demo.html").read_text()
     assert "Is it &lt;red&gt;?" in page and "No &amp; yes." in page
     assert "91.0 % [88.0, 94.0]" in page and "88.0 to 94.0 %" in page and "2 min 00 s" in page
     assert "✓ right" in page and "✗ wrong" not in page
-    assert "answers freely" in page and "most likely" not in page
+    assert "existence: F1" in page and "90.0 %" in page and "12.5 %" in page
+    assert "caption loss" in page and "0.910 [0.880, 0.940]" in page
     assert "data:image/jpeg;base64," in page
     with Image.open(tmp_path / "out" / "demo.png") as curves:
         assert curves.width > 1000

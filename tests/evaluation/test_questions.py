@@ -15,12 +15,12 @@ from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.data.images import ImageCrops
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
+from vlm_sft.evaluation.conditions import derangement
 from vlm_sft.evaluation.questions import (
     Prediction,
     Question,
     answer_text,
     blank_image,
-    derangement,
     generate_predictions,
     last_choice,
     make_items,

@@ -342,3 +342,13 @@ def test_a_marked_directory_is_no_place_for_one_that_is_renamed_to_it(tmp_path: 
     own_directory(tmp_path, "cache")
     with pytest.raises(UserError, match="not an empty directory"):
         require_new_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["..vlm_sft.json.1154f6c307ad.tmp", "...vlm_sft.json.1154f6c307ad.tmp.61468d6e1f53.tmp"],
+)
+def test_a_directory_whose_marking_was_killed_is_marked_again(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).write_text("")
+    own_directory(tmp_path, "evaluation")
+    assert (tmp_path / MARKER).is_file()

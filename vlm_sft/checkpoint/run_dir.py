@@ -41,6 +41,7 @@ WRITTEN: Final = frozenset(
     {
         ".lock",
         "activation_checkpointing.json",
+        "best",
         "checkpoints",
         "config.yaml",
         EXPORT_OUTLOOK,

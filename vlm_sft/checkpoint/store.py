@@ -149,6 +149,11 @@ class CheckpointStore:
         """Make `final/` a complete copy of `checkpoint`; see `copy_checkpoint`."""
         return copy_checkpoint(checkpoint, self.final_dir, self.components, log=self.log)
 
+    def keep_best(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Make `best/` a complete copy of `checkpoint`; see `copy_checkpoint`."""
+        best = self.output_dir / "best"
+        return copy_checkpoint(checkpoint, best, self.components, log=self.log)
+
     def finished(self) -> Checkpoint | None:
         """Return the `final/` of a finished run; None if there is none or it is damaged."""
         if not self.final_dir.exists():

@@ -25,6 +25,7 @@ from vlm_sft.config.resume import diff_lines
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_chat_tokenizer, load_data
 from vlm_sft.data.feature_store import require_feature_cache
+from vlm_sft.evaluation.suites.in_training import TrainingSuite, read_training_suite
 from vlm_sft.export.obstacles import export_obstacles, summarize_obstacles
 from vlm_sft.inference.samples import SampleGenerator
 from vlm_sft.inspection.run_report import write_run_report
@@ -103,6 +104,7 @@ def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResul
     # Text before weights: a wrong template or a missing image fails within seconds.
     chat_tokenizer = load_chat_tokenizer(config)
     check_data_head(config, chat_tokenizer)
+    suite_tasks = read_training_suite(config)
     if (unused := unused_parts(config.projector)) is not None:
         logger.info("note: %s", unused)
 
@@ -128,8 +130,11 @@ def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResul
     samples = None
     if data.eval is not None and config.train.eval_samples:
         samples = SampleGenerator(model, chat_tokenizer, data.eval, config.train.eval_samples)
+    suite = None
+    if suite_tasks is not None:
+        suite = TrainingSuite(config, *suite_tasks, model, chat_tokenizer, accelerator)
     trainer = build_trainer(
-        config, stage, accelerator, chat_tokenizer, model, identity, data, samples
+        config, stage, accelerator, chat_tokenizer, model, identity, data, samples, suite
     )
     result = trainer.run()
     logger.info(data.summary())

@@ -462,10 +462,21 @@ class TrainConfig(Section):
     keep_last_checkpoints: Free[Count] = 2
     """Number of most recent checkpoints to keep; older ones are deleted."""
     eval_every_steps: Free[Count | None] = None
-    """Number of steps between evaluations on `data.eval`. Null: no evaluation."""
+    """Number of steps between evaluations on `data.eval` and `eval_suite`. Null: no evaluation
+    before the end."""
     eval_samples: Free[CountOrZero] = 3
     """Number of held-out records whose questions the model answers at each evaluation, written to
     `samples.jsonl`."""
+    eval_suite: Explicit[NonEmptyText | None] = None
+    """Suite of tasks (`docs/evaluation.md`) whose questions the model answers at each evaluation;
+    all ranks share them. Keep it small: training waits. Null: none."""
+    keep_best: Explicit[NonEmptyText | None] = None
+    """Metric of the evaluations by which the best checkpoint is kept in `best`: `TASK.SCORE` of
+    `eval_suite`, e.g. `pope.accuracy`, or `eval_loss`. Null: no checkpoint is kept for its
+    metric."""
+    early_stopping: Explicit[Count | None] = None
+    """Number of evaluations in a row without a better `keep_best` after which the run ends. Null:
+    train to the last step."""
     log_every_steps: Free[Count] = 1
     """Number of steps between rows of `metrics.jsonl`. Each row is also logged to stderr; on a
     terminal a progress bar shows the newest row instead."""
@@ -486,6 +497,14 @@ class TrainConfig(Section):
             raise ValueError(
                 "`share_image_prefix` needs `packing`; give it instead of `micro_batch_size`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> "TrainConfig":
+        if self.early_stopping is not None and self.keep_best is None:
+            raise ValueError("`early_stopping` needs `keep_best`, the metric that has to improve")
+        if self.keep_best not in (None, "eval_loss") and self.eval_suite is None:
+            raise ValueError("`keep_best` needs `eval_suite`, unless it is eval_loss")
         return self
 
 
@@ -517,6 +536,12 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _validation_loss_exists(self) -> "RunConfig":
+        if self.train.keep_best == "eval_loss" and not self.data.eval:
+            raise ValueError("train.keep_best: eval_loss needs `data.eval`")
+        return self
+
     def input_paths(self) -> list[Path]:
         """Return the files and directories that the run reads, as far as they exist here.
 
@@ -531,6 +556,7 @@ class RunConfig(Section):
             self.model.language_model.name,
             self.model.language_model.tokenizer,
             self.data.template,
+            self.train.eval_suite,
             *(file.path for file in files),
         )
         paths = (Path(name).expanduser() for name in names if name)

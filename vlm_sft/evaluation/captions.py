@@ -14,8 +14,8 @@ from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.tokenize import expand
+from vlm_sft.evaluation.conditions import derangement
 from vlm_sft.evaluation.intervals import cluster_bootstrap_ratio
-from vlm_sft.evaluation.questions import derangement
 from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.utils.constants import IGNORE_INDEX
 

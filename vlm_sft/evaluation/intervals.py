@@ -152,6 +152,28 @@ def interval_of_shares(
     return cluster_bootstrap_interval(values, clusters, seed=seed, confidence=confidence)
 
 
+def interval_of_differences(
+    differences: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+) -> Interval:
+    """Return the mean of paired differences, each from -1 to 1, with a clustered interval.
+
+    If all are equal, a bootstrap interval has no width. Then the bounds are those of Wilson's
+    interval of the share of clusters that could have differed.
+    """
+    if not differences:
+        raise ValueError("no values: an interval needs at least one")
+    first = differences[0]
+    if any(value != first for value in differences):
+        return cluster_bootstrap_interval(differences, clusters, seed=seed, confidence=confidence)
+    trials = len(set(clusters))
+    room = wilson_interval(0, trials, confidence=confidence).high
+    return Interval(first, max(-1.0, first - 2 * room), min(1.0, first + 2 * room))
+
+
 def _cluster_sums(clusters: Sequence[Hashable], columns: Sequence[Sequence[float]]) -> Numbers:
     """Return the sum of each column within each cluster, `[clusters, columns]`."""
     if not clusters:

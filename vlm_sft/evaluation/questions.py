@@ -1,7 +1,7 @@
 """Ask questions with known answers, and compare the model's predictions with them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,12 @@ from torch import Tensor
 from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.data.images import ImageCrops, to_crops
 from vlm_sft.errors import ImageError, UserError
-from vlm_sft.evaluation.conditions import IMAGE_CONDITIONS, ImageCondition
+from vlm_sft.evaluation.conditions import (
+    CLOSED_SETS,
+    IMAGE_CONDITIONS,
+    ImageCondition,
+    derangement,
+)
 from vlm_sft.evaluation.intervals import balanced_accuracy_interval, interval_of_shares
 from vlm_sft.evaluation.question_files import read_rows
 from vlm_sft.evaluation.scoring import Candidates, score_answers
@@ -25,9 +30,6 @@ from vlm_sft.utils.image_paths import image_path
 
 MAX_ANSWER_TOKENS: Final = 64
 """Length of free-form answers."""
-
-CLOSED_SETS: Final = (("yes", "no"), ("left", "right"), ("top", "bottom"))
-"""Answers that are alternatives of each other, whatever the other answers of a file are."""
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,6 @@ def last_choice(text: str, choices: Sequence[str]) -> str | None:
     words = re.findall(r"\w+", text.lower())
     found = [word for word in words if word in choices]
     return found[-1] if found else None
-
-
-def derangement(names: Iterable[str], *, seed: int) -> dict[str, str]:
-    """Assign another image to each image, in one cycle through all of them.
-
-    Raises:
-        UserError: There are fewer than two images.
-    """
-    unique = sorted(set(names))
-    if len(unique) < 2:
-        raise UserError("the shuffled condition needs at least two images; leave it out")
-    order = [unique[i] for i in np.random.default_rng(seed).permutation(len(unique))]
-    return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
 def blank_image(loaded: LoadedModel) -> ImageCrops:

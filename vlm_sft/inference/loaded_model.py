@@ -156,7 +156,7 @@ class LoadedModel:
             torch.tensor([prompt_ids], device=self.device),
             _pixels(loaded, self.device),
             layouts,
-            max_new_tokens=min(max_new_tokens, self._free_positions(len(prompt_ids))),
+            max_new_tokens=min(max_new_tokens, self.free_positions(len(prompt_ids))),
             eos_token_id=list(self.chat_tokenizer.eot_token_ids),
             pad_token_id=self.pad_token_id,
             temperature=temperature if temperature > 0 else None,
@@ -208,7 +208,7 @@ class LoadedModel:
             self.prompt_ids(conversation, [image.layout for image in found])
             for conversation, found in zip(conversations, loaded, strict=True)
         ]
-        lengths = [min(max_new_tokens, self._free_positions(len(ids))) for ids in prompt_ids]
+        lengths = [min(max_new_tokens, self.free_positions(len(ids))) for ids in prompt_ids]
         # Prompts of similar length share a batch, so that little is padded; and only prompts whose
         # responses may be equally long, so that none is cut or continued because of another one.
         order = sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompt_ids[i])))
@@ -292,8 +292,12 @@ class LoadedModel:
         tokens = self.model.arrange(crops, layouts).reshape(-1, crops.shape[-1])
         return list(tokens.split([layout.num_tokens for layout in layouts]))
 
-    def _free_positions(self, num_tokens: int) -> int:
-        """Return how many tokens can follow a prompt of `num_tokens`."""
+    def free_positions(self, num_tokens: int) -> int:
+        """Return how many tokens can follow a prompt of `num_tokens`.
+
+        Raises:
+            UserError: None can.
+        """
         limit = position_limit(causal_lm(self.model.language_model))
         if limit is None:
             return _UNLIMITED_TOKENS

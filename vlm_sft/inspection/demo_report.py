@@ -27,13 +27,19 @@ _CONDITIONS: Final = {
 }
 """Display names of the evaluation's image conditions."""
 
-_ANSWER_METHODS: Final = {
-    "likeliest": "Each question is answered by the most likely of its possible answers.",
-    "free_form": (
-        "The model answers freely; the last possible answer in its text counts, and a text without "
-        "one is wrong."
-    ),
+_SCORES: Final = {
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "mean_absolute_error": "mean absolute error",
+    "chair_i": "CHAIRi",
+    "chair_s": "CHAIRs",
+    "cider_d": "CIDEr-D",
 }
+"""Scores in the table, with their display names."""
+
+_PERCENT: Final = frozenset(("accuracy", "precision", "recall", "f1", "chair_i", "chair_s"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class DemoReport:
         lead: Sentence under the title.
         images: Images with questions and answers.
         runs: Run directories by title, e.g. `Stage 1`, in order.
-        results: Output of `vlm_sft.evaluate` by title.
+        results: `results.json` of a suite by title; with `captions`, the caption losses that
+            `vlm_sft.evaluate --captions` writes, if they were measured.
         seconds: Duration of each phase.
         credits: One line per source of data or weights.
     """
@@ -100,10 +107,7 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
         command=COMMAND,
         headline=list(_headline(report.results)),
         images=[_image(image) for image in report.images],
-        results=[
-            (title, _result_rows(found), _ANSWER_METHODS[found.get("answers", "likeliest")])
-            for title, found in report.results.items()
-        ],
+        results=[(title, _result_rows(found)) for title, found in report.results.items()],
         curves=data_uri(curves),
         seconds={name: format_seconds(value) for name, value in report.seconds.items()},
         total_time=format_seconds(sum(report.seconds.values())),
@@ -115,26 +119,20 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
 
 
 def _headline(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Yield accuracy, caption and note of the first measure: own images first, then blank ones.
+    """Yield accuracy, caption and note of the first task: own images first, then blank ones.
 
     Blank images are the same in every set of results, so only the last set's accuracy is shown.
     """
     for condition in ("right", "blank"):
         for title, found in list(results.items())[-1 if condition == "blank" else 0 :]:
-            measures: Mapping[str, Mapping[str, Any]] = found.get("probes", {})
-            if not measures:
+            name, task = next(iter(found["tasks"].items()))
+            scores = task["conditions"].get(condition)
+            if scores is None:
                 continue
-            measure, by_condition = next(iter(measures.items()))
-            if condition not in by_condition:
-                continue
-            accuracy, chance = (
-                by_condition[condition]["accuracy"],
-                by_condition[condition]["chance"],
-            )
-            caption = f"{measure}, {title}" + (", blank image" if condition == "blank" else "")
-            bounds = f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f} %"
-            note = f"95 % interval {bounds}; chance {100 * chance:.0f} %"
-            yield f"{100 * accuracy['estimate']:.1f} %", caption, note
+            low, high = scores["accuracy_interval"]
+            caption = f"{name}, {title}" + (", blank image" if condition == "blank" else "")
+            note = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+            yield f"{100 * scores['accuracy']:.1f} %", caption, note
 
 
 def _image(image: ShownImage) -> dict[str, Any]:
@@ -165,19 +163,17 @@ def _image(image: ShownImage) -> dict[str, Any]:
 def _result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the table of an evaluation, by the columns of `demo_report.html`."""
     rows = []
-    for measure, by_condition in results.get("probes", {}).items():
-        for condition, found in by_condition.items():
-            low, high = 100 * found["accuracy"]["low"], 100 * found["accuracy"]["high"]
-            accuracy = f"{100 * found['accuracy']['estimate']:.1f} % [{low:.1f}, {high:.1f}]"
-            rows.append(
-                {
-                    "measure": measure,
-                    "image": _CONDITIONS[condition],
-                    "n": f"{found['questions']:,}",
-                    "result [95 % interval]": accuracy,
-                    "chance": f"{100 * found['chance']:.0f} %",
-                }
-            )
+    for name, task in results["tasks"].items():
+        for condition, scores in task["conditions"].items():
+            for key in (key for key in _SCORES if key in scores):
+                rows.append(
+                    {
+                        "measure": f"{name}: {_SCORES[key]}",
+                        "image": _CONDITIONS[condition],
+                        "n": f"{scores['questions']:,}",
+                        "result [95 % interval]": _shown(scores, key),
+                    }
+                )
     captions = results.get("captions", {})
     for condition in ("right", "shuffled", "difference"):
         if condition in captions:
@@ -192,3 +188,15 @@ def _result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
                 }
             )
     return rows
+
+
+def _shown(scores: Mapping[str, Any], key: str) -> str:
+    """Return a score with its interval, if it has one."""
+    value, interval = scores[key], scores.get(f"{key}_interval")
+    if value is None:
+        return "-"
+    scale, digits, unit = (100, 1, " %") if key in _PERCENT else (1, 3, "")
+    text = f"{scale * value:.{digits}f}{unit}"
+    if interval is not None:
+        text += " [{:.{d}f}, {:.{d}f}]".format(*(scale * bound for bound in interval), d=digits)
+    return text

@@ -24,6 +24,9 @@ Row = Mapping[str, Any]
 COMMAND: Final = "report"
 """Command in the ownership mark of reports."""
 
+_SUITE_SCORES: Final = ("accuracy", "cider_d", "chair_s", "looks")
+"""Scores of the suite with curves; `metrics.jsonl` has all of them."""
+
 _MANIFEST: Final = "manifest.json"
 _BUCKETS: Final = {
     "trained": "used completely",
@@ -76,6 +79,7 @@ class _RunFiles:
         values = {
             "totals": self._totals(metrics),
             "curves": data_uri(loss_curves({"": metrics})) if metrics else "",
+            "suite": data_uri(suite_curves(metrics)) if _suite_points(metrics) else "",
             "modules": self._read_json("parts.json", lambda rows: [dict(row) for row in rows]),
             "export": self._read_json(EXPORT_OUTLOOK, lambda value: value["hf"].strip()),
             "ledgers": [
@@ -220,6 +224,38 @@ def loss_curves(runs: Mapping[str, Sequence[Row]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": made_by(COMMAND)})
     return buffer.getvalue()
+
+
+def suite_curves(rows: Sequence[Row]) -> bytes:
+    """Draw the suite's main metrics over the step, one panel per score, as a PNG."""
+    from matplotlib.figure import Figure
+
+    points = _suite_points(rows)
+    figure = Figure(figsize=(5.2 * len(points), 3.4), dpi=130, layout="constrained")
+    for panel, (score, by_task) in zip(
+        figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True
+    ):
+        for task, found in by_task.items():
+            panel.plot(*zip(*found, strict=True), "o-", label=task, ms=4, lw=1.5)
+        panel.set(title=score, xlabel="step")
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": made_by(COMMAND)})
+    return buffer.getvalue()
+
+
+def _suite_points(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Return step and value of the suite's main metrics, by score and task."""
+    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        values: Any = row.get("eval_suite")
+        for name in values if isinstance(values, dict) else ():
+            task, _, score = name.partition(".")
+            value = _number(values, name)
+            if score in _SUITE_SCORES and value is not None:
+                points.setdefault(score, {}).setdefault(task, []).append((row["step"], value))
+    return points
 
 
 def software_versions() -> list[dict[str, str]]:

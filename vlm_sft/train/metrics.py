@@ -27,7 +27,7 @@ from vlm_sft.utils.ownership import set_aside
 
 logger = logging.getLogger(__name__)
 
-EVALUATED = frozenset({"eval_loss", "eval_error"})
+EVALUATED = frozenset({"eval_loss", "eval_suite", "eval_error"})
 """Keys of which a row about an evaluation has one."""
 
 
@@ -57,6 +57,15 @@ class MetricsFile:
         """Return whether the file has a row of that step's evaluation, successful or failed."""
         rows = read_rows(self.path).rows
         return any(row["step"] == step and not row.keys().isdisjoint(EVALUATED) for row in rows)
+
+    def evaluations(self, metric: str) -> list[tuple[int, float | None]]:
+        """Return step and metric of every evaluation: `eval_loss`, or a metric of the suite."""
+        found = []
+        for row in read_rows(self.path).rows:
+            if not row.keys().isdisjoint(("eval_loss", "eval_suite")):
+                values = {**row.get("eval_suite", {}), "eval_loss": row.get("eval_loss")}
+                found.append((row["step"], values.get(metric)))
+        return found
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
@@ -139,16 +148,32 @@ class RunMetrics:
         self._write(row)
         self._progress.show(row)
 
-    def log_evaluation(self, step: int, epoch: float, result: ValidationResult) -> None:
-        """Log the validation loss and the generated samples."""
-        self._write(
-            {
-                "step": step,
-                "epoch": round(epoch, 6),
-                "eval_loss": result.loss,
-                "eval_num_targets": result.num_targets,
-            }
-        )
+    def log_evaluation(
+        self,
+        step: int,
+        epoch: float,
+        result: ValidationResult | None,
+        suite: Mapping[str, float | None],
+    ) -> None:
+        """Log the validation loss, the metrics of the suite, and the generated samples.
+
+        Args:
+            step: Steps done.
+            epoch: Epochs done.
+            result: Loss and samples; None without validation records.
+            suite: Metrics by name; empty without a suite.
+        """
+        row: dict[str, Any] = {"step": step, "epoch": round(epoch, 6)}
+        if result is not None:
+            row |= {"eval_loss": result.loss, "eval_num_targets": result.num_targets}
+        if suite:
+            row["eval_suite"] = dict(suite)
+        self._write(row)
+        for name, value in suite.items():
+            if name.count(".") == 1 and value is not None:  # with the questions' own images
+                logger.info("step %d: %s %.4f", step, name, value)
+        if result is None:
+            return
         tokens = f"{result.num_targets:,} tokens"
         logger.info("step %d: validation loss %.4f over %s", step, result.loss, tokens)
         if self._samples is None:
@@ -171,6 +196,15 @@ class RunMetrics:
         def on_rank0() -> bool:
             assert self._file is not None
             return self._file.has_evaluation(step)
+
+        return rank0_only(self._accelerator, on_rank0)
+
+    def evaluations(self, metric: str) -> list[tuple[int, float | None]]:
+        """Return step and metric of every evaluation that was logged, on all ranks."""
+
+        def on_rank0() -> list[tuple[int, float | None]]:
+            assert self._file is not None
+            return self._file.evaluations(metric)
 
         return rank0_only(self._accelerator, on_rank0)
 

@@ -113,6 +113,16 @@ class RunCheckpoints:
         """
         return self._on_saving_ranks(self._saver.wait) or self.resumed_from
 
+    def keep_best(self) -> Checkpoint:
+        """Copy the newest checkpoint, which is the best so far, to `best/`.
+
+        Raises:
+            CheckpointError: It could not be saved or copied.
+        """
+        checkpoint = self.wait()
+        assert checkpoint is not None
+        return rank0_only(self._accelerator, lambda: self._store.keep_best(checkpoint))
+
     def finish(self, last: Checkpoint) -> Checkpoint:
         """Check that the frozen parts were not changed, then copy the last checkpoint to `final/`.
 

@@ -48,7 +48,7 @@ from vlm_sft.train.run_log import RunLog
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.trainer import Trainer
 from vlm_sft.train.update import Updater
-from vlm_sft.train.validation import GenerateSamples, Validation
+from vlm_sft.train.validation import EvaluateSuite, GenerateSamples, Validation
 from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.process_group import ProcessGroup
 
@@ -88,6 +88,7 @@ def build_trainer(
     identity: dict[str, Any],
     data: Data,
     samples: GenerateSamples | None,
+    suite: EvaluateSuite | None = None,
 ) -> Trainer:
     """Build the trainer of a run and restore it from the run's newest checkpoint, if any.
 
@@ -100,6 +101,7 @@ def build_trainer(
         identity: As `load_model` returns it.
         data: Training and validation records.
         samples: Generates samples at evaluations, or None.
+        suite: Evaluates the run's suite, or None.
 
     Raises:
         UserError: Nothing is trainable, or a setting is not available on this machine.
@@ -156,6 +158,7 @@ def build_trainer(
         checkpoints=checkpoints,
         metrics=metrics,
         validation=build_validation(config, model, data, collator, samples, accelerator),
+        suite=suite,
         total_steps=total_steps,
     )
 

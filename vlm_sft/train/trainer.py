@@ -1,6 +1,8 @@
 """The training loop."""
 
+import logging
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,9 @@ from vlm_sft.train.signals import SignalHandler, exit_code
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.train_step import StepGradient, accumulate_gradient, step_seed
 from vlm_sft.train.update import Update, Updater
-from vlm_sft.train.validation import Validation
+from vlm_sft.train.validation import BestEvaluation, EvaluateSuite, Validation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Trainer:
         checkpoints: Saves the run; it knows the checkpoint that the run was resumed from.
         metrics: Files, trackers and the progress line.
         validation: Evaluates on the validation records, or None.
+        suite: Evaluates the suite of `train.eval_suite`, or None.
         total_steps: Optimizer steps of the run.
 
     Attributes:
@@ -72,6 +77,7 @@ class Trainer:
         checkpoints: RunCheckpoints,
         metrics: RunMetrics,
         validation: Validation | None,
+        suite: EvaluateSuite | None,
         total_steps: int,
     ) -> None:
         self.config = config
@@ -82,6 +88,11 @@ class Trainer:
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.validation = validation
+        self.suite = suite
+        self.best: BestEvaluation | None = None
+        if config.train.keep_best is not None:
+            history = metrics.evaluations(config.train.keep_best)
+            self.best = BestEvaluation(config.train.keep_best, history)
         self.total_steps = total_steps
         self.step = checkpoints.saved_step
         self.signals = SignalHandler()
@@ -99,10 +110,18 @@ class Trainer:
             if self.checkpoints.saved_step < self.step:
                 self.save()
             checkpoint = self.checkpoints.wait()
-        if self.step < self.total_steps:
+        if self.step < self.total_steps and not self.stops_early():
             # A rank that got no signal itself stops because another one did.
             return RunResult(self.step, checkpoint, self.signals.received or signal.SIGTERM)
-        assert checkpoint is not None and checkpoint.step == self.total_steps
+        if self.step < self.total_steps:
+            assert self.best is not None
+            logger.info(
+                "step %d: %s has not improved in %d evaluations; the run ends (best at step %s: "
+                "%.4f)",
+                *(self.step, self.best.metric, self.best.num_since, self.best.step),
+                float("nan") if self.best.value is None else self.best.value,
+            )
+        assert checkpoint is not None and checkpoint.step == self.step
         final = self.checkpoints.finish(checkpoint)
         self.accelerator.wait_for_everyone()
         return RunResult(self.step, final)
@@ -116,7 +135,7 @@ class Trainer:
         if self.missed_evaluation():
             self.evaluate()
         batches = self.loader.load(self.step, self.total_steps)
-        while self.step < self.total_steps and not self.stop_requested():
+        while self.step < self.total_steps and not (self.stops_early() or self.stop_requested()):
             gradient, update = self.train_step(next(batches))
             if self.should_log():
                 self.metrics.log_step(self.step, self.epoch, gradient, update)
@@ -191,7 +210,7 @@ class Trainer:
     def evaluation_is_due(self) -> bool:
         """Return whether the configuration wants an evaluation of this step."""
         every = self.config.train.eval_every_steps
-        if self.validation is None:
+        if self.validation is None and self.suite is None:
             return False
         return self.is_last_step or (every is not None and self.step % every == 0)
 
@@ -200,6 +219,11 @@ class Trainer:
         if self.checkpoints.resumed_from is None or not self.evaluation_is_due():
             return False
         return not self.metrics.has_evaluation(self.step)
+
+    def stops_early(self) -> bool:
+        """Return whether the metric of `train.keep_best` has not improved for too long."""
+        patience = self.config.train.early_stopping
+        return patience is not None and self.best is not None and self.best.num_since >= patience
 
     @property
     def is_last_step(self) -> bool:
@@ -212,19 +236,24 @@ class Trainer:
         return self.loader.epoch_after(self.step)
 
     def evaluate(self) -> None:
-        """Compute the validation loss and generate samples; log a failure and continue.
+        """Compute the validation loss, generate samples, answer the suite, keep the best.
+
+        A failure is logged, and training continues.
 
         Raises:
             UserError: A validation record cannot be loaded and `data.on_error` is `stop`; the run
                 is saved before that.
         """
-        assert self.validation is not None
         unsaved = self.checkpoints.saved_step < self.step
         if unsaved and self.checkpoints.sharded:
             self.save()  # an error on one rank leaves the others waiting in a collective
         try:
-            result = self.validation.run()
-            self.metrics.log_evaluation(self.step, self.epoch, result)
+            result = None if self.validation is None else self.validation.run()
+            suite = {} if self.suite is None else self.suite()
+            # Before the row: a resumed run takes every row's checkpoint for compared.
+            loss = {} if result is None else {"eval_loss": result.loss}
+            self.keep_if_best({**suite, **loss})
+            self.metrics.log_evaluation(self.step, self.epoch, result, suite)
         except UserError:
             if self.checkpoints.saved_step < self.step:
                 self.save()
@@ -234,6 +263,25 @@ class Trainer:
             self.metrics.log_failed_evaluation(self.step, error)
         finally:
             self.metrics.reset_throughput()
+
+    def keep_if_best(self, values: Mapping[str, float | None]) -> None:
+        """Copy this step's checkpoint to `best/` if its metric is better than all before.
+
+        Args:
+            values: Every metric of the evaluation, the same on all ranks.
+
+        Raises:
+            CheckpointError: It cannot be saved or copied.
+        """
+        if self.best is None or not self.best.add(self.step, values.get(self.best.metric)):
+            return
+        if self.checkpoints.saved_step < self.step:
+            self.save()
+        kept = self.checkpoints.keep_best()
+        logger.info(
+            "step %d: %s is %.4f, the best so far: %s",
+            *(self.step, self.best.metric, self.best.value, kept.folder),
+        )
 
     def save(self) -> None:
         """Save the run, in a thread with `train.async_checkpointing`."""

@@ -1,8 +1,8 @@
 """Evaluate the model on the validation records during training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,16 @@ GenerateSamples = Callable[[Callable[[LoadError], None] | None], list[dict[str, 
 with each record that cannot be loaded; None: such a record raises."""
 
 
+EvaluateSuite = Callable[[], Mapping[str, float | None]]
+"""Answers the questions of the run's suite on all ranks, and returns the metrics by name."""
+
+LOWER_IS_BETTER: Final = (
+    "eval_loss", "chair_i", "chair_s", "mean_absolute_error", "over_refusal", "wrong_confidence",
+    "unclear",
+)  # fmt: skip
+"""Metrics, or last parts of their names, of which the smallest value is the best."""
+
+
 @dataclass(frozen=True)
 class ValidationResult:
     """The result of an evaluation.
@@ -32,6 +42,43 @@ class ValidationResult:
     loss: float
     num_targets: int
     samples: list[dict[str, Any]]
+
+
+class BestEvaluation:
+    """The best value of a metric so far, and how long ago it was reached.
+
+    Args:
+        metric: Name of the metric.
+        history: Step and value of the evaluations before, oldest first.
+
+    Attributes:
+        metric: Name of the metric.
+        step: Step of the best value; None without a value.
+        value: The best value.
+        num_since: Evaluations after it.
+    """
+
+    def __init__(self, metric: str, history: Sequence[tuple[int, float | None]] = ()) -> None:
+        self.metric = metric
+        self.step: int | None = None
+        self.value: float | None = None
+        self.num_since = 0
+        for step, value in history:
+            self.add(step, value)
+
+    def add(self, step: int, value: float | None) -> bool:
+        """Add an evaluation; return whether its value is better than all before it."""
+        if value is None or not self._is_better(value):
+            self.num_since += 1
+            return False
+        self.step, self.value, self.num_since = step, value, 0
+        return True
+
+    def _is_better(self, value: float) -> bool:
+        if self.value is None:
+            return True
+        lower = self.metric.rpartition(".")[2] in LOWER_IS_BETTER
+        return value < self.value if lower else value > self.value
 
 
 class Validation:

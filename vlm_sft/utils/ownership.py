@@ -33,7 +33,11 @@ MADE_BY: Final = "made_by"
 SYSTEM_FILES: Final = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "lost+found", ".nfs"})
 """Names that file managers and file systems create in any directory."""
 
-_MARKER_TEMPORARY: Final = re.compile(rf"\.{re.escape(MARKER)}\.[a-z0-9_]{{8,12}}\.tmp")
+_MARKER_TEMPORARY: Final = re.compile(
+    rf"\.{{1,2}}{re.escape(MARKER)}(\.[a-z0-9_]{{8,12}}\.tmp){{1,2}}"
+)
+"""Names of a marker that is being written: a temporary file, which is itself written to another."""
+
 _MAX_MANIFEST_BYTES: Final = 64 << 20
 
 
@@ -217,7 +221,7 @@ def refuse_in_checkpoint(output: str | Path) -> None:
     """
     place = Path(os.path.realpath(output))
     for folder in (place, *place.parents):
-        kept = folder.name in ("checkpoints", "final") and is_run(folder.parent)
+        kept = folder.name in ("checkpoints", "final", "best") and is_run(folder.parent)
         if kept or is_checkpoint(folder):
             raise UserError(
                 f"{output}: is inside {folder}, where a training run keeps checkpoints; nothing "

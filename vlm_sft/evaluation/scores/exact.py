@@ -59,8 +59,8 @@ def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Optio
         UserError: A row has no choices, or its answer is not one of them.
     """
     questions = unique_ids(truth, "question_id", "id")
-    choices = {name: _choices(row) for name, row in questions.items()}
-    right = {name: _true_choice(row, choices[name]) for name, row in questions.items()}
+    choices = {name: choices_of(row) for name, row in questions.items()}
+    right = {name: true_choice(row, choices[name]) for name, row in questions.items()}
     chosen = {
         name: read_choice(answers.by_id[name], choices[name])
         for name in questions
@@ -70,7 +70,9 @@ def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Optio
         "multiple_choice",
         answers,
         questions,
-        lambda answer, row: read_choice(answer, _choices(row)) == _true_choice(row, _choices(row)),
+        lambda answer, row: (
+            read_choice(answer, choices_of(row)) == true_choice(row, choices_of(row))
+        ),
         options,
     )
     for result in found.rows:
@@ -250,7 +252,8 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).strip(" .")
 
 
-def _choices(row: Row) -> list[str]:
+def choices_of(row: Row) -> list[str]:
+    """Return the options of a question; refuse a row without any."""
     found = row.require("choices", "options")
     if isinstance(found, dict):
         found = [found[key] for key in sorted(found)]
@@ -259,7 +262,8 @@ def _choices(row: Row) -> list[str]:
     return [str(choice) for choice in found]
 
 
-def _true_choice(row: Row, choices: Sequence[str]) -> int:
+def true_choice(row: Row, choices: Sequence[str]) -> int:
+    """Return the number of the true option; refuse a row whose answer is none of them."""
     answer = row.text("answer", "label")
     if isinstance(row.require("answer", "label"), int):
         number = int(answer)

@@ -1,0 +1,1 @@
+"""Suites are read, answered, scored, compared and exported."""

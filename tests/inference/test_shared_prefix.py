@@ -1,0 +1,56 @@
+"""Answers that share an image's prefix equal those of each question alone."""
+
+import pytest
+import torch
+
+from vlm_sft.data.image_layout import ImageLayout
+from vlm_sft.data.images import ImageCrops
+from vlm_sft.inference.loaded_model import LoadedModel
+from vlm_sft.inference.prompts import user_message
+from vlm_sft.inference.shared_prefix import Generated, Prompts, answer_prompts
+
+QUESTIONS = ("Is there a dog?", "How many?", "Describe the image in a few words, please.")
+
+
+def noise(seed: int) -> ImageCrops:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (1, 3, 28, 28), generator=generator, dtype=torch.uint8)
+    return ImageCrops(pixels, ImageLayout(crop_tokens=4))
+
+
+def asked(loaded: LoadedModel, image: ImageCrops | None, *questions: str) -> Prompts:
+    images, layouts = ([], []) if image is None else ([b""], [image.layout])
+    prompts = [loaded.prompt_ids(user_message(text, images), layouts) for text in questions]
+    return Prompts(image, prompts, [7 + len(text) % 3 for text in questions])
+
+
+def alone(loaded: LoadedModel, group: Prompts) -> list[Generated]:
+    return [
+        answer_prompts(loaded, [Prompts(group.image, [p], [n])], whole_prompts=True)[0][0]
+        for p, n in zip(group.prompts, group.max_tokens, strict=True)
+    ]
+
+
+def test_answers_about_several_images_equal_those_of_each_question(run: LoadedModel) -> None:
+    groups = [
+        asked(run, noise(1), *QUESTIONS),
+        asked(run, noise(2), QUESTIONS[1]),
+        asked(run, None, *QUESTIONS[:2]),
+    ]
+    found = answer_prompts(run, groups)
+    texts = [[answer.text for answer in answers] for answers in found]
+    assert texts == [[answer.text for answer in alone(run, group)] for group in groups]
+    for group, answers in zip(groups, found, strict=True):
+        for limit, answer in zip(group.max_tokens, answers, strict=True):
+            assert 1 <= answer.num_tokens <= limit
+
+
+def test_an_answer_ends_at_the_stop_token(
+    run: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = asked(run, noise(1), QUESTIONS[0])
+    every_token = tuple(range(len(run.tokenizer)))
+    monkeypatch.setattr(type(run.chat_tokenizer), "eot_token_ids", every_token)
+    (cut,) = answer_prompts(run, [group])[0]
+    assert cut.num_tokens == 1
