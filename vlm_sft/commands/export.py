@@ -48,6 +48,8 @@ def _options(args: argparse.Namespace, loaded: LoadedModel, max_shard_size: str)
         max_shard_size=max_shard_size,
         merge=args.merge,
         tower_name=args.tower,
+        outtype=args.outtype,
+        unverified=args.unverified,
     )
 
 

@@ -26,6 +26,9 @@ examples:
   # for the original LLaVA code, adapters as adapters
   vlm-sft export runs/stage2_lora/final llava-mine-lora --to llava
 
+  # for llama.cpp: model-q8_0.gguf and mmproj-f16.gguf
+  vlm-sft export runs/stage2_lora/final exported --to gguf --outtype q8_0
+
   # the first one, with logits compared on another image
   vlm-sft export runs/stage2_lora/final exported --to hf --image dog.jpg
 """
@@ -92,6 +95,18 @@ def parser() -> CommandParser:
         "--tower",
         metavar="NAME",
         help="llava: folder or hub name of the vision tower for config.json (default: the model's)",
+    )
+    add(
+        "--outtype",
+        default="f16",
+        choices=["f16", "q8_0"],
+        help="gguf: type of the language model's matrices (default: f16)",
+    )
+    add(
+        "--unverified",
+        action="store_true",
+        help="gguf: keep files that llama.cpp computes differently, or that were not "
+        "compared because it is not installed",
     )
     return parser
 

@@ -68,7 +68,11 @@ def hf_consumers(config: PretrainedConfig) -> list[Consumer]:
         ),
         _vllm(found),
         _sglang(found),
-        Consumer(LLAMA_CPP, False, "its converter refuses the vision towers of LLaVA folders"),
+        Consumer(
+            LLAMA_CPP,
+            False,
+            "its converter refuses the vision towers of LLaVA folders; export --to gguf",
+        ),
         _lmms_eval(found),
         _mistral_rs(found),
     ]
@@ -141,6 +145,27 @@ def peft_consumers(config: PretrainedConfig) -> list[Consumer]:
         Consumer(LLAMA_CPP, False, merge),
         Consumer(LMMS_EVAL, False, "llava_hf loads no adapters; export --to hf merges them"),
         Consumer(MISTRAL_RS, False, merge),
+    ]
+
+
+def gguf_consumers(loads: bool, reason: str, *, tried: bool) -> list[Consumer]:
+    """Return the table for GGUF files of a language model and an image encoder.
+
+    Args:
+        loads: Whether llama.cpp computes with them what the checkpoint does.
+        reason: What was compared, or what llama.cpp computes differently.
+        tried: Whether llama.cpp was run.
+    """
+    no_encoder = "it reads no LLaVA image encoder from GGUF; export --to hf"
+    return [
+        Consumer(TRANSFORMERS, False, no_encoder),
+        Consumer(TRANSFORMERS_5_5, False, no_encoder),
+        Consumer(VLLM, False, no_encoder),
+        Consumer(SGLANG, False, no_encoder),
+        Consumer(LLAMA_CPP, loads, reason, "tried here" if tried else "by its source"),
+        Consumer("ollama", loads, "it runs llama.cpp's image encoder" if loads else reason),
+        Consumer(LMMS_EVAL, loads, "--model openai with llama-server" if loads else reason),
+        Consumer(MISTRAL_RS, False, no_encoder),
     ]
 
 

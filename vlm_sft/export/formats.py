@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from vlm_sft.utils.constants import MAX_SHARD_SIZE
 
@@ -35,6 +35,9 @@ FORMATS: Final[Mapping[str, Format]] = {
         "a folder of the original LLaVA code: all weights, or what was trained",
         "vlm_sft.export.llava",
     ),
+    "gguf": Format(
+        "a language model and an mmproj file for llama.cpp", "vlm_sft.export.gguf.export"
+    ),
 }
 """All formats, by name."""
 
@@ -51,6 +54,9 @@ class ExportOptions:
         max_shard_size: Larger weights are split into several files.
         merge: `llava`: whether all weights are written where a run trained only a part of them.
         tower_name: `llava`: folder or hub name of the vision tower; None for the model's own.
+        outtype: `gguf`: type of the matrices of a GGUF file.
+        unverified: `gguf`: whether files are kept that llama.cpp computes differently, or that were
+            not compared.
     """
 
     sample: "Sample | None" = None
@@ -60,6 +66,8 @@ class ExportOptions:
     max_shard_size: str = MAX_SHARD_SIZE
     merge: bool = False
     tower_name: str | None = None
+    outtype: Literal["f16", "q8_0"] = "f16"
+    unverified: bool = False
 
 
 @dataclass(frozen=True)
