@@ -56,7 +56,7 @@ def check(case: Case) -> Iterator[Check]:
                 else:
                     wrong = excluding(case, action, sentence, opening=number == 0, first=first)
                     if not wrong and first:
-                        wrong = _unseen(case, action, opening=number == 0)
+                        wrong = _unseen(case, action, sentence, opening=number == 0)
             if wrong:
                 yield case.check(
                     "action", "contradicted", "ACTION_WRONG", "answer", span, claim, wrong
@@ -173,7 +173,7 @@ def excluding(
     return tuple(sorted(n for n in ids if n))
 
 
-def _unseen(case: Case, action: Action, *, opening: bool) -> tuple[int, ...]:
+def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) -> tuple[int, ...]:
     """Return the captions of one whose striking action none of them has; none if few say anything.
 
     Of the one that all captions describe, one of them would say that it sleeps or eats, or name
@@ -181,16 +181,32 @@ def _unseen(case: Case, action: Action, *, opening: bool) -> tuple[int, ...]:
     """
     known = case.knowledge
     needs = _striking().get(action.stem)
-    if needs is None or not needs.isdisjoint(known.words) or any(n in known.boxes for n in needs):
+    if needs is None:
+        return ()
+    asked = opening and _asks_for_action(case)
+    if (not needs.isdisjoint(known.words) or any(n in known.boxes for n in needs)) and not (
+        asked and _has_unknown_object(case, action, sentence)
+    ):
         return ()
     subject, number = _subject(case, action, opening=opening)
     if subject is None or subject not in _ANIMATE:
         return ()
-    asked = opening and _asks_for_action(case)
-    if not _is_alone(case, subject, number) and not (asked and number == "one"):
+    ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
+    if not asked and not _is_alone(case, subject, number):
         return ()
-    ids = {n for stem, ids in known.actions_of.get(subject, {}).items() for n in ids}
-    return tuple(sorted(ids)) if len(ids) >= (2 if asked else 4) else ()
+    least = 4 if not asked else 2 if number == "one" else 3
+    return tuple(sorted(ids)) if len(ids) >= least else ()
+
+
+def _has_unknown_object(case: Case, action: Action, sentence: Sentence) -> bool:
+    """Return whether the verb is followed by a noun that neither captions nor boxes have."""
+    last = _object_of(sentence, action.index)
+    if last is None:
+        return False
+    for mention in sentence.mentions:
+        if mention.first <= last <= mention.last:
+            return case.knowledge.support(mention.entry, mention.word) is None
+    return noun_name(sentence.words[last]) not in case.knowledge.nouns
 
 
 def _ridden(case: Case, target: str) -> tuple[int, ...]:

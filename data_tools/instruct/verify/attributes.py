@@ -8,6 +8,7 @@ from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.describing import (
     ANIMALS,
+    ONE,
     PRONOUN,
     Attribute,
     Family,
@@ -16,6 +17,7 @@ from data_tools.instruct.verify.describing import (
     noun_at,
     noun_name,
     parts,
+    subject_before,
     switched,
 )
 from data_tools.instruct.verify.flags import ATTRIBUTE
@@ -43,8 +45,10 @@ def check(case: Case) -> Iterator[Check]:
             if not sentence.asserts(attribute.first, attribute.last):
                 continue
             noun = attribute.noun
-            if noun == PRONOUN:
+            if noun in (PRONOUN, ONE):
                 noun = asked_noun(case) if number == 0 else _previous(reading.sentences, number)
+            if attribute.noun == ONE and not _is_listed(case, noun):
+                continue
             ids = contradicting(case, attribute, noun, _is_worn_by_first(case, sentence, attribute))
             if ids is not None:
                 seen.update(attribute.words)
@@ -53,6 +57,7 @@ def check(case: Case) -> Iterator[Check]:
                 yield case.check(
                     "attribute", "contradicted", "ATTRIBUTE_WRONG", "answer", span, claim, ids
                 )
+    yield from _check_negated(case)
     yield from _check_bare(case)
     yield from _check_words(case, seen)
 
@@ -76,18 +81,52 @@ def check_yes_no(case: Case) -> Iterator[Check]:
     ):
         return
     noun = asked_noun(case)
-    claim = Attribute(family, (words[last],), noun, noun_name(noun) != noun, last, last, True)
+    many = noun_name(noun) != noun or words[0] in ("are", "were", "have")
+    claim = Attribute(family, (words[last],), noun, many, last, last, True)
     text = f"{words[last]} {noun}"
     ids = contradicting(case, claim, noun) if question.polarity == "yes" else None
     if question.polarity == "no":
         given = case.knowledge.attributes.get((family, noun), [])
-        if given and all(words[last] in known.words for known, _ in given):
+        same = _same_side(words[last])
+        if given and all(not same.isdisjoint(known.words) for known, _ in given):
             ids, text = tuple(number for _, number in given if number), f"not {text}"
     if ids is not None:
         span = sentence.span(last, last)
         yield case.check(
             "attribute", "contradicted", "ATTRIBUTE_WRONG", "question", span, text, ids
         )
+
+
+def _check_negated(case: Case) -> Iterator[Check]:
+    """Judge `It has not been peeled yet.` where captions have `a peeled banana`."""
+    for number, sentence in enumerate(case.answer_reading.sentences):
+        words = sentence.words
+        for index in sentence.hits(ATTRIBUTE):
+            before = words[max(0, index - 3) : index]
+            if "not" not in before or attribute_words()[words[index]] != "state":
+                continue
+            subject = subject_before(sentence, index - len(before) + before.index("not"))
+            noun = subject[0] if subject is not None else PRONOUN
+            if noun == PRONOUN:
+                noun = (
+                    asked_noun(case)
+                    if number == 0
+                    else _previous(case.answer_reading.sentences, number)
+                )
+            given = case.knowledge.attributes.get(("state", noun), [])
+            if given and all(words[index] in known.words for known, _ in given):
+                ids = tuple(caption for _, caption in given if caption)
+                span, claim = sentence.span(index, index), f"not {words[index]} {noun}"
+                yield case.check(
+                    "attribute", "contradicted", "ATTRIBUTE_WRONG", "answer", span, claim, ids
+                )
+                return
+
+
+def _is_listed(case: Case, noun: str) -> bool:
+    """Return whether a caption lists several colors of the noun: `a red and green bucket`."""
+    given = case.knowledge.attributes.get(("color", noun), [])
+    return any(len(known.words) > 1 for known, _ in given)
 
 
 def _check_denied(case: Case, sentence: Sentence, last: int) -> Iterator[Check]:
@@ -315,6 +354,14 @@ def _whole(case: Case, noun: str) -> str:
 def _shared_side(words: Sequence[str], stated: set[str]) -> bool:
     sides = [set(side) for pair in wording.load("facts")["states"] for side in pair]
     return any(side & stated and side & set(words) for side in sides)
+
+
+def _same_side(word: str) -> frozenset[str]:
+    """Return the words for the same state: `shut` for `closed`."""
+    found = {word}
+    for pair in wording.load("facts")["states"]:
+        found.update(*(side for side in pair if word in side))
+    return frozenset(found)
 
 
 @cache

@@ -9,7 +9,7 @@ from data_tools import wording
 from data_tools.coco import Box
 from data_tools.instruct.schema import Check, Verdict
 from data_tools.instruct.verify.case import Case, Part
-from data_tools.instruct.verify.describing import noun_name
+from data_tools.instruct.verify.describing import action_stems, noun_name
 from data_tools.instruct.verify.flags import NUMBER
 from data_tools.instruct.verify.grammar import (
     FUNCTION_WORDS,
@@ -79,7 +79,9 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
     narrow = asked.entry.narrow
     verdict: Verdict
     code: str | None
-    if unrestricted and tally.is_far_more_than(value):
+    if (unrestricted and tally.is_far_more_than(value)) or (
+        value == 1 and len(tally.boxes) > 2 and not unrestricted and _is_plural_there(case, tally)
+    ):
         verdict, code = "contradicted", "COUNT_WRONG"
     elif not narrow and unrestricted and tally.boxes:
         verdict, code = tally.exactly(value)
@@ -266,6 +268,20 @@ def _is_where_captions_count(case: Case, mention: Mention, after: Sequence[str])
     }
     places = [word for word in after if word not in FUNCTION_WORDS]
     return any(counting & set(known.words.get(word, ())) for word in places)
+
+
+def _is_plural_there(case: Case, tally: "Tally") -> bool:
+    """Return whether a caption has several of the word with a word of the question: `watch`."""
+    sentence = case.question.sentence
+    stems = action_stems()
+    asked = {stems[w] for w in sentence.words if w in stems} if sentence else set()
+    return any(
+        mention.number == "many"
+        and noun_name(mention.word) == noun_name(tally.word)
+        and not asked.isdisjoint(stems.get(w, "") for w in caption.reading.vocabulary)
+        for caption in case.knowledge.captions
+        for _, mention in caption.reading.mentions
+    )
 
 
 def _shares_words(case: Case) -> bool:

@@ -20,6 +20,7 @@ from data_tools.instruct.verify.grammar import (
     INDEFINITE,
     PREPOSITIONS,
     QUANTITIES,
+    finite_verbs,
     is_plural,
     last_of_phrase,
     singular,
@@ -31,6 +32,8 @@ from data_tools.instruct.verify.reading import Sentence
 Family = Literal["color", "material", "state"]
 PRONOUN: Final = "it"
 """The noun of what is said of a pronoun."""
+ONE: Final = "one"
+"""The noun of one of the things named before: `a red one`."""
 
 
 @dataclass(slots=True)
@@ -115,12 +118,25 @@ def _attribute(
 ) -> Attribute | None:
     words = sentence.words
     head = last_of_phrase(words, last + 1, len(words))
+    if words[last + 1 : last + 3] == ["see", "through"]:
+        head = last_of_phrase(words, last + 3, len(words))
     mention = next((m for m in sentence.mentions if m.first <= last < m.last), None)
     if mention is not None:
         head = mention.last  # `black bear` is one name
-    if head > last:
+    if head > last and words[head] in ("one", "ones"):
+        return Attribute(family, found, ONE, False, first, head)
+    if head > last and words[last + 1] not in finite_verbs():
         return Attribute(family, found, noun_at(sentence, head), _is_many(words, head), first, head)
     before = first - 1
+    if family == "color" and before > 0 and words[before] == "in" and words[before - 1] not in BE:
+        noun = noun_at(sentence, before - 1)  # `an apple in red and yellow`
+        if words[before - 1][0].isalpha() and words[before - 1] not in FUNCTION_WORDS:
+            return Attribute(family, found, noun, False, first, last)
+    if family == "state" and before > 0 and "with" in words[max(0, before - 2) : before]:
+        # `with its doors open`
+        return Attribute(
+            family, found, noun_at(sentence, before), _is_many(words, before), first, last
+        )
     if before > 1 and words[before] == "and" and words[before - 2] in _LINKING | _DEGREES:
         before -= 2  # `are clear and spotless`
     while before >= 0 and words[before] in _DEGREES:
@@ -378,7 +394,7 @@ def _synonyms() -> dict[str, str]:
 
 
 def _is_many(words: Sequence[str], index: int) -> bool:
-    return is_plural(words[index]) or words[index] in ("they", "both", "these", "those")
+    return is_plural(words[index]) or words[index] in ("they", "them", "both", "these", "those")
 
 
 def _is_noun_place(before: str) -> bool:

@@ -112,14 +112,14 @@ def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
                             groups = found.setdefault(kind.family, {})
                             groups[kind.group] = (*groups.get(kind.group, ()), caption.id)
                         break
-            for family, others in _evidence().items():
-                if any(known.says(other) for other in others):
-                    found.setdefault(family, {}).setdefault(-1, (caption.id,))
-            for family, implied in _implied().items():
-                for group, names in enumerate(implied):
-                    if any(known.says(name) for name in names):
-                        groups = found.setdefault(family, {})
-                        groups[group] = (*groups.get(group, ()), caption.id)
+        ids = tuple(caption.id for caption in known.captions)
+        for family, others in _evidence().items() if ids else ():
+            if any(known.says(other) for other in others):
+                found.setdefault(family, {}).setdefault(-1, ids[:1])
+        for family, implied in _implied().items() if ids else ():
+            for group, names in enumerate(implied):
+                if any(known.says(name) for name in names):
+                    found.setdefault(family, {}).setdefault(group, ids)
         known.kinds = found
     return found
 
@@ -151,24 +151,19 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
         return (ends or after in _FEATURES) and located
     if kind.family == "time of day":
-        return before in (
-            "at",
-            "the",
-            "during",
-            "a",
-            "of" if words[first] != "day" else "the",
-            "sunny",
-            "bright",
-            "this",
-            "late",
-            "dark",
-        ) and (after not in ("light", "lights", "stand", "table", "before", "of", "time", "club"))
+        timed = before in _BEFORE_TIMES or before == "of"
+        asked = not _TIMES_ASKED.isdisjoint(case.question_reading.vocabulary)
+        if before == "of" and words[first] == "day":
+            return False  # `what time of day`
+        return (timed or asked) and after not in _AFTER_TIMES
     if kind.family in ("bird", "bear", "truck", "boat", "airplane"):
         return case.knowledge.boxes_of((kind.family,)) != () or not case.knowledge.has_boxes
     if kind.family == "aircraft" and case.sample_type != "conversation":
         # a description may name another one that captions leave out; not where most name them
         named = known_kinds(case.knowledge)[kind.family].values()
         return len({number for ids in named for number in ids}) > 3
+    if kind.family == "phone use":
+        return "cell phone" in case.knowledge.perhaps_named
     if kind.family in ("stroke", "style"):
         named = known_kinds(case.knowledge)[kind.family].values()
         return len({number for ids in named for number in ids}) > 1
@@ -279,50 +274,56 @@ def _wrong_person(
 ) -> int | None:
     """Return the index of a word for a person that captions exclude."""
     people = _people()
+    words = sentence.words
+    if opening and words[0] in ("he", "she") and not direct:
+        asked = [m for m in case.question.mentions if "person" in m.entry.categories]
+        direct = len(asked) == 1 and asked[0].number == "one"
+    opens = direct and opening
+    wrong = [i for i in sentence.hits(PERSON) if _is_excluded(census, words[i], opens)]
+    if not wrong:
+        return None
     there = case.knowledge.prominent("person") if case.knowledge.has_boxes else 0
     if there == 2 and {"mirror", "reflection"} & case.knowledge.words.keys():
         there = 1
-    if opening and sentence.words[0] in ("he", "she") and not direct:
-        asked = [m for m in case.question.mentions if "person" in m.entry.categories]
-        direct = len(asked) == 1 and asked[0].number == "one"
-    alone = (direct and opening) or (
+    alone = opens or (
         not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
     )
     main = _main_person(case, sentence) if opening else None
     sole = _is_sole(case, sentence, census)
-    for index in sentence.hits(PERSON):
-        word = sentence.words[index]
+    for index in wrong:
+        word = words[index]
         pronoun = word in people["he"] or word in people["she"]
         certain = index == main or alone or word == "grown" or (sole and pronoun)
         if not certain and not _same_number(case, sentence, index):
             continue
-        male, female = (
-            word in people["male"] or word in people["he"],
-            word in people["female"] or word in people["she"],
-        )
-        opens = direct and opening
-        wrong = (
-            (male and census.female and not census.male)
-            or (female and census.male and not census.female)
-            or (opens and word in people["adult"] and census.infant and not census.adult)
-            or (word in people["infant"] and census.adult and not (census.infant or census.child))
-            or (word in people["grown"] and census.child and not census.adult)
-            or (opens and word in people["small"] and census.adult and not census.child)
-        )
-        if not wrong or not sentence.asserts(index, index):
+        if not sentence.asserts(index, index):
             continue
-        if (word in people["he"] or word in people["she"]) and not sole:
+        if pronoun and not sole:
             if index > 0 and word not in ("he", "she"):
                 continue
             if not (opening or index == 0):
                 continue
-        before = sentence.words[max(0, index - 2) : index]
+        before = words[max(0, index - 2) : index]
         if before[-1:] in (["another"], ["other"], ["second"], ["third"]):
             continue
         if before[-1:] == ["of"] and before[0] not in _GROUPS:
             continue  # `one of the women`
         return index
     return None
+
+
+def _is_excluded(census: Census, word: str, opens: bool) -> bool:
+    """Return whether captions have no person of this word's sex or age, but others."""
+    people = _people()
+    return (
+        ((word in people["male"] or word in people["he"]) and census.female and not census.male)
+        or ((word in people["female"] or word in people["she"]) and census.male
+            and not census.female)
+        or (opens and word in people["adult"] and census.infant and not census.adult)
+        or (word in people["infant"] and census.adult and not (census.infant or census.child))
+        or (word in people["grown"] and census.child and not census.adult)
+        or (opens and word in people["small"] and census.adult and not census.child)
+    )  # fmt: skip
 
 
 def _is_sole(case: Case, sentence: Sentence, census: Census) -> bool:
@@ -426,6 +427,9 @@ def _people() -> dict[str, frozenset[str]]:
 
 _ANIMALS_ASKED: Final = frozenset({"animal", "animals", "creature", "creatures", "pet", "pets"})
 _VEHICLES_ASKED: Final = frozenset({"vehicle", "vehicles", "transport", "transportation"})
+_BEFORE_TIMES: Final = word_set("at the during a sunny bright this late early dark mid")
+_AFTER_TIMES: Final = word_set("light lights stand table before of time club")
+_TIMES_ASKED: Final = frozenset({"time", "when", "day", "weather"})
 _AREAS: Final = frozenset({"middle", "center", "lobby", "platform", "corner", "edge", "side"})
 _LOCATING: Final = word_set(
     "this it in on at along across shows is inside through depicts down over cross crossing"

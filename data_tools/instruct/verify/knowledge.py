@@ -234,6 +234,16 @@ class Knowledge:
         return sum(not _TOYS.isdisjoint(c.reading.vocabulary) for c in self.captions) > 1
 
     @lazy
+    def depicted(self) -> dict[str, set[int]]:
+        """Return the words of which three captions have an image only (`a statue of women`)."""
+        found: dict[str, set[int]] = defaultdict(set)
+        for caption in self.captions:
+            for _, mention in caption.reading.mentions:
+                if mention.stance == "depicted":
+                    found[singular(mention.word)].add(caption.id)
+        return {word: ids for word, ids in found.items() if len(ids) > 2}
+
+    @lazy
     def nouns(self) -> frozenset[str]:
         """Return the captions' words, as the names that nouns of answers get."""
         return frozenset(noun_name(word) for word in self.words)

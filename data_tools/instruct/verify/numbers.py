@@ -21,7 +21,8 @@ _WORDS: Final = (
     "sixteen seventeen eighteen nineteen twenty"
 )
 NUMBERS: Final = {word: value for value, word in enumerate(_WORDS.split())} | {
-    "dozen": 12, "single": 1, "both": 2, "couple": 2, "pair": 2, "trio": 3, "duo": 2,
+    "dozen": 12, "single": 1, "lone": 1, "solitary": 1,
+    "both": 2, "couple": 2, "pair": 2, "trio": 3, "duo": 2,
 }  # fmt: skip
 """Words for numbers."""
 
@@ -126,7 +127,7 @@ def _agreed(sentence: Sentence, mention: Mention, index: int, value: int) -> Qua
     ):
         return None
     exact = (
-        words[index] in ("single", "both")
+        words[index] in ("single", "lone", "solitary", "both")
         or before in ("only", "exactly", "just", "precisely")
         or _is_total(sentence, index, mention.last)
     )

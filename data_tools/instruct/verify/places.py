@@ -20,6 +20,7 @@ from data_tools.instruct.verify.grammar import determiner, word_set
 from data_tools.instruct.verify.knowledge import evidence
 from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.placings import (
+    PRONOUNS,
     Beside,
     InFrame,
     InLayer,
@@ -60,7 +61,9 @@ def check(case: "Case") -> Iterator[Check]:
     for number, sentence in enumerate(sentences):
         for placing in placings(sentence):
             if isinstance(placing, InFrame) and placing.pronoun:
-                meant = _antecedent(case, number)
+                opens = sentence.words[0] in PRONOUNS
+                where = number == 0 and case.question_reading.words[:1] == ["where"]
+                meant = _antecedent(case, number) if opens or where else None
                 if meant is None:
                     continue
                 placing = replace(placing, subjects=(meant,))

@@ -128,7 +128,7 @@ def _side(sentence: Sentence, index: int) -> Iterator[Placing]:
         return
     if before not in _BEFORE_SIDE or after in _BODY or (not named and not _may_end(after)):
         return
-    relative = words[first - 1 : first] == ["to"] and not named
+    relative = "to" in words[max(0, first - 2) : first] and not named
     plain = not named and len(regions) == 1
     yield from _in_frame(sentence, regions, plain, first, last, relative=relative)
 
@@ -236,7 +236,9 @@ def _in_frame(
     begin, _ = sentence.clause(max(0, first - 1))
     opens = sentence.words[begin : begin + 2]
     named = any(begin <= m.first < first for m in sentence.mentions)
-    if len(opens) == 2 and opens[0] in _PRONOUNS and opens[1] in _PLACING and not named:
+    bare = begin == 0 and all(word in _LEADING for word in sentence.words[:first])
+    placed = len(opens) == 2 and opens[0] in PRONOUNS and opens[1] in _PLACING
+    if (placed or bare) and not named:
         yield InFrame((), regions, plain, first, last, pronoun=True, relative=relative)
 
 
@@ -400,7 +402,7 @@ CUES: Final = (
     | _DEPTHS.keys()
     | _TOUCHES.keys()
 )
-_BEFORE_SIDE: Final = word_set("the far upper lower top bottom immediate extreme very")
+_BEFORE_SIDE: Final = word_set("the far upper lower top bottom immediate extreme very its his her")
 _PARTS: Final = word_set("hand side half part portion third corner edge section area end wall")
 _FRAME: Final = word_set(
     "picture image photo photograph frame scene shot view room bathroom bedroom kitchen street"
@@ -425,9 +427,10 @@ _LINKS: Final = (
 )
 _PLACED_BE: Final = word_set("is are was were be stays lies located positioned placed situated")
 _PLACING: Final = _PLACED_BE | _POSTURES | word_set("can appears seems 're 's")
-_PRONOUNS: Final = word_set("it he she they")
+PRONOUNS: Final = word_set("it he she they")
 _LEADING: Final = word_set(
-    "on to in at the far immediate directly just and , towards toward along near very"
+    "on to in at the far immediate directly just and , towards toward along near very its his her "
+    "upper lower top bottom"
 )
 _INVERTED: Final = word_set("there we you see ,")
 _TRANSITIVE: Final = word_set(

@@ -36,6 +36,7 @@ class Sentence:
         self.text = text
         self.flags = flags
         self.bits = reduce(or_, flags, 0)
+        self._hits: dict[int, list[int]] = {}
 
     @property
     def lexicon(self) -> Lexicon:
@@ -45,12 +46,11 @@ class Sentence:
     def hits(self, bit: int) -> list[int]:
         """Return the indices of the words that have a flag."""
         if not self.bits & bit:
-            return []
-        return [index for index, flags in self._flagged if flags & bit]
-
-    @lazy
-    def _flagged(self) -> list[tuple[int, int]]:
-        return [(index, flags) for index, flags in enumerate(self.flags) if flags]
+            return _NONE
+        found = self._hits.get(bit)
+        if found is None:
+            found = self._hits[bit] = [i for i, flags in enumerate(self.flags) if flags & bit]
+        return found
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Return characters of the text from word `first` to word `last`."""
@@ -190,6 +190,7 @@ class Reading:
         return [(sentence, found) for sentence in self.sentences for found in sentence.mentions]
 
 
+_NONE: Final[list[int]] = []
 _TOKEN: Final = re.compile(
     r"[^\W\d_][^\W_]*(?:[-'’][^\W_]+)*|\d+(?:[.:,]\d+)*(?:st|nd|rd|th)?|\n|[^\w\s]"
 )

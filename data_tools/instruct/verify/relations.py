@@ -8,9 +8,10 @@ from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.attributes import asked_noun
 from data_tools.instruct.verify.case import Case
-from data_tools.instruct.verify.describing import PRONOUN, Relation, relations
+from data_tools.instruct.verify.describing import PRONOUN, Relation, noun_name, relations
 from data_tools.instruct.verify.flags import RELATION
-from data_tools.instruct.verify.grammar import singular, word_set
+from data_tools.instruct.verify.grammar import last_of_phrase, singular, word_set
+from data_tools.instruct.verify.reading import Sentence
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -70,6 +71,12 @@ def check_where(case: Case) -> Iterator[Check]:
         return
     sentence = case.answer_reading.sentences[0]
     words = sentence.words
+    unknown = _unknown_place(case, names[0], sentence)
+    if unknown is not None:
+        index, ids = unknown
+        span, claim = sentence.span(index, index), f"{names[0]} at {words[index]}"
+        yield case.check("relation", "contradicted", "RELATION_REFUTED", "answer", span, claim, ids)
+        return
     for index, word in enumerate(words):
         group = surfaces.get(singular(word))
         if group is None or not _PLACING.intersection(words[max(0, index - 4) : index]):
@@ -90,6 +97,37 @@ def check_where(case: Case) -> Iterator[Check]:
                 "relation", "contradicted", "RELATION_REFUTED", "answer", span, claim, ids
             )
         return
+
+
+def _unknown_place(case: Case, name: str, sentence: Sentence) -> tuple[int, tuple[int, ...]] | None:
+    """Return the place that an answer gives, and the captions, where none knows any word of it.
+
+    Three captions must put the thing on, in or at something.
+    """
+    known, words = case.knowledge, sentence.words
+    places: list[tuple[int, int]] = []
+    for index, word in enumerate(words):
+        if word in _AT and index + 1 < len(words):
+            start = index + 1
+            while start < len(words) and words[start] in _ARTICLES:
+                start += 1
+            last = last_of_phrase(words, start, len(words))
+            if last >= start and words[last] not in _PARTS_OF_PLACES:
+                places.append((start, last))
+    if not places or not sentence.asserts(places[0][0], places[-1][1]):
+        return None
+    for start, last in places:
+        mention = next((m for m in sentence.mentions if m.first <= last <= m.last), None)
+        if any(noun_name(words[i]) in known.nouns for i in range(start, last + 1)) or (
+            mention is not None and known.support(mention.entry, mention.word) is not None
+        ):
+            return None
+    ids = {
+        caption.id
+        for caption in known.captions
+        if caption.id in known.named.get(name, ()) and not _AT.isdisjoint(caption.reading.words)
+    }
+    return (places[0][1], tuple(sorted(ids))) if len(ids) > 2 else None
 
 
 @cache
@@ -117,5 +155,12 @@ def opposing(case: Case, one: str, claim: Relation) -> tuple[int, ...]:
     return tuple(sorted(n for n in found if n))
 
 
+_AT: Final = word_set("on in at inside onto into atop under of")
+_ARTICLES: Final = word_set("a an the his her its their this some")
+_PARTS_OF_PLACES: Final = word_set(
+    "top front side left right middle center centre corner edge image picture photo foreground "
+    "foot end row background distance view frame back bottom room ground floor air wall area scene "
+    "outside half"
+)
 _PLACING: Final = word_set("on in at inside onto into atop")
 _OPPOSITE: Final = {"front": "behind", "behind": "front", "on": "under", "under": "on"}

@@ -98,14 +98,11 @@ def _check_asleep(case: Case) -> Iterator[Check]:
 def _check_real(case: Case) -> Iterator[Check]:
     """Judge living women where three captions have a statue of women, and the answer has none."""
     known, lexicon = case.knowledge, case.policy.lexicon
-    depicted: dict[str, set[int]] = {}
-    for caption in known.captions:
-        for _, mention in caption.reading.mentions:
-            if mention.stance == "depicted":
-                depicted.setdefault(singular(mention.word), set()).add(caption.id)
-    found = {word: ids for word, ids in depicted.items() if len(ids) > 2}
+    found = known.depicted
+    if not found:
+        return
     read = case.answer_reading.vocabulary | case.question_reading.vocabulary
-    if not found or not lexicon.depictions.isdisjoint(read) or not _FIGURES.isdisjoint(read):
+    if not lexicon.depictions.isdisjoint(read) or not _FIGURES.isdisjoint(read):
         return
     for sentence, mention in case.answer_reading.mentions[:1]:
         ids = found.get(singular(mention.word))
