@@ -94,6 +94,7 @@ def parser() -> CommandParser:
         metavar="N",
         help="seed of the bootstrap intervals, which resample images (default: 0)",
     )
+    add("--meteor", action="store_true", help="caption: also METEOR (needs Java and pycocoevalcap)")
     _add_judge_options(parser)
     return parser
 

@@ -169,7 +169,8 @@ def test_a_killed_run_goes_on_and_pays_for_no_reply_twice(tmp_path: Path, kills:
             process = subprocess.Popen(
                 command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
             )
-            while len(server.received) < wanted and process.poll() is None:
+            begun = len(server.received)
+            while len(server.received) < begun + wanted and process.poll() is None:
                 time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()

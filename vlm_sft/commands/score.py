@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from rich import box
 from rich.table import Table
@@ -16,6 +16,9 @@ from vlm_sft.evaluation.scores.results import Options
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.console import Console, echo, echo_json
 from vlm_sft.utils.ownership import MADE_BY, made_by
+
+_MOST_COLUMNS: Final = 4
+"""Readings side by side in 80 columns."""
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -50,6 +53,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     )
     return Options(
         seed=arguments.seed,
+        meteor=arguments.meteor,
         judge=judge if given else None,
         name=arguments.name,
         others=others,
@@ -103,22 +107,27 @@ def print_scores(found: Mapping[str, Any], stream: IO[str]) -> None:
             f"answers to other questions, not used: {extra:,} ({names}{more})", soft_wrap=True
         )
     readings = found.get("readings", {"": found})
-    columns = list(readings)
-    table = Table("score", *([] if columns == [""] else columns), box=box.SIMPLE_HEAD)
-    if columns == [""]:
-        table.add_column("value")
-    first = readings[columns[0]]
+    for start in range(0, len(readings), _MOST_COLUMNS):
+        _print_columns(
+            console,
+            {name: readings[name] for name in list(readings)[start : start + _MOST_COLUMNS]},
+        )
+    for name, groups in found.items():
+        if isinstance(groups, dict) and groups and name != "readings":
+            _print_groups(console, name, groups)
+
+
+def _print_columns(console: Console, readings: Mapping[str, Mapping[str, Any]]) -> None:
+    first, *_ = readings.values()
+    table = Table("score", *(name or "value" for name in readings), box=box.SIMPLE_HEAD)
     skipped = {"kind", "questions", "unanswered", "extra_answers"}
     for name, value in first.items():
         if name in skipped or isinstance(value, list | dict):
             continue
-        table.add_row(name, *(_number(readings[column][name]) for column in columns))
+        table.add_row(name, *(_number(column[name]) for column in readings.values()))
         if f"{name}_interval" in first:
-            table.add_row("  95 %", *(_interval(readings[column], name) for column in columns))
+            table.add_row("  95 %", *(_interval(column, name) for column in readings.values()))
     console.print(table)
-    for name, groups in found.items():
-        if isinstance(groups, dict) and groups and name != "readings":
-            _print_groups(console, name, groups)
 
 
 def _print_groups(console: Console, name: str, groups: Mapping[str, Any]) -> None:

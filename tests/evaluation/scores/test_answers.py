@@ -35,26 +35,75 @@ def answers(**by_id: str) -> Answers:
 
 
 @pytest.mark.parametrize(
-    ("answer", "strict", "first", "last", "official"),
+    ("answer", "strict", "first", "last", "one", "official"),
     [
-        ("yes", "yes", "yes", "yes", "yes"),
-        ("No", "no", "no", "no", "no"),
-        ("Yes.", "unclear", "yes", "yes", "yes"),
-        ("No, there is not.", "unclear", "no", "no", "no"),
-        ("I see a cat, so yes.", "unclear", "unclear", "yes", "yes"),
-        ("I see no dog, so yes", "unclear", "unclear", "yes", "no"),
-        ("There is one. Not visible", "unclear", "unclear", "unclear", "yes"),
-        ("None", "unclear", "unclear", "unclear", "yes"),
-        ("", "unclear", "unclear", "unclear", "yes"),
+        ("yes", "yes", "yes", "yes", "yes", "yes"),
+        ("No", "no", "no", "no", "no", "no"),
+        ("Yes.", "unclear", "yes", "yes", "yes", "yes"),
+        ("No, there is not.", "unclear", "no", "no", "no", "no"),
+        ("I see a cat, so yes.", "unclear", "unclear", "yes", "yes", "yes"),
+        ("I see no dog, so yes", "unclear", "unclear", "yes", "unclear", "no"),
+        ("There is one. Not visible", "unclear", "unclear", "unclear", "unclear", "yes"),
+        ("None", "unclear", "unclear", "unclear", "unclear", "yes"),
+        ("", "unclear", "unclear", "unclear", "unclear", "yes"),
     ],
 )
 def test_readings_of_a_verdict(
-    answer: str, strict: str, first: str, last: str, official: str
+    answer: str, strict: str, first: str, last: str, one: str, official: str
 ) -> None:
     found = {name: read(answer) for name, read in READINGS.items()}
     assert found == {
-        "strict": strict, "first_word": first, "verdict_last": last, "pope_official": official,
+        "strict": strict, "first_word": first, "verdict_last": last, "one_verdict": one,
+        "pope_official": official,
     }  # fmt: skip
+
+
+def lmms_eval(said: list[str], labels: list[str]) -> dict[str, float]:
+    """POPE as lmms_eval/tasks/pope/utils.py computes it; `unclear` answers are no misses there."""
+    pairs = [(text.lower().strip(), label) for text, label in zip(said, labels, strict=True)]
+    hits = pairs.count(("yes", "yes"))
+    precision = hits / (hits + pairs.count(("yes", "no")))
+    recall = hits / (hits + pairs.count(("no", "yes")))
+    return {
+        "accuracy": sum(a == b for a, b in pairs) / len(pairs), "precision": precision,
+        "recall": recall, "yes_share": labels.count("yes") / len(labels),
+    }  # fmt: skip
+
+
+def vlmevalkit(said: list[str], labels: list[str]) -> dict[str, float]:
+    """POPE as vlmeval/dataset/utils/yorn.py computes it."""
+    verdicts = []
+    for text in said:
+        words = remove_punctuation(text.lower()).split()
+        yes, no = "yes" in words, "no" in words
+        verdicts.append("yes" if yes and not no else "no" if no and not yes else "unknown")
+    pairs = list(zip(verdicts, labels, strict=True))
+    hits = pairs.count(("yes", "yes"))
+    precision, recall = hits / verdicts.count("yes"), hits / labels.count("yes")
+    return {
+        "accuracy": sum(a == b for a, b in pairs) / len(pairs), "precision": precision,
+        "recall": recall, "f1": 2 * precision * recall / (precision + recall),
+    }  # fmt: skip
+
+
+def test_the_same_answers_under_the_rules_of_lmms_eval_and_vlmevalkit() -> None:
+    rng = random.Random(9)
+    phrases = ["Yes", "yes", "No", "no ", "Yes.", "No, there is none.", "I see no cat, so yes.",
+               "There is a dog.", "", "yes/no", "A dog, yes!"]  # fmt: skip
+    said = [rng.choice(phrases) for _ in range(600)]
+    labels = [rng.choice(["yes", "no"]) for _ in said]
+    truth = rows(*({"question_id": n, "label": label} for n, label in enumerate(labels)))
+    found = score_pope(
+        Answers(Path("a"), {str(n): text for n, text in enumerate(said)}), truth, Options()
+    ).scores["readings"]
+    kit = vlmevalkit(said, labels)
+    assert {key: found["one_verdict"][key] for key in kit} == pytest.approx(kit)
+    harness = lmms_eval(said, labels)
+    for key in ("accuracy", "precision"):
+        assert found["strict"][key] == pytest.approx(harness[key])
+    # lmms-eval leaves unclear answers out of recall, and its yes ratio is that of the labels.
+    assert harness["recall"] > found["strict"]["recall"] + 0.2
+    assert harness["yes_share"] == found["strict"]["label_yes_share"]
 
 
 def test_precision_recall_and_f1_are_popes() -> None:

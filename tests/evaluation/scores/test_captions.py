@@ -2,11 +2,14 @@
 
 import math
 import random
+import shutil
 from collections import Counter
 
 import pytest
 
+from vlm_sft.errors import UserError
 from vlm_sft.evaluation.scores.captions import bleu, cider_d, rouge_l, score_captions, tokenize
+from vlm_sft.evaluation.scores.meteor import score_meteor
 
 WORDS = ["a", "the", "man", "dog", "cat", "on", "of", "in", "red", "with", "is", "two", "sitting",
          "é", "日本", "table"]  # fmt: skip
@@ -114,3 +117,30 @@ def test_tokens_are_those_of_the_penn_treebank_tokenizer(caption: str, tokens: l
 def test_captions_without_references_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one reference"):
         score_captions([["a"]], [[]])
+
+
+@pytest.mark.slow  # loads 60 MB of paraphrases
+def test_meteor_equals_pycocoevalcap_where_java_is_installed() -> None:
+    library = pytest.importorskip("pycocoevalcap.meteor.meteor")
+    if shutil.which("java") is None:
+        pytest.skip("needs Java")
+    captions, references = captions_and_references(24, seed=3)
+    found, by_caption = score_meteor(captions, references)
+    kept = [n for n, caption in enumerate(captions) if caption]  # it ends at an empty caption
+    truth = {n: [" ".join(text) for text in references[n]] for n in kept}
+    program = library.Meteor()
+    try:
+        _, expected = program.compute_score(truth, {n: [" ".join(captions[n])] for n in kept})
+    finally:
+        program.meteor_p.kill()
+        for pipe in (program.meteor_p.stdin, program.meteor_p.stdout, program.meteor_p.stderr):
+            pipe.close()
+        program.meteor_p.wait()
+    assert [by_caption[n] for n in kept] == pytest.approx(expected, abs=1e-9)
+    assert 0 < found < 1 and all(by_caption[n] == 0 for n in range(24) if n not in kept)
+
+
+def test_meteor_without_java_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="--meteor needs Java"):
+        score_meteor([["a"]], [[["a"]]])

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from vlm_sft.evaluation.intervals import cluster_bootstrap_interval
 from vlm_sft.evaluation.scores.files import Answers, Row, match
+from vlm_sft.evaluation.scores.meteor import score_meteor
 from vlm_sft.evaluation.scores.results import Options, Results
 
 MAX_N: Final = 4
@@ -117,7 +118,7 @@ def score_caption(answers: Answers, truth: Sequence[Row], options: Options) -> R
     interval = cluster_bootstrap_interval(
         found.cider_by_caption, list(references), seed=options.seed
     )
-    scores = {
+    scores: dict[str, Any] = {
         "kind": "caption",
         **coverage.as_dict(),
         "references": sum(map(len, references.values())),
@@ -126,15 +127,19 @@ def score_caption(answers: Answers, truth: Sequence[Row], options: Options) -> R
         **{f"bleu_{n}": value for n, value in enumerate(found.bleu, 1)},
         "rouge_l": found.rouge_l,
         "mean_words": sum(map(len, captions)) / len(captions),
-        "meteor": "not computed: needs Java (package pycocoevalcap)",
-        "spice": "not computed: needs Java (package pycocoevalcap)",
+        "meteor": "not computed: --meteor, needs Java and the package pycocoevalcap",
+        "spice": "not computed: needs Java and a download of CoreNLP 3.6",
     }
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": name, "image": name, "answer": answers.by_id.get(name), "score": cider, "rouge_l": r}
         for name, cider, r in zip(
             references, found.cider_by_caption, found.rouge_l_by_caption, strict=True
         )
     ]
+    if options.meteor:
+        scores["meteor"], by_caption = score_meteor(captions, list(references.values()))
+        for result, value in zip(rows, by_caption, strict=True):
+            result["meteor"] = value
     return Results(scores, rows)
 
 

@@ -8,6 +8,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.evaluation.intervals import interval_of_shares
 from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
 from vlm_sft.evaluation.scores.results import Options, Results, image_of, question_row
+from vlm_sft.evaluation.scores.vqa import remove_punctuation
 
 Verdict = Literal["yes", "no", "unclear"]
 
@@ -30,6 +31,12 @@ def verdict_last(answer: str) -> Verdict:
     return _verdict([word for word in _WORD.findall(answer.lower()) if word in ("yes", "no")][-1:])
 
 
+def one_verdict(answer: str) -> Verdict:
+    """Read an answer that has exactly one of the words `yes` and `no`, as VLMEvalKit does."""
+    words = set(remove_punctuation(answer.lower()).split()) & {"yes", "no"}
+    return _verdict(sorted(words))
+
+
 def pope_official(answer: str) -> Verdict:
     """Read an answer as POPE's own code does: `no` or `not` in the first sentence, otherwise yes.
 
@@ -43,6 +50,7 @@ READINGS: Final[Mapping[str, Callable[[str], Verdict]]] = {
     "strict": strict,
     "first_word": first_word,
     "verdict_last": verdict_last,
+    "one_verdict": one_verdict,
     "pope_official": pope_official,
 }
 """Ways to read a verdict; results differ, so all of them are reported."""

@@ -31,7 +31,7 @@ class Kind:
 
 KINDS: Final[Mapping[str, Kind]] = {
     "pope": Kind(
-        "yes/no answers: accuracy, precision, recall, F1, share of yes, under four readings",
+        "yes/no answers: accuracy, precision, recall, F1, share of yes, under five readings",
         '"label": "yes" or "no"; optionally "image"',
     ),
     "caption": Kind(

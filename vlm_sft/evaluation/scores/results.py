@@ -9,7 +9,7 @@ from vlm_sft.evaluation.scores.files import Answers, Row
 if TYPE_CHECKING:
     from vlm_sft.evaluation.judges.asking import JudgeOptions
 
-Reading = Literal["strict", "first_word", "verdict_last", "pope_official"]
+Reading = Literal["strict", "first_word", "verdict_last", "one_verdict", "pope_official"]
 
 DEFAULT_READING: Final[Reading] = "first_word"
 
@@ -22,6 +22,7 @@ class Options:
         seed: Seed of the bootstrap intervals, which resample images.
         reading: `pope`: the reading of a verdict that decides the rows; the scores have all.
         iou: `grounding`: the smallest IoU of a box that counts as right.
+        meteor: `caption`: also compute METEOR, which needs Java.
         judge: `mt-bench`, `alpaca`, `arena`: who judges.
         name: The name of the model whose answers are scored.
         others: `alpaca`: the answers of the baseline; `arena`: of the other models, by name.
@@ -30,6 +31,7 @@ class Options:
     seed: int = 0
     reading: Reading = DEFAULT_READING
     iou: float = 0.5
+    meteor: bool = False
     judge: "JudgeOptions | None" = None
     name: str = "model"
     others: Mapping[str, Answers] = field(default_factory=dict)
