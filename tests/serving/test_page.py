@@ -22,6 +22,7 @@ from vlm_sft.serving.protocol import Limits  # noqa: E402
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
+    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 ]  # fmt: skip
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WAIT = 60_000
@@ -232,6 +233,17 @@ def test_images_are_dropped_pasted_and_removed(page: Any) -> None:
     assert page.locator("#attached li").count() == 1
     page.click("#new-chat")
     assert page.locator("#attached li").count() == 0
+
+
+def test_a_photo_is_taken_with_the_camera(page: Any) -> None:
+    page.click("#camera")
+    page.wait_for_selector("#camera-dialog[open]")
+    page.wait_for_function("document.getElementById('video').videoWidth > 0")
+    page.click("#shoot")
+    page.wait_for_selector("#attached img")
+    uri_of_photo = page.get_attribute("#attached img", "src")
+    assert uri_of_photo.startswith("data:image/jpeg;base64,")
+    page.wait_for_function("document.getElementById('video').srcObject === null")
 
 
 def test_the_page_can_be_used_with_the_keyboard_alone(page: Any) -> None:
