@@ -84,11 +84,25 @@ class OriginalParts:
     Args:
         root: Gets `clip/`, the vision tower as a folder of its own.
         projector_type: `linear` or `mlp2x_gelu`.
+        pinpoints: Width and height of canvases, as LLaVA 1.6 has them; None: one square an image.
     """
 
-    def __init__(self, root: Path, projector_type: str = "mlp2x_gelu") -> None:
+    def __init__(
+        self,
+        root: Path,
+        projector_type: str = "mlp2x_gelu",
+        pinpoints: list[list[int]] | None = None,
+    ) -> None:
         self.root = root
-        self.model = tiny_model(language_model=SMALL_LLAMA, projector_type=projector_type).eval()
+        tiling: dict[str, Any] = {}
+        if pinpoints is not None:
+            grids = [[height // 28, width // 28] for width, height in pinpoints]
+            tiling = {"layout": "anyres", "grids": grids}
+        self.model = tiny_model(
+            language_model={**SMALL_LLAMA, "max_position_embeddings": 4096},
+            projector_type=projector_type,
+            tiling=tiling,
+        ).eval()
         self.clip = root / "clip"
         encoder: Any = self.model.vision_tower.encoder
         encoder.save_pretrained(self.clip)
@@ -119,15 +133,24 @@ class OriginalParts:
             "tune_mm_mlp_adapter": False,
             "use_mm_proj": True,
         }
+        if pinpoints is not None:
+            self.config |= {
+                "image_aspect_ratio": "anyres",
+                "image_grid_pinpoints": pinpoints,
+                "mm_patch_merge_type": "spatial_unpad",
+            }
 
     def projector(self, prefix: str) -> dict[str, Tensor]:
         """The projector's tensors under the original names."""
         state = self.model.multi_modal_projector.state_dict()
         index = {"linear_1": "0.", "linear_2": "2."}
-        return {
+        named = {
             f"{prefix}model.mm_projector.{index.get(k.split('.')[0], '')}{k.split('.')[-1]}": v
             for k, v in state.items()
         }
+        if self.model.image_newline is not None:
+            named[f"{prefix}model.image_newline"] = self.model.image_newline.data
+        return named
 
     def full(self, out: Path, *, tower: bool = False, pickled: bool = False) -> Path:
         """A folder with all weights, with or without the vision tower."""

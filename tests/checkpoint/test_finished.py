@@ -260,7 +260,6 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     ("changes", "message"),
     [
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end True, which is not supported"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
         ({"model_type": "llava_mpt"}, "model_type 'llava_mpt', expected one of llava"),
     ],
 )

@@ -59,6 +59,7 @@ MAIN_PAIRS = (
     Pair("internvl2_5", "bytes-img", "internvl"),
     Pair("llama_3", "llama_3", "llama_3"),
     Pair("llava_llama_2", "llama_2_file", "llava_llama_2"),
+    Pair("llava_onevision", "qwen", "llava_onevision"),
     Pair("llava_plain", "llama_2_file", "llava_plain", takes_system=False, max_exchanges=1),
     Pair("llava_v1", "sentencepiece", "llava_v1"),
     Pair("mistral", "llama_2_file", "mistral"),
@@ -292,7 +293,23 @@ def _internvl(writer: _Writer, turns: Sequence[Turn]) -> None:
             writer.items.insert(index, Item("control", "<img>"))
 
 
+def _llava_onevision(writer: _Writer, turns: Sequence[Turn]) -> None:
+    for index, turn in enumerate(turns):
+        writer.control("<|im_start|>")
+        if turn.role == "assistant":
+            writer.text("assistant\n")
+            writer.answer(index, turn, "<|im_end|>")
+            continue
+        writer.text(f"{turn.role} ")
+        written = [p for p in turn.parts if not isinstance(p, TextPart) or p.text]
+        if written and isinstance(written[0], TextPart):
+            writer.text("\n")
+        writer.said(turn)
+        writer.control("<|im_end|>")
+
+
 FORMATS = {
+    "llava_onevision": _llava_onevision,
     "vicuna_v1": functools.partial(_vicuna, "user"),
     "llava_v1": functools.partial(_vicuna, "human"),
     "plain": functools.partial(_plain, False),

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.tokenizers_for_tests import load
-from vlm_sft.config.finished import FinishedModel
+from vlm_sft.config.finished_files import FinishedModel
 from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.chat_template import JinjaTemplate
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
@@ -95,6 +95,7 @@ def test_the_template_of_llava_1_5_is_vicunas_without_a_system_text(
         ("vicuna_v1", "sentencepiece"),
         ("smollm2", "bytes"),
         ("llama_3", "llama_3"),
+        ("llava_onevision", "bytes"),
     ],
 )
 def test_every_template_that_this_project_exports_is_recognized(
@@ -106,6 +107,61 @@ def test_every_template_that_this_project_exports_is_recognized(
     by = finished_chat_tokenizer(found, tokenizer)
     assert by.template.name == template
     assert by.describe() == ours.describe()
+
+
+ONEVISION = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""What the released folders of LLaVA-OneVision write: images first, then text on a new line."""
+
+
+@pytest.mark.parametrize(
+    ("own", "name"), [(ONEVISION, "qwen"), (ONEVISION, "bytes"), ("exported", "bytes")]
+)
+def test_the_template_of_llava_onevision_is_found_and_gives_its_ids(
+    own: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer: Any = with_image_token(name)
+    tokenizer.add_bos_token = False
+    if own == "exported":
+        own = ChatTokenizer.from_name("llava_onevision", tokenizer).to_jinja()
+    by = finished_chat_tokenizer(finished(tmp_path, own), tokenizer)
+    assert by.template.name == "llava_onevision"
+    said = "; it writes '<|im_end|><|im_start|>assistant \\n' between a question and an answer"
+    assert (said in capsys.readouterr().err) == (own == ONEVISION)
+    image, text = {"type": "image"}, {"type": "text", "text": "What is it?"}
+    prompts: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": content}]
+        for content in ([image, text], [image, image, text], [text], [image])
+    ]
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "It."}]}
+    prompts += [[system, *prompts[0]], [*prompts[0], answer, *prompts[2]]]
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    for messages in prompts:
+        written = tokenizer.apply_chat_template(
+            messages, chat_template=own, tokenize=False, add_generation_prompt=True
+        )
+        # The one difference: in training a past answer follows what it is generated after.
+        expected = tokenizer(written.replace("assistant \n", "assistant\n"))["input_ids"]
+        turns = tuple(
+            Turn(
+                message["role"],
+                tuple(
+                    ImagePart(0) if part is image else TextPart(part["text"])
+                    for part in message["content"]
+                ),
+                image_separator=None,
+            )
+            for message in messages
+        )
+        ids = by.prompt(Conversation("r", turns))
+        assert [image_id if token < 0 else token for token in ids] == expected
 
 
 def test_a_system_text_of_its_own_is_kept(

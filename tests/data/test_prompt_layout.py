@@ -240,9 +240,11 @@ def test_every_form_of_a_record_has_the_prompt_that_it_was_trained_with(
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 @pytest.mark.parametrize("num_images", [0, 1, 3])
 def test_chat_asks_as_llavas_records_and_content_parts_do(pair: Pair, num_images: int) -> None:
-    items: Items = [IMAGE] * num_images + ["What color is the car?"]
-    written: Items = [*[IMAGE, "\n"] * num_images, "What color is the car?"]
     by = chat_tokenizer(pair)
+    items: Items = [IMAGE] * num_images + ["What color is the car?"]
+    written: Items = ["What color is the car?"]
+    for number in range(num_images):
+        written = [IMAGE, by.image_separator if number else by.text_separator, *written]
     chat = by.prompt(user_message("What color is the car?", [b""] * num_images))
     (trained,) = before_answers(read(Talk(None, ((written, "Red."),)), "llava"))
     assert by.prompt(trained) == chat

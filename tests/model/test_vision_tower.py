@@ -132,6 +132,9 @@ def test_a_whole_clip_folder_gives_its_vision_part_and_its_own_normalisation(
         pixels = made.normalized(images(1))
         expected = whole.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
     assert (made(images(1)) - expected[:, 1:]).abs().max() <= 1e-6
+    CLIPImageProcessor(do_rescale=False).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.vision_tower\.name: .* has do_rescale False"):
+        tower(library="transformers", name=str(tmp_path))
 
 
 def test_a_folder_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from tests.rounding import terms_of
-from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.config.schema import (
+    ImageTilingConfig,
+    LanguageModelConfig,
+    LoraConfig,
+    ModelConfig,
+    VisionTowerConfig,
+)
 from vlm_sft.data.batch import Batch, targets_of
 from vlm_sft.model.build import build_model
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -63,10 +69,12 @@ def model_config(
     tower: dict[str, Any] = CLIP,
     language_model: dict[str, Any] = LLAMA,
     projector_type: str = "mlp2x_gelu",
+    tiling: dict[str, Any] | None = None,
     **held: Any,
 ) -> ModelConfig:
     return ModelConfig(
         vision_tower=VisionTowerConfig(**tower),
+        image_tiling=ImageTilingConfig(**tiling or {}),
         projector_type=projector_type,
         language_model=LanguageModelConfig(config=language_model, tokenizer="bytes", **held),
     )
@@ -80,9 +88,10 @@ def tiny_model(
     lora: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
+    tiling: dict[str, Any] | None = None,
     **held: Any,
 ) -> VisionLanguageModel:
-    config = model_config(tower, language_model, projector_type, **held)
+    config = model_config(tower, language_model, projector_type, tiling, **held)
     return build_model(config, dtype=dtype, seed=seed, lora=lora)
 
 

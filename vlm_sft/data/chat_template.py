@@ -57,6 +57,8 @@ class ChatTemplate(Protocol):
     """The special token before each image; "" for none."""
     image_end: str
     """The special token after each image; "" for none."""
+    text_start: str
+    """Text before the text of a user's or the system's turn, after an image in front of it; ""."""
 
     def pieces(self, roles: Sequence[Role]) -> tuple[TemplatePiece, ...]:
         """Return the pieces for these turns, with the generation prompt after a user turn."""
@@ -117,6 +119,9 @@ class TemplateFile(BaseModel):
     """The special token before each image (InternVL's `<img>`), never supervised."""
     image_end: str = ""
     """The special token after each image, never supervised."""
+    text_start: str = ""
+    """Text before the text of every turn that is no answer: behind the images, if there are any
+    (LLaVA-OneVision's line end)."""
     system: _SystemAffixes | None = None
     user: _UserAffixes = _UserAffixes()
     assistant: _AssistantAffixes = _AssistantAffixes()
@@ -141,6 +146,7 @@ class FileTemplate:
         self.default_system = file.default_system
         self.image_separator = file.image_separator
         self.image_start, self.image_end = file.image_start, file.image_end
+        self.text_start = file.text_start
         self.eot_token = self._fill(file.assistant.stop)
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
 
@@ -199,7 +205,7 @@ class FileTemplate:
         file = self._file.model_dump(mode="json")
         if self.image_separator == DEFAULT_SEPARATOR:
             del file["image_separator"]  # keeps the digest of templates of older runs
-        for name in ("image_start", "image_end"):
+        for name in ("image_start", "image_end", "text_start"):
             if not file[name]:
                 del file[name]  # likewise
         return {
@@ -245,6 +251,8 @@ class JinjaTemplate:
 
     Args:
         tokenizer: The tokenizer with the `chat_template`.
+        image_tokens: Special tokens before and after each image, which the template does not write;
+            "" for none.
 
     Raises:
         TemplateError: It has none.
@@ -254,16 +262,19 @@ class JinjaTemplate:
     begins_text = False
     default_system: str | None = None
     image_separator = DEFAULT_SEPARATOR
-    image_start = image_end = ""
+    text_start = ""
     name = "auto"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, str] = ("", "")
+    ) -> None:
         if not tokenizer.chat_template:
             raise TemplateError(
                 "data.template is 'auto' but the tokenizer has no chat template of its own; "
                 f"choose one of {', '.join(builtin_templates())}"
             )
         self._tokenizer = tokenizer
+        self.image_start, self.image_end = image_tokens
         self._cached = functools.lru_cache(maxsize=1024)(self._pieces)
         self._takes_parts = self._find_content_form()
         self.eot_token = self._find_eot_token()
@@ -362,7 +373,10 @@ class JinjaTemplate:
             ) from None
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
+        described = {"kind": "jinja", "chat_template": self._tokenizer.chat_template}
+        if self.image_start or self.image_end:
+            described |= {"image_start": self.image_start, "image_end": self.image_end}
+        return described
 
     def jinja_body(self) -> str:
         source = str(self._tokenizer.chat_template)
@@ -404,7 +418,8 @@ def template_from_description(
     """Return the template that a checkpoint's `template.json` describes."""
     if description["kind"] == "jinja":
         tokenizer.chat_template = description["chat_template"]
-        return JinjaTemplate(tokenizer)
+        image_tokens = (description.get("image_start", ""), description.get("image_end", ""))
+        return JinjaTemplate(tokenizer, image_tokens)
     file = TemplateFile.model_validate(description["file"])
     return FileTemplate(file, bos=description["bos"], eos=description["eos"])
 

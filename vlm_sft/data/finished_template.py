@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from vlm_sft.config.finished import WHERE, FinishedModel
+from vlm_sft.config.finished_files import WHERE, FinishedModel
 from vlm_sft.config.schema import DataConfig
 from vlm_sft.data.chat_template import ChatTemplate, JinjaTemplate, Slot, load_template
 from vlm_sft.data.conversation import Conversation, ImagePart, Role, TextPart, Turn
@@ -41,11 +41,14 @@ class _Recognized:
         template: The template.
         system: System text of conversations without one.
         stop_written: Whether the model's own writes the stop token after an answer, too.
+        header: What the model's own writes between a question and an answer, if that is not what it
+            writes for an answer to be generated, which is before every answer in training.
     """
 
     template: ChatTemplate
     system: str
     stop_written: bool
+    header: str | None = None
 
 
 def finished_chat_tokenizer(
@@ -68,7 +71,9 @@ def finished_chat_tokenizer(
             "one that it was trained with, for example vicuna_v1 for LLaVA-1.5; built in are "
             + ", ".join(builtin_templates())
         )
-    theirs = _Theirs(source, tokenizer, _image_token(found, tokenizer))
+    theirs = _Theirs(
+        source, tokenizer, _image_token(found, tokenizer), _tokens_around_images(found, tokenizer)
+    )
     prompt = theirs.write(_PROMPT)
     before, _, rest = prompt.partition(IMAGE_PLACEHOLDER)
     separator, question, _ = rest.partition(_QUESTION)
@@ -84,7 +89,7 @@ def finished_chat_tokenizer(
             )
             if written != expected:
                 raise _unusable(found, f"it writes {expected!r}, and without images {written!r}")
-    separator = separator.removeprefix(recognized.template.image_end)
+    separator = _separator(recognized.template, separator)
     is_default = recognized.system == (recognized.template.default_system or "")
     system = None if is_default else recognized.system
     if data is not None and data.system is not None:
@@ -122,10 +127,23 @@ def own_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None
 
 
 class _Theirs:
-    """What a model's own template writes, with `<image>` for its image token."""
+    """What a model's own template and processor write, with `<image>` for its image token.
 
-    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> None:
-        self.source, self._image_token = source, image_token
+    Args:
+        source: The template.
+        tokenizer: Of the model.
+        image_token: What the template writes for an image.
+        image_tokens: What the processor puts before and after an image.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token: str,
+        image_tokens: tuple[str, str],
+    ) -> None:
+        self.source, self._image_token, self.image_tokens = source, image_token, image_tokens
         self._tokenizer = tokenizer
         ids = tokenizer("a")["input_ids"]
         bos = tokenizer.bos_token
@@ -174,7 +192,7 @@ class _Theirs:
             self._tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=True
             )
-        ).replace(self._image_token, IMAGE_PLACEHOLDER)
+        ).replace(self._image_token, IMAGE_PLACEHOLDER.join(self.image_tokens))
         bos = str(self._tokenizer.bos_token)
         return bos + text if self.adds_bos and not text.startswith(bos) else text
 
@@ -199,6 +217,26 @@ def _image_token(found: FinishedModel, tokenizer: PreTrainedTokenizerBase) -> st
     return str(token or IMAGE_PLACEHOLDER)
 
 
+def _tokens_around_images(
+    found: FinishedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """Return what the processor of a model writes before and after an image; "" for nothing.
+
+    Raises:
+        TemplateError: The tokenizer does not name the tokens that the processor writes.
+    """
+    if found.settings.get("image_tiling.layout") != "dynamic":
+        return "", ""
+    named = [getattr(tokenizer, f"{side}_image_token", None) for side in ("start", "end")]
+    if not all(isinstance(token, str) and token for token in named):
+        raise TemplateError(
+            f"{WHERE}: the tokenizer of {found.name} does not name the start_image_token and "
+            "end_image_token that its processor writes around an image; copy the folder again from "
+            "where the model is from"
+        )
+    return str(named[0]), str(named[1])
+
+
 def _recognize(
     theirs: _Theirs, tokenizer: PreTrainedTokenizerBase, separator: str
 ) -> _Recognized | None:
@@ -218,11 +256,15 @@ def _recognize(
             continue
         for system in _possible_systems(template, prompt, separator):
             for written, stop in ((True, None), (False, ""), (False, " ")):
-                if _ours(template, _DIALOG, system, separator, stop) == dialog:
-                    is_default = system == (template.default_system or "")
-                    matches.append((written, is_default, _Recognized(template, system, written)))
+                ours = _ours(template, _DIALOG, system, separator, stop)
+                if not _same_dialog(ours, dialog):
+                    continue
+                header = None if ours == dialog else _header(dialog)
+                recognized = _Recognized(template, system, written, header)
+                is_default = system == (template.default_system or "")
+                matches.append(((header is None, written, is_default), recognized))
     # `max` keeps the first of equals.
-    return max(matches, key=lambda match: match[:2])[2] if matches else None
+    return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
 def _possible_systems(template: ChatTemplate, prompt: str, separator: str) -> Iterator[str]:
@@ -249,19 +291,40 @@ def _ours(
 ) -> str:
     """Return what a template writes; `stop` replaces the stop token after an answer.
 
-    `separator` is what the model writes between the image and the question, including a token that
-    the template itself puts after an image.
+    `separator` is what the model writes between the image and the question, including what the
+    template itself puts there.
     """
-    contents = [_ANSWER if role == "assistant" else _SECOND for role in roles]
+    start = template.text_start
+    contents = [_ANSWER if role == "assistant" else start + _SECOND for role in roles]
     image = f"{template.image_start}{IMAGE_PLACEHOLDER}{template.image_end}"
-    contents[0] = f"{image}{separator.removeprefix(template.image_end)}{_QUESTION}"
+    contents[0] = f"{image}{_separator(template, separator)}{start}{_QUESTION}"
     if system:
-        roles, contents = ("system", *roles), [system, *contents]
+        roles, contents = ("system", *roles), [start + system, *contents]
     text = "".join(
         contents[piece.turn] if isinstance(piece, Slot) else piece.text
         for piece in template.pieces(roles)
     )
     return text if stop is None else text.replace(_ANSWER + template.eot_token, _ANSWER + stop)
+
+
+def _separator(template: ChatTemplate, written: str) -> str:
+    """Return the separator, given all that is written between an image and text after it."""
+    return written.removeprefix(template.image_end).removesuffix(template.text_start)
+
+
+def _header(dialog: str) -> str:
+    """Return what is written between the question and the answer of a dialog."""
+    return dialog.partition(_QUESTION)[2].partition(_ANSWER)[0]
+
+
+def _same_dialog(ours: str, theirs: str) -> bool:
+    """Return whether two dialogs differ at most by white space in the header of the answer.
+
+    LLaVA-OneVision's template writes another one before an answer than for one to be generated.
+    """
+    headers = _header(ours), _header(theirs)
+    as_theirs = ours.replace(headers[0] + _ANSWER, headers[1] + _ANSWER, 1)
+    return as_theirs == theirs and headers[0].split() == headers[1].split()
 
 
 def _own(theirs: _Theirs, tokenizer: PreTrainedTokenizerBase) -> _Recognized:
@@ -274,7 +337,8 @@ def _own(theirs: _Theirs, tokenizer: PreTrainedTokenizerBase) -> _Recognized:
     if theirs.adds_bos and not _renders_bos(source, tokenizer):
         source = "{{- bos_token -}}" + source
     tokenizer.chat_template = source
-    return _Recognized(JinjaTemplate(tokenizer), "", stop_written=True)
+    template = JinjaTemplate(tokenizer, theirs.image_tokens)
+    return _Recognized(template, "", stop_written=True)
 
 
 def _renders_bos(source: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -321,5 +385,10 @@ def _report(found: FinishedModel, recognized: _Recognized) -> None:
         text += (
             f"; it writes no stop token after an answer, but the model is trained to end answers "
             f"with {template.eot_token}"
+        )
+    if recognized.header is not None:
+        text += (
+            f"; it writes {recognized.header!r} between a question and an answer, but training "
+            "writes what it writes for an answer to be generated"
         )
     echo(f"note: chat template of {found.name}: {text}")

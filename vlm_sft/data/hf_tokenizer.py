@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlm_sft.config.finished import original_language_model
+from vlm_sft.config.finished_original import original_language_model
 from vlm_sft.config.schema import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER

@@ -9,31 +9,39 @@ DEFAULT_SEPARATOR: Final = "\n"
 """In LLaVA's records each image is on a line of its own."""
 
 
-def separated(conversation: Conversation, separator: str) -> Conversation:
+def separated(
+    conversation: Conversation, separator: str, text_separator: str | None = None
+) -> Conversation:
     """Return the conversation with every separator written out.
 
     Args:
         conversation: Turns whose `image_separator` is None get `separator`.
         separator: The template's.
+        text_separator: The template's between an image and text after it; None: the same.
     """
     if all(turn.image_separator == "" for turn in conversation.turns):
         return conversation
-    turns = tuple(_separated(turn, separator) for turn in conversation.turns)
+    turns = tuple(_separated(turn, separator, text_separator) for turn in conversation.turns)
     return replace(conversation, turns=turns)
 
 
-def _separated(turn: Turn, separator: str) -> Turn:
+def _separated(turn: Turn, separator: str, text_separator: str | None) -> Turn:
     if turn.image_separator is not None:
-        separator = turn.image_separator
-    return replace(turn, parts=tuple(separated_parts(turn.parts, separator)), image_separator="")
+        separator, text_separator = turn.image_separator, None
+    parts = separated_parts(turn.parts, separator, text_separator)
+    return replace(turn, parts=tuple(parts), image_separator="")
 
 
-def separated_parts(parts: tuple[Part, ...], separator: str) -> list[Part]:
+def separated_parts(
+    parts: tuple[Part, ...], separator: str, text_separator: str | None = None
+) -> list[Part]:
     """Return the parts with exactly one separator between an image and its neighbors.
 
-    Text that already begins or ends with the separator gets no second one; empty text is
-    dropped. The exported chat template follows the same rule (`jinja_export.jinja_prelude`).
+    `text_separator` is between an image and text after it, by default the same. Text that already
+    begins or ends with its separator gets no second one; empty text is dropped. The exported chat
+    template follows the same rule (`jinja_export.jinja_prelude`).
     """
+    before_text = separator if text_separator is None else text_separator
     made: list[Part] = []
     text = ""  # since the last image
     for part in parts:
@@ -45,8 +53,8 @@ def separated_parts(parts: tuple[Part, ...], separator: str) -> list[Part]:
             continue
         else:
             follows_image = bool(made) and isinstance(made[-1], ImagePart)
-            if follows_image and not part.text.startswith(separator):
-                made.append(TextPart(separator))
+            if follows_image and not part.text.startswith(before_text):
+                made.append(TextPart(before_text))
             text += part.text
         made.append(part)
     return [part for part in made if isinstance(part, ImagePart) or part.text]
@@ -60,22 +68,24 @@ class ImageLayoutCheck:
 
     Args:
         separator: The template's.
+        text_separator: The template's between an image and text after it; None: the same.
     """
 
-    def __init__(self, separator: str) -> None:
+    def __init__(self, separator: str, text_separator: str | None = None) -> None:
         self._separator = separator
+        self._text_separator = separator if text_separator is None else text_separator
         self.num_questions = 0
         self._other_separator: list[str] = []
         self._other_place: list[str] = []
 
     def add(self, record: Conversation) -> None:
         """Count a record's questions about images."""
-        for turn in separated(record, self._separator).turns:
+        for turn in separated(record, self._separator, self._text_separator).turns:
             if not any(isinstance(part, ImagePart) for part in turn.parts):
                 continue
             self.num_questions += 1
             trained = _joined(turn.parts)
-            if _joined(_as_prompted(turn.parts, self._separator)) != trained:
+            if _joined(self._as_prompted(turn.parts)) != trained:
                 self._other_separator.append(record.id)
             elif not isinstance(turn.parts[0], ImagePart):
                 self._other_place.append(record.id)
@@ -85,7 +95,8 @@ class ImageLayoutCheck:
         found = []
         if self._other_separator:
             found.append(
-                f"{self._counted(self._other_separator)} have other text than {self._separator!r} "
+                f"{self._counted(self._other_separator)} have other text than "
+                f"{self._text_separator!r} "
                 "between an image and its neighbors, which chat, evaluate and the exported chat "
                 "template write; set data.image_separator to the text in the records, or change "
                 "the records"
@@ -104,20 +115,19 @@ class ImageLayoutCheck:
             f"(first: record {ids[0]!r})"
         )
 
-
-def _as_prompted(parts: tuple[Part, ...], separator: str) -> tuple[Part, ...]:
-    """Return the parts as a caller gives them: in the same order, without outer white space."""
-    bare = []
-    for index, part in enumerate(parts):
-        if isinstance(part, TextPart):
-            text = part.text
-            if index and isinstance(parts[index - 1], ImagePart):
-                text = text.lstrip()
-            if index + 1 < len(parts) and isinstance(parts[index + 1], ImagePart):
-                text = text.rstrip()
-            part = TextPart(text)
-        bare.append(part)
-    return tuple(separated_parts(tuple(bare), separator))
+    def _as_prompted(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """Return the parts as a caller gives them: in the same order, without outer white space."""
+        bare = []
+        for index, part in enumerate(parts):
+            if isinstance(part, TextPart):
+                text = part.text
+                if index and isinstance(parts[index - 1], ImagePart):
+                    text = text.lstrip()
+                if index + 1 < len(parts) and isinstance(parts[index + 1], ImagePart):
+                    text = text.rstrip()
+                part = TextPart(text)
+            bare.append(part)
+        return tuple(separated_parts(tuple(bare), self._separator, self._text_separator))
 
 
 def _joined(parts: tuple[Part, ...]) -> list[str | int]:

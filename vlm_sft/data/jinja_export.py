@@ -20,8 +20,8 @@ _CONTENTS: Final = (
     "{%- elif kind == 'text' -%}"
     "{%- set t = part if part is string else part['text'] -%}"
     "{%- if t -%}"
-    "{%- if p.last == 'image' and not t.startswith(SEPARATOR) -%}"
-    "{%- set p.text = p.text + SEPARATOR -%}{%- endif -%}"
+    "{%- if p.last == 'image' and not t.startswith(BEFORE_TEXT) -%}"
+    "{%- set p.text = p.text + BEFORE_TEXT -%}{%- endif -%}"
     "{%- set p.text = p.text + t -%}{%- set p.run = p.run + t -%}{%- set p.last = 'text' -%}"
     "{%- endif -%}"
     "{%- else -%}{{- raise_exception('content part of type ' ~ kind ~ ': expected text or image')"
@@ -37,23 +37,37 @@ _IMAGE_FIRST: Final = (
     "this model was trained with one') -}}{%- endif -%}"
     "{%- set c = ('<image>\\n' + (c | replace('<image>', '') | trim)) | trim -%}{%- endif -%}"
 )
+_TEXT_START: Final = (
+    "{%- if m['role'] != 'assistant' and c and not c.startswith('<image>') -%}"
+    "{%- set c = START + c -%}{%- endif -%}"
+)
 _MESSAGES_DONE: Final = (
     "{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': c}] -%}"
     "{%- endfor -%}{%- set messages = ns.messages -%}"
 )
 
 
-def jinja_prelude(system: str | None, *, image_separator: str, image_first: bool) -> str:
+def jinja_prelude(
+    system: str | None, *, image_separator: str, image_first: bool, text_start: str = ""
+) -> str:
     """Return the Jinja before a body, which converts contents to text with `<image>`.
 
     Args:
         system: System text for conversations without one.
         image_separator: Text between an image part and its neighbors.
         image_first: Put a user turn's image on a line of its own before its text.
+        text_start: Text before the text of turns that are no answers.
     """
+    before_text = image_separator
+    if not image_separator.endswith(text_start):
+        before_text += text_start
     contents = _CONTENTS.replace("SEPARATOR", _quote(image_separator))
-    prelude = contents + (_IMAGE_FIRST if image_first else "") + _MESSAGES_DONE
+    contents = contents.replace("BEFORE_TEXT", _quote(before_text))
+    prelude = contents + (_IMAGE_FIRST if image_first else "")
+    prelude += _TEXT_START.replace("START", _quote(text_start)) if text_start else ""
+    prelude += _MESSAGES_DONE
     if system:
+        system = text_start + system
         prelude += (
             "{%- if not messages or messages[0]['role'] != 'system' -%}{%- set messages = "
             f"[{{'role': 'system', 'content': {_quote(system)}}}] + messages -%}}{{%- endif -%}}"

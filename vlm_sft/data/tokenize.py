@@ -238,7 +238,7 @@ class ChatTokenizer:
     def _lay_out(self, conversation: Conversation) -> Layout | RecordError:
         """Put a conversation's text into the runs of the template."""
         try:
-            conversation = separated(conversation, self.image_separator)
+            conversation = separated(conversation, self.image_separator, self.text_separator)
             conversation = self.llava_quirks.rearrange(conversation)
             turns = conversation.turns
             if self._system and not (turns and turns[0].role == "system"):
@@ -289,6 +289,10 @@ class ChatTokenizer:
             parts += [part.text] if isinstance(part, TextPart) else self._image
         if turn.role == "user" and self.template.images_only_users:
             return [part for part in parts if isinstance(part, int)]
+        if turn.role != "assistant" and self.template.text_start:
+            parts = [part for part in parts if part != ""]
+            if parts and isinstance(parts[0], str):
+                return [self.template.text_start, *parts]
         return parts
 
     def _context_after(self, token_id: int, context: Context) -> Context:
@@ -443,6 +447,7 @@ class ChatTokenizer:
             self._system,
             image_separator=self.image_separator,
             image_first="image_first" in self.llava_quirks,
+            text_start=self.template.text_start,
         )
         body = self.template.jinja_body()
         bos = self.tokenizer.bos_token
@@ -457,6 +462,13 @@ class ChatTokenizer:
     def keeps_layout(self) -> bool:
         """Whether images stay where a record has them: no quirk and no template moves them."""
         return not ("image_first" in self.llava_quirks or self.template.images_only_users)
+
+    @property
+    def text_separator(self) -> str:
+        """The text between an image and text after it, where a turn is given as a list of parts."""
+        start = self.template.text_start
+        separator = self.image_separator
+        return separator if separator.endswith(start) else separator + start
 
     @property
     def image_tokens(self) -> tuple[str, str]:

@@ -23,11 +23,11 @@ from vlm_sft.checkpoint.tensor_files import copy_tensors, load_tensors
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.config.finished import (
     is_finished,
-    is_hub_name,
     read_finished,
     require_aspect,
     resolve_model,
 )
+from vlm_sft.config.finished_files import is_hub_name
 from vlm_sft.config.schema import (
     LanguageModelConfig,
     ModelConfig,

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vlm_sft.config.finished import read_finished, resolve_model
+from vlm_sft.config.finished_files import WHERE, FinishedModel
 from vlm_sft.config.schema import (
     LanguageModelConfig,
     LoraConfig,
@@ -63,6 +64,8 @@ def build_model(
         config.language_model, dtype=dtype, seed=seed, weights=weights
     )
     tower = build_vision_tower(config.vision_tower, dtype=dtype, seed=seed)
+    if weights is not None:
+        _require_crop_size(weights.found, tower)
     hidden = language_model.get_input_embeddings().weight.shape[1]
     connector = build_connector(
         config.projector_type,
@@ -85,6 +88,21 @@ def build_model(
         add_lora(model, lora, seed=seed)
     model.requires_grad_(False)
     return model
+
+
+def _require_crop_size(found: FinishedModel, tower: VisionTower) -> None:
+    """Check that the images of the tower are the crops of a finished model.
+
+    Raises:
+        UserError: They have another size.
+    """
+    size = tower.image_spec.size
+    if found.crop_size not in (None, size):
+        raise UserError(
+            f"{WHERE}: the canvases of {found.name} (image_grid_pinpoints) consist of squares of "
+            f"{found.crop_size} pixels, but its vision tower takes images of {size}; set "
+            "model.vision_tower.name to the tower that it was trained with"
+        )
 
 
 def build_vision_tower(

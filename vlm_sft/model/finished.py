@@ -5,15 +5,12 @@ are an error with their names.
 """
 
 import copy
-import pickle
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,17 +22,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from vlm_sft.config.finished import (
-    ORIGINAL_LANGUAGE_MODELS,
-    WHERE,
-    FinishedModel,
-    small_files,
-)
+from vlm_sft.config.finished_files import WHERE, FinishedModel, small_files
+from vlm_sft.config.finished_original import ORIGINAL_LANGUAGE_MODELS
 from vlm_sft.errors import UserError
 from vlm_sft.model.pretrained import load_pretrained
 from vlm_sft.model.vlm import IMAGE_NEWLINE
+from vlm_sft.model.weight_files import STORED_DTYPES, WeightFiles
 from vlm_sft.utils.libraries import library_call
-from vlm_sft.utils.reading import read_json, require_regular
+from vlm_sft.utils.reading import read_json
 
 Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
 
@@ -58,108 +52,6 @@ _ORIGINAL_KEYS: Final = (
     "vision_tower",
 )
 """Beginnings of keys of original configurations that are not those of the language model."""
-
-
-class WeightFiles:
-    """The tensors of the files of a folder, by name; they are read when they are asked for.
-
-    Args:
-        paths: Safetensors files, and files of `torch.save`, of which only tensors are read.
-
-    Raises:
-        UserError: A file is missing or cannot be read, or contains more than tensors.
-    """
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._path_of: dict[str, Path] = {}
-        self._pickled: dict[Path, dict[str, Tensor]] = {}
-        for path in paths:
-            require_regular(path)
-            if path.suffix == ".safetensors":
-                with _readable(path), safe_open(path, "pt") as file:
-                    names = list(file.keys())
-            else:
-                self._pickled[path] = _read_pickled(path)
-                names = list(self._pickled[path])
-            for name in names:
-                if name in self._path_of:
-                    raise UserError(
-                        f"{path}: contains {name}, as {self._path_of[name].name} does; which of "
-                        "the two belongs to the model is unknown, copy the folder again",
-                        code="tensors_differ",
-                    )
-                self._path_of[name] = path
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._path_of)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors by name; those of safetensors files share memory with the file.
-
-        Raises:
-            UserError: A file cannot be read, or a tensor is quantized or complex.
-        """
-        by_path: dict[Path, list[str]] = {}
-        for name in names:
-            by_path.setdefault(self._path_of[name], []).append(name)
-        found: dict[str, Tensor] = {}
-        for path, wanted in by_path.items():
-            if path in self._pickled:
-                found |= {name: self._pickled[path][name] for name in wanted}
-                continue
-            with _readable(path), safe_open(path, "pt") as file:
-                found |= {name: file.get_tensor(name) for name in wanted}
-        for name, tensor in found.items():
-            if tensor.dtype not in _FLOATS and not name.endswith("position_ids"):
-                raise UserError(
-                    f"{self._path_of[name]}: {name} is {str(tensor.dtype).removeprefix('torch.')}, "
-                    f"expected one of {', '.join(_DTYPES)}; quantized weights cannot be loaded, "
-                    "take the model without quantization",
-                    code="tensors_differ",
-                )
-        return found
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    with library_call("safetensors", str(path), "read this file", code="checkpoint_damaged"):
-        yield
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """Read a file of `torch.save` that contains tensors by name and nothing else."""
-    try:
-        is_zip = zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: contains Python objects that are not tensors; such a file can run code and "
-            "is never loaded, save its tensors as safetensors",
-            code="custom_code",
-        ) from None
-    except Exception as error:
-        raise UserError(
-            f"{path}: cannot be read as weights ({type(error).__name__}: {error}); copy it again "
-            "from where the model is from",
-            code="checkpoint_damaged",
-        ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        raise UserError(
-            f"{path}: does not contain tensors by name; save a state dict",
-            code="checkpoint_damaged",
-        )
-    for name, tensor in state.items():
-        if tensor.is_meta or tensor.layout != torch.strided:
-            kind = "has no values (device meta)" if tensor.is_meta else "is sparse"
-            raise UserError(
-                f"{path}: {name} {kind}, expected a dense tensor; save the state dict again",
-                code="checkpoint_damaged",
-            )
-    return dict(state)
 
 
 class FinishedWeights:
@@ -363,6 +255,7 @@ def load_finished_language_model(
         )
     model_class = classes[type(config)]
     state = weights.read("language_model", body=model_class.base_model_prefix)
+    config.tie_word_embeddings &= _can_be_tied(model_class, state)
     model = _from_state(
         model_class,
         config,
@@ -379,6 +272,19 @@ def load_finished_language_model(
         with library_call("transformers", WHERE, f"read {generation}"):
             named.generation_config = GenerationConfig.from_dict(read_json(generation))
     return model
+
+
+def _can_be_tied(model_class: Any, state: Mapping[str, Tensor]) -> bool:
+    """Return whether the head has no weights of its own, whatever the configuration states.
+
+    InternVL's folders of transformers 4 state no tie for the whole model, whose default is now one.
+    """
+    tied = getattr(model_class, "_tied_weights_keys", None)
+    return all(
+        torch.equal(state[head], state[table])
+        for head, table in (tied.items() if isinstance(tied, dict) else ())
+        if head in state and table in state
+    )
 
 
 def language_config(found: FinishedModel, tree: Mapping[str, Any] | None = None) -> Any:
@@ -419,17 +325,9 @@ def stored_dtype(found: FinishedModel) -> torch.dtype:
     tree: dict[str, Any] = read_json(found.folder / "config.json")
     for section in (tree, tree.get("text_config") or {}):
         name = section.get("dtype") or section.get("torch_dtype")
-        if name in _DTYPES:
-            return _DTYPES[name]
+        if name in STORED_DTYPES:
+            return STORED_DTYPES[name]
     return torch.float32
-
-
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_FLOATS: Final = (*_DTYPES.values(), torch.float64)
 
 
 def load_finished_projector(weights: FinishedWeights, live: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,9 @@ from typing import Any, Final, cast
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
-from vlm_sft.config.finished import PUBLISHED, FinishedModel, is_finished, read_finished
+from vlm_sft.config.finished import is_finished, read_finished
+from vlm_sft.config.finished_files import FinishedModel
+from vlm_sft.config.finished_transformers import PUBLISHED
 from vlm_sft.config.schema import (
     LanguageModelConfig,
     ModelConfig,

@@ -25,7 +25,12 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from vlm_sft.config.finished import TRANSFORMERS_CLASSES, image_processor, read_finished
+from vlm_sft.config.finished import read_finished
+from vlm_sft.config.finished_transformers import (
+    TRANSFORMERS_CLASSES,
+    image_processor,
+    require_reproducible,
+)
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.model.finished import load_encoder
@@ -91,6 +96,7 @@ def load(
     else:
         assert name is not None
         encoder, preprocessing = _pretrained(name), _preprocessing(name)
+        require_reproducible("model.vision_tower.name", name, preprocessing)
     encoder_config = encoder.config
     kind = encoder_config.model_type
     image_spec = _image_spec(kind, encoder_config, preprocessing, image_size)
