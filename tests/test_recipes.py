@@ -49,7 +49,13 @@ def test_every_configuration_loads_as_the_stage_of_its_name(path: Path) -> None:
 )
 def test_stage_2_continues_stage_1_of_its_folder(path: Path) -> None:
     first, second = load_config(path.parent / "stage1.yaml"), load_config(path)
-    assert second.projector == f"{first.output_dir}/final"
+    begins = second
+    if second.start_from is not None:  # a full run between the two
+        begins = load_config(path.parent / f"{Path(second.start_from).parent.name}.yaml")
+        assert second.start_from == f"{begins.output_dir}/final"
+        assert begins.model.vision_tower == second.model.vision_tower
+        assert begins.model.language_model == second.model.language_model
+    assert begins.projector == f"{first.output_dir}/final"
     shared = ("vision_tower", "projector_type", "num_queries")
     assert all(getattr(first.model, key) == getattr(second.model, key) for key in shared)
     # As published, stage 1 of LLaVA-NeXT and LLaVA-OneVision has one square per image.

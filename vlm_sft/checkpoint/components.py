@@ -21,7 +21,7 @@ from vlm_sft.checkpoint.base_models import (
     absolute_if_local,
     describe_bases,
 )
-from vlm_sft.checkpoint.format import read_manifest, verify_file
+from vlm_sft.checkpoint.format import read_manifest, verify, verify_file
 from vlm_sft.checkpoint.shards import (
     consolidate_shards,
     delete_shards,
@@ -136,13 +136,46 @@ def processor_settings(config: RunConfig, model: VisionLanguageModel) -> dict[st
     }
 
 
-def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str, Any]) -> None:
+def load_trained_model(model: VisionLanguageModel, folder: Path, identity: dict[str, Any]) -> None:
+    """Start from the projector and the language model of another checkpoint of full fine-tuning.
+
+    Args:
+        model: Both are changed in place.
+        folder: The checkpoint.
+        identity: The `base_identity` of this run.
+
+    Raises:
+        CheckpointError: As `load_projector`; or it is damaged, or has no language model.
+    """
+    files = verify(folder).manifest["files"]
+    if not any(name.startswith(f"{LANGUAGE_MODEL}/") for name in files):
+        has_adapter = any(name.startswith(f"{ADAPTER}/") for name in files)
+        raise CheckpointError(
+            f"start_from={folder}: it has no language model, because that run trained "
+            + ("adapters" if has_adapter else "only the projector")
+            + "; name a checkpoint of full fine-tuning, or "
+            + ("export it and set model.from_checkpoint" if has_adapter else "set projector"),
+            code="tensors_differ",
+        )
+    load_projector(model, folder, identity, setting="start_from")
+    load_language_model(model, folder)
+    logger.info("starting from the projector and the language model of %s", folder)
+
+
+def load_projector(
+    model: VisionLanguageModel,
+    folder: Path,
+    identity: dict[str, Any],
+    *,
+    setting: str = "projector",
+) -> None:
     """Start from the projector of another checkpoint, such as that of stage 1.
 
     Args:
         model: Its projector is changed in place.
         folder: The checkpoint.
         identity: The `base_identity` of this run.
+        setting: The setting that names the checkpoint, for errors.
 
     Raises:
         CheckpointError: The folder is no checkpoint; or the projector was trained with another
@@ -164,7 +197,7 @@ def load_projector(model: VisionLanguageModel, folder: Path, identity: dict[str,
     ):
         if found.get(key) != identity[key]:
             raise CheckpointError(
-                f"projector={folder}: it was trained with another {what} "
+                f"{setting}={folder}: it was trained with another {what} "
                 f"({_brief(found.get(key))}, here {_brief(identity[key])}); use the model section "
                 "of the configuration that trained it",
                 code="shapes_differ" if key == "features" else "wrong_base",

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from vlm_sft.checkpoint.format import require_checkpoint
-from vlm_sft.config.finished import is_hub_name, resolve
+from vlm_sft.config.finished import resolve
+from vlm_sft.config.finished_files import is_hub_name
 from vlm_sft.config.resume import changes_between
 from vlm_sft.config.schema import (
     DataFile,
@@ -113,6 +114,8 @@ def _require_places(config: RunConfig, parts: Set[Part]) -> None:
         _require_data(file)
     if "projector" in parts and config.projector is not None:
         require_checkpoint(Path(config.projector), "projector: ")
+    if "projector" in parts and config.start_from is not None:
+        require_checkpoint(Path(config.start_from), "start_from: ")
 
 
 def _require_tower(tower: VisionTowerConfig) -> None:

@@ -154,8 +154,8 @@ class ModelConfig(Section):
     """
 
     from_checkpoint: Explicit[NonEmptyText | None] = None
-    """Finished vision-language model to start from: the folder or hub name of a LLaVA, LLaVA-NeXT
-    or LLaVA-OneVision of transformers, or a folder of the original LLaVA code
+    """Finished vision-language model to start from: the folder or hub name of a LLaVA, LLaVA-NeXT,
+    LLaVA-OneVision or InternVL of transformers, or a folder of the original LLaVA code
     (`docs/from-checkpoint.md`). It determines every other setting of `model` except
     `attn_implementation` and the quantization, and the defaults of `data.template` and
     `data.image_aspect`. Null: build the model from its parts."""
@@ -312,8 +312,8 @@ class DataConfig(Section):
     """Number of processes per rank that load and prepare records. 0: load in the training
     process."""
     cache_dir: Free[NonEmptyText | None] = None
-    """Directory for tokenized records, shared by runs. Null: tokenize all records at every
-    start."""
+    """Directory for tokenized records, and for the sizes of images that are divided into crops,
+    shared by runs. Null: tokenize all records and read the sizes at every start."""
 
 
 class LearningRates(Section):
@@ -519,6 +519,11 @@ class RunConfig(Section):
     projector: Explicit[NonEmptyText | None] = None
     """Checkpoint (`RUN/final` of stage 1) whose projector this run starts from. Null: random
     initialization."""
+    start_from: Explicit[NonEmptyText | None] = None
+    """Checkpoint (`RUN/final`) of full fine-tuning whose projector and language model this run
+    starts from, to train in several stages with a learning rate schedule each. `model` names the
+    same parts as in that run. For full fine-tuning only. Null: the language model as `model` names
+    it."""
     model: ModelConfig
     lora: Forbidden[LoraConfig | None] = None
     """LoRA adapters on the language model, in stage 2 only. Null: full fine-tuning."""
@@ -542,6 +547,21 @@ class RunConfig(Section):
             raise ValueError("train.keep_best: eval_loss needs `data.eval`")
         return self
 
+    @model_validator(mode="after")
+    def _one_start(self) -> "RunConfig":
+        if self.start_from is not None and self.projector is not None:
+            raise ValueError(
+                "`projector` and `start_from` each name a projector to start from; remove one of "
+                "them"
+            )
+        if self.start_from is not None and self.lora is not None:
+            raise ValueError(
+                "`start_from` is for full fine-tuning: adapters need their base as a model of its "
+                "own; export that run (vlm-sft export RUN/final OUT --to hf) and set "
+                "model.from_checkpoint: OUT instead"
+            )
+        return self
+
     def input_paths(self) -> list[Path]:
         """Return the files and directories that the run reads, as far as they exist here.
 
@@ -550,6 +570,7 @@ class RunConfig(Section):
         files = [*self.data.train, *self.data.eval]
         names = (
             self.projector,
+            self.start_from,
             self.model.from_checkpoint,
             self.model.vision_tower.name,
             self.model.vision_tower.weights,

@@ -10,7 +10,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from vlm_sft.checkpoint.components import checkpoint_components, load_projector
+from vlm_sft.checkpoint.components import (
+    checkpoint_components,
+    load_projector,
+    load_trained_model,
+)
 from vlm_sft.checkpoint.digests import base_identity, template_digest, tokenizer_digest
 from vlm_sft.checkpoint.optimizer import optimizer_component
 from vlm_sft.checkpoint.snapshot import Component
@@ -58,14 +62,14 @@ logger = logging.getLogger(__name__)
 def load_model(
     config: RunConfig, trainable: Set[str]
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
-    """Build the model with its trainable parts unfrozen, and the projector loaded if one is named.
+    """Build the model with its trainable parts unfrozen and the weights that the run starts from.
 
     Returns:
         The model, and the identity of the base models that it is made from.
 
     Raises:
         UserError: A part cannot be built.
-        CheckpointError: `projector` is no checkpoint, or of another model.
+        CheckpointError: `projector` or `start_from` is no checkpoint, or of another model.
     """
     model = build_model(
         config.model, dtype=DTYPES[config.train.precision], seed=config.seed, lora=config.lora
@@ -75,6 +79,8 @@ def load_model(
         load_projector(model, Path(config.projector), identity)
     widen = config.train.master_weights == "fp32"
     set_trainable(model, trainable, widen_language_model=widen)
+    if config.start_from is not None:  # only now, since its weights may be wider than the base's
+        load_trained_model(model, Path(config.start_from), identity)
     model.neftune_alpha = config.train.neftune_alpha
     return model, identity
 
