@@ -13,6 +13,7 @@ from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.finished_template import finished_chat_tokenizer
 from vlm_sft.data.hf_tokenizer import load_tokenizer
 from vlm_sft.data.image_layout import LayoutRule
+from vlm_sft.data.image_size_cache import CachedImageSizes
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.packing import RecordLengths, packing_stats
@@ -90,16 +91,21 @@ def load_data(
     """
     cache = config.data.cache_dir
     cached = chat_tokenizer if cache is None else CachedChatTokenizer(chat_tokenizer, cache)
+    sizes = None if cache is None or not layout_rule.needs_sizes else CachedImageSizes(cache)
 
     def load(files: list[DataFile], ledger: Ledger) -> SupervisedDataset:
-        return SupervisedDataset(
+        dataset = SupervisedDataset(
             files,
             cached,
             image_spec,
             layout_rule=layout_rule,
             config=config.data,
             ledger=ledger,
+            size_of=None if sizes is None else sizes.size_of,
         )
+        if sizes is not None:
+            sizes.flush()
+        return dataset
 
     train_ledger = Ledger()
     train = load(config.data.train, train_ledger)

@@ -6,7 +6,7 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from vlm_sft.config.schema import DataConfig, DataFile
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.feature_store import FeatureStore
 from vlm_sft.data.filtering import FilterResult, RecordFilter
-from vlm_sft.data.image_layout import ImageLayout, LayoutRule, num_crops
+from vlm_sft.data.image_layout import ImageLayout, LayoutRule, Size, num_crops
 from vlm_sft.data.images import ImageCrops, ImageSpec, read_crops
 from vlm_sft.data.ledger import Ledger
 from vlm_sft.data.record_store import RecordStore
@@ -73,6 +73,7 @@ class SupervisedDataset(Dataset[Example]):
         layout_rule: Gives crops and tokens of every image.
         config: Limits and length policy, handling of bad records, image processing.
         ledger: Receives one entry per record of the files.
+        size_of: Returns the size of an upright image; None: read from its header.
 
     Attributes:
         num_input_records: Number of records in the files, used or not.
@@ -102,6 +103,7 @@ class SupervisedDataset(Dataset[Example]):
         layout_rule: LayoutRule,
         config: DataConfig,
         ledger: Ledger,
+        size_of: Callable[[ImageSource], Size] | None = None,
     ) -> None:
         self._chat_tokenizer, self._image_spec = chat_tokenizer, image_spec
         self._layout_rule, self._config, self._ledger = layout_rule, config, ledger
@@ -125,7 +127,7 @@ class SupervisedDataset(Dataset[Example]):
         self._store = RecordStore()
         self._features: FeatureStore | None = None
         self.contents: list[FileContent] = []
-        self._read(files)
+        self._read(files, size_of)
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -154,9 +156,14 @@ class SupervisedDataset(Dataset[Example]):
 
     # --- reading the files
 
-    def _read(self, files: Sequence[DataFile]) -> None:
+    def _read(
+        self, files: Sequence[DataFile], size_of: Callable[[ImageSource], Size] | None
+    ) -> None:
         record_filter = RecordFilter(
-            self._chat_tokenizer, layout_rule=self._layout_rule, config=self._config
+            self._chat_tokenizer,
+            layout_rule=self._layout_rule,
+            config=self._config,
+            size_of=size_of,
         )
         num_entries_before = len(self._ledger.entries)
         prefixes: dict[bytes, int] = {}
