@@ -40,6 +40,14 @@ def test_a_good_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fewer_records_than_a_batch_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main([CONFIG, f"output_dir={tmp_path}", "train.global_batch_size=100"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "an epoch has 24 records and train.global_batch_size is 100" in out
+
+
 def test_validation_images_in_the_training_data_are_warnings_and_fail_with_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

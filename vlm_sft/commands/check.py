@@ -176,7 +176,7 @@ def check_records(
         The number of bad records.
     """
     total_bad, duplicates = 0, DuplicateFinder()
-    layout = ImageLayoutCheck(chat_tokenizer.image_separator)
+    layout = ImageLayoutCheck(chat_tokenizer.image_separator, chat_tokenizer.text_separator)
     for name, files in (("train", config.data.train), ("validation", config.data.eval)):
         for file in files:
             count, bad = 0, 0
@@ -282,6 +282,14 @@ def _check_data(
         if errors:
             text += f"; {len(errors):,} records do not fit"
         results.add("lengths", "bad" if errors else "good", text)
+        seen, batch = sampler.records_per_epoch, config.train.global_batch_size
+        if seen < batch:
+            results.add(
+                "batch",
+                "warning",
+                f"an epoch has {seen:,} records and train.global_batch_size is {batch:,}, so every "
+                "step takes all of them; lower it for more and smaller steps",
+            )
         results.add("ledger", "good", data.summary())
         if not errors:
             _check_steps(config, chat_tokenizer, data, model, sampler, results)
