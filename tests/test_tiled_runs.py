@@ -19,8 +19,11 @@ from vlm_sft.config.schema import load_config
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import ConfigError
 from vlm_sft.export.__main__ import main as export
+from vlm_sft.export.hf_llava import export_hf_llava
+from vlm_sft.export.verify import reload_here
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
+from vlm_sft.model.quantization import is_quantized
 
 TWINS = ("tiny-anyres", "tiny-onevision", "tiny-internvl")
 DATA = ROOT / "configs" / "tiny-anyres" / "data"
@@ -117,6 +120,43 @@ def require_same_answers(loaded: LoadedModel, folder: Path) -> None:
         answer = found[0, inputs["input_ids"].shape[1] :]
         said = processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
         assert said == exact.generate("Which color?", images=[image], max_new_tokens=8)
+
+
+@pytest.mark.usefixtures("in_the_repository")
+def test_qlora_on_tiles_trains_resumes_answers_and_is_exported_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = ["projector=null", "lora={r: 4}", "model.language_model.quantization=nf4"]
+    run("tiny-anyres", "stage2", tmp_path / "whole", *packed)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for lost in ("final", "checkpoints/step-00000004"):
+        shutil.rmtree(tmp_path / "cut" / lost)
+    run("tiny-anyres", "stage2", tmp_path / "cut", *packed)
+    whole, cut = (verify(tmp_path / name / "final").manifest for name in ("whole", "cut"))
+    tensors = {name for name in whole["files"] if name.endswith(".safetensors")}
+    assert {"projector.safetensors", "adapter/adapter_model.safetensors"} <= tensors
+    assert not any("language_model" in name for name in whole["files"])
+    assert all(whole["files"][name] == cut["files"][name] for name in tensors)
+    assert set(whole["frozen"]) == {"vision_tower", "language_model"}
+    assert whole["frozen"] == cut["frozen"]
+    loaded = load_checkpoint(tmp_path / "whole", device="cpu")
+    assert any(map(is_quantized, loaded.model.language_model.parameters()))
+    answer = loaded.generate("Which color?", images=[WIDE], max_new_tokens=4)
+    asked = ["--image", str(WIDE), "--prompt", "Which color?", "--device", "cpu"]
+    assert chat.main([str(tmp_path / "whole"), *asked, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip() == answer
+    report = export_hf_llava(
+        loaded.model,
+        loaded.tokenizer,
+        tmp_path / "hf",
+        image_aspect=loaded.image_aspect,
+        image_processing=loaded.image_processing,
+        chat_template=loaded.chat_tokenizer.to_jinja(),
+        reload=reload_here,
+    )
+    assert report.model_class == "LlavaNextForConditionalGeneration"
+    assert report.max_abs_logit_difference <= 1e-4
+    assert not any("lora" in name for name in load_file(tmp_path / "hf" / "model.safetensors"))
 
 
 @pytest.mark.usefixtures("in_the_repository")
