@@ -23,11 +23,11 @@ from vlm_sft.errors import UserError
 
 EXAMPLES: Final = """examples:
   vlm-sft data build_coco --instances annotations/instances_train2017.json \\
-      --captions annotations/captions_train2017.json --images train2017 --out built --seed 0
+      --captions annotations/captions_train2017.json --images train2017 --out built
   vlm-sft data build_coco --instances I.json --captions C.json --images images \\
-      --out built --seed 0 --eval-share 0.1 --answers sentence --turns 6
+      --out built --eval-share 0.1 --answers sentence --turns 6
   vlm-sft data build_coco --instances I.json --captions C.json --images images \\
-      --seed 0 --only existence --probes 6 --out-file existence.json
+      --only existence --probes 6 --out-file existence.json
 """
 
 
@@ -64,7 +64,7 @@ def parser() -> CommandParser:
         help="use images that are symbolic links to a place outside of the folder",
     )
     add("--out", metavar="DIR", help="folder to write")
-    add("--seed", type=whole_number(0), required=True, metavar="N", help="0 or more")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="seed (default: 0)")
     add(
         "--answers",
         choices=["short", "sentence", "evidence"],

@@ -82,7 +82,9 @@ def _decode_slowly(text: bytes, form: Any, where: str) -> Any:
 
 
 def _not_coco(path: Path, key: str) -> UserError:
+    hint = "; boxes are in COCO's instances_*.json, not in captions_*.json"
     return UserError(
-        f"{path}: expected COCO's form, an object with a list {key!r}, and found none",
+        f"{path}: expected COCO's form, an object with a list {key!r}, and found none"
+        + (hint if key == "categories" else ""),
         code="data_file_unreadable",
     )

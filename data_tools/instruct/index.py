@@ -20,6 +20,7 @@ from data_tools.instruct.config import CocoConfig, InstructConfig
 from data_tools.instruct.run_folder import RunFolder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
+from vlm_sft.utils.image_paths import nearest_existing
 from vlm_sft.utils.owned_files import owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import open_regular, read_json
@@ -188,7 +189,8 @@ def _inputs(config: CocoConfig) -> dict[str, Any]:
     folder = Path(config.images)
     if not folder.is_dir():
         raise UserError(
-            f"coco.images {folder}: is not a folder; give the one that has the images",
+            f"coco.images {folder}: is not a folder{nearest_existing(folder)}; give the folder of "
+            "the images",
             code="image_missing",
         )
     digest, count = hashlib.sha256(), 0

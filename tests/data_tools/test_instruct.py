@@ -80,14 +80,14 @@ def test_run_makes_training_files_and_a_second_run_changes_no_byte(
     assert [getattr(record, "id", None) for record in found] == [json.loads(k)["id"] for k in kept]
 
 
-def test_a_run_ends_with_the_images_it_refused_and_the_switch_that_keeps_them(
+def test_refused_images_are_reported_with_the_switch_that_keeps_them(
     tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations = json.loads((scenes / "annotations/captions_twemoji.json").read_text())
     ids = tmp_path / "ids.txt"
     ids.write_text(f"{annotations['images'][0]['id']}\n", encoding="utf-8")
     config = config_file(tmp_path, scenes, guard={"lists": {"mine": str(ids)}})
-    assert main(["run", str(config)]) == 0
+    assert main(["plan", str(config)]) == main(["report", str(config)]) == 0
     table = outcome_table(capsys.readouterr().out)
     assert table["evaluation images"] == (
         1, 0, "mine 1; refused, guard.allow_evaluation_images=true keeps them"
