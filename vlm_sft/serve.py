@@ -16,7 +16,7 @@ from vlm_sft.commands.parser import (
     whole_number,
 )
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.errors import UserError
+from vlm_sft.utils.libraries import import_extra
 
 EXAMPLES: Final = """examples:
   vlm-sft serve runs/stage2/final
@@ -45,13 +45,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.image_dir is not None:
         require_folder("--image-dir", arguments.image_dir)
         arguments.image_dir = arguments.image_dir.resolve()
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"serve needs the package {error.name}: pip install -e '.[serve]'"
-        ) from None
+    for name in ("fastapi", "uvicorn"):
+        import_extra(name, "serve")
     with heavy_imports():
         from vlm_sft.commands.serve import run
         from vlm_sft.utils.logs import configure_logging

@@ -10,7 +10,7 @@ from vlm_sft.checkpoint.base_models import parse_bases
 from vlm_sft.errors import UserError
 from vlm_sft.inference.loaded_model import load_checkpoint
 from vlm_sft.serving.app import ServedModel, make_app
-from vlm_sft.serving.engine import Engine, can_join
+from vlm_sft.serving.engine import Engine
 from vlm_sft.serving.images import ImageLimits
 from vlm_sft.serving.listener import make_server
 from vlm_sft.serving.protocol import Limits
@@ -71,13 +71,13 @@ def _load(path: Path, name: str, arguments: argparse.Namespace) -> ServedModel:
         bases=parse_bases(arguments.base),
         template=arguments.template,
     )
-    if not can_join(loaded):
+    engine = Engine(loaded, max_batch=arguments.max_batch, max_queue=arguments.max_queue)
+    if not engine.joins:
         logger.warning(
             "%s: this language model has layers with a sliding window or a state: requests are "
             "answered one after another",
             path,
         )
-    engine = Engine(loaded, max_batch=arguments.max_batch, max_queue=arguments.max_queue)
     return ServedModel(name, loaded, engine)
 
 

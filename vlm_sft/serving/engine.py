@@ -117,12 +117,15 @@ class Engine:
         loaded: The model.
         max_batch: Largest number of responses that are generated together.
         max_queue: Largest number of jobs that wait.
+
+    Attributes:
+        joins: Whether requests can join a running batch.
     """
 
     def __init__(self, loaded: LoadedModel, *, max_batch: int = 16, max_queue: int = 128) -> None:
         self._loaded = loaded
-        self._joins = can_join(loaded)
-        self.max_batch = max_batch if self._joins else 1
+        self.joins = can_join(loaded)
+        self.max_batch = max_batch if self.joins else 1
         self.max_queue = max_queue
         self._queue: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -196,7 +199,7 @@ class Engine:
                 if not self._queue:
                     return
                 job = self._queue[0]
-                wanted = job.sampling.num_choices if self._joins else 1
+                wanted = job.sampling.num_choices if self.joins else 1
                 if len(self._batch) and len(self._batch) + wanted > self.max_batch:
                     return
                 choices = range(job.num_started, job.num_started + wanted)
