@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_tools import image_check
 from data_tools.coco import read_coco
 from data_tools.instruct import index as indexing
 from data_tools.instruct.config import InstructConfig
@@ -181,7 +182,7 @@ def test_unchanged_inputs_are_not_read_again_and_changed_ones_are(
     first = index(files)
     images = (files["out"] / "images.jsonl").read_bytes()
     calls: list[int] = []
-    monkeypatch.setattr(indexing, "read_coco", lambda *a: calls.append(1) or read_coco(*a))
+    monkeypatch.setattr(image_check, "read_coco", lambda *a: calls.append(1) or read_coco(*a))
     assert index(files) == first and not calls
     (files["out"] / "images.jsonl").write_bytes(images[:-5])
     assert index(files) == first and len(calls) == 1
