@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny"
 LANGUAGE = "model.language_model.config"
 PACKED = {"train.micro_batch_size": None}
-OUTLOOK = "would load the exported folder: transformers, transformers 5.0 to 5.5"
+OUTLOOK = "would load the exported folder: transformers >= 5.6, transformers 5.5"
 PLACES = ("LOCKED", "FILE", "OTHERS", "CACHE", "DAMAGED", "NEW")
 """Values that stand for directories and files of the fixture `places`."""
 Changes = dict[str, Any]

@@ -9,8 +9,10 @@ from vlm_sft.commands.parser import (
     add_base_option,
     add_template_option,
     heavy_imports,
+    require_file,
 )
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.export.formats import FORMATS
 from vlm_sft.utils.constants import MAX_SHARD_SIZE
 from vlm_sft.utils.ownership import require_new_directory
@@ -29,6 +31,14 @@ examples:
   # for llama.cpp: model-q8_0.gguf and mmproj-f16.gguf
   vlm-sft export runs/stage2_lora/final exported --to gguf --outtype q8_0
 
+  # adapters and projector for peft, and the base that they go on
+  vlm-sft export runs/stage2_lora/final adapters --to peft
+  vlm-sft export runs/stage2_lora/final base --without-adapters
+
+  # to a private repository, with a card that lists results
+  vlm-sft export runs/stage2_lora/final exported --results results.json --license apache-2.0 \\
+      --push-to-hub me/my-llava --private
+
   # the first one, with logits compared on another image
   vlm-sft export runs/stage2_lora/final exported --to hf --image dog.jpg
 """
@@ -42,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
     require_model_source(arguments.checkpoint)
     images = [arguments.image] if arguments.image else []
     require_images(images)
+    if arguments.results is not None:
+        require_file("--results", arguments.results)
+    if arguments.push_to_hub is None and (arguments.private or arguments.revision):
+        raise UserError("--private and --revision belong to --push-to-hub REPO; add it")
     require_new_directory(arguments.out, inputs=[arguments.checkpoint, *images])
     with heavy_imports():
         from vlm_sft.commands.export import run
@@ -86,10 +100,16 @@ def parser() -> CommandParser:
         metavar="SIZE",
         help=f"split larger weights into several files (default: {MAX_SHARD_SIZE})",
     )
+    _add_card_options(parser)
     add(
         "--merge",
         action="store_true",
         help="llava: write all weights, also of a run that trained adapters or the projector only",
+    )
+    add(
+        "--without-adapters",
+        action="store_true",
+        help="hf: leave adapters out instead of merging them; the base for --to peft",
     )
     add(
         "--tower",
@@ -109,6 +129,31 @@ def parser() -> CommandParser:
         "compared because it is not installed",
     )
     return parser
+
+
+def _add_card_options(parser: CommandParser) -> None:
+    add = parser.add_argument
+    add("--license", metavar="NAME", help="license of the model, for its card (e.g. apache-2.0)")
+    add(
+        "--attribution",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a line for the card on whose models or data it is based; may be repeated",
+    )
+    add(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="file of evaluate or score, whose numbers the card lists",
+    )
+    add(
+        "--push-to-hub",
+        metavar="REPO",
+        help="push the folder to this model repository; the token is HF_TOKEN or that of the login",
+    )
+    add("--private", action="store_true", help="the repository must be private")
+    add("--revision", metavar="BRANCH", help="push to this branch instead of main")
 
 
 if __name__ == "__main__":

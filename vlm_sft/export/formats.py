@@ -38,6 +38,10 @@ FORMATS: Final[Mapping[str, Format]] = {
     "gguf": Format(
         "a language model and an mmproj file for llama.cpp", "vlm_sft.export.gguf.export"
     ),
+    "peft": Format(
+        "adapters and projector for peft, on a base of --to hf --without-adapters",
+        "vlm_sft.export.peft",
+    ),
 }
 """All formats, by name."""
 
@@ -53,6 +57,7 @@ class ExportOptions:
         dtype: Dtype of the weights; None for that of the language model.
         max_shard_size: Larger weights are split into several files.
         merge: `llava`: whether all weights are written where a run trained only a part of them.
+        without_adapters: `hf`: whether adapters are left out instead of merged.
         tower_name: `llava`: folder or hub name of the vision tower; None for the model's own.
         outtype: `gguf`: type of the matrices of a GGUF file.
         unverified: `gguf`: whether files are kept that llama.cpp computes differently, or that were
@@ -65,6 +70,7 @@ class ExportOptions:
     dtype: "torch.dtype | None" = None
     max_shard_size: str = MAX_SHARD_SIZE
     merge: bool = False
+    without_adapters: bool = False
     tower_name: str | None = None
     outtype: Literal["f16", "q8_0"] = "f16"
     unverified: bool = False

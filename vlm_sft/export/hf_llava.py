@@ -9,7 +9,8 @@ from typing import Any, Final, Required, TypedDict, Unpack, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
 
 from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.data.hf_tokenizer import exported_tokenizer
@@ -28,7 +29,7 @@ from vlm_sft.export.folder import (
 )
 from vlm_sft.export.obstacles import export_obstacles
 from vlm_sft.export.sample import Sample, noise_sample, sample_logits
-from vlm_sft.export.stock import is_internvl, stock_vision
+from vlm_sft.export.stock import StockTower, is_internvl, stock_vision
 from vlm_sft.export.stock_model import build_stock_model
 from vlm_sft.export.verify import (
     Reload,
@@ -163,28 +164,26 @@ def write_hf_llava(
     Raises:
         UserError: The stock classes cannot hold the model, or the reloaded model differs.
     """
-    tower = stock_vision(model)
     compared = noise_sample(model) if sample is None else Sample(*sample)
     expected = sample_logits(model, compared)
-
     language_model = merged_language_model(model)
     dtype = dtype or language_model.get_input_embeddings().weight.dtype
-    tokenizer = exported_tokenizer(tokenizer, chat_template)
-    image_token_id = int(cast(Any, tokenizer).convert_tokens_to_ids(IMAGE_PLACEHOLDER))
-    num_tokens = 0
-    if is_internvl(model):
-        name_internvl_tokens(tokenizer, image_tokens)
-        num_tokens = len(tokenizer)
-    llava = build_stock_model(
-        model, tower, language_model, image_token_id, dtype, num_tokens=num_tokens
+    stock = stock_export(
+        model,
+        language_model,
+        tokenizer,
+        image_aspect=image_aspect,
+        chat_template=chat_template,
+        eot_token_ids=eot_token_ids,
+        image_tokens=image_tokens,
+        dtype=dtype,
     )
-    set_stop_token(tokenizer, eot_token_ids)
-    llava.generation_config = generation_config(language_model, tokenizer, eot_token_ids)
-    processor = build_processor(model, tower, tokenizer, image_aspect, chat_template)
     with naming(folder):
-        write_model(folder, llava, processor, tower.released_level, max_shard_size)
+        write_model(
+            folder, stock.model, stock.processor, stock.tower.released_level, max_shard_size
+        )
 
-    inputs = _reload_inputs(model, compared, image_token_id)
+    inputs = reload_inputs(model, compared, stock.image_token_id)
     found = reload(folder, inputs)
     _require_same_keys(found)
     _require_same_tokens(model.layout_rule, found)
@@ -197,15 +196,71 @@ def write_hf_llava(
         max_pixel_difference=_pixel_difference(
             found.pixels, inputs["image"], model, image_aspect, image_processing
         ),
-        image_token_id=image_token_id,
+        image_token_id=stock.image_token_id,
         dtype=str(dtype).removeprefix("torch."),
-        consumers=hf_consumers(llava.config),
+        consumers=hf_consumers(stock.model.config),
     )
     _require_same_logits(report, dtype)
     return report
 
 
-def _reload_inputs(
+@dataclass(frozen=True)
+class StockExport:
+    """A trained model as a class of transformers, with its processor.
+
+    Attributes:
+        model: Instance of the class, with the model's weights and generation config.
+        processor: Its processor, with the exported tokenizer.
+        tower: The vision tower that it has.
+        image_token_id: Id of `<image>`.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    tower: StockTower
+    image_token_id: int
+
+
+def stock_export(
+    model: VisionLanguageModel,
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    image_aspect: ImageAspect,
+    chat_template: str | None,
+    eot_token_ids: Sequence[int],
+    image_tokens: tuple[str, str],
+    dtype: torch.dtype,
+) -> StockExport:
+    """Build the class of transformers for a model without obstacles; see `write_hf_llava`.
+
+    Args:
+        model: The trained model; its own language model is not used.
+        language_model: The language model as a plain model of transformers.
+        tokenizer: Tokenizer of the run, of which a copy is made.
+        image_aspect: How images were made square in training.
+        chat_template: Jinja text of the chat template.
+        eot_token_ids: Ids that end an answer.
+        image_tokens: Special tokens around each image.
+        dtype: Of all weights.
+    """
+    tower = stock_vision(model)
+    tokenizer = exported_tokenizer(tokenizer, chat_template)
+    image_token_id = int(cast(Any, tokenizer).convert_tokens_to_ids(IMAGE_PLACEHOLDER))
+    num_tokens = 0
+    if is_internvl(model):
+        name_internvl_tokens(tokenizer, image_tokens)
+        num_tokens = len(tokenizer)
+    llava = build_stock_model(
+        model, tower, language_model, image_token_id, dtype, num_tokens=num_tokens
+    )
+    set_stop_token(tokenizer, eot_token_ids)
+    llava.generation_config = generation_config(language_model, tokenizer, eot_token_ids)
+    processor = build_processor(model, tower, tokenizer, image_aspect, chat_template)
+    return StockExport(llava, processor, tower, image_token_id)
+
+
+def reload_inputs(
     model: VisionLanguageModel, sample: Sample, image_token_id: int
 ) -> dict[str, Tensor]:
     """Return the sample as the stock class takes it, and an image for the image processor."""

@@ -3,7 +3,8 @@
 import copy
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import peft
@@ -113,11 +114,22 @@ def merged_language_model(model: VisionLanguageModel) -> PreTrainedModel:
     return cast(PreTrainedModel, merged)
 
 
+def base_language_model(model: VisionLanguageModel) -> PreTrainedModel:
+    """Return the language model without its adapters, as a plain transformers model.
+
+    A copy, as by `merged_language_model`; quantized weights are dequantized.
+    """
+    language_model = model.language_model
+    if not isinstance(language_model, peft.PeftModel):
+        return merged_language_model(model)
+    plain = cast(PreTrainedModel, cast(Any, copy.deepcopy(language_model)).unload())
+    quantized = any(map(is_quantized, plain.parameters()))
+    return _dequantized(plain) if quantized else plain
+
+
 def with_adapters(language_model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     """Wrap a language model in peft with new adapters in float32."""
-    with warnings.catch_warnings():
-        # peft 0.19 reads this attribute under the name it had before transformers 5.2.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with without_known_warnings():
         wrapped = peft.get_peft_model(language_model, config, autocast_adapter_dtype=True)
     for name, parameter in wrapped.named_parameters():
         if ".lora_" in name:
@@ -125,6 +137,15 @@ def with_adapters(language_model: PreTrainedModel, config: peft.LoraConfig) -> p
     if config.use_dora:
         _set_dora_magnitudes(wrapped)
     return cast(peft.PeftModel, wrapped)
+
+
+@contextmanager
+def without_known_warnings() -> Iterator[None]:
+    """Ignore a warning of transformers that peft causes whenever it wraps a model."""
+    with warnings.catch_warnings():
+        # peft 0.19 reads this attribute under the name it had before transformers 5.2.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def _set_dora_magnitudes(wrapped: nn.Module) -> None:
