@@ -7,9 +7,17 @@ from functools import cache
 from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
-from data_tools.instruct.verify.describing import ANIMALS, PRONOUN, Action, actions, noun_name
+from data_tools.instruct.verify.describing import (
+    ANIMALS,
+    PRONOUN,
+    Action,
+    action_stems,
+    actions,
+    noun_name,
+)
 from data_tools.instruct.verify.flags import ACTION
 from data_tools.instruct.verify.grammar import (
+    BE,
     INTRODUCING,
     determiner,
     last_of_phrase,
@@ -104,6 +112,46 @@ def check_object(case: Case) -> Iterator[Check]:
         yield case.check("action", "contradicted", "ACTION_WRONG", "answer", span, claim, evidence)
 
 
+def check_unlisted(case: Case) -> Iterator[Check]:
+    """Judge `What is he doing?` `He is signing autographs.`, of which no caption has a word.
+
+    Verbs that are listed are judged by what captions have in their place.
+    """
+    known = case.knowledge
+    if not _asks_for_action(case) or not case.answer_reading.sentences or not case.asked:
+        return
+    sentence = case.answer_reading.sentences[0]
+    words = sentence.words
+    verb = next(
+        (
+            i
+            for i in range(1, min(len(words), 8))
+            if words[i].endswith("ing") and words[i - 1] in BE
+        ),
+        None,
+    )
+    if verb is None or words[verb] in action_stems() or words[verb] in _VAGUE:
+        return
+    stem = words[verb][:-3].rstrip("e")
+    stem = stem[:-1] if stem[-1:] == stem[-2:-1] else stem
+    last = _object_of(sentence, verb)
+    if last is None or any(word.startswith(stem) for word in known.words):
+        return
+    claimed = Action(words[verb], None, None, verb, None)
+    names = case.asked[0].entry.categories
+    subject = "person" if "person" in names else names[0]
+    ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
+    if (
+        len(ids) > 2
+        and _has_unknown_object(case, claimed, sentence)
+        and sentence.asserts(verb, last)
+    ):
+        span, claim = sentence.span(verb, last), f"{words[verb]} {words[last]}"
+        yield case.check(
+            "action", "contradicted", "ACTION_WRONG", "answer", span, claim, tuple(sorted(ids))
+        )
+
+
 def _object_of(sentence: Sentence, verb: int) -> int | None:
     """Return the last word of the phrase that follows a verb; None where none does."""
     words, start = sentence.words, verb + 1
@@ -154,7 +202,9 @@ def excluding(
     asked = opening and _asks_for_action(case)
     if asked and number == "many" and subject in case.knowledge.single:
         return ()  # captions do not speak of these
-    if not asked and not (first and _is_alone(case, subject, number)):
+    general = case.sample_type == "reasoning" and _is_general(action, sentence)
+    herd = number == "many" and first and subject in ANIMALS and not general
+    if not asked and not herd and not (first and _is_alone(case, subject, number)):
         known = _of_same_word(case, action, sentence) if first else {}
     excluded = _excluded(subject == "person")
     tasks, compatible = _tasks()
@@ -170,6 +220,8 @@ def excluding(
             ids.update(captions)
         elif stem in tasks and (action.stem, stem) in compatible:
             return ()
+    if herd and len(ids) < 3:
+        return ()  # some of them may do something else
     return tuple(sorted(n for n in ids if n))
 
 
@@ -181,7 +233,7 @@ def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) ->
     """
     known = case.knowledge
     needs = _striking().get(action.stem)
-    if needs is None:
+    if needs is None or (case.sample_type == "reasoning" and _is_general(action, sentence)):
         return ()
     asked = opening and _asks_for_action(case)
     if (not needs.isdisjoint(known.words) or any(n in known.boxes for n in needs)) and not (
@@ -196,6 +248,16 @@ def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) ->
         return ()
     least = 4 if not asked else 2 if number == "one" else 3
     return tuple(sorted(ids)) if len(ids) >= least else ()
+
+
+def _is_general(action: Action, sentence: Sentence) -> bool:
+    """Return whether a kind is spoken of: `Cats climb well.`"""
+    mention = action.mention
+    return (
+        mention is not None
+        and mention.number == "many"
+        and determiner(sentence.words, mention.first)[0] == "none"
+    )
 
 
 def _has_unknown_object(case: Case, action: Action, sentence: Sentence) -> bool:
@@ -399,4 +461,5 @@ _ANIMATE = frozenset({"person", *ANIMALS})
 _RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
 _OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})
 _ASKING = word_set("doing position posture activity action happening riding sitting")
+_VAGUE = word_set("being having doing using getting trying going taking making putting enjoying")
 _BACKGROUND = word_set("spectators spectator audience crowd onlookers passersby others")

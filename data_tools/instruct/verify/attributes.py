@@ -105,7 +105,10 @@ def _check_negated(case: Case) -> Iterator[Check]:
             before = words[max(0, index - 3) : index]
             if "not" not in before or attribute_words()[words[index]] != "state":
                 continue
-            subject = subject_before(sentence, index - len(before) + before.index("not"))
+            verb = index - len(before) + before.index("not")
+            while verb > 0 and words[verb - 1] in _AUXILIARIES:
+                verb -= 1
+            subject = subject_before(sentence, verb)
             noun = subject[0] if subject is not None else PRONOUN
             if noun == PRONOUN:
                 noun = (
@@ -243,7 +246,10 @@ def asked_noun(case: Case) -> str:
     start = next((i + 1 for i, word in enumerate(words) if word in BE or word == "does"), 0)
     if words[0] in ("has", "have"):
         start = 1  # `has the banana been peeled`
-    while start < len(words) and words[start] in (DEFINITE | INDEFINITE | QUANTITIES):
+    while start < len(words) and (
+        words[start] in DEFINITE or words[start] in INDEFINITE or words[start] in QUANTITIES
+        or words[start] == "there"
+    ):  # fmt: skip
         start += 1
     last = last_of_phrase(words, start, len(words))
     while last > start and words[last] in attribute_words():
@@ -412,3 +418,4 @@ _ASKS: dict[Family, frozenset[str]] = {
     "material": frozenset({"made", "material", "materials"}),
     "state": frozenset({"state", "condition"}),
 }
+_AUXILIARIES = word_set("is are was were has have had does do been")

@@ -123,6 +123,16 @@ def _attribute(
     mention = next((m for m in sentence.mentions if m.first <= last < m.last), None)
     if mention is not None:
         head = mention.last  # `black bear` is one name
+    if family == "color" and head > last and families_of(words[head]) == "material" and (
+        "of" in words[max(0, first - 3) : first]
+    ):  # fmt: skip
+        head = last  # `made of light beige stone` says that the thing is beige
+        while first > 0 and words[first] != "of":
+            first -= 1
+        subject = subject_before(sentence, first - 1) if words[first - 1] in _MADE else None
+        subject = subject or (subject_before(sentence, first - 2) if first > 1 else None)
+        if subject is not None:
+            return Attribute(family, found, subject[0], _is_many(words, subject[1]), first, last)
     if head > last and words[head] in ("one", "ones"):
         return Attribute(family, found, ONE, False, first, head)
     if head > last and words[last + 1] not in finite_verbs():
@@ -182,6 +192,8 @@ def subject_before(sentence: Sentence, verb: int) -> tuple[str, int] | None:
         return PRONOUN, begin
     if words[begin] in _QUANTIFIERS and words[begin + 1 : begin + 2] == ["of"]:
         begin += 2  # `all of the umbrellas`
+    if "whose" in words[begin:verb]:
+        begin = words.index("whose", begin) + 1
     index = begin
     while index < verb and not (index > begin and words[index] in _ENDS_SUBJECT):
         index += 1
@@ -301,7 +313,7 @@ def _subject(sentence: Sentence, verb: int, stem: str) -> Mention | str | None:
         if joint > before[0].last and verb - joint > 2:
             return None  # another noun may stand in between
         return before[0]
-    if begin < verb and any(word in _PRONOUNS for word in words[begin:verb]):
+    if begin < verb and any(w in _PRONOUNS or w in _SOME for w in words[begin:verb]):
         return PRONOUN
     if begin and verb - begin <= 2 and words[begin] in ("and", ",", "while"):
         earlier = [m for m in sentence.mentions if m.last < begin]
@@ -393,6 +405,11 @@ def _synonyms() -> dict[str, str]:
     return {word: group[0] for group in wording.load("facts")["nouns"] for word in reversed(group)}
 
 
+def families_of(word: str) -> Family | None:
+    """Return the family of a word that is a color, a material or a state."""
+    return attribute_words().get(word)
+
+
 def _is_many(words: Sequence[str], index: int) -> bool:
     return is_plural(words[index]) or words[index] in ("they", "them", "both", "these", "those")
 
@@ -415,10 +432,11 @@ _PHOTOS: Final = word_set("photo photos picture pictures photograph photographs 
 _DEGREES: Final = word_set(
     "very mostly all both completely entirely bright dark light deep pale painted colored coloured "
     "a an quite also rather predominantly vivid solid cheerful shiny soft warm rich vibrant glossy "
-    "lovely dull plain slightly fairly beautiful striking"
+    "still now just lovely dull plain slightly fairly beautiful striking"
 )
 _MADE: Final = word_set("made carved built constructed out cut")
 _LINKING: Final = BE | word_set("looks appears seems painted colored glows shines looked")
+_SOME: Final = word_set("them others")
 _PRONOUNS: Final = word_set("it they he she both these those this that")
 _ENDS_SUBJECT: Final = PREPOSITIONS | word_set("that which who , and is are was were worn")
 _BEFORE_NOUNS: Final = DEFINITE | INDEFINITE | QUANTITIES

@@ -178,7 +178,7 @@ def _denied_when_asked(case: Case) -> Iterator[Check]:
 MANY: Final = 4
 """With more people than this, no street is deserted."""
 _DESERTED: Final = word_set("empty deserted abandoned")
-_WATCHED: Final = word_set("stadium stand arena bleachers grandstand")
+_WATCHED: Final = word_set("stadium stand arena bleachers grandstand row seat tribune")
 _PUBLIC: Final = word_set("street beach road sidewalk square plaza park station market restaurant")
 _DENYING: Final = word_set("nobody no not isn't aren't don't can't cannot doesn't without")
 _HAVING: Final = word_set("have has wear wearing")

@@ -1,6 +1,7 @@
 """In front of, behind, on, under: contradicted where captions have it the other way round."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Final
 
@@ -99,16 +100,36 @@ def check_where(case: Case) -> Iterator[Check]:
         return
 
 
-def _unknown_place(case: Case, name: str, sentence: Sentence) -> tuple[int, tuple[int, ...]] | None:
+def check_beside(case: Case) -> Iterator[Check]:
+    """Judge `What is it standing next to?` `A pile of hay.` where captions only have wool."""
+    asked = case.question.sentence
+    if asked is None or asked.words[-1] not in ("to", "near", "beside") or not case.asked:
+        return
+    names = case.asked[0].entry.categories
+    if len(names) != 1 or not case.answer_reading.sentences:
+        return
+    sentence = case.answer_reading.sentences[0]
+    unknown = _unknown_place(case, names[0], sentence, _NEAR)
+    if unknown is not None:
+        index, ids = unknown
+        span, claim = sentence.span(index, index), f"{names[0]} near {sentence.words[index]}"
+        yield case.check("relation", "contradicted", "RELATION_REFUTED", "answer", span, claim, ids)
+
+
+def _unknown_place(
+    case: Case, name: str, sentence: Sentence, cues: frozenset[str] | None = None
+) -> tuple[int, tuple[int, ...]] | None:
     """Return the place that an answer gives, and the captions, where none knows any word of it.
 
     Three captions must put the thing on, in or at something.
     """
     known, words = case.knowledge, sentence.words
+    at = _AT if cues is None else cues
     places: list[tuple[int, int]] = []
     for index, word in enumerate(words):
-        if word in _AT and index + 1 < len(words):
-            start = index + 1
+        part = word == "of" and words[index - 1] in _PARTS_OF_PLACES
+        if (word in at or part) and index + 1 < len(words):
+            start = index + 1 + (words[index + 1] == "to")
             while start < len(words) and words[start] in _ARTICLES:
                 start += 1
             last = last_of_phrase(words, start, len(words))
@@ -125,9 +146,10 @@ def _unknown_place(case: Case, name: str, sentence: Sentence) -> tuple[int, tupl
     ids = {
         caption.id
         for caption in known.captions
-        if caption.id in known.named.get(name, ()) and not _AT.isdisjoint(caption.reading.words)
+        if caption.id in known.named.get(name, ()) and not at.isdisjoint(caption.reading.words)
     }
-    return (places[0][1], tuple(sorted(ids))) if len(ids) > 2 else None
+    least = 2 if cues is None else 1
+    return (places[0][1], tuple(sorted(ids))) if len(ids) > least else None
 
 
 @cache
@@ -139,6 +161,8 @@ def _surfaces() -> dict[str, int]:
 
 def opposing(case: Case, one: str, claim: Relation) -> tuple[int, ...]:
     """Return the captions with the opposite relation; none where any caption has this one."""
+    if claim.other == "sign" and "stop sign" in case.knowledge.boxes:
+        claim = replace(claim, other="stop sign")
     same, opposite = {(one, claim.how, claim.other)}, {(one, _OPPOSITE[claim.how], claim.other)}
     if claim.how in ("front", "behind"):
         same.add((claim.other, _OPPOSITE[claim.how], one))
@@ -155,7 +179,8 @@ def opposing(case: Case, one: str, claim: Relation) -> tuple[int, ...]:
     return tuple(sorted(n for n in found if n))
 
 
-_AT: Final = word_set("on in at inside onto into atop under of")
+_AT: Final = word_set("on in at inside onto into atop under")
+_NEAR: Final = word_set("next near by beside close")
 _ARTICLES: Final = word_set("a an the his her its their this some")
 _PARTS_OF_PLACES: Final = word_set(
     "top front side left right middle center centre corner edge image picture photo foreground "
