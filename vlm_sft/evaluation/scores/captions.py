@@ -7,10 +7,12 @@ rare text (URLs, fractions, emoticons).
 
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vlm_sft.evaluation.intervals import cluster_bootstrap_interval
 from vlm_sft.evaluation.scores.files import Answers, Row, match
@@ -29,8 +31,7 @@ ROUGE_BETA: Final = 1.2
 _BLEU_SMALL: Final = 1e-9
 _BLEU_TINY: Final = 1e-15
 
-Tokens = tuple[str, ...]
-Ngrams = Counter[Tokens]
+Ints = NDArray[np.int64]
 
 _TOKEN: Final = re.compile(
     r"(?:[^\W\d_]\.){2,}"  # u.s.
@@ -163,66 +164,98 @@ def cider_d(
     captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> list[float]:
     """Return CIDEr-D of each caption, from 0 to 10 (arXiv 1411.5726)."""
-    caption_counts = [_ngrams(caption) for caption in captions]
-    reference_counts = [[_ngrams(reference) for reference in group] for group in references]
-    frequency: Counter[Tokens] = Counter()
-    for group in reference_counts:
-        frequency.update({ngram for counts in group for ngram in counts})
-    log_images = math.log(len(references))
-
-    def weigh(counts: Ngrams) -> tuple[list[dict[Tokens, float]], list[float], int]:
-        """Return TF-IDF weights and norms by n, and the length that the penalty compares."""
-        weights: list[dict[Tokens, float]] = [{} for _ in range(MAX_N)]
-        for ngram, count in counts.items():
-            inverse = log_images - math.log(max(1, frequency[ngram]))
-            weights[len(ngram) - 1][ngram] = count * inverse
-        norms = [math.sqrt(sum(value * value for value in part.values())) for part in weights]
-        return weights, norms, sum(n for ngram, n in counts.items() if len(ngram) == 2)
-
-    scores = []
-    for counts, group in zip(caption_counts, reference_counts, strict=True):
-        weights, norms, length = weigh(counts)
-        total = 0.0
-        for reference in group:
-            other_weights, other_norms, other_length = weigh(reference)
-            penalty = math.exp(-((length - other_length) ** 2) / (2 * CIDER_SIGMA**2))
-            for n in range(MAX_N):
-                product = sum(
-                    min(value, other_weights[n].get(ngram, 0.0)) * other_weights[n].get(ngram, 0.0)
-                    for ngram, value in weights[n].items()
-                )
-                if norms[n] and other_norms[n]:
-                    product /= norms[n] * other_norms[n]
-                total += product * penalty
-        scores.append(10.0 * total / MAX_N / len(group))
-    return scores
+    groups = np.array([len(group) for group in references])
+    image = np.repeat(np.arange(len(references)), groups)
+    texts = [*captions, *(reference for group in references for reference in group)]
+    image_of_text = np.concatenate([np.arange(len(captions)), image])
+    lengths = np.array([max(0, len(text) - 1) for text in texts])  # of bigrams, as COCO's code has
+    gap = lengths[: len(captions)][image] - lengths[len(captions) :]
+    penalty = np.exp(-(gap.astype(float) ** 2) / (2 * CIDER_SIGMA**2))
+    total = np.zeros(len(image))
+    for text, ngram, count in _counted_ngrams(texts):
+        is_reference = text >= len(captions)
+        pairs = np.unique(image_of_text[text[is_reference]] * _span(ngram) + ngram[is_reference])
+        frequency = np.bincount(pairs % _span(ngram), minlength=_span(ngram))
+        weight = count * (math.log(len(references)) - np.log(np.maximum(1, frequency[ngram])))
+        norm = np.sqrt(np.bincount(text, weight**2, minlength=len(texts)))
+        # The weights of the caption's n-grams, looked up for each n-gram of a reference.
+        ours = text[~is_reference] * _span(ngram) + ngram[~is_reference]
+        theirs = image_of_text[text[is_reference]] * _span(ngram) + ngram[is_reference]
+        place = np.minimum(np.searchsorted(ours, theirs), max(0, len(ours) - 1))
+        if not len(ours):
+            continue
+        found = np.where(ours[place] == theirs, weight[~is_reference][place], 0.0)
+        product = np.minimum(found, weight[is_reference]) * weight[is_reference]
+        sums = np.bincount(
+            text[is_reference] - len(captions), product, minlength=len(image)
+        ).astype(float)
+        norms = norm[: len(captions)][image] * norm[len(captions) :]
+        total += np.divide(sums, norms, out=sums, where=norms > 0) * penalty
+    by_caption = np.bincount(image, total, minlength=len(captions))
+    return [float(value) for value in 10.0 * by_caption / MAX_N / groups]
 
 
 def bleu(
     captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> tuple[float, ...]:
     """Return BLEU-1 to BLEU-4 of the set; the reference length is the closest one."""
-    matched, possible = [0] * MAX_N, [0] * MAX_N
-    length = reference_length = 0
-    for caption, group in zip(captions, references, strict=True):
-        length += len(caption)
-        reference_length += min(
-            (abs(len(reference) - len(caption)), len(reference)) for reference in group
-        )[1]
-        limits: Ngrams = Counter()
-        for reference in group:
-            limits |= _ngrams(reference)
-        for n in range(MAX_N):
-            possible[n] += max(0, len(caption) - n)
-        for ngram, count in _ngrams(caption).items():
-            matched[len(ngram) - 1] += min(count, limits[ngram])
+    length = sum(map(len, captions))
+    reference_length = sum(
+        min((abs(len(reference) - len(caption)), len(reference)) for reference in group)[1]
+        for caption, group in zip(captions, references, strict=True)
+    )
+    texts = [*captions, *(reference for group in references for reference in group)]
+    images = np.repeat(np.arange(len(references)), [len(group) for group in references])
+    image_of_text = np.concatenate([np.arange(len(captions)), images])
     scores, product = [], 1.0
-    for n in range(MAX_N):
-        product *= (matched[n] + _BLEU_TINY) / (possible[n] + _BLEU_SMALL)
-        scores.append(product ** (1 / (n + 1)))
+    for n, (text, ngram, count) in enumerate(_counted_ngrams(texts), 1):
+        is_reference = text >= len(captions)
+        key = image_of_text[text] * _span(ngram) + ngram
+        known, place = np.unique(key[is_reference], return_inverse=True)
+        limits = np.zeros(len(known), np.int64)  # the most that one reference has
+        np.maximum.at(limits, place, count[is_reference])
+        at = np.minimum(np.searchsorted(known, key[~is_reference]), max(0, len(known) - 1))
+        matched = 0
+        if len(known):
+            limit = np.where(known[at] == key[~is_reference], limits[at], 0)
+            matched = int(np.minimum(count[~is_reference], limit).sum())
+        possible = sum(max(0, len(caption) - n + 1) for caption in captions)
+        product *= (matched + _BLEU_TINY) / (possible + _BLEU_SMALL)
+        scores.append(product ** (1 / n))
     ratio = (length + _BLEU_TINY) / (reference_length + _BLEU_SMALL)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     return tuple(score * brevity for score in scores)
+
+
+def _counted_ngrams(texts: Sequence[Sequence[str]]) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """Yield, for n from 1 to `MAX_N`, the n-grams of each text.
+
+    Returns:
+        Text numbers in ascending order, numbers that stand for n-grams (equal in all texts), and
+        how often the text has the n-gram.
+    """
+    vocabulary: dict[str, int] = {}
+    words = np.array(
+        [vocabulary.setdefault(word, len(vocabulary)) for text in texts for word in text], np.int64
+    )
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    ngrams, starts = words, np.arange(len(words))
+    for n in range(1, MAX_N + 1):
+        if n > 1:
+            # An n-gram is an (n-1)-gram and a word, if both are in the same text.
+            keep = starts + n - 1 < len(words)
+            keep[keep] = owner[starts[keep] + n - 1] == owner[starts[keep]]
+            starts, ngrams = starts[keep], ngrams[keep]
+            ngrams = ngrams * len(vocabulary) + words[starts + n - 1]
+            ngrams = np.unique(ngrams, return_inverse=True)[1]
+        span = _span(ngrams)
+        pairs, counts = np.unique(owner[starts] * span + ngrams, return_counts=True)
+        yield pairs // span, pairs % span, counts
+
+
+def _span(ngrams: Ints) -> int:
+    """Return a number above all numbers of n-grams."""
+    return int(ngrams.max()) + 1 if len(ngrams) else 1
 
 
 def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -238,14 +271,6 @@ def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> floa
         return 0.0
     weight = ROUGE_BETA**2
     return (1 + weight) * precision * recall / (recall + weight * precision)
-
-
-def _ngrams(tokens: Sequence[str]) -> Ngrams:
-    return Counter(
-        tuple(tokens[start : start + n])
-        for n in range(1, MAX_N + 1)
-        for start in range(len(tokens) - n + 1)
-    )
 
 
 def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
