@@ -31,6 +31,7 @@ import yaml
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
+from vlm_sft.evaluation.scores.object_words import category_named
 from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
 from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
@@ -196,7 +197,6 @@ class Quickstart:
         artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
         data, annotations = f"{self.folder}/data/{split}", f"{self._scene_dir(split)}/annotations"
         captions = f"{annotations}/captions_{artist}.json"
-        instances = f"{annotations}/instances_{artist}.json"
         # The answers name what is seen before the verdict.
         existence = {
             "files": [f"{data}/existence.json"],
@@ -210,9 +210,22 @@ class Quickstart:
             {"name": "counting", "kind": "counting", "files": [f"{data}/counting.json"]},
             {"name": "halves", "kind": "multiple_choice", **halves},
             {"name": "captions", "kind": "caption", **describe},
-            {"name": "objects", "kind": "chair", **describe, "truth": [instances, captions]},
+            {"name": "objects", "kind": "chair", **describe, "truth": [self._objects(split)]},
         ]
         return [{**task, "images": f"{self._scene_dir(split)}/images"} for task in tasks]
+
+    def _objects(self, split: str) -> str:
+        """Write the objects of every scene of which CHAIR knows words: those that COCO has, too."""
+        artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
+        found = read_json(Path(f"{self._scene_dir(split)}/annotations/instances_{artist}.json"))
+        known = {row["id"]: category_named(row["name"]) for row in found["categories"]}
+        objects: dict[int, set[str]] = {image["id"]: set() for image in found["images"]}
+        for box in found["annotations"]:
+            if (name := known[box["category_id"]]) is not None:
+                objects[box["image_id"]].add(name)
+        path = self.folder / "data" / split / "objects.json"
+        write_json(path, [{"id": n, "objects": sorted(names)} for n, names in objects.items()])
+        return str(path)
 
     def _evaluation(self, split: str) -> Path:
         return self.folder / f"evaluation-{split}"

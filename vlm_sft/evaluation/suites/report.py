@@ -203,6 +203,7 @@ def _plot(found: Sequence[TaskResult]) -> bytes:
             if interval is not None:
                 panel.plot([place, place], interval, color="#123a7a", lw=1.8)
         panel.set_xticks(range(len(names)), names, fontsize=8)
+        panel.set_xlim(-0.6, max(len(names), 3) - 0.4)
         panel.set_title(f"{task.name}: {task.main}", fontsize=9)
         if task.main == "accuracy":
             panel.set_ylim(0, 1)
