@@ -169,9 +169,13 @@ class RunMetrics:
         if suite:
             row["eval_suite"] = dict(suite)
         self._write(row)
-        for name, value in suite.items():
-            if name.count(".") == 1 and value is not None:  # with the questions' own images
-                logger.info("step %d: %s %.4f", step, name, value)
+        own = [
+            f"{name} {value:.4f}"
+            for name, value in suite.items()
+            if name.count(".") == 1 and value is not None
+        ]  # with the questions' own images
+        if own:
+            logger.info("step %d: %s", step, ", ".join(own))
         if result is None:
             return
         tokens = f"{result.num_targets:,} tokens"
