@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from vlm_sft.config.finished import is_hub_name
+from vlm_sft.config.finished_files import is_hub_name
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import UserError
 from vlm_sft.export.consumers import consumer_rows
