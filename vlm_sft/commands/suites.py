@@ -26,8 +26,8 @@ from vlm_sft.evaluation.suites.results import (
     TaskResult,
     looks,
     score_task,
-    shares,
     visual_necessity,
+    with_true_answers,
 )
 from vlm_sft.evaluation.suites.tasks import Task, plan, read_task
 from vlm_sft.utils.atomic_files import write_json, write_text
@@ -88,7 +88,7 @@ def results_dict(
         "suite": str(suite_path),
         "seed": suite.seed,
         "interval": INTERVALS,
-        "looks": looks(shares(found), seed=suite.seed),
+        "looks": looks(with_true_answers(found), seed=suite.seed),
         "tasks": {task.name: task.as_dict(seed=suite.seed) for task in found},
     }
 

@@ -29,7 +29,12 @@ MAIN_SCORES: Final = {
 """The score that stands for a kind where there is room for one; `accuracy` for the others."""
 
 NOT_SHARES: Final = frozenset({"caption"})
-"""Kinds whose questions are not right or wrong: they have no part in shares over all tasks."""
+"""Kinds whose questions have a score that is no share of 1."""
+
+WITH_TRUE_ANSWERS: Final = frozenset(
+    ("pope", "vqa", "gqa", "multiple_choice", "counting", "grounding")
+)
+"""Kinds whose questions are answered right or wrong, which accuracy over all tasks counts."""
 
 RIGHT: Final = 0.5
 """Least score of a question that counts as answered."""
@@ -193,9 +198,9 @@ def _mean_interval(questions: Sequence[QuestionResult], seed: int) -> Interval:
     return cluster_bootstrap_interval(values, images, seed=seed)
 
 
-def shares(tasks: Sequence[TaskResult]) -> list[TaskResult]:
-    """Return the tasks whose questions are right or wrong."""
-    return [task for task in tasks if task.kind not in NOT_SHARES]
+def with_true_answers(tasks: Sequence[TaskResult]) -> list[TaskResult]:
+    """Return the tasks whose questions are answered right or wrong."""
+    return [task for task in tasks if task.kind in WITH_TRUE_ANSWERS]
 
 
 def visual_necessity(tasks: Sequence[TaskResult]) -> Iterator[dict[str, Any]]:
@@ -205,7 +210,7 @@ def visual_necessity(tasks: Sequence[TaskResult]) -> Iterator[dict[str, Any]]:
     `needs_image` means right with its own image and wrong under all of them. A guess is right by
     chance, so a single question proves nothing: use several models or seeds to filter data.
     """
-    for task in shares(tasks):
+    for task in with_true_answers(tasks):
         for question in task.questions:
             without = [question.scores[c] for c in _WITHOUT_IMAGE if c in question.scores]
             own = question.scores.get("right")
