@@ -139,6 +139,11 @@ def _attribute(
         return Attribute(family, found, noun_at(sentence, head), _is_many(words, head), first, head)
     before = first - 1
     if family == "color" and before > 0 and words[before] == "in" and words[before - 1] not in BE:
+        if words[before - 1] in _MADE_IN:
+            subject = subject_before(sentence, before - 1)
+            if subject is not None:
+                many = _is_many(words, subject[1])
+                return Attribute(family, found, subject[0], many, first, last, predicate=True)
         noun = noun_at(sentence, before - 1)  # `an apple in red and yellow`
         if words[before - 1][0].isalpha() and words[before - 1] not in FUNCTION_WORDS:
             return Attribute(family, found, noun, False, first, last)
@@ -434,6 +439,7 @@ _DEGREES: Final = word_set(
     "a an quite also rather predominantly vivid solid cheerful shiny soft warm rich vibrant glossy "
     "still now just lovely dull plain slightly fairly beautiful striking"
 )
+_MADE_IN: Final = word_set("painted colored covered kept finished")
 _MADE: Final = word_set("made carved built constructed out cut")
 _LINKING: Final = BE | word_set("looks appears seems painted colored glows shines looked")
 _SOME: Final = word_set("them others")

@@ -1,6 +1,7 @@
 """Things outside the annotated categories: supported by captions, or unknown."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Final
 
 from data_tools.instruct.schema import Check
@@ -33,7 +34,8 @@ def check(case: Case) -> Iterator[Check]:
     It never rejects: boxes cannot refute what nobody was asked to box.
     """
     known = case.knowledge.nouns
-    unknown: dict[str, tuple[int, int]] = {}
+    unknown: dict[str, tuple[Sentence, int, int]] = {}
+    families, no_things = attribute_words(), _no_things()
     for sentence in case.answer_reading.sentences:
         hits = sentence.hits(INTRODUCES)
         if not hits:
@@ -48,19 +50,25 @@ def check(case: Case) -> Iterator[Check]:
             if last <= index or last in inside:
                 continue
             noun = noun_name(words[last])
-            if noun in known or noun in unknown or noun in _NOT_THINGS | parts():
+            if noun in known or noun in unknown or noun in no_things:
                 continue
-            if words[last] in attribute_words() or words[last] in FUNCTION_WORDS:
+            if words[last] in families or words[last] in FUNCTION_WORDS:
                 continue
             if sentence.asserts(index, last):
-                unknown[noun] = sentence.span(index, last)
+                unknown[noun] = (sentence, index, last)
     yield from _denied(case)
     yield from _deserted(case)
     yield from _denied_when_asked(case)
     if unknown:
         claim = f"outside the categories and captions: {', '.join(list(unknown)[:SHOWN])}"
-        span = next(iter(unknown.values()))
+        where, first, last = next(iter(unknown.values()))
+        span = where.span(first, last)
         yield case.check("other_object", "unknown", None, "answer", span, claim)
+
+
+@cache
+def _no_things() -> frozenset[str]:
+    return _NOT_THINGS | parts()
 
 
 def _denied(case: Case) -> Iterator[Check]:

@@ -45,6 +45,8 @@ def times(text: str) -> Iterator[tuple[int, tuple[int, int]]]:
             continue
         signed = -minutes if match["side"].lower() in ("to", "before") else minutes
         yield (hour % 12) * 60 + signed, match.span()
+    for match in _TWELVE.finditer(text):
+        yield 0, match.span()
     for match in _HOUR.finditer(text):
         hour = _number(match[1])
         if hour is not None:
@@ -64,6 +66,7 @@ _SPOKEN: Final = re.compile(
     r"ten|eleven|twelve)\b",
     re.IGNORECASE,
 )
+_TWELVE: Final = re.compile(r"\b(?:is|shows|reads|exactly) (?:exactly )?(?:noon|midnight)\b")
 _HOUR: Final = re.compile(
     r"\b(\d{1,2}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve) o['’]clock",
     re.IGNORECASE,
