@@ -1,41 +1,30 @@
 """Choose images and objects for the questions of POPE, and leave out images of training data."""
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from data_tools.coco import AnnotatedImage, CocoIndex
-from data_tools.digests import file_digest, hashed
+from data_tools.digests import hashed
 from data_tools.findings import finding_lines
 from data_tools.image_check import read_annotated
-from data_tools.instruct.clean.same_images import hash_image
-from data_tools.instruct.contamination import coco_id
 from data_tools.rules import POPE_FILES, POPE_SAMPLINGS
 from data_tools.rules.facts import Facts
-from vlm_sft.config.schema import DataFile
-from vlm_sft.data.records import open_records
-from vlm_sft.errors import RecordError, UserError
+from data_tools.trained_images import trained_images
+from vlm_sft.errors import UserError
 from vlm_sft.utils import words
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import own_output, owned_open, write_owned_json
-from vlm_sft.utils.progress import track
 
 KIND: Final = "POPE questions"
 """What the marker of an output folder states that it holds."""
 
 OFTEN_UNLABELED: Final = ("person", "car", "chair", "dining table", "cup", "book")
 """Categories that COCO often leaves without a box (RePOPE, arXiv 2504.15707)."""
-
-HASH_DISTANCE: Final = 6
-"""Bits of 64 by which the perceptual hashes of equal images may differ."""
 
 
 def write_questions(arguments: argparse.Namespace) -> None:
@@ -53,7 +42,11 @@ def write_questions(arguments: argparse.Namespace) -> None:
     )
     least = max(arguments.min_objects, pairs)
     candidates = [image for image in usable if len(image.categories) >= least]
-    seen = trained_images(candidates, images_dir, arguments.training, arguments.training_images)
+    seen = trained_images(
+        {image.id: images_dir / image.file_name for image in candidates},
+        arguments.training,
+        arguments.training_images,
+    )
     allowed = [image for image in candidates if image.id not in seen.images]
     drawn = sorted(allowed, key=lambda image: hashed(seed, "image", image.id))[: arguments.count]
     chosen = sorted(drawn, key=lambda image: image.id)
@@ -127,107 +120,6 @@ def questions(
                     "category": name,
                 }
                 yield row | ({"often_unlabeled": True} if name in OFTEN_UNLABELED else {})
-
-
-@dataclass(frozen=True)
-class TrainedImages:
-    """Images that training records have, too.
-
-    Attributes:
-        images: Why each image counts as trained on, by COCO id.
-        records: Training records that were read.
-        faulty: Training records that cannot be read.
-        files: Their images that were compared by content.
-        missing: Their images that are not in --training-images.
-    """
-
-    images: dict[int, str]
-    records: int = 0
-    faulty: int = 0
-    files: int = 0
-    missing: int = 0
-
-    def summary(self) -> dict[str, Any]:
-        """Return the counts for JSON."""
-        return {
-            "records": self.records,
-            "faulty_records": self.faulty,
-            "images_compared_by_content": self.files,
-            "images_not_found": self.missing,
-            "found": dict(sorted(Counter(self.images.values()).items())),
-        }
-
-
-def trained_images(
-    images: Sequence[AnnotatedImage],
-    images_dir: Path,
-    training: Iterable[str],
-    training_root: str | None,
-) -> TrainedImages:
-    """Find the images that occur in training records.
-
-    Args:
-        images: Images that might be asked about.
-        images_dir: Their folder.
-        training: Files of training records.
-        training_root: Folder of the training images; None: the folder of each file.
-
-    Raises:
-        UserError: A file cannot be read, or none of its entries is a record.
-    """
-    names: dict[Path, None] = {}
-    embedded: list[bytes] = []
-    num_records = num_faulty = 0
-    for path in training:
-        before = num_records
-        records = open_records(DataFile(path=path, image_root=training_root))
-        for record in track(records.conversations, records.total, f"reading {Path(path).name}"):
-            if isinstance(record, RecordError):
-                num_faulty += 1
-                continue
-            num_records += 1
-            for image in record.images:
-                if isinstance(image, bytes):
-                    embedded.append(image)
-                else:
-                    names[image] = None
-        if num_records == before:
-            raise UserError(
-                f"--training {path}: not one of its entries is a training record, or it has no "
-                "records; give the records that the model was trained on, as `data.train` has them",
-                code="no_records",
-            )
-    ids = {number for path in names if (number := coco_id(path)) is not None}
-    found = {image.id: "same COCO id" for image in images if image.id in ids}
-    existing = [path for path in names if path.is_file()]
-    if not num_records:
-        return TrainedImages(found)
-    contents = {hashlib.sha256(data).hexdigest() for data in embedded}
-    sizes = {path.stat().st_size for path in existing} | {len(data) for data in embedded}
-    ours = {image.id: images_dir / image.file_name for image in images if image.id not in found}
-    same_size = {number: p for number, p in ours.items() if p.stat().st_size in sizes}
-    wanted = {path.stat().st_size for path in same_size.values()}
-    contents |= {file_digest(path) for path in existing if path.stat().st_size in wanted}
-    found |= {n: "same file" for n, path in same_size.items() if file_digest(path) in contents}
-    theirs: list[Path | bytes] = [*existing, *embedded]
-    found |= _similar({n: p for n, p in ours.items() if n not in found}, theirs)
-    return TrainedImages(found, num_records, num_faulty, len(theirs), len(names) - len(existing))
-
-
-def _similar(ours: Mapping[int, Path], theirs: Sequence[Path | bytes]) -> dict[int, str]:
-    """Return the images whose perceptual hash is near that of a training image."""
-    if not ours or not theirs:
-        return {}
-    hashes = map(hash_image, track(theirs, len(theirs), "hashing training images"))
-    known = np.array([value for value in hashes if isinstance(value, int)], np.uint64)
-    near: dict[int, str] = {}
-    for number, path in track(ours.items(), len(ours), "comparing images"):
-        value = hash_image(path)
-        if isinstance(value, int) and len(known):
-            distance = np.bitwise_count(known ^ np.uint64(value)).min()
-            if distance <= HASH_DISTANCE:
-                near[number] = "similar image"
-    return near
 
 
 def _table(summary: Mapping[str, Any], out: Path) -> Iterator[str]:

@@ -45,6 +45,7 @@ COMMANDS = [
     "data_tools.build_coco",
     "data_tools.make_scenes",
     "data_tools.mix",
+    "data_tools.overlap",
     "data_tools.pope",
     "data_tools.verify",
     "data_tools.instruct",

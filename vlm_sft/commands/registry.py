@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "data_tools.instruct.verify.codes": "print the table of its codes",
     "data_tools.make_scenes": "compose scenes with known content",
     "data_tools.mix": "mix record files",
+    "data_tools.overlap": "report evaluation images that were trained on",
     "data_tools.pope": "write POPE questions about the existence of objects",
     "data_tools.verify": "check records of others (--records)",
 }

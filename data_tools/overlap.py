@@ -1,0 +1,75 @@
+"""Report which evaluation images occur in training records, and were therefore trained on.
+
+Images are compared by COCO id, by file content and by perceptual hash, so that renamed, copied and
+re-encoded images are found. `vlm-sft data pope` leaves such images out by itself.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from vlm_sft.commands.parser import CommandParser, heavy_imports, require_file, require_folder
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.utils.output_files import require_output_file
+
+EXAMPLES: Final = """examples:
+  vlm-sft data overlap --images val2014 --training llava_v1_5_mix665k.json
+  vlm-sft data overlap --images val2014 --questions coco_pope_random.json \\
+      --training mine.json --training-images images --out overlap.json
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare the images, print the counts, write `--out`; return the exit code."""
+    arguments = parser().read(argv)
+    require_folder("--images", arguments.images)
+    if arguments.training_images is not None:
+        require_folder("--training-images", arguments.training_images)
+    for option in ("questions", "training"):
+        for path in getattr(arguments, option):
+            require_file(f"--{option}", path)
+    if arguments.out is not None:
+        require_output_file(
+            arguments.out, inputs=[*arguments.questions, *arguments.training],
+            image_roots=[arguments.images], command="overlap", overwrite=arguments.overwrite,
+        )  # fmt: skip
+    with heavy_imports():
+        from data_tools.rules.overlap import report_overlap
+    report_overlap(arguments)
+    return 0
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("vlm-sft data overlap", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="folder of evaluation images")
+    add(
+        "--questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help='question files that name them as "image" (default: every image in --images)',
+    )
+    add(
+        "--training",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="records that the model was trained on, as data.train has them",
+    )
+    add(
+        "--training-images",
+        type=Path,
+        metavar="DIR",
+        help="their image_root (default: each file's folder)",
+    )
+    add("--out", type=Path, metavar="FILE", help="JSON file with each image that was found and why")
+    add("--overwrite", action="store_true", help="replace --out even if another program wrote it")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
