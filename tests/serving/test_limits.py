@@ -110,9 +110,9 @@ def test_parameters_without_an_effect_are_accepted(served: Served) -> None:
 
 def test_the_client_of_a_request_that_is_far_too_large_sees_why(served: Served) -> None:
     with pytest.raises(openai.APIStatusError, match="longer than 1,000,000 bytes"):
-        ask(served.client(), "x" * 20_000_000)
+        ask(served.client(), "x" * 8_000_000)
     with pytest.raises(openai.AuthenticationError, match="wrong or missing API key"):
-        ask(served.client("wrong"), "x" * 20_000_000)
+        ask(served.client("wrong"), "x" * 8_000_000)
 
 
 def test_half_a_body_is_refused_after_some_time(
