@@ -211,12 +211,17 @@ def test_ratings_of_several_models(tmp_path: Path) -> None:
 
 
 def test_a_model_that_loses_everything_has_no_finite_rating(tmp_path: Path) -> None:
+    twin = said(5, 5, "t")
+    twin.by_id.update({"0": "quality=6", "1": "quality=4"})
     with served(fair) as server:
-        options = Options(judge=judge(server.url, tmp_path / "l"), others={"low": said(5, 1, "x")})
+        others = {"low": said(5, 1, "x"), "twin": twin}
+        options = Options(judge=judge(server.url, tmp_path / "l"), others=others)
         found = score("arena", said(5, 5), questions(5), options).scores
     assert found["unbounded_ratings"] == "low"
-    assert found["by_model"]["low"]["rating"] is None
-    assert found["by_model"]["model"]["win_rate"] == 1.0
+    models = found["by_model"]
+    assert (models["low"]["rating"], models["low"]["win_rate"]) == (None, 0.0)
+    assert models["model"]["rating"] == pytest.approx(1000, abs=0.1)  # as good as its twin
+    assert models["twin"]["rating"] == pytest.approx(1000, abs=0.1)
 
 
 def test_conversations_are_graded_turn_by_turn(tmp_path: Path) -> None:

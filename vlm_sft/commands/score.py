@@ -147,4 +147,6 @@ def _interval(scores: Mapping[str, Any], name: str) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+    return "-" if value is None else str(value)

@@ -24,6 +24,7 @@ from vlm_sft.evaluation.judges.asking import (
     request_for,
 )
 from vlm_sft.evaluation.judges.ratings import (
+    CENTER,
     Battle,
     bootstrap_ratings,
     bradley_terry,
@@ -308,12 +309,15 @@ def _grades(rows: Sequence[dict[str, Any]], asked: Asked, options: Options) -> d
 
 def _ratings(battles: Sequence[Battle], names: Sequence[str], seed: int) -> dict[str, Any]:
     wins = win_matrix(battles, len(names))
-    rating, single = bradley_terry(wins), elo(battles, len(names), seed=seed)
-    low, high = np.quantile(
-        bootstrap_ratings(battles, len(names), seed=seed), [0.025, 0.975], axis=0
-    )
-    games = (wins + wins.T).sum(axis=1)
     without = unbounded(wins)
+    finite = [n for n in range(len(names)) if n not in without]
+    samples = bootstrap_ratings(battles, len(names), seed=seed)
+    # A rating without a finite value would move the mean of the others away from the center.
+    samples += CENTER - samples[:, finite].mean(axis=1, keepdims=True)
+    rating, single = bradley_terry(wins), elo(battles, len(names), seed=seed)
+    rating += CENTER - rating[finite].mean()
+    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+    games = (wins + wins.T).sum(axis=1)
     return {
         "unbounded_ratings": ", ".join(names[n] for n in without) or None,
         "by_model": {
