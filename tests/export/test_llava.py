@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.finished_models import OriginalParts
 from tests.model.tiny import CLIP, GEMMA2, LLAMA, images, tiny_model
-from vlm_sft.config.schema import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.config.schema import (
+    ImageTilingConfig,
+    LanguageModelConfig,
+    LoraConfig,
+    ModelConfig,
+    VisionTowerConfig,
+)
 from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
@@ -241,3 +247,22 @@ def test_a_tower_saved_by_newer_versions_of_transformers_is_recognized(
     released = {"vision_model.x": torch.zeros(1)}
     save_file(released, tmp_path / "model.safetensors")
     assert has_released_names(str(tmp_path))
+
+
+def test_images_in_crops_are_those_of_llava_1_6(parts: OriginalParts, tmp_path: Path) -> None:
+    config = ModelConfig(
+        vision_tower=VisionTowerConfig(library="transformers", name=str(parts.clip)),
+        image_tiling=ImageTilingConfig(layout="anyres", grids=[[1, 2], [2, 1], [1, 3]]),
+        language_model=LanguageModelConfig(name=str(parts.base())),
+    )
+    checkpoint = loaded(build_model(config, dtype=torch.float32, seed=3))
+    facts = written(checkpoint, tmp_path / "out")
+    assert facts["max_abs_logit_difference"] == 0.0
+    tree = facts["config"]
+    assert tree["image_aspect_ratio"] == "anyres" and tree["mm_patch_merge_type"] == "spatial_unpad"
+    # Width and height, unlike transformers' list.
+    assert tree["image_grid_pinpoints"] == [[56, 28], [28, 56], [84, 28]]
+    assert "model.image_newline" in load_file(tmp_path / "out" / "model.safetensors")
+    again = load_checkpoint(tmp_path / "out", device="cpu", template="vicuna_v1").model
+    assert again.layout_rule == checkpoint.model.layout_rule
+    require_same_state(again, checkpoint.model)

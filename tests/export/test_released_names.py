@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.export.test_tiled import model_of
 from tests.model.tiny import LLAMA, VIT, tiny_model
 from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.export.hf_llava import export_hf_llava
@@ -67,6 +68,7 @@ vision_tower.vision_model.head.mlp.fc2.bias
 vision_tower.vision_model.head.mlp.fc2.weight
 vision_tower.vision_model.head.probe
 {ENCODER_LAYER}"""
+HEADLESS_SIGLIP_NAMES = "\n".join(n for n in SIGLIP_NAMES.split() if ".head." not in n) + "\n"
 TIED_LLAMA_NAMES = """
 language_model.model.embed_tokens.weight
 language_model.model.layers.0.input_layernorm.weight
@@ -92,6 +94,33 @@ MIXTRAL_NAMES = LLAMA_NAMES.replace(".mlp.down_proj.", ".block_sparse_moe.expert
 MIXTRAL_NAMES = MIXTRAL_NAMES.replace(".mlp.gate_proj.", ".block_sparse_moe.experts.0.w1.")
 MIXTRAL_NAMES = MIXTRAL_NAMES.replace(".mlp.up_proj.", ".block_sparse_moe.experts.0.w3.")
 MIXTRAL_NAMES += "language_model.model.layers.0.block_sparse_moe.gate.weight\n"
+
+INTERNVL_NAMES = """
+multi_modal_projector.layer_norm.bias
+multi_modal_projector.layer_norm.weight
+vision_tower.embeddings.cls_token
+vision_tower.embeddings.patch_embeddings.projection.bias
+vision_tower.embeddings.patch_embeddings.projection.weight
+vision_tower.embeddings.position_embeddings
+vision_tower.encoder.layer.0.attention.k_proj.bias
+vision_tower.encoder.layer.0.attention.k_proj.weight
+vision_tower.encoder.layer.0.attention.projection_layer.bias
+vision_tower.encoder.layer.0.attention.projection_layer.weight
+vision_tower.encoder.layer.0.attention.q_proj.bias
+vision_tower.encoder.layer.0.attention.q_proj.weight
+vision_tower.encoder.layer.0.attention.v_proj.bias
+vision_tower.encoder.layer.0.attention.v_proj.weight
+vision_tower.encoder.layer.0.lambda_1
+vision_tower.encoder.layer.0.lambda_2
+vision_tower.encoder.layer.0.layernorm_after.bias
+vision_tower.encoder.layer.0.layernorm_after.weight
+vision_tower.encoder.layer.0.layernorm_before.bias
+vision_tower.encoder.layer.0.layernorm_before.weight
+vision_tower.encoder.layer.0.mlp.fc1.bias
+vision_tower.encoder.layer.0.mlp.fc1.weight
+vision_tower.encoder.layer.0.mlp.fc2.bias
+vision_tower.encoder.layer.0.mlp.fc2.weight
+"""
 
 ONE_LAYER = {**LLAMA, "num_hidden_layers": 1}
 ONE_EXPERT = {
@@ -148,6 +177,35 @@ def test_the_names_are_those_of_the_released_folders(
     out = tmp_path / "out"
     export(out, {"tower": tower(vision), "language_model": language_model})
     assert names(out / "model.safetensors") == sorted((expected + PROJECTOR).split())
+
+
+@pytest.mark.parametrize(
+    ("vision", "layout", "expected"),
+    [
+        ("clip_vision_model", "anyres", CLIP_NAMES + "image_newline"),
+        ("siglip_vision_model", "anyres_max_4", HEADLESS_SIGLIP_NAMES + "image_newline"),
+        ("internvl_vision", "dynamic", INTERNVL_NAMES),
+    ],
+)
+def test_the_names_of_models_that_divide_images_are_those_of_the_released_folders(
+    vision: str, layout: str, expected: str, tmp_path: Path
+) -> None:
+    parts = tower(vision)
+    if vision == "siglip_vision_model":
+        parts["config"]["vision_use_head"] = False  # as in the released LLaVA-OneVision
+    if vision == "internvl_vision":
+        parts["config"]["attention_bias"] = True  # as in the released InternViT-300M
+    export_hf_llava(
+        model_of(parts["config"], layout, language_model=ONE_LAYER, feature_layers=[-1]),
+        byte_tokenizer(("<img>", "</img>")),
+        tmp_path / "out",
+        image_aspect="pad",
+        chat_template=None,
+        image_tokens=("<img>", "</img>") if layout == "dynamic" else ("", ""),
+        reload=reload_here,
+    )
+    wanted = sorted((expected + LLAMA_NAMES + PROJECTOR).split())
+    assert names(tmp_path / "out" / "model.safetensors") == wanted
 
 
 def test_weights_above_the_size_are_several_files_with_an_index_of_all_names(

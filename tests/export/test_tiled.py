@@ -46,14 +46,20 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def model_of(tower: dict[str, Any], layout: str, projector: str = "", **vision: Any) -> Any:
+def model_of(
+    tower: dict[str, Any],
+    layout: str,
+    projector: str = "",
+    language_model: dict[str, Any] = LLAMA,
+    **vision: Any,
+) -> Any:
     projector = projector or ("pixel_shuffle_mlp" if layout == "dynamic" else "mlp2x_gelu")
     config = ModelConfig(
         vision_tower=VisionTowerConfig(library="transformers", config=tower, **vision),
         image_tiling=ImageTilingConfig(layout=layout),
         projector_type=projector,
         language_model=LanguageModelConfig(
-            config={**LLAMA, "max_position_embeddings": 4096}, tokenizer="bytes"
+            config={**language_model, "max_position_embeddings": 4096}, tokenizer="bytes"
         ),
     )
     return build_model(config, dtype=torch.float32, seed=5).eval()
