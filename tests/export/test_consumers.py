@@ -52,7 +52,9 @@ def test_a_program_loads_what_its_source_can_hold(
     keys: dict[str, Any], program: str, missing: str | None
 ) -> None:
     found = table(**keys)[program]
-    assert found.loads == (missing is None) and found.evidence == "by its source"
+    assert found.loads == (missing is None) and (found.evidence == "tried here") == (
+        program == MISTRAL_RS and not keys
+    )
     assert missing is None or missing in found.reason
 
 

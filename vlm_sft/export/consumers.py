@@ -215,6 +215,9 @@ def _mistral_rs(config: Any) -> Consumer:
         lacks = f"it computes quick_gelu in CLIP, this one has {config.vision_config.hidden_act}"
     if lacks is not None:
         return Consumer(MISTRAL_RS, False, lacks)
+    if config.model_type == "llava" and text == "llama":
+        loaded = "a folder of this kind loads in 0.9.5; its answers were not compared"
+        return Consumer(MISTRAL_RS, True, loaded, "tried here")
     return found
 
 
