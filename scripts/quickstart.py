@@ -17,7 +17,6 @@ Run again, it resumes where it stopped, or says that it is done.
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -36,6 +35,7 @@ from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 from vlm_sft.inference.prompts import user_message
 from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
 from vlm_sft.utils.atomic_files import write_json, write_text
+from vlm_sft.utils.malloc import fast_malloc_environment
 from vlm_sft.utils.progress import format_seconds
 from vlm_sft.utils.reading import read_json
 
@@ -50,9 +50,6 @@ SCENE_OPTIONS = [
     *("--backgrounds", "meadow,bokeh,clouds,gradient,blobs,room,water,desert"),
 ]
 HOUR_STEPS = {"stage1": 300, "stage2_lora": 800}
-# glibc gives freed memory back and gets it again at every step; keeping it made the encoder 2.5
-# times as fast on 2 CPU cores. Read at a process's start, so for the commands below, not for this.
-MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 RESULT_TITLES = {
     "same": "new scenes by the training artist",
     "unseen": "new scenes by an artist never seen",
@@ -278,7 +275,7 @@ def _call(command: Sequence[str]) -> None:
     """Run a command where the user sees it; its failure, already reported, ends the quickstart."""
     shown = ["python", *command[1:]]
     print(f"$ {shlex.join(shown)}", file=sys.stderr)
-    environment = {"GLIBC_TUNABLES": MEMORY, **os.environ}
+    environment = fast_malloc_environment()
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt

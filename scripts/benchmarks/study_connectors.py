@@ -32,6 +32,7 @@ from bench_results import command_line, machine_facts, print_table, write_result
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
+from vlm_sft.utils.malloc import fast_malloc_environment
 
 ARTIST: Final = "openmoji"
 COMMON: Final = [
@@ -223,7 +224,8 @@ def _module(name: str, *arguments: str) -> None:
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], check=False)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=fast_malloc_environment(), check=False)
     if done.returncode:
         shown = " ".join(arguments[:2])
         raise UserError(f"python {shown} ended with code {done.returncode}; its reason is above")

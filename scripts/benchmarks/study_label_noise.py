@@ -32,6 +32,7 @@ from bench_results import machine_facts, print_table, write_results
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json, write_text
+from vlm_sft.utils.malloc import fast_malloc_environment
 
 ARMS = ("untouched", "unverified", "verified")
 SPLITS = {"same": "openmoji", "unseen": "twemoji"}
@@ -273,7 +274,8 @@ def _mean(arm: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _module(name: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", name, *arguments], check=False)
+    command = [sys.executable, "-m", name, *arguments]
+    done = subprocess.run(command, env=fast_malloc_environment(), check=False)
     if done.returncode:
         raise UserError(f"python -m {name} ended with code {done.returncode}; its reason is above")
 
