@@ -18,8 +18,9 @@ COMMANDS: Final = {
     "vlm_sft.evaluate": "measure a checkpoint on questions with known answers",
     "vlm_sft.serve": "serve a checkpoint through an OpenAI-compatible API",
     "vlm_sft.score": "score answers that are in a file",
-    "vlm_sft.export": "write a checkpoint for transformers",
+    "vlm_sft.export": "write a checkpoint for other programs",
     "vlm_sft.export.reload": "compare an export with its origin; started by the export",
+    "vlm_sft.export.gguf.run_llama_cpp": "ask llama.cpp about an export; started by the export",
     "vlm_sft.report": "write the report of a run as an HTML page",
     "vlm_sft.config": "print a resolved configuration, or the reference of all settings",
     "vlm_sft.errors": "print the table of error codes",
@@ -41,7 +42,7 @@ SCRIPT: Final = "vlm-sft"
 SUBCOMMANDS: Final = {
     module.partition(".")[2]: about
     for module, about in COMMANDS.items()
-    if module.startswith("vlm_sft.") and module != "vlm_sft.export.reload"
+    if module.startswith("vlm_sft.") and not module.startswith("vlm_sft.export.")
 }
 """What each command of `vlm-sft` does, by its name; `vlm-sft NAME` runs `vlm_sft.NAME`."""
 
