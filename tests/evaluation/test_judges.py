@@ -143,6 +143,38 @@ def test_nothing_is_sent_beyond_the_budget(tmp_path: Path) -> None:
         ask([], judge("http://127.0.0.1:1/v1", log, max_usd=1.0))
 
 
+def test_requests_that_waited_for_the_server_share_the_budget(tmp_path: Path) -> None:
+    """While the server asks for a pause, four requests find money that is enough for two."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 900, "total_tokens": 900}
+
+    def script(received: Received) -> Act:
+        if received is server.received[0]:
+            return after(0.1, fail(429, "slow down", retry_after=0.4))
+        return after(0.2, say("[[A]]", usage=usage))
+
+    with served(script) as server:
+        options = judge(
+            server.url, tmp_path / "log.jsonl", usd_per_million=(0, 1000), max_tokens=1000,
+            max_usd=5.0, concurrency=4,
+        )  # fmt: skip
+        found = ask([request_for(f"prompt {number}", options) for number in range(12)], options)
+    assert found.usd == pytest.approx(0.9 * found.new) and found.new == 5
+
+
+def test_a_reply_that_cannot_be_written_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vlm_sft.evaluation.judges.verdict_log.VerdictLog.replied", full)
+    with served(lambda received: say("[[A]]")) as server:
+        options = judge(server.url, tmp_path / "log.jsonl", concurrency=1)
+        with pytest.raises(OSError, match="No space left"):
+            ask([request_for("prompt", options)], options)
+    assert len(server.received) == 1
+
+
 @pytest.mark.parametrize(
     "kills",
     [[15], pytest.param(list(range(2, 40, 2)), marks=pytest.mark.slow)],

@@ -1,5 +1,6 @@
 """Evaluate the model on the validation records during training."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,7 +25,7 @@ EvaluateSuite = Callable[[], Mapping[str, float | None]]
 
 LOWER_IS_BETTER: Final = (
     "eval_loss", "chair_i", "chair_s", "mean_absolute_error", "over_refusal", "wrong_confidence",
-    "unclear",
+    "unclear", "without_number", "without_box", "empty",
 )  # fmt: skip
 """Metrics, or last parts of their names, of which the smallest value is the best."""
 
@@ -67,8 +68,11 @@ class BestEvaluation:
             self.add(step, value)
 
     def add(self, step: int, value: float | None) -> bool:
-        """Add an evaluation; return whether its value is better than all before it."""
-        if value is None or not self._is_better(value):
+        """Add an evaluation; return whether its value is better than all before it.
+
+        A value that is not finite, such as the loss of a run that diverged, is never the best.
+        """
+        if value is None or not math.isfinite(value) or not self._is_better(value):
             self.num_since += 1
             return False
         self.step, self.value, self.num_since = step, value, 0

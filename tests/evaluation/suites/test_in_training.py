@@ -66,3 +66,11 @@ def test_the_best_evaluation_is_the_first_of_equal_ones_and_knows_what_is_better
     assert best.add(4, 0.6) and (best.step, best.num_since) == (4, 0)
     lower = BestEvaluation("objects.chair_i", [(1, 0.5), (2, 0.4), (3, 0.45)])
     assert (lower.step, lower.num_since) == (2, 1)
+    counts = BestEvaluation("signs.without_number", [(1, 5.0), (2, 0.0)])
+    assert counts.step == 2
+
+
+def test_a_value_that_is_not_finite_is_never_the_best() -> None:
+    best = BestEvaluation("eval_loss", [(1, float("nan")), (2, float("-inf"))])
+    assert (best.step, best.value, best.num_since) == (None, None, 2)
+    assert best.add(3, 2.0) and not best.add(4, float("nan")) and best.add(5, 1.0)

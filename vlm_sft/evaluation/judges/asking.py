@@ -181,7 +181,7 @@ class _Asker:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self._judge.concurrency, total)):
                     group.create_task(work())
-        except* UserError as errors:
+        except* (UserError, OSError) as errors:
             raise errors.exceptions[0] from None
         finally:
             for _ in bar:
@@ -193,24 +193,27 @@ class _Asker:
         most = self._cost(_most_tokens(request.prompt), self._judge.max_tokens) or 0.0
         reason = ""
         for attempt in range(1, self._judge.attempts + 1):
+            await self._wait_for_server()
+            # Nothing waits between here and the reservation: the others would spend the same money.
             limit = self._judge.max_usd
             if limit is not None and self._log.usd + most > limit:
                 asked.not_sent += 1
                 return
-            await self._wait_for_server()
             self._log.sent(request.id, most)
             try:
                 async with asyncio.timeout(self._judge.timeout):
                     completion = await self._send(client, request)
-                self._log.replied(request.id, self._reply(request, completion))
-                asked.new += 1
-                return
+                reply = self._reply(request, completion)
             except Exception as error:
                 reason, again, wait = self._fault(error)
                 charged = 0.0 if reason in _FREE else most
                 self._log.failed(request.id, reason, charged)
                 if reason == "refused" and not asked.new:
                     raise self._refusal(error) from None
+            else:  # a reply that cannot be written, as on a full disk, is not asked for again
+                self._log.replied(request.id, reply)
+                asked.new += 1
+                return
             if not again or attempt == self._judge.attempts:
                 break
             await self._back_off(request.id, attempt, wait)
@@ -263,8 +266,8 @@ class _Asker:
         return "not_a_completion", True, None
 
     async def _wait_for_server(self) -> None:
-        left = self._pause_until - asyncio.get_running_loop().time()
-        if left > 0:
+        clock = asyncio.get_running_loop().time
+        while (left := self._pause_until - clock()) > 0:  # others may prolong the pause
             await asyncio.sleep(left)
 
     async def _back_off(self, request: str, attempt: int, wait: float | None) -> None:
