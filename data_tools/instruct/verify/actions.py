@@ -38,13 +38,15 @@ def check(case: Case) -> Iterator[Check]:
     named: set[str] = set()
     for number, sentence in enumerate(reading.sentences):
         for action in actions(sentence):
+            resolved = False
             if action.subject == PRONOUN and (number or action.index > 4):
                 # `They` of a description are whom it named first
                 people = _first_mention(case)
                 if people is not None:
                     name = people.entry.categories[0]
                     action = replace(action, subject=name, mention=people)
-            first = action.mention is None or _is_first(case, sentence, named, action)
+                    resolved = True
+            first = resolved or action.mention is None or _is_first(case, sentence, named, action)
             if action.stem in judged:
                 continue
             judged.add(action.stem)
@@ -302,12 +304,17 @@ def _first_mention(case: Case) -> Mention | None:
     """Return the first person or animal that an answer names, if it names no other one."""
     alive = [
         m for _, m in case.answer_reading.mentions
-        if "person" in m.entry.categories or not _ANIMATE.isdisjoint(m.entry.categories)
+        if m.stance == "asserted" and (
+            "person" in m.entry.categories or not _ANIMATE.isdisjoint(m.entry.categories)
+        )
     ]  # fmt: skip
     if not alive:
         asked = case.asked
         one = len({m.entry.categories for m in asked}) == 1
-        return asked[0] if one and asked[0].entry.categories[0] in ANIMALS else None
+        if not one or asked[0].entry.categories[0] not in _ANIMATE:
+            return None
+        is_animal = asked[0].entry.categories[0] in ANIMALS
+        return asked[0] if is_animal or asked[0].number == "one" else None
     return alive[0] if len(alive) == 1 and len(alive[0].entry.categories) == 1 else None
 
 
@@ -420,7 +427,9 @@ def _is_first(case: Case, sentence: Sentence, named: set[str], action: Action) -
 
 
 def _asks_for_action(case: Case) -> bool:
-    return not _ASKING.isdisjoint(case.question_reading.vocabulary)
+    words = case.question_reading.words
+    up_to = "up" in words and words[words.index("up") + 1 :][:1] == ["to"]
+    return up_to or not _ASKING.isdisjoint(case.question_reading.vocabulary)
 
 
 @cache

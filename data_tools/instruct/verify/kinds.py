@@ -19,6 +19,7 @@ from data_tools.instruct.verify.grammar import (
 )
 from data_tools.instruct.verify.knowledge import Knowledge
 from data_tools.instruct.verify.numbers import number_of
+from data_tools.instruct.verify.objects import BITS, MIXED
 from data_tools.instruct.verify.reading import Reading, Sentence
 
 TIMES: Final = frozenset({"time of day", "weather", "season"})
@@ -169,6 +170,8 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         return len({number for ids in named for number in ids}) > 1
     if kind.family == "produce":
         # captions that list what is there name two kinds, and three of them one of these
+        if case.knowledge.words.keys() & MIXED and BITS & {*words[max(0, first - 4) : first]}:
+            return False  # `bits of carrot`
         if words[first] == "orange" or not _SUPPOSING.isdisjoint(words):
             return False
         groups = known_kinds(case.knowledge)[kind.family]

@@ -65,6 +65,8 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
     support = knowledge.support(entry, mention.word)
     if support is not None:
         return case.check("object", "supported", None, part, span, mention.word, support)
+    if _is_ingredient(case, sentence, mention):
+        return case.check("object", "unknown", None, part, span, mention.word)
     # A statue or painting of a thing need not be boxed, but nobody could know of it either.
     is_claim = mention.stance in ("asserted", "depicted") and not _is_anyone(sentence, mention)
     acts = entry.categories == ("person",) and _acts(sentence, mention)
@@ -78,6 +80,16 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
     verdict: Verdict = "unknown" if doubtful else "contradicted"
     code = "OBJECT_NOT_FOUND" if case.config.unseen_objects == "reject" else None
     return case.check("object", verdict, code, part, span, mention.word)
+
+
+def _is_ingredient(case: Case, sentence: Sentence, mention: Mention) -> bool:
+    """Return whether bits of it are in a dish whose contents a caption sums up: `vegetables`."""
+    before = sentence.words[max(0, mention.first - 4) : mention.first]
+    return (
+        "of" in before
+        and not BITS.isdisjoint(before)
+        and not MIXED.isdisjoint(case.knowledge.words)
+    )
 
 
 def _judge_denied(case: Case, sentence: Sentence, mention: Mention, part: Part) -> Check:
@@ -185,6 +197,12 @@ _GENERAL_VERBS: Final = word_set(
 _SEEN_ACTIONS: Final = word_set("stand sit lie walk run ride lean kneel crouch jump hold carry")
 _OF_KIND: Final = word_set("a an to often usually one not more less better good useful always")
 _BE: Final = frozenset({"is", "are", "be"})
+BITS: Final = word_set(
+    "bit bits piece pieces chunk chunks slice slices strip strips shreds cubes diced chopped"
+)
+MIXED: Final = word_set(
+    "vegetable vegetables veggies fruit fruits salad stew soup mixture mix toppings ingredients"
+)
 _SHOWS: Final = frozenset({"shows", "show", "depicts", "features", "contains", "includes", "with"})
 _SIDES: Final = frozenset({"left", "right", "above", "below"})
 _SEEN: Final = frozenset({"visible", "seen", "shown", "present", "pictured"})

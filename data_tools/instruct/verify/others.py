@@ -137,6 +137,8 @@ def _deserted(case: Case) -> Iterator[Check]:
         for index, word in enumerate(words):
             if word not in _DESERTED or not sentence.asserts(index, index):
                 continue
+            if not _PARTIAL.isdisjoint(words[max(0, index - 7) : index]):
+                continue  # `many seats on the left are empty`
             last = last_of_phrase(words, index + 1, len(words))
             subject = subject_before(sentence, _linking_before(words, index))
             place = noun_name(words[last]) if last > index else subject[0] if subject else ""
@@ -186,6 +188,7 @@ def _denied_when_asked(case: Case) -> Iterator[Check]:
 MANY: Final = 4
 """With more people than this, no street is deserted."""
 _DESERTED: Final = word_set("empty deserted abandoned")
+_PARTIAL: Final = word_set("many some several few most half partly other both certain one two")
 _WATCHED: Final = word_set("stadium stand arena bleachers grandstand row seat tribune")
 _PUBLIC: Final = word_set("street beach road sidewalk square plaza park station market restaurant")
 _DENYING: Final = word_set("nobody no not isn't aren't don't can't cannot doesn't without")
