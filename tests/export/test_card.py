@@ -22,7 +22,10 @@ RED = Path("configs/tiny/data/images/red-circle-0.png")
 
 
 def test_the_card_describes_the_run_and_its_code_answers_about_an_image(
-    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lora_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "exported"
     assert main([str(lora_run / "final"), str(out), "--license", "My own"]) == 0
@@ -39,13 +42,15 @@ def test_the_card_describes_the_run_and_its_code_answers_about_an_image(
         assert row in text, row
     assert "`instructions.json`" in text and "No results were given" in text
     assert "| transformers >= 5.6 | loads | tried here |" in text
-    assert str(lora_run) not in text
+    assert str(lora_run) not in text and str(tmp_path) not in text
+    assert "\n The ledger" not in text
 
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code) == 1 and len(code[0].strip().splitlines()) <= 8
     (tmp_path / "image.jpg").write_bytes(RED.read_bytes())
+    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    exec(code[0].replace("image.jpg", str(tmp_path / "image.jpg")), {})
+    exec(code[0], {})
     assert capsys.readouterr().out
 
 
@@ -71,6 +76,13 @@ def test_names_of_the_hub_are_base_models_and_local_folders_lose_their_path(
     write_card(tmp_path, named, lora_run / "final", RESULT, fields)
     text = (tmp_path / "README.md").read_text()
     assert "language model vicuna-7b" in text and "/home/me" not in text
+
+
+def test_a_command_is_marked_as_one(lora_run: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(lora_run / "final", device="cpu")
+    result = dataclasses.replace(RESULT, usage="llama-server -m FOLDER/a", library="gguf")
+    write_card(tmp_path, loaded, lora_run / "final", result, CardFields("mine"))
+    assert "```bash\nllama-server -m mine/a\n```" in (tmp_path / "README.md").read_text()
 
 
 def test_results_that_are_no_object_are_refused(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_vision_tower_that_older_versions_cannot_read_is_named() -> None:
         llava_consumers(tree, "full", tower_is_readable=readable)[1] for readable in (True, False)
     )
     assert good.loads and good.evidence == "tried here"
-    assert not bad.loads and "/mine/clip was saved by transformers 5.6 or newer" in bad.reason
+    assert not bad.loads and bad.reason.startswith("clip was saved by transformers 5.6 or newer")
     mistral = {**tree, "architectures": ["LlavaMistralForCausalLM"]}
     assert llava_consumers(mistral, "full")[1].name == "LLaVA 1.2"
     assert llava_consumers(mistral, "lora")[1].name == "LLaVA-NeXT's code"

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _card_fields(args: argparse.Namespace) -> CardFields:
-    name = args.push_to_hub or str(args.out)
+    name = args.push_to_hub or args.out.resolve().name  # a card is published: no local paths
     return CardFields(name, args.license, args.attribution, args.results)
 
 

@@ -78,7 +78,7 @@ def write_card(
         f"# {Path(fields.name).name}",
         "A vision-language model, trained and exported with vlm_sft.",
         "## How to use",
-        f"```python\n{usage(result, fields.name)}\n```",
+        f"```{'bash' if result.library == 'gguf' else 'python'}\n{usage(result, fields.name)}\n```",
         "## Recipe",
         _recipe(checkpoint),
         "## Training data",
@@ -193,9 +193,9 @@ def _data(config: RunConfig | None, source: Path) -> str:
         counts = _ledger(source, name)
         if counts:
             rows = [(key.replace("_", " "), f"{count:,}") for key, count in counts.items()]
-            text += f" The ledger of the {what} records:\n\n" + _table(("records", "number"), rows)
-            text += "\n\n"
-    return text.rstrip()
+            text += f"\n\nThe ledger of the {what} records:\n\n"
+            text += _table(("records", "number"), rows)
+    return text
 
 
 def _ledger(source: Path, name: str) -> dict[str, int]:

@@ -9,6 +9,7 @@ The rules are those of the programs' sources in the versions that are named: vLL
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from transformers import PretrainedConfig, __version__
@@ -120,8 +121,8 @@ def llava_consumers(
 def _llava_code(tree: Mapping[str, Any], code: str, tower_is_readable: bool) -> Consumer:
     if not tower_is_readable:
         lacks = (
-            f"{tree['mm_vision_tower']} was saved by transformers 5.6 or newer, of which older "
-            "versions read no tensor; name the released vision tower with --tower"
+            f"{Path(tree['mm_vision_tower']).name} was saved by transformers 5.6 or newer, of "
+            "which older versions read no tensor; name the released vision tower with --tower"
         )
         return Consumer(code, False, lacks)
     is_tried = tree["architectures"] == ["LlavaLlamaForCausalLM"] and code.endswith("1.2")
