@@ -252,7 +252,8 @@ def test_llama_cpp_computes_what_the_checkpoint_does(
 @pytest.mark.usefixtures("few_images")
 def test_a_clip_tower_is_refused_with_the_measured_difference(tmp_path: Path) -> None:
     found = checkpoint(tower=CLIP)
-    with pytest.raises(UserError, match=r"differ by up to \d\.\d+ on 3 images, expected at most"):
+    refusal = r"differ by up to \d\.\d+ on 3 images, expected at most .*CLIP.*--unverified"
+    with pytest.raises(UserError, match=refusal):
         export(found, tmp_path, ExportOptions(prompt="Which?"))
 
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, SiglipVisionModel
 
 from vlm_sft.config.fields import ImageAspect
 from vlm_sft.config.finished import read_finished, resolve_model
+from vlm_sft.config.finished_files import is_hub_name
 from vlm_sft.config.schema import ModelConfig, VisionTowerConfig, means_folder
 from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.errors import UserError
@@ -403,6 +404,8 @@ def _compare(
 def _usage(class_name: str, contents: Contents, base: str | None) -> str:
     # The original code chooses the class by words in the name that it is given.
     name = _NAMES[class_name] + ("-lora" if contents == "lora" else "")
+    if base is not None and not is_hub_name(base):
+        base = Path(base).name
     return (
         "from llava.model.builder import load_pretrained_model\n\n"
         "tokenizer, model, image_processor, context_len = load_pretrained_model(\n"

@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from transformers import CLIPVisionModel
+
 from vlm_sft.errors import UserError
 from vlm_sft.export.consumers import Consumer, gguf_consumers
 from vlm_sft.export.formats import ExportOptions, ExportResult
@@ -58,7 +60,7 @@ def export(checkpoint: LoadedModel, out: Path, options: ExportOptions) -> Export
     except UserError as error:
         fault = str(error)
     if fault and not options.unverified:
-        raise UserError(f"export: {fault}; nothing was written")
+        raise UserError(f"export --to gguf: {fault}{_advice(checkpoint, comparison)}")
     return ExportResult(
         summary=_summary(comparison, fault),
         consumers=_consumers(comparison, fault),
@@ -71,6 +73,14 @@ def export(checkpoint: LoadedModel, out: Path, options: ExportOptions) -> Export
         },
         library="gguf",
     )
+
+
+def _advice(checkpoint: LoadedModel, comparison: Comparison | None) -> str:
+    if comparison is None:  # the fault says what to do
+        return "; nothing was written"
+    clip = isinstance(checkpoint.model.vision_tower.encoder, CLIPVisionModel)
+    cause = " (llama.cpp computes CLIP towers wrongly)" if clip else ""
+    return f"{cause}; nothing was written; --unverified keeps such files"
 
 
 def text_file(checkpoint: LoadedModel) -> GgufFile:
