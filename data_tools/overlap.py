@@ -1,7 +1,8 @@
 """Report which evaluation images occur in training records, and were therefore trained on.
 
 Images are compared by COCO id, by file content and by perceptual hash, so that renamed, copied and
-re-encoded images are found. `vlm-sft data pope` leaves such images out by itself.
+re-encoded images are found. With --run, the records are those of the run's configuration that its
+updates have used (trained.jsonl). `vlm-sft data pope` leaves such images out by itself.
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from typing import Final
 
 from vlm_sft.commands.parser import CommandParser, heavy_imports, require_file, require_folder
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 from vlm_sft.utils.output_files import require_output_file
 
 EXAMPLES: Final = """examples:
   vlm-sft data overlap --images val2014 --training llava_v1_5_mix665k.json
   vlm-sft data overlap --images val2014 --questions coco_pope_random.json \\
       --training mine.json --training-images images --out overlap.json
+  vlm-sft data overlap --images val2014 --run runs/stage1 runs/stage2
 """
 
 
@@ -28,9 +31,14 @@ def main(argv: Sequence[str]) -> int:
     for option in ("questions", "training"):
         for path in getattr(arguments, option):
             require_file(f"--{option}", path)
+    if not (arguments.training or arguments.run):
+        raise UserError("give --training FILES or --run DIR: there is nothing to compare with")
+    for run in arguments.run:
+        require_folder("--run", run)
     if arguments.out is not None:
+        logs = [run / name for run in arguments.run for name in ("config.yaml", "trained.jsonl")]
         require_output_file(
-            arguments.out, inputs=[*arguments.questions, *arguments.training],
+            arguments.out, inputs=[*arguments.questions, *arguments.training, *logs],
             image_roots=[arguments.images], command="overlap", overwrite=arguments.overwrite,
         )  # fmt: skip
     with heavy_imports():
@@ -56,7 +64,7 @@ def parser() -> CommandParser:
         "--training",
         type=Path,
         nargs="+",
-        required=True,
+        default=[],
         metavar="FILE",
         help="records that the model was trained on, as data.train has them",
     )
@@ -64,7 +72,15 @@ def parser() -> CommandParser:
         "--training-images",
         type=Path,
         metavar="DIR",
-        help="their image_root (default: each file's folder)",
+        help="image_root of --training (default: each file's folder)",
+    )
+    add(
+        "--run",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="output_dir of runs; relative paths in their configurations start here",
     )
     add("--out", type=Path, metavar="FILE", help="JSON file with each image that was found and why")
     add("--overwrite", action="store_true", help="replace --out even if another program wrote it")

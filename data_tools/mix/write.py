@@ -111,10 +111,15 @@ def _message(turn: Turn, record: Conversation, image_root: Path) -> dict[str, An
     return message
 
 
+def data_url(image: bytes) -> str:
+    """Return the bytes of an image file as a data URL."""
+    kind = next((k for head, k in _IMAGE_TYPES.items() if image.startswith(head)), "tiff")
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
 def _image(image: ImageSource, record: Conversation, image_root: Path) -> str:
     if isinstance(image, bytes):
-        kind = next((k for head, k in _IMAGE_TYPES.items() if image.startswith(head)), "tiff")
-        return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+        return data_url(image)
     try:
         return image.relative_to(image_root).as_posix()
     except ValueError:

@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from data_tools.trained_images import Key, trained_images
+from data_tools.rules.run_records import origins_of, used_records
+from data_tools.trained_images import Key, given_records, trained_images
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.scores.files import read_rows
 from vlm_sft.utils.atomic_files import write_json
@@ -34,8 +35,9 @@ def report_overlap(arguments: argparse.Namespace) -> None:
             code="no_records",
         )
     files: dict[Key, Path] = {name: path for name, path in existing.items()}
-    root = arguments.training_images
-    seen = trained_images(files, map(str, arguments.training), None if root is None else str(root))
+    training = [given_records(arguments.training, arguments.training_images)]
+    training += map(used_records, arguments.run)
+    seen = trained_images(files, training)
     summary: dict[str, Any] = {
         "images": len(existing),
         "images_not_found": len(names) - len(existing),
@@ -45,6 +47,13 @@ def report_overlap(arguments: argparse.Namespace) -> None:
     }
     lines = [f"{len(existing):,} evaluation images, {len(seen.images):,} of them trained on"]
     lines += [f"  {count:,} {why}" for why, count in sorted(Counter(seen.images.values()).items())]
+    if seen.not_used:
+        lines.append(f"{seen.not_used:,} training records were not used in training, do not count")
+    for run, origin in origins_of(arguments.run):
+        lines.append(
+            f"{run} began with {origin}, whose training records were NOT COMPARED; give its run as "
+            "--run, too"
+        )
     if summary["images_not_found"]:
         lines.append(f"{summary['images_not_found']:,} images are not in --images: NOT COMPARED")
     if seen.faulty:

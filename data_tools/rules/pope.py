@@ -14,7 +14,7 @@ from data_tools.findings import finding_lines
 from data_tools.image_check import read_annotated
 from data_tools.rules import POPE_FILES, POPE_SAMPLINGS
 from data_tools.rules.facts import Facts
-from data_tools.trained_images import trained_images
+from data_tools.trained_images import given_records, trained_images
 from vlm_sft.errors import UserError
 from vlm_sft.utils import words
 from vlm_sft.utils.console import echo
@@ -44,8 +44,7 @@ def write_questions(arguments: argparse.Namespace) -> None:
     candidates = [image for image in usable if len(image.categories) >= least]
     seen = trained_images(
         {image.id: images_dir / image.file_name for image in candidates},
-        arguments.training,
-        arguments.training_images,
+        [given_records(arguments.training, arguments.training_images)],
     )
     allowed = [image for image in candidates if image.id not in seen.images]
     drawn = sorted(allowed, key=lambda image: hashed(seed, "image", image.id))[: arguments.count]

@@ -77,7 +77,7 @@ def test_the_data_commands_name_themselves_as_they_were_called(
         main(["data"])
 
 
-@pytest.mark.parametrize("name", ["build_coco", "make_scenes", "mix", "pope"])
+@pytest.mark.parametrize("name", ["build_coco", "make_scenes", "mix", "overlap", "pope", "split"])
 def test_the_other_data_commands_are_there_too(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ COMMANDS = [
     "data_tools.mix",
     "data_tools.overlap",
     "data_tools.pope",
+    "data_tools.split",
     "data_tools.verify",
     "data_tools.instruct",
 ]

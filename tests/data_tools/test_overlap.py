@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from data_tools.overlap import main
+from vlm_sft.config.schema import load_config
 from vlm_sft.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -66,3 +69,39 @@ def test_only_the_images_of_the_questions_are_compared(
     empty.mkdir()
     with pytest.raises(UserError, match="none of the 0 images is there"):
         main(["--images", str(empty), "--training", str(training / "train.json")])
+
+
+def test_only_the_records_that_a_run_has_used_count(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, training = folders
+    run = tmp_path / "run"
+    run.mkdir()
+    words = ["--images", str(images), "--run", str(run)]
+    with pytest.raises(UserError, match=r"no config\.yaml there; give the output_dir of a run"):
+        main(words)
+    config = load_config(ROOT / "configs/tiny/stage2.yaml", [])
+    tree = config.model_dump(mode="json")
+    tree["data"]["train"] = [{"path": str(training / "train.json")}]
+    (run / "config.yaml").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"no trained\.jsonl there"):
+        main(words)
+    log = run / "trained.jsonl"
+    skipped = {"step": 1, "records": ["again.png"], "update_left_out": "the loss is NaN"}
+    log.write_text(json.dumps(skipped) + "\n")
+    with pytest.raises(UserError, match="no update was made"):
+        main(words)
+    row = {"step": 2, "records": ["renamed.jpg"]}
+    log.write_text(f'{json.dumps(skipped)}\n{json.dumps(row)}\n{{"step": 3, "rec')
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "5 evaluation images, 1 of them trained on" in shown
+    assert "2 training records were not used in training" in shown
+    log.write_text(json.dumps({"step": 1, "records": ["gone"]}) + "\n")
+    with pytest.raises(UserError, match="1 records that were trained on are not in"):
+        main(words)
+    log.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"trained\.jsonl:1: damaged"):
+        main(words)
+    with pytest.raises(UserError, match="give --training FILES or --run DIR"):
+        main(words[:2])

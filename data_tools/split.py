@@ -1,0 +1,88 @@
+"""Divide records into training and held-out ones, so that no image is in both.
+
+Writes train.json and held_out.json (the records as they are, in their order) and split.json (how
+many there are, and why). Images are equal by path, by COCO id, by file content or by perceptual
+hash, also over several steps; all records of equal images, and text-only records with the same
+words, go to the same side. The side depends on the records and the seed, not on their order.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from vlm_sft.commands.parser import (
+    CommandParser,
+    heavy_imports,
+    number,
+    require_file,
+    require_folder,
+    whole_number,
+)
+from vlm_sft.commands.run_command import run_command
+
+EXAMPLES: Final = """examples:
+  vlm-sft data split --records mine.json --images images --out split --held-out 0.05
+  vlm-sft data split --records a.json b.jsonl --images images --out split --held-out 500 --seed 1
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the two files and their counts; return the exit code."""
+    arguments = parser().read(argv)
+    for path in arguments.records:
+        require_file("--records", path)
+    require_folder("--images", arguments.images)
+    with heavy_imports():
+        from data_tools.rules.split import write_split
+    write_split(arguments)
+    return 0
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("vlm-sft data split", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add(
+        "--records",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="records in a format that the trainer reads",
+    )
+    add("--images", type=Path, required=True, metavar="DIR", help="their image_root")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add(
+        "--held-out",
+        type=_share_or_count,
+        required=True,
+        metavar="SHARE|N",
+        help="share of the records below 1, or their number; fewer if groups do not fit",
+    )
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="seed (default: 0)")
+    add(
+        "--bad-records",
+        choices=["error", "leave_out"],
+        default="error",
+        help="what to do about records that the trainer cannot use: stop, or leave them out of "
+        "both files and count them (default: error)",
+    )
+    add("--overwrite", action="store_true", help="replace edited files in --out")
+    return parser
+
+
+def _share_or_count(text: str) -> float | int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    try:
+        share = number(0, 1, above=True)(text)
+    except argparse.ArgumentTypeError:
+        share = 1.0
+    if share == 1:
+        raise argparse.ArgumentTypeError("expected a share between 0 and 1, or a number of records")
+    return share
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,114 @@
+"""No image is both held out and trained on, whatever its name, format or order."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_tools.overlap import main as overlap
+from data_tools.split import main
+from vlm_sft.errors import UserError
+
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+
+
+def make_records(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Return records on 12 images with random copies under other names, and four of text alone."""
+    numbers = random.Random(seed)
+    folder.mkdir()
+    names = []
+    for original in range(12):
+        noise = Image.effect_noise((20, 10), 100).convert("RGB").resize((200, 100))
+        noise.save(folder / f"{original}.jpg")
+        names.append((f"{original}.jpg", original))
+    for copy in range(12):
+        original = numbers.randrange(12)
+        name = f"copy-{copy}" + numbers.choice([".jpg", ".png"])
+        if name.endswith("jpg"):
+            shutil.copy(folder / f"{original}.jpg", folder / name)
+        else:
+            with Image.open(folder / f"{original}.jpg") as image:
+                image.save(folder / name)
+        names.append((name, original))
+    records: list[dict[str, Any]] = [
+        {"id": f"{name}-{n}", "image": name, "conversations": TURNS, "original": original}
+        for name, original in names
+        for n in range(numbers.randint(1, 2))
+    ]
+    for number in range(4):
+        turns = [{"from": "human", "value": f"{number}?"}, {"from": "gpt", "value": "Yes."}]
+        records.append({"id": f"text-{number}", "conversations": turns})
+    return records
+
+
+def split(path: Path, images: Path, out: Path, *options: str) -> tuple[list[Any], list[Any]]:
+    words = ["--records", str(path), "--images", str(images), "--out", str(out)]
+    assert main([*words, "--held-out", "0.3", *options]) == 0
+    train, held_out = (json.loads((out / f"{n}.json").read_text()) for n in ("train", "held_out"))
+    return train, held_out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_duplicates_never_straddle_and_the_order_does_not_matter(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    records = make_records(images, seed)
+    given = tmp_path / "records.json"
+    given.write_text(json.dumps(records))
+    train, held_out = split(given, images, tmp_path / "out")
+    assert 0 < len(held_out) <= round(0.3 * len(records))
+    assert sorted(r["id"] for r in train + held_out) == sorted(r["id"] for r in records)
+    assert [r for r in records if r in train] == train  # unchanged and in their order
+    sides = [{r["original"] for r in side if "image" in r} for side in (train, held_out)]
+    assert not sides[0] & sides[1]
+    before = (tmp_path / "out/train.json").read_bytes(), (tmp_path / "out/split.json").read_bytes()
+    split(given, images, tmp_path / "out")
+    after = (tmp_path / "out/train.json").read_bytes(), (tmp_path / "out/split.json").read_bytes()
+    assert before == after
+
+    random.Random(seed).shuffle(records)
+    given.write_text("\n".join(map(json.dumps, records)))
+    _, shuffled = split(given, images, tmp_path / "other")
+    assert {r["id"] for r in shuffled} == {r["id"] for r in held_out}
+
+    if any("image" in r for r in held_out):
+        capsys.readouterr()
+        questions = tmp_path / "questions.json"
+        questions.write_text(json.dumps([r for r in held_out if "image" in r]))
+        words = ["--images", str(images), "--questions", str(questions)]
+        trained = ["--training", str(tmp_path / "out/train.json")]
+        assert overlap([*words, *trained, "--training-images", str(images)]) == 0
+        assert ", 0 of them trained on" in capsys.readouterr().out
+
+
+def test_bad_records_are_refused_or_counted_and_edits_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, given, out = tmp_path / "images", tmp_path / "records.json", tmp_path / "out"
+    records = make_records(images, 0)
+    given.write_text(json.dumps([{"id": "bad"}, *records]))
+    with pytest.raises(UserError, match="--bad-records leave_out"):
+        split(given, images, out)
+    (images / "0.jpg").unlink()
+    (images / "1.jpg").write_bytes(b"no image")
+    split(given, images, out, "--bad-records", "leave_out")
+    shown = capsys.readouterr().out
+    assert "records in neither file: format 1; first: " in shown
+    assert "1 of 24 images do not exist" in shown
+    assert "1 of 24 images cannot be opened" in shown
+    (out / "train.json").write_text("[]")
+    with pytest.raises(UserError, match="the file was changed after vlm_sft wrote it"):
+        split(given, images, out, "--bad-records", "leave_out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not one of the 24 images"):
+        split(given, tmp_path / "empty", tmp_path / "b", "--bad-records", "leave_out")
+    with pytest.raises(UserError, match="expected a share between 0 and 1"):
+        split(given, images, out, "--held-out", "1.5")
+    with pytest.raises(UserError, match="cannot hold out 1,000 of"):
+        words = ["--held-out", "1000", "--bad-records", "leave_out"]
+        split(given, images, tmp_path / "c", *words)
