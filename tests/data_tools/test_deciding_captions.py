@@ -38,6 +38,10 @@ TENNIS = (
     "A man serving a ball in a stadium.",
     "A crowd watches a tennis player.",
 )
+BATTER = ("A batter.", "A man swings a bat.", "A man at the plate.", "A baseball game.")
+DESK = ("A lamp is by a laptop on a desk.", "A desk has a lamp on it.", "A desk with a lamp.")
+BATH = ("A bathroom with a sink.", "A sink and a mirror.", "A bathroom.")
+DUSK = ("Twilight at an intersection.", "A dusky evening.", "A night scene with lights.")
 
 
 def codes(
@@ -64,6 +68,10 @@ def codes(
         (STEW, ("bowl", "broccoli"), "What is in the bowl?",
          "Rice, broccoli and a stew that has bits of carrot in it."),
         (SKIER, ("person",), "Describe it.", "A woman is on skis. She is standing in the snow."),
+        (DESK, ("laptop",), "Where is the lamp?", "It is standing on the desk."),
+        (BATH, ("sink", "toilet"), "Describe it.",
+         "A sink is near the middle, and the toilet is just to the right of it."),
+        (DUSK, ("person",), "Describe it.", "An intersection around sunset."),
     ],
 )  # fmt: skip
 def test_true_answers_that_captions_do_not_word_are_accepted(
@@ -80,6 +88,12 @@ def test_true_answers_that_captions_do_not_word_are_accepted(
          "OBJECT_NOT_FOUND"),
         (SKIER, ("person",), "Describe it.", "A woman is on a slope. She is sitting in the snow.",
          "ACTION_WRONG"),
+        (BATTER, ("person",), "What is next?", "His bat has snapped in two.", "ATTRIBUTE_WRONG"),
+        (DESK, ("laptop",), "Where is the lamp?", "It is standing on the floor.",
+         "RELATION_REFUTED"),
+        (BATH, ("sink", "toilet"), "Describe it.",
+         "A sink is near the middle, and the toilet is just to the left of it.", "PLACE_WRONG"),
+        (DUSK, ("person",), "Describe it.", "An intersection around noon.", "TIME_WRONG"),
         (SKIER, ("person",), "What is the woman up to?", "She is sitting down.", "ACTION_WRONG"),
     ],
 )  # fmt: skip

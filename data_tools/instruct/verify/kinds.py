@@ -430,7 +430,9 @@ def _people() -> dict[str, frozenset[str]]:
 
 _ANIMALS_ASKED: Final = frozenset({"animal", "animals", "creature", "creatures", "pet", "pets"})
 _VEHICLES_ASKED: Final = frozenset({"vehicle", "vehicles", "transport", "transportation"})
-_BEFORE_TIMES: Final = word_set("at the during a sunny bright this late early dark mid")
+_BEFORE_TIMES: Final = word_set(
+    "at the during a sunny bright this late early dark mid around about"
+)
 _AFTER_TIMES: Final = word_set("light lights stand table before of time club")
 _TIMES_ASKED: Final = frozenset({"time", "when", "day", "weather"})
 _AREAS: Final = frozenset({"middle", "center", "lobby", "platform", "corner", "edge", "side"})

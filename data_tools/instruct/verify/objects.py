@@ -138,6 +138,10 @@ def _is_premise(sentence: Sentence, mention: Mention) -> bool:
     introduced, _ = determiner(words, mention.first)
     if introduced == "none" and mention.number == "many":
         # `Dogs need water` is general; `Bicycles are parked there`, `riding bicycles` are not
+        if mention.first > 1 and words[mention.first - 1].endswith("ed") and (
+            words[mention.first - 2] in ("have", "has")
+        ):  # fmt: skip
+            return True  # `people have opened umbrellas`
         if mention.first and words[mention.first - 1] in action_stems():
             return words[mention.first - 1].endswith("ing")
         return (after[:1] in (["are"], ["were"]) and after[1:2] != [] and after[1] in _PLACED) or (

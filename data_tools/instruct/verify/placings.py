@@ -252,12 +252,29 @@ def _beside(
         return
     end = other.last if other is not None else last
     marked = None
-    if other is not None and words[end + 1 : end + 2] and words[end + 1] in _MARKING:
+    if other is None and words[last + 1 : last + 2] == ["it"]:
+        other, end = _opening(sentence, first), last + 1
+        if other is None:
+            return
+    elif other is not None and words[end + 1 : end + 2] and words[end + 1] in _MARKING:
         marked = _following(sentence, end + 1, 4)
     elif other is None and words[last + 1 : last + 2] in (["it"], ["him"], ["her"], ["them"]):
         return
     for group in _subjects(sentence, first, end):
-        yield Beside(group, how, other, first, end, marked)
+        if other not in group:
+            yield Beside(group, how, other, first, end, marked)
+
+
+def _opening(sentence: Sentence, before: int) -> Mention | None:
+    """Return the thing that opens a sentence of two, for which a later `it` stands.
+
+    `A sink is near the middle, and the toilet is to the left of it.`
+    """
+    named = [m for m in sentence.mentions if m.last < before]
+    if len(named) != 2 or named[0].number != "one" or named[0].stance != "asserted":
+        return None
+    opens = named[0].first <= OPENING and PREPOSITIONS.isdisjoint(sentence.words[: named[0].first])
+    return named[0] if opens else None
 
 
 def _subjects(
@@ -373,6 +390,8 @@ def _may_end(word: str) -> bool:
     return not word or not word[0].isalpha() or word in _AFTER_PLAIN or is_finite(word)
 
 
+OPENING: Final = 3
+"""The subject of a sentence begins by this word."""
 _SIDES: Final = word_set("left right left-hand right-hand leftmost rightmost")
 _VERTICAL_OF: Final[dict[str, Region]] = {
     "upper": "top", "top": "top", "lower": "bottom", "bottom": "bottom",

@@ -65,10 +65,12 @@ def check_where(case: Case) -> Iterator[Check]:
     Two captions must name the thing with another thing to be on or in, and none this one.
     """
     asked, known = case.question.sentence, case.knowledge
-    if asked is None or asked.words[0] != "where" or not case.asked:
+    if asked is None or asked.words[0] != "where" or not case.answer_reading.sentences:
         return
-    names, surfaces = case.asked[0].entry.categories, _surfaces()
-    if len(names) != 1 or not case.answer_reading.sentences:
+    # what has no category goes by its noun: `Where is the lamp?`
+    names = case.asked[0].entry.categories if case.asked else (asked_noun(case),)
+    surfaces = _surfaces()
+    if len(names) != 1 or names[0] == PRONOUN:
         return
     sentence = case.answer_reading.sentences[0]
     words = sentence.words
@@ -82,7 +84,8 @@ def check_where(case: Case) -> Iterator[Check]:
         group = surfaces.get(singular(word))
         if group is None or not _PLACING.intersection(words[max(0, index - 4) : index]):
             continue
-        there = {n for n in (*known.named.get(names[0], ()),) if n}
+        naming = known.named.get(names[0], ()) if case.asked else known.names(names[0])
+        there = {n for n in naming if n}
         on = {n: set[int]() for n in there}
         for caption in known.captions:
             if caption.id in on:

@@ -24,6 +24,8 @@ def check(case: Case) -> Iterator[Check]:
     known = case.knowledge
     if case.answer_reading.bits & SIGHT and len(known.captions) >= CAPTIONS:
         yield from _check_unseen(case)
+    if len(known.captions) >= CAPTIONS:
+        yield from _check_mishaps(case)
     yield from _check_asleep(case)
     yield from _check_real(case)
     yield from _check_alone(case)
@@ -75,6 +77,34 @@ def _finding(case: Case, sentence: Sentence, index: int, where: Part) -> Check:
     return case.check(
         "other_object", "contradicted", "OBJECT_NOT_FOUND", where, span, claim
     )  # fmt: skip
+
+
+def _check_mishaps(case: Case) -> Iterator[Check]:
+    """Judge `The bat has snapped in two.` and `It is raining.`, of which no caption has a word."""
+    reading, known = case.answer_reading, case.knowledge
+    for word in sorted(reading.vocabulary & _mishaps().keys()):
+        if known.shows_toys or not _mishaps()[word].isdisjoint(known.words):
+            continue
+        for sentence in reading.sentences:
+            if word not in sentence.words:
+                continue
+            index = sentence.words.index(word)
+            if sentence.asserts(index, index) and sentence.words[index + 1 :][:1] != ["with"]:
+                span = sentence.span(index, index)
+                yield case.check(
+                    "attribute", "contradicted", "ATTRIBUTE_WRONG", "answer", span, word
+                )
+                return
+
+
+@cache
+def _mishaps() -> dict[str, frozenset[str]]:
+    """Return what captions hardly leave out, each with the words that may stand for it."""
+    return {
+        word: frozenset(group["words"] + group["evidence"])
+        for group in wording.load("facts")["mishaps"]
+        for word in group["words"]
+    }
 
 
 def _check_asleep(case: Case) -> Iterator[Check]:
