@@ -94,6 +94,7 @@ def test_true_answers_that_captions_do_not_word_are_accepted(
         (BATH, ("sink", "toilet"), "Describe it.",
          "A sink is near the middle, and the toilet is just to the left of it.", "PLACE_WRONG"),
         (DUSK, ("person",), "Describe it.", "An intersection around noon.", "TIME_WRONG"),
+        (SKIER, ("person",), "What is she doing?", "The woman is kneeling.", "ACTION_WRONG"),
         (SKIER, ("person",), "What is the woman up to?", "She is sitting down.", "ACTION_WRONG"),
     ],
 )  # fmt: skip
