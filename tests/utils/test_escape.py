@@ -92,6 +92,7 @@ ALLOWED = {
     "config/__main__.py",  # YAML and JSON, which escape control characters themselves
     "commands/run_command.py",  # errors, which escape their own message
     "errors/__main__.py",
+    "export/gguf/run_llama_cpp.py",  # numbers as JSON, for the process that started it
     "utils/console.py",
 }
 """Modules that may print without the console's escaping."""

@@ -146,7 +146,7 @@ def _compare(
     expected = sample_logits(checkpoint.model, sample)
     base = _computable(stock.model)
     with without_known_warnings():
-        wrapped: Any = peft.PeftModel.from_pretrained(base, str(out))
+        wrapped: Any = peft.PeftModel.from_pretrained(base, str(out), trust_remote_code=False)
     taken = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if taken != names:
         raise UserError(
