@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from vlm_sft.errors import UserError
+from vlm_sft.utils.escape import encodable
 from vlm_sft.utils.libraries import import_extra, one_line
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Endpoint:
     model: str
     key_env: str = DEFAULT_KEY_ENV
     timeout: float = 600.0
+    _key: str = field(default="", init=False, repr=False)
     _limit_name: str = field(default="max_tokens", init=False)
     """The parameter that limits the answer; newer models of OpenAI know another one."""
 
@@ -75,6 +77,7 @@ class Endpoint:
                 f"--base-url: http would send the key in {self.key_env} unencrypted to "
                 f"{parts.hostname}; use https, or unset the variable"
             )
+        self._key = key
         library = import_extra("openai", "scores")
         self._client: openai.OpenAI = library.OpenAI(
             base_url=self.base_url,
@@ -101,28 +104,36 @@ class Endpoint:
                 )
             except openai.BadRequestError as error:
                 if error.code in _REFUSALS:
-                    return Reply("", problem=one_line(error))
+                    return Reply("", problem=self._described(error))
                 if name == "max_tokens" and "max_tokens" in str(error):
                     self._limit_name = "max_completion_tokens"
                     continue
                 raise self._failure(error) from None
-            except openai.OpenAIError as error:
+            except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
                 raise self._failure(error) from None
             return self._reply(found)
         raise AssertionError("the second name raises or returns")
 
     def _reply(self, found: Any) -> Reply:
         choices = getattr(found, "choices", None)
-        if not choices or getattr(choices[0], "message", None) is None:
-            raise self._failure(ValueError("the response has no message"))
-        usage, text = getattr(found, "usage", None), choices[0].message.content
-        problem = "the server's content filter" if choices[0].finish_reason in _REFUSALS else None
-        tokens = usage.completion_tokens if usage is not None else None
-        return Reply((text or "").strip(), tokens, problem)
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = getattr(choice, "message", None)
+        text = getattr(message, "content", None)
+        if message is None or not isinstance(text, str | None):
+            raise self._failure(ValueError("the response has no message with a text"))
+        finish, usage = getattr(choice, "finish_reason", None), getattr(found, "usage", None)
+        problem = "the server's content filter" if finish in _REFUSALS else None
+        tokens = getattr(usage, "completion_tokens", None)
+        return Reply(encodable(text or "").strip(), tokens, problem)
 
     def _failure(self, error: Exception) -> UserError:
         host = urlsplit(self.base_url).netloc
-        return UserError(f"the server {host} did not answer: {one_line(error)}")
+        return UserError(f"the server {host} did not answer: {self._described(error)}")
+
+    def _described(self, error: Exception) -> str:
+        """Return what is wrong on one line, without the key, which servers may repeat."""
+        text = encodable(one_line(error))
+        return text.replace(self._key, "(key)") if self._key else text
 
 
 def user_message(text: str, image: bytes | None, kind: str = "png") -> dict[str, Any]:

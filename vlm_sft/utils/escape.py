@@ -35,6 +35,14 @@ def escape_control(text: str) -> str:
     return text.translate(_ESCAPES)
 
 
+def encodable(text: str) -> str:
+    """Return `text` with U+FFFD for surrogates, which JSON can hold but no UTF-8 file.
+
+    A pair of them becomes its character.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def escape_control_line(text: str, limit: int = MAX_SHOWN) -> str:
     """Return `text` escaped, on one line (`␊` for a newline), in at most `limit` characters."""
     return shortened(escape_control(shortened(text, limit)).replace("\n", "\u240a"), limit)

@@ -3,6 +3,7 @@
 import base64
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from tests.data_tools.teacher_server import Act, fail, say, send, served
 from vlm_sft import evaluate
 from vlm_sft.errors import UserError
-from vlm_sft.evaluation.endpoint import Endpoint
+from vlm_sft.evaluation.endpoint import Endpoint, Reply
+from vlm_sft.evaluation.suites.answering import EndpointAnswerer, model_identity
+from vlm_sft.evaluation.suites.tasks import Ask, ImageAsks, Key, Shown
 
 
 class Server(ThreadingHTTPServer):
@@ -114,3 +120,68 @@ def test_addresses_and_keys_are_checked(
     monkeypatch.setenv("THE_KEY", key)
     with pytest.raises(UserError, match=message):
         Endpoint(url, "m", "THE_KEY")
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (send(200, b"<html>"), "did not answer"),
+        (send(200, b"<html>", content_type="text/html"), "no message with a text"),
+        (send(200, []), "did not answer|no message"),
+        (send(200, {"choices": [None]}), "no message"),
+        (send(200, {"choices": {"a": 1}}), "no message"),
+        (say("", message={"role": "assistant", "content": [{"type": "text"}]}), "with a text"),
+        (fail(401, "no such key: sk-very-secret"), r"no such key: \(key\)"),
+    ],
+    ids=["no JSON", "HTML", "list", "null", "object", "parts", "key repeated"],
+)
+def test_a_wrong_response_is_one_sentence_without_the_key(
+    act: Act, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_KEY", "sk-very-secret")
+    with served(lambda _: act) as server, pytest.raises(UserError, match=message) as caught:
+        Endpoint(server.url, "m", "THE_KEY").ask([{"role": "user", "content": "Hi"}], 4)
+    assert "very-secret" not in str(caught.value)
+
+
+def test_a_refusal_is_kept_without_the_key_and_a_text_as_utf8(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("THE_KEY", "sk-very-secret")
+    refusal = fail(400, "not with sk-very-secret", code="content_filter")
+    for act, expected in ((refusal, ""), (say("a\ud800b \ud83d\ude00"), "a\ufffdb \U0001f600")):
+        with served(lambda _, act=act: act) as server:
+            found = Endpoint(server.url, "m", "THE_KEY").ask([{"role": "user", "content": "?"}], 4)
+        assert found.text == expected and "very-secret" not in str(found.problem)
+
+
+def test_answers_under_way_are_kept_when_another_one_fails() -> None:
+    sent: list[str] = []
+
+    class Slow:
+        def ask(self, messages: list[dict[str, Any]], max_tokens: int) -> Reply:
+            text = messages[0]["content"]
+            sent.append(text)
+            if text == "0":
+                raise UserError("the server fails")
+            time.sleep(0.2)
+            return Reply(text)
+
+    asks = tuple(Ask(str(n), 4, (Key("t", "right", str(n)),)) for n in range(12))
+    answerer = EndpointAnswerer(Slow(), concurrency=4)  # type: ignore[arg-type]
+    kept = []
+    with pytest.raises(UserError, match="the server fails"):
+        for found in answerer.answer([ImageAsks(Shown(None, None), None, asks)], lambda _: False):
+            kept += [answer.id for answer in found]
+    assert sorted(["0", *kept]) == sorted(sent) and len(sent) < 12
+
+
+def test_another_model_with_files_of_the_same_size_is_another_model(tmp_path: Path) -> None:
+    found = []
+    for value in (1.0, 1.0, 2.0):
+        tensors = {"frozen": torch.ones(9000), "trained": torch.full((100, 3), value)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "old.bin").write_bytes(b"%d" % value)
+        found.append(model_identity(str(tmp_path))["files"])
+    assert found[0] == found[1]
+    assert all(found[0][name] != found[2][name] for name in ("model.safetensors", "old.bin"))

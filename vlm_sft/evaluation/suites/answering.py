@@ -1,11 +1,13 @@
 """Answer the questions of a suite: by a loaded model, or by a model behind a server."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from vlm_sft.errors import UserError
 from vlm_sft.evaluation.endpoint import Endpoint, Reply, user_message
 from vlm_sft.evaluation.suites.answer_log import Answer
 from vlm_sft.evaluation.suites.tasks import Ask, ImageAsks, Key, Shown
@@ -13,6 +15,10 @@ from vlm_sft.utils.reading import read_bytes
 
 BATCH_SIZE: Final = 32
 """Questions that go through a model together."""
+
+_SAMPLES: Final = 16
+_SAMPLE_BYTES: Final = 256
+"""Places, and bytes of each, at which a tensor of a finished model is read to recognize it."""
 
 IsAnswered = Callable[[Key], bool]
 
@@ -111,26 +117,35 @@ class EndpointAnswerer:
 
         Raises:
             ImageError: An image is missing or broken.
-            UserError: The server fails; answers that arrived before are yielded.
+            UserError: The server fails; answers that arrive are yielded before.
         """
         open_asks = [
             (group, ask) for group in batch for ask in group.asks
             if not all(map(is_answered, ask.keys))
         ]  # fmt: skip
         images = {group.shown: _encoded(group.shown) for group, _ in open_asks}
+        failures: list[UserError] = []
+
+        def reply(group: ImageAsks, ask: Ask) -> Reply | None:
+            if failures:
+                return None
+            try:
+                message = user_message(ask.prompt, *images[group.shown])
+                return self._endpoint.ask([message], ask.max_tokens)
+            except UserError as error:  # those under way are waited for: they may have been paid
+                failures.append(error)
+                return None
+
         pool = ThreadPoolExecutor(self._concurrency)
         try:
-            waiting = {
-                pool.submit(
-                    self._endpoint.ask, [user_message(ask.prompt, *images[group.shown])],
-                    ask.max_tokens,
-                ): (group, ask)
-                for group, ask in open_asks
-            }  # fmt: skip
+            waiting = {pool.submit(reply, *asked): asked for asked in open_asks}
             for done in as_completed(waiting):
-                yield list(answers_of(*waiting[done], done.result()))
+                if (found := done.result()) is not None:
+                    yield list(answers_of(*waiting[done], found))
         finally:
             pool.shutdown(cancel_futures=True)
+        if failures:
+            raise failures[0]
 
 
 def answers_of(group: ImageAsks, ask: Ask, reply: Reply) -> Iterator[Answer]:
@@ -157,14 +172,42 @@ def model_identity(checkpoint: str) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
-            small = path.suffix in (".json", ".jinja", ".model", ".txt")
-            files[path.name] = _digest(path) if small else path.stat().st_size
+            sampled = path.suffix == ".safetensors"
+            files[path.name] = _sample_digest(path) if sampled else _digest(path)
     return {"files": files}
 
 
 def file_digests(paths: Sequence[Path]) -> Mapping[str, str]:
     """Return the SHA-256 of every file."""
     return {str(path): _digest(path) for path in paths}
+
+
+def _sample_digest(path: Path) -> str:
+    """Return the SHA-256 of the header and of some bytes of every tensor of a safetensors file.
+
+    Training changes all of a tensor, so that two models with files of equal size differ here. A
+    file whose header cannot be read is hashed whole; loading it tells what is wrong.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length < path.stat().st_size:
+            return _digest(path)
+        header = file.read(length)
+        digest.update(header)
+        try:
+            tensors: dict[str, Any] = json.loads(header)
+            spans = sorted(
+                value["data_offsets"] for name, value in tensors.items() if name != "__metadata__"
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return _digest(path)
+        for begin, end in spans:
+            for part in range(_SAMPLES):
+                offset = begin + (end - begin) * part // _SAMPLES
+                file.seek(8 + length + offset)
+                digest.update(file.read(min(_SAMPLE_BYTES, end - offset)))
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:
