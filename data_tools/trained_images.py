@@ -65,7 +65,6 @@ class TrainedImages:
         """Return the counts for JSON."""
         return {
             "records": self.records,
-            "records_not_used": self.not_used,
             "faulty_records": self.faulty,
             "images_compared_by_content": self.files,
             "images_not_found": self.missing,

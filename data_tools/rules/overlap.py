@@ -42,7 +42,7 @@ def report_overlap(arguments: argparse.Namespace) -> None:
         "images": len(existing),
         "images_not_found": len(names) - len(existing),
         "overlapping": len(seen.images),
-        "training": seen.summary(),
+        "training": seen.summary() | {"records_not_used": seen.not_used},
         "overlap": {str(name): seen.images[name] for name in sorted(seen.images, key=str)},
     }
     lines = [f"{len(existing):,} evaluation images, {len(seen.images):,} of them trained on"]
