@@ -185,6 +185,7 @@ def _computable(stock: PreTrainedModel) -> Any:
             state_dict=state,
             dtype=cast(Any, stock.config).dtype,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise UserError(
