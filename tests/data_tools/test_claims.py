@@ -330,6 +330,7 @@ ROUNDS = [
     ("round_k", 0.85, 0.0),
     ("round_l", 0.8, 0.0),
     ("round_m", 0.7, 0.04),
+    ("round_n", 0.68, 0.06),
 ]
 """Case files with the recall and the share of rejected true answers that must hold."""
 
