@@ -37,7 +37,9 @@ PACKAGES: Final = [
     *("lmms-eval==0.7.3", "decord==0.6.0", "loguru", "pytablewriter", "DataProperty", "tabledata"),
     *("typepy", "mbstrdecoder", "pathvalidate", "tcolorpy", "sacrebleu", "portalocker", "tabulate"),
     *("colorama", "evaluate", "jsonlines", "tqdm-multiprocess", "python-dotenv", "tenacity"),
-    "qwen-vl-utils",
+    *("qwen-vl-utils", "chardet"),
+    *("lxml", "pytz", "aiohttp", "multidict", "yarl", "propcache", "aiohappyeyeballs"),
+    *("aiosignal", "frozenlist"),
 ]
 """lmms-eval without what only its other models and tasks import; `llava_hf` imports decord."""
 INSTALLED_HERE: Final = f"{sysconfig.get_path('purelib')}\n{ROOT.absolute()}\n"
