@@ -117,8 +117,8 @@ def trained_images(
             )
     ids = {number for path in names if (number := coco_id(path)) is not None}
     found: dict[Key, str] = {}
-    for key, file in images.items():
-        number = key if isinstance(key, int) else coco_id(file)
+    for key, path in images.items():
+        number = key if isinstance(key, int) else coco_id(path)
         if number is not None and number in ids:
             found[key] = "same COCO id"
     existing = [path for path in names if path.is_file()]
