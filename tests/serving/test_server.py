@@ -17,6 +17,7 @@ httpx = pytest.importorskip("httpx2")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
+from tests.finished_models import released_folder  # noqa: E402
 from tests.serving.served import KEY, Served, ask, png, text, uri  # noqa: E402
 from vlm_sft.serving.images import ImageLimits  # noqa: E402
 from vlm_sft.serving.protocol import Limits  # noqa: E402
@@ -49,6 +50,19 @@ def test_answers_are_those_of_chat(loaded: LoadedModel, served: Served) -> None:
         )
         assert found.usage.completion_tokens <= 24
         assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+
+
+def test_a_folder_of_another_program_is_served(tmp_path: Path) -> None:
+    model = released_folder(tmp_path / "llava", template="chatml")
+    found = load_checkpoint(tmp_path / "llava", device="cpu")
+    assert all(map(torch.equal, model.state_dict().values(), found.model.state_dict().values()))
+    server = Served(found, Limits(max_tokens=8))
+    try:
+        answer = ask(server.client(), uri(png("red")), text("What is it?"), max_tokens=8)
+    finally:
+        server.close()
+    expected = found.generate("What is it?", [png("red")], max_new_tokens=8)
+    assert answer.choices[0].message.content.strip() == expected
 
 
 def test_a_stream_has_the_same_text_and_ends_with_usage(served: Served) -> None:
