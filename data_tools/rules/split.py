@@ -134,13 +134,14 @@ def _read(files: list[Path], images: Path, *, stop: bool) -> _Found:
         record = _parsed(raw, images)
         found.usable.append(not isinstance(record, RecordError))
         if isinstance(record, RecordError):
+            error = record
             if stop:
                 raise UserError(
-                    f"{record}; fix it, or give --bad-records leave_out to split without it",
-                    code=record.reason,
+                    f"{error}; fix it, or give --bad-records leave_out to split without it",
+                    code=error.reason,
                 )
-            found.bad[record.reason] += 1
-            found.first_bad = found.first_bad or str(record)
+            found.bad[error.reason] += 1
+            found.first_bad = found.first_bad or str(error)
             continue
         names = [os.path.relpath(i, images) for i in record.images if isinstance(i, Path)]
         key = hashed(content_digest(record), names)
