@@ -133,7 +133,7 @@ COMMANDS: Final = {
     **STAGES,
     "run": Stage(
         "run all of these in turn",
-        "Ends with a table of what became of the images and requests. Stops after `generate` if "
+        "Ends with a table of the outcomes of images and requests. Stops after `generate` if "
         "that\nends with an exit code other than 0.",
         (_YAML, "my.yaml limits.usd=20"),
     ),

@@ -100,7 +100,7 @@ def outcome_table(printed: str) -> dict[str, tuple[int, int, str]]:
     """Images, requests and reasons by outcome, from the table at the end of `run`."""
     lines = printed.splitlines()
     found = {}
-    for line in lines[lines.index("  images  requests  what became of them") + 1 :]:
+    for line in lines[lines.index("  images  requests  outcome") + 1 :]:
         images, requests, rest = line.split(maxsplit=2)
         outcome, _, reasons = rest.partition(": ")
         found[outcome] = int(images), int(requests.replace("-", "0")), reasons

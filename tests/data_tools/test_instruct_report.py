@@ -125,7 +125,7 @@ def test_the_same_run_gives_the_same_bytes(
     assert set(first) >= {"report.html", "funnel.png", "reasons.png", "claims.png"}
     assert "report.html" in printed[0]
     assert " ".join(printed[1].split()) == "22 of 42 requests became kept samples"
-    assert printed[7] == "  images  requests  what became of them" and len(printed) == 12
+    assert printed[7] == "  images  requests  outcome" and len(printed) == 12
     assert written(tmp_path, run) == first
 
 

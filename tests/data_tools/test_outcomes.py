@@ -1,4 +1,4 @@
-"""What became of the images and requests of a run."""
+"""The outcomes of the images and requests of a run."""
 
 from collections import Counter
 

@@ -156,7 +156,7 @@ class RunCounts:
         good: Counts over these samples.
         images: Images in the index.
         annotated: Images by annotated category.
-        ends: What became of the images and requests.
+        ends: The outcomes of the images and requests.
         steps: Requests by type and step reached.
         outcomes: Requests by outcome.
         lost: Requests by the step they did not reach and the first reason.

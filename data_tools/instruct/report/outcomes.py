@@ -1,4 +1,4 @@
-"""What became of each image and request of a run: it is in the training files, or why not."""
+"""The outcome of each image and request of a run: in the training files, or the reason why not."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -79,7 +79,7 @@ class Outcomes:
 
 def outcome_lines(rows: list[Row]) -> Iterator[str]:
     """Yield the table for a terminal."""
-    yield f"{'images':>8} {'requests':>9}  what became of them"
+    yield f"{'images':>8} {'requests':>9}  outcome"
     for row in rows:
         requests = f"{row.requests:,}" if row.requests else "-"
         details = f": {row.details}" if row.details else ""

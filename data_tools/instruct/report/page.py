@@ -231,7 +231,7 @@ def _funnel(report: Report) -> Iterator[Row]:
 
 
 def outcomes(report: Report) -> list[outcome_table.Row]:
-    """Return what became of the images and requests."""
+    """Return the outcomes of the images and requests."""
     return report.counts.ends.rows(report.index, report.plan)
 
 

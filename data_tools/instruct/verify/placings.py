@@ -53,7 +53,7 @@ class Beside:
     """Things said to be in a direction of another, or near it.
 
     `other` is None where the other has no category (`to the right of the bush`). `marked`: a thing
-    by which the other is told from its like (`the woman with the phone`).
+    that tells it from others of its kind (`the woman with the phone`).
     """
 
     subjects: tuple[Mention, ...]

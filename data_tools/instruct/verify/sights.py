@@ -16,7 +16,7 @@ from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.reading import Sentence
 
 CAPTIONS: Final = 4
-"""So many captions must be there to be silent about a thing."""
+"""How many captions an image needs before their silence about a thing counts against it."""
 
 
 def check(case: Case) -> Iterator[Check]:
