@@ -19,7 +19,8 @@ from vlm_sft.serve import main, parser
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from vlm_sft.commands.serve import is_loopback, served_names
+from vlm_sft.commands.serve import served_names
+from vlm_sft.utils.addresses import is_loopback
 
 
 def free_port() -> int:

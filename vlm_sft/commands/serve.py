@@ -1,7 +1,6 @@
 """Load a checkpoint, or two, and serve them over HTTP."""
 
 import argparse
-import ipaddress
 import logging
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from vlm_sft.serving.engine import Engine
 from vlm_sft.serving.images import ImageLimits
 from vlm_sft.serving.listener import make_server
 from vlm_sft.serving.protocol import Limits
+from vlm_sft.utils.addresses import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -111,16 +111,6 @@ def served_names(paths: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise AssertionError("different paths have different names")
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address to listen on can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def api_key(variable: str | None) -> str | None:

@@ -1,7 +1,6 @@
 """Ask a model behind an OpenAI-compatible server."""
 
 import base64
-import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from vlm_sft.errors import UserError
+from vlm_sft.utils.addresses import is_loopback
 from vlm_sft.utils.escape import encodable
 from vlm_sft.utils.libraries import import_extra, one_line
 
@@ -66,7 +66,7 @@ class Endpoint:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise UserError("--base-url: expected http://HOST:PORT/v1 or https://HOST/v1")
-        key, local = os.environ.get(self.key_env, ""), _is_here(parts.hostname)
+        key, local = os.environ.get(self.key_env, ""), is_loopback(parts.hostname)
         if not key and parts.scheme == "https" and not local:
             raise UserError(
                 f"the environment variable {self.key_env} is not set; put the key of "
@@ -143,12 +143,3 @@ def user_message(text: str, image: bytes | None, kind: str = "png") -> dict[str,
     url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     return {"role": "user", "content": parts}
-
-
-def _is_here(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

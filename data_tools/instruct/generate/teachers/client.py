@@ -5,7 +5,6 @@ followed (the key would be sent there), and proxies and passwords of the environ
 """
 
 import codecs
-import ipaddress
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from data_tools.instruct.config import TeacherConfig
 from data_tools.instruct.generate.teachers.secrets import Remover
 from vlm_sft.errors import UserError
+from vlm_sft.utils.addresses import is_loopback
 from vlm_sft.utils.libraries import import_extra
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Key:
 
     def __init__(self, config: TeacherConfig, urls: list[str]) -> None:
         value = os.environ.get(config.api_key_env, "")
-        here = all(_is_loopback(_host(url)) for url in urls)
+        here = all(is_loopback(_host(url)) for url in urls)
         if not value and not here:
             raise UserError(
                 f"the environment variable {config.api_key_env} is not set; put the key of "
@@ -217,7 +217,7 @@ def _check(url: str, section: str) -> None:
         raise _refused(section, f"{shown} is not an http address")
     if parts.query or parts.fragment:
         raise _refused(section, f"{shown} holds a query or fragment")
-    if parts.scheme == "http" and not _is_loopback(host):
+    if parts.scheme == "http" and not is_loopback(host):
         raise _refused(section, f"{shown} would send the key and the data unencrypted")
 
 
@@ -232,12 +232,3 @@ def _host(url: str) -> str:
     from urllib.parse import urlsplit
 
     return urlsplit(url).hostname or ""
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
