@@ -53,7 +53,7 @@ def half_a_jpeg(path: Path) -> None:
 BAD_RECORDS = {
     "missing image": (
         record(image="gone.png"),
-        ["VS201: ", "gone.png: no such image file; check the name"],
+        ["VS201: ", "no image file 'gone.png' in the folder "],
     ),
     "broken JPEG": (
         record(image="half.jpg"),

@@ -4,10 +4,11 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports, whole_number
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.config.schema import DataFile, RunConfig
+from vlm_sft.config.schema import DataFile, DataFormat, RunConfig
 from vlm_sft.errors import UserError
 from vlm_sft.errors.codes import CODES
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         arguments.html = _require_page(arguments, config)
     with heavy_imports():
         from vlm_sft.commands.show import run
+        from vlm_sft.utils.logs import configure_logging
+    configure_logging()
     return run(arguments, config)
 
 
@@ -90,10 +93,10 @@ def _add_input_options(parser: CommandParser) -> None:
         help=f"image tokens per image (default: {default})",
     )
     add = parser.add_argument_group("input without a configuration").add_argument
-    add("--records", metavar="FILE", help="a file of records")
+    add("--records", metavar="FILE", help="a file or folder of records")
     add(
         "--format",
-        choices=["auto", "llava", "messages", "alpaca"],
+        choices=get_args(DataFormat),
         help="format of --records (default: auto)",
     )
     add("--image-root", metavar="DIR", help="folder of relative image names")

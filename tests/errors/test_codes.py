@@ -19,6 +19,7 @@ NAME_AT = {
     "ImageError": 0,
     "StrictJsonError": 0,
     "self.error": 0,
+    "raw.error": 0,
     "self._error": 1,
 }
 """Which argument of a call is a fault's name."""

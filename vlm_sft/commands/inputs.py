@@ -131,6 +131,8 @@ def _require_tower(tower: VisionTowerConfig) -> None:
 def _require_data(file: DataFile) -> None:
     if not Path(file.path).exists():
         open_raw_records(Path(file.path))  # raises its own sentence
+    if file.annotations is not None:
+        require_records("annotations", file.annotations)
 
 
 def require_records(option: str, path: str) -> None:

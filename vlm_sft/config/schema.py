@@ -241,16 +241,51 @@ class LoraConfig(Section):
     """Scale the adapters by alpha / sqrt(r) instead of alpha / r (rsLoRA, arXiv 2312.03732)."""
 
 
+DataFormat = Literal[
+    "auto", "llava", "messages", "alpaca", "table", "imagefolder", "captions", "vqa"
+]
+"""Values of `format` of a data file."""
+
+
+class ColumnNames(Section):
+    """Columns of a table whose rows are a question and its answer, or a caption. A column that is
+    null is recognized by its name (`docs/data-formats.md`).
+    """
+
+    id: Forbidden[NonEmptyText | None] = None
+    """Id of the record."""
+    image: Forbidden[NonEmptyText | None] = None
+    """File name or bytes of the image, or a list of them."""
+    question: Forbidden[NonEmptyText | None] = None
+    """Question about the image."""
+    answer: Forbidden[NonEmptyText | None] = None
+    """Answer to the question."""
+    text: Forbidden[NonEmptyText | None] = None
+    """Caption, instead of question and answer."""
+    messages: Forbidden[NonEmptyText | None] = None
+    """Turns in LLaVA's or the messages format, in a CSV file as JSON."""
+
+
 class DataFile(Section):
-    """A file of records, or a directory of Parquet files or of a saved `datasets` data set."""
+    """A file or directory of records; `docs/data-formats.md` shows every format."""
 
     path: Explicit[NonEmptyText]
     """The file or directory. A resumed run may find the same records in another place; their
     content must not change."""
-    format: Forbidden[Literal["auto", "llava", "messages", "alpaca"]] = "auto"
-    """Format of the records. `auto` recognizes it from each record's keys."""
+    format: Forbidden[DataFormat] = "auto"
+    """Format of the records (`llava`, `messages`, `alpaca`, `table`), or of the file or directory
+    (`imagefolder`; `captions`: images with a text file each; `vqa`). `auto` recognizes it."""
+    columns: ColumnNames = ColumnNames()
+    caption_prompt: Forbidden[NonEmptyText | None] = None
+    """Question about the image for rows that have a caption only. Null: the image alone."""
+    annotations: Explicit[NonEmptyText | None] = None
+    """File with the answers to the questions of `path` (`vqa`). Null: they are in `path`."""
+    image_name: Forbidden[NonEmptyText | None] = None
+    """Name of the image of an `image_id` (`vqa`), e.g. `COCO_train2014_{image_id:012d}.jpg`. Null:
+    the questions name their images, or the `data_subtype` of VQA v2 determines it."""
     image_root: Explicit[NonEmptyText | None] = None
-    """Directory that relative image names start from. Null: the directory of the file."""
+    """Directory that relative image names start from. Null: the directory of the file, or `path`
+    itself if that is a directory."""
     follow_symlinks: Free[bool] = False
     """Allow symbolic links below `image_root` to lead out of it; `..` is never allowed."""
     weight: Forbidden[Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]] = 1.0
@@ -258,7 +293,10 @@ class DataFile(Section):
 
     def images_start_in(self) -> Path:
         """Return the directory that relative image names start from."""
-        return Path(self.path).parent if self.image_root is None else Path(self.image_root)
+        if self.image_root is not None:
+            return Path(self.image_root)
+        path = Path(self.path)
+        return path if path.is_dir() else path.parent
 
 
 class DataConfig(Section):
@@ -579,6 +617,7 @@ class RunConfig(Section):
             self.data.template,
             self.train.eval_suite,
             *(file.path for file in files),
+            *(file.annotations for file in files),
         )
         paths = (Path(name).expanduser() for name in names if name)
         return [path for path in paths if path.exists()]

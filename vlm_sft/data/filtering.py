@@ -12,6 +12,7 @@ from vlm_sft.data.tokenize import CHUNK, ChatTokenizer, TokenizedRecord, batched
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.errors import ImageError, RecordError
 from vlm_sft.utils.constants import IGNORE_INDEX
+from vlm_sft.utils.image_paths import missing_image
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class RecordFilter:
             return record
         return RecordError(
             "image_missing",
-            f"no image file {missing[0]}; check the name and `image_root`",
+            missing_image(missing[0]),
             record_id=record.id,
             where=record.where,
         )

@@ -20,7 +20,7 @@ from vlm_sft.config.fields import ImageAspect, ImageProcessing
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.data.image_layout import ImageLayout, LayoutRule
 from vlm_sft.errors import ImageError
-from vlm_sft.utils.image_paths import nearest_existing
+from vlm_sft.utils.image_paths import missing_image
 from vlm_sft.utils.reading import NotARegularFile, open_regular
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -37,8 +37,6 @@ MAX_SIDE: Final = 65_535
 
 _MAX_CANVAS: Final = 4096
 """Longest side of which the padded square is created; larger images are resized axis by axis."""
-
-_MISSING: Final = "check the name (a record's starts from its `image_root`)"
 
 _FAST_INTERPOLATIONS: Final = ("bilinear", "bicubic")
 """Interpolations for which torch resizes bytes like Pillow."""
@@ -241,8 +239,7 @@ def _open_regular(path: Path, name: str) -> IO[bytes]:
     except NotARegularFile as error:
         raise ImageError("image_not_file", str(error)) from None
     except FileNotFoundError:
-        message = f"{name}: no such image file{nearest_existing(path)}; {_MISSING}"
-        raise ImageError("image_missing", message) from None
+        raise ImageError("image_missing", missing_image(path)) from None
     except OSError as error:
         raise _unreadable(name, error) from None
 

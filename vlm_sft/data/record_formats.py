@@ -5,8 +5,8 @@ import binascii
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,6 +34,9 @@ ROLES: Final[dict[str, Role]] = {
 }
 """Values of `from` and `role`."""
 
+MAX_RECORD_BYTES: Final = 64 * 2**20
+"""A larger record is quarantined, whatever the kind of file, and never held in memory."""
+
 MAX_ID: Final = 4096
 """Longest id of a record in characters."""
 
@@ -41,7 +44,7 @@ MAX_TURNS: Final = 10_000
 MAX_IMAGES: Final = 10_000
 """Most turns and images of a record. Each costs time and memory before a length limit applies."""
 
-_FORMAT_KEYS: Final[dict[str, Form]] = {
+FORMAT_KEYS: Final[dict[str, Form]] = {
     "conversations": "llava",
     "messages": "messages",
     "instruction": "alpaca",
@@ -69,6 +72,58 @@ class RawRecord:
     value: Any
     where: str
     fallback_id: str
+
+    def error(self, reason: str, message: str) -> RecordError:
+        """Return the error of this record, with its place."""
+        return RecordError(reason, message, record_id=self.fallback_id, where=self.where)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The column of each part of a record; None for parts that the table does not have.
+
+    Attributes:
+        id: Id of the record.
+        image: File name or bytes of the image, or a list of them.
+        question: The question.
+        input: Text that follows the question on a line of its own (Alpaca).
+        answer: The answer.
+        text: A caption, instead of question and answer.
+        messages: Turns in LLaVA's or the messages format, or their JSON text.
+    """
+
+    id: str | None = None
+    image: str | None = None
+    question: str | None = None
+    input: str | None = None
+    answer: str | None = None
+    text: str | None = None
+    messages: str | None = None
+
+    def used(self) -> dict[str, str]:
+        """Return the column of every part that the table has."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {part: column for part, column in values.items() if column is not None}
+
+
+@dataclass(frozen=True)
+class RawRecords:
+    """The parsed values of one file, before they are conversations.
+
+    Attributes:
+        total: The number of records, or an upper bound of it; for progress bars.
+        records: A value per record, an error per record without one. Can be iterated once.
+        header: Names of the columns, if the file is a table that states them.
+        columns: Where the parts of a row are, if the kind of file determines it.
+        is_image_folder: Whether the file describes the images of a folder: every row has an image,
+            and none repeats another.
+    """
+
+    total: int
+    records: Iterator[RawRecord | RecordError]
+    header: Sequence[str] | None = None
+    columns: Columns | None = None
+    is_image_folder: bool = False
 
 
 def parse_record(
@@ -137,10 +192,10 @@ class _Reader:
         return self._clean(text, "id")
 
     def _form(self, record: Mapping[str, Any]) -> Form:
-        found = [key for key in _FORMAT_KEYS if record.get(key) is not None]
+        found = [key for key in FORMAT_KEYS if record.get(key) is not None]
         if len(found) == 1:
-            return _FORMAT_KEYS[found[0]]
-        known = ", ".join(f"`{key}` ({form})" for key, form in _FORMAT_KEYS.items())
+            return FORMAT_KEYS[found[0]]
+        known = ", ".join(f"`{key}` ({form})" for key, form in FORMAT_KEYS.items())
         if found:
             problem = (
                 f"has {' and '.join(found)}; expected one of them, or `format` set for the file"

@@ -1,25 +1,35 @@
-"""Read record files (JSON, JSONL, Parquet, `datasets` folders) into conversations."""
+"""Read record files and folders of every kind into conversations (`docs/data-formats.md`)."""
 
 import codecs
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast, get_args
 
 from vlm_sft.config.schema import DataFile
+from vlm_sft.data.caption_folder import open_caption_folder
+from vlm_sft.data.columns import find_columns, is_table, rows_to_records
 from vlm_sft.data.conversation import Conversation
-from vlm_sft.data.record_formats import RawRecord, parse_record
+from vlm_sft.data.csv_files import open_csv
+from vlm_sft.data.record_formats import (
+    FORMAT_KEYS,
+    MAX_RECORD_BYTES,
+    Form,
+    RawRecord,
+    RawRecords,
+    parse_record,
+)
+from vlm_sft.data.vqa_files import KEYS as VQA_KEYS
+from vlm_sft.data.vqa_files import open_vqa
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
-from vlm_sft.utils.json_items import RawJson, comma_hint, map_file, split_list
+from vlm_sft.utils.json_items import RawJson, comma_hint, map_file, split_list, split_object
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.reading import StrictJsonError, open_regular, parse_json, require_regular
 
-MAX_RECORD_BYTES: Final = 64 * 2**20
-"""A larger record is quarantined, whatever the kind of file, and never held in memory."""
-
+_METADATA: Final = ("metadata.csv", "metadata.jsonl")
 _ROWS_AT_ONCE: Final = 16
 _UNREADABLE: Final = "data_file_unreadable"
 
@@ -42,8 +52,8 @@ def open_records(file: DataFile) -> Records:
     """Open a file of records; a record that cannot be used is its own error.
 
     `<image>` marks an image's place in human turns of LLaVA and Alpaca records, and in user
-    messages that are plain text in `messages` records that list images; anywhere else it is
-    ordinary text. Images are neither opened nor looked for here.
+    messages that are plain text in `messages` records that list images; anywhere else, as in the
+    cells of a table, it is ordinary text. Images are neither opened nor looked for here.
 
     Args:
         file: The path, with the format and image folder of the records.
@@ -51,10 +61,10 @@ def open_records(file: DataFile) -> Records:
     Raises:
         UserError: The file as a whole cannot be read: missing, damaged or of no known kind.
     """
-    path = Path(file.path)
-    raw_records = open_raw_records(path)
-    image_root = Path(file.image_root or (path if path.is_dir() else path.parent))
-    form = None if file.format == "auto" else file.format
+    raw_records, image_root = open_raw_records(Path(file.path), file), file.images_start_in()
+    form = cast(Form, file.format) if file.format in get_args(Form) else None
+    if form is None:
+        raw_records = _without_columns(raw_records, file)
 
     def conversations() -> Iterator[Conversation | RecordError]:
         for raw in raw_records.records:
@@ -74,27 +84,69 @@ def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
     return open_records(file).conversations
 
 
-@dataclass(frozen=True)
-class RawRecords:
-    """The parsed values of one file, as `Records` but before they are conversations."""
+def _without_columns(opened: RawRecords, file: DataFile) -> RawRecords:
+    """Return the records with the rows of a table turned into records in messages format.
 
-    total: int
-    records: Iterator[RawRecord | RecordError]
+    Raises:
+        UserError: The columns of the table cannot be found.
+    """
+    columns, rows = opened.columns, opened.records
+    if columns is None:
+        head = list(itertools.islice(rows, _ROWS_AT_ONCE))
+        rows = itertools.chain(head, rows)
+        values = [raw.value for raw in head if isinstance(raw, RawRecord)]
+        example = next((value for value in values if isinstance(value, Mapping)), {})
+        header = opened.header or list(map(str, example))
+        is_rows = (
+            opened.header is not None
+            or opened.is_image_folder
+            or file.format == "table"
+            or bool(file.caption_prompt or file.columns.model_fields_set)
+            or (is_table(header) and not any(key in FORMAT_KEYS for key in header))
+        )
+        if not header or not is_rows:
+            return replace(opened, records=rows)
+        columns = find_columns(header, file.columns, file.path, example)
+        if opened.is_image_folder and columns.image is None:
+            raise UserError(
+                f"{file.path}: an imagefolder's metadata needs the column 'file_name'; its columns "
+                f"are {', '.join(map(repr, header))}",
+                code="missing_column",
+            )
+    records = rows_to_records(
+        rows, columns, file.caption_prompt, refuse_repeated=opened.is_image_folder
+    )
+    return replace(opened, records=records)
 
 
-def open_raw_records(path: Path) -> RawRecords:
+def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
     """Open a file or folder of records; its name and first bytes decide how it is read.
 
-    Only a few records are in memory at once, whatever the kind of file.
+    Only a few records are in memory at once, whatever the kind of file; of VQA files also all
+    answers.
+
+    Args:
+        path: The file or folder.
+        file: Its settings, of which `format`, `annotations` and `image_name` are used.
 
     Raises:
         UserError: As `open_records`; for JSON with line and column.
     """
+    container = "auto" if file is None else file.format
+    annotations = None if file is None or file.annotations is None else Path(file.annotations)
+    image_name = None if file is None else file.image_name
     try:
         if path.is_dir():
-            return _open_folder(path)
-        with open_regular(path) as file:
-            start = file.read(4096)
+            return _open_folder(path, container)
+        if container in ("imagefolder", "captions") and path.exists():
+            raise UserError(
+                f"{path}: a file, but format {container!r} is that of a folder; give the folder",
+                code="data_file_unreadable",
+            )
+        if container == "vqa" or annotations is not None:
+            return open_vqa(path, annotations, image_name)
+        with open_regular(path) as opened:
+            start = opened.read(4096)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such data file{current_directory_hint(path)}{nearest_existing(path)}; "
@@ -107,6 +159,8 @@ def open_raw_records(path: Path) -> RawRecords:
         ) from None
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: is UTF-16; save the file as UTF-8", code="not_utf8")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return open_csv(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _open_lines(path)
     if start.startswith(b"PAR1"):
@@ -114,8 +168,12 @@ def open_raw_records(path: Path) -> RawRecords:
     first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first in (b"[", b""):
         return _open_list(path)
-    with open_regular(path) as file:
-        first_line, rest = file.readline(MAX_RECORD_BYTES), file.read(MAX_RECORD_BYTES)
+    with open_regular(path) as opened:
+        first_line, rest = opened.readline(MAX_RECORD_BYTES), opened.read(MAX_RECORD_BYTES)
+    if first == b"{" and rest.strip() and _is_json(first_line):
+        return _open_lines(path)
+    if first == b"{" and _is_vqa(path):
+        return open_vqa(path, annotations, image_name)
     if first == b"{" and _is_json(first_line):
         return _open_lines(path)
     if first == b"{" and _is_json(first_line + rest):
@@ -125,8 +183,8 @@ def open_raw_records(path: Path) -> RawRecords:
             code="data_file_unreadable",
         )
     raise UserError(
-        f"{path}: expected a JSON list of records, one JSON record a line, or Parquet, found a "
-        f"file that begins with {start[:20]!r}",
+        f"{path}: expected a JSON list of records, one JSON record a line, Parquet, or a table "
+        f"named .csv or .tsv, found a file that begins with {start[:20]!r}",
         code="data_file_unreadable",
     )
 
@@ -137,6 +195,13 @@ def _is_json(data: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _is_vqa(path: Path) -> bool:
+    try:
+        return not set(VQA_KEYS).isdisjoint(split_object(map_file(path)))
+    except StrictJsonError:
+        return False
 
 
 # --- one JSON value per line
@@ -219,7 +284,34 @@ def _read_list(path: Path, items: Sequence[RawJson]) -> Iterator[RawRecord | Rec
 # --- tables
 
 
-def _open_folder(path: Path) -> RawRecords:
+def _open_folder(path: Path, container: str) -> RawRecords:
+    metadata = [path / name for name in _METADATA if (path / name).exists()]
+    files = sorted(path.glob("*.parquet"))
+    if container in ("imagefolder", "auto") and metadata:
+        others = [*metadata[1:], *(files if container == "auto" else [])]
+        if others:
+            raise UserError(
+                f"{path}: has {metadata[0].name} and {others[0].name}; give the one to read as "
+                f"`path`, e.g. {metadata[0]}",
+                code="data_file_unreadable",
+            )
+        opened = open_csv(metadata[0]) if metadata[0].suffix == ".csv" else _open_lines(metadata[0])
+        return replace(opened, is_image_folder=True)
+    if container == "imagefolder" or not (container == "captions" or files):
+        below = sorted({found.parent for name in _METADATA for found in path.glob(f"*/{name}")})
+        if below:
+            names = ", ".join(str(folder) for folder in below)
+            raise UserError(
+                f"{path}: has metadata in its subfolders only; give one of them: {names}",
+                code="data_file_unreadable",
+            )
+    if container == "imagefolder":
+        raise UserError(
+            f"{path}: no {' or '.join(_METADATA)} in it, which an imagefolder needs",
+            code="data_file_unreadable",
+        )
+    if container == "captions":
+        return open_caption_folder(path)
     if (path / "dataset_dict.json").exists():
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UserError(
@@ -229,14 +321,9 @@ def _open_folder(path: Path) -> RawRecords:
         )
     if (path / "state.json").exists():
         return _open_datasets_folder(path)
-    files = sorted(path.glob("*.parquet"))
     if files:
         return _open_parquet(files)
-    raise UserError(
-        f"{path}: expected a data file, a folder of Parquet files, or a folder that "
-        "`datasets` saved (save_to_disk)",
-        code="data_file_unreadable",
-    )
+    return open_caption_folder(path)
 
 
 def _open_parquet(paths: list[Path]) -> RawRecords:

@@ -312,7 +312,7 @@ ALL: Final = (
         309,
         "data_file_unreadable",
         "A file of records or annotations cannot be read, is damaged, or has an unknown format.",
-        "Use a JSON list, JSON lines, Parquet, or a directory saved by `datasets`.",
+        "Use one of the formats of `docs/data-formats.md`.",
     ),
     ErrorCode(
         310,
@@ -354,7 +354,7 @@ ALL: Final = (
         316,
         "format",
         "A record has none of the supported formats, or the keys of two of them.",
-        "Use the LLaVA, messages or Alpaca format, and set `format` if it is ambiguous.",
+        "Use a format of `docs/data-formats.md`, and set `format` or `columns` if it is ambiguous.",
     ),
     ErrorCode(
         317,
@@ -440,6 +440,42 @@ ALL: Final = (
         "too_many_broken",
         "More records failed to load during training than `data.max_quarantined` allows.",
         "Find all of them with `vlm-sft check` and fix them, or raise the limit.",
+    ),
+    ErrorCode(
+        332,
+        "missing_column",
+        "A table or a VQA file lacks the column or part that has the texts or the images.",
+        "Name the column with `columns` of the data file, or add it.",
+    ),
+    ErrorCode(
+        333,
+        "ambiguous_columns",
+        "Several columns of a table could have the same part of the records.",
+        "Name the right one with `columns` of the data file.",
+    ),
+    ErrorCode(
+        334,
+        "bad_row",
+        "A row of a table has more or fewer cells than the header, or a wrong quote.",
+        "Put cells with delimiters, quotes or line breaks in quotes, and double quotes in them.",
+    ),
+    ErrorCode(
+        335,
+        "empty_cell",
+        "A cell of a table is empty that a record needs.",
+        "Fill it, or remove the row.",
+    ),
+    ErrorCode(
+        336,
+        "repeated_row",
+        "A row of an imagefolder, or an id of a VQA file, repeats an earlier one.",
+        "Keep one of the two.",
+    ),
+    ErrorCode(
+        337,
+        "unpaired",
+        "An image has no caption or two, a caption no image, or a question no answer.",
+        "Add the file or entry that is missing, or remove the one that is left.",
     ),
     # --- Model, training and memory
     ErrorCode(

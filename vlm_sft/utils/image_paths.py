@@ -120,6 +120,22 @@ def current_directory_hint(path: str | Path) -> str:
 # --- suggestions for a missing file
 
 
+def missing_image(path: str | Path) -> str:
+    """Return the message for a missing image file: where it was searched, and what is near.
+
+    Args:
+        path: The complete path, as `image_path` returns it.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    place = f"the folder {escape_control_line(folder, 300)}"
+    if not os.path.isdir(folder):
+        place += ", which does not exist"
+    return (
+        f"no image file {shown_name(name)} in {place}{nearest_existing(path)}; the names of a "
+        "record's images start from its `image_root`, by default the directory of the file"
+    )
+
+
 def nearest_existing(path: str | Path) -> str:
     """Return a hint that names the most similar existing file; empty if there is none.
 

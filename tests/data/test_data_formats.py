@@ -1,0 +1,280 @@
+"""Tables, imagefolders, caption folders and VQA files become the same conversations."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm_sft.config.schema import ColumnNames, DataFile
+from vlm_sft.data import columns
+from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
+from vlm_sft.data.records import open_records, read_records
+from vlm_sft.errors import RecordError, UserError
+
+
+def read(path: Path, **more: object) -> list[Conversation | RecordError]:
+    return list(read_records(DataFile(path=str(path), **more)))  # type: ignore[arg-type]
+
+
+def good(path: Path, **more: object) -> list[Conversation]:
+    found = read(path, **more)
+    assert all(isinstance(record, Conversation) for record in found), found
+    return found  # type: ignore[return-value]
+
+
+def refusal(path: Path, **more: object) -> UserError:
+    with pytest.raises(UserError) as caught:
+        read(path, **more)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def reasons(found: list[Conversation | RecordError]) -> dict[str, str]:
+    return {r.record_id: r.reason for r in found if isinstance(r, RecordError)}
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), "red").save(path)
+    return path
+
+
+def asked(question: str, answer: str, *images: Path) -> tuple[tuple[Turn, ...], tuple[Path, ...]]:
+    """The turns and images that every format must give for a question about images."""
+    parts = [*map(ImagePart, range(len(images))), *([TextPart(question)] if question else [])]
+    user = Turn("user", tuple(parts), image_separator=None if images else "")
+    return (user, Turn("assistant", (TextPart(answer),))), images
+
+
+def content(record: Conversation) -> tuple[tuple[Turn, ...], tuple[object, ...]]:
+    return record.turns, record.images
+
+
+# --- the same record from every format
+
+
+def formats(root: Path) -> dict[str, DataFile]:
+    """One question about `pic/a.png`, with the id 7, in every format."""
+    row = {"id": 7, "image": "pic/a.png", "question": "What?", "answer": "A cat."}
+    parts = [
+        {"type": "image_url", "image_url": {"url": "pic/a.png"}},
+        {"type": "text", "text": "What?"},
+    ]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+    question = {"question_id": 7, "image": "pic/a.png", "question": "What?"}
+    entry = {"question_id": 7, "multiple_choice_answer": "A cat."}
+    table = "question,image,id,answer\nWhat?,pic/a.png,7,A cat.\n"
+    write(root / "questions.json", json.dumps({"questions": [question]}))
+    write(root / "answers.json", json.dumps({"annotations": [entry]}))
+    write(root / "folder" / "metadata.csv", table.replace("image", "file_name"))
+    write(
+        root / "lines" / "metadata.jsonl",
+        json.dumps({"file_name": "pic/a.png", "id": 7, "question": "What?", "answer": "A cat."}),
+    )
+    names = {
+        "openai": write(root / "openai.jsonl", json.dumps({"id": 7, "messages": turns})),
+        "csv": write(root / "a.csv", table),
+        "tsv": write(root / "a.tsv", table.replace(",", "\t")),
+        "semicolons": write(root / "b.csv", "\ufeff" + table.replace(",", ";")),
+        "json rows": write(root / "rows.json", json.dumps([row], indent=1)),
+        "json lines": write(root / "rows.jsonl", json.dumps(row)),
+        "vqa in one file": write(
+            root / "vqa.json", json.dumps({"questions": [question], "annotations": [entry]})
+        ),
+        "imagefolder": root / "folder",
+        "imagefolder in jsonl": root / "lines",
+    }
+    files = {name: DataFile(path=str(path), image_root=str(root)) for name, path in names.items()}
+    files["vqa"] = DataFile(
+        path=str(root / "questions.json"), annotations=str(root / "answers.json")
+    )
+    return files
+
+
+def test_every_format_gives_the_same_record(tmp_path):
+    expected = asked("What?", "A cat.", tmp_path / "pic" / "a.png")
+    for name, file in formats(tmp_path).items():
+        opened = open_records(file)
+        records = list(opened.conversations)
+        assert [content(record) for record in records] == [expected], name
+        assert [record.id for record in records] == ["7"] and opened.total >= 1, name
+
+
+def test_relative_names_start_from_the_folder_of_the_file_or_the_folder_itself(tmp_path):
+    write(tmp_path / "set" / "metadata.csv", "file_name,text\na.png,A cat.\n")
+    write(tmp_path / "set" / "a.txt", "A cat.\n")
+    image(tmp_path / "set" / "a.png")
+    expected = asked("", "A cat.", tmp_path / "set" / "a.png")
+    for file in (
+        DataFile(path=str(tmp_path / "set")),
+        DataFile(path=str(tmp_path / "set" / "metadata.csv")),
+        DataFile(path=str(tmp_path / "set"), format="captions"),
+    ):
+        assert [content(r) for r in read_records(file)] == [expected], file  # type: ignore[arg-type]
+        assert file.images_start_in() == tmp_path / "set"
+
+
+def test_captions_take_the_configured_prompt_as_their_question(tmp_path):
+    path = write(tmp_path / "a.csv", "file_name,caption\na.png,A cat.\n")
+    (record,) = good(path, caption_prompt="Describe it.")
+    assert content(record) == asked("Describe it.", "A cat.", tmp_path / "a.png")
+
+
+# --- columns
+
+
+def test_columns_are_recognized_or_named_and_logged_once(tmp_path, caplog):
+    columns._log_once.cache_clear()
+    path = write(tmp_path / "a.csv", "File Name,Caption,label\na.png,A cat.,3\n")
+    with caplog.at_level(logging.INFO):
+        good(path), good(path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: columns image = 'File Name', text = 'Caption'; not used: 'label'"
+    ]
+    other = write(tmp_path / "b.csv", "pic,text,truth\na.png,What?,A cat.\n")
+    names = ColumnNames(image="pic", question="text", answer="truth")
+    assert content(good(other, columns=names)[0]) == asked("What?", "A cat.", tmp_path / "a.png")
+
+
+def test_cells_keep_line_breaks_quotes_and_marks_as_text(tmp_path):
+    path = write(tmp_path / "a.csv", 'question,answer\n"A <image>,\n""b""?",x\nq,y\n')
+    first, second = good(path)
+    assert content(first) == asked('A <image>,\n"b"?', "x")
+    assert [first.where, second.where] == [f"{path}:2", f"{path}:4"]
+    assert [first.id, second.id] == ["line-2", "line-4"]
+
+
+def test_turns_in_a_cell_are_json_and_alpaca_inputs_follow_the_instruction(tmp_path):
+    turns = json.dumps(
+        [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
+    )
+    cell = turns.replace('"', '""')
+    path = write(tmp_path / "metadata.csv", f'file_name,conversations\na.png,"{cell}"\n')
+    (record,) = good(tmp_path)
+    assert content(record)[1] == (tmp_path / "a.png",) and record.turns[0].text == "\nWhat?"
+    write(path, 'file_name,conversations\na.png,"[{"\n')
+    assert reasons(read(path)) == {"line-2": "json_syntax"}
+    alpaca = write(tmp_path / "alpaca.csv", "instruction,input,output\nAdd.,1 2,3\n")
+    assert content(good(alpaca)[0]) == asked("Add.\n1 2", "3")
+
+
+@pytest.mark.parametrize(
+    ("header", "names", "code", "words"),
+    [
+        ("image,question", {}, "missing_column", "no column for answer; its columns are 'image'"),
+        ("image,label", {}, "missing_column", "no column for text (a caption) or question"),
+        ("pic,question,answer", {}, "missing_column", "'pic' looks like it"),
+        ("question,caption", {}, "ambiguous_columns", "texts of different kinds"),
+        ("image,file_name,text", {}, "ambiguous_columns", "'image', 'file_name' could each"),
+        ("image,text", {"text": "texts"}, "missing_column", "did you mean 'text'?"),
+        ("image,image", {}, "missing_column", "'image' appears twice"),
+        ("image,", {}, "missing_column", "a name is empty"),
+    ],
+)
+def test_columns_that_cannot_be_found_are_one_error(tmp_path, header, names, code, words):
+    row = ",".join("x.jpg" for _ in header.split(","))
+    path = write(tmp_path / "a.csv", f"{header}\n{row}\n")
+    error = refusal(path, columns=ColumnNames(**names))
+    assert (error.reason, words in str(error)) == (code, True), error
+
+
+# --- rows that cannot be used
+
+
+def test_every_row_of_a_table_is_a_record_or_an_error(tmp_path):
+    rows = ["a.png,fine", "b.png", ",no image", "c.png,  ", 'd.png,"x"y', "", "e.png,fine"]
+    path = write(tmp_path / "a.csv", "image,text\n" + "\n".join(rows) + "\n")
+    found = read(path)
+    assert reasons(found) == {
+        "line-3": "bad_row",
+        "line-4": "empty_cell",
+        "line-5": "empty_cell",
+        "line-6": "bad_row",
+    }
+    assert [r.id for r in found if isinstance(r, Conversation)] == ["line-2", "line-8"]
+    assert "column 'image' is empty" in str(found[2]) and f"{path}:4" in str(found[2])
+
+
+def test_a_quote_without_an_end_and_another_encoding_stop_the_file(tmp_path):
+    error = refusal(write(tmp_path / "a.csv", 'question,answer\na,b\nc,"d\ne,f\n'))
+    assert error.reason == "bad_row" and f"{tmp_path / 'a.csv'}:3: a quote begins" in str(error)
+    error = refusal(write(tmp_path / "b.csv", "question,answer\na,b\nc,café\n".encode("latin-1")))
+    assert error.reason == "not_utf8" and "b.csv:3: not UTF-8 (byte 0xe9" in str(error)
+    error = refusal(write(tmp_path / "c.csv", "question,answer\n".encode("utf-16")))
+    assert error.reason == "not_utf8"
+
+
+def test_an_imagefolder_refuses_repeated_rows_and_metadata_without_file_names(tmp_path):
+    write(tmp_path / "metadata.csv", "file_name,text\na.png,A\na.png,B\na.png,A\n")
+    assert reasons(read(tmp_path)) == {"line-4": "repeated_row"}
+    write(tmp_path / "metadata.csv", "name,question,answer\nx,q,a\n")
+    assert refusal(tmp_path).reason == "missing_column"
+    write(tmp_path / "metadata.jsonl", "{}")
+    assert "has metadata.csv and metadata.jsonl; give the one" in str(refusal(tmp_path))
+    write(tmp_path / "splits" / "train" / "metadata.csv", "file_name,text\n")
+    assert f"give one of them: {tmp_path / 'splits' / 'train'}" in str(refusal(tmp_path / "splits"))
+
+
+def test_a_folder_of_captions_reports_whatever_has_no_partner(tmp_path):
+    for name in ("b/1.JPG", "a.png", "twice.png", "twice.jpeg", "alone.png", "bad.png"):
+        image(tmp_path / name)
+    write(tmp_path / "b" / "1.txt", "\ufeffOne.\n")
+    for name, text in (("a", b"A"), ("twice", b"2"), ("lone", b"?"), ("bad", b"\xff"), (".x", b"")):
+        write(tmp_path / f"{name}.txt", text)
+    found = read(tmp_path)
+    expected = {"alone": "unpaired", "bad": "not_utf8", "lone": "unpaired", "twice": "unpaired"}
+    assert reasons(found) == expected
+    assert [r.id for r in found if isinstance(r, Conversation)] == ["a", "b/1"]
+    assert [content(r) for r in found if isinstance(r, Conversation)][1] == asked(
+        "", "One.", tmp_path / "b" / "1.JPG"
+    )
+    (lone,) = (r for r in found if isinstance(r, RecordError) and r.record_id == "lone")
+    assert f"searched {tmp_path}/lone.jpg" in str(lone)
+    assert "found 1 images and 0 captions" in str(refusal(image(tmp_path / "c" / "x.png").parent))
+
+
+def test_vqa_questions_and_annotations_are_joined_and_leftovers_reported(tmp_path):
+    questions = [
+        {"question_id": 1, "image_id": 9, "question": "Color?"},
+        {"question_id": 2, "image_id": 9, "question": "None?"},
+        {"question_id": 1, "image_id": 9, "question": "Again?"},
+    ]
+    answers = [{"answer": a, "answer_id": i} for i, a in enumerate(["red", "blue", "blue"])]
+    entries = [{"question_id": 1, "answers": answers}, {"question_id": 5, "answers": answers}]
+    vqa = {"data_subtype": "val2014", "questions": questions, "annotations": entries}
+    path = write(tmp_path / "vqa.json", json.dumps(vqa))
+    found = read(path)
+    first = next(record for record in found if isinstance(record, Conversation))
+    expected = asked("Color?", "blue", tmp_path / "COCO_val2014_000000000009.jpg")
+    assert (content(first), first.id) == (expected, "1")
+    errors = [(r.record_id, r.reason) for r in found if isinstance(r, RecordError)]
+    assert errors == [("2", "unpaired"), ("1", "repeated_row"), ("5", "unpaired")]
+    (named,) = (r for r in read(path, image_name="v/{image_id}.png") if isinstance(r, Conversation))
+    assert named.images == (tmp_path / "v" / "9.png",)
+    (failed, *_) = read(path, image_name="{other}.png")
+    assert isinstance(failed, RecordError) and failed.reason == "image_field"
+    alone = write(tmp_path / "v2_questions.json", json.dumps({"questions": questions}))
+    write(tmp_path / "v2_annotations.json", json.dumps({"annotations": entries}))
+    assert f"e.g. {tmp_path / 'v2_annotations.json'}" in str(refusal(alone))
+    assert "annotations without questions" in str(refusal(tmp_path / "v2_annotations.json"))
+
+
+def test_images_of_openai_records_are_local_or_embedded_and_never_fetched(tmp_path):
+    def record(url: str) -> str:
+        parts = [{"type": "image_url", "image_url": {"url": url, "detail": "low"}}]
+        user = {"role": "user", "content": [{"type": "text", "text": "What?"}, *parts]}
+        return json.dumps({"messages": [user, {"role": "assistant", "content": "x"}]})
+
+    lines = [record("data:image/png;base64,aGk="), record("a.png"), record("https://x.org/a.png")]
+    embedded, local, remote = read(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert isinstance(embedded, Conversation) and embedded.images == (b"hi",)
+    assert isinstance(local, Conversation) and local.images == (tmp_path / "a.png",)
+    assert isinstance(remote, RecordError) and "images are not downloaded" in str(remote)
