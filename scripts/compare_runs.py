@@ -255,7 +255,10 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
             found["norms"][place] = row.pop("grad_norm")
         found["losses"][place] = {k: v for k, v in row.items() if k not in VOLATILE}
     found["trained"] = {f"row {i}": row for i, row in enumerate(rows(out, "trained.jsonl"))}
-    found["samples"] = {f"row {i}": row for i, row in enumerate(rows(out, "samples.jsonl"))}
+    samples = rows(out, "samples.jsonl")
+    for row in samples:
+        row.pop("images", None)  # earlier versions kept none
+    found["samples"] = {f"row {i}": row for i, row in enumerate(samples)}
     found["ledger"] = {}
     for name in ("ledger.jsonl", "ledger_eval.jsonl"):
         for row in rows(out, name):

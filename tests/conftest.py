@@ -1,12 +1,21 @@
 """Tiny runs, trained once a session, for the tests of what is done with a finished run."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+BROWSER_FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+]  # fmt: skip
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def trained(folder: Path, config: str, *overrides: str) -> Path:
@@ -60,3 +69,18 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     reset_accelerate()
     yield ROOT
     reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, for tests of pages; they are skipped without it, except in CI."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None and os.environ.get("CI") == "true":
+        pytest.fail("there is no Chromium: pages would not be tested")
+    if path is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as run:
+        found = run.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
+        yield found
+        found.close()

@@ -3,15 +3,19 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from vlm_sft.checkpoint.run_dir import WRITTEN
+from vlm_sft.checkpoint.run_dir import SAMPLE_IMAGES, WRITTEN, locked
 from vlm_sft.errors import UserError
+from vlm_sft.inspection.charts import MAX_POINTS, Chart, Series, thinned
 from vlm_sft.inspection.demo_report import DemoReport, ShownImage, write_demo_report
+from vlm_sft.inspection.run_data import read_run
 from vlm_sft.inspection.run_report import write_run_report
 from vlm_sft.report import main
+from vlm_sft.train.run_history import RunHistory
 
 INTERVAL = {"estimate": 0.91, "low": 0.88, "high": 0.94}
 
@@ -37,9 +41,9 @@ def test_a_run_report_holds_loss_ledger_answers_and_settings_escaped(tmp_path: P
     page = path.read_text()
     assert path.name == "report.html"
     assert "2.5000" in page and "2.7500" in page and "3.0" in page
-    assert "&lt;script&gt;" in page and "<script" not in page and "<i>" not in page
-    assert page.count("data:image/png;base64,") == 2 and "seed: 42" in page
-    assert "://" not in page
+    assert "&lt;script&gt;" in page and page.count("<script>") == 1 and "<i>" not in page
+    assert page.count('<svg class="chart"') == 3 and "seed: 42" in page
+    assert "://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "export --to hf" not in page, "an older version did not note it"
 
 
@@ -141,7 +145,7 @@ def test_the_command_refuses_a_folder_of_no_run_and_a_file_of_the_user(tmp_path:
 
 def test_the_report_names_the_software_of_the_run_and_not_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    assert "Software that wrote this page" in write_run_report(run).read_text()
+    assert "Software of the checkpoint" not in write_run_report(run).read_text()
     step = run / "checkpoints" / "step-00000002"
     step.mkdir(parents=True)
     manifest = {"step": 2, "software": {"torch": "1.2.3", "code": "0" * 64}}
@@ -192,3 +196,145 @@ def test_a_deeply_nested_file_or_a_pipe_of_a_run_is_counted_as_damaged(
     path.unlink()
     os.mkfifo(path)
     assert main([str(run)]) == 0
+
+
+def test_the_starts_of_a_run_show_what_each_changed_and_how_it_ended(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    now = [0.0]
+    for settings, step in ({"seed": 1, "lr": 2}, 0), ({"seed": 1, "lr": 3}, 2):
+        history = RunHistory(run / "starts.jsonl", clock=lambda: now[0])
+        now[0] += 60
+        with history.phase("training"):
+            now[0] += 100
+            history.start(step, 4, settings=settings, software={"torch": f"2.{step}"}, ranks=1)
+            with history.phase("evaluation"):
+                now[0] += 20
+                with history.phase("saving"):
+                    now[0] += 5
+            history.saved(step + 2)
+    history.end(None, "RuntimeError: <b>")
+    found = read_run(run)
+    assert found.seconds == {"setup": 120, "training": 200, "evaluation": 40, "saving": 10}
+    assert [(start.step, start.last_step, start.how) for start in found.starts] == [
+        (0, 2, ""),
+        (2, 4, "RuntimeError: <b>"),
+    ]
+    assert found.starts[1].changed == [("lr", 2, 3)] and found.state == "interrupted"
+    page = write_run_report(run).read_text()
+    assert "changed: lr: 2 → 3\ntorch: 2.0 → 2.2" in page
+    assert "killed (none was logged)" in page and "RuntimeError: &lt;b&gt;" in page
+    assert "not finished: RuntimeError" in page and "6 min 10 s" in page
+
+
+def test_a_run_is_running_while_it_is_locked_and_finished_when_final_is_its_last_step(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "run")
+    with locked(run, enabled=True):
+        assert read_run(run).state == "running"
+        assert read_run(run, is_running=False).state == "interrupted"
+        assert "<dd>running" in write_run_report(run).read_text()
+    (run / "final").mkdir()
+    manifest = {"step": 4, "total_steps": 4, "software": {}, "stage": "stage2"}
+    (run / "final" / "manifest.json").write_text(json.dumps(manifest))
+    assert read_run(run).state == "finished"
+    assert (read_run(run).stage, read_run(run).total_steps) == ("stage2", 4)
+    RunHistory(run / "starts.jsonl").start(4, 8)  # continued with more steps, and killed
+    assert read_run(run).state == "interrupted"
+
+
+def test_several_runs_have_curves_in_one_chart_and_the_settings_that_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")]
+    (runs[0] / "config.yaml").write_text("seed: 1\noptim: {rate: 1, same: 2}\n")
+    (runs[1] / "config.yaml").write_text("seed: 1\noptim: {rate: 3, same: 2}\nnew: 5\n")
+    names = [str(run) for run in runs]
+    out = tmp_path / "both.html"
+    assert main([*names, "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "<title>2 runs</title>" in page and "a/run" in page and "b/run" in page
+    loss = page.split('aria-label="training loss')[1].split("</svg>")[0]
+    assert loss.count("<polyline") == 2
+    differing = page.split("Different settings")[1].split("</section>")[0]
+    assert "optim.rate" in differing and "(not set)" in differing
+    assert "optim.same" not in differing and "seed" not in differing
+    capsys.readouterr()
+    assert main([*names, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["different_settings"] == {"new": ["(not set)", 5], "optim.rate": [1, 3]}
+    assert numbers["runs"][0]["curves"]["loss"] == [[1, 3.0], [2, 2.5]]
+    assert numbers["runs"][0]["curves"]["eval_suite.pope.accuracy"] == [[2, 0.5]]
+    assert numbers["runs"][1]["records"]["training"][0]["records"] == 3
+    with pytest.raises(UserError, match="is the same run as"):
+        main([names[0], names[0] + "/."])
+
+
+def test_what_is_no_run_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "final").mkdir()
+    for name, message in (
+        (run / "final", f"give {run.resolve()}, which it is a part of"),
+        (run / "metrics.jsonl", "it is a file"),
+        (tmp_path / "none", "there is no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([str(name)])
+
+
+def test_only_images_that_the_run_kept_are_on_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0123456789abcdef.jpg")
+    names = ["../../0123456789abcdef.jpg", str(tmp_path / "0123456789abcdef.jpg"), 7]
+    row = {"step": 2, "id": "x", "question": "?", "answer": "", "expected": "a", "images": names}
+    (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    page = write_run_report(run).read_text()
+    assert "data:image" not in page and page.count("its image is not there") == 3
+    (run / SAMPLE_IMAGES).mkdir()
+    Image.new("RGB", (8, 8)).save(run / SAMPLE_IMAGES / "0123456789abcdef.jpg")
+    (run / "samples.jsonl").write_text(json.dumps({**row, "images": names[0][6:].split()}) + "\n")
+    assert write_run_report(run).read_text().count("data:image/jpeg") == 1
+
+
+def test_results_of_a_suite_in_the_run_are_on_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    scores = {"questions": 9, "accuracy": 0.75, "accuracy_interval": [0.5, 0.9]}
+    results = {
+        "made_by": "vlm_sft evaluate",
+        "tasks": {"pope": {"main": "accuracy", "conditions": {"blank": scores}}},
+    }
+    for name, text in ("good", json.dumps(results)), ("bad", '{"made_by": "vlm_sft evaluate"}'):
+        (run / name).mkdir()
+        (run / name / "results.json").write_text(text)
+    page = write_run_report(run).read_text()
+    assert "Evaluation in good" in page and "0.750 [0.500, 0.900]" in page
+    assert "bad/results.json</td><td>1<" in page
+
+
+def test_a_long_curve_is_thinned_to_means_and_the_page_says_so() -> None:
+    points = [(float(step), float(step % 2)) for step in range(1, 10_001)]
+    found = thinned(points)
+    assert len(found) <= MAX_POINTS and (found[0], found[-1]) == (points[0], points[-1])
+    assert all(0.4 < value < 0.6 for _, value in found[1:-2])
+    chart = Chart("loss", [Series("a", points), Series("none", [])])
+    assert "mean of up to 34 logged values" in chart.note and chart.svg.count("<polyline") == 1
+    for values in ([(1.0, 0.0)], [(1.0, 5.0), (2.0, 5.0)], [(1.0, -1e-9), (1e6, 1e12)]):
+        assert "nan" not in Chart("x", [Series("a", values)]).svg
+
+
+def test_the_values_are_shown_at_the_pointer_and_the_page_fits_a_phone(
+    tmp_path: Path, browser: Any
+) -> None:
+    page = browser.new_page(viewport={"width": 380, "height": 800}, color_scheme="dark")
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.goto(write_run_report(make_run(tmp_path / "run")).as_uri())
+    page.locator("svg.chart").first.hover(position={"x": 280, "y": 60})
+    assert page.locator(".tip").inner_text().split("\n") == [
+        "step 2",
+        "training: 2.5",
+        "validation: 2.75",
+    ]
+    assert page.evaluate("document.documentElement.scrollWidth") == 380
+    assert not errors
+    page.close()

@@ -78,7 +78,23 @@ def test_stage_1_leaves_a_complete_run_folder(stage1_run: Path) -> None:
     }
     evaluations = [row for row in rows(stage1_run / "metrics.jsonl") if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [4]
-    assert len(rows(stage1_run / "samples.jsonl")) == 2
+    answers = rows(stage1_run / "samples.jsonl")
+    assert len(answers) == 2
+    for name in (name for row in answers for name in row["images"]):
+        assert (stage1_run / "sample_images" / name).read_bytes().startswith(b"\xff\xd8")
+    assert (stage1_run / "report.html").read_text().count("data:image/jpeg;base64,") == 2
+
+
+def test_a_run_logs_its_start_its_saves_and_its_end_with_the_time_of_each_phase(
+    stage1_run: Path,
+) -> None:
+    started, *saved, ended = rows(stage1_run / "starts.jsonl")
+    assert (started["event"], started["step"], started["total_steps"]) == ("started", 0, 4)
+    assert started["settings"]["train.max_steps"] == 4 and started["stage"] == "stage1"
+    assert [(row["event"], row["step"]) for row in saved] == [("saved", 2), ("saved", 4)]
+    assert (ended["step"], ended["how"]) == (4, "finished")
+    assert set(ended["seconds"]) == {"setup", "training", "evaluation", "saving"}
+    assert all(seconds > 0 for seconds in ended["seconds"].values())
 
 
 def test_a_finished_run_says_so_and_does_nothing(

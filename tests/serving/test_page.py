@@ -1,7 +1,6 @@
 """The chat page in a real Chromium: upload, ask, stop, compare, errors, keyboard, key."""
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,33 +13,14 @@ from vlm_sft.inference.loaded_model import LoadedModel, load_checkpoint
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
-from tests.serving.served import Served, ask, png, text, uri  # noqa: E402
-from vlm_sft.serving.images import ImageLimits  # noqa: E402
-from vlm_sft.serving.protocol import Limits  # noqa: E402
+from tests.serving.served import Served, ask, png, text, uri
+from vlm_sft.serving.images import ImageLimits
+from vlm_sft.serving.protocol import Limits
 
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-]  # fmt: skip
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 WAIT = 60_000
 """Milliseconds: test machines can be slow."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None and os.environ.get("CI") == "true":
-        pytest.fail("there is no Chromium: the chat page would not be tested")
-    if path is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as run:
-        found = run.chromium.launch(executable_path=path, args=FLAGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

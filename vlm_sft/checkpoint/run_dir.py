@@ -37,6 +37,12 @@ _locks: set[int] = set()
 EXPORT_OUTLOOK: Final = "export_outlook.json"
 """Name of the file that records whether the model can be exported; the report shows it."""
 
+STARTS: Final = "starts.jsonl"
+"""Name of the file with the starts of the run (`train/run_history.py`)."""
+
+SAMPLE_IMAGES: Final = "sample_images"
+"""Name of the directory with the images of `samples.jsonl`, by their digest."""
+
 WRITTEN: Final = frozenset(
     {
         ".lock",
@@ -51,7 +57,9 @@ WRITTEN: Final = frozenset(
         "metrics.jsonl",
         "parts.json",
         "report.html",
+        SAMPLE_IMAGES,
         "samples.jsonl",
+        STARTS,
         "trackers",
         "trained.jsonl",
     }

@@ -9,8 +9,10 @@ from accelerate import Accelerator
 
 from vlm_sft.checkpoint.components import unused_parts
 from vlm_sft.checkpoint.format import Checkpoint
+from vlm_sft.checkpoint.provenance import software
 from vlm_sft.checkpoint.run_dir import (
     EXPORT_OUTLOOK,
+    STARTS,
     has_other_length,
     locked,
     own_run_dir,
@@ -21,7 +23,7 @@ from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.checks.compatibility import require_compatible
 from vlm_sft.checks.data_head import check_data_head
 from vlm_sft.config.method import Stage, trainable_parts
-from vlm_sft.config.resume import diff_lines
+from vlm_sft.config.resume import diff_lines, flat
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.build import load_chat_tokenizer, load_data
 from vlm_sft.data.feature_store import require_feature_cache
@@ -33,12 +35,14 @@ from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.adamw_bf16 import require_master_weights
+from vlm_sft.train.checkpointing_policy import device_named
 from vlm_sft.train.compile import compile_errors
 from vlm_sft.train.determinism import deterministic
 from vlm_sft.train.distributed import make_accelerator, rank0_only
 from vlm_sft.train.environment import environment_notes, require_environment
 from vlm_sft.train.feature_cache import use_feature_cache
 from vlm_sft.train.fsdp import choose_sharding, shard
+from vlm_sft.train.run_history import RunHistory
 from vlm_sft.train.setup import build_trainer, load_model
 from vlm_sft.train.trackers import (
     require_trackers,
@@ -83,13 +87,29 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
                 log_already_finished(config, finished)
                 return RunResult(finished.step, finished)
             rank0_only(accelerator, lambda: set_foreign_files_aside(output_dir))
-            result = train(config, stage, accelerator)
+            history = RunHistory(output_dir / STARTS if accelerator.is_main_process else None)
+            with logged_end(history):
+                result = train(config, stage, accelerator, history)
+            how = f"stopped by {result.stopped_by.name}" if result.stopped_by else "finished"
+            history.end(result.step, how)
             close_trackers_and_report(accelerator, output_dir)
     log_result(result)
     return result
 
 
-def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResult:
+@contextmanager
+def logged_end(history: RunHistory) -> Iterator[None]:
+    """Log the error, if any, that ends the block."""
+    try:
+        yield
+    except BaseException as error:
+        history.end(None, f"{type(error).__name__}: {one_line(error)}")
+        raise
+
+
+def train(
+    config: RunConfig, stage: Stage, accelerator: Accelerator, history: RunHistory
+) -> RunResult:
     """Load everything in the order in which it can fail, then train.
 
     Raises:
@@ -126,7 +146,6 @@ def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResul
     logger.info(data.summary())
     use_feature_cache(config, model, accelerator, data)
 
-    start_trackers(accelerator, config)
     samples = None
     if data.eval is not None and config.train.eval_samples:
         samples = SampleGenerator(model, chat_tokenizer, data.eval, config.train.eval_samples)
@@ -134,7 +153,26 @@ def train(config: RunConfig, stage: Stage, accelerator: Accelerator) -> RunResul
     if suite_tasks is not None:
         suite = TrainingSuite(config, *suite_tasks, model, chat_tokenizer, accelerator)
     trainer = build_trainer(
-        config, stage, accelerator, chat_tokenizer, model, identity, data, samples, suite
+        config,
+        stage,
+        accelerator,
+        chat_tokenizer,
+        model,
+        identity,
+        data,
+        samples,
+        suite,
+        history=history,
+    )
+    start_trackers(accelerator, config, first_step=trainer.step)
+    history.start(
+        trainer.step,
+        trainer.total_steps,
+        stage=stage,
+        settings=flat(config),
+        software=software(),
+        device=device_named(accelerator.device),
+        ranks=accelerator.num_processes,
     )
     result = trainer.run()
     logger.info(data.summary())
@@ -203,7 +241,7 @@ def close_trackers_and_report(accelerator: Accelerator, output_dir: Path) -> Non
         accelerator.end_training()
     if accelerator.is_main_process:
         with errors_as_warnings(f"writing {output_dir / 'report.html'}"):
-            logger.info("report: %s", write_run_report(output_dir))
+            logger.info("report: %s", write_run_report(output_dir, is_running=False))
 
 
 def note_export_obstacles(

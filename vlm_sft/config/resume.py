@@ -135,7 +135,12 @@ def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Return every setting by its full key; a list of sections contributes its indices."""
-    return dict(_leaves(config.model_dump(mode="json"), ""))
+    return flat_tree(config.model_dump(mode="json"))
+
+
+def flat_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a nested mapping by their full keys, as `flat` does."""
+    return dict(_leaves(tree, ""))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

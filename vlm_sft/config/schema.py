@@ -411,20 +411,26 @@ class PackingConfig(Section):
         return self
 
 
-Tracker = Literal["tensorboard", "wandb", "trackio"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class TrackingConfig(Section):
     """Names and directories for the experiment trackers of `train.trackers`."""
 
     project: Free[Annotated[str, Field(min_length=1, max_length=128)]] = "vlm_sft"
-    """Project name in wandb and trackio; directory inside `dir` for TensorBoard."""
+    """Project name in wandb and trackio; experiment in MLflow; directory inside `dir` for
+    TensorBoard."""
     name: Free[NonEmptyText | None] = None
     """Name of the run. Null: the last part of `output_dir`."""
     entity: Free[NonEmptyText | None] = None
     """User or team in wandb. Null: the account's default."""
+    group: Free[NonEmptyText | None] = None
+    """Group of the run in wandb and trackio; the tag `group` in MLflow."""
+    tags: Free[list[NonEmptyText]] = Field(default=[])
+    """Tags of the run in wandb and MLflow."""
     dir: Free[NonEmptyText | None] = None
-    """Directory that the trackers write to. Null: `trackers` inside `output_dir`."""
+    """Directory that the trackers write to, unless a variable such as MLFLOW_TRACKING_URI names a
+    server. Null: `trackers` inside `output_dir`."""
 
     @field_validator("project")
     @classmethod
@@ -519,7 +525,8 @@ class TrainConfig(Section):
     """Number of steps between rows of `metrics.jsonl`. Each row is also logged to stderr; on a
     terminal a progress bar shows the newest row instead."""
     trackers: Free[list[Tracker]] = Field(default=["tensorboard"])
-    """Experiment trackers that get the same numbers as `metrics.jsonl`; `[]` for none."""
+    """Experiment trackers that get the same numbers as `metrics.jsonl`, and the generated answers
+    with their images (`docs/report.md`); `[]` for none."""
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

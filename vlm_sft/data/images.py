@@ -80,6 +80,19 @@ def open_image(source: ImageSource) -> Image.Image:
         return _decode(_read_header(file, name), name)
 
 
+def thumbnail(source: ImageSource, side: int, *, quality: int = 80) -> bytes:
+    """Return an image, upright and at most `side` pixels wide and high, as a JPEG file.
+
+    Raises:
+        ImageError: The image cannot be opened.
+    """
+    image = open_image(source)
+    image.thumbnail((side, side))
+    buffer = BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 class UprightSize(NamedTuple):
     """The size of an image as `open_image` returns it, and how EXIF orientation turned it."""
 

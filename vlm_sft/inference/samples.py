@@ -8,6 +8,7 @@ import torch
 from vlm_sft.data.batch import LoadError
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.dataset import SupervisedDataset
+from vlm_sft.data.images import thumbnail
 from vlm_sft.data.tokenize import ChatTokenizer, expand
 from vlm_sft.errors import RecordError
 from vlm_sft.inference.generate import generate_greedy
@@ -15,6 +16,10 @@ from vlm_sft.model.vlm import VisionLanguageModel
 
 MAX_NEW_TOKENS = 64
 """Length of the responses that are generated during training."""
+
+
+SHOWN_SIDE = 256
+"""Longest side of the images that are kept for the report, in pixels."""
 
 
 class SampleGenerator:
@@ -44,7 +49,7 @@ class SampleGenerator:
         self._max_new_tokens = max_new_tokens
 
     def __call__(self, on_error: Callable[[LoadError], None] | None) -> list[dict[str, Any]]:
-        """Return rows of `id`, `question`, `answer` and `expected`.
+        """Return rows of `id`, `question`, `answer`, `expected`, and `images` as JPEG files.
 
         Args:
             on_error: Called with each record whose image cannot be read, which gets no row; None:
@@ -89,4 +94,5 @@ class SampleGenerator:
             "question": turns[-1].text if turns else "",
             "answer": answer,
             "expected": conversation.turns[first].text,
+            "images": [thumbnail(source, SHOWN_SIDE) for source in question.images],
         }

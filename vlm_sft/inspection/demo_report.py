@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from vlm_sft.checkpoint.jsonl import read_rows
-from vlm_sft.data.images import open_image
-from vlm_sft.inspection.run_report import (
-    COMMAND,
-    keep_file_of_others,
-    loss_curves,
-    software_versions,
-)
+from vlm_sft.data.images import thumbnail
+from vlm_sft.inspection.run_data import Row, number
+from vlm_sft.inspection.run_report import COMMAND, keep_file_of_others, software_versions
 from vlm_sft.utils.atomic_files import write_bytes, write_text
 from vlm_sft.utils.html import data_uri, render_page
-from vlm_sft.utils.ownership import refuse_in_checkpoint
+from vlm_sft.utils.ownership import made_by, refuse_in_checkpoint
 from vlm_sft.utils.progress import format_seconds
 
 _CONDITIONS: Final = {
@@ -118,6 +114,30 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
     return path
 
 
+def loss_curves(runs: Mapping[str, Sequence[Row]]) -> bytes:
+    """Draw training and validation loss over the step, one panel per run, as a PNG.
+
+    Args:
+        runs: Rows of `metrics.jsonl` by title.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * max(1, len(runs)), 3.4), dpi=130, layout="constrained")
+    axes = figure.subplots(1, max(1, len(runs)), squeeze=False)[0]
+    for panel, (title, rows) in zip(axes, runs.items(), strict=False):
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+            points = [(row["step"], row[key]) for row in rows if number(row.get(key)) is not None]
+            if points:
+                panel.plot(*zip(*points, strict=True), style, label=label, ms=4, lw=1.5)
+        panel.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+        panel.grid(alpha=0.25)
+        if panel.lines:
+            panel.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": made_by(COMMAND)})
+    return buffer.getvalue()
+
+
 def _headline(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """Yield accuracy, caption and note of the first task: own images first, then blank ones.
 
@@ -139,13 +159,9 @@ def _image(image: ShownImage) -> dict[str, Any]:
     """Return a thumbnail with its questions, the answers, and whether they are right."""
     from vlm_sft.evaluation.questions import closed_set, last_choice  # imports torch
 
-    thumbnail = open_image(image.path)
-    thumbnail.thumbnail((640, 640))
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, format="JPEG", quality=85)
     expected = image.expected or [None] * len(image.exchanges)
     return {
-        "uri": data_uri(buffer.getvalue(), "jpeg"),
+        "uri": data_uri(thumbnail(image.path, 640, quality=85), "jpeg"),
         "name": image.path.name,
         "exchanges": [
             {

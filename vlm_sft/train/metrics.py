@@ -1,12 +1,13 @@
 """The metrics of a run: `metrics.jsonl`, `samples.jsonl`, trackers and the progress line."""
 
+import hashlib
 import json
 import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +15,10 @@ import torch
 from accelerate import Accelerator
 
 from vlm_sft.checkpoint.jsonl import read_rows
+from vlm_sft.checkpoint.run_dir import SAMPLE_IMAGES
 from vlm_sft.train.distributed import rank0_only
 from vlm_sft.train.progress_line import ProgressLine
-from vlm_sft.train.trackers import tracker_values
+from vlm_sft.train.trackers import AnswerTracker, tracker_values
 from vlm_sft.train.train_step import StepGradient
 from vlm_sft.train.update import Update
 from vlm_sft.train.validation import ValidationResult
@@ -104,6 +106,7 @@ class RunMetrics:
         self, output_dir: Path, accelerator: Accelerator, *, first_step: int, total_steps: int
     ) -> None:
         main = accelerator.is_main_process
+        self._output_dir = output_dir
         self._accelerator = accelerator
         self._file, self._samples = (
             MetricsFile(output_dir / name, last_step=first_step) if main else None
@@ -113,6 +116,7 @@ class RunMetrics:
         earlier = 0.0 if self._file is None else self._file.last_seconds
         self._start = time.monotonic() - earlier
         self._throughput = Throughput()
+        self._answers = AnswerTracker(accelerator)
         self._tracker_failed = False
 
     def __enter__(self) -> Self:
@@ -183,8 +187,18 @@ class RunMetrics:
         if self._samples is None:
             return
         for row in result.samples:
-            self._samples.write({"step": step, **row})
+            images = [self._keep_image(data) for data in row.get("images", ())]
+            self._samples.write({"step": step, **row, "images": images})
             logger.info("  %s: %r -> %r", row["id"], row["question"], row["answer"])
+        self._track(lambda: self._answers.log(result.samples, step), step)
+
+    def _keep_image(self, data: bytes) -> str:
+        """Write an image of the samples for the report, and return its name."""
+        name = f"{hashlib.sha256(data).hexdigest()[:16]}.jpg"
+        path = self._output_dir / SAMPLE_IMAGES / name
+        if not path.exists():
+            write_bytes(path, data)
+        return name
 
     def log_failed_evaluation(self, step: int, error: Exception) -> None:
         """Log that an evaluation failed."""
@@ -221,14 +235,18 @@ class RunMetrics:
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.write(row)
+        step = row["step"]
+        self._track(lambda: self._accelerator.log(tracker_values(row), step=step), step)
+
+    def _track(self, log: Callable[[], None], step: int) -> None:
         try:
-            self._accelerator.log(tracker_values(row), step=row["step"])
+            log()
         except Exception as error:  # a tracker may fail in any way, and none is worth a run
             if not self._tracker_failed:
                 logger.warning(
                     "step %d: a tracker failed (%s); training continues, and metrics.jsonl has "
                     "every row",
-                    row["step"],
+                    step,
                     one_line(error),
                 )
             self._tracker_failed = True

@@ -48,6 +48,7 @@ from vlm_sft.train.optimizer import build_optimizer, checkpoint_bytes
 from vlm_sft.train.packing_check import prepare_packing
 from vlm_sft.train.preflight import report_parts
 from vlm_sft.train.run_checkpoints import RunCheckpoints
+from vlm_sft.train.run_history import RunHistory
 from vlm_sft.train.run_log import RunLog
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.trainer import Trainer
@@ -95,6 +96,8 @@ def build_trainer(
     data: Data,
     samples: GenerateSamples | None,
     suite: EvaluateSuite | None = None,
+    *,
+    history: RunHistory,
 ) -> Trainer:
     """Build the trainer of a run and restore it from the run's newest checkpoint, if any.
 
@@ -108,6 +111,7 @@ def build_trainer(
         data: Training and validation records.
         samples: Generates samples at evaluations, or None.
         suite: Evaluates the run's suite, or None.
+        history: Where the time of the run goes.
 
     Raises:
         UserError: Nothing is trainable, or a setting is not available on this machine.
@@ -163,6 +167,7 @@ def build_trainer(
         updater=Updater(optimizer, parts, config, accelerator, total_steps=total_steps),
         checkpoints=checkpoints,
         metrics=metrics,
+        history=history,
         validation=build_validation(config, model, data, collator, samples, accelerator),
         suite=suite,
         total_steps=total_steps,

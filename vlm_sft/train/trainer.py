@@ -16,6 +16,7 @@ from vlm_sft.data.loader import lost_worker_errors
 from vlm_sft.errors import UserError
 from vlm_sft.train.metrics import RunMetrics
 from vlm_sft.train.run_checkpoints import RunCheckpoints
+from vlm_sft.train.run_history import RunHistory
 from vlm_sft.train.signals import SignalHandler, exit_code
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.train_step import StepGradient, accumulate_gradient, step_seed
@@ -58,6 +59,7 @@ class Trainer:
         updater: Applies gradients to the weights.
         checkpoints: Saves the run; it knows the checkpoint that the run was resumed from.
         metrics: Files, trackers and the progress line.
+        history: Where the time of the run goes.
         validation: Evaluates on the validation records, or None.
         suite: Evaluates the suite of `train.eval_suite`, or None.
         total_steps: Optimizer steps of the run.
@@ -76,6 +78,7 @@ class Trainer:
         updater: Updater,
         checkpoints: RunCheckpoints,
         metrics: RunMetrics,
+        history: RunHistory,
         validation: Validation | None,
         suite: EvaluateSuite | None,
         total_steps: int,
@@ -87,12 +90,13 @@ class Trainer:
         self.updater = updater
         self.checkpoints = checkpoints
         self.metrics = metrics
+        self.history = history
         self.validation = validation
         self.suite = suite
         self.best: BestEvaluation | None = None
         if config.train.keep_best is not None:
-            history = metrics.evaluations(config.train.keep_best)
-            self.best = BestEvaluation(config.train.keep_best, history)
+            before = metrics.evaluations(config.train.keep_best)
+            self.best = BestEvaluation(config.train.keep_best, before)
         self.total_steps = total_steps
         self.step = checkpoints.saved_step
         self.signals = SignalHandler()
@@ -106,10 +110,12 @@ class Trainer:
             CheckpointError: A checkpoint cannot be written.
         """
         with self.signals, self.metrics:
-            self.train()
+            with self.history.phase("training"):
+                self.train()
             if self.checkpoints.saved_step < self.step:
                 self.save()
-            checkpoint = self.checkpoints.wait()
+            with self.history.phase("saving"):
+                checkpoint = self.checkpoints.wait()
         if self.step < self.total_steps and not self.stops_early():
             # A rank that got no signal itself stops because another one did.
             return RunResult(self.step, checkpoint, self.signals.received or signal.SIGTERM)
@@ -122,7 +128,8 @@ class Trainer:
                 float("nan") if self.best.value is None else self.best.value,
             )
         assert checkpoint is not None and checkpoint.step == self.step
-        final = self.checkpoints.finish(checkpoint)
+        with self.history.phase("saving"):
+            final = self.checkpoints.finish(checkpoint)
         self.accelerator.wait_for_everyone()
         return RunResult(self.step, final)
 
@@ -244,6 +251,10 @@ class Trainer:
             UserError: A validation record cannot be loaded and `data.on_error` is `stop`; the run
                 is saved before that.
         """
+        with self.history.phase("evaluation"):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         unsaved = self.checkpoints.saved_step < self.step
         if unsaved and self.checkpoints.sharded:
             self.save()  # an error on one rank leaves the others waiting in a collective
@@ -285,13 +296,15 @@ class Trainer:
 
     def save(self) -> None:
         """Save the run, in a thread with `train.async_checkpointing`."""
-        self.metrics.sync()
-        self.loader.run_log.sync_file()
-        self.checkpoints.save(
-            {
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "epoch": self.epoch,
-                **self.loader.run_log.state(),
-            }
-        )
+        with self.history.phase("saving"):
+            self.metrics.sync()
+            self.loader.run_log.sync_file()
+            self.checkpoints.save(
+                {
+                    "step": self.step,
+                    "total_steps": self.total_steps,
+                    "epoch": self.epoch,
+                    **self.loader.run_log.state(),
+                }
+            )
+        self.history.saved(self.step)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from vlm_sft.data.images import open_image
+from vlm_sft.data.images import thumbnail
 from vlm_sft.errors import ImageError
 from vlm_sft.evaluation.scores.files import Row
 from vlm_sft.evaluation.suites.results import NOT_SHARES, RIGHT, TaskResult
@@ -16,7 +16,7 @@ from vlm_sft.utils.image_paths import image_path
 SHOWN: Final = 6
 """Right answers, and as many wrong ones, that a task's gallery shows."""
 
-_THUMBNAIL: Final = (320, 320)
+_THUMBNAIL_SIZE: Final = 320
 _CONDITIONS: Final = {
     "right": "its own",
     "blank": "blank",
@@ -177,13 +177,10 @@ def _thumbnail(task: Task, name: str | None) -> Any:
     if name is None or task.config.images is None:
         return None
     try:
-        image = open_image(image_path(task.config.images, name, follow_symlinks=True))
+        path = image_path(task.config.images, name, follow_symlinks=True)
+        return data_uri(thumbnail(path, _THUMBNAIL_SIZE), "jpeg")
     except ImageError:
         return None  # the answers are there, so the image was removed after the evaluation
-    image.thumbnail(_THUMBNAIL)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=80)
-    return data_uri(buffer.getvalue(), "jpeg")
 
 
 def _plot(found: Sequence[TaskResult]) -> bytes:
