@@ -19,6 +19,7 @@ LAYERS = {
     "train": 4,
     "inference": 5,
     "evaluation": 5,
+    "best_of": 5,
     "inspection": 5,
     "planning": 5,
     "checks": 5,

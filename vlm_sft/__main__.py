@@ -94,6 +94,7 @@ def _print_completion(argv: Sequence[str]) -> int:
     settings = {
         DATA: all_settings({DATA: import_module("data_tools.instruct.config").InstructConfig}),
         "mix": all_settings({"mix": import_module("data_tools.mix.config").MixConfig}),
+        "select": all_settings({"select": import_module("data_tools.select.config").SelectConfig}),
     }
     print(completion_script(shell, parsers, COMMANDS, settings))
     return 0

@@ -1,11 +1,10 @@
 """Choose records, and write them under unique ids as messages, in a second reading."""
 
-import base64
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +13,9 @@ from data_tools.digests import hashed
 from data_tools.mix.config import MixConfig
 from data_tools.mix.quotas import RecordCounts
 from data_tools.mix.read import Source, data_file
-from vlm_sft.data.conversation import Conversation, ImageSource, TextPart, Turn
+from vlm_sft.data.record_writer import as_messages
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.progress import track
-
-_IMAGE_TYPES: Final = {
-    b"\xff\xd8": "jpeg",
-    b"\x89PNG": "png",
-    b"GIF8": "gif",
-    b"RIFF": "webp",
-    b"BM": "bmp",
-}
 
 
 def choose(source: Source, wanted: RecordCounts, *, split: bool) -> NDArray[np.uint32]:
@@ -91,40 +82,4 @@ def mixed_records(
                         "a suffix that repeated records get (#2, +2); change that id"
                     )
                 given.add(key)
-                messages = [_message(turn, record, image_root) for turn in record.turns]
-                yield {"id": record_id, "messages": messages}
-
-
-def _message(turn: Turn, record: Conversation, image_root: Path) -> dict[str, Any]:
-    """Return a turn as a message with parts; reading it gives the same turn."""
-    parts = [
-        {"type": "text", "text": part.text}
-        if isinstance(part, TextPart)
-        else {"type": "image", "image": _image(record.images[part.index], record, image_root)}
-        for part in turn.parts
-    ]
-    message: dict[str, Any] = {"role": turn.role, "content": parts}
-    if turn.image_separator is not None and any(p["type"] == "image" for p in parts):
-        message["image_separator"] = turn.image_separator
-    if not turn.supervised:
-        message["loss"] = False
-    return message
-
-
-def data_url(image: bytes) -> str:
-    """Return the bytes of an image file as a data URL."""
-    kind = next((k for head, k in _IMAGE_TYPES.items() if image.startswith(head)), "tiff")
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-
-
-def _image(image: ImageSource, record: Conversation, image_root: Path) -> str:
-    if isinstance(image, bytes):
-        return data_url(image)
-    try:
-        return image.relative_to(image_root).as_posix()
-    except ValueError:
-        raise UserError(
-            f"{record.where}: record {record.id!r}: the image {image} is not below {image_root}; "
-            "set `image_root` to a directory that contains the images of all sources",
-            code="image_path",
-        ) from None
+                yield {"id": record_id, "messages": as_messages(record, image_root)}

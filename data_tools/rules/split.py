@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from data_tools.digests import hashed
 from data_tools.mix.read import content_digest
-from data_tools.mix.write import data_url
 from data_tools.records import JsonList
 from data_tools.rules.image_groups import ImageGroups
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.record_formats import RawRecord, parse_record
+from vlm_sft.data.record_writer import data_url
 from vlm_sft.data.records import open_raw_records
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.console import echo

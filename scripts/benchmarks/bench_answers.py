@@ -40,7 +40,7 @@ def main() -> None:
 
     start = time.process_time()
     single = [
-        answer_prompts(loaded, [Prompts(group.image, [prompt], [limit])], whole_prompts=True)[0][0]
+        answer_prompts(loaded, [Prompts(group.images, [prompt], [limit])], whole_prompts=True)[0][0]
         for group in groups
         for prompt, limit in zip(group.prompts, group.max_tokens, strict=True)
     ]
@@ -79,7 +79,7 @@ def asked(loaded: LoadedModel, image: ImageCrops, tokens: int) -> Prompts:
         loaded.prompt_ids(user_message(f"Is there a {name}?{SUFFIX}", [b""]), [image.layout])
         for name in NAMES
     ]
-    return Prompts(image, prompts, [tokens] * len(prompts))
+    return Prompts((image,), prompts, [tokens] * len(prompts))
 
 
 def random_model() -> LoadedModel:

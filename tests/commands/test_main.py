@@ -11,6 +11,7 @@ import pytest
 
 from data_tools.instruct.config import InstructConfig
 from data_tools.mix.config import MixConfig
+from data_tools.select.config import SelectConfig
 from vlm_sft.__main__ import COMMANDS, main, module_of
 from vlm_sft.commands.registry import SUBCOMMANDS
 from vlm_sft.config import __main__ as config_command
@@ -77,7 +78,9 @@ def test_the_data_commands_name_themselves_as_they_were_called(
         main(["data"])
 
 
-@pytest.mark.parametrize("name", ["build_coco", "make_scenes", "mix", "overlap", "pope", "split"])
+@pytest.mark.parametrize(
+    "name", ["build_coco", "make_scenes", "mix", "overlap", "pope", "select", "split"]
+)
 def test_the_other_data_commands_are_there_too(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +193,8 @@ def test_the_reference_page_is_what_the_command_prints(options: list[str], page:
 
 
 def test_the_reference_of_the_data_commands_has_every_setting_with_a_meaning() -> None:
-    schemas = {"data_tools.instruct": InstructConfig, "data_tools.mix": MixConfig}
+    schemas = {"data_tools.instruct": InstructConfig, "data_tools.mix": MixConfig,
+               "data_tools.select": SelectConfig}  # fmt: skip
     settings = all_settings(schemas)
     assert [s.key for s in settings if not s.meaning.rstrip().endswith(".")] == []
     known = {setting.key for setting in settings if setting.command == "data_tools.instruct"}

@@ -176,7 +176,14 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "vlm_sft.errors"])
 def test_every_option_has_a_description(command: str) -> None:
-    package = command.rpartition(".")[2] in ("vlm_sft", "config", "export", "instruct", "mix")
+    package = command.rpartition(".")[2] in (
+        "vlm_sft",
+        "config",
+        "export",
+        "instruct",
+        "mix",
+        "select",
+    )
     name = f"{command}.__main__" if package else command
     parser = importlib.import_module(name).parser()
     unexplained = [a.option_strings or a.dest for a in actions_of(parser) if not a.help]

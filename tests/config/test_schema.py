@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from data_tools.instruct.config import InstructConfig
 from data_tools.mix.config import MixConfig
+from data_tools.select.config import SelectConfig
 from vlm_sft.config import loading as settings
 from vlm_sft.config.loading import Section
 from vlm_sft.config.resume import flat
@@ -330,7 +331,7 @@ JARGON = re.compile(
 )
 
 
-@pytest.mark.parametrize("section", [RunConfig, InstructConfig, MixConfig])
+@pytest.mark.parametrize("section", [RunConfig, InstructConfig, MixConfig, SelectConfig])
 def test_every_wrong_value_is_refused_in_plain_words(section: type[Section]) -> None:
     wrong = ["[]", "[[1]]", "{}", "{a: 1}", "null", "text", "-1", "1.5", ".nan", "true", "1e400"]
     tried = 0

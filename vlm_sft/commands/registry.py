@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "vlm_sft.show": "show records with their trained tokens",
     "vlm_sft.chat": "ask a checkpoint about images",
     "vlm_sft.evaluate": "measure a checkpoint on questions with known answers",
+    "vlm_sft.sample": "sample several answers to each question, and keep the best as data",
     "vlm_sft.serve": "serve a checkpoint through an OpenAI-compatible API",
     "vlm_sft.score": "score answers that are in a file",
     "vlm_sft.export": "write a checkpoint for other programs",
@@ -32,6 +33,7 @@ COMMANDS: Final = {
     "data_tools.mix": "mix record files",
     "data_tools.overlap": "report evaluation images that were trained on",
     "data_tools.pope": "write POPE questions about the existence of objects",
+    "data_tools.select": "select records by scores, beside a random part of the same size",
     "data_tools.split": "hold out records whose images no training record has",
     "data_tools.verify": "check records of others (--records)",
 }

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from vlm_sft.evaluation.endpoint import Endpoint
-from vlm_sft.evaluation.suites.answer_log import Answer, AnswerLog
+from vlm_sft.evaluation.suites.answer_log import ANSWERS, Answer
 from vlm_sft.evaluation.suites.answering import (
     Answerer,
     EndpointAnswerer,
@@ -29,9 +29,10 @@ from vlm_sft.evaluation.suites.results import (
     visual_necessity,
     with_true_answers,
 )
-from vlm_sft.evaluation.suites.tasks import Task, plan, read_task
+from vlm_sft.evaluation.suites.tasks import Key, Task, plan, read_task
 from vlm_sft.utils.atomic_files import write_json, write_text
 from vlm_sft.utils.console import Console, echo, echo_json
+from vlm_sft.utils.keyed_log import KeyedLog
 from vlm_sft.utils.ownership import MADE_BY, made_by
 from vlm_sft.utils.progress import track
 
@@ -59,15 +60,15 @@ def run_suite(suite: SuiteConfig, arguments: argparse.Namespace) -> int:
     }
     inputs = [*suite.input_paths(), *suite.image_roots(), arguments.suite]
     out: Path = arguments.out
-    with AnswerLog(out, settings, keys, inputs=inputs) as log:
-        missing = len(keys) - len(log.answers)
+    with KeyedLog(out, ANSWERS, settings, keys, inputs=inputs) as log:
+        missing = len(keys) - len(log.lines)
         if missing < len(keys):
             echo(f"{out}: {len(keys) - missing:,} of {len(keys):,} answers are there already")
         if missing:
-            answers = answer_all(_answerer(arguments), batches, log.answers.__contains__)
+            answers = answer_all(_answerer(arguments), batches, log.lines.__contains__)
             for _ in track(_appended(log, answers), missing, "answering"):
                 pass
-        found = [score_task(task, log.answers, seed=suite.seed) for task in tasks]
+        found = [score_task(task, log.lines, seed=suite.seed) for task in tasks]
     results = results_dict(suite, found, model=name, suite_path=arguments.suite)
     write_results(out, results, tasks, found)
     console = Console()
@@ -195,12 +196,10 @@ def _answerer(arguments: argparse.Namespace) -> Answerer:
     return LocalAnswerer(loaded)
 
 
-def _appended(log: AnswerLog, answers: Iterator[list[Answer]]) -> Iterator[Answer]:
+def _appended(log: KeyedLog[Key, Answer], answers: Iterator[list[Answer]]) -> Iterator[Answer]:
     """Append answers as they arrive, and yield those that were missing."""
     for batch in answers:
-        new = [answer for answer in batch if answer.key not in log.answers]
-        log.append(new)
-        yield from new
+        yield from log.append(batch)
 
 
 def _notes(results: Mapping[str, Any], found: Sequence[TaskResult]) -> Iterator[str]:

@@ -118,6 +118,7 @@ def _data_schemas() -> "Schemas":
     return {
         "data_tools.instruct": import_module("data_tools.instruct.config").InstructConfig,
         "data_tools.mix": import_module("data_tools.mix.config").MixConfig,
+        "data_tools.select": import_module("data_tools.select.config").SelectConfig,
     }
 
 

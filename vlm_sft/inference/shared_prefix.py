@@ -1,11 +1,11 @@
-"""Answer many questions about each of several images together.
+"""Answer many questions about each of several images together, greedily or by sampling.
 
 The ids that all prompts share, up to the end of the image, run once per image. Their keys and
 values are copied for every question about the image; then all questions are answered in one batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,39 +14,61 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from vlm_sft.data.images import ImageCrops
-from vlm_sft.inference.generate import generate_greedy
+from vlm_sft.inference.generate import generate_ids
 from vlm_sft.inference.loaded_model import LoadedModel
+from vlm_sft.inference.sampling import Sampler
 from vlm_sft.model.language_model import causal_lm, decoder_of, head_logits
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Questions about one image.
+    """Questions about the same images.
 
     Attributes:
-        image: The image; None for questions without one.
+        images: The images of each prompt, in order; none for questions without images.
         prompts: Token ids of each question's prompt, image tokens included.
         max_tokens: Longest answer to each question, in tokens.
+        seeds: Seed of each answer that is sampled.
     """
 
-    image: ImageCrops | None
+    images: tuple[ImageCrops, ...]
     prompts: list[list[int]]
     max_tokens: list[int]
+    seeds: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled: temperature, and probability mass of the tokens drawn from."""
+
+    temperature: float
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
 class Generated:
-    """An answer without special tokens and surrounding white space, and its number of tokens."""
+    """An answer.
+
+    Attributes:
+        text: Without special tokens and surrounding white space.
+        num_tokens: Its number of tokens, with the stop token.
+        ended: Whether the model ended it; otherwise it was cut at the limit.
+    """
 
     text: str
     num_tokens: int
+    ended: bool
 
 
 def answer_prompts(
-    loaded: LoadedModel, groups: Sequence[Prompts], *, whole_prompts: bool = False
+    loaded: LoadedModel,
+    groups: Sequence[Prompts],
+    *,
+    whole_prompts: bool = False,
+    sampling: Sampling | None = None,
 ) -> list[list[Generated]]:
-    """Return the greedy answers to the questions of each group, in order.
+    """Return the answers to the questions of each group, in order.
 
     An answer does not depend on the other questions, up to the rounding of batched kernels.
 
@@ -54,11 +76,12 @@ def answer_prompts(
         loaded: The model.
         groups: Questions by image; all of them go through the model together.
         whole_prompts: Share no prefixes, as sharded weights need.
+        sampling: Sample each answer with its seed; None takes the most likely tokens.
     """
     answers: list[list[Generated]] = [[] for _ in groups]
     for alike in _of_equal_prefix(groups):
         chosen = [groups[index] for index in alike]
-        found = iter(_answer(loaded, chosen, whole_prompts))
+        found = iter(_answer(loaded, chosen, whole_prompts, sampling))
         for index in alike:
             answers[index] = [next(found) for _ in groups[index].prompts]
     return answers
@@ -88,8 +111,8 @@ class PrefixRunner:
         """Return the KV cache of prefixes of equal length, one row each.
 
         Args:
-            prefixes: Token ids, with the tokens of one image each; or empty without images.
-            images: The image of each prefix.
+            prefixes: Token ids, with the tokens of their images; or empty without images.
+            images: The images of all prefixes, in order; as many for each prefix.
         """
         model, device = self._loaded.model, self._loaded.device
         if not prefixes[0]:
@@ -132,17 +155,24 @@ def _of_equal_prefix(groups: Sequence[Prompts]) -> list[list[int]]:
     return list(by_length.values())
 
 
-def _answer(loaded: LoadedModel, groups: Sequence[Prompts], whole_prompts: bool) -> list[Generated]:
+def _answer(
+    loaded: LoadedModel,
+    groups: Sequence[Prompts],
+    whole_prompts: bool,
+    sampling: Sampling | None,
+) -> list[Generated]:
     """Return the answers to all questions of groups with equally long prefixes."""
     cache = DynamicCache(config=causal_lm(loaded.model.language_model).config)
     # Layers with a sliding window keep a part of the keys, state-space layers none of them.
     if whole_prompts or any(type(layer).__name__ != "DynamicLayer" for layer in cache.layers):
-        return _answer_whole_prompts(loaded, groups)
-    return _answer_tails(loaded, groups)
+        return _answer_whole_prompts(loaded, groups, sampling)
+    return _answer_tails(loaded, groups, sampling)
 
 
 @torch.inference_mode()
-def _answer_tails(loaded: LoadedModel, groups: Sequence[Prompts]) -> list[Generated]:
+def _answer_tails(
+    loaded: LoadedModel, groups: Sequence[Prompts], sampling: Sampling | None
+) -> list[Generated]:
     prompts = [prompt for group in groups for prompt in group.prompts]
     limits = [limit for group in groups for limit in group.max_tokens]
     owners = [number for number, group in enumerate(groups) for _ in group.prompts]
@@ -150,7 +180,7 @@ def _answer_tails(loaded: LoadedModel, groups: Sequence[Prompts]) -> list[Genera
     runner, device = PrefixRunner(loaded), loaded.device
     cache = runner.run_prefixes(
         [group.prompts[0][:length] for group in groups],
-        [group.image for group in groups if group.image is not None],
+        [image for group in groups for image in group.images],
     )
     if length:
         cache.batch_select_indices(torch.tensor(owners, device=device))
@@ -160,12 +190,14 @@ def _answer_tails(loaded: LoadedModel, groups: Sequence[Prompts]) -> list[Genera
     ends = torch.tensor([len(tail) - 1 for tail in tails], device=device)
     states = hidden[torch.arange(len(tails), device=device), ends]
 
+    sampler = _sampler(sampling, [seed for group in groups for seed in group.seeds])
     stop_ids = frozenset(loaded.chat_tokenizer.eot_token_ids)
     found: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     """Numbers of the questions that are still being answered: the rows of the cache."""
     while True:
-        tokens = head_logits(loaded.model.language_model, states).argmax(dim=-1).tolist()
+        logits = head_logits(loaded.model.language_model, states)
+        tokens = logits.argmax(dim=-1).tolist() if sampler is None else sampler.choose(logits, rows)
         kept = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             found[row].append(token)
@@ -182,34 +214,42 @@ def _answer_tails(loaded: LoadedModel, groups: Sequence[Prompts]) -> list[Genera
     return [_decoded(loaded, ids) for ids in found]
 
 
-def _answer_whole_prompts(loaded: LoadedModel, groups: Sequence[Prompts]) -> list[Generated]:
+def _answer_whole_prompts(
+    loaded: LoadedModel, groups: Sequence[Prompts], sampling: Sampling | None
+) -> list[Generated]:
     """Return the answers by transformers' `generate`, which computes every prompt from its start.
 
     Questions with the same limit share a batch, so that none is cut because of another one.
     """
     asked = [
-        (group.image, prompt, limit)
+        (group.images, prompt, limit)
         for group in groups
         for prompt, limit in zip(group.prompts, group.max_tokens, strict=True)
     ]
-    answers = [Generated("", 0)] * len(asked)
+    seeds = [seed for group in groups for seed in group.seeds]
+    answers = [Generated("", 0, False)] * len(asked)
     for limit in sorted({limit for _, _, limit in asked}):
         numbers = [number for number, (_, _, own) in enumerate(asked) if own == limit]
-        images = [image for n in numbers if (image := asked[n][0]) is not None]
-        texts = generate_greedy(
+        images = [image for number in numbers for image in asked[number][0]]
+        found = generate_ids(
             loaded.model,
             loaded.chat_tokenizer,
             [asked[number][1] for number in numbers],
             pixel_values=torch.cat([image.pixels for image in images]) if images else None,
             layouts=[image.layout for image in images],
             max_new_tokens=limit,
+            sampler=_sampler(sampling, [seeds[number] for number in numbers] if seeds else []),
         )
-        for number, text in zip(numbers, texts, strict=True):
-            ids = cast(Any, loaded.tokenizer).encode(text, add_special_tokens=False)
-            answers[number] = Generated(text, min(len(ids) + 1, limit))  # with the stop token
+        for number, ids in zip(numbers, found, strict=True):
+            answers[number] = _decoded(loaded, ids)
     return answers
+
+
+def _sampler(sampling: Sampling | None, seeds: Sequence[int]) -> Sampler | None:
+    return None if sampling is None else Sampler(seeds, sampling.temperature, sampling.top_p)
 
 
 def _decoded(loaded: LoadedModel, ids: list[int]) -> Generated:
     tokenizer: Any = loaded.tokenizer
-    return Generated(cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip(), len(ids))
+    text = cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return Generated(text, len(ids), ids[-1] in loaded.chat_tokenizer.eot_token_ids)

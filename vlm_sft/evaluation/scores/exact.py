@@ -44,7 +44,7 @@ def score_gqa(answers: Answers, truth: Sequence[Row], options: Options) -> Resul
         "gqa",
         answers,
         questions,
-        lambda answer, row: _plain(answer) == _plain(row.text("answer", "label")),
+        lambda answer, row: plain(answer) == plain(row.text("answer", "label")),
         options,
     )
 
@@ -95,9 +95,9 @@ def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     A letter at the start decides (`B`, `(b)`, `The answer is B.`), then the option whose text is
     the answer, then the only option whose text occurs in it.
     """
-    plain = _plain(answer)
+    said = plain(answer)
     for number, choice in enumerate(choices):
-        if plain == _plain(choice):
+        if said == plain(choice):
             return number
     if (found := _LETTER.match(answer)) is not None:
         number = ord(found[1].upper()) - ord("A")
@@ -108,7 +108,7 @@ def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     inside = [
         number
         for number, choice in enumerate(choices)
-        if re.search(rf"\b{re.escape(_plain(choice))}\b", plain)
+        if re.search(rf"\b{re.escape(plain(choice))}\b", said)
     ]
     return inside[0] if len(inside) == 1 else None
 
@@ -248,7 +248,8 @@ def _letter(number: int | None) -> str | None:
     return None if number is None else chr(ord("A") + number)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return a short answer in lower case, without final period and doubled spaces."""
     return " ".join(text.lower().split()).strip(" .")
 
 
@@ -271,7 +272,7 @@ def true_choice(row: Row, choices: Sequence[str]) -> int:
             raise row.refusal(f"the answer {number} is not one of the {len(choices)} choices")
         return number
     for number, choice in enumerate(choices):
-        if _plain(answer) == _plain(choice):
+        if plain(answer) == plain(choice):
             return number
     if len(answer.strip()) == 1 and answer.strip().isalpha():
         number = ord(answer.strip().upper()) - ord("A")

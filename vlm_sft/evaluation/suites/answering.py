@@ -98,7 +98,7 @@ class LocalAnswerer:
             ids = self._loaded.prompt_ids(conversation(ask.prompt, images), layouts)
             prompts.append(ids)
             limits.append(min(ask.max_tokens, self._loaded.free_positions(len(ids))))
-        return Prompts(image, prompts, limits)
+        return Prompts(() if image is None else (image,), prompts, limits)
 
 
 class EndpointAnswerer:

@@ -1,0 +1,235 @@
+"""Select a part of the training records by scores, beside a random part of the same size.
+
+Writes scores.parquet (one row per record: scores, whether it is selected, and why not),
+selected.jsonl and random.jsonl (messages), and selection.json. Scores by a model are cached by the
+records' content; a repeated command goes on.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports, require_file
+from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
+
+if TYPE_CHECKING:
+    from data_tools.select.choose import Decision, Table
+    from data_tools.select.config import SelectConfig
+
+KIND: Final = "selection"
+"""Kind of output in the marker of the directory."""
+OUTPUTS: Final = ("scores.parquet", "selected.jsonl", "random.jsonl", "selection.json")
+
+EXAMPLES: Final = """examples:
+  vlm-sft data select select.yaml
+  vlm-sft data select select.yaml preset=ifd share=0.15 model=runs/stage2/final
+  vlm-sft data select select.yaml --train-control stage2.yaml --held-out suite.yaml
+
+The file needs `output_dir` and `path`; all settings are in docs/data-engine.md."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score, select and write; return the exit code."""
+    arguments = parser().read(argv)
+    if (arguments.train_control is None) != (arguments.held_out is None):
+        raise UserError("--train-control CONFIG.yaml and --held-out SUITE.yaml: give both or none")
+    for option in ("train_control", "held_out"):
+        if (path := getattr(arguments, option)) is not None:
+            require_file(f"--{option.replace('_', '-')}", path)
+
+    from data_tools.select.config import SelectConfig
+    from vlm_sft.config import loading as settings
+    from vlm_sft.utils.owned_files import own_output
+
+    config = settings.load(SelectConfig, arguments.config, arguments.overrides)
+    if not Path(config.path).exists():
+        raise UserError(f"{config.path}: no such file or folder", code="data_file_missing")
+    folder = Path(config.output_dir)
+    inputs = [arguments.config, config.path, config.samples, config.teacher_samples]
+    own_output(
+        folder, KIND, OUTPUTS, inputs=[name for name in inputs if name],
+        image_roots=[config.data_file().images_start_in()], overwrite=arguments.overwrite,
+    )  # fmt: skip
+    with heavy_imports():
+        from data_tools.select.choose import decide
+
+    table = _scored(config, folder)
+    decision = decide(table, config)
+    root = _write(config, folder, table, decision)
+    report = _report(config, table, decision, root)
+    if arguments.train_control is not None:
+        from data_tools.select.control import train_control
+
+        report["control"] = train_control(folder, root, arguments.train_control, arguments.held_out)
+    _finish(folder, report)
+    return 0
+
+
+def parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser("vlm-sft data select", __doc__, EXAMPLES, takes_settings=True)
+    add = parser.add_argument
+    add("config", metavar="SELECT.yaml", help="the records, and how to select")
+    add_overrides(parser, "share=0.1")
+    control = "configuration of stage 2: train it on the selected and on the random records"
+    add("--train-control", type=Path, metavar="CONFIG.yaml", help=control)
+    suite = "suite that both models are evaluated on"
+    add("--held-out", type=Path, metavar="SUITE.yaml", help=suite)
+    replace = "replace files in output_dir that were edited or that this command did not write"
+    add("--overwrite", action="store_true", help=replace)
+    return parser
+
+
+def _scored(config: "SelectConfig", folder: Path) -> "Table":
+    """Return all records with all scores that the configuration gives the means for."""
+    import numpy as np
+
+    from data_tools.select.choose import Table
+    from data_tools.select.model_scores import ModelScores
+    from data_tools.select.records import conversations, read_table
+    from vlm_sft.data.conversation import Conversation
+
+    found = read_table(config)
+    if not any(problem == "" for problem in found.problems):
+        reasons = ", ".join(f"{why} {n:,}" for why, n in Counter(found.problems).most_common())
+        raise UserError(f"{config.path}: has no usable record ({reasons})", code="no_records")
+    columns, problems, embeddings = found.columns, found.problems, None
+
+    def records() -> Iterator[Conversation]:
+        return (one for one, _ in conversations(config) if isinstance(one, Conversation))
+
+    if config.model is not None:
+        scores = ModelScores(folder, config.model, config)
+        scores.compute(records(), len(found.ids))
+        wanted = config.diversity != "none" or config.merge_similar is not None
+        by_model, bad, embeddings = scores.read(found.digests, with_embeddings=wanted)
+        problems = [old or bad.get(d, "") for old, d in zip(problems, found.digests, strict=True)]
+        loss = by_model["loss"]
+        columns["answer_tokens"], columns["loss"] = by_model["num_tokens"], loss
+        columns["perplexity"] = np.exp(loss)
+        columns["ifd"] = loss / by_model["loss_alone"]
+        columns["necessity"] = by_model["loss_blank"] - loss
+    if config.weak_model is not None:
+        weak = ModelScores(folder, config.weak_model, config, only_loss=True)
+        weak.compute(records(), len(found.ids))
+        columns["weak_loss"] = weak.read(found.digests, with_embeddings=False)[0]["loss"]
+    return Table(found.ids, found.categories, problems, columns, embeddings)
+
+
+def _write(config: "SelectConfig", folder: Path, table: "Table", decision: "Decision") -> Path:
+    """Write both parts and the table of scores; return where the image names start."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from data_tools.select.records import conversations
+    from vlm_sft.data.conversation import Conversation
+    from vlm_sft.data.record_writer import as_messages
+    from vlm_sft.utils.owned_files import owned_open
+
+    path = Path(config.path)
+    start = config.data_file().images_start_in()
+    root = Path(os.path.abspath(start))
+    selected, random = set(decision.selected.tolist()), set(decision.random.tolist())
+    with owned_open(folder / "selected.jsonl") as one, owned_open(folder / "random.jsonl") as other:
+        for row, (record, _) in enumerate(conversations(config)):
+            if row not in selected and row not in random:
+                continue
+            if row >= len(table.ids) or not isinstance(record, Conversation):
+                raise UserError(f"{path}: has changed while it was read; start again")
+            messages = as_messages(record, start)
+            line = json.dumps({"id": table.ids[row], "messages": messages}, ensure_ascii=False)
+            for taken, file in ((selected, one), (random, other)):
+                if row in taken:
+                    file.write(line.encode() + b"\n")
+    columns: dict[str, Any] = {"id": table.ids, "category": table.categories}
+    columns |= {name: pa.array(values, from_pandas=True) for name, values in table.columns.items()}
+    columns["selected"] = [row in selected for row in range(len(table.ids))]
+    columns["random"] = [row in random for row in range(len(table.ids))]
+    columns["why_not"] = decision.reasons
+    with owned_open(folder / "scores.parquet") as file:
+        parquet.write_table(pa.table(columns), file)
+    return root
+
+
+def _report(
+    config: "SelectConfig", table: "Table", decision: "Decision", root: Path
+) -> dict[str, Any]:
+    """Return the content of `selection.json`."""
+    import numpy as np
+
+    from vlm_sft.utils.ownership import MADE_BY, made_by
+
+    parts = {"selected": decision.selected, "random": decision.random}
+    usable = [row for row, problem in enumerate(table.problems) if not problem]
+    why = Counter(reason.split(" to ")[0] for reason in decision.reasons if reason)
+    means = {
+        name: {
+            part: None if np.isnan(values[rows]).all() else float(np.nanmean(values[rows]))
+            for part, rows in {"all": np.array(usable), **parts}.items()
+        }
+        for name, values in table.columns.items()
+    }
+    categories = {
+        name: {
+            "usable": sum(table.categories[row] == name for row in usable),
+            **{
+                part: sum(table.categories[row] == name for row in rows)
+                for part, rows in parts.items()
+            },
+        }
+        for name in sorted({table.categories[row] for row in usable})
+    }
+    return {
+        MADE_BY: made_by("data select"),
+        "settings": config.model_dump(mode="json"),
+        "image_root": str(root),
+        "records": len(table.ids),
+        "usable": len(usable),
+        "selected": len(decision.selected),
+        "in_both": len(set(decision.selected.tolist()) & set(decision.random.tolist())),
+        "not_selected": dict(why.most_common()),
+        "means": means,
+        "categories": categories,
+    }
+
+
+def _finish(folder: Path, report: dict[str, Any]) -> None:
+    """Print the report and write it."""
+    from rich import box
+    from rich.table import Table as Shown
+
+    from vlm_sft.utils.console import Console, echo
+    from vlm_sft.utils.owned_files import write_owned_json
+
+    shown = Shown("mean", "usable", "selected", "random", box=box.SIMPLE_HEAD)
+    for name, values in report["means"].items():
+        if any(value is not None for value in values.values()):
+            numbers = ("-" if value is None else f"{value:.3f}" for value in values.values())
+            shown.add_row(name, *numbers)
+    console = Console()
+    console.print(shown)
+    reasons = ", ".join(f"{why} {count:,}" for why, count in report["not_selected"].items())
+    echo(f"{report['selected']:,} of {report['usable']:,} usable records selected; "
+         f"not selected: {reasons or 'none'}", file=sys.stdout)  # fmt: skip
+    for pair in report.get("control", {}).get("comparisons", []):
+        found = pair["difference"]
+        echo(
+            f"control, {pair['task']} ({pair['condition']}): selected minus random "
+            f"{found['estimate']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]",
+            file=sys.stdout,
+        )
+    write_owned_json(folder / "selection.json", report)
+    echo(
+        f"{folder / 'selected.jsonl'} and random.jsonl; images are relative to image_root "
+        f"{report['image_root']}",
+        file=sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

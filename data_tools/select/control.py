@@ -1,0 +1,58 @@
+"""Train on the selected and on the random records, and compare the two models."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_sft.errors import UserError
+from vlm_sft.utils.console import echo
+from vlm_sft.utils.reading import read_json
+
+PARTS = ("random", "selected")
+
+
+def train_control(folder: Path, image_root: Path, train: Path, suite: Path) -> dict[str, Any]:
+    """Return the scores of the model of the selected records minus those of the random ones.
+
+    Both are trained by the same configuration, with the same number of steps. A repeated call goes
+    on where the last one was.
+
+    Args:
+        folder: The directory of the selection.
+        image_root: Where the image names of its records start.
+        train: Configuration of stage 2; its `data.train` and `output_dir` are replaced.
+        suite: Suite that both models are evaluated on.
+
+    Raises:
+        UserError: A training or an evaluation fails, or the numbers of steps differ.
+    """
+    from vlm_sft.evaluation.suites.compare import compare_results, read_results
+
+    control = folder / "control"
+    steps = {}
+    for part in PARTS:
+        run = control / part
+        data = [{"path": str(folder / f"{part}.jsonl"), "image_root": str(image_root)}]
+        echo(f"control: training on {folder / part}.jsonl")
+        settings = [f"data.train={json.dumps(data)}", f"output_dir={run}"]
+        _run("vlm_sft.stage2", [str(train), *settings])
+        out = control / f"{part}-evaluation"
+        _run("vlm_sft.evaluate", [str(run / "final"), str(suite), "--out", str(out)])
+        steps[part] = read_json(run / "final" / "manifest.json")["step"]
+    if len(set(steps.values())) > 1:
+        raise UserError(
+            f"{control}: the two runs had different numbers of steps ({steps}), so they cannot be "
+            f"compared; set train.max_steps in {train}, and start again in a new output_dir"
+        )
+    random, selected = (read_results(control / f"{part}-evaluation") for part in PARTS)
+    return {"steps": steps["selected"], **compare_results(random, selected)}
+
+
+def _run(module: str, arguments: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    if done.returncode:
+        command = " ".join(["python -m", module, *arguments])
+        raise UserError(f"stopped, because this command failed: {command}")

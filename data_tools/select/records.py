@@ -1,0 +1,102 @@
+"""Read the records of a selection: a few numbers and a digest of each."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.select.config import SelectConfig
+from data_tools.select.model_scores import content_digest
+from data_tools.select.sample_scores import agreement, read_samples
+from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.record_formats import RawRecord
+from vlm_sft.data.records import open_raw_records, open_records
+from vlm_sft.errors import RecordError
+from vlm_sft.utils.progress import track
+
+
+@dataclass
+class RecordTable:
+    """All records of a file, one row each.
+
+    Attributes:
+        ids: The records' ids; `#2` is appended to one that repeats.
+        categories: Values of the category's key; "" without.
+        problems: Why a record cannot be used; "" if it can.
+        digests: Of the content; "" for a record that cannot be read.
+        columns: Numbers by metric, NaN where there is none.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+def conversations(config: SelectConfig) -> Iterator[tuple[Conversation | RecordError, str]]:
+    """Yield every record in the order of the file, with its category."""
+    file = config.data_file()
+    # Categories are keys of the record as it is in the file, which a conversation does not keep.
+    raw_records = open_raw_records(Path(config.path), file).records
+    for record, raw in zip(open_records(file).conversations, raw_records, strict=True):
+        value: Any = raw.value if isinstance(raw, RawRecord) else None
+        named = value.get(config.category_key) if isinstance(value, dict) else None
+        yield record, str(named) if isinstance(named, str | int) else ""
+
+
+def read_table(config: SelectConfig) -> RecordTable:
+    """Read every record once, and compute what needs no model.
+
+    Of records with the same content only the first is usable.
+
+    Raises:
+        UserError: A file as a whole cannot be read.
+    """
+    samples = None if config.samples is None else read_samples(config.samples)
+    teacher = None if config.teacher_samples is None else read_samples(config.teacher_samples)
+    table, seen = RecordTable(), {""}
+    names = ("answer_words", "turns", "consistency", "solved", "teacher")
+    rows: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, int] = {}
+    total = open_records(config.data_file()).total
+    for record, category in track(conversations(config), total, f"reading {config.path}"):
+        identifier = record.id if isinstance(record, Conversation) else record.record_id
+        times[identifier] = times.get(identifier, 0) + 1
+        repeat = "" if times[identifier] == 1 else f"#{times[identifier]}"
+        table.ids.append(f"{identifier}{repeat}")
+        table.categories.append(category)
+        digest = content_digest(record) if isinstance(record, Conversation) else ""
+        problem = "" if isinstance(record, Conversation) else record.reason
+        table.problems.append(problem or ("same as an earlier one" if digest in seen else ""))
+        table.digests.append(digest)
+        seen.add(digest)
+        values = dict.fromkeys(names, np.nan)
+        if isinstance(record, Conversation):
+            values |= _measured(record, table.ids[-1], samples, teacher)
+        for name, value in values.items():
+            rows[name].append(value)
+    table.columns = {name: np.array(values, np.float64) for name, values in rows.items()}
+    return table
+
+
+def _measured(
+    record: Conversation,
+    name: str,
+    samples: dict[str, list[str]] | None,
+    teacher: dict[str, list[str]] | None,
+) -> dict[str, float]:
+    answers = [turn.text for turn in record.turns if turn.role == "assistant" and turn.supervised]
+    found: dict[str, float] = {
+        "answer_words": float(sum(len(text.split()) for text in answers)),
+        "turns": float(len(answers)),
+    }
+    named = replace(record, id=name)
+    if samples is not None and (agreed := agreement(named, samples)) is not None:
+        found["consistency"], found["solved"] = agreed
+    if teacher is not None and (agreed := agreement(named, teacher)) is not None:
+        found["teacher"] = agreed[1]
+    return found

@@ -1,0 +1,140 @@
+"""`vlm-sft data select` from records to files, its cache, and its control."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from data_tools.select.__main__ import main
+from vlm_sft.config.schema import DataFile
+from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.records import read_records
+from vlm_sft.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+TINY = ROOT / "configs" / "tiny" / "data"
+
+
+@pytest.fixture
+def select(tmp_path: Path) -> Path:
+    """A configuration for nine records: one repeats another, one is broken, one has no image."""
+    records: list[Any] = json.loads((TINY / "instructions.json").read_text())[:6]
+    for number, record in enumerate(records):
+        record["type"] = "color" if number < 4 else "shape"
+    lost = {**records[0], "id": "lost", "image": "images/missing.png"}
+    records += [records[0], {"id": "broken"}, lost]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    settings = {"output_dir": str(tmp_path / "out"), "path": str(tmp_path / "data.json"),
+                "image_root": str(TINY)}  # fmt: skip
+    (tmp_path / "select.yaml").write_text(json.dumps(settings))
+    return tmp_path / "select.yaml"
+
+
+def test_both_parts_are_records_to_train_on_and_scores_are_computed_once(
+    select: Path, full_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(select), f"model={full_run / 'final'}", "rank_by=necessity", "size=3",
+                 "diversity=k_center"]  # fmt: skip
+    assert main(arguments) == 0
+    out = select.parent / "out"
+    rows = parquet.read_table(out / "scores.parquet").to_pylist()
+    assert len(rows) == 9
+    why = [row["why_not"] for row in rows]
+    assert why[6:] == ["same as an earlier one", "format", "image_missing"]
+    assert sum(row["selected"] for row in rows) == sum(row["random"] for row in rows) == 3
+    assert all((row["why_not"] == "") == row["selected"] for row in rows)
+    assert all(row["ifd"] > 0 and row["answer_tokens"] > 0 for row in rows[:7])
+    report = json.loads((out / "selection.json").read_text())
+    assert report["usable"] == 6 and report["categories"]["shape"]["usable"] == 2
+    for part in ("selected", "random"):
+        file = DataFile(path=str(out / f"{part}.jsonl"), image_root=report["image_root"])
+        records = list(read_records(file))
+        assert [r.id for r in records if isinstance(r, Conversation)] == [
+            row["id"] for row in rows if row[part]
+        ]
+
+    from vlm_sft.evaluation.record_scores import RecordScorer
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(RecordScorer, "score", refuse)
+    before = (out / "scores.parquet").read_bytes()
+    assert main(arguments) == 0
+    assert (out / "scores.parquet").read_bytes() == before
+
+
+def test_a_kill_loses_no_score_that_was_written(
+    select: Path, full_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_tools.select import model_scores
+    from vlm_sft.evaluation.record_scores import RecordScorer
+
+    monkeypatch.setattr(model_scores, "_AT_ONCE", 2)
+    monkeypatch.setattr(model_scores, "_FLUSH_SECONDS", 0.0)
+    score, calls = RecordScorer.score, []
+
+    def counted(self: RecordScorer, records: Any) -> Any:
+        calls.append([record.id for record in records])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, records)
+
+    monkeypatch.setattr(RecordScorer, "score", counted)
+    arguments = [str(select), f"model={full_run / 'final'}", "size=2", "batching=packed"]
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    assert main(arguments) == 0
+    assert calls[3:] == calls[2:3] + calls[4:] and [len(c) for c in calls] == [2, 2, 2, 2, 1]
+
+
+def test_samples_tell_what_is_solved(select: Path) -> None:
+    samples = [
+        {"id": f"{name}/{turn}", "sample": n, "text": text, "ended": True}
+        for name in ("red-circle-0", "red-circle-1")
+        for turn, right in ((1, "red"), (2, "circle"))
+        for n, text in enumerate([right, right if name.endswith("0") else "none"])
+    ]
+    path = select.parent / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    assert main([str(select), f"samples={path}", 'keep={"solved": [0, 0.9]}', "size=1"]) == 0
+    rows = parquet.read_table(select.parent / "out" / "scores.parquet").to_pylist()
+    assert [row["solved"] for row in rows[:3]] == [1.0, 0.5, None]
+    assert [row["why_not"] for row in rows[:3]] == ["solved too high", "", "solved unknown"]
+
+
+@pytest.mark.slow
+def test_the_control_trains_both_parts_alike(
+    select: Path, full_run: Path, in_the_repository: Path
+) -> None:
+    folder = select.parent
+    probes = [
+        {"id": color, "image": f"{color}-circle-2.png", "question": "Color?", "answer": color}
+        for color in ("red", "blue")
+    ]
+    (folder / "probes.json").write_text(json.dumps(probes))
+    suite = {"tasks": [{"name": "color", "kind": "gqa", "files": [str(folder / "probes.json")],
+                        "images": str(TINY / "images"), "max_tokens": 4}]}  # fmt: skip
+    (folder / "suite.yaml").write_text(json.dumps(suite))
+    train = (ROOT / "configs" / "tiny" / "stage2.yaml").read_text()
+    train = train.replace("runs/tiny/stage1/final", str(full_run / "final"))
+    train = train.replace("epochs: 40", "max_steps: 2").replace("[tensorboard]", "[]")
+    (folder / "train.yaml").write_text(train)
+    control = ["--train-control", str(folder / "train.yaml"), "--held-out",
+               str(folder / "suite.yaml")]  # fmt: skip
+    assert main([str(select), "size=2", *control]) == 0
+    found = json.loads((folder / "out" / "selection.json").read_text())["control"]
+    assert found["steps"] == 2 and found["comparisons"][0]["questions"] == 2
+
+
+def test_one_sentence_about_what_is_missing(select: Path) -> None:
+    for arguments, message in (
+        ([str(select), "--train-control", "stage2.yaml"], "--held-out"),
+        ([str(select), "path=nothing.json"], "nothing.json"),
+        ([str(select), "preset=ifd"], "model"),
+        ([str(select), "samples=none.jsonl", "rank_by=solved"], "none.jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(arguments)

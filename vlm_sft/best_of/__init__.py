@@ -1,0 +1,1 @@
+"""Sample several answers to each question of training data, and keep the best."""
