@@ -329,8 +329,10 @@ ROUNDS = [
     ("round_j", 0.85, 0.0),
     ("round_k", 0.85, 0.0),
     ("round_l", 0.8, 0.0),
-    ("round_m", 0.7, 0.04),
-    ("round_n", 0.68, 0.06),
+    ("round_m", 0.9, 0.0),
+    ("round_n", 0.75, 0.0),
+    ("round_p", 0.8, 0.0),
+    ("round_q", 0.75, 0.0),
 ]
 """Case files with the recall and the share of rejected true answers that must hold."""
 

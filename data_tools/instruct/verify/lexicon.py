@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from data_tools import wording
+from data_tools.instruct.verify import senses
 from data_tools.instruct.verify.flags import DEPICTS, THING, FlagTable
 from data_tools.instruct.verify.grammar import (
     ADVERBS,
@@ -150,8 +151,8 @@ class Lexicon:
                 kind, begin = determiner(words, first)
                 if kind == "none" and begin > 0:
                     return True  # `grilled with chicken`, `made by Apple`, `bear a smile`
-        if word == "couple" and after == "of":
-            return True  # a number
+        if word == "couple" and (after == "of" or not _OF_SOME.isdisjoint(words[:first])):
+            return True  # a number; `the others are brown, and a couple are lying`
         if entry.number == "many" or not after:
             return False
         if after == "of" and not self._wholes.get(word, _NONE).isdisjoint(
@@ -218,6 +219,9 @@ class Lexicon:
                 narrow = word not in with_kinds.get(category, (word,))
                 entries |= _forms(word, (category,), firm=True, narrow=narrow)
             entries |= _forms(category, (category,), firm=True)
+        for kind in _WITH_KINDS & self.categories:
+            for word in set(senses.members(kind)) - entries.keys():
+                entries |= _forms(word, (kind,), firm=True, narrow=True)
         return entries
 
     def _wider(self) -> dict[str, Entry]:
@@ -235,7 +239,10 @@ class Lexicon:
         return entries
 
 
+_WITH_KINDS: Final = word_set("bird cat dog horse sheep elephant bear zebra giraffe")
+"""Categories whose narrower words (breeds, species) are WordNet's."""
 _NONE: Final[frozenset[str]] = frozenset()
+_OF_SOME: Final = word_set("others them some most several")
 _BEFORE_VERBS: Final = word_set(
     "to can will may might could would should must they we you i not who don't can't"
 )
@@ -260,7 +267,8 @@ def _describes(words: Sequence[str], index: int, colors: frozenset[str]) -> bool
     return (
         after not in FUNCTION_WORDS
         and after[0].isalpha()
-        and after not in finite_verbs()
+        # `an orange glow`: a verb would be `glows`
+        and not (after in finite_verbs() and after.endswith("s"))
         and not after.endswith("ing")
     )
 
