@@ -32,6 +32,11 @@ def main(argv: Sequence[str]) -> int:
 
         explain.command(config, overwrite=overwrite, **options)
         return 0
+    if name == "grow":
+        from data_tools.instruct.grow import command as grow
+
+        grow.command(config, Path(given), overwrite=overwrite, **options)
+        return 0
     # `plan` indexes by itself; with `index` before it, all would be read and reported twice.
     names = list(STAGES)[1:] if name == "run" else [name]
     own_for(config, Path(given), names, overwrite=overwrite)

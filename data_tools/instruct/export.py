@@ -9,6 +9,7 @@ from typing import IO, Any, Final
 
 from data_tools.digests import file_digest, hashed
 from data_tools.instruct.config import InstructConfig
+from data_tools.instruct.grow.operators import parent_of
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Sample
@@ -113,8 +114,10 @@ def command(config: InstructConfig) -> None:
 
 def receipt(sample: Sample) -> dict[str, Any]:
     """Return what a sample was made from and what it cost, without its text."""
+    grown = parent_of(sample.id)
     return {
         "id": sample.id,
+        **({"parents": [grown[0]], "operator": grown[1]} if grown else {}),
         "type": sample.type,
         "origin": sample.origin,
         "kinds": [turn.kind for turn in sample.turns],

@@ -21,6 +21,15 @@ EXPORTS: Final = ("llava.json", "messages.jsonl", "train.parquet", "receipts.jso
 WRITTEN: Final[dict[str, tuple[str, ...]]] = {
     "index": ("images.jsonl", "index.json"),
     "plan": ("requests.jsonl", "templates.json", "config.yaml", "plan.json"),
+    "grow": (
+        "images.jsonl",
+        "index.json",
+        "parents.jsonl",
+        "requests.jsonl",
+        "templates.json",
+        "config.yaml",
+        "plan.json",
+    ),
     "generate": (),
     "verify": (
         "samples.jsonl",
@@ -70,6 +79,8 @@ class RunFolder:
     """`plan`: numbers of images chosen, refused and left out, with the estimates."""
     requests = _Name("requests.jsonl")
     """`plan`: one `schema.Request` a line."""
+    parents = _Name("parents.jsonl")
+    """`grow`: the `schema.Sample`s that the requests make new ones from."""
     answers = _Name("answers")
     """`generate`: a folder of append-only files of `schema.Answer`; runs may share it."""
     failures = _Name("failures.jsonl")

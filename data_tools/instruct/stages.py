@@ -1,5 +1,6 @@
 """The stages of a run and the command line of each; imports nothing heavy."""
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,38 @@ def _explain_options(parser: CommandParser) -> None:
     parser.add_argument("--prompt", action="store_true", help="show system text and seed examples")
 
 
+OPERATOR_NAMES: Final = ("paraphrase", "deepen", "breadth", "steps", "continue", "distill")
+"""The keys of `grow.operators.OPERATORS`, which imports more."""
+
+
+def _operators(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in OPERATOR_NAMES]:
+        known = ", ".join(OPERATOR_NAMES)
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {known}")
+    return names
+
+
+def _grow_options(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--operators",
+        type=_operators,
+        required=True,
+        metavar="NAME,...",
+        help=f"what to make of each sample: some of {', '.join(OPERATOR_NAMES)}",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the new run"
+    )
+    parser.add_argument(
+        "--number",
+        type=whole_number(1, 1000),
+        default=1,
+        metavar="N",
+        help="requests per sample and operator (default: 1)",
+    )
+
+
 STAGES: Final = {
     "index": Stage(
         "read and check the annotations",
@@ -136,6 +169,19 @@ COMMANDS: Final = {
         "Ends with a table of the outcomes of images and requests. Stops after `generate` if "
         "that\nends with an exit code other than 0.",
         (_YAML, "my.yaml limits.usd=20"),
+    ),
+    "grow": Stage(
+        "plan a run that makes new samples from the accepted ones of this run",
+        "Operators: paraphrase (in other words), deepen (harder questions), breadth (other "
+        "things in the image),\nsteps (reasons before the answer), continue (more turns), distill "
+        "(the teacher's own answers).\nSends nothing: `generate`, `verify`, `clean`, `export` and "
+        "`report` of DIR/config.yaml do the rest,\nwith the same limits, checks and receipts.",
+        (
+            "my.yaml --operators deepen,breadth --out grown teacher.model=NAME",
+            "my.yaml --operators distill --number 4 --out distilled",
+        ),
+        "grow.command",
+        _grow_options,
     ),
     "explain": Stage(
         "show one sample: what was shown, asked, answered and checked",

@@ -247,6 +247,7 @@ def test_settings_decide_how_strict_the_rules_are() -> None:
 
 def test_every_code_is_in_the_table_and_in_the_rules_and_the_documentation_has_the_table() -> None:
     sources = [*ROOT.glob("data_tools/instruct/verify/*.py")]
+    sources += [*ROOT.glob("data_tools/instruct/grow/*.py")]
     sources += [ROOT / "data_tools/instruct/verify/parse_answer.py", ROOT / "data_tools/verify.py"]
     text = "\n".join(p.read_text(encoding="utf-8") for p in sources if p.name != "codes.py")
     used = {word for word in re.findall(r'"([A-Z]+(?:_[A-Z]+)*)"', text) if len(word) > 3}

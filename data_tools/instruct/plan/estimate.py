@@ -63,11 +63,16 @@ class Tally:
         }
 
     def _of(self, name: SampleType, teacher: TeacherConfig) -> dict[str, int]:
-        """Return the figures of a type; answers are assumed to be as long as the examples."""
+        """Return the figures of a type.
+
+        Answers are assumed to be as long as the examples; as the limit allows if there are none.
+        """
         fixed, count = self.templates[name]["messages"], self.requests[name]
         prefix = sum(estimate_tokens(message["content"]) + MESSAGE_TOKENS for message in fixed)
         answers = [m["content"] for m in fixed if m["role"] == "assistant"]
-        length = sum(map(estimate_tokens, answers)) / len(answers)
+        length = float(teacher.max_tokens)
+        if answers:
+            length = sum(map(estimate_tokens, answers)) / len(answers)
         return {
             "requests": count,
             "tokens_in": prefix * count + self.context_tokens[name],

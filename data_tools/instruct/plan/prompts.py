@@ -88,6 +88,33 @@ def make_templates(
     return templates
 
 
+def operator_template(
+    name: str, categories: Sequence[str], folder: str | None = None
+) -> dict[str, Any]:
+    """Return the template of an operator of `grow`, of the same form as those of types.
+
+    Args:
+        name: The operator; its file is `grow/NAME.txt`.
+        categories: Categories of the annotations.
+        folder: The user's files, which replace ours as far as they are there.
+
+    Raises:
+        UserError: A file of the user has another form.
+    """
+    names = {file: folder for file in ("common.txt", f"grow/{name}.txt")}
+    own = {f: d for f, d in names.items() if d is not None and (Path(d) / f).is_file()}
+    common = _text(own.get("common.txt"), "common.txt")
+    common = common.replace("{categories}", ", ".join(categories) or "nothing")
+    system, ask = _task(own.get(f"grow/{name}.txt"), f"grow/{name}")
+    template = {
+        "messages": [{"role": "system", "content": f"{common}\n\n{system}"}],
+        "ask": ask,
+        "questions": [],
+        "answer_schema": ConversationForm.model_json_schema(),
+    }
+    return {**template, "sha256": digest(template)}
+
+
 def closing(context: str, ask: str, question: str) -> str:
     """Return the last message of a request: the context of the image and the task."""
     return f"{context}\n\n{ask.replace('{question}', question)}"
@@ -122,8 +149,8 @@ def _text(folder: str | None, name: str) -> str:
     return text.strip()
 
 
-def _task(folder: str | None, name: SampleType) -> tuple[str, str]:
-    """Return a type's part of the system text, and the end of its last message."""
+def _task(folder: str | None, name: str) -> tuple[str, str]:
+    """Return a task's part of the system text, and the end of its last message."""
     system, line, ask = _text(folder, f"{name}.txt").partition(_ASK)
     wants = name == "detail"
     if not line or ("{question}" in ask) != wants:

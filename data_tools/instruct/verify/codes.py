@@ -59,6 +59,15 @@ ALL: Final = (
          "three questions, three times `Yes.`"),
     Code("GIVEN_AWAY", "form", "The question holds its own answer.",
          "`What color is the red bus?` `Red.`"),
+    Code("GROWN_NOT_NEW", "form",
+         "`grow`: a question is like one of the parent, or one grown before about the image "
+         "(ROUGE-L of 0.7 or more), or the sample is its parent.",
+         "`How many dogs are there?`, parent: `How many dogs are in there?`"),
+    Code("GROWN_OTHER_QUESTION", "form", "`grow`: a question that was to be repeated is another.",
+         ""),
+    Code("GROWN_OTHER_ANSWER", "form",
+         "`grow`: an answer ends in another yes, no or number than the parent's.",
+         "`... Answer: Yes.`, parent: `No.`"),
     Code("LEAK", "manner", "It speaks of captions, boxes, coordinates, labels or a description.",
          "`According to the caption, ...`"),
     Code("HEDGED", "manner", "Too many sentences guess.", "`It appears to be a dog, possibly.`"),
@@ -103,7 +112,7 @@ ALL: Final = (
 
 NOT_CLAIMS: Final = frozenset(
     {"reading", "form", "citation", "hedge", "leak", "language", "injection", "refusal", "clean",
-     "judge"}
+     "growth", "judge"}
 )  # fmt: skip
 """Rules whose checks are about the answer's form, manner or citations, not about the image."""
 

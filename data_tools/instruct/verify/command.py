@@ -17,6 +17,7 @@ import vlm_sft
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.generate.answers import answers_folder, read_answers
+from data_tools.instruct.grow.growth import Growth, read_parents
 from data_tools.instruct.index import read_categories, read_images
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder
@@ -78,20 +79,39 @@ def command(config: InstructConfig, file: Path | None = None) -> None:
         raise SystemExit(code)
 
 
-def make_sample(request: Request, answer: Answer, image: AnnotatedImage, policy: Policy) -> Sample:
-    """Return one answer with everything found about it."""
+def make_sample(
+    request: Request,
+    answer: Answer,
+    image: AnnotatedImage,
+    policy: Policy,
+    growth: Growth | None = None,
+) -> Sample:
+    """Return one answer with everything found about it.
+
+    Args:
+        request: The request.
+        answer: Its answer.
+        image: The annotated image.
+        policy: How strict.
+        growth: Of a grown run: its parents, and what was grown before.
+    """
     parsed = read_turns(request, answer)
-    checks = parsed.checks
-    if parsed.turns:
-        checks += check_sample(parsed.turns, request.type, image, request.shown, policy)
+    checks, turns = parsed.checks, parsed.turns
+    if turns:
+        if growth is not None:
+            turns, found = growth.judged(request, turns)
+            checks += found
+        checks += check_sample(turns, request.type, image, request.shown, policy)
     codes = reasons(checks)
+    if growth is not None and turns and not codes:
+        growth.checks.keep(request.image, turns)
     return Sample(
         id=request.sample_id,
         type=request.type,
         origin="rules" if answer.teacher == "rules" else "llm",
         image=image_source(image),
-        turns=parsed.turns,
-        raw=None if parsed.turns else answer.text,
+        turns=turns,
+        raw=None if turns else answer.text,
         shown=request.shown,
         request=request.id,
         template=request.template,
@@ -225,6 +245,8 @@ def _samples(
     tally: Tally,
 ) -> Iterator[Sample]:
     answers = read_answers(answers_folder(config))
+    parents = read_parents(folder)
+    growth = Growth(parents) if parents else None
     with folder.requests.open("rb") as file:
         total = sum(1 for _ in file)
     if not total and answers:
@@ -245,7 +267,7 @@ def _samples(
                 f"{folder.requests}: request {request.sample_id} is about image "
                 f"{request.image}, which is not in {folder.images}; run `index` and `plan` again"
             )
-        yield make_sample(request, answer, image, policy)
+        yield make_sample(request, answer, image, policy, growth)
     answered = tally.funnel["requests"] - tally.funnel["unanswered"]
     if foreign := len(answers) - answered:
         reason = f"answers to no request in {folder.requests.name} (of another plan or run)"

@@ -120,7 +120,7 @@ def test_the_control_trains_both_parts_alike(
     (folder / "suite.yaml").write_text(json.dumps(suite))
     train = (ROOT / "configs" / "tiny" / "stage2.yaml").read_text()
     train = train.replace("runs/tiny/stage1/final", str(full_run / "final"))
-    train = train.replace("epochs: 40", "max_steps: 2").replace("[tensorboard]", "[]")
+    train = train.replace("epochs: 40", "epochs: 2").replace("[tensorboard]", "[]")
     (folder / "train.yaml").write_text(train)
     control = ["--train-control", str(folder / "train.yaml"), "--held-out",
                str(folder / "suite.yaml")]  # fmt: skip
