@@ -1,5 +1,7 @@
 """What trackers are started with."""
 
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +135,31 @@ def of_wandb(folder: Path) -> tuple[list[int], int]:
 
 def _steps_of_wandb(path: Path) -> list[int]:
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal import datastore
 
-    store, steps = datastore.DataStore(), []
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
+    steps = []
+    for data in _log_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         keys = {item.key or "/".join(item.nested_key) for item in record.history.item}
         if "train/loss" in keys:
             steps.append(record.history.step.num)
     return steps
+
+
+def _log_records(data: bytes, block: int = 32_768) -> Iterator[bytes]:
+    """Yield the records of a log in LevelDB's format, after wandb's header of 7 bytes."""
+    place, parts = 7, b""
+    while place + 7 <= len(data):
+        left = block - place % block
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
 
 
 def of_trackio(folder: Path) -> tuple[list[int], int]:
