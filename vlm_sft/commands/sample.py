@@ -168,9 +168,11 @@ def _drawn(
                 max_tokens=arguments.max_tokens,
                 seed=arguments.seed,
             )
-            new = (sample for batch in drawn for sample in log.append(batch))
-            for _ in track(new, missing, "sampling"):
-                pass
+            lines = log.lines
+            left = sum(any((q.id, n) not in lines for q, n in batch) for batch in batches)
+            # Batches, not samples: all samples of a batch come at once.
+            for batch in track(drawn, left, f"sampling, batches of {arguments.batch_size}"):
+                log.append(batch)
         return {
             question.id: [log.lines[question.id, number] for number in range(arguments.n)]
             for question in questions
