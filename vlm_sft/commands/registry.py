@@ -9,6 +9,7 @@ from typing import Final
 
 COMMANDS: Final = {
     "vlm_sft": "run a command of vlm-sft",
+    "vlm_sft.init": "write the configurations of a new model",
     "vlm_sft.stage1": "train the projector on image-caption pairs",
     "vlm_sft.stage2": "train the projector and the language model on conversations",
     "vlm_sft.check": "find out before a run what it would fail on",

@@ -97,6 +97,33 @@ class Planner:
             options.append(self._with_largest(option))
         return options
 
+    def chosen(self, method: Method, most: int) -> tuple[CheckpointPolicy, int, Memory] | None:
+        """Return policy, micro-batch and memory with which a method fits; None if it never does.
+
+        Less recomputation comes first as long as the micro-batch is at least half of `most`: a GPU
+        is busy by then. Training's margin is left free.
+
+        Args:
+            method: The training method.
+            most: Largest micro-batch, in records of the longest length.
+        """
+        sizes = [size for size in (most, most // 2) if size]
+        options = [(policy, size) for policy in POLICIES for size in sizes]
+        while sizes[-1] > 1:
+            sizes = [sizes[-1] // 2]
+            options += [(policy, sizes[0]) for policy in POLICIES]
+
+        def memory(policy: CheckpointPolicy, size: int) -> Memory:
+            return self.estimator.memory(method, policy, self.longest_records(size))
+
+        if not self.estimator.fits(memory(*options[-1]), margin=MARGIN):
+            return None  # the last option needs least
+        for policy, size in options:
+            found = memory(policy, size)
+            if self.estimator.fits(found, margin=MARGIN):
+                break
+        return policy, size, found
+
     @cached_property
     def configured_policy(self) -> CheckpointPolicy:
         """The configured policy; for `auto`, the fastest that leaves training's margin free."""
@@ -135,13 +162,13 @@ class Planner:
     def _with_largest(self, option: TrainingOption) -> TrainingOption:
         """Return the option with the largest micro-batch or packed row that fits."""
         packed = self.estimator.config.train.packing is not None
-        make = self._packed_row if packed else self._longest_records
+        make = self._packed_row if packed else self.longest_records
         found = self.estimator.largest(option.method, option.policy, make, limit=SEARCH_LIMIT)
         if packed:
             return replace(option, largest_packed_row=found * ROW_UNIT)
         return replace(option, largest_micro_batch=found)
 
-    def _longest_records(self, rows: int) -> MicroBatch:
+    def longest_records(self, rows: int) -> MicroBatch:
         """Return `rows` records of the longest length.
 
         Targets, images and crops per record are those of the run's largest micro-batch.

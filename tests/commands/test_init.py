@@ -1,0 +1,161 @@
+"""`init` writes configurations that load, fit the device and train; it replaces nothing."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from vlm_sft import init
+from vlm_sft.commands import init as work
+from vlm_sft.config.method import training_method
+from vlm_sft.config.schema import RunConfig, load_config
+from vlm_sft.errors import UserError
+from vlm_sft.evaluation.suites.config import load_suite
+from vlm_sft.evaluation.suites.tasks import read_task
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "tiny" / "data"
+ASSUMED = ["--assume", "20000,900,300"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower, a language model, images, and a table of questions and one of captions."""
+    root = tmp_path_factory.mktemp("init")
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = CLIPVisionConfig(hidden_size=32, image_size=48, patch_size=16, **sizes)
+    CLIPVisionModel(tower).save_pretrained(root / "tower")
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=261, hidden_size=64, bos_token_id=257, eos_token_id=258, **sizes)
+    ).save_pretrained(root / "llm")
+    # Two layers of a 7B model. Planning needs no weights.
+    wide = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    LlamaConfig(vocab_size=1024, num_hidden_layers=2, **wide).save_pretrained(root / "wide")
+    shutil.copytree(TINY / "images", root / "images")
+    for name, header in (("instructions", "question,answer"), ("captions", "caption")):
+        with open(root / f"{name}.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["image", *header.split(",")])
+            for record in json.loads((TINY / f"{name}.json").read_text()):
+                question, answer = (turn["value"] for turn in record["conversations"][:2])
+                texts = [question.replace("<image>", "").strip(), answer]
+                table.writerow([record["image"], *texts[-header.count(",") - 1 :]])
+    return root
+
+
+def run(folder: Path, out: Path, *options: str) -> dict[str, RunConfig]:
+    """The configurations that `init` writes, by stage."""
+    models = ["--tower", str(folder / "tower"), "--llm", str(folder / "llm")]
+    given = [*models, "--tokenizer", "bytes", "--gpu", "cpu", *options]
+    data = ["--data", str(folder / "instructions.csv"), "--out", str(out), "--yes"]
+    assert init.main([*data, *given]) == 0
+    paths = {name: out / f"{name}.yaml" for name in ("stage1", "stage2")}
+    return {name: load_config(path) for name, path in paths.items() if path.exists()}
+
+
+def test_one_file_of_questions_gives_both_stages_and_a_suite(folder, tmp_path, capsys):
+    configs = run(folder, tmp_path / "my")
+    stage1, stage2 = configs["stage1"], configs["stage2"]
+    assert stage1.data.train == stage2.data.train and stage1.data.template == "chatml"
+    assert (training_method(stage1), training_method(stage2)) == ("stage1", "full")
+    assert stage2.projector == f"{stage1.output_dir}/final"
+    assert stage2.train.precision == "fp32" and stage2.train.global_batch_size == 8
+    suite = load_suite(tmp_path / "my" / "suite.yaml")
+    assert suite.tasks[0].kind == "gqa"
+    assert len(read_task(suite.tasks[0], seed=suite.seed).questions) == 24
+    printed = capsys.readouterr().err
+    assert "there are no captions, so stage 1 trains the projector on the questions" in printed
+    assert f"  vlm-sft stage2 {tmp_path / 'my' / 'stage2.yaml'}" in printed
+    with pytest.raises(UserError, match=r"stage1\.yaml exists, and init replaces nothing") as error:
+        run(folder, tmp_path / "my")
+    assert error.value.reason == "not_ours"
+
+
+def test_captions_and_other_starts_decide_about_stage_1(folder, tmp_path):
+    captions = ("--captions", str(folder / "captions.csv"))
+    stage1 = run(folder, tmp_path / "a", *captions)["stage1"]
+    assert (stage1.data.template, stage1.data.train[0].path) == ("plain", captions[1])
+    configs = run(folder, tmp_path / "b", "--projector", "runs/x/final")
+    assert "stage1" not in configs and configs["stage2"].projector == "runs/x/final"
+    configs = run(folder, tmp_path / "c", "--start-from", "runs/x/final", "--eval", captions[1])
+    assert configs["stage2"].start_from == "runs/x/final"
+    assert configs["stage2"].data.eval[0].path == captions[1]
+    for options, words in (
+        ((*captions, "--projector", "x"), "--projector and --captions"),
+        (("--from-checkpoint", "x"), "--tower: --from-checkpoint names all parts"),
+        (("--gpu-memory", "8"), "--gpu and --gpu-memory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(folder, tmp_path / "d", *options)
+
+
+def options(folder: Path, out: Path) -> list[str]:
+    """For the two wide layers, and records that are not tokenized."""
+    models = ["--tower", str(folder / "tower"), "--llm", str(folder / "wide")]
+    data = ["--data", str(folder / "instructions.csv"), "--out", str(out), "--yes"]
+    return [*data, *models, "--tokenizer", "bytes", *ASSUMED]
+
+
+@pytest.mark.parametrize(("gib", "method"), [("12", "full"), ("4", "lora"), ("2.3", "qlora")])
+def test_the_method_is_the_first_that_fits_the_device(folder, tmp_path, gib, method):
+    out = tmp_path / "my"
+    assert init.main([*options(folder, out), "--gpu-memory", gib]) == 0
+    configs = {name: load_config(out / f"{name}.yaml") for name in ("stage1", "stage2")}
+    assert training_method(configs["stage2"]) == method
+    for name, config in configs.items():
+        assert (config.model.language_model.quantization == "nf4") == (method == "qlora")
+        assert config.train.precision == "bf16" and config.data.max_length >= 900
+        planned = (out / f"{name}.yaml").read_text().partition("Planned: ")[2]
+        assert 0.5 < float(planned.partition(" GiB")[0]) <= float(gib)
+
+
+def test_nothing_that_fits_is_one_sentence(folder, tmp_path):
+    with pytest.raises(UserError, match=r"does not fit GPU with 1 GiB \(1\.0 GiB\)"):
+        init.main([*options(folder, tmp_path / "my"), "--gpu-memory", "1"])
+    assert not (tmp_path / "my").exists()
+
+
+def test_a_terminal_is_asked_for_what_is_missing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked = []
+
+    def ask(question: str) -> str:
+        asked.append(question)
+        answers = {"File": "instructions.csv", "Vision": "tower", "Language": "llm"}
+        return str(folder / next(a for word, a in answers.items() if question.startswith(word)))
+
+    given = ["--tokenizer", "bytes", "--gpu", "cpu", "--out", str(tmp_path / "my")]
+    assert work.run(init.parser().read(given), ask) == 0
+    assert len(asked) == 3 and "[openai/clip-vit-large-patch14-336]: " in asked[1]
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    with pytest.raises(UserError, match="missing: --data PATH"):
+        work.run(init.parser().read(["--out", str(tmp_path / "other")]))
+
+
+@pytest.mark.slow
+def test_a_table_becomes_a_model_that_answers(folder, tmp_path, capsys):
+    from tests.train.tiny import reset_accelerate
+    from vlm_sft import chat, check, evaluate, stage1, stage2
+
+    run(folder, tmp_path / "my")
+    one, two = (str(tmp_path / "my" / f"{name}.yaml") for name in ("stage1", "stage2"))
+    for main, arguments in (
+        (check.main, [one]),
+        (stage1.main, [one]),
+        (check.main, [two]),
+        (stage2.main, [two, "optim.learning_rate.language_model=3e-3", "train.epochs=40"]),
+        (evaluate.main, [str(tmp_path / "my" / "runs" / "stage2" / "final"),
+                         str(tmp_path / "my" / "suite.yaml"), "--out", str(tmp_path / "results")]),
+    ):  # fmt: skip
+        reset_accelerate()
+        assert main(arguments) == 0, arguments
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results
+    capsys.readouterr()
+    image = str(TINY / "images" / "red-circle-0.png")
+    final = str(tmp_path / "my" / "runs" / "stage2" / "final")
+    assert chat.main([final, "--image", image, "--prompt", "Which colour?"]) == 0
+    assert "red" in capsys.readouterr().out

@@ -1,0 +1,300 @@
+"""The texts of the configurations that `vlm-sft init` writes."""
+
+import json
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from vlm_sft.config.method import Method
+from vlm_sft.planning.report import METHOD_NAMES
+
+
+@dataclass(frozen=True)
+class Project:
+    """What both stages have in common.
+
+    Attributes:
+        out: Folder of the configurations; runs are in its `runs`.
+        data: Records of stage 2.
+        captions: Captions of stage 1; None: `data`.
+        eval: Held-out records; None: none.
+        images: Folder of relative image names; None: that of each file.
+        tower: Vision tower.
+        llm: Language model.
+        tokenizer: Tokenizer; None: the language model's.
+        template: Chat template of stage 2.
+        from_checkpoint: Finished model instead of tower and language model.
+        projector: Checkpoint of an earlier stage 1.
+        start_from: Checkpoint of an earlier full fine-tuning.
+        precision: `train.precision`.
+        task: What the suite measures.
+        data_are_captions: Whether the records of `data` have no questions.
+        device: Name of the device.
+        gpus: Number of devices.
+        suite_images: Folder of the images of the suite.
+    """
+
+    out: str
+    data: str
+    captions: str | None
+    eval: str | None
+    images: str | None
+    tower: str | None
+    llm: str | None
+    tokenizer: str | None
+    template: str
+    from_checkpoint: str | None
+    projector: str | None
+    start_from: str | None
+    precision: str
+    task: Literal["answer", "describe"]
+    data_are_captions: bool
+    device: str
+    gpus: int
+    suite_images: str
+
+    @property
+    def has_stage1(self) -> bool:
+        """Whether the projector is trained in a stage 1."""
+        return not (self.from_checkpoint or self.projector or self.start_from)
+
+    @property
+    def runs(self) -> str:
+        """Folder of the runs."""
+        return f"{self.out}/runs"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The settings of a stage that the planner chose.
+
+    Attributes:
+        method: The training method.
+        policy: `train.activation_checkpointing`.
+        micro_batch_size: Records that one device processes at once.
+        global_batch_size: Records of a step.
+        epochs: Passes over the data.
+        max_length: Longest record in tokens.
+        quantized: Whether the frozen weights of the language model are in 4 bits.
+        memory: Planned memory in GiB.
+        notes: Sentences about the plan.
+    """
+
+    method: Method
+    policy: str
+    micro_batch_size: int
+    global_batch_size: int
+    epochs: int
+    max_length: int
+    quantized: bool = False
+    memory: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+_RATES: Final = {"full": "2e-5", "lora": "2e-4", "qlora": "2e-4"}
+"""Learning rates of the language model (LLaVA-1.5)."""
+
+
+def stage1_file(project: Project, chosen: Chosen) -> str:
+    """Return the configuration of stage 1."""
+    captions = project.captions or project.data
+    if project.captions is not None or project.data_are_captions:
+        about, template = (
+            "captions: an image, then its caption; a question would be dropped",
+            "plain",
+        )
+    else:
+        about, template = (
+            "there are no captions: the projector learns from the answers",
+            project.template,
+        )
+    return f"""\
+# Stage 1: train only the projector, on {captions}.
+#
+#   vlm-sft check  {project.out}/stage1.yaml     # every record, image and mask; the model; one step
+#   {_launch(project)}stage1 {project.out}/stage1.yaml
+#
+# {_planned(project, chosen)}
+# Every setting: docs/configuration.md.
+
+output_dir: {_text(f"{project.runs}/stage1")}   # the same command resumes a run in it
+seed: 42
+
+{_model(project, quantized=chosen.quantized)}
+data:
+  train:
+{_file(captions, project)}
+  template: {_text(template)}   # {about}
+{_data(project, chosen)}
+optim:
+  learning_rate:
+    projector: 1e-3   # LLaVA-1.5
+{_optim()}
+{_train(project, chosen)}"""
+
+
+def stage2_file(project: Project, chosen: Chosen) -> str:
+    """Return the configuration of stage 2."""
+    method = chosen.method
+    start = f"{project.runs}/stage1/final" if project.has_stage1 else project.projector
+    lines = []
+    if start is not None:
+        lines = [f"projector: {_text(start)}   # the projector that stage 1 trained"]
+    if project.start_from is not None:
+        lines = [f"start_from: {_text(project.start_from)}   # projector and language model"]
+    lora = """\
+lora:
+  r: 64          # rank: more has more capacity and takes more memory
+  alpha: 128     # the adapters' output is multiplied by alpha / r
+  dropout: 0.05
+  targets: all-linear
+
+"""
+    validation = ""
+    if project.eval is not None:
+        validation = f"  eval:\n{_file(project.eval, project)}\n"
+    train = (
+        "the projector and the language model" if method == "full" else "the projector and adapters"
+    )
+    return f"""\
+# Stage 2 ({METHOD_NAMES[method].removeprefix("stage 2, ")}): train {train}, on {project.data}.
+#
+#   vlm-sft check  {project.out}/stage2.yaml{"     # after stage 1" if project.has_stage1 else ""}
+#   {_launch(project)}stage2 {project.out}/stage2.yaml
+#
+# {_planned(project, chosen)}
+# Every setting: docs/configuration.md.
+
+output_dir: {_text(f"{project.runs}/stage2")}   # the same command resumes a run in it
+seed: 42
+{"".join(f"{line}{chr(10)}" for line in lines)}
+{_model(project, quantized=chosen.quantized)}
+{"" if method == "full" else lora}data:
+  train:
+{_file(project.data, project)}
+{validation}  template: {_text(project.template)}   # auto: the tokenizer's own chat template
+{_data(project, chosen)}
+optim:
+  learning_rate:
+    projector: 2e-5        # LLaVA-1.5
+    language_model: {_RATES.get(method, "2e-5")}
+{_optim()}
+{_train(project, chosen)}"""
+
+
+def suite_file(project: Project) -> str:
+    """Return the configuration of the evaluation suite."""
+    final = f"{project.runs}/stage2/final"
+    source = project.eval or project.data
+    warning = (
+        ""
+        if project.eval
+        else "# These records are also trained on: hold some out (init --eval).\n"
+    )
+    if project.task == "describe":
+        kind, comment = "caption", "CIDEr-D, BLEU and ROUGE-L against the record's text"
+        limits = "    prompt: Describe the image.\n    max_tokens: 128\n"
+    else:
+        kind, comment = "gqa", "equality with the answer, without case and final period"
+        limits = "    max_tokens: 32\n"
+    return f"""\
+# Questions from {source} with their answers (docs/evaluation.md).
+{warning}#
+#   vlm-sft evaluate {final} {project.out}/suite.yaml --out {project.out}/evaluation
+
+seed: 0
+tasks:
+  - name: {project.task}
+    kind: {kind}   # {comment}
+    files: [{_text(f"{project.out}/suite.jsonl")}]
+    images: {_text(project.suite_images)}
+    conditions: [right, blank]   # blank: what the model answers without seeing the image
+{limits}"""
+
+
+def _planned(project: Project, chosen: Chosen) -> str:
+    devices = project.device if project.gpus == 1 else f"{project.gpus} x {project.device}"
+    return (
+        f"Planned: {chosen.memory:.1f} GiB of memory on {devices} (`vlm-sft plan` shows the parts)."
+    )
+
+
+def _launch(project: Project) -> str:
+    if project.gpus == 1:
+        return "vlm-sft "
+    return f"torchrun --nproc-per-node {project.gpus} -m vlm_sft."
+
+
+def _text(value: str) -> str:
+    """Return a text as a YAML value: as it is if it is a plain path or name, else quoted."""
+    plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
+    return (
+        value if plain.isascii() and plain.isalnum() and plain[0].isalpha() else json.dumps(value)
+    )
+
+
+def _file(path: str, project: Project) -> str:
+    lines = f"    - path: {_text(path)}"
+    if project.images is not None:
+        lines += f"\n      image_root: {_text(project.images)}   # relative image names start here"
+    return lines
+
+
+def _model(project: Project, *, quantized: bool) -> str:
+    quantization = "    quantization: nf4   # frozen weights in 4 bits\n" if quantized else ""
+    if project.from_checkpoint is not None:
+        model = f"model:\n  from_checkpoint: {_text(project.from_checkpoint)}   # all parts\n"
+        return model + (f"  language_model:\n{quantization}" if quantization else "")
+    assert project.tower is not None and project.llm is not None
+    tokenizer = "" if project.tokenizer is None else f"    tokenizer: {_text(project.tokenizer)}\n"
+    return f"""\
+model:
+  vision_tower:
+    library: transformers
+    name: {_text(project.tower)}
+    feature_layers: [-2]       # the layer before the last, as in LLaVA
+    feature_select: patch
+  projector_type: mlp2x_gelu
+  language_model:
+    name: {_text(project.llm)}
+{tokenizer}{quantization}"""
+
+
+def _data(project: Project, chosen: Chosen) -> str:
+    aspect = (
+        ""
+        if project.from_checkpoint
+        else "  image_aspect: pad          # the whole image on a square\n"
+    )
+    return f"""\
+  max_length: {chosen.max_length}            # tokens of a record, image tokens included
+  length_policy: drop_turns  # longer records lose their last questions and answers
+  on_error: stop             # quarantine: skip bad records and list them in ledger.jsonl
+{aspect}  num_workers: 2
+"""
+
+
+def _optim() -> str:
+    return """\
+  weight_decay: 0.0
+  schedule: cosine
+  warmup_ratio: 0.03
+  max_grad_norm: 1.0
+"""
+
+
+def _train(project: Project, chosen: Chosen) -> str:
+    every = 200 if project.eval is not None and chosen.method != "stage1" else "null"
+    return f"""\
+train:
+  epochs: {chosen.epochs}
+  global_batch_size: {chosen.global_batch_size}      # records of an optimizer step
+  micro_batch_size: {chosen.micro_batch_size}       # of them at once, for memory and speed only
+  precision: {project.precision}
+  activation_checkpointing: {chosen.policy}   # recompute to save memory: none, selective or full
+  save_every_steps: 200
+  keep_last_checkpoints: 2
+  eval_every_steps: {every}
+  eval_samples: 3
+  log_every_steps: 1
+  trackers: [tensorboard]
+"""
