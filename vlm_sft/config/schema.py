@@ -242,7 +242,7 @@ class LoraConfig(Section):
 
 
 DataFormat = Literal[
-    "auto", "llava", "messages", "alpaca", "table", "imagefolder", "captions", "vqa"
+    "auto", "llava", "messages", "alpaca", "table", "imagefolder", "captions", "vqa", "shards"
 ]
 """Values of `format` of a data file."""
 
@@ -274,7 +274,8 @@ class DataFile(Section):
     content must not change."""
     format: Forbidden[DataFormat] = "auto"
     """Format of the records (`llava`, `messages`, `alpaca`, `table`), or of the file or directory
-    (`imagefolder`; `captions`: images with a text file each; `vqa`). `auto` recognizes it."""
+    (`imagefolder`; `captions`: images with a text file each; `vqa`; `shards`: tar files in
+    WebDataset's layout). `auto` recognizes it."""
     columns: ColumnNames = ColumnNames()
     caption_prompt: Forbidden[NonEmptyText | None] = None
     """Question about the image for rows that have a caption only. Null: the image alone."""

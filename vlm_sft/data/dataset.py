@@ -31,6 +31,7 @@ from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.errors import ImageError, RecordError, UserError
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from vlm_sft.utils.progress import track
+from vlm_sft.utils.tar_index import file_size
 
 
 @dataclass(frozen=True)
@@ -400,7 +401,7 @@ def _shown(source: ImageSource) -> str:
 def _num_bytes(source: ImageSource) -> int:
     """Return an image's size; -1 for a file without one, for which opening raises the error."""
     try:
-        return len(source) if isinstance(source, bytes) else os.stat(source).st_size
+        return len(source) if isinstance(source, bytes) else file_size(source)
     except (OSError, ValueError):
         return -1
 

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_sft.data.conversation import Conversation, ImageSource, TextPart
+from vlm_sft.errors import ImageError
+from vlm_sft.utils.tar_index import read_member
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,9 @@ def _image_digest(source: ImageSource) -> int:
     if isinstance(source, bytes):
         return _digest(source)
     try:
-        return _digest(source.read_bytes())
-    except OSError:  # deleted since it was looked for; opening it reports the error
+        inside = read_member(source)
+        return _digest(source.read_bytes() if inside is None else inside)
+    except (OSError, ImageError):  # deleted since it was looked for; opening it reports the error
         return _digest(str(source).encode())
 
 

@@ -12,7 +12,7 @@ from vlm_sft.data.tokenize import CHUNK, ChatTokenizer, TokenizedRecord, batched
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
 from vlm_sft.errors import ImageError, RecordError
 from vlm_sft.utils.constants import IGNORE_INDEX
-from vlm_sft.utils.image_paths import missing_image
+from vlm_sft.utils.image_paths import missing_image, split_member
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,10 @@ def _without_last_exchange(record: Conversation) -> Conversation:
 
 def _is_file(path: Path) -> bool:
     try:
-        return path.is_file()
+        if split_member(path) is None:
+            return path.is_file()
+        from vlm_sft.utils.tar_index import file_size  # imports pyarrow
+
+        return file_size(path) >= 0
     except (OSError, ValueError):  # a name that is too long or has characters no file can have
         return False

@@ -22,6 +22,7 @@ from vlm_sft.data.image_layout import ImageLayout, LayoutRule
 from vlm_sft.errors import ImageError
 from vlm_sft.utils.image_paths import missing_image
 from vlm_sft.utils.reading import NotARegularFile, open_regular
+from vlm_sft.utils.tar_index import read_member
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are decoded, detected by content. Others (EPS, WMF, ...) can run programs."""
@@ -248,7 +249,8 @@ def _open_bytes(source: ImageSource, name: str) -> Iterator[IO[bytes]]:
 
 def _open_regular(path: Path, name: str) -> IO[bytes]:
     try:
-        return open_regular(path)
+        inside = read_member(path)
+        return open_regular(path) if inside is None else BytesIO(inside)
     except NotARegularFile as error:
         raise ImageError("image_not_file", str(error)) from None
     except FileNotFoundError:

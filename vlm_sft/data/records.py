@@ -137,6 +137,11 @@ def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
     image_name = None if file is None else file.image_name
     try:
         if path.is_dir():
+            shards = sorted(path.glob("*.tar"))
+            if container == "shards" or (shards and container == "auto"):
+                _refuse_image_root(path, file)
+                _refuse_several_kinds(path, shards)
+                return _open_shards(shards)
             return _open_folder(path, container)
         if container in ("imagefolder", "captions") and path.exists():
             raise UserError(
@@ -159,6 +164,9 @@ def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
         ) from None
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: is UTF-16; save the file as UTF-8", code="not_utf8")
+    if path.suffix.lower() == ".tar":
+        _refuse_image_root(path, file)
+        return _open_shards([path])
     if path.suffix.lower() in (".csv", ".tsv"):
         return open_csv(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -187,6 +195,33 @@ def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
         f"named .csv or .tsv, found a file that begins with {start[:20]!r}",
         code="data_file_unreadable",
     )
+
+
+def _open_shards(tars: Sequence[Path]) -> RawRecords:
+    from vlm_sft.data.shards import open_shards  # imports pyarrow
+
+    return open_shards(tars)
+
+
+def _refuse_image_root(path: Path, file: DataFile | None) -> None:
+    if file is not None and file.image_root is not None:
+        raise UserError(
+            f"{path}: the images of shards are inside them; remove `image_root`",
+            code="data_file_unreadable",
+        )
+
+
+def _refuse_several_kinds(path: Path, shards: Sequence[Path]) -> None:
+    """Refuse a folder of shards that also has records of another kind, or none."""
+    others = [*sorted(path.glob("*.parquet")), *(path / name for name in _METADATA)]
+    others = [other for other in others if other.exists()]
+    if not shards or others:
+        found = f"{shards[0].name} and {others[0].name}" if shards else "no .tar file"
+        raise UserError(
+            f"{path}: found {found}; expected one kind of records, so give the file to read as "
+            "`path`, or set `format`",
+            code="data_file_unreadable",
+        )
 
 
 def _is_json(data: bytes) -> bool:

@@ -21,6 +21,8 @@ from vlm_sft.utils.escape import escape_control_line, shortened
 MAX_NAME: Final = 4096
 """Longest name of an image in characters; Linux's PATH_MAX."""
 
+_TAR: Final = ".tar"
+
 _MAX_ENTRIES: Final = 200_000
 """Maximum directory entries that are compared with a missing name."""
 _MAX_SIMILAR: Final = 2_000
@@ -117,6 +119,18 @@ def current_directory_hint(path: str | Path) -> str:
     return f" (relative to the current directory {escape_control_line(os.getcwd(), 300)})"
 
 
+def split_member(path: Path) -> tuple[Path, str] | None:
+    """Return the tar file and the name of the member that a path leads to, or None."""
+    text = os.fspath(path)
+    position = text.find(_TAR + os.sep)
+    while position != -1:
+        end = position + len(_TAR)
+        if os.path.isfile(text[:end]):
+            return Path(text[:end]), text[end + 1 :]
+        position = text.find(_TAR + os.sep, end)
+    return None
+
+
 # --- suggestions for a missing file
 
 
@@ -126,6 +140,11 @@ def missing_image(path: str | Path) -> str:
     Args:
         path: The complete path, as `image_path` returns it.
     """
+    inside = split_member(Path(os.path.abspath(path)))
+    if inside is not None:
+        tar, name = inside
+        place = escape_control_line(str(tar), 300)
+        return f"no image file {shown_name(name)} in the tar file {place}; pack it again"
     folder, name = os.path.split(os.path.abspath(path))
     place = f"the folder {escape_control_line(folder, 300)}"
     if not os.path.isdir(folder):

@@ -2,7 +2,7 @@
 
     scripts/reliability               # everything: 200 random kills, 1,000 flipped bits, ...
     scripts/reliability --quick       # a slice of each, within three minutes
-    scripts/reliability --only kills  # one part: kills, places, signals, disks, damage, processes
+    scripts/reliability --only kills  # one part: kills, places, shards, signals, disks, ...
     scripts/reliability --peer        # 20 kills for us and 20 for transformers' Trainer, compared
 
 Every run is the real command on a tiny model, in a process that is really killed. A run is
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from tests.tools.reliability.damage import Found, flips, losses, truncations
 from tests.tools.reliability.kills import Tally, named_kills, random_kills, untouched
-from tests.tools.reliability.lab import KINDS, Lab
+from tests.tools.reliability.lab import KINDS, Lab, pack_shards
 from tests.tools.reliability.processes import elastic, failed_rank, lost_rank
 from tests.tools.reliability.trouble import (
     full_disks,
@@ -35,7 +35,7 @@ from tests.tools.reliability.trouble import (
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.progress import format_seconds
 
-PARTS = ("kills", "places", "signals", "disks", "damage", "processes")
+PARTS = ("kills", "places", "shards", "signals", "disks", "damage", "processes")
 SETTINGS = (
     "train.save_every_steps=4",
     "train.max_steps=24",
@@ -88,6 +88,14 @@ def _places(folder: Path, arguments: argparse.Namespace) -> Measured:
         lab = Lab(folder / f"places-{kind}", kind, SETTINGS)
         every = 4 if arguments.quick else 1
         yield _tallied("kill -9 at a named place", kind, named_kills(lab, every=every))
+
+
+def _shards(folder: Path, arguments: argparse.Namespace) -> Measured:
+    """Kill runs whose records and images are inside tar files."""
+    records = pack_shards(folder / "shards")
+    lab = Lab(folder / "kills-shards", "stage2", (*SETTINGS, f"data.train.0.path={records}"))
+    count = 2 if arguments.quick else 20
+    yield _tallied("kill -9, records in shards", "stage2", random_kills(lab, count, seed=2))
 
 
 def _signals(folder: Path, arguments: argparse.Namespace) -> Measured:
@@ -166,6 +174,7 @@ def _peer(folder: Path, arguments: argparse.Namespace) -> Measured:
 MEASURES: dict[str, Callable[[Path, argparse.Namespace], Measured]] = {
     "kills": _kills,
     "places": _places,
+    "shards": _shards,
     "signals": _signals,
     "disks": _disks,
     "damage": _damage,

@@ -6,12 +6,15 @@ from one that has imported everything, which saves the time of the imports.
 
 import contextlib
 import hashlib
+import io
+import json
 import os
 import resource
 import shutil
 import signal
 import socket
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +166,23 @@ class Lab:
         """Copy a run's folder as it lies."""
         shutil.rmtree(self.out(to), ignore_errors=True)
         shutil.copytree(self.out(name), self.out(to))
+
+
+def pack_shards(folder: Path) -> Path:
+    """Pack the records of configs/tiny, each with its image, into two tar files of a new folder."""
+    data = ROOT / "configs" / "tiny" / "data"
+    records = json.loads((data / "instructions.json").read_text())
+    folder.mkdir(parents=True)
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for record in records[number::2]:
+                content = json.dumps(record).encode()
+                info = tarfile.TarInfo(f"{record['id']}.json")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+                image = data / record["image"]
+                archive.add(image, f"{record['id']}{image.suffix}")
+    return folder
 
 
 def forked(
