@@ -105,6 +105,7 @@ def test_tensorboard_has_every_step_once_and_the_answers_with_their_images(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the trackers' own libraries
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
 def test_a_resumed_run_continues_the_same_tracked_run(
     tmp_path: Path, in_the_repository: Path, monkeypatch: pytest.MonkeyPatch, name: str
