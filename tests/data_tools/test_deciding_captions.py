@@ -58,6 +58,7 @@ BANANA = (
     "A banana next to a dollop of butterscotch.",
     "A plate with a banana.",
 )
+BAGS = ("Bags of various colors.", "A row of many different colored bags.", "Bags.")
 OFFICE = ("A desk with two monitors.", "Two monitors and a laptop.", "Two monitors on a desk.")
 DUSK = ("Twilight at an intersection.", "A dusky evening.", "A night scene with lights.")
 
@@ -127,6 +128,9 @@ def test_true_answers_that_captions_do_not_word_are_accepted(
          "RELATION_REFUTED"),
         (BANANA, (), "Describe it.", "Next to the banana are slices of kiwi.", "OBJECT_NOT_FOUND"),
         (CAT, (), "Describe it.", "A cat watches a nuthatch.", "OBJECT_NOT_FOUND"),
+        (BATH, ("sink", "toilet"), "What is there?", "A cabinet and a cat stand next to the sink.",
+         "OBJECT_NOT_FOUND"),
+        (BAGS, (), "Describe it.", "All of the bags are white.", "ATTRIBUTE_WRONG"),
         (OFFICE, ("laptop",), "How many monitors are there?", "There are four.", "COUNT_WRONG"),
     ],
 )  # fmt: skip

@@ -58,6 +58,8 @@ STRIKING: Final = frozenset(
 
 _VAGUE: Final = word_set("have take get make do go come put set")
 """Verbs of captions that say little of a deed, and are wider than many."""
+_COLORS: Final = word_set("color colour colors colours colored coloured")
+_DIFFERENT: Final = word_set("various different assorted many multiple several")
 _TOYS: Final = frozenset(
     {"toy", "toys", "lego", "legos", "diorama", "miniature", "figurine", "figurines", "dolls"}
 )
@@ -193,6 +195,16 @@ class Knowledge:
                         noun = "traffic light"
                     found[attribute.family, noun].append((attribute, caption.id))
         return dict(found)
+
+    @lazy
+    def of_several_colors(self) -> tuple[int, ...]:
+        """Return the captions that speak of different colors without naming them."""
+        return tuple(
+            caption.id
+            for caption in self.captions
+            if not _COLORS.isdisjoint(caption.reading.vocabulary)
+            and not _DIFFERENT.isdisjoint(caption.reading.vocabulary)
+        )
 
     @lazy
     def relations(self) -> list[tuple[Relation, int]]:

@@ -126,7 +126,8 @@ class Lexicon:
                 if rest:
                     last += len(rest)
                     if tuple(sentence[index + 1 : last + 1]) != rest or (
-                        entry.number == "many" and self._ends_in_verb(sentence, index, last)
+                        (entry.number == "many" or _is_joined(sentence, index))
+                        and self._ends_in_verb(sentence, index, last)
                     ):
                         continue
                 if entry.categories and (
@@ -159,8 +160,13 @@ class Lexicon:
             words[last + 2 : last + 6]
         ):
             return True  # `the bed of the pickup`
-        if after in verb_stems() and determiner(words, first)[0] == "number":
-            return False  # `several sheep stand there`
+        if after in verb_stems() and (
+            determiner(words, first)[0] == "number"
+            or (
+                _is_joined(words, first) and not PREPOSITIONS.isdisjoint(words[last + 2 : last + 3])
+            )
+        ):
+            return False  # `several sheep stand there`, `a bed and a television stand in it`
         return after in self._heads or (
             # `dog bowl`, `train car`: the last of two nouns names the thing
             after in self._phrases
@@ -253,6 +259,12 @@ _SINGULAR_SUBJECTS: Final = word_set(
 )
 _SINGULAR_DETERMINERS: Final = word_set("a an one another each every this that")
 _ARTICLES: Final = word_set("a an the his her its their this that these those")
+
+
+def _is_joined(words: Sequence[str], first: int) -> bool:
+    """Return whether `and` stands before the phrase: `a bed and a television stand there`."""
+    _, begin = determiner(words, first)
+    return begin > 0 and words[begin - 1] == "and"
 
 
 def _describes(words: Sequence[str], index: int, colors: frozenset[str]) -> bool:
