@@ -94,6 +94,12 @@ def parser() -> CommandParser:
         metavar="N",
         help="seed of the bootstrap intervals, which resample images (default: 0)",
     )
+    add(
+        "--verdict",
+        choices=["first", "last"],
+        default="first",
+        help="counting, multiple_choice: which number or option of an answer counts (first)",
+    )
     add("--meteor", action="store_true", help="caption: also METEOR (needs Java and pycocoevalcap)")
     _add_judge_options(parser)
     return parser

@@ -11,7 +11,7 @@ from data_tools.rules import Family
 from vlm_sft.utils import words
 
 AnswerStyle = Literal["short", "sentence", "evidence"]
-"""`Yes.`; a sentence; or, for existence, what is seen and then the verdict (others stay short)."""
+"""`Yes.`; a sentence; or what is seen and then the verdict (relations and descriptions aside)."""
 
 _KINDS: Final[Mapping[Family, Kind]] = {
     "caption": "description",

@@ -101,8 +101,8 @@ def test_stats_report_what_a_shared_prefix_saves() -> None:
     stats = packing_stats([[[0, 1, 2, 3]]], sizes, max_tokens=250, share_image_prefix=True)
     assert stats.rows_per_step == 1 and stats.imbalance == 1
     assert stats.saved == pytest.approx(50 / 300) and stats.filled == pytest.approx(1.0)
-    assert "1.0 rows of up to 250 tokens per step, 100% filled" in stats.summary(250)
-    assert "save 16.7% of all tokens" in stats.summary(250)
+    assert "1.0 rows of up to 250 tokens per step, 100% filled" in stats.summary()
+    assert "save 16.7% of all tokens" in stats.summary()
     apart = packing_stats([[[0, 1, 2, 3]]], sizes, max_tokens=300, share_image_prefix=False)
     assert apart.saved == 0
 

@@ -287,6 +287,25 @@ def test_evidence_names_what_is_there_and_then_gives_the_verdict(tmp_path: Path)
     assert len({record["id"] for record in records}) == len(records)
 
 
+def test_evidence_counts_what_is_there_and_says_in_which_half_single_objects_are(
+    tmp_path: Path,
+) -> None:
+    two = [("dog", [0, 0, 30, 30], 0), ("dog", [0, 60, 30, 30], 0)]
+    files = write_coco(
+        tmp_path, {1: [*two, ("cat", [150, 0, 20, 20], 0), ("car", [96, 46, 9, 9], 0)]}
+    )
+    options = ("--answers", "evidence", "--families", "counting", "halves", "--turns", "9")
+    assert build_coco.main(arguments(files, *options)) == 0
+    said = {record["conversations"][1]["value"] for record in _read(files, "stage2")}
+    counted = "I see two dogs, a cat and a car, so"
+    assert said == {
+        f"{counted} two.",
+        f"{counted} one.",
+        "I see two dogs, a cat on the right and a car, so right.",
+        "I see two dogs, a cat at the top and a car, so top.",
+    }
+
+
 @given(
     sizes=st.lists(st.integers(5, 60), min_size=1, max_size=len(CATEGORIES) - 1),
     asked=st.integers(0, 100),

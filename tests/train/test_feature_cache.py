@@ -223,6 +223,17 @@ def test_a_run_from_kept_features_has_the_losses_of_one_from_images(folder: Path
     assert losses(folder / "filled") == pytest.approx(without, rel=bound)
 
 
+def test_a_run_notes_what_the_cache_costs_and_saves(folder: Path) -> None:
+    filling, filled = (
+        json.loads((folder / name / "feature_cache.json").read_text())
+        for name in ("filling", "filled")
+    )
+    assert filling["missing"] > 0 == filled["missing"]
+    assert filled["saved"] == pytest.approx(filled["tower_share"]) and filled["saved"] > 0
+    assert filling["saved"] < filled["saved"]
+    assert not (folder / "without" / "feature_cache.json").exists()
+
+
 def test_kept_features_are_those_of_the_tower(folder: Path) -> None:
     (recipe,) = (path for path in (folder / "kept").iterdir() if path.is_dir())
     described = json.loads((recipe / "recipe.json").read_text())

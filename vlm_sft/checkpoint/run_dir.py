@@ -43,6 +43,11 @@ STARTS: Final = "starts.jsonl"
 SAMPLE_IMAGES: Final = "sample_images"
 """Name of the directory with the images of `samples.jsonl`, by their digest."""
 
+PACKING_STATS: Final = "packing.json"
+"""How full the rows of a packed run are, and what shared prefixes save."""
+CACHE_ESTIMATE: Final = "feature_cache.json"
+"""What the feature cache of a run costs and saves."""
+
 WRITTEN: Final = frozenset(
     {
         ".lock",
@@ -51,10 +56,12 @@ WRITTEN: Final = frozenset(
         "checkpoints",
         "config.yaml",
         EXPORT_OUTLOOK,
+        CACHE_ESTIMATE,
         "final",
         "ledger.jsonl",
         "ledger_eval.jsonl",
         "metrics.jsonl",
+        PACKING_STATS,
         "parts.json",
         "report.html",
         SAMPLE_IMAGES,
@@ -222,8 +229,10 @@ def _has_keys(*keys: str) -> Callable[[Path], bool]:
 _CONTENT: Final[dict[str, Callable[[Path], bool]]] = {
     "activation_checkpointing.json": _has_keys("policy", "trials", "basis"),
     EXPORT_OUTLOOK: _has_keys("hf"),
+    CACHE_ESTIMATE: _has_keys("tower_share", "saved"),
     "ledger.jsonl": _is_ledger,
     "ledger_eval.jsonl": _is_ledger,
+    PACKING_STATS: _has_keys("rows_per_step", "saved"),
     "parts.json": _has_keys("part"),
 }
 """Files that a run replaces as a whole, each with a predicate for what a run writes."""

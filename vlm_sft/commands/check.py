@@ -41,7 +41,7 @@ from vlm_sft.data.build import (
     make_collator,
     make_sampler,
     num_steps,
-    packing_summary,
+    sampled_packing_stats,
 )
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.duplicates import DuplicateFinder
@@ -307,11 +307,11 @@ def _check_steps(
 ) -> None:
     pad_token_id = padding_id(chat_tokenizer.tokenizer)
     collator = make_collator(config, pad_token_id, image_cost(model))
-    summary = packing_summary(
+    stats = sampled_packing_stats(
         collator, sampler, data.train, num_steps=num_steps(config, sampler), world_size=1
     )
-    if summary is not None:
-        results.add("packs", "good", summary.removeprefix("packing: "))
+    if stats is not None:
+        results.add("packs", "good", stats.summary())
     before = results.passed
     with results.check("fit"):
         for note in require_compatible(chat_tokenizer, data, model):

@@ -53,6 +53,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     )
     return Options(
         seed=arguments.seed,
+        verdict=arguments.verdict,
         meteor=arguments.meteor,
         judge=judge if given else None,
         name=arguments.name,

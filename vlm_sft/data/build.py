@@ -16,7 +16,7 @@ from vlm_sft.data.image_layout import LayoutRule
 from vlm_sft.data.image_size_cache import CachedImageSizes
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.data.ledger import Ledger
-from vlm_sft.data.packing import RecordLengths, packing_stats
+from vlm_sft.data.packing import PackingStats, RecordLengths, packing_stats
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
@@ -176,15 +176,15 @@ def sampled_steps(total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def packing_summary(
+def sampled_packing_stats(
     collator: Collator,
     sampler: StepSampler,
     train: RecordLengths,
     *,
     num_steps: int,
     world_size: int,
-) -> str | None:
-    """Return how well the packed rows of a run are filled, in a sentence; None without packing.
+) -> PackingStats | None:
+    """Return how well the packed rows of a run are filled; None without packing.
 
     Args:
         collator: Padded or packed.
@@ -201,4 +201,4 @@ def packing_summary(
     ]
     return packing_stats(
         steps, train, max_tokens=collator.max_tokens, share_image_prefix=collator.share_image_prefix
-    ).summary(collator.max_tokens)
+    )

@@ -193,21 +193,23 @@ class PackingStats:
     """How well the rows of some steps are filled.
 
     Attributes:
+        max_tokens: Capacity of a row in tokens.
         rows_per_step: Mean number of rows in a step, over all ranks.
         filled: Tokens of records divided by the capacity of all rows, 0 to 1.
         imbalance: Tokens of the longest row divided by the mean of its step, averaged over steps.
         saved: Share of all tokens that are not computed because a prefix is shared, 0 to 1.
     """
 
+    max_tokens: int
     rows_per_step: float
     filled: float
     imbalance: float
     saved: float
 
-    def summary(self, max_tokens: int) -> str:
+    def summary(self) -> str:
         """Return one line for the log."""
         return (
-            f"packing: {self.rows_per_step:.1f} rows of up to {max_tokens:,} tokens per step, "
+            f"{self.rows_per_step:.1f} rows of up to {self.max_tokens:,} tokens per step, "
             f"{self.filled:.0%} filled, longest row {self.imbalance:.2f} times the mean; shared "
             f"prefixes save {self.saved:.1%} of all tokens"
         )
@@ -237,6 +239,7 @@ def packing_stats(
         unpacked += sum(records.lengths[index] for row in rows for index in row)
         imbalance += max(tokens) * len(tokens) / sum(tokens)
     return PackingStats(
+        max_tokens=max_tokens,
         rows_per_step=num_rows / len(steps),
         filled=packed / (max_tokens * num_rows),
         imbalance=imbalance / len(steps),

@@ -19,7 +19,6 @@ _CONDITIONS: Final = {
     "right": "its own",
     "blank": "blank",
     "shuffled": "another one",
-    "difference": "another one minus its own",
 }
 """Display names of the evaluation's image conditions."""
 
@@ -64,9 +63,9 @@ class DemoReport:
         lead: Sentence under the title.
         images: Images with questions and answers.
         runs: Run directories by title, e.g. `Stage 1`, in order.
-        results: `results.json` of a suite by title; with `captions`, the caption losses that
-            `vlm_sft.evaluate --captions` writes, if they were measured.
+        results: `results.json` of a suite by title.
         seconds: Duration of each phase.
+        savings: One line per means that made the runs faster.
         credits: One line per source of data or weights.
     """
 
@@ -76,6 +75,7 @@ class DemoReport:
     runs: Mapping[str, Path]
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    savings: Sequence[str] = ()
     credits: Sequence[str] = ()
 
 
@@ -105,8 +105,9 @@ def write_demo_report(report: DemoReport, path: str | Path) -> Path:
         images=[_image(image) for image in report.images],
         results=[(title, _result_rows(found)) for title, found in report.results.items()],
         curves=data_uri(curves),
-        seconds={name: format_seconds(value) for name, value in report.seconds.items()},
+        seconds=_bars(report.seconds),
         total_time=format_seconds(sum(report.seconds.values())),
+        savings=report.savings,
         versions=software_versions(),
         credits=report.credits,
     )
@@ -138,16 +139,26 @@ def loss_curves(runs: Mapping[str, Sequence[Row]]) -> bytes:
     return buffer.getvalue()
 
 
+def _bars(seconds: Mapping[str, float]) -> list[dict[str, str]]:
+    """Return each phase with its time and, for the length of its bar, its share of the longest."""
+    longest = max(seconds.values(), default=1.0)
+    return [
+        {"name": name, "time": format_seconds(value), "percent": f"{100 * value / longest:.1f}"}
+        for name, value in seconds.items()
+    ]
+
+
 def _headline(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Yield accuracy, caption and note of the first task: own images first, then blank ones.
+    """Yield accuracy, caption and note of every task with an accuracy: own images, then blank ones.
 
     Blank images are the same in every set of results, so only the last set's accuracy is shown.
     """
     for condition in ("right", "blank"):
-        for title, found in list(results.items())[-1 if condition == "blank" else 0 :]:
-            name, task = next(iter(found["tasks"].items()))
-            scores = task["conditions"].get(condition)
-            if scores is None:
+        shown = list(results.items())[-1 if condition == "blank" else 0 :]
+        tasks = [(title, name, task) for title, r in shown for name, task in r["tasks"].items()]
+        for title, name, task in tasks:
+            scores = task["conditions"].get(condition, {})
+            if "accuracy_interval" not in scores:
                 continue
             low, high = scores["accuracy_interval"]
             caption = f"{name}, {title}" + (", blank image" if condition == "blank" else "")
@@ -190,19 +201,6 @@ def _result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
                         "result [95 % interval]": _shown(scores, key),
                     }
                 )
-    captions = results.get("captions", {})
-    for condition in ("right", "shuffled", "difference"):
-        if condition in captions:
-            loss = captions[condition]
-            interval = f"[{loss['low']:.3f}, {loss['high']:.3f}]"
-            rows.append(
-                {
-                    "measure": "caption loss (nats per token)",
-                    "image": _CONDITIONS[condition],
-                    "n": f"{captions['records']:,}",
-                    "result [95 % interval]": f"{loss['estimate']:.3f} {interval}",
-                }
-            )
     return rows
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlm_sft.checkpoint.run_dir import CACHE_ESTIMATE
 from vlm_sft.config.schema import DataConfig, RunConfig
 from vlm_sft.data.build import Data
 from vlm_sft.data.conversation import ImageSource
@@ -30,6 +31,7 @@ from vlm_sft.model.quantization import num_weights
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.distributed import all_reduce_sum, rank0_only
+from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.filesystem import existing_above, free_bytes
 from vlm_sft.utils.progress import track
 
@@ -119,8 +121,9 @@ def use_feature_cache(
         return
     found = _look_up(config, model, accelerator, data)
     store, missing = found.store, found.missing
+    estimate = _estimate(config, model, data, found)
+    rank0_only(accelerator, lambda: _write_estimate(estimate, config))
     if missing:
-        estimate = _estimate(config, model, data, found)
         rank0_only(accelerator, lambda: _prepare_filling(estimate, config.data, store))
         _run_on_all_ranks(
             accelerator,
@@ -322,6 +325,14 @@ def token_flops(model: VisionLanguageModel, checkpointing: bool) -> float:
     all_weights = float(sum(num_weights(p) for p in layers))
     trainable = float(sum(num_weights(p) for p in layers if p.requires_grad))
     return 2 * (all_weights * (2 + checkpointing) + trainable)
+
+
+def _write_estimate(estimate: CacheEstimate, config: RunConfig) -> None:
+    """Write the estimate to the run's directory; that of the start that filled the cache stays."""
+    path = Path(config.output_dir) / CACHE_ESTIMATE
+    if estimate.missing or not path.exists():
+        shares = {"tower_share": estimate.tower_share, "saved": estimate.saved}
+        write_json(path, asdict(estimate) | shares)
 
 
 def _prepare_filling(estimate: CacheEstimate, config: DataConfig, store: FeatureStore) -> None:

@@ -17,6 +17,7 @@ from vlm_sft.checkpoint.components import (
 )
 from vlm_sft.checkpoint.digests import base_identity, template_digest, tokenizer_digest
 from vlm_sft.checkpoint.optimizer import optimizer_component
+from vlm_sft.checkpoint.run_dir import PACKING_STATS
 from vlm_sft.checkpoint.snapshot import Component
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.config.method import Stage
@@ -27,7 +28,7 @@ from vlm_sft.data.build import (
     make_collator,
     make_sampler,
     num_steps,
-    packing_summary,
+    sampled_packing_stats,
 )
 from vlm_sft.data.dataset import content_difference
 from vlm_sft.data.hf_tokenizer import padding_id
@@ -54,6 +55,7 @@ from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.trainer import Trainer
 from vlm_sft.train.update import Updater
 from vlm_sft.train.validation import EvaluateSuite, GenerateSamples, Validation
+from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.process_group import ProcessGroup
 
@@ -122,11 +124,13 @@ def build_trainer(
     sampler = make_sampler(config, data.train)
     total_steps = num_steps(config, sampler)
     collator = make_collator(config, padding_id(chat_tokenizer.tokenizer), image_cost(model))
-    summary = packing_summary(
+    stats = sampled_packing_stats(
         collator, sampler, data.train, num_steps=total_steps, world_size=world_size
     )
-    if summary is not None:
-        logger.info(summary)
+    if stats is not None:
+        logger.info("packing: %s", stats.summary())
+        if accelerator.is_main_process:
+            write_json(output_dir / PACKING_STATS, dataclasses.asdict(stats))
 
     prepared_model = prepare_model(config, model, accelerator)
     optimizer = build_optimizer(parts, config.optim, seed=config.seed)

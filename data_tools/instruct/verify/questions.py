@@ -162,7 +162,10 @@ class Question:
     @lazy
     def number(self) -> int | None:
         """Return the number that the answer to `how many` gives; 0 for none."""
-        for word in self.answer.words[:12]:
+        words = self.answer.words
+        # `I see two cats and a cup, so one.`: the verdict counts, not what was seen
+        has_verdict = words[-1:] == ["."] and words[-3:-2] == ["so"]
+        for word in words[-2:-1] if has_verdict else words[:12]:
             if word in ("no", "none", "zero"):
                 return 0
             value = number_of(word)

@@ -223,6 +223,22 @@ def test_the_chosen_option(answer: str, choice: int | None) -> None:
     assert read_choice(answer, ["a dog", "a cat", "a bird"]) == choice
 
 
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("I see a dog on the left and a cat on the right, so left.", 0), ("left", 0),
+        ("On the left there is nothing, so it must be right", 1), ("B", 1), ("so B.", None),
+        ("leftover", None), ("", None),
+    ],
+)  # fmt: skip
+def test_the_last_option_counts_if_the_verdict_is_last(answer: str, choice: int | None) -> None:
+    assert read_choice(answer, ["left", "right"], "last") == choice
+
+
+def test_of_options_that_end_together_the_longest_is_chosen() -> None:
+    assert read_choice("a cup, so the red cat", ["cat", "red cat", "cup"], "last") == 1
+
+
 def test_multiple_choice_shows_the_share_of_each_position() -> None:
     choices = ["a dog", "a cat"]
     truth = rows(
@@ -253,6 +269,17 @@ def test_multiple_choice_shows_the_share_of_each_position() -> None:
 )  # fmt: skip
 def test_the_count_in_an_answer(answer: str, count: int | None) -> None:
     assert read_count(answer) == count
+
+
+@pytest.mark.parametrize(
+    ("answer", "count"),
+    [
+        ("I see two cats and a boat, so two.", 2), ("3 cats and two dogs, so twenty-one.", 21),
+        ("two, no, 3.5", 0), ("one of one hundred", None), ("many", None), ("twenty two", 22),
+    ],
+)  # fmt: skip
+def test_the_last_count_in_an_answer(answer: str, count: int | None) -> None:
+    assert read_count(answer, "last") == count
 
 
 def test_counting_errors() -> None:

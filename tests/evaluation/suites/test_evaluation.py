@@ -43,8 +43,10 @@ def test_an_evaluation_killed_at_twenty_places_ends_with_the_same_results(
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     evaluate_suite(suite_file, whole)
-    delays, kills = random.Random(0), 0
-    while kills < 20:
+    written = killed / "answers.jsonl"
+    size = (whole / "answers.jsonl").stat().st_size
+    places = sorted(random.Random(0).sample(range(size), 20))
+    for place in places:
         child = os.fork()
         if child == 0:
             try:
@@ -52,10 +54,11 @@ def test_an_evaluation_killed_at_twenty_places_ends_with_the_same_results(
                 evaluate_suite(suite_file, killed)
             finally:
                 os._exit(0)
-        time.sleep(delays.uniform(0.0, 0.25))
+        while not written.exists() or written.stat().st_size < place:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended before it was killed"
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        kills += 1
     evaluate_suite(suite_file, killed)
     keys = [(row["task"], row["condition"], row["id"]) for row in answers(killed)]
     assert len(keys) == len(set(keys)) == 64

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.tiny_runs import ROOT, rows, run
+from tests.train.tiny import in_processes
 from vlm_sft.errors import UserError
 from vlm_sft.train.validation import BestEvaluation
 
@@ -74,3 +75,29 @@ def test_a_value_that_is_not_finite_is_never_the_best() -> None:
     best = BestEvaluation("eval_loss", [(1, float("nan")), (2, float("-inf"))])
     assert (best.step, best.value, best.num_since) == (None, None, 2)
     assert best.add(3, 2.0) and not best.add(4, float("nan")) and best.add(5, 1.0)
+
+
+def full(out: Path, *overrides: str) -> int:
+    with contextlib.chdir(ROOT):
+        return run("stage2", out, "projector=null", "train.eval_samples=0", *overrides)
+
+
+def full_in_process(_: Any, out: Path, overrides: list[str]) -> int:
+    return full(out, *overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+def test_two_processes_have_the_metrics_of_one(
+    sharding: str, small_suite: Path, tmp_path: Path
+) -> None:
+    watched = [f"train.eval_suite={small_suite}", "train.eval_every_steps=2"]
+    watched += ["train.keep_best=exists.looks"]
+    assert full(tmp_path / "one", *watched) == 0
+    together = [*watched, f"train.sharding={sharding}"]
+    assert in_processes(2, full_in_process, tmp_path / "two", together) == [0, 0]
+    found = [rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    one, two = ([row["eval_suite"] for row in run if "eval_suite" in row] for run in found)
+    assert len(two) == len(one) == 2
+    assert two == [pytest.approx(row, abs=1e-9) for row in one]
+    assert (tmp_path / "two" / "best" / "manifest.json").exists()

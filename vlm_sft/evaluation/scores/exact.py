@@ -8,7 +8,14 @@ from typing import Any, Final
 
 from vlm_sft.evaluation.intervals import interval_of_shares
 from vlm_sft.evaluation.scores.files import Answers, Row, match, unique_ids
-from vlm_sft.evaluation.scores.results import Options, Results, image_of, mean, question_row
+from vlm_sft.evaluation.scores.results import (
+    Options,
+    Results,
+    Verdict,
+    image_of,
+    mean,
+    question_row,
+)
 
 _NUMBER_WORDS: Final = dict(
     zero=0, one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10,
@@ -62,7 +69,7 @@ def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Optio
     choices = {name: choices_of(row) for name, row in questions.items()}
     right = {name: true_choice(row, choices[name]) for name, row in questions.items()}
     chosen = {
-        name: read_choice(answers.by_id[name], choices[name])
+        name: read_choice(answers.by_id[name], choices[name], options.verdict)
         for name in questions
         if name in answers.by_id
     }
@@ -71,7 +78,8 @@ def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Optio
         answers,
         questions,
         lambda answer, row: (
-            read_choice(answer, choices_of(row)) == true_choice(row, choices_of(row))
+            read_choice(answer, choices_of(row), options.verdict)
+            == true_choice(row, choices_of(row))
         ),
         options,
     )
@@ -89,16 +97,19 @@ def score_multiple_choice(answers: Answers, truth: Sequence[Row], options: Optio
     return Results(found.scores | positions, found.rows)
 
 
-def read_choice(answer: str, choices: Sequence[str]) -> int | None:
+def read_choice(answer: str, choices: Sequence[str], verdict: Verdict = "first") -> int | None:
     """Return the number of the option that an answer chooses, or None if it is unclear.
 
     A letter at the start decides (`B`, `(b)`, `The answer is B.`), then the option whose text is
-    the answer, then the only option whose text occurs in it.
+    the answer, then the only option whose text occurs in it. With `last`, the option decides whose
+    text occurs last, if there is one.
     """
     said = plain(answer)
     for number, choice in enumerate(choices):
         if said == plain(choice):
             return number
+    if verdict == "last" and (last := _last_option(plain, choices)) is not None:
+        return last
     if (found := _LETTER.match(answer)) is not None:
         number = ord(found[1].upper()) - ord("A")
         # "A dog" begins with an article, not with a letter.
@@ -111,6 +122,16 @@ def read_choice(answer: str, choices: Sequence[str]) -> int | None:
         if re.search(rf"\b{re.escape(plain(choice))}\b", said)
     ]
     return inside[0] if len(inside) == 1 else None
+
+
+def _last_option(answer: str, choices: Sequence[str]) -> int | None:
+    """Return the option whose text ends last in an answer; the longest of those that do."""
+    ends: list[tuple[int, int, int]] = []
+    for number, choice in enumerate(choices):
+        text = _plain(choice)
+        for found in re.finditer(rf"\b{re.escape(text)}\b", answer):
+            ends.append((found.end(), len(text), number))
+    return max(ends)[2] if ends else None
 
 
 def score_counting(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
@@ -129,10 +150,16 @@ def score_counting(answers: Answers, truth: Sequence[Row], options: Options) -> 
         "counting",
         answers,
         questions,
-        lambda answer, row: read_count(answer) == read_count(row.text("answer", "label", "count")),
+        lambda answer, row: (
+            read_count(answer, options.verdict) == read_count(row.text("answer", "label", "count"))
+        ),
         options,
     )
-    said = {name: read_count(answers.by_id[name]) for name in questions if name in answers.by_id}
+    said = {
+        name: read_count(answers.by_id[name], options.verdict)
+        for name in questions
+        if name in answers.by_id
+    }
     for result in found.rows:
         result["count"], result["true"] = said.get(result["id"]), counts[result["id"]]
     errors = [abs(count - counts[name]) for name, count in said.items() if count is not None]
@@ -146,25 +173,33 @@ def score_counting(answers: Answers, truth: Sequence[Row], options: Options) -> 
     return Results(found.scores | more, found.rows)
 
 
-def read_count(answer: str) -> int | None:
-    """Return the first number of an answer, in digits or as a word below one hundred, or None.
+def read_count(answer: str, verdict: Verdict = "first") -> int | None:
+    """Return the first or last number of an answer, in digits or as a word below one hundred.
 
-    Numbers that are not counts (`3.5`, more than nine digits) and longer number words (`one
-    hundred`) are not read.
+    Numbers that are not counts (`3.5`, more than nine digits) are not read. The result is None if
+    there is no number, or if the one that counts is a longer number word (`one hundred`).
     """
     words = re.findall(r"[a-z]+|[\d.]+", answer.lower().replace(",", ""))
-    for word, following in zip(words, [*words[1:], ""], strict=False):
+    found: list[int | None] = []
+    position = 0
+    while position < len(words):
+        word, following = words[position], "".join(words[position + 1 : position + 2])
+        position += 1
         count = _TENS.get(word, _NUMBER_WORDS.get(word))
         if count is None and _INTEGER.fullmatch(word.rstrip(".")):
             count = int(word.rstrip("."))
         if count is None:
             continue
         if following in _MULTIPLES:
-            return None
-        if word in _TENS and 0 < _NUMBER_WORDS.get(following, 0) < 10:
-            return count + _NUMBER_WORDS[following]
-        return count
-    return None
+            found.append(None)
+        elif word in _TENS and 0 < _NUMBER_WORDS.get(following, 0) < 10:
+            found.append(count + _NUMBER_WORDS[following])
+            position += 1
+        else:
+            found.append(count)
+    if not found:
+        return None
+    return found[0 if verdict == "first" else -1]
 
 
 def score_grounding(answers: Answers, truth: Sequence[Row], options: Options) -> Results:

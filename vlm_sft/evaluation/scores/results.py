@@ -13,6 +13,8 @@ Reading = Literal["strict", "first_word", "verdict_last", "one_verdict", "pope_o
 
 DEFAULT_READING: Final[Reading] = "first_word"
 
+Verdict = Literal["first", "last"]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -21,6 +23,8 @@ class Options:
     Attributes:
         seed: Seed of the bootstrap intervals, which resample images.
         reading: `pope`: the reading of a verdict that decides the rows; the scores have all.
+        verdict: `counting`, `multiple_choice`: which of several numbers or options in an answer
+            counts. `last` is for answers that say what they see first.
         iou: `grounding`: the smallest IoU of a box that counts as right.
         meteor: `caption`: also compute METEOR, which needs Java.
         judge: `mt-bench`, `alpaca`, `arena`: who judges.
@@ -30,6 +34,7 @@ class Options:
 
     seed: int = 0
     reading: Reading = DEFAULT_READING
+    verdict: Verdict = "first"
     iou: float = 0.5
     meteor: bool = False
     judge: "JudgeOptions | None" = None

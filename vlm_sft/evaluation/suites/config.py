@@ -11,7 +11,7 @@ from vlm_sft.config.fields import Count, Fraction, NonEmptyText
 from vlm_sft.config.loading import Section
 from vlm_sft.evaluation.conditions import SuiteCondition
 from vlm_sft.evaluation.scores.registry import KINDS
-from vlm_sft.evaluation.scores.results import DEFAULT_READING, Reading
+from vlm_sft.evaluation.scores.results import DEFAULT_READING, Reading, Verdict
 
 
 class ScoringConfig(Section):
@@ -20,6 +20,9 @@ class ScoringConfig(Section):
     reading: Reading = DEFAULT_READING
     """`pope`: the reading of yes and no that decides whether an answer is right. The results have
     the scores of all readings."""
+    verdict: Verdict = "first"
+    """`counting`, `multiple_choice`: which number or option of an answer counts; `last` is for
+    models that say what they see first (`I see two cats and a boat, so two.`)."""
     iou: Fraction = 0.5
     """`grounding`: the smallest IoU of a box that counts as right."""
 
