@@ -108,7 +108,7 @@ def read_choice(answer: str, choices: Sequence[str], verdict: Verdict = "first")
     for number, choice in enumerate(choices):
         if said == plain(choice):
             return number
-    if verdict == "last" and (last := _last_option(plain, choices)) is not None:
+    if verdict == "last" and (last := _last_option(said, choices)) is not None:
         return last
     if (found := _LETTER.match(answer)) is not None:
         number = ord(found[1].upper()) - ord("A")
@@ -128,7 +128,7 @@ def _last_option(answer: str, choices: Sequence[str]) -> int | None:
     """Return the option whose text ends last in an answer; the longest of those that do."""
     ends: list[tuple[int, int, int]] = []
     for number, choice in enumerate(choices):
-        text = _plain(choice)
+        text = plain(choice)
         for found in re.finditer(rf"\b{re.escape(text)}\b", answer):
             ends.append((found.end(), len(text), number))
     return max(ends)[2] if ends else None
