@@ -46,7 +46,7 @@ TRAIN_ARTIST, UNSEEN_ARTIST = "openmoji", "twemoji"
 SCENE_OPTIONS = [
     *("--categories", "configs/demo/categories.json"),
     *("--max-side", "320", "--max-objects", "2", "--max-instances", "2"),
-    *("--scale", "0.3", "0.6"),
+    *("--scale", "0.4", "0.75"),
     *("--augment", "0.15", "--crowd-share", "0", "--visible-share", "0.8"),
     *("--backgrounds", "meadow,bokeh,clouds,gradient,blobs,room,water,desert"),
 ]
@@ -127,7 +127,7 @@ class Quickstart:
         _python("scripts/demo_pieces.py", "demo/pieces")
 
     def _scenes(self) -> None:
-        counts = {"train": 6000 if self._hour else 1200, "val": 24, "same": 80, "unseen": 80}
+        counts = {"train": 6000 if self._hour else 1600, "val": 24, "same": 80, "unseen": 80}
         for offset, (split, count) in enumerate(counts.items()):
             artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
             where = ["--out", self._scene_dir(split), "--artist", artist]
@@ -138,39 +138,31 @@ class Quickstart:
     def _data(self) -> None:
         for split in ("train", "val", "same", "unseen"):
             probes = ["--probes", "2"] if split in ("same", "unseen") else []
-            self._build(
-                split, split, "--families", "existence", "counting", "--turns", "3", *probes
-            )
-        self._build("train", "halves", "--families", "halves", "--turns", "2")
+            self._build(split, "--families", "existence", "counting", "--turns", "3", *probes)
 
-    def _build(self, split: str, out: str, *options: str) -> None:
+    def _build(self, split: str, *options: str) -> None:
         artist = UNSEEN_ARTIST if split == "unseen" else TRAIN_ARTIST
         scenes = self._scene_dir(split)
         files = [
             *("--instances", f"{scenes}/annotations/instances_{artist}.json"),
             *("--captions", f"{scenes}/annotations/captions_{artist}.json"),
-            *("--images", f"{scenes}/images", "--out", f"{self.folder}/data/{out}"),
+            *("--images", f"{scenes}/images", "--out", f"{self.folder}/data/{split}"),
         ]
         shared = ["--captions-from", "boxes", "--answers", "evidence", "--seed", str(self._seed)]
         _module("data_tools.build_coco", *files, *shared, *options)
 
     def _stage1(self) -> None:
-        self._train("stage1", "stage1", train=["train/stage1"])
+        self._train("stage1", "stage1", train=["stage1"])
 
     def _stage2(self) -> None:
         projector = f"projector={self.folder}/runs/stage1/final"
-        self._train(
-            "stage2",
-            "stage2_lora",
-            projector,
-            train=["train/stage2", "halves/stage2", "train/stage1"],
-        )
+        self._train("stage2", "stage2_lora", projector, train=["stage2", "stage1"])
 
     def _train(self, stage: str, run: str, *overrides: str, train: Sequence[str]) -> None:
         """Train a stage, with what differs from its configuration for other seeds and lengths."""
         data, options = f"{self.folder}/data", [f"output_dir={self.folder}/runs/{run}"]
         options += [f"seed={self._seed}", f"data.feature_cache={self.folder}/features"]
-        files = {f"train.{i}": f"{data}/{name}.json" for i, name in enumerate(train)}
+        files = {f"train.{i}": f"{data}/train/{name}.json" for i, name in enumerate(train)}
         files["eval.0"] = f"{data}/val/{stage}.json"
         for entry, path in files.items():
             split = "val" if entry.startswith("eval") else "train"

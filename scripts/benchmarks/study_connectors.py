@@ -15,7 +15,8 @@ comparisons on composed scenes with exact truth:
 Within a comparison data, steps, batches and language model are the same. Each arm trains stage 1
 and stage 2 and then answers questions of existence about held-out scenes by the training artist.
 The table has the share of right answers with its 95 % interval over images, as `evaluate` reports
-it; an accuracy near 0.5 is chance. An arm takes about 11 CPU-minutes, with tiles about 25. Repeated, it goes on with the runs that are missing.
+it; an accuracy near 0.5 is chance. An arm takes about 11 CPU-minutes, with tiles about 25.
+Repeated, it goes on with the runs that are missing.
 """
 
 import argparse
