@@ -190,14 +190,11 @@ class Quickstart:
             "scoring": {"reading": "verdict_last"},
             "conditions": ["right", "blank", "shuffled"],
         }
-        verdict = {"scoring": {"verdict": "last"}}
-        counting = {"files": [f"{data}/counting.json"], **verdict}
-        halves = {"files": [f"{data}/halves.json"], "choices": "hidden", **verdict}
+        counting = {"files": [f"{data}/counting.json"], "scoring": {"verdict": "last"}}
         describe = {"files": [captions], "prompt": "What do you see?"}
         tasks: list[dict[str, Any]] = [
             {"name": "existence", "kind": "pope", **existence},
             {"name": "counting", "kind": "counting", **counting},
-            {"name": "halves", "kind": "multiple_choice", **halves},
             {"name": "captions", "kind": "caption", **describe},
             {"name": "objects", "kind": "chair", **describe, "truth": [self._objects(split)]},
         ]
