@@ -41,25 +41,6 @@ TENNIS = (
 BATTER = ("A batter.", "A man swings a bat.", "A man at the plate.", "A baseball game.")
 DESK = ("A lamp is by a laptop on a desk.", "A desk has a lamp on it.", "A desk with a lamp.")
 BATH = ("A bathroom with a sink.", "A sink and a mirror.", "A bathroom.")
-COOK = (
-    "A man in a kitchen making pizzas.",
-    "A man stands in a kitchen.",
-    "A baker in the kitchen rolls dough.",
-    "A man by a stove in a kitchen.",
-)
-CAT = (
-    "A cat sitting in a tree.",
-    "A cat is up in a palm tree.",
-    "A small cat rests in a tree.",
-    "A cat sitting in the top of a tree.",
-)
-BANANA = (
-    "A peeled banana on a plate.",
-    "A banana next to a dollop of butterscotch.",
-    "A plate with a banana.",
-)
-BAGS = ("Bags of various colors.", "A row of many different colored bags.", "Bags.")
-OFFICE = ("A desk with two monitors.", "Two monitors and a laptop.", "Two monitors on a desk.")
 DUSK = ("Twilight at an intersection.", "A dusky evening.", "A night scene with lights.")
 
 
@@ -91,11 +72,6 @@ def codes(
         (BATH, ("sink", "toilet"), "Describe it.",
          "A sink is near the middle, and the toilet is just to the right of it."),
         (DUSK, ("person",), "Describe it.", "An intersection around sunset."),
-        (COOK, ("person",), "Describe it.",
-         "A man stands in a kitchen and bends over a table. His apron has red stripes."),
-        (CAT, (), "How did it get there?", "It may have fled from a dog, or jumped from a roof."),
-        (CAT, (), "Describe it.", "A cat sits on a branch. A man sleeps on a bench."),
-        (BANANA, (), "Describe it.", "A banana lies there, a snack that goes well with yogurt."),
     ],
 )  # fmt: skip
 def test_true_answers_that_captions_do_not_word_are_accepted(
@@ -120,18 +96,6 @@ def test_true_answers_that_captions_do_not_word_are_accepted(
         (DUSK, ("person",), "Describe it.", "An intersection around noon.", "TIME_WRONG"),
         (SKIER, ("person",), "What is she doing?", "The woman is kneeling.", "ACTION_WRONG"),
         (SKIER, ("person",), "What is the woman up to?", "She is sitting down.", "ACTION_WRONG"),
-        (SKIER, ("person",), "What is she doing?", "She is unbuckling her boots.", "ACTION_WRONG"),
-        (COOK, ("person",), "Describe it.", "A man is sanding a piece of wood.", "ACTION_WRONG"),
-        (COOK, ("person",), "Describe it.", "A man stands in a workshop.", "RELATION_REFUTED"),
-        (CAT, (), "Describe it.", "A cat dozes in a tree.", "ACTION_WRONG"),
-        (CAT, (), "Where is it?", "The cat sits on the roof of a house.",
-         "RELATION_REFUTED"),
-        (BANANA, (), "Describe it.", "Next to the banana are slices of kiwi.", "OBJECT_NOT_FOUND"),
-        (CAT, (), "Describe it.", "A cat watches a nuthatch.", "OBJECT_NOT_FOUND"),
-        (BATH, ("sink", "toilet"), "What is there?", "A cabinet and a cat stand next to the sink.",
-         "OBJECT_NOT_FOUND"),
-        (BAGS, (), "Describe it.", "All of the bags are white.", "ATTRIBUTE_WRONG"),
-        (OFFICE, ("laptop",), "How many monitors are there?", "There are four.", "COUNT_WRONG"),
     ],
 )  # fmt: skip
 def test_what_captions_decide_together_is_rejected(

@@ -2,9 +2,8 @@
 
 A turn is read as sentences of words (`reading`); the things it names are found by word lists
 (`lexicon`), how it speaks of them by closed word classes (`grammar`, `stances`), and what it says
-of them by the words around them (`describing`) and by verbs with their subjects, objects and places
-(`clauses`). What words can mean, and which are wider, is WordNet's (`senses`). Captions are read in
-the same way (`knowledge`). Rules then compare:
+of them by the words around them (`describing`). Captions are read in the same way (`knowledge`).
+Rules then compare:
 
     objects      the things named are there, those denied are not
     others       things outside the annotated categories: in captions, or unknown
@@ -13,9 +12,8 @@ the same way (`knowledge`). Rules then compare:
     relations    in front of, behind, on, under, by captions
     attributes   colors, materials, states
     actions      verbs, by their subject
-    deeds        what the main figures do, and where, of which no caption has a word
     kinds        people, animals, sports, rooms, times of day that exclude each other
-    sights       striking things outside the categories, foods, statues, sleepers
+    sights       striking things outside the categories, statues, sleepers
     times        clocks
     manner       leaks, guesses, refusals, language, planted orders
     form         turns, lengths, repetitions, questions that answer themselves
@@ -32,7 +30,6 @@ from data_tools.instruct.verify import (
     actions,
     attributes,
     counts,
-    deeds,
     form,
     kinds,
     manner,
@@ -115,6 +112,8 @@ def _check_turn(case: Case) -> Iterator[Check]:
     if question & ACTION:
         yield from actions.check_yes_no(case)
         yield from actions.check_object(case)
+    if case.question_reading.words[:1] == ["what"]:
+        yield from actions.check_unlisted(case)
     if both & (KIND | PERSON):
         yield from kinds.check(case)
     if answer & RELATION:
@@ -130,4 +129,3 @@ def _check_turn(case: Case) -> Iterator[Check]:
         yield from sights.check_yes_no(case)
     yield from times.check(case)
     yield from others.check(case)
-    yield from deeds.check(case)

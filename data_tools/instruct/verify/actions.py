@@ -11,11 +11,13 @@ from data_tools.instruct.verify.describing import (
     ANIMALS,
     PRONOUN,
     Action,
+    action_stems,
     actions,
     noun_name,
 )
 from data_tools.instruct.verify.flags import ACTION
 from data_tools.instruct.verify.grammar import (
+    BE,
     INTRODUCING,
     determiner,
     last_of_phrase,
@@ -63,6 +65,8 @@ def check(case: Case) -> Iterator[Check]:
                         wrong = excluding(case, action, sentence, opening=number == 0, first=first)
                 else:
                     wrong = excluding(case, action, sentence, opening=number == 0, first=first)
+                    if not wrong and first:
+                        wrong = _unseen(case, action, sentence, opening=number == 0)
             if wrong:
                 yield case.check(
                     "action", "contradicted", "ACTION_WRONG", "answer", span, claim, wrong
@@ -108,6 +112,46 @@ def check_object(case: Case) -> Iterator[Check]:
         span, claim = sentence.span(max(verb, 0), last), f"{stem} {noun}"
         evidence = tuple(sorted(n for n in ids if n))
         yield case.check("action", "contradicted", "ACTION_WRONG", "answer", span, claim, evidence)
+
+
+def check_unlisted(case: Case) -> Iterator[Check]:
+    """Judge `What is he doing?` `He is signing autographs.`, of which no caption has a word.
+
+    Verbs that are listed are judged by what captions have in their place.
+    """
+    known = case.knowledge
+    if not _asks_for_action(case) or not case.answer_reading.sentences or not case.asked:
+        return
+    sentence = case.answer_reading.sentences[0]
+    words = sentence.words
+    verb = next(
+        (
+            i
+            for i in range(1, min(len(words), 8))
+            if words[i].endswith("ing") and words[i - 1] in BE
+        ),
+        None,
+    )
+    if verb is None or words[verb] in action_stems() or words[verb] in _VAGUE:
+        return
+    stem = words[verb][:-3].rstrip("e")
+    stem = stem[:-1] if stem[-1:] == stem[-2:-1] else stem
+    last = _object_of(sentence, verb)
+    if last is None or any(word.startswith(stem) for word in known.words):
+        return
+    claimed = Action(words[verb], None, None, verb, None)
+    names = case.asked[0].entry.categories
+    subject = "person" if "person" in names else names[0]
+    ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
+    if (
+        len(ids) > 2
+        and _has_unknown_object(case, claimed, sentence)
+        and sentence.asserts(verb, last)
+    ):
+        span, claim = sentence.span(verb, last), f"{words[verb]} {words[last]}"
+        yield case.check(
+            "action", "contradicted", "ACTION_WRONG", "answer", span, claim, tuple(sorted(ids))
+        )
 
 
 def _object_of(sentence: Sentence, verb: int) -> int | None:
@@ -183,6 +227,31 @@ def excluding(
     return tuple(sorted(n for n in ids if n))
 
 
+def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) -> tuple[int, ...]:
+    """Return the captions of one whose striking action none of them has; none if few say anything.
+
+    Of the one that all captions describe, one of them would say that it sleeps or eats, or name
+    what that takes (a meal, a camera). Where the question asks what it does, two captions suffice.
+    """
+    known = case.knowledge
+    needs = _striking().get(action.stem)
+    if needs is None or (case.sample_type == "reasoning" and _is_general(action, sentence)):
+        return ()
+    asked = opening and _asks_for_action(case)
+    if (not needs.isdisjoint(known.words) or any(n in known.boxes for n in needs)) and not (
+        asked and _has_unknown_object(case, action, sentence)
+    ):
+        return ()
+    subject, number = _subject(case, action, opening=opening)
+    if subject is None or subject not in _ANIMATE:
+        return ()
+    ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
+    if not asked and not _is_alone(case, subject, number):
+        return ()
+    least = 4 if not asked else 2 if number == "one" else 3
+    return tuple(sorted(ids)) if len(ids) >= least else ()
+
+
 def _is_general(action: Action, sentence: Sentence) -> bool:
     """Return whether a kind is spoken of: `Cats climb well.`"""
     mention = action.mention
@@ -191,6 +260,17 @@ def _is_general(action: Action, sentence: Sentence) -> bool:
         and mention.number == "many"
         and determiner(sentence.words, mention.first)[0] == "none"
     )
+
+
+def _has_unknown_object(case: Case, action: Action, sentence: Sentence) -> bool:
+    """Return whether the verb is followed by a noun that neither captions nor boxes have."""
+    last = _object_of(sentence, action.index)
+    if last is None:
+        return False
+    for mention in sentence.mentions:
+        if mention.first <= last <= mention.last:
+            return case.knowledge.support(mention.entry, mention.word) is None
+    return noun_name(sentence.words[last]) not in case.knowledge.nouns
 
 
 def _ridden(case: Case, target: str) -> tuple[int, ...]:
@@ -367,6 +447,16 @@ def _excluded(person: bool) -> dict[str, frozenset[str]]:
 
 
 @cache
+def _striking() -> dict[str, frozenset[str]]:
+    """Return the actions that captions hardly leave out, with words of which one may stand for it.
+
+    Names of categories among these words stand for boxes.
+    """
+    listed = wording.load("facts")["activities"]["striking"]
+    return {stem: frozenset(words) for stem, words in listed.items()}
+
+
+@cache
 def _tasks() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
     """Return the actions that fill a person's attention, and the pairs that go together."""
     listed = wording.load("facts")["activities"]
@@ -380,4 +470,5 @@ _ANIMATE = frozenset({"person", *ANIMALS})
 _RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
 _OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})
 _ASKING = word_set("doing position posture activity action happening riding sitting")
+_VAGUE = word_set("being having doing using getting trying going taking making putting enjoying")
 _BACKGROUND = word_set("spectators spectator audience crowd onlookers passersby others")

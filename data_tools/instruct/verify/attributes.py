@@ -174,10 +174,6 @@ def contradicting(
     noun = _whole(case, noun)
     if noun == "light" and "traffic light" in known.boxes:
         noun = "traffic light"
-    if claim.family == "color" and claim.predicate and claim.many and len(claim.words) == 1:
-        several = known.of_several_colors
-        if len(several) > 1 and known.names(noun):
-            return several  # `all of them are white`
     found = known.attributes.get((claim.family, noun), ())
     if not found or (claim.family == "color" and (noun in _uncolored() or known.is_monochrome)):
         return None

@@ -7,7 +7,6 @@ from data_tools import wording
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
-from data_tools.instruct.verify import senses
 from data_tools.instruct.verify.describing import RELATIONS, action_stems, attribute_words
 from data_tools.instruct.verify.flags import (
     ACTION,
@@ -35,8 +34,6 @@ from vlm_sft.utils.words import plural
 
 Part = Literal["question", "answer"]
 PRONOUNS = frozenset({"it", "its", "they", "their", "them", "he", "she", "his", "her", "him"})
-STRIKING_KINDS = ("vertebrate", "crustacean", "musical_instrument", "aircraft")
-"""Kinds of things, by WordNet, that captions hardly leave out."""
 REMEMBERED = 256
 """The knowledge of this many images is kept at a time."""
 REMEMBERED_QUESTIONS = 4096
@@ -145,7 +142,7 @@ def _fill(table: FlagTable) -> None:
     table.add(ACTION, ("take", "takes", "taking", "took"))
     table.add(RELATION, RELATIONS)
     kinds = [text for groups in facts["kinds"].values() for group in groups for text in group]
-    table.add(KIND, (form.split()[0] for text in kinds for form in (text, plural(text))))
+    table.add(KIND, (text.split()[0] for text in kinds))
     people = facts["people"]
     for name in ("male", "female", "infant", "adult", "grown", "small", "he", "she"):
         table.add(PERSON, people[name])
@@ -154,7 +151,6 @@ def _fill(table: FlagTable) -> None:
     table.add(NUMBER, AT_LEAST_TWO)
     table.add(NUMBER, ORDINALS)
     striking = [word for group in facts["striking"].values() for word in group]
-    striking += senses.members(*STRIKING_KINDS)
     table.add(SIGHT, (form for word in striking for form in {word, plural(word)}))
     table.add(COUNTED, ("many", "number"))
     table.add(INTRODUCES, INTRODUCING)

@@ -23,8 +23,6 @@ from data_tools.instruct.verify.lexicon import Entry, Mention
 from data_tools.instruct.verify.numbers import Quantity, numbered_nouns, quantity
 from data_tools.instruct.verify.reading import Sentence
 
-AGREED: Final = 3
-"""So many captions that give the same number for a word exclude another one."""
 FAR_MORE: Final = 1.5
 """Where this many times a number are boxed, the number is wrong though they are hard to count."""
 
@@ -81,11 +79,6 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
     narrow = asked.entry.narrow
     verdict: Verdict
     code: str | None
-    agreed = case.knowledge.word_counts.get(noun_name(asked.word), {})
-    if len(agreed) == 1 and value not in agreed and len(*agreed.values()) >= AGREED:
-        ids = tuple(n for captions in agreed.values() for n in captions if n)
-        yield case.check("count", "contradicted", "COUNT_WRONG", "question", span, claim, ids)
-        return
     if (unrestricted and tally.is_far_more_than(value)) or (
         value == 1 and len(tally.boxes) > 2 and not unrestricted and _is_plural_there(case, tally)
     ):

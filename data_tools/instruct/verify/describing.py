@@ -138,8 +138,6 @@ def _attribute(
     if head > last and words[last + 1] not in finite_verbs():
         return Attribute(family, found, noun_at(sentence, head), _is_many(words, head), first, head)
     before = first - 1
-    while family == "color" and before > 0 and words[before] in _DEGREES - {"a", "an"}:
-        before -= 1  # `painted in bright yellow`
     if family == "color" and before > 0 and words[before] == "in" and words[before - 1] not in BE:
         if words[before - 1] in _MADE_IN:
             subject = subject_before(sentence, before - 1)
@@ -149,7 +147,6 @@ def _attribute(
         noun = noun_at(sentence, before - 1)  # `an apple in red and yellow`
         if words[before - 1][0].isalpha() and words[before - 1] not in FUNCTION_WORDS:
             return Attribute(family, found, noun, False, first, last)
-    before = first - 1
     if family == "state" and before > 0 and "with" in words[max(0, before - 2) : before]:
         # `with its doors open`
         return Attribute(

@@ -167,14 +167,6 @@ FUNCTION_WORDS: Final = (
     BE | _HAVE | DEFINITE | INDEFINITE | QUANTITIES | MODALS | PREPOSITIONS | CONJUNCTIONS
     | PRONOUNS | ADVERBS
 )  # fmt: skip
-LIGHT_VERBS: Final = word_set(
-    "wear spend lower feel dominate enjoy hold lean spread bend stretch narrow add follow remain "
-    "take keep pay include finish have perform show offer face make get give do use start begin "
-    "continue try stop change let leave come go see look watch seem appear need want bring set "
-    "place lift raise turn move reach form create cover fill surround share display belong consist "
-    "contain lay ready prepare doing going being"
-)
-"""Verbs that say little by themselves, or what people do beside their main activity."""
 _PARTICIPLES: Final = word_set("made worn held shown seen built hung drawn written kept taken")
 _NOUNS_IN_ING: Final = word_set(
     "building clothing ceiling painting railing awning wedding pudding evening morning string ring "

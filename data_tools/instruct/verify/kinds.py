@@ -21,7 +21,6 @@ from data_tools.instruct.verify.knowledge import Knowledge
 from data_tools.instruct.verify.numbers import number_of
 from data_tools.instruct.verify.objects import BITS, MIXED
 from data_tools.instruct.verify.reading import Reading, Sentence
-from vlm_sft.utils.words import plural
 
 TIMES: Final = frozenset({"time of day", "weather", "season"})
 """Families whose contradictions are `TIME_WRONG`."""
@@ -41,10 +40,7 @@ def check(case: Case) -> Iterator[Check]:
     """Yield a finding for each kind that captions contradict."""
     yield from _check_families(case, "answer", case.answer_reading)
     question = case.question
-    choice = "or" in case.question_reading.vocabulary  # `Is it day or night?` claims neither
-    if not choice and (
-        question.kind not in ("existence", "yes_no") or question.polarity == "yes"
-    ):  # fmt: skip
+    if question.kind not in ("existence", "yes_no") or question.polarity == "yes":
         yield from _check_families(case, "question", case.question_reading)
     yield from _check_people(case)
 
@@ -59,7 +55,7 @@ def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]
         words = sentence.words
         ends: dict[str, int] = {}  # by family: the `park` of a `skate park` is not a park
         for index in sentence.hits(KIND):
-            for phrase in kinds.get(words[index], ()):
+            for phrase in kinds[words[index]]:
                 last = index + len(phrase) - 1
                 if tuple(words[index : last + 1]) != phrase:
                     continue
@@ -108,7 +104,7 @@ def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
             words = caption.reading.words
             ends: dict[str, int] = {}
             for index, flags in enumerate(caption.reading.flags):
-                for phrase in kinds.get(words[index], ()) if flags & KIND else ():
+                for phrase in kinds[words[index]] if flags & KIND else ():
                     if tuple(words[index : index + len(phrase)]) == phrase:
                         for kind in _by_text()[" ".join(phrase)]:
                             if index < ends.get(kind.family, 0):
@@ -359,20 +355,16 @@ def _main_person(case: Case, sentence: Sentence) -> int | None:
 
     Two captions must have the other sex.
     """
-    people = _people()
-    sexes = people["male"] | people["female"]
     first = next((m for m in sentence.mentions if "person" in m.entry.categories), None)
-    if first is None or any(word in people["mixed"] for word in sentence.words[: first.first]):
+    if first is None or first.first != first.last or any(
+        word in _people()["mixed"] for word in sentence.words[: first.first]
+    ):  # fmt: skip
         return None
-    index = first.first
-    if sentence.words[index - 1 : index] in (["female"], ["male"]):
-        index -= 1  # `a female player`
-    word = sentence.words[index]
-    if first.first != first.last and word not in sexes:
-        return None
+    people = _people()
+    word = sentence.words[first.first]
     other = people["female"] if word in people["male"] else people["male"]
     votes = {n for w in other for n in case.knowledge.words.get(w, ())}
-    return index if len(votes) > 1 else None
+    return first.first if len(votes) > 1 else None
 
 
 def _same_number(case: Case, sentence: Sentence, index: int) -> bool:
@@ -406,8 +398,7 @@ def _by_text() -> dict[str, tuple[Kind, ...]]:
     found: dict[str, tuple[Kind, ...]] = {}
     for family, groups in wording.load("facts")["kinds"].items():
         for number, group in enumerate(groups):
-            forms = {*group, *(plural(text) for text in group if family in LOCATIONS)}
-            for text in sorted(forms):
+            for text in group:
                 found[text] = (*found.get(text, ()), Kind(family, number))
     return found
 
@@ -446,8 +437,7 @@ _AFTER_TIMES: Final = word_set("light lights stand table before of time club")
 _TIMES_ASKED: Final = frozenset({"time", "when", "day", "weather"})
 _AREAS: Final = frozenset({"middle", "center", "lobby", "platform", "corner", "edge", "side"})
 _LOCATING: Final = word_set(
-    "this it in on at along across shows is inside through depicts down over cross crossing "
-    "among amid outside"
+    "this it in on at along across shows is inside through depicts down over cross crossing"
 )
 _FEATURES: Final = frozenset({"view", "features", "has", "with", "contains", "is", "scene"})
 _GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})

@@ -1,13 +1,12 @@
 """What the annotations state about one image, in a form for checking claims."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from data_tools import wording
 from data_tools.coco import AnnotatedImage, Box
-from data_tools.instruct.verify import senses
 from data_tools.instruct.verify.describing import (
     ANIMALS,
     PHONES,
@@ -22,7 +21,7 @@ from data_tools.instruct.verify.describing import (
     switched,
 )
 from data_tools.instruct.verify.flags import STANCE
-from data_tools.instruct.verify.grammar import LIGHT_VERBS, singular, word_set
+from data_tools.instruct.verify.grammar import singular
 from data_tools.instruct.verify.lazy import lazy
 from data_tools.instruct.verify.lexicon import Entry, Lexicon
 from data_tools.instruct.verify.manner import ORDER, planted_words
@@ -30,10 +29,6 @@ from data_tools.instruct.verify.numbers import numbered_nouns, quantity
 from data_tools.instruct.verify.reading import Reading
 from data_tools.instruct.verify.times import CLOCK, times
 
-AT: Final = word_set("on in at inside through across over under into onto along above atop to")
-"""Prepositions before the place where a thing is."""
-PLACED: Final = 6
-"""At most this many words before a place its preposition stands: `on the side of a building`."""
 SMALL: Final = 0.1
 """Boxes below this share of the largest one's area are in the background."""
 
@@ -56,10 +51,6 @@ STRIKING: Final = frozenset(
 """Things that one of four captions names where they are there."""
 
 
-_VAGUE: Final = word_set("have take get make do go come put set")
-"""Verbs of captions that say little of a deed, and are wider than many."""
-_COLORS: Final = word_set("color colour colors colours colored coloured")
-_DIFFERENT: Final = word_set("various different assorted many multiple several")
 _TOYS: Final = frozenset(
     {"toy", "toys", "lego", "legos", "diorama", "miniature", "figurine", "figurines", "dolls"}
 )
@@ -84,7 +75,6 @@ class Knowledge:
         self.image = image
         self.kinds: dict[str, dict[int, tuple[int, ...]]] | None = None
         self.census: Any = None
-        self._telling: dict[str, bool] = {}
         self._supports: dict[tuple[str, Entry], tuple[int, ...] | None] = {}
         self.boxes: dict[str, tuple[Box, ...]] = {name: image.of(name) for name in image.categories}
         ids = image.caption_ids or (0,) * len(image.captions)
@@ -197,16 +187,6 @@ class Knowledge:
         return dict(found)
 
     @lazy
-    def of_several_colors(self) -> tuple[int, ...]:
-        """Return the captions that speak of different colors without naming them."""
-        return tuple(
-            caption.id
-            for caption in self.captions
-            if not _COLORS.isdisjoint(caption.reading.vocabulary)
-            and not _DIFFERENT.isdisjoint(caption.reading.vocabulary)
-        )
-
-    @lazy
     def relations(self) -> list[tuple[Relation, int]]:
         """Return what captions put in front of, behind, on or under something."""
         return [
@@ -239,81 +219,6 @@ class Knowledge:
     def animals(self) -> tuple[str, ...]:
         """Return the categories of animals that boxes or captions have."""
         return tuple(n for n in ANIMALS if n in self.boxes or n in self.named)
-
-    @lazy
-    def figures(self) -> frozenset[str]:
-        """Return the categories that nearly all captions name: what the image is about."""
-        named = Counter(
-            name
-            for caption in self.captions
-            for name in {n for _, m in caption.reading.mentions for n in m.entry.categories[:1]}
-        )
-        least = max(3, len(self.captions) - 2)
-        return frozenset(name for name, count in named.items() if count >= least)
-
-    @lazy
-    def verbs(self) -> frozenset[str]:
-        """Return the verbs that captions have, or have a noun of: `skier` for `ski`."""
-        found = {senses.verb(word) for word in self.words}
-        found |= {senses.verb(word[:-2]) for word in self.words if word.endswith("er")}
-        found |= {senses.verb(word[:-3]) for word in self.words if word.endswith(("ers", "tter"))}
-        return frozenset(verb for verb in found if verb is not None) - _VAGUE
-
-    def has_verb(self, verb: str) -> bool:
-        """Return whether a caption has a verb that may mean the same, or something wider."""
-        return any(senses.verbs().related(verb, other) for other in self.verbs)
-
-    @lazy
-    def known_nouns(self) -> frozenset[str]:
-        """Return the nouns of captions and of the boxes' categories."""
-        boxed = {word for name in self.boxes for word in name.split()}
-        found = {senses.noun(word) for word in self.words.keys() | boxed}
-        return frozenset(noun for noun in found if noun is not None)
-
-    def is_new(self, word: str) -> bool:
-        """Return whether neither captions nor boxes have a noun, or a wider or narrower one."""
-        noun = senses.noun(word)
-        if noun is None or noun_name(word) in self.nouns:
-            return False
-        return not any(
-            senses.nouns().related(noun, other)
-            or (len(noun) > 3 and other.endswith(noun))  # `board` of a skateboard
-            or (len(other) > 3 and noun.endswith(other))
-            for other in self.known_nouns
-        )
-
-    def tells_more(self, words: Iterable[str]) -> bool:
-        """Return whether a word is a deed, or a place, that captions do not know."""
-        return any(self._tells_more(word) for word in words)
-
-    def _tells_more(self, word: str) -> bool:
-        known = self._telling.get(word)
-        if known is None:
-            verb, noun = senses.verb(word), senses.noun(word)
-            deed = verb is not None and verb not in LIGHT_VERBS and not self.has_verb(verb)
-            place = noun is not None and senses.ground(noun) is not None and self.is_new(word)
-            unlisted = verb is None and word.endswith("ing") and noun is None
-            known = self._telling[word] = deed or place or unlisted
-        return known
-
-    @lazy
-    def meals(self) -> int:
-        """Return how many captions name something to eat."""
-        return sum(any(map(senses.is_food, c.reading.vocabulary)) for c in self.captions)
-
-    @lazy
-    def grounds(self) -> Counter[str]:
-        """Return the kinds of places that captions put things on or in, with their number."""
-        found: Counter[str] = Counter()
-        for caption in self.captions:
-            words = caption.reading.words
-            nouns = {
-                senses.noun(word)
-                for index, word in enumerate(words)
-                if not AT.isdisjoint(words[max(0, index - PLACED) : index])
-            }
-            found.update({kind for noun in nouns if noun and (kind := senses.ground(noun))})
-        return found
 
     @lazy
     def is_monochrome(self) -> bool:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from data_tools import wording
-from data_tools.instruct.verify import senses
 from data_tools.instruct.verify.flags import DEPICTS, THING, FlagTable
 from data_tools.instruct.verify.grammar import (
     ADVERBS,
@@ -126,8 +125,7 @@ class Lexicon:
                 if rest:
                     last += len(rest)
                     if tuple(sentence[index + 1 : last + 1]) != rest or (
-                        (entry.number == "many" or _is_joined(sentence, index))
-                        and self._ends_in_verb(sentence, index, last)
+                        entry.number == "many" and self._ends_in_verb(sentence, index, last)
                     ):
                         continue
                 if entry.categories and (
@@ -152,21 +150,16 @@ class Lexicon:
                 kind, begin = determiner(words, first)
                 if kind == "none" and begin > 0:
                     return True  # `grilled with chicken`, `made by Apple`, `bear a smile`
-        if word == "couple" and (after == "of" or not _OF_SOME.isdisjoint(words[:first])):
-            return True  # a number; `the others are brown, and a couple are lying`
+        if word == "couple" and after == "of":
+            return True  # a number
         if entry.number == "many" or not after:
             return False
         if after == "of" and not self._wholes.get(word, _NONE).isdisjoint(
             words[last + 2 : last + 6]
         ):
             return True  # `the bed of the pickup`
-        if after in verb_stems() and (
-            determiner(words, first)[0] == "number"
-            or (
-                _is_joined(words, first) and not PREPOSITIONS.isdisjoint(words[last + 2 : last + 3])
-            )
-        ):
-            return False  # `several sheep stand there`, `a bed and a television stand in it`
+        if after in verb_stems() and determiner(words, first)[0] == "number":
+            return False  # `several sheep stand there`
         return after in self._heads or (
             # `dog bowl`, `train car`: the last of two nouns names the thing
             after in self._phrases
@@ -225,9 +218,6 @@ class Lexicon:
                 narrow = word not in with_kinds.get(category, (word,))
                 entries |= _forms(word, (category,), firm=True, narrow=narrow)
             entries |= _forms(category, (category,), firm=True)
-        for kind in _WITH_KINDS & self.categories:
-            for word in set(senses.members(kind)) - entries.keys():
-                entries |= _forms(word, (kind,), firm=True, narrow=True)
         return entries
 
     def _wider(self) -> dict[str, Entry]:
@@ -245,10 +235,7 @@ class Lexicon:
         return entries
 
 
-_WITH_KINDS: Final = word_set("bird cat dog horse sheep elephant bear zebra giraffe")
-"""Categories whose narrower words (breeds, species) are WordNet's."""
 _NONE: Final[frozenset[str]] = frozenset()
-_OF_SOME: Final = word_set("others them some most several")
 _BEFORE_VERBS: Final = word_set(
     "to can will may might could would should must they we you i not who don't can't"
 )
@@ -259,12 +246,6 @@ _SINGULAR_SUBJECTS: Final = word_set(
 )
 _SINGULAR_DETERMINERS: Final = word_set("a an one another each every this that")
 _ARTICLES: Final = word_set("a an the his her its their this that these those")
-
-
-def _is_joined(words: Sequence[str], first: int) -> bool:
-    """Return whether `and` stands before the phrase: `a bed and a television stand there`."""
-    _, begin = determiner(words, first)
-    return begin > 0 and words[begin - 1] == "and"
 
 
 def _describes(words: Sequence[str], index: int, colors: frozenset[str]) -> bool:
@@ -279,8 +260,7 @@ def _describes(words: Sequence[str], index: int, colors: frozenset[str]) -> bool
     return (
         after not in FUNCTION_WORDS
         and after[0].isalpha()
-        # `an orange glow`: a verb would be `glows`
-        and not (after in finite_verbs() and after.endswith("s"))
+        and after not in finite_verbs()
         and not after.endswith("ing")
     )
 

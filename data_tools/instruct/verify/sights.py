@@ -8,24 +8,15 @@ from typing import Final
 
 from data_tools import wording
 from data_tools.instruct.schema import Check
-from data_tools.instruct.verify import senses
 from data_tools.instruct.verify.case import Case, Part
-from data_tools.instruct.verify.describing import attribute_words, noun_name
+from data_tools.instruct.verify.describing import noun_name
 from data_tools.instruct.verify.flags import SIGHT
-from data_tools.instruct.verify.grammar import FUNCTION_WORDS, determiner, singular, word_set
+from data_tools.instruct.verify.grammar import FUNCTION_WORDS, singular, word_set
 from data_tools.instruct.verify.lexicon import Mention
-from data_tools.instruct.verify.objects import BITS, MIXED
 from data_tools.instruct.verify.reading import Sentence
 
 CAPTIONS: Final = 4
 """How many captions an image needs before their silence about a thing counts against it."""
-MEALS: Final = 3
-"""So many captions must name something to eat before foods that they do not name are excluded."""
-_COMPOSED: Final = word_set(
-    "pizza pizzas sandwich sandwiches burger hamburger hamburgers salad stew soup taco"
-)
-"""Dishes whose ingredients captions do not list."""
-_MIXABLE: Final = ("vegetable", "edible_fruit")
 
 
 def check(case: Case) -> Iterator[Check]:
@@ -35,7 +26,6 @@ def check(case: Case) -> Iterator[Check]:
         yield from _check_unseen(case)
     if len(known.captions) >= CAPTIONS:
         yield from _check_mishaps(case)
-    yield from _check_foods(case)
     yield from _check_asleep(case)
     yield from _check_real(case)
     yield from _check_alone(case)
@@ -74,10 +64,6 @@ def _is_unseen(case: Case, sentence: Sentence, index: int) -> bool:
     alike = _groups().get(name, frozenset({name}))
     if not alike.isdisjoint(known.nouns) or known.shows_toys:
         return False
-    if senses.noun(words[index]) is not None and name not in _listed() and (
-        not known.is_new(words[index])
-    ):  # fmt: skip
-        return False
     if case.sample_type == "reasoning":
         # what is not pointed to may be thought of only
         return words[max(0, index - 3) : index] != [] and not _INTRODUCING.isdisjoint(
@@ -86,53 +72,11 @@ def _is_unseen(case: Case, sentence: Sentence, index: int) -> bool:
     return True
 
 
-@cache
-def _listed() -> frozenset[str]:
-    """Return the striking things that are listed, other than those of WordNet."""
-    return frozenset(w for group in wording.load("facts")["striking"].values() for w in group)
-
-
 def _finding(case: Case, sentence: Sentence, index: int, where: Part) -> Check:
     span, claim = sentence.span(index, index), sentence.words[index]
     return case.check(
         "other_object", "contradicted", "OBJECT_NOT_FOUND", where, span, claim
     )  # fmt: skip
-
-
-def _check_foods(case: Case) -> Iterator[Check]:
-    """Judge `Slices of kiwi lie next to it.` where captions name other foods, and no kiwi."""
-    known = case.knowledge
-    if known.meals < MEALS or known.shows_toys or not _COMPOSED.isdisjoint(known.words):
-        return
-    for sentence in case.answer_reading.sentences:
-        for index, word in enumerate(sentence.words):
-            if (
-                senses.is_food(word)
-                and word not in attribute_words()
-                and known.is_new(word)
-                and sentence.asserts(index, index)
-                and _is_served(case, sentence, index)
-            ):
-                yield _finding(case, sentence, index, "answer")
-                return
-
-
-def _is_served(case: Case, sentence: Sentence, index: int) -> bool:
-    """Return whether a food is there by itself: not as `tomato sauce`, in general, or mixed in."""
-    words = sentence.words
-    if index + 1 < len(words) and senses.noun(words[index + 1]) is not None:
-        return False
-    introduced, begin = determiner(words, index)
-    of = begin > 0 and words[begin - 1] == "of"
-    if case.sample_type == "reasoning" and introduced == "none" and not of:
-        return False
-    may_be_mixed = senses.nouns().may_be(senses.noun(words[index]) or "", *_MIXABLE)
-    return not (
-        of
-        and may_be_mixed
-        and not MIXED.isdisjoint(case.knowledge.words)
-        and not BITS.isdisjoint(words[max(0, begin - 4) : begin])
-    )
 
 
 def _check_mishaps(case: Case) -> Iterator[Check]:
