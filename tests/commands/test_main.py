@@ -43,7 +43,7 @@ def test_without_a_command_the_help_is_printed_to_stderr(
 ) -> None:
     assert main([]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and "commands:\n  stage1" in printed.err
+    assert printed.out == "" and "commands:\n  init" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_without_a_command_the_help_is_printed_to_stderr(
         (["stage3"], "COMMAND stage3: did you mean stage2?"),
         (["expotr", "x"], "COMMAND expotr: did you mean export?"),
         (["--vresion"], "--vresion: unknown option; did you mean --version?"),
-        (["qqq"], "COMMAND qqq: expected one of stage1, stage2, check"),
+        (["qqq"], "COMMAND qqq: expected one of init, stage1, stage2, check"),
         (["config", "referense"], "COMMAND referense: did you mean reference?"),
         (["config"], "missing: COMMAND; `vlm-sft config --help` shows examples"),
         (["completion", "fsh"], "SHELL fsh: did you mean zsh?"),

@@ -23,7 +23,8 @@ def report(**values: object) -> str:
         "images": [],
         "results": [],
         "curves": "",
-        "seconds": {},
+        "seconds": [],
+        "savings": [],
         "total_time": "",
         "versions": [],
         "credits": [],
@@ -42,12 +43,13 @@ def test_every_value_of_a_template_is_escaped() -> None:
     html = report(
         headline=[(HOSTILE, HOSTILE, HOSTILE)],
         versions=[{"software": HOSTILE, "version": HOSTILE}],
-        seconds={HOSTILE: HOSTILE},
+        seconds=[{"name": HOSTILE, "time": HOSTILE, "percent": "1"}],
+        savings=[HOSTILE],
         credits=[HOSTILE],
     )
     assert "<script" not in html and "\x1b" not in html and "\u202e" not in html
-    # title twice, lead, headline, versions, phase and time, credits
-    assert html.count(ESCAPED) == 3 + 3 + 2 + 2 + 1
+    # title twice, lead, headline, versions, phase and time, savings, credits
+    assert html.count(ESCAPED) == 3 + 3 + 2 + 2 + 1 + 1
 
 
 def test_markup_is_not_escaped_again() -> None:

@@ -36,6 +36,11 @@ def open_vqa(path: Path, annotations: Path | None, image_name: str | None) -> Ra
     """
     table = _object(path)
     if "questions" not in table:
+        if "images" in table:
+            raise UserError(
+                f"{path}: holds no record but COCO's annotations; make records of them with "
+                "`vlm-sft data build_coco`"
+            )
         raise UserError(
             f"{path}: has annotations without questions; give the file of questions as `path` and "
             "this one as `annotations`",
