@@ -132,7 +132,7 @@ def test_captions_take_the_configured_prompt_as_their_question(tmp_path):
 
 
 def test_columns_are_recognized_or_named_and_logged_once(tmp_path, caplog):
-    columns._log_once.cache_clear()
+    columns._LOGGED.clear()
     path = write(tmp_path / "a.csv", "File Name,Caption,label\na.png,A cat.,3\n")
     with caplog.at_level(logging.INFO):
         good(path), good(path)
@@ -142,6 +142,35 @@ def test_columns_are_recognized_or_named_and_logged_once(tmp_path, caplog):
     other = write(tmp_path / "b.csv", "pic,text,truth\na.png,What?,A cat.\n")
     names = ColumnNames(image="pic", question="text", answer="truth")
     assert content(good(other, columns=names)[0]) == asked("What?", "A cat.", tmp_path / "a.png")
+
+
+def test_without_a_header_no_row_loses_a_part_that_the_first_row_does_not_have(tmp_path):
+    rows: list[dict[str, object]] = [
+        {"question": "2+2?", "answer": "4", "source": "x"},
+        {"image": "a.png", "question": "What?", "answer": "A cat.", "id": 7},
+        {"img": "b.png", "caption": "A dog."},
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"image": "c.png", "conversations": [
+            {"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "x"}]},
+        {"image": "a.png", "images": ["b.png"], "text": "A cat."},
+        {"question": "Who?", "answer": "x", "pic": "d.png"},
+        {"text": "A cat without its image."},
+    ]  # fmt: skip
+    for order in (rows, [rows[4], *rows[:4], *rows[5:]]):
+        text = "\n".join(map(json.dumps, order))
+        found = read(write(tmp_path / "rows.jsonl", text))
+        taken = {r.images: (r.id, r.turns) for r in found if isinstance(r, Conversation)}
+        assert set(taken) == {(), *((tmp_path / name,) for name in ("a.png", "b.png", "c.png"))}
+        cat = asked("What?", "A cat.", tmp_path / "a.png")
+        assert taken[cat[1]] == ("7", cat[0])
+        texts = [r.turns[0].text for r in found if isinstance(r, Conversation) and not r.images]
+        assert texts == ["2+2?", "Add.\n1 2"]
+        expected = {
+            "line-6": "ambiguous_columns", "line-7": "missing_column", "line-8": "format",
+        }  # fmt: skip
+        assert reasons(found) == expected
+        (both,) = (r for r in found if isinstance(r, RecordError) and r.record_id == "line-6")
+        assert str(both).count("rows.jsonl") == 1 and "'image', 'images' could each" in str(both)
 
 
 def test_cells_keep_line_breaks_quotes_and_marks_as_text(tmp_path):

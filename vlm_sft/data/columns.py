@@ -5,11 +5,10 @@ in the configuration (`columns`) or recognized by the names in `NAMES`.
 """
 
 import difflib
-import functools
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -34,19 +33,22 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of image files, in lower case."""
 
+_RECOGNIZED: Final = frozenset({"input"}.union(*NAMES.values()))
+_LOGGED: Final[set[tuple[str, Columns, frozenset[str]]]] = set()
+
 logger = logging.getLogger(__name__)
 
 
 def find_columns(
     header: Sequence[str], names: ColumnNames, where: str, example: Mapping[str, Any]
 ) -> Columns:
-    """Return the columns of a table, and log them once.
+    """Return the columns of a table, or of one row without a header, and log them once.
 
     Args:
-        header: Names of the table's columns.
+        header: Names of the columns.
         names: Columns that the configuration names; all others are recognized by their name.
         where: The table, for messages.
-        example: The first row.
+        example: A row with these columns.
 
     Raises:
         UserError: A named column does not exist, several columns could have the same part, or a
@@ -83,8 +85,8 @@ def find_columns(
     columns = Columns(**found)
     _require_one_kind(columns, header, where, example)
     unused = [column for column in header if column not in found.values()]
-    taken = ", ".join(f"{part} = {column!r}" for part, column in columns.used().items())
-    _log_once(f"{where}: columns {taken}" + (f"; not used: {_quoted(unused)}" if unused else ""))
+    lost = frozenset(column for column in unused if _plain(column) in _RECOGNIZED)
+    _log_columns(where, columns, lost, unused)
     return columns
 
 
@@ -147,10 +149,17 @@ def _listed(header: Sequence[str]) -> str:
     return f"its columns are {_quoted(header)}"
 
 
-@functools.cache
-def _log_once(line: str) -> None:
-    """Log a line unless this process has logged it; a command opens its files several times."""
-    logger.info(line)
+def _log_columns(where: str, columns: Columns, lost: frozenset[str], unused: Sequence[str]) -> None:
+    """Log the columns of a file unless this process has; a command opens its files several times.
+
+    Rows without a header can each have other keys. They are logged again only if they differ in
+    the columns that are taken, or in recognized ones that are not (`lost`).
+    """
+    if (where, columns, lost) not in _LOGGED:
+        _LOGGED.add((where, columns, lost))
+        taken = ", ".join(f"{part} = {column!r}" for part, column in columns.used().items())
+        rest = f"; not used: {_quoted(unused)}" if unused else ""
+        logger.info(f"{where}: columns {taken}{rest}")
 
 
 # --- rows
@@ -158,7 +167,7 @@ def _log_once(line: str) -> None:
 
 def rows_to_records(
     rows: Iterator[RawRecord | RecordError],
-    columns: Columns,
+    columns_of: Callable[[RawRecord], Columns | None],
     caption_prompt: str | None,
     *,
     refuse_repeated: bool = False,
@@ -167,7 +176,8 @@ def rows_to_records(
 
     Args:
         rows: Rows by column name.
-        columns: Their columns.
+        columns_of: Returns the columns of a row; None for a record that is no row, which is
+            yielded as it is. Raises RecordError if the row's columns cannot be found.
         caption_prompt: Question about the image of a caption; None: the image alone.
         refuse_repeated: Whether a row that repeats an earlier one is an error.
     """
@@ -176,8 +186,9 @@ def rows_to_records(
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            record = _record(raw, columns, caption_prompt)
-            if refuse_repeated:
+            columns = columns_of(raw)
+            record = raw.value if columns is None else _record(raw, columns, caption_prompt)
+            if refuse_repeated and columns is not None:
                 _refuse_repeated(raw, columns, seen)
         except RecordError as error:
             yield error

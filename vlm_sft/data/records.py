@@ -16,6 +16,7 @@ from vlm_sft.data.csv_files import open_csv
 from vlm_sft.data.record_formats import (
     FORMAT_KEYS,
     MAX_RECORD_BYTES,
+    Columns,
     Form,
     RawRecord,
     RawRecords,
@@ -31,6 +32,7 @@ from vlm_sft.utils.reading import StrictJsonError, open_regular, parse_json, req
 
 _METADATA: Final = ("metadata.csv", "metadata.jsonl")
 _ROWS_AT_ONCE: Final = 16
+_KEYS_AT_ONCE: Final = 1024
 _UNREADABLE: Final = "data_file_unreadable"
 
 
@@ -87,34 +89,57 @@ def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
 def _without_columns(opened: RawRecords, file: DataFile) -> RawRecords:
     """Return the records with the rows of a table turned into records in messages format.
 
+    Without a header, each row's own keys decide: the first rows may have no image and later ones
+    one, and records and rows may be mixed.
+
     Raises:
-        UserError: The columns of the table cannot be found.
+        UserError: The columns of the header, or of the first row, cannot be found.
     """
-    columns, rows = opened.columns, opened.records
-    if columns is None:
-        head = list(itertools.islice(rows, _ROWS_AT_ONCE))
-        rows = itertools.chain(head, rows)
-        values = [raw.value for raw in head if isinstance(raw, RawRecord)]
-        example = next((value for value in values if isinstance(value, Mapping)), {})
-        header = opened.header or list(map(str, example))
-        is_rows = (
-            opened.header is not None
-            or opened.is_image_folder
-            or file.format == "table"
-            or bool(file.caption_prompt or file.columns.model_fields_set)
-            or (is_table(header) and not any(key in FORMAT_KEYS for key in header))
-        )
-        if not header or not is_rows:
-            return replace(opened, records=rows)
-        columns = find_columns(header, file.columns, file.path, example)
+    head = list(itertools.islice(opened.records, _ROWS_AT_ONCE))
+    rows = itertools.chain(head, opened.records)
+    values = (raw.value for raw in head if isinstance(raw, RawRecord))
+    example = next((value for value in values if isinstance(value, Mapping)), {})
+    has_rows_only = (
+        opened.header is not None
+        or opened.is_image_folder
+        or file.format == "table"
+        or bool(file.caption_prompt or file.columns.model_fields_set)
+    )
+
+    def find(header: Sequence[str], row: Mapping[str, Any]) -> Columns | None:
+        is_row = is_table(header) and not any(key in FORMAT_KEYS for key in header)
+        if not header or not (has_rows_only or is_row):
+            return None
+        columns = find_columns(header, file.columns, file.path, row)
         if opened.is_image_folder and columns.image is None:
             raise UserError(
                 f"{file.path}: an imagefolder's metadata needs the column 'file_name'; its columns "
                 f"are {', '.join(map(repr, header))}",
                 code="missing_column",
             )
+        return columns
+
+    columns = opened.columns or find(opened.header or list(map(str, example)), example)
+    known: dict[tuple[Any, ...], Columns | None] = {}
+
+    def columns_of(raw: RawRecord) -> Columns | None:
+        if opened.columns is not None or opened.header is not None:
+            return columns
+        if not isinstance(raw.value, Mapping):
+            return columns if has_rows_only else None
+        keys = tuple(raw.value)
+        if keys not in known:
+            if len(known) == _KEYS_AT_ONCE:
+                known.clear()
+            try:
+                known[keys] = find(list(map(str, keys)), raw.value)
+            except UserError as error:
+                message = str(error).removeprefix(f"{file.path}: ")
+                raise raw.error(error.reason, message) from None
+        return known[keys]
+
     records = rows_to_records(
-        rows, columns, file.caption_prompt, refuse_repeated=opened.is_image_folder
+        rows, columns_of, file.caption_prompt, refuse_repeated=opened.is_image_folder
     )
     return replace(opened, records=records)
 
