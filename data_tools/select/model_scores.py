@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from data_tools.select.config import SelectConfig
-from vlm_sft.data.conversation import Conversation, TextPart
+from vlm_sft.data.content_digest import content_digest
+from vlm_sft.data.conversation import Conversation
 from vlm_sft.utils.owned_files import owned_open
 from vlm_sft.utils.progress import track
 
@@ -35,26 +36,6 @@ _SCHEMA: Final = pa.schema(
         ("embedding", pa.list_(pa.float16())),
     ]
 )
-
-
-def content_digest(record: Conversation) -> str:
-    """Return a digest of a record's turns and images; of a file, of its name, size and time."""
-    turns = [
-        [turn.role, turn.supervised, turn.image_separator,
-         [part.text if isinstance(part, TextPart) else part.index for part in turn.parts]]
-        for turn in record.turns
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(turns).encode("utf-8", "surrogatepass"))
-    for image in record.images:
-        if isinstance(image, bytes):
-            digest.update(hashlib.sha256(image).digest())
-            continue
-        try:
-            state = image.stat()
-            digest.update(f"{image} {state.st_size} {state.st_mtime_ns}".encode())
-        except OSError:
-            digest.update(f"{image} missing".encode())
-    return digest.hexdigest()[:32]
 
 
 class ModelScores:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.select.config import SelectConfig
-from data_tools.select.model_scores import content_digest
 from data_tools.select.sample_scores import agreement, read_samples
+from vlm_sft.data.content_digest import content_digest
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.record_formats import RawRecord
 from vlm_sft.data.records import open_raw_records, open_records

@@ -71,6 +71,25 @@ def test_a_killed_run_goes_on_to_the_same_files_and_every_question_is_accounted_
     with pytest.raises(ConfigError, match="temperature"):
         sample.main([*arguments, "--temperature", "0.5"])
 
+    shutil.copytree(tmp_path / "images", tmp_path / "other" / "images")
+    for changed, key in (
+        (["--images", str(tmp_path / "other")], "data.images = None"),
+        (["--follow-symlinks"], "data.follow_symlinks = False"),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            sample.main([*arguments, *changed])
+    records = data.read_bytes()
+    data.write_bytes(records.replace(b'"red"', b'"crimson"'))
+    with pytest.raises(ConfigError, match=r"data\.questions ="):
+        sample.main(arguments)
+    data.write_bytes(records)
+    (tmp_path / "images" / "red-circle-0.png").write_bytes(
+        (tmp_path / "images" / "blue-circle-0.png").read_bytes()
+    )
+    with pytest.raises(ConfigError, match=r"data\.images_digest ="):
+        sample.main(arguments)
+    assert (out / "samples.jsonl").read_bytes() == whole
+
 
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -7,13 +7,18 @@ from typing import Final, Literal
 
 from vlm_sft.best_of.questions import Question, last_text
 from vlm_sft.evaluation.judges.asking import JudgeOptions, ask, fill, load_prompt, request_for
-from vlm_sft.evaluation.scores.exact import plain, read_count
+from vlm_sft.evaluation.scores.exact import plain, read_count, read_whole_count
 from vlm_sft.evaluation.scores.judged import read_grade
 
 ScoreName = Literal["verifier", "exact", "judge", "length"]
 
 _FINAL: Final = re.compile(r"\banswer(?:\s+is)?\s*[:\-]?\s+", re.IGNORECASE)
 """What comes before the answer proper, in an answer that begins with its reasons."""
+_NO_COUNT: Final = re.compile(
+    r"(?<!\w)[-\u2212]\d[\d,.]*|(?:minus|negative)\s+\w+|(?<![\d,])\.\d+"
+    r"|[\d,]*\d(?:[:/.-]\d+)+|\d+(?:st|nd|rd|th)\b"
+)
+"""Numbers in an answer that are not counts: -3, minus 3, .5, 3:45, 7/8, 2-3, 2024-01-01, 2nd."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,16 @@ def is_right(answer: str, reference: str) -> bool:
     """Return whether an answer equals the true one, without case, final period and reasons.
 
     Of a text with `answer:` or `answer is`, what follows the last one counts. An answer to yes or
-    no is read by its first word, a count by its first number.
+    no is read by its first word, a count by its first number. Other numbers (times, dates,
+    fractions, ordinals, negative ones, decimals) are compared as text.
     """
     said, true = final_answer(answer), final_answer(reference)
     if said == true:
         return True
     if true in ("yes", "no"):
         return re.split(r"\W+", said, maxsplit=1)[0] == true
-    count = read_count(true) if len(true.split()) == 1 else None
-    return count is not None and read_count(said) == count
+    count = read_whole_count(true)
+    return count is not None and read_count(_NO_COUNT.sub(" ", said)) == count
 
 
 def final_answer(text: str) -> str:

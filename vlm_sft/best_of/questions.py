@@ -1,10 +1,13 @@
 """The questions of training records, each with what is said before it and the answer known."""
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vlm_sft.config.schema import DataFile
+from vlm_sft.data.content_digest import image_content, turns_content
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.records import open_records
 from vlm_sft.errors import RecordError, UserError
@@ -75,6 +78,31 @@ def questions_of(record: Conversation) -> list[Question]:
         prompt = replace(record, id=name, turns=before, images=record.images[:shown])
         questions.append(Question(name, prompt, record.turns[place].text))
     return questions
+
+
+def question_content(question: Question) -> bytes:
+    """Return a digest of a question's id, what is said before it, and the record's answer."""
+    digest = hashlib.sha256(turns_content(question.prompt))
+    named = json.dumps([question.id, question.reference])
+    digest.update(named.encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
+def questions_digest(questions: Iterable[Question]) -> str:
+    """Return a digest of questions and their answers in order, without their images."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(question_content(question))
+    return digest.hexdigest()
+
+
+def images_digest(questions: Sequence[Question]) -> str:
+    """Return a digest of the images of questions; of a file, of its name, size and time."""
+    images = list(dict.fromkeys(image for one in questions for image in one.prompt.images))
+    digest = hashlib.sha256()
+    for image in track(images, description="looking for changed images"):
+        digest.update(image_content(image))
+    return digest.hexdigest()
 
 
 def answered(question: Question, answer: str) -> Conversation:

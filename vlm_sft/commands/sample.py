@@ -16,14 +16,21 @@ from rich.table import Table
 from vlm_sft.best_of.choosing import Choice, choose
 from vlm_sft.best_of.drawing import SAMPLES, Sample, draw_samples
 from vlm_sft.best_of.graders import Grader, grade_exact, judge_grader, length_grader
-from vlm_sft.best_of.questions import Question, answered, plan, read_questions
+from vlm_sft.best_of.questions import (
+    Question,
+    answered,
+    images_digest,
+    plan,
+    questions_digest,
+    read_questions,
+)
 from vlm_sft.checkpoint.base_models import parse_bases
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.preferences import PreferencePair, trl_row
 from vlm_sft.data.record_writer import as_messages
 from vlm_sft.evaluation.judges.asking import JudgeOptions
 from vlm_sft.evaluation.questions import require_questions_in_prompt
-from vlm_sft.evaluation.suites.answering import file_digests, model_identity
+from vlm_sft.evaluation.suites.answering import model_identity
 from vlm_sft.inference.loaded_model import load_checkpoint
 from vlm_sft.inference.shared_prefix import Sampling
 from vlm_sft.utils.console import Console, echo
@@ -136,9 +143,13 @@ def _drawn(
     """Return all samples of each question; draw those that are missing."""
     batches = plan(questions, arguments.n, arguments.batch_size)
     settings = {
-        "data": {"path": str(arguments.data), **file_digests([arguments.data])}
-        if arguments.data.is_file()
-        else {"path": str(arguments.data)},
+        "data": {
+            "path": str(arguments.data),
+            "images": None if arguments.images is None else str(arguments.images),
+            "follow_symlinks": arguments.follow_symlinks,
+            "questions": questions_digest(questions),
+            "images_digest": images_digest(questions),
+        },
         "model": {**model_identity(str(checkpoint)), "template": arguments.template},
         "n": arguments.n,
         "temperature": arguments.temperature,

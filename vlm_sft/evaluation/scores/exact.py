@@ -202,6 +202,22 @@ def read_count(answer: str, verdict: Verdict = "first") -> int | None:
     return found[0 if verdict == "first" else -1]
 
 
+def read_whole_count(text: str) -> int | None:
+    """Return the count that a text consists of, in digits or as a word; None if it is other text.
+
+    Times, dates, fractions, ordinals, negative numbers and decimals are no counts.
+    """
+    text = text.strip().rstrip(" .").lower()
+    if re.fullmatch(r"\d{1,9}|\d{1,3}(,\d{3}){1,2}", text):
+        return int(text.replace(",", ""))
+    tens, *ones = re.split(r"[-\s]+", text)
+    if not ones:
+        return _TENS.get(text, _NUMBER_WORDS.get(text))
+    if len(ones) == 1 and tens in _TENS and 0 < _NUMBER_WORDS.get(ones[0], 0) < 10:
+        return _TENS[tens] + _NUMBER_WORDS[ones[0]]
+    return None
+
+
 def score_grounding(answers: Answers, truth: Sequence[Row], options: Options) -> Results:
     """Return the share of boxes with an IoU of at least `options.iou`, and the mean IoU.
 
@@ -285,7 +301,7 @@ def _letter(number: int | None) -> str | None:
 
 def plain(text: str) -> str:
     """Return a short answer in lower case, without final period and doubled spaces."""
-    return " ".join(text.lower().split()).strip(" .")
+    return " ".join(text.lower().split()).rstrip(" .")
 
 
 def choices_of(row: Row) -> list[str]:
