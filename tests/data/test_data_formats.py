@@ -241,6 +241,58 @@ def test_a_quote_without_an_end_and_another_encoding_stop_the_file(tmp_path):
     assert error.reason == "not_utf8"
 
 
+def test_a_forgotten_quote_never_swallows_a_row(tmp_path, caplog):
+    head, end = "image,question,answer\na.png,q,a\n", "\ne.png,q,a\n"
+    rows = 'b.png,"q?,yes\nc.png,q,a\nd.png,q,"no"'
+    error = refusal(write(tmp_path / "a.csv", head + rows + end))
+    assert error.reason == "bad_row" and "(lines 3 to 5 were read as one row)" in str(error)
+    joined = [
+        'b.png,q,"x\nc.png,q,a\nd.png,q,a"',  # the quotes pair up around whole rows
+        'b.png,"x,yes\nc.png,q\nd.png,q",a',
+        'b.png,"x,yes\nc.png,q,a\nd.png,q",a,a',  # another number of cells
+    ]
+    expected = dict.fromkeys(("line-3", "line-4", "line-5"), "bad_row")
+    for rows in joined:
+        found = read(write(tmp_path / "a.csv", head + rows + end))
+        assert reasons(found) == expected, rows
+        assert [r.id for r in found if isinstance(r, Conversation)] == ["line-2", "line-6"]
+    assert "lines 3 to 5 were read as one row" in str(found[1])
+    last = 'question,answer,image\nq,"a,b.png\nq,a",c.png\n'
+    assert reasons(read(write(tmp_path / "b.csv", last))) == {
+        "line-2": "bad_row",
+        "line-3": "bad_row",
+    }
+    good(write(tmp_path / "b.csv", 'question,answer,image\n"x, y,\nz",a,c.png\n'))
+    good(
+        write(tmp_path / "b.csv", 'image,question,answer\n"c.png","x\ny","see, there, b.png\nz"\n')
+    )
+    both = "image,question,answer,images\n"
+    names = ColumnNames(image="image")
+    good(write(tmp_path / "b.csv", both + 'a.png,"q","x, y\nz",b.png\n'), columns=names)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    good(write(tmp_path / "c.csv", 'question,answer\nq,"x\nf(1,2)\n"\n'))
+    (warned,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "1 rows have a cell with a line that could be a row" in warned.getMessage()
+
+
+def test_other_line_ends_and_headers_of_other_programs(tmp_path):
+    expected = [asked("What?", answer, tmp_path / "a.png") for answer in ("x\ry", "z")]
+    rows = ["image,question,answer", 'a.png,What?,"x\ry"', "a.png,What?,z", ""]
+    for text in (
+        "\r".join(rows),
+        rows[0] + "\r" + "\n".join(rows[1:]),
+        "sep=;\r\n" + "\r\n".join(rows).replace(",", ";"),
+        "\n".join(rows).replace(",", ", "),
+    ):
+        opened = open_records(DataFile(path=str(write(tmp_path / "a.csv", text))))
+        records = list(opened.conversations)
+        assert [content(r) for r in records if isinstance(r, Conversation)] == expected, text
+        assert opened.total >= len(records) == 2
+    for header in ('image,"question,answer\n', 'image,"question"s,answer\n'):
+        error = refusal(write(tmp_path / "a.csv", header + "a.png,q,a\n"))
+        assert error.reason == "bad_row" and "a.csv:1: a quote in the header" in str(error)
+
+
 def test_an_imagefolder_refuses_repeated_rows_and_metadata_without_file_names(tmp_path):
     write(tmp_path / "metadata.csv", "file_name,text\na.png,A\na.png,B\na.png,A\n")
     assert reasons(read(tmp_path)) == {"line-4": "repeated_row"}

@@ -96,6 +96,11 @@ def is_table(keys: Sequence[str]) -> bool:
     return {"question", "answer"} <= found or {"image", "text"} <= found
 
 
+def is_image_name(value: object) -> bool:
+    """Return whether a value is text that ends like the name of an image file."""
+    return isinstance(value, str) and value.strip().lower().endswith(IMAGE_SUFFIXES)
+
+
 def _require_one_kind(
     columns: Columns, header: Sequence[str], where: str, example: Mapping[str, Any]
 ) -> None:
@@ -122,7 +127,7 @@ def _require_one_kind(
         )
     if columns.image is not None:
         return
-    likely = [column for column in header if _is_image_name(example.get(column))]
+    likely = [column for column in header if is_image_name(example.get(column))]
     if likely or columns.text is not None:
         hint = f"{likely[0]!r} looks like it" if likely else _listed(header)
         raise UserError(
@@ -130,10 +135,6 @@ def _require_one_kind(
             f"columns: {{image: {likely[0] if likely else 'COLUMN'}}}",
             code="missing_column",
         )
-
-
-def _is_image_name(value: object) -> bool:
-    return isinstance(value, str) and value.strip().lower().endswith(IMAGE_SUFFIXES)
 
 
 def _plain(name: str) -> str:
