@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
 
     from data_tools.select.config import SelectConfig
     from vlm_sft.config import loading as settings
-    from vlm_sft.utils.owned_files import own_output
+    from vlm_sft.utils.console import echo
+    from vlm_sft.utils.owned_files import own_output, write_owned_json
 
     config = settings.load(SelectConfig, arguments.config, arguments.overrides)
     if not Path(config.path).exists():
@@ -57,16 +58,35 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     with heavy_imports():
         from data_tools.select.choose import decide
+        from data_tools.select.control import require_control, train_control
 
+    if arguments.train_control is not None:
+        require_control(arguments.train_control, arguments.held_out)
     table = _scored(config, folder)
     decision = decide(table, config)
+    if not len(decision.selected):
+        reasons = ", ".join(f"{why} {n:,}" for why, n in _why_not(decision).most_common())
+        raise UserError(
+            f"{config.path}: no record is selected ({reasons}); nothing was replaced. Widen `keep` "
+            "or `middle`, or rank by a column that the records have",
+            code="no_records",
+        )
+    # It describes both parts: none of an earlier selection may stay beside new ones.
+    (folder / "selection.json").unlink(missing_ok=True)
     root = _write(config, folder, table, decision)
     report = _report(config, table, decision, root)
-    if arguments.train_control is not None:
-        from data_tools.select.control import train_control
-
-        report["control"] = train_control(folder, root, arguments.train_control, arguments.held_out)
     _finish(folder, report)
+    if arguments.train_control is not None:
+        found = train_control(folder, root, arguments.train_control, arguments.held_out)
+        write_owned_json(folder / "selection.json", report | {"control": found})
+        for pair in found["comparisons"]:
+            difference = pair["difference"]
+            echo(
+                f"control, {pair['task']} ({pair['condition']}): selected minus random "
+                f"{difference['estimate']:+.3f} "
+                f"[{difference['low']:+.3f}, {difference['high']:+.3f}]",
+                file=sys.stdout,
+            )
     return 0
 
 
@@ -97,7 +117,9 @@ def _scored(config: "SelectConfig", folder: Path) -> "Table":
     found = read_table(config)
     if not any(problem == "" for problem in found.problems):
         reasons = ", ".join(f"{why} {n:,}" for why, n in Counter(found.problems).most_common())
-        raise UserError(f"{config.path}: has no usable record ({reasons})", code="no_records")
+        raise UserError(
+            f"{config.path}: has no usable record ({reasons or 'it is empty'})", code="no_records"
+        )
     columns, problems, embeddings = found.columns, found.problems, None
 
     def records() -> Iterator[Conversation]:
@@ -166,10 +188,11 @@ def _report(
 
     parts = {"selected": decision.selected, "random": decision.random}
     usable = [row for row, problem in enumerate(table.problems) if not problem]
-    why = Counter(reason.split(" to ")[0] for reason in decision.reasons if reason)
     means = {
         name: {
-            part: None if np.isnan(values[rows]).all() else float(np.nanmean(values[rows]))
+            part: float(known.mean())
+            if len(known := values[rows][np.isfinite(values[rows])])
+            else None
             for part, rows in {"all": np.array(usable), **parts}.items()
         }
         for name, values in table.columns.items()
@@ -192,10 +215,15 @@ def _report(
         "usable": len(usable),
         "selected": len(decision.selected),
         "in_both": len(set(decision.selected.tolist()) & set(decision.random.tolist())),
-        "not_selected": dict(why.most_common()),
+        "not_selected": dict(_why_not(decision).most_common()),
         "means": means,
         "categories": categories,
     }
+
+
+def _why_not(decision: "Decision") -> "Counter[str]":
+    """Count the reasons; records that are similar to another one have one reason."""
+    return Counter(reason.split(" to ")[0] for reason in decision.reasons if reason)
 
 
 def _finish(folder: Path, report: dict[str, Any]) -> None:
@@ -216,13 +244,6 @@ def _finish(folder: Path, report: dict[str, Any]) -> None:
     reasons = ", ".join(f"{why} {count:,}" for why, count in report["not_selected"].items())
     echo(f"{report['selected']:,} of {report['usable']:,} usable records selected; "
          f"not selected: {reasons or 'none'}", file=sys.stdout)  # fmt: skip
-    for pair in report.get("control", {}).get("comparisons", []):
-        found = pair["difference"]
-        echo(
-            f"control, {pair['task']} ({pair['condition']}): selected minus random "
-            f"{found['estimate']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]",
-            file=sys.stdout,
-        )
     write_owned_json(folder / "selection.json", report)
     echo(
         f"{folder / 'selected.jsonl'} and random.jsonl; images are relative to image_root "

@@ -38,7 +38,9 @@ class Decision:
     Attributes:
         reasons: Why each record is not selected; "" if it is.
         selected: Rows of the selected records, in the order of the file.
-        random: Rows of as many usable records, taken at random.
+        random: Rows of as many records, taken at random from the usable ones that have a number in
+            every column that is read; limits and similarity do not matter, which are what the
+            selection is compared with.
     """
 
     reasons: list[str]
@@ -64,8 +66,10 @@ def decide(table: Table, config: SelectConfig) -> Decision:
     for row in order:
         if row not in taken:
             reasons[row] = "rank"
+    read = [table.columns[name][usable] for name in {config.rank_by, *config.keep, *config.middle}]
+    scored = usable[np.isfinite(read).all(axis=0)]
     rng = np.random.default_rng(config.seed)
-    random = np.sort(rng.choice(usable, len(chosen), replace=False))
+    random = np.sort(rng.choice(scored, len(chosen), replace=False))
     return Decision(reasons, np.sort(np.array(chosen, dtype=np.int64)), random)
 
 
@@ -79,7 +83,7 @@ def _within_limits(
         left = _cut(table.columns[name], left, low, high, name, reasons)
     for name, share in config.middle.items():
         values = table.columns[name][left]
-        known = values[~np.isnan(values)]
+        known = values[np.isfinite(values)]
         low, high = np.quantile(known, [0.5 - share / 2, 0.5 + share / 2]) if len(known) else (0, 0)
         left = _cut(table.columns[name], left, float(low), float(high), name, reasons)
     return _cut(table.columns[config.rank_by], left, None, None, config.rank_by, reasons)
@@ -94,13 +98,16 @@ def _cut(
     reasons: list[str],
 ) -> NDArray[np.int64]:
     found = values[rows]
-    unknown = np.isnan(found)
-    below = ~unknown & (found < low) if low is not None else np.zeros(len(rows), bool)
-    above = ~unknown & (found > high) if high is not None else np.zeros(len(rows), bool)
-    for mask, what in ((unknown, "unknown"), (below, "too low"), (above, "too high")):
+    unknown, infinite = np.isnan(found), np.isinf(found)
+    known = np.isfinite(found)
+    below = known & (found < low) if low is not None else np.zeros(len(rows), bool)
+    above = known & (found > high) if high is not None else np.zeros(len(rows), bool)
+    for mask, what in (
+        (unknown, "unknown"), (infinite, "infinite"), (below, "too low"), (above, "too high"),
+    ):  # fmt: skip
         for row in rows[mask]:
             reasons[row] = f"{name} {what}"
-    return rows[~(unknown | below | above)]
+    return rows[known & ~below & ~above]
 
 
 def _ranked(table: Table, config: SelectConfig, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -48,6 +48,8 @@ class SelectConfig(Section):
     it."""
     image_root: NonEmptyText | None = None
     """Directory that the image names start from. Null: the directory of the file."""
+    follow_symlinks: bool = False
+    """Allow symbolic links that leave `image_root`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the random records and of the clusters."""
     preset: Literal["ifd", "lima", "s1"] | None = None
@@ -100,6 +102,13 @@ class SelectConfig(Section):
         return values
 
     @model_validator(mode="after")
+    def _limits_in_order(self) -> "SelectConfig":
+        for metric, (low, high) in self.keep.items():
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"keep.{metric}: the least value {low:g} is above {high:g}")
+        return self
+
+    @model_validator(mode="after")
     def _computable(self) -> "SelectConfig":
         for metric in {self.rank_by, *self.keep, *self.middle}:
             if metric in MODEL_METRICS and self.model is None:
@@ -116,4 +125,9 @@ class SelectConfig(Section):
 
     def data_file(self) -> DataFile:
         """Return the records as a training configuration has them."""
-        return DataFile(path=self.path, format=self.format, image_root=self.image_root)
+        return DataFile(
+            path=self.path,
+            format=self.format,
+            image_root=self.image_root,
+            follow_symlinks=self.follow_symlinks,
+        )

@@ -7,11 +7,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.commands.parser import require_file, require_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.reading import read_json
 
 PARTS = ("random", "selected")
+
+
+def require_control(train: Path, suite: Path) -> None:
+    """Read the configuration and the suite with its questions, before anything is computed.
+
+    Args:
+        train: Configuration of stage 2; its `data.train` is replaced later.
+        suite: Suite that both models are evaluated on.
+
+    Raises:
+        UserError: One of them, or a file that it names, cannot be used.
+    """
+    from vlm_sft.commands.inputs import ALL_PARTS, read_config
+    from vlm_sft.config.method import require_stage2
+    from vlm_sft.evaluation.suites.config import load_suite
+    from vlm_sft.evaluation.suites.tasks import read_task
+
+    require_stage2(read_config(str(train), [], ALL_PARTS - {"train"}))
+    held_out = load_suite(suite)
+    for path in held_out.input_paths():
+        require_file(f"{suite}: files:", path)
+    for folder in held_out.image_roots():
+        require_folder(f"{suite}: images:", folder)
+    for task in held_out.tasks:
+        read_task(task, seed=held_out.seed)
 
 
 def train_control(folder: Path, image_root: Path, train: Path, suite: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Read the records of a selection: a few numbers and a digest of each."""
 
-from collections.abc import Iterator
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.select.config import SelectConfig
-from data_tools.select.sample_scores import agreement, read_samples
+from data_tools.select.sample_scores import (
+    Samples,
+    agreement,
+    read_samples,
+    require_same_questions,
+)
+from vlm_sft.best_of.questions import Question, numbered_id, question_content, questions_of
 from vlm_sft.data.content_digest import content_digest
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.record_formats import RawRecord
 from vlm_sft.data.records import open_raw_records, open_records
-from vlm_sft.errors import RecordError
+from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.progress import track
 
 
@@ -54,20 +62,20 @@ def read_table(config: SelectConfig) -> RecordTable:
     Of records with the same content only the first is usable.
 
     Raises:
-        UserError: A file as a whole cannot be read.
+        UserError: A file as a whole cannot be read, samples are of other questions, or two records
+            would get the same id.
     """
     samples = None if config.samples is None else read_samples(config.samples)
     teacher = None if config.teacher_samples is None else read_samples(config.teacher_samples)
     table, seen = RecordTable(), {""}
     names = ("answer_words", "turns", "consistency", "solved", "teacher")
     rows: dict[str, list[float]] = {name: [] for name in names}
-    times: dict[str, int] = {}
+    times: Counter[str] = Counter()
+    asked = hashlib.sha256()
     total = open_records(config.data_file()).total
     for record, category in track(conversations(config), total, f"reading {config.path}"):
         identifier = record.id if isinstance(record, Conversation) else record.record_id
-        times[identifier] = times.get(identifier, 0) + 1
-        repeat = "" if times[identifier] == 1 else f"#{times[identifier]}"
-        table.ids.append(f"{identifier}{repeat}")
+        table.ids.append(numbered_id(identifier, times))
         table.categories.append(category)
         digest = content_digest(record) if isinstance(record, Conversation) else ""
         problem = "" if isinstance(record, Conversation) else record.reason
@@ -76,27 +84,37 @@ def read_table(config: SelectConfig) -> RecordTable:
         seen.add(digest)
         values = dict.fromkeys(names, np.nan)
         if isinstance(record, Conversation):
-            values |= _measured(record, table.ids[-1], samples, teacher)
+            questions = questions_of(replace(record, id=table.ids[-1]))
+            for question in questions:
+                asked.update(question_content(question))
+            values |= _measured(record, questions, samples, teacher)
         for name, value in values.items():
             rows[name].append(value)
+    for drawn in filter(None, (samples, teacher)):
+        require_same_questions(drawn, config.path, asked.hexdigest())
+    twice = Counter(table.ids).most_common(1)
+    if twice and twice[0][1] > 1:
+        raise UserError(
+            f"{config.path}: two records would get the id {twice[0][0]!r}: an id ends in the "
+            "suffix #2 that a repeated id gets; change that id"
+        )
     table.columns = {name: np.array(values, np.float64) for name, values in rows.items()}
     return table
 
 
 def _measured(
     record: Conversation,
-    name: str,
-    samples: dict[str, list[str]] | None,
-    teacher: dict[str, list[str]] | None,
+    questions: Sequence[Question],
+    samples: Samples | None,
+    teacher: Samples | None,
 ) -> dict[str, float]:
     answers = [turn.text for turn in record.turns if turn.role == "assistant" and turn.supervised]
     found: dict[str, float] = {
         "answer_words": float(sum(len(text.split()) for text in answers)),
         "turns": float(len(answers)),
     }
-    named = replace(record, id=name)
-    if samples is not None and (agreed := agreement(named, samples)) is not None:
+    if samples is not None and (agreed := agreement(questions, samples)) is not None:
         found["consistency"], found["solved"] = agreed
-    if teacher is not None and (agreed := agreement(named, teacher)) is not None:
+    if teacher is not None and (agreed := agreement(questions, teacher)) is not None:
         found["teacher"] = agreed[1]
     return found

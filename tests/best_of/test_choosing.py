@@ -9,9 +9,9 @@ import pytest
 from tests.data_tools.coco_files import write_coco
 from tests.data_tools.teacher_server import Act, Received, say, served
 from vlm_sft.best_of.choosing import Choice, choose
-from vlm_sft.best_of.drawing import Sample
 from vlm_sft.best_of.graders import Candidate, Grade, grade_exact, is_right, judge_grader
 from vlm_sft.best_of.questions import Question, read_questions
+from vlm_sft.best_of.sample_lines import Sample
 from vlm_sft.config.schema import DataFile
 from vlm_sft.evaluation.judges.asking import JudgeOptions
 

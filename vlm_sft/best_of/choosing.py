@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_sft.best_of.drawing import Sample
 from vlm_sft.best_of.graders import Candidate, Grade, Grader
 from vlm_sft.best_of.questions import Question
+from vlm_sft.best_of.sample_lines import Sample
 
 Outcome = Literal["kept", "none_acceptable", "not_asked"]
 

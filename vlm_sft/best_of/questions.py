@@ -45,9 +45,9 @@ def read_questions(file: DataFile) -> tuple[list[Question], Counter[str]]:
     for record in track(records.conversations, records.total, f"reading {file.path}"):
         if isinstance(record, RecordError):
             left_out[record.reason] += 1
+            numbered_id(record.record_id, seen)
             continue
-        seen[record.id] += 1
-        name = record.id if seen[record.id] == 1 else f"{record.id}#{seen[record.id]}"
+        name = numbered_id(record.id, seen)
         questions += questions_of(replace(record, id=name))
     twice = Counter(question.id for question in questions).most_common(1)
     if twice and twice[0][1] > 1:
@@ -62,6 +62,12 @@ def read_questions(file: DataFile) -> tuple[list[Question], Counter[str]]:
             code="no_records",
         )
     return questions, left_out
+
+
+def numbered_id(identifier: str, seen: Counter[str]) -> str:
+    """Return a record's id, with the suffix `#2` at its second time; `seen` counts them."""
+    seen[identifier] += 1
+    return identifier if seen[identifier] == 1 else f"{identifier}#{seen[identifier]}"
 
 
 def questions_of(record: Conversation) -> list[Question]:

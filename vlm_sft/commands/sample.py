@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from vlm_sft.best_of.choosing import Choice, choose
-from vlm_sft.best_of.drawing import SAMPLES, Sample, draw_samples
+from vlm_sft.best_of.drawing import draw_samples
 from vlm_sft.best_of.graders import Grader, grade_exact, judge_grader, length_grader
 from vlm_sft.best_of.questions import (
     Question,
@@ -24,6 +24,7 @@ from vlm_sft.best_of.questions import (
     questions_digest,
     read_questions,
 )
+from vlm_sft.best_of.sample_lines import SAMPLES, Sample
 from vlm_sft.checkpoint.base_models import parse_bases
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.preferences import PreferencePair, trl_row

@@ -83,6 +83,21 @@ def test_a_share_in_the_middle_of_a_column_is_kept() -> None:
     assert Counter(found.reasons) == {"": 5, "loss too low": 3, "loss too high": 3}
 
 
+def test_records_without_a_finite_score_are_in_neither_part() -> None:
+    inf = float("inf")
+    loss = np.array([inf, 3.0, nan, 2.0, -inf, 1.0])
+    for seed in range(5):
+        found = decide(
+            table([1.0] * 6, columns={"loss": loss}),
+            config(model="m", rank_by="loss", keep={"loss": [None, 2]}, size=2, seed=seed),
+        )
+        assert found.selected.tolist() == [3, 5]
+        assert found.reasons == [
+            "loss infinite", "loss too high", "loss unknown", "", "loss infinite", "",
+        ]  # fmt: skip
+        assert set(found.random) <= {1, 3, 5} and len(found.random) == 2
+
+
 def test_presets_are_defaults_and_what_cannot_be_computed_is_refused() -> None:
     chosen = config(preset="ifd", model="m", keep={"ifd": [0.2, 0.9]})
     assert (chosen.rank_by, chosen.keep) == ("ifd", {"ifd": [0.2, 0.9]})
@@ -91,6 +106,7 @@ def test_presets_are_defaults_and_what_cannot_be_computed_is_refused() -> None:
         ({"preset": "s1", "model": "m"}, "needs `samples`"),
         ({"rank_by": "weak_loss"}, "weak_model"),
         ({"diversity": "k_center"}, "for embeddings"),
+        ({"keep": {"answer_words": [5, 1]}}, "least value 5 is above 1"),
     ):
         with pytest.raises((UserError, ValueError), match=message):
             config(**settings)

@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from data_tools.select.__main__ import main
+from vlm_sft.best_of.questions import questions_digest, read_questions
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.records import read_records
@@ -90,19 +91,95 @@ def test_a_kill_loses_no_score_that_was_written(
     assert calls[3:] == calls[2:3] + calls[4:] and [len(c) for c in calls] == [2, 2, 2, 2, 1]
 
 
-def test_samples_tell_what_is_solved(select: Path) -> None:
+def drawn_for(data: Path, folder: Path) -> Path:
+    """A folder as `vlm-sft sample` writes it: samples of the first two records of a data file."""
+    questions = read_questions(DataFile(path=str(data), image_root=str(TINY)))[0]
     samples = [
-        {"id": f"{name}/{turn}", "sample": n, "text": text, "ended": True}
+        {"id": f"{name}/{turn}", "sample": n, "text": text, "tokens": 2, "ended": True}
         for name in ("red-circle-0", "red-circle-1")
         for turn, right in ((1, "red"), (2, "circle"))
         for n, text in enumerate([right, right if name.endswith("0") else "none"])
     ]
-    path = select.parent / "samples.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    folder.mkdir()
+    settings = {"data": {"path": str(data), "questions": questions_digest(questions)}}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return folder / "samples.jsonl"
+
+
+def test_samples_tell_what_is_solved(select: Path) -> None:
+    path = drawn_for(select.parent / "data.json", select.parent / "drawn")
     assert main([str(select), f"samples={path}", 'keep={"solved": [0, 0.9]}', "size=1"]) == 0
     rows = parquet.read_table(select.parent / "out" / "scores.parquet").to_pylist()
     assert [row["solved"] for row in rows[:3]] == [1.0, 0.5, None]
     assert [row["why_not"] for row in rows[:3]] == ["solved too high", "", "solved unknown"]
+    assert [row["random"] for row in rows].index(True) in (0, 1)
+
+
+def test_samples_of_other_questions_and_damaged_ones_are_refused(select: Path) -> None:
+    data = select.parent / "data.json"
+    path = drawn_for(data, select.parent / "drawn")
+    lines, records = path.read_text(), data.read_text()
+    foreign = json.dumps({"id": "x", "sample": 0, "text": "", "tokens": 0, "ended": False}) + "\n"
+    for text, message in (
+        (lines + lines.splitlines(keepends=True)[0], "jsonl:9: .*twice"),
+        (lines + foreign, "unknown question 'x'"),
+        (lines.replace('"red"', "null", 1), "jsonl:1: .*'text'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            main([str(select), f"samples={path}"])
+    path.write_text(lines)
+    data.write_text(records.replace('"red"', '"crimson"'))
+    with pytest.raises(UserError, match="differ from"):
+        main([str(select), f"teacher_samples={path}"])
+    data.write_text(records)
+    (path.parent / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"no settings\.json"):
+        main([str(select), f"samples={path}"])
+
+
+def test_a_selection_that_fails_leaves_no_report_of_another_one(
+    select: Path, full_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = select.parent / "out"
+    assert main([str(select), "size=3"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    suite, train = select.parent / "suite.yaml", select.parent / "train.yaml"
+    suite.write_text("tasks: {}")
+    config = (ROOT / "configs" / "tiny" / "stage2.yaml").read_text()
+    train.write_text(config.replace("runs/tiny/stage1/final", str(full_run / "final")))
+    control = ["--train-control", str(train), "--held-out", str(suite)]
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="tasks"):
+        main([str(select), "size=4", *control])
+    with pytest.raises(UserError, match=r"no record is selected .*too low 7"):
+        main([str(select), 'keep={"answer_words": [1000, null]}'])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    probe = {"id": 1, "image": "red-circle-2.png", "question": "Color?", "answer": "red"}
+    (select.parent / "probes.json").write_text(json.dumps([probe]))
+    task = {"name": "color", "kind": "gqa", "files": [str(select.parent / "probes.json")],
+            "images": str(TINY / "images")}  # fmt: skip
+    suite.write_text(json.dumps({"tasks": [task]}))
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_tools.select.control.train_control", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(select), "size=4", *control])
+    assert json.loads((out / "selection.json").read_text())["selected"] == 4
+
+
+def test_two_records_with_one_id_are_refused(select: Path) -> None:
+    data = select.parent / "data.json"
+    records = json.loads(data.read_text())
+    for record, name in zip(records, ("x", "x#2", "x"), strict=False):
+        record["id"] = name
+    data.write_text(json.dumps(records))
+    with pytest.raises(UserError, match="two records would get the id 'x#2'"):
+        main([str(select), "size=3"])
 
 
 @pytest.mark.slow
