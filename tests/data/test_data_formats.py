@@ -1,7 +1,9 @@
 """Tables, imagefolders, caption folders and VQA files become the same conversations."""
 
+import errno
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -241,7 +243,7 @@ def test_a_quote_without_an_end_and_another_encoding_stop_the_file(tmp_path):
     assert error.reason == "not_utf8"
 
 
-def test_a_forgotten_quote_never_swallows_a_row(tmp_path, caplog):
+def test_a_forgotten_quote_never_swallows_a_row(tmp_path, capsys):
     head, end = "image,question,answer\na.png,q,a\n", "\ne.png,q,a\n"
     rows = 'b.png,"q?,yes\nc.png,q,a\nd.png,q,"no"'
     error = refusal(write(tmp_path / "a.csv", head + rows + end))
@@ -269,10 +271,9 @@ def test_a_forgotten_quote_never_swallows_a_row(tmp_path, caplog):
     both = "image,question,answer,images\n"
     names = ColumnNames(image="image")
     good(write(tmp_path / "b.csv", both + 'a.png,"q","x, y\nz",b.png\n'), columns=names)
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert not capsys.readouterr().err
     good(write(tmp_path / "c.csv", 'question,answer\nq,"x\nf(1,2)\n"\n'))
-    (warned,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert "1 rows have a cell with a line that could be a row" in warned.getMessage()
+    assert "1 rows have a cell with a line that could be a row" in capsys.readouterr().err
 
 
 def test_other_line_ends_and_headers_of_other_programs(tmp_path):
@@ -320,6 +321,43 @@ def test_a_folder_of_captions_reports_whatever_has_no_partner(tmp_path):
     (lone,) = (r for r in found if isinstance(r, RecordError) and r.record_id == "lone")
     assert f"searched {tmp_path}/lone.jpg" in str(lone)
     assert "found 1 images and 0 captions" in str(refusal(image(tmp_path / "c" / "x.png").parent))
+
+
+def test_linked_and_unreadable_subfolders_of_captions_are_accounted_for(
+    tmp_path, monkeypatch, capsys
+):
+    for name in ("set/real/a", "other/b", "set/closed/c"):
+        write(tmp_path / f"{name}.txt", name)
+        image(tmp_path / f"{name}.png")
+    folder = tmp_path / "set"
+    for link, target in (("linked", "other"), ("again", "set/real"), ("up", "set")):
+        (folder / link).symlink_to(tmp_path / target)
+    assert [r.id for r in good(folder)] == ["closed/c", "real/a"]
+    assert "3 linked subfolders are left out, e.g. 'again'; set `follow" in capsys.readouterr().err
+    found = good(folder, follow_symlinks=True)
+    assert [r.id for r in found] == ["closed/c", "linked/b", "real/a"]
+    assert found[1].images == (folder / "linked" / "b.png",)
+    assert "2 linked subfolders are left out, e.g. 'again'; their" in capsys.readouterr().err
+
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert reasons(read(folder)) == {"closed": "data_file_unreadable"}
+    assert "the folder '.' cannot be read" in str(refusal(folder / "closed", format="captions"))
+
+
+def test_images_that_no_row_of_an_imagefolder_names_are_counted(tmp_path, capsys):
+    for name in ("a.png", "more/b.png", "c.png", "d.png"):
+        image(tmp_path / name)
+    rows = "file_name,text\n./a.png,A\nmore/b.png,B\na.png,A\n"
+    write(tmp_path / "metadata.csv", rows)
+    assert reasons(read(tmp_path)) == {"line-4": "repeated_row"}
+    assert "2 images are in no row of its metadata" in capsys.readouterr().err
 
 
 def test_vqa_questions_and_annotations_are_joined_and_leftovers_reported(tmp_path):

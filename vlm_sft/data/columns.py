@@ -7,6 +7,7 @@ in the configuration (`columns`) or recognized by the names in `NAMES`.
 import difflib
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -262,7 +263,10 @@ def _turns(raw: RawRecord, column: str) -> list[Any]:
 
 def _refuse_repeated(raw: RawRecord, columns: Columns, seen: dict[bytes, str]) -> None:
     """Refuse a row whose parts, apart from the id, are those of an earlier row."""
-    parts = [raw.value.get(column) for part, column in columns.used().items() if part != "id"]
+    cells = {part: raw.value.get(column) for part, column in columns.used().items()}
+    if isinstance(cells.get("image"), str):
+        cells["image"] = os.path.normpath(cells["image"])
+    parts = [value for part, value in cells.items() if part != "id"]
     digest = hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=12).digest()
     earlier = seen.setdefault(digest, raw.where)
     if earlier != raw.where:

@@ -1,10 +1,8 @@
 """Read rows of CSV and TSV files."""
 
 import csv
-import functools
 import io
 import itertools
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +11,11 @@ from typing import Final, Literal
 from vlm_sft.data.columns import is_image_name
 from vlm_sft.data.record_formats import MAX_RECORD_BYTES, RawRecord, RawRecords
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.filesystem import warn_once
 from vlm_sft.utils.reading import open_regular
 
 _DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _EXCEL_LINE: Final = re.compile(r'"?sep=([,;|\t])"?\r?\n?')
-
-logger = logging.getLogger(__name__)
 
 
 def open_csv(path: Path) -> RawRecords:
@@ -126,7 +123,7 @@ def _rows(
             doubtful.append(where)
         yield RawRecord(dict(zip(header, cells, strict=True)), where, fallback_id)
     if doubtful:
-        _warn_once(
+        warn_once(
             f"{path}: {len(doubtful):,} rows have a cell with a line that could be a row of its "
             f"own, the first at {doubtful[0]}; if a quote is missing there, these rows are lost"
         )
@@ -174,12 +171,6 @@ def _swallowed(
         if number and is_whole and all(part and part == part.lstrip() for part in parts):
             found = "possible"
     return found
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    """Log a warning unless this process has; a command opens its files several times."""
-    logger.warning(line)
 
 
 def _kept(lines: Iterator[str], kept: list[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import codecs
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO, Any, Final, cast, get_args
 
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.caption_folder import open_caption_folder
-from vlm_sft.data.columns import find_columns, is_table, rows_to_records
+from vlm_sft.data.columns import find_columns, is_image_name, is_table, rows_to_records
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.csv_files import open_csv
 from vlm_sft.data.record_formats import (
@@ -25,6 +26,7 @@ from vlm_sft.data.record_formats import (
 from vlm_sft.data.vqa_files import KEYS as VQA_KEYS
 from vlm_sft.data.vqa_files import open_vqa
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.filesystem import warn_once
 from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
 from vlm_sft.utils.json_items import RawJson, comma_hint, map_file, split_list, split_object
 from vlm_sft.utils.libraries import library_call
@@ -96,7 +98,7 @@ def _without_columns(opened: RawRecords, file: DataFile) -> RawRecords:
         UserError: The columns of the header, or of the first row, cannot be found.
     """
     head = list(itertools.islice(opened.records, _ROWS_AT_ONCE))
-    rows = itertools.chain(head, opened.records)
+    rows: Iterator[RawRecord | RecordError] = itertools.chain(head, opened.records)
     values = (raw.value for raw in head if isinstance(raw, RawRecord))
     example = next((value for value in values if isinstance(value, Mapping)), {})
     has_rows_only = (
@@ -138,10 +140,32 @@ def _without_columns(opened: RawRecords, file: DataFile) -> RawRecords:
                 raise raw.error(error.reason, message) from None
         return known[keys]
 
+    if opened.is_image_folder and file.image_root is None:
+        rows = _count_unnamed(Path(file.path), rows)
     records = rows_to_records(
         rows, columns_of, file.caption_prompt, refuse_repeated=opened.is_image_folder
     )
     return replace(opened, records=records)
+
+
+def _count_unnamed(
+    folder: Path, rows: Iterator[RawRecord | RecordError]
+) -> Iterator[RawRecord | RecordError]:
+    """Yield the rows of an imagefolder, then warn of images that none of them names."""
+    named: set[str] = set()
+    for raw in rows:
+        if isinstance(raw, RawRecord) and isinstance(raw.value, Mapping):
+            for cell in raw.value.values():
+                names = cell if isinstance(cell, list) else [cell]
+                named.update(os.path.normpath(name) for name in names if is_image_name(name))
+        yield raw
+    unnamed = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.relpath(os.path.join(place, name), folder)
+            unnamed += is_image_name(name) and path not in named
+    if unnamed:
+        warn_once(f"{folder}: {unnamed:,} images are in no row of its metadata; they are not used")
 
 
 def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
@@ -152,7 +176,8 @@ def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
 
     Args:
         path: The file or folder.
-        file: Its settings, of which `format`, `annotations` and `image_name` are used.
+        file: Its settings, of which `format`, `annotations`, `image_name` and `follow_symlinks` are
+            used.
 
     Raises:
         UserError: As `open_records`; for JSON with line and column.
@@ -167,7 +192,7 @@ def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
                 _refuse_image_root(path, file)
                 _refuse_several_kinds(path, shards)
                 return _open_shards(shards)
-            return _open_folder(path, container)
+            return _open_folder(path, container, file is not None and file.follow_symlinks)
         if container in ("imagefolder", "captions") and path.exists():
             raise UserError(
                 f"{path}: a file, but format {container!r} is that of a folder; give the folder",
@@ -344,7 +369,7 @@ def _read_list(path: Path, items: Sequence[RawJson]) -> Iterator[RawRecord | Rec
 # --- tables
 
 
-def _open_folder(path: Path, container: str) -> RawRecords:
+def _open_folder(path: Path, container: str, follow_symlinks: bool) -> RawRecords:
     metadata = [path / name for name in _METADATA if (path / name).exists()]
     files = sorted(path.glob("*.parquet"))
     if container in ("imagefolder", "auto") and metadata:
@@ -371,7 +396,7 @@ def _open_folder(path: Path, container: str) -> RawRecords:
             code="data_file_unreadable",
         )
     if container == "captions":
-        return open_caption_folder(path)
+        return open_caption_folder(path, follow_symlinks=follow_symlinks)
     if (path / "dataset_dict.json").exists():
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UserError(
@@ -383,7 +408,7 @@ def _open_folder(path: Path, container: str) -> RawRecords:
         return _open_datasets_folder(path)
     if files:
         return _open_parquet(files)
-    return open_caption_folder(path)
+    return open_caption_folder(path, follow_symlinks=follow_symlinks)
 
 
 def _open_parquet(paths: list[Path]) -> RawRecords:
