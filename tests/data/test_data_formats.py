@@ -221,7 +221,16 @@ def test_columns_that_cannot_be_found_are_one_error(tmp_path, header, names, cod
 
 
 def test_every_row_of_a_table_is_a_record_or_an_error(tmp_path):
-    rows = ["a.png,fine", "b.png", ",no image", "c.png,  ", 'd.png,"x"y', "", "e.png,fine"]
+    rows = [
+        "a.png,fine",
+        "b.png",
+        ",no image",
+        "c.png,  ",
+        'd.png,"x"y',
+        "",
+        "e.png,fine",
+        "f.png,\0",
+    ]
     path = write(tmp_path / "a.csv", "image,text\n" + "\n".join(rows) + "\n")
     found = read(path)
     assert reasons(found) == {
@@ -229,6 +238,7 @@ def test_every_row_of_a_table_is_a_record_or_an_error(tmp_path):
         "line-4": "empty_cell",
         "line-5": "empty_cell",
         "line-6": "bad_row",
+        "line-9": "bad_row",
     }
     assert [r.id for r in found if isinstance(r, Conversation)] == ["line-2", "line-8"]
     assert "column 'image' is empty" in str(found[2]) and f"{path}:4" in str(found[2])
@@ -240,6 +250,8 @@ def test_a_quote_without_an_end_and_another_encoding_stop_the_file(tmp_path):
     error = refusal(write(tmp_path / "b.csv", "question,answer\na,b\nc,café\n".encode("latin-1")))
     assert error.reason == "not_utf8" and "b.csv:3: not UTF-8 (byte 0xe9" in str(error)
     error = refusal(write(tmp_path / "c.csv", "question,answer\n".encode("utf-16")))
+    assert error.reason == "not_utf8"
+    error = refusal(write(tmp_path / "d.csv", "question,answer\n".encode("utf-16-le")))
     assert error.reason == "not_utf8"
 
 
@@ -392,8 +404,12 @@ def test_images_of_openai_records_are_local_or_embedded_and_never_fetched(tmp_pa
         user = {"role": "user", "content": [{"type": "text", "text": "What?"}, *parts]}
         return json.dumps({"messages": [user, {"role": "assistant", "content": "x"}]})
 
-    lines = [record("data:image/png;base64,aGk="), record("a.png"), record("https://x.org/a.png")]
-    embedded, local, remote = read(write(tmp_path / "a.jsonl", "\n".join(lines)))
-    assert isinstance(embedded, Conversation) and embedded.images == (b"hi",)
+    urls = ["data:image/png;base64,aGk=", "a.png", "https://x.org/a.png"]
+    urls += [" DATA:IMAGE/PNG;BASE64,aGk=", "data:image/png;base64,", "data:image/png,aGk="]
+    found = read(write(tmp_path / "a.jsonl", "\n".join(map(record, urls))))
+    embedded, local, remote, upper, *broken = found
+    for data_url in (embedded, upper):
+        assert isinstance(data_url, Conversation) and data_url.images == (b"hi",)
+    assert [str(error).count("not a base64 data URL with") for error in broken] == [1, 1]
     assert isinstance(local, Conversation) and local.images == (tmp_path / "a.png",)
     assert isinstance(remote, RecordError) and "images are not downloaded" in str(remote)

@@ -37,6 +37,9 @@ def open_csv(path: Path) -> RawRecords:
             total += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
     # An upper bound without the header: the last line may not end, and cells can have line breaks.
     first_line = next(_lines(path), "")
+    if "\0" in first_line:
+        message = f"{path}:1: has NUL characters; if it is UTF-16, save the file as UTF-8"
+        raise UserError(message, code="not_utf8")
     mark = _EXCEL_LINE.fullmatch(first_line)
     skipped = 0 if mark is None else 1
     if mark is not None:
@@ -106,6 +109,10 @@ def _rows(
             break
         if not cells:
             continue  # an empty line
+        if any("\0" in cell for cell in cells):
+            message = "has a NUL character, which is no text; remove it"
+            yield from _bad_lines(path, line, skipped + reader.line_num, message)
+            continue
         if len(cells) != len(header):
             message = (
                 f"has {len(cells)} cells, but the header has {len(header)} (delimiter: "

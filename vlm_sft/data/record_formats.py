@@ -423,18 +423,21 @@ class _Reader:
         if not isinstance(value, str):
             message = f"an image must be a file's name, found {_kind(value)}"
             raise self.error("image_field", message)
-        if value.startswith("data:"):
-            return self._data_url(value)
+        if value.lstrip()[:5].lower() == "data:":
+            return self._data_url(value.strip())
         return self._path(value)
 
     def _data_url(self, url: str) -> bytes:
         head, _, body = url.partition(",")
         try:
-            if not head.endswith(";base64"):
+            content = base64.b64decode(body, validate=True)
+            if not head.lower().endswith(";base64") or not content:
                 raise ValueError
-            return base64.b64decode(body, validate=True)
+            return content
         except (ValueError, binascii.Error):
-            message = f"the image {url[:40]!r}... is not a base64 data URL"
+            message = (
+                f"the image {url[:40]!r}... is not a base64 data URL with the content of a file"
+            )
             raise self.error("image_field", message) from None
 
     def _path(self, name: str) -> Path:
