@@ -24,6 +24,7 @@ from vlm_sft.data.record_formats import RawRecord
 from vlm_sft.data.records import open_raw_records, open_records
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.progress import track
+from vlm_sft.utils.tar_index import file_size
 
 
 @dataclass
@@ -62,8 +63,8 @@ def read_table(config: SelectConfig) -> RecordTable:
     Of records with the same content only the first is usable.
 
     Raises:
-        UserError: A file as a whole cannot be read, samples are of other questions, or two records
-            would get the same id.
+        UserError: A file as a whole cannot be read, samples are of other questions, two records
+            would get the same id, or none has the category's key that was set.
     """
     samples = None if config.samples is None else read_samples(config.samples)
     teacher = None if config.teacher_samples is None else read_samples(config.teacher_samples)
@@ -78,7 +79,7 @@ def read_table(config: SelectConfig) -> RecordTable:
         table.ids.append(numbered_id(identifier, times))
         table.categories.append(category)
         digest = content_digest(record) if isinstance(record, Conversation) else ""
-        problem = "" if isinstance(record, Conversation) else record.reason
+        problem = _image_problem(record) if isinstance(record, Conversation) else record.reason
         table.problems.append(problem or ("same as an earlier one" if digest in seen else ""))
         table.digests.append(digest)
         seen.add(digest)
@@ -90,6 +91,12 @@ def read_table(config: SelectConfig) -> RecordTable:
             values |= _measured(record, questions, samples, teacher)
         for name, value in values.items():
             rows[name].append(value)
+    if "category_key" in config.model_fields_set and table.ids and not any(table.categories):
+        raise UserError(
+            f"{config.path}: no record has a text or a whole number at category_key = "
+            f"{config.category_key!r}; name a key of the records (questions in VQA's files have no "
+            "categories), or remove the setting"
+        )
     for drawn in filter(None, (samples, teacher)):
         require_same_questions(drawn, config.path, asked.hexdigest())
     twice = Counter(table.ids).most_common(1)
@@ -100,6 +107,19 @@ def read_table(config: SelectConfig) -> RecordTable:
         )
     table.columns = {name: np.array(values, np.float64) for name, values in rows.items()}
     return table
+
+
+def _image_problem(record: Conversation) -> str:
+    """Return `image_missing` if an image file, or member of a tar file, is not there; else ""."""
+    for image in record.images:
+        if isinstance(image, Path):
+            try:
+                file_size(image)
+            except FileNotFoundError:
+                return "image_missing"
+            except (OSError, UserError):
+                return "image_unreadable"
+    return ""
 
 
 def _measured(

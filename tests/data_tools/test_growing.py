@@ -137,10 +137,15 @@ def test_every_operator_is_asked_checked_and_named_in_the_receipt(tmp_path: Path
     ],
 )
 def test_what_a_misbehaving_teacher_writes_is_rejected_with_a_code(
-    tmp_path: Path, operator: str, said: dict[str, Any], code: str
+    tmp_path: Path,
+    operator: str,
+    said: dict[str, Any],
+    code: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     accepted, rejected = grown_without_export(tmp_path, turns(said), operator)
     assert accepted == [] and code in rejected[0].reasons
+    assert "0 of 1 verified now are accepted" in capsys.readouterr().out
 
 
 def grown_without_export(root: Path, text: str, operator: str) -> tuple[list[Sample], list[Sample]]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 from vlm_sft.data.conversation import Conversation, ImageSource, TextPart
+from vlm_sft.utils.image_paths import split_member
 
 
 def content_digest(record: Conversation) -> str:
@@ -25,11 +26,15 @@ def turns_content(record: Conversation) -> bytes:
 
 
 def image_content(image: ImageSource) -> bytes:
-    """Return a digest of an embedded image, or a file's name, size and modification time."""
+    """Return a digest of an embedded image, or a file's name, size and modification time.
+
+    Of a member of a tar file, size and time are those of the tar file.
+    """
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
+    inside = split_member(image)
     try:
-        state = image.stat()
+        state = (image if inside is None else inside[0]).stat()
     except OSError:
         return f"{image} missing".encode("utf-8", "surrogateescape")
     name = f"{image} {state.st_size} {state.st_mtime_ns}"

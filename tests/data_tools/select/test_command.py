@@ -1,6 +1,7 @@
 """`vlm-sft data select` from records to files, its cache, and its control."""
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from data_tools.select.__main__ import main
-from vlm_sft.best_of.questions import questions_digest, read_questions
+from vlm_sft.best_of.questions import images_digest, questions_digest, read_questions
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.records import read_records
@@ -153,7 +154,7 @@ def test_a_selection_that_fails_leaves_no_report_of_another_one(
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match="tasks"):
         main([str(select), "size=4", *control])
-    with pytest.raises(UserError, match=r"no record is selected .*too low 7"):
+    with pytest.raises(UserError, match=r"no record is selected .*too low 6, .*image_missing 1"):
         main([str(select), 'keep={"answer_words": [1000, null]}'])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -170,6 +171,27 @@ def test_a_selection_that_fails_leaves_no_report_of_another_one(
     with pytest.raises(KeyboardInterrupt):
         main([str(select), "size=4", *control])
     assert json.loads((out / "selection.json").read_text())["selected"] == 4
+
+
+def test_images_in_tar_files_count_as_files(select: Path) -> None:
+    with tarfile.open(select.parent / "images.tar", "w") as tar:
+        tar.add(TINY / "images" / "red-circle-0.png", "red.png")
+    records = [
+        {"id": name, "image": f"images.tar/{name}.png", "question": "Color?", "answer": "red"}
+        for name in ("red", "lost")
+    ]
+    (select.parent / "data.json").write_text(json.dumps(records))
+    arguments = [str(select), f"image_root={select.parent}", "size=1"]
+    assert main(arguments) == 0
+    out = select.parent / "out"
+    why = parquet.read_table(out / "scores.parquet")["why_not"].to_pylist()
+    assert why == ["", "image_missing"]
+    file = DataFile(path=str(select.parent / "data.json"), image_root=str(select.parent))
+    questions, _ = read_questions(file)
+    before = images_digest(questions)
+    with tarfile.open(select.parent / "images.tar", "a") as tar:
+        tar.add(TINY / "images" / "blue-circle-0.png", "lost.png")
+    assert images_digest(questions) != before
 
 
 def test_two_records_with_one_id_are_refused(select: Path) -> None:
@@ -211,6 +233,7 @@ def test_one_sentence_about_what_is_missing(select: Path) -> None:
         ([str(select), "--train-control", "stage2.yaml"], "--held-out"),
         ([str(select), "path=nothing.json"], "nothing.json"),
         ([str(select), "preset=ifd"], "model"),
+        ([str(select), "category_key=answer_type"], "no record has .*'answer_type'"),
         ([str(select), "samples=none.jsonl", "rank_by=solved"], "none.jsonl"),
     ):
         with pytest.raises(UserError, match=message):
