@@ -21,6 +21,7 @@ Known GPUs: {", ".join(GPUS)}."""
 EXAMPLES = """\
 examples:
   vlm-sft init --data photos/questions.csv
+  vlm-sft init --data table.csv --columns image=file,question=q,answer=a --images photos
   vlm-sft init --data questions.csv --captions captions.csv --gpu 4090 --out my --yes
   vlm-sft init --data questions.json --from-checkpoint llava-hf/llava-1.5-7b-hf --gpu a100-80 --yes
   vlm-sft init --data questions.csv --tower models/clip --llm models/qwen --gpu cpu --yes
@@ -53,6 +54,14 @@ def parser() -> CommandParser:
     add("--data", metavar="PATH", help="records of stage 2: questions and answers")
     add("--captions", metavar="PATH", help="captions for stage 1 (default: --data)")
     add("--eval", metavar="PATH", help="held-out records, for the validation loss and the suite")
+    add(
+        "--columns",
+        type=_columns,
+        default={},
+        metavar="PART=COLUMN,...",
+        help="columns of a table (--data, --eval) whose names are not recognized: "
+        "image=file,question=q,answer=a",
+    )
     add("--images", metavar="DIR", help="folder of relative image names (default: each file's)")
     add(
         "--task",
@@ -91,6 +100,14 @@ def parser() -> CommandParser:
     add("--out", type=Path, default=Path("vlm"), metavar="DIR", help="folder (default: vlm)")
     add("--yes", action="store_true", help="ask nothing: take the defaults")
     return parser
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Read `PART=COLUMN,...` into columns by part; the configuration checks the parts."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(part.strip() and column.strip() for part, _, column in pairs):
+        raise argparse.ArgumentTypeError("expected PART=COLUMN,..., e.g. image=file,text=caption")
+    return {part.strip(): column.strip() for part, _, column in pairs}
 
 
 def _require_fitting(arguments: argparse.Namespace) -> None:

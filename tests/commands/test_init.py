@@ -74,6 +74,26 @@ def test_one_file_of_questions_gives_both_stages_and_a_suite(folder, tmp_path, c
     assert error.value.reason == "not_ours"
 
 
+def test_a_table_with_other_columns_is_named_by_part(folder, tmp_path):
+    rows = (folder / "instructions.csv").read_text().split("\n", 1)[1]
+    table = folder / "own.csv"
+    table.write_text("file,q,the answer\n" + rows)
+    named = ["--data", str(table), "--columns", "image=file,question=q,answer=the answer"]
+    configs = run(folder, tmp_path / "my", *named)
+    for config in configs.values():
+        (file,) = config.data.train
+        names = file.columns
+        assert (names.image, names.question, names.answer) == ("file", "q", "the answer")
+    row = json.loads((tmp_path / "my" / "suite.jsonl").read_text().splitlines()[0])
+    assert row["question"] == "Which colour?"
+    for wrong, message in (
+        ("file", "expected PART=COLUMN"),
+        ("picture=file", "picture is no part"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(folder, tmp_path / "other", *named[:3], wrong)
+
+
 def test_captions_and_other_starts_decide_about_stage_1(folder, tmp_path):
     captions = ("--captions", str(folder / "captions.csv"))
     stage1 = run(folder, tmp_path / "a", *captions)["stage1"]

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from vlm_sft.commands.init_files import Chosen, Project, stage1_file, stage2_file, suite_file
 from vlm_sft.config.finished import resolve
 from vlm_sft.config.method import Method
-from vlm_sft.config.schema import DataFile, RunConfig, parse_config
+from vlm_sft.config.schema import ColumnNames, DataFile, RunConfig, parse_config
 from vlm_sft.config.yaml_text import parse_yaml
 from vlm_sft.data.build import load_chat_tokenizer
 from vlm_sft.data.conversation import Conversation
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, ask: Callable[[str], str] = input) -> int
                 f"{out / name} exists, and init replaces nothing; give another --out",
                 code="not_ours",
             )
-    head = _read_head(_data_file(arguments, arguments.data))
+    head = _read_head(_data_file(arguments, arguments.data, arguments.columns))
     device = _device(arguments)
     _ask_for_models(arguments, device, ask if asks else None)
     project = _project(arguments, head, device)
@@ -170,8 +170,20 @@ def _ask_for_models(
             setattr(arguments, option, value)
 
 
-def _data_file(arguments: argparse.Namespace, path: str) -> DataFile:
-    return DataFile(path=path, image_root=arguments.images)
+def _data_file(
+    arguments: argparse.Namespace, path: str, columns: Mapping[str, str] | None = None
+) -> DataFile:
+    """Return a file as the configurations will name it.
+
+    Raises:
+        UserError: `columns` has a part that no table has.
+    """
+    parts = list(ColumnNames.model_fields)
+    for part in columns or {}:
+        if part not in parts:
+            raise UserError(f"--columns: {part} is no part; expected one of {', '.join(parts)}")
+    names = ColumnNames.model_validate(columns or {})
+    return DataFile(path=path, image_root=arguments.images, columns=names)
 
 
 def _read_head(file: DataFile) -> Head:
@@ -215,6 +227,7 @@ def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Proje
         data=arguments.data,
         captions=arguments.captions,
         eval=arguments.eval,
+        columns=arguments.columns,
         images=arguments.images,
         tower=arguments.tower,
         llm=arguments.llm,
@@ -340,7 +353,7 @@ def _data_stats(
 
 def _suite_questions(arguments: argparse.Namespace, head: Head) -> list[dict[str, Any]]:
     """Return the suite's questions: the first one of each of some records, evenly chosen."""
-    file = _data_file(arguments, arguments.eval or arguments.data)
+    file = _data_file(arguments, arguments.eval or arguments.data, arguments.columns)
     records = head.records if arguments.eval is None else _read_head(file).records
     root = os.path.abspath(file.images_start_in())
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,7 @@
 """The texts of the configurations that `vlm-sft init` writes."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -17,6 +18,7 @@ class Project:
         data: Records of stage 2.
         captions: Captions of stage 1; None: `data`.
         eval: Held-out records; None: none.
+        columns: Columns of `data` and `eval` by part, where their names are not recognized.
         images: Folder of relative image names; None: that of each file.
         tower: Vision tower.
         llm: Language model.
@@ -37,6 +39,7 @@ class Project:
     data: str
     captions: str | None
     eval: str | None
+    columns: Mapping[str, str]
     images: str | None
     tower: str | None
     llm: str | None
@@ -236,6 +239,9 @@ def _file(path: str, project: Project) -> str:
     lines = f"    - path: {_text(path)}"
     if project.images is not None:
         lines += f"\n      image_root: {_text(project.images)}   # relative image names start here"
+    if project.columns and path != project.captions:
+        columns = ", ".join(f"{part}: {_text(name)}" for part, name in project.columns.items())
+        lines += f"\n      columns: {{{columns}}}"
     return lines
 
 
