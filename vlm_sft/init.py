@@ -69,7 +69,7 @@ def parser() -> CommandParser:
         help="what the suite measures: short answers, or captions (default: by the data)",
     )
     add = parser.add_argument_group("models").add_argument
-    add("--tower", metavar="NAME", help="vision tower: a folder or hub name of transformers")
+    add("--tower", metavar="NAME", help="vision tower: a folder (also of timm) or hub name")
     add("--llm", metavar="NAME", help="language model: a folder or hub name")
     add("--tokenizer", metavar="NAME", help="tokenizer, if it is not the language model's")
     add("--template", metavar="NAME", help="chat template of stage 2 (default: the tokenizer's)")

@@ -86,12 +86,23 @@ def test_a_table_with_other_columns_is_named_by_part(folder, tmp_path):
         assert (names.image, names.question, names.answer) == ("file", "q", "the answer")
     row = json.loads((tmp_path / "my" / "suite.jsonl").read_text().splitlines()[0])
     assert row["question"] == "Which colour?"
+    run(folder, tmp_path / "same", *named, "--eval", str(table))
+    assert "also trained on" in (tmp_path / "same" / "suite.yaml").read_text()
     for wrong, message in (
         ("file", "expected PART=COLUMN"),
         ("picture=file", "picture is no part"),
     ):
         with pytest.raises(UserError, match=message):
             run(folder, tmp_path / "other", *named[:3], wrong)
+
+
+def test_a_tower_of_timm_is_recognized_by_its_folder(folder, tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_efficientnet", pretrained=False)
+    timm.models.save_for_hf(model, str(tmp_path / "tower"), safe_serialization=True)
+    config = run(folder, tmp_path / "my", "--tower", str(tmp_path / "tower"))["stage1"]
+    tower = config.model.vision_tower
+    assert (tower.library, tower.feature_layers) == ("timm", [-1])
 
 
 def test_captions_and_other_starts_decide_about_stage_1(folder, tmp_path):

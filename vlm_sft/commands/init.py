@@ -33,6 +33,7 @@ from vlm_sft.planning.step_stats import plan_steps
 from vlm_sft.utils.atomic_files import write_bytes
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.progress import track
+from vlm_sft.utils.reading import read_json
 
 HEAD: Final = 2_000
 """Records that are read to recognize the task, and tokenized to plan."""
@@ -230,6 +231,7 @@ def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Proje
         columns=arguments.columns,
         images=arguments.images,
         tower=arguments.tower,
+        tower_is_timm=_is_timm(arguments.tower),
         llm=arguments.llm,
         tokenizer=arguments.tokenizer,
         template=template,
@@ -243,6 +245,12 @@ def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Proje
         gpus=arguments.gpus,
         suite_images=str(_data_file(arguments, arguments.eval or arguments.data).images_start_in()),
     )
+
+
+def _is_timm(tower: str | None) -> bool:
+    """Return whether a tower is a folder that timm saved."""
+    path = Path(tower or "") / "config.json"
+    return tower is not None and path.exists() and "pretrained_cfg" in read_json(path)
 
 
 # --- what fits
@@ -380,7 +388,7 @@ def _print_next(project: Project, stage2: Chosen, *, has_suite: bool) -> None:
             "answers. Better: captions (--captions), the projector of an earlier run "
             "(--projector), or a finished LLaVA (--from-checkpoint)"
         )
-    if project.eval is None:
+    if project.asks_training_data:
         echo(
             "note: the suite asks questions of the training data, so its scores say whether they "
             "were learned, not whether the model generalizes; give held-out records as --eval"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from vlm_sft.config.method import Method
@@ -21,6 +22,7 @@ class Project:
         columns: Columns of `data` and `eval` by part, where their names are not recognized.
         images: Folder of relative image names; None: that of each file.
         tower: Vision tower.
+        tower_is_timm: Whether it is a folder of timm.
         llm: Language model.
         tokenizer: Tokenizer; None: the language model's.
         template: Chat template of stage 2.
@@ -42,6 +44,7 @@ class Project:
     columns: Mapping[str, str]
     images: str | None
     tower: str | None
+    tower_is_timm: bool
     llm: str | None
     tokenizer: str | None
     template: str
@@ -59,6 +62,11 @@ class Project:
     def has_stage1(self) -> bool:
         """Whether the projector is trained in a stage 1."""
         return not (self.from_checkpoint or self.projector or self.start_from)
+
+    @property
+    def asks_training_data(self) -> bool:
+        """Whether the suite asks about records that are trained on."""
+        return self.eval is None or Path(self.eval).resolve() == Path(self.data).resolve()
 
     @property
     def runs(self) -> str:
@@ -188,11 +196,9 @@ def suite_file(project: Project) -> str:
     """Return the configuration of the evaluation suite."""
     final = f"{project.runs}/stage2/final"
     source = project.eval or project.data
-    warning = (
-        ""
-        if project.eval
-        else "# These records are also trained on: hold some out (init --eval).\n"
-    )
+    warning = ""
+    if project.asks_training_data:
+        warning = "# These records are also trained on: hold some out (init --eval).\n"
     if project.task == "describe":
         kind, comment = "caption", "CIDEr-D, BLEU and ROUGE-L against the record's text"
         limits = "    prompt: Describe the image.\n    max_tokens: 128\n"
@@ -252,12 +258,15 @@ def _model(project: Project, *, quantized: bool) -> str:
         return model + (f"  language_model:\n{quantization}" if quantization else "")
     assert project.tower is not None and project.llm is not None
     tokenizer = "" if project.tokenizer is None else f"    tokenizer: {_text(project.tokenizer)}\n"
+    library, layers = "transformers", "[-2]       # the layer before the last, as in LLaVA"
+    if project.tower_is_timm:
+        library, layers = "timm", "[-1]       # the last feature map"
     return f"""\
 model:
   vision_tower:
-    library: transformers
+    library: {library}
     name: {_text(project.tower)}
-    feature_layers: [-2]       # the layer before the last, as in LLaVA
+    feature_layers: {layers}
     feature_select: patch
   projector_type: mlp2x_gelu
   language_model:
