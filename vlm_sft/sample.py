@@ -106,7 +106,7 @@ def parser() -> CommandParser:
     add_template_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
-    data = "records with questions; every answer that they train on is sampled anew"
+    data = "records with questions; every supervised answer is sampled again"
     add("data", type=Path, metavar="DATA", help=data)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the samples")
     names = ["verifier", "exact", "judge", "length"]

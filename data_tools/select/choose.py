@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of the records.
+    """Which records are selected, and why the others are not.
 
     Attributes:
         reasons: Why each record is not selected; "" if it is.

@@ -1,13 +1,11 @@
 """Train on the selected and on the random records, and compare the two models."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.commands.parser import require_file, require_folder
+from vlm_sft.commands.run_module import run_module
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.reading import read_json
@@ -64,9 +62,9 @@ def train_control(folder: Path, image_root: Path, train: Path, suite: Path) -> d
         data = [{"path": str(folder / f"{part}.jsonl"), "image_root": str(image_root)}]
         echo(f"control: training on {folder / part}.jsonl")
         settings = [f"data.train={json.dumps(data)}", f"output_dir={run}"]
-        _run("vlm_sft.stage2", [str(train), *settings])
+        run_module("vlm_sft.stage2", [str(train), *settings])
         out = control / f"{part}-evaluation"
-        _run("vlm_sft.evaluate", [str(run / "final"), str(suite), "--out", str(out)])
+        run_module("vlm_sft.evaluate", [str(run / "final"), str(suite), "--out", str(out)])
         steps[part] = read_json(run / "final" / "manifest.json")["step"]
     if len(set(steps.values())) > 1:
         raise UserError(
@@ -75,10 +73,3 @@ def train_control(folder: Path, image_root: Path, train: Path, suite: Path) -> d
         )
     random, selected = (read_results(control / f"{part}-evaluation") for part in PARTS)
     return {"steps": steps["selected"], **compare_results(random, selected)}
-
-
-def _run(module: str, arguments: Sequence[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
-    if done.returncode:
-        command = " ".join(["python -m", module, *arguments])
-        raise UserError(f"stopped, because this command failed: {command}")

@@ -1,4 +1,4 @@
-"""The best sample of a question, the worse one beside it, and what becomes of all others."""
+"""The chosen and the rejected sample of a question, and the outcome of every other one."""
 
 import json
 from collections.abc import Sequence

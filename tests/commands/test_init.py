@@ -90,7 +90,7 @@ def test_a_table_with_other_columns_is_named_by_part(folder, tmp_path):
     assert "also trained on" in (tmp_path / "same" / "suite.yaml").read_text()
     for wrong, message in (
         ("file", "expected PART=COLUMN"),
-        ("picture=file", "picture is no part"),
+        ("photo=file", "photo is no part"),
     ):
         with pytest.raises(UserError, match=message):
             run(folder, tmp_path / "other", *named[:3], wrong)

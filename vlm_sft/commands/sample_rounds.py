@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from vlm_sft.best_of.graders import Grader
+from vlm_sft.commands.run_module import run_module
 from vlm_sft.commands.sample import TRAIN, run
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import UserError
@@ -57,7 +57,7 @@ def run_rounds(arguments: argparse.Namespace, verifier: Grader | None) -> int:
         files = [{"path": str(folder / "samples" / TRAIN), "image_root": found["image_root"]}]
         files += kept if arguments.keep_train_data else []
         train = [str(arguments.train), f"data.train={json.dumps(files)}"]
-        _run_module("vlm_sft.stage2", [*train, f"output_dir={folder / 'run'}"])
+        run_module("vlm_sft.stage2", [*train, f"output_dir={folder / 'run'}"])
         model = folder / "run" / "final"
         kept_share = {key: found[key] for key in ("acceptable_share", "kept_share", "pairs")}
         scores = _evaluated(arguments, model, folder)
@@ -96,7 +96,7 @@ def _evaluated(arguments: argparse.Namespace, model: Path, folder: Path) -> dict
         options += ["--template", arguments.template]
     for base in arguments.base if is_first else []:
         options += ["--base", base]
-    _run_module("vlm_sft.evaluate", [str(model), str(arguments.held_out), *options])
+    run_module("vlm_sft.evaluate", [str(model), str(arguments.held_out), *options])
     results = read_json(folder / "evaluation" / "results.json")
     scores = {}
     for name, task in results["tasks"].items():
@@ -104,15 +104,3 @@ def _evaluated(arguments: argparse.Namespace, model: Path, folder: Path) -> dict
         interval = found.get(f"{task['main']}_interval")
         scores[name] = {"score": task["main"], "value": found[task["main"]], "interval": interval}
     return {"held_out": scores}
-
-
-def _run_module(module: str, arguments: Sequence[str]) -> None:
-    """Run a command in a process of its own, so that no state of one round is left for the next.
-
-    Raises:
-        UserError: It failed; it has said why.
-    """
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
-    if done.returncode:
-        command = " ".join(["python -m", module, *arguments])
-        raise UserError(f"stopped, because this command failed: {command}", code="wrong_input")

@@ -7,6 +7,7 @@ from typing import Final
 
 from data_tools.instruct.schema import Check, Sample, Turn
 from vlm_sft.best_of.graders import final_answer, is_right
+from vlm_sft.evaluation.scores.captions import common_length
 
 NOVELTY: Final = 0.7
 """ROUGE-L from which on a question is not new (Self-Instruct, arXiv 2212.10560)."""
@@ -110,14 +111,7 @@ class GrowthChecks:
 def rouge_l(first: str, second: str) -> float:
     """Return the F1 of the longest common subsequence of words, from 0 to 1."""
     a, b = _words(first), _words(second)
-    row = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for place, other in enumerate(b, 1):
-            above = row[place]
-            row[place] = diagonal + 1 if word == other else max(above, row[place - 1])
-            diagonal = above
-    return 2 * row[-1] / (len(a) + len(b)) if a and b else 0.0
+    return 2 * common_length(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
 def _says_the_same(before: Turn | None, turn: Turn) -> bool:

@@ -262,7 +262,7 @@ def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     """Return ROUGE-L: precision and recall of the longest common subsequence, each the best one."""
     # The COCO code splits text at spaces, so that an empty caption has one empty token.
     caption = caption or [""]
-    common = [_common_length(reference or [""], caption) for reference in references]
+    common = [common_length(reference or [""], caption) for reference in references]
     precision = max(common) / len(caption)
     recall = max(
         n / len(reference or [""]) for n, reference in zip(common, references, strict=True)
@@ -273,7 +273,7 @@ def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     return (1 + weight) * precision * recall / (recall + weight * precision)
 
 
-def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
+def common_length(first: Sequence[str], second: Sequence[str]) -> int:
     """Return the length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for token in first:
