@@ -121,8 +121,11 @@ def use_feature_cache(
         return
     found = _look_up(config, model, accelerator, data)
     store, missing = found.store, found.missing
-    estimate = _estimate(config, model, data, found)
-    rank0_only(accelerator, lambda: _write_estimate(estimate, config))
+    note = Path(config.output_dir) / CACHE_ESTIMATE
+    # That of the start that filled the cache stays; it costs a forward pass of the tower.
+    if missing or not rank0_only(accelerator, note.exists):
+        estimate = _estimate(config, model, data, found)
+        rank0_only(accelerator, lambda: _write_estimate(estimate, note))
     if missing:
         rank0_only(accelerator, lambda: _prepare_filling(estimate, config.data, store))
         _run_on_all_ranks(
@@ -327,12 +330,9 @@ def token_flops(model: VisionLanguageModel, checkpointing: bool) -> float:
     return 2 * (all_weights * (2 + checkpointing) + trainable)
 
 
-def _write_estimate(estimate: CacheEstimate, config: RunConfig) -> None:
-    """Write the estimate to the run's directory; that of the start that filled the cache stays."""
-    path = Path(config.output_dir) / CACHE_ESTIMATE
-    if estimate.missing or not path.exists():
-        shares = {"tower_share": estimate.tower_share, "saved": estimate.saved}
-        write_json(path, asdict(estimate) | shares)
+def _write_estimate(estimate: CacheEstimate, path: Path) -> None:
+    shares = {"tower_share": estimate.tower_share, "saved": estimate.saved}
+    write_json(path, asdict(estimate) | shares)
 
 
 def _prepare_filling(estimate: CacheEstimate, config: DataConfig, store: FeatureStore) -> None:
