@@ -110,7 +110,7 @@ def _scored(config: "SelectConfig", folder: Path) -> "Table":
     import numpy as np
 
     from data_tools.select.choose import Table
-    from data_tools.select.model_scores import ModelScores
+    from data_tools.select.model_scores import clip_scores, model_scores
     from data_tools.select.records import conversations, read_table
     from vlm_sft.data.conversation import Conversation
 
@@ -126,7 +126,7 @@ def _scored(config: "SelectConfig", folder: Path) -> "Table":
         return (one for one, _ in conversations(config) if isinstance(one, Conversation))
 
     if config.model is not None:
-        scores = ModelScores(folder, config.model, config)
+        scores = model_scores(folder, config.model, config)
         scores.compute(records(), len(found.ids))
         wanted = config.diversity != "none" or config.merge_similar is not None
         by_model, bad, embeddings = scores.read(found.digests, with_embeddings=wanted)
@@ -137,10 +137,19 @@ def _scored(config: "SelectConfig", folder: Path) -> "Table":
         columns["ifd"] = loss / by_model["loss_alone"]
         columns["necessity"] = by_model["loss_blank"] - loss
     if config.weak_model is not None:
-        weak = ModelScores(folder, config.weak_model, config, only_loss=True)
+        weak = model_scores(folder, config.weak_model, config, only_loss=True)
         weak.compute(records(), len(found.ids))
-        columns["weak_loss"] = weak.read(found.digests, with_embeddings=False)[0]["loss"]
-    return Table(found.ids, found.categories, problems, columns, embeddings)
+        columns["weak_loss"] = weak.read(found.digests)[0]["loss"]
+    truncated = None
+    if config.clip_model is not None:
+        clip = clip_scores(folder, config.clip_model, config)
+        clip.compute(records(), len(found.ids))
+        by_clip, bad, _ = clip.read(found.digests)
+        problems = [old or bad.get(d, "") for old, d in zip(problems, found.digests, strict=True)]
+        columns["clip"] = by_clip["clip"]
+        usable = np.array([not problem for problem in problems])
+        truncated = int(np.nansum(by_clip["truncated"][usable]))
+    return Table(found.ids, found.categories, problems, columns, embeddings, truncated)
 
 
 def _write(config: "SelectConfig", folder: Path, table: "Table", decision: "Decision") -> Path:
@@ -216,6 +225,7 @@ def _report(
         "selected": len(decision.selected),
         "in_both": len(set(decision.selected.tolist()) & set(decision.random.tolist())),
         "not_selected": dict(_why_not(decision).most_common()),
+        **({} if table.truncated is None else {"clip_truncated": table.truncated}),
         "means": means,
         "categories": categories,
     }
@@ -244,6 +254,12 @@ def _finish(folder: Path, report: dict[str, Any]) -> None:
     reasons = ", ".join(f"{why} {count:,}" for why, count in report["not_selected"].items())
     echo(f"{report['selected']:,} of {report['usable']:,} usable records selected; "
          f"not selected: {reasons or 'none'}", file=sys.stdout)  # fmt: skip
+    if report.get("clip_truncated"):
+        echo(
+            f"clip: the answers of {report['clip_truncated']:,} records are longer than the "
+            "context of clip_model and were cut",
+            file=sys.stdout,
+        )
     write_owned_json(folder / "selection.json", report)
     echo(
         f"{folder / 'selected.jsonl'} and random.jsonl; images are relative to image_root "

@@ -22,6 +22,7 @@ class Table:
         problems: Why a record cannot be used; "" if it can.
         columns: Numbers by metric, NaN where there is none.
         embeddings: `[records, D]` of length 1; None if none are needed.
+        truncated: Usable records whose text was cut for `clip`; None without `clip_model`.
     """
 
     ids: list[str]
@@ -29,6 +30,7 @@ class Table:
     problems: list[str]
     columns: dict[str, NDArray[np.float64]]
     embeddings: NDArray[np.float32] | None
+    truncated: int | None = None
 
 
 @dataclass(frozen=True)

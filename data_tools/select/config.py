@@ -10,7 +10,7 @@ from vlm_sft.config.schema import DataFile, DataFormat
 
 Metric = Literal[
     "answer_words", "turns", "answer_tokens", "loss", "perplexity", "ifd", "necessity",
-    "weak_loss", "consistency", "solved", "teacher",
+    "weak_loss", "consistency", "solved", "teacher", "clip",
 ]  # fmt: skip
 """Columns that records can be ranked and limited by; docs/data-engine.md defines them."""
 
@@ -60,6 +60,8 @@ class SelectConfig(Section):
     these."""
     weak_model: NonEmptyText | None = None
     """A weaker model, for `weak_loss`."""
+    clip_model: NonEmptyText | None = None
+    """Folder or hub name of a CLIP or SigLIP model of transformers, for `clip`."""
     samples: NonEmptyText | None = None
     """`samples.jsonl` of `vlm-sft sample` on the same file, for `consistency` and `solved`."""
     teacher_samples: NonEmptyText | None = None
@@ -115,6 +117,8 @@ class SelectConfig(Section):
                 raise ValueError(f"{metric} needs `model`")
             if metric == "weak_loss" and self.weak_model is None:
                 raise ValueError("weak_loss needs `weak_model`")
+            if metric == "clip" and self.clip_model is None:
+                raise ValueError("clip needs `clip_model`")
             if metric in ("consistency", "solved") and self.samples is None:
                 raise ValueError(f"{metric} needs `samples`: vlm-sft sample writes them")
             if metric == "teacher" and self.teacher_samples is None:

@@ -1,6 +1,7 @@
 """`vlm-sft data select` from records to files, its cache, and its control."""
 
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import pytest
 from pyarrow import parquet
 
 from data_tools.select.__main__ import main
+from tests.evaluation.test_clip_scores import clip_folder
+from tests.evaluation.test_record_scores import plain_loss
 from vlm_sft.best_of.questions import images_digest, questions_digest, read_questions
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.records import read_records
 from vlm_sft.errors import UserError
+from vlm_sft.evaluation.clip_scores import ClipScore, ClipScorer
+from vlm_sft.inference.loaded_model import load_checkpoint
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "configs" / "tiny" / "data"
@@ -66,6 +71,67 @@ def test_both_parts_are_records_to_train_on_and_scores_are_computed_once(
     before = (out / "scores.parquet").read_bytes()
     assert main(arguments) == 0
     assert (out / "scores.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_the_columns_are_those_of_a_plain_loop(select: Path, full_run: Path, batching: str) -> None:
+    arguments = [str(select), f"model={full_run / 'final'}", f"batching={batching}", "size=3"]
+    assert main(arguments) == 0
+    rows = parquet.read_table(select.parent / "out" / "scores.parquet").to_pylist()
+    loaded = load_checkpoint(full_run / "final", device="cpu")
+    file = DataFile(path=str(select.parent / "data.json"), image_root=str(TINY))
+    records = [one for one in read_records(file) if isinstance(one, Conversation)]
+    for row, record in zip(rows[:3], records, strict=False):
+        own = plain_loss(loaded, record, blank=False, alone=False)
+        alone = plain_loss(loaded, record, blank=False, alone=True)
+        blank = plain_loss(loaded, record, blank=True, alone=False)
+        assert row["id"] == record.id
+        assert row["loss"] == pytest.approx(own, abs=1e-5)
+        assert row["perplexity"] == pytest.approx(math.exp(own), abs=1e-5)
+        assert row["ifd"] == pytest.approx(own / alone, abs=1e-5)
+        assert row["necessity"] == pytest.approx(blank - own, abs=1e-5)
+
+
+def test_agreement_of_images_and_texts_ranks_and_is_computed_once(
+    select: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = select.parent / "data.json"
+    records = json.loads(data.read_text())
+    records[1]["conversations"][1]["value"] += " and round" * 3  # over the context
+    records.append({"id": "text", "conversations": [
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})  # fmt: skip
+    broken = TINY.parent / "data" / "instructions.json"
+    records.append({**records[2], "id": "broken-image", "image": broken.name})
+    data.write_text(json.dumps(records))
+    model = clip_folder(tmp_path / "clip")
+    arguments = [str(select), f"clip_model={model}", "rank_by=clip", "size=2", "quotas=none"]
+    assert main(arguments) == 0
+    assert "the answers of 1 records are longer than the context" in capsys.readouterr().out
+    out = select.parent / "out"
+    rows = parquet.read_table(out / "scores.parquet").to_pylist()
+    found = [
+        one
+        for one in read_records(DataFile(path=str(data), image_root=str(TINY)))
+        if isinstance(one, Conversation)
+    ]
+    for row, record in zip(rows[:3], found, strict=False):
+        (score,) = ClipScorer(str(model), device="cpu").score([record])
+        assert isinstance(score, ClipScore) and row["clip"] == pytest.approx(score.clip, abs=1e-5)
+    assert rows[-2]["why_not"] == "clip unknown" and rows[-1]["why_not"] == "image_format"
+    best = sorted(rows[:6], key=lambda row: -row["clip"])[:2]
+    assert all(row["selected"] for row in best)
+    assert json.loads((out / "selection.json").read_text())["clip_truncated"] == 1
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(ClipScorer, "score", refuse)
+    assert main(arguments) == 0
+    with pytest.raises(ValueError, match="clip needs `clip_model`"):
+        main([str(select), "rank_by=clip"])
 
 
 def test_a_kill_loses_no_score_that_was_written(
