@@ -21,13 +21,13 @@ COPY constraints.txt ./
 ARG TORCH_INDEX=""
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
     $(grep -E '^(torch|torchvision)==' constraints.txt)
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY configs ./configs
 COPY vlm_sft ./vlm_sft
 COPY data_tools ./data_tools
 
 FROM base AS cpu
-RUN pip install --constraint constraints.txt '.[serve,scores,instruct]'
-COPY configs /opt/vlm_sft/configs
+RUN pip install --constraint constraints.txt '.[plots,tensorboard,datasets,serve,scores,instruct]'
 WORKDIR /work
 ENTRYPOINT ["vlm-sft"]
 CMD ["--help"]
@@ -35,8 +35,7 @@ CMD ["--help"]
 FROM base AS cuda
 # A C compiler: Triton compiles kernels on the machine that runs them.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install --constraint constraints.txt '.[qlora,serve,scores,instruct]'
-COPY configs /opt/vlm_sft/configs
+RUN pip install --constraint constraints.txt '.[plots,tensorboard,datasets,qlora,serve,scores,instruct]'
 WORKDIR /work
 ENTRYPOINT ["vlm-sft"]
 CMD ["--help"]

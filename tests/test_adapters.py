@@ -187,7 +187,7 @@ def test_a_missing_bitsandbytes_is_told_before_the_data_is_read(
         "find_spec",
         lambda name, *more: None if name == "bitsandbytes" else find_spec(name, *more),
     )
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[qlora\]'"):
         run("stage2", tmp_path / "out", *changes, config="stage2_qlora")
 
 

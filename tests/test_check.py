@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from vlm_sft import check
+from vlm_sft.checkpoint.run_dir import own_run_dir
 from vlm_sft.checks.results import CheckResults
 from vlm_sft.commands import check as command
-from vlm_sft.config.schema import load_config
+from vlm_sft.config.schema import dump_config, load_config
 from vlm_sft.data.build import load_chat_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,13 @@ def bad_data(tmp_path: Path, count: int) -> str:
     ]
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(records))
+    return f"data.train.0.path={path}"
+
+
+def empty_answers(tmp_path: Path, count: int) -> str:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": " "}]
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps([{"id": f"r{i}", "conversations": turns} for i in range(count)]))
     return f"data.train.0.path={path}"
 
 
@@ -61,11 +69,51 @@ def test_validation_images_in_the_training_data_are_warnings_and_fail_with_stric
 def test_all_bad_records_are_counted_and_twenty_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check.main([CONFIG, "--no-model", bad_data(tmp_path, 23)]) == 2
+    assert check.main([CONFIG, "--no-model", empty_answers(tmp_path, 23)]) == 2
     output = capsys.readouterr()
     assert output.err.count("bad record:") == 20
     assert "and 3 more bad records" in output.err
     assert "0 of 23 records can be used" in output.out
+
+
+def test_many_missing_images_are_one_sentence_with_the_folder_and_the_nearest_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    root = f"data.train.0.image_root={tmp_path / 'image'}"
+    assert check.main([CONFIG, "--no-model", bad_data(tmp_path, 23), root]) == 2
+    output = capsys.readouterr()
+    (line,) = [line for line in output.err.splitlines() if line.startswith("bad record")]
+    assert "23 of 23 records name an image that does not exist" in line
+    assert "e.g. 'gone-0.png', 'gone-1.png', 'gone-2.png'; searched in the folder" in line
+    assert f"{tmp_path / 'image'}, which does not exist; 'images' exists" in line
+    assert "more bad records" not in output.err
+
+
+def test_few_missing_images_are_told_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main([CONFIG, "--no-model", bad_data(tmp_path, 3)]) == 2
+    assert capsys.readouterr().err.count("bad record: VS201: ") == 3
+
+
+def test_a_bad_output_dir_is_said_first_and_with_another_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    started = load_config(CONFIG, [f"output_dir={run}"])
+    own_run_dir(started)
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(started))
+    (tmp_path / "run-2").mkdir()
+    given = [CONFIG, "--no-model", f"output_dir={run}", "optim.weight_decay=0.5"]
+    assert check.main(given) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("BAD output_dir: ")
+    assert f"choose another output_dir, e.g. output_dir={tmp_path / 'run-3'}" in output.err
+    rows = output.out.splitlines()
+    first = next(row for row in rows if "│" in row)
+    assert "output_dir" in first and "BAD" in first
 
 
 def test_every_bad_record_is_in_the_file_of_bad_records(

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports
+from vlm_sft.commands.parser import RUN_SETTINGS, CommandParser, add_overrides, heavy_imports
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.output_files import require_output_file
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("vlm-sft check", ABOUT, EXAMPLES, takes_settings=True)
+    parser = CommandParser("vlm-sft check", ABOUT, EXAMPLES, settings=RUN_SETTINGS)
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)

@@ -25,6 +25,7 @@ examples:
   vlm-sft init --data questions.csv --captions captions.csv --gpu 4090 --out my --yes
   vlm-sft init --data questions.json --from-checkpoint llava-hf/llava-1.5-7b-hf --gpu a100-80 --yes
   vlm-sft init --data questions.csv --tower models/clip --llm models/qwen --gpu cpu --yes
+  vlm-sft init --examples
 
 Data is a file or folder of any format in docs/data-formats.md. Without --captions, stage 1 trains
 the projector on the data itself; with --projector or --from-checkpoint there is no stage 1."""
@@ -33,6 +34,8 @@ the projector on the data itself; with --projector or --from-checkpoint there is
 def main(argv: Sequence[str]) -> int:
     """Write the configurations and print the next commands; return 0."""
     arguments = parser().read(argv)
+    if arguments.examples:
+        return _copy_examples(arguments)
     require_known(arguments.gpu)
     _require_fitting(arguments)
     from vlm_sft.commands.inputs import require_records
@@ -98,8 +101,24 @@ def parser() -> CommandParser:
     )
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("vlm"), metavar="DIR", help="folder (default: vlm)")
+    add(
+        "--examples",
+        action="store_true",
+        help="instead copy the configurations that the documentation names to ./configs",
+    )
     add("--yes", action="store_true", help="ask nothing: take the defaults")
     return parser
+
+
+def _copy_examples(arguments: argparse.Namespace) -> int:
+    defaults = vars(parser().read(["--examples"]))
+    given = [name for name, value in vars(arguments).items() if value != defaults[name]]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option}: --examples copies the examples and takes no other option")
+    from vlm_sft.commands.examples import copy_examples
+
+    return copy_examples(Path("configs"))
 
 
 def _columns(text: str) -> dict[str, str]:

@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from vlm_sft.commands.parser import CommandParser, add_overrides, heavy_imports, whole_number
+from vlm_sft.commands.parser import (
+    RUN_SETTINGS,
+    CommandParser,
+    add_overrides,
+    heavy_imports,
+    whole_number,
+)
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.schema import DataFile, DataFormat, RunConfig
 from vlm_sft.errors import UserError
 from vlm_sft.errors.codes import CODES
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
+from vlm_sft.utils.libraries import require_extra
 from vlm_sft.utils.output_files import require_output_file
 
 ABOUT = """\
@@ -61,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
         inputs.require_model_name("--tokenizer", arguments.tokenizer)
         inputs.require_template("--template", arguments.template or "auto")
     if arguments.html is not None:
+        require_extra("matplotlib", "--html")
         arguments.html = _require_page(arguments, config)
     with heavy_imports():
         from vlm_sft.commands.show import run
@@ -71,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("vlm-sft show", ABOUT, EXAMPLES, takes_settings=True)
+    parser = CommandParser("vlm-sft show", ABOUT, EXAMPLES, settings=RUN_SETTINGS)
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)
     _add_input_options(parser)

@@ -12,6 +12,7 @@ from vlm_sft.commands.parser import CommandParser, add_overrides, group_parser, 
 
 PROG: Final = "vlm-sft data"
 
+_SETTINGS: Final = "data_tools.instruct.config:InstructConfig"
 _YAML: Final = "configs/instruct/rules.yaml"
 
 
@@ -225,7 +226,7 @@ def parsers() -> dict[str, CommandParser]:
 def _parser_of(name: str, stage: Stage) -> CommandParser:
     about = f"{stage.summary[0].upper()}{stage.summary[1:]}.\n\n{stage.about}"
     examples = "\n".join(f"  {PROG} {name} {arguments}" for arguments in stage.examples)
-    parser = CommandParser(f"{PROG} {name}", about, f"examples:\n{examples}", takes_settings=True)
+    parser = CommandParser(f"{PROG} {name}", about, f"examples:\n{examples}", settings=_SETTINGS)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the YAML file of the run")
     stage.add_options(parser)
     add_overrides(parser, "images.count=100")

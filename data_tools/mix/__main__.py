@@ -66,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("vlm-sft data mix", __doc__, EXAMPLES, takes_settings=True)
+    parser = CommandParser(
+        "vlm-sft data mix", __doc__, EXAMPLES, settings="data_tools.mix.config:MixConfig"
+    )
     parser.add_argument("config", metavar="MIX.yaml", help="the sources and their shares")
     add_overrides(parser, "total=1000")
     parser.add_argument(

@@ -92,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("vlm-sft data select", __doc__, EXAMPLES, takes_settings=True)
+    parser = CommandParser(
+        "vlm-sft data select", __doc__, EXAMPLES, settings="data_tools.select.config:SelectConfig"
+    )
     add = parser.add_argument
     add("config", metavar="SELECT.yaml", help="the records, and how to select")
     add_overrides(parser, "share=0.1")

@@ -19,6 +19,7 @@ from vlm_sft.config.reference import REQUIRED, all_settings, as_text, select_set
 from vlm_sft.config.resume import flat
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import ConfigError, UserError
+from vlm_sft.errors.codes import CODES
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny" / "stage2_lora.yaml")
@@ -274,3 +275,57 @@ def test_zsh_has_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.startswith("#compdef vlm-sft\n")
     for name, about in COMMANDS.items():
         assert re.search(rf"^ *{name}:'?{re.escape(about)}", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("word", ["VS332", "vs332", "332", "missing_column", "missing-column"])
+def test_errors_shows_one_error(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["errors", word]) == 0
+    code, meaning, remedy = capsys.readouterr().out.splitlines()
+    assert code == "VS332 missing_column"
+    assert meaning == CODES["missing_column"].meaning and remedy == CODES["missing_column"].remedy
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("VS999", "CODE VS999: no such error; the codes are VS001 to VS"),
+        ("image_mising", "CODE image_mising: no such error; did you mean image_missing?"),
+    ],
+)
+def test_an_unknown_error_is_one_sentence(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["errors", word])
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--max-steps", "5"], "train.max_steps=5"),
+        (["--training.max-steps=5"], "train.max_steps=5"),
+        (["--num-train-epochs", "3"], "train.epochs=3"),
+    ],
+)
+def test_a_setting_given_as_an_option_is_told_with_its_full_name(
+    words: list[str], meant: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(f"key.path=value; did you mean {meant}?")):
+        main(["stage1", TINY, *words])
+
+
+def test_settings_of_data_commands_are_their_own() -> None:
+    with pytest.raises(UserError, match=r"did you mean output_dir=x\?"):
+        main(["data", "plan", "configs/instruct/rules.yaml", "--output-dir", "x"])
+
+
+def test_examples_are_copied_once_and_train_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "--examples"]) == 0
+    assert load_config("configs/tiny/stage1.yaml").data.train[0].path in {
+        str(path) for path in Path("configs").rglob("*.json")
+    }
+    with pytest.raises(UserError, match=r"--examples: .*configs exists"):
+        main(["init", "--examples"])
+    with pytest.raises(UserError, match=r"--gpu: --examples .* takes no other option"):
+        main(["init", "--examples", "--gpu", "cpu"])

@@ -123,6 +123,10 @@ def test_a_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> 
         (["train.max_steps:", "3"], "without spaces: train.max_steps=3"),
         (["train..max_steps=3"], "the key has an empty part"),
         (["train.max_stps=3"], "did you mean 'train.max_steps'"),
+        (["max-steps=5"], "unknown key 'max-steps'; did you mean 'train.max_steps'"),
+        (["training.max_steps=5"], "'training.max_steps'; did you mean 'train.max_steps'"),
+        (["Data.Max-Length=5"], "'Data.Max-Length'; did you mean 'data.max_length'"),
+        (["model.learning_rate=1"], "did you mean 'optim.learning_rate'"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(file: Path, overrides: list[str], message: str) -> None:

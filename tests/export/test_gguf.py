@@ -36,7 +36,7 @@ LLAMA_3_ROPE: dict[str, Any] = {
 }
 runs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None,
-    reason="xllamacpp, which runs llama.cpp, is not installed: pip install -e '.[gguf]'",
+    reason="xllamacpp, which runs llama.cpp, is not installed: pip install 'vlm-sft[gguf]'",
 )
 
 

@@ -91,7 +91,7 @@ def test_it_is_refused_by_name_where_it_cannot_run(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"needs train\.precision: bf16, found fp32"):
         require_fp8(cuda, "fp32")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[fp8\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[fp8\]'"):
         require_fp8(cuda, "bf16")
 
 

@@ -277,7 +277,7 @@ def test_without_bitsandbytes_the_error_has_the_command_that_installs_it(
         "find_spec",
         lambda name, *more: None if name == "bitsandbytes" else find_spec(name, *more),
     )
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[qlora\]'"):
         quantized()
     assert isinstance(quantized(quantization=None), VisionLanguageModel)
 

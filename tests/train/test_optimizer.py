@@ -168,7 +168,7 @@ def test_without_bitsandbytes_eight_bit_moments_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"run `pip install -e '\.\[qlora\]'`"):
+    with pytest.raises(ConfigError, match=r"run `pip install 'vlm-sft\[qlora\]'`"):
         build_optimizer({"projector": []}, config(optimizer="adamw_8bit"))
 
 

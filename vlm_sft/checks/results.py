@@ -91,8 +91,9 @@ class CheckResults:
             self.add("image layout", "good", text)
 
     def print(self) -> None:
-        """Print a table on stdout, and whether the run can start."""
-        print_lines("check", self.lines)
+        """Print a table on stdout, what is bad first, and whether the run can start."""
+        bad_first = sorted(self.lines, key=lambda line: line[1] != "bad")
+        print_lines("check", bad_first)
         echo("the run can start" if self.passed else FAILED, file=sys.stdout)
 
 

@@ -17,6 +17,7 @@ from vlm_sft.checkpoint.store import require_space
 from vlm_sft.checks.compatibility import require_compatible
 from vlm_sft.checks.data_head import record_fault
 from vlm_sft.checks.machine import check_machine
+from vlm_sft.checks.missing_images import MissingImages
 from vlm_sft.checks.output_dir import (
     check_cache_dir,
     check_disk,
@@ -88,6 +89,9 @@ def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     results = CheckResults(strict=arguments.strict)
     check_machine(config, trainable_parts(config), results)
     resumed = check_output_dir(config, results)
+    for what, level, text in results.lines:
+        if level == "bad":  # before the records are read, which can take an hour
+            echo(f"BAD {what}: {text}")
     config = check_cache_dir(config, results)
     chat_tokenizer = load_chat_tokenizer(config)
     results.add_findings(language_findings(config, chat_tokenizer))
@@ -175,11 +179,12 @@ def check_records(
     Returns:
         The number of bad records.
     """
-    total_bad, duplicates = 0, DuplicateFinder()
+    total_bad, listed_bad, duplicates = 0, 0, DuplicateFinder()
     layout = ImageLayoutCheck(chat_tokenizer.image_separator, chat_tokenizer.text_separator)
     for name, files in (("train", config.data.train), ("validation", config.data.eval)):
         for file in files:
             count, bad = 0, 0
+            missing = MissingImages(file)
             duplicates.begin(Path(file.path).name, held_out=name == "validation")
             for record, error in _faults(file, chat_tokenizer):
                 count += 1
@@ -189,15 +194,21 @@ def check_records(
                     continue
                 bad += 1
                 listed(error)
-                if total_bad + bad <= MAX_PRINTED:
+                if error.reason == "image_missing":
+                    missing.add(cast(Conversation, record), error)
+                    continue
+                listed_bad += 1
+                if listed_bad <= MAX_PRINTED:
                     echo(f"bad record: {error.code}: {error}")
+            for sentence in missing.sentences(count):
+                echo(sentence)
             total_bad += bad
             text = f"{count - bad:,} of {count:,} records can be used"
             if bad and config.data.on_error == "quarantine":
                 text += f"; the run would skip {bad:,} (data.on_error: quarantine)"
             results.add(f"{name} {Path(file.path).name}", "bad" if bad else "good", text)
-    if total_bad > MAX_PRINTED:
-        more = total_bad - MAX_PRINTED
+    if listed_bad > MAX_PRINTED:
+        more = listed_bad - MAX_PRINTED
         echo(f"... and {more:,} more bad records (--bad FILE lists all of them)")
     results.add_duplicates(duplicates)
     if chat_tokenizer.keeps_layout:

@@ -32,6 +32,7 @@ from vlm_sft.planning.report import METHOD_NAMES
 from vlm_sft.planning.step_stats import plan_steps
 from vlm_sft.utils.atomic_files import write_bytes
 from vlm_sft.utils.console import echo
+from vlm_sft.utils.libraries import install_command
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 
@@ -399,7 +400,7 @@ def _print_next(project: Project, stage2: Chosen, *, has_suite: bool) -> None:
     steps += [f"evaluate {run} {out}/suite.yaml --out {out}/evaluation"] if has_suite else []
     steps += [f"chat {run} --image IMAGE"]
     if stage2.method == "qlora":
-        echo("4-bit weights need: pip install -e '.[qlora]'")
+        echo(f"4-bit weights need: {install_command('qlora')}")
     echo("next:")
     for step in steps:
         echo(f"  vlm-sft {step}")

@@ -311,5 +311,5 @@ train:
   eval_every_steps: {every}
   eval_samples: 3
   log_every_steps: 1
-  trackers: [tensorboard]
+  trackers: []               # tensorboard, wandb, trackio, mlflow; report.html is always written
 """

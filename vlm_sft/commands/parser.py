@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import gc
 import logging
 import math
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -19,6 +21,9 @@ from vlm_sft.errors import UserError
 
 _NUMBER = re.compile(r"-\d*\.?\d+([eE][-+]?\d+)?")
 
+
+RUN_SETTINGS: Final = "vlm_sft.config.schema:RunConfig"
+"""The settings of a run."""
 
 _EXPECTED = {int: "expected a whole number", float: "expected a number"}
 """Messages that replace argparse's `invalid int value`."""
@@ -33,7 +38,8 @@ class CommandParser(argparse.ArgumentParser):
         prog: The command as the user types it, e.g. `vlm-sft stage1`.
         about: What the command does.
         examples: Text below the options.
-        takes_settings: Whether the command accepts `key.path=value` arguments.
+        settings: The section of the settings that the command accepts as `key.path=value`, as
+            `module:class`; empty if it accepts none.
         usage: Replaces the generated usage line.
     """
 
@@ -43,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
         about: str | None = None,
         examples: str | None = None,
         *,
-        takes_settings: bool = False,
+        settings: str = "",
         usage: str | None = None,
     ) -> None:
         super().__init__(
@@ -54,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.takes_settings = takes_settings
+        self.settings = settings
         self.add_argument(
             "--version",
             action="version",
@@ -117,13 +123,21 @@ class CommandParser(argparse.ArgumentParser):
     def _unknown_option(self, name: str, value: str) -> str:
         key = name.lstrip("-")
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        if self.takes_settings and (not near or "." in key):
+        if self.settings and (not near or "." in key):
+            meant = self._nearest_setting(key)
+            hint = f"; did you mean {meant}={value}?" if meant else ""
             return (
                 f"{name}: unknown option; settings of the configuration are given as "
-                f"key.path=value, e.g. {key}={value}"
+                f"key.path=value{hint}"
             )
         hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists all options"
         return f"{name}: unknown option; {hint}"
+
+    def _nearest_setting(self, key: str) -> str | None:
+        from vlm_sft.config.validation_errors import nearest_setting  # imports pydantic
+
+        module, _, name = self.settings.partition(":")
+        return nearest_setting(getattr(import_module(module), name), key)
 
 
 def _name_of(action: argparse.Action) -> str:
@@ -132,7 +146,7 @@ def _name_of(action: argparse.Action) -> str:
 
 def config_parser(prog: str, about: str, examples: str) -> CommandParser:
     """Return a parser for `CONFIG.yaml [key.path=value ...]`."""
-    parser = CommandParser(prog, about, examples, takes_settings=True)
+    parser = CommandParser(prog, about, examples, settings=RUN_SETTINGS)
     parser.add_argument(
         "config", metavar="CONFIG.yaml", help="configuration of a run, see configs/"
     )
@@ -256,6 +270,9 @@ def require_folder(option: str, path: Path) -> None:
 def heavy_imports() -> Iterator[None]:
     """Import torch and other slow libraries in this block, after arguments and files are checked.
 
+    The garbage collector rests meanwhile, and ignores afterwards what was imported: it would go
+    through a million live objects again and again, a fifth of the whole time.
+
     Ctrl-C ends the process at once. Nothing has started yet, and libraries turn a KeyboardInterrupt
     during their import into other exceptions, or ignore it.
     """
@@ -266,9 +283,15 @@ def heavy_imports() -> Iterator[None]:
     )
     if ours:
         signal.signal(signal.SIGINT, exit_at_once)
+    first = gc.isenabled() and "torch" not in sys.modules
+    if first:
+        gc.disable()
     try:
         yield
     finally:
+        if first:
+            gc.freeze()
+            gc.enable()
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _keep_bars_out_of_files()

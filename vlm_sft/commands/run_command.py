@@ -8,6 +8,7 @@ from typing import IO
 
 from vlm_sft.commands.registry import raise_on_ctrl_c
 from vlm_sft.errors import UserError, code_of, error_line
+from vlm_sft.utils.libraries import missing_extra
 from vlm_sft.utils.streams import accept_any_text
 
 
@@ -29,6 +30,12 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         code = _main_and_flush(main, arguments)
     except UserError as error:
         _print_last(error_line(error))
+        code = 2
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        _print_last(error_line(missing))
         code = 2
     except BrokenPipeError:
         _discard(sys.stdout)

@@ -3,6 +3,8 @@
 Every field of the schema carries its own resume policy: `Free`, `Explicit` or `Forbidden`.
 """
 
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,12 +123,21 @@ def _refusal(refused: Sequence[Change], where: str) -> str:
     if forbidden:
         lines.append(
             f"{', '.join(forbidden)} cannot change within a run; restore the old value, or choose "
-            "another output_dir"
+            f"another output_dir, e.g. output_dir={unused_name(where)}"
         )
     if explicit:
         flags = " ".join(f"--allow-change {key}" for key in explicit)
-        lines.append(f"to resume with the new {', '.join(explicit)}, add {flags}")
+        lines.append(
+            f"to resume with the new {', '.join(explicit)}, add {flags}; to start another run, "
+            f"choose another output_dir, e.g. output_dir={unused_name(where)}"
+        )
     return "\n".join(lines)
+
+
+def unused_name(folder: str) -> str:
+    """Return a name like that of a folder under which there is nothing yet: `runs/a-2`."""
+    names = (f"{folder.rstrip('/')}-{number}" for number in itertools.count(2))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:

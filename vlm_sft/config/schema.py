@@ -525,9 +525,11 @@ class TrainConfig(Section):
     log_every_steps: Free[Count] = 1
     """Number of steps between rows of `metrics.jsonl`. Each row is also logged to stderr; on a
     terminal a progress bar shows the newest row instead."""
-    trackers: Free[list[Tracker]] = Field(default=["tensorboard"])
+    trackers: Free[list[Tracker]] = Field(default=[])
     """Experiment trackers that get the same numbers as `metrics.jsonl`, and the generated answers
-    with their images (`docs/report.md`); `[]` for none."""
+    with their images (`docs/report.md`). Each needs its extra: `pip install
+    'vlm-sft[tensorboard]'`, or `track` for the others. `[]`: none; `report.html` is always
+    written."""
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

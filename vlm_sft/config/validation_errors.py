@@ -75,7 +75,7 @@ def in_words(section: type[BaseModel], error: ValidationError) -> str:
     sentences: list[str] = []
     for path, problem in problems:
         if problem["type"] == "extra_forbidden":
-            sentence, meant = _unknown(section, path, missing)
+            sentence, meant = _unknown(section, path, problem["input"], missing)
             sentences.append(sentence)
             missing = [other for other in missing if other != meant]
     if missing:
@@ -164,7 +164,9 @@ def _shown(value: Any) -> str:
     return shortened(repr(value), 200)
 
 
-def _unknown(section: type[BaseModel], path: Path, missing: Sequence[Path]) -> tuple[str, Path]:
+def _unknown(
+    section: type[BaseModel], path: Path, value: Any, missing: Sequence[Path]
+) -> tuple[str, Path]:
     """Return the sentence about an unknown key, and the missing key that was probably intended."""
     key, parents = str(path[-1]), path[:-1]
     absent = {str(other[-1]): other for other in missing if other[:-1] == parents}
@@ -172,6 +174,13 @@ def _unknown(section: type[BaseModel], path: Path, missing: Sequence[Path]) -> t
     if near := difflib.get_close_matches(key, absent, n=1, cutoff=0.4):
         meant = absent[near[0]]
         return f"{start}; did you mean {_dotted(meant)!r}, which is missing?", meant
+    full = path
+    while isinstance(value, Mapping) and len(value) == 1:  # an override in an unknown section
+        inner, value = next(iter(value.items()))
+        full = (*full, str(inner))
+    if (meant_path := _same_ignoring_form(section, _dotted(full))) is not None:
+        start = f"unknown key {_dotted(full)!r}"
+        return f"{start}; did you mean {meant_path!r}?", ()
     everywhere = dict(_all_paths(section, ""))
     if (meant_name := _OTHER_NAMES.get(key, key)) in everywhere:
         return f"{start}; did you mean {everywhere[meant_name]!r}?", ()
@@ -181,6 +190,38 @@ def _unknown(section: type[BaseModel], path: Path, missing: Sequence[Path]) -> t
     if near := difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8):
         return f"{start}; did you mean {everywhere[near[0]]!r}?", ()
     return f"{start}; known here: {', '.join(known)}", ()
+
+
+def nearest_setting(section: type[BaseModel], key: str) -> str | None:
+    """Return the full key of the setting that was probably meant; None if none is near.
+
+    Case, dashes for underscores and a wrong or missing section do not matter: `max-steps` and
+    `training.max_steps` are `train.max_steps`. Otherwise the last part is compared by spelling.
+    """
+    if (same := _same_ignoring_form(section, key)) is not None:
+        return same
+    everywhere = dict(_all_paths(section, ""))
+    last = _plain(key).rpartition(".")[2]
+    if (known := _OTHER_NAMES.get(last)) is not None:
+        return everywhere[known]
+    near = difflib.get_close_matches(last, everywhere, n=1, cutoff=0.8)
+    return everywhere[near[0]] if near else None
+
+
+def _same_ignoring_form(section: type[BaseModel], key: str) -> str | None:
+    """Return the setting whose last part is that of `key`, of several the one most like `key`."""
+    plain = _plain(key)
+    last = plain.rpartition(".")[2]
+    same = [path for name, path in _all_paths(section, "") if name == last and path != key]
+
+    def likeness(path: str) -> float:
+        return difflib.SequenceMatcher(None, plain, path).ratio()
+
+    return max(same, key=likeness, default=None)
+
+
+def _plain(key: str) -> str:
+    return key.replace("-", "_").lower()
 
 
 def _known_keys(section: type[BaseModel], path: Path) -> list[str]:

@@ -29,7 +29,7 @@ from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.filesystem import warn_once
 from vlm_sft.utils.image_paths import current_directory_hint, nearest_existing
 from vlm_sft.utils.json_items import RawJson, comma_hint, map_file, split_list, split_object
-from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.libraries import import_extra, library_call
 from vlm_sft.utils.reading import StrictJsonError, open_regular, parse_json, require_regular
 
 _METADATA: Final = ("metadata.csv", "metadata.jsonl")
@@ -434,8 +434,7 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 
 
 def _open_datasets_folder(path: Path) -> RawRecords:
-    import datasets
-
+    datasets = import_extra("datasets", "datasets")
     for entry in itertools.chain(path.glob("*.arrow"), path.glob("*.json")):
         require_regular(entry)
     action = "load this folder"

@@ -48,7 +48,8 @@ def require_fp8(device: torch.device, precision: str) -> None:
         raise ConfigError(f"train.fp8: needs train.precision: bf16, found {precision}")
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
-            "train.fp8: torchao is not installed; run `pip install -e '.[fp8]'`, or set it to false"
+            "train.fp8: torchao is not installed; run `pip install 'vlm-sft[fp8]'`, or set it to "
+            "false"
         )
 
 

@@ -103,7 +103,7 @@ def require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.language_model.quantization: bitsandbytes is not installed; run "
-            "`pip install -e '.[qlora]'` (or `pip install 'bitsandbytes>=0.50'`), or set it to "
+            "`pip install 'vlm-sft[qlora]'` (or `pip install 'bitsandbytes>=0.50'`), or set it to "
             "null"
         )
 

@@ -42,7 +42,7 @@ def require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
-            "`pip install -e '.[qlora]'`, or set it to adamw"
+            "`pip install 'vlm-sft[qlora]'`, or set it to adamw"
         )
 
 

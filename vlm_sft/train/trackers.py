@@ -21,7 +21,7 @@ from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import UserError, code_of
 from vlm_sft.utils.atomic_files import write_bytes
 from vlm_sft.utils.filesystem import require_writable
-from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.libraries import install_command, library_call
 from vlm_sft.utils.reading import read_text
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,10 @@ def require_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
+            extra = "tensorboard" if name == "tensorboard" else "track"
             raise UserError(
-                f"train.trackers: {name} is not installed; run `pip install {name}` or take it "
-                "off the list"
+                f"train.trackers: {name} is not installed; run `{install_command(extra)}`, or take "
+                "it off the list"
             )
 
 

@@ -4,11 +4,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, Final
 
 from vlm_sft.errors import UserError
 
 _LONGEST: Final = 300
+_EXTRAS: Final = {
+    "matplotlib": "plots",
+    "tensorboard": "tensorboard",
+    "datasets": "datasets",
+    "pandas": "instruct",
+    "datasketch": "instruct",
+    "imagehash": "instruct",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "gguf": "gguf",
+    "bitsandbytes": "qlora",
+    "torchao": "fp8",
+}
+"""The extra that installs a package, by the name that is imported."""
+
 _TERSE: Final = (KeyError, IndexError, AttributeError, AssertionError, ArithmeticError, TypeError)
 """Exceptions whose message means little without the name of their type."""
 
@@ -55,6 +71,44 @@ def installed_version(name: str) -> str:
         return "not installed"
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of this project, in any environment that has it."""
+    return f"pip install 'vlm-sft[{extra}]'"
+
+
+def require_extra(name: str, needed_for: str) -> None:
+    """Check that a package of an extra is installed, without importing it.
+
+    Args:
+        name: The package, as it is imported.
+        needed_for: The option or setting that needs it, with which the message begins.
+
+    Raises:
+        UserError: It is not installed; the message has the command that installs it.
+    """
+    if not is_installed(name):
+        raise UserError(
+            f"{needed_for}: the package {name!r} is not installed; install it with "
+            f"`{install_command(_EXTRAS[name])}`"
+        )
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    return find_spec(name) is not None
+
+
+def missing_extra(error: ModuleNotFoundError) -> UserError | None:
+    """Return the error of a command that needs a package of an extra; None for another package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return UserError(
+        f"this needs the package {package!r}, which is not installed; install it with "
+        f"`{install_command(_EXTRAS[package])}`"
+    )
+
+
 def import_extra(name: str, extra: str) -> Any:
     """Import a package that only an extra of this project installs.
 
@@ -66,5 +120,5 @@ def import_extra(name: str, extra: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"the package {name!r} cannot be imported ({error}); install it with "
-            f"`pip install -e '.[{extra}]'`"
+            f"`{install_command(extra)}`"
         ) from None

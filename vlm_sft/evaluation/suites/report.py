@@ -12,6 +12,7 @@ from vlm_sft.evaluation.suites.tasks import Task, row_id
 from vlm_sft.utils.escape import shortened
 from vlm_sft.utils.html import data_uri, render_page
 from vlm_sft.utils.image_paths import image_path
+from vlm_sft.utils.libraries import is_installed
 
 SHOWN: Final = 6
 """Right answers, and as many wrong ones, that a task's gallery shows."""
@@ -46,7 +47,7 @@ def suite_page(
         styles=["suite_report.css"],
         headline=list(_headline(results, found)),
         intervals=results["interval"],
-        plot=data_uri(_plot(found)),
+        plot=data_uri(_plot(found)) if is_installed("matplotlib") else None,
         tasks=[
             {
                 "name": result.name,

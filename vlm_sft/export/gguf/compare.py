@@ -205,7 +205,7 @@ def _failure(errors: IO[str], code: int) -> str:
     if "No module named 'xllamacpp'" in last:
         return (
             "the package 'xllamacpp', which runs llama.cpp for the comparison, is not installed; "
-            f"install it with `pip install -e '.[{EXTRA}]'`, or write the files without "
+            f"install it with `pip install 'vlm-sft[{EXTRA}]'`, or write the files without "
             "comparison: --unverified"
         )
     return f"llama.cpp cannot run the exported files: {last}"
