@@ -1,11 +1,16 @@
 """The progress line: values with units, one line per logged step without a terminal."""
 
+import io
+import itertools
 import logging
+import sys
 from typing import Any
 
 import pytest
 
+from vlm_sft.train import progress_line
 from vlm_sft.train.progress_line import ProgressLine, describe_row, format_eta
+from vlm_sft.utils.progress import track
 
 ROW: dict[str, Any] = {
     "step": 5,
@@ -41,6 +46,34 @@ def test_a_loss_that_is_not_finite_is_shown_as_such() -> None:
 )
 def test_remaining_time_is_shown_in_minutes_and_hours(seconds: float, shown: str) -> None:
     assert format_eta(seconds) == shown
+
+
+def test_steps_without_a_row_are_a_line_every_ten_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    monkeypatch.setattr(progress_line.time, "monotonic", lambda: now[0])
+    with ProgressLine(100, 0, enabled=True) as progress:
+        for step in range(1, 13):
+            now[0] = 2.0 * step
+            progress.show_step(step)
+    assert caplog.messages == ["step 5/100  ETA 3:10", "step 10/100  ETA 3:00"]
+
+
+def test_a_loop_during_training_is_a_line_below_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    seconds = itertools.count()
+    with ProgressLine(100, 0, enabled=True) as progress:
+        assert progress._bar is not None
+        seen = []
+        for item in track(range(8), 8, "validation", clock=lambda: float(next(seconds))):
+            lines = [(task.fields["name"], task.total) for task in progress._bar.tasks]
+            seen.append((item, lines[1:]))
+    assert seen[0] == (0, []) and seen[-1] == (7, [("validation", 8)])
+    assert [task.fields["name"] for task in progress._bar.tasks] == ["step"]
 
 
 def test_every_logged_step_is_a_line_on_rank_0_only(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,5 @@
 """Check that a run can use its directories, resume there, and has enough disk space."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from vlm_sft.checks.results import CheckResults
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.data.tokenize_cache import require_tokenize_cache
 from vlm_sft.train.preflight import require_unchanged
+from vlm_sft.train.run_cost import checkpoints_at_once
 from vlm_sft.utils.filesystem import free_bytes
 
 
@@ -99,9 +99,7 @@ def check_disk(
         num_bytes: Size of a checkpoint.
         results: Receives the result.
     """
-    saves = math.ceil(total_steps / config.train.save_every_steps)
-    # A new checkpoint is complete before the oldest one is deleted.
-    count = min(config.train.keep_last_checkpoints + 1, saves)
+    count = checkpoints_at_once(config.train, total_steps)
     there = len(CheckpointStore(Path(config.output_dir), {}).step_folders())
     needed, free = max(0, count - there) * num_bytes, free_bytes(place)
     text = f"{count} checkpoint(s) of about {num_bytes / 1e9:.2f} GB exist at the same time"

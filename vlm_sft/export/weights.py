@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json
+from vlm_sft.utils.progress import track
 
 INDEX: Final = "model.safetensors.index.json"
 
@@ -46,7 +47,8 @@ def released_state(stock: PreTrainedModel, vision_level: str) -> dict[str, Tenso
 def write_weights(folder: Path, state: dict[str, Tensor], max_shard_size: str) -> list[str]:
     """Write `model.safetensors`, or several files and their index; return the files' names."""
     plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-    for filename, names in plan.filename_to_tensors.items():
+    files = plan.filename_to_tensors.items()
+    for filename, names in track(files, len(files), "writing weights, files"):
         shard = {name: state[name] for name in names}
         save_file(shard, folder / filename, metadata={"format": "pt"})
     if plan.is_sharded:

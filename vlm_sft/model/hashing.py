@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from vlm_sft.utils.progress import track
+
 SAMPLES_PER_TENSOR: Final = 64
 
 
@@ -17,7 +19,8 @@ def tensors_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     It includes the quantization scales of a quantized weight.
     """
     digest = hashlib.sha256()
-    for full_name, full in sorted(named_tensors, key=lambda pair: pair[0]):
+    ordered = sorted(named_tensors, key=lambda pair: pair[0])
+    for full_name, full in track(ordered, description="hashing frozen weights"):
         for name, tensor in stored_tensors(full_name, full):
             _add(digest, name, tensor, tensor)
     return digest.hexdigest()

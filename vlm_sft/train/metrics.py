@@ -152,6 +152,10 @@ class RunMetrics:
         self._write(row)
         self._progress.show(row)
 
+    def show_step(self, step: int) -> None:
+        """Show that a step was done which is not logged."""
+        self._progress.show_step(step)
+
     def log_evaluation(
         self,
         step: int,

@@ -4,11 +4,13 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm_sft.utils.console import Console
+from vlm_sft.utils.progress import LINE_SECONDS, live_bar
 
 logger = logging.getLogger(__name__)
 
@@ -24,41 +26,59 @@ class ProgressLine:
 
     def __init__(self, total_steps: int, first_step: int, *, enabled: bool) -> None:
         self._total_steps, self._first_step = total_steps, first_step
-        self._start = time.monotonic()
+        self._start = self._shown = time.monotonic()
+        self._newest = ""
         self._enabled = enabled
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("step"),
+                TextColumn("{task.fields[name]}", markup=False),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}", markup=False),
                 console=Console(stderr=True),
                 refresh_per_second=4,
             )
-            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
+            self._task = self._bar.add_task(
+                "starting", total=total_steps, completed=first_step, name="step"
+            )
+        self._shown_bar: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            self._bar.start()
+            self._shown_bar = live_bar(self._bar)
+        self._shown_bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._shown_bar.__exit__(None, None, None)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Show a row of `metrics.jsonl`."""
         if not self._enabled:
             return
         step = int(row["step"])
-        seconds_per_step = (time.monotonic() - self._start) / max(1, step - self._first_step)
-        eta = format_eta(seconds_per_step * (self._total_steps - step))
-        text = f"{describe_row(row)}  ETA {eta}"
+        self._shown, self._newest = time.monotonic(), describe_row(row)
+        text = f"{self._newest}  ETA {self._eta(step)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
             logger.info("step %d/%d  %s", step, self._total_steps, text)
+
+    def show_step(self, step: int) -> None:
+        """Show a step that has no row: at once in a bar, in a log every ten seconds."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            text = f"{self._newest}  ETA {self._eta(step)}".strip()
+            self._bar.update(self._task, completed=step, description=text)
+        elif time.monotonic() - self._shown >= LINE_SECONDS:
+            self._shown = time.monotonic()
+            logger.info("step %d/%d  ETA %s", step, self._total_steps, self._eta(step))
+
+    def _eta(self, step: int) -> str:
+        seconds_per_step = (time.monotonic() - self._start) / max(1, step - self._first_step)
+        return format_eta(seconds_per_step * (self._total_steps - step))
 
 
 def describe_row(row: Mapping[str, Any]) -> str:

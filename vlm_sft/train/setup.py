@@ -49,6 +49,7 @@ from vlm_sft.train.optimizer import build_optimizer, checkpoint_bytes
 from vlm_sft.train.packing_check import prepare_packing
 from vlm_sft.train.preflight import report_parts
 from vlm_sft.train.run_checkpoints import RunCheckpoints
+from vlm_sft.train.run_cost import log_disk
 from vlm_sft.train.run_history import RunHistory
 from vlm_sft.train.run_log import RunLog
 from vlm_sft.train.step_loader import StepLoader
@@ -153,6 +154,14 @@ def build_trainer(
         store, model, accelerator, sharded=sharded, asynchronous=asynchronous
     )
     checkpoints.restore(total_steps)
+    if accelerator.is_main_process:
+        log_disk(
+            output_dir,
+            config.train,
+            total_steps=total_steps,
+            num_bytes=store.num_bytes,
+            there=len(store.step_folders()),
+        )
 
     # Only now: files of rows are cut at the step of the checkpoint, and the records that it
     # excludes are not loaded again.

@@ -16,6 +16,7 @@ from vlm_sft.data.loader import lost_worker_errors
 from vlm_sft.errors import UserError
 from vlm_sft.train.metrics import RunMetrics
 from vlm_sft.train.run_checkpoints import RunCheckpoints
+from vlm_sft.train.run_cost import DurationNote
 from vlm_sft.train.run_history import RunHistory
 from vlm_sft.train.signals import SignalHandler, exit_code
 from vlm_sft.train.step_loader import StepLoader
@@ -101,6 +102,7 @@ class Trainer:
         self.step = checkpoints.saved_step
         self.signals = SignalHandler()
         self._stop_agreed = self._save_agreed = False
+        self.duration = DurationNote(self.step, total_steps)
 
     def run(self) -> RunResult:
         """Train to the last step, or until a signal asks to stop; save, and check the result.
@@ -146,6 +148,10 @@ class Trainer:
             gradient, update = self.train_step(next(batches))
             if self.should_log():
                 self.metrics.log_step(self.step, self.epoch, gradient, update)
+            else:
+                self.metrics.show_step(self.step)
+            if self.accelerator.is_main_process:
+                self.duration.after_step(self.step)
             if self.should_save():
                 self.save()
             if self.should_evaluate():

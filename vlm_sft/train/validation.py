@@ -14,6 +14,7 @@ from vlm_sft.data.batch import Collator, LoadError
 from vlm_sft.data.loader import Examples, load_steps, micro_batches_of_rank
 from vlm_sft.train.compile import eager
 from vlm_sft.train.distributed import all_reduce_sum, raise_on_all_ranks
+from vlm_sft.utils.progress import track
 
 GenerateSamples = Callable[[Callable[[LoadError], None] | None], list[dict[str, Any]]]
 """Generates answers to a few validation records, as rows of `samples.jsonl`. The argument is called
@@ -204,6 +205,8 @@ def validation_loss(
     failure: Exception | None = None
     try:
         with accelerator.autocast():
+            if accelerator.is_main_process:
+                batches = track(batches, len(steps), "validation, batches")
             for (batch,) in batches:
                 output = model(batch.to(accelerator.device))
                 loss += output.loss_sum

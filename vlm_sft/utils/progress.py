@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.progress import (
@@ -22,6 +23,25 @@ DELAY_SECONDS = 2.0
 """Loops shorter than this print nothing."""
 LINE_SECONDS = 10.0
 """Where no terminal is, one plain line about this often."""
+
+
+_live: Progress | None = None
+"""The bar of a longer loop around the tracked ones; they appear below it instead of over it."""
+
+
+@contextmanager
+def live_bar(bar: Progress) -> Iterator[None]:
+    """Show a bar during the block, with a line for every loop that is tracked meanwhile.
+
+    Its first column has to show `{task.fields[name]}`.
+    """
+    global _live
+    _live = bar
+    try:
+        with bar:
+            yield
+    finally:
+        _live = None
 
 
 def track(
@@ -44,7 +64,9 @@ def track(
     """
     if total is None:
         total = len(iterable) if isinstance(iterable, Sized) else None
-    if sys.stderr.isatty():
+    if _live is not None:
+        yield from _below_bar(_live, iterable, total, description, clock)
+    elif sys.stderr.isatty():
         yield from _with_bar(iterable, total, description, clock)
     else:
         yield from _with_lines(iterable, total, description, clock)
@@ -75,6 +97,29 @@ def _with_bar(
     finally:
         if started:
             bar.stop()
+
+
+def _below_bar(
+    bar: Progress,
+    iterable: Iterable[Item],
+    total: int | None,
+    description: str,
+    clock: Callable[[], float],
+) -> Iterator[Item]:
+    task, start = None, clock()
+    try:
+        for done, item in enumerate(iterable, start=1):
+            yield item
+            elapsed = clock() - start
+            if task is None and elapsed > DELAY_SECONDS:
+                task = bar.add_task("", total=total, name=description)
+            if task is not None:
+                left = elapsed / done * max((total or 0) - done, 0)
+                text = f"{format_seconds(left)} left" if total else ""
+                bar.update(task, completed=done, description=text)
+    finally:
+        if task is not None:
+            bar.remove_task(task)
 
 
 def _with_lines(

@@ -19,6 +19,7 @@ from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.train.compile import eager
 from vlm_sft.train.distributed import raise_on_all_ranks, rank0_only
 from vlm_sft.utils.dtensor import is_sharded
+from vlm_sft.utils.progress import track
 
 
 def read_training_suite(config: RunConfig) -> tuple[SuiteConfig, list[Task]] | None:
@@ -111,7 +112,10 @@ class TrainingSuite:
         self._model.eval()
         try:
             with torch.no_grad(), self._accelerator.autocast(), eager(self._compiled):
-                for found in answer_all(self._answerer, self._batches, lambda _: False):
+                answered = answer_all(self._answerer, self._batches, lambda _: False)
+                if self._accelerator.is_main_process:
+                    answered = track(answered, len(self._batches), "answering the suite, batches")
+                for found in answered:
                     answers += found
         except Exception as error:  # raised below on every rank: the others would wait
             failure = error
