@@ -1,13 +1,16 @@
-"""A model hub on loopback: the endpoints that a push needs, and faults on request."""
+"""A hub on loopback: what pushing and reading data sets need, and faults on request."""
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 TOKEN = "hf_loopbackOnlyToken123"
 
@@ -16,7 +19,8 @@ TOKEN = "hf_loopbackOnlyToken123"
 class Hub:
     """What the hub holds, and how it answers.
 
-    `faults` gives a status for each path that contains its key.
+    `faults` gives a status for each path that contains its key. `datasets` has the files of each
+    commit of each data set, `heads` the commit of each branch (`NAME@BRANCH`).
     """
 
     url: str = ""
@@ -28,12 +32,17 @@ class Hub:
     faults: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
+    datasets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         self.asked.append((method, path))
         for part, status in self.faults.items():
             if part in path:
                 return status, {"error": f"refused: {TOKEN}"}
+        if path.startswith(("/api/datasets/", "/datasets/")):
+            return self._dataset(path.removeprefix("/api").split("/")[2:], body)
         if path == "/api/whoami-v2":
             return 200, {"name": "me", "type": "user"}
         if path == "/api/repos/create":
@@ -81,6 +90,40 @@ class Hub:
             return 200, {"id": name, "private": self.repos[name], "siblings": [], "sha": "0" * 40}
         return 404, {"error": f"the stub does not know {path}"}
 
+    def _dataset(self, parts: list[str], body: bytes) -> tuple[int, Any]:
+        name, action = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "revision"
+        revision = unquote(parts[3]) if len(parts) > 3 else "main"
+        commit = self.heads.get(f"{name}@{revision}", revision)
+        if name not in self.datasets:
+            return 404, {"error": "RepoNotFound"}
+        if commit not in self.datasets[name]:
+            return 404, {"error": "RevisionNotFound"}
+        files = self.datasets[name][commit]
+        if action == "revision":
+            siblings = [{"rfilename": path} for path in files]
+            return 200, {"id": name, "sha": commit, "private": False, "siblings": siblings}
+        if action == "resolve":
+            if name in self.gated:
+                return 403, {"error": "GatedRepo"}
+            path = unquote("/".join(parts[4:]))
+            return (200, files[path]) if path in files else (404, {"error": "EntryNotFound"})
+        asked = parse_qs(body.decode())
+        folders = {str(f) for p in files for f in PurePosixPath(p).parents if str(f) != "."}
+        below = unquote("/".join(parts[4:]))
+        found = [p for p in [*files, *folders] if p.startswith(f"{below}/" if below else "")]
+        if asked.get("recursive", ["False"])[0].lower() != "true":
+            found = [p for p in found if "/" not in p.removeprefix(f"{below}/")]
+        if action == "paths-info":
+            found = [p for p in [*files, *folders] if p in asked.get("paths", [])]
+        if action == "tree" and not found:
+            return 404, {"error": "EntryNotFound"}
+        return 200, [
+            {"type": "file", "path": p, "size": len(files[p]), "oid": _oid(files[p])}
+            if p in files
+            else {"type": "directory", "path": p, "oid": _oid(p.encode())}
+            for p in sorted(found)
+        ]
+
     def _commit(self, body: bytes) -> dict[str, Any]:
         lines = [json.loads(line) for line in body.splitlines()]
         names = []
@@ -100,6 +143,10 @@ class Hub:
         }
 
 
+def _oid(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     """Serve a hub until the block ends."""
@@ -108,14 +155,25 @@ def running_hub() -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         def _do(self) -> None:
             hub.tokens.add(self.headers.get("Authorization"))
-            body = self._body()
-            status, tree = hub.answer(self.command, self.path.partition("?")[0], body)
-            data = json.dumps(tree).encode()
+            path, _, query = self.path.partition("?")
+            status, tree = hub.answer(self.command, path, self._body() or query.encode())
+            data = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
+            headers = {"Content-Type": "application/json"}
+            if isinstance(tree, bytes):
+                headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": self.path.split("/")[5]}
+                if (asked := self.headers.get("Range", "")).startswith("bytes="):
+                    first, _, last = asked.removeprefix("bytes=").partition("-")
+                    end = min(int(last or len(data)), len(data) - 1)
+                    headers["Content-Range"] = f"bytes {first}-{end}/{len(data)}"
+                    status, data = 206, data[int(first) : end + 1]
+            elif status >= 400 and self.path.startswith(("/api/datasets", "/datasets")):
+                headers["X-Error-Code"] = tree["error"]
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
+            for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":

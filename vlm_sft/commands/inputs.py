@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 from vlm_sft.checkpoint.format import require_checkpoint
 from vlm_sft.config.finished import resolve
 from vlm_sft.config.finished_files import is_hub_name
+from vlm_sft.config.hub_address import HubAddress, is_hub_address
 from vlm_sft.config.resume import changes_between
 from vlm_sft.config.schema import (
     DataFile,
@@ -129,7 +130,7 @@ def _require_tower(tower: VisionTowerConfig) -> None:
 
 
 def _require_data(file: DataFile) -> None:
-    if not Path(file.path).exists():
+    if not is_hub_address(file.path) and not Path(file.path).exists():
         open_raw_records(Path(file.path))  # raises its own sentence
     if file.annotations is not None:
         require_records("annotations", file.annotations)
@@ -139,9 +140,14 @@ def require_records(option: str, path: str) -> None:
     """Refuse a file of records that an option names and that does not exist.
 
     Raises:
-        UserError: Names the option and the absolute path.
+        UserError: Names the option and the absolute path, or what is wrong with a hub address.
     """
-    if not Path(path).exists():
+    if is_hub_address(path):
+        try:
+            HubAddress.parse(path)
+        except ValueError as error:
+            raise UserError(f"{option}: {error}", code="hub_dataset") from None
+    elif not Path(path).exists():
         raise UserError(
             f"{option} {path}: no such data file (looked for {_absolute(path)})",
             code="data_file_missing",

@@ -22,11 +22,13 @@ from vlm_sft.checkpoint.run_dir import (
 from vlm_sft.checkpoint.store import CheckpointStore
 from vlm_sft.checks.compatibility import require_compatible
 from vlm_sft.checks.data_head import check_data_head
+from vlm_sft.config.hub_address import is_hub_address
 from vlm_sft.config.method import Stage, trainable_parts
 from vlm_sft.config.resume import diff_lines, flat
-from vlm_sft.config.schema import RunConfig
+from vlm_sft.config.schema import RunConfig, load_stored_config
 from vlm_sft.data.build import load_chat_tokenizer, load_data
 from vlm_sft.data.feature_store import require_feature_cache
+from vlm_sft.data.hub_datasets import fetch, pinned
 from vlm_sft.evaluation.suites.in_training import TrainingSuite, read_training_suite
 from vlm_sft.export.obstacles import export_obstacles, summarize_obstacles
 from vlm_sft.inference.samples import SampleGenerator
@@ -82,6 +84,7 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
         )
         rank0_only(accelerator, lambda: own_run_dir(config))
         with locked(output_dir, enabled=accelerator.is_main_process):
+            config = rank0_only(accelerator, lambda: with_commits(config))
             finished = rank0_only(accelerator, lambda: find_finished(config, allowed))
             if finished is not None:
                 log_already_finished(config, finished)
@@ -95,6 +98,20 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
             close_trackers_and_report(accelerator, output_dir)
     log_result(result)
     return result
+
+
+def with_commits(config: RunConfig) -> RunConfig:
+    """Return a configuration whose data sets of the hub have their commits, that of the run's
+    first start if there was one.
+
+    Raises:
+        UserError: As `pinned`.
+    """
+    files = [*config.data.train, *config.data.eval]
+    if not any(is_hub_address(file.path) for file in files):
+        return config
+    stored = Path(config.output_dir) / "config.yaml"
+    return pinned(config, load_stored_config(stored) if stored.is_file() else None)
 
 
 @contextmanager
@@ -117,6 +134,7 @@ def train(
     """
     output_dir, trainable = Path(config.output_dir), trainable_parts(config, stage)
     rank0_only(accelerator, lambda: require_directories(config))
+    rank0_only(accelerator, lambda: fetch(config))
     sharding = choose_sharding(config, trainable, world_size=accelerator.num_processes)
     if config.train.fp8:
         require_fp8(accelerator.device, config.train.precision)

@@ -29,6 +29,7 @@ from vlm_sft.config.fields import (
     NonNegative,
     Positive,
 )
+from vlm_sft.config.hub_address import HubAddress, is_hub_address
 from vlm_sft.config.loading import Section
 from vlm_sft.config.renamed import refuse_renamed, translate_renamed
 from vlm_sft.errors import ConfigError, UserError
@@ -270,8 +271,12 @@ class DataFile(Section):
     """A file or directory of records; `docs/data-formats.md` shows every format."""
 
     path: Explicit[NonEmptyText]
-    """The file or directory. A resumed run may find the same records in another place; their
-    content must not change."""
+    """The file or directory, or a data set of the hub
+    (`hf://datasets/OWNER/NAME@REVISION?config=CONFIG&split=SPLIT`). A resumed run may find the same
+    records in another place; their content must not change."""
+    streaming: Forbidden[bool] = False
+    """Read a data set of the hub once, record by record, into tar shards, which needs no Arrow copy
+    of it and goes on after an interruption."""
     format: Forbidden[DataFormat] = "auto"
     """Format of the records (`llava`, `messages`, `alpaca`, `table`), or of the file or directory
     (`imagefolder`; `captions`: images with a text file each; `vqa`; `shards`: tar files in
@@ -292,10 +297,34 @@ class DataFile(Section):
     weight: Forbidden[Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]] = 1.0
     """How often each record is used per epoch: 2 means twice, 0.5 means in every other epoch."""
 
+    @field_validator("path")
+    @classmethod
+    def _address(cls, path: str) -> str:
+        if is_hub_address(path):
+            HubAddress.parse(path)
+        return path
+
+    @model_validator(mode="after")
+    def _streaming_from_the_hub(self) -> "DataFile":
+        if is_hub_address(self.path):
+            if self.format in ("imagefolder", "captions", "vqa", "shards"):
+                raise ValueError(
+                    f"format {self.format!r} is of files and folders; a data set of the hub has "
+                    "rows, so leave `format` out"
+                )
+        elif self.streaming:
+            raise ValueError("`streaming` is for data sets of the hub (hf://datasets/...)")
+        return self
+
     def images_start_in(self) -> Path:
-        """Return the directory that relative image names start from."""
+        """Return the directory that relative image names start from.
+
+        Image names in data sets of the hub start from the current directory.
+        """
         if self.image_root is not None:
             return Path(self.image_root)
+        if is_hub_address(self.path):
+            return Path.cwd()
         path = Path(self.path)
         return path if path.is_dir() else path.parent
 

@@ -170,7 +170,7 @@ class SupervisedDataset(Dataset[Example]):
         prefixes: dict[bytes, int] = {}
         for file in files:
             records, digest, num_before = open_records(file), hashlib.sha256(), len(self)
-            image_root = str(file.images_start_in())
+            image_root = str(records.image_root)
             description = f"reading {Path(file.path).name}"
             tracked = track(records.conversations, records.total, description)
             for result in record_filter.filter_all(tracked):

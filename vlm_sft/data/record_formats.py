@@ -117,6 +117,7 @@ class RawRecords:
         columns: Where the parts of a row are, if the kind of file determines it.
         is_image_folder: Whether the file describes the images of a folder: every row has an image,
             and none repeats another.
+        image_root: Folder that image names start from, if it is not that of the configuration.
     """
 
     total: int
@@ -124,6 +125,7 @@ class RawRecords:
     header: Sequence[str] | None = None
     columns: Columns | None = None
     is_image_folder: bool = False
+    image_root: Path | None = None
 
 
 def parse_record(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final, cast, get_args
 
+from vlm_sft.config.hub_address import is_hub_address
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.caption_folder import open_caption_folder
 from vlm_sft.data.columns import find_columns, is_image_name, is_table, rows_to_records
@@ -46,10 +47,12 @@ class Records:
         total: The number of records, or an upper bound of it; for progress bars.
         conversations: A conversation per usable record, an error per other record. Can be
             iterated once.
+        image_root: Folder that image names start from.
     """
 
     total: int
     conversations: Iterator[Conversation | RecordError]
+    image_root: Path
 
 
 def open_records(file: DataFile) -> Records:
@@ -65,10 +68,9 @@ def open_records(file: DataFile) -> Records:
     Raises:
         UserError: The file as a whole cannot be read: missing, damaged or of no known kind.
     """
-    raw_records, image_root = open_raw_records(Path(file.path), file), file.images_start_in()
-    form = cast(Form, file.format) if file.format in get_args(Form) else None
-    if form is None:
-        raw_records = _without_columns(raw_records, file)
+    raw_records = open_record_values(file)
+    image_root = raw_records.image_root or file.images_start_in()
+    form = _form(file)
 
     def conversations() -> Iterator[Conversation | RecordError]:
         for raw in raw_records.records:
@@ -80,12 +82,26 @@ def open_records(file: DataFile) -> Records:
             except RecordError as error:
                 yield error
 
-    return Records(raw_records.total, conversations())
+    return Records(raw_records.total, conversations(), image_root)
 
 
 def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
     """Return `open_records(file).conversations`."""
     return open_records(file).conversations
+
+
+def open_record_values(file: DataFile) -> RawRecords:
+    """Open the records before they are conversations: rows of tables as records in messages format.
+
+    Raises:
+        UserError: As `open_records`.
+    """
+    opened = open_raw_records(Path(file.path), file)
+    return opened if _form(file) is not None else _without_columns(opened, file)
+
+
+def _form(file: DataFile) -> Form | None:
+    return cast(Form, file.format) if file.format in get_args(Form) else None
 
 
 def _without_columns(opened: RawRecords, file: DataFile) -> RawRecords:
@@ -175,13 +191,17 @@ def open_raw_records(path: Path, file: DataFile | None = None) -> RawRecords:
     answers.
 
     Args:
-        path: The file or folder.
+        path: The file or folder; not used if `file` is a data set of the hub.
         file: Its settings, of which `format`, `annotations`, `image_name` and `follow_symlinks` are
             used.
 
     Raises:
         UserError: As `open_records`; for JSON with line and column.
     """
+    if file is not None and is_hub_address(file.path):
+        from vlm_sft.data.hub_datasets import open_hub
+
+        return open_hub(file)
     container = "auto" if file is None else file.format
     annotations = None if file is None or file.annotations is None else Path(file.annotations)
     image_name = None if file is None else file.image_name

@@ -477,6 +477,12 @@ ALL: Final = (
         "An image has no caption or two, a caption no image, or a question no answer.",
         "Add the file or entry that is missing, or remove the one that is left.",
     ),
+    ErrorCode(
+        338,
+        "hub_dataset",
+        "A data set of the hub is not there, not accessible, or has no such config or split.",
+        "Check the address (`hf://datasets/OWNER/NAME`), HF_TOKEN and the network.",
+    ),
     # --- Model, training and memory
     ErrorCode(
         401,
