@@ -1,6 +1,7 @@
 """Divide records into training and held-out ones, so that no image is in both.
 
-Writes train.json and held_out.json (the records as they are, in their order) and split.json (how
+Reads every format that training reads. Writes train.json and held_out.json (the records as they
+are, in their order; rows of tables, captions and VQA questions as messages) and split.json (how
 many there are, and why). Images are equal by path, by COCO id, by file content or by perceptual
 hash, also over several steps; all records of equal images, and text-only records with the same
 words, go to the same side. The side depends on the records and the seed, not on their order.
@@ -20,9 +21,11 @@ from vlm_sft.commands.parser import (
     whole_number,
 )
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.errors import UserError
 
 EXAMPLES: Final = """examples:
   vlm-sft data split --records mine.json --images images --out split --held-out 0.05
+  vlm-sft data split --records photos/captions.csv --images photos --out split --held-out 0.1
   vlm-sft data split --records a.json b.jsonl --images images --out split --held-out 500 --seed 1
 """
 
@@ -30,11 +33,16 @@ EXAMPLES: Final = """examples:
 def main(argv: Sequence[str]) -> int:
     """Write the two files and their counts; return the exit code."""
     arguments = parser().read(argv)
-    for path in arguments.records:
-        require_file("--records", path)
     require_folder("--images", arguments.images)
+    if arguments.annotations is not None:
+        require_file("--annotations", arguments.annotations)
+        if len(arguments.records) != 1:
+            raise UserError("--annotations: are of one file of questions; give one --records")
     with heavy_imports():
         from data_tools.rules.split import write_split
+        from vlm_sft.commands.inputs import require_records
+    for path in arguments.records:
+        require_records("--records", path)
     write_split(arguments)
     return 0
 
@@ -45,12 +53,15 @@ def parser() -> CommandParser:
     add = parser.add_argument
     add(
         "--records",
-        type=Path,
         nargs="+",
         required=True,
-        metavar="FILE",
-        help="records in a format that the trainer reads",
+        metavar="PATH",
+        help="files or folders that training reads, or hf://datasets/OWNER/NAME",
     )
+    answers = "VQA: the file with the answers to the questions of --records"
+    add("--annotations", type=Path, metavar="FILE", help=answers)
+    name = "VQA: name of the image of an image_id, e.g. {image_id}.jpg"
+    add("--image-name", metavar="TEXT", help=name)
     add("--images", type=Path, required=True, metavar="DIR", help="their image_root")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add(

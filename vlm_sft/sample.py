@@ -49,16 +49,15 @@ def main(argv: Sequence[str]) -> int:
     """Sample, choose and write; return the exit code."""
     arguments = parser().read(argv)
     _require_fitting(arguments)
-    if arguments.data.is_dir():
-        require_folder("DATA", arguments.data)
-    else:
-        require_file("DATA", arguments.data)
+    from vlm_sft.commands.inputs import require_model_source, require_records
+
+    require_records("DATA", arguments.data)
+    if arguments.answers is not None:
+        require_file("--answers", arguments.answers)
     if arguments.images is not None:
         require_folder("--images", arguments.images)
     for path in [*arguments.annotations, *filter(None, (arguments.train, arguments.held_out))]:
         require_file("--annotations, --train and --held-out:", path)
-    from vlm_sft.commands.inputs import require_model_source
-
     require_model_source(arguments.checkpoint)
     verifier = _verifier(arguments)
     with heavy_imports():
@@ -106,8 +105,8 @@ def parser() -> CommandParser:
     add_template_option(parser)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
-    data = "records with questions; every supervised answer is sampled again"
-    add("data", type=Path, metavar="DATA", help=data)
+    data = "records that training reads, or hf://datasets/...; every answer is sampled again"
+    add("data", metavar="DATA", help=data)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the samples")
     names = ["verifier", "exact", "judge", "length"]
     add("--score", choices=names, required=True, help="how samples are graded, see below")
@@ -123,6 +122,10 @@ def parser() -> CommandParser:
     add("--seed", type=whole_number(0), default=0, metavar="N", help="seed (default: 0)")
     folder = "folder of the image names in DATA (default: that of DATA)"
     add("--images", type=Path, metavar="DIR", help=folder)
+    answers = "VQA: the file with the answers to the questions of DATA"
+    add("--answers", type=Path, metavar="FILE", help=answers)
+    name = "VQA: name of the image of an image_id, e.g. {image_id}.jpg"
+    add("--image-name", metavar="TEXT", help=name)
     links = "allow symbolic links that leave --images"
     add("--follow-symlinks", action="store_true", help=links)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")

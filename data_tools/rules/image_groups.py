@@ -15,6 +15,7 @@ from data_tools.instruct.contamination import coco_id
 from data_tools.trained_images import HASH_DISTANCE
 from vlm_sft.data.conversation import ImageSource
 from vlm_sft.utils.progress import track
+from vlm_sft.utils.tar_index import read_member
 
 
 class ImageGroups:
@@ -60,14 +61,16 @@ class ImageGroups:
             return node
         if (number := coco_id(image)) is not None:
             self._join(node, self._node("COCO id", number))
-        if not image.is_file():
+        inside = _member(image)
+        if inside is None and not image.is_file():
             self.counts.update(images=1, missing=1)
             return node
         before = len(self._parents)
-        same = self._node("content", file_digest(image))
+        digest = file_digest(image) if inside is None else hashlib.sha256(inside).hexdigest()
+        same = self._node("content", digest)
         self._join(node, same)
         if same == before:
-            self._open(same, image)
+            self._open(same, image if inside is None else inside)
         else:
             self.counts["images"] += 1
         return node
@@ -111,3 +114,11 @@ class ImageGroups:
     def _join(self, first: int, second: int) -> None:
         low, high = sorted((self._root(first), self._root(second)))
         self._parents[high] = low
+
+
+def _member(image: Path) -> bytes | None:
+    """Return an image inside a tar file; None if it is not in one, or missing there."""
+    try:
+        return read_member(image)
+    except FileNotFoundError:
+        return None

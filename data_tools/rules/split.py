@@ -18,10 +18,11 @@ from data_tools.digests import hashed
 from data_tools.mix.read import content_digest
 from data_tools.records import JsonList
 from data_tools.rules.image_groups import ImageGroups
+from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.record_formats import RawRecord, parse_record
 from vlm_sft.data.record_writer import data_url
-from vlm_sft.data.records import open_raw_records
+from vlm_sft.data.records import open_record_values
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.console import echo
 from vlm_sft.utils.owned_files import own_output, owned_open, write_owned_json
@@ -64,11 +65,10 @@ def write_split(arguments: argparse.Namespace) -> None:
             replaced that the command did not write.
     """
     out, images = arguments.out, arguments.images
-    own_output(
-        out, KIND, FILES, inputs=arguments.records, image_roots=[images],
-        overwrite=arguments.overwrite,
-    )  # fmt: skip
-    found = _read(arguments.records, images, stop=arguments.bad_records == "error")
+    inputs = [*arguments.records, *filter(None, [arguments.annotations])]
+    own_output(out, KIND, FILES, inputs=inputs, image_roots=[images], overwrite=arguments.overwrite)
+    files = [_data_file(path, arguments) for path in arguments.records]
+    found = _read(files, images, stop=arguments.bad_records == "error")
     if found.groups.counts["images"] and _num_compared(found) == 0:
         raise UserError(
             f"--images {images}: not one of the {found.groups.counts['images']:,} images of the "
@@ -92,7 +92,7 @@ def write_split(arguments: argparse.Namespace) -> None:
         )
     sides = np.zeros(len(found.usable), np.uint8)
     sides[np.frombuffer(found.usable, bool)] = np.where(held_out, _HELD_OUT, _TRAIN)
-    written = _write(arguments.records, out, sides)
+    written = _write(files, out, sides)
     summary = _summary(arguments, found, groups, held_out, wanted)
     if written != {_TRAIN: total - number, _HELD_OUT: number}:
         raise RuntimeError(f"{written} records were written, expected {summary['records']}")
@@ -127,7 +127,21 @@ def choose_held_out(
     return chosen[which]
 
 
-def _read(files: list[Path], images: Path, *, stop: bool) -> _Found:
+def _data_file(path: str, arguments: argparse.Namespace) -> DataFile:
+    """Return one of `--records` as a training configuration has it.
+
+    Raises:
+        UserError: Its images are not in `--images`, but inside shards.
+    """
+    annotations = None if arguments.annotations is None else str(arguments.annotations)
+    file = DataFile(path=path, annotations=annotations, image_name=arguments.image_name)
+    # Shards refuse an image_root; of an imagefolder it would say that no image is in the folder.
+    if os.path.realpath(file.images_start_in()) == os.path.realpath(arguments.images):
+        return file
+    return file.model_copy(update={"image_root": str(arguments.images)})
+
+
+def _read(files: list[DataFile], images: Path, *, stop: bool) -> _Found:
     """Read all records once, and open each of their images."""
     found = _Found()
     for raw in _raw_records(files, "comparing the images of"):
@@ -151,7 +165,7 @@ def _read(files: list[Path], images: Path, *, stop: bool) -> _Found:
     return found
 
 
-def _write(files: list[Path], out: Path, sides: NDArray[np.uint8]) -> dict[int, int]:
+def _write(files: list[DataFile], out: Path, sides: NDArray[np.uint8]) -> dict[int, int]:
     """Write each record to its side, in a second reading; return the numbers written."""
     written = {_TRAIN: 0, _HELD_OUT: 0}
     read = 0
@@ -171,10 +185,10 @@ def _write(files: list[Path], out: Path, sides: NDArray[np.uint8]) -> dict[int, 
     return written
 
 
-def _raw_records(files: list[Path], doing: str) -> Iterator[RawRecord | RecordError]:
-    for path in files:
-        raw = open_raw_records(path)
-        yield from track(raw.records, raw.total, f"{doing} {path.name}")
+def _raw_records(files: list[DataFile], doing: str) -> Iterator[RawRecord | RecordError]:
+    for file in files:
+        raw = open_record_values(file)
+        yield from track(raw.records, raw.total, f"{doing} {Path(file.path).name}")
 
 
 def _parsed(raw: RawRecord | RecordError, images: Path) -> Conversation | RecordError:
@@ -187,7 +201,7 @@ def _parsed(raw: RawRecord | RecordError, images: Path) -> Conversation | Record
 
 
 def _as_json(raw: RawRecord) -> dict[str, Any]:
-    """Return the record as it was read; images in a table become data URLs."""
+    """Return the record as it was read, a row as messages; embedded images become data URLs."""
 
     def convert(value: Any) -> str:
         if isinstance(value, bytes):
@@ -204,8 +218,8 @@ def _as_json(raw: RawRecord) -> dict[str, Any]:
     return found
 
 
-def _changed(files: list[Path]) -> UserError:
-    names = ", ".join(map(str, files))
+def _changed(files: list[DataFile]) -> UserError:
+    names = ", ".join(file.path for file in files)
     return UserError(f"{names}: changed while they were read; split again", code="data_changed")
 
 

@@ -43,15 +43,18 @@ def main(argv: Sequence[str]) -> int:
             require_file(f"--{option.replace('_', '-')}", path)
 
     from data_tools.select.config import SelectConfig
+    from vlm_sft.commands.inputs import require_records
     from vlm_sft.config import loading as settings
     from vlm_sft.utils.console import echo
     from vlm_sft.utils.owned_files import own_output, write_owned_json
 
     config = settings.load(SelectConfig, arguments.config, arguments.overrides)
-    if not Path(config.path).exists():
-        raise UserError(f"{config.path}: no such file or folder", code="data_file_missing")
+    require_records("path", config.path)
+    if config.annotations is not None:
+        require_records("annotations", config.annotations)
     folder = Path(config.output_dir)
-    inputs = [arguments.config, config.path, config.samples, config.teacher_samples]
+    inputs = [arguments.config, config.path, config.annotations, config.samples]
+    inputs.append(config.teacher_samples)
     own_output(
         folder, KIND, OUTPUTS, inputs=[name for name in inputs if name],
         image_roots=[config.data_file().images_start_in()], overwrite=arguments.overwrite,

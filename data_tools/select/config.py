@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from vlm_sft.config.fields import NonEmptyText
 from vlm_sft.config.loading import Section
-from vlm_sft.config.schema import DataFile, DataFormat
+from vlm_sft.config.schema import ColumnNames, DataFile, DataFormat
 
 Metric = Literal[
     "answer_words", "turns", "answer_tokens", "loss", "perplexity", "ifd", "necessity",
@@ -42,9 +42,17 @@ class SelectConfig(Section):
     output_dir: NonEmptyText
     """Directory of the scores, of the selected and of the random records."""
     path: NonEmptyText
-    """The file or directory of records."""
+    """The file or directory of records, or hf://datasets/OWNER/NAME, as in a training
+    configuration."""
     format: DataFormat = "auto"
     """Format of the records or of the file, as in a training configuration. `auto` recognizes
+    it."""
+    columns: ColumnNames = ColumnNames()
+    """Columns of a table that are not recognized by their names."""
+    annotations: NonEmptyText | None = None
+    """File with the answers to the questions of `path` (`vqa`). Null: they are in `path`."""
+    image_name: NonEmptyText | None = None
+    """Name of the image of an `image_id` (`vqa`), e.g. `{image_id}.jpg`. Null: the questions name
     it."""
     image_root: NonEmptyText | None = None
     """Directory that the image names start from. Null: the directory of the file."""
@@ -73,7 +81,8 @@ class SelectConfig(Section):
     device: NonEmptyText | None = None
     """cpu, cuda, cuda:1, ... Null: cuda if available."""
     category_key: NonEmptyText = "type"
-    """Key of a record that names its category; records without it are one category."""
+    """Key of a record that names its category, of VQA e.g. `question_type` or `answer_type`;
+    records without it are one category."""
     size: Annotated[int, Field(ge=1)] | None = None
     """Records to select. Null: `share`."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -132,6 +141,9 @@ class SelectConfig(Section):
         return DataFile(
             path=self.path,
             format=self.format,
+            columns=self.columns,
+            annotations=self.annotations,
+            image_name=self.image_name,
             image_root=self.image_root,
             follow_symlinks=self.follow_symlinks,
         )

@@ -94,8 +94,7 @@ def read_table(config: SelectConfig) -> RecordTable:
     if "category_key" in config.model_fields_set and table.ids and not any(table.categories):
         raise UserError(
             f"{config.path}: no record has a text or a whole number at category_key = "
-            f"{config.category_key!r}; name a key of the records (questions in VQA's files have no "
-            "categories), or remove the setting"
+            f"{config.category_key!r}; name a key of the records, or remove the setting"
         )
     for drawn in filter(None, (samples, teacher)):
         require_same_questions(drawn, config.path, asked.hexdigest())

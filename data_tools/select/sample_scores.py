@@ -36,7 +36,7 @@ def read_samples(path: str) -> Samples:
     """Read samples, and which questions they were drawn for.
 
     Raises:
-        UserError: The file or the `settings.json` beside it is missing or not of `vlm-sft sample`,
+        UserError: The file or the `settings.json` next to it is missing or not of `vlm-sft sample`,
             or a sample is there twice.
     """
     if not Path(path).is_file():
@@ -47,7 +47,7 @@ def read_samples(path: str) -> Samples:
         named, questions = str(data["path"]), str(data["questions"])
     except (OSError, UserError, KeyError, TypeError):
         raise UserError(
-            f"{path}: there is no {SETTINGS} of `vlm-sft sample` beside it, which says what "
+            f"{path}: there is no {SETTINGS} of `vlm-sft sample` next to it, which says what "
             "questions the samples answer; name the file in the folder that the command wrote",
             code="data_file_missing",
         ) from None

@@ -136,3 +136,19 @@ def test_rounds_train_on_the_samples_and_measure_every_model(
     before = (out / "rounds.json").read_bytes()
     assert sample.main(arguments) == 0  # everything is there already
     assert (out / "rounds.json").read_bytes() == before
+
+
+def test_questions_with_separate_answers_are_sampled(
+    data: Path, tmp_path: Path, lora_run: Path
+) -> None:
+    question = {"question_id": 3, "image": "images/red-circle-0.png", "question": "Which color?"}
+    answer = {"question_id": 3, "multiple_choice_answer": "red"}
+    (tmp_path / "q.json").write_text(json.dumps({"questions": [question]}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [answer]}))
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--n", "2", "--score", "length", "--max-tokens", "4"]
+    command = [str(lora_run / "final"), str(tmp_path / "q.json"), *options]
+    with pytest.raises(UserError, match="its questions have no answers"):
+        sample.main(command)
+    assert sample.main([*command, "--answers", str(tmp_path / "a.json")]) == 0
+    assert [row["id"] for row in lines(out / "samples.jsonl")] == ["3", "3"]

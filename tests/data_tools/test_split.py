@@ -1,16 +1,24 @@
 """No image is both held out and trained on, whatever its name, format or order."""
 
+import hashlib
 import json
 import random
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from data_tools.overlap import main as overlap
 from data_tools.split import main
+from vlm_sft.config.schema import DataFile
+from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.images import read_bytes
+from vlm_sft.data.records import read_records
 from vlm_sft.errors import UserError
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
@@ -112,3 +120,59 @@ def test_bad_records_are_refused_or_counted_and_edits_are_kept(
     with pytest.raises(UserError, match="cannot hold out 1,000 of"):
         words = ["--held-out", "1000", "--bad-records", "leave_out"]
         split(given, images, tmp_path / "c", *words)
+
+
+def tables(folder: Path) -> dict[str, DataFile]:
+    """Six questions, or captions, about six images, in formats that are not records."""
+    folder.mkdir()
+    for number in range(6):
+        noise = Image.effect_noise((20, 10), 100).convert("RGB").resize((200, 100))
+        noise.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"Image {number}.")
+    rows = "".join(f"{n}.png,What is {n}?,Image {n}.\n" for n in range(6))
+    questions = [{"question_id": n, "image": f"{n}.png", "question": "What?"} for n in range(6)]
+    answers = [{"question_id": n, "multiple_choice_answer": f"Image {n}."} for n in range(6)]
+    (folder / "questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "answers.json").write_text(json.dumps({"annotations": answers}))
+    images = [(folder / f"{n}.png").read_bytes() for n in range(6)]
+    table = pyarrow.table({"image": images, "text": [f"Image {n}." for n in range(6)]})
+    parquet.write_table(table, folder / "rows.parquet")
+    (folder / "rows.csv").write_text(f"image,question,answer\n{rows}")
+    (folder / "shards").mkdir()
+    with tarfile.open(folder / "shards" / "0.tar", "w") as archive:
+        for number in range(6):
+            for ending in ("png", "txt"):
+                archive.add(folder / f"{number}.{ending}", f"{number}.{ending}")
+    file = {"annotations": str(folder / "answers.json")}
+    return {
+        "csv": DataFile(path=str(folder / "rows.csv")),
+        "parquet": DataFile(path=str(folder / "rows.parquet")),
+        "vqa": DataFile(path=str(folder / "questions.json"), **file),
+        "captions": DataFile(path=str(folder)),
+        "shards": DataFile(path=str(folder / "shards")),
+    }
+
+
+def said(file: DataFile) -> list[Any]:
+    records = list(read_records(file))
+    assert all(isinstance(record, Conversation) for record in records), records
+    return sorted(
+        (str(r.turns), str([hashlib.sha256(read_bytes(i)).hexdigest() for i in r.images]))
+        for r in records
+        if isinstance(r, Conversation)
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "vqa", "captions", "shards"])
+def test_tables_captions_questions_and_shards_are_divided_into_records(
+    kind: str, tmp_path: Path
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    file = tables(images)[kind]
+    options = ["--annotations", file.annotations] if file.annotations else []
+    root = images / "shards" if kind == "shards" else images
+    train, held_out = split(Path(file.path), root, out, *options)
+    assert len(train) in (4, 5) and len(train) + len(held_out) == 6
+    names = [str(out / "train.json"), str(out / "held_out.json")]
+    parts = [DataFile(path=name, image_root=str(root)) for name in names]
+    assert sorted(said(parts[0]) + said(parts[1])) == said(file)

@@ -65,7 +65,9 @@ def run(
             drawn before stay in the folder.
     """
     file = DataFile(
-        path=str(arguments.data),
+        path=arguments.data,
+        annotations=None if arguments.answers is None else str(arguments.answers),
+        image_name=arguments.image_name,
         image_root=None if arguments.images is None else str(arguments.images),
         follow_symlinks=arguments.follow_symlinks,
     )
@@ -78,7 +80,7 @@ def run(
     results = {
         MADE_BY: made_by("sample"),
         "checkpoint": str(checkpoint),
-        "data": str(arguments.data),
+        "data": arguments.data,
         "image_root": str(root),
         "score": arguments.score,
         "samples_per_question": arguments.n,
@@ -145,7 +147,7 @@ def _drawn(
     batches = plan(questions, arguments.n, arguments.batch_size)
     settings = {
         "data": {
-            "path": str(arguments.data),
+            "path": arguments.data,
             "images": None if arguments.images is None else str(arguments.images),
             "follow_symlinks": arguments.follow_symlinks,
             "questions": questions_digest(questions),

@@ -14,6 +14,9 @@ KEYS: Final = ("questions", "annotations")
 """A JSON object with one of these keys is a VQA file."""
 
 _COLUMNS: Final = Columns(id="question_id", image="image", question="question", answer="answer")
+CATEGORIES: Final = ("question_type", "answer_type", "type")
+"""Keys of questions and annotations that name a category; training ignores them."""
+
 _IMAGE_KEYS: Final = ("image", "file_name", "image_name", "image_path")
 
 
@@ -55,8 +58,11 @@ def open_vqa(path: Path, annotations: Path | None, image_name: str | None) -> Ra
     if entries is None and questions and not _has_answer(_value(bytes(questions[0]))):
         likely = path.with_name(path.name.replace("questions", "annotations"))
         hint = f", e.g. {likely}" if likely != path and likely.exists() else ""
-        message = f"{path}: its questions have no answers; name their file as `annotations`{hint}"
-        raise UserError(message, code="missing_column")
+        raise UserError(
+            f"{path}: its questions have no answers; name their file as `annotations` (--answers "
+            f"of `vlm-sft sample`){hint}",
+            code="missing_column",
+        )
     subtype = _value(bytes(table.get("data_subtype", b"null")))
     name = image_name or _coco_name(subtype)
     total = len(questions)
@@ -113,7 +119,10 @@ def _read(
             yield RecordError("repeated_row", message, record_id=record_id, where=where)
             continue
         seen.add(key)
-        answer = answers.pop(key, None) if entries is not None else _best_answer(question)
+        answer, categories = _best_answer(question), _categories(question)
+        if entries is not None:
+            answer, found = answers.pop(key, (None, {}))
+            categories |= found
         if answer is None:
             message = "a question without an answer; add its annotation or remove it"
             yield RecordError("unpaired", message, record_id=record_id, where=where)
@@ -123,7 +132,7 @@ def _read(
         except ValueError as error:
             yield RecordError("image_field", str(error), record_id=record_id, where=where)
             continue
-        row = {"question_id": key, "image": image, "answer": answer}
+        row = {**categories, "question_id": key, "image": image, "answer": answer}
         yield RawRecord({**row, "question": question.get("question")}, where, record_id)
     for key in answers:
         message = f"an annotation for question_id {key!r}, which has no question; remove it"
@@ -132,9 +141,9 @@ def _read(
 
 def _answers(
     place: Path, entries: list[RawJson]
-) -> tuple[dict[Any, str | None], list[RecordError]]:
-    """Return the answer of each question id, and the errors of annotations that are none."""
-    answers: dict[Any, str | None] = {}
+) -> tuple[dict[Any, tuple[str | None, dict[str, Any]]], list[RecordError]]:
+    """Return the answer and the categories of each question id, and the errors of annotations."""
+    answers: dict[Any, tuple[str | None, dict[str, Any]]] = {}
     errors = []
     for index, item in enumerate(entries):
         where, record_id = f"{place}[annotations][{index}]", f"annotation-{index}"
@@ -147,8 +156,12 @@ def _answers(
             message = f"question_id {key!r} has a second annotation; keep one"
             errors.append(RecordError("repeated_row", message, record_id=str(key), where=where))
         else:
-            answers[key] = _best_answer(entry)
+            answers[key] = _best_answer(entry), _categories(entry)
     return answers, errors
+
+
+def _categories(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in CATEGORIES if isinstance(entry.get(key), str)}
 
 
 def _has_answer(question: Any) -> bool:

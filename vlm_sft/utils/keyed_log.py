@@ -83,11 +83,11 @@ class KeyedLog(Generic[Key, Line]):
         try:
             if lock(self._descriptor, self._path, wait=False) == "held_elsewhere":
                 raise UserError(
-                    f"{folder}: another {form.kind} writes into this folder; wait for it, or give "
+                    f"{folder}: another process writes into this folder; wait for it, or give "
                     "another --out",
                     code="folder_in_use",
                 )
-            _require_same(folder / SETTINGS, settings, form.command, form.kind)
+            _require_same(folder / SETTINGS, settings, form.command)
             self.lines: dict[Key, Line] = self._read(set(planned))
         except BaseException:
             os.close(self._descriptor)
@@ -156,7 +156,7 @@ class KeyedLog(Generic[Key, Line]):
         )
 
 
-def _require_same(path: Path, settings: Mapping[str, Any], command: str, kind: str) -> None:
+def _require_same(path: Path, settings: Mapping[str, Any], command: str) -> None:
     """Write the settings of a new folder, or compare them with those that it was started with.
 
     Raises:
@@ -172,8 +172,8 @@ def _require_same(path: Path, settings: Mapping[str, Any], command: str, kind: s
         if old.get(key) != new.get(key):
             found, now = (shortened(repr(values.get(key)), 80) for values in (old, new))
             raise ConfigError(
-                f"{path.parent}: this {kind} was started with {key} = {found}, and is now "
-                f"asked for {now}; use the same settings, or give another --out",
+                f"{path.parent}: was started with {key} = {found}, and is now asked for {now}; "
+                "use the same settings, or give another --out",
                 code="settings_changed",
             )
 

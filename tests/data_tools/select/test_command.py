@@ -304,3 +304,18 @@ def test_one_sentence_about_what_is_missing(select: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)
+
+
+def test_questions_with_separate_annotations_are_selected_by_their_category(select: Path) -> None:
+    folder = select.parent
+    questions = [{"question_id": n, "image": f"images/{name}.png", "question": "What color?"}
+                 for n, name in enumerate(("red-circle-0", "blue-circle-0"))]  # fmt: skip
+    answers = [{"question_id": n, "multiple_choice_answer": f"Color {n}.", "answer_type": kind}
+               for n, kind in enumerate(("other", "number"))]  # fmt: skip
+    (folder / "questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "answers.json").write_text(json.dumps({"annotations": answers}))
+    arguments = [str(select), f"path={folder / 'questions.json'}", "category_key=answer_type",
+                 f"annotations={folder / 'answers.json'}", "share=0.5"]  # fmt: skip
+    assert main(arguments) == 0
+    report = json.loads((folder / "out" / "selection.json").read_text())
+    assert report["usable"] == 2 and set(report["categories"]) == {"other", "number"}
