@@ -1,21 +1,27 @@
 """Index tar shards, read all their records and random images, and measure time and memory.
 
     python -m scripts.benchmarks.bench_shards --records 1000000 --folder /tmp/shards
+    python -m scripts.benchmarks.bench_shards --records 1000000 --folder /tmp/arrow --arrow
 
 Every record is a caption of 60 characters and an image of `--bytes` random bytes, which is read
-and not decoded. The shards are written first, unless the folder has them.
+and not decoded. The data is written first, unless the folder has it. With `--arrow` it is a folder
+of `datasets` (`save_to_disk`), and images are read from its Arrow table.
+
+Anonymous memory is what the process holds itself; the peak is the largest of samples that are taken
+every 1,000 records. The resident size also counts pages of mapped files, which the system takes
+back when it needs them.
 """
 
 import argparse
 import io
 import os
 import random
-import resource
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
@@ -34,41 +40,78 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--bytes", type=int, default=256)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--arrow", action="store_true")
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(arguments.folder / "cache")
+    print(f"{arguments.records:,} records; at the start: {memory()}")
+    if arguments.arrow:
+        read_in_order(write_arrow(arguments.folder / "table", arguments.records, arguments.bytes))
+        return 0
     shards = write_shards(arguments.folder, arguments.records, arguments.bytes)
+    print(f"shards are written: {memory()}")
     for what in ("first time", "from the cache"):
-        start, before = time.process_time(), memory()
+        start = time.process_time()
         indices = [open_index(shard) for shard in shards]
         seconds = time.process_time() - start
         members = sum(map(len, indices))
-        grown = memory() - before
-        print(f"index, {what}: {members:,} members, {seconds:.1f} CPU s, +{grown:.0f} MB")
+        print(f"index, {what}: {members:,} members, {seconds:.1f} CPU s; {memory()}")
         del indices
         open_index.__globals__["_open_index"].cache_clear()
-    start, before, count = time.process_time(), memory(), 0
-    for record in open_records(DataFile(path=str(arguments.folder))).conversations:
-        count += isinstance(record, Conversation)
-    seconds, grown = time.process_time() - start, memory() - before
-    print(f"read in order: {count:,} records, {seconds:.1f} CPU s, +{grown:.0f} MB")
-    draw, start, before = random.Random(0), time.process_time(), memory()
+    read_in_order(arguments.folder)
+    draw, start = random.Random(0), time.process_time()
     for _ in range(RANDOM_READS):
         number = draw.randrange(arguments.records)
         read_bytes(shards[number // PER_SHARD] / f"{number:08d}.jpg")
     rate = RANDOM_READS / (time.process_time() - start)
-    print(f"random images: {rate:,.0f} per CPU s, +{memory() - before:.0f} MB")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(f"peak of the process: {peak:.0f} MB")
+    print(f"random images: {rate:,.0f} per CPU s; {memory()}")
     return 0
 
 
-def memory() -> float:
-    """Return the anonymous memory of this process in MB, which excludes mapped files."""
+def read_in_order(path: Path) -> None:
+    """Read all records of a folder, and print time and memory."""
+    start, count, peak = time.process_time(), 0, 0.0
+    for record in open_records(DataFile(path=str(path))).conversations:
+        count += isinstance(record, Conversation)
+        if count % 1000 == 0:
+            peak = max(peak, megabytes("RssAnon"))
+    seconds = time.process_time() - start
+    print(
+        f"read in order: {count:,} records, {seconds:.1f} CPU s, anonymous peak {peak:.0f} MB; "
+        f"{memory()}"
+    )
+
+
+def memory() -> str:
+    """Return the anonymous memory of this process now, and its largest resident size."""
+    return f"anonymous {megabytes('RssAnon'):.0f} MB, largest resident {megabytes('VmHWM'):.0f} MB"
+
+
+def megabytes(name: str) -> float:
+    """Return a size from the status of this process in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1000
-    raise RuntimeError("no RssAnon in /proc/self/status; run this on Linux")
+    raise RuntimeError(f"no {name} in /proc/self/status; run this on Linux")
+
+
+def write_arrow(folder: Path, records: int, num_bytes: int) -> Path:
+    """Write a folder of `datasets`, unless it exists; return it."""
+    if not folder.exists():
+        import datasets
+
+        def rows() -> Iterator[dict[str, Any]]:
+            draw = random.Random(0)
+            for number in track(range(records), description="writing rows"):
+                image = {"bytes": draw.randbytes(num_bytes), "path": None}
+                yield {"image": image, "text": f"Caption {number} " + "of a scene " * 4}
+
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        made = datasets.Dataset.from_generator(
+            rows, features=features, cache_dir=str(folder.with_name("generated"))
+        )
+        made.save_to_disk(str(folder))
+    return folder
 
 
 def write_shards(folder: Path, records: int, num_bytes: int) -> list[Path]:
