@@ -38,8 +38,13 @@ def main(argv: Sequence[str]) -> int:
         return _copy_examples(arguments)
     require_known(arguments.gpu)
     _require_fitting(arguments)
-    from vlm_sft.commands.inputs import require_records
+    from vlm_sft.commands.inputs import require_model_name, require_records, require_template
 
+    for option in ("tower", "llm", "tokenizer", "from_checkpoint"):
+        if getattr(arguments, option) is not None:
+            require_model_name(f"--{option.replace('_', '-')}", getattr(arguments, option))
+    if arguments.template is not None:
+        require_template("--template", arguments.template)
     for option in ("data", "captions", "eval"):
         if getattr(arguments, option) is not None:
             require_records(f"--{option}", getattr(arguments, option))
@@ -69,7 +74,8 @@ def parser() -> CommandParser:
     add(
         "--task",
         choices=["answer", "describe"],
-        help="what the suite measures: short answers, or captions (default: by the data)",
+        help="what the suite measures: short answers by equality, or long ones by CIDEr-D and "
+        "ROUGE-L (default: each answer by its length)",
     )
     add = parser.add_argument_group("models").add_argument
     add("--tower", metavar="NAME", help="vision tower: a folder (also of timm) or hub name")

@@ -74,6 +74,34 @@ def test_one_file_of_questions_gives_both_stages_and_a_suite(folder, tmp_path, c
     assert error.value.reason == "not_ours"
 
 
+def test_long_answers_are_scored_as_descriptions_and_every_question_is_asked(folder, tmp_path):
+    turns = [("Name it.", "A cat."), ("What is there?", "A small " + "very " * 9 + "old cat.")]
+    said = [{"from": who, "value": text} for pair in turns
+            for who, text in zip(("human", "gpt"), pair, strict=True)]  # fmt: skip
+    said[0]["value"] = f"<image>\n{said[0]['value']}"
+    record = {"id": "a", "image": "images/red-circle-0.png", "conversations": said}
+    (folder / "talk.json").write_text(json.dumps([record]))
+    run(folder, tmp_path / "my", "--data", str(folder / "talk.json"))
+    answer, describe = load_suite(tmp_path / "my" / "suite.yaml").tasks
+    assert (answer.kind, describe.kind) == ("gqa", "caption")
+    asked = [[q.prompt for q in read_task(t, seed=0).questions] for t in (answer, describe)]
+    assert asked == [["Name it."], ["What is there?"]]
+
+
+def test_names_and_the_folder_are_checked_before_any_record_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "_read_head", lambda file: pytest.fail("records were read"))
+    (tmp_path / "file").write_text("")
+    for given, message in (
+        (["--tower", str(tmp_path / "none")], "--tower: no such folder"),
+        (["--llm", "./none"], "--llm: no such folder"),
+        (["--template", "chatm"], "--template: no template 'chatm'; did you mean 'chatml'"),
+        (["--out", str(tmp_path / "file")], "--out .*file: .*file is a file; give another"),
+        (["--out", str(tmp_path / "file" / "a")], "file is a file; give another"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(folder, tmp_path / "my", *given)
+
+
 def test_a_table_with_other_columns_is_named_by_part(folder, tmp_path):
     rows = (folder / "instructions.csv").read_text().split("\n", 1)[1]
     table = folder / "own.csv"

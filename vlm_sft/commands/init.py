@@ -9,15 +9,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from vlm_sft.commands.init_files import Chosen, Project, stage1_file, stage2_file, suite_file
+from vlm_sft.commands.init_files import (
+    Chosen,
+    Project,
+    SuiteTask,
+    stage1_file,
+    stage2_file,
+    suite_file,
+)
+from vlm_sft.commands.inputs import require_model_name
 from vlm_sft.config.finished import resolve
 from vlm_sft.config.method import Method
 from vlm_sft.config.schema import ColumnNames, DataFile, RunConfig, parse_config
 from vlm_sft.config.yaml_text import parse_yaml
 from vlm_sft.data.build import load_chat_tokenizer
-from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.conversation import Conversation, Turn
 from vlm_sft.data.records import open_records
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.dtypes import DTYPES
@@ -41,6 +49,14 @@ HEAD: Final = 2_000
 
 SUITE_QUESTIONS: Final = 200
 """Questions of the evaluation suite."""
+
+SHORT_WORDS: Final = 8
+"""Words of the longest answer that is compared as a whole; longer ones are descriptions."""
+
+SUITE_FILES: Final[Mapping[SuiteTask, str]] = {
+    "answer": "suite.jsonl",
+    "describe": "suite_descriptions.jsonl",
+}
 
 MOST_AT_ONCE: Final = 8
 """Records of a micro-batch; with more, a step gets hardly faster."""
@@ -92,13 +108,8 @@ def run(arguments: argparse.Namespace, ask: Callable[[str], str] = input) -> int
         if not asks:
             raise UserError("missing: --data PATH; `vlm-sft init --help` shows examples")
         arguments.data = _answered(ask, "File or folder of questions and answers", None)
-    out, names = arguments.out, ("stage1.yaml", "stage2.yaml", "suite.yaml", "suite.jsonl")
-    for name in names:
-        if (out / name).exists():
-            raise UserError(
-                f"{out / name} exists, and init replaces nothing; give another --out",
-                code="not_ours",
-            )
+    out = arguments.out
+    _require_out(out)
     head = _read_head(_data_file(arguments, arguments.data, arguments.columns))
     device = _device(arguments)
     _ask_for_models(arguments, device, ask if asks else None)
@@ -128,18 +139,39 @@ def run(arguments: argparse.Namespace, ask: Callable[[str], str] = input) -> int
         if stage1 is None:
             raise _too_large(["stage1"], device)
         files["stage1.yaml"] = stage1_file(project, stage1)
-    questions = _suite_questions(arguments, head)
-    if questions:
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in questions)
-        files |= {"suite.yaml": suite_file(project), "suite.jsonl": rows}
+    suite = {task: rows for task, rows in _suite_questions(arguments, head).items() if rows}
+    for task, rows in suite.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        files[SUITE_FILES[task]] = "".join(lines)
+    if suite:
+        places = {task: f"{out}/{SUITE_FILES[task]}" for task in suite}
+        files["suite.yaml"] = suite_file(project, places)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in sorted(files.items()):
         write_bytes(out / name, text.encode())
         echo(f"written: {out / name}")
-    if not questions:
+    if not suite:
         echo("note: no suite was written, because the images are embedded in the records")
-    _print_next(project, stage2, has_suite=bool(questions))
+    _print_next(project, stage2, has_suite=bool(suite))
     return 0
+
+
+def _require_out(out: Path) -> None:
+    """Check, before any record is read, that the files can be written and replace nothing.
+
+    Raises:
+        UserError: One of them exists, or `--out` is no folder that can be written to.
+    """
+    for name in ("stage1.yaml", "stage2.yaml", "suite.yaml", *SUITE_FILES.values()):
+        if (out / name).exists():
+            raise UserError(
+                f"{out / name} exists, and init replaces nothing; give another --out",
+                code="not_ours",
+            )
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "cannot be written to" if existing.is_dir() else "is a file"
+        raise UserError(f"--out {out}: {existing} {problem}; give another --out", code="not_ours")
 
 
 def _answered(ask: Callable[[str], str], question: str, default: str | None) -> str:
@@ -169,6 +201,7 @@ def _ask_for_models(
     ):
         if getattr(arguments, option) is None:
             value = default if ask is None else _answered(ask, question, default)
+            require_model_name(f"--{option}", value)
             setattr(arguments, option, value)
 
 
@@ -221,9 +254,6 @@ def _device(arguments: argparse.Namespace) -> Device:
 def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Project:
     template = arguments.template or ("chatml" if arguments.tokenizer == "bytes" else "auto")
     precision = "fp32" if device.is_cpu else "fp16" if device.name == "t4" else "bf16"
-    task: Literal["answer", "describe"] = arguments.task or (
-        "describe" if head.are_captions or head.words > 8 else "answer"
-    )
     return Project(
         out=str(arguments.out),
         data=arguments.data,
@@ -240,7 +270,6 @@ def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Proje
         projector=arguments.projector,
         start_from=arguments.start_from,
         precision=precision,
-        task=task,
         data_are_captions=head.are_captions,
         device=device.name,
         gpus=arguments.gpus,
@@ -360,24 +389,35 @@ def _data_stats(
 # --- the suite and the next commands
 
 
-def _suite_questions(arguments: argparse.Namespace, head: Head) -> list[dict[str, Any]]:
-    """Return the suite's questions: the first one of each of some records, evenly chosen."""
+def _suite_questions(
+    arguments: argparse.Namespace, head: Head
+) -> dict[SuiteTask, list[dict[str, Any]]]:
+    """Return the suite's questions by task: all questions of some records, evenly chosen."""
     file = _data_file(arguments, arguments.eval or arguments.data, arguments.columns)
     records = head.records if arguments.eval is None else _read_head(file).records
     root = os.path.abspath(file.images_start_in())
-    rows: list[dict[str, Any]] = []
-    for record in records[:: -(-len(records) // SUITE_QUESTIONS)]:
-        users = [turn for turn in record.turns if turn.role == "user"]
-        answers = [turn for turn in record.turns if turn.role == "assistant"]
-        if len(record.images) != 1 or isinstance(record.images[0], bytes):
-            continue
-        number = len(rows)
+    asked: list[tuple[Conversation, Turn, Turn]] = [
+        (record, question, answer)
+        for record in records
+        if len(record.images) == 1 and not isinstance(record.images[0], bytes)
+        for question, answer in itertools.pairwise(record.turns)
+        if (question.role, answer.role) == ("user", "assistant")
+    ]
+    tasks: dict[SuiteTask, list[dict[str, Any]]] = {"answer": [], "describe": []}
+    for number, (record, question, answer) in enumerate(
+        asked[:: -(-len(asked) // SUITE_QUESTIONS)]
+    ):
+        image, text = record.images[0], answer.text.strip()
+        assert isinstance(image, Path)
+        asks, is_long = question.text.strip(), len(text.split()) > SHORT_WORDS
+        task: SuiteTask = arguments.task or ("describe" if is_long or not asks else "answer")
         row = {"question_id": number, "image_id": number, "record": record.id}
-        row["image"] = os.path.relpath(record.images[0], root)
-        question, answer = users[0].text.strip(), answers[0].text.strip()
-        row |= {"question": question or "Describe the image.", "answer": answer, "caption": answer}
-        rows.append(row)
-    return rows
+        row |= {"image": os.path.relpath(image, root)}
+        row |= {"question": asks} if asks else {}
+        row |= {"caption" if task == "describe" else "answer": text}
+        if asks or task == "describe":
+            tasks[task].append(row)
+    return tasks
 
 
 def _print_next(project: Project, stage2: Chosen, *, has_suite: bool) -> None:

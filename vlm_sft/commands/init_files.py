@@ -9,6 +9,9 @@ from typing import Final, Literal
 from vlm_sft.config.method import Method
 from vlm_sft.planning.report import METHOD_NAMES
 
+SuiteTask = Literal["answer", "describe"]
+"""What a suite measures: short answers, or descriptions."""
+
 
 @dataclass(frozen=True)
 class Project:
@@ -30,7 +33,6 @@ class Project:
         projector: Checkpoint of an earlier stage 1.
         start_from: Checkpoint of an earlier full fine-tuning.
         precision: `train.precision`.
-        task: What the suite measures.
         data_are_captions: Whether the records of `data` have no questions.
         device: Name of the device.
         gpus: Number of devices.
@@ -52,7 +54,6 @@ class Project:
     projector: str | None
     start_from: str | None
     precision: str
-    task: Literal["answer", "describe"]
     data_are_captions: bool
     device: str
     gpus: int
@@ -192,32 +193,49 @@ optim:
 {_train(project, chosen)}"""
 
 
-def suite_file(project: Project) -> str:
-    """Return the configuration of the evaluation suite."""
+def suite_file(project: Project, files: Mapping[SuiteTask, str]) -> str:
+    """Return the configuration of the evaluation suite.
+
+    Args:
+        project: Data and models.
+        files: The file of the questions of each task.
+    """
     final = f"{project.runs}/stage2/final"
     source = project.eval or project.data
     warning = ""
     if project.asks_training_data:
         warning = "# These records are also trained on: hold some out (init --eval).\n"
-    if project.task == "describe":
-        kind, comment = "caption", "CIDEr-D, BLEU and ROUGE-L against the record's text"
-        limits = "    prompt: Describe the image.\n    max_tokens: 128\n"
-    else:
-        kind, comment = "gqa", "equality with the answer, without case and final period"
-        limits = "    max_tokens: 32\n"
-    return f"""\
-# Questions from {source} with their answers (docs/evaluation.md).
+    text = f"""\
+# Questions from {source} with their answers (docs/evaluation.md). Each is asked by itself, also one
+# from the middle of a conversation.
 {warning}#
 #   vlm-sft evaluate {final} {project.out}/suite.yaml --out {project.out}/evaluation
 
 seed: 0
 tasks:
-  - name: {project.task}
+"""
+    for task, file in files.items():
+        kind, comment, limits = _SCORED[task]
+        text += f"""\
+  - name: {task}
     kind: {kind}   # {comment}
-    files: [{_text(f"{project.out}/suite.jsonl")}]
+    files: [{_text(file)}]
     images: {_text(project.suite_images)}
     conditions: [right, blank]   # blank: what the model answers without seeing the image
 {limits}"""
+    return text
+
+
+_SCORED: Final[Mapping[SuiteTask, tuple[str, str, str]]] = {
+    "answer": (
+        "gqa", "short answers: equality, without case and final period", "    max_tokens: 32\n"
+    ),
+    "describe": (
+        "caption",
+        "long answers: CIDEr-D, BLEU and ROUGE-L against the record's (docs/scoring.md)",
+        "    prompt: Describe the image.   # for records without a question\n    max_tokens: 256\n",
+    ),
+}  # fmt: skip
 
 
 def _planned(project: Project, chosen: Chosen) -> str:

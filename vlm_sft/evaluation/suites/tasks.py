@@ -186,8 +186,11 @@ def options_text(choices: Iterable[str]) -> str:
 
 
 def _question(row: Row, number: int, config: TaskConfig, names: Mapping[str, str]) -> SuiteQuestion:
-    # `text` is the question in POPE's and LLaVA's files.
-    text = row.get("prompt", "question", "text") if config.kind not in _ABOUT_IMAGES else None
+    # `text` is the question in POPE's and LLaVA's files, and the caption in those of captions.
+    keys = (
+        ("prompt", "question") if config.kind in _ABOUT_IMAGES else ("prompt", "question", "text")
+    )
+    text = row.get(*keys)
     text = config.prompt if text is None else text
     if not isinstance(text, str) or not text.strip():
         raise row.refusal("has no text under question, prompt or text; or set the task's `prompt`")
