@@ -118,6 +118,8 @@ def _check_turn(case: Case) -> Iterator[Check]:
         yield from kinds.check(case)
     if answer & RELATION:
         yield from relations.check(case)
+    if answer & PLACE and not relations.RESTING.isdisjoint(case.answer_reading.vocabulary):
+        yield from relations.check_surface(case)
     if question & RELATION:
         yield from relations.check_yes_no(case)
     if case.question_reading.words[:1] == ["where"]:

@@ -55,6 +55,10 @@ def check(case: Case) -> Iterator[Check]:
             wrong: tuple[int, ...] = ()
             if sentence.asserts(action.index, action.index):
                 wrong = _swapped(case, action) if captions else ()
+                if not wrong and not _EVERYONE.isdisjoint(sentence.vocabulary):
+                    wrong = _of_everyone(case, action, sentence)
+                if not wrong and first and action.stem in _HOLDING:
+                    wrong = _holds_another(case, action, sentence)
                 if not wrong and action.stem == "ride" and action.target is not None:
                     wrong = _rides_another(case, action)
                 if wrong:
@@ -206,22 +210,22 @@ def excluding(
         return ()  # captions do not speak of these
     general = case.sample_type == "reasoning" and _is_general(action, sentence)
     herd = number == "many" and first and subject in ANIMALS and not general
-    if not asked and not herd and not (first and _is_alone(case, subject, number)):
+    alone = first and _is_alone(case, subject, number)
+    if not asked and not herd and not alone:
         known = _of_same_word(case, action, sentence) if first else {}
     excluded = _excluded(subject == "person")
     tasks, compatible = _tasks()
     ids: set[int] = set()
+    busy: set[int] = set()
     for stem, captions in known.items():
-        out = stem in excluded.get(action.stem, ()) or (
-            asked
-            and action.stem in tasks
-            and stem in tasks
-            and (action.stem, stem) not in compatible
-        )
-        if out:
+        if stem in excluded.get(action.stem, ()):
             ids.update(captions)
-        elif stem in tasks and (action.stem, stem) in compatible:
-            return ()
+        elif action.stem in tasks and stem in tasks:
+            if (action.stem, stem) in compatible:
+                return ()
+            busy.update(captions)
+    if asked or (alone and len(busy) > 1):
+        ids |= busy
     if herd and len(ids) < 3:
         return ()  # some of them may do something else
     return tuple(sorted(n for n in ids if n))
@@ -250,6 +254,39 @@ def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) ->
         return ()
     least = 4 if not asked else 2 if number == "one" else 3
     return tuple(sorted(ids)) if len(ids) >= least else ()
+
+
+def _of_everyone(case: Case, action: Action, sentence: Sentence) -> tuple[int, ...]:
+    """Return the captions by which some do what excludes this: `All of them are standing.`"""
+    begin, _ = sentence.clause(action.index)
+    words = sentence.words[begin : action.index]
+    if _EVERYONE.isdisjoint(words[:3]):
+        return ()
+    subject, _ = _subject(case, action, opening=False)
+    known = case.knowledge.actions_of.get("person", {})
+    if subject not in (None, "person"):
+        return ()
+    excluded = _excluded(True).get(action.stem, frozenset())
+    ids = {n for stem in excluded & known.keys() for n in known[stem]}
+    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
+
+
+def _holds_another(case: Case, action: Action, sentence: Sentence) -> tuple[int, ...]:
+    """Return captions by which the one person holds something else, where none has this thing."""
+    known = case.knowledge
+    subject, number = _subject(case, action, opening=True)
+    if subject != "person" or number == "many" or not _is_alone(case, subject, "one"):
+        return ()
+    if not _has_unknown_object(case, action, sentence):
+        return ()
+    ids = {
+        caption.id
+        for caption in known.captions
+        for said in caption.reading.sentences
+        for other in actions(said)
+        if other.stem in _HOLDING and _object_of(said, other.index) is not None
+    }
+    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
 
 
 def _is_general(action: Action, sentence: Sentence) -> bool:
@@ -470,5 +507,10 @@ _ANIMATE = frozenset({"person", *ANIMALS})
 _RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
 _OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})
 _ASKING = word_set("doing position posture activity action happening riding sitting")
-_VAGUE = word_set("being having doing using getting trying going taking making putting enjoying")
+_VAGUE = word_set(
+    "being having doing using getting trying going taking making putting enjoying finishing "
+    "completing performing executing attempting preparing starting"
+)
+_HOLDING = frozenset({"hold", "carry"})
+_EVERYONE = word_set("all everyone everybody each both")
 _BACKGROUND = word_set("spectators spectator audience crowd onlookers passersby others")

@@ -1,5 +1,6 @@
 """Colors, materials and states, compared with those that captions give to the same noun."""
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -175,6 +176,8 @@ def contradicting(
     if noun == "light" and "traffic light" in known.boxes:
         noun = "traffic light"
     found = known.attributes.get((claim.family, noun), ())
+    if not found and claim.family == "color" and claim.predicate and claim.many:
+        return _varied(case, noun)
     if not found or (claim.family == "color" and (noun in _uncolored() or known.is_monochrome)):
         return None
     if claim.family == "state":
@@ -193,6 +196,17 @@ def contradicting(
     if not _is_one_thing(case, claim, noun, known_ones, worn_by_first):
         return None
     return tuple(number for _, number in found if number)
+
+
+def _varied(case: Case, noun: str) -> tuple[int, ...] | None:
+    """Return the captions by which things that are all of one color have several."""
+    named = {*case.knowledge.named.get(noun, ()), *case.knowledge.names(noun)}
+    ids = (
+        caption.id
+        for caption in case.knowledge.captions
+        if caption.id in named and _VARIED.search(caption.reading.text)
+    )
+    return tuple(number for number in ids if number) or None
 
 
 def alike(family: Family, one: str, other: str) -> bool:
@@ -343,7 +357,11 @@ def _previous(sentences: Sequence[Sentence], number: int) -> str:
 
 
 def _whole(case: Case, noun: str) -> str:
-    """Return the animal for its fur, where question and answer name only one, or the image has."""
+    """Return the animal for its fur, the thing for its skin or wrapper, if it can be only one."""
+    if noun in _coverings() and ("state", noun) not in case.knowledge.attributes:
+        given = {name for family, name in case.knowledge.attributes if family == "state"}
+        named = {n for _, m in case.answer_reading.mentions for n in m.entry.categories} & given
+        return named.pop() if len(named) == 1 else noun  # the skin of the banana
     if noun not in _fur() or ("color", noun) in case.knowledge.attributes:
         return noun
     named = {
@@ -408,6 +426,11 @@ def _wearables() -> frozenset[str]:
 
 
 @cache
+def _coverings() -> frozenset[str]:
+    return frozenset(wording.load("facts")["coverings"])
+
+
+@cache
 def _fur() -> frozenset[str]:
     return frozenset(noun_name(word) for word in wording.load("facts")["fur"]) | {"fur"}
 
@@ -418,4 +441,7 @@ _ASKS: dict[Family, frozenset[str]] = {
     "material": frozenset({"made", "material", "materials"}),
     "state": frozenset({"state", "condition"}),
 }
+_VARIED = re.compile(
+    r"\b(?:various|different|many|multi|assorted|several|all kinds of)[ -]?colou?r", re.IGNORECASE
+)
 _AUXILIARIES = word_set("is are was were has have had does do been")

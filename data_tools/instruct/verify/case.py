@@ -7,7 +7,12 @@ from data_tools import wording
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Check, SampleType, Turn, Verdict
-from data_tools.instruct.verify.describing import RELATIONS, action_stems, attribute_words
+from data_tools.instruct.verify.describing import (
+    PHRASED,
+    RELATIONS,
+    action_stems,
+    attribute_words,
+)
 from data_tools.instruct.verify.flags import (
     ACTION,
     ATTRIBUTE,
@@ -139,7 +144,7 @@ def _fill(table: FlagTable) -> None:
     table.add(STANCE, STANCE_CUES)
     table.add(ATTRIBUTE, attribute_words())
     table.add(ACTION, action_stems())
-    table.add(ACTION, ("take", "takes", "taking", "took"))
+    table.add(ACTION, PHRASED)
     table.add(RELATION, RELATIONS)
     kinds = [text for groups in facts["kinds"].values() for group in groups for text in group]
     table.add(KIND, (text.split()[0] for text in kinds))

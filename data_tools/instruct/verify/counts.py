@@ -85,6 +85,8 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
         verdict, code = "contradicted", "COUNT_WRONG"
     elif not narrow and unrestricted and tally.boxes:
         verdict, code = tally.exactly(value)
+        if verdict == "unknown" and tally.exceeds_captions(value):
+            verdict, code = "contradicted", "COUNT_TOO_HIGH"
     elif tally.exceeds_captions(value) or (
         (unrestricted or _shares_words(case))
         and (
@@ -97,6 +99,8 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
         verdict, code = tally.at_least(value)
     else:
         verdict, code = tally.exactly(value)
+    if verdict == "unknown" and _counts_others(case, value):
+        verdict = "supported"
     if (
         verdict == "unknown"
         and case.config.uncertain_counts == "reject"
@@ -104,6 +108,16 @@ def _check_how_many(case: Case, asked: Mention) -> Iterator[Check]:
     ):
         code = "COUNT_UNCERTAIN"
     yield case.check("count", verdict, code, "question", span, claim, tally.evidence(value))
+
+
+def _counts_others(case: Case, value: int) -> bool:
+    """Return whether the answer counts what has no category, as captions do: `two goats`."""
+    counts = case.knowledge.word_counts
+    return any(
+        number == value and value in counts.get(noun_name(noun), ())
+        for sentence in case.answer_reading.sentences[:1]
+        for noun, number, _, _ in numbered_nouns(sentence)
+    )
 
 
 def _check_how_many_others(case: Case) -> Iterator[Check]:

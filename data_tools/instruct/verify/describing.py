@@ -137,7 +137,17 @@ def _attribute(
         return Attribute(family, found, ONE, False, first, head)
     if head > last and words[last + 1] not in finite_verbs():
         return Attribute(family, found, noun_at(sentence, head), _is_many(words, head), first, head)
+    if family == "state" and words[last + 1 : last + 2] and words[last + 1] in _OWNED:
+        start = last + 1  # `has closed all of its doors`
+        while start < len(words) and (words[start] in _OWNED or words[start] == "of"):
+            start += 1
+        head = last_of_phrase(words, start, len(words))
+        if head >= start and words[last].endswith(("ed", "shut", "lit")):
+            many = _is_many(words, head)
+            return Attribute(family, found, noun_at(sentence, head), many, first, head, many)
     before = first - 1
+    while family == "color" and before > 0 and words[before] in _SHADES:
+        before -= 1
     if family == "color" and before > 0 and words[before] == "in" and words[before - 1] not in BE:
         if words[before - 1] in _MADE_IN:
             subject = subject_before(sentence, before - 1)
@@ -169,12 +179,23 @@ def _attribute(
     elif family == "material":
         return None  # `a wall of stone`, `made with wood` say less
     if before < 0 or words[before] not in _LINKING:
-        return None
+        if before < 0 or family == "material":
+            return None
+        participle = before < first - 1 or words[first].endswith(("ed", "shut", "open"))
+        if not participle or words[before] in FUNCTION_WORDS or not words[before][0].isalpha():
+            return None
+        if words[before] in finite_verbs() or words[before].endswith(("ing", "ly")):
+            return None
+        noun = noun_at(sentence, before)  # `a wall painted dark green`, `a bed covered in a net`
+        return Attribute(family, found, noun, _is_many(words, before), first, last)
+    while before > 0 and words[before - 1] in _LINKING:
+        before -= 1  # `has been left open`
     subject = subject_before(sentence, before)
     if subject is None:
         return None
     noun, at = subject
-    return Attribute(family, found, noun, _is_many(words, at), first, last, predicate=True)
+    of_all = _SOME.isdisjoint(words[max(0, at - 4) : at])
+    return Attribute(family, found, noun, _is_many(words, at), first, last, predicate=of_all)
 
 
 def switched(text: str) -> list[tuple[str, bool]]:
@@ -241,11 +262,17 @@ def actions(sentence: Sentence) -> Iterator[Action]:
     for index in sentence.hits(ACTION):
         word = words[index]
         stem = stems.get(word)
+        if stem is None and word in _PHRASES:
+            before, known = _PHRASES[word]
+            stem = known if words[index - 1 : index] and words[index - 1] in before else None
+        if stem is None and words[index + 1 : index + 2] == ["off"] and word in _LEAVES:
+            stem = "fly" if words[index + 2 : index + 3] not in _TAKEN_OFF else None
         if word in _TAKES and not _PHOTOS.isdisjoint(words[index + 1 : index + 5]):
             stem = "photograph"
         if stem is None or any(m.first <= index <= m.last for m in sentence.mentions):
             continue
-        if not word.endswith("ing") and index and _is_noun_place(words[index - 1]):
+        noun_place = index and word not in _PHRASES and _is_noun_place(words[index - 1])
+        if noun_place and not word.endswith("ing"):
             continue  # `a ride`, `the look`
         if word.endswith("ing") and index and words[index - 1] in _BEFORE_GERUND:
             continue  # `a parking meter`, `for skating`
@@ -318,7 +345,7 @@ def _subject(sentence: Sentence, verb: int, stem: str) -> Mention | str | None:
         if joint > before[0].last and verb - joint > 2:
             return None  # another noun may stand in between
         return before[0]
-    if begin < verb and any(w in _PRONOUNS or w in _SOME for w in words[begin:verb]):
+    if begin < verb and any(w in _PRONOUNS or w in _THEM for w in words[begin:verb]):
         return PRONOUN
     if begin and verb - begin <= 2 and words[begin] in ("and", ",", "while"):
         earlier = [m for m in sentence.mentions if m.last < begin]
@@ -416,7 +443,8 @@ def families_of(word: str) -> Family | None:
 
 
 def _is_many(words: Sequence[str], index: int) -> bool:
-    return is_plural(words[index]) or words[index] in ("they", "them", "both", "these", "those")
+    every = index > 0 and words[index - 1] in ("every", "each")
+    return every or is_plural(words[index]) or words[index] in _MANY
 
 
 def _is_noun_place(before: str) -> bool:
@@ -433,18 +461,36 @@ _OF_THINGS: Final = word_set(
 )
 PHONES: Final = word_set("phone cellphone telephone smartphone")
 _TAKES: Final = word_set("take takes taking took")
+_LEAVES: Final = _TAKES | word_set("taken lift lifts lifted lifting")
+_TAKEN_OFF: Final = [["his"], ["her"], ["their"], ["its"], ["a"]]
+_PHRASES: Final = {
+    "foot": (word_set("on"), "dismount"), "horseback": (word_set("on"), "ride"),
+    "feet": (word_set("their his her its"), "stand"),
+}  # fmt: skip
+"""Nouns that stand for an action after these words: `on foot`, `on their feet`."""
+PHRASED: Final = _LEAVES | _PHRASES.keys()
 _PHOTOS: Final = word_set("photo photos picture pictures photograph photographs selfie image")
 _DEGREES: Final = word_set(
     "very mostly all both completely entirely bright dark light deep pale painted colored coloured "
     "a an quite also rather predominantly vivid solid cheerful shiny soft warm rich vibrant glossy "
-    "still now just lovely dull plain slightly fairly beautiful striking"
+    "still now just lovely dull plain slightly fairly beautiful striking wide already fully "
+    "tightly firmly neatly"
 )
 _MADE_IN: Final = word_set("painted colored covered kept finished")
 _MADE: Final = word_set("made carved built constructed out cut")
-_LINKING: Final = BE | word_set("looks appears seems painted colored glows shines looked")
-_SOME: Final = word_set("them others")
+_LINKING: Final = BE | word_set(
+    "looks appears seems painted colored glows shines looked left kept spread stays stay remains "
+    "remain stand stands swung"
+)
+_SHADES: Final = word_set("dark light bright deep pale")
+_OWNED: Final = word_set("all both its his her their the every each")
+_MANY: Final = word_set("they them both these those")
+_THEM: Final = word_set("them others")
+_SOME: Final = word_set("some many several few most other one two three")
 _PRONOUNS: Final = word_set("it they he she both these those this that")
-_ENDS_SUBJECT: Final = PREPOSITIONS | word_set("that which who , and is are was were worn")
+_ENDS_SUBJECT: Final = PREPOSITIONS | word_set(
+    "that which who , and is are was were worn has have had"
+)
 _BEFORE_NOUNS: Final = DEFINITE | INDEFINITE | QUANTITIES
 _SURFACES: Final = word_set("space area top surface")
 _QUANTIFIERS: Final = word_set("all both most each many some")
@@ -454,8 +500,9 @@ _BEFORE_VERB: Final = (
 _BEFORE_GERUND: Final = word_set("for of a an the")
 _SWITCHED: Final = re.compile(
     r"\b(lamps?|lights?|tvs?|televisions?|monitors?|screens?|laptops?|computers?|fans?|ovens?|"
-    r"stoves?|headlights?)(?: (?:that|is|are|was|were|left|currently|still))*"
-    r" (?:(?<= is )|(?<= are )|(?<= left )|turned |switched )(on|off)"
+    r"stoves?|headlights?)(?: (?:next to|beside|near|on|above|by|behind) (?:\w+ ){0,2}\w+)?"
+    r"(?: (?:that|is|are|was|were|left|currently|still|already|been|has|have))*"
+    r" (?:(?<= is )|(?<= are )|(?<= left )|(?<= still )|turned |switched )(on|off)"
     r"(?= (?:by|and|in|while|with|but|at|next|near|behind|because|so)\b| [^\w\s]|$)"
 )
 RELATIONS: Final = {

@@ -5,7 +5,7 @@ listed, and everything else is judged by its neighbors.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final, Literal
 
 from data_tools import wording
@@ -18,6 +18,7 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+@lru_cache(maxsize=65536)
 def singular(word: str) -> str:
     """Return the singular of a noun by its ending: `walls` -> `wall`, `dishes` -> `dish`."""
     known = _IRREGULAR.get(word)

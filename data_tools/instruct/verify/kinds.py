@@ -8,10 +8,11 @@ from typing import Final
 from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case, Part
-from data_tools.instruct.verify.describing import noun_name
+from data_tools.instruct.verify.describing import action_stems, noun_name
 from data_tools.instruct.verify.flags import KIND, PERSON
 from data_tools.instruct.verify.grammar import (
     FUNCTION_WORDS,
+    MODALS,
     determiner,
     is_finite,
     singular,
@@ -24,7 +25,7 @@ from data_tools.instruct.verify.reading import Reading, Sentence
 
 TIMES: Final = frozenset({"time of day", "weather", "season"})
 """Families whose contradictions are `TIME_WRONG`."""
-LOCATIONS: Final = frozenset({"room", "place", "venue", "indoors", "land"})
+LOCATIONS: Final = frozenset({"room", "place", "venue", "indoors", "land", "bridge"})
 """Families of which a word counts only where it is the place of the whole scene."""
 
 
@@ -40,9 +41,11 @@ def check(case: Case) -> Iterator[Check]:
     """Yield a finding for each kind that captions contradict."""
     yield from _check_families(case, "answer", case.answer_reading)
     question = case.question
-    if question.kind not in ("existence", "yes_no") or question.polarity == "yes":
+    said = question.kind not in ("existence", "yes_no") or question.polarity == "yes"
+    said = said and "or" not in case.question_reading.vocabulary  # `Is it day or night?`
+    if said:
         yield from _check_families(case, "question", case.question_reading)
-    yield from _check_people(case)
+    yield from _check_people(case, with_question=said)
 
 
 def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]:
@@ -148,7 +151,8 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
             lead = "inside"
         ends = ends or after.endswith(("ed", "ing")) or is_finite(after)
         # `The sea lies on the left.` names a thing, `A beach.` the place
-        located = lead in _LOCATING or (start < 0 and not is_finite(after))
+        opens = start < 0 and not is_finite(after) and after not in MODALS
+        located = lead in _LOCATING or opens
         located = located or (kind.family == "room" and first <= 4 and after in _FEATURES)
         return (ends or after in _FEATURES) and located
     if kind.family == "time of day":
@@ -172,13 +176,18 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         # captions that list what is there name two kinds, and three of them one of these
         if case.knowledge.words.keys() & MIXED and BITS & {*words[max(0, first - 4) : first]}:
             return False  # `bits of carrot`
-        if words[first] == "orange" or not _SUPPOSING.isdisjoint(words):
+        if words[first] == "orange" or not _SUPPOSING.isdisjoint(
+            words[:first] if first > 1 else words
+        ):
             return False
         groups = known_kinds(case.knowledge)[kind.family]
         said = {n for ids in groups.values() for n in ids}
         if len(groups) == 1 and len(said) > 3:
-            # all name these, the answer does not, and something else of which they are silent
-            return _names_none(case.answer_reading, kind.family, next(iter(groups)))
+            # all name these, the answer does not, and something else of which they are silent; or
+            # two say what else is there
+            group = next(iter(groups))
+            listed = _lists_contents(case.knowledge)
+            return listed or _names_none(case.answer_reading, kind.family, group)
         return len(groups) > 1 and len(said) > 2
     if kind.family == "aloft":
         return "airplane" in case.knowledge.perhaps_named and (kind.group == 0 or "on" in (
@@ -187,6 +196,15 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
     if kind.family == "vehicle asked":
         boxed = case.knowledge.boxes_of((sentence.words[last], singular(sentence.words[last])))
         return not boxed and not _VEHICLES_ASKED.isdisjoint(case.question_reading.vocabulary)
+    if kind.family == "photo device":
+        at = words[max(0, first - 3) : first]  # `looks into the camera`
+        stems = {action_stems().get(word) for word in words}
+        taken = "photograph" in stems or "photographs" in words
+        return taken and _INTO.isdisjoint(at) and _PHONES.isdisjoint(words)
+    if kind.family == "language":
+        return not _WRITTEN.isdisjoint(words)
+    if kind.family == "settlement":
+        return after not in ("bus", "hall", "life", "limits", "center")
     if kind.family == "animal":
         return not _ANIMALS_ASKED.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "court":
@@ -199,6 +217,26 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
     return True
 
 
+def _lists_contents(known: Knowledge) -> bool:
+    """Return whether two captions name a food with another thing: `a banana and pudding`."""
+    joined = 0
+    if not MIXED.isdisjoint(known.words):
+        return False  # `other vegetables`
+    for caption in known.captions:
+        words = caption.reading.words
+        at = [i for i, f in enumerate(caption.reading.flags) if f & KIND and words[i] in _produce()]
+        joined += any(
+            "and" in words[max(0, i - 2) : i + 2] or words[i + 1 : i + 3] == ["next", "to"]
+            for i in at
+        )
+    return joined > 1
+
+
+@cache
+def _produce() -> frozenset[str]:
+    return frozenset(w for group in wording.load("facts")["kinds"]["produce"] for w in group)
+
+
 def _names_none(reading: Reading, family: str, group: int) -> bool:
     """Return whether a text has no word of a group."""
     return not any(
@@ -206,7 +244,7 @@ def _names_none(reading: Reading, family: str, group: int) -> bool:
     )
 
 
-def _check_people(case: Case) -> Iterator[Check]:
+def _check_people(case: Case, *, with_question: bool) -> Iterator[Check]:
     """Judge whether people are of the sex and age that captions name."""
     reading, asked = case.answer_reading, case.question_reading
     if not (reading.bits | asked.bits) & PERSON:
@@ -215,7 +253,7 @@ def _check_people(case: Case) -> Iterator[Check]:
     if not census.ids:
         return
     direct = not _names_people().isdisjoint(asked.vocabulary)
-    for part, text in (("answer", reading), ("question", asked)):
+    for part, text in (("answer", reading), ("question", asked))[: 1 + with_question]:
         for number, sentence in enumerate(text.sentences if text.bits & PERSON else ()):
             found = _wrong_person(case, census, sentence, number == 0, direct)
             if found is None:
@@ -361,10 +399,13 @@ def _main_person(case: Case, sentence: Sentence) -> int | None:
     ):  # fmt: skip
         return None
     people = _people()
-    word = sentence.words[first.first]
+    at = first.first
+    if at and sentence.words[at] not in people["male"] | people["female"]:
+        at -= sentence.words[at - 1] in ("male", "female")  # `a female player`
+    word = sentence.words[at]
     other = people["female"] if word in people["male"] else people["male"]
     votes = {n for w in other for n in case.knowledge.words.get(w, ())}
-    return first.first if len(votes) > 1 else None
+    return at if len(votes) > 1 else None
 
 
 def _same_number(case: Case, sentence: Sentence, index: int) -> bool:
@@ -435,12 +476,20 @@ _BEFORE_TIMES: Final = word_set(
 )
 _AFTER_TIMES: Final = word_set("light lights stand table before of time club")
 _TIMES_ASKED: Final = frozenset({"time", "when", "day", "weather"})
-_AREAS: Final = frozenset({"middle", "center", "lobby", "platform", "corner", "edge", "side"})
+_AREAS: Final = word_set(
+    "middle center lobby platform corner edge side ceiling floor wall walls trees heart entrance "
+    "back shade depths"
+)
 _LOCATING: Final = word_set(
     "this it in on at along across shows is inside through depicts down over cross crossing"
 )
 _FEATURES: Final = frozenset({"view", "features", "has", "with", "contains", "is", "scene"})
 _GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
+_INTO: Final = word_set("into at for toward towards facing")
+_PHONES: Final = word_set("phone smartphone cellphone iphone")
+_WRITTEN: Final = word_set(
+    "sign signs written language text letters lettering word words flag writing script"
+)
 _SUPPOSING: Final = word_set("would could may might can")
 _WATERSIDE: Final = word_set("shore dock docks pier harbor harbour marina wharf")
 _WATERS: Final = word_set("lake lakes pond river water bay boat boats ship ships")

@@ -144,7 +144,10 @@ class Lexicon:
         if first == last:
             if word in self._verb_forms and self._is_verb(words, first):
                 return True
-            if word in self._adjectives and _describes(words, last + 1, self._colors):
+            if word in self._adjectives and (
+                _describes(words, last + 1, self._colors)
+                or (after in _SHINING and determiner(words, first)[0] != "none")
+            ):
                 return True
             if word in self._with_article and first > 0:
                 kind, begin = determiner(words, first)
@@ -241,6 +244,7 @@ _BEFORE_VERBS: Final = word_set(
 )
 _BEFORE_BARE_VERBS: Final = word_set("and or then also always often never usually")
 _PLURAL_SUBJECTS: Final = word_set("people both players riders men women children kids visitors")
+_SHINING: Final = word_set("glow cast")
 _SINGULAR_SUBJECTS: Final = word_set(
     "he she it who which that whoever everyone everybody someone somebody nobody anyone"
 )

@@ -21,6 +21,7 @@ from data_tools.instruct.verify.grammar import (
     word_set,
 )
 from data_tools.instruct.verify.knowledge import evidence
+from data_tools.instruct.verify.lexicon import Mention
 from data_tools.instruct.verify.reading import Sentence
 from data_tools.instruct.verify.stances import FRAME_WORDS
 
@@ -56,7 +57,10 @@ def check(case: Case) -> Iterator[Check]:
                 continue
             if sentence.asserts(index, last):
                 unknown[noun] = (sentence, index, last)
-    yield from _denied(case)
+    reading = case.answer_reading
+    if reading.bits & STANCE and not _CUES.isdisjoint(reading.vocabulary):
+        yield from _denied(case)
+        yield from _denied_of_one(case)
     yield from _deserted(case)
     yield from _denied_when_asked(case)
     if unknown:
@@ -73,7 +77,7 @@ def _no_things() -> frozenset[str]:
 
 def _denied(case: Case) -> Iterator[Check]:
     """Yield what the answer denies (`no mirror`) although two captions name it."""
-    for sentence in case.answer_reading.sentences if case.answer_reading.bits & STANCE else ():
+    for sentence in case.answer_reading.sentences:
         words = sentence.words
         for index in sentence.hits(STANCE):
             if words[index] not in _DENYING:
@@ -99,6 +103,77 @@ def _denied(case: Case) -> Iterator[Check]:
                 yield case.check(
                     "absence", "contradicted", "OBJECT_DENIED", "answer", span, claim, ids
                 )
+
+
+def _denied_of_one(case: Case) -> Iterator[Check]:
+    """Judge `The kitchen lacks an island.` and `None of them has a bag.`, which two captions name.
+
+    `There are no buses on the apron` is wrong where a caption has buses and an apron.
+    """
+    for sentence in case.answer_reading.sentences:
+        for index in sentence.hits(STANCE):
+            start = _denied_noun(sentence.words, index)
+            last = last_of_phrase(sentence.words, start, len(sentence.words)) if start else -1
+            if start == 0 or last < start or sentence.words[last + 1 : last + 2] == ["of"]:
+                continue
+            mention = next((m for m in sentence.mentions if m.first <= last <= m.last), None)
+            ids = _naming(case, sentence.words[last], mention)
+            least = 2
+            if sentence.words[index] == "no" and sentence.words[index - 1] in BE:
+                after = sentence.words[last + 1 :]
+                places = {noun_name(word) for word in after[1:5]} - _NOT_THINGS
+                if after[:1] not in (["on"], ["in"], ["at"]):
+                    continue
+                ids = tuple(
+                    caption.id
+                    for caption in case.knowledge.captions
+                    if caption.id in ids
+                    and any(
+                        noun_name(word) in places
+                        for word in caption.reading.words
+                        if word not in FUNCTION_WORDS
+                    )
+                )
+                least = 1
+            if len(ids) >= least:
+                span, claim = sentence.span(index, last), f"no {sentence.words[last]}"
+                yield case.check(
+                    "absence", "contradicted", "OBJECT_DENIED", "answer", span, claim, ids
+                )
+                return
+
+
+def _denied_noun(words: Sequence[str], cue: int) -> int:
+    """Return where the noun begins of which the subject has none (`lacks an island`); 0: none."""
+    reach = words if words[cue] == "without" else words[:cue]
+    if not (_SUPPOSING.isdisjoint(reach) and _SOME_OF_THEM.isdisjoint(words[:cue])):
+        return 0
+    start = cue + 1
+    if words[cue] == "no":
+        if words[cue - 1 : cue] not in (["has"], ["have"], ["is"], ["are"]):
+            return 0
+    elif words[cue] in _NONE_HAS:
+        any_ = (i for i in range(cue + 1, min(cue + 7, len(words))) if words[i] in _ANY)
+        start = next(any_, 0)
+    elif words[cue] not in ("lack", "lacks", "lacking", "without"):
+        return 0
+    if start and words[cue] != "no" and words[start : start + 1] and words[start] not in _ANY:
+        if not is_plural(words[start]) or words[cue] == "without":
+            return 0
+        return start
+    while 0 < start < len(words) and words[start] in _ANY:
+        start += 1
+    return start if start < len(words) else 0
+
+
+def _naming(case: Case, word: str, mention: Mention | None) -> tuple[int, ...]:
+    """Return the captions that name a thing, by its categories if it has any; not people."""
+    if mention is None or not mention.entry.categories:
+        return case.knowledge.names(word)
+    if "person" in mention.entry.categories:
+        return ()
+    named = case.knowledge.perhaps_named
+    return tuple(sorted({n for c in mention.entry.categories for n in named.get(c, ()) if n}))
 
 
 def _is_of_everything(words: Sequence[str], cue: int, start: int, last: int) -> bool:
@@ -189,9 +264,14 @@ MANY: Final = 4
 """With more people than this, no street is deserted."""
 _DESERTED: Final = word_set("empty deserted abandoned")
 _PARTIAL: Final = word_set("many some several few most half partly other both certain one two")
-_WATCHED: Final = word_set("stadium stand arena bleachers grandstand row seat tribune")
+_WATCHED: Final = word_set("stadium stand arena bleachers grandstand row seat chair tribune")
 _PUBLIC: Final = word_set("street beach road sidewalk square plaza park station market restaurant")
 _DENYING: Final = word_set("nobody no not isn't aren't don't can't cannot doesn't without")
+_NONE_HAS: Final = word_set("none nobody")
+_ANY: Final = word_set("any a an single")
+_SUPPOSING: Final = word_set("would could might may if should can will must perhaps probably")
+_SOME_OF_THEM: Final = word_set("one other another second third left right some half most few")
+_CUES: Final = _DENYING | _NONE_HAS | word_set("lack lacks lacking")
 _HAVING: Final = word_set("have has wear wearing")
 _BETWEEN: Final = word_set("any a an see show contain have be seen visible the single")
 _NOT_THINGS: Final = word_set(

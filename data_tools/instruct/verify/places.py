@@ -86,7 +86,15 @@ def _antecedent(case: "Case", number: int) -> Mention | None:
     else:
         before = case.asked if len(case.asked) == 1 else ()
     asserted = [m for m in before if m.stance == "asserted"]
+    personal = case.answer_reading.sentences[number].words[0] in ("he", "she")
+    if personal and case.before is not None and not any(map(_is_one_person, asserted)):
+        people = [m for _, m in case.before.answer_reading.mentions if _is_one_person(m)]
+        return people[0] if len(people) == 1 else None
     return asserted[0] if asserted else None
+
+
+def _is_one_person(mention: Mention) -> bool:
+    return mention.entry.categories == ("person",) and mention.number == "one"
 
 
 def _judge(

@@ -74,12 +74,18 @@ class Asked:
         if self.sentence is None:
             return False
         words = self.sentence.words
+        for i in range(3, len(words) - 1):
+            if words[i] in (",", "and") and words[i + 1] in _ASKS_MORE:
+                words = words[:i]  # `How many horses are there, and what are they doing?`
+                break
         inside = {
             i
             for m in self.mentions
             if not _is_place(words, m.first)
             for i in range(m.first, m.last + 1)
         }
+        while words[-1] in (",", "and"):
+            words = words[:-1]
         return all(i in inside or word in _OF_EXISTENCE for i, word in enumerate(words))
 
     @lazy
@@ -198,6 +204,7 @@ def _denies(words: Sequence[str]) -> bool:
     )
 
 
+_ASKS_MORE: Final = word_set("what who where how which")
 _POLITE: Final = word_set("please so and now , tell me")
 _AUXILIARIES: Final = word_set("is are does do can could was were has have did")
 _YES: Final = word_set("yes yeah yep correct indeed absolutely definitely certainly sure exactly")

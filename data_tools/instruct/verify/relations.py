@@ -1,6 +1,6 @@
 """In front of, behind, on, under: contradicted where captions have it the other way round."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Final
@@ -10,7 +10,7 @@ from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.attributes import asked_noun
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.describing import PRONOUN, Relation, noun_name, relations
-from data_tools.instruct.verify.flags import RELATION
+from data_tools.instruct.verify.flags import PLACE, RELATION
 from data_tools.instruct.verify.grammar import last_of_phrase, singular, word_set
 from data_tools.instruct.verify.reading import Sentence
 
@@ -103,6 +103,61 @@ def check_where(case: Case) -> Iterator[Check]:
         return
 
 
+def check_surface(case: Case) -> Iterator[Check]:
+    """Judge `The cat sits on the roof.` where three captions have it on or in something else.
+
+    Nothing in captions or boxes may be what the answer has it on.
+    """
+    surfaces, known = _surfaces(), case.knowledge
+    for sentence in case.answer_reading.sentences:
+        words = sentence.words
+        for start in sentence.hits(PLACE):
+            if words[start] not in _PLACING or RESTING.isdisjoint(words[max(0, start - 4) : start]):
+                continue
+            after = range(start + 1, min(start + 7, len(words)))
+            index = next((i for i in after if singular(words[i]) in surfaces), None)
+            name = _placed_before(case, sentence, start) if index is not None else None
+            if index is None or name is None or not sentence.asserts(index, index):
+                continue
+            on: dict[int, set[int]] = {}
+            for caption in known.captions:
+                if caption.id in known.named.get(name, ()):
+                    on[caption.id] = _on_surfaces(caption.reading.words)
+            named = {surfaces.get(singular(w)) for w in known.words}
+            boxed = {surfaces.get(box.split()[-1]) for box in known.boxes}
+            ids = tuple(sorted(n for n, groups in on.items() if groups and n))
+            if len(ids) > 2 and surfaces[singular(words[index])] not in named | boxed:
+                claim, span = f"{name} on {words[index]}", sentence.span(start, index)
+                yield case.check(
+                    "relation", "contradicted", "RELATION_REFUTED", "answer", span, claim, ids
+                )
+                return
+
+
+def _placed_before(case: Case, sentence: Sentence, index: int) -> str | None:
+    """Return the category of the one thing that a phrase at `index` places after a verb."""
+    begin, _ = sentence.clause(index)
+    words = sentence.words
+    before = [m for m in sentence.mentions if begin <= m.first and m.last < index]
+    if not before and words[begin] in ("it", "he", "she"):
+        before = list(case.asked[:1])
+    if len(before) != 1 or len(before[0].entry.categories) != 1 or before[0].number != "one":
+        return None
+    name = before[0].entry.categories[0]
+    return name if name in case.knowledge.single and name != "person" else None
+
+
+def _on_surfaces(words: Sequence[str]) -> set[int]:
+    """Return the groups of surfaces that a caption has something on or in."""
+    surfaces = _surfaces()
+    return {
+        surfaces[name]
+        for index, word in enumerate(words)
+        if (name := singular(word)) in surfaces
+        and not _PLACING.isdisjoint(words[max(0, index - 6) : index])
+    }
+
+
 def check_beside(case: Case) -> Iterator[Check]:
     """Judge `What is it standing next to?` `A pile of hay.` where captions only have wool."""
     asked = case.question.sentence
@@ -189,6 +244,10 @@ _PARTS_OF_PLACES: Final = word_set(
     "top front side left right middle center centre corner edge image picture photo foreground "
     "foot end row background distance view frame back bottom room ground floor air wall area scene "
     "outside half"
+)
+RESTING: Final = word_set(
+    "sits sit sitting lies lie lying lays laying stands stand standing rests resting sleeps "
+    "sleeping perched perches placed hopped jumped climbed settled left put curled seated mounted"
 )
 _PLACING: Final = word_set("on in at inside onto into atop")
 _OPPOSITE: Final = {"front": "behind", "behind": "front", "on": "under", "under": "on"}

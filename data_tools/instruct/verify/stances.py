@@ -146,6 +146,8 @@ class Stances:
                 return False
             if word == "like":
                 # `items like a bottle` are there, `shaped like a bottle` is not one
+                if 0 < cue <= 3 and words[cue - 1] in ("look", "looks") and words[cue - 2] in _IT:
+                    return False  # `They look like grown men.`
                 return cue > 0 and words[cue - 1] in _LIKENED
             if word == "for":
                 return first - cue <= 3 and words[cue + 1] not in _DEFINITE
@@ -276,6 +278,7 @@ _HYPOTHETICAL: Final = (
 _LIKENED: Final = word_set(
     "look looks looking seems seem feel feels is are shaped dressed just much"
 )
+_IT: Final = word_set("it they this these he she")
 _DEFINITE: Final = word_set("the this these that those")
 _GENERIC: Final = word_set(
     "often usually typically generally commonly sometimes normally traditionally always generally "
