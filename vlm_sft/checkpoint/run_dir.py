@@ -60,6 +60,7 @@ WRITTEN: Final = frozenset(
         "final",
         "ledger.jsonl",
         "ledger_eval.jsonl",
+        "ledger_text.jsonl",
         "metrics.jsonl",
         PACKING_STATS,
         "parts.json",
@@ -232,6 +233,7 @@ _CONTENT: Final[dict[str, Callable[[Path], bool]]] = {
     CACHE_ESTIMATE: _has_keys("tower_share", "saved"),
     "ledger.jsonl": _is_ledger,
     "ledger_eval.jsonl": _is_ledger,
+    "ledger_text.jsonl": _is_ledger,
     PACKING_STATS: _has_keys("rows_per_step", "saved"),
     "parts.json": _has_keys("part"),
 }

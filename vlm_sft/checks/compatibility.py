@@ -98,7 +98,8 @@ def require_positions(model: VisionLanguageModel, data: Data) -> list[str]:
     if limit is None:
         return []
     kind, notes = type(language_model).__name__, list[str]()
-    for key, dataset in (("data.train", data.train), ("data.eval", data.eval)):
+    named = (("data.train", data.train), ("data.eval", data.eval), ("data.eval_text", data.text))
+    for key, dataset in named:
         lengths: Sequence[int] = () if dataset is None else dataset.lengths
         count, longest = sum(n > limit.tokens for n in lengths), max(lengths, default=0)
         if dataset is None or not count:
@@ -130,7 +131,7 @@ def _num_rows(model: VisionLanguageModel) -> int:
 
 def _ids_of_records(data: Data) -> set[int]:
     found: set[int] = set()
-    for dataset in (data.train, data.eval):
+    for dataset in (data.train, data.eval, data.text):
         for index in _some(0 if dataset is None else len(dataset)):
             assert dataset is not None
             found.update(i for i in dataset.token_ids(index) if i >= 0)

@@ -70,7 +70,7 @@ def _warn_about_settings(config: RunConfig, trainable: Set[str], results: CheckR
             config.optim.warmup_ratio == 1
         ),
         "train.eval_every_steps is set, but data.eval is not: nothing is evaluated": (
-            train.eval_every_steps is not None and not config.data.eval
+            train.eval_every_steps is not None and not (config.data.eval or config.data.eval_text)
         ),
     }
     for text, applies in warnings.items():

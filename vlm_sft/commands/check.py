@@ -181,11 +181,16 @@ def check_records(
     """
     total_bad, listed_bad, duplicates = 0, 0, DuplicateFinder()
     layout = ImageLayoutCheck(chat_tokenizer.image_separator, chat_tokenizer.text_separator)
-    for name, files in (("train", config.data.train), ("validation", config.data.eval)):
+    named = {
+        "train": config.data.train,
+        "validation": config.data.eval,
+        "held-out text": config.data.eval_text,
+    }
+    for name, files in named.items():
         for file in files:
             count, bad = 0, 0
             missing = MissingImages(file)
-            duplicates.begin(Path(file.path).name, held_out=name == "validation")
+            duplicates.begin(Path(file.path).name, held_out=name != "train")
             for record, error in _faults(file, chat_tokenizer):
                 count += 1
                 duplicates.add(None if error else cast(Conversation, record))
@@ -339,8 +344,7 @@ def _check_steps(
 
 
 def _entries(data: Data) -> list[LedgerEntry]:
-    ledgers = [data.train_ledger, *([data.eval_ledger] if data.eval_ledger else [])]
-    return [entry for ledger in ledgers for entry in ledger.entries]
+    return [entry for ledger in data.ledgers.values() for entry in ledger.entries]
 
 
 def _check_saving(

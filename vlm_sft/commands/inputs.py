@@ -111,7 +111,8 @@ def _require_places(config: RunConfig, parts: Set[Part]) -> None:
             require_model_name(f"{_LANGUAGE}.name", language.name)
         _require_tower(config.model.vision_tower)
     files = config.data.train if "train" in parts else []
-    for file in [*files, *(config.data.eval if "eval" in parts else [])]:
+    held_out = [*config.data.eval, *config.data.eval_text] if "eval" in parts else []
+    for file in [*files, *held_out]:
         _require_data(file)
     if "projector" in parts and config.projector is not None:
         require_checkpoint(Path(config.projector), "projector: ")

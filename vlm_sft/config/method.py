@@ -48,7 +48,8 @@ def require_stage1(config: RunConfig) -> None:
     """Refuse settings of stage 2, which stage 1 would ignore.
 
     Raises:
-        ConfigError: `lora`, `start_from`, or a learning rate of the language model, is set.
+        ConfigError: `lora`, `start_from`, `data.eval_text`, or a learning rate of the language
+            model, is set.
     """
     if config.lora is not None:
         raise ConfigError("lora: stage 1 trains only the projector; remove it, or run stage 2")
@@ -56,6 +57,11 @@ def require_stage1(config: RunConfig) -> None:
         raise ConfigError(
             "start_from: stage 1 trains only the projector; name a checkpoint in projector, or run "
             "stage 2"
+        )
+    if config.data.eval_text:
+        raise ConfigError(
+            "data.eval_text: stage 1 does not train the language model, so the loss of text alone "
+            "cannot change; remove it, or run stage 2"
         )
     rate = config.optim.learning_rate.language_model
     if rate:

@@ -336,6 +336,9 @@ class DataConfig(Section):
     """Files of training records."""
     eval: Explicit[list[DataFile]] = Field(default=[])
     """Files of held-out records, for the validation loss; see `train.eval_every_steps`."""
+    eval_text: Explicit[list[DataFile]] = Field(default=[])
+    """Files of held-out conversations without images, for stage 2: their loss before the first step
+    and at every evaluation shows what the language model forgets (`docs/report.md`)."""
     template: Forbidden[NonEmptyText] = "auto"
     """Chat template: the name of a built-in template (`docs/templates.md`), a YAML file, or `auto`
     for the tokenizer's own."""
@@ -536,8 +539,8 @@ class TrainConfig(Section):
     keep_last_checkpoints: Free[Count] = 2
     """Number of most recent checkpoints to keep; older ones are deleted."""
     eval_every_steps: Free[Count | None] = None
-    """Number of steps between evaluations on `data.eval` and `eval_suite`. Null: no evaluation
-    before the end."""
+    """Number of steps between evaluations on `data.eval`, `data.eval_text` and `eval_suite`. Null:
+    no evaluation before the end."""
     eval_samples: Free[CountOrZero] = 3
     """Number of held-out records whose questions the model answers at each evaluation, written to
     `samples.jsonl`."""
@@ -644,7 +647,7 @@ class RunConfig(Section):
 
         Image files are not included; see `image_roots`.
         """
-        files = [*self.data.train, *self.data.eval]
+        files = [*self.data.train, *self.data.eval, *self.data.eval_text]
         names = (
             self.projector,
             self.start_from,

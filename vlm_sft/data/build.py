@@ -20,24 +20,45 @@ from vlm_sft.data.packing import PackingStats, RecordLengths, packing_stats
 from vlm_sft.data.sampler import StepSampler
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.data.tokenize_cache import CachedChatTokenizer
+from vlm_sft.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and held-out records with the account of what became of each."""
+    """Training and held-out records with the account of what became of each.
+
+    Attributes:
+        train: Records to train on.
+        train_ledger: Account of the records of their files.
+        eval: Held-out records; None without any.
+        eval_ledger: The same account of those.
+        text: Held-out conversations without images; None without any.
+        text_ledger: The same account of those.
+    """
 
     train: SupervisedDataset
     train_ledger: Ledger
     eval: SupervisedDataset | None
     eval_ledger: Ledger | None
+    text: SupervisedDataset | None = None
+    text_ledger: Ledger | None = None
+
+    @property
+    def ledgers(self) -> dict[str, Ledger]:
+        """The ledgers by the name of their file in the run directory."""
+        found = {
+            "ledger.jsonl": self.train_ledger,
+            "ledger_eval.jsonl": self.eval_ledger,
+            "ledger_text.jsonl": self.text_ledger,
+        }
+        return {name: ledger for name, ledger in found.items() if ledger is not None}
 
     def write_ledgers(self, output_dir: Path) -> None:
-        """Write `ledger.jsonl`, and `ledger_eval.jsonl` for the held-out records."""
-        self.train_ledger.write(output_dir / "ledger.jsonl")
-        if self.eval_ledger is not None:
-            self.eval_ledger.write(output_dir / "ledger_eval.jsonl")
+        """Write the ledger of each set of records."""
+        for name, ledger in self.ledgers.items():
+            ledger.write(output_dir / name)
 
     def quarantine(self, error: LoadError, output_dir: Path, *, held_out: bool) -> None:
         """Account for a record that turned out broken on the way."""
@@ -52,6 +73,8 @@ class Data:
         lines = [f"train: {self.train_ledger.summary()}"]
         if self.eval_ledger is not None:
             lines.append(f"validation: {self.eval_ledger.summary()}")
+        if self.text_ledger is not None:
+            lines.append(f"held-out text: {self.text_ledger.summary()}")
         return "\n".join(lines)
 
 
@@ -109,10 +132,27 @@ def load_data(
 
     train_ledger = Ledger()
     train = load(config.data.train, train_ledger)
-    if not config.data.eval:
-        return Data(train, train_ledger, None, None)
-    eval_ledger = Ledger(held_out=True)
-    return Data(train, train_ledger, load(config.data.eval, eval_ledger), eval_ledger)
+    held_out, ledgers = list[SupervisedDataset | None](), list[Ledger | None]()
+    for files in (config.data.eval, config.data.eval_text):
+        ledgers.append(Ledger(held_out=True) if files else None)
+        held_out.append(None if ledgers[-1] is None else load(files, ledgers[-1]))
+    data = Data(train, train_ledger, held_out[0], ledgers[0], held_out[1], ledgers[1])
+    require_text_alone(data.text)
+    return data
+
+
+def require_text_alone(text: SupervisedDataset | None) -> None:
+    """Check that the records of `data.eval_text` have no images.
+
+    Raises:
+        UserError: One has.
+    """
+    if text is not None and any(text.has_image):
+        record = text.record_ids[list(text.has_image).index(True)]
+        raise UserError(
+            f"data.eval_text: record {record!r} has an image, expected text alone; put records "
+            "with images in data.eval"
+        )
 
 
 class Ordered(RecordLengths, Protocol):

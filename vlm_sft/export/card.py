@@ -189,7 +189,12 @@ def _data(config: RunConfig | None, source: Path) -> str:
         return "Unknown: the folder of a finished model does not state it."
     names = ", ".join(f"`{Path(file.path).name}`" for file in config.data.train)
     text = f"Training files: {names}."
-    for name, what in (("ledger.jsonl", "training"), ("ledger_eval.jsonl", "held out")):
+    ledgers = {
+        "ledger.jsonl": "training",
+        "ledger_eval.jsonl": "held out",
+        "ledger_text.jsonl": "held-out text",
+    }
+    for name, what in ledgers.items():
         counts = _ledger(source, name)
         if counts:
             rows = [(key.replace("_", " "), f"{count:,}") for key, count in counts.items()]

@@ -24,6 +24,13 @@ Row = Mapping[str, Any]
 MAX_MESSAGES: Final = 3
 """Messages that are kept for each reason of the ledger."""
 
+LEDGERS: Final = {
+    "ledger.jsonl": "training",
+    "ledger_eval.jsonl": "validation",
+    "ledger_text.jsonl": "held-out text",
+}
+"""Names of the ledgers, and what their records are called."""
+
 _MISSING: Final = "(not set)"
 
 
@@ -38,7 +45,7 @@ class RunData:
         metrics: Rows of `metrics.jsonl`.
         samples: Rows of `samples.jsonl`.
         starts: The starts of the run, oldest first; empty for a run of an earlier version.
-        ledgers: Number of records by bucket and reason, for `training` and `validation`.
+        ledgers: Number of records by bucket and reason, for each of `LEDGERS`.
         messages: A few messages of each of these.
         steps: Steps, records and skipped updates of `trained.jsonl`; None without it.
         modules: Rows of `parts.json`.
@@ -113,6 +120,22 @@ class RunData:
                 found.append((row["step"], usable))
         return found
 
+    @property
+    def text_loss(self) -> dict[str, Any] | None:
+        """Loss of held-out text before training and at the last evaluation; None without both."""
+        points = self.points("text_loss")
+        if len(points) < 2 or points[0][0] != 0:
+            return None
+        tokens = [row["text_num_targets"] for row in self.metrics if "text_num_targets" in row]
+        (_, before), (step, after) = points[0], points[-1]
+        return {
+            "before": before,
+            "after": after,
+            "change": after - before,
+            "step": step,
+            "tokens": _whole(tokens[-1]) if tokens else 0,
+        }
+
     def names(self, section: str) -> list[str]:
         """Return the keys inside a section of the rows, e.g. of `learning_rate`."""
         found: dict[str, None] = {}
@@ -123,7 +146,8 @@ class RunData:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        keys = ("loss", "eval_loss", "grad_norm", "samples_per_second", "target_tokens_per_second")
+        losses = ("loss", "eval_loss", "text_loss")
+        keys = (*losses, "grad_norm", "samples_per_second", "target_tokens_per_second")
         nested = [
             f"{section}.{name}"
             for section in ("learning_rate", "eval_suite")
@@ -136,6 +160,7 @@ class RunData:
             "step": self.last_step,
             "total_steps": self.total_steps,
             "curves": {key: self.points(key) for key in (*keys, "memory_bytes", *nested)},
+            "text_loss": self.text_loss,
             "failed_evaluations": sum("eval_error" in row for row in self.metrics),
             "seconds": self.seconds,
             "starts": [start.as_dict() for start in self.starts],
@@ -201,7 +226,7 @@ def read_run(run_dir: str | Path, *, is_running: bool | None = None) -> RunData:
     run.samples = _rows(run, "samples.jsonl")
     events = _rows(run, STARTS, is_row=lambda row: isinstance(row.get("event"), str))
     run.starts = list(_starts(events))
-    for name, title in (("ledger.jsonl", "training"), ("ledger_eval.jsonl", "validation")):
+    for name, title in LEDGERS.items():
         _read_ledger(run, name, title)
     run.steps = _trained_steps(_rows(run, "trained.jsonl"))
     run.modules = _json(run, "parts.json", lambda rows: [dict(row) for row in rows]) or []

@@ -281,6 +281,10 @@ def _totals(run: RunData) -> dict[str, str]:
     losses, validations = run.points("loss"), run.points("eval_loss")
     if losses:
         totals[f"training loss at step {losses[-1][0]:,}"] = f"{losses[-1][1]:.4f}"
+    if (text := run.text_loss) is not None:
+        totals["loss of held-out text, before and after"] = (
+            f"{text['before']:.4f} → {text['after']:.4f} ({text['change']:+.4f})"
+        )
     if len(losses) > 20:
         totals["training loss, mean of the last 20 logged"] = f"{mean_of_last(losses):.4f}"
     if validations:
@@ -329,6 +333,7 @@ def _charts(runs: Sequence[Run]) -> Iterator[Chart]:
     else:
         losses = [*curves("loss", "training"), *curves("eval_loss", "validation", dots=True)]
         yield Chart("loss (nats per token)", losses)
+    yield Chart("loss of held-out text (nats per token)", curves("text_loss", dots=True))
     parts = dict.fromkeys(part for run in runs for part in run.data.names("learning_rate"))
     rates = [series for part in parts for series in curves(f"learning_rate.{part}", part)]
     yield Chart("learning rate", rates)

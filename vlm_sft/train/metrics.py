@@ -29,7 +29,7 @@ from vlm_sft.utils.ownership import set_aside
 
 logger = logging.getLogger(__name__)
 
-EVALUATED = frozenset({"eval_loss", "eval_suite", "eval_error"})
+EVALUATED = frozenset({"eval_loss", "eval_suite", "eval_error", "text_loss"})
 """Keys of which a row about an evaluation has one."""
 
 
@@ -162,20 +162,25 @@ class RunMetrics:
         epoch: float,
         result: ValidationResult | None,
         suite: Mapping[str, float | None],
+        text: tuple[float, int] | None,
     ) -> None:
-        """Log the validation loss, the metrics of the suite, and the generated samples.
+        """Log the losses, the metrics of the suite, and the generated samples.
 
         Args:
             step: Steps done.
             epoch: Epochs done.
             result: Loss and samples; None without validation records.
             suite: Metrics by name; empty without a suite.
+            text: Loss and number of supervised tokens of the held-out text; None without any.
         """
         row: dict[str, Any] = {"step": step, "epoch": round(epoch, 6)}
         if result is not None:
             row |= {"eval_loss": result.loss, "eval_num_targets": result.num_targets}
         if suite:
             row["eval_suite"] = dict(suite)
+        if text is not None:
+            row |= {"text_loss": text[0], "text_num_targets": text[1]}
+            logger.info("step %d: loss of held-out text %.4f over %s tokens", step, *text)
         self._write(row)
         own = [
             f"{name} {value:.4f}"

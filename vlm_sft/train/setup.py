@@ -55,7 +55,13 @@ from vlm_sft.train.run_log import RunLog
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.trainer import Trainer
 from vlm_sft.train.update import Updater
-from vlm_sft.train.validation import EvaluateSuite, GenerateSamples, Validation
+from vlm_sft.train.validation import (
+    EvaluateSuite,
+    GenerateSamples,
+    MeasureText,
+    Validation,
+    text_loss,
+)
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.dtensor import is_sharded
 from vlm_sft.utils.process_group import ProcessGroup
@@ -183,6 +189,7 @@ def build_trainer(
         history=history,
         validation=build_validation(config, model, data, collator, samples, accelerator),
         suite=suite,
+        text=build_text_loss(config, prepared_model, data, collator, accelerator),
         total_steps=total_steps,
     )
 
@@ -261,6 +268,35 @@ def build_validation(
         sample_on_all_ranks=is_sharded(model.parameters()),
         compiled=config.train.compile,
         on_quarantine=None if config.data.on_error == "stop" else quarantine,
+    )
+
+
+def build_text_loss(
+    config: RunConfig,
+    model: nn.Module,
+    data: Data,
+    collator: Collator,
+    accelerator: Accelerator,
+) -> MeasureText | None:
+    """Build what measures the loss of `data.eval_text`; return None without it.
+
+    Args:
+        config: The run's configuration.
+        model: The model as the forward pass takes it.
+        data: All records.
+        collator: How records become micro-batches.
+        accelerator: Device, precision and ranks.
+    """
+    if data.text is None:
+        return None
+    return partial(
+        text_loss,
+        model,
+        data.text,
+        accelerator,
+        collator=collator,
+        num_workers=config.data.num_workers,
+        compiled=config.train.compile,
     )
 
 

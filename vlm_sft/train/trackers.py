@@ -279,7 +279,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def tracker_values(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a row as `train/...` or `eval/...`, for `Accelerator.log`."""
-    kind = "train" if row.keys().isdisjoint(("eval_loss", "eval_suite")) else "eval"
+    evaluated = not row.keys().isdisjoint(("eval_loss", "eval_suite", "text_loss"))
+    kind = "eval" if evaluated else "train"
     numbers = {k: v for k, v in flat(row).items() if isinstance(v, (int, float)) and k != "step"}
     named = {key.removeprefix("eval_suite."): value for key, value in numbers.items()}
     return {f"{kind}/{key}": float(value) for key, value in named.items()}

@@ -22,7 +22,7 @@ from vlm_sft.train.signals import SignalHandler, exit_code
 from vlm_sft.train.step_loader import StepLoader
 from vlm_sft.train.train_step import StepGradient, accumulate_gradient, step_seed
 from vlm_sft.train.update import Update, Updater
-from vlm_sft.train.validation import BestEvaluation, EvaluateSuite, Validation
+from vlm_sft.train.validation import BestEvaluation, EvaluateSuite, MeasureText, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Trainer:
         history: Where the time of the run goes.
         validation: Evaluates on the validation records, or None.
         suite: Evaluates the suite of `train.eval_suite`, or None.
+        text: Measures the loss of `data.eval_text`, or None.
         total_steps: Optimizer steps of the run.
 
     Attributes:
@@ -82,6 +83,7 @@ class Trainer:
         history: RunHistory,
         validation: Validation | None,
         suite: EvaluateSuite | None,
+        text: MeasureText | None,
         total_steps: int,
     ) -> None:
         self.config = config
@@ -94,6 +96,7 @@ class Trainer:
         self.history = history
         self.validation = validation
         self.suite = suite
+        self.text = text
         self.best: BestEvaluation | None = None
         if config.train.keep_best is not None:
             before = metrics.evaluations(config.train.keep_best)
@@ -141,6 +144,7 @@ class Trainer:
 
         A step is saved before it is evaluated, so that no error of an evaluation costs training.
         """
+        self.measure_text_before_training()
         if self.missed_evaluation():
             self.evaluate()
         batches = self.loader.load(self.step, self.total_steps)
@@ -223,7 +227,7 @@ class Trainer:
     def evaluation_is_due(self) -> bool:
         """Return whether the configuration wants an evaluation of this step."""
         every = self.config.train.eval_every_steps
-        if self.validation is None and self.suite is None:
+        if self.validation is None and self.suite is None and self.text is None:
             return False
         return self.is_last_step or (every is not None and self.step % every == 0)
 
@@ -248,8 +252,25 @@ class Trainer:
         """Epochs done."""
         return self.loader.epoch_after(self.step)
 
+    def measure_text_before_training(self) -> None:
+        """Measure the loss of `data.eval_text` with the weights that the run starts from.
+
+        New adapters change nothing, so with LoRA this is the loss of the language model alone.
+        """
+        if self.text is None:
+            return
+        if self.step == 0:
+            with self.history.phase("evaluation"):
+                self.metrics.log_evaluation(0, 0.0, None, {}, self.text())
+        elif not self.metrics.has_evaluation(0):
+            logger.warning(
+                "data.eval_text: the run is at step %d, so the loss before training cannot be "
+                "measured; it can in a new output_dir",
+                self.step,
+            )
+
     def evaluate(self) -> None:
-        """Compute the validation loss, generate samples, answer the suite, keep the best.
+        """Compute the losses, generate samples, answer the suite, keep the best.
 
         A failure is logged, and training continues.
 
@@ -267,10 +288,11 @@ class Trainer:
         try:
             result = None if self.validation is None else self.validation.run()
             suite = {} if self.suite is None else self.suite()
+            text = None if self.text is None else self.text()
             # Before the row: a resumed run takes every row's checkpoint for compared.
             loss = {} if result is None else {"eval_loss": result.loss}
             self.keep_if_best({**suite, **loss})
-            self.metrics.log_evaluation(self.step, self.epoch, result, suite)
+            self.metrics.log_evaluation(self.step, self.epoch, result, suite, text)
         except UserError:
             if self.checkpoints.saved_step < self.step:
                 self.save()

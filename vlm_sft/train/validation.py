@@ -21,6 +21,10 @@ GenerateSamples = Callable[[Callable[[LoadError], None] | None], list[dict[str, 
 with each record that cannot be loaded; None: such a record raises."""
 
 
+MeasureText = Callable[[], tuple[float, int]]
+"""Returns the mean loss (nats) of a supervised token of the held-out text, and their number."""
+
+
 EvaluateSuite = Callable[[], Mapping[str, float | None]]
 """Answers the questions of the run's suite on all ranks, and returns the metrics by name."""
 
@@ -161,6 +165,34 @@ class Validation:
         self._model.eval()
         with torch.no_grad(), self._accelerator.autocast():
             return self._samples(on_error)
+
+
+def text_loss(
+    model: nn.Module,
+    dataset: Examples,
+    accelerator: Accelerator,
+    *,
+    collator: Collator,
+    num_workers: int,
+    compiled: bool,
+) -> tuple[float, int]:
+    """Return what `validation_loss` does of conversations without images.
+
+    Args:
+        model: The model; left in training mode.
+        dataset: The conversations.
+        accelerator: Device, precision and ranks.
+        collator: How records become micro-batches.
+        num_workers: Worker processes that load ahead.
+        compiled: As for `Validation`.
+    """
+    try:
+        with eager(compiled):
+            return validation_loss(
+                model, dataset, accelerator, collator=collator, num_workers=num_workers
+            )
+    finally:
+        model.train()
 
 
 @torch.no_grad()
