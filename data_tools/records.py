@@ -1,7 +1,7 @@
 """Records in LLaVA's form, and the file that holds them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 IMAGE_MARK = "<image>"
@@ -12,19 +12,26 @@ IMAGE_LINE = f"{IMAGE_MARK}\n"
 
 
 def llava_record(
-    record_id: str, image: str, turns: Iterable[tuple[str, str]], sample_type: str | None = None
+    record_id: str,
+    image: str | Sequence[str],
+    turns: Iterable[tuple[str, str]],
+    sample_type: str | None = None,
 ) -> dict[str, Any]:
-    """Return questions with their answers as a record; the image is in the first human turn.
+    """Return questions with their answers as a record; the images are in the first human turn.
+
+    One image is a name, several are a list of names.
 
     `sample_type` (`conversation`, `detail`, `reasoning`) is a key that training ignores and
     `data_tools.verify` reads.
     """
     said: list[dict[str, str]] = []
+    names = [image] if isinstance(image, str) else list(image)
     for question, answer in turns:
-        opening = "" if said else IMAGE_LINE
+        opening = "" if said else IMAGE_LINE * len(names)
         said.append({"from": "human", "value": opening + question})
         said.append({"from": "gpt", "value": answer})
-    record: dict[str, Any] = {"id": record_id, "image": image, "conversations": said}
+    where: str | list[str] = names[0] if len(names) == 1 else names
+    record: dict[str, Any] = {"id": record_id, "image": where, "conversations": said}
     return record if sample_type is None else record | {"type": sample_type}
 
 

@@ -155,7 +155,27 @@ class Explanation:
             "cost": _cost(self.answer),
             "request": request.id,
             "template": f"{request.template} {request.template_sha256}",
+            **_origin(request),
         }
+
+
+def _origin(request: Request) -> dict[str, str]:
+    """Return what a grown sample was made from."""
+    if (grown := request.grown) is None:
+        return {}
+    found = {"grown by": grown.operator, "parents": ", ".join(grown.parents) or "the image alone"}
+    if grown.images:
+        found["more images"] = ", ".join(image.file_name for image in grown.images)
+    if grown.language:
+        found["language"] = grown.language
+    if grown.constraints:
+        found["constraints"] = "; ".join(one.kind for one in grown.constraints)
+    if grown.tasks:
+        found["questions"] = "; ".join(
+            f"{task.question} ({task.why}, {'answerable' if task.answerable else 'unanswerable'})"
+            for task in grown.tasks
+        )
+    return found
 
 
 def explain(config: InstructConfig, wanted: str) -> Explanation:

@@ -2,17 +2,16 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
 from data_tools.digests import file_digest, hashed
 from data_tools.instruct.config import InstructConfig
-from data_tools.instruct.grow.operators import parent_of
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
-from data_tools.instruct.schema import Sample
+from data_tools.instruct.schema import Grown, Sample
 from data_tools.records import IMAGE_MARK, JsonList, json_line, llava_record
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
@@ -40,8 +39,8 @@ _ROWS_AT_ONCE: Final = 1000
 Turns = list[tuple[str, str]]
 """Questions with their answers."""
 
-Write = Callable[[str, str, Turns, str], None]
-"""Writes a record with this id, image name, turns and type."""
+Write = Callable[[str, Sequence[str], Turns, str], None]
+"""Writes a record with this id, image names, turns and type."""
 
 
 def command(config: InstructConfig) -> None:
@@ -60,11 +59,12 @@ def command(config: InstructConfig) -> None:
     num_samples = num_turns = 0
     left_out = []
     seen: set[int] = set()
+    several = _has_several_images(folder.kept)
     with ExitStack() as files:
         writers: list[Write] = []
         for name in formats:
             file = files.enter_context(owned_open(folder.exports / FILES[name]))
-            writers.append(files.enter_context(_WRITERS[name](file)))
+            writers.append(files.enter_context(_WRITERS[name](file, several)))
         receipts = files.enter_context(owned_open(folder.exports / RECEIPTS))
         for sample in track(read_lines(folder.kept, Sample), description="exporting samples"):
             if (digest := hashed(sample.id)) in seen:
@@ -78,17 +78,17 @@ def command(config: InstructConfig) -> None:
             counts["types"][sample.type] += 1
             counts["origins"][sample.origin] += 1
             counts["models"][sample.model] += 1
-            license_of[sample.image.id] = sample.image.license or 0
+            license_of.update({image.id: image.license or 0 for image in sample.images})
             turns = [(turn.question, turn.answer) for turn in sample.turns]
+            names = [config.export.image_prefix + image.file_name for image in sample.images]
             for write in writers:
-                image = config.export.image_prefix + sample.image.file_name
-                write(sample.id, image, turns, sample.type)
+                write(sample.id, names, turns, sample.type)
             receipts.write(json_line(receipt(sample)))
     for old in FILES.keys() - set(formats):  # of an earlier export
         path = folder.exports / FILES[old]
         if not remove_owned(path) and path.is_file() and file_digest(path) == before.get(path.name):
             path.unlink()
-    names = [*(FILES[name] for name in formats), RECEIPTS]
+    written = [*(FILES[name] for name in formats), RECEIPTS]
     known = _license_names(folder)
     summary = {
         "samples": num_samples,
@@ -101,11 +101,11 @@ def command(config: InstructConfig) -> None:
         },
         "left_out": {"IMAGE_MARK_IN_QUESTION": left_out},
         "image_prefix": config.export.image_prefix,
-        "files": {name: file_digest(folder.exports / name) for name in names},
+        "files": {name: file_digest(folder.exports / name) for name in written},
     }
     write_owned_json(folder.exports / "export.json", summary)
     text = f"{folder.exports}: {num_samples:,} samples with {num_turns:,} turns about "
-    text += f"{len(license_of):,} images in {', '.join(names)}"
+    text += f"{len(license_of):,} images in {', '.join(written)}"
     if left_out:
         text += f"\nleft out: {len(left_out):,} samples whose question contains {IMAGE_MARK!r}, "
         text += "which readers take for an image (listed in export.json)"
@@ -114,10 +114,10 @@ def command(config: InstructConfig) -> None:
 
 def receipt(sample: Sample) -> dict[str, Any]:
     """Return what a sample was made from and what it cost, without its text."""
-    grown = parent_of(sample.id)
+    grown = sample.grown
     return {
         "id": sample.id,
-        **({"parents": [grown[0]], "operator": grown[1]} if grown else {}),
+        **({} if grown is None else _grown(grown)),
         "type": sample.type,
         "origin": sample.origin,
         "kinds": [turn.kind for turn in sample.turns],
@@ -137,11 +137,25 @@ def receipt(sample: Sample) -> dict[str, Any]:
     }
 
 
+def _grown(grown: Grown) -> dict[str, Any]:
+    """Return what a grown sample was made from; without what its operator does not have."""
+    found = grown.model_dump(mode="json", exclude_defaults=True)
+    return {"parents": list(grown.parents), **found}
+
+
+def _has_several_images(path: Path) -> bool:
+    """Return whether any line is about several images; texts have their quotes escaped."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return any(b'"operator":"multi-image"' in line for line in file)
+
+
 # --- formats
 
 
 @contextmanager
-def _write_llava(file: IO[bytes]) -> Iterator[Write]:
+def _write_llava(file: IO[bytes], several: bool) -> Iterator[Write]:
     """Write a JSON list of LLaVA records, one per line."""
     records = JsonList(file)
     yield lambda *record: records.add(llava_record(*record))
@@ -149,22 +163,22 @@ def _write_llava(file: IO[bytes]) -> Iterator[Write]:
 
 
 @contextmanager
-def _write_messages(file: IO[bytes]) -> Iterator[Write]:
+def _write_messages(file: IO[bytes], several: bool) -> Iterator[Write]:
     """Write one object of messages per line, with content in parts.
 
-    The first text begins with the newline that LLaVA puts after `<image>`, so that training sees
-    the same tokens from every file.
+    The text after an image begins with the newline that LLaVA puts after `<image>`, so that
+    training sees the same tokens from every file.
     """
 
-    def write(record_id: str, image: str, turns: Turns, sample_type: str) -> None:
+    def write(record_id: str, images: Sequence[str], turns: Turns, sample_type: str) -> None:
         messages: list[dict[str, Any]] = []
         for number, (question, answer) in enumerate(turns):
             parts = [{"type": "text", "text": question}]
             if number == 0:
-                parts = [
-                    {"type": "image", "image": image},
-                    {"type": "text", "text": "\n" + question},
-                ]
+                parts = []
+                for image in images:
+                    parts += [{"type": "image", "image": image}, {"type": "text", "text": "\n"}]
+                parts[-1]["text"] += question
             messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         file.write(json_line({"id": record_id, "messages": messages, "type": sample_type}))
@@ -173,8 +187,11 @@ def _write_messages(file: IO[bytes]) -> Iterator[Write]:
 
 
 @contextmanager
-def _write_parquet(file: IO[bytes]) -> Iterator[Write]:
-    """Write LLaVA records as columns: id, image (a name), conversations, type."""
+def _write_parquet(file: IO[bytes], several: bool) -> Iterator[Write]:
+    """Write LLaVA records as columns: id, image, conversations, type.
+
+    `image` is a name; in a file with records about several images, a list of names everywhere.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -182,7 +199,7 @@ def _write_parquet(file: IO[bytes]) -> Iterator[Write]:
     schema = pa.schema(
         [
             ("id", pa.string()),
-            ("image", pa.string()),
+            ("image", pa.list_(pa.string()) if several else pa.string()),
             ("conversations", pa.list_(turn)),
             ("type", pa.string()),
         ]
@@ -190,8 +207,10 @@ def _write_parquet(file: IO[bytes]) -> Iterator[Write]:
     rows: list[dict[str, Any]] = []
     with parquet.ParquetWriter(file, schema) as table:
 
-        def write(record_id: str, image: str, turns: Turns, sample_type: str) -> None:
-            rows.append(llava_record(record_id, image, turns, sample_type))
+        def write(record_id: str, images: Sequence[str], turns: Turns, sample_type: str) -> None:
+            rows.append(llava_record(record_id, images, turns, sample_type))
+            if several:
+                rows[-1]["image"] = list(images)
             if len(rows) == _ROWS_AT_ONCE:
                 table.write_table(pa.Table.from_pylist(rows, schema))
                 rows.clear()

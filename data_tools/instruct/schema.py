@@ -48,11 +48,70 @@ class Shown(Line):
     decimals: int = 2
 
 
+class ImageSource(Line):
+    """The image a sample is about; `license` is COCO's number, None where unknown."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    license: int | None = None
+
+
+class Constraint(Line):
+    """A demand on the form of an answer that a program checks.
+
+    Attributes:
+        kind: IFEval's name, a key of `grow.constraints.KINDS`.
+        arguments: IFEval's `kwargs`.
+    """
+
+    kind: str
+    arguments: dict[str, Any] = {}
+
+
+class Task(Line):
+    """A question made from the annotations on purpose, answerable from the image or not.
+
+    Attributes:
+        why: How it was made, a key of `grow.refusals.UNANSWERABLE` or `LOOK_ALIKES`.
+        subject: The category it is about.
+        answer: The right answer, in one word; empty if there is none.
+    """
+
+    question: str
+    answerable: bool
+    why: str
+    kind: Kind
+    subject: str = ""
+    answer: str = ""
+
+
+class Grown(Line):
+    """What a sample was grown from; a receipt has it.
+
+    Attributes:
+        operator: A key of `grow.operators.OPERATORS`.
+        parents: Ids of the samples, or of seed tasks (`seed:12`), that the request shows.
+        images: Of a conversation about several images, those after the first one.
+        language: The language of a translation.
+        constraints: What the instruction demands of the answer's form.
+        tasks: The questions of `refuse`, in the order of the turns.
+    """
+
+    operator: str
+    parents: tuple[str, ...] = ()
+    images: tuple[ImageSource, ...] = ()
+    language: str | None = None
+    constraints: tuple[Constraint, ...] = ()
+    tasks: tuple[Task, ...] = ()
+
+
 class Request(Line):
     """One question to a teacher; `id` is the SHA-256 of everything that determines the answer.
 
     Attributes:
-        id: Hex digest over everything below except `sample_id`.
+        id: Hex digest over everything below except `sample_id` and `grown`.
         sample_id: Unique in a run, `000000033471-detail-0`.
         image: COCO's image id.
         number: Which of several samples of one image and type, from 0.
@@ -62,6 +121,7 @@ class Request(Line):
         context: The last user message: captions and boxes as text, and the task.
         parameters: Sampling parameters as sent, with `model`, all explicit.
         shown: The annotations in `context`.
+        grown: What the sample is grown from, which `context` shows; None: from the image alone.
     """
 
     id: str
@@ -75,6 +135,7 @@ class Request(Line):
     context: str
     parameters: dict[str, Any]
     shown: Shown
+    grown: Grown | None = None
 
 
 class Answer(Line):
@@ -169,16 +230,6 @@ class Check:
     evidence: tuple[int, ...] = ()
 
 
-class ImageSource(Line):
-    """The image a sample is about; `license` is COCO's number, None where unknown."""
-
-    id: int
-    file_name: str
-    width: int
-    height: int
-    license: int | None = None
-
-
 class Cost(Line):
     """The cost of a sample's answer."""
 
@@ -256,8 +307,8 @@ class Sample(Line):
         origin: `llm`, `rules` (made by a program) or `imported`.
         turns: Empty where the answer could not be read.
         raw: The answer's text if `turns` is empty.
-        shown, request, template, template_sha256, parameters, model, fingerprint: As in `Request`
-            and `Answer`.
+        shown, request, template, template_sha256, parameters, model, fingerprint, grown: As in
+            `Request` and `Answer`.
         tool: Name and version of the program that made and checked it.
         judgment: The opinion of the judge; None without a judge, and if `turns` is empty.
         status: `accepted`, or `rejected` for the `reasons`: codes in the order found, each once.
@@ -283,6 +334,12 @@ class Sample(Line):
     judgment: Judgment | None = None
     status: Literal["accepted", "rejected"]
     reasons: tuple[str, ...] = ()
+    grown: Grown | None = None
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """Return all images of the sample, in the order of its record."""
+        return (self.image, *(self.grown.images if self.grown else ()))
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True,

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from data_tools.instruct.generate.shard import ALL_REQUESTS, Shard
+from data_tools.instruct.grow.operators import GROUPS, OPERATORS
 from vlm_sft.commands.parser import CommandParser, add_overrides, group_parser, whole_number
 
 PROG: Final = "vlm-sft data"
@@ -77,8 +78,7 @@ def _explain_options(parser: CommandParser) -> None:
     parser.add_argument("--prompt", action="store_true", help="show system text and seed examples")
 
 
-OPERATOR_NAMES: Final = ("paraphrase", "deepen", "breadth", "steps", "continue", "distill")
-"""The keys of `grow.operators.OPERATORS`, which imports more."""
+OPERATOR_NAMES: Final = (*OPERATORS, *GROUPS)
 
 
 def _operators(text: str) -> tuple[str, ...]:
@@ -87,6 +87,16 @@ def _operators(text: str) -> tuple[str, ...]:
         known = ", ".join(OPERATOR_NAMES)
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {known}")
     return names
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return share
 
 
 def _grow_options(parser: CommandParser) -> None:
@@ -106,6 +116,20 @@ def _grow_options(parser: CommandParser) -> None:
         default=1,
         metavar="N",
         help="requests per sample and operator (default: 1)",
+    )
+    parser.add_argument("--language", metavar="NAME", help="language of `translate`, e.g. German")
+    parser.add_argument(
+        "--unanswerable",
+        type=_share,
+        metavar="SHARE",
+        help="share of the questions of `refuse` that the image cannot answer (default: 0.5)",
+    )
+    parser.add_argument(
+        "--seed-tasks",
+        type=Path,
+        metavar="FILE",
+        help="seed tasks of `self-instruct` in place of ours: a JSON list of objects with `id` "
+        "and `question`",
     )
 
 
@@ -173,13 +197,16 @@ COMMANDS: Final = {
     ),
     "grow": Stage(
         "plan a run that makes new samples from the accepted ones of this run",
-        "Operators: paraphrase (in other words), deepen (harder questions), breadth (other "
-        "things in the image),\nsteps (reasons before the answer), continue (more turns), distill "
-        "(the teacher's own answers).\nSends nothing: `generate`, `verify`, `clean`, `export` and "
+        "Operators:\n"
+        + "\n".join(f"  {name:<14}{operator.summary}" for name, operator in OPERATORS.items())
+        + "\n"
+        + "\n".join(f"  {name:<14}one of {', '.join(of)}" for name, of in GROUPS.items())
+        + "\nSends nothing: `generate`, `verify`, `clean`, `export` and "
         "`report` of DIR/config.yaml do the rest,\nwith the same limits, checks and receipts.",
         (
             "my.yaml --operators deepen,breadth --out grown teacher.model=NAME",
-            "my.yaml --operators distill --number 4 --out distilled",
+            "my.yaml --operators evolve --number 2 --out evolved teacher.model=NAME",
+            "my.yaml --operators translate --language German --out german teacher.model=NAME",
         ),
         "grow.command",
         _grow_options,

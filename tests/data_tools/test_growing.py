@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,17 @@ from typing import Any
 import pytest
 
 from data_tools.instruct.__main__ import main
-from data_tools.instruct.grow.operators import (
-    OPERATORS,
-    GrowthChecks,
-    grown_id,
-    parent_of,
-    rouge_l,
-)
+from data_tools.instruct.grow.checks import GrowthChecks
+from data_tools.instruct.grow.novelty import rouge_l
+from data_tools.instruct.grow.operators import GROUPS, OPERATORS, grown_id
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Request, Sample, Turn
-from data_tools.instruct.stages import OPERATOR_NAMES
 from tests.data_tools.coco_files import write_coco
-from tests.data_tools.teacher_server import Act, Received, after, fail, say, served
+from tests.data_tools.teacher_server import Act, Received, after, drop, fail, say, served
+from vlm_sft.config.schema import DataFile
+from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.records import open_records
 from vlm_sft.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -46,13 +46,11 @@ def turns(*given: dict[str, Any]) -> str:
     return json.dumps({"turns": list(given)})
 
 
-def configured(root: Path, url: str, images: int = 1) -> Path:
-    """A configuration of a run about images of two dogs on a lawn."""
+def configured(root: Path, url: str, images: Any = 1) -> Path:
+    """A configuration of a run about images of two dogs on a lawn, or of other boxes."""
     boxes = [("dog", [10.0, 10, 40, 40], 0), ("dog", [60, 10, 40, 40], 0)]
-    numbers = range(1, images + 1)
-    files = write_coco(
-        root, {n: boxes for n in numbers}, {n: ["Two dogs on a lawn."] for n in numbers}
-    )
+    given = images if isinstance(images, dict) else dict.fromkeys(range(1, images + 1), boxes)
+    files = write_coco(root, given, {n: ["Two dogs on a lawn."] for n in given})
     config = {
         "output_dir": str(root / "run"),
         "coco": {name: str(files[name]) for name in ("instances", "captions", "images")},
@@ -64,7 +62,7 @@ def configured(root: Path, url: str, images: int = 1) -> Path:
     return root / "run.yaml"
 
 
-def parents(root: Path, url: str, images: int = 1) -> Path:
+def parents(root: Path, url: str, images: Any = 1) -> Path:
     """A verified run whose samples can be grown."""
     path = configured(root, url, images)
     for stage in ("plan", "generate", "verify"):
@@ -73,57 +71,98 @@ def parents(root: Path, url: str, images: int = 1) -> Path:
 
 
 def grown(
-    root: Path, reply: Callable[[str], str], *options: str
+    root: Path, reply: Callable[[str], str], *options: str, images: Any = 1
 ) -> tuple[list[Sample], list[Sample]]:
     """Accepted and rejected samples that a teacher made; `reply` gets the last message."""
 
     def script(received: Received) -> Act:
         text = received.body["messages"][-1]["content"]
-        grows = "QUESTIONS" in text
+        grows = "QUESTIONS" in text or "TASKS" in text
         if received.times == 1 and grows and not received.is_probe:
             return fail(500)  # once each: an attempt more
         return say(reply(text) if grows else turns(*FIRST))
 
     with served(script) as server:
-        path = parents(root, server.url)
+        path = parents(root, server.url, images)
         out = root / "grown"
         assert main(["grow", str(path), "--out", str(out), *options]) == 0
         for stage in ("generate", "verify", "clean", "export", "report"):
-            assert main([stage, str(out / "config.yaml")]) == 0
+            more = ["clean.same_images.action=keep"] if stage == "clean" else []  # all are gray
+            assert main([stage, str(out / "config.yaml"), *more]) == 0
     folder = RunFolder(out)
     return list(read_lines(folder.samples, Sample)), list(read_lines(folder.rejected, Sample))
 
 
 def test_every_operator_is_asked_checked_and_named_in_the_receipt(tmp_path: Path) -> None:
+    again = [
+        turn("How many dogs are there?", "A dog is on the left. Answer: 2", "count"),
+        turn("Is there a cat?", "Only dogs are on the lawn. Answer: No", "existence"),
+    ]
+    german = [
+        turn("Wie viele Hunde sind auf diesem Bild zu sehen?", "Es sind 2."),
+        turn("Ist auf dem Bild eine Katze zu sehen?", "Nein, es ist keine Katze da."),
+    ]
     replies = {
         "in other words": turns(turn("What number of dogs can be seen?", "There are two.", "count"),
                                 turn("Can you see a cat?", "No, there is none.", "existence")),
-        "harder": turns(turn("What are the two animals on the lawn?", "They are dogs.")),
-        "new conversation": turns(turn("What is under the animals?", "A lawn.")),
-        "reasons": turns(
-            turn("How many dogs are there?", "A dog is on the left. Answer: 2", "count"),
-            turn("Is there a cat?", "Only dogs are on the lawn. Answer: No", "existence")),
+        "the harder": turns(turn("What are the two animals on the lawn?", "They are dogs.")),
+        "the new conversation": turns(turn("What is under the animals?", "A lawn.")),
+        "with reasons": turns(*again),
         "next turns": turns(turn("Where are they?", "They are on a lawn.")),
-        "Answer the questions": turns(FIRST[0], turn("Is there a cat?", "No.", "existence")),
+        "Answer the questions, as": turns(FIRST[0], turn("Is there a cat?", "No.", "existence")),
+        "one more condition": turns(turn("Which animals stand on the lawn?", "Two dogs.")),
+        "more particular": turns(turn("On what surface do both dogs stand?", "On a lawn.")),
+        "several steps": turns(turn("If one dog left, would one stay?", "Two less one, so one.")),
+        "more given": turns(turn("My aunt fears cats. May she come here?", "Yes, no cat is here.")),
+        "seldom asked": turns(turn("What do the animals have below them?", "A lawn.")),
+        "new questions about": turns(turn("Name the kind of pet.", "These are dogs.")),
+        "into German": turns(*german),
     }  # fmt: skip
 
     def reply(text: str) -> str:
-        return next(said for words, said in replies.items() if words in text.splitlines()[-1])
+        last = text.splitlines()[-1]
+        if "why they cannot be answered" in last:
+            return turns(*(answered(line) for line in text.splitlines() if line[:1] == "q"))
+        return next(said for words, said in replies.items() if words in last)
 
-    accepted, rejected = grown(tmp_path, reply, "--operators", ",".join(OPERATORS))
+    names = [name for name in OPERATORS if name not in ("constraints", "multi-image")]
+    accepted, rejected = grown(
+        tmp_path, reply, "--operators", ",".join(names), "--language", "german"
+    )
     assert {sample.id: sample.reasons for sample in rejected} == {}
-    by_operator = {parent_of(sample.id): sample for sample in accepted}
+    by_operator = {sample.grown.operator: sample for sample in accepted if sample.grown}
     parent = "000000000001-conversation-0"
-    assert set(by_operator) == {(parent, name) for name in OPERATORS}
-    longer = by_operator[parent, "continue"]
+    assert set(by_operator) == set(names)
+    longer = by_operator["continue"]
     assert [t.question for t in longer.turns][:2] == [t["question"] for t in FIRST]
     assert len(longer.turns) == 3
-    receipts = (tmp_path / "grown" / "export" / "receipts.jsonl").read_text().splitlines()
-    named = [(r["parents"], r["operator"]) for r in map(json.loads, receipts)]
-    assert all(found == [parent] and name in OPERATORS for found, name in named) and named
+    receipts = [
+        json.loads(line)
+        for line in (tmp_path / "grown" / "export" / "receipts.jsonl").read_text().splitlines()
+    ]
+    of_samples = [r for r in receipts if OPERATORS[r["operator"]].source == "sample"]
+    assert of_samples and all(found["parents"] == [parent] for found in of_samples)
+    seeded = by_operator["self-instruct"].grown
+    assert seeded is not None and len([p for p in seeded.parents if p.startswith("seed:")]) == 6
     requests = list(read_lines(RunFolder(tmp_path / "grown").requests, Request))
     shown = {request.template: request.context for request in requests}
     assert "a1:" not in shown["distill"] and 'a1: "Two."' in shown["steps"]
+    translated = by_operator["translate"]
+    assert translated.id == f"{parent}~translate-german-0"
+    assert any("not checked in german" in check.claim for check in translated.checks)
+    assert any(check.claim.startswith("parent: ") for check in translated.checks)
+    assert {turn.kind for turn in translated.turns} == {"count", "existence"}
+
+
+def answered(line: str) -> dict[str, Any]:
+    """What a good teacher says to a question of `refuse` about two dogs on a lawn."""
+    question = json.loads(line.split(": ", 1)[1])
+    absent = next((n for n in ("cat", "bus", "apple", "car", "cup") if f" {n}" in question), None)
+    if "many" in question or "number" in question:
+        return turn(question, "There are two dogs.")
+    if "color" not in question and "made" not in question:
+        return turn(question, f"No, there is no {absent}." if absent else "Yes, there are dogs.")
+    return turn(question, f"That cannot be told, because there is no {absent} in the image.")
 
 
 @pytest.mark.parametrize(
@@ -200,6 +239,126 @@ def test_a_killed_generation_of_grown_samples_pays_nothing_twice(tmp_path: Path)
         assert all(server.counts[name] == times for name, times in paid.items())
 
 
+def test_a_misbehaving_server_costs_samples_but_no_answer_twice_and_no_crash(
+    tmp_path: Path,
+) -> None:
+    good = turn("What is under the animals?", "A lawn.")
+    texts = [
+        '{"turns": [{"question": "Wh', "", "I'm sorry, but I cannot see images.",
+        turns(), turns(*[good] * 9), turns(good), json.dumps({"answer": "A lawn.", "evidence": []}),
+    ]  # fmt: skip
+    paid: Counter[str] = Counter()
+
+    def script(received: Received) -> Act:
+        text = received.body["messages"][-1]["content"]
+        if "QUESTIONS" not in text and "TASKS" not in text:
+            return say(turns(*FIRST))
+        place = int(received.id[:8], 16) if not received.is_probe else 0
+        if received.times == 1 and place % 3:
+            return [fail(429, retry_after=0), fail(500), drop][place % 7 % 3]
+        paid[received.id] += 1
+        return say(texts[place % len(texts)])
+
+    with served(script) as server:
+        path = parents(tmp_path, server.url, images=3)
+        out = tmp_path / "grown"
+        grow = ["grow", str(path), "--out", str(out), "--operators", ",".join(OPERATORS),
+                "--language", "German"]  # fmt: skip
+        assert main(grow) == 0
+        for stage in ("generate", "generate", "verify"):
+            assert main([stage, str(out / "config.yaml")]) == 0
+    folder = RunFolder(out)
+    rejected = list(read_lines(folder.rejected, Sample))
+    requests = list(read_lines(folder.requests, Request))
+    assert len({request.sample_id for request in requests}) == len(requests)
+    assert set(paid) == {request.id for request in requests} and set(paid.values()) == {1}
+    assert {sample.grown.operator for sample in rejected if sample.grown} == set(OPERATORS)
+    codes = {code for sample in rejected for code in sample.reasons}
+    assert {"NOT_JSON", "ANSWER_EMPTY", "REFUSAL", "WRONG_SCHEMA", "TURN_REPEATED"} <= codes
+    of = {sample.grown.operator: sample for sample in rejected if sample.grown and sample.turns}
+    assert "GROWN_OTHER_QUESTION" in of["refuse"].reasons if "refuse" in of else True
+
+
+def test_a_conversation_about_several_images_is_exported_as_training_reads_it(
+    tmp_path: Path,
+) -> None:
+    said = turns(
+        turn("How many dogs are in the first picture?", "There are two dogs.", "count"),
+        turn("What lies under the dogs in the second picture?", "A lawn."),
+        turn("How many dogs are in the third picture?", "There are two dogs.", "count"),
+        turn("What is in the fourth picture?", "There are two dogs."),
+    )
+
+    def reply(text: str) -> str:
+        number = len(re.findall(r"PICTURE \d:", text))
+        return turns(*json.loads(said)["turns"][:number])
+
+    boxes = [("dog", [10.0, 10, 40, 40], 0), ("dog", [60, 10, 40, 40], 0)]
+    accepted, rejected = grown(
+        tmp_path, reply, "--operators", "multi-image,constraints",
+        images={n: [*boxes, ("car", [110.0 + n, 10, 3.0 * n, 30], 0)] for n in range(1, 5)},
+    )  # fmt: skip
+    assert {sample.grown.operator for sample in rejected if sample.grown} == {"constraints"}
+    several = [sample for sample in accepted if len(sample.images) > 1]
+    assert several and all(2 <= len(sample.images) <= 4 for sample in several)
+    exports = tmp_path / "grown" / "export"
+    for name in ("llava.json", "messages.jsonl", "train.parquet"):
+        records = list(open_records(DataFile(path=str(exports / name))).conversations)
+        by_id = {r.id: r for r in records if isinstance(r, Conversation)}
+        for sample in several:
+            record = by_id[sample.id]
+            assert len(record.images) == len(sample.images)
+            assert record.turns[0].text.endswith(sample.turns[0].question)
+    (receipt,) = [r for r in map(json.loads, (exports / "receipts.jsonl").read_text().splitlines())
+                  if r["id"] == several[0].id]  # fmt: skip
+    assert len(receipt["parents"]) == len(several[0].images)
+    assert [image["id"] for image in receipt["images"]] == [i.id for i in several[0].images[1:]]
+    (tmp_path / "images" / several[0].images[1].file_name).unlink()
+    assert main(["clean", str(tmp_path / "grown" / "config.yaml")]) == 0
+    dropped = {s.id: s.reasons for s in read_lines(RunFolder(tmp_path / "grown").dropped, Sample)}
+    assert dropped[several[0].id] == ("IMAGE_UNREADABLE",)
+
+
+def test_evolve_draws_one_operator_for_each_sample_by_the_seed(tmp_path: Path) -> None:
+    with served(lambda received: say(turns(*FIRST))) as server:
+        path = parents(tmp_path, server.url, images=6)
+        words = ["grow", str(path), "--operators", "evolve,rare", "--number", "3"]
+        drawn = []
+        for name in ("a", "b"):
+            assert main([*words, "--out", str(tmp_path / name)]) == 0
+            requests = list(read_lines(RunFolder(tmp_path / name).requests, Request))
+            drawn.append([request.id for request in requests])
+        assert drawn[0] == drawn[1] and len(set(drawn[0])) == 36
+    by_operator = Counter(request.template for request in requests)
+    assert by_operator["rare"] == 18  # named, so that evolve draws one of the others
+    assert set(by_operator) <= {*GROUPS["evolve"]} and len(by_operator) > 3
+
+
+def test_a_translation_can_be_translated_back_and_grows_nothing_else(tmp_path: Path) -> None:
+    german = turns(turn("Wie viele Hunde sind auf dem Bild zu sehen?", "Es sind 2."),
+                   turn("Ist auf dem Bild eine Katze zu sehen?", "Nein, keine."))  # fmt: skip
+
+    def script(received: Received) -> Act:
+        text = received.body["messages"][-1]["content"]
+        return say(german if "into German" in text else turns(*FIRST))
+
+    with served(script) as server:
+        path = parents(tmp_path, server.url)
+        words = ["--operators", "translate", "--language"]
+        assert main(["grow", str(path), "--out", str(tmp_path / "de"), *words, "German"]) == 0
+        config = str(tmp_path / "de" / "config.yaml")
+        for stage in ("generate", "verify"):
+            assert main([stage, config]) == 0
+        with pytest.raises(UserError, match="nothing to grow by deepen"):
+            main(["grow", config, "--out", str(tmp_path / "x"), "--operators", "deepen"])
+        assert main(["grow", config, "--out", str(tmp_path / "en"), *words, "english"]) == 0
+        for stage in ("generate", "verify"):
+            assert main([stage, str(tmp_path / "en" / "config.yaml")]) == 0
+    (back,) = read_lines(RunFolder(tmp_path / "en").samples, Sample)
+    assert back.id.endswith("~translate-german-0~translate-english-0")
+    assert any(check.rule == "count" and check.verdict == "supported" for check in back.checks)
+
+
 def test_questions_are_new_by_the_longest_common_subsequence() -> None:
     assert rouge_l("How many dogs?", "how many DOGS") == 1
     assert rouge_l("a b c d", "a x c y") == pytest.approx(0.5)
@@ -212,12 +371,6 @@ def test_questions_are_new_by_the_longest_common_subsequence() -> None:
     assert found.code == "GROWN_NOT_NEW"
 
 
-def test_ids_name_parents_over_generations() -> None:
-    first = grown_id("000000000001-conversation-0", "deepen", 0)
-    assert parent_of(grown_id(first, "steps", 2)) == (first, "steps")
-    assert parent_of("000000000001-conversation-0") is None
-
-
 def test_without_samples_or_a_server_nothing_is_grown(tmp_path: Path) -> None:
     with served(lambda received: say(turns(*FIRST))) as server:
         path = configured(tmp_path, server.url)
@@ -227,6 +380,18 @@ def test_without_samples_or_a_server_nothing_is_grown(tmp_path: Path) -> None:
             main(words)
         with pytest.raises(UserError, match="rules write no new samples"):
             main([*words, "teacher.kind=rules", "teacher.base_url=null"])
-        with pytest.raises(UserError, match="'evolve' is not one of paraphrase, deepen"):
-            main([*words, "--operators", "evolve"])
-        assert tuple(OPERATORS) == OPERATOR_NAMES
+        with pytest.raises(UserError, match="'evolution' is not one of paraphrase, deepen"):
+            main([*words, "--operators", "evolution"])
+        with pytest.raises(UserError, match="--language is needed by translate: one of Arabic"):
+            main([*words, "--operators", "translate"])
+        with pytest.raises(UserError, match="--language: is an option of the operator translate"):
+            main([*words, "--language", "German"])
+        with pytest.raises(UserError, match="no operator left"):
+            main([*words, "--operators", ",".join(["evolve", *GROUPS["evolve"]])])
+        with pytest.raises(UserError, match="not a share from 0 to 1"):
+            main([*words, "--operators", "refuse", "--unanswerable", "2"])
+
+
+def test_ids_name_parents_over_generations() -> None:
+    first = grown_id("000000000001-conversation-0", "deepen", 0)
+    assert grown_id(first, "steps", 2) == "000000000001-conversation-0~deepen-0~steps-2"

@@ -56,9 +56,10 @@ def _samples(folder: RunFolder, known: dict[int, AnnotatedImage]) -> Iterator[tu
     """Yield the accepted samples with their byte offsets."""
     samples = track(read_lines(folder.samples, Sample), description="reading samples")
     for sample, offset in zip(samples, line_offsets(folder.samples), strict=True):
-        if sample.image.id not in known:
+        missing = next((image.id for image in sample.images if image.id not in known), None)
+        if missing is not None:
             raise UserError(
-                f"{folder.samples}: sample {sample.id!r} is about image {sample.image.id}, "
+                f"{folder.samples}: sample {sample.id!r} is about image {missing}, "
                 f"which {folder.images.name} does not have; run `index` and the stages after it"
             )
         yield sample, offset
@@ -74,8 +75,7 @@ def _decide(
     """Decide what is dropped; return the images that look the same."""
     settings, same = config.clean, SameImages()
     if settings.same_images.action == "drop":
-        images = table.samples["image"].unique().tolist()
-        paths = {image: Path(config.coco.images, known[image].file_name) for image in images}
+        paths = {image: Path(config.coco.images, known[image].file_name) for image in table.images}
         same = find_same_images(paths, folder.image_hashes, settings.same_images)
         drop_same_images(table, same)
     if settings.near_duplicates is not None:

@@ -49,12 +49,21 @@ def drop_same_images(table: Table, same: SameImages) -> None:
     """Drop samples about images that repeat an earlier one, or cannot be opened."""
     samples = table.samples
     unreadable = samples["image"].isin(same.unreadable.keys())
-    repeated = samples["image"].isin(same.repeats.keys()) & ~unreadable
+    repeated = samples["image"].isin(same.repeats.keys())
+    repeat_of = samples["image"].copy()
     first = samples.drop_duplicates("image")
-    first_on = dict(zip(first["image"], first.index, strict=True))
+    first_on = dict(zip(first["image"].tolist(), first.index.tolist(), strict=True))
+    for number, images in table.more_images.items():
+        unreadable[number] |= not same.unreadable.keys().isdisjoint(images)
+        again = next((image for image in images if image in same.repeats), None)
+        if again is not None and not repeated[number]:
+            repeated[number], repeat_of[number] = True, again
+        for image in images:
+            first_on[image] = min(number, first_on.get(image, number))
+    repeated &= ~unreadable
     samples.loc[unreadable, "code"] = "IMAGE_UNREADABLE"
     samples.loc[repeated, "code"] = "IMAGE_DUPLICATE"
-    causes = [first_on[same.repeats[image]] for image in samples["image"][repeated]]
+    causes = [first_on[same.repeats[image]] for image in repeat_of[repeated].tolist()]
     samples.loc[repeated, "cause"] = np.array(causes, np.int32)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from data_tools.instruct.clean.codes import KEPT
 from data_tools.instruct.clean.table import Table
-from data_tools.instruct.schema import Check, Cost, Judgment, Sample
+from data_tools.instruct.schema import Check, Cost, Grown, Judgment, Sample
 
 RULE = "clean"
 
@@ -70,6 +70,7 @@ def _turn(sample: Sample, number: int, check: Check) -> Sample:
             "turns": (sample.turns[number],),
             "checks": tuple(replace(c, turn=0) for c in sample.checks if c.turn == number),
             "judgment": _judgment(sample, [number]),
+            "grown": _grown(sample, [number]),
             "cost": Cost(attempts=0),
         }
     )
@@ -94,8 +95,17 @@ def _without(sample: Sample, lost: Mapping[int, Check]) -> Sample:
             "turns": tuple(sample.turns[k] for k in kept),
             "checks": (*checks, *notes),
             "judgment": _judgment(sample, kept),
+            "grown": _grown(sample, kept),
         }
     )
+
+
+def _grown(sample: Sample, turns: Sequence[int]) -> Grown | None:
+    """Return what the sample was grown from, with the tasks of these turns only."""
+    if sample.grown is None or not sample.grown.tasks:
+        return sample.grown
+    tasks = tuple(sample.grown.tasks[number] for number in turns)
+    return sample.grown.model_copy(update={"tasks": tasks})
 
 
 def _judgment(sample: Sample, turns: Sequence[int]) -> Judgment | None:

@@ -1,8 +1,8 @@
 """Read what decisions are made by: a few numbers per sample and per turn, never their texts."""
 
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -40,18 +40,28 @@ class Table:
         samples: `offset` in the file, `image` id, `type`, `origin`, `size` (shingles of the
             compared text), `order` (random, by seed and id), `code` (`KEPT` or why it is dropped),
             `cause` (number of the sample that it repeats, or -1), `similarity` to that.
-        turns: Number of the `sample`, `kind`, `question` (digest of image and question), `opening`
+        turns: Number of the `sample`, `kind`, `question` (digest of images and question), `opening`
             (digest of the answer's first words; 0 for short answers), `group` (row of `groups`, or
             `NO_GROUP`), `value` (place of the answer in its family), `refers_back`, and `order`,
             `code` and `cause` as above.
         groups: `family`, `kind` and `categories` of multiple-choice questions.
         signatures: Signatures of the samples that are compared across images.
+        more_images: Of samples about several images, those after the first one, by number.
     """
 
     samples: pd.DataFrame
     turns: pd.DataFrame
     groups: pd.DataFrame
     signatures: Signatures | None
+    more_images: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[int]:
+        """Return the ids of all images, each once, in the order of the samples."""
+        found: dict[int, None] = {}
+        for number, image in enumerate(self.samples["image"].tolist()):
+            found.update(dict.fromkeys((image, *self.more_images.get(number, ()))))
+        return list(found)
 
     @property
     def live(self) -> pd.Series:
@@ -91,6 +101,7 @@ def read_table(
     rows = {name: array(code) for name, code in _SAMPLE_COLUMNS.items()}
     turns = {name: array(code) for name, code in _TURN_COLUMNS.items()}
     groups: dict[tuple[str, str, str], int] = {}
+    more_images: dict[int, tuple[int, ...]] = {}
     for number, (sample, offset) in enumerate(samples):
         size = 0
         if near is not None and signatures is not None:
@@ -98,6 +109,9 @@ def read_table(
             size = len(texts.shingles(words, near.shingle_words))
             if sample.origin in near.across_origins and len(words) >= near.across_words:
                 signatures.add(number, words, near.shingle_words)
+        ids = tuple(image.id for image in sample.images)
+        if len(ids) > 1:
+            more_images[number] = ids[1:]
         order = hashed(seed, "sample", sample.id)
         _append(
             rows,
@@ -123,7 +137,7 @@ def read_table(
                 (
                     number,
                     _KINDS.index(turn.kind),
-                    hashed(sample.image.id, question),
+                    hashed(*ids, question),
                     opening_digest(opening) if opening else 0,
                     group,
                     value,
@@ -137,7 +151,7 @@ def read_table(
     frames[0]["similarity"] = np.float32(0)
     frames[1]["kind"] = pd.Categorical.from_codes(frames[1]["kind"], _KINDS)
     names = pd.DataFrame(list(groups), columns=["family", "kind", "categories"])
-    return Table(frames[0], frames[1], names, signatures)
+    return Table(frames[0], frames[1], names, signatures, more_images)
 
 
 def _append(columns: "dict[str, array[int]]", row: Iterable[int]) -> None:

@@ -330,15 +330,14 @@ def _judge(config: InstructConfig, folder: RunFolder) -> Callable[[Request, Answ
     """Return a function that verifies an answer, for the acceptance rate shown meanwhile."""
     if not folder.index.exists():
         return lambda request, answer: None
-    from data_tools.instruct.grow.growth import Growth, read_parents
+    from data_tools.instruct.grow.growth import read_growth
     from data_tools.instruct.index import read_categories, read_images
     from data_tools.instruct.verify import Policy
     from data_tools.instruct.verify.command import make_sample
 
     images = read_images(folder)
     policy = Policy(config.verify, read_categories(folder))
-    parents = read_parents(folder)
-    growth = Growth(parents) if parents else None
+    growth = read_growth(folder, images)
 
     def accepted(request: Request, answer: Answer) -> bool | None:
         image = images.get(request.image)

@@ -200,7 +200,7 @@ def request_id(request: Request) -> str:
     The fixed messages and the answer's schema are in it by `template_sha256`, the last message as
     `context`.
     """
-    return digest(request.model_dump(mode="json", exclude={"id", "sample_id"}))
+    return digest(request.model_dump(mode="json", exclude={"id", "sample_id", "grown"}))
 
 
 def parameters(teacher: TeacherConfig, seed: int) -> dict[str, Any]:

@@ -29,6 +29,9 @@ def describe(
     decimals: int = 2,
     max_boxes: int = MAX_BOXES,
     min_area: float = MIN_AREA,
+    *,
+    after: Shown | None = None,
+    title: str = "PICTURE",
 ) -> Context:
     """Return an image in words.
 
@@ -40,7 +43,10 @@ def describe(
         decimals: Decimals of the coordinates, which are shares of the image's width and height.
         max_boxes: If there are more boxes, the smallest ones are only counted.
         min_area: Boxes with a smaller share of the image's area are only counted.
+        after: What is shown of the images before this one, whose labels are continued.
+        title: What the image is called.
     """
+    before = Shown() if after is None else after
     boxes = sorted(image.boxes, key=lambda box: (-_area(box), box.id))
     smallest = min_area * image.width * image.height
     num_big = sum(_area(box) >= smallest for box in boxes)
@@ -50,9 +56,9 @@ def describe(
     summarised = {name: [b for b in rest if b.category == name] for name in _names(rest)}
     text = "\n\n".join(
         (
-            f"PICTURE: {image.width} x {image.height} pixels",
-            "\n".join(_captions(image.captions)),
-            "\n".join(_objects(image, groups, summarised, decimals)),
+            f"{title}: {image.width} x {image.height} pixels",
+            "\n".join(_captions(image.captions, len(before.captions) + 1)),
+            "\n".join(_objects(image, groups, summarised, decimals, len(before.boxes))),
         )
     )
     shown = Shown(
@@ -62,6 +68,27 @@ def describe(
         decimals=decimals,
     )
     return Context(text, shown)
+
+
+def describe_several(
+    images: Sequence[AnnotatedImage], decimals: int, max_boxes: int, min_area: float
+) -> Context:
+    """Return several images in words; labels are counted through all of them."""
+    texts, shown = [], Shown(decimals=decimals)
+    for number, image in enumerate(images, 1):
+        one = describe(image, decimals, max_boxes, min_area, after=shown, title=f"PICTURE {number}")
+        texts.append(one.text)
+        summarised = {
+            name: shown.summarised.get(name, ()) + one.shown.summarised.get(name, ())
+            for name in {**shown.summarised, **one.shown.summarised}
+        }
+        shown = Shown(
+            captions=shown.captions + one.shown.captions,
+            boxes=shown.boxes + one.shown.boxes,
+            summarised=summarised,
+            decimals=decimals,
+        )
+    return Context("\n\n".join(texts), shown)
 
 
 def quoted(text: str) -> str:
@@ -84,12 +111,12 @@ def _escaped(line: str) -> Iterator[str]:
             yield character
 
 
-def _captions(captions: Sequence[str]) -> Iterator[str]:
+def _captions(captions: Sequence[str], first: int) -> Iterator[str]:
     if not captions:
         yield "CAPTIONS: nobody wrote any for this picture."
         return
     yield f"CAPTIONS ({len(captions)}, each by one person):"
-    for number, caption in enumerate(captions, 1):
+    for number, caption in enumerate(captions, first):
         yield f"c{number}: {quoted(caption)}"
 
 
@@ -98,6 +125,7 @@ def _objects(
     groups: dict[str, list[Box]],
     summarised: dict[str, list[Box]],
     decimals: int,
+    number: int,
 ) -> Iterator[str]:
     if not image.boxes:
         yield (
@@ -109,7 +137,6 @@ def _objects(
         "OBJECTS (left, top, right, bottom as shares of the original picture's width and height, "
         "from its top left corner):"
     )
-    number = 0
     for name, group in groups.items():
         yield f"{name}: {_count(group + summarised.get(name, []), len(group))}"
         for box in group:

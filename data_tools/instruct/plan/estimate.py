@@ -35,6 +35,7 @@ class Tally:
     templates: Mapping[str, Any]
     requests: Counter[SampleType] = field(default_factory=Counter)
     context_tokens: Counter[SampleType] = field(default_factory=Counter)
+    of_template: Counter[tuple[SampleType, str]] = field(default_factory=Counter)
     images: int = 0
     boxes_listed: int = 0
     boxes_counted: int = 0
@@ -44,6 +45,7 @@ class Tally:
         """Yield the requests unchanged and count them."""
         for request in requests:
             self.requests[request.type] += 1
+            self.of_template[request.type, request.template] += 1
             self.context_tokens[request.type] += estimate_tokens(request.context) + MESSAGE_TOKENS
             if request.image != self._last:
                 self._last = request.image
@@ -67,17 +69,23 @@ class Tally:
 
         Answers are assumed to be as long as the examples; as the limit allows if there are none.
         """
-        fixed, count = self.templates[name]["messages"], self.requests[name]
-        prefix = sum(estimate_tokens(message["content"]) + MESSAGE_TOKENS for message in fixed)
-        answers = [m["content"] for m in fixed if m["role"] == "assistant"]
-        length = float(teacher.max_tokens)
-        if answers:
-            length = sum(map(estimate_tokens, answers)) / len(answers)
+        count, prefix, repeated, length = self.requests[name], 0, 0, 0.0
+        for (sample_type, template), number in self.of_template.items():
+            if sample_type != name:
+                continue
+            fixed = self.templates[template]["messages"]
+            tokens = sum(estimate_tokens(message["content"]) + MESSAGE_TOKENS for message in fixed)
+            prefix, repeated = prefix + tokens * number, repeated + tokens * (number - 1)
+            answers = [m["content"] for m in fixed if m["role"] == "assistant"]
+            typical = float(teacher.max_tokens)
+            if answers:
+                typical = sum(map(estimate_tokens, answers)) / len(answers)
+            length += min(typical, teacher.max_tokens) * number
         return {
             "requests": count,
-            "tokens_in": prefix * count + self.context_tokens[name],
-            "repeated_prefix": prefix * (count - 1),
-            "tokens_out": round(min(length, teacher.max_tokens) * count),
+            "tokens_in": prefix + self.context_tokens[name],
+            "repeated_prefix": repeated,
+            "tokens_out": round(length),
             "tokens_out_at_most": teacher.max_tokens * count,
         }
 

@@ -27,6 +27,8 @@ from vlm_sft.utils.reading import read_text
 
 TYPES: Final[tuple[SampleType, ...]] = get_args(SampleType)
 
+_WITH_QUESTION: Final = ("detail", "constraints")
+"""Templates whose question is ours, in place of `{question}`; the teacher writes the answer."""
 _ASK: Final = "\n---\n"
 """In a type's file, between the system text and the end of the last message."""
 
@@ -89,7 +91,12 @@ def make_templates(
 
 
 def operator_template(
-    name: str, categories: Sequence[str], folder: str | None = None
+    name: str,
+    categories: Sequence[str],
+    folder: str | None = None,
+    *,
+    language: str = "",
+    questions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the template of an operator of `grow`, of the same form as those of types.
 
@@ -97,6 +104,8 @@ def operator_template(
         name: The operator; its file is `grow/NAME.txt`.
         categories: Categories of the annotations.
         folder: The user's files, which replace ours as far as they are there.
+        language: For `{language}` in a translator's prompt, which needs no image.
+        questions: Seed tasks, which new questions must not be like.
 
     Raises:
         UserError: A file of the user has another form.
@@ -106,11 +115,17 @@ def operator_template(
     common = _text(own.get("common.txt"), "common.txt")
     common = common.replace("{categories}", ", ".join(categories) or "nothing")
     system, ask = _task(own.get(f"grow/{name}.txt"), f"grow/{name}")
+    if language:
+        system, ask = (text.replace("{language}", language) for text in (system, ask))
+    else:
+        # The task comes last, so that all operators' requests about a sample begin alike.
+        system, ask = common, f"{system}\n\n{ask}"
+    form = DetailForm if name in _WITH_QUESTION else ConversationForm
     template = {
-        "messages": [{"role": "system", "content": f"{common}\n\n{system}"}],
+        "messages": [{"role": "system", "content": system}],
         "ask": ask,
-        "questions": [],
-        "answer_schema": ConversationForm.model_json_schema(),
+        "questions": list(questions),
+        "answer_schema": form.model_json_schema(),
     }
     return {**template, "sha256": digest(template)}
 
@@ -152,7 +167,7 @@ def _text(folder: str | None, name: str) -> str:
 def _task(folder: str | None, name: str) -> tuple[str, str]:
     """Return a task's part of the system text, and the end of its last message."""
     system, line, ask = _text(folder, f"{name}.txt").partition(_ASK)
-    wants = name == "detail"
+    wants = name.removeprefix("grow/") in _WITH_QUESTION
     if not line or ("{question}" in ask) != wants:
         raise UserError(
             f"requests.prompts: {_place(folder)}/{name}.txt: expected the system text, a line "

@@ -131,9 +131,11 @@ class SampleCounts:
         self.samples += 1
         self.origins[sample.origin] += 1
         if sample.image.id not in self.seen:
-            self.seen.add(sample.image.id)
-            self.images[sample.image.license] += 1
             self.covered.update(image.categories if image else ())
+        for one in sample.images:
+            if one.id not in self.seen:
+                self.seen.add(one.id)
+                self.images[one.license] += 1
         cited = {number for check in sample.checks for number in check.evidence}
         self.cited.update({box.category for box in image.boxes if box.id in cited} if image else ())
         for turn in sample.turns:

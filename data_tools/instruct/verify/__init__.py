@@ -54,7 +54,7 @@ from data_tools.instruct.verify.flags import (
     THING,
 )
 
-__all__ = ["Policy", "check_sample", "reasons"]
+__all__ = ["Policy", "check_sample", "check_several", "reasons"]
 
 
 def check_sample(
@@ -74,16 +74,54 @@ def check_sample(
         shown: What the labels that turns cite stand for.
         policy: How strict; the annotated categories.
     """
+    cases = _cases(turns, sample_type, image, policy)
+    found: list[Check] = list(form.check_sample(cases, sample_type))
+    for case in cases:
+        found += form.check_citations(case.turn, case.index, shown)
+        found += _check_form(case)
+        found += _check_claims(case)
+    return tuple(found)
+
+
+def check_several(
+    turns: Sequence[Turn],
+    parts: Sequence[Sequence[Turn | None]],
+    images: Sequence[AnnotatedImage],
+    shown: Shown,
+    policy: Policy,
+) -> tuple[Check, ...]:
+    """Return everything found about a conversation about several images.
+
+    Args:
+        turns: Questions with answers.
+        parts: For each image what the turns say of it, other text blank; None: nothing.
+        images: With all of their annotations.
+        shown: What the labels that turns cite stand for, over all images.
+        policy: How strict; the annotated categories.
+    """
+    cases = _cases(turns, "conversation", images[0], policy)
+    found: list[Check] = list(form.check_sample(cases, "conversation"))
+    for case in cases:
+        found += form.check_citations(case.turn, case.index, shown)
+        found += _check_form(case)
+    for image, said in zip(images, parts, strict=True):
+        before: Case | None = None
+        for index, turn in enumerate(said):
+            if turn is not None:
+                before = Case(turn, index, "conversation", policy.knowledge(image), policy, before)
+                found += _check_claims(before)
+    return tuple(found)
+
+
+def _cases(
+    turns: Sequence[Turn], sample_type: SampleType, image: AnnotatedImage, policy: Policy
+) -> list[Case]:
     knowledge = policy.knowledge(image)
     cases: list[Case] = []
     for index, turn in enumerate(turns):
         before = cases[-1] if cases else None
         cases.append(Case(turn, index, sample_type, knowledge, policy, before))
-    found: list[Check] = list(form.check_sample(cases, sample_type))
-    for case in cases:
-        found += form.check_citations(case.turn, case.index, shown)
-        found += _check_turn(case)
-    return tuple(found)
+    return cases
 
 
 def reasons(checks: Sequence[Check]) -> tuple[str, ...]:
@@ -91,10 +129,14 @@ def reasons(checks: Sequence[Check]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(check.code for check in checks if check.code is not None))
 
 
-def _check_turn(case: Case) -> Iterator[Check]:
-    """Yield what every rule finds whose words the turn has."""
+def _check_form(case: Case) -> Iterator[Check]:
+    """Yield what is found about form and manner of a turn."""
     yield from form.check_turn(case)
     yield from manner.check(case)
+
+
+def _check_claims(case: Case) -> Iterator[Check]:
+    """Yield what every rule finds whose words the turn has."""
     answer, question = case.answer_reading.bits, case.question_reading.bits
     both = answer | question
     if both & THING:

@@ -17,11 +17,11 @@ import vlm_sft
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.generate.answers import answers_folder, read_answers
-from data_tools.instruct.grow.growth import Growth, read_parents
+from data_tools.instruct.grow.growth import Growth, read_growth
 from data_tools.instruct.index import read_categories, read_images
 from data_tools.instruct.plan.command import read_requests
 from data_tools.instruct.run_folder import RunFolder
-from data_tools.instruct.schema import Answer, Check, Cost, ImageSource, Request, Sample
+from data_tools.instruct.schema import Answer, Check, Cost, Grown, ImageSource, Request, Sample
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.instruct.verify.agreement import Agreement
 from data_tools.instruct.verify.parse_answer import read_turns
@@ -97,14 +97,14 @@ def make_sample(
     """
     parsed = read_turns(request, answer)
     checks, turns = parsed.checks, parsed.turns
-    if turns:
-        if growth is not None:
-            turns, found = growth.judged(request, turns)
-            checks += found
+    if turns and growth is not None:
+        turns, found = growth.judged(request, turns, policy)
+        checks += found
+    elif turns:
         checks += check_sample(turns, request.type, image, request.shown, policy)
     codes = reasons(checks)
     if growth is not None and turns and not codes:
-        growth.checks.keep(request.image, turns)
+        growth.keep(request, turns)
     return Sample(
         id=request.sample_id,
         type=request.type,
@@ -124,6 +124,7 @@ def make_sample(
         checks=checks,
         status="rejected" if codes else "accepted",
         reasons=codes,
+        grown=request.grown,
     )
 
 
@@ -144,11 +145,14 @@ class Tally:
     def __init__(self) -> None:
         self.funnel: Counter[str] = Counter()
         self.by_type: dict[str, Counter[str]] = {}
+        self.by_operator: dict[str, Counter[str]] = {}
         self.verdicts: dict[str, Counter[str]] = defaultdict(Counter)
         self.codes: Counter[str] = Counter()
         self.codes_by_type: dict[str, Counter[str]] = {}
         self.deviations: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
+        self.answerable: Counter[bool] = Counter()
+        """Questions of accepted samples of `refuse`."""
         self.examples: dict[str, list[dict[str, str]]] = {}
         self.judge_decides: bool | None = None
         """None: there is no judge."""
@@ -161,6 +165,8 @@ class Tally:
         self.funnel[sample.status] += 1
         self.agreement.add(sample)
         self.by_type.setdefault(sample.type, Counter())[sample.status] += 1
+        if sample.grown is not None:
+            self._add_grown(sample, sample.grown)
         for check in sample.checks:
             self.verdicts[check.rule][check.verdict] += 1
             if check.rule == "reading" and check.code is None:
@@ -172,6 +178,11 @@ class Tally:
             if len(known) < EXAMPLES:
                 known.append({"sample": sample.id, "claim": _claim(sample, code)})
 
+    def _add_grown(self, sample: Sample, grown: Grown) -> None:
+        self.by_operator.setdefault(grown.operator, Counter())[sample.status] += 1
+        if sample.status == "accepted":
+            self.answerable.update(task.answerable for task in grown.tasks)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the content of `verification.json`, with sorted keys."""
         return {
@@ -181,6 +192,7 @@ class Tally:
             },
             "left_out": dict(sorted(self.left_out.items())),
             "by_type": _sorted(self.by_type),
+            **self._grown(),
             "verdicts": _sorted(self.verdicts),
             "codes": dict(sorted(self.codes.items())),
             "codes_by_type": _sorted(self.codes_by_type),
@@ -188,6 +200,17 @@ class Tally:
             "examples": dict(sorted(self.examples.items())),
             **self._judge(),
         }
+
+    def _grown(self) -> dict[str, Any]:
+        if not self.by_operator:
+            return {}
+        found: dict[str, Any] = {"by_operator": _sorted(self.by_operator)}
+        if total := self.answerable.total():
+            unanswerable = self.answerable[False]
+            found["unanswerable"] = {
+                "questions": total, "unanswerable": unanswerable, "share": unanswerable / total
+            }  # fmt: skip
+        return found
 
     def _judge(self) -> dict[str, Any]:
         if self.judge_decides is None:
@@ -221,6 +244,14 @@ def print_summary(tally: Tally, folder: RunFolder) -> None:
         console.print(f"left out: {count:,} {reason}", soft_wrap=True)
     for note, count in sorted(tally.deviations.items()):
         console.print(f"repaired: {count:,} had {note}", soft_wrap=True)
+    for name, of in sorted(tally.by_operator.items()):
+        accepted, rejected = of["accepted"], of["rejected"]
+        console.print(f"  {name:<14}{accepted:>8,} accepted{rejected:>8,} rejected")
+    if total := tally.answerable.total():
+        console.print(
+            f"  of {total:,} accepted questions of refuse, {tally.answerable[False]:,} "
+            "cannot be answered from the image"
+        )
     _print_codes(console, tally)
     if tally.judge_decides is not None:
         for line in tally.agreement.lines():
@@ -245,8 +276,7 @@ def _samples(
     tally: Tally,
 ) -> Iterator[Sample]:
     answers = read_answers(answers_folder(config))
-    parents = read_parents(folder)
-    growth = Growth(parents) if parents else None
+    growth = read_growth(folder, images)
     with folder.requests.open("rb") as file:
         total = sum(1 for _ in file)
     if not total and answers:

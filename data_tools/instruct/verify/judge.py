@@ -22,7 +22,7 @@ from data_tools.instruct.generate.answers import read_answers
 from data_tools.instruct.generate.command import ask_all
 from data_tools.instruct.lines import write_lines
 from data_tools.instruct.plan.command import parameters, request_of
-from data_tools.instruct.plan.context import Context, describe, quoted
+from data_tools.instruct.plan.context import Context, describe, describe_several, quoted
 from data_tools.instruct.plan.prompts import TYPES, digest
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import (
@@ -87,7 +87,7 @@ class Judge:
         self._run = RunFolder(Path(config.output_dir))
         self._folder = RunFolder(self._run.judge)
         self._template = make_template(self._judge, categories)
-        self._context: tuple[int, Context] | None = None
+        self._context: tuple[list[int], Context] | None = None
 
     def ask(self, samples: Iterable[Sample]) -> int:
         """Ask about every sample with turns that has not been judged; return the exit code.
@@ -124,15 +124,20 @@ class Judge:
 
     def request_about(self, sample: Sample) -> Request:
         """Return the request to judge a sample; equal turns about an image give an equal id."""
-        image = self._images[sample.image.id]
-        if self._context is None or self._context[0] != image.id:
+        images = [self._images[image.id] for image in sample.images]
+        ids = [image.id for image in images]
+        if self._context is None or self._context[0] != ids:
             shown = self._config.requests
-            context = describe(image, shown.decimals, shown.max_boxes, shown.min_area)
-            self._context = image.id, context
+            limits = (shown.decimals, shown.max_boxes, shown.min_area)
+            several = len(images) > 1
+            self._context = (
+                ids,
+                (describe_several(images, *limits) if several else describe(images[0], *limits)),
+            )
         context = self._context[1]
-        seed = hashed(self._config.seed, "judge", image.id, sample.type)
+        seed = hashed(self._config.seed, "judge", *ids, sample.type)
         content: dict[str, Any] = {
-            "image": image.id,
+            "image": ids[0],
             "type": sample.type,
             "number": 0,
             "template": sample.type,
