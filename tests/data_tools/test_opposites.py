@@ -47,6 +47,11 @@ GOATS = ("Two girls petting two goats.", "Girls pet goats in a pen.", "Two girls
 ROAD = ("A bus on a street.", "A bus driving down a road.", "A bus in a city.")
 DUSK = ("Twilight at an intersection.", "A dusky evening.", "A night scene with lights.")
 FAMILY = ("A family on a tennis court.", "A group of young children.", "Kids and their parents.")
+BOWL = ("A skateboarder on a cement bowl.", "A boy in an empty concrete pool.", "A skater.")
+CUPCAKE = ("A child looks at a cupcake.", "A baby holding a spoon.", "A boy eating a cupcake.")
+MATCH = ("A man playing tennis.", "A man swinging a racket.", "A player in front of a crowd.")
+TRAFFIC = ("A bike next to a road.", "A street sign.", "A bicycle and a sign.")
+HELMET = ("A man wearing a helmet on a bike.", "A cyclist with a helmet.", "A man riding a bike.")
 
 CASES = [
     # captions, question, answer, the code of the wrong answer or None
@@ -100,6 +105,17 @@ CASES = [
     (ROAD, "Where is the bus?", "It is driving across a bridge.", "KIND_WRONG"),
     (DUSK, "What time of day is it?", "It looks like morning.", "TIME_WRONG"),
     (DUSK, "Is it day or night?", "It is dusk.", None),
+    (BOWL, "Describe it.", "The bowl is built of plywood sheets.", "ATTRIBUTE_WRONG"),
+    (BOWL, "Describe it.", "The bowl is built of concrete.", None),
+    (CUPCAKE, "What is the day?", "The child is opening a wrapped present.", "ACTION_WRONG"),
+    (CUPCAKE, "What is the day?", "The child is admiring a cupcake.", None),
+    (MATCH, "Describe it.", "A female player is ready for the ball.", "KIND_WRONG"),
+    (MATCH, "Describe it.", "A male player is ready for the ball.", None),
+    (TRAFFIC, "Describe it.", "A bicycle hangs from the ceiling of a garage.", "KIND_WRONG"),
+    (HELMET, "Is it safe?", "No, the man is not wearing a helmet.", "OBJECT_DENIED"),
+    (HELMET, "Is it safe?", "No, the man is not wearing a vest.", None),
+    (RIDERS, "Is it busy?", "No, nobody is riding there.", "OBJECT_DENIED"),
+    (PLANES, "Describe it.", "Some of them are gray, and a couple are white.", None),
     (FAMILY, "Are they mostly adults?", "No, most of them are children.", None),
 ]  # fmt: skip
 

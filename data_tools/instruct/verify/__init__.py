@@ -154,7 +154,7 @@ def _check_claims(case: Case) -> Iterator[Check]:
     if question & ACTION:
         yield from actions.check_yes_no(case)
         yield from actions.check_object(case)
-    if case.question_reading.words[:1] == ["what"]:
+    if case.knowledge.solo or case.question_reading.words[:1] == ["what"]:
         yield from actions.check_unlisted(case)
     if both & (KIND | PERSON):
         yield from kinds.check(case)

@@ -36,6 +36,7 @@ def check(case: Case) -> Iterator[Check]:
         return
     judged: set[str] = set()
     named: set[str] = set()
+    of_everyone = not _EVERYONE.isdisjoint(reading.vocabulary)
     for number, sentence in enumerate(reading.sentences):
         for action in actions(sentence):
             resolved = False
@@ -55,7 +56,7 @@ def check(case: Case) -> Iterator[Check]:
             wrong: tuple[int, ...] = ()
             if sentence.asserts(action.index, action.index):
                 wrong = _swapped(case, action) if captions else ()
-                if not wrong and not _EVERYONE.isdisjoint(sentence.vocabulary):
+                if not wrong and of_everyone:
                     wrong = _of_everyone(case, action, sentence)
                 if not wrong and first and action.stem in _HOLDING:
                     wrong = _holds_another(case, action, sentence)
@@ -119,43 +120,57 @@ def check_object(case: Case) -> Iterator[Check]:
 
 
 def check_unlisted(case: Case) -> Iterator[Check]:
-    """Judge `What is he doing?` `He is signing autographs.`, of which no caption has a word.
+    """Judge `He is signing autographs.`, where captions have no word of it but of other actions.
 
+    Of the one that is asked about (`What is he doing?`), or the only one of its kind in the image.
     Verbs that are listed are judged by what captions have in their place.
     """
     known = case.knowledge
-    if not _asks_for_action(case) or not case.answer_reading.sentences or not case.asked:
+    asks = case.question_reading.words[:1] == ["what"] and _asks_for_action(case)
+    if not known.solo and not (asks and case.asked):
         return
-    sentence = case.answer_reading.sentences[0]
-    words = sentence.words
-    verb = next(
-        (
-            i
-            for i in range(1, min(len(words), 8))
-            if words[i].endswith("ing") and words[i - 1] in BE
-        ),
-        None,
-    )
-    if verb is None or words[verb] in action_stems() or words[verb] in _VAGUE:
-        return
-    stem = words[verb][:-3].rstrip("e")
-    stem = stem[:-1] if stem[-1:] == stem[-2:-1] else stem
-    last = _object_of(sentence, verb)
-    if last is None or any(word.startswith(stem) for word in known.words):
-        return
-    claimed = Action(words[verb], None, None, verb, None)
-    names = case.asked[0].entry.categories
-    subject = "person" if "person" in names else names[0]
-    ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
-    if (
-        len(ids) > 2
-        and _has_unknown_object(case, claimed, sentence)
-        and sentence.asserts(verb, last)
-    ):
-        span, claim = sentence.span(verb, last), f"{words[verb]} {words[last]}"
-        yield case.check(
-            "action", "contradicted", "ACTION_WRONG", "answer", span, claim, tuple(sorted(ids))
-        )
+    for number, sentence in enumerate(case.answer_reading.sentences):
+        words = sentence.words
+        for verb in range(1, len(words)):
+            if not words[verb].endswith("ing") or words[verb - 1] not in BE:
+                continue
+            last = _object_of(sentence, verb)
+            if words[verb] in action_stems() or words[verb] in _VAGUE or last is None:
+                continue
+            if number == 0 and verb < 8 and asks and case.asked:
+                names = case.asked[0].entry.categories
+                subject = "person" if "person" in names else names[0]
+                ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
+            else:
+                ids = _of_only_one(case, sentence, verb)
+            stem = words[verb][:-3].rstrip("e")
+            stem = stem[:-1] if stem[-1:] == stem[-2:-1] else stem
+            claimed = Action(words[verb], None, None, verb, None)
+            if (
+                len(ids) > 2
+                and not any(word.startswith(stem) for word in known.words)
+                and _has_unknown_object(case, claimed, sentence)
+                and sentence.asserts(verb, last)
+            ):
+                span, claim = sentence.span(verb, last), f"{words[verb]} {words[last]}"
+                yield case.check(
+                    "action", "contradicted", "ACTION_WRONG", "answer", span, claim,
+                    tuple(sorted(ids)),
+                )  # fmt: skip
+                return
+
+
+def _of_only_one(case: Case, sentence: Sentence, verb: int) -> set[int]:
+    """Return the captions with what the subject of a verb does, the only one of its kind."""
+    begin, _ = sentence.clause(verb)
+    before = [m for m in sentence.mentions if begin <= m.first and m.last < verb]
+    if not before and sentence.words[begin] in ("he", "she", "it"):
+        first = _first_mention(case)
+        before = [first] if first is not None else []
+    if len(before) != 1 or before[0].number != "one":
+        return set()
+    names = before[0].entry.categories
+    return case.knowledge.solo.get("person" if "person" in names else names[0], set())
 
 
 def _object_of(sentence: Sentence, verb: int) -> int | None:
@@ -252,7 +267,7 @@ def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) ->
     ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
     if not asked and not _is_alone(case, subject, number):
         return ()
-    least = 4 if not asked else 2 if number == "one" else 3
+    least = 3 if not asked else 2 if number == "one" else 3
     return tuple(sorted(ids)) if len(ids) >= least else ()
 
 
@@ -402,7 +417,7 @@ def _is_alone(case: Case, subject: str, number: str) -> bool:
     most = max(knowledge.counts.get(subject, {}), default=1)
     if number == "many":
         return most > 1 and (knowledge.prominent(subject) <= most or not knowledge.has_boxes)
-    return most == 1 and knowledge.prominent(subject) <= 1
+    return knowledge.is_alone(subject)
 
 
 def _of_same_word(case: Case, action: Action, sentence: Sentence) -> dict[str, tuple[int, ...]]:

@@ -133,6 +133,8 @@ def _attribute(
         subject = subject or (subject_before(sentence, first - 2) if first > 1 else None)
         if subject is not None:
             return Attribute(family, found, subject[0], _is_many(words, subject[1]), first, last)
+    if family == "material" and words[max(0, first - 2) : first][-1:] == ["of"] and first > 1:
+        head = last if words[first - 2] in _MADE else head  # `built of plywood sheets`
     if head > last and words[head] in ("one", "ones"):
         return Attribute(family, found, ONE, False, first, head)
     if head > last and words[last + 1] not in finite_verbs():
@@ -254,10 +256,16 @@ def noun_name(word: str) -> str:
     return _synonyms().get(name, name)
 
 
-def actions(sentence: Sentence) -> Iterator[Action]:
-    """Yield every listed verb of the sentence with its subject."""
+def actions(sentence: Sentence) -> Sequence[Action]:
+    """Return every listed verb of the sentence with its subject; read once for all rules."""
     if not sentence.bits & ACTION:
-        return
+        return ()
+    if sentence.actions is None:
+        sentence.actions = tuple(_read_actions(sentence))
+    return sentence.actions
+
+
+def _read_actions(sentence: Sentence) -> Iterator[Action]:
     stems, words = action_stems(), sentence.words
     for index in sentence.hits(ACTION):
         word = words[index]

@@ -104,26 +104,35 @@ def verb_stems() -> frozenset[str]:
     return frozenset(wording.load("claims")["actions"])
 
 
+@lru_cache(maxsize=65536)
+def _place_in_phrase(word: str) -> Literal["outside", "first", "inside"]:
+    """Return whether a word ends a noun phrase, ends one begun before it, or is in one."""
+    if word in FUNCTION_WORDS or not word[0].isalpha():
+        return "outside"
+    if word.endswith("ly") and word not in ("family", "butterfly", "belly"):
+        return "outside"
+    participle = word.endswith(("ing", "ed")) and singular(word) not in _NOUNS_IN_ING
+    return "first" if participle or word in _phrase_ends() else "inside"
+
+
 def last_of_phrase(words: Sequence[str], first: int, end: int) -> int:
     """Return the last word of the noun phrase whose next word is `first`; `first - 1` if none.
 
     The phrase ends before function words, verbs and punctuation: in `red jacket skis down` the
     phrase after `red` is `jacket`.
     """
-    ends = _phrase_ends()
+    stems = verb_stems()
     index = first
     while index < end:
         word = words[index]
-        if word in FUNCTION_WORDS or not word[0].isalpha():
+        place = _place_in_phrase(word)
+        if place == "outside":
             break
         if index > first and (
-            word in ends
-            or (word.endswith(("ing", "ed")) and singular(word) not in _NOUNS_IN_ING)
-            or (word in verb_stems() and is_plural(words[index - 1]))
+            place == "first"
+            or (word in stems and is_plural(words[index - 1]))
             or _is_unlisted_verb(words, index)
         ):
-            break
-        if word.endswith("ly") and word not in ("family", "butterfly", "belly"):
             break
         index += 1
     return index - 1

@@ -58,12 +58,10 @@ def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]
         words = sentence.words
         ends: dict[str, int] = {}  # by family: the `park` of a `skate park` is not a park
         for index in sentence.hits(KIND):
-            for phrase in kinds[words[index]]:
+            for phrase, text, kinds_here in kinds[words[index]]:
                 last = index + len(phrase) - 1
-                if tuple(words[index : last + 1]) != phrase:
+                if last > index and tuple(words[index : last + 1]) != phrase:
                     continue
-                text = " ".join(phrase)
-                kinds_here = _by_text()[text]
                 if kinds_here[0].family not in known_families and len(kinds_here) == 1:
                     ends[kinds_here[0].family] = last + 1
                     break  # captions name no kind of the family
@@ -107,9 +105,9 @@ def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
             words = caption.reading.words
             ends: dict[str, int] = {}
             for index, flags in enumerate(caption.reading.flags):
-                for phrase in kinds[words[index]] if flags & KIND else ():
+                for phrase, _, kinds_here in kinds[words[index]] if flags & KIND else ():
                     if tuple(words[index : index + len(phrase)]) == phrase:
-                        for kind in _by_text()[" ".join(phrase)]:
+                        for kind in kinds_here:
                             if index < ends.get(kind.family, 0):
                                 continue
                             ends[kind.family] = index + len(phrase)
@@ -147,6 +145,7 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
             while start > 0 and words[start] in ("the", "a"):
                 start -= 1
             lead = words[start] if start >= 0 else ""
+            lead = "in" if lead in ("from", "under") else lead
         elif lead == "of" and words[start - 1] == "inside":
             lead = "inside"
         ends = ends or after.endswith(("ed", "ing")) or is_finite(after)
@@ -394,13 +393,13 @@ def _main_person(case: Case, sentence: Sentence) -> int | None:
     Two captions must have the other sex.
     """
     first = next((m for m in sentence.mentions if "person" in m.entry.categories), None)
-    if first is None or first.first != first.last or any(
-        word in _people()["mixed"] for word in sentence.words[: first.first]
-    ):  # fmt: skip
-        return None
     people = _people()
+    if first is None or any(word in people["mixed"] for word in sentence.words[: first.first]):
+        return None
     at = first.first
     if at and sentence.words[at] not in people["male"] | people["female"]:
+        if first.first != first.last:
+            return None
         at -= sentence.words[at - 1] in ("male", "female")  # `a female player`
     word = sentence.words[at]
     other = people["female"] if word in people["male"] else people["male"]
@@ -425,13 +424,13 @@ def _same_number(case: Case, sentence: Sentence, index: int) -> bool:
 
 
 @cache
-def _kinds() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Return the phrases of all families by their first word, longest first."""
-    found: dict[str, list[tuple[str, ...]]] = {}
-    for text in _by_text():
+def _kinds() -> dict[str, tuple[tuple[tuple[str, ...], str, tuple[Kind, ...]], ...]]:
+    """Return the phrases of all families by their first word, longest first, with their kinds."""
+    found: dict[str, list[tuple[tuple[str, ...], str, tuple[Kind, ...]]]] = {}
+    for text, kinds in _by_text().items():
         phrase = tuple(text.split())
-        found.setdefault(phrase[0], []).append(phrase)
-    return {word: tuple(sorted(phrases, key=lambda p: -len(p))) for word, phrases in found.items()}
+        found.setdefault(phrase[0], []).append((phrase, text, kinds))
+    return {w: tuple(sorted(entries, key=lambda e: -len(e[0]))) for w, entries in found.items()}
 
 
 @cache

@@ -174,6 +174,20 @@ class Knowledge:
         }
 
     @lazy
+    def solo(self) -> dict[str, set[int]]:
+        """Return people and animals that are the only one, with three captions' actions."""
+        found = {}
+        for name in ("person", *ANIMALS):
+            ids = {n for ids in self.actions_of.get(name, {}).values() for n in ids}
+            if len(ids) > 2 and self.is_alone(name):
+                found[name] = ids
+        return found
+
+    def is_alone(self, name: str) -> bool:
+        """Return whether captions and boxes have only one of a category."""
+        return max(self.counts.get(name, {}), default=1) == 1 and self.prominent(name) <= 1
+
+    @lazy
     def attributes(self) -> dict[tuple[Family, str], list[tuple[Attribute, int]]]:
         """Return colors, materials and states that captions give, by noun, with the captions."""
         found: dict[tuple[Family, str], list[tuple[Attribute, int]]] = defaultdict(list)

@@ -65,7 +65,8 @@ def _judge_named(case: Case, sentence: Sentence, mention: Mention, part: Part) -
     support = knowledge.support(entry, mention.word)
     if support is not None:
         return case.check("object", "supported", None, part, span, mention.word, support)
-    if _is_ingredient(case, sentence, mention):
+    some = mention.word == "couple" and not _OF_THEM.isdisjoint(sentence.vocabulary)
+    if some or _is_ingredient(case, sentence, mention):
         return case.check("object", "unknown", None, part, span, mention.word)
     # A statue or painting of a thing need not be boxed, but nobody could know of it either.
     is_claim = mention.stance in ("asserted", "depicted") and not _is_anyone(sentence, mention)
@@ -191,6 +192,7 @@ def _closed() -> dict[str, frozenset[str]]:
 
 _NONE: Final[frozenset[str]] = frozenset()
 _CONFUSABLE: Final = (("cup", "bowl"), ("cup", "wine glass"), ("car", "truck"), ("tv", "laptop"))
+_OF_THEM: Final = frozenset({"them", "others"})
 _PLACED: Final = word_set(
     "parked lined placed seated scattered gathered standing sitting waiting lying stand sit lie "
     "line fill hang run walk visible seen crossing moored tied stacked piled leaning resting"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import repeat
 from operator import or_
-from typing import Final
+from typing import Any, Final
 
 from data_tools.instruct.verify.flags import DEPICTS, STANCE, THING
 from data_tools.instruct.verify.grammar import word_set
@@ -26,6 +26,7 @@ class Sentence:
 
     Attributes:
         bits: The flags that any word has.
+        actions: What `describing.actions` found, once asked for.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Sentence:
         self.text = text
         self.flags = flags
         self.bits = reduce(or_, flags, 0)
+        self.actions: tuple[Any, ...] | None = None
         self._hits: dict[int, list[int]] = {}
 
     @property
