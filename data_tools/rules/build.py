@@ -1,6 +1,7 @@
 """Read the annotations for `build_coco`, divide the images, and write its files."""
 
 import argparse
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +66,9 @@ def build(arguments: argparse.Namespace) -> None:
             write_owned(folder / f"{name}.json", output.data())
         write_owned_json(folder / "build.json", summary)
     lines = [*finding_lines(summary["findings"].values()), *_table(summary)]
+    if target is None:
+        made = [name for name, output in outputs.items() if output.summary()["records"]]
+        lines += _next(arguments.out, arguments.images, made)
     echo("\n".join(lines), file=sys.stdout)
 
 
@@ -182,3 +186,32 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
         if "existence_by_category_alone" in made:
             share = made["existence_by_category_alone"]
             yield f"{'':<20} existence guessed from the category's name alone: {share:.1%}"
+
+
+def _next(out: str, images: str, made: Sequence[str]) -> Iterator[str]:
+    """Yield the commands that train and evaluate on the files.
+
+    Args:
+        out: The folder of the files.
+        images: The folder of their images.
+        made: Names of the files that have records, without ending.
+    """
+    yield "next:"
+    if "stage2" in made:
+        first = f"  vlm-sft init --data {shlex.quote(f'{out}/stage2.json')}"
+        first += f" --images {shlex.quote(images)}"
+        if "stage1" in made:
+            first += f" --captions {shlex.quote(f'{out}/stage1.json')}"
+        if "eval_stage2" in made:
+            first += f" --eval {shlex.quote(f'{out}/eval_stage2.json')}"
+        yield f"{first}   # stage 1, stage 2 and a suite"
+    elif "stage1" in made:
+        yield (
+            f"  vlm-sft init --data {shlex.quote(f'{out}/stage1.json')} --images "
+            f"{shlex.quote(images)}   # captions for both stages"
+        )
+    for name in (family for family in PROBE_FAMILIES if family in made):
+        yield (
+            f"  vlm-sft evaluate RUN/final --probes {shlex.quote(f'{out}/{name}.json')} --images "
+            f"{shlex.quote(images)} --conditions right,blank --out {name}-results.json"
+        )

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from data_tools.coco import AnnotatedImage, Box
 from data_tools.rules.facts import Facts
 from data_tools.rules.families import MOST_NAMED, things
 from tests.data_tools.coco_files import CATEGORIES, arguments, write_coco
+from tests.documents import parse
 from vlm_sft.errors import UserError
 from vlm_sft.utils import words
 
@@ -414,3 +416,20 @@ def test_what_the_verifier_rejects_is_left_out_and_counted(
     assert said == ["A dog in a yard."]
     assert _read(files, "build")["files"]["stage1.json"]["rejected"] == {"LEAK": 1}
     assert "left out, for the verifier rejects them: LEAK 1" in capsys.readouterr().out
+
+
+def test_the_commands_that_train_and_evaluate_on_the_files_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes = [("dog", [10, 10, 40, 30], 0), ("cat", [120, 60, 30, 30], 0)]
+    files = write_coco(tmp_path, dict.fromkeys(range(1, 7), boxes), {1: ["A dog."], 2: ["A cat."]})
+    assert build_coco.main(arguments(files, "--eval-share", "0.5")) == 0
+    said = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    out, images = files["out"], files["images"]
+    assert said[0].split("   #")[0] == (
+        f"  vlm-sft init --data {out}/stage2.json --images {images} --captions {out}/stage1.json "
+        f"--eval {out}/eval_stage2.json"
+    )
+    assert f"--probes {out}/existence.json --images {images}" in said[1]
+    for line in said:
+        parse(shlex.split(line.partition(" #")[0])[1:])
