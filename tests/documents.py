@@ -174,6 +174,8 @@ def prepare(folder: Path, runs: Mapping[str, Path]) -> None:
         for name in names
     ]
     (folder / "mine.json").write_text(json.dumps(records))
+    rows = "".join(f"{name}-0.png,What is this?,A shape.\n" for name in names)
+    (folder / "photos" / "questions.csv").write_text(f"image,question,answer\n{rows}")
     config = (ROOT / "configs/tiny/stage2.yaml").read_text()
     config = config.replace("projector: runs/tiny/stage1/final", "projector: null")
     for name in ("CONFIG.yaml", "my.yaml"):
