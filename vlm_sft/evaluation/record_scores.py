@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Final, cast
 
 import numpy as np
@@ -13,8 +14,8 @@ from vlm_sft.data.batch import Batch, pack_examples, pad_examples
 from vlm_sft.data.conversation import Conversation, ImagePart, Turn
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.images import ImageCrops
-from vlm_sft.data.tokenize import expand
-from vlm_sft.errors import UserError
+from vlm_sft.data.tokenize import TokenizedRecord, expand
+from vlm_sft.errors import RecordError, UserError
 from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.packed_attention import PackedLayout, install_packed_attention
@@ -87,9 +88,13 @@ class RecordScorer:
         """Return the scores of records in order; an error for one that cannot be scored."""
         errors: dict[int, UserError] = {}
         examples: list[tuple[int, str, Example]] = []
-        for number, record in enumerate(records):
+        tokenizer = self._loaded.chat_tokenizer
+        alone = () if self._only_loss else map(without_questions, records)
+        texts = (tokenizer.tokenize_all(records), tokenizer.tokenize_all(alone))
+        tokenized = zip_longest(*texts)  # many texts at once: far faster than one by one
+        for number, (record, both) in enumerate(zip(records, tokenized, strict=True)):
             try:
-                examples += [(number, *variant) for variant in self._variants(record)]
+                examples += [(number, *variant) for variant in self._variants(record, *both)]
             except UserError as error:  # a broken image, a text that cannot be tokenized
                 errors[number] = error
         losses: dict[tuple[int, str], float] = {}
@@ -117,19 +122,30 @@ class RecordScorer:
             for number in range(len(records))
         ]
 
-    def _variants(self, record: Conversation) -> Iterator[tuple[str, Example]]:
-        """Yield the record, and what it is compared with."""
+    def _variants(
+        self,
+        record: Conversation,
+        text: TokenizedRecord | RecordError,
+        alone: TokenizedRecord | RecordError | None,
+    ) -> Iterator[tuple[str, Example]]:
+        """Yield the record, and what it is compared with.
+
+        Args:
+            record: The record.
+            text: Its tokens.
+            alone: Its tokens without the text of the questions; None if they are not wanted.
+        """
         loaded = self._loaded
         images = loaded.load_images(record)
-        own = _example(loaded, record, images)
+        own = _example(loaded, record.id, text, images)
         loaded.free_positions(len(own.input_ids) - 1)
         yield "own", own
-        if self._only_loss:
+        if alone is None:
             return
         if images:
             blank = self._color.expand_as(own.pixel_values)
             yield "blank", replace(own, pixel_values=blank)
-        yield "alone", _example(loaded, without_questions(record), images)
+        yield "alone", _example(loaded, record.id, alone, images)
 
     def _batches(
         self, examples: Sequence[tuple[int, str, Example]]
@@ -192,14 +208,20 @@ def without_questions(record: Conversation) -> Conversation:
     return replace(record, turns=tuple(map(stripped, record.turns)))
 
 
-def _example(loaded: LoadedModel, record: Conversation, images: Sequence[ImageCrops]) -> Example:
-    tokenized = loaded.chat_tokenizer.tokenize(record)
+def _example(
+    loaded: LoadedModel,
+    record_id: str,
+    tokenized: TokenizedRecord | RecordError,
+    images: Sequence[ImageCrops],
+) -> Example:
+    if isinstance(tokenized, RecordError):
+        raise tokenized
     layouts = tuple(image.layout for image in images)
     tokens = [layout.num_tokens for layout in layouts]
     size = loaded.image_spec.size
     pixels = [image.pixels for image in images]
     return Example(
-        record.id,
+        record_id,
         torch.tensor(expand(tokenized.input_ids, tokens)),
         torch.tensor(expand(tokenized.input_ids, tokens, tokenized.labels)),
         torch.cat(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8),
