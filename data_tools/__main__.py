@@ -39,7 +39,9 @@ def all_parsers() -> Mapping[str, CommandParser]:
 
 
 def _module(name: str) -> Any:
-    return import_module(f"data_tools.{name}{'.__main__' if name in ('mix', 'select') else ''}")
+    return import_module(
+        f"data_tools.{name}{'.__main__' if name in ('mix', 'review', 'select') else ''}"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ WRITTEN: Final[dict[str, tuple[str, ...]]] = {
         "judge/requests.jsonl",
         "judge/templates.json",
     ),
-    "clean": ("kept.jsonl", "dropped.jsonl", "cleaning.json"),
+    "clean": ("kept.jsonl", "dropped.jsonl", "cleaning.json", "reviewed.jsonl"),
     "export": tuple(f"export/{name}" for name in EXPORTS),
     "report": ("report/report.html", *(f"report/{name}" for name in PLOTS)),
 }
@@ -46,7 +46,7 @@ WRITTEN: Final[dict[str, tuple[str, ...]]] = {
 
 _APPENDED: Final = (
     "answers", "failures.jsonl", "spending.jsonl", "teacher.json", "batches.jsonl", "cache",
-    "checked", "export", "judge", "report",
+    "checked", "export", "judge", "report", "review",
 )  # fmt: skip
 """Other names in a run's folder: files that only grow, and folders."""
 
@@ -99,6 +99,10 @@ class RunFolder:
     """`verify`: counts of requests, answers, verdicts and reasons."""
     judge = _Name("judge")
     """`verify`: requests to the judge and its answers, as a run's folder of its own."""
+    review = _Name("review")
+    """`review`: a folder of append-only files of `review.decisions.Decision`, one a reviewer."""
+    reviewed = _Name("reviewed.jsonl")
+    """`clean`, with decisions of reviewers: the samples after them, which are cleaned."""
     kept = _Name("kept.jsonl")
     """`clean`: samples to train on."""
     dropped = _Name("dropped.jsonl")

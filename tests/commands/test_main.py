@@ -80,7 +80,7 @@ def test_the_data_commands_name_themselves_as_they_were_called(
 
 
 @pytest.mark.parametrize(
-    "name", ["build_coco", "make_scenes", "mix", "overlap", "pope", "select", "split"]
+    "name", ["build_coco", "make_scenes", "mix", "overlap", "pope", "review", "select", "split"]
 )
 def test_the_other_data_commands_are_there_too(
     name: str, capsys: pytest.CaptureFixture[str]

@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "data_tools.mix": "mix record files",
     "data_tools.overlap": "report evaluation images that were trained on",
     "data_tools.pope": "write POPE questions about the existence of objects",
+    "data_tools.review": "review samples by eye on a local page",
     "data_tools.select": "select records by scores, beside a random part of the same size",
     "data_tools.split": "hold out records whose images no training record has",
     "data_tools.verify": "check records of others (--records)",

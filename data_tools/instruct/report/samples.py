@@ -23,6 +23,8 @@ from vlm_sft.utils.html import data_uri
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlm_sft.data.conversation import ImageSource
+
 BRIEF_TEXT: Final = 500
 """Characters of one text in brief."""
 BRIEF_TURNS: Final = 3
@@ -155,6 +157,7 @@ def view_sample(
     *,
     badges: Sequence[tuple[str, str]] = (),
     brief: bool,
+    with_image: bool = True,
 ) -> SampleView:
     """Prepare a sample.
 
@@ -164,6 +167,7 @@ def view_sample(
         image_dir: Directory of the images.
         badges: Text and CSS class of the words next to the id.
         brief: Cut long texts around what decided, and list only the checks that decided.
+        with_image: Whether to open the image.
     """
     labels = annotation_labels(image, sample.shown)
     turns = _chosen_turns(sample) if brief else list(range(len(sample.turns)))
@@ -176,7 +180,7 @@ def view_sample(
     return SampleView(
         sample=sample,
         image=view_image(image, sample.shown, deciding_checks(sample), image_dir, brief=brief)
-        if image
+        if image and with_image
         else None,
         badges=badges,
         turns=[
@@ -201,13 +205,17 @@ def view_image(
     image_dir: Path,
     *,
     brief: bool,
+    source: "ImageSource | None" = None,
 ) -> ImageView:
-    """Prepare the image with the boxes that the teacher saw; `checks` emphasize their evidence."""
+    """Prepare the image with the boxes that the teacher saw; `checks` emphasize their evidence.
+
+    `source` is opened in place of the image's file in `image_dir`.
+    """
     side, quality, letter = (360, 72, 16) if brief else (900, 85, 15)
     uri, error = "", ""
     size = (side, max(1, round(side * image.height / image.width)))
     try:
-        small = open_image(image_dir, image).convert("RGB")
+        small = open_image(image_dir, image, source).convert("RGB")
         small.thumbnail((side, side))
         size, buffer = small.size, io.BytesIO()
         small.save(buffer, format="JPEG", quality=quality, optimize=True)
@@ -220,15 +228,17 @@ def view_image(
     return ImageView(uri, error, *size, boxes, labels, height)
 
 
-def open_image(image_dir: Path, image: AnnotatedImage) -> "Image.Image":
-    """Open an image as training does.
+def open_image(
+    image_dir: Path, image: AnnotatedImage, source: "ImageSource | None" = None
+) -> "Image.Image":
+    """Open an image, or `source` in its place, as training does.
 
     Raises:
         ImageError: It cannot be opened.
     """
     from vlm_sft.data import images
 
-    return images.open_image(image_dir / image.file_name)
+    return images.open_image(image_dir / image.file_name if source is None else source)
 
 
 def _chosen_turns(sample: Sample) -> list[int]:

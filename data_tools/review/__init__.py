@@ -1,0 +1,1 @@
+"""Review samples by eye: a local page, decisions of several reviewers, and their agreement."""
