@@ -305,6 +305,10 @@ class OpeningsConfig(Section):
 class CleanConfig(Section):
     """What `clean` drops from the accepted samples."""
 
+    decisions: NonEmptyText | None = None
+    """Folder of the decisions of `data review`, e.g. `review` in `output_dir`: rejected samples are
+    dropped, edited ones verified again, and accepted ones that `verify` had rejected are taken.
+    Null: none are read."""
     near_duplicates: NearDuplicatesConfig | None = NearDuplicatesConfig()
     """Texts that are nearly the same. Null: keep them."""
     same_questions: bool = True

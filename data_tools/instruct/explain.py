@@ -17,6 +17,7 @@ from rich.text import Text
 
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct import contamination
+from data_tools.instruct.clean.codes import REVIEW_REJECTED
 from data_tools.instruct.config import InstructConfig
 from data_tools.instruct.export import RECEIPTS
 from data_tools.instruct.generate.answers import answers_folder, read_answers
@@ -280,10 +281,17 @@ def _stages(
     if sample.status == "rejected":
         read = "" if sample.turns else "could not be parsed: "
         yield Stage("verified", False, f"rejected: {read}{', '.join(sample.reasons)}")
-        return
-    yield Stage("verified", True, f"accepted, {len(sample.checks):,} checks")
+    else:
+        yield Stage("verified", True, f"accepted, {len(sample.checks):,} checks")
     kept = next(iter(_samples_of(folder.kept, request.id)), None)
     dropped = _samples_of(folder.dropped, request.id)
+    found = [*filter(None, [kept]), *dropped]
+    decided = [check.claim for one in found for check in one.checks if check.rule == "review"]
+    if decided:
+        taken = not any(REVIEW_REJECTED in part.reasons for part in dropped)
+        yield Stage("reviewed", taken, ", ".join(dict.fromkeys(decided)))
+    elif sample.status == "rejected":
+        return
     reasons = ", ".join(f"{part.id}: {', '.join(part.reasons)}" for part in dropped)
     if kept is not None:
         turns = f"; {len(dropped)} turns dropped ({reasons})" if dropped else ""

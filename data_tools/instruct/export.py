@@ -131,6 +131,7 @@ def receipt(sample: Sample) -> dict[str, Any]:
         "parameters": sample.parameters,
         "cost": sample.cost.model_dump(mode="json"),
         "checks": dict(sorted(Counter(check.verdict for check in sample.checks).items())),
+        **({"review": reviewed} if (reviewed := _reviewed(sample)) else {}),
         "judge": sample.judgment.verdict if sample.judgment else None,
         "evidence": sorted({number for check in sample.checks for number in check.evidence}),
         "tool": sample.tool,
@@ -149,6 +150,11 @@ def _has_several_images(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return any(b'"operator":"multi-image"' in line for line in file)
+
+
+def _reviewed(sample: Sample) -> list[str]:
+    """Return what reviewers have decided about a sample, in words."""
+    return [check.claim for check in sample.checks if check.rule == "review"]
 
 
 # --- formats

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from data_tools.coco import AnnotatedImage, read_coco
 from data_tools.instruct.config import InstructConfig, VerifyConfig
@@ -29,6 +29,9 @@ from vlm_sft.utils.console import echo
 from vlm_sft.utils.image_paths import image_path
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import open_regular
+
+OWN_CHECKS: Final = ("constraints", "multi-image", "refuse", "translate")
+"""Operators of `grow` whose samples are not verified by their image alone."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Source(Protocol):
 def sample_content(sample: Sample) -> str:
     """Return the digest of a sample's content."""
     texts = [text for turn in sample.turns for text in (turn.question, turn.answer)]
-    return content_of(texts, [sample.image.file_name])
+    return content_of(texts, [image.file_name for image in sample.images])
 
 
 def record_content(record: Conversation) -> str:
@@ -119,7 +122,16 @@ def reverified(
         turns: The text.
         image: With its annotations; None: there are none, and nothing is checked.
         policy: How strict; None likewise.
+
+    Raises:
+        UserError: The number of turns is another one, or the sample's operator has checks that need
+            more than its image.
     """
+    if sample.grown is not None and sample.grown.operator in OWN_CHECKS:
+        raise UserError(
+            f"sample {sample.id!r}: a text of the operator {sample.grown.operator!r} cannot be "
+            "verified again after an edit; accept or reject it"
+        )
     new = edited_turns(sample, turns)
     checks: tuple[Check, ...] = ()
     if image is not None and policy is not None:
@@ -197,15 +209,18 @@ class RunSamples:
 
     def images(self, number: int, sample: Sample) -> list[ImageView]:
         """See `Source`."""
-        of = sample.image
-        image = self.annotations(number) or AnnotatedImage(
-            of.id, of.file_name, of.width, of.height, (), ()
-        )
-        try:
-            image_path(self._root, image.file_name, follow_symlinks=self._links)
-        except ImageError as error:
-            return [ImageView("", str(error), image.width, image.height, (), (), 15)]
-        return [view_image(image, sample.shown, sample.checks, self._root, brief=False)]
+        views = []
+        for of in sample.images:
+            image = self._images.get(of.id) or AnnotatedImage(
+                of.id, of.file_name, of.width, of.height, (), ()
+            )
+            try:
+                image_path(self._root, image.file_name, follow_symlinks=self._links)
+            except ImageError as error:
+                views.append(ImageView("", str(error), image.width, image.height, (), (), 15))
+                continue
+            views.append(view_image(image, sample.shown, sample.checks, self._root, brief=False))
+        return views
 
     def note(self, number: int) -> str:
         """See `Source`."""

@@ -18,6 +18,7 @@ from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 
 if TYPE_CHECKING:
+    from data_tools.review.records import Reviews
     from data_tools.select.choose import Decision, Table
     from data_tools.select.config import SelectConfig
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(config.output_dir)
     inputs = [arguments.config, config.path, config.annotations, config.samples]
     inputs.append(config.teacher_samples)
+    inputs += [config.decisions, config.instances, config.captions]
     own_output(
         folder, KIND, OUTPUTS, inputs=[name for name in inputs if name],
         image_roots=[config.data_file().images_start_in()], overwrite=arguments.overwrite,
@@ -62,10 +64,12 @@ def main(argv: Sequence[str]) -> int:
     with heavy_imports():
         from data_tools.select.choose import decide
         from data_tools.select.control import require_control, train_control
+        from data_tools.select.records import read_reviews
 
     if arguments.train_control is not None:
         require_control(arguments.train_control, arguments.held_out)
-    table = _scored(config, folder)
+    reviews = read_reviews(config)
+    table = _scored(config, folder, reviews)
     decision = decide(table, config)
     if not len(decision.selected):
         reasons = ", ".join(f"{why} {n:,}" for why, n in _why_not(decision).most_common())
@@ -76,8 +80,11 @@ def main(argv: Sequence[str]) -> int:
         )
     # It describes both parts: none of an earlier selection may stay beside new ones.
     (folder / "selection.json").unlink(missing_ok=True)
-    root = _write(config, folder, table, decision)
+    root = _write(config, folder, table, decision, reviews)
     report = _report(config, table, decision, root)
+    if reviews is not None:
+        report["review"] = reviews.verdicts.summary() | {"unverified": len(reviews.unverified)}
+        echo(reviews.lines(), file=sys.stdout)
     _finish(folder, report)
     if arguments.train_control is not None:
         found = train_control(folder, root, arguments.train_control, arguments.held_out)
@@ -110,7 +117,7 @@ def parser() -> CommandParser:
     return parser
 
 
-def _scored(config: "SelectConfig", folder: Path) -> "Table":
+def _scored(config: "SelectConfig", folder: Path, reviews: "Reviews | None") -> "Table":
     """Return all records with all scores that the configuration gives the means for."""
     import numpy as np
 
@@ -119,7 +126,7 @@ def _scored(config: "SelectConfig", folder: Path) -> "Table":
     from data_tools.select.records import conversations, read_table
     from vlm_sft.data.conversation import Conversation
 
-    found = read_table(config)
+    found = read_table(config, reviews)
     if not any(problem == "" for problem in found.problems):
         reasons = ", ".join(f"{why} {n:,}" for why, n in Counter(found.problems).most_common())
         raise UserError(
@@ -128,7 +135,8 @@ def _scored(config: "SelectConfig", folder: Path) -> "Table":
     columns, problems, embeddings = found.columns, found.problems, None
 
     def records() -> Iterator[Conversation]:
-        return (one for one, _ in conversations(config) if isinstance(one, Conversation))
+        read = (one.record for one in conversations(config, reviews) if not one.problem)
+        return (record for record in read if isinstance(record, Conversation))
 
     if config.model is not None:
         scores = model_scores(folder, config.model, config)
@@ -157,7 +165,13 @@ def _scored(config: "SelectConfig", folder: Path) -> "Table":
     return Table(found.ids, found.categories, problems, columns, embeddings, truncated)
 
 
-def _write(config: "SelectConfig", folder: Path, table: "Table", decision: "Decision") -> Path:
+def _write(
+    config: "SelectConfig",
+    folder: Path,
+    table: "Table",
+    decision: "Decision",
+    reviews: "Reviews | None",
+) -> Path:
     """Write both parts and the table of scores; return where the image names start."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -172,7 +186,8 @@ def _write(config: "SelectConfig", folder: Path, table: "Table", decision: "Deci
     root = Path(os.path.abspath(start))
     selected, random = set(decision.selected.tolist()), set(decision.random.tolist())
     with owned_open(folder / "selected.jsonl") as one, owned_open(folder / "random.jsonl") as other:
-        for row, (record, _) in enumerate(conversations(config)):
+        for row, read in enumerate(conversations(config, reviews)):
+            record = read.record
             if row not in selected and row not in random:
                 continue
             if row >= len(table.ids) or not isinstance(record, Conversation):

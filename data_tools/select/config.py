@@ -74,6 +74,14 @@ class SelectConfig(Section):
     """`samples.jsonl` of `vlm-sft sample` on the same file, for `consistency` and `solved`."""
     teacher_samples: NonEmptyText | None = None
     """The same of a stronger model, for `teacher`."""
+    decisions: NonEmptyText | None = None
+    """Folder of decisions that `data review` has written: records that a reviewer has rejected are
+    left out, and edited ones are used with the new text. Null: none are read."""
+    instances: NonEmptyText | None = None
+    """COCO's `instances_*.json`: with `decisions`, texts that reviewers have edited are verified
+    against it, and left out if it contradicts them."""
+    captions: NonEmptyText | None = None
+    """COCO's `captions_*.json`, likewise."""
     batching: Literal["padded", "packed"] = "padded"
     """How records go through the model; the scores are the same."""
     max_tokens: Annotated[int, Field(ge=64)] = 4096

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from vlm_sft.data.records import open_raw_records, open_records
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.tar_index import file_size
+
+if TYPE_CHECKING:
+    from data_tools.review.records import Reviews
 
 
 @dataclass
@@ -46,21 +49,70 @@ class RecordTable:
     columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-def conversations(config: SelectConfig) -> Iterator[tuple[Conversation | RecordError, str]]:
-    """Yield every record in the order of the file, with its category."""
+@dataclass(frozen=True)
+class Read:
+    """A record of the file.
+
+    Attributes:
+        record: With a reviewer's text, if it was edited.
+        category: Value of the category's key; "" without.
+        problem: Why a reviewer's decision leaves it out; "" otherwise.
+    """
+
+    record: Conversation | RecordError
+    category: str
+    problem: str = ""
+
+
+def conversations(config: SelectConfig, reviews: "Reviews | None" = None) -> Iterator[Read]:
+    """Yield every record in the order of the file.
+
+    Args:
+        config: The configuration.
+        reviews: Decisions of reviewers; None: there are none.
+    """
     file = config.data_file()
     # Categories are keys of the record as it is in the file, which a conversation does not keep.
     raw_records = open_raw_records(Path(config.path), file).records
+    times: Counter[str] = Counter()
     for record, raw in zip(open_records(file).conversations, raw_records, strict=True):
         value: Any = raw.value if isinstance(raw, RawRecord) else None
         named = value.get(config.category_key) if isinstance(value, dict) else None
-        yield record, str(named) if isinstance(named, str | int) else ""
+        category = str(named) if isinstance(named, str | int) else ""
+        if reviews is None:
+            yield Read(record, category)
+        elif isinstance(record, Conversation):
+            record, problem = reviews.applied(record, numbered_id(record.id, times))
+            yield Read(record, category, problem)
+        else:
+            numbered_id(record.record_id, times)
+            yield Read(record, category)
 
 
-def read_table(config: SelectConfig) -> RecordTable:
+def read_reviews(config: SelectConfig) -> "Reviews | None":
+    """Return the decisions that the configuration names; None if it names none.
+
+    Raises:
+        UserError: There are none in the folder, or annotations cannot be read.
+    """
+    if config.decisions is None:
+        return None
+    from data_tools.review.decisions import Verdicts, read_decisions
+    from data_tools.review.records import Reviews
+    from data_tools.review.sources import Annotations
+
+    files = [None if name is None else Path(name) for name in (config.instances, config.captions)]
+    return Reviews(Verdicts(read_decisions(config.decisions)), Annotations(*files))
+
+
+def read_table(config: SelectConfig, reviews: "Reviews | None" = None) -> RecordTable:
     """Read every record once, and compute what needs no model.
 
     Of records with the same content only the first is usable.
+
+    Args:
+        config: The configuration.
+        reviews: Decisions of reviewers; None: there are none.
 
     Raises:
         UserError: A file as a whole cannot be read, samples are of other questions, two records
@@ -74,15 +126,19 @@ def read_table(config: SelectConfig) -> RecordTable:
     times: Counter[str] = Counter()
     asked = hashlib.sha256()
     total = open_records(config.data_file()).total
-    for record, category in track(conversations(config), total, f"reading {config.path}"):
+    read = conversations(config, reviews)
+    for one in track(read, total, f"reading {config.path}"):
+        record, category = one.record, one.category
         identifier = record.id if isinstance(record, Conversation) else record.record_id
         table.ids.append(numbered_id(identifier, times))
         table.categories.append(category)
         digest = content_digest(record) if isinstance(record, Conversation) else ""
         problem = _image_problem(record) if isinstance(record, Conversation) else record.reason
+        problem = one.problem or problem
         table.problems.append(problem or ("same as an earlier one" if digest in seen else ""))
         table.digests.append(digest)
-        seen.add(digest)
+        if not one.problem:  # the same record may be there again, and not be rejected
+            seen.add(digest)
         values = dict.fromkeys(names, np.nan)
         if isinstance(record, Conversation):
             questions = questions_of(replace(record, id=table.ids[-1]))

@@ -2,7 +2,12 @@
 
 from typing import Final
 
+REVIEW_REJECTED: Final = "REVIEW_REJECTED"
+REVIEW_EDIT: Final = "REVIEW_EDIT"
+
 MEANINGS: Final = {
+    REVIEW_REJECTED: "A reviewer has rejected it.",
+    REVIEW_EDIT: "The text of a reviewer was rejected when it was verified.",
     "IMAGE_UNREADABLE": "The image cannot be opened.",
     "IMAGE_DUPLICATE": "The image looks the same as an earlier one.",
     "EXACT_DUPLICATE": "An earlier sample has the same text.",

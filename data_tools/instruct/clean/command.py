@@ -1,7 +1,8 @@
 """`clean`: drop duplicates, and balance answers, openings and types of the accepted samples.
 
-Two passes over `samples.jsonl`: the first reads a few numbers of each sample, by which everything
-is decided; the second writes `kept.jsonl` and `dropped.jsonl`.
+Two passes over `samples.jsonl`, or over `reviewed.jsonl`, which has the decisions of reviewers
+applied: the first reads a few numbers of each sample, by which everything is decided; the second
+writes `kept.jsonl` and `dropped.jsonl`.
 """
 
 import sys
@@ -9,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import pandas as pd
+
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.clean.balance import balance, drop_repeated_questions
 from data_tools.instruct.clean.choices import Categories
 from data_tools.instruct.clean.near_duplicates import drop_near_duplicates
+from data_tools.instruct.clean.review import apply_decisions
 from data_tools.instruct.clean.same_images import SameImages, drop_same_images, find_same_images
 from data_tools.instruct.clean.split import split_samples
 from data_tools.instruct.clean.summary import summarize, summary_lines
@@ -24,7 +28,7 @@ from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Sample
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
-from vlm_sft.utils.owned_files import owned_open, write_owned_json
+from vlm_sft.utils.owned_files import owned_open, remove_owned, write_owned_json
 from vlm_sft.utils.progress import track
 
 
@@ -37,29 +41,39 @@ def command(config: InstructConfig) -> None:
     folder = RunFolder(Path(config.output_dir))
     known = read_images(folder)
     categories = Categories(read_categories(folder))
-    table = read_table(_samples(folder, known), config.clean, categories, config.seed)
-    with closing(SampleFile(folder.samples, table.samples["offset"].to_numpy())) as file:
+    path, codes, verdicts = apply_decisions(config, folder, known)
+    table = read_table(_samples(path, folder, known), config.clean, categories, config.seed)
+    if codes:
+        table.samples["code"] = pd.Categorical(codes, table.samples["code"].cat.categories)
+    with closing(SampleFile(path, table.samples["offset"].to_numpy())) as file:
         same = _decide(table, file, folder, config, known)
-        samples = track(read_lines(folder.samples, Sample), len(table.samples), "writing samples")
+        samples = track(read_lines(path, Sample), len(table.samples), "writing samples")
         with owned_open(folder.kept) as kept_file, owned_open(folder.dropped) as dropped_file:
             for kept, dropped in split_samples(samples, table, lambda n: file.read(n).id):
                 if kept is not None:
                     kept_file.write(kept.model_dump_json().encode() + b"\n")
                 for sample in dropped:
                     dropped_file.write(sample.model_dump_json().encode() + b"\n")
-        summary = summarize(config.clean, table, known, same, folder, file)
+        summary = summarize(config.clean, table, known, same, folder, file, path)
+    if verdicts is not None:
+        summary["review"] = verdicts.summary()
+        echo(verdicts.lines(), file=sys.stdout)
+    else:
+        remove_owned(folder.reviewed)
     write_owned_json(folder.cleaning, summary)
     echo(summary_lines(summary), file=sys.stdout)
 
 
-def _samples(folder: RunFolder, known: dict[int, AnnotatedImage]) -> Iterator[tuple[Sample, int]]:
+def _samples(
+    path: Path, folder: RunFolder, known: dict[int, AnnotatedImage]
+) -> Iterator[tuple[Sample, int]]:
     """Yield the accepted samples with their byte offsets."""
-    samples = track(read_lines(folder.samples, Sample), description="reading samples")
-    for sample, offset in zip(samples, line_offsets(folder.samples), strict=True):
+    samples = track(read_lines(path, Sample), description="reading samples")
+    for sample, offset in zip(samples, line_offsets(path), strict=True):
         missing = next((image.id for image in sample.images if image.id not in known), None)
         if missing is not None:
             raise UserError(
-                f"{folder.samples}: sample {sample.id!r} is about image {missing}, "
+                f"{path}: sample {sample.id!r} is about image {missing}, "
                 f"which {folder.images.name} does not have; run `index` and the stages after it"
             )
         yield sample, offset

@@ -27,6 +27,7 @@ def summarize(
     same: SameImages,
     folder: RunFolder,
     file: SampleFile,
+    path: Path,
 ) -> dict[str, Any]:
     """Return the contents of `cleaning.json`.
 
@@ -37,6 +38,7 @@ def summarize(
         same: The images that look the same.
         folder: The run directory, with its output files.
         file: The samples, for the texts of openings.
+        path: The file that they were read from.
     """
     samples, turns = table.samples, table.turns
     kept_samples, kept_turns = samples[table.live_samples], turns[table.live]
@@ -48,7 +50,7 @@ def summarize(
     }
     summary: dict[str, Any] = {
         "settings": config.model_dump(mode="json", exclude={"same_images": {"workers"}}),
-        "input": _file(folder.samples) | {"samples": len(samples), "turns": len(turns)},
+        "input": _file(path) | {"samples": len(samples), "turns": len(turns)},
         "kept": _file(folder.kept) | {"samples": len(kept_samples), "turns": len(kept_turns)},
         "dropped": _file(folder.dropped) | _dropped(table),
         **{name: _shares(*columns) for name, columns in pairs.items()},

@@ -70,7 +70,10 @@ def read_results(folder: RunFolder, answers_folder: Path) -> Iterator[Result]:
         if (sample := accepted.take(request)) is not None:
             yield _cleaned(request, sample, kept, dropped)
         elif (sample := rejected.take(request)) is not None:
-            yield Result(request, "rejected", sample=sample, reasons=sample.reasons)
+            found = _cleaned(request, sample, kept, dropped)  # a reviewer may have taken it
+            if found.outcome == "accepted":
+                found = Result(request, "rejected", sample=sample, reasons=sample.reasons)
+            yield found
         elif (answer := answers.get(request.id)) is not None:
             yield Result(request, "unverified", answer=answer)
         else:
