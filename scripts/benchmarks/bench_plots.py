@@ -36,6 +36,34 @@ def plot_peers(rows: Sequence[Row], path: Path, *, title: str) -> None:
     _finish(figure, (speed, memory), path, title)
 
 
+def plot_data_quality(rows: Sequence[Row], kinds: Sequence[str], path: Path, *, title: str) -> None:
+    """Curves of accuracy by share of spoilt data, cleaned and not, one panel a kind.
+
+    A dot is a run with its interval over images; a curve is the mean over seeds.
+    """
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, sharey=True)
+    for kind, panel in zip(kinds, panels.flat, strict=True):
+        mine = [row for row in rows if row["kind"] in (kind, "none")]
+        for data, color, shift in (("as it is", "#b3541e", -0.5), ("cleaned", OURS, 0.5)):
+            by_level: dict[int, list[float]] = {}
+            for row in (row for row in mine if row["data"] == data):
+                by_level.setdefault(row["percent"], []).append(row["estimate"])
+                bounds = [[row["estimate"] - row["low"]], [row["high"] - row["estimate"]]]
+                at = row["percent"] + shift
+                panel.errorbar(at, row["estimate"], bounds, fmt="o", ms=3, color=color, alpha=0.6)
+            levels = sorted(by_level)
+            means = [sum(by_level[level]) / len(by_level[level]) for level in levels]
+            panel.plot(levels, means, color=color, label=data)
+        panel.set_title(kind, fontsize=10, color=INK)
+        panel.axhline(0.5, color=OTHERS, linestyle=":", label="chance")
+    for panel in panels[-1]:
+        panel.set_xlabel("spoilt conversations (%)")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("accuracy on held-out scenes")
+    panels[0, 0].legend(fontsize=8, loc="lower left")
+    _finish(figure, list(panels.flat), path, title)
+
+
 def plot_stages(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Bars of samples a second and of peak memory, grouped by stage."""
     ordered = list(reversed(rows))
