@@ -105,3 +105,20 @@ def test_embeddings_do_not_depend_on_the_batch(
         assert isinstance(scores, RecordScores) and isinstance(single, RecordScores)
         assert single.ifd is None
         np.testing.assert_allclose(scores.embedding, single.embedding, atol=2e-3)
+
+
+@pytest.mark.parametrize("only_loss", [False, True])
+def test_the_tower_sees_each_image_once(
+    run: LoadedModel, records: list[Conversation], only_loss: bool
+) -> None:
+    seen = []
+    hook = run.model.vision_tower.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(len(inputs[0]))
+    )
+    again = record("again", "Is there a cat?", "No.", images=records[0].images)
+    scorer = RecordScorer(run, only_loss=only_loss)
+    found = scorer.score([*records, again])
+    hook.remove()
+    assert isinstance(found[5], RecordScores)
+    # Three records with images of their own, one and one and two; and one blank crop.
+    assert sum(seen) == 4 + (not only_loss)

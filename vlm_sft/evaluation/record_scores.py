@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm_sft.data.batch import Batch, pack_examples, pad_examples
-from vlm_sft.data.conversation import Conversation, ImagePart, Turn
+from vlm_sft.data.conversation import Conversation, ImagePart, ImageSource, Turn
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.images import ImageCrops
 from vlm_sft.data.tokenize import TokenizedRecord, expand
@@ -22,6 +22,8 @@ from vlm_sft.model.packed_attention import PackedLayout, install_packed_attentio
 
 EMBEDDING_SIZE: Final = 128
 """Most numbers of an embedding; wider hidden states are projected at random."""
+_IMAGES_AT_ONCE: Final = 16
+"""Images, or groups of images of a record, that go through the tower together."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class RecordScorer:
             install_packed_attention(causal_lm(loaded.model.language_model))
         color = torch.tensor([int(255 * value) for value in loaded.image_spec.mean])
         self._color = color.to(torch.uint8).view(1, 3, 1, 1)
+        self._blank: Tensor | None = None
 
     def score(self, records: Sequence[Conversation]) -> list[RecordScores | UserError]:
         """Return the scores of records in order; an error for one that cannot be scored."""
@@ -97,6 +100,8 @@ class RecordScorer:
                 examples += [(number, *variant) for variant in self._variants(record, *both)]
             except UserError as error:  # a broken image, a text that cannot be tokenized
                 errors[number] = error
+        images = [records[number].images for number, _, _ in examples]
+        examples = self._with_features(examples, images)
         losses: dict[tuple[int, str], float] = {}
         embeddings: dict[int, NDArray[np.float16]] = {}
         for batch in self._batches(examples):
@@ -143,9 +148,47 @@ class RecordScorer:
         if alone is None:
             return
         if images:
-            blank = self._color.expand_as(own.pixel_values)
-            yield "blank", replace(own, pixel_values=blank)
+            yield "blank", own
         yield "alone", _example(loaded, record.id, alone, images)
+
+    @torch.inference_mode()
+    def _with_features(
+        self,
+        examples: Sequence[tuple[int, str, Example]],
+        images: Sequence[tuple[ImageSource, ...]],
+    ) -> list[tuple[int, str, Example]]:
+        """Return the examples with the tower's features instead of pixels.
+
+        The tower is most of the work with short records, and sees each image once, however many
+        records and variants have it.
+        """
+        pixels = {
+            sources: example.pixel_values
+            for sources, (_, _, example) in zip(images, examples, strict=True)
+            if sources
+        }
+        tower, device = self._loaded.model.vision_tower, self._loaded.device
+        features: dict[tuple[ImageSource, ...], Tensor] = {}
+        distinct = list(pixels.items())
+        for start in range(0, len(distinct), _IMAGES_AT_ONCE):
+            group = distinct[start : start + _IMAGES_AT_ONCE]
+            encoded = tower(torch.cat([crops for _, crops in group]).to(device))
+            parts = encoded.split([len(crops) for _, crops in group])
+            features |= {sources: part for (sources, _), part in zip(group, parts, strict=True)}
+        if pixels and self._blank is None and not self._only_loss:
+            crop = next(iter(pixels.values()))[:1]
+            self._blank = tower(self._color.expand_as(crop).to(device))
+        changed = []
+        for sources, (number, name, example) in zip(images, examples, strict=True):
+            found = features.get(sources)
+            if name == "blank":
+                assert self._blank is not None
+                found = self._blank.expand(len(example.pixel_values), -1, -1)
+            none = example.pixel_values[:0]
+            changed.append(
+                (number, name, replace(example, pixel_values=none, image_features=found))
+            )
+        return changed
 
     def _batches(
         self, examples: Sequence[tuple[int, str, Example]]
@@ -185,8 +228,8 @@ class RecordScorer:
         """Return the hidden states of a batch, as `VisionLanguageModel.forward` computes them."""
         model = self._loaded.model
         image_embeds = None
-        if batch.pixel_values is not None and batch.num_crops:
-            image_embeds = model.arrange(model.encode_images(batch.pixel_values), batch.layouts)
+        if batch.image_features is not None:
+            image_embeds = model.arrange(model.project(batch.image_features), batch.layouts)
         embeds = model.embed(batch.input_ids, image_embeds)
         layout = None
         if batch.segments is not None:
