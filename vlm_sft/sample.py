@@ -91,6 +91,8 @@ def _require_fitting(arguments: argparse.Namespace) -> None:
         raise UserError("--judge-url and --judge-model: give both, or neither")
     if arguments.longest and arguments.score != "length":
         raise UserError("--longest: is for --score length")
+    if arguments.verdict != "first" and arguments.score != "exact":
+        raise UserError("--verdict: is for --score exact")
     together = [arguments.rounds, arguments.train, arguments.held_out]
     if any(value is None for value in together) and any(value is not None for value in together):
         raise UserError("--rounds, --train CONFIG.yaml and --held-out SUITE.yaml: give all or none")
@@ -131,6 +133,8 @@ def parser() -> CommandParser:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")
     coco = "verifier: COCO's instances_*.json and captions_*.json"
     add("--annotations", type=Path, nargs=2, default=[], metavar="FILE", help=coco)
+    verdict = "exact: the first or last yes, no or number of a sample counts (default: first)"
+    add("--verdict", choices=["first", "last"], default="first", help=verdict)
     add("--longest", action="store_true", help="length: prefer the longest sample")
     _add_judge_options(parser)
     _add_round_options(parser)

@@ -9,7 +9,7 @@ import pytest
 from tests.data_tools.coco_files import write_coco
 from tests.data_tools.teacher_server import Act, Received, say, served
 from vlm_sft.best_of.choosing import Choice, choose
-from vlm_sft.best_of.graders import Candidate, Grade, grade_exact, is_right, judge_grader
+from vlm_sft.best_of.graders import Candidate, Grade, exact_grader, is_right, judge_grader
 from vlm_sft.best_of.questions import Question, read_questions
 from vlm_sft.best_of.sample_lines import Sample
 from vlm_sft.config.schema import DataFile
@@ -35,7 +35,7 @@ def sampled(question: Question, *texts: str) -> list[Sample]:
 
 
 def chosen(question: Question, *texts: str) -> Choice:
-    (choice,) = choose([question], {question.id: sampled(question, *texts)}, grade_exact)
+    (choice,) = choose([question], {question.id: sampled(question, *texts)}, exact_grader())
     return choice
 
 
@@ -96,6 +96,21 @@ def test_every_trained_answer_is_a_question_after_what_was_said_before(tmp_path:
 )
 def test_what_counts_as_the_record_s_answer(answer: str, reference: str, right: bool) -> None:
     assert is_right(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("I see no dog but a cat, so yes.", "Yes.", True),
+        ("I see a cat, so no.", "yes", False),
+        ("I see a cat.", "yes", False),
+        ("No dog, one cat and two birds, so three animals", "3", True),
+        ("Three animals: no dog, one cat and two birds", "3", False),
+        ("I see a cat, so no.", "I see a dog, so no.", False),
+    ],
+)
+def test_the_last_verdict_counts_after_reasons(answer: str, reference: str, right: bool) -> None:
+    assert is_right(answer, reference, "last") is right
 
 
 def test_the_verifier_prefers_supported_claims_and_rejects_contradicted_ones(

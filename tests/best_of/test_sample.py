@@ -97,6 +97,7 @@ def test_a_killed_run_goes_on_to_the_same_files_and_every_question_is_accounted_
         (["--score", "verifier"], "--annotations"),
         (["--score", "judge"], "--judge-url"),
         (["--score", "exact", "--longest"], "--longest"),
+        (["--score", "length", "--verdict", "last"], "--verdict"),
         (["--score", "exact", "--rounds", "2"], "--held-out"),
         (["--score", "exact", "--keep-train-data"], "--rounds"),
         (["--score", "best"], "expected one of"),

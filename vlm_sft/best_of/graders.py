@@ -9,6 +9,8 @@ from vlm_sft.best_of.questions import Question, last_text
 from vlm_sft.evaluation.judges.asking import JudgeOptions, ask, fill, load_prompt, request_for
 from vlm_sft.evaluation.scores.exact import plain, read_count, read_whole_count
 from vlm_sft.evaluation.scores.judged import read_grade
+from vlm_sft.evaluation.scores.pope import verdict_last
+from vlm_sft.evaluation.scores.results import Verdict
 
 ScoreName = Literal["verifier", "exact", "judge", "length"]
 
@@ -49,26 +51,33 @@ Grader = Callable[[Sequence[Candidate]], list[Grade]]
 """Returns a grade for each of the samples of all questions."""
 
 
-def grade_exact(candidates: Sequence[Candidate]) -> list[Grade]:
-    """Accept the samples whose answer is that of the record; see `is_right`."""
-    right = [is_right(one.text, one.question.reference) for one in candidates]
-    return [Grade(float(value), value, "" if value else "other_answer") for value in right]
+def exact_grader(verdict: Verdict = "first") -> Grader:
+    """Return a grader that accepts the samples with the record's answer; see `is_right`."""
+
+    def grade(candidates: Sequence[Candidate]) -> list[Grade]:
+        right = [is_right(one.text, one.question.reference, verdict) for one in candidates]
+        return [Grade(float(value), value, "" if value else "other_answer") for value in right]
+
+    return grade
 
 
-def is_right(answer: str, reference: str) -> bool:
+def is_right(answer: str, reference: str, verdict: Verdict = "first") -> bool:
     """Return whether an answer equals the true one, without case, final period and reasons.
 
     Of a text with `answer:` or `answer is`, what follows the last one counts. An answer to yes or
-    no is read by its first word, a count by its first number. Other numbers (times, dates,
-    fractions, ordinals, negative ones, decimals) are compared as text.
+    no is read by its first word, a count by its first number; with `verdict` `last` by its last
+    yes, no or number, for answers that give reasons first. Other numbers (times, dates, fractions,
+    ordinals, negative ones, decimals) are compared as text.
     """
     said, true = final_answer(answer), final_answer(reference)
     if said == true:
         return True
     if true in ("yes", "no"):
+        if verdict == "last":
+            return verdict_last(said) == true
         return re.split(r"\W+", said, maxsplit=1)[0] == true
     count = read_whole_count(true)
-    return count is not None and read_count(_NO_COUNT.sub(" ", said)) == count
+    return count is not None and read_count(_NO_COUNT.sub(" ", said), verdict) == count
 
 
 def final_answer(text: str) -> str:

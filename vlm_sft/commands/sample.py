@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vlm_sft.best_of.choosing import Choice, choose
 from vlm_sft.best_of.drawing import draw_samples
-from vlm_sft.best_of.graders import Grader, grade_exact, judge_grader, length_grader
+from vlm_sft.best_of.graders import Grader, exact_grader, judge_grader, length_grader
 from vlm_sft.best_of.questions import (
     Question,
     answered,
@@ -195,7 +195,7 @@ def _drawn(
 
 def _grader(arguments: argparse.Namespace, out: Path) -> Grader:
     if arguments.score == "exact":
-        return grade_exact
+        return exact_grader(arguments.verdict)
     if arguments.score == "length":
         return length_grader(longest=arguments.longest)
     judge = JudgeOptions(
