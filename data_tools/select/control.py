@@ -1,5 +1,6 @@
 """Train on the selected and on the random records, and compare the two models."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from vlm_sft.commands.parser import require_file, require_folder
 from vlm_sft.commands.run_module import run_module
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
+from vlm_sft.utils.owned_files import write_owned
 from vlm_sft.utils.reading import read_json
 
 PARTS = ("random", "selected")
@@ -42,7 +44,8 @@ def train_control(folder: Path, image_root: Path, train: Path, suite: Path) -> d
     """Return the scores of the model of the selected records minus those of the random ones.
 
     Both are trained by the same configuration, with the same number of steps. A repeated call goes
-    on where the last one was.
+    on where the last one was. A run is named by its records, its configuration and the suite, so
+    that several selections in one folder have runs of their own, and share that of the random part.
 
     Args:
         folder: The directory of the selection.
@@ -55,21 +58,32 @@ def train_control(folder: Path, image_root: Path, train: Path, suite: Path) -> d
     """
     from vlm_sft.evaluation.suites.compare import compare_results, read_results
 
-    control = folder / "control"
-    steps = {}
+    steps, results = {}, {}
     for part in PARTS:
-        run = control / part
-        data = [{"path": str(folder / f"{part}.jsonl"), "image_root": str(image_root)}]
-        echo(f"control: training on {folder / part}.jsonl")
+        records = folder / f"{part}.jsonl"
+        name = hashlib.sha256()
+        for path in (records, train, suite):
+            name.update(hashlib.sha256(path.read_bytes()).digest())
+        run = folder / "control" / f"{part}-{name.hexdigest()[:12]}"
+        data = [{"path": str(_kept(records, run)), "image_root": str(image_root)}]
+        echo(f"control: training on {records}")
         settings = [f"data.train={json.dumps(data)}", f"output_dir={run}"]
         run_module("vlm_sft.stage2", [str(train), *settings])
-        out = control / f"{part}-evaluation"
+        out = run.with_name(f"{run.name}-evaluation")
         run_module("vlm_sft.evaluate", [str(run / "final"), str(suite), "--out", str(out)])
         steps[part] = read_json(run / "final" / "manifest.json")["step"]
+        results[part] = read_results(out)
     if len(set(steps.values())) > 1:
         raise UserError(
-            f"{control}: the two runs had different numbers of steps ({steps}), so they cannot be "
-            f"compared; set train.max_steps in {train}, and start again in a new output_dir"
+            f"{folder / 'control'}: the two runs had different numbers of steps ({steps}), so they "
+            f"cannot be compared; set train.max_steps in {train}"
         )
-    random, selected = (read_results(control / f"{part}-evaluation") for part in PARTS)
-    return {"steps": steps["selected"], **compare_results(random, selected)}
+    compared = compare_results(results["random"], results["selected"])
+    return {"steps": steps["selected"], **compared}
+
+
+def _kept(records: Path, run: Path) -> Path:
+    """Copy records beside their run, where no later selection replaces them."""
+    path = run.with_suffix(".jsonl")
+    write_owned(path, records.read_bytes())
+    return path

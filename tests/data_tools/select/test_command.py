@@ -294,6 +294,48 @@ def test_the_control_trains_both_parts_alike(
     assert found["steps"] == 2 and found["comparisons"][0]["questions"] == 2
 
 
+def test_selections_in_one_folder_share_the_run_of_the_random_part(
+    select: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another ranking was refused, because its records differ from those of the finished run."""
+    runs: list[list[str]] = []
+
+    def ids(path: Path) -> list[str]:
+        return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+    def pretend(module: str, arguments: list[str]) -> None:
+        if module == "vlm_sft.stage2":
+            settings = dict(one.split("=", 1) for one in arguments[1:])
+            (data,) = json.loads(settings["data.train"])
+            final = Path(settings["output_dir"]) / "final"
+            if final.is_dir():
+                return
+            runs.append(ids(Path(data["path"])))
+            final.mkdir(parents=True)
+            (final / "manifest.json").write_text('{"step": 2}')
+            return
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir(exist_ok=True)
+        question = {"id": "1", "image": "x", "scores": {"right": 1.0}}
+        task = {"kind": "gqa", "main": "accuracy", "questions": [question]}
+        results = {"model": arguments[0], "tasks": {"color": task}}
+        (out / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr("data_tools.select.control.run_module", pretend)
+    monkeypatch.setattr("data_tools.select.control.require_control", lambda *_: None)
+    for name in ("train.yaml", "suite.yaml"):
+        (select.parent / name).write_text(name)
+    data = select.parent / "data.json"
+    data.write_text(data.read_text().replace('"square"', '"a large square"'))
+    control = ["--train-control", str(select.parent / "train.yaml"), "--held-out",
+               str(select.parent / "suite.yaml")]  # fmt: skip
+    out = select.parent / "out"
+    for order in ("highest", "lowest", "highest"):
+        assert main([str(select), "size=2", f"order={order}", *control]) == 0
+        assert ids(out / "random.jsonl") in runs and ids(out / "selected.jsonl") in runs
+    assert len(runs) == 3  # the random part, the highest, the lowest
+
+
 def test_one_sentence_about_what_is_missing(select: Path) -> None:
     for arguments, message in (
         ([str(select), "--train-control", "stage2.yaml"], "--held-out"),
