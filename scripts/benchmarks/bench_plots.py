@@ -110,6 +110,29 @@ def plot_lines(panels: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
     _finish(figure, flat[: len(panels)], path, title)
 
 
+def plot_differences(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Wrong answers in the selected part, and its accuracy minus that of the random part."""
+    rows = sorted(rows, key=lambda row: (row["difference"]["estimate"], row["seed"]))
+    names = [f"{row['selection']}, seed {row['seed']}" for row in rows]
+    figure, (wrong, gain) = plt.subplots(
+        1, 2, figsize=(11, 0.4 * len(rows) + 1.6), sharey=True, width_ratios=(2, 3)
+    )
+    shares = [100 * row["wrong"] for row in rows]
+    wrong.barh(names, shares, color=OTHERS, height=0.68)
+    _label_bars(wrong, shares, shares, "{:.0f} %")
+    mean = 100 * sum(row["random_wrong"] for row in rows) / len(rows)
+    wrong.axvline(mean, color=INK, linewidth=1, linestyle=":")
+    wrong.set_xlabel("wrong answers in the selected part, % (line: random parts)")
+    points = [100 * row["difference"]["estimate"] for row in rows]
+    low = [100 * (row["difference"]["estimate"] - row["difference"]["low"]) for row in rows]
+    high = [100 * (row["difference"]["high"] - row["difference"]["estimate"]) for row in rows]
+    gain.errorbar(points, names, xerr=(low, high), fmt="o", color=OURS, capsize=3)
+    gain.axvline(0, color=INK, linewidth=1)
+    gain.grid(alpha=0.3)
+    gain.set_xlabel("accuracy minus that of the random part, points (95 % interval over images)")
+    _finish(figure, (wrong, gain), path, title)
+
+
 def _label_bars(axis: Any, values: Sequence[float], ends: Sequence[float], form: str) -> None:
     room = max(ends) * 0.02
     for place, (value, end) in enumerate(zip(values, ends, strict=True)):
