@@ -159,14 +159,17 @@ class JudgeConfig(TeacherConfig):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     """Sampling temperature."""
     failures_allowed: Share = 0.05
-    """Share of the requests that may fail. If more do and `decides` is true, `verify` ends with
-    exit code 3 after writing its files; otherwise it continues with a warning. The next start
+    """Share of the requests that may fail. If more do and `decides` is not false, `verify` ends
+    with exit code 3 after writing its files; otherwise it continues with a warning. The next start
     repeats failed requests."""
     prices: PricesConfig | None = None
     """Prices for `limits.usd`, which applies to teacher and judge together."""
-    decides: bool = False
-    """Whether a statement that the judge lists, or a missing verdict, rejects a sample. If false,
-    verdicts are only stored and counted next to those of the rules."""
+    decides: bool | Literal["contradicted", "instead"] = False
+    """What rejects a sample, besides the rules. `contradicted`: a statement that the judge lists as
+    contradicted, or a missing verdict. `instead`: the same, and what the rules find about the
+    content rejects nothing where there is a verdict. `true`: what `contradicted` rejects, and
+    statements that the judge lists as unsupported, which many true answers have. `false`: nothing;
+    verdicts are stored and counted next to those of the rules."""
     prompt: NonEmptyText | None = None
     """File with your own system text. Null: `data_tools/instruct/prompts/judge.txt`."""
 

@@ -267,6 +267,8 @@ class Judgment(Line):
         note: Why there is no verdict.
         model: As the server names itself.
         cost: What the judge's answer took; None if there is none.
+        overruled: Codes of the rules that do not reject the sample, since the judge decides about
+            the content instead of them.
     """
 
     request: str
@@ -277,6 +279,7 @@ class Judgment(Line):
     note: str = ""
     model: str = ""
     cost: Cost | None = None
+    overruled: tuple[str, ...] = ()
 
     def of_turns(self, numbers: Sequence[int]) -> "Judgment":
         """Return what is said about some of the turns, which get the numbers 0, 1, ..."""

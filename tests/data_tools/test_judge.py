@@ -181,6 +181,62 @@ def test_the_judge_decides_only_where_it_is_told_to(tmp_path: Path) -> None:
     assert told["accepted"]["contradicted"] == told["accepted"]["unreadable"] == 1
 
 
+def test_a_judge_can_decide_by_contradictions_alone(tmp_path: Path) -> None:
+    both = json.dumps(
+        {
+            "objections": [
+                json.loads(objection("unsupported", 1, "on a lawn"))["objections"][0],
+                json.loads(objection("contradicted", 1, "A dog"))["objections"][0],
+            ]
+        }
+    )
+    script = by_answer(
+        Two_dogs=say(objection("unsupported", 1, "Two")),
+        Three_dogs=say(objection()),
+        A_dog_on_a_lawn=say(both),
+    )
+    with served(script) as server:
+        config, folder = make_run(tmp_path, SAID, base_url=server.url, decides="contradicted")
+        verifying.command(config)
+    samples = verified(folder)
+    assert {name: sample.reasons for name, sample in samples.items()} == {
+        "sample-0": (),
+        "sample-1": ("COUNT_TOO_HIGH", "JUDGE_CONTRADICTED"),
+        "sample-2": ("OBJECT_NOT_FOUND",),
+        "sample-3": ("JUDGE_CONTRADICTED",),
+    }
+    assert samples["sample-0"].status == "accepted"
+    judgment = samples["sample-0"].judgment
+    assert judgment is not None and judgment.verdict == "unsupported"  # stored and counted
+    assert counted(folder)["decides"] == "contradicted"
+
+
+def test_a_judge_can_decide_about_the_content_instead_of_the_rules(tmp_path: Path) -> None:
+    said = [*SAID, "A bus, according to the caption."]
+    script = by_answer(
+        Two_dogs=say(objection("contradicted", 1, "Two")),
+        Three_dogs=say(NOTHING),
+        A_bus=say(NOTHING),
+        A_dog_on_a_lawn=say("Fine with me!"),
+    )
+    with served(script) as server:
+        config, folder = make_run(tmp_path, said, base_url=server.url, decides="instead")
+        verifying.command(config)
+    samples = verified(folder)
+    assert {name: sample.reasons for name, sample in samples.items()} == {
+        "sample-0": ("JUDGE_CONTRADICTED",),
+        "sample-1": (),
+        "sample-2": (),
+        "sample-3": ("JUDGE_NO_VERDICT",),
+        "sample-4": ("LEAK",),  # of its manner, which is not the judge's business
+    }
+    judgment = samples["sample-1"].judgment
+    assert judgment is not None and judgment.overruled == ("COUNT_TOO_HIGH",)
+    assert [check.claim for check in samples["sample-1"].checks if check.code] == []
+    table = counted(folder)["rules_and_judge"]
+    assert table["rejected"]["supported"] == 3  # the rules' own verdicts are still counted
+
+
 NO_VERDICT: dict[str, tuple[Act, str]] = {
     "prose": (say("All statements look right to me."), "unreadable"),
     "nothing": (say(""), "unreadable"),

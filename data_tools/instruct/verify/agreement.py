@@ -35,6 +35,7 @@ class Agreement:
         if judgment is None:
             return
         codes = [code for code in sample.reasons if not code.startswith(_JUDGE)]
+        codes += judgment.overruled
         rules = "rejected" if codes else "accepted"
         self.cells[sample.type, rules, judgment.verdict] += 1
         for code in codes:
@@ -80,7 +81,7 @@ class Agreement:
         objected = sum(self.count("rejected", judge) for judge in WITH_VERDICT[1:])
         return self.count("accepted", "supported") + objected
 
-    def summary(self, decides: bool) -> dict[str, Any]:
+    def summary(self, decides: bool | str) -> dict[str, Any]:
         """Return the content of `judge` in `verification.json`."""
         types = sorted({sample_type for sample_type, _, _ in self.cells})
         return {

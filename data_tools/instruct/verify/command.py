@@ -154,7 +154,7 @@ class Tally:
         self.answerable: Counter[bool] = Counter()
         """Questions of accepted samples of `refuse`."""
         self.examples: dict[str, list[dict[str, str]]] = {}
-        self.judge_decides: bool | None = None
+        self.judge_decides: bool | str | None = None
         """None: there is no judge."""
         self.agreement = Agreement()
 

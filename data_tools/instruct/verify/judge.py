@@ -9,6 +9,7 @@ the whole run.
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -36,6 +37,8 @@ from data_tools.instruct.schema import (
     Sample,
     worst,
 )
+from data_tools.instruct.verify import codes, reasons
+from data_tools.instruct.verify.agreement import WITHOUT_VERDICT
 from data_tools.instruct.verify.manner import is_refusal
 from data_tools.instruct.verify.parse_answer import FINISHED, after_thinking, read_object
 from vlm_sft.errors import UserError
@@ -47,6 +50,8 @@ _REFUSED: Final = ("refusal", "content_filter")
 """Finish reasons of a model or server that does not want to answer."""
 _CODES: Final = {"unsupported": "JUDGE_UNSUPPORTED", "contradicted": "JUDGE_CONTRADICTED"}
 NO_VERDICT: Final = "JUDGE_NO_VERDICT"
+_CONTENT: Final = frozenset(code.name for code in codes.ALL if code.family == "content")
+"""Codes of the rules about what an answer says."""
 
 
 class _Listed(Line):
@@ -120,7 +125,8 @@ class Judge:
             request = self.request_about(sample).id
             judgment = read_judgment(request, answers.get(request), len(sample.turns))
             sample = sample.model_copy(update={"judgment": judgment})
-            yield decided(sample, judgment) if self._judge.decides else sample
+            decides = self._judge.decides
+            yield decided(sample, judgment, decides) if decides else sample
 
     def request_about(self, sample: Sample) -> Request:
         """Return the request to judge a sample; equal turns about an image give an equal id."""
@@ -190,9 +196,25 @@ def read_judgment(request: str, answer: Answer | None, turns: int) -> Judgment:
     )
 
 
-def decided(sample: Sample, judgment: Judgment) -> Sample:
-    """Return the sample with the judge's verdict among its checks and reasons."""
-    checks = [
+def decided(
+    sample: Sample, judgment: Judgment, decides: Literal[True, "contradicted", "instead"]
+) -> Sample:
+    """Return the sample with the judge's verdict among its checks and reasons.
+
+    Args:
+        sample: As the rules leave it.
+        judgment: The judge's opinion of it.
+        decides: `verify.judge.decides`.
+    """
+    checks = list(sample.checks)
+    if judgment.verdict in WITHOUT_VERDICT:
+        claim = f"{judgment.verdict}: {judgment.note}"
+        checks.append(Check(rule="judge", verdict="unknown", code=NO_VERDICT, claim=claim))
+    elif decides == "instead":
+        overruled = tuple(code for code in sample.reasons if code in _CONTENT)
+        judgment = judgment.model_copy(update={"overruled": overruled})
+        checks = [replace(c, code=None) if c.code in _CONTENT else c for c in checks]
+    checks += [
         Check(
             rule="judge",
             verdict="contradicted" if objection.verdict == "contradicted" else "unknown",
@@ -202,18 +224,15 @@ def decided(sample: Sample, judgment: Judgment) -> Sample:
             claim=objection.statement,
         )
         for objection in judgment.objections
+        if decides is True or objection.verdict == "contradicted"
     ]
-    if judgment.verdict in ("unreadable", "refused", "unanswered"):
-        claim = f"{judgment.verdict}: {judgment.note}"
-        checks = [Check(rule="judge", verdict="unknown", code=NO_VERDICT, claim=claim)]
-    if not checks:
-        return sample
-    reasons = dict.fromkeys([*sample.reasons, *(check.code for check in checks)])
+    found = reasons(checks)
     return sample.model_copy(
         update={
-            "checks": (*sample.checks, *checks),
-            "reasons": tuple(reasons),
-            "status": "rejected",
+            "checks": tuple(checks),
+            "judgment": judgment,
+            "reasons": found,
+            "status": "rejected" if found else "accepted",
         }
     )
 
