@@ -35,7 +35,7 @@ from vlm_sft.planning.calibrate import calibrate, micro_batch_of
 from vlm_sft.planning.data_stats import read_data_stats
 from vlm_sft.planning.devices import find_device
 from vlm_sft.planning.estimate import Estimator
-from vlm_sft.planning.gpus import GPUS
+from vlm_sft.planning.gpus import GPUS, NETWORK
 from vlm_sft.planning.micro_batch import MicroBatch
 from vlm_sft.planning.speed import estimate_speed
 from vlm_sft.planning.step_stats import StepStats, plan_steps
@@ -299,6 +299,22 @@ def test_slow_image_loading_is_reported_as_the_bottleneck() -> None:
     assert fast.bottleneck != "image loading" == slow.bottleneck
     assert slow.samples_per_second == pytest.approx(2.0)  # each of its records has one image
     assert slow.hours == pytest.approx(work.num_records / 2.0 / 3600)
+
+
+def test_more_gpus_than_a_machine_has_communicate_over_the_network() -> None:
+    config = config_of("configs/tiny/stage2_lora.yaml")
+    work = step_stats(config)
+
+    def seconds(gpu: str, gpus: int) -> float:
+        planner = estimator(config, gpu, gpus)
+        speed = estimate_speed(planner, "lora", "none", work, images_per_second=None)
+        return speed.seconds["links between GPUs"]
+
+    ring = (15 / 16) / (7 / 8)  # a rank of a longer ring sends more
+    nvlink, pcie = GPUS["h100-80"].link, GPUS["l40s"].link
+    assert pcie < NETWORK < nvlink
+    assert seconds("h100-80", 16) / seconds("h100-80", 8) == pytest.approx(ring * nvlink / NETWORK)
+    assert seconds("l40s", 16) / seconds("l40s", 8) == pytest.approx(ring)
 
 
 @pytest.mark.parametrize(

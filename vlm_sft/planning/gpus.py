@@ -22,6 +22,11 @@ ASSUMED_EFFICIENCY: Final = 0.5
 """Share of the matrix-product rate that a training step reaches; assumed. Well-tuned training loops
 on Hopper reach an MFU of 33 to 43 % of the datasheet's figure, which is 41 to 54 % of this rate."""
 
+GPUS_PER_MACHINE: Final = 8
+NETWORK: Final = 50e9
+"""Bytes/s of each GPU to other machines in one direction, with more than `GPUS_PER_MACHINE` GPUs: a
+network card of 400 Gbit/s for each GPU; assumed."""
+
 Source = Literal["datasheet", "measured"]
 
 

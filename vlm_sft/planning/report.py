@@ -10,7 +10,14 @@ from rich.table import Table
 from vlm_sft.config.method import Method
 from vlm_sft.planning.calibrate import Calibration
 from vlm_sft.planning.data_stats import DataStats, FileStats
-from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GIB, MATMUL_SHARE, Device
+from vlm_sft.planning.gpus import (
+    ASSUMED_EFFICIENCY,
+    GIB,
+    GPUS_PER_MACHINE,
+    MATMUL_SHARE,
+    NETWORK,
+    Device,
+)
 from vlm_sft.planning.planner import TrainingOption
 from vlm_sft.planning.step_stats import StepStats
 from vlm_sft.utils.console import Console
@@ -149,10 +156,16 @@ class PlanReport:
         images = f"{largest.images} image(s)"
         if largest.crops != largest.images:
             images += f" in {largest.crops} crops"
+        devices = f"{self.gpus} x {self.device.name}"
+        if self.gpus > GPUS_PER_MACHINE and self.device.link:
+            devices += (
+                f" in machines of {GPUS_PER_MACHINE}, with {NETWORK / 1e9:.0f} GB/s between "
+                "machines for each GPU (assumed)"
+            )
         return (
             f"run: {steps.num_steps:,} steps, {steps.micro_batches_per_step} micro-batch(es) per "
             f"step and rank; largest {largest.rows} x {largest.length:,} tokens with "
-            f"{images}; {filling}; on {self.gpus} x {self.device.name}"
+            f"{images}; {filling}; on {devices}"
         )
 
     def _skipped_lines(self) -> list[str]:

@@ -8,6 +8,7 @@ from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.activation_checkpointing import CheckpointPolicy
 from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.planning.estimate import Estimator
+from vlm_sft.planning.gpus import GPUS_PER_MACHINE, NETWORK
 from vlm_sft.planning.step_stats import StepStats
 
 
@@ -68,7 +69,9 @@ def estimate_speed(
         + _update_bytes_moved(estimator, method) / device.bandwidth,
     }
     if gpus > 1 and device.link:
-        seconds["links between GPUs"] = _communication_bytes(estimator, method, stats) / device.link
+        # A ring over several machines is as fast as its slowest link, the network.
+        link = device.link if gpus <= GPUS_PER_MACHINE else min(device.link, NETWORK)
+        seconds["links between GPUs"] = _communication_bytes(estimator, method, stats) / link
     if images_per_second:
         seconds["image loading"] = stats.total("images") / steps_per_epoch / images_per_second
     # These overlap in a well-built loop, so the slowest one alone sets the time of a step.
