@@ -12,6 +12,7 @@ one process and with two.
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from bench_environments import PEERS
@@ -33,7 +34,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.config.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from vlm_sft.config.finished import resolve
+from vlm_sft.config.schema import (
+    LanguageModelConfig,
+    ModelConfig,
+    VisionTowerConfig,
+    load_config,
+)
 from vlm_sft.data.batch import pad_examples
 from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.dataset import Example
@@ -41,14 +48,22 @@ from vlm_sft.data.images import read_pixels
 from vlm_sft.data.tokenize import ChatTokenizer
 from vlm_sft.errors import UserError
 from vlm_sft.model.build import build_model
+from vlm_sft.model.dtypes import DTYPES
 from vlm_sft.model.parts import set_trainable
+from vlm_sft.planning.assumed import assumed_data_stats, parse_assumed
+from vlm_sft.planning.devices import find_device
+from vlm_sft.planning.estimate import Estimator
+from vlm_sft.planning.gpus import ASSUMED_EFFICIENCY, GIB, GPUS_PER_MACHINE, NETWORK
+from vlm_sft.planning.planner import Planner
+from vlm_sft.planning.step_stats import plan_steps
 from vlm_sft.utils.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "llava-1.5"
 RECORDS = (1_000, 10_000, 100_000, 1_000_000)
 REPEATED, IMAGES = 2_000, 64
 """Different records and images that any number of records repeats."""
 ROUNDS = 5
-PARTS = ("records", "step", "paths", "processes")
+PARTS = ("records", "step", "paths", "processes", "planned")
 
 Table = tuple[str, dict[str, str], list[dict[str, Any]]]
 Panel = dict[str, Any]
@@ -69,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
             "step": _step,
             "paths": _paths,
             "processes": _processes,
+            "planned": lambda _: _planned(),
         }
         for part in arguments.parts:
             table, shown = parts[part](work)
@@ -275,53 +291,74 @@ def _conversation(exchanges: int) -> Conversation:
 
 
 PROCESS_COLUMNS = {
+    "scaling": "scaling",
     "processes": "processes",
+    "batch": "records a step",
     "rate": "samples / s",
     "cpu": "CPU-s a sample",
     "loss": "last loss",
 }
+STRONG, WEAK = "equal steps", "4 records a process"
 
 
 def _processes(work: Path) -> tuple[Table, list[Panel]]:
-    """Eight records a step under torchrun: one process with two micro-batches, two with one each.
+    """Train under torchrun: equal steps of 8 records (strong scaling), and 4 records per process.
 
-    With more processes than free cores, samples per second mean nothing.
+    With more processes than free cores, samples per second mean nothing: look at CPU-seconds.
     """
-    steps, batch = 4, 8
-    rows = make_rows(steps * batch, seed=SEED)
+    steps = 4
+    rows = make_rows(steps * 16, seed=SEED)
     folder = work / "processes"
     folder.mkdir()
     write_images(rows, folder)
     write_rows(rows, folder / "rows.jsonl")
-    table = []
-    for count in (1, 2):
-        say(f"{count} processes")
-        run = folder / f"run-{count}"
-        run.mkdir()
-        job = {
-            "model": str(work / "model"),
-            "rows": str(folder / "rows.jsonl"),
-            "images": str(folder),
-            "result": str(run / "result.json"),
-            "work": str(run),
-            "steps": steps,
-            "batch_size": batch,
-            "micro_batch_size": batch // 2,
-            "options": {"config": {"train": {"sharding": "none"}}},
-        }
-        (run / "job.json").write_text(json.dumps(job))
-        _torchrun(count, run / "job.json")
-        measured = json.loads((run / "result.json").read_text())
-        done = batch * (steps - 1)
-        table.append(
-            {
-                "processes": count,
-                "rate": done / (measured["wall"][-1] - measured["wall"][1]),
-                "cpu": count * (measured["cpu"][-1] - measured["cpu"][1]) / done,
-                "loss": measured["losses"][-1],
-            }
+    table = [
+        _train_in_processes(work, folder, scaling, count, batch, steps)
+        for scaling, count, batch in (
+            *((STRONG, count, 8) for count in (1, 2)),
+            *((WEAK, count, 4 * count) for count in (1, 2, 4)),
         )
-    return ("Processes: 8 records a step, weights in every process", PROCESS_COLUMNS, table), []
+    ]
+    weak = [row for row in table if row["scaling"] == WEAK]
+    panel = {
+        "title": "Weak scaling: 4 records a process",
+        "x": [row["processes"] for row in weak],
+        "y": {"": [row["cpu"] for row in weak]},
+        "xlabel": "processes",
+        "ylabel": "CPU-seconds a sample",
+    }
+    return ("Processes, with weights in every process", PROCESS_COLUMNS, table), [panel]
+
+
+def _train_in_processes(
+    work: Path, folder: Path, scaling: str, count: int, batch: int, steps: int
+) -> dict[str, Any]:
+    say(f"{scaling}: {count} processes")
+    run = folder / f"run-{count}-{batch}"
+    run.mkdir(exist_ok=True)
+    job = {
+        "model": str(work / "model"),
+        "rows": str(folder / "rows.jsonl"),
+        "images": str(folder),
+        "result": str(run / "result.json"),
+        "work": str(run),
+        "steps": steps,
+        "batch_size": batch,
+        "micro_batch_size": 4,
+        "options": {"config": {"train": {"sharding": "none"}}},
+    }
+    (run / "job.json").write_text(json.dumps(job))
+    _torchrun(count, run / "job.json")
+    measured = json.loads((run / "result.json").read_text())
+    done = batch * (steps - 1)
+    return {
+        "scaling": scaling,
+        "processes": count,
+        "batch": batch,
+        "rate": done / (measured["wall"][-1] - measured["wall"][1]),
+        "cpu": count * (measured["cpu"][-1] - measured["cpu"][1]) / done,
+        "loss": measured["losses"][-1],
+    }
 
 
 def _torchrun(count: int, job: Path) -> None:
@@ -332,6 +369,81 @@ def _torchrun(count: int, job: Path) -> None:
     if done.returncode:
         say(done.stderr[-3000:])
         raise UserError(f"{count} processes: the run failed; its last words are above")
+
+
+# --- planned
+
+
+PLANNED_COLUMNS = {
+    "recipe": "recipe",
+    "gpus": "GPUs",
+    "rate": "samples / s",
+    "efficiency": "of linear",
+    "gib": "GiB of a GPU",
+    "hours": "hours",
+    "bottleneck": "slowest part",
+}
+PLANNED: Final = ("stage1", "stage2", "stage2_lora")
+GPU: Final = "h100-80"
+
+
+def _planned() -> tuple[Table, list[Panel]]:
+    """Plan LLaVA-1.5's recipes on 1 to 64 GPUs, with the same records in a step."""
+    table = []
+    for recipe in PLANNED:
+        path = CONFIGS / f"{recipe}.yaml"
+        assume = re.search(r"--assume (\S+)", path.read_text(encoding="utf-8"))
+        assert assume is not None, path
+        for gpus in (1, 2, 4, 8, 16, 32, 64):
+            say(f"planning {recipe} on {gpus} GPUs")
+            row = _plan_once(path, assume[1], gpus)
+            table.append({"recipe": recipe, "gpus": gpus, **row})
+        first = next(row for row in table if row["recipe"] == recipe)
+        for row in table:
+            if row["recipe"] == recipe:
+                row["efficiency"] = row["rate"] / row["gpus"] / first["rate"]
+    gpus = [row["gpus"] for row in table if row["recipe"] == PLANNED[0]]
+    panel = {
+        "title": f"Planned: share of linear scaling ({GPU})",
+        "x": gpus,
+        "y": {
+            recipe: [row["efficiency"] for row in table if row["recipe"] == recipe]
+            for recipe in PLANNED
+        },
+        "xlabel": "GPUs",
+        "ylabel": "samples/s of a GPU, beside one GPU's",
+        "logx": True,
+    }
+    heading = (
+        f"Planned, not measured: LLaVA-1.5 7B on {GPU}; {ASSUMED_EFFICIENCY:.0%} of the matrix "
+        f"product's rate, machines of {GPUS_PER_MACHINE} GPUs, {NETWORK / 1e9:.0f} GB/s between "
+        "machines for each GPU, activations recomputed, records of equal length, communication "
+        "behind computing"
+    )
+    return (heading, PLANNED_COLUMNS, table), [panel]
+
+
+def _plan_once(path: Path, assume: str, gpus: int) -> dict[str, Any]:
+    config = resolve(load_config(path, []), download=False)
+    train = config.train
+    # `auto` would recompute less where a rank has fewer records, which hides the communication.
+    changed: dict[str, Any] = {"activation_checkpointing": "full"}
+    if train.micro_batch_size is not None:  # as many records as a rank has, if those are fewer
+        most = max(1, train.global_batch_size // gpus)
+        changed["micro_batch_size"] = min(train.micro_batch_size, most)
+    config = config.model_copy(update={"train": train.model_copy(update=changed)})
+    device = find_device(GPU, DTYPES[train.precision])
+    stats = assumed_data_stats(parse_assumed(assume), config)
+    steps = plan_steps(config, stats, gpus=gpus)
+    estimator = Estimator(config, device, gpus=gpus, efficiency=ASSUMED_EFFICIENCY)
+    planner = Planner(estimator, stats, steps, None)
+    (option,) = (option for option in planner.by_policy() if option.configured)
+    return {
+        "rate": option.speed.samples_per_second,
+        "gib": f"{option.memory.total / GIB:.0f}" + ("" if option.fits else " (does not fit)"),
+        "hours": option.speed.hours,
+        "bottleneck": option.speed.bottleneck,
+    }
 
 
 # --- shared

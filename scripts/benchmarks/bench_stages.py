@@ -7,6 +7,7 @@ code runs on a CPU with tiny shapes, where the figures only show that it works.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -83,7 +84,7 @@ COLUMNS = {
 
 def stage_rows(work: Path, arguments: argparse.Namespace, facts: JobFields, runs: Runs) -> None:
     """Run the requested stages; print and write the results."""
-    peak = _machine_rate(arguments.device)
+    peak = machine_rate(arguments.device)
     table: list[dict[str, Any]] = []
     chosen = {name: STAGES[name] for name in arguments.only}
     small = arguments.size == "tiny"
@@ -192,7 +193,8 @@ def _data(work: Path, name: str, stage: Stage, steps: int) -> tuple[dict[str, An
     write_rows(rows, folder / "rows.jsonl")
     order = epoch_order([1.0] * len(rows), seed=SEED, epoch=0)
     write_rows([rows[index] for index in order], folder / "ordered.jsonl")
-    samples = _samples(folder / "rows.jsonl", rows, work / "model", stage)
+    template = "plain" if stage.rows == "captions" else "vicuna_v1"
+    samples = row_samples(folder / "rows.jsonl", rows, work / "model", template)
     size = read_size(work / "model")
     mean = statistics.mean(sample_flops(size, sample, stage.mode) for sample in samples)
     return {
@@ -202,9 +204,9 @@ def _data(work: Path, name: str, stage: Stage, steps: int) -> tuple[dict[str, An
     }, mean
 
 
-def _samples(path: Path, rows: Sequence[Row], model: Path, stage: Stage) -> list[Sample]:
+def row_samples(path: Path, rows: Sequence[Row], model: Path, template: str) -> list[Sample]:
+    """Return the tokens, supervised tokens and images of every row of a file."""
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
-    template = "plain" if stage.rows == "captions" else "vicuna_v1"
     chat_tokenizer = ChatTokenizer.from_name(template, tokenizer)
     found = []
     for record, row in zip(read_records(DataFile(path=str(path))), rows, strict=True):
@@ -217,12 +219,17 @@ def _samples(path: Path, rows: Sequence[Row], model: Path, stage: Stage) -> list
     return found
 
 
-def _machine_rate(device: str) -> float:
-    """Operations a second of a large matrix product, in a process that leaves no memory behind."""
+def machine_rate(device: str) -> float:
+    """Return the FLOP/s of a large matrix product, in a process that leaves no memory behind.
+
+    On a CPU it has one thread, as the peers.
+    """
     script = Path(__file__).parent / "bench_flops.py"
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {}
     done = subprocess.run(
-        [sys.executable, str(script), device], capture_output=True, text=True, check=True
-    )
+        [sys.executable, str(script), device],
+        capture_output=True, text=True, check=True, env={**os.environ, **one_thread},
+    )  # fmt: skip
     return float(done.stdout)
 
 

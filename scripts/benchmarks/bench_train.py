@@ -1,7 +1,8 @@
 """Training speed and peak memory of vlm_sft and its peers on the same rows, order and weights.
 
     scripts/benchmarks/bench_train  # CPU, tiny LLaVA, all peers
-    scripts/benchmarks/bench_train --sharing --size small  # shared prefixes only, other shapes
+    scripts/benchmarks/bench_train --whole  # a whole set in steps of 16, shared image prefixes too
+    scripts/benchmarks/bench_train --whole --size small --peers vlm_sft  # other shapes
     scripts/benchmarks/bench_train --device cuda --size 7b  # GPU: stage 1, LoRA, QLoRA, full
     scripts/benchmarks/bench_train --stages --steps 2  # the GPU's code path, tiny, on the CPU
 
@@ -21,13 +22,14 @@ from typing import Any
 
 import torch
 from bench_environments import DEFAULT, environment_python
+from bench_flops import sample_flops
 from bench_model import SEED, make_model
 from bench_plots import plot_peers
 from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
 from bench_rows import Row, make_rows, write_images, write_rows
 from bench_runs import BATCH, JobFields, Peer, Runs, say
 from bench_sizes import SIZES
-from bench_stages import STAGES, stage_rows
+from bench_stages import STAGES, machine_rate, row_samples, stage_rows
 from rich.console import Console
 
 from vlm_sft.commands.run_command import run_command
@@ -35,8 +37,9 @@ from vlm_sft.config.schema import TrainConfig
 from vlm_sft.data.sampler import epoch_order
 from vlm_sft.errors import UserError
 
-SHARING_ROWS, SHARING_BATCH = 48, 16
-SHARING = f"Records of one image together: {SHARING_ROWS} rows in steps of {SHARING_BATCH}"
+WHOLE_STEPS, WHOLE_BATCH = 12, 16
+WHOLE_ROWS = WHOLE_STEPS * WHOLE_BATCH
+WHOLE = f"A whole set: {WHOLE_ROWS} rows in {WHOLE_STEPS} steps of {WHOLE_BATCH}"
 PACKED = {"train": {"micro_batch_size": None, "packing": {"max_tokens": 2048}}}
 SHARED = {"train": {**PACKED["train"], "share_image_prefix": True}}
 CANNOT_PACK = "not measured: this version of vlm_sft has no train.packing"
@@ -46,12 +49,16 @@ REFERENCE = Peer("padded reference loop", "reference.py", "hf_trainer", 6.0)
 OURS_PADDED = Peer("vlm_sft, padded", "ours.py", None, 2.7)
 OURS_PACKED = Peer("vlm_sft, packed", "ours.py", None, 2.3, config=PACKED)
 OURS_SHARED = Peer("vlm_sft, packed, shared prefixes", "ours.py", None, 1.8, config=SHARED)
+SWIFT = Peer("ms-swift, batch 4", "ms_swift.py", "ms_swift", 3.7)
+SWIFT_ONE = Peer("ms-swift, batch 1", "ms_swift.py", "ms_swift", 2.5, micro_batch_size=1)
+WHOLE_PEERS = (OURS_PADDED, OURS_PACKED, OURS_SHARED, SWIFT, SWIFT_ONE)
+"""Peers that are quick enough to be measured over a whole set."""
 ALL_PEERS = (
     REFERENCE,
     OURS_PADDED,
     OURS_PACKED,
-    Peer("ms-swift, batch 4", "ms_swift.py", "ms_swift", 3.7),
-    Peer("ms-swift, batch 1, 4 accumulated", "ms_swift.py", "ms_swift", 2.5, micro_batch_size=1),
+    SWIFT,
+    SWIFT_ONE,
     Peer("HF Trainer, own collator", "hf_trainer.py", "hf_trainer", 7.2),
     Peer("TRL SFTTrainer", "trl_sft.py", "trl", 16.5),
 )
@@ -69,8 +76,8 @@ def main(argv: Sequence[str]) -> int:
         say("drawing the weights")
         wide = torch.bfloat16 if device == "cuda" else torch.float32
         make_model(size, work / "model", device=device, dtype=wide)
-        if arguments.sharing:
-            _compare_sharing(work, arguments, facts)
+        if arguments.whole:
+            _compare_on_whole_set(work, arguments, facts)
         elif arguments.stages or arguments.size != "tiny":
             stage_rows(work, arguments, facts, Runs(work, arguments))
         else:
@@ -86,16 +93,10 @@ def _compare_peers(work: Path, arguments: argparse.Namespace, facts: JobFields) 
     rows = make_rows(BATCH * steps, seed=SEED)
     job = _data(work / "rows", rows) | {"steps": steps}
     peers = [peer for peer in ALL_PEERS if _wanted(peer, arguments)]
-    sharing = [peer for peer in (OURS_PACKED, OURS_SHARED) if _wanted(peer, arguments)]
     runs = Runs(work, arguments)
     able = [peer for peer in peers if _missing(peer) is None]
-    shares = [peer for peer in sharing if _missing(peer) is None]
-    sharing_steps = SHARING_ROWS // SHARING_BATCH
     runs.planned = rounds * sum(peer.weight * (steps + 3) for peer in able)
-    runs.planned += rounds * sum(peer.weight * 4 * (sharing_steps + 3) for peer in shares)
-    for peer in able:  # so that no environment is made while others are measured
-        if peer.environment is not None:
-            environment_python(peer.environment, Path(arguments.environments))
+    _make_environments(able, arguments)
     found: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in able}
     for number in range(rounds):
         for peer in able:
@@ -103,8 +104,14 @@ def _compare_peers(work: Path, arguments: argparse.Namespace, facts: JobFields) 
             one = runs.run(peer, _job(job | ours), note=f"round {number + 1} of {rounds}")
             found[peer.name].append(one)
     table = _peer_table(peers, found)
-    shared_table = _sharing(work, runs, sharing, shares, rounds)
-    _tell(arguments, facts, table, shared_table, found, steps)
+    _tell(arguments, facts, table, found, steps)
+
+
+def _make_environments(peers: Sequence[Peer], arguments: argparse.Namespace) -> None:
+    """Create what is missing, so that none is created while others are measured."""
+    for peer in peers:
+        if peer.environment is not None:
+            environment_python(peer.environment, Path(arguments.environments))
 
 
 def _job(data: JobFields) -> dict[str, Any]:
@@ -203,79 +210,93 @@ def _loss_difference(runs: Sequence[JobFields], reference: Sequence[JobFields]) 
     )
 
 
-# --- prefix sharing
+# --- a whole set
 
 
-def _compare_sharing(work: Path, arguments: argparse.Namespace, facts: JobFields) -> None:
-    sharing, runs = (OURS_PACKED, OURS_SHARED), Runs(work, arguments)
-    steps = SHARING_ROWS // SHARING_BATCH
-    runs.planned = arguments.rounds * sum(peer.weight * 4 * (steps + 3) for peer in sharing)
-    table = _sharing(work, runs, sharing, sharing, arguments.rounds)
-    title = f"Shared prefixes, {arguments.size} shapes on one CPU thread"
-    print_table(SHARING, SHARING_COLUMNS, table)
-    name = f"sharing-cpu-{arguments.size}"
-    write_results(
-        Path(arguments.output),
-        name,
-        title=title,
-        command=command_line("scripts/benchmarks/bench_train", arguments.given),
-        tables=[(SHARING, SHARING_COLUMNS, table)],
-        details={"shapes": dataclasses.asdict(SIZES[arguments.size])},
-        facts=facts,
-    )
-    Console().print(f"written: {Path(arguments.output) / name}.json, .md", highlight=False)
+def _compare_on_whole_set(work: Path, arguments: argparse.Namespace, facts: JobFields) -> None:
+    """Measure whole sets, because shared prefixes change the order: only the set is the same.
 
-
-def _sharing(
-    work: Path,
-    runs: Runs,
-    sharing: Sequence[Peer],
-    able: Sequence[Peer],
-    rounds: int,
-) -> list[dict[str, Any]]:
-    """Packed with and without shared prefixes, over the whole of a set.
-
-    Each has its own order; its losses are compared with the reference on the same records.
+    The losses of a peer's first step are compared with the reference on the same records.
     """
-    rows = make_rows(SHARING_ROWS, seed=SEED + 1)
-    folder = work / "sharing"
-    data = _data(folder, rows)
-    steps = SHARING_ROWS // SHARING_BATCH
+    peers = [peer for peer in WHOLE_PEERS if _wanted(peer, arguments)]
+    if not peers:
+        raise UserError(
+            f"--peers {' '.join(arguments.peers)}: no peer of --whole has one of these words in "
+            f"its name; they are {', '.join(peer.name for peer in WHOLE_PEERS)}"
+        )
+    runs = Runs(work, arguments)
+    runs.planned = arguments.rounds * sum(peer.weight * 4 * (WHOLE_STEPS + 1) for peer in peers)
+    _make_environments([REFERENCE, *peers], arguments)
+    rows = make_rows(WHOLE_ROWS, seed=SEED + 1)
+    data = _data(work / "whole", rows)
     job = {
         "rows": data["unordered"],
         "images": data["images"],
-        "steps": steps,
-        "batch_size": SHARING_BATCH,
+        "steps": WHOLE_STEPS,
+        "batch_size": WHOLE_BATCH,
     }
-    found: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in able}
-    for number in range(rounds):
-        for peer in able:
-            note = f"{SHARING_ROWS} rows, round {number + 1} of {rounds}"
+    size = SIZES[arguments.size]
+    samples = row_samples(Path(data["unordered"]), rows, work / "model", "vicuna_v1")
+    needed = sum(sample_flops(size, sample, "full") for sample in samples)
+    found: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers}
+    rates: list[float] = []
+    for number in range(arguments.rounds):
+        rates.append(machine_rate("cpu"))
+        for peer in peers:
+            note = f"round {number + 1} of {arguments.rounds}"
             found[peer.name].append(runs.run(peer, job, note=note))
-    plain = found.get(OURS_PACKED.name)
+    limit = statistics.median(rates)
     table = []
-    for peer in sharing:
-        mine = found.get(peer.name)
-        if not mine:
-            table.append({"name": peer.name, "note": _missing(peer)})
-            continue
-        rates = [_whole_rate(one) for one in mine]
-        pairs = zip(mine, plain, strict=True) if plain else ()
+    for peer in peers:
+        mine, best = found[peer.name], found.get(SWIFT_ONE.name)
+        speeds = [_whole_rate(one) for one in mine]
+        ours = mine[0]["trained"][:1] if peer.is_ours else None
+        first = ours[0] if ours else [row["id"] for row in rows[:WHOLE_BATCH]]
+        pairs = list(zip(mine, best, strict=True)) if best else []
         table.append(
             {
                 "name": peer.name,
-                "rate": statistics.median(rates),
-                "rate_least": min(rates),
-                "rate_most": max(rates),
+                "rate": statistics.median(speeds),
+                "rate_least": min(speeds),
+                "rate_most": max(speeds),
                 "faster": statistics.median(_whole_rate(a) / _whole_rate(b) for a, b in pairs)
-                if plain
+                if pairs
                 else None,
+                "limit_share": statistics.median(speeds) * needed / WHOLE_ROWS / limit,
                 "peak_gib": statistics.median(one["peak_rss"] for one in mine) / 2**30,
-                "loss_difference": _difference_in_order(runs, job, rows, mine[0], folder),
-                "note": None,
+                "loss_difference": _first_loss_difference(runs, job, rows, mine[0], first),
             }
         )
-    return table
+    _write_whole(arguments, facts, table, limit, needed, found)
+
+
+def _write_whole(
+    arguments: argparse.Namespace,
+    facts: JobFields,
+    table: Sequence[dict[str, Any]],
+    limit: float,
+    needed: float,
+    found: Mapping[str, Sequence[JobFields]],
+) -> None:
+    name = f"whole-cpu-{arguments.size}"
+    heading = (
+        f"{WHOLE}, {arguments.rounds} rounds; a matrix product runs at {limit / 1e9:.1f} GFLOP/s "
+        f"on one thread, and a row needs {needed / WHOLE_ROWS / 1e9:.1f} GFLOP"
+    )
+    print_table(heading, WHOLE_COLUMNS, table)
+    write_results(
+        Path(arguments.output),
+        name,
+        title=f"A whole set of LLaVA's shape, {arguments.size} shapes on one CPU thread",
+        command=command_line("scripts/benchmarks/bench_train", arguments.given),
+        tables=[(heading, WHOLE_COLUMNS, table)],
+        details={
+            "shapes": dataclasses.asdict(SIZES[arguments.size]),
+            "runs": {key: [_kept(one) for one in value] for key, value in found.items()},
+        },
+        facts=facts,
+    )
+    Console().print(f"written: {Path(arguments.output) / name}.json, .md", highlight=False)
 
 
 def _whole_rate(run: JobFields) -> float:
@@ -284,14 +305,13 @@ def _whole_rate(run: JobFields) -> float:
     return float(run["job"]["batch_size"] * (len(cpu) - 1) / (cpu[-1] - cpu[0]))
 
 
-def _difference_in_order(
-    runs: Runs, job: JobFields, rows: Sequence[Row], mine: JobFields, folder: Path
+def _first_loss_difference(
+    runs: Runs, job: JobFields, rows: Sequence[Row], mine: JobFields, first: Sequence[str]
 ) -> float:
-    """Largest difference of the first step's loss from the reference's on the same records."""
+    """Return how far the first step's loss is from the reference's on the same records."""
     by_id = {row["id"]: row for row in rows}
-    first = [by_id[record_id] for record_id in mine["trained"][0]]
-    path = folder / "first.jsonl"
-    write_rows(first, path)
+    path = runs.work / "first.jsonl"
+    write_rows([by_id[record_id] for record_id in first], path)
     job = {**job, "rows": str(path), "steps": 1, "batch_size": len(first)}
     reference = runs.run(REFERENCE, job, note="the first step's records")
     return float(abs(mine["losses"][0] - reference["losses"][0]))
@@ -312,15 +332,15 @@ PEER_COLUMNS = {
     "loss_difference": "loss off by",
     "note": "",
 }
-SHARING_COLUMNS = {
-    "name": "vlm_sft",
+WHOLE_COLUMNS = {
+    "name": "peer",
     "rate": "samples / CPU-s",
     "rate_least": "least",
     "rate_most": "most",
-    "faster": "beside packed",
+    "faster": "x ms-swift, batch 1",
+    "limit_share": "of the matrix product's rate",
     "peak_gib": "peak RSS, GiB",
-    "loss_difference": "loss differs by",
-    "note": "",
+    "loss_difference": "loss off by",
 }
 
 
@@ -328,14 +348,12 @@ def _tell(
     arguments: argparse.Namespace,
     facts: JobFields,
     table: Sequence[dict[str, Any]],
-    shared: Sequence[dict[str, Any]],
     found: Mapping[str, Sequence[JobFields]],
     steps: int,
 ) -> None:
     title = "Training step: vlm_sft and its peers on one CPU thread"
     peers = f"Tiny LLaVA, {steps} steps of {BATCH} rows, {arguments.rounds} rounds"
     print_table(peers, PEER_COLUMNS, table)
-    print_table(SHARING, SHARING_COLUMNS, shared)
     for row in table:
         if (row.get("loss_difference") or 0.0) > EQUAL_LOSS:
             say(f"{row['name']}: its losses differ from the reference by more than {EQUAL_LOSS}")
@@ -346,7 +364,7 @@ def _tell(
         name,
         title=title,
         command=command_line("scripts/benchmarks/bench_train", arguments.given),
-        tables=[(peers, PEER_COLUMNS, table), (SHARING, SHARING_COLUMNS, shared)],
+        tables=[(peers, PEER_COLUMNS, table)],
         details={"runs": {key: [_kept(one) for one in value] for key, value in found.items()}},
         facts=facts,
         plot=f"{name}.png",
@@ -369,7 +387,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument(
-        "--sharing", action="store_true", help="only shared image prefixes, on a CPU"
+        "--whole", action="store_true", help="a whole set, with shared image prefixes, on a CPU"
     )
     parser.add_argument("--stages", action="store_true", help="the stages instead of the peers")
     parser.add_argument(
