@@ -278,6 +278,24 @@ def test_idioms_and_adjectives_are_no_claims(question: str, answer: str) -> None
     assert codes(answer, MAN, question) == ()
 
 
+@pytest.mark.parametrize(
+    ("question", "true", "wrong"),
+    [
+        ("Is there a car or a boat?", "A car.", "A boat."),
+        ("Is there a boat or a car?", "There is a car.", "There is a boat."),
+        ("Can you see a zebra, a boat or a car?", "A car, next to the man.", "A boat."),
+        ("Is the man on a skateboard or a surfboard?", "He is on a skateboard.", "A surfboard."),
+        ("Is there a car or a boat?", "Yes.", "No."),
+        ("Is there a zebra or a boat?", "No.", "Yes."),
+    ],
+)
+def test_of_the_things_offered_for_choice_only_the_chosen_one_is_claimed(
+    question: str, true: str, wrong: str
+) -> None:
+    assert codes(true, MAN, question) == ()
+    assert codes(wrong, MAN, question) != ()
+
+
 def test_a_mirror_image_and_a_bunch_are_not_counted() -> None:
     mirror = image(
         "A cat looks at its reflection in a mirror.",

@@ -42,8 +42,14 @@ def _check_question(case: Case) -> Iterator[Check]:
         for name in mention.entry.categories
     }
     says_no = question.polarity == "no" or (question.kind == "how_many" and question.number == 0)
+    # `Is there a cat or a boat?` claims neither: the answer says which, and a bare yes means any.
+    offered = () if says_no else question.asked.alternatives
+    if question.polarity == "yes" and not any(
+        case.knowledge.support(mention.entry, mention.word) for mention in offered
+    ):
+        offered = ()
     for mention in question.mentions:
-        if mention.stance not in ("asserted", "depicted"):
+        if mention.stance not in ("asserted", "depicted") or mention in offered:
             continue
         if question.kind == "existence" or (question.kind == "how_many" and says_no):
             if says_no:

@@ -1,5 +1,6 @@
 """What a question asks, and whether its answer says yes, no, or a number."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Final, Literal
@@ -31,6 +32,18 @@ class Asked:
     def mentions(self) -> tuple[Mention, ...]:
         """Return what the question names."""
         return self.sentence.mentions if self.sentence else ()
+
+    @lazy
+    def alternatives(self) -> frozenset[Mention]:
+        """Return the things that it offers for choice, as in `a car, a bus or a bike`."""
+        if self.sentence is None or "or" not in self.sentence.words:
+            return frozenset()
+        words, offered = self.sentence.words, set()
+        for one, other in itertools.pairwise(reversed(self.mentions)):
+            between = words[other.last + 1 : one.first]
+            if "or" in between or ("," in between and one in offered):
+                offered |= {one, other}
+        return frozenset(offered)
 
     @lazy
     def kind(self) -> QuestionKind:
