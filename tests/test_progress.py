@@ -1,9 +1,11 @@
 import io
 import sys
+import threading
+import time
 
 import pytest
 
-from vlm_sft.utils.progress import format_seconds, track
+from vlm_sft.utils.progress import format_seconds, track, waiting
 
 
 class Clock:
@@ -64,3 +66,23 @@ def test_an_error_of_the_loop_comes_through(capsys):
 
 def test_seconds_are_written_for_people():
     assert [format_seconds(s) for s in (7, 125, 12000)] == ["7 s", "2 min 05 s", "3 h 20 min"]
+
+
+def test_a_call_that_does_not_say_how_far_it_is_says_that_it_still_runs(capsys):
+    seen = threading.active_count()
+    with waiting("loading a model", seconds=0.01):
+        deadline = time.monotonic() + 30
+        while "loading a model: 0 s so far" not in (said := capsys.readouterr().err):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.01)
+    assert threading.active_count() == seen
+    with waiting("a short one"):
+        pass
+    assert "short" not in capsys.readouterr().err
+
+
+def test_waiting_ends_with_an_error_of_the_call():
+    seen = threading.active_count()
+    with pytest.raises(RuntimeError, match="inside"), waiting("loading a model"):
+        raise RuntimeError("inside")
+    assert threading.active_count() == seen

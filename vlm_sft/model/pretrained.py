@@ -12,6 +12,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
+from vlm_sft.utils.progress import waiting
 
 
 def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: Any) -> Any:
@@ -38,7 +39,8 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
     with library_call("transformers", where, action), custom_code_refused(where, name):
         if folder.is_dir():
             require_plain_folder(folder)
-        return load(source, trust_remote_code=False, **kwargs)
+        with waiting(f"loading {name}"):
+            return load(source, trust_remote_code=False, **kwargs)
 
 
 @contextmanager

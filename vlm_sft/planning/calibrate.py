@@ -31,6 +31,7 @@ from vlm_sft.train.optimizer import build_optimizer, gradient_norm
 from vlm_sft.train.packing_check import prepare_packing
 from vlm_sft.train.setup import load_model
 from vlm_sft.train.train_step import accumulate_gradient
+from vlm_sft.utils.progress import track
 
 TIMED_STEPS: Final = 3
 """Steps that are timed. One step before them is a warm-up; the memory of one after is measured."""
@@ -102,8 +103,8 @@ def calibrate(estimator: Estimator, method: Method, policy: CheckpointPolicy) ->
     """
     steps = _TrainingSteps(estimator.config, method, policy)
     timed = range(1, TIMED_STEPS + 1)
-    steps.run(0)
-    seconds = statistics.median([steps.run(step) for step in timed])
+    everything = track(range(TIMED_STEPS + 1), description="training steps to calibrate")
+    seconds = statistics.median([steps.run(step) for step in everything][1:])
     measured_bytes = steps.peak_bytes(TIMED_STEPS + 1)
 
     shapes = [micro_batch_of(batch) for batch in steps.batches(TIMED_STEPS + 1)]

@@ -1,6 +1,7 @@
 """A progress bar with an estimate of the time left, for loops that take more than a few seconds."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -70,6 +71,29 @@ def track(
         yield from _with_bar(iterable, total, description, clock)
     else:
         yield from _with_lines(iterable, total, description, clock)
+
+
+@contextmanager
+def waiting(description: str, *, seconds: float = LINE_SECONDS) -> Iterator[None]:
+    """Say on stderr every ten seconds that a call still runs, which does not say how far it is.
+
+    Args:
+        description: What is being done, e.g. `loading models/vicuna-7b`.
+        seconds: Between two lines.
+    """
+    finished, start = threading.Event(), time.monotonic()
+
+    def say_so() -> None:
+        while not finished.wait(seconds):
+            _print(f"{description}: {format_seconds(time.monotonic() - start)} so far")
+
+    thread = threading.Thread(target=say_so, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
 def _with_bar(
