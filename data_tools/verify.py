@@ -21,9 +21,9 @@ from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
 
 if TYPE_CHECKING:
-    from data_tools.coco import AnnotatedImage
     from data_tools.instruct.schema import Check
     from data_tools.instruct.verify import Policy
+    from data_tools.instruct.verify.llava_records import ImageFinder
 
 KIND: Final = "verdicts"
 """What the marker of an output folder states that it holds."""
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from data_tools.coco import read_coco
     from data_tools.instruct.config import VerifyConfig
     from data_tools.instruct.verify import Policy
+    from data_tools.instruct.verify.llava_records import ImageFinder
     from vlm_sft.utils.owned_files import own_output, owned_open
 
     own_output(
@@ -60,12 +61,12 @@ def main(argv: Sequence[str]) -> int:
     if not index.images:
         raise UserError(f"{files['instances']}: names no images to check records against")
     policy = Policy(VerifyConfig(), index.categories)
-    annotated = {image.id: image for image in index.images}
+    finder = ImageFinder(index.images)
     # What is loaded stays until the end; full collections need not visit it again and again.
     gc.freeze()
     summary = Summary()
     with owned_open(out / OUTPUT) as file:
-        for line in verdicts(files["records"], images, annotated, policy, summary):
+        for line in verdicts(files["records"], images, finder, policy, summary):
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         if not summary.records:
             raise UserError(f"{files['records']}: has no records", code="no_records")
@@ -132,7 +133,7 @@ class Summary:
 def verdicts(
     records: Path,
     images: Path,
-    annotated: "dict[int, AnnotatedImage]",
+    finder: "ImageFinder",
     policy: "Policy",
     summary: Summary,
 ) -> Iterator[dict[str, Any]]:
@@ -141,13 +142,13 @@ def verdicts(
     Args:
         records: LLaVA records.
         images: Folder of the images.
-        annotated: The images of the annotation files by id.
+        finder: The images of the annotation files.
         policy: How strict the checks are.
         summary: Counts the lines.
     """
     from data_tools.instruct.schema import SampleType, Shown
     from data_tools.instruct.verify import check_sample, reasons
-    from data_tools.instruct.verify.llava_records import image_of, turns_of, type_of
+    from data_tools.instruct.verify.llava_records import turns_of, type_of
     from vlm_sft.data.records import open_raw_records
     from vlm_sft.errors import RecordError
     from vlm_sft.utils.progress import track
@@ -160,7 +161,7 @@ def verdicts(
         record: Any = None if isinstance(raw, RecordError) else raw.value
         turns = turns_of(record)
         name = record.get("image") if isinstance(record, dict) else None
-        image = image_of(name, annotated) if isinstance(name, str) else None
+        image = finder.find(name) if isinstance(name, str) else None
         if turns is None:
             kind, line = "not checked", _unchecked(record, "RECORD_FORM")
         elif image is None:

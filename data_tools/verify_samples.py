@@ -7,7 +7,7 @@ from data_tools.coco import read_coco
 from data_tools.instruct.config import VerifyConfig
 from data_tools.instruct.schema import Shown, Turn
 from data_tools.instruct.verify import Policy, check_sample, reasons
-from data_tools.instruct.verify.llava_records import image_of, kind_of, type_of
+from data_tools.instruct.verify.llava_records import ImageFinder, kind_of, type_of
 from vlm_sft.best_of.graders import Candidate, Grade, Grader
 from vlm_sft.utils.progress import track
 
@@ -27,12 +27,12 @@ def verifier(instances: Path, captions: Path) -> Grader:
     """
     index = read_coco(instances, captions)
     policy = Policy(VerifyConfig(), index.categories)
-    annotated = {image.id: image for image in index.images}
+    finder = ImageFinder(index.images)
 
     def grade_one(candidate: Candidate) -> Grade:
         images = candidate.question.prompt.images
         name = images[0].name if len(images) == 1 and isinstance(images[0], Path) else ""
-        image = image_of(name, annotated)
+        image = finder.find(name)
         if image is None:
             return Grade(0.0, False, "IMAGE_NOT_ANNOTATED")
         turns = _turns(candidate)

@@ -15,7 +15,7 @@ from data_tools.instruct.schema import Check, Cost, ImageSource, Sample, Shown, 
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.instruct.verify.codes import NOT_CLAIMS
 from data_tools.instruct.verify.command import TOOL
-from data_tools.instruct.verify.llava_records import image_of, kind_of, type_of
+from data_tools.instruct.verify.llava_records import ImageFinder, kind_of, type_of
 from data_tools.review.decisions import EditedTurn, content_of
 from vlm_sft.best_of.questions import numbered_id
 from vlm_sft.config import loading as settings
@@ -267,17 +267,17 @@ class Annotations:
 
     def __init__(self, instances: Path | None, captions: Path | None) -> None:
         self.policy: Policy | None = None
-        self._images: dict[int, AnnotatedImage] = {}
+        self._finder = ImageFinder(())
         if instances is not None or captions is not None:
             index = read_coco(instances, captions)
             self.policy = Policy(VerifyConfig(), index.categories)
-            self._images = {image.id: image for image in index.images}
+            self._finder = ImageFinder(index.images)
 
     def of(self, record: Conversation) -> AnnotatedImage | None:
         """Return the annotations of a record's only image, if it has them."""
         if len(record.images) != 1 or not isinstance(record.images[0], Path):
             return None
-        return image_of(record.images[0].name, self._images)
+        return self._finder.find(record.images[0].name)
 
 
 def record_sample(record: Conversation, known: Annotations) -> Sample:

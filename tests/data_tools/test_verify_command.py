@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from data_tools import verify, wording
+from data_tools.coco import AnnotatedImage
 from data_tools.instruct.plan.prompts import description_requests
 from data_tools.instruct.verify.lexicon import Lexicon
-from data_tools.instruct.verify.llava_records import turns_of, type_of
+from data_tools.instruct.verify.llava_records import ImageFinder, turns_of, type_of
 from data_tools.instruct.verify.questions import Asked
 from data_tools.instruct.verify.reading import Reading
 from tests.data_tools.coco_files import write_coco
@@ -202,3 +203,36 @@ def test_a_line_that_is_not_json_is_rejected_and_the_others_are_checked(
     assert verify.main(line(files, path, out)) == 0
     found = [json.loads(row) for row in (out / "verdicts.jsonl").read_text().splitlines()]
     assert [row["codes"] for row in found] == [["RECORD_FORM"], []]
+
+
+def annotated(number: int, file_name: str) -> AnnotatedImage:
+    return AnnotatedImage(number, file_name, 64, 48, ("A dog.",), (), (1,))
+
+
+def test_an_image_is_found_by_its_name_and_by_digits_only_if_they_are_its_id() -> None:
+    finder = ImageFinder(
+        [
+            annotated(9, "000000000009.jpg"),
+            annotated(553664, "frame_53664.jpg"),
+            annotated(53665, "frame_00009.jpg"),
+            annotated(1, "left/view.jpg"),
+            annotated(2, "right/view.jpg"),
+        ]
+    )
+    found = {
+        name: image.id if (image := finder.find(name)) else None
+        for name in (
+            "000000000009.jpg", "COCO_train2014_000000000009.jpg", "train2017/000000000009.jpg",
+            "frame_53664.jpg", "frames/frame_53664.jpg", "frame_00009.jpg",
+            "frame_53665.jpg", "frame_553664.jpg",  # digits are ids, and the names are others
+            "left/view.jpg", "right/view.jpg", "view.jpg",  # of two images
+            "unknown.jpg",
+        )
+    }  # fmt: skip
+    assert found == {
+        "000000000009.jpg": 9, "COCO_train2014_000000000009.jpg": 9,
+        "train2017/000000000009.jpg": 9, "frame_53664.jpg": 553664,
+        "frames/frame_53664.jpg": 553664, "frame_00009.jpg": 53665, "frame_53665.jpg": None,
+        "frame_553664.jpg": None, "left/view.jpg": 1, "right/view.jpg": 2, "view.jpg": None,
+        "unknown.jpg": None,
+    }  # fmt: skip

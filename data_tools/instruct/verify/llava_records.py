@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +30,7 @@ def imported_samples(
 
     Args:
         path: A file of records, as training reads them.
-        images: By id; a record's image is found by the number in its file's name.
+        images: By id.
         policy: How strict.
         left_out: Counts what cannot be checked: text only, images without annotations, records
             that are not of the form.
@@ -40,7 +40,7 @@ def imported_samples(
     """
     from data_tools.instruct.verify.command import TOOL, image_source
 
-    records = open_raw_records(path)
+    records, finder = open_raw_records(path), ImageFinder(images.values())
     for position, raw in enumerate(track(records.records, records.total, f"checking {path.name}")):
         if isinstance(raw, RecordError):
             left_out["records that cannot be read"] += 1
@@ -53,7 +53,7 @@ def imported_samples(
         if not record.get("image"):
             left_out["records without an image"] += 1
             continue
-        image = image_of(str(record["image"]), images)
+        image = finder.find(str(record["image"]))
         if image is None:
             left_out["records whose image is not indexed"] += 1
             continue
@@ -125,10 +125,43 @@ def _own_requests() -> frozenset[str]:
     return frozenset(description_requests(None))
 
 
-def image_of(name: str, images: Mapping[int, AnnotatedImage]) -> AnnotatedImage | None:
-    """Return the image whose id is in a file name, as in `COCO_train2014_000000000009.jpg`."""
-    digits = Path(name).stem.rpartition("_")[2]
-    return images.get(int(digits)) if re.fullmatch(r"[0-9]{1,19}", digits) else None
+class ImageFinder:
+    """Finds the annotated image that a record names.
+
+    The name is looked up as a path as the annotations have it, then as a file name that one image
+    alone has, and then by COCO's ids: `COCO_train2014_000000000009.jpg` is image 9, whose file is
+    `000000000009.jpg` in the annotations of 2017. An image whose own file name has other digits
+    than its id is never found by digits.
+
+    Args:
+        images: The images of the annotation files.
+    """
+
+    def __init__(self, images: Iterable[AnnotatedImage]) -> None:
+        self._by_path: dict[str, AnnotatedImage] = {}
+        self._by_name: dict[str, AnnotatedImage | None] = {}
+        self._by_digits: dict[int, AnnotatedImage] = {}
+        for image in images:
+            name = Path(image.file_name).name
+            self._by_path[image.file_name] = image
+            self._by_name[name] = None if name in self._by_name else image
+            if _digits(name) == image.id:
+                self._by_digits[image.id] = image
+
+    def find(self, name: str) -> AnnotatedImage | None:
+        """Return the image that a path or file name stands for; None if it is not known."""
+        file_name = Path(name).name
+        found = self._by_path.get(name) or self._by_name.get(file_name)
+        digits = _digits(file_name)
+        if found is None and file_name not in self._by_name and digits is not None:
+            found = self._by_digits.get(digits)
+        return found
+
+
+def _digits(file_name: str) -> int | None:
+    """Return the number at the end of a file name like COCO's."""
+    digits = Path(file_name).stem.rpartition("_")[2]
+    return int(digits) if re.fullmatch(r"[0-9]{1,19}", digits) else None
 
 
 _KINDS: Final[dict[Kind, tuple[str, ...]]] = {
