@@ -129,8 +129,12 @@ def _scored(config: "SelectConfig", folder: Path, reviews: "Reviews | None") -> 
     found = read_table(config, reviews)
     if not any(problem == "" for problem in found.problems):
         reasons = ", ".join(f"{why} {n:,}" for why, n in Counter(found.problems).most_common())
+        where = ""
+        if "image_missing" in found.problems:
+            where = f"; images start in {config.data_file().images_start_in()}, set image_root"
         raise UserError(
-            f"{config.path}: has no usable record ({reasons or 'it is empty'})", code="no_records"
+            f"{config.path}: has no usable record ({reasons or 'it is empty'}){where}",
+            code="no_records",
         )
     columns, problems, embeddings = found.columns, found.problems, None
 

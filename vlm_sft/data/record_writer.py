@@ -1,6 +1,7 @@
 """Write conversations as records of the `messages` format; reading them gives the same turns."""
 
 import base64
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ def as_messages(record: Conversation, image_root: Path) -> list[dict[str, Any]]:
 
     Args:
         record: The conversation.
-        image_root: Absolute path of the folder that image names will be relative to.
+        image_root: The folder that image names will be relative to.
 
     Raises:
         UserError: An image is not below `image_root`.
@@ -54,7 +55,7 @@ def _image(image: ImageSource, record: Conversation, image_root: Path) -> str:
     if isinstance(image, bytes):
         return data_url(image)
     try:
-        return image.relative_to(image_root).as_posix()
+        return Path(os.path.abspath(image)).relative_to(os.path.abspath(image_root)).as_posix()
     except ValueError:
         raise UserError(
             f"{record.where}: record {record.id!r}: the image {image} is not below {image_root}; "

@@ -343,9 +343,22 @@ def test_one_sentence_about_what_is_missing(select: Path) -> None:
         ([str(select), "preset=ifd"], "model"),
         ([str(select), "category_key=answer_type"], "no record has .*'answer_type'"),
         ([str(select), "samples=none.jsonl", "rank_by=solved"], "none.jsonl"),
+        ([str(select), "image_root=null"], "image_missing 8.*images start in .*set image_root"),
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)
+
+
+def test_absolute_image_names_are_below_a_relative_image_root(
+    select: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = str(TINY / "images" / "red-circle-0.png")
+    records = [{"id": "one", "image": image, "question": "Color?", "answer": "red"}]
+    (select.parent / "data.json").write_text(json.dumps(records))
+    monkeypatch.chdir(TINY.parent)
+    assert main([str(select), "image_root=data", "size=1"]) == 0
+    (line,) = (select.parent / "out" / "selected.jsonl").read_text().splitlines()
+    assert json.loads(line)["messages"][0]["content"][0]["image"] == "images/red-circle-0.png"
 
 
 def test_questions_with_separate_annotations_are_selected_by_their_category(select: Path) -> None:
