@@ -362,6 +362,17 @@ def test_a_killed_run_and_a_terminated_one_end_with_the_weights_of_an_untouched_
         assert files[0][name] == files[1][name]
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_leaves_the_workers_to_the_run(tmp_path: Path) -> None:
+    words = [*command(tmp_path / "run", 1000), "data.num_workers=2"]
+    run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "run/checkpoints/step-00000005/manifest.json", run)
+    os.killpg(run.pid, signal.SIGTERM)  # as `timeout` does, and a terminal with Ctrl-C
+    said = run.communicate()[1]
+    assert "stopped by SIGTERM" in said and "killed by signal" not in said
+    assert run.returncode == 143
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [

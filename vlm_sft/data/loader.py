@@ -1,5 +1,6 @@
 """The DataLoader of a run: micro-batches, step after step, loaded ahead by worker processes."""
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,6 +79,7 @@ def load_steps(
         collate_fn=partial(_collate, collator),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_leave_process_group if num_workers else None,
         # A generator of its own: the loader would draw its base seed from the global one.
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
@@ -100,6 +102,16 @@ def load_steps(
         # error from its signal handler, which runs while this thread sleeps.
         time.sleep(NOTICE_SECONDS)
         raise
+
+
+def _leave_process_group(_: int) -> None:
+    """Keep a worker from signals to the process group of the run, which Ctrl-C and `timeout` send.
+
+    The run finishes its step first and needs its workers for that; it ends them itself, and they
+    end by themselves if it is killed.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def load_batch(
