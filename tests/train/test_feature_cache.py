@@ -341,7 +341,7 @@ def test_what_has_no_room_is_refused_before_anything_is_computed(
 
 def test_a_run_may_take_up_a_cache_on_its_way_only_by_name(folder: Path) -> None:
     changes = [f"data.feature_cache={folder / 'kept'}", "data.feature_cache_gb=3"]
-    with pytest.raises(UserError, match=r"add --allow-change data.feature_cache$"):
+    with pytest.raises(UserError, match=r"add --allow-change data.feature_cache;"):
         run("stage1", folder / "without", "train.eval_every_steps=2", *changes)
 
 
