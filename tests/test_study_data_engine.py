@@ -116,7 +116,7 @@ def test_the_suite_reads_the_verdict_at_the_end(
     for stage in ("stage1", "stage2"):
         model.records("train", stage).write_text(json.dumps([RECORD]))
     ran: list[str] = []
-    monkeypatch.setattr("study_model.subprocess.run", lambda *_, **__: None)
+    monkeypatch.setattr("study_model.run_python", lambda *_: None)
     monkeypatch.setattr("study_model.run_module", lambda name, _arguments: ran.append(name))
     model.make()
     (task,) = yaml.safe_load(model.suite.read_text())["tasks"]

@@ -21,18 +21,15 @@ Repeated, it goes on with the runs that are missing.
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from bench_results import command_line, machine_facts, print_table, write_results
+from study_processes import run_python
 
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.errors import UserError
-from vlm_sft.utils.malloc import fast_malloc_environment
 
 ARTIST: Final = "openmoji"
 COMMON: Final = [
@@ -86,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     """Train and ask what is missing, and write the table; returns the exit code."""
     arguments = _parse(argv)
     facts, work = machine_facts(), Path(arguments.work)
-    _run("scripts/demo_pieces.py", str(work / "pieces"))
+    run_python("scripts/demo_pieces.py", str(work / "pieces"))
     rows = []
     for seed in arguments.seeds:
         counts = {"train": arguments.scenes, "val": 24, "test": arguments.test_scenes}
@@ -132,7 +129,7 @@ class Study:
             self._make_data(arm.scenes, split, count)
         for stage, config in CONFIGS.items():
             if not (run / stage / "final").is_dir():
-                _module(f"vlm_sft.{stage}", config, *self.overrides(name, stage))
+                run_python("-m", f"vlm_sft.{stage}", config, *self.overrides(name, stage))
         answers = self._answers(name, run)
         found = answers["probes"]["existence"]
         processor = json.loads((run / "stage2/final/processor.json").read_text(encoding="utf-8"))
@@ -155,7 +152,7 @@ class Study:
             return
         seed = str(100 * self._seed + ["train", "val", "test"].index(split))
         options = [*COMMON, *SCENES[scenes], "--count", str(count), "--seed", seed]
-        _module("data_tools.make_scenes", "--out", str(data / "scenes"), *options)
+        run_python("-m", "data_tools.make_scenes", "--out", str(data / "scenes"), *options)
         files = [
             *("--instances", f"{data}/scenes/annotations/instances_{ARTIST}.json"),
             *("--captions", f"{data}/scenes/annotations/captions_{ARTIST}.json"),
@@ -164,7 +161,7 @@ class Study:
         probes = ["--probes", "2"] if split == "test" else []
         form = ["--captions-from", "boxes", "--answers", "evidence", "--turns", "1"]
         form += ["--families", "existence", "--seed", seed]
-        _module("data_tools.build_coco", *files, *form, *probes)
+        run_python("-m", "data_tools.build_coco", *files, *form, *probes)
 
     def overrides(self, name: str, stage: str) -> list[str]:
         """Return the settings of an arm's run that differ from the quickstart's configuration."""
@@ -205,7 +202,7 @@ class Study:
     def _answers(self, name: str, run: Path) -> dict[str, Any]:
         results = run / "results.json"
         if not results.exists():
-            _module("vlm_sft.evaluate", *self.evaluation(name))
+            run_python("-m", "vlm_sft.evaluate", *self.evaluation(name))
         found: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
         return found
 
@@ -217,18 +214,6 @@ class Study:
 
 def _with_interval(found: dict[str, float]) -> str:
     return f"{found['estimate']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
-
-
-def _module(name: str, *arguments: str) -> None:
-    _run("-m", name, *arguments)
-
-
-def _run(*arguments: str) -> None:
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=fast_malloc_environment(), check=False)
-    if done.returncode:
-        shown = " ".join(arguments[:2])
-        raise UserError(f"python {shown} ended with code {done.returncode}; its reason is above")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

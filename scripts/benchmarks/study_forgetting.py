@@ -21,8 +21,6 @@ import importlib
 import inspect
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -30,13 +28,13 @@ from typing import Any, Final
 import torch
 import yaml
 from bench_results import command_line, machine_facts, print_table, write_results
+from study_processes import run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.inspection.run_data import read_run
 from vlm_sft.utils.atomic_files import write_json, write_text
-from vlm_sft.utils.malloc import fast_malloc_environment
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
 
@@ -162,7 +160,7 @@ class Study:
 
     def prepare(self, seed: int) -> None:
         """Make pieces, scenes, text and the projector of a seed, unless they are there."""
-        _python("scripts/demo_pieces.py", "demo/pieces")
+        run_python("scripts/demo_pieces.py", "demo/pieces")
         for split, count in (("train", 1600), ("test", 120)):
             self._make_scenes(split, count)
         for name, modules, number in (("replay", REPLAYED, 400), ("held_out", HELD_OUT, 48)):
@@ -171,7 +169,7 @@ class Study:
                 write_json(path, answered(questions(modules, number), name))
         out = self._folder(seed) / "stage1"
         if not (out / "final").is_dir():
-            _module("vlm_sft.stage1", "configs/demo/stage1.yaml", *self._stage1(seed, out))
+            run_python("-m", "vlm_sft.stage1", "configs/demo/stage1.yaml", *self._stage1(seed, out))
 
     def train(self, method: str, share: int, seed: int) -> None:
         """Mix, train and ask, unless that is done."""
@@ -179,11 +177,15 @@ class Study:
         if self.is_done(method, share, seed):
             return
         write_text(run / "mix.yaml", yaml.safe_dump(self.mixture(share, seed, run / "mix")))
-        _module("data_tools.mix", str(run / "mix.yaml"))
-        _module(
-            "vlm_sft.stage2", "configs/demo/stage2_lora.yaml", *self.settings(method, share, seed)
+        run_python("-m", "data_tools.mix", str(run / "mix.yaml"))
+        run_python(
+            "-m",
+            "vlm_sft.stage2",
+            "configs/demo/stage2_lora.yaml",
+            *self.settings(method, share, seed),
         )
-        _module(
+        run_python(
+            "-m",
             "vlm_sft.evaluate",
             str(run / "stage2/final"),
             *("--images", str(self._work / "test/scenes/images")),
@@ -283,7 +285,7 @@ class Study:
             return
         seed = str(81 + len(split))
         size = ["--count", str(count), "--seed", seed]
-        _module("data_tools.make_scenes", "--out", str(folder / "scenes"), *size, *SCENES)
+        run_python("-m", "data_tools.make_scenes", "--out", str(folder / "scenes"), *size, *SCENES)
         annotations = folder / "scenes/annotations"
         files = [
             *("--instances", str(annotations / f"instances_{ARTIST}.json")),
@@ -291,7 +293,7 @@ class Study:
             *("--images", self._images(split), "--out", str(folder / "built")),
         ]
         form = ["--captions-from", "boxes", "--answers", "evidence", "--families", "existence"]
-        _module("data_tools.build_coco", *files, *form, "--probes", "2", "--seed", seed)
+        run_python("-m", "data_tools.build_coco", *files, *form, "--probes", "2", "--seed", seed)
 
 
 def questions(modules: Sequence[str], number: int) -> list[str]:
@@ -350,18 +352,6 @@ def answered(asked: Sequence[str], name: str) -> list[dict[str, Any]]:
         for number, (question, answer) in enumerate(turns)
         if answer
     ]
-
-
-def _module(name: str, *arguments: str) -> None:
-    _python("-m", name, *arguments)
-
-
-def _python(*arguments: str) -> None:
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=fast_malloc_environment(), check=False)
-    if done.returncode:
-        shown = " ".join(arguments[:2])
-        raise UserError(f"python {shown} ended with code {done.returncode}; its reason is above")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -19,8 +19,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +26,11 @@ from typing import Any
 
 import yaml
 from bench_results import machine_facts, print_table, write_results
+from study_processes import run_python
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json, write_text
-from vlm_sft.utils.malloc import fast_malloc_environment
 
 ARMS = ("untouched", "unverified", "verified")
 SPLITS = {"same": "openmoji", "unseen": "twemoji"}
@@ -130,9 +128,14 @@ class Study:
             ),
         )
         config = str(self._work / "check.yaml")
-        _module("data_tools.instruct", "index", config)
-        _module(
-            "data_tools.instruct", "verify", config, "--file", str(self._work / "unverified.json")
+        run_python("-m", "data_tools.instruct", "index", config)
+        run_python(
+            "-m",
+            "data_tools.instruct",
+            "verify",
+            config,
+            "--file",
+            str(self._work / "unverified.json"),
         )
         kept = self._accepted()
         write_json(
@@ -153,7 +156,9 @@ class Study:
         run = self._work / arm
         records, wrong = self._trained_on(arm)
         if not (run / "final").is_dir():
-            _module("vlm_sft.stage2", "configs/demo/stage2_lora.yaml", *self._overrides(arm, run))
+            run_python(
+                "-m", "vlm_sft.stage2", "configs/demo/stage2_lora.yaml", *self._overrides(arm, run)
+            )
         found: dict[str, Any] = {
             "arm": arm,
             "seed": self._seed,
@@ -201,7 +206,8 @@ class Study:
         """Share of questions of existence that are answered rightly."""
         results = run / f"results-{split}.json"
         if not results.exists():
-            _module(
+            run_python(
+                "-m",
                 "vlm_sft.evaluate",
                 str(run / "final"),
                 *("--images", str(self._demo / "scenes" / split / "images")),
@@ -271,13 +277,6 @@ def _mean(arm: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mine = [row for row in rows if row["arm"] == arm]
     means = {split: statistics.mean(row[split] for row in mine) for split in SPLITS}
     return {"arm": arm, "seed": "mean", "records": "", "wrong": "", **means}
-
-
-def _module(name: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", name, *arguments]
-    done = subprocess.run(command, env=fast_malloc_environment(), check=False)
-    if done.returncode:
-        raise UserError(f"python -m {name} ended with code {done.returncode}; its reason is above")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -9,7 +9,6 @@ takes less than a minute of one core, where SmolLM2 takes ten.
 
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from study_processes import run_python
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.atomic_files import write_json, write_text
-from vlm_sft.utils.malloc import fast_malloc_environment
 
 ARTIST: Final = "openmoji"
 SCENE_OPTIONS: Final = [
@@ -92,8 +91,7 @@ class StudyModel:
 
     def make(self) -> None:
         """Make what is missing: encoder, scenes, questions, tokenizer and the base model."""
-        command = [sys.executable, "scripts/demo_pieces.py", str(self.work / "pieces")]
-        subprocess.run(command, env=fast_malloc_environment(), check=True)
+        run_python("scripts/demo_pieces.py", str(self.work / "pieces"))
         for split, count in {"train": self.scenes, "val": 16, "test": self.test_scenes}.items():
             if not (self.work / split / "questions/build.json").exists():
                 self._make_data(split, count)
