@@ -13,9 +13,9 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_tools.instruct.generate.append_only import append_line, remove_cut_line
 from data_tools.instruct.lines import read_lines
 from vlm_sft.errors import UserError
-from vlm_sft.utils.console import echo
 from vlm_sft.utils.filesystem import lock
 
 REASONS: Final = {
@@ -29,6 +29,8 @@ REASONS: Final = {
 }
 """Why a reviewer rejects a sample; the page has the keys 1, 2, ... for them."""
 
+_BEGINNING: Final = b'{"schema":"vlm_sft.decision/'
+"""First bytes of every line."""
 _REVIEWER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
@@ -134,7 +136,7 @@ class ReviewerLog:
                     "another --reviewer",
                     code="folder_in_use",
                 )
-            self._remove_cut_line()
+            remove_cut_line(self._descriptor, self.path, _BEGINNING)
             self.done = standing(read_lines(self.path, Decision))
         except BaseException:
             os.close(self._descriptor)
@@ -180,19 +182,8 @@ class ReviewerLog:
 
     def _write(self, line: Decision) -> None:
         data = line.model_dump_json(by_alias=True, exclude_none=True).encode() + b"\n"
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        append_line(self._descriptor, data, self.path)
         os.fsync(self._descriptor)
-
-    def _remove_cut_line(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.ftruncate(self._descriptor, whole)
-            echo(
-                f"warning: {self.path}: the last line was cut when a process was ended; its "
-                f"{len(data) - whole:,} bytes were removed"
-            )
 
 
 def standing(lines: Iterable[Decision]) -> list[Decision]:

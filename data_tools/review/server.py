@@ -218,10 +218,24 @@ class Review:
         }
 
 
-def make_server(review: Review, port: int) -> tuple[ThreadingHTTPServer, str]:
-    """Return a server on this machine's own address, and the address of its page.
+class ReviewServer(ThreadingHTTPServer):
+    """Serves a review on this machine's own address.
 
-    The address holds a secret, so that other users of the machine cannot read or decide.
+    Attributes:
+        review: What is served.
+        token: The secret in the address of the page, so that other users of the machine can
+            neither read nor decide.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, review: Review, port: int) -> None:
+        self.review, self.token = review, secrets.token_urlsafe(24)
+        super().__init__((HOST, port), _Handler)
+
+
+def make_server(review: Review, port: int) -> tuple[ReviewServer, str]:
+    """Return a server on this machine's own address, and the address of its page.
 
     Args:
         review: What it serves.
@@ -230,15 +244,13 @@ def make_server(review: Review, port: int) -> tuple[ThreadingHTTPServer, str]:
     Raises:
         UserError: The port is in use.
     """
-    token = secrets.token_urlsafe(24)
     try:
-        server = ThreadingHTTPServer((HOST, port), _handler(review, token))
+        server = ReviewServer(review, port)
     except OSError as error:
         raise UserError(
             f"--port {port}: cannot listen on {HOST}: {error.strerror}; leave it out for a free one"
         ) from None
-    server.daemon_threads = True
-    return server, f"http://{HOST}:{server.server_port}/{token}/"
+    return server, f"http://{HOST}:{server.server_port}/{server.token}/"
 
 
 class Refused(Exception):
@@ -249,100 +261,102 @@ class Refused(Exception):
         self.status = status
 
 
-def _handler(review: Review, token: str) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        timeout = TIMEOUT_SECONDS
-        protocol_version = "HTTP/1.1"
-        server_version, sys_version = "vlm_sft", ""
+class _Handler(BaseHTTPRequestHandler):
+    server: ReviewServer
+    timeout = TIMEOUT_SECONDS
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "vlm_sft", ""
 
-        def do_GET(self) -> None:
-            self._answer(self._get)
+    def do_GET(self) -> None:
+        self._answer(self._get)
 
-        def do_POST(self) -> None:
-            self._answer(self._post)
+    def do_POST(self) -> None:
+        self._answer(self._post)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass  # addresses hold the secret
+    def log_message(self, format: str, *args: Any) -> None:
+        pass  # addresses hold the secret
 
-        def _answer(self, work: Any) -> None:
-            self.close_connection = self.command == "POST"
-            try:
-                kind, body = work(self._path())
-                self._send(HTTPStatus.OK, kind, body)
-            except Refused as error:
-                self.close_connection = True
-                self._send(error.status, "application/json", _json({"error": str(error)}))
-            except (UserError, ValidationError) as error:
-                is_form = isinstance(error, ValidationError)
-                found = "the request is not of this page" if is_form else str(error)
-                self._send(HTTPStatus.BAD_REQUEST, "application/json", _json({"error": found}))
-            except OSError as error:
-                if isinstance(error, ConnectionError | TimeoutError):
-                    raise
-                found = f"the decision may not be on the disk: {error.strerror}"
-                self._send(
-                    HTTPStatus.INTERNAL_SERVER_ERROR, "application/json", _json({"error": found})
-                )
+    def _answer(self, work: Any) -> None:
+        self.close_connection = self.command == "POST"
+        try:
+            kind, body = work(self._path())
+            self._send(HTTPStatus.OK, kind, body)
+        except Refused as error:
+            self.close_connection = True
+            self._send(error.status, "application/json", _json({"error": str(error)}))
+        except (UserError, ValidationError) as error:
+            is_form = isinstance(error, ValidationError)
+            found = "the request is not of this page" if is_form else str(error)
+            self._send(HTTPStatus.BAD_REQUEST, "application/json", _json({"error": found}))
+        except OSError as error:
+            if isinstance(error, ConnectionError | TimeoutError):
+                raise
+            found = f"the decision may not be on the disk: {error.strerror}"
+            self._send(
+                HTTPStatus.INTERNAL_SERVER_ERROR, "application/json", _json({"error": found})
+            )
 
-        def _path(self) -> str:
-            """Return the path below the secret of a request that this page has sent."""
-            port = self.connection.getsockname()[1]
-            hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
-            if self.headers.get("Host") not in hosts:  # DNS rebinding
-                raise Refused(HTTPStatus.FORBIDDEN, "this address is not that of the page")
-            own = {f"http://{host}" for host in hosts}
-            origin = self.headers.get("Origin")
-            if origin not in own | {None} or (self.command == "POST" and origin is None):
-                raise Refused(HTTPStatus.FORBIDDEN, "the request comes from another page")
-            if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-                raise Refused(HTTPStatus.FORBIDDEN, "the request comes from another page")
-            parts = urlsplit(self.path).path.split("/")
-            if len(parts) != 3 or not hmac.compare_digest(parts[1].encode(), token.encode()):
-                raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
-            return parts[2]
-
-        def _get(self, path: str) -> tuple[str, bytes]:
-            if path == "":
-                return "text/html; charset=utf-8", review.page(token).encode()
-            if path != "sample":
-                raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
-            given = {name: of[0] for name, of in parse_qs(urlsplit(self.path).query).items()}
-            try:
-                at, move = int(given.get("at", "0")), int(given.get("move", "0"))
-            except ValueError:
-                raise Refused(HTTPStatus.BAD_REQUEST, "at, move: expected numbers") from None
-            found = review.sample(at, move, given.get("show", "all"), given.get("type", ""))
-            return "application/json", _json(found)
-
-        def _post(self, path: str) -> tuple[str, bytes]:
-            kind = self.headers.get("Content-Type", "").partition(";")[0]
-            sent = self.headers.get("X-Review-Token", "")
-            if kind != "application/json" or not hmac.compare_digest(
-                sent.encode("utf-8", "replace"), token.encode()
-            ):
-                raise Refused(HTTPStatus.FORBIDDEN, "the request is not of this page")
-            length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > MAX_BODY:
-                raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the text is too long")
-            body = self.rfile.read(int(length))
-            if path == "decide":
-                return "application/json", _json(review.decide(Choice.model_validate_json(body)))
-            if path == "undo":
-                return "application/json", _json(review.undo())
+    def _path(self) -> str:
+        """Return the path below the secret of a request that this page has sent."""
+        port = self.connection.getsockname()[1]
+        hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
+        if self.headers.get("Host") not in hosts:  # DNS rebinding
+            raise Refused(HTTPStatus.FORBIDDEN, "this address is not that of the page")
+        own = {f"http://{host}" for host in hosts}
+        origin = self.headers.get("Origin")
+        if origin not in own | {None} or (self.command == "POST" and origin is None):
+            raise Refused(HTTPStatus.FORBIDDEN, "the request comes from another page")
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise Refused(HTTPStatus.FORBIDDEN, "the request comes from another page")
+        parts = urlsplit(self.path).path.split("/")
+        if len(parts) != 3 or not hmac.compare_digest(
+            parts[1].encode(), self.server.token.encode()
+        ):
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+        return parts[2]
 
-        def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
-            self.send_response(status)
-            for name, value in HEADERS.items():
-                self.send_header(name, value)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            self.wfile.write(body)
+    def _get(self, path: str) -> tuple[str, bytes]:
+        if path == "":
+            return "text/html; charset=utf-8", self.server.review.page(self.server.token).encode()
+        if path != "sample":
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+        given = {name: of[0] for name, of in parse_qs(urlsplit(self.path).query).items()}
+        try:
+            at, move = int(given.get("at", "0")), int(given.get("move", "0"))
+        except ValueError:
+            raise Refused(HTTPStatus.BAD_REQUEST, "at, move: expected numbers") from None
+        found = self.server.review.sample(at, move, given.get("show", "all"), given.get("type", ""))
+        return "application/json", _json(found)
 
-    return Handler
+    def _post(self, path: str) -> tuple[str, bytes]:
+        kind = self.headers.get("Content-Type", "").partition(";")[0]
+        sent = self.headers.get("X-Review-Token", "")
+        if kind != "application/json" or not hmac.compare_digest(
+            sent.encode("utf-8", "replace"), self.server.token.encode()
+        ):
+            raise Refused(HTTPStatus.FORBIDDEN, "the request is not of this page")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_BODY:
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the text is too long")
+        body = self.rfile.read(int(length))
+        if path == "decide":
+            return "application/json", _json(
+                self.server.review.decide(Choice.model_validate_json(body))
+            )
+        if path == "undo":
+            return "application/json", _json(self.server.review.undo())
+        raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
 
 
 def _json(value: Any) -> bytes:

@@ -33,15 +33,10 @@ class SharedLog:
         self._seen = 0
         try:
             with self.locked():
-                removed = end_last_line(self._descriptor, path, beginning)
+                remove_cut_line(self._descriptor, path, beginning)
         except BaseException:
             os.close(self._descriptor)
             raise
-        if removed:
-            echo(
-                f"warning: {path}: the last line was cut when a process was ended; its {removed:,} "
-                "bytes were removed"
-            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -88,6 +83,15 @@ def append_line(descriptor: int, line: bytes, path: Path) -> None:
     except OSError as error:
         os.ftruncate(descriptor, size)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def remove_cut_line(descriptor: int, path: Path, beginning: bytes) -> None:
+    """Do what `end_last_line` does, with a warning if something was removed."""
+    if removed := end_last_line(descriptor, path, beginning):
+        echo(
+            f"warning: {path}: the last line was cut when a process was ended; its {removed:,} "
+            "bytes were removed"
+        )
 
 
 def end_last_line(descriptor: int, path: Path, beginning: bytes) -> int:
