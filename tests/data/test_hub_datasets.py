@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.export.hub_stub import TOKEN, Hub, running_hub
 from tests.tiny_runs import run
-from vlm_sft.config.schema import DataFile, load_stored_config
+from vlm_sft.config.schema import DataFile, load_config, load_stored_config
 from vlm_sft.data import hub_datasets, hub_shards
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.images import read_bytes
@@ -239,6 +239,17 @@ def test_every_fault_of_the_hub_is_one_sentence_without_the_token(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and it is not in the cache"):
         read(NAME, streaming=streaming)
+
+
+def test_every_file_of_a_configuration_gets_its_commit(scenes: Hub) -> None:
+    config = load_config("configs/tiny/stage2.yaml")
+    files = {name: [DataFile(path=NAME)] for name in ("train", "eval", "eval_text")}
+    config = config.model_copy(update={"data": config.data.model_copy(update=files)})
+    first = hub_datasets.pinned(config, None)
+    assert [file.path for file in first.data.files] == 3 * [f"{NAME}?commit={ONE}"]
+    publish(scenes, {"train.parquet": parquet(captions(100, 60))}, TWO)
+    _forget()
+    assert hub_datasets.pinned(config, first) == first
 
 
 def read_or_raise(path: str, streaming: bool) -> None:

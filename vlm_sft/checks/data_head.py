@@ -20,7 +20,7 @@ def check_data_head(config: RunConfig, chat_tokenizer: ChatTokenizer) -> None:
         UserError: A file cannot be read.
         RecordError: A record cannot be used and `data.on_error` is `stop`.
     """
-    for file in [*config.data.train, *config.data.eval, *config.data.eval_text]:
+    for file in config.data.files:
         for record in islice(read_records(file), HEAD_RECORDS):
             error = record_fault(record, chat_tokenizer)
             if error is not None and config.data.on_error == "stop":

@@ -107,8 +107,7 @@ def with_commits(config: RunConfig) -> RunConfig:
     Raises:
         UserError: As `pinned`.
     """
-    files = [*config.data.train, *config.data.eval]
-    if not any(is_hub_address(file.path) for file in files):
+    if not any(is_hub_address(file.path) for file in config.data.files):
         return config
     stored = Path(config.output_dir) / "config.yaml"
     return pinned(config, load_stored_config(stored) if stored.is_file() else None)

@@ -386,6 +386,11 @@ class DataConfig(Section):
     """Directory for tokenized records, and for the sizes of images that are divided into crops,
     shared by runs. Null: tokenize all records and read the sizes at every start."""
 
+    @property
+    def files(self) -> list[DataFile]:
+        """All files of records."""
+        return [*self.train, *self.eval, *self.eval_text]
+
 
 class LearningRates(Section):
     """Peak learning rate of each trainable part, after warm-up."""
@@ -647,7 +652,7 @@ class RunConfig(Section):
 
         Image files are not included; see `image_roots`.
         """
-        files = [*self.data.train, *self.data.eval, *self.data.eval_text]
+        files = self.data.files
         names = (
             self.projector,
             self.start_from,

@@ -6,7 +6,6 @@ it, the records are written once into tar shards (`hub_shards.py`).
 
 import difflib
 import functools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from vlm_sft.config.schema import DataFile, RunConfig
 from vlm_sft.data import hub_shards
 from vlm_sft.data.record_formats import RawRecord, RawRecords
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.filesystem import user_cache
 from vlm_sft.utils.libraries import import_extra, one_line
 
 ROWS_AT_ONCE = 16
@@ -55,7 +55,7 @@ def pinned(config: RunConfig, stored: RunConfig | None) -> RunConfig:
         UserError: The hub does not know a data set or a revision, or does not answer.
     """
     known: dict[HubAddress, HubAddress] = {}
-    for file in [] if stored is None else [*stored.data.train, *stored.data.eval]:
+    for file in [] if stored is None else stored.data.files:
         if is_hub_address(file.path):
             found = HubAddress.parse(file.path)
             known[found.without_commit()] = found
@@ -68,25 +68,24 @@ def pinned(config: RunConfig, stored: RunConfig | None) -> RunConfig:
         return file.model_copy(update={"path": path})
 
     files = {
-        "train": [with_commit(file) for file in config.data.train],
-        "eval": [with_commit(file) for file in config.data.eval],
+        name: [with_commit(file) for file in getattr(config.data, name)]
+        for name in ("train", "eval", "eval_text")
     }
     return config.model_copy(update={"data": config.data.model_copy(update=files)})
 
 
 def fetch(config: RunConfig) -> None:
     """Bring the data sets of the hub onto this machine, before several ranks read them."""
-    for file in [*config.data.train, *config.data.eval]:
+    for file in config.data.files:
         if is_hub_address(file.path):
             open_hub(file)
 
 
 def shards_folder(address: HubAddress) -> Path:
     """Return the folder of the shards of an address that says its commit."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     parts = (address.known_commit, address.config or "default", address.split or "only")
     name = "-".join(str(part).replace("/", "_") for part in parts)
-    return Path(root) / "vlm_sft" / "hub" / address.name.replace("/", "--") / name
+    return user_cache("hub") / address.name.replace("/", "--") / name
 
 
 # --- the hub

@@ -265,6 +265,12 @@ def require_writable(directory: Path) -> None:
         raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
+def user_cache(name: str) -> Path:
+    """Return the folder `vlm_sft/NAME` in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "vlm_sft" / name
+
+
 def free_bytes(place: Path) -> int | None:
     """Return the free space at `place` in bytes; None if the file system does not report it."""
     try:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.utils.atomic_files import atomic_open
+from vlm_sft.utils.filesystem import user_cache
 from vlm_sft.utils.image_paths import split_member
 from vlm_sft.utils.ownership import CACHE, own_directory
 from vlm_sft.utils.progress import track
@@ -173,7 +174,7 @@ def open_index(tar: Path) -> TarIndex:
 def _open_index(tar: Path, size: int, modified: int) -> TarIndex:
     state = {"version": _VERSION, "tar": str(tar.resolve()), "bytes": size, "modified": modified}
     key = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:32]
-    place = cache_folder() / f"{key}.arrow"
+    place = user_cache("tar-index") / f"{key}.arrow"
     table = _cached(place, state)
     if table is None:
         table = _build(tar)
@@ -186,12 +187,6 @@ def _open_index(tar: Path, size: int, modified: int) -> TarIndex:
         cached = _cached(place, state)
         table = table if cached is None else cached  # mapped, and not in memory
     return TarIndex(tar, table)
-
-
-def cache_folder() -> Path:
-    """Return the folder of the indices: `vlm_sft/tar-index` in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "vlm_sft" / "tar-index"
 
 
 def _cached(place: Path, state: dict[str, Any]) -> Any | None:
