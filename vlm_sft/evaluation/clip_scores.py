@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPMode
 from vlm_sft.data.conversation import Conversation, ImageSource
 from vlm_sft.data.images import open_image
 from vlm_sft.errors import ImageError, UserError
-from vlm_sft.model.pretrained import load_pretrained
+from vlm_sft.model.pretrained import load_pretrained, require_all_tensors
 from vlm_sft.utils.model_folders import refuse_remote_kernels, report_unused_code
 
 _CLASSES: Final[dict[str, Any]] = {"clip": CLIPModel, "siglip": SiglipModel}
@@ -65,13 +65,7 @@ class ClipScorer:
             _CLASSES[config.model_type].from_pretrained, name, where,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
-        lost = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        if lost:
-            raise UserError(
-                f"{where}: {name} lacks {len(lost)} tensors of its {config.model_type} model, the "
-                f"first being {lost[0]}; take a complete folder",
-                code="tensors_differ",
-            )
+        require_all_tensors(info, where, name, f"{config.model_type} model")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = model.to(self._device).eval()
         self._context: int = config.text_config.max_position_embeddings
@@ -146,10 +140,7 @@ class ClipScorer:
                 several, padding=self._padding, truncation=True, max_length=self._context,
                 return_tensors="pt",
             ).to(self._device)  # fmt: skip
-            names = (
-                ("input_ids", "attention_mask") if self._padding == "longest" else ("input_ids",)
-            )
-            output = self._model.get_text_features(**{name: inputs[name] for name in names})
+            output = self._model.get_text_features(**{name: inputs[name] for name in self._inputs})
             parts.append(output.pooler_output)
         embedded = torch.nn.functional.normalize(torch.cat(parts))
         return embedded[torch.tensor(order).argsort().to(self._device)], truncated

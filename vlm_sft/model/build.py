@@ -31,7 +31,7 @@ from vlm_sft.model.finished import (
 from vlm_sft.model.image_tokens import new_image_newline
 from vlm_sft.model.language_model import check_head
 from vlm_sft.model.positions import find_position_limit
-from vlm_sft.model.pretrained import load_pretrained
+from vlm_sft.model.pretrained import load_pretrained, require_all_tensors
 from vlm_sft.model.quantization import quantize
 from vlm_sft.model.vision_tower import VisionTower
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -260,13 +260,7 @@ def _pretrained(name: str, attention: str | None, dtype: torch.dtype | str) -> P
         attn_implementation=attention,
         output_loading_info=True,
     )
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise UserError(
-            f"{where}: {name} lacks {len(missing)} tensors of its {config.model_type} model, the "
-            f"first being {missing[0]}; take a complete folder",
-            code="tensors_differ",
-        )
+    require_all_tensors(info, where, name, f"{config.model_type} model")
     return cast(PreTrainedModel, model)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from vlm_sft.errors import ConfigError
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils.libraries import install_command
 
 MIN_CAPABILITY: Final = (8, 9)
 """Compute capability of the first NVIDIA GPUs with fp8 matrix products: Ada, Hopper and later."""
@@ -48,7 +49,7 @@ def require_fp8(device: torch.device, precision: str) -> None:
         raise ConfigError(f"train.fp8: needs train.precision: bf16, found {precision}")
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
-            "train.fp8: torchao is not installed; run `pip install 'vlm-sft[fp8]'`, or set it to "
+            f"train.fp8: torchao is not installed; run `{install_command('fp8')}`, or set it to "
             "false"
         )
 

@@ -1,6 +1,6 @@
 """Load models of transformers from a folder or the hub, with errors of one sentence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,27 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
             require_plain_folder(folder)
         with waiting(f"loading {name}"):
             return load(source, trust_remote_code=False, **kwargs)
+
+
+def require_all_tensors(info: Mapping[str, Any], where: str, name: str, kind: str) -> None:
+    """Check that a folder had every tensor of its model, in the right shape.
+
+    Args:
+        info: What `from_pretrained` returns with `output_loading_info=True`.
+        where: The setting that names the model.
+        name: The folder or hub name.
+        kind: What was loaded, e.g. `clip model`.
+
+    Raises:
+        UserError: Tensors are missing or of another shape.
+    """
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{where}: {name} lacks {len(missing)} tensors of its {kind}, the first being "
+            f"{missing[0]}; take a complete folder",
+            code="tensors_differ",
+        )
 
 
 @contextmanager

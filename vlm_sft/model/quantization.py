@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from vlm_sft.errors import ConfigError
 from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.hashing import sample_digest, stored_tensors
+from vlm_sft.utils.libraries import install_command
 
 BLOCK_SIZE: Final = 64
 """Weights that share a scale (bitsandbytes' default for 4 bits)."""
@@ -103,7 +104,7 @@ def require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.language_model.quantization: bitsandbytes is not installed; run "
-            "`pip install 'vlm-sft[qlora]'` (or `pip install 'bitsandbytes>=0.50'`), or set it to "
+            f"`{install_command('qlora')}` (or `pip install 'bitsandbytes>=0.50'`), or set it to "
             "null"
         )
 

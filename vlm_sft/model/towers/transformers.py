@@ -34,7 +34,7 @@ from vlm_sft.config.finished_transformers import (
 from vlm_sft.data.images import ImageSpec
 from vlm_sft.errors import UserError
 from vlm_sft.model.finished import load_encoder
-from vlm_sft.model.pretrained import load_pretrained
+from vlm_sft.model.pretrained import load_pretrained, require_all_tensors
 from vlm_sft.model.towers.base import BlockStates, LoadedEncoder
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import refuse_remote_kernels, report_unused_code
@@ -182,13 +182,7 @@ def _pretrained(name: str) -> PreTrainedModel:
     encoder, info = load_pretrained(
         _CLASSES[kind].from_pretrained, name, where, dtype=torch.float32, output_loading_info=True
     )
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise UserError(
-            f"{where}: {name} lacks {len(missing)} tensors of its {kind} encoder, the first "
-            f"being {missing[0]}; take a complete folder",
-            code="tensors_differ",
-        )
+    require_all_tensors(info, where, name, f"{kind} encoder")
     return cast(PreTrainedModel, encoder)
 
 
