@@ -20,7 +20,7 @@ from data_tools.instruct.plan.estimate import Tally, estimate_lines
 from data_tools.instruct.plan.prompts import TYPES, operator_template
 from data_tools.instruct.plan.selection import choose
 from data_tools.instruct.run_folder import RunFolder, own_run, run_inputs
-from data_tools.instruct.schema import Sample
+from data_tools.instruct.schema import Request, Sample
 from vlm_sft.config import loading as settings
 from vlm_sft.errors import UserError
 from vlm_sft.utils.console import echo
@@ -104,33 +104,56 @@ def command(
             "`translate --language English`)",
             code="no_records",
         )
-    used = {request.image for request in requests} | {parent.image.id for parent in parents}
+    plan = _write_run(folder, parent_run, material, requests, guard if chosen else None)
+    lines = [*(guard.lines() if chosen else ()), *_found(source, samples, parents, plan)]
+    echo("\n".join([*lines, *estimate_lines(plan, config)]), file=sys.stdout)
+    echo(f"next: vlm-sft data generate {folder.config}, then verify, clean, export",
+         file=sys.stdout)  # fmt: skip
+
+
+def _write_run(
+    folder: RunFolder,
+    parent_run: RunFolder,
+    material: Material,
+    requests: Sequence[Request],
+    guard: contamination.Guard | None,
+) -> dict[str, Any]:
+    """Write the files of the new run, and return its plan.
+
+    Args:
+        folder: The new run.
+        parent_run: The run that is grown.
+        material: What the requests were made from.
+        requests: The requests.
+        guard: What was found about the images that are asked about anew; None without such images.
+    """
+    config, images, templates = material.config, material.images, material.templates
+    used = {request.image for request in requests} | {p.image.id for p in material.parents}
     used |= {one.id for request in requests if request.grown for one in request.grown.images}
     write_images(folder, [images[name] for name in sorted(used)])
     write_owned(folder.index, read_bytes(parent_run.index))
     tally = Tally(templates)
     write_lines(folder.requests, tally.through(requests))
-    write_lines(folder.parents, parents)
-    write_owned_json(folder.templates, {**dict.fromkeys(TYPES, templates[names[0]]), **templates})
+    write_lines(folder.parents, material.parents)
+    first = next(iter(templates.values()))
+    write_owned_json(folder.templates, {**dict.fromkeys(TYPES, first), **templates})
     write_owned(folder.config, settings.dump(config).encode())
     before = read_json(parent_run.plan) if parent_run.plan.exists() else {}
     by_operator = Counter(request.template for request in requests)
     plan: dict[str, Any] = {
         "images": {"indexed": len(used), "asked_about": len({r.image for r in requests})},
         "left_out": dict.fromkeys(LEFT_OUT, 0),
-        "guard": guard.as_dict() if chosen else before.get("guard", {}),
+        "guard": before.get("guard", {}) if guard is None else guard.as_dict(),
         "operators": dict(sorted(by_operator.items())),
         **tally.as_dict(config.teacher),
     }
+    share = material.share
     if share.total:
         plan["unanswerable"] = {
             "wanted": share.wanted, "questions": share.total, "unanswerable": share.unanswerable
         }  # fmt: skip
     write_owned_json(folder.plan, plan)
-    lines = [*(guard.lines() if chosen else ()), *_found(source, samples, parents, plan)]
-    echo("\n".join([*lines, *estimate_lines(plan, config)]), file=sys.stdout)
-    echo(f"next: vlm-sft data generate {folder.config}, then verify, clean, export",
-         file=sys.stdout)  # fmt: skip
+    return plan
 
 
 def _found(
