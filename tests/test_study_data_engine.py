@@ -69,7 +69,7 @@ def test_wrong_answers_are_as_many_as_asked_for_and_known() -> None:
 
 def test_the_tokenizer_gives_back_what_it_was_trained_on() -> None:
     texts = ["<image>\nIs there a cat in the image?", "I see two cats and a boat, so yes."] * 5
-    tokenizer = make_tokenizer(texts)
+    tokenizer = make_tokenizer(texts, 512)
     assert tokenizer.decode(tokenizer.encode(texts[1])) == texts[1]
     turn = "<|im_start|>user\nIs there a cat?<|im_end|>"
     ids = tokenizer.encode(turn)

@@ -37,8 +37,7 @@ import yaml
 from bench_plots import plot_data_quality
 from bench_results import command_line, machine_facts, print_table, write_results
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from study_model import SPECIAL, make_tokenizer
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
@@ -80,9 +79,10 @@ SCENES: Final = [
     *("--visible-share", "0.8", "--backgrounds", "meadow,bokeh,clouds,gradient,blobs,room"),
 ]
 QUESTION: Final = "What does the image show?"
+VOCABULARY: Final = 640
 LANGUAGE_MODEL: Final = {
     "model_type": "llama",
-    "vocab_size": 640,
+    "vocab_size": VOCABULARY,
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -90,9 +90,7 @@ LANGUAGE_MODEL: Final = {
     "num_key_value_heads": 6,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    **SPECIAL,
 }
 COLUMNS: Final = {
     "kind": "kind",
@@ -208,7 +206,7 @@ class Study:
                 self._make_scenes(split, count, seed=71 + number)
         if not (self._work / "tokenizer").is_dir():
             texts = [text for record in self._captions() for text in _texts(record)]
-            write_tokenizer(texts, self._work / "tokenizer")
+            make_tokenizer(texts, VOCABULARY).save_pretrained(self._work / "tokenizer")
         self._train(
             self._folder / "first",
             self._built("train") / "stage1.json",
@@ -532,26 +530,6 @@ def right_answers(
         values.append(float(named == (probe["answer"] == "yes")))
         images.append(str(probe["image"]))
     return values, images
-
-
-def write_tokenizer(texts: Sequence[str], folder: Path) -> None:
-    """Train and write a byte-level BPE tokenizer of at most 640 tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=LANGUAGE_MODEL["vocab_size"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    ).save_pretrained(folder)
 
 
 def _texts(record: dict[str, Any]) -> Iterator[str]:

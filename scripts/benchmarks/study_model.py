@@ -99,7 +99,7 @@ class StudyModel:
             texts = [turn["value"] for file in (self.records("train"), self.captions())
                      for row in json.loads(file.read_text("utf-8"))
                      for turn in row["conversations"]]  # fmt: skip
-            make_tokenizer(texts).save_pretrained(self.work / "tokenizer")
+            make_tokenizer(texts, VOCABULARY).save_pretrained(self.work / "tokenizer")
         task = {
             "name": "existence",
             "kind": "pope",
@@ -230,14 +230,19 @@ class StudyModel:
 SPECIAL: Final = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with ChatML's special tokens, as transformers reads it."""
+def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with ChatML's special tokens, as transformers reads it.
+
+    Args:
+        texts: What it is trained on.
+        vocabulary: Most tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>", "<pad>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
