@@ -102,7 +102,7 @@ def parser() -> CommandParser:
     add("--follow-symlinks", action="store_true", help=follow)
     boxes = "COCO's instances_*.json: draw boxes on --records, and check claims"
     add("--instances", type=Path, metavar="FILE", help=boxes)
-    add("--captions", type=Path, metavar="FILE", help="COCO's captions_*.json, likewise")
+    add("--captions", type=Path, metavar="FILE", help="COCO's captions_*.json, to check claims")
     add("--out", type=Path, metavar="DIR", help="folder of the decisions (default: DIR/review)")
     who = "your name, which is that of your file of decisions (default: me)"
     add("--reviewer", default="me", metavar="NAME", help=who)

@@ -1,7 +1,7 @@
 """What is reviewed: the samples of a run, or records of any file that training reads."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -189,7 +189,7 @@ class RunSamples:
                     )
                 )  # fmt: skip
         if unread:
-            echo(f"left out: {unread:,} answers without turns, which there is nothing to read in")
+            echo(f"left out: {unread:,} answers without turns, in which there is nothing to read")
 
     def sample(self, number: int, turns: Sequence[EditedTurn] | None = None) -> Sample:
         """See `Source`."""
@@ -227,7 +227,7 @@ class RunSamples:
         return ""
 
 
-def _with_offsets(path: Path) -> Any:
+def _with_offsets(path: Path) -> Iterator[tuple[Sample, int]]:
     """Yield the samples of a file with the byte offsets of their lines.
 
     Raises:
