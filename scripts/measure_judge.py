@@ -27,10 +27,11 @@ from data_tools.instruct.config import (
     TeacherConfig,
     VerifyConfig,
 )
-from data_tools.instruct.schema import Cost, Sample, Shown, Turn
-from data_tools.instruct.verify import Policy, check_sample, reasons
-from data_tools.instruct.verify.command import TOOL, image_source
+from data_tools.instruct.schema import Sample, Shown, Turn
+from data_tools.instruct.verify import Policy, check_sample
+from data_tools.instruct.verify.command import image_source
 from data_tools.instruct.verify.judge import Judge
+from data_tools.instruct.verify.llava_records import imported_sample
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.config.loading import load
 
@@ -94,13 +95,8 @@ def cases_of(
         image = images[case["image_id"]]
         turns = tuple(Turn(question=q, answer=a, kind="object") for q, a in case["turns"])
         checks = check_sample(turns, case["type"], image, Shown(), policy)
-        codes = reasons(checks)
-        sample = Sample(
-            id=f"{path.stem}-{number}", type=case["type"], origin="imported",
-            image=image_source(image), turns=turns, shown=Shown(), request="", template="",
-            template_sha256="", model="", parameters={}, cost=Cost(), tool=TOOL, checks=checks,
-            status="rejected" if codes else "accepted", reasons=codes,
-        )  # fmt: skip
+        sample_id = f"{path.stem}-{number}"
+        sample = imported_sample(sample_id, case["type"], image_source(image), turns, checks)
         found.append((case, sample))
     return found
 

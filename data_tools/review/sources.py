@@ -11,11 +11,15 @@ from data_tools.instruct.config import InstructConfig, VerifyConfig
 from data_tools.instruct.index import read_categories, read_images
 from data_tools.instruct.report.samples import ImageView, view_image
 from data_tools.instruct.run_folder import RunFolder, refuse_older
-from data_tools.instruct.schema import Check, Cost, ImageSource, Sample, Shown, Turn
+from data_tools.instruct.schema import Check, ImageSource, Sample, Shown, Turn
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.instruct.verify.codes import NOT_CLAIMS
-from data_tools.instruct.verify.command import TOOL
-from data_tools.instruct.verify.llava_records import ImageFinder, kind_of, type_of
+from data_tools.instruct.verify.llava_records import (
+    ImageFinder,
+    imported_sample,
+    kind_of,
+    type_of,
+)
 from data_tools.review.decisions import EditedTurn, content_of
 from vlm_sft.best_of.questions import numbered_id
 from vlm_sft.config import loading as settings
@@ -296,14 +300,8 @@ def record_sample(record: Conversation, known: Annotations) -> Sample:
         # All boxes are drawn, and named as on the pages of a run.
         boxes = tuple(box.id for box in image.boxes)
         shown = Shown(captions=image.caption_ids, boxes=boxes)
-    codes = reasons(checks)
     source = ImageSource(id=image.id if image else 0, file_name="", width=1, height=1)
-    return Sample(
-        id=record.id, type=type_of(turns), origin="imported", image=source, turns=turns,
-        shown=shown, request="", template="", template_sha256="", model="", parameters={},
-        cost=Cost(), tool=TOOL, checks=checks,
-        status="rejected" if codes else "accepted", reasons=codes,
-    )  # fmt: skip
+    return imported_sample(record.id, type_of(turns), source, turns, checks, shown)
 
 
 class RecordFile:

@@ -267,7 +267,7 @@ def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) ->
     ids = {n for ids in known.actions_of.get(subject, {}).values() for n in ids}
     if not asked and not _is_alone(case, subject, number):
         return ()
-    least = 3 if not asked else 2 if number == "one" else 3
+    least = 2 if asked and number == "one" else 3
     return tuple(sorted(ids)) if len(ids) >= least else ()
 
 

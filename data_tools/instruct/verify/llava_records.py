@@ -10,7 +10,16 @@ from typing import Any, Final
 
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.plan.prompts import description_requests
-from data_tools.instruct.schema import Cost, Kind, Sample, SampleType, Shown, Turn
+from data_tools.instruct.schema import (
+    Check,
+    Cost,
+    ImageSource,
+    Kind,
+    Sample,
+    SampleType,
+    Shown,
+    Turn,
+)
 from data_tools.instruct.verify import Policy, check_sample, reasons
 from data_tools.records import IMAGE_MARK
 from vlm_sft.data.records import open_raw_records
@@ -38,7 +47,7 @@ def imported_samples(
     Raises:
         UserError: The file as a whole cannot be read.
     """
-    from data_tools.instruct.verify.command import TOOL, image_source
+    from data_tools.instruct.verify.command import image_source
 
     records, finder = open_raw_records(path), ImageFinder(images.values())
     for position, raw in enumerate(track(records.records, records.total, f"checking {path.name}")):
@@ -59,13 +68,28 @@ def imported_samples(
             continue
         sample_type = type_of(turns)
         checks = check_sample(turns, sample_type, image, Shown(), policy)
-        codes = reasons(checks)
-        yield Sample(
-            id=f"{record.get('id', 'record')}-{position}", type=sample_type, origin="imported",
-            image=image_source(image), turns=turns, shown=Shown(), request="", template="",
-            template_sha256="", model="", parameters={}, cost=Cost(), tool=TOOL, checks=checks,
-            status="rejected" if codes else "accepted", reasons=codes,
-        )  # fmt: skip
+        sample_id = f"{record.get('id', 'record')}-{position}"
+        yield imported_sample(sample_id, sample_type, image_source(image), turns, checks)
+
+
+def imported_sample(
+    sample_id: str,
+    sample_type: SampleType,
+    image: ImageSource,
+    turns: tuple[Turn, ...],
+    checks: tuple[Check, ...],
+    shown: Shown | None = None,
+) -> Sample:
+    """Return a sample that no request of ours made; its status follows from its checks."""
+    from data_tools.instruct.verify.command import TOOL
+
+    codes = reasons(checks)
+    return Sample(
+        id=sample_id, type=sample_type, origin="imported", image=image, turns=turns,
+        shown=shown or Shown(), request="", template="", template_sha256="", model="",
+        parameters={}, cost=Cost(), tool=TOOL, checks=checks,
+        status="rejected" if codes else "accepted", reasons=codes,
+    )  # fmt: skip
 
 
 def type_of(turns: tuple[Turn, ...]) -> SampleType:
