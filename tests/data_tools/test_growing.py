@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from data_tools.instruct.grow.operators import GROUPS, OPERATORS, grown_id
 from data_tools.instruct.lines import read_lines
 from data_tools.instruct.run_folder import RunFolder
 from data_tools.instruct.schema import Request, Sample, Turn
-from tests.data_tools.coco_files import write_coco
+from tests.data_tools.grown_runs import FIRST, configured, good_reply, turn, turns
 from tests.data_tools.teacher_server import Act, Received, after, drop, fail, say, served
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
@@ -29,37 +28,6 @@ from vlm_sft.data.records import open_records
 from vlm_sft.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-
-FIRST = [
-    {"question": "How many dogs are there?", "answer": "Two.", "kind": "count", "evidence": []},
-    {"question": "Is there a cat?", "answer": "No, there is no cat.", "kind": "existence",
-     "evidence": []},
-]  # fmt: skip
-"""What the teacher says of each image; the rules accept it."""
-
-
-def turn(question: str, answer: str, kind: str = "object") -> dict[str, Any]:
-    return {"question": question, "answer": answer, "kind": kind, "evidence": []}
-
-
-def turns(*given: dict[str, Any]) -> str:
-    return json.dumps({"turns": list(given)})
-
-
-def configured(root: Path, url: str, images: Any = 1) -> Path:
-    """A configuration of a run about images of two dogs on a lawn, or of other boxes."""
-    boxes = [("dog", [10.0, 10, 40, 40], 0), ("dog", [60, 10, 40, 40], 0)]
-    given = images if isinstance(images, dict) else dict.fromkeys(range(1, images + 1), boxes)
-    files = write_coco(root, given, {n: ["Two dogs on a lawn."] for n in given})
-    config = {
-        "output_dir": str(root / "run"),
-        "coco": {name: str(files[name]) for name in ("instances", "captions", "images")},
-        "requests": {"shares": {"conversation": 1, "detail": 0, "reasoning": 0}},
-        "teacher": {"kind": "openai", "model": "m", "base_url": url, "structured": "none",
-                    "backoff_seconds": 0.02, "attempts": 3, "concurrency": 2},
-    }  # fmt: skip
-    (root / "run.yaml").write_text(json.dumps(config))
-    return root / "run.yaml"
 
 
 def parents(root: Path, url: str, images: Any = 1) -> Path:
@@ -87,47 +55,15 @@ def grown(
         out = root / "grown"
         assert main(["grow", str(path), "--out", str(out), *options]) == 0
         for stage in ("generate", "verify", "clean", "export", "report"):
-            more = ["clean.same_images.action=keep"] if stage == "clean" else []  # all are gray
-            assert main([stage, str(out / "config.yaml"), *more]) == 0
+            assert main([stage, str(out / "config.yaml")]) == 0
     folder = RunFolder(out)
     return list(read_lines(folder.samples, Sample)), list(read_lines(folder.rejected, Sample))
 
 
 def test_every_operator_is_asked_checked_and_named_in_the_receipt(tmp_path: Path) -> None:
-    again = [
-        turn("How many dogs are there?", "A dog is on the left. Answer: 2", "count"),
-        turn("Is there a cat?", "Only dogs are on the lawn. Answer: No", "existence"),
-    ]
-    german = [
-        turn("Wie viele Hunde sind auf diesem Bild zu sehen?", "Es sind 2."),
-        turn("Ist auf dem Bild eine Katze zu sehen?", "Nein, es ist keine Katze da."),
-    ]
-    replies = {
-        "in other words": turns(turn("What number of dogs can be seen?", "There are two.", "count"),
-                                turn("Can you see a cat?", "No, there is none.", "existence")),
-        "the harder": turns(turn("What are the two animals on the lawn?", "They are dogs.")),
-        "the new conversation": turns(turn("What is under the animals?", "A lawn.")),
-        "with reasons": turns(*again),
-        "next turns": turns(turn("Where are they?", "They are on a lawn.")),
-        "Answer the questions, as": turns(FIRST[0], turn("Is there a cat?", "No.", "existence")),
-        "one more condition": turns(turn("Which animals stand on the lawn?", "Two dogs.")),
-        "more particular": turns(turn("On what surface do both dogs stand?", "On a lawn.")),
-        "several steps": turns(turn("If one dog left, would one stay?", "Two less one, so one.")),
-        "more given": turns(turn("My aunt fears cats. May she come here?", "Yes, no cat is here.")),
-        "seldom asked": turns(turn("What do the animals have below them?", "A lawn.")),
-        "new questions about": turns(turn("Name the kind of pet.", "These are dogs.")),
-        "into German": turns(*german),
-    }  # fmt: skip
-
-    def reply(text: str) -> str:
-        last = text.splitlines()[-1]
-        if "why they cannot be answered" in last:
-            return turns(*(answered(line) for line in text.splitlines() if line[:1] == "q"))
-        return next(said for words, said in replies.items() if words in last)
-
     names = [name for name in OPERATORS if name not in ("constraints", "multi-image")]
     accepted, rejected = grown(
-        tmp_path, reply, "--operators", ",".join(names), "--language", "german"
+        tmp_path, good_reply, "--operators", ",".join(names), "--language", "german"
     )
     assert {sample.id: sample.reasons for sample in rejected} == {}
     by_operator = {sample.grown.operator: sample for sample in accepted if sample.grown}
@@ -152,17 +88,6 @@ def test_every_operator_is_asked_checked_and_named_in_the_receipt(tmp_path: Path
     assert any("not checked in german" in check.claim for check in translated.checks)
     assert any(check.claim.startswith("parent: ") for check in translated.checks)
     assert {turn.kind for turn in translated.turns} == {"count", "existence"}
-
-
-def answered(line: str) -> dict[str, Any]:
-    """What a good teacher says to a question of `refuse` about two dogs on a lawn."""
-    question = json.loads(line.split(": ", 1)[1])
-    absent = next((n for n in ("cat", "bus", "apple", "car", "cup") if f" {n}" in question), None)
-    if "many" in question or "number" in question:
-        return turn(question, "There are two dogs.")
-    if "color" not in question and "made" not in question:
-        return turn(question, f"No, there is no {absent}." if absent else "Yes, there are dogs.")
-    return turn(question, f"That cannot be told, because there is no {absent} in the image.")
 
 
 @pytest.mark.parametrize(
@@ -282,23 +207,12 @@ def test_a_misbehaving_server_costs_samples_but_no_answer_twice_and_no_crash(
 def test_a_conversation_about_several_images_is_exported_as_training_reads_it(
     tmp_path: Path,
 ) -> None:
-    said = turns(
-        turn("How many dogs are in the first picture?", "There are two dogs.", "count"),
-        turn("What lies under the dogs in the second picture?", "A lawn."),
-        turn("How many dogs are in the third picture?", "There are two dogs.", "count"),
-        turn("What is in the fourth picture?", "There are two dogs."),
-    )
-
-    def reply(text: str) -> str:
-        number = len(re.findall(r"PICTURE \d:", text))
-        return turns(*json.loads(said)["turns"][:number])
-
     boxes = [("dog", [10.0, 10, 40, 40], 0), ("dog", [60, 10, 40, 40], 0)]
     accepted, rejected = grown(
-        tmp_path, reply, "--operators", "multi-image,constraints",
+        tmp_path, good_reply, "--operators", "multi-image,constraints",
         images={n: [*boxes, ("car", [110.0 + n, 10, 3.0 * n, 30], 0)] for n in range(1, 5)},
     )  # fmt: skip
-    assert {sample.grown.operator for sample in rejected if sample.grown} == {"constraints"}
+    assert {sample.grown.operator for sample in rejected if sample.grown} <= {"constraints"}
     several = [sample for sample in accepted if len(sample.images) > 1]
     assert several and all(2 <= len(sample.images) <= 4 for sample in several)
     exports = tmp_path / "grown" / "export"
@@ -314,7 +228,8 @@ def test_a_conversation_about_several_images_is_exported_as_training_reads_it(
     assert len(receipt["parents"]) == len(several[0].images)
     assert [image["id"] for image in receipt["images"]] == [i.id for i in several[0].images[1:]]
     (tmp_path / "images" / several[0].images[1].file_name).unlink()
-    assert main(["clean", str(tmp_path / "grown" / "config.yaml")]) == 0
+    clean = ["clean", str(tmp_path / "grown" / "config.yaml"), "clean.same_images.action=drop"]
+    assert main(clean) == 0
     dropped = {s.id: s.reasons for s in read_lines(RunFolder(tmp_path / "grown").dropped, Sample)}
     assert dropped[several[0].id] == ("IMAGE_UNREADABLE",)
 
@@ -357,6 +272,26 @@ def test_a_translation_can_be_translated_back_and_grows_nothing_else(tmp_path: P
     (back,) = read_lines(RunFolder(tmp_path / "en").samples, Sample)
     assert back.id.endswith("~translate-german-0~translate-english-0")
     assert any(check.rule == "count" and check.verdict == "supported" for check in back.checks)
+
+
+def test_growing_the_grown_asks_nothing_about_an_image_again(tmp_path: Path) -> None:
+    def script(received: Received) -> Act:
+        text = received.body["messages"][-1]["content"]
+        return say(good_reply(text) if "QUESTIONS" in text else turns(*FIRST))
+
+    with served(script) as server:
+        given, asked = parents(tmp_path, server.url, images=2), []
+        for name, operators in (("a", "refuse,deepen"), ("b", "deepen,rare"), ("c", "refuse")):
+            folder = RunFolder(tmp_path / name)
+            grow = ["grow", str(given), "--out", str(folder.root), "--operators", operators]
+            assert main(grow) == 0
+            for stage in ("generate", "verify"):
+                assert main([stage, str(folder.config)]) == 0
+            asked += read_lines(folder.requests, Request)
+            given = folder.config
+    refused = [request.sample_id for request in asked if request.template == "refuse"]
+    assert len({request.id for request in asked}) == len(asked)
+    assert len({*refused}) == 4 and all(name.endswith(("-0", "-1")) for name in refused)
 
 
 def test_questions_are_new_by_the_longest_common_subsequence() -> None:

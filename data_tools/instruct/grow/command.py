@@ -93,9 +93,11 @@ def command(
     if not any(OPERATORS[name].source == "image" for name in names):
         chosen = []
     share = Share(UNANSWERABLE if unanswerable is None else unanswerable)
+    plan = read_json(parent_run.plan) if parent_run.plan.exists() else {}
     material = Material(
-        config, images, categories, chosen, parents, templates, language, share, seeds
-    )
+        config, images, categories, chosen, parents, templates, language, share, seeds,
+        begin=plan.get("next_number", {}),
+    )  # fmt: skip
     requests = list(make_requests(material, operators, number))
     if not requests:
         raise UserError(
@@ -104,7 +106,8 @@ def command(
             "`translate --language English`)",
             code="no_records",
         )
-    plan = _write_run(folder, parent_run, material, requests, guard if chosen else None)
+    found_now = guard.as_dict() if chosen else plan.get("guard", {})
+    plan = _write_run(folder, parent_run, material, requests, found_now, number)
     lines = [*(guard.lines() if chosen else ()), *_found(source, samples, parents, plan)]
     echo("\n".join([*lines, *estimate_lines(plan, config)]), file=sys.stdout)
     echo(f"next: vlm-sft data generate {folder.config}, then verify, clean, export",
@@ -116,7 +119,8 @@ def _write_run(
     parent_run: RunFolder,
     material: Material,
     requests: Sequence[Request],
-    guard: contamination.Guard | None,
+    guard: dict[str, Any],
+    number: int,
 ) -> dict[str, Any]:
     """Write the files of the new run, and return its plan.
 
@@ -125,7 +129,8 @@ def _write_run(
         parent_run: The run that is grown.
         material: What the requests were made from.
         requests: The requests.
-        guard: What was found about the images that are asked about anew; None without such images.
+        guard: What was found about the images, those that are asked about anew among them.
+        number: Requests per operator and image; those of the next generation go on after them.
     """
     config, images, templates = material.config, material.images, material.templates
     used = {request.image for request in requests} | {p.image.id for p in material.parents}
@@ -138,12 +143,13 @@ def _write_run(
     first = next(iter(templates.values()))
     write_owned_json(folder.templates, {**dict.fromkeys(TYPES, first), **templates})
     write_owned(folder.config, settings.dump(config).encode())
-    before = read_json(parent_run.plan) if parent_run.plan.exists() else {}
+    asked = [name for name in templates if OPERATORS[name].source == "image"]
     by_operator = Counter(request.template for request in requests)
     plan: dict[str, Any] = {
         "images": {"indexed": len(used), "asked_about": len({r.image for r in requests})},
         "left_out": dict.fromkeys(LEFT_OUT, 0),
-        "guard": before.get("guard", {}) if guard is None else guard.as_dict(),
+        "guard": guard,
+        "next_number": {**material.begin, **{n: material.begin.get(n, 0) + number for n in asked}},
         "operators": dict(sorted(by_operator.items())),
         **tally.as_dict(config.teacher),
     }

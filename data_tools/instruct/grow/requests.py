@@ -43,6 +43,8 @@ class Material:
         language: Of translations; a key of `translation.LANGUAGES`.
         share: Of unanswerable questions in `refuse`.
         seeds: Seed tasks of `self-instruct`.
+        begin: The first number of the requests of an operator that makes samples from an image;
+            those of a run that is grown again go on from its own, so that none is asked twice.
     """
 
     config: InstructConfig
@@ -54,6 +56,7 @@ class Material:
     language: str
     share: Share
     seeds: Sequence[SeedTask] = ()
+    begin: Mapping[str, int] = field(default_factory=dict)
     tasks: TaskMaker = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,8 +92,9 @@ def make_requests(material: Material, operators: Sequence[str], number: int) -> 
                     yield _of_sample(material, parent, operator, repeat)
     of_images = {"self-instruct": _self_instruct, "refuse": _refuse}
     for name in operators:
+        begin = material.begin.get(name, 0)
         for image in material.chosen if name in of_images else ():
-            for repeat in range(number):
+            for repeat in range(begin, begin + number):
                 yield from of_images[name](material, image, repeat)
     if "multi-image" in operators:
         for repeat in range(number):
