@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kill_grown
 import pytest
 
 from data_tools.instruct.__main__ import main
@@ -330,3 +331,10 @@ def test_without_samples_or_a_server_nothing_is_grown(tmp_path: Path) -> None:
 def test_ids_name_parents_over_generations() -> None:
     first = grown_id("000000000001-conversation-0", "deepen", 0)
     assert grown_id(first, "steps", 2) == "000000000001-conversation-0~deepen-0~steps-2"
+
+
+@pytest.mark.slow
+def test_grown_runs_killed_at_random_places_are_as_without_kills(tmp_path: Path) -> None:
+    found = kill_grown.trial(tmp_path, kills=3, seed=1)
+    assert kill_grown.is_good(found), found
+    assert sum(found["kills"].values()) == 3 and found["accepted"] > 20
