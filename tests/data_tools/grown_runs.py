@@ -59,8 +59,8 @@ def good_reply(text: str) -> str:
     last = text.splitlines()[-1]
     if "why they cannot be answered" in last:
         return turns(*(answered(line) for line in text.splitlines() if line[:1] == "q"))
-    if "about all pictures" in last:
-        return turns(*_SEVERAL[: len(re.findall(r"PICTURE \d:", text))])
+    if "about all images" in last:
+        return turns(*_SEVERAL[: len(re.findall(r"IMAGE \d:", text))])
     if "Write the answer" in last:
         return json.dumps({"answer": "Two dogs are on a lawn.", "evidence": []})
     return turns(*next(said for words, said in _REPLIES.items() if words in last))

@@ -265,8 +265,8 @@ def test_claims_keep_their_places_and_labels_run_through_all_images() -> None:
     assert zebra.span is not None and both.answer[slice(*zebra.span)] == "zebra"
     context = describe_several([DOGS, CAT], 2, 30, 0.0)
     assert context.shown.captions == (1001, 1002) and context.shown.boxes == (100, 101, 200)
-    assert "PICTURE 2: 400 x 200" in context.text and "c2: " in context.text
-    assert "  b3: " in context.text.split("PICTURE 2")[1]
+    assert "IMAGE 2: 400 x 200" in context.text and "c2: " in context.text
+    assert "  b3: " in context.text.split("IMAGE 2")[1]
 
 
 # --- refusals

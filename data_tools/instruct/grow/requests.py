@@ -155,7 +155,7 @@ def _self_instruct(material: Material, image: AnnotatedImage, repeat: int) -> It
     texts += [one.turns[int(rng.integers(len(one.turns)))].question for one in made]
     texts = [texts[i] for i in rng.permutation(len(texts))]
     context = material.described([image])
-    lines = ["TASKS (about other pictures):", *(f"- {quoted(text)}" for text in texts)]
+    lines = ["TASKS (about other images):", *(f"- {quoted(text)}" for text in texts)]
     parents = (*(f"seed:{seed.id}" for seed in seeds), *(one.id for one in made))
     yield _request(
         material, Grown(operator="self-instruct", parents=parents), image,
@@ -201,7 +201,7 @@ def _several_images(material: Material, repeat: int) -> Iterator[Request]:
         group, waiting = waiting[:size], waiting[size:]
         images = [material.images[parent.image.id] for parent in group]
         context = material.described(images)
-        said = [f"About picture {n}:\n{talk(p.turns, True)}" for n, p in enumerate(group, 1)]
+        said = [f"About image {n}:\n{talk(p.turns, True)}" for n, p in enumerate(group, 1)]
         grown = Grown(
             operator="multi-image",
             parents=tuple(parent.id for parent in group),

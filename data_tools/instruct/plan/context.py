@@ -31,7 +31,7 @@ def describe(
     min_area: float = MIN_AREA,
     *,
     after: Shown | None = None,
-    title: str = "PICTURE",
+    title: str = "IMAGE",
 ) -> Context:
     """Return an image in words.
 
@@ -76,7 +76,7 @@ def describe_several(
     """Return several images in words; labels are counted through all of them."""
     texts, shown = [], Shown(decimals=decimals)
     for number, image in enumerate(images, 1):
-        one = describe(image, decimals, max_boxes, min_area, after=shown, title=f"PICTURE {number}")
+        one = describe(image, decimals, max_boxes, min_area, after=shown, title=f"IMAGE {number}")
         texts.append(one.text)
         summarised = {
             name: shown.summarised.get(name, ()) + one.shown.summarised.get(name, ())
@@ -113,7 +113,7 @@ def _escaped(line: str) -> Iterator[str]:
 
 def _captions(captions: Sequence[str], first: int) -> Iterator[str]:
     if not captions:
-        yield "CAPTIONS: nobody wrote any for this picture."
+        yield "CAPTIONS: nobody wrote any for this image."
         return
     yield f"CAPTIONS ({len(captions)}, each by one person):"
     for number, caption in enumerate(captions, first):
@@ -129,12 +129,12 @@ def _objects(
 ) -> Iterator[str]:
     if not image.boxes:
         yield (
-            "OBJECTS: not annotated for this picture. Whatever the captions do not mention is "
+            "OBJECTS: not annotated for this image. Whatever the captions do not mention is "
             "unknown, neither present nor absent."
         )
         return
     yield (
-        "OBJECTS (left, top, right, bottom as shares of the original picture's width and height, "
+        "OBJECTS (left, top, right, bottom as shares of the original image's width and height, "
         "from its top left corner):"
     )
     for name, group in groups.items():
@@ -146,7 +146,7 @@ def _objects(
     small = {name: boxes for name, boxes in summarised.items() if name not in groups}
     if small:
         counted = ", ".join(f"{name}: {_count(boxes, 0)}" for name, boxes in small.items())
-        yield f"By number only, without a box here: {counted}"
+        yield f"As a count only, without a box here: {counted}"
 
 
 def _count(boxes: Sequence[Box], listed: int) -> str:

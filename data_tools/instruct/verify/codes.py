@@ -83,7 +83,7 @@ ALL: Final = (
          "`What is on the table?`"),
     Code("IMAGES_MIXED", "form",
          "`grow`: a sentence is about several images at once, or about none, so that nothing can "
-         "check it.", "`The first picture has more dogs than the second picture.`"),
+         "check it.", "`The first image has more dogs than the second image.`"),
     Code("IMAGE_UNUSED", "form", "`grow`: nothing is said about one of several images.", ""),
     Code("ANSWERED_UNANSWERABLE", "content",
          "`grow`: an answer to what the image cannot answer.", "`It cost five dollars.`"),

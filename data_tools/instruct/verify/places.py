@@ -103,7 +103,7 @@ def _judge(
     rule, code = "side", "PLACE_WRONG"
     if isinstance(placing, InFrame):
         verdict, boxes = _frame_verdict(case, sentence, placing)
-        where = f"{' '.join(placing.regions)} of the picture"
+        where = f"{' '.join(placing.regions)} of the image"
     elif isinstance(placing, InLayer):
         verdict, boxes = _layer_verdict(case, placing)
         where = f"in the {placing.layer}"
