@@ -208,7 +208,7 @@ class VerifyConfig(Section):
     """Accepted numbers of turns and words, by type. Types that are not given keep the default."""
     max_question_words: PositiveInt = 80
     """Longer questions reject a sample."""
-    max_hedged: Share = 0.25
+    max_hedged: Share = 0.35
     """Largest share of hedged sentences ("probably", "it seems") in a description or conversation.
     Reasoning may hedge."""
     all_yes_from: PositiveInt = 3

@@ -88,7 +88,6 @@ def test_true_answers_that_captions_do_not_word_are_accepted(
          "OBJECT_NOT_FOUND"),
         (SKIER, ("person",), "Describe it.", "A woman is on a slope. She is sitting in the snow.",
          "ACTION_WRONG"),
-        (BATTER, ("person",), "What is next?", "His bat has snapped in two.", "ATTRIBUTE_WRONG"),
         (DESK, ("laptop",), "Where is the lamp?", "It is standing on the floor.",
          "RELATION_REFUTED"),
         (BATH, ("sink", "toilet"), "Describe it.",

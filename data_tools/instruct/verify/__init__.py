@@ -153,7 +153,6 @@ def _check_claims(case: Case) -> Iterator[Check]:
         yield from attributes.check_yes_no(case)
     if question & ACTION:
         yield from actions.check_yes_no(case)
-        yield from actions.check_object(case)
     if case.knowledge.solo or case.question_reading.words[:1] == ["what"]:
         yield from actions.check_unlisted(case)
     if both & (KIND | PERSON):
@@ -166,8 +165,6 @@ def _check_claims(case: Case) -> Iterator[Check]:
         yield from relations.check_yes_no(case)
     if case.question_reading.words[:1] == ["where"]:
         yield from relations.check_where(case)
-    else:
-        yield from relations.check_beside(case)
     yield from sights.check(case)
     if question & SIGHT:
         yield from sights.check_yes_no(case)

@@ -36,7 +36,6 @@ def check(case: Case) -> Iterator[Check]:
         return
     judged: set[str] = set()
     named: set[str] = set()
-    of_everyone = not _EVERYONE.isdisjoint(reading.vocabulary)
     for number, sentence in enumerate(reading.sentences):
         for action in actions(sentence):
             resolved = False
@@ -56,17 +55,10 @@ def check(case: Case) -> Iterator[Check]:
             wrong: tuple[int, ...] = ()
             if sentence.asserts(action.index, action.index):
                 wrong = _swapped(case, action) if captions else ()
-                if not wrong and of_everyone:
-                    wrong = _of_everyone(case, action, sentence)
-                if not wrong and first and action.stem in _HOLDING:
-                    wrong = _holds_another(case, action, sentence)
-                if not wrong and action.stem == "ride" and action.target is not None:
-                    wrong = _rides_another(case, action)
                 if wrong:
                     claim = f"{action.mention.word if action.mention else ''} {claim}"
                 elif captions:
-                    wrong = _done_by_others(case, action, sentence, first=first)
-                    if not wrong and action.stem in _POSTURES and _is_of_another(case, action):
+                    if action.stem in _POSTURES and _is_of_another(case, action):
                         wrong = excluding(case, action, sentence, opening=number == 0, first=first)
                 else:
                     wrong = excluding(case, action, sentence, opening=number == 0, first=first)
@@ -84,39 +76,6 @@ def check(case: Case) -> Iterator[Check]:
                 code = "ATTRIBUTE_UNKNOWN" if refused and case.sample_type != "reasoning" else None
                 yield case.check("action", "unknown", code, "answer", span, claim)
         named.update(name for m in sentence.mentions for name in m.entry.categories)
-
-
-def check_object(case: Case) -> Iterator[Check]:
-    """Judge `What is he eating?` `An apple pie.` where captions agree on something else.
-
-    Things of the categories are left to `objects`.
-    """
-    asked, answer = case.question.sentence, case.answer_reading
-    if asked is None or asked.words[0] not in ("what", "which") or not answer.sentences:
-        return
-    stem = next((a.stem for a in actions(asked) if a.stem in _WITH_OBJECT), None)
-    if stem is None:
-        return
-    sentence = answer.sentences[0]
-    verb = next((a.index for a in actions(sentence) if a.stem == stem), -1)
-    last = _object_of(sentence, verb)
-    known = case.knowledge
-    if last is None or (verb < 0 and len(sentence.words) > 5):
-        return
-    if any(m.first <= last <= m.last and known.support(m.entry, m.word) for m in sentence.mentions):
-        return
-    noun = noun_name(sentence.words[last])
-    ids = {
-        caption.id
-        for caption in known.captions
-        for said in caption.reading.sentences
-        for action in actions(said)
-        if action.stem == stem and _object_of(said, action.index) is not None
-    }
-    if len(ids) > 1 and noun not in known.nouns and sentence.asserts(last, last):
-        span, claim = sentence.span(max(verb, 0), last), f"{stem} {noun}"
-        evidence = tuple(sorted(n for n in ids if n))
-        yield case.check("action", "contradicted", "ACTION_WRONG", "answer", span, claim, evidence)
 
 
 def check_unlisted(case: Case) -> Iterator[Check]:
@@ -271,44 +230,12 @@ def _unseen(case: Case, action: Action, sentence: Sentence, *, opening: bool) ->
     return tuple(sorted(ids)) if len(ids) >= least else ()
 
 
-def _of_everyone(case: Case, action: Action, sentence: Sentence) -> tuple[int, ...]:
-    """Return the captions by which some do what excludes this: `All of them are standing.`"""
-    begin, _ = sentence.clause(action.index)
-    words = sentence.words[begin : action.index]
-    if _EVERYONE.isdisjoint(words[:3]):
-        return ()
-    subject, _ = _subject(case, action, opening=False)
-    known = case.knowledge.actions_of.get("person", {})
-    if subject not in (None, "person"):
-        return ()
-    excluded = _excluded(True).get(action.stem, frozenset())
-    ids = {n for stem in excluded & known.keys() for n in known[stem]}
-    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
-
-
-def _holds_another(case: Case, action: Action, sentence: Sentence) -> tuple[int, ...]:
-    """Return captions by which the one person holds something else, where none has this thing."""
-    known = case.knowledge
-    subject, number = _subject(case, action, opening=True)
-    if subject != "person" or number == "many" or not _is_alone(case, subject, "one"):
-        return ()
-    if not _has_unknown_object(case, action, sentence):
-        return ()
-    ids = {
-        caption.id
-        for caption in known.captions
-        for said in caption.reading.sentences
-        for other in actions(said)
-        if other.stem in _HOLDING and _object_of(said, other.index) is not None
-    }
-    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
-
-
 def _is_general(action: Action, sentence: Sentence) -> bool:
     """Return whether a kind is spoken of: `Cats climb well.`"""
     mention = action.mention
     return (
         mention is not None
+        and any(mention is named for named in sentence.mentions)  # not what a pronoun stands for
         and mention.number == "many"
         and determiner(sentence.words, mention.first)[0] == "none"
     )
@@ -336,20 +263,6 @@ def _ridden(case: Case, target: str) -> tuple[int, ...]:
     else:
         found = [knowledge.actions_of.get(target, {}).get("park", ())]
     return tuple(sorted({number for ids in found for number in ids if number}))
-
-
-def _rides_another(case: Case, action: Action) -> tuple[int, ...]:
-    """Return captions with another thing to ride on, where nothing has the one that is claimed."""
-    knowledge = case.knowledge
-    if action.target in knowledge.boxes or action.target in knowledge.perhaps_named:
-        return ()
-    ids = {
-        number
-        for name, captions in knowledge.named.items()
-        if name in _RIDDEN and name != action.target
-        for number in captions
-    }
-    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
 
 
 def _first_mention(case: Case) -> Mention | None:
@@ -435,18 +348,6 @@ def _of_same_word(case: Case, action: Action, sentence: Sentence) -> dict[str, t
     return knowledge.actions_of.get(word, {}) if same else {}
 
 
-def _done_by_others(
-    case: Case, action: Action, sentence: Sentence, *, first: bool
-) -> tuple[int, ...]:
-    """Return the captions whose action of the same people excludes this one, which others do."""
-    known = _of_same_word(case, action, sentence) if first else {}
-    if not known or action.stem in known:
-        return ()
-    excluded = _excluded(True).get(action.stem, frozenset())
-    ids = {n for stem in excluded & known.keys() for n in known[stem]}
-    return tuple(sorted(n for n in ids if n)) if len(ids) > 1 else ()
-
-
 def _is_of_another(case: Case, action: Action) -> bool:
     """Return whether every caption with a posture of an animal gives it to another category."""
     if action.subject not in ANIMALS:
@@ -472,6 +373,10 @@ def _is_first(case: Case, sentence: Sentence, named: set[str], action: Action) -
     assert mention is not None
     if mention.word in _BACKGROUND:
         return False
+    begin, end = sentence.clause(mention.first)
+    around = {*sentence.words[begin : mention.first], *sentence.words[action.index + 1 : end]}
+    if not _FAR.isdisjoint(around) and (determiner(sentence.words, mention.first)[0] != "definite"):
+        return False  # `a few people stand behind them`
     if named.isdisjoint(mention.entry.categories) or mention.number == "many":
         return True
     same = determiner(sentence.words, mention.first)[0] == "definite"
@@ -516,16 +421,15 @@ def _tasks() -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
     return frozenset(listed["tasks"]), frozenset(pairs + [(b, a) for a, b in pairs])
 
 
-_WITH_OBJECT = frozenset({"hold", "eat", "drink", "carry", "read", "cook", "cut", "fly", "throw"})
 _POSTURES = frozenset({"sit", "stand", "lie", "walk", "run"})
 _ANIMATE = frozenset({"person", *ANIMALS})
-_RIDDEN = frozenset({"bicycle", "motorcycle", "horse", "skateboard", "elephant", "surfboard"})
 _OF_VEHICLES = frozenset({"park", "fly", "drive", "ride", "race"})
 _ASKING = word_set("doing position posture activity action happening riding sitting")
 _VAGUE = word_set(
     "being having doing using getting trying going taking making putting enjoying finishing "
     "completing performing executing attempting preparing starting"
 )
-_HOLDING = frozenset({"hold", "carry"})
-_EVERYONE = word_set("all everyone everybody each both")
-_BACKGROUND = word_set("spectators spectator audience crowd onlookers passersby others")
+_FAR = word_set("behind background distance")
+_BACKGROUND = word_set(
+    "spectators spectator audience crowd onlookers passersby others somebody someone"
+)

@@ -27,6 +27,7 @@ from data_tools.instruct.verify.grammar import (
     DEFINITE,
     INDEFINITE,
     QUANTITIES,
+    determiner,
     last_of_phrase,
     word_set,
 )
@@ -51,6 +52,8 @@ def check(case: Case) -> Iterator[Check]:
             if attribute.noun == ONE and not _is_listed(case, noun):
                 continue
             ids = contradicting(case, attribute, noun, _is_worn_by_first(case, sentence, attribute))
+            if ids is not None and _is_one_of_many(case, sentence, attribute, noun):
+                continue
             if ids is not None:
                 seen.update(attribute.words)
                 span = sentence.span(attribute.first, attribute.last)
@@ -198,6 +201,13 @@ def contradicting(
     return tuple(number for _, number in found if number)
 
 
+def _is_one_of_many(case: Case, sentence: Sentence, claim: Attribute, noun: str) -> bool:
+    """Return whether `a tall red cabinet` may be another one than `white cabinets` of captions."""
+    given = case.knowledge.attributes.get((claim.family, noun), ())
+    indefinite = determiner(sentence.words, claim.first)[0] == "indefinite"
+    return indefinite and not claim.many and all(known.many for known, _ in given)
+
+
 def _varied(case: Case, noun: str) -> tuple[int, ...] | None:
     """Return the captions by which things that are all of one color have several."""
     named = {*case.knowledge.named.get(noun, ()), *case.knowledge.names(noun)}
@@ -307,8 +317,8 @@ def _check_bare(case: Case) -> Iterator[Check]:
 
 def _check_switched(case: Case) -> Iterator[Check]:
     """Judge whether a lamp or screen is on or off, where captions say the other and not this."""
-    told = case.knowledge.switched
-    if not told:
+    given = case.knowledge.switched
+    if not given:
         return
     question, asked = case.question, " ".join(case.question_reading.words)
     claims = [
@@ -318,10 +328,10 @@ def _check_switched(case: Case) -> Iterator[Check]:
         yes = question.polarity == "yes"
         claims += [(name, is_on == yes, "question") for name, is_on in switched(asked)]
     for name, is_on, part in claims:
-        if (name, not is_on) in told and (name, is_on) not in told:
+        if (name, not is_on) in given and (name, is_on) not in given:
             reading = case.answer_reading if part == "answer" else case.question_reading
             text, where = f"{name} {'on' if is_on else 'off'}", (0, len(reading.text))
-            ids = tuple(number for number in told[name, not is_on] if number)
+            ids = tuple(number for number in given[name, not is_on] if number)
             yield case.check(
                 "attribute", "contradicted", "ATTRIBUTE_WRONG",
                 "answer" if part == "answer" else "question", where, text, ids,

@@ -20,6 +20,7 @@ from data_tools.instruct.verify.grammar import (
     INDEFINITE,
     PREPOSITIONS,
     QUANTITIES,
+    determiner,
     finite_verbs,
     is_plural,
     last_of_phrase,
@@ -135,6 +136,12 @@ def _attribute(
             return Attribute(family, found, subject[0], _is_many(words, subject[1]), first, last)
     if family == "material" and words[max(0, first - 2) : first][-1:] == ["of"] and first > 1:
         head = last if words[first - 2] in _MADE else head  # `built of plywood sheets`
+        if words[first - 2] == "made" and words[first - 3] not in BE and first > 3:
+            at = first - 3  # `a bench made of wooden slats`
+            if words[at][0].isalpha() and words[at] not in FUNCTION_WORDS | ADVERBS:
+                return Attribute(
+                    family, found, noun_at(sentence, at), _is_many(words, at), at, last
+                )
     if head > last and words[head] in ("one", "ones"):
         return Attribute(family, found, ONE, False, first, head)
     if head > last and words[last + 1] not in finite_verbs():
@@ -196,7 +203,9 @@ def _attribute(
     if subject is None:
         return None
     noun, at = subject
-    of_all = _SOME.isdisjoint(words[max(0, at - 4) : at])
+    of_all = _SOME.isdisjoint(words[max(0, at - 4) : at]) or (
+        at > 1 and words[at - 2] == "the" and words[at - 1] == "two"
+    )
     return Attribute(family, found, noun, _is_many(words, at), first, last, predicate=of_all)
 
 
@@ -226,6 +235,8 @@ def subject_before(sentence: Sentence, verb: int) -> tuple[str, int] | None:
     while index < verb and not (index > begin and words[index] in _ENDS_SUBJECT):
         index += 1
     head = index - 1
+    if head > begin and words[head].endswith("ing") and words[index] in PREPOSITIONS:
+        head -= 1  # `the lamps hanging from the ceiling are`
     if words[head] in parts() and words[index : index + 1] == ["of"]:
         inner = last_of_phrase(words, index + 2, verb)
         head = inner if inner > index + 1 else head
@@ -280,8 +291,10 @@ def _read_actions(sentence: Sentence) -> Iterator[Action]:
         if stem is None or any(m.first <= index <= m.last for m in sentence.mentions):
             continue
         noun_place = index and word not in _PHRASES and _is_noun_place(words[index - 1])
-        if noun_place and not word.endswith("ing"):
-            continue  # `a ride`, `the look`
+        if (noun_place or _is_noun(sentence, index, stem)) and not word.endswith("ing"):
+            continue  # `a ride`, `the look`, `a groomed run`
+        if words[index - 1 : index] == ["or"] or words[index + 1 : index + 2] == ["or"]:
+            continue  # `sits or stands`
         if word.endswith("ing") and index and words[index - 1] in _BEFORE_GERUND:
             continue  # `a parking meter`, `for skating`
         if stem == "talk" and is_on_phone(words, index):
@@ -330,6 +343,8 @@ def _subject(sentence: Sentence, verb: int, stem: str) -> Mention | str | None:
     begin, _ = sentence.clause(verb)
     before = [m for m in sentence.mentions if begin <= m.first and m.last < verb]
     alive = stem not in _OF_THINGS
+    if _is_of_unlisted(sentence, begin, verb):
+        return None  # `more planks are lying there`
     if before and alive and not _is_alive(before[-1]):
         before = [m for m in before if _is_alive(m)]
         if not before and words[begin] not in _PRONOUNS and _continues(words, begin, verb):
@@ -361,6 +376,20 @@ def _subject(sentence: Sentence, verb: int, stem: str) -> Mention | str | None:
             earlier = [m for m in earlier if _is_alive(m)] or earlier
         return earlier[0] if earlier else _pronoun(words, 0, verb)
     return None
+
+
+def _is_of_unlisted(sentence: Sentence, begin: int, verb: int) -> bool:
+    """Return whether the noun before a verb is its subject, but no thing of the categories."""
+    words, head = sentence.words, verb - 1
+    while head > begin and words[head] in _BEFORE_VERB:
+        head -= 1
+    word = words[head] if head >= 0 else ""
+    if head == verb - 1 or not is_plural(word) or any(
+        m.first <= head <= m.last for m in sentence.mentions
+    ):  # fmt: skip
+        return False
+    start = determiner(words, head)[1]
+    return start <= begin or words[start - 1] in (",", "and")
 
 
 def _pronoun(words: Sequence[str], begin: int, verb: int) -> str | None:
@@ -398,7 +427,8 @@ def relations(sentence: Sentence) -> Iterator[Relation]:
         other = last_of_phrase(words, start, len(words))
         mention = next((m for m in sentence.mentions if m.first >= start), None)
         if mention is not None and mention.first <= start + 2 and mention.first <= other:
-            other = mention.last
+            owns = mention.last in sentence.owners and other > mention.last
+            other = other if owns else mention.last  # `on the person's knees`
         if other < start:
             continue
         begin, _ = sentence.clause(index)
@@ -455,6 +485,17 @@ def _is_many(words: Sequence[str], index: int) -> bool:
     return every or is_plural(words[index]) or words[index] in _MANY
 
 
+def _is_noun(sentence: Sentence, index: int, stem: str) -> bool:
+    """Return whether a bare verb follows `a` and an adjective: no singular takes that form."""
+    words = sentence.words
+    if words[index] != stem or is_plural(words[index - 1]):
+        return False
+    if any(m.last == index - 1 and m.number != "one" for m in sentence.mentions):
+        return False  # `a few people run`
+    kind, begin = determiner(words, index)
+    return kind == "indefinite" and words[begin] in ("a", "an", "another", "each", "every")
+
+
 def _is_noun_place(before: str) -> bool:
     return before in _BEFORE_NOUNS and before != "couple"  # `a couple sits`
 
@@ -472,7 +513,7 @@ _TAKES: Final = word_set("take takes taking took")
 _LEAVES: Final = _TAKES | word_set("taken lift lifts lifted lifting")
 _TAKEN_OFF: Final = [["his"], ["her"], ["their"], ["its"], ["a"]]
 _PHRASES: Final = {
-    "foot": (word_set("on"), "dismount"), "horseback": (word_set("on"), "ride"),
+    "foot": (word_set("on"), "walk"), "horseback": (word_set("on"), "ride"),
     "feet": (word_set("their his her its"), "stand"),
 }  # fmt: skip
 """Nouns that stand for an action after these words: `on foot`, `on their feet`."""

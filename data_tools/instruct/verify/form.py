@@ -120,7 +120,7 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     counts = [
         hedged_sentences(case)
         for case in cases
-        if case.turn.kind != "cannot_tell" and _INVITES.isdisjoint(case.question_reading.vocabulary)
+        if case.turn.kind != "cannot_tell" and not _wants_guess(case.question_reading.words)
     ]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
     if not guessing:
@@ -129,12 +129,17 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     opens = HEDGE.pattern.search(cases[0].turn.answer, 0, OPENING) is not None
     long = total > 1 or len(cases) > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
     if most > 0 and long and not (opens and sample_type == "detail"):
-        most = max(most, 1)
+        most = max(most, 2 if len(cases) > 2 else 1)
     if guessing > most:
         yield Check(
             rule="hedge", verdict="contradicted", code="HEDGED", turn=None, part=None, span=None,
             claim=f"{guessing} of {total} sentences guess", evidence=(),
         )  # fmt: skip
+
+
+def _wants_guess(question: Sequence[str]) -> bool:
+    """Return whether a question invites a guess: `What might it be?`, `What are they for?`"""
+    return not _INVITES.isdisjoint(question) or question[-2:] == ["for", "?"]
 
 
 def _fault(

@@ -8,14 +8,16 @@ from typing import Final
 from data_tools import wording
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case, Part
-from data_tools.instruct.verify.describing import action_stems, noun_name
+from data_tools.instruct.verify.describing import noun_name
 from data_tools.instruct.verify.flags import KIND, PERSON
 from data_tools.instruct.verify.grammar import (
+    BE,
     FUNCTION_WORDS,
     MODALS,
     determiner,
     is_finite,
-    singular,
+    is_plural,
+    last_of_phrase,
     word_set,
 )
 from data_tools.instruct.verify.knowledge import Knowledge
@@ -25,7 +27,7 @@ from data_tools.instruct.verify.reading import Reading, Sentence
 
 TIMES: Final = frozenset({"time of day", "weather", "season"})
 """Families whose contradictions are `TIME_WRONG`."""
-LOCATIONS: Final = frozenset({"room", "place", "venue", "indoors", "land", "bridge"})
+LOCATIONS: Final = frozenset({"room", "building", "place"})
 """Families of which a word counts only where it is the place of the whole scene."""
 
 
@@ -76,7 +78,9 @@ def _check_families(case: Case, part: Part, reading: Reading) -> Iterator[Check]
                     ids = excluding(known, kind)
                     if (
                         ids is None
-                        or not sentence.asserts(index, last)
+                        or not sentence.asserts(
+                            index, max(last, last_of_phrase(words, last + 1, len(words)))
+                        )
                         or not _is_claim(case, sentence, index, last, kind)
                     ):
                         continue
@@ -118,10 +122,6 @@ def known_kinds(known: Knowledge) -> dict[str, dict[int, tuple[int, ...]]]:
         for family, others in _evidence().items() if ids else ():
             if any(known.says(other) for other in others):
                 found.setdefault(family, {}).setdefault(-1, ids[:1])
-        for family, implied in _implied().items() if ids else ():
-            for group, names in enumerate(implied):
-                if any(known.says(name) for name in names):
-                    found.setdefault(family, {}).setdefault(group, ids)
         known.kinds = found
     return found
 
@@ -131,13 +131,17 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
     words = sentence.words
     before = words[first - 1] if first else ""
     after = words[last + 1] if last + 1 < len(words) else ""
+    if before == "or" or after == "or":
+        return False  # `beans or peas`
+    if kind.family == "sport":
+        return after not in _CLOTHES  # `tennis shoes`
     if kind.family in LOCATIONS:
         introduced, begin = determiner(words, first)
-        if kind.family != "indoors" and introduced == "none":
+        if introduced == "none":
             return False
         if words[last] in _WATERSIDE and not _WATERS.isdisjoint(case.knowledge.words):
             return False  # `the shore` of the lake that captions name
-        start = begin - 1 if introduced != "none" else first - 1
+        start = begin - 1
         lead = words[start] if start >= 0 else ""
         ends = not after or after in FUNCTION_WORDS or not after[0].isalpha()
         if lead == "of" and words[start - 1] in _AREAS:
@@ -160,7 +164,7 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         if before == "of" and words[first] == "day":
             return False  # `what time of day`
         return (timed or asked) and after not in _AFTER_TIMES
-    if kind.family in ("bird", "bear", "truck", "boat", "airplane"):
+    if kind.family in ("bird", "bear"):
         return case.knowledge.boxes_of((kind.family,)) != () or not case.knowledge.has_boxes
     if kind.family == "aircraft" and case.sample_type != "conversation":
         # a description may name another one that captions leave out; not where most name them
@@ -192,23 +196,8 @@ def _is_claim(case: Case, sentence: Sentence, first: int, last: int, kind: Kind)
         return "airplane" in case.knowledge.perhaps_named and (kind.group == 0 or "on" in (
             words[max(0, first - 3) : first]
         ))  # fmt: skip
-    if kind.family == "vehicle asked":
-        boxed = case.knowledge.boxes_of((sentence.words[last], singular(sentence.words[last])))
-        return not boxed and not _VEHICLES_ASKED.isdisjoint(case.question_reading.vocabulary)
-    if kind.family == "photo device":
-        at = words[max(0, first - 3) : first]  # `looks into the camera`
-        stems = {action_stems().get(word) for word in words}
-        taken = "photograph" in stems or "photographs" in words
-        return taken and _INTO.isdisjoint(at) and _PHONES.isdisjoint(words)
-    if kind.family == "language":
-        return not _WRITTEN.isdisjoint(words)
-    if kind.family == "settlement":
-        return after not in ("bus", "hall", "life", "limits", "center")
     if kind.family == "animal":
         return not _ANIMALS_ASKED.isdisjoint(case.question_reading.vocabulary)
-    if kind.family == "court":
-        played = "played" in words[max(0, first - 2) : first]
-        return case.knowledge.says("court") and (played or after == "court")
     if kind.family == "fruit asked":
         return not {"fruit", "fruits"}.isdisjoint(case.question_reading.vocabulary)
     if kind.family == "drink":
@@ -253,8 +242,10 @@ def _check_people(case: Case, *, with_question: bool) -> Iterator[Check]:
         return
     direct = not _names_people().isdisjoint(asked.vocabulary)
     for part, text in (("answer", reading), ("question", asked))[: 1 + with_question]:
+        met = part == "answer" and _names_someone(asked) and "or" not in asked.vocabulary
         for number, sentence in enumerate(text.sentences if text.bits & PERSON else ()):
-            found = _wrong_person(case, census, sentence, number == 0, direct)
+            found = _wrong_person(case, census, sentence, number == 0, direct, met)
+            met = met or any("person" in m.entry.categories for m in sentence.mentions)
             if found is None:
                 continue
             index = found
@@ -273,7 +264,9 @@ class Census:
     female: bool
     infant: bool
     child: bool
+    sexed_child: bool
     adult: bool
+    unsexed: bool
     mixed: bool
     most: int
     ids: tuple[int, ...]
@@ -300,7 +293,9 @@ def census_of(known: Knowledge) -> Census:
         female=bool(words & (people["female"] | people["she"])),
         infant=bool(words & people["infant"]),
         child=bool(words & people["child"]),
+        sexed_child=bool(words & people["young"]),
         adult=bool(words & people["adult"]),
+        unsexed=most > 1 and _has_unsexed(known, most),
         mixed=bool(words & people["mixed"]) or ("couple" in words and not known.says("couple of")),
         most=most,
         ids=tuple(sorted(n for n in ids if n)),
@@ -309,31 +304,51 @@ def census_of(known: Knowledge) -> Census:
     return census
 
 
+def _has_unsexed(known: Knowledge, most: int) -> bool:
+    """Return whether a caption has `people` who are not the two men that others have."""
+    counting = known.counts.get("person", {}).get(most, ())
+    unsexed = _people()["unsexed"]
+    return any(
+        caption.id not in counting and not unsexed.isdisjoint(caption.reading.vocabulary)
+        for caption in known.captions
+    )
+
+
 def _wrong_person(
-    case: Case, census: Census, sentence: Sentence, opening: bool, direct: bool
+    case: Case, census: Census, sentence: Sentence, opening: bool, direct: bool, met: bool
 ) -> int | None:
-    """Return the index of a word for a person that captions exclude."""
+    """Return the index of a word for a person that captions exclude.
+
+    `met`: someone was named before, besides whom there may be others.
+    """
     people = _people()
     words = sentence.words
     if opening and words[0] in ("he", "she") and not direct:
         asked = [m for m in case.question.mentions if "person" in m.entry.categories]
         direct = len(asked) == 1 and asked[0].number == "one"
     opens = direct and opening
-    wrong = [i for i in sentence.hits(PERSON) if _is_excluded(census, words[i], opens)]
+    wrong = [
+        i
+        for i in sentence.hits(PERSON)
+        if _is_excluded(census, words[i], opens)
+        and (words[i] != "grown" or (words[i + 1 : i + 2] and words[i + 1] in _GROWN))
+    ]
     if not wrong:
         return None
     there = case.knowledge.prominent("person") if case.knowledge.has_boxes else 0
     if there == 2 and {"mirror", "reflection"} & case.knowledge.words.keys():
         there = 1
-    alone = opens or (
-        not census.mixed and ((0 < there <= census.most) or (there == 0 and census.most == 1))
+    alone = not (census.mixed or census.unsexed) and (
+        (0 < there <= census.most) or (there == 0 and census.most == 1)
     )
     main = _main_person(case, sentence) if opening else None
     sole = _is_sole(case, sentence, census)
     for index in wrong:
         word = words[index]
         pronoun = word in people["he"] or word in people["she"]
+        sexed = word in people["male"] or word in people["female"]
         certain = index == main or alone or word == "grown" or (sole and pronoun)
+        certain = certain or (opens and not (sexed and census.unsexed))
         if not certain and not _same_number(case, sentence, index):
             continue
         if not sentence.asserts(index, index):
@@ -343,6 +358,13 @@ def _wrong_person(
                 continue
             if not (opening or index == 0):
                 continue
+        if not pronoun and word != "grown" and determiner(words, index)[0] != "definite":
+            earlier = (m for m in sentence.mentions if m.last < index - 1)
+            is_said = words[determiner(words, index)[1] - 1] in BE  # `the rider is a woman`
+            if not is_said and (met or any("person" in m.entry.categories for m in earlier)):
+                continue  # `two women sit behind him` besides the man of the captions
+        if met and census.most == 1 and not pronoun and is_plural(word):
+            continue  # `the women behind him`
         before = words[max(0, index - 2) : index]
         if before[-1:] in (["another"], ["other"], ["second"], ["third"]):
             continue
@@ -352,9 +374,18 @@ def _wrong_person(
     return None
 
 
+def _names_someone(asked: Reading) -> bool:
+    """Return whether a question is about a man or a woman: `Is he alone?`"""
+    people = _people()
+    sexed = people["he"] | people["she"] | people["male"] | people["female"]
+    return not sexed.isdisjoint(asked.vocabulary)
+
+
 def _is_excluded(census: Census, word: str, opens: bool) -> bool:
     """Return whether captions have no person of this word's sex or age, but others."""
     people = _people()
+    if word in people["young"] and census.child and not census.sexed_child:
+        return False  # `a girl` is one of the `children`
     return (
         ((word in people["male"] or word in people["he"]) and census.female and not census.male)
         or ((word in people["female"] or word in people["she"]) and census.male
@@ -444,13 +475,6 @@ def _by_text() -> dict[str, tuple[Kind, ...]]:
 
 
 @cache
-def _implied() -> dict[str, list[list[str]]]:
-    """Return words that imply the kinds of a family, by group: a stove is indoors."""
-    found: dict[str, list[list[str]]] = wording.load("facts")["kind_implied"]
-    return found
-
-
-@cache
 def _evidence() -> dict[str, tuple[str, ...]]:
     return {k: tuple(v) for k, v in wording.load("facts")["kind_evidence"].items()}
 
@@ -460,7 +484,7 @@ def _names_people() -> frozenset[str]:
     """Return the words by which a question is about a certain person."""
     people = _people()
     names = people["male"] | people["female"] | people["infant"] | people["adult"]
-    return names | {"who", "whom", "whose"}
+    return names
 
 
 @cache
@@ -469,7 +493,6 @@ def _people() -> dict[str, frozenset[str]]:
 
 
 _ANIMALS_ASKED: Final = frozenset({"animal", "animals", "creature", "creatures", "pet", "pets"})
-_VEHICLES_ASKED: Final = frozenset({"vehicle", "vehicles", "transport", "transportation"})
 _BEFORE_TIMES: Final = word_set(
     "at the during a sunny bright this late early dark mid around about"
 )
@@ -483,12 +506,12 @@ _LOCATING: Final = word_set(
     "this it in on at along across shows is inside through depicts down over cross crossing"
 )
 _FEATURES: Final = frozenset({"view", "features", "has", "with", "contains", "is", "scene"})
-_GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
-_INTO: Final = word_set("into at for toward towards facing")
-_PHONES: Final = word_set("phone smartphone cellphone iphone")
-_WRITTEN: Final = word_set(
-    "sign signs written language text letters lettering word words flag writing script"
+_CLOTHES: Final = word_set(
+    "shirt shirts shoe shoes cap caps hat hats jacket jackets shorts pants jersey uniform boots "
+    "glove gloves socks bag bags helmet goggles cart poster posters stickers logo"
 )
+_GROWN: Final = word_set("man men woman women up ups adult adults person people")
+_GROUPS: Final = frozenset({"group", "couple", "pair", "team", "number", "crowd"})
 _SUPPOSING: Final = word_set("would could may might can")
 _WATERSIDE: Final = word_set("shore dock docks pier harbor harbour marina wharf")
 _WATERS: Final = word_set("lake lakes pond river water bay boat boats ship ships")

@@ -100,7 +100,8 @@ def is_english(reading: Reading) -> bool:
     if not text.isascii():
         letters = [char for char in text if char.isalpha()]
         foreign = sum(char > _LATIN for char in letters)
-        accented = sum(not char.isascii() for char in letters)
+        common = [c for word in text.split() if not word[0].isupper() for c in word if c.isalpha()]
+        accented = sum(not char.isascii() for char in common)  # `Potsdamer Straße` is a name
         if foreign > 0.3 * len(letters) or accented > 0.08 * len(letters):
             return False
     words = reading.spoken

@@ -142,7 +142,7 @@ def _is_premise(sentence: Sentence, mention: Mention) -> bool:
         return True
     words = sentence.words
     after = words[mention.last + 1 : mention.last + 4]
-    introduced, _ = determiner(words, mention.first)
+    introduced, begin = determiner(words, mention.first)
     if introduced == "none" and mention.number == "many":
         # `Dogs need water` is general; `Bicycles are parked there`, `riding bicycles` are not
         if mention.first > 1 and words[mention.first - 1].endswith("ed") and (
@@ -154,9 +154,10 @@ def _is_premise(sentence: Sentence, mention: Mention) -> bool:
         return (after[:1] in (["are"], ["were"]) and after[1:2] != [] and after[1] in _PLACED) or (
             bool(after) and after[0] in _PLACED
         )
-    if mention.entry.categories == ("person",) and introduced != "number":
+    vague = introduced == "number" and words[begin] in _VAGUE
+    if mention.entry.categories == ("person",) and (introduced != "number" or vague):
         # `the owner`, `a driver` are inferred from other things; `a man stands next to it` is not
-        return introduced == "indefinite" and _acts(sentence, mention)
+        return (introduced == "indefinite" or vague) and _acts(sentence, mention)
     if introduced == "none":
         return False
     return not (introduced == "indefinite" and _is_general(after))
@@ -216,5 +217,6 @@ MIXED: Final = word_set(
     "vegetable vegetables veggies fruit fruits salad stew soup mixture mix toppings ingredients"
 )
 _SHOWS: Final = frozenset({"shows", "show", "depicts", "features", "contains", "includes", "with"})
+_VAGUE: Final = word_set("many some most several few more all")
 _SIDES: Final = frozenset({"left", "right", "above", "below"})
 _SEEN: Final = frozenset({"visible", "seen", "shown", "present", "pictured"})

@@ -7,7 +7,6 @@ from typing import Final
 from data_tools.instruct.schema import Check
 from data_tools.instruct.verify.case import Case
 from data_tools.instruct.verify.describing import (
-    actions,
     attribute_words,
     noun_name,
     parts,
@@ -117,8 +116,6 @@ def _denied_of_one(case: Case) -> Iterator[Check]:
             last = last_of_phrase(sentence.words, start, len(sentence.words)) if start else -1
             if start == 0 or last < start or sentence.words[last + 1 : last + 2] == ["of"]:
                 continue
-            if sentence.words[index] in _NOT and not case.knowledge.is_alone("person"):
-                continue  # another one may have it
             mention = next((m for m in sentence.mentions if m.first <= last <= m.last), None)
             ids = _naming(case, sentence.words[last], mention)
             least = 2
@@ -158,12 +155,6 @@ def _denied_noun(words: Sequence[str], cue: int) -> int:
     elif words[cue] in _NONE_HAS:
         any_ = (i for i in range(cue + 1, min(cue + 7, len(words))) if words[i] in _ANY)
         start = next(any_, 0)
-    elif words[cue] in _NOT:
-        near = range(cue + 1, min(cue + 4, len(words)))
-        verb = next((i for i in near if words[i] in _WITH), cue)
-        if verb == cue or words[verb + 1 : verb + 2] == [] or words[verb + 1] not in _ANY:
-            return 0
-        start = verb + 1
     elif words[cue] not in ("lack", "lacks", "lacking", "without"):
         return 0
     if start and words[cue] != "no" and words[start : start + 1] and words[start] not in _ANY:
@@ -204,15 +195,6 @@ def _nobody(case: Case, sentence: Sentence, index: int) -> Iterator[Check]:
     known = case.knowledge
     people = known.boxes_of(("person",))
     named = known.named.get("person", ())
-    doing = known.actions_of.get("person", {})
-    for action in actions(sentence):
-        done = tuple(n for n in doing.get(action.stem, ()) if n)
-        if last < action.index < end and action.index - last < 4 and len(done) > 1:
-            span, claim = sentence.span(index, action.index), f"nobody {action.stem}"
-            yield case.check(
-                "absence", "contradicted", "OBJECT_DENIED", "answer", span, claim, done
-            )
-            return
     if (people or named) and all(word in FRAME_WORDS for word in sentence.words[last + 1 : end]):
         span, ids = sentence.span(index, last), evidence(people, named)
         yield case.check("absence", "contradicted", "OBJECT_DENIED", "answer", span, "nobody", ids)
@@ -285,8 +267,6 @@ _PARTIAL: Final = word_set("many some several few most half partly other both ce
 _WATCHED: Final = word_set("stadium stand arena bleachers grandstand row seat chair tribune")
 _PUBLIC: Final = word_set("street beach road sidewalk square plaza park station market restaurant")
 _DENYING: Final = word_set("nobody no not isn't aren't don't can't cannot doesn't without")
-_NOT: Final = word_set("not isn't aren't doesn't don't hasn't haven't")
-_WITH: Final = word_set("wearing wear holding hold carrying carry have has using use got")
 _NONE_HAS: Final = word_set("none nobody")
 _ANY: Final = word_set("any a an single")
 _SUPPOSING: Final = word_set("would could might may if should can will must perhaps probably")

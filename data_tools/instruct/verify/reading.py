@@ -64,7 +64,7 @@ class Sentence:
         """Return every thing named."""
         if not self.bits & THING:
             return ()
-        found = self.lexicon.matches(self.words, self.hits(THING), self._owners)
+        found = self.lexicon.matches(self.words, self.hits(THING), self.owners)
         if found and self.bits & (STANCE | DEPICTS):
             inside = frozenset(i for m in found for i in range(m.first, m.last + 1))
             stances = Stances(self, inside)
@@ -89,7 +89,7 @@ class Sentence:
         return not _SEEN.isdisjoint(self.words[last + 1 : last + 5])
 
     @lazy
-    def _owners(self) -> frozenset[int]:
+    def owners(self) -> frozenset[int]:
         owners = self.text.owners
         if not owners:
             return owners

@@ -45,12 +45,6 @@ def check_yes_no(case: Case) -> Iterator[Check]:
         ids: tuple[int, ...] = ()
         if question.polarity == "yes":
             ids = opposing(case, one, relation)
-        elif relation.last == len(sentence.words) - 1 and not opposing(case, one, relation):
-            known = case.knowledge.relations
-            same = {(one, relation.how, relation.other)}
-            if relation.how in ("front", "behind"):
-                same.add((relation.other, _OPPOSITE[relation.how], one))
-            ids = tuple(sorted({n for r, n in known if n and (r.one, r.how, r.other) in same}))
         if ids:
             span = sentence.span(relation.first, relation.last)
             claim = f"{one} {relation.how} {relation.other}: {question.polarity}"
@@ -158,35 +152,15 @@ def _on_surfaces(words: Sequence[str]) -> set[int]:
     }
 
 
-def check_beside(case: Case) -> Iterator[Check]:
-    """Judge `What is it standing next to?` `A pile of hay.` where captions only have wool."""
-    asked = case.question.sentence
-    if asked is None or asked.words[-1] not in ("to", "near", "beside") or not case.asked:
-        return
-    names = case.asked[0].entry.categories
-    if len(names) != 1 or not case.answer_reading.sentences:
-        return
-    sentence = case.answer_reading.sentences[0]
-    unknown = _unknown_place(case, names[0], sentence, _NEAR)
-    if unknown is not None:
-        index, ids = unknown
-        span, claim = sentence.span(index, index), f"{names[0]} near {sentence.words[index]}"
-        yield case.check("relation", "contradicted", "RELATION_REFUTED", "answer", span, claim, ids)
-
-
-def _unknown_place(
-    case: Case, name: str, sentence: Sentence, cues: frozenset[str] | None = None
-) -> tuple[int, tuple[int, ...]] | None:
+def _unknown_place(case: Case, name: str, sentence: Sentence) -> tuple[int, tuple[int, ...]] | None:
     """Return the place that an answer gives, and the captions, where none knows any word of it.
 
-    Three captions must put the thing on, in or at something.
+    Four captions must put the thing on, in or at something.
     """
     known, words = case.knowledge, sentence.words
-    at = _AT if cues is None else cues
     places: list[tuple[int, int]] = []
     for index, word in enumerate(words):
-        part = word == "of" and words[index - 1] in _PARTS_OF_PLACES
-        if (word in at or part) and index + 1 < len(words):
+        if (word in _AT or word == "of") and index + 1 < len(words):
             start = index + 1 + (words[index + 1] == "to")
             while start < len(words) and words[start] in _ARTICLES:
                 start += 1
@@ -204,10 +178,9 @@ def _unknown_place(
     ids = {
         caption.id
         for caption in known.captions
-        if caption.id in known.named.get(name, ()) and not at.isdisjoint(caption.reading.words)
+        if caption.id in known.named.get(name, ()) and not _AT.isdisjoint(caption.reading.words)
     }
-    least = 2 if cues is None else 1
-    return (places[0][1], tuple(sorted(ids))) if len(ids) > least else None
+    return (places[0][1], tuple(sorted(ids))) if len(ids) > 3 else None
 
 
 @cache
@@ -238,7 +211,6 @@ def opposing(case: Case, one: str, claim: Relation) -> tuple[int, ...]:
 
 
 _AT: Final = word_set("on in at inside onto into atop under")
-_NEAR: Final = word_set("next near by beside close")
 _ARTICLES: Final = word_set("a an the his her its their this some")
 _PARTS_OF_PLACES: Final = word_set(
     "top front side left right middle center centre corner edge image picture photo foreground "

@@ -115,6 +115,8 @@ class Stances:
     def _is_hypothetical(self, first: int, last: int) -> bool:
         words = self._words
         after = words[last + 1 : last + 2]
+        if after and after[0] in _GUESSES and is_plural(words[last]) | (words[last] == "people"):
+            return determiner(words, first)[0] == "none"  # `People probably fill them.`
         if after and after[0] in MODALS and not self._sentence.is_seen_after(last):
             kind, begin = determiner(words, first)
             if kind == "indefinite" or (kind == "none" and is_plural(words[last])):
@@ -199,8 +201,8 @@ class Stances:
         return begin == opener + 1
 
     def _is_generic(self, first: int) -> bool:
-        kind, _ = determiner(self._words, first)
-        if kind in ("definite", "number"):
+        kind, begin = determiner(self._words, first)
+        if kind == "number" or (kind == "definite" and begin == 0):
             return False
         start, end = self._sentence.clause(first)
         return any(self._words[i] in _GENERIC for i in range(start, end))
@@ -278,6 +280,7 @@ _HYPOTHETICAL: Final = (
 _LIKENED: Final = word_set(
     "look looks looking seems seem feel feels is are shaped dressed just much"
 )
+_GUESSES: Final = word_set("probably perhaps possibly likely presumably maybe")
 _IT: Final = word_set("it they this these he she")
 _DEFINITE: Final = word_set("the this these that those")
 _GENERIC: Final = word_set(
