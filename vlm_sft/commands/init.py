@@ -40,6 +40,7 @@ from vlm_sft.planning.report import METHOD_NAMES
 from vlm_sft.planning.step_stats import plan_steps
 from vlm_sft.utils.atomic_files import write_bytes
 from vlm_sft.utils.console import echo
+from vlm_sft.utils.filesystem import existing_above
 from vlm_sft.utils.libraries import install_command
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.reading import read_json
@@ -168,7 +169,7 @@ def _require_out(out: Path) -> None:
                 f"{out / name} exists, and init replaces nothing; give another --out",
                 code="not_ours",
             )
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    existing = existing_above(out.absolute())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         problem = "cannot be written to" if existing.is_dir() else "is a file"
         raise UserError(f"--out {out}: {existing} {problem}; give another --out", code="not_ours")

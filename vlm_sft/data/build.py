@@ -116,7 +116,12 @@ def load_data(
     cached = chat_tokenizer if cache is None else CachedChatTokenizer(chat_tokenizer, cache)
     sizes = None if cache is None or not layout_rule.needs_sizes else CachedImageSizes(cache)
 
-    def load(files: list[DataFile], ledger: Ledger) -> SupervisedDataset:
+    def load(
+        files: list[DataFile], *, held_out: bool = True
+    ) -> tuple[SupervisedDataset | None, Ledger | None]:
+        if not files:
+            return None, None
+        ledger = Ledger(held_out=held_out)
         dataset = SupervisedDataset(
             files,
             cached,
@@ -128,15 +133,11 @@ def load_data(
         )
         if sizes is not None:
             sizes.flush()
-        return dataset
+        return dataset, ledger
 
-    train_ledger = Ledger()
-    train = load(config.data.train, train_ledger)
-    held_out, ledgers = list[SupervisedDataset | None](), list[Ledger | None]()
-    for files in (config.data.eval, config.data.eval_text):
-        ledgers.append(Ledger(held_out=True) if files else None)
-        held_out.append(None if ledgers[-1] is None else load(files, ledgers[-1]))
-    data = Data(train, train_ledger, held_out[0], ledgers[0], held_out[1], ledgers[1])
+    train, train_ledger = load(config.data.train, held_out=False)
+    assert train is not None and train_ledger is not None  # data.train is never empty
+    data = Data(train, train_ledger, *load(config.data.eval), *load(config.data.eval_text))
     require_text_alone(data.text)
     return data
 

@@ -9,7 +9,7 @@ import torch
 
 from vlm_sft.config.schema import OptimConfig
 from vlm_sft.errors import ConfigError
-from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.libraries import install_command, library_call
 
 MIN_8BIT_SIZE: Final = 4096
 """Smaller tensors keep float32 moments; `min_8bit_size` of bitsandbytes."""
@@ -42,7 +42,7 @@ def require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
-            "`pip install 'vlm-sft[qlora]'`, or set it to adamw"
+            f"`{install_command('qlora')}`, or set it to adamw"
         )
 
 

@@ -21,6 +21,7 @@ from vlm_sft.export.gguf.files import EXTRA, OutType
 from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.inference.prompts import user_message
 from vlm_sft.utils.constants import IMAGE_TOKEN_ID
+from vlm_sft.utils.libraries import install_command
 from vlm_sft.utils.progress import track
 
 SIZES: Final = (
@@ -205,7 +206,7 @@ def _failure(errors: IO[str], code: int) -> str:
     if "No module named 'xllamacpp'" in last:
         return (
             "the package 'xllamacpp', which runs llama.cpp for the comparison, is not installed; "
-            f"install it with `pip install 'vlm-sft[{EXTRA}]'`, or write the files without "
+            f"install it with `{install_command(EXTRA)}`, or write the files without "
             "comparison: --unverified"
         )
     return f"llama.cpp cannot run the exported files: {last}"
