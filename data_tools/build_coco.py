@@ -76,8 +76,8 @@ def parser() -> CommandParser:
         "--captions-from",
         choices=["captions", "boxes"],
         default="captions",
-        help="stage-1 pairs: people's sentences, or 'A cat and a boat.', the largest first "
-        "(default: captions)",
+        help="stage-1 pairs: people's sentences (--captions), or 'A cat and a boat.' from the "
+        "boxes, the largest first (default: captions)",
     )
     add(
         "--families",

@@ -12,6 +12,7 @@ import msgspec
 from data_tools.findings import MAX_FAULTY, Findings
 from data_tools.json_lists import read_lists
 from vlm_sft.errors import UserError
+from vlm_sft.utils import words
 from vlm_sft.utils.escape import shortened
 from vlm_sft.utils.image_paths import MAX_NAME, shown_name
 from vlm_sft.utils.progress import track
@@ -90,6 +91,8 @@ class AnnotatedImage(msgspec.Struct, frozen=True, gc=False):
 @dataclass(frozen=True)
 class CocoIndex:
     """All images in order of their ids, and the names of all categories that are annotated.
+
+    Categories are named as in sentences: `traffic cone` for `traffic_cone` (`words.spoken`).
 
     Attributes:
         licenses: The files' table of licenses, by number, as they have it.
@@ -266,8 +269,7 @@ class _Reader:
                     _check_image(value, own, f"{path}: {key}[{position}]")
                     own[value.id] = value
                 case _Category():
-                    _check_category(value, names, f"{path}: {key}[{position}]")
-                    names[value.id] = value.name
+                    names[value.id] = self._spoken(value, names, f"{path}: {key}[{position}]")
                 case _License():
                     self._add_license(value, f"{path}: {key}[{position}]")
                 case _:
@@ -297,6 +299,22 @@ class _Reader:
                     f"{path}: image {image.id}: {key} is {here} here and {there} in the captions "
                     "file; both files must describe the same images"
                 )
+
+    def _spoken(self, category: _Category, names: Mapping[int, str], where: str) -> str:
+        """Return the name of a category as sentences have it, and note that it is another one."""
+        spoken = words.spoken(category.name)
+        shown = repr(shortened(category.name, 100))
+        if category.id in names or spoken in names.values():
+            same = "" if spoken == category.name else f" (in sentences {spoken!r})"
+            raise UserError(f"{where}: id {category.id} or name {shown}{same} appears twice")
+        if not _CATEGORY_NAME.fullmatch(category.name) or not spoken:
+            raise UserError(
+                f"{where}: name is {shown}, expected up to 60 letters, digits, spaces and "
+                ".,'&/()+_-"
+            )
+        if spoken != category.name:
+            self.findings.add("category_spoken", f"{category.name!r} is {spoken!r} there")
+        return spoken
 
     def _add_license(self, license: _License, where: str) -> None:
         entry = {"name": license.name, "url": license.url}
@@ -361,13 +379,3 @@ def _check_image(image: _Image, others: Mapping[int, _Image], where: str) -> Non
         )
     if image.id in others:
         raise UserError(f"{where}: image id {image.id} appears twice; ids must be unique")
-
-
-def _check_category(category: _Category, names: Mapping[int, str], where: str) -> None:
-    shown = repr(shortened(category.name, 100))
-    if category.id in names or category.name in names.values():
-        raise UserError(f"{where}: id {category.id} or name {shown} appears twice")
-    if not _CATEGORY_NAME.fullmatch(category.name):
-        raise UserError(
-            f"{where}: name is {shown}, expected up to 60 letters, digits, spaces and .,'&/()+-"
-        )

@@ -17,10 +17,11 @@ class Finding(NamedTuple):
     """A kind of finding: its meaning, in the plural, and what happens to annotation or image."""
 
     meaning: str
-    consequence: Literal["annotation dropped", "image dropped", "reported"]
+    consequence: Literal["annotation dropped", "image dropped", "renamed", "reported"]
 
 
 KINDS: Final[Mapping[str, Finding]] = {
+    "category_spoken": Finding("category names that sentences spell otherwise", "renamed"),
     "box_without_area": Finding("boxes without area", "annotation dropped"),
     "box_outside": Finding("boxes leaving their image by over a pixel", "annotation dropped"),
     "box_repeated": Finding("boxes repeating one of their image", "annotation dropped"),
@@ -88,8 +89,8 @@ class Findings:
 
 
 def finding_lines(findings: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a line for each kind of `Findings.as_dict`, with an example if something is dropped."""
+    """Yield a line for each kind of `Findings.as_dict`, with an example if it changes something."""
     for found in findings:
-        dropped = found["consequence"] != "reported"
-        example = f": {found['consequence']}, e.g. {found['examples'][0]}" if dropped else ""
+        changes = found["consequence"] != "reported"
+        example = f": {found['consequence']}, e.g. {found['examples'][0]}" if changes else ""
         yield f"{found['count']:>9,}  {found['meaning']}{example}"

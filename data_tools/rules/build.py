@@ -179,13 +179,31 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
         families = ", ".join(f"{family} {count}" for family, count in made["families"].items())
         yield f"{name:<20} {made['records']:>8} {made['questions']:>10}  {families}"
         if not made["records"]:
-            yield f"{'':<20} empty: the annotations hold nothing that could be asked in balance"
+            yield f"warning: {name} is empty: {_why_empty(name, summary)}"
         if made["rejected"]:
             codes = ", ".join(f"{code} {count}" for code, count in made["rejected"].items())
             yield f"{'':<20} left out, for the verifier rejects them: {codes}"
         if "existence_by_category_alone" in made:
             share = made["existence_by_category_alone"]
             yield f"{'':<20} existence guessed from the category's name alone: {share:.1%}"
+
+
+def _why_empty(name: str, summary: Mapping[str, Any]) -> str:
+    """Return why a file has no records, and the option that fills it if there is one."""
+    given, images = summary["inputs"], summary["images"]
+    from_boxes = summary["captions_from"] == "boxes"
+    if name.endswith("stage1.json") and not from_boxes:
+        missing = "no image has a caption"
+        if "captions" not in given:
+            missing = "captions were not given (--captions FILE)"
+        if images["without_boxes"] < images["all"]:
+            missing += "; --captions-from boxes writes them from the boxes"
+        return missing
+    if images["without_boxes"] == images["all"]:
+        return (
+            "no image has a box" if "instances" in given else "boxes were not given (--instances)"
+        )
+    return "the annotations hold nothing that could be asked in balance"
 
 
 def _next(out: str, images: str, made: Sequence[str]) -> Iterator[str]:
@@ -204,7 +222,10 @@ def _next(out: str, images: str, made: Sequence[str]) -> Iterator[str]:
             first += f" --captions {shlex.quote(f'{out}/stage1.json')}"
         if "eval_stage2" in made:
             first += f" --eval {shlex.quote(f'{out}/eval_stage2.json')}"
-        yield f"{first}   # stage 1, stage 2 and a suite"
+        stage1 = (
+            "stage 1" if "stage1" in made else "stage 1 (on questions, for there are no captions)"
+        )
+        yield f"{first}   # {stage1}, stage 2 and a suite"
     elif "stage1" in made:
         yield (
             f"  vlm-sft init --data {shlex.quote(f'{out}/stage1.json')} --images "

@@ -244,6 +244,53 @@ def test_images_of_evaluation_splits_are_counted(
     assert "evaluation splits" not in capsys.readouterr().out
 
 
+def _rename(files: dict[str, Path], names: dict[str, str]) -> None:
+    document = json.loads(files["instances"].read_text())
+    for category in document["categories"]:
+        category["name"] = names.get(category["name"], category["name"])
+    files["instances"].write_text(json.dumps(document))
+
+
+def test_an_empty_file_says_why_and_which_option_fills_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [10, 10, 40, 30], 0)]})
+    boxes = {name: path for name, path in files.items() if name != "captions"}
+    assert build_coco.main(arguments(boxes)) == 0
+    said = capsys.readouterr().out
+    assert "warning: stage1.json is empty: captions were not given (--captions FILE)" in said
+    assert "--captions-from boxes writes them from the boxes" in said
+    assert "stage 1 (on questions, for there are no captions)" in said
+    assert build_coco.main(arguments(boxes, "--captions-from", "boxes")) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert _read(files, "stage1")[0]["conversations"][1]["value"] == "A dog."
+    files["out"] = tmp_path / "captions"
+    captions = {name: path for name, path in files.items() if name != "instances"}
+    assert build_coco.main(arguments(captions, "--only", "counting", "--probes", "2")) == 0
+    assert "counting.json is empty: boxes were not given (--instances)" in capsys.readouterr().out
+
+
+def test_own_names_of_categories_are_spoken_as_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skis: list[tuple[str, list[float], int]] = [("dog", [x, 10, 20, 30], 0) for x in (5, 40)]
+    other: list[tuple[str, list[float], int]] = [("cat", [130, 50, 30, 40], 0)]
+    files = write_coco(tmp_path, {n: [*skis, *other] if n % 2 else other for n in range(1, 9)})
+    _rename(files, {"dog": "my_ski", "cat": "Traffic-Cone", "car": "SUV"})
+    assert build_coco.main(arguments(files, "--captions-from", "boxes", "--turns", "20")) == 0
+    said = capsys.readouterr().out
+    assert "2  category names that sentences spell otherwise: renamed, e.g. 'my_ski'" in said
+    assert "left out, for the verifier rejects them" not in said
+    text = "".join((files["out"] / f"stage{n}.json").read_text() for n in (1, 2))
+    assert "Two my skis and a traffic cone." in text
+    assert "traffic cone" in text and "How many my skis" in text
+    assert [name for name in ("my_ski", "raffic-", "Traffic", "Cone") if name in text] == []
+    _rename(files, {"car": "traffic_cone"})
+    _rename(files, {"SUV": "traffic_cone"})
+    with pytest.raises(UserError, match=r"'traffic_cone' \(in sentences 'traffic cone'\) appears"):
+        build_coco.main(arguments(files))
+
+
 @pytest.mark.skipif("VLM_SFT_COCO_DIR" not in os.environ, reason="VLM_SFT_COCO_DIR is not set")
 def test_real_coco_files_are_built(tmp_path: Path) -> None:
     root = Path(os.environ["VLM_SFT_COCO_DIR"])

@@ -21,10 +21,29 @@ from vlm_sft.utils import words
         ("fireman", "a fireman", "two firemen"),
         ("human", "a human", "two humans"),
         ("luggage", "some luggage", "two pieces of luggage"),
+        ("SUV", "an SUV", "two SUVs"),
+        ("UFO", "a UFO", "two UFOs"),
     ],
 )
 def test_names_are_counted_in_english(name: str, one: str, two: str) -> None:
     assert (words.counted(name, 1), words.counted(name, 2)) == (one, two)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoken"),
+    [
+        ("my_ski", "my ski"),
+        ("traffic-cone", "traffic cone"),
+        ("Traffic_Light", "traffic light"),
+        ("t-shirt", "t-shirt"),
+        ("18-wheeler", "18-wheeler"),
+        ("SUV", "SUV"),
+        ("__dog__", "dog"),
+        ("cell phone", "cell phone"),
+    ],
+)
+def test_a_category_is_spoken_in_words(name: str, spoken: str) -> None:
+    assert words.spoken(name) == spoken
 
 
 def test_what_comes_in_pairs_or_pieces_is_one_of_those() -> None:
@@ -46,6 +65,7 @@ def test_what_comes_in_pairs_or_pieces_is_one_of_those() -> None:
         ("Some women talk.", "person", True),
         ("A hot dog.", "dog", True),  # too careful rather than wrong
         ("A cat.", "dog", False),
+        ("Two traffic-cones.", "traffic cone", True),
     ],
 )
 def test_captions_speak_of_a_category_by_name_plural_or_synonym(

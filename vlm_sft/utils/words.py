@@ -16,6 +16,10 @@ _VOWEL_SOUND = re.compile(
     r"(?!uni(?!n)|us[ae]|ute|eu|ewe|one\b|once\b|ukulele)[aeiou]|hour|heir|honest", re.IGNORECASE
 )
 """Beginning of names that take `an`: a sound, not a letter (`a unicorn`, `an hourglass`)."""
+_INITIALS = re.compile(r"[A-Z]{2,}\b")
+"""Beginning of names that is read letter by letter (`an SUV`, `a UFO`)."""
+_WORD_HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
+_CAPITALIZED = re.compile(r"\b[A-Z][a-z]+\b")
 
 
 @cache
@@ -31,6 +35,16 @@ def table(name: str) -> Any:
     name, or `""`; `heads`: nouns that a synonym before them only describes (`dog food`).
     """
     return _tables()[name]
+
+
+def spoken(name: str) -> str:
+    """Return a category's name as it is written in a sentence: `traffic cone` for `Traffic-Cone`.
+
+    Underscores, and hyphens between two words, become spaces (`t-shirt` stays), and a word of which
+    only the first letter is a capital gets a small one (`SUV` stays).
+    """
+    text = _WORD_HYPHEN.sub(" ", name.replace("_", " "))
+    return _CAPITALIZED.sub(lambda found: found[0].lower(), " ".join(text.split()))
 
 
 def plural(name: str) -> str:
@@ -66,6 +80,8 @@ def article(name: str) -> str:
         return "a pair of"
     if is_mass(name) or is_plural(name):
         return "some"
+    if _INITIALS.match(name):
+        return "an" if name[0] in "AEFHILMNORSX" else "a"
     return "an" if _VOWEL_SOUND.match(name) else "a"
 
 
@@ -133,7 +149,8 @@ def _spellings(name: str) -> re.Pattern[str]:
     spellings = {name + "s", name.replace(" ", "")}
     for word in (name, *table("synonyms").get(name, ()), *wider):
         spellings |= {word, plural(word)}
-    pattern = "|".join(re.escape(word) for word in sorted(spellings, key=lambda w: (-len(w), w)))
+    longest_first = sorted(spellings, key=lambda word: (-len(word), word))
+    pattern = "|".join(re.escape(word).replace(r"\ ", "[ _-]") for word in longest_first)
     return re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
 
 

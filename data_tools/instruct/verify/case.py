@@ -35,7 +35,7 @@ from data_tools.instruct.verify.placings import CUES
 from data_tools.instruct.verify.questions import Asked, Question
 from data_tools.instruct.verify.reading import Reading
 from data_tools.instruct.verify.stances import STANCE_CUES
-from vlm_sft.utils.words import plural
+from vlm_sft.utils.words import plural, spoken
 
 Part = Literal["question", "answer"]
 PRONOUNS = frozenset({"it", "its", "they", "their", "them", "he", "she", "his", "her", "him"})
@@ -57,7 +57,7 @@ class Policy:
         self.config = config
         self.lexicon = Lexicon(categories)
         _fill(self.lexicon.flags)
-        self.under_labelled = frozenset(config.under_labelled)
+        self.under_labelled = frozenset(map(spoken, config.under_labelled))
         self._known: dict[int, Knowledge] = {}
         self._questions: dict[str, Asked] = {}
 

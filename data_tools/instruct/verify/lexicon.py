@@ -86,7 +86,10 @@ class Lexicon:
         self._colors = frozenset(claims["colours"])
         entries = self._compounds() | self._wider() | self._names()
         # A compound says more than the name it is made of, unless it is a category's own name.
-        entries |= {k: v for k, v in self._compounds().items() if k not in self.categories}
+        own = {
+            form for name in self.categories for form in (name.lower(), words.plural(name.lower()))
+        }
+        entries |= {k: v for k, v in self._compounds().items() if k not in own}
         for phrase, entry in entries.items():
             first, *rest = phrase.split()
             self._phrases.setdefault(first, []).append((tuple(rest), entry))
@@ -220,7 +223,10 @@ class Lexicon:
             for word in synonyms.get(category, ()):
                 narrow = word not in with_kinds.get(category, (word,))
                 entries |= _forms(word, (category,), firm=True, narrow=narrow)
-            entries |= _forms(category, (category,), firm=True)
+            name = category.lower()
+            if " " in name:  # `traffic-cone` is one word of a sentence
+                entries |= _forms(name.replace(" ", "-"), (category,), firm=True)
+            entries |= _forms(name, (category,), firm=True)
         return entries
 
     def _wider(self) -> dict[str, Entry]:
