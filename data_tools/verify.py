@@ -1,9 +1,9 @@
 """Check conversations that others made against COCO boxes and captions, claim by claim.
 
-Reads records of LLaVA's form (.json or .jsonl) and writes verdicts.jsonl, one line a record: the
-record's id, `accepted` or `rejected`, the codes that reject it, and every claim with its verdict
-and the annotation ids it rests on. A record that cannot be checked (another form, no image, an
-image without annotations or without a file) is rejected with a code that says so. No model is used.
+Reads records of LLaVA's form and writes verdicts.jsonl, one line a record: the record's id,
+`accepted` or `rejected`, the codes that reject it, and every claim with its verdict and the
+annotation ids it rests on. A record that cannot be checked (another form, no image, an image
+without annotations or without a file) is rejected with a code that says so. No model is used.
 """
 
 import gc
@@ -30,16 +30,22 @@ KIND: Final = "verdicts"
 OUTPUT: Final = "verdicts.jsonl"
 
 EXAMPLES = """examples:
-  python -m data_tools.verify --instances annotations/instances_train2017.json \\
+  vlm-sft data verify --instances annotations/instances_train2017.json \\
       --captions annotations/captions_train2017.json --images train2017 \\
       --records llava_instruct_150k.json --out checked
+  vlm-sft data verify --instances boxes.json --images images --records mine.jsonl --out checked
 """
+WITHOUT_CAPTIONS: Final = (
+    "captions were not given (--captions): the boxes alone decided, and claims that only captions "
+    "settle are unknown"
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Check the records that `argv` names; return the exit code."""
     arguments = parser().read(argv)
-    files = {name: Path(getattr(arguments, name)) for name in ("instances", "captions", "records")}
+    given = {name: getattr(arguments, name) for name in ("instances", "captions", "records")}
+    files = {name: Path(path) for name, path in given.items() if path is not None}
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{path}: no such file", code="data_file_missing")
@@ -57,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         out, KIND, [OUTPUT], inputs=[*files.values(), images], image_roots=[images],
         overwrite=arguments.overwrite,
     )  # fmt: skip
-    index = read_coco(files["instances"], files["captions"])
+    index = read_coco(files["instances"], files.get("captions"))
     if not index.images:
         raise UserError(f"{files['instances']}: names no images to check records against")
     policy = Policy(VerifyConfig(), index.categories)
@@ -71,24 +77,31 @@ def main(argv: Sequence[str]) -> int:
         if not summary.records:
             raise UserError(f"{files['records']}: has no records", code="no_records")
     echo(summary.table(), file=sys.stdout)
+    if "captions" not in files:
+        echo(WITHOUT_CAPTIONS, file=sys.stdout)
     echo(f"\n{out / OUTPUT}", file=sys.stdout)
     return 0
 
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("python -m data_tools.verify", __doc__, EXAMPLES)
+    parser = CommandParser("vlm-sft data verify", __doc__, EXAMPLES)
     parser.add_argument(
         "--instances", required=True, metavar="FILE", help="COCO's instances_*.json, with the boxes"
     )
-    parser.add_argument("--captions", required=True, metavar="FILE", help="COCO's captions_*.json")
+    parser.add_argument(
+        "--captions", metavar="FILE",
+        help="COCO's captions_*.json; without them the boxes alone decide, and the summary says so",
+    )  # fmt: skip
     parser.add_argument(
         "--images", required=True, metavar="DIR", help="the folder of the images' files"
     )
     parser.add_argument(
         "--records", required=True, metavar="FILE",
-        help="LLaVA records, a .json list or one record a line in .jsonl; a record's `type` "
-        "(conversation, detail, reasoning) is used where it is given, and guessed otherwise",
+        help="records of LLaVA's form (`image`, `conversations` of `from` and `value`): a list in "
+        ".json, one record a line in .jsonl, or .parquet. Records of another form, such as tables "
+        "and `messages`, are not checked (RECORD_FORM). A record's `type` (conversation, detail, "
+        "reasoning) is used where it is given, and guessed otherwise",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help=f"where {OUTPUT} is written")
     parser.add_argument(

@@ -161,8 +161,9 @@ STAGES: Final = {
         "Costs nothing (except for requests to verify.judge, once) and may be repeated, e.g. with "
         "other\nsettings of `verify`. Writes samples.jsonl, rejected.jsonl and verification.json."
         "\n\nRecords of others are checked without a configuration by\n"
-        "`vlm-sft data verify --records LLAVA.json --instances I --captions C --images DIR "
-        "--out DIR`.",
+        "`vlm-sft data verify --records LLAVA.json --instances I [--captions C] --images DIR "
+        "--out DIR`\n(LLaVA's form, in .json, .jsonl or .parquet; `vlm-sft data verify --help "
+        "--records` has more).",
         (_YAML, "my.yaml verify.unseen_objects=keep", "my.yaml --file llava_instruct_150k.json"),
         "verify.command",
         _verify_options,

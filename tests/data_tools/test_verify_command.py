@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data_tools import verify, wording
+from data_tools.__main__ import main as data_commands
 from data_tools.coco import AnnotatedImage
 from data_tools.instruct.plan.prompts import description_requests
 from data_tools.instruct.verify.lexicon import Lexicon
@@ -73,6 +74,44 @@ def test_every_record_gets_a_line_with_its_own_id(
     assert dog["verdict"] == "supported" and dog["evidence"]
     table = capsys.readouterr().out
     assert "conversation" in table and "OBJECT_DENIED" in table
+
+
+def test_without_captions_the_boxes_decide_and_the_summary_says_so(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, image = tmp_path / "records.json", name_of(files)
+    path.write_text(json.dumps([
+        record(1, image, "Is there a dog?", "No, there is no dog."),
+        record(2, image, "Is there a cat?", "Yes, there is a black cat."),
+    ]))  # fmt: skip
+    words = line(files, path, tmp_path / "out")
+    at = words.index("--captions")
+    assert verify.main([*words[:at], *words[at + 2 :]]) == 0
+    found = [json.loads(row) for row in (tmp_path / "out/verdicts.jsonl").read_text().splitlines()]
+    assert [row["codes"] for row in found] == [["OBJECT_DENIED"], []]
+    assert "captions were not given (--captions)" in capsys.readouterr().out
+    assert verify.main([*words, "--overwrite"]) == 0
+    assert "not given" not in capsys.readouterr().out
+
+
+def test_own_names_of_categories_are_understood_in_words_and_as_in_the_file(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    document = json.loads(files["instances"].read_text())
+    for old, new in (("dog", "my_ski"), ("cat", "Traffic-Cone"), ("car", "Road_Sign")):
+        next(c for c in document["categories"] if c["name"] == old)["name"] = new
+    files["instances"].write_text(json.dumps(document))
+    image = name_of(files)
+    found = checked(files, tmp_path, [
+        record(1, image, "How many my skis are there?", "There is one my ski."),
+        record(2, image, "How many traffic cones are there?", "There are two traffic cones."),
+        record(3, image, "What is there?", "A my_ski and a traffic-cone."),
+        record(4, image, "What is there?", "A road-sign."),
+        record(5, image, "Is there a traffic cone?", "No, there is no traffic cone."),
+    ])  # fmt: skip
+    assert [row["codes"] for row in found] == [
+        [], ["COUNT_WRONG"], [], ["OBJECT_NOT_FOUND"], ["OBJECT_DENIED"],
+    ]  # fmt: skip
 
 
 def test_a_record_that_cannot_be_checked_is_rejected_with_the_reason(
@@ -236,3 +275,15 @@ def test_an_image_is_found_by_its_name_and_by_digits_only_if_they_are_its_id() -
         "frame_553664.jpg": None, "left/view.jpg": 1, "right/view.jpg": 2, "view.jpg": None,
         "unknown.jpg": None,
     }  # fmt: skip
+
+
+def test_the_help_of_the_command_for_records_says_which_it_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words, expected in (
+        (["verify", "--help"], "(LLaVA's form, in .json, .jsonl or .parquet;"),
+        (["verify", "--help", "--records"], "records of LLaVA's form (`image`, `conversations`"),
+    ):
+        with pytest.raises(SystemExit):
+            data_commands(words)
+        assert expected in " ".join(capsys.readouterr().out.split())
